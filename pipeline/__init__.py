@@ -1,0 +1,1 @@
+"""Vastscale: super-resolution training. Importing the package imports nothing else."""
