@@ -1,0 +1,1 @@
+"""Starting training: on this machine, over a rack. Imports nothing by itself."""

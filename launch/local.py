@@ -1,0 +1,168 @@
+"""Training on this machine: environment, demo where there is no dataset, launcher, and the truth at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launch import environment
+from pipeline import cli, run_folder
+from pipeline.cli import UserError
+from pipeline.options import Plan, TrainOptions, has_lists, make_plan
+from pipeline.recipe import batch_sizes
+
+DEMO_RECIPE = "demo"
+DEMO_FILES = ROOT / ".cache" / "demo"
+GRACE_SECONDS = 60  # for ranks that still save after their launcher has ended
+
+
+def main(options: TrainOptions) -> int:
+    """Train as `options` say. Exit status as `train.py`'s, and 1 for a run that ended early without saying why."""
+    if options.procs < 0:
+        raise UserError(f"--procs {options.procs} must be 1 or more, or 0 for one a GPU")
+    arguments = sys.argv[1:]
+    held_out = None
+    if not has_lists(options):
+        options, arguments, held_out = _demo(options, arguments)
+    plan = make_plan(options)  # bad input is refused here, once, before any process starts
+    num_gpus = environment.num_gpus()
+    if num_gpus and options.procs > num_gpus:
+        raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; one process a GPU is the most")
+    processes = options.procs or num_gpus or 1
+    batch_sizes(plan.ds_config, processes)
+    began = time.time()
+    status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
+    if status == 0 and not _is_finished(plan):
+        print("error: training ended before its last step and left no message; see above", file=sys.stderr)
+        return 1
+    if status == 0 and held_out is not None:
+        return _show_demo(plan, held_out, began)
+    return status
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
+    """Run the ranks to their end, handing on signals to stop. Returns a shell's exit status."""
+    script = str(ROOT / "train.py")
+    command = [sys.executable, script, *arguments]
+    if processes > 1 or on_gpu:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical",
+                   "--num_gpus", str(processes), "--master_port", str(_free_port()), script, *arguments]
+    # In a session of their own, so that CTRL+C reaches only this process, which then tells all of them at once: a
+    # launcher that is interrupted itself tells one rank after another and prints a traceback.
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if child is not None:
+            _signal_group(child.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        child = subprocess.Popen(command, env=environment.prepare(processes, on_gpu=on_gpu), start_new_session=True)
+        status = child.wait()
+        _wait_for_group(child.pid)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal to every process of a group (0: none, only look); False if there is no such process any more."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _wait_for_group(group: int) -> None:
+    """Give ranks that outlive their launcher time to save; then end them."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _signal_group(group, 0) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _signal_group(group, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _is_finished(plan: Plan) -> bool:
+    """Whether the newest checkpoint is of the last step, or of the validation that used up the patience."""
+    steps = run_folder.checkpoint_steps(plan.run_dir)
+    if not steps:
+        return False
+    if steps[-1] >= plan.total_steps:
+        return True
+    state = json.loads((run_folder.checkpoint_dir(plan.run_dir, steps[-1]) / run_folder.STATE_FILE).read_text())
+    return 0 < plan.recipe.patience <= state["stale_validations"]
+
+
+def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
+    """The options of the demo, in place of a dataset that is not there."""
+    default = TrainOptions()
+    if options.recipe not in (default.recipe, DEMO_RECIPE):
+        raise UserError(f"there are no file lists in {options.dataset_dir}; make a dataset with "
+                        "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
+                        "`python tools/select_training_files.py`, or leave --recipe out to see the demo")
+    _say(f"no file lists in {options.dataset_dir}: running the demo on photographs that ship with scikit-image and "
+         "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)")
+    from tools.make_demo_dataset import make_demo_dataset
+
+    dataset = make_demo_dataset(DEMO_FILES)
+    options = replace(options, recipe=DEMO_RECIPE, dataset_dir=dataset.dataset_dir)
+    # Options given twice count as given last.
+    return options, ["--recipe", DEMO_RECIPE, "--dataset-dir", str(dataset.dataset_dir), *_without(
+        arguments, "--recipe", "--dataset-dir")], dataset.held_out_dir
+
+
+def _without(arguments: list[str], *names: str) -> list[str]:
+    """`arguments` less the options `names` and their values."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, sign, _ = argument.partition("=")
+        if flag.replace("_", "-") not in names:
+            kept.append(argument)
+        elif not sign:
+            next(rest, None)
+    return kept
+
+
+def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
+    """Evaluate the demo's network on the photographs that it has never seen, and say where to look."""
+    _say("\nheld-out photographs, seen neither in training nor in validation:")
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", str(plan.run_dir), "--hr", str(held_out),
+               "--scale", str(plan.recipe.scale), "--json", str(plan.run_dir / "evaluation.json"),
+               "--out", str(plan.run_dir / "pictures")]
+    status = subprocess.run(command, check=False).returncode
+    _say(f"the demo took {time.time() - began:.0f} s; next: python export_trained_model.py, or your own photographs")
+    return status
+
+
+if __name__ == "__main__":
+    cli.run(TrainOptions, main)

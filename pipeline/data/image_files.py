@@ -1,0 +1,217 @@
+"""The files of a dataset: which are images, how an .npy crop lies on disk, and the two file lists.
+
+A dataset is a folder ("root") of uint8 RGB images, mostly `.npy` crops of shape (height, width, 3), plus two lists of
+the files that train and validate. Needs no torch, so that the dataset tools run on machines without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from pipeline.cli import UserError
+
+NPY_SUFFIX = ".npy"
+ENCODED_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".jp2"})
+TRAINING_LIST = "training_file_list.txt"
+VALIDATION_LIST = "validation_file_list.txt"
+QUARANTINE = "quarantine"
+MANIFEST = "manifest.jsonl"
+
+_MAKE_CROPS = "make the crops with `python tools/images_to_data.py`"
+_NPY_WAY_OUT = f"{_MAKE_CROPS}, or move the file out of the way with `python tools/check_training_data.py --clean`"
+_NPY_MAGIC = b"\x93NUMPY"
+# What numpy itself writes for an HWC array of bytes; anything else takes the slow road to a good error message.
+_NPY_HEADER = re.compile(rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?")
+
+
+class BadNpyError(UserError):
+    """An `.npy` file that is no image of a dataset; `reason` is the message without the path and the way out."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; {_NPY_WAY_OUT}")
+        self.reason = reason
+
+
+class NpyLayout(NamedTuple):
+    """Where the pixels of an `.npy` image lie: C-order uint8 (height, width, 3) from byte `offset` to the end."""
+
+    offset: int
+    height: int
+    width: int
+
+
+def is_npy(name: str | os.PathLike[str]) -> bool:
+    """Whether the file's suffix, in any letter case, says that it is an array of pixels."""
+    return os.fspath(name).lower().endswith(NPY_SUFFIX)
+
+
+def is_encoded(name: str | os.PathLike[str]) -> bool:
+    """Whether the file's suffix, in any letter case, is one of an encoded image (`ENCODED_SUFFIXES`)."""
+    return os.path.splitext(os.fspath(name))[1].lower() in ENCODED_SUFFIXES
+
+
+def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
+    """Read the header of an `.npy` image (uint8, C order, height x width x 3) and nothing else of it.
+
+    Raises `UserError` when the file is missing, `BadNpyError` (one too) when it is not exactly such an array, to the
+    byte; `OSError` when the disk or the permissions stand in the way, since that says nothing about the file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(f"{os.fspath(path)}: no such file; write the lists anew with "
+                        "`python tools/select_training_files.py`") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadNpyError(os.fspath(path), "not a plain file")
+        head = os.read(descriptor, 512)
+        if head[:6] == _NPY_MAGIC and head[6:7] in (b"\2", b"\3") and len(head) == 512:
+            head += os.read(descriptor, 65536)
+    finally:
+        os.close(descriptor)
+    return _layout_of(os.fspath(path), head, status.st_size)
+
+
+def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
+    """The layout that the first bytes of an `.npy` file promise, checked against the size of the file."""
+    offset, header = _npy_header(path, head)
+    match = _NPY_HEADER.fullmatch(header)
+    height, width = (int(match[1]), int(match[2])) if match else _npy_shape(path, header)
+    if not (height and width):
+        raise BadNpyError(path, f"an image of {height}x{width} pixels is empty")
+    expected = offset + height * width * 3
+    if file_size != expected:
+        what = "truncated" if file_size < expected else "too long"
+        raise BadNpyError(path, f"{what}: {height}x{width}x3 bytes of pixels need a file of {expected} bytes, "
+                                f"not {file_size}")
+    return NpyLayout(offset, height, width)
+
+
+def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
+    """(Offset of the pixels, the header's text) of the first bytes of an `.npy` file."""
+    if not head:
+        raise BadNpyError(path, "empty file, not an .npy array")
+    if head[:6] != _NPY_MAGIC or len(head) < 12:
+        raise BadNpyError(path, f"not an .npy array (its first bytes are {head[:6]!r})")
+    if head[6] == 1:
+        start, length = 10, struct.unpack_from("<H", head, 8)[0]
+    elif head[6] in (2, 3):
+        start, length = 12, struct.unpack_from("<I", head, 8)[0]
+    else:
+        raise BadNpyError(path, f".npy version {head[6]} is unknown, must be 1, 2 or 3")
+    if len(head) < start + length:
+        raise BadNpyError(path, "the .npy header is truncated or far too long")
+    return start + length, head[start : start + length]
+
+
+def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
+    """(Height, width) of a header that numpy did not write in its usual way, or the reason why it cannot be used."""
+    try:
+        fields = ast.literal_eval(header.decode("latin1").strip())
+        kind, fortran, shape = fields["descr"], fields["fortran_order"], tuple(fields["shape"])
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+        raise BadNpyError(path, "the .npy header cannot be read") from None
+    if isinstance(kind, str) and "O" in kind:
+        raise BadNpyError(path, "an array of Python objects (a pickle) is never opened")
+    if not isinstance(kind, str) or kind.lstrip("|<>=") != "u1":
+        raise BadNpyError(path, f"pixels must be uint8 (0..255), not {kind!r}")
+    if len(shape) != 3 or not all(isinstance(side, int) and side >= 0 for side in shape) or shape[2] != 3:
+        raise BadNpyError(path, f"the shape must be (height, width, 3), not {shape}")
+    if fortran:
+        raise BadNpyError(path, "the pixels must be in C order (row after row), not Fortran order")
+    return shape[0], shape[1]
+
+
+def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
+    """The file names in the list `path`, sorted: POSIX paths relative to the dataset `root`, UTF-8, one a line.
+
+    Blank lines do not count. Whether the files exist is found out where they are opened. Raises `UserError` for a
+    missing, empty or unreadable list and for a name that is absolute, holds `..` or comes twice.
+    """
+    way_out = f"write it with `python tools/select_training_files.py --data-dir {os.fspath(root)}`"
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{os.fspath(path)}: no such file list; {way_out}") from None
+    except IsADirectoryError:
+        raise UserError(f"{os.fspath(path)}: a folder, not a file list; {way_out}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}; {way_out}") from None
+    names: set[str] = set()
+    for number, line in enumerate(text.split("\n"), 1):
+        name = line.rstrip("\r")
+        if not name:
+            continue
+        where = f"{os.fspath(path)}, line {number}"
+        _check_name(name, where, way_out)
+        if name in names:
+            raise UserError(f"{where}: {name!r} is in the list twice; {way_out}")
+        names.add(name)
+    if not names:
+        raise UserError(f"{os.fspath(path)}: the list names no file; {way_out}")
+    return sorted(names)
+
+
+def _check_name(name: str, where: str, way_out: str) -> None:
+    """Refuse a name that could lead out of the dataset."""
+    if name.startswith("/") or "\0" in name or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{where}: {name!r} must be a path inside the dataset folder (relative, no '..'); {way_out}")
+
+
+def write_file_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Write `names` (POSIX paths relative to the dataset root) sorted to the list `path`: whole or not at all.
+
+    Raises `UserError` for a name that a line of UTF-8 cannot hold or that leaves the dataset.
+    """
+    write_atomically(path, _list_bytes(names))
+
+
+def lists_hash(*lists: Iterable[str]) -> str:
+    """SHA-256 (hex) of the content of file lists, in the order given: the same on every node that has the same data."""
+    digest = hashlib.sha256()
+    for names in lists:
+        digest.update(hashlib.sha256(_list_bytes(names)).digest())
+    return digest.hexdigest()
+
+
+def _list_bytes(names: Iterable[str]) -> bytes:
+    """What a file list holds: the names sorted, one a line."""
+    names = sorted(names)
+    for name in names:
+        _check_name(name, "file list", "rename or move the file")
+        if "\n" in name or "\r" in name or not name:
+            raise UserError(f"{name!r}: a file name with a line break cannot stand in a list; rename the file")
+    try:
+        return "".join(f"{name}\n" for name in names).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a list; "
+                        "rename the file") from None
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace the file `path` by `content`: a reader, or a power cut, sees the old or the new file, never a mixture."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself lives in the folder
+    finally:
+        os.close(folder)

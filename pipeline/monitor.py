@@ -1,0 +1,94 @@
+"""What a run tells: one JSON line a log step, TensorBoard, and a line on the terminal. Only the first rank speaks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+LOG_FILE = "log.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+
+def say(text: str) -> None:
+    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a save."""
+    with suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
+class Journal:
+    """Writes down a run. What was logged after `step` belongs to lost work that will be done again: it is dropped."""
+
+    def __init__(self, log_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._path = log_dir / LOG_FILE
+        _forget_after(self._path, step)
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._board = SummaryWriter(str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30)
+        self._on_terminal = sys.stdout.isatty()
+        self._line_open = False
+
+    def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """One JSON line, and a TensorBoard scalar `event/name` for every number."""
+        with suppress(OSError):  # a full disk must not stop the run; checkpoints say so when it matters
+            self._lines.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+            self._lines.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def pictures(self, step: int, tag: str, images: Mapping[str, Tensor]) -> None:
+        """Byte images (1, 3, height, width) into TensorBoard, as `tag/name`."""
+        for name, image in images.items():
+            self._board.add_image(f"{tag}/{name}", image[0].cpu(), step)
+        self._board.flush()
+
+    def progress(self, text: str) -> None:
+        """The line of progress: rewritten on a terminal, a new one in a file."""
+        if self._on_terminal:
+            with suppress(OSError, ValueError):
+                print(f"\r\x1b[2K{text}", end="", flush=True)
+            self._line_open = True
+        else:
+            say(text)
+
+    def say(self, text: str) -> None:
+        if self._line_open:
+            say("")
+            self._line_open = False
+        say(text)
+
+    def close(self) -> None:
+        if self._line_open:
+            say("")
+        with suppress(OSError):
+            self._board.close()
+            self._lines.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill goes too
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """`3:07:05`, `7:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,96 @@
+"""The command line of training and what it comes to: recipe, ds_config, lists, folders. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
+from pipeline.recipe import ROOT, Recipe, load_ds_config, load_recipe, parse_overrides
+
+
+@dataclass
+class TrainOptions:
+    """Train a super-resolution network.
+
+    Continues the run in --output-dir if there is one, from the very sample where it stopped; --reset starts afresh.
+    CTRL+C saves and stops. Values of the recipe and of DeepSpeed's file can be overridden at the end of the line:
+    data.crop=128 generator.num_blocks=11 ds.train_batch_size=32 ds.optimizer.params.lr=5e-4
+    """
+
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """key=value over the recipe, ds.key=value over DeepSpeed's file."""
+    recipe: str = "vapsr_x2"
+    """A name in recipes/ or the path of a YAML file."""
+    dataset_dir: Path = Path("~/dataset")
+    """Folder with training_file_list.txt and validation_file_list.txt."""
+    output_dir: Path | None = None
+    """The run folder: checkpoints, recipe, log. Default: runs/<recipe>."""
+    log_dir: Path | None = None
+    """Where log.jsonl and tensorboard/ go. Default: the run folder."""
+    ds_config: Path | None = None
+    """DeepSpeed's configuration. Default: the recipe's, usually ds_config.json."""
+    reset: bool = False
+    """Start a fresh run; the old one is moved aside to <output-dir>.bak-<time>, never deleted."""
+    max_epochs: int | None = None
+    """Stop after so many passes over the training list, if that comes before the recipe's steps."""
+    patience: int | None = None
+    """Stop after so many validations in a row without a better PSNR (0: never). Default: the recipe's."""
+    procs: int = 0
+    """Processes on this machine; 0: one a GPU, or a single one on the CPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options, read and checked."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    dataset_dir: Path
+    training_files: list[str]
+    validation_files: list[str]
+    run_dir: Path
+    log_dir: Path
+    reset: bool
+    total_steps: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "ds_config": self.ds_config,
+                "dataset": {"lists_sha256": lists_hash(self.training_files, self.validation_files),
+                            "training_files": len(self.training_files),
+                            "validation_files": len(self.validation_files)}}
+
+
+def make_plan(options: TrainOptions) -> Plan:
+    """Read and check everything that `options` name. Raises `UserError`."""
+    recipe_overrides, ds_overrides = parse_overrides(options.overrides)
+    if options.patience is not None:
+        recipe_overrides["patience"] = options.patience
+    recipe = load_recipe(options.recipe, recipe_overrides)
+    ds_config = load_ds_config(options.ds_config or recipe.ds_config_path(), ds_overrides)
+    root = options.dataset_dir.expanduser()
+    training, validation = (read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST))
+    if options.max_epochs is not None and options.max_epochs < 1:
+        raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
+    total = recipe.steps
+    if options.max_epochs is not None:
+        total = min(total, steps_in_epochs(options.max_epochs, len(training), ds_config["train_batch_size"]))
+    run_dir = options.output_dir or ROOT / "runs" / recipe.name
+    return Plan(recipe, ds_config, root, training, validation, run_dir.expanduser().absolute(),
+                (options.log_dir or run_dir).expanduser().absolute(), options.reset, total)
+
+
+def steps_in_epochs(epochs: int, num_files: int, global_batch: int) -> int:
+    """Steps until every file has been seen `epochs` times; the last batch may reach into the next epoch."""
+    return -(-epochs * num_files // global_batch)
+
+
+def has_lists(options: TrainOptions) -> bool:
+    root = options.dataset_dir.expanduser()
+    return (root / TRAINING_LIST).is_file() or (root / VALIDATION_LIST).is_file()

@@ -1,0 +1,294 @@
+"""What an experiment is: a recipe (what to train) and a ds_config.json (how to optimise), both checked when read.
+
+A recipe is a small YAML file in `recipes/`; `base: NAME` makes it a difference from another one. Batch sizes,
+precision, optimizer and learning rate schedule live in DeepSpeed's own JSON file and nowhere else.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.cli import UserError, nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+LOSSES = ("l1", "mse", "charbonnier")
+FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep"})
+"""Fields that may change between a run and its continuation: they change when things happen, not what is learnt."""
+
+
+class Spec(BaseModel):
+    """Part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GeneratorSpec(BaseModel):
+    """The network: its name in `pipeline.models.GENERATORS` and, beside it, that network's own parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class DataSpec(Spec):
+    """How samples are made of the dataset."""
+
+    crop: int = Field(192, ge=8, description="side of the HR crop in pixels, a multiple of the scale")
+    augment: bool = Field(True, description="the eight symmetries of the square, each equally likely")
+    threads: int = Field(2, ge=1, le=64, description="CPU threads of the loader, per rank")
+    prefetch: int = Field(3, ge=1, le=16, description="batches made ahead")
+
+
+class Recipe(Spec):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and the exported files")
+    scale: int = Field(ge=2, le=8, description="how many times larger the output is, each way")
+    generator: GeneratorSpec
+    losses: dict[str, float] = Field({"l1": 1.0}, description="loss name -> weight")
+    data: DataSpec = DataSpec()
+    ds_config: str = Field("ds_config.json", description="DeepSpeed's file, seen from the checkout's root")
+    steps: int = Field(gt=0, description="optimizer updates in all")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights and of sampling")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile with Inductor; auto: if it can")
+    channels_last: Literal["auto", "on", "off"] = Field("auto", description="auto: the faster layout, measured")
+    validate_every: int = Field(1000, gt=0, description="steps")
+    validation_images: int = Field(200, gt=0, description="at most so many, spread evenly over the validation list")
+    patience: int = Field(0, ge=0, description="stop after so many validations without a better PSNR; 0: never")
+    save_every: int = Field(1000, gt=0, description="steps between checkpoints")
+    save_minutes: float = Field(10, gt=0, description="and at least this often")
+    keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
+    log_every: int = Field(50, gt=0, description="steps between log lines")
+
+    @field_validator("compile", "channels_last", mode="before")
+    @classmethod
+    def _accept_yaml_switches(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("losses")
+    @classmethod
+    def _know_losses(cls, losses: dict[str, float]) -> dict[str, float]:
+        for name, weight in losses.items():
+            if name not in LOSSES:
+                raise ValueError(f"no loss named {name!r}{nearest(name, LOSSES)}")
+            if not weight > 0:
+                raise ValueError(f"the weight of {name!r} is {weight}, it must be above 0; leave the loss out instead")
+        if not losses:
+            raise ValueError(f"at least one loss is needed; choose from {', '.join(LOSSES)}")
+        return losses
+
+    @model_validator(mode="after")
+    def _fit_crop(self) -> Recipe:
+        if self.data.crop % self.scale:
+            raise ValueError(f"data.crop {self.data.crop} is not a multiple of scale {self.scale}; "
+                             f"use {self.data.crop - self.data.crop % self.scale}")
+        return self
+
+    def ds_config_path(self) -> Path:
+        return ROOT / self.ds_config
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys) put over it."""
+    values = _with_bases(_recipe_path(name), ())
+    for key, value in (overrides or {}).items():
+        _assign(values, key, value)
+    return _validated(values, f"recipe {name}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a run folder keeps."""
+    return _validated(_read_yaml(path), str(path))
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+    """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a run."""
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    unset = "unset"
+    return [f"{key}: {before.get(key, unset)} in the run, {after.get(key, unset)} asked for"
+            for key in sorted(before.keys() | after.keys())
+            if key.split(".")[0] not in FREE_FIELDS and not key.startswith(("data.threads", "data.prefetch"))
+            and before.get(key, unset) != after.get(key, unset)]
+
+
+def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`["data.crop=96", "ds.train_batch_size=32"]` -> (recipe overrides, ds_config overrides); values are YAML."""
+    recipe: dict[str, Any] = {}
+    ds_config: dict[str, Any] = {}
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign or not key:
+            raise UserError(f"{assignment!r} is not an override; write key=value, such as data.crop=96 or "
+                            "ds.train_batch_size=32, and options with two dashes (--help lists them)")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {key} is not YAML: {text!r}") from error
+        target, key = (ds_config, key[3:]) if key.startswith("ds.") else (recipe, key)
+        target[key] = value
+    return recipe, ds_config
+
+
+def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration as written, with `overrides` (dotted keys), checked for what this project relies on."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name DeepSpeed's file with --ds-config") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
+    for key, value in (overrides or {}).items():
+        _assign(config, key, value)
+    _check_ds_config(config, path)
+    return config
+
+
+DS_KEYS = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "zero_optimization", "data_types", "steps_per_print",
+    "wall_clock_breakdown", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state",
+    "checkpoint", "seq_parallel_communication_data_type", "aio", "graph_harvesting",
+})
+"""The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a misspelt key."""
+
+
+def _check_ds_config(config: dict[str, Any], path: Path) -> None:
+    for key in config:
+        if key not in DS_KEYS:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
+    if not isinstance(config.get("train_batch_size"), int) or config["train_batch_size"] < 1:
+        raise UserError(f"{path}: train_batch_size must be a whole number above 0: the global batch that all ranks share")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported; choose 0, 1 or 2")
+    if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
+    if "type" not in config.get("optimizer", {}):
+        raise UserError(f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+
+
+def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
+    """(micro-batch per rank, gradient accumulation steps) that make up the global batch on `world_size` ranks.
+
+    Of the two, the one that the file leaves out follows from the other; when both are given they must multiply up.
+    """
+    total = config["train_batch_size"]
+    micro = config.get("train_micro_batch_size_per_gpu")
+    accumulation = config.get("gradient_accumulation_steps", None if micro else 1)
+    micro = micro or total // (accumulation * world_size)
+    accumulation = accumulation or total // (micro * world_size)
+    if not micro or not accumulation or micro * accumulation * world_size != total:
+        step = world_size * (config.get("train_micro_batch_size_per_gpu") or config.get("gradient_accumulation_steps", 1))
+        below, above = max(step, total - total % step), total + (step - total % step) % step
+        raise UserError(f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
+                        f"({micro or 'too little'} x {accumulation or 'too little'} x {world_size} = "
+                        f"{micro * accumulation * world_size}); say ds.train_batch_size={below if below <= total else above}"
+                        + (f" or {above}" if below < above else "") + ", or use another number of ranks")
+    return micro, accumulation
+
+
+def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may change."""
+    free = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",
+            "comms_logger", "flops_profiler", "scheduler.params.total_num_steps")
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [f"ds.{key}: {before.get(key, 'unset')} in the run, {after.get(key, 'unset')} asked for"
+            for key in sorted(before.keys() | after.keys())
+            if not key.startswith(free) and before.get(key) != after.get(key)]
+
+
+def _recipe_path(name: str) -> Path:
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in RECIPES.glob("*.yaml")]
+        raise UserError(f"no recipe {name!r}{nearest(name, known)} (or give the path of a .yaml file)")
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, such as `scale: 2`")
+    return values
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"recipe {path} is its own base: {' -> '.join(p.stem for p in (*seen, path))}")
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    values.setdefault("name", path.stem)
+    if base is None:
+        return values
+    return _merged(_with_bases(_recipe_path(str(base)), (*seen, path)), values)
+
+
+def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` over `base`, key by key; a generator of another name and a table of losses replace the base's whole."""
+    merged = copy.deepcopy(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        renamed = key == "generator" and isinstance(value, Mapping) and value.get("name", None) not in (None, (old or {}).get("name"))
+        if isinstance(old, dict) and isinstance(value, Mapping) and key != "losses" and not renamed:
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{dotted}: {parent} has no keys of its own")
+    values[last] = value
+
+
+def _validated(values: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())) from error
+
+
+def _one_line(fault: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        fields = DataSpec.model_fields if fault["loc"][0] == "data" and len(fault["loc"]) > 1 else Recipe.model_fields
+        return f"{key}: unknown key{nearest(str(fault['loc'][-1]), fields)}"
+    if fault["type"] == "value_error":
+        return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{key}: {message}" if fault["type"] == "missing" else f"{key}: {message}, not {fault['input']!r}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

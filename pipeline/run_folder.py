@@ -1,0 +1,94 @@
+"""The run folder: what training leaves behind and everything after it reads. Needs no torch.
+
+    runs/<name>/recipe.yaml
+    runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json, generator.safetensors, generator_ema.safetensors}
+
+A checkpoint exists if and only if its MANIFEST.json does: that is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pipeline.cli import UserError
+
+RUNS_DIR = Path("runs")
+RECIPE_FILE = "recipe.yaml"
+CHECKPOINTS_DIR = "checkpoints"
+MANIFEST_FILE = "MANIFEST.json"
+STATE_FILE = "state.json"
+GENERATOR_FILE = "generator.safetensors"
+GENERATOR_EMA_FILE = "generator_ema.safetensors"
+
+Step = Literal["best", "newest"] | int
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies, whether it is there or not."""
+    return Path(run_dir) / CHECKPOINTS_DIR / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints, ascending."""
+    manifests = (Path(run_dir) / CHECKPOINTS_DIR).glob(f"step-*/{MANIFEST_FILE}")
+    names = (re.fullmatch(r"step-(\d{8,})", manifest.parent.name) for manifest in manifests)
+    return sorted(int(name[1]) for name in names if name)
+
+
+def find_run(root: Path = RUNS_DIR) -> Path:
+    """The run with the newest complete checkpoint in `root`; `UserError` where there is none."""
+    root = Path(root)
+    newest_first = sorted(root.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"),
+                          key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)), reverse=True)
+    if not newest_first:
+        raise UserError(f"no run with a checkpoint in {str(root)!r}; train one first with ./launch_local_train.sh")
+    return newest_first[0].parents[2]
+
+
+def choose_step(run_dir: Path, step: Step) -> int:
+    """The step number meant by `step` among the complete checkpoints of the run; `UserError` where there is none.
+
+    "best" is the best validation PSNR so far; where none was measured yet or its checkpoint is gone, that is said on
+    stderr and the newest is taken.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {str(run_dir)!r}")
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        raise UserError(f"run {str(run_dir)!r} has no complete checkpoint yet; let it train up to its first save")
+    if step == "newest":
+        return steps[-1]
+    if step == "best":
+        best = _best_step(run_dir, steps[-1])
+        if best in steps:
+            return best
+        why = "no best step yet" if best is None else f"the checkpoint of the best step {best} is gone"
+        print(f"note: run {run_dir.name!r}: {why}; taking the newest, step {steps[-1]}", file=sys.stderr)
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"run {str(run_dir)!r} has no complete checkpoint of step {step}; "
+                        f"choose from best, newest, {', '.join(map(str, steps))}")
+    return step
+
+
+def run_network_file(run_dir: Path, step: Step, ema: bool) -> Path:
+    """The generator's weights at `step` ("best", "newest" or a number): averaged (`ema`) or raw. See `choose_step`."""
+    path = checkpoint_dir(run_dir, choose_step(run_dir, step)) / (GENERATOR_EMA_FILE if ema else GENERATOR_FILE)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path.parent)!r} holds no {path.name}; choose another step")
+    return path
+
+
+def _best_step(run_dir: Path, newest: int) -> int | None:
+    path = checkpoint_dir(run_dir, newest) / STATE_FILE
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))["best_step"]
+        return None if best is None else int(best)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} does not tell the best step ({type(error).__name__}: {error}); "
+                        "choose --step newest") from error

@@ -1,0 +1,1 @@
+"""Ways of training: each turns micro-batches into updates of its engines."""

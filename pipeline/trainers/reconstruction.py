@@ -1,0 +1,36 @@
+"""Training of one network towards the HR image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import Batch
+from pipeline.ema import ExponentialMovingAverage
+from pipeline.engine import descend
+from pipeline.losses import Criterion
+
+
+class ReconstructionTrainer:
+    """A generator that learns from pixel losses alone."""
+
+    def __init__(self, generator: Any, criterion: Criterion, ema: ExponentialMovingAverage,
+                 memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        self.generator, self.criterion, self.ema, self.memory_format = generator, criterion, ema, memory_format
+
+    @property
+    def engines(self) -> dict[str, Any]:
+        """Name -> DeepSpeed engine: what a checkpoint must hold."""
+        return {"generator": self.generator}
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Learn from one micro-batch. Returns the weighted losses, detached, still on the device."""
+        lr = batch.lr.contiguous(memory_format=self.memory_format)
+        losses = self.criterion(self.generator(lr), batch.hr)
+        at_boundary = self.generator.is_gradient_accumulation_boundary()
+        descend(self.generator, torch.stack(list(losses.values())).sum())
+        if at_boundary:
+            self.ema.update(self.generator.module)
+        return {name: loss.detach() for name, loss in losses.items()}

@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Train a super-resolution network. Usually started by ./launch_local_train.sh; `python train.py --help` teaches."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pipeline import cli
+from pipeline.options import TrainOptions
+
+
+def main(options: TrainOptions) -> int:
+    from pipeline.train import main as train  # torch and DeepSpeed take seconds to import; --help need not wait
+
+    return train(options)
+
+
+if __name__ == "__main__":
+    # The deepspeed launcher may add --local_rank=N, which it also puts into the environment.
+    cli.run(TrainOptions, main, [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")])
