@@ -17,7 +17,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Contents, Progress, SaveFailed
-from pipeline.cli import UserError
+from pipeline.cli import Failure, UserError
 from pipeline.data.loader import Loader
 from pipeline.data.reader import CropSource, Position
 from pipeline.data.sampling import Sampler
@@ -205,7 +205,7 @@ class _Run:
         agreed = max(agreed, agreement.finish())
         if agreed > SAVE:
             self._save(clock, must=True)
-            self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues from there")
+            self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues there")
             return 128 + agreed
         if validated_at != progress.step:
             self._validate()
@@ -262,9 +262,9 @@ class _Run:
         values = meter.read(self.progress.step, self.loader)
         if values.nonfinite_batch is not None:
             files = ", ".join(dict.fromkeys(self.loader.source.files_of(values.nonfinite_batch)))
-            raise RuntimeError(f"training has diverged: the loss has not been finite for {values.nonfinite_run} batches in "
-                               f"a row on rank {self.ranks.rank}, last with {files}; continue from the last checkpoint "
-                               "with a smaller ds.optimizer.params.lr")
+            raise Failure(f"training has diverged: the loss has not been finite for {values.nonfinite_run} batches in a "
+                          f"row on rank {self.ranks.rank}, last with {files}; the weights are as they were before, but "
+                          "a fresh run needs a smaller ds.optimizer.params.lr")
         if self.journal:
             epoch = self.progress.step * self.plan.ds_config["train_batch_size"] / len(self.plan.training_files)
             line = values.as_dict() | {"lr": engine.get_lr()[0], "epoch": round(epoch, 4),
@@ -307,7 +307,7 @@ class _Run:
         except SaveFailed as error:
             message = f"the checkpoint of step {self.progress.step} could not be written: {error}"
             if must:
-                raise RuntimeError(f"{message}; the one before is untouched in {self.plan.run_dir}") from error
+                raise Failure(f"{message}; the one before is untouched in {self.plan.run_dir}") from error
             self._say(f"warning: {message}; training goes on and will try again")
         else:
             if self.ranks.is_first:
@@ -333,10 +333,11 @@ def refuse_strangers(plan: Plan, identity: dict[str, Any], step: int) -> None:
     differences = recipe_differences(Recipe.model_validate(identity["recipe"]), plan.recipe)
     differences += ds_differences(identity["ds_config"], plan.ds_config)
     old, new = identity["dataset"], plan.identity["dataset"]
-    differences += [f"dataset {key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    differences += [f"dataset {key}: {old[key]} in the run, {new[key]} asked for"
+                    for key in old if old[key] != new[key]]
     if differences:
-        raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what it "
-                        "was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
+        raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
+                        "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
 
 
 def _short(path: Path) -> str:

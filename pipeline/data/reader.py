@@ -177,5 +177,8 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
 
 
 def cubic_lr(fn: Any, types: Any, hr: Any, height: int, width: int) -> Any:
-    """DALI nodes: antialiased cubic (Keys, a = -0.5), rounded to bytes; within a grey level of MATLAB's imresize."""
+    """DALI nodes: antialiased cubic (Keys, a = -0.5), edges repeated, rounded to the nearest byte.
+
+    MATLAB's imresize but for the outermost pixels, where that mirrors the image instead.
+    """
     return fn.resize(hr, resize_y=height, resize_x=width, interp_type=types.INTERP_CUBIC, antialias=True)

@@ -69,13 +69,3 @@ def anchor(fraction: int, length: int, crop: int, grid: int) -> int:
     """
     places = (length - crop) // grid + 1
     return (int(fraction) * places >> 32) * grid
-
-
-def micro_batch_start(step: int, accumulation_index: int, rank: int, *, micro_batch: int, accumulation: int,
-                      world_size: int) -> int:
-    """Number of the first of the `micro_batch` consecutive samples that `rank` takes.
-
-    The global batch of a step is samples step * G .. (step + 1) * G - 1 with G = micro_batch * accumulation *
-    world_size, however it is split.
-    """
-    return ((step * accumulation + accumulation_index) * world_size + rank) * micro_batch

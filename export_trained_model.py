@@ -1,0 +1,39 @@
+"""Export a trained generator from a run folder to .pth and .safetensors. Needs no GPU and no DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from pipeline import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export a run's generator to .pth and .safetensors and read both back, to be sure.
+
+    Example: python export_trained_model.py runs/demo --half
+    """
+
+    run_dir: Annotated[Positional[Path | None], arg(help_behavior_hint="(default: newest run)")] = None
+    """Run folder."""
+    step: Literal["best", "newest"] | int = "best"
+    """Checkpoint: best (by validation PSNR), newest, or the number of a step."""
+    raw: bool = False
+    """The raw weights instead of their moving average (EMA)."""
+    half: bool = False
+    """Store the parameters in float16: half the size."""
+    output_dir: Annotated[Path | None, arg(help_behavior_hint="(default: <run_dir>/export)")] = None
+    """Folder for the files."""
+
+
+def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
+    from pipeline.export.torch_file import run_export
+    return run_export(**vars(options))
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)

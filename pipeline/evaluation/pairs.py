@@ -1,0 +1,112 @@
+"""Which LR image belongs to which HR image, and reading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An HR image and its LR image, on the disk."""
+
+    name: str
+    hr: Path
+    lr: Path | None
+    """None: it is made from the HR image."""
+
+    def load(self, scale: int) -> tuple[Tensor, Tensor]:
+        """HR and LR, uint8 RGB 1 x 3 x H x W; the HR cut at the bottom and the right to a multiple of `scale`.
+
+        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes.
+        """
+        hr = crop_to_multiple(read_image(self.hr), scale)
+        height, width = hr.shape[-2:]
+        if self.lr is None:
+            if min(height, width) < scale:
+                raise UserError(f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}")
+            return hr, to_bytes(cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale)))
+        lr = read_image(self.lr)
+        if (lr.shape[-2] * scale, lr.shape[-1] * scale) != (height, width):
+            raise UserError(f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so at scale "
+                            f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
+                            f"{str(self.hr)!r} is {width}x{height}; is it another scale's?")
+        return hr, lr
+
+
+def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
+    """Pair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming what does not pair.
+
+    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there are left alone),
+    otherwise every image is HR and its LR image is made. With `lr`: equal names, or the LR one's with `_LR`, `xS` or
+    `_xS` behind, S being the scale.
+    """
+    images = _images_by_stem(Path(hr), "HR")
+    marked = {stem[:-3]: path for stem, path in images.items() if stem.endswith("_HR")}
+    if lr is not None:
+        return _pair_folders(marked or images, Path(lr), scale)
+    if not marked:
+        return [Pair(name, path, None) for name, path in sorted(images.items())]
+    partners = {name: images.get(f"{name}_LR") for name in marked}
+    missing = [name for name, partner in partners.items() if partner is None]
+    if missing and len(missing) < len(marked):
+        raise UserError(f"{len(missing)} of {len(marked)} HR images in {str(hr)!r} have no LR image beside them, the "
+                        f"first being {marked[missing[0]].name!r}; add it or give the LR images with --lr")
+    return [Pair(name, marked[name], partners[name]) for name in sorted(marked)]
+
+
+def read_image(path: Path) -> Tensor:
+    """The image as uint8 RGB 1 x 3 x H x W: upright, gray repeated, alpha dropped, 16 bits rounded to 8."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to 255
+                gray = np.clip(np.asarray(image).astype(np.float64) / 257 + 0.5, 0, 255).astype(np.uint8)
+                image = Image.fromarray(gray)
+            array = np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"image {str(path)!r} cannot be read ({error}); replace or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {str(path)!r} is too large to be safe ({error}); cut it up") from error
+    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+
+def _pair_folders(hr_images: dict[str, Path], lr: Path, scale: int) -> list[Pair]:
+    lr_images = _images_by_stem(lr, "LR")
+    pairs, missing = [], []
+    for name, path in sorted(hr_images.items()):
+        wanted = (name, f"{name}_LR", f"{name}x{scale}", f"{name}_x{scale}", f"{name}X{scale}", f"{name}_X{scale}")
+        found = [lr_images[stem] for stem in wanted if stem in lr_images]
+        if found:
+            pairs.append(Pair(name, path, found[0]))
+        else:
+            missing.append(path)
+    if missing:
+        raise UserError(f"{len(missing)} of {len(hr_images)} HR images have no LR image in {str(lr)!r}, the first "
+                        f"being {missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})")
+    return pairs
+
+
+def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"no folder of {title} images {str(folder)!r}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(SUFFIXES))})")
+    images: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in images:
+            raise UserError(f"folder {str(folder)!r} holds both {images[path.stem].name!r} and {path.name!r}; "
+                            "image names must differ before the dot")
+        images[path.stem] = path
+    return images

@@ -1,0 +1,1 @@
+"""Trained networks as files for others. Needs no GPU and no DeepSpeed."""

@@ -1,0 +1,119 @@
+"""A run's generator as a .pth and a .safetensors file, read back and proven equal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.models.weights import SavedNetwork, read_network, write_network
+from pipeline.run_folder import Step, choose_step, find_run, run_network_file
+
+EXPORT_DIR = "export"
+FORMATS = (".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    files: list[Path]
+    """One per format of `FORMATS`."""
+    saved: SavedNetwork
+    """What the files hold."""
+
+
+def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, output_dir: Path | None) -> int:
+    """See `export_trained_model.py --help`. Returns the exit status: 1 where a file does not hold what was written."""
+    run_dir = find_run() if run_dir is None else run_dir
+    exported = export_run(run_dir, step, raw=raw, half=half, output_dir=output_dir)
+    faults = verify(exported)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if faults:
+        return 1
+    saved, file = exported.saved, exported.files[0]
+    print(f"{saved.name} x{saved.scale} of run {run_dir}, step {saved.metadata['step']}, "
+          f"{saved.metadata['weights']} weights in {saved.metadata['dtype']}, "
+          f"{int(saved.metadata['parameters']):,} parameters:")
+    for path in exported.files:
+        print(f"  {path}  ({path.stat().st_size / 1e6:.2f} MB)")
+    print("Read back: both equal bit for bit, and the network runs.")
+    print(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
+    print("In Python:   from pipeline.models.weights import read_network\n"
+          f"             network = read_network({str(file)!r}).build()")
+    return 0
+
+
+def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: bool = False,
+               output_dir: Path | None = None) -> Exported:
+    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats; see `verify`.
+
+    Averaged (EMA) weights unless `raw`. `half` stores the parameters in float16 (buffers stay as they are). The
+    default folder is `<run_dir>/export`. `UserError` for a run without such a checkpoint and for broken weights.
+    """
+    run_dir = Path(run_dir)
+    number = choose_step(run_dir, step)
+    saved = read_network(run_network_file(run_dir, number, ema=not raw))
+    network = saved.build()  # refuses what does not fit and what is not finite, before anything is written
+    parameters = dict(network.named_parameters())
+    state_dict = saved.state_dict
+    if half:
+        state_dict = {key: tensor.half() if key in parameters else tensor for key, tensor in state_dict.items()}
+    recipe = _recipe_name(saved, run_dir)
+    saved = replace(saved, state_dict=state_dict, metadata={
+        **saved.metadata,
+        "recipe": recipe,
+        "step": str(number),
+        "weights": "raw" if raw else "averaged (EMA)",
+        "dtype": "float16" if half else str(next(iter(state_dict.values())).dtype).removeprefix("torch."),
+        "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
+    })
+    folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
+    stem = f"{recipe}_x{saved.scale}{'_raw' if raw else ''}{'_fp16' if half else ''}"
+    files = [folder / (stem + suffix) for suffix in FORMATS]
+    try:
+        for file in files:
+            write_network(file, saved)
+    except OSError as error:
+        raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --output-dir") from error
+    return Exported(files, saved)
+
+
+def verify(exported: Exported) -> list[str]:
+    """Read the files back: a line for each that is not bit for bit what was written, or whose network fails to run."""
+    lr = torch.arange(3 * 16 * 16, dtype=torch.int64).remainder(256).to(torch.uint8).view(1, 3, 16, 16)
+    faults = []
+    for file in exported.files:
+        found = read_network(file)
+        if not _equal_bits(found.state_dict, exported.saved.state_dict):
+            faults.append(f"{str(file)!r} does not hold the tensors that were written; is the disk sound?")
+        elif replace(found, state_dict={}) != replace(exported.saved, state_dict={}):
+            faults.append(f"{str(file)!r} does not hold the description that was written; is the disk sound?")
+        else:
+            with torch.inference_mode():
+                sr = found.build()(lr)
+            side = 16 * found.scale
+            if sr.shape != (1, 3, side, side) or not torch.isfinite(sr).all():
+                faults.append(f"the network in {str(file)!r} fails: of 16x16 pixels it makes {tuple(sr.shape)}, "
+                              f"{'finite' if torch.isfinite(sr).all() else 'with NaN or infinity'}")
+    return faults
+
+
+def _equal_bits(found: dict[str, Tensor], written: dict[str, Tensor]) -> bool:
+    return found.keys() == written.keys() and all(
+        found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
+        and torch.equal(found[key].contiguous().flatten().view(torch.uint8),
+                        tensor.contiguous().flatten().view(torch.uint8))
+        for key, tensor in written.items())
+
+
+def _recipe_name(saved: SavedNetwork, run_dir: Path) -> str:
+    """The recipe's name as the weights tell it; weights that tell none are named after their run folder."""
+    name = saved.metadata.get("recipe", "")
+    return name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else run_dir.resolve().name

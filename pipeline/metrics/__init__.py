@@ -1,0 +1,1 @@
+"""Measures of how near SR is to HR."""

@@ -1,0 +1,214 @@
+"""Weights in files: read ours and foreign ones, know a network from its tensors alone, write them whole or not at all.
+
+Nothing in a file is ever executed: .safetensors cannot hold code, and .pth is read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pipeline.cli import UserError, nearest
+from pipeline.models import build_generator
+from pipeline.models.vapsr import recognise_vapsr
+
+# Where the field's training codes keep a state dict within a .pth file, the one to prefer first.
+STATE_KEYS = ("params_ema", "params-ema", "params", "state_dict_ema", "state_dict", "model_state_dict", "model_ema",
+              "model", "generator", "net", "module")
+METADATA_KEY = "vastscale"
+
+RECOGNISERS: dict[str, Callable[[Mapping[str, tuple[int, ...]]], tuple[int, dict[str, Any]] | None]] = {
+    "vapsr": recognise_vapsr,
+}
+
+
+@dataclass
+class SavedNetwork:
+    """A network as it lies in a file: all that is needed to build it again."""
+
+    name: str
+    """Its name in `GENERATORS`."""
+    scale: int
+    params: dict[str, Any]
+    """The other keyword arguments of its class."""
+    state_dict: dict[str, Tensor]
+    """Its tensors on the CPU, in the dtypes of the file."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Where it comes from: "step", "recipe"…"""
+
+    def build(self) -> nn.Module:
+        """The network in eval mode, float32 on the CPU, with exactly these tensors; a half file is widened.
+
+        `UserError` where a tensor is missing, left over, of another shape or not finite.
+        """
+        with torch.random.fork_rng(devices=[]):  # initial values are overwritten; they must not shift a trainer's RNG
+            network = build_generator(self.name, self.scale, **self.params)
+        wanted = network.state_dict()
+        title = f"network {self.name!r} x{self.scale}"
+        for key in sorted(wanted.keys() | self.state_dict.keys()):
+            if key not in self.state_dict:
+                raise UserError(f"{title} needs the tensor {key!r}, which the weights lack; were they trained with "
+                                "other parameters?")
+            if key not in wanted:
+                raise UserError(f"{title} has no tensor {key!r}, which the weights hold; were they trained with "
+                                "other parameters?")
+            tensor = self.state_dict[key]
+            if tensor.shape != wanted[key].shape:
+                raise UserError(f"{title}: tensor {key!r} is {tuple(tensor.shape)} in the weights but must be "
+                                f"{tuple(wanted[key].shape)}")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{title}: tensor {key!r} holds NaN or infinity; training diverged, take an "
+                                "earlier step")
+        network.load_state_dict(self.state_dict, strict=True)
+        return network.eval()
+
+
+def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
+    """Read a .safetensors, .pth or .pt file; what it does not say of the network is recognised from the tensors.
+
+    `weights` names the state dict to take from a .pth that holds several; "auto" is the first there is of
+    `STATE_KEYS` (EMA first). Prefixes of wrappers (`module.`, `_orig_mod.`) are stripped. `UserError` for a file
+    that is missing, unreadable, holds code, or is of no known network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights file {str(path)!r}" + (": it is a folder" if path.is_dir() else ""))
+    if path.suffix == ".safetensors":
+        tensors, description = _read_safetensors(path, weights)
+    elif path.suffix in (".pth", ".pt"):
+        tensors, description = _read_pickled(path, weights)
+    else:
+        raise UserError(f"weights file {str(path)!r} is neither .safetensors, .pth nor .pt")
+    tensors = {_strip_wrappers(key): tensor for key, tensor in tensors.items()}
+    if description is not None:
+        return _described(path, description, tensors)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for name, recognise in RECOGNISERS.items():
+        found = recognise(shapes)
+        if found is not None:
+            return SavedNetwork(name=name, scale=found[0], params=found[1], state_dict=tensors)
+    raise UserError(f"{str(path)!r} is of no network known here ({', '.join(RECOGNISERS)}); its first tensors are "
+                    f"{', '.join(list(shapes)[:3])}")
+
+
+def write_network(path: str | Path, saved: SavedNetwork) -> None:
+    """Write `saved` bit for bit to a .safetensors (flat) or .pth (under "params_ema") file.
+
+    The file appears whole or not at all: it is written aside, flushed to the disk and renamed.
+    """
+    path = Path(path)
+    description = json.dumps({"name": saved.name, "scale": saved.scale, "params": saved.params,
+                              "metadata": saved.metadata}, sort_keys=True)
+    # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels_last).
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
+    if path.suffix == ".safetensors":
+        content = safetensors.torch.save(tensors, metadata={METADATA_KEY: description})
+    elif path.suffix == ".pth":
+        buffer = io.BytesIO()
+        torch.save({"params_ema": tensors, METADATA_KEY: description}, buffer)
+        content = buffer.getvalue()
+    else:
+        raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
+    _write_whole(path, content)
+
+
+def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], str | None]:
+    if weights != "auto":
+        raise UserError(f"{str(path)!r} holds one set of weights; leave out weights {weights!r}")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            # Cloned, because the tensors of an open file are a window into it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not a readable .safetensors file ({error}); is it cut short?") from error
+    return tensors, metadata.get(METADATA_KEY)
+
+
+def _read_pickled(path: Path, weights: str) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), flags=re.IGNORECASE)
+        if code:
+            raise UserError(f"{str(path)!r} holds pickled code besides tensors ({code[1]}), which is never run here; "
+                            "save its state dict alone") from error
+        raise UserError(f"{str(path)!r} is not a readable PyTorch file; is it cut short?") from error
+    except PermissionError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
+    except Exception as error:  # of a broken file torch.load raises nearly anything: RuntimeError, EOFError, KeyError…
+        raise UserError(f"{str(path)!r} is not a readable PyTorch file ({type(error).__name__}); "
+                        "is it cut short?") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a state dict")
+    description = content.get(METADATA_KEY)
+    return _choose_state(path, content, weights), description if isinstance(description, str) else None
+
+
+def _choose_state(path: Path, content: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
+    """The state dict named `weights` within `content`, or for "auto" the preferred one or `content` itself."""
+    held = {key: value for key, value in content.items() if _is_state_dict(value)}
+    if weights != "auto":
+        if weights not in held:
+            raise UserError(f"{str(path)!r} holds no weights {weights!r}"
+                            + (nearest(weights, held) if held else "; it is one state dict: leave that out"))
+        return dict(held[weights])
+    for key in STATE_KEYS:
+        if key in held:
+            return dict(held[key])
+    if _is_state_dict(content):
+        return dict(content)
+    raise UserError(f"{str(path)!r} holds no state dict; found {', '.join(map(str, list(content)[:5])) or 'nothing'}")
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (isinstance(value, Mapping) and len(value) > 0
+            and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()))
+
+
+def _strip_wrappers(key: str) -> str:
+    """Drop what DataParallel (`module.` in front) and torch.compile (`_orig_mod.` at any level) add to a key."""
+    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> SavedNetwork:
+    try:
+        said = json.loads(description)
+        return SavedNetwork(name=str(said["name"]), scale=int(said["scale"]), params=dict(said["params"]),
+                            state_dict=tensors,
+                            metadata={str(key): str(value) for key, value in said.get("metadata", {}).items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r}: its {METADATA_KEY!r} metadata cannot be understood ({error!r})") from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)

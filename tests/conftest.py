@@ -1,0 +1,67 @@
+"""What tests share: a checkout on the path, seeds, and small datasets made on the spot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests run on the CPU, on every machine
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def photograph(seed: int, height: int, width: int) -> np.ndarray:
+    """A picture with edges and texture: HWC uint8."""
+    import cv2
+
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(12):
+        x, y, radius = (int(v) for v in random.integers(0, min(height, width), 3))
+        cv2.circle(image, (x, y), radius // 4 + 2, [int(v) for v in random.integers(0, 256, 3)], -1)
+    noise = random.normal(0, 3, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 training and 3 validation `.npy` files of different sizes, with their lists."""
+    root = tmp_path_factory.mktemp("dataset")
+    names = []
+    for i in range(13):
+        name = f"photos/{i:02d}.npy"
+        (root / name).parent.mkdir(exist_ok=True)
+        np.save(root / name, photograph(i, 64 + 2 * i, 96 - 3 * i))
+        names.append(name)
+    (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names[:10]))
+    (root / "validation_file_list.txt").write_text("".join(f"{name}\n" for name in names[10:]))
+    return root
+
+
+SMALL = ("data.crop=32", "ds.train_batch_size=4", "generator.num_blocks=1", "generator.num_features=8",
+         "generator.num_attention_features=8", "compile=off", "channels_last=on", "log_every=1", "validate_every=4",
+         "save_every=3", "ds.scheduler.params.total_num_steps=20", "ds.scheduler.params.warmup_num_steps=2")
+"""Overrides of the demo recipe for runs of a second."""
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[str]:
+    """The command line of a small training run."""
+    return [sys.executable, str(ROOT / "launch" / "local.py"), "--procs", str(procs), "--recipe", "demo",
+            "--dataset-dir", str(dataset), "--output-dir", str(run_dir), *SMALL, *extra]
+
+
+def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run to the end; output as text."""
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+from fabricate import CHECKOUT, make_run
+
+from pipeline.cli import UserError
+from pipeline.export.torch_file import export_run, verify
+from pipeline.models.weights import read_network
+from pipeline.run_folder import run_network_file
+
+# Imported by every Python that finds it on its path: makes the three packages look absent.
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "nvidia", "torchvision"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def equal_states(first, second):
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The environment of a machine without DeepSpeed, DALI, torchvision and GPU."""
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCKER)
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "blocked"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def python(*arguments, cwd, env):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, timeout=120, capture_output=True,
+                          text=True)
+
+
+def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_path, alone):
+    assert python("-c", "import deepspeed", cwd=tmp_path, env=alone).returncode == 1  # the blocker works
+    run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
+    done = python(CHECKOUT / "export_trained_model.py", cwd=tmp_path, env=alone)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (run / "export").iterdir()} == {"demo_x2.pth", "demo_x2.safetensors"}
+    trained = read_network(run_network_file(run, 100, ema=True))
+    for suffix in ("pth", "safetensors"):
+        found = read_network(run / "export" / f"demo_x2.{suffix}")
+        assert equal_states(found.state_dict, trained.state_dict)
+        assert (found.name, found.scale, found.params) == (trained.name, trained.scale, trained.params)
+        count = sum(parameter.numel() for parameter in trained.build().parameters())
+        assert found.metadata == {"recipe": "demo", "step": "100", "weights": "averaged (EMA)", "dtype": "float32",
+                                  "parameters": str(count)}
+        assert f"runs/demo/export/demo_x2.{suffix}" in done.stdout
+    assert f"step 100, averaged (EMA) weights in float32, {count:,} parameters" in done.stdout
+    # What it prints of Python works as it stands.
+    code = "\n".join(line.split("Python:", 1)[-1].strip() for line in done.stdout.splitlines()[-2:])
+    assert python("-c", f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{code}\nassert not network.training",
+                  cwd=tmp_path, env=alone).returncode == 0
+
+
+def test_files_are_what_other_programs_expect(tmp_path):
+    run = make_run(tmp_path)
+    pickled, flat = export_run(run, "newest").files
+    content = torch.load(pickled, weights_only=True)
+    trained = read_network(run_network_file(run, 200, ema=True)).state_dict
+    assert set(content) == {"params_ema", "vastscale"}
+    assert equal_states(content["params_ema"], trained)
+    with safetensors.safe_open(str(flat), framework="pt") as file:
+        assert set(file.keys()) == set(trained)
+
+
+def test_raw_and_half_go_into_files_of_their_own(tmp_path):
+    run = make_run(tmp_path, global_residual="bicubic")
+    export_run(run, 200)
+    exported = export_run(run, 100, raw=True, half=True, output_dir=tmp_path / "out")
+    assert [path.name for path in exported.files] == ["demo_x2_raw_fp16.pth", "demo_x2_raw_fp16.safetensors"]
+    assert verify(exported) == []
+    trained = read_network(run_network_file(run, 100, ema=False)).state_dict
+    for file in exported.files:
+        found = read_network(file)
+        assert found.metadata["dtype"] == "float16"
+        assert found.state_dict["residual_kernel"].dtype == torch.float32  # a buffer: rounding it would tint the image
+        assert equal_states(found.state_dict, {
+            key: tensor if key == "residual_kernel" else tensor.half() for key, tensor in trained.items()})
+
+
+def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):
+    exported = export_run(make_run(tmp_path), "newest")
+    assert verify(exported) == []
+    file = exported.files[1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert [str(file) in fault and "not hold the tensors that were written" in fault
+            for fault in verify(exported)] == [True]
+    content[-1] ^= 1
+    file.write_bytes(bytes(content).replace(b"200", b"201", 1))
+    assert ["not hold the description that was written" in fault for fault in verify(exported)] == [True]
+
+
+def test_a_file_that_reads_back_wrong_is_exit_1(tmp_path, monkeypatch, capsys):
+    from pipeline.export import torch_file
+
+    run = make_run(tmp_path, best=200)
+    monkeypatch.setattr(torch_file, "write_network", _writing_zeros(torch_file.write_network))
+    assert torch_file.run_export(run, "best", raw=False, half=False, output_dir=None) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("does not hold the tensors that were written") == 2
+    assert captured.out == ""
+
+
+def _writing_zeros(write):
+    def write_zeros(path, saved):
+        zeros = {key: torch.zeros_like(tensor) for key, tensor in saved.state_dict.items()}
+        write(path, type(saved)(saved.name, saved.scale, saved.params, zeros, saved.metadata))
+
+    return write_zeros
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path, alone):
+    cases = {"no run with a checkpoint in 'runs'": (), "no run folder 'runs/none'": ("runs/none",)}
+    for message, arguments in cases.items():
+        done = python(CHECKOUT / "export_trained_model.py", *arguments, cwd=tmp_path, env=alone)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert message in done.stderr
+    run = make_run(tmp_path / "runs", best=100)
+    done = python(CHECKOUT / "export_trained_model.py", run, "--step", "150", cwd=tmp_path, env=alone)
+    assert done.returncode == 2
+    assert "no complete checkpoint of step 150; choose from best, newest, 100, 200" in done.stderr
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write into .*choose another --output-dir"):
+        export_run(run, "best", output_dir=tmp_path / "file")
+
+
+def test_importing_does_nothing_and_needs_no_training_packages(tmp_path, alone):
+    code = ("import sys, torch; before = torch.random.get_rng_state().clone()\n"
+            f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
+            "import pipeline.export.torch_file, pipeline.evaluation.command, evaluate, export_trained_model\n"
+            "assert torch.equal(before, torch.random.get_rng_state())")
+    done = python("-c", code, cwd=tmp_path, env=alone)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,157 @@
+"""Recipes and ds_configs: what is accepted, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import UserError
+from pipeline.models import build_generator
+from pipeline.options import TrainOptions, make_plan, steps_in_epochs
+from pipeline.recipe import (
+    RECIPES,
+    ROOT,
+    batch_sizes,
+    ds_differences,
+    load_ds_config,
+    load_recipe,
+    parse_overrides,
+    read_recipe,
+    recipe_differences,
+    write_recipe,
+)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    assert sum(parameter.numel() for parameter in generator.parameters()) > 10_000
+    assert load_ds_config(recipe.ds_config_path())["train_batch_size"] > 0
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_recipe_is_a_difference_from_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "wide.yaml"
+    path.write_text("base: vapsr_x2\ngenerator: {num_features: 64}\nlosses: {mse: 2}\n")
+    recipe, base = load_recipe(str(path)), load_recipe("vapsr_x2")
+    assert recipe.name == "wide"
+    assert recipe.generator.params == {**base.generator.params, "num_features": 64}
+    assert recipe.losses == {"mse": 2.0}  # a table of losses replaces the base's
+    assert recipe.data == base.data
+
+
+def test_a_generator_of_another_name_takes_nothing_from_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text("base: vapsr_x2\ngenerator: {name: srresnet, num_blocks: 3}\n")
+    assert load_recipe(str(path)).generator.params == {"num_blocks": 3}
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: {tmp_path / 'b.yaml'}\n")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path / 'a.yaml'}\n")
+    with pytest.raises(UserError, match="its own base: a -> b -> a"):
+        load_recipe(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.corp=64", "data.corp: unknown key; did you mean 'crop'?"),
+    ("lossess={l1: 1}", "lossess: unknown key; did you mean 'losses'?"),
+    ("losses.l3=1", "no loss named 'l3'; did you mean 'l1'?"),
+    ("losses.l1=-1", "the weight of 'l1' is -1.0"),
+    ("data.crop=65", "data.crop 65 is not a multiple of scale 2; use 64"),
+    ("steps=0", "steps: input should be greater than 0, not 0"),
+    ("steps=many", "steps: input should be a valid integer"),
+    ("compile=maybe", "compile: input should be 'auto', 'on' or 'off', not 'maybe'"),
+    ("steps", "'steps' is not an override; write key=value"),
+    ("scale.x=1", "scale has no keys of its own"),
+])
+def test_a_bad_value_is_one_clear_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("vapsr_x2", parse_overrides([override])[0])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_switches_may_be_yaml_booleans() -> None:
+    recipe = load_recipe("demo", parse_overrides(["compile=off", "channels_last=true"])[0])
+    assert (recipe.compile, recipe.channels_last) == ("off", "on")
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="no recipe 'vapsr_s_4x'; did you mean 'vapsr_s_x4'\\?"):
+        load_recipe("vapsr_s_4x")
+
+
+def test_differences_leave_out_what_may_change() -> None:
+    old = load_recipe("demo")
+    assert recipe_differences(old, load_recipe("demo", {"steps": 9, "patience": 3, "data.threads": 5})) == []
+    changed = load_recipe("demo", {"data.crop": 64, "generator.num_blocks": 6})
+    assert recipe_differences(old, changed) == ["data.crop: 96 in the run, 64 asked for",
+                                                "generator.num_blocks: 5 in the run, 6 asked for"]
+    config = load_ds_config(ROOT / "ds_config.json")
+    split = load_ds_config(ROOT / "ds_config.json", {"gradient_accumulation_steps": 4})
+    assert ds_differences(config, split) == []
+    assert ds_differences(config, load_ds_config(ROOT / "ds_config.json", {"train_batch_size": 32})) == [
+        "ds.train_batch_size: 64 in the run, 32 asked for"]
+
+
+@pytest.mark.parametrize(("config", "world_size", "expected"), [
+    ({"train_batch_size": 64}, 1, (64, 1)),
+    ({"train_batch_size": 64}, 4, (16, 1)),
+    ({"train_batch_size": 64, "gradient_accumulation_steps": 2}, 4, (8, 2)),
+    ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4}, 4, (4, 4)),
+    ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}, 2, (4, 8)),
+])
+def test_batch_sizes_follow_from_the_global_batch(config: dict, world_size: int, expected: tuple[int, int]) -> None:
+    assert batch_sizes(config, world_size) == expected
+
+
+@pytest.mark.parametrize(("config", "world_size", "way_out"), [
+    ({"train_batch_size": 64}, 3, "ds.train_batch_size=63 or 66"),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 16}, 1, "ds.train_batch_size=16"),
+    ({"train_batch_size": 4}, 8, "ds.train_batch_size=8"),
+])
+def test_batch_sizes_that_do_not_divide_name_ones_that_do(config: dict, world_size: int, way_out: str) -> None:
+    with pytest.raises(UserError, match="is not micro-batch x accumulation x") as caught:
+        batch_sizes(config, world_size)
+    assert way_out in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is not JSON: line 1"),
+    ('{"optimizer": {"type": "AdamW"}}', "train_batch_size must be a whole number above 0"),
+    ('{"train_batchsize": 8}', "unknown key 'train_batchsize'; did you mean 'train_batch_size'?"),
+    ('{"train_batch_size": 8}', "optimizer is missing"),
+    ('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}',
+     "zero_optimization.stage 3 is not supported"),
+    ('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "fp16": {"enabled": true}, "bf16": {"enabled": true}}',
+     "fp16 and bf16 are both enabled"),
+])
+def test_a_bad_ds_config_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_ds_config(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_epochs_limit_the_steps(dataset: Path) -> None:
+    assert steps_in_epochs(3, 10, 8) == 4  # 30 samples: 3.75 batches
+    assert steps_in_epochs(4, 10, 8) == 5
+    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=4))
+    assert plan.total_steps == 5
+    assert make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=10**6)).total_steps == 700
+    with pytest.raises(UserError, match="--max-epochs 0 must be at least 1"):
+        make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=0))
+
+
+def test_the_identity_of_a_run_is_plain_json(dataset: Path) -> None:
+    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=dataset))
+    assert json.loads(json.dumps(plan.identity)) == plan.identity
+    assert plan.identity["dataset"]["training_files"] == 10

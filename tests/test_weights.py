@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
+
+from pipeline import run_folder
+from pipeline.cli import UserError
+from pipeline.models.weights import SavedNetwork, read_network, write_network
+
+ALL_PARAMS = {"num_features", "num_attention_features", "num_blocks", "conv_groups", "projection_kernel",
+              "upsampler_features", "global_residual"}
+TINY_STATE = tiny_network().state_dict()
+
+
+def equal_states(first, second):
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+
+
+def save_pickled(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
+    saved = tiny_saved(scale=3, global_residual="bicubic")
+    saved.metadata = {"step": "400", "recipe": "demo"}
+    saved.state_dict["conv_first.weight"] = (
+        saved.state_dict["conv_first.weight"].half().contiguous(memory_format=torch.channels_last))
+    write_network(tmp_path / f"a{suffix}", saved)
+    found = read_network(tmp_path / f"a{suffix}")
+    assert (found.name, found.scale, found.params, found.metadata) == (
+        saved.name, saved.scale, saved.params, saved.metadata)
+    assert equal_states(found.state_dict, saved.state_dict)
+    assert os.listdir(tmp_path) == [f"a{suffix}"]  # nothing is left of writing aside
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("params", [{"scale": 2}, {"scale": 3}, {"scale": 4}, {"scale": 2, "projection_kernel": 3},
+                                    {"scale": 4, "conv_groups": 2, "num_blocks": 11},
+                                    {"scale": 2, "upsampler_features": 24}, {"scale": 3, "global_residual": "bicubic"}])
+def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, params):
+    network = tiny_network(**params)
+    path = tmp_path / f"bare{suffix}"
+    if suffix == ".pth":
+        torch.save(network.state_dict(), path)
+    else:
+        safetensors.torch.save_file(network.state_dict(), path)
+    found = read_network(path)
+    expected = {**TINY, "conv_groups": 1, "projection_kernel": 1, "global_residual": "none",
+                "upsampler_features": 64 if params["scale"] == 4 else 56, **params}
+    assert found.scale == expected.pop("scale")
+    assert (found.name, found.params) == ("vapsr", expected)
+    assert set(found.params) == ALL_PARAMS
+    images = torch.rand(1, 3, 8, 9)
+    with torch.inference_mode():
+        assert torch.equal(found.build()(images), network(images))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
+    state = tiny_network().state_dict()
+    path = save_pickled(tmp_path / "a.pth", {prefix + key: tensor for key, tensor in state.items()})
+    assert equal_states(read_network(path).state_dict, state)
+
+
+def test_blocks_compiled_one_by_one_are_stripped_too(tmp_path):
+    network = tiny_network()
+    state = network.state_dict()
+    network.body[1] = torch.compile(network.body[1])
+    assert "body.1._orig_mod.proj_1.weight" in network.state_dict()
+    path = save_pickled(tmp_path / "a.pth", network.state_dict())
+    assert equal_states(read_network(path).state_dict, state)
+
+
+def test_averaged_weights_are_preferred_and_others_can_be_named(tmp_path):
+    raw, averaged = tiny_network(1).state_dict(), tiny_network(2).state_dict()
+    path = save_pickled(tmp_path / "a.pth", {"iter": 7, "params": raw, "params_ema": averaged})
+    assert equal_states(read_network(path).state_dict, averaged)
+    assert equal_states(read_network(path, weights="params").state_dict, raw)
+    with pytest.raises(UserError, match="holds no weights 'param'; did you mean 'params'"):
+        read_network(path, weights="param")
+
+
+@pytest.mark.parametrize("key", ["params", "state_dict", "model", "model_state_dict", "generator"])
+def test_state_dicts_are_found_under_the_usual_names(tmp_path, key):
+    state = tiny_network().state_dict()
+    path = save_pickled(tmp_path / "a.pt", {key: state, "epoch": 3, "optimizer": {"state": {}}})
+    assert equal_states(read_network(path).state_dict, state)
+
+
+def test_half_files_keep_their_dtype_and_build_in_float32(tmp_path):
+    state = {key: tensor.half() for key, tensor in tiny_network().state_dict().items()}
+    found = read_network(save_pickled(tmp_path / "half.pth", {"params": state}))
+    assert equal_states(found.state_dict, state)
+    built = found.build().state_dict()
+    assert all(torch.equal(built[key], tensor.float()) for key, tensor in state.items())
+
+
+def test_building_leaves_the_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tiny_built = SavedNetwork("vapsr", 2, TINY, TINY_STATE).build()
+    assert not tiny_built.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+class _Payload:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_pickled_code_is_refused_and_never_runs(tmp_path):
+    victim = tmp_path / "executed"
+    path = save_pickled(tmp_path / "a.pth", {"params": TINY_STATE, "extra": _Payload(f"touch {victim}")})
+    with pytest.raises(UserError, match=r"pickled code besides tensors \(posix.system\), which is never run"):
+        read_network(path)
+    assert not victim.exists()
+    torch.load(path, weights_only=False)  # the payload is real: read carelessly it does run
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.99])
+def test_a_truncated_file_is_one_line(tmp_path, suffix, kept):
+    path = tmp_path / f"a{suffix}"
+    write_network(path, tiny_saved())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(UserError, match="is not a readable") as caught:
+        read_network(path)
+    assert re.search(re.escape(str(path)), str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_no_use_are_one_clear_line_each(tmp_path):
+    rrdb = {"conv_first.weight": torch.zeros(8, 3, 3, 3), "body.0.rdb1.conv1.weight": torch.zeros(4, 8, 3, 3),
+            "conv_body.weight": torch.zeros(8, 8, 3, 3), "conv_up1.weight": torch.zeros(8, 8, 3, 3)}
+    cases = {
+        "is of no network known here .vapsr.; its first tensors are conv_first.weight": rrdb,
+        "holds no state dict; found epoch": {"epoch": 3},
+        "holds a list, not a state dict": [torch.zeros(1)],
+        "holds no state dict; found nothing": {},
+    }
+    for number, (message, content) in enumerate(cases.items()):
+        with pytest.raises(UserError, match=message):
+            read_network(save_pickled(tmp_path / f"{number}.pth", content))
+    (tmp_path / "text.onnx").write_text("x")
+    for path, message in ((tmp_path / "none.pth", "no weights file"), (tmp_path, "it is a folder"),
+                          (tmp_path / "text.onnx", "neither .safetensors, .pth nor .pt")):
+        with pytest.raises(UserError, match=message):
+            read_network(path)
+    with pytest.raises(UserError, match=r"must end in .safetensors or .pth"):
+        write_network(tmp_path / "a.onnx", tiny_saved())
+
+
+def test_metadata_that_cannot_be_understood_is_named(tmp_path):
+    for description in ("{", "[]", json.dumps({"name": "vapsr"}), json.dumps({"name": "vapsr", "scale": "x",
+                                                                              "params": {}})):
+        path = save_pickled(tmp_path / "a.pth", {"params": TINY_STATE, "vastscale": description})
+        with pytest.raises(UserError, match="metadata cannot be understood"):
+            read_network(path)
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda state: state.pop("conv_body.bias"), "needs the tensor 'conv_body.bias'"),
+    (lambda state: state.update(surplus=torch.zeros(1)), "has no tensor 'surplus'"),
+    (lambda state: state.update({"conv_body.bias": torch.zeros(9)}), r"is \(9,\) in the weights but must be \(8,\)"),
+    (lambda state: state["conv_body.bias"].fill_(float("nan")), "'conv_body.bias' holds NaN or infinity"),
+])
+def test_build_refuses_what_does_not_fit(spoil, message):
+    saved = SavedNetwork("vapsr", 2, TINY, {key: tensor.clone() for key, tensor in TINY_STATE.items()})
+    spoil(saved.state_dict)
+    with pytest.raises(UserError, match=message):
+        saved.build()
+
+
+def test_a_file_is_replaced_not_overwritten(tmp_path):
+    path, reader = tmp_path / "a.pth", tmp_path / "link.pth"
+    write_network(path, tiny_saved(1))
+    os.link(path, reader)  # who reads the old file goes on reading it whole
+    before = path.read_bytes()
+    write_network(path, tiny_saved(2))
+    assert reader.read_bytes() == before != path.read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    write_network(path, tiny_saved(1))
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_network(path, tiny_saved(2))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_the_released_file_loads_strictly():
+    path = shared("weights/VapSR_X4.pth")
+    found = read_network(path)
+    assert (found.name, found.scale) == ("vapsr", 4)
+    assert found.params == {"num_features": 48, "num_attention_features": 64, "num_blocks": 21, "conv_groups": 1,
+                            "projection_kernel": 1, "upsampler_features": 64, "global_residual": "none"}
+    assert sum(parameter.numel() for parameter in found.build().parameters()) == 342_220
+    official = torch.load(path, weights_only=True)
+    assert equal_states(found.state_dict, official["params_ema"])
+    assert equal_states(read_network(path, "params").state_dict, official["params"])
+
+
+def test_a_checkpoint_exists_with_its_manifest(tmp_path):
+    run = make_run(tmp_path / "runs", steps=(100, 300, 200))
+    (run_folder.checkpoint_dir(run, 300) / run_folder.MANIFEST_FILE).unlink()
+    (run / "checkpoints" / "step-00000400.tmp").mkdir()
+    (run / "checkpoints" / "step-00000400.tmp" / run_folder.MANIFEST_FILE).write_text("{}")
+    assert run_folder.checkpoint_steps(run) == [100, 200]
+    assert run_folder.run_network_file(run, "newest", ema=False) == (
+        run / "checkpoints" / "step-00000200" / "generator.safetensors")
+    with pytest.raises(UserError, match="no complete checkpoint of step 300; choose from best, newest, 100, 200"):
+        run_folder.choose_step(run, 300)
+
+
+def test_best_is_what_the_newest_checkpoint_says(tmp_path, capsys):
+    run = make_run(tmp_path, "a", best=100)
+    assert run_folder.choose_step(run, "best") == 100
+    assert capsys.readouterr().err == ""
+    assert run_folder.choose_step(make_run(tmp_path, "b", best=150), "best") == 200
+    assert "note: run 'b': the checkpoint of the best step 150 is gone; taking the newest, step 200" in (
+        capsys.readouterr().err)
+    assert run_folder.choose_step(make_run(tmp_path, "c", best=None), "best") == 200
+    assert "no best step yet" in capsys.readouterr().err
+    (run_folder.checkpoint_dir(run, 200) / run_folder.STATE_FILE).write_text("{")
+    with pytest.raises(UserError, match="does not tell the best step"):
+        run_folder.choose_step(run, "best")
+
+
+def test_the_newest_run_is_the_one_saved_last(tmp_path):
+    with pytest.raises(UserError, match=r"no run with a checkpoint in .*; train one first with"):
+        run_folder.find_run(tmp_path)
+    first, second = make_run(tmp_path, "first"), make_run(tmp_path, "second")
+    for run, time in ((first, 2_000_000_000), (second, 1_000_000_000)):
+        for step in (100, 200):
+            os.utime(run_folder.checkpoint_dir(run, step) / run_folder.MANIFEST_FILE, (time, time))
+    assert run_folder.find_run(tmp_path) == first
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no complete checkpoint yet"):
+        run_folder.run_network_file(tmp_path / "empty", "best", ema=True)
+    with pytest.raises(UserError, match="no run folder"):
+        run_folder.run_network_file(tmp_path / "nowhere", "best", ema=True)
+
+
+def test_run_folder_needs_no_torch():
+    code = "import sys, pipeline.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0

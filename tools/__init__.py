@@ -1,0 +1,1 @@
+"""Commands that prepare data, each a script with `--help`. They need no torch."""

@@ -1,0 +1,99 @@
+"""Whether the bytes of an encoded image are all there, checked without decoding.
+
+Decoders forgive too much: they fill the missing half of a JPEG with gray and say nothing, or only print a line.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+
+from tools.common.image_headers import BadImageError, ImageHeader
+
+# The first marker after entropy-coded data: 0xFF followed by anything but a stuffed zero, a restart or a fill byte.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def check_complete(data: bytes, header: ImageHeader) -> None:
+    """Raise `BadImageError` where the encoded image `data` (its header read already) is cut short or damaged.
+
+    PNG: every chunk's CRC, up to IEND. JPEG: every segment, up to the end-of-image marker of this image (not of a
+    thumbnail). WebP: the RIFF length and its chunks. JPEG 2000: the end of the codestream. BMP and TIFF: their decoders
+    notice.
+    """
+    check = {"png": _check_png, "jpeg": _check_jpeg, "webp": _check_webp, "jp2": _check_jp2}.get(header.format)
+    if check is None:
+        return
+    try:
+        check(data)
+    except (struct.error, IndexError):
+        raise BadImageError("truncated") from None
+
+
+def check_riff_length(data: bytes, file_size: int) -> None:
+    """Raise `BadImageError` where a WebP file of `file_size` bytes is shorter than its first bytes `data` promise."""
+    promised = struct.unpack_from("<I", data, 4)[0] + 8
+    if promised > file_size:
+        raise BadImageError(f"truncated: {file_size} of {promised} bytes")
+
+
+def _check_png(data: bytes) -> None:
+    view, at = memoryview(data), 8
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        (crc,) = struct.unpack_from(">I", data, end)
+        if zlib.crc32(view[at + 4 : end]) != crc:
+            raise BadImageError(f"damaged: the CRC of the PNG chunk {kind.decode('latin1')!r} at byte {at} is wrong")
+        if kind == b"IEND":
+            return
+        at = end + 4
+
+
+def _check_jpeg(data: bytes) -> None:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise BadImageError(f"damaged: no JPEG marker at byte {at}")
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0xD9:
+            return
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            at += 2
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+            if marker == 0xDA:
+                match = _JPEG_MARKER.search(data, at)
+                if match is None:
+                    raise BadImageError("truncated: the JPEG has no end-of-image marker")
+                at = match.start()
+
+
+def _check_webp(data: bytes) -> None:
+    check_riff_length(data, len(data))
+    at, end = 12, struct.unpack_from("<I", data, 4)[0] + 8
+    while at < end:
+        at += 8 + struct.unpack_from("<I", data, at + 4)[0]
+        if at > end:
+            raise BadImageError("damaged: a WebP chunk is longer than the file")
+        at += at % 2
+
+
+def _check_jp2(data: bytes) -> None:
+    at, end = 0, len(data)
+    if not data.startswith(b"\xff\x4f"):
+        while True:
+            length, kind = struct.unpack_from(">I4s", data, at)
+            if length == 1:
+                length = struct.unpack_from(">Q", data, at + 8)[0]
+            if kind == b"jp2c":
+                end = at + length if length else len(data)
+                break
+            if length < 8:
+                raise BadImageError("broken JPEG 2000 box")
+            at += length
+    if end > len(data) or data[:end].rstrip(b"\0")[-2:] != b"\xff\xd9":
+        raise BadImageError("truncated: the JPEG 2000 codestream does not reach its end")

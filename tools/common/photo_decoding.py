@@ -1,0 +1,145 @@
+"""Photographs of any kind to RGB bytes: gray, palette, transparency, 16 bits, CMYK and EXIF orientation included."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from tools.common.image_headers import BadImageError, ImageHeader
+from tools.common.image_streams import check_complete
+
+MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
+
+# EXIF orientation -> (transpose first, then flip vertically, flip horizontally)
+_ORIENTATIONS = {1: (0, 0, 0), 2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0),
+                 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+# EXIF in JPEG, PNG (also in a text chunk, as ImageMagick writes it) and WebP; XMP
+_ORIENTATION_SIGNS = (b"Exif\0\0", b"eXIf", b"Raw profile type", b"EXIF", b"tiff:Orientation")
+
+
+def prepare_decoders() -> None:
+    """Set up the libraries for our own threads: one core a photo, quiet, and our pixel limit instead of PIL's."""
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    Image.init()  # the plugin table is filled once, not by several threads at a time
+    Image.MAX_IMAGE_PIXELS = None  # check_megapixels comes first
+
+
+def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
+    """Refuse, before a byte is decoded, an image that would fill the memory (a decompression bomb)."""
+    megapixels = header.height * header.width / 1e6
+    if megapixels > max_megapixels:
+        raise BadImageError(f"{header.height}x{header.width} is {megapixels:.0f} megapixels, above the limit of "
+                            f"{max_megapixels:g} (--max-megapixels)")
+
+
+def decode_photo(data: bytes, header: ImageHeader) -> np.ndarray:
+    """The image as uint8 RGB (height, width, 3), upright. Transparent parts are composited over white.
+
+    16-bit samples are scaled by 1/257 and rounded. Raises `BadImageError` with the reason; never returns half an image.
+    """
+    check_complete(data, header)
+    try:
+        if header.depth == 16:
+            pixels = _decode_deep(data, header)
+        elif header.depth not in (1, 2, 4, 8):
+            raise BadImageError(f"{header.depth or 'mixed'} bits a sample; only 1 to 8 and 16 are read")
+        elif header.is_plain and header.format != "tiff":
+            pixels = _decode_plain(data)
+        else:
+            return _decode_with_pillow(data, header)
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders meet hostile bytes here and raise whatever they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(f"cannot be decoded: {reason[:200]}") from error
+    _check_size(pixels, header)
+    return pixels if header.format == "tiff" else _upright(pixels, data)  # OpenCV, like Pillow, has turned a TIFF
+
+
+def _check_size(pixels: np.ndarray, header: ImageHeader) -> None:
+    """A decoder must give the size that the header promised (and that the pixel limit was held against)."""
+    if {*pixels.shape[:2]} != {header.height, header.width}:
+        raise BadImageError(f"decoded to {pixels.shape[0]}x{pixels.shape[1]} where its header says "
+                            f"{header.height}x{header.width}")
+
+
+def _decode_plain(data: bytes) -> np.ndarray:
+    """Gray or RGB of 8 bits, by the fastest decoder."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise BadImageError("cannot be decoded")
+    return pixels
+
+
+def _decode_deep(data: bytes, header: ImageHeader) -> np.ndarray:
+    """16 bits a sample: Pillow would drop the lower byte, or refuse."""
+    if header.channels > 4 or (header.format == "tiff" and _is_odd_tiff(data)):
+        raise BadImageError("16 bits a sample are read as gray, RGB or RGBA only")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16:
+        raise BadImageError("cannot be decoded at 16 bits a sample")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] == 4:
+        pixels = _over_white(pixels[..., :3], pixels[..., 3:], 65535)
+    elif pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    elif pixels.shape[2] != 3:
+        raise BadImageError(f"{pixels.shape[2]} channels of 16 bits; only 1, 3 and 4 are read")
+    return ((pixels[..., ::-1].astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _is_odd_tiff(data: bytes) -> bool:
+    """Whether the TIFF is neither gray (black is zero) nor RGB; its tag 262 says."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.tag_v2.get(262) not in (1, 2)
+
+
+def _decode_with_pillow(data: bytes, header: ImageHeader) -> np.ndarray:
+    """Everything that is not plain: palettes, transparency, CMYK (Adobe's inverted one too), TIFF and BMP."""
+    with Image.open(io.BytesIO(data)) as image:
+        if {image.width, image.height} != {header.width, header.height}:
+            raise BadImageError(f"two sizes: {image.height}x{image.width} and {header.height}x{header.width}")
+        image.load()  # raises on truncation, LOAD_TRUNCATED_IMAGES being off
+        orientation = image.getexif().get(0x0112, 1) if header.format != "tiff" else 1  # Pillow has turned a TIFF
+        if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
+            rgba = np.asarray(image.convert("RGBA"))
+            pixels = _over_white(rgba[..., :3], rgba[..., 3:], 255)
+        elif image.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            raise BadImageError(f"pixels of mode {image.mode!r} are not read; convert the photo to 8 or 16-bit RGB")
+    return _turn(pixels, orientation)
+
+
+def _over_white(color: np.ndarray, alpha: np.ndarray, white: int) -> np.ndarray:
+    """Composite `color` (height, width, 3) over white: what lies under transparent pixels is often garbage."""
+    alpha = alpha.astype(np.uint64 if white > 255 else np.uint32)
+    return ((color * alpha + white * (white - alpha) + white // 2) // white).astype(color.dtype)
+
+
+def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """Turn the pixels as the file's EXIF (or XMP) orientation says."""
+    if not any(sign in data for sign in _ORIENTATION_SIGNS):  # Pillow decodes all of a PNG to look for EXIF
+        return pixels
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    except Exception as error:  # as in decode_photo
+        raise BadImageError(f"broken metadata: {error}") from error
+    return _turn(pixels, orientation)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation (1..8; others mean upright)."""
+    transpose, vertical, horizontal = _ORIENTATIONS.get(orientation, (0, 0, 0))
+    if transpose:
+        pixels = pixels.transpose(1, 0, 2)
+    if vertical:
+        pixels = pixels[::-1]
+    if horizontal:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

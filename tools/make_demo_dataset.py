@@ -1,0 +1,164 @@
+"""A small dataset from photographs that two Python packages bring along: something to train on within seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import write_atomically
+from tools import check_training_data, images_to_data, select_training_files
+from tools.common.crop_grid import halved
+from tools.common.crop_writing import encode
+from tools.common.image_headers import read_header
+from tools.common.photo_decoding import decode_photo, prepare_decoders
+
+CROP_SIZE = 128
+HELD_OUT_MULTIPLE = 4  # the largest scale that the demo is evaluated at
+VALIDATION_PHOTO = "chelsea.png"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph inside an installed package, and under which terms it may be used."""
+
+    package: str      # as imported
+    distribution: str # as installed
+    path: str         # within the package
+    licence: str
+
+    @property
+    def name(self) -> str:
+        """The file's name alone."""
+        return self.path.rpartition("/")[2]
+
+
+def _skimage(name: str, licence: str) -> Photograph:
+    return Photograph("skimage", "scikit-image", f"data/{name}", licence)
+
+
+def _sklearn(name: str) -> Photograph:
+    return Photograph("sklearn", "scikit-learn", f"datasets/images/{name}", "CC BY 2.0")
+
+
+# Licences as the docstrings of skimage.data and sklearn/datasets/images/README.txt state them.
+DATASET = (
+    _skimage("astronaut.png", "public domain (NASA)"),
+    _skimage("rocket.jpg", "public domain (SpaceX)"),
+    _skimage("hubble_deep_field.jpg", "public domain (NASA)"),
+    _skimage("retina.jpg", "CC0"),
+    _sklearn("china.jpg"),
+    _skimage(VALIDATION_PHOTO, "CC0"),
+)
+HELD_OUT = (_skimage("coffee.png", "CC0"), _sklearn("flower.jpg"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make the demo dataset: six photographs to train and validate on, two held out for evaluation.
+
+    They come from the installed packages scikit-image and scikit-learn; nothing is downloaded. OUT/photographs holds
+    the photographs and their licences, OUT/dataset the crops (128 x 128) and the file lists, OUT/held_out two
+    photographs that are in neither list. Runs images_to_data.py, check_training_data.py and select_training_files.py,
+    as you would for your own photographs. A demo is a demo: good for trying things out, not for judging a network.
+
+    Example: python tools/make_demo_dataset.py ~/demo
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the demo; what is there already and right is kept."""
+
+
+@dataclass(frozen=True)
+class DemoDataset:
+    """Where the demo lies: `dataset_dir` with crops and file lists, `held_out_dir` with PNG images to evaluate on."""
+
+    dataset_dir: Path
+    held_out_dir: Path
+
+
+def main(options: Options) -> int:
+    """Make the demo and say where it is."""
+    demo = make_demo_dataset(options.out.expanduser())
+    print(f"demo dataset: {demo.dataset_dir}; held out for evaluation: {demo.held_out_dir}")
+    return 0
+
+
+def make_demo_dataset(out: Path) -> DemoDataset:
+    """Make the demo below `out`, or complete it; the second call changes nothing and takes under two seconds.
+
+    Raises `UserError` where a package is not installed or lacks a photograph.
+    """
+    contents = {photograph: _read(photograph) for photograph in DATASET + HELD_OUT}
+    photographs, dataset, held_out = out / "photographs", out / "dataset", out / "held_out"
+    for photograph in DATASET:
+        _write(photographs / photograph.name, contents[photograph])
+    _write(photographs / "LICENCES.txt", _licences().encode())
+    prepare_decoders()
+    for photograph in HELD_OUT:
+        _write((held_out / photograph.name).with_suffix(".png"), _held_out_png(contents[photograph]))
+    crops = images_to_data.Options(photographs, dataset / "demo", size=CROP_SIZE, cover=True)
+    _succeed("images_to_data", images_to_data.main(crops))
+    _succeed("check_training_data", check_training_data.main(
+        check_training_data.Options(dataset, min_size=CROP_SIZE, max_size=CROP_SIZE)))
+    _succeed("select_training_files", select_training_files.main(
+        select_training_files.Options(dataset, validation_photo=(f"*/{VALIDATION_PHOTO}",))))
+    return DemoDataset(dataset, held_out)
+
+
+def _read(photograph: Photograph) -> bytes:
+    """The bytes of a photograph in an installed package, which is found but not imported."""
+    spec = importlib.util.find_spec(photograph.package)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    for folder in folders:
+        if (folder / photograph.path).is_file():
+            return (folder / photograph.path).read_bytes()
+    what = f"has no {photograph.path}" if folders else "is not installed"
+    raise UserError(f"the demo needs the photographs in {photograph.distribution}, which {what}; "
+                    f"`pip install --upgrade {photograph.distribution}`")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file unless it is there with that content: a new modification time would mean a new photograph."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another OUT") from error
+
+
+def _held_out_png(content: bytes) -> bytes:
+    """A photograph as PNG: halved where it was lossy, as for training, and cut to a multiple of 4 each way."""
+    header = read_header(io.BytesIO(content))
+    pixels = decode_photo(content, header)
+    if header.is_lossy:
+        pixels = halved(pixels)
+    height, width = (side - side % HELD_OUT_MULTIPLE for side in pixels.shape[:2])
+    return encode(pixels[:height, :width].copy(), "png")
+
+
+def _licences() -> str:
+    """Where each photograph comes from and under which terms, one a line."""
+    return "".join(f"{photograph.name}: {photograph.licence}; from the Python package {photograph.distribution}, file "
+                   f"{photograph.package}/{photograph.path}\n" for photograph in DATASET + HELD_OUT)
+
+
+def _succeed(tool: str, status: int) -> None:
+    """Stop where one of the tools reported that something failed."""
+    if status:
+        raise UserError(f"{tool} did not succeed on the demo's photographs (see above); delete the demo's folder and "
+                        "make it anew")
+
+
+if __name__ == "__main__":
+    run(Options, main)

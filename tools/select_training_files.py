@@ -1,0 +1,155 @@
+"""Write the lists of training and validation files: split by photograph, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import UserError, nearest, run
+from pipeline.data.image_files import (
+    MANIFEST,
+    TRAINING_LIST,
+    VALIDATION_LIST,
+    BadNpyError,
+    is_npy,
+    lists_hash,
+    npy_layout,
+    write_file_list,
+)
+from tools.common.dataset_walk import walk
+from tools.common.image_headers import BadImageError, read_header
+from tools.common.manifest import read_manifests
+
+
+@dataclass(frozen=True)
+class Options:
+    """Split the images of a dataset into training and validation files, by photograph.
+
+    All crops of one photograph go to the same side, so that validation never sees what was trained on; manifests tell
+    which crops belong together, and a file in no manifest is a photograph of its own. The split follows from the seed
+    and the photographs' names alone: run on every node it gives the same lists (compare the printed hash), and new
+    photographs leave nearly all others where they were.
+
+    Writes DATA_DIR/training_file_list.txt and DATA_DIR/validation_file_list.txt, one path a line, relative to DATA_DIR.
+
+    Example: python tools/select_training_files.py --data-dir ~/dataset --validation-count 20
+    """
+
+    data_dir: Path = Path("~/dataset")
+    """The dataset: the folder below which all images are used (those in quarantine are not)."""
+    validation_fraction: float = 0.05
+    """Share of the photographs that validates, at least one."""
+    validation_count: int | None = None
+    """Number of photographs that validate, instead of a share."""
+    validation_photo: tuple[str, ...] = ()
+    """Photographs that validate, by name relative to DATA_DIR, wildcards allowed ('*chelsea*'), instead of drawing."""
+    seed: int = 0
+    """Another seed draws other photographs for validation."""
+    min_size: int = 0
+    """Leave out files of which a side is shorter than this many pixels; 0 looks into no file."""
+
+
+def main(options: Options) -> int:
+    """Write both lists and say what is in them."""
+    root = options.data_dir.expanduser()
+    _check_options(options)
+    files = walk(root, MANIFEST)
+    if not files.images:
+        raise UserError(f"{root}: no images below this folder{files.links_note()}; make crops with "
+                        "`python tools/images_to_data.py`, or give another --data-dir")
+    names = [name for name in files.images if options.min_size == 0 or _is_large(root / name, options.min_size)]
+    if len(names) < len(files.images):
+        print(f"left out {len(files.images) - len(names)} files smaller than {options.min_size} pixels")
+    crops = read_manifests(root, files.manifests)
+    photos = group_by_photo(names, {path: record.photo for path, record in crops.items()})
+    validation = choose_validation(photos, options)
+    lists = {TRAINING_LIST: sorted(name for photo in photos.keys() - validation for name in photos[photo]),
+             VALIDATION_LIST: sorted(name for photo in validation for name in photos[photo])}
+    for file_name, chosen in lists.items():
+        write_file_list(root / file_name, chosen)
+    print(f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} files in "
+          f"{root / TRAINING_LIST}")
+    print(f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in {root / VALIDATION_LIST}")
+    if files.linked_folders:
+        print(f"links to folders were not followed: {', '.join(files.linked_folders)}")
+    print(f"hash of the lists (the same on every node): {lists_hash(lists[TRAINING_LIST], lists[VALIDATION_LIST])}")
+    return 0
+
+
+def _check_options(options: Options) -> None:
+    """Refuse options out of range or in conflict."""
+    if not 0 < options.validation_fraction < 1:
+        raise UserError(f"--validation-fraction {options.validation_fraction:g}: must be between 0 and 1, such as 0.05")
+    if options.validation_count is not None and options.validation_count < 1:
+        raise UserError(f"--validation-count {options.validation_count}: must be at least 1 photograph")
+    if options.validation_count is not None and options.validation_photo:
+        raise UserError("--validation-count and --validation-photo: one draws photographs, the other names them; "
+                        "use one of the two")
+    if options.min_size < 0:
+        raise UserError(f"--min-size {options.min_size}: must be 0 or more pixels")
+
+
+def group_by_photo(names: Iterable[str], photo_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Photograph -> its files. A file that no manifest knows is its own photograph."""
+    photos: dict[str, list[str]] = {}
+    for name in names:
+        photos.setdefault(photo_of.get(name, name), []).append(name)
+    return photos
+
+
+def choose_validation(photos: Iterable[str], options: Options) -> set[str]:
+    """The photographs that validate: those named, or those whose hash with the seed is least."""
+    photos = sorted(photos)
+    if options.validation_photo:
+        chosen = _named(photos, options.validation_photo)
+    else:
+        count = options.validation_count or max(1, round(options.validation_fraction * len(photos)))
+        # Each photograph's rank depends on itself and the seed alone, so that new ones move hardly any other.
+        chosen = set(sorted(photos, key=lambda photo: _rank(options.seed, photo))[:count])
+    if len(chosen) >= len(photos):
+        raise UserError(f"{len(chosen)} of {len(photos)} photographs would validate and none would be left to train; "
+                        "add photographs, or name fewer for validation")
+    return chosen
+
+
+def _named(photos: list[str], patterns: Iterable[str]) -> set[str]:
+    """The photographs that any of the patterns matches; each pattern must match one."""
+    chosen = set()
+    for pattern in patterns:
+        matches = {photo for photo in photos if fnmatchcase(photo, pattern)}
+        if not matches:
+            raise UserError(f"--validation-photo {pattern!r} matches none of the {len(photos)} photographs"
+                            f"{nearest(pattern, photos[:1000])}")
+        chosen |= matches
+    return chosen
+
+
+def _rank(seed: int, photo: str) -> bytes:
+    """A number without pattern, the same on every machine."""
+    return hashlib.sha256(f"{seed}\0{photo}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _is_large(path: Path, min_size: int) -> bool:
+    """Whether both sides of an image have at least `min_size` pixels."""
+    try:
+        if is_npy(path):
+            layout = npy_layout(path)
+            return min(layout.height, layout.width) >= min_size
+        with open(path, "rb") as file:
+            header = read_header(file)
+        return min(header.height, header.width) >= min_size
+    except BadNpyError:
+        raise
+    except (BadImageError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: {reason}; run `python tools/check_training_data.py --clean` first") from error
+
+
+if __name__ == "__main__":
+    run(Options, main)
