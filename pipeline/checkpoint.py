@@ -48,7 +48,7 @@ class Progress:
     layout: str = ""  # of the weights in memory: channels_last or contiguous; it decides the rounding
 
 
-class SaveFailed(Exception):
+class SaveError(Exception):
     """A checkpoint could not be written; the ones before are untouched."""
 
 
@@ -65,7 +65,7 @@ class Contents:
 def save(run_dir: Path, progress: Progress, contents: Contents, ranks: Ranks) -> None:
     """Commit a checkpoint of `progress.step`; all ranks call it together.
 
-    Raises `SaveFailed` on every rank, the half-written folder gone, when any rank could not write.
+    Raises `SaveError` on every rank, the half-written folder gone, when any rank could not write.
     """
     final = checkpoint_dir(run_dir, progress.step)
     if ranks.agree((final / MANIFEST_FILE).is_file()):
@@ -83,7 +83,7 @@ def save(run_dir: Path, progress: Progress, contents: Contents, ranks: Ranks) ->
     if failures:
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise SaveFailed(failures[0])
+        raise SaveError(failures[0])
 
 
 def _attempt(action: Any, *, only_if: bool = True) -> str:
@@ -152,7 +152,8 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
 def newest_whole(run_dir: Path, ranks: Ranks, say: Any = print) -> int | None:
     """The newest step whose checkpoint every rank finds whole; None in a new run.
 
-    Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next save. Raises `UserError` where there are checkpoints but all are damaged.
+    Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next save. Raises
+    `UserError` where there are checkpoints but all are damaged.
     """
     steps = ranks.agree(checkpoint_steps(run_dir))
     for step in reversed(steps):

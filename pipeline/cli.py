@@ -17,7 +17,7 @@ class UserError(ValueError):
     """Something the user can mend. The message names the thing, the rule and the way out, in one line."""
 
 
-class Failure(Exception):
+class RunError(Exception):
     """The work itself went wrong, through no fault of the input. The message says what, and what to do, in one line."""
 
 
@@ -33,7 +33,7 @@ def run(options: Callable[..., Options], main: Callable[[Options], int | None],
     """Parse the command line into `options` (a dataclass), call `main(options)` and exit.
 
     Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or an
-    argument that does not parse; 1 with one line for a `Failure`, and with the traceback for our own mistakes; 130
+    argument that does not parse; 1 with one line for a `RunError`, and with the traceback for our own mistakes; 130
     after CTRL+C.
     """
     parsed = tyro.cli(options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
@@ -43,7 +43,7 @@ def run(options: Callable[..., Options], main: Callable[[Options], int | None],
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except Failure as failure:
+    except RunError as failure:
         print(f"error: {failure}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

@@ -160,8 +160,8 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
         # The one mode in which DeepSpeed would write a NaN into weights and moments for good (RELIABILITY 2.8).
         if section["type"] not in FUSED:
-            raise UserError(f"optimizer {section['type']} at FP32 and ZeRO stage 0 has no guard against NaN; choose one "
-                            f"of {', '.join(FUSED)}, or zero_optimization.stage 1")
+            raise UserError(f"optimizer {section['type']} at FP32 and ZeRO stage 0 has no guard against NaN; choose "
+                            f"one of {', '.join(FUSED)}, or zero_optimization.stage 1")
         engine.found_nonfinite = torch.zeros((), device=ranks.device)
         engine.nonfinite_steps = torch.zeros((), device=ranks.device)
         engine.optimizer.found_inf = engine.found_nonfinite

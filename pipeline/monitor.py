@@ -39,17 +39,16 @@ class Journal:
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """One JSON line, and a TensorBoard scalar `event/name` for every number."""
         with suppress(OSError):  # a full disk must not stop the run; checkpoints say so when it matters
-            self._lines.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+            line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+            self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._board.add_scalar(f"{event}/{name}", value, step)
 
-    def pictures(self, step: int, tag: str, images: Mapping[str, Tensor]) -> None:
-        """Byte images (1, 3, height, width) into TensorBoard, as `tag/name`."""
-        for name, image in images.items():
-            self._board.add_image(f"{tag}/{name}", image[0].cpu(), step)
-        self._board.flush()
+    def picture(self, step: int, tag: str, image: Tensor) -> None:
+        """A byte image (1, 3, height, width) into TensorBoard."""
+        self._board.add_image(tag, image[0].cpu(), step)
 
     def progress(self, text: str) -> None:
         """The line of progress: rewritten on a terminal, a new one in a file."""

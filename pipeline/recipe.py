@@ -175,7 +175,7 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
         if key not in DS_KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
     if not isinstance(config.get("train_batch_size"), int) or config["train_batch_size"] < 1:
-        raise UserError(f"{path}: train_batch_size must be a whole number above 0: the global batch that all ranks share")
+        raise UserError(f"{path}: train_batch_size, the global batch, must be a whole number above 0")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(f"{path}: zero_optimization.stage {stage} is not supported; choose 0, 1 or 2")
@@ -194,14 +194,15 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     micro = config.get("train_micro_batch_size_per_gpu")
     accumulation = config.get("gradient_accumulation_steps", None if micro else 1)
     micro = micro or total // (accumulation * world_size)
-    accumulation = accumulation or total // (micro * world_size)
+    accumulation = accumulation or total // max(1, micro * world_size)
     if not micro or not accumulation or micro * accumulation * world_size != total:
-        step = world_size * (config.get("train_micro_batch_size_per_gpu") or config.get("gradient_accumulation_steps", 1))
-        below, above = max(step, total - total % step), total + (step - total % step) % step
+        unit = world_size * (config.get("train_micro_batch_size_per_gpu") or 1)
+        unit = max(unit, world_size * config.get("gradient_accumulation_steps", 1))
+        below, above = total - total % unit, total - total % unit + unit
+        choices = f"{below} or {above}" if below else str(above)
         raise UserError(f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
-                        f"({micro or 'too little'} x {accumulation or 'too little'} x {world_size} = "
-                        f"{micro * accumulation * world_size}); say ds.train_batch_size={below if below <= total else above}"
-                        + (f" or {above}" if below < above else "") + ", or use another number of ranks")
+                        f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); say "
+                        f"ds.train_batch_size={choices}, or use another number of ranks")
     return micro, accumulation
 
 
@@ -251,8 +252,8 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(base)
     for key, value in change.items():
         old = merged.get(key)
-        renamed = key == "generator" and isinstance(value, Mapping) and value.get("name", None) not in (None, (old or {}).get("name"))
-        if isinstance(old, dict) and isinstance(value, Mapping) and key != "losses" and not renamed:
+        is_table = isinstance(old, dict) and isinstance(value, Mapping) and key != "losses"
+        if is_table and not (key == "generator" and value.get("name", old.get("name")) != old.get("name")):
             merged[key] = _merged(old, value)
         else:
             merged[key] = copy.deepcopy(value)

@@ -124,7 +124,7 @@ def test_batch_sizes_that_do_not_divide_name_ones_that_do(config: dict, world_si
 
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "is not JSON: line 1"),
-    ('{"optimizer": {"type": "AdamW"}}', "train_batch_size must be a whole number above 0"),
+    ('{"optimizer": {"type": "AdamW"}}', "train_batch_size, the global batch, must be a whole number above 0"),
     ('{"train_batchsize": 8}', "unknown key 'train_batchsize'; did you mean 'train_batch_size'?"),
     ('{"train_batch_size": 8}', "optimizer is missing"),
     ('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}',

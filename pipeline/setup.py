@@ -1,0 +1,181 @@
+"""From a plan to a run that can take its first step: what is on disk, the network, its engine, its data."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Contents, Progress
+from pipeline.cli import UserError
+from pipeline.data.loader import Loader
+from pipeline.data.reader import CropSource, Position
+from pipeline.data.sampling import Sampler
+from pipeline.ema import ExponentialMovingAverage
+from pipeline.engine import Ranks, build_engine, compile_module, resolve_ds_config, why_not_compiled
+from pipeline.layout import LAYOUTS, faster_layout
+from pipeline.losses import Criterion
+from pipeline.models import build_generator
+from pipeline.models.weights import SavedNetwork
+from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
+from pipeline.options import Plan
+from pipeline.recipe import Recipe, ds_differences, recipe_differences
+from pipeline.trainers.reconstruction import ReconstructionTrainer
+from pipeline.validation import ValidationSet
+
+
+@dataclass
+class Run:
+    """Everything that a run holds while it lives."""
+
+    plan: Plan
+    ranks: Ranks
+    trainer: ReconstructionTrainer
+    contents: Contents  # of its checkpoints
+    progress: Progress
+    validation: ValidationSet
+    micro_batch: int
+    accumulation: int
+    introduction: list[str]  # lines for people
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network that is validated and meant to be used."""
+        return self.trainer.ema.network
+
+    def open_loader(self) -> Loader:
+        """The training data from where the run stands."""
+        data, recipe = self.plan.recipe.data, self.plan.recipe
+        position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        sampler = Sampler(len(self.plan.training_files), recipe.seed, augment=data.augment)
+        source = CropSource(self.plan.dataset_dir, self.plan.training_files, sampler, crop=data.crop,
+                            scale=recipe.scale, position=position)
+        return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
+                      prefetch=data.prefetch)
+
+
+def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it together.
+
+    Raises `UserError` if the run on disk is another one.
+    """
+    recipe = plan.recipe
+    step = checkpoint.newest_whole(plan.run_dir, ranks, say)
+    if step is not None:
+        refuse_strangers(plan, checkpoint.read_identity(plan.run_dir, step), step)
+    ds_config, precision = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
+                                             total_steps=plan.total_steps, device=ranks.device)
+    micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
+                                                            "gradient_accumulation_steps"))
+    _seed(recipe.seed)
+    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    layout = _layout(plan, generator, micro_batch, step, ranks)
+    ema = ExponentialMovingAverage(generator, recipe.ema_decay)
+    ema.network.to(ranks.device)
+    engine = build_engine(generator, ds_config, ranks)
+    compiled = _compile(engine.module, recipe, ranks)
+    trainer = ReconstructionTrainer(engine, Criterion(recipe.losses), ema, LAYOUTS[layout])
+    described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {}, {"recipe": recipe.name})
+    contents = Contents(trainer.engines, ema, described, plan.identity)
+    progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
+    progress.layout = layout
+    validation = ValidationSet(plan.dataset_dir, plan.validation_files, recipe.scale, recipe.validation_images, ranks,
+                               LAYOUTS[layout])
+    introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision,
+                                 (micro_batch, accumulation), step)
+    return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
+
+
+def refuse_strangers(plan: Plan, identity: dict[str, Any], step: int) -> None:
+    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for."""
+    differences = recipe_differences(Recipe.model_validate(identity["recipe"]), plan.recipe)
+    differences += ds_differences(identity["ds_config"], plan.ds_config)
+    old, new = identity["dataset"], plan.identity["dataset"]
+    differences += [f"dataset {key}: {old[key]} in the run, {new[key]} asked for"
+                    for key in old if old[key] != new[key]]
+    if differences:
+        raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
+                        "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
+
+
+def move_aside(plan: Plan) -> Path | None:
+    """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
+    suffix = time.strftime("bak-%Y%m%d-%H%M%S")
+    if plan.log_dir != plan.run_dir:
+        for name in (LOG_FILE, TENSORBOARD_DIR):
+            if (plan.log_dir / name).exists():
+                (plan.log_dir / name).rename(_unused(plan.log_dir / f"{name}.{suffix}"))
+    if plan.run_dir.is_dir() and any(plan.run_dir.iterdir()):
+        kept = _unused(plan.run_dir.with_name(f"{plan.run_dir.name}.{suffix}"))
+        plan.run_dir.rename(kept)
+        return kept
+    return None
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    candidate = path
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None, ranks: Ranks) -> str:
+    if step is not None:  # rounding depends on it, so a continuation keeps what the run began with
+        return checkpoint.read_progress(plan.run_dir, step).layout
+    if plan.recipe.channels_last != "auto":
+        return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
+    patch = plan.recipe.data.crop // plan.recipe.scale
+    measured = faster_layout(generator, micro_batch, patch, ranks.device) if ranks.is_first else ""
+    return ranks.agree(measured)
+
+
+def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks) -> str:
+    """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
+    if recipe.compile == "off":
+        return "not compiled (compile: off)"
+    lacking = next((reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), "")
+    if lacking and recipe.compile == "on":
+        raise UserError(f"compile: on, but {lacking}; install it or say compile=auto")
+    if lacking:
+        return f"NOT compiled, slower: {lacking}"
+    compile_module(module)
+    return "compiled with Inductor (the first step takes longer)"
+
+
+def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precision: str, batch: tuple[int, int],
+                  resumed: int | None) -> list[str]:
+    recipe = plan.recipe
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    lines = [
+        f"{recipe.name}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
+        f"{ranks.world_size} x {where}, {precision}",
+        f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
+        f"{ranks.world_size} ranks; {len(plan.training_files)} training and {len(plan.validation_files)} validation "
+        f"files in {short(plan.dataset_dir)}; run folder {short(plan.run_dir)}",
+    ]
+    return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]
+
+
+def short(path: Path) -> str:
+    """A path as a person would write it."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        with contextlib.suppress(ValueError):
+            return prefix + str(path.relative_to(base))
+    return str(path)
