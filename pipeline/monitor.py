@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,33 @@ class Journal:
         self._board = SummaryWriter(str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30)
         self._on_terminal = sys.stdout.isatty()
         self._line_open = False
+        self._is_broken = False
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """One JSON line, and a TensorBoard scalar `event/name` for every number."""
-        with suppress(OSError):  # a full disk must not stop the run; checkpoints say so when it matters
-            line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        with self._unstoppable():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(f"{event}/{name}", value, step)
+        with self._unstoppable():
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
 
     def picture(self, step: int, tag: str, image: Tensor) -> None:
         """A byte image (1, 3, height, width) into TensorBoard."""
-        self._board.add_image(tag, image[0].cpu(), step)
+        with self._unstoppable():
+            self._board.add_image(tag, image[0].cpu(), step)
+
+    @contextmanager
+    def _unstoppable(self) -> Iterator[None]:
+        """A log that cannot be written must not stop the run: that is said once, and checkpoints try on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_broken:
+                self.say(f"warning: the log cannot be written: {error}; training goes on without")
+                self._is_broken = True
 
     def progress(self, text: str) -> None:
         """The line of progress: rewritten on a terminal, a new one in a file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,18 @@ RECIPES = ROOT / "recipes"
 LOSSES = ("l1", "mse", "charbonnier")
 FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep"})
 """Fields that may change between a run and its continuation: they change when things happen, not what is learnt."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, as in YAML 1.2 (for PyYAML it is text without a dot)."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
+                              list("-+0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 class Spec(BaseModel):
@@ -138,7 +151,7 @@ def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[st
             raise UserError(f"{assignment!r} is not an override; write key=value, such as data.crop=96 or "
                             "ds.train_batch_size=32, and options with two dashes (--help lists them)")
         try:
-            value = yaml.safe_load(text)
+            value = _yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"the value of {key} is not YAML: {text!r}") from error
         target, key = (ds_config, key[3:]) if key.startswith("ds.") else (recipe, key)
@@ -226,7 +239,7 @@ def _recipe_path(name: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:

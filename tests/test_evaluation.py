@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from PIL import Image
 
+from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.evaluation import (
     Evaluation,

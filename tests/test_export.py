@@ -7,8 +7,8 @@ import sys
 import pytest
 import safetensors
 import torch
-from fabricate import CHECKOUT, make_run
 
+from fabricate import CHECKOUT, make_run
 from pipeline.cli import UserError
 from pipeline.export.torch_file import export_run, verify
 from pipeline.models.weights import read_network

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
 
+from conftest import photograph
 from pipeline.cli import UserError
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.reader import CropSource, Position

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fabricate import picture
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from fabricate import picture
 from pipeline.metrics.psnr_ssim import METRICS, luma, measure, psnr, ssim
 
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}

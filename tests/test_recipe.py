@@ -82,6 +82,11 @@ def test_switches_may_be_yaml_booleans() -> None:
     assert (recipe.compile, recipe.channels_last) == ("off", "on")
 
 
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "+1e-4", "0.0001"])
+def test_numbers_are_numbers(text: str) -> None:
+    assert parse_overrides([f"ds.optimizer.params.lr={text}"]) == ({}, {"optimizer.params.lr": 0.0001})
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="no recipe 'vapsr_s_4x'; did you mean 'vapsr_s_x4'\\?"):
         load_recipe("vapsr_s_4x")

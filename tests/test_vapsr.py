@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fabricate import TINY, tiny_network
 from torch.profiler import profile
 
+from fabricate import TINY, tiny_network
 from pipeline.cli import UserError
 from pipeline.images import cubic_resize
 from pipeline.models import build_generator

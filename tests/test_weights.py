@@ -9,8 +9,8 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 
+from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import run_folder
 from pipeline.cli import UserError
 from pipeline.models.weights import SavedNetwork, read_network, write_network

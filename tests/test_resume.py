@@ -1,0 +1,122 @@
+"""N steps straight and k steps + stop + N - k steps in a fresh process are the same run, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from comparison import checkpoint_differences, logged
+from conftest import command, environment, run
+from pipeline.run_folder import checkpoint_dir, checkpoint_steps
+
+BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")
+
+
+@pytest.mark.parametrize(("procs", "extra"), [
+    (1, ()), (1, BF16), (2, ()), (2, BF16), (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam")),
+    (2, ("ds.zero_optimization.stage=1",)), (2, ("ds.zero_optimization.stage=2", *BF16)),
+    (1, ("compile=on", "channels_last=auto")),
+], ids=["fp32-1", "bf16-1", "fp32-2", "bf16-2", "accumulation", "zero1-2", "zero2-bf16-2", "compiled"])
+def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]) -> None:
+    """10 files in batches of 4: step 3 is in mid-epoch, and steps 3 to 8 cross the ends of two epochs."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    steps = []
+    for run_dir, last in ((straight, 8), (broken, 3), (broken, 8)):
+        done = run(command(dataset, run_dir, f"steps={last}", "keep=9", *extra, procs=procs))
+        assert done.returncode == 0, done.stdout + done.stderr
+        steps.append(checkpoint_steps(run_dir)[-1])
+    assert steps == [8, 3, 8]
+    assert "continuing from step 3 of 8" in done.stdout
+    # The run of 3 steps ended with a validation that the straight one did not have: it may have set the best.
+    found = [d for d in checkpoint_differences(straight, broken, 8) if d != "state.json"]
+    assert found == []
+    assert logged(straight, "train", "loss", "lr") == logged(broken, "train", "loss", "lr")
+    assert [step for step, *_ in logged(broken)] == list(range(1, 9))
+
+
+def test_two_ranks_learn_what_one_does(dataset: Path, tmp_path: Path) -> None:
+    for procs in (1, 2):
+        assert run(command(dataset, tmp_path / str(procs), "steps=6", procs=procs)).returncode == 0
+    one, two = (load_file(checkpoint_dir(tmp_path / str(procs), 6) / "generator.safetensors") for procs in (1, 2))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-4, atol=1e-5)
+    for (step, a), (_, b) in zip(logged(tmp_path / "1", "train", "loss"), logged(tmp_path / "2", "train", "loss"),
+                                 strict=True):
+        assert a == pytest.approx(b, rel=1e-4), f"loss of step {step}"
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(dataset: Path, tmp_path: Path) -> None:
+    assert run(command(dataset, tmp_path / "mixed", "steps=3", procs=2)).returncode == 0
+    done = run(command(dataset, tmp_path / "mixed", "steps=6", procs=1))
+    assert done.returncode == 0, done.stderr
+    assert run(command(dataset, tmp_path / "one", "steps=6", procs=1)).returncode == 0
+    mixed, one = (load_file(checkpoint_dir(tmp_path / name, 6) / "generator.safetensors") for name in ("mixed", "one"))
+    for name, weights in one.items():
+        torch.testing.assert_close(mixed[name], weights, rtol=1e-4, atol=1e-5)
+
+
+def interrupted(arguments: list[str], run_dir: Path, numbers: list[int], after_step: int) -> tuple[int, str, float]:
+    """Start, wait for a log line of `after_step`, send the signals; (exit status, output, seconds it took to end)."""
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    deadline = time.monotonic() + 90
+    log = run_dir / "log.jsonl"
+    while not (log.is_file() and f'"step": {after_step},' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.02)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.05)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output, time.monotonic() - began
+
+
+@pytest.mark.parametrize(("procs", "numbers", "status"), [
+    (1, [signal.SIGINT], 130), (1, [signal.SIGTERM], 143), (2, [signal.SIGINT, signal.SIGINT], 130),
+], ids=["int-1", "term-1", "double-int-2"])
+def test_a_signal_saves_and_the_next_start_continues_exactly(dataset: Path, tmp_path: Path, procs: int,
+                                                             numbers: list[int], status: int) -> None:
+    long = ("steps=200000", "save_every=100000", "validate_every=100000")
+    code, output, _ = interrupted(command(dataset, tmp_path / "run", *long, procs=procs), tmp_path / "run", numbers, 5)
+    assert code == status, output
+    assert "stopped and saved at step" in output
+    assert "Traceback" not in output
+    stopped, = checkpoint_steps(tmp_path / "run")
+    end = stopped + 3
+    limits = (f"steps={end}", *long[1:], "save_every=100000")
+    done = run(command(dataset, tmp_path / "run", *limits, procs=procs))
+    assert f"continuing from step {stopped} of {end}" in done.stdout, done.stderr
+    assert run(command(dataset, tmp_path / "straight", *limits, procs=procs)).returncode == 0
+    assert checkpoint_differences(tmp_path / "straight", tmp_path / "run", end) == []
+
+
+def test_patience_survives_a_resume(dataset: Path, tmp_path: Path) -> None:
+    """With a learning rate of nearly nothing the PSNR stands still, and so every validation but the first is stale."""
+    still = ("ds.optimizer.params.lr=1e-12", "validate_every=2", "patience=3", "ema_decay=0")
+    done = run(command(dataset, tmp_path / "run", *still, "steps=4"))
+    assert done.returncode == 0
+    psnrs = logged(tmp_path / "run", "validation", "stale_validations")
+    assert psnrs == [(2, 0), (4, 1)]
+    done = run(command(dataset, tmp_path / "run", *still, "steps=100"))
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path / "run", "validation", "stale_validations") == [(2, 0), (4, 1), (6, 2), (8, 3)]
+    assert "finished at step 8" in done.stdout
+    again = run(command(dataset, tmp_path / "run", *still, "steps=100"))
+    assert again.returncode == 0
+    assert "nothing left to do: this run is finished at step 8 of 100" in again.stdout
+
+
+def test_max_epochs_and_patience_are_options(dataset: Path, tmp_path: Path) -> None:
+    done = run(command(dataset, tmp_path / "run", "--max-epochs", "2", "--log-dir", str(tmp_path / "logs")))
+    assert done.returncode == 0
+    assert checkpoint_steps(tmp_path / "run")[-1] == 5  # 20 samples in batches of 4
+    assert logged(tmp_path / "logs")[-1] == (5,)
+    assert list((tmp_path / "logs" / "tensorboard").iterdir())
