@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
-from pipeline.options import TrainOptions
+from pipeline.options import TrainOptions, overrides_last
 
 
 def main(options: TrainOptions) -> int:
@@ -18,4 +18,5 @@ def main(options: TrainOptions) -> int:
 
 if __name__ == "__main__":
     # The deepspeed launcher may add --local_rank=N, which it also puts into the environment.
-    cli.run(TrainOptions, main, [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")])
+    own = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    cli.run(TrainOptions, main, overrides_last(own))

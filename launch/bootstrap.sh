@@ -9,7 +9,13 @@ vastscale_die() { printf 'error: %s\n' "$1" >&2; exit 2; }
 
 vastscale_find_python() {  # a Python that is new enough, or a clear message
     local candidate
-    for candidate in "${VASTSCALE_PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11 python3.10; do
+    if [ -n "${VASTSCALE_PYTHON:-}" ]; then
+        "$VASTSCALE_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+            || vastscale_die "VASTSCALE_PYTHON=$VASTSCALE_PYTHON is no Python 3.10 or newer"
+        command -v "$VASTSCALE_PYTHON"
+        return
+    fi
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             command -v "$candidate"
             return
@@ -29,6 +35,8 @@ vastscale_bootstrap() {  # usage: vastscale_bootstrap REQUIREMENTS_FILE
     local root requirements=$1 environment own stamp want
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    # conda activates its base by itself in every shell: nobody has chosen it for this
+    [ "$environment" = "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] && environment=
     own=0
     if [ -z "$environment" ]; then
         environment=$root/.venv
@@ -39,13 +47,16 @@ vastscale_bootstrap() {  # usage: vastscale_bootstrap REQUIREMENTS_FILE
     want=$(cat "$root/requirements.txt" "$root/$requirements" | sha256sum | cut -d' ' -f1)
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then return; fi
 
-    exec 9>"$root/.bootstrap.lock"
-    flock 9  # two first starts at once must not build one environment
-    if [ "$own" = 1 ] && [ ! -x "$PYTHON" ]; then
+    if command -v flock >/dev/null; then  # two first starts at once must not build one environment
+        exec 9>"$root/.bootstrap.lock"
+        flock 9
+    fi
+    if [ "$own" = 1 ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; then  # none yet, or one that is broken
         local base
         base=$(vastscale_find_python) || exit 2
         echo "making .venv with $("$base" --version) and the packages of $requirements (a few minutes, once)"
-        "$base" -m venv "$environment" || { rm -rf "$environment"; vastscale_die "$base cannot make a virtual environment (Debian: apt install python3-venv)"; }
+        rm -f "$environment"/.vastscale-*
+        "$base" -m venv --clear "$environment" || { rm -rf "$environment"; vastscale_die "$base cannot make a virtual environment (Debian: apt install python3-venv)"; }
     fi
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
         || vastscale_die "Vastscale needs Python 3.10 or newer, and the environment $environment has $("$PYTHON" --version 2>&1); deactivate it, or activate another"
@@ -61,7 +72,8 @@ vastscale_bootstrap() {  # usage: vastscale_bootstrap REQUIREMENTS_FILE
                 vastscale_pip $missing
             fi
         fi
-        echo "$want" > "$stamp"
+        # an environment that cannot be written to, but has everything, is checked each time
+        { echo "$want" > "$stamp"; } 2>/dev/null || [ "$own" = 0 ] || vastscale_die "cannot write $stamp"
     fi
-    exec 9>&-
+    if [ -e "$root/.bootstrap.lock" ]; then exec 9>&-; fi
 }

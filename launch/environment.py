@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -17,12 +18,17 @@ STALE_LOCK_SECONDS = 600
 def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     """The environment for `num_processes` ranks on this machine; what the user has set stays."""
     environment = dict(os.environ)
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir()))
+    if "TORCH_EXTENSIONS_DIR" not in environment:
+        environment["TORCH_EXTENSIONS_DIR"] = str(_extensions_dir())
     _clear_stale_locks(Path(environment["TORCH_EXTENSIONS_DIR"]))
+    environment["VASTSCALE_LAUNCHER_PID"] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    elif environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(environment["CUDA_VISIBLE_DEVICES"].split(",")[:num_processes])
     return environment
 
 
@@ -37,7 +43,10 @@ def num_gpus() -> int:
 
 def _extensions_dir() -> Path:
     """For kernels that torch and DeepSpeed build on first use: private to this environment, its versions, this host."""
-    return Path(sys.prefix) / "torch_extensions" / f"{platform.node()}-torch{version('torch')}-ds{version('deepspeed')}"
+    name = f"{platform.node()}-torch{version('torch')}-ds{version('deepspeed')}"
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "torch_extensions" / name
+    return Path.home() / ".cache" / "vastscale" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}-{name}"
 
 
 def _clear_stale_locks(directory: Path) -> None:

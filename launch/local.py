@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from launch import environment
 from pipeline import cli, run_folder
 from pipeline.cli import UserError
-from pipeline.options import Plan, TrainOptions, has_lists, make_plan
+from pipeline.options import Plan, TrainOptions, has_lists, make_plan, overrides_last
 from pipeline.recipe import batch_sizes
 
 DEMO_RECIPE = "demo"
@@ -58,11 +58,15 @@ def _say(text: str) -> None:
 
 def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
     """Run the ranks to their end, handing on signals to stop. Returns a shell's exit status."""
+    variables = environment.prepare(processes, on_gpu=on_gpu)
     script = str(ROOT / "train.py")
     command = [sys.executable, script, *arguments]
     if processes > 1 or on_gpu:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical",
-                   "--num_gpus", str(processes), "--master_port", str(_free_port()), script, *arguments]
+        # Without --num_gpus the launcher takes the GPUs of CUDA_VISIBLE_DEVICES; with it, it would ignore them.
+        chosen = on_gpu and bool(variables.get("CUDA_VISIBLE_DEVICES"))
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--hostfile",
+                   os.devnull, *([] if chosen else ["--num_gpus", str(processes)]), "--master_port",
+                   str(_free_port()), script, *arguments]
     # In a session of their own, so that CTRL+C reaches only this process, which then tells all of them at once: a
     # launcher that is interrupted itself tells one rank after another and prints a traceback.
     received: list[int] = []
@@ -75,7 +79,9 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
 
     previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        child = subprocess.Popen(command, env=environment.prepare(processes, on_gpu=on_gpu), start_new_session=True)
+        child = subprocess.Popen(command, env=variables, start_new_session=True)
+        if received:  # while the process was being made
+            _signal_group(child.pid, signal.SIGTERM)
         status = child.wait()
         _wait_for_group(child.pid)
     finally:
@@ -165,4 +171,4 @@ def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(TrainOptions, main)
+    cli.run(TrainOptions, main, overrides_last(sys.argv[1:]))

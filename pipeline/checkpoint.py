@@ -45,7 +45,8 @@ class Progress:
     best_psnr: float | None = None  # of validation, dB
     best_step: int | None = None
     stale_validations: int = 0  # since the best
-    layout: str = ""  # of the weights in memory: channels_last or contiguous; it decides the rounding
+    validated_step: int | None = None  # the last validation
+    layout: str = ""  # of the activations: channels_last or contiguous; it decides the rounding
 
 
 class SaveError(Exception):
@@ -68,14 +69,14 @@ def save(run_dir: Path, progress: Progress, contents: Contents, ranks: Ranks) ->
     Raises `SaveError` on every rank, the half-written folder gone, when any rank could not write.
     """
     final = checkpoint_dir(run_dir, progress.step)
-    if ranks.agree((final / MANIFEST_FILE).is_file()):
+    if ranks.agree(_is_saved(final, progress)):
         return
     aside = final.with_name(f".tmp-{final.name}")
     failure = _attempt(lambda: _make_folders(aside, contents), only_if=ranks.is_first)
     if not any(ranks.gather(failure)):
-        for name, engine in contents.engines.items():
-            failure = failure or save_engine(engine, aside, name)
-        failure = failure or _attempt(lambda: _write_own_files(aside, progress, contents, ranks))
+        troubles = [save_engine(engine, aside, name) for name, engine in contents.engines.items()]  # all ranks, each
+        troubles.append(_attempt(lambda: _write_own_files(aside, progress, contents, ranks)))
+        failure = next((trouble for trouble in troubles if trouble), "")
     failures = [f for f in ranks.gather(failure) if f]
     if not failures:
         failure = _attempt(lambda: _commit(aside, final, progress, contents, ranks), only_if=ranks.is_first)
@@ -84,6 +85,11 @@ def save(run_dir: Path, progress: Progress, contents: Contents, ranks: Ranks) ->
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
         raise SaveError(failures[0])
+
+
+def _is_saved(final: Path, progress: Progress) -> bool:
+    """Whether `final` is a checkpoint that says all of `progress` (a validation may have come after it)."""
+    return (final / MANIFEST_FILE).is_file() and _read_progress(final) == progress
 
 
 def _attempt(action: Any, *, only_if: bool = True) -> str:
@@ -100,6 +106,9 @@ def _attempt(action: Any, *, only_if: bool = True) -> str:
 def _make_folders(aside: Path, contents: Contents) -> None:
     for stale in aside.parent.glob(".tmp-step-*"):
         shutil.rmtree(stale)
+    for half_removed in aside.parent.glob("step-*"):
+        if not (half_removed / MANIFEST_FILE).exists():
+            shutil.rmtree(half_removed)
     for name in contents.engines:
         (aside / name).mkdir(parents=True)
 
@@ -133,10 +142,12 @@ def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ra
     _flush(aside / MANIFEST_FILE)
     for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:
         _flush(folder)
-    if final.exists():  # half removed: it holds no manifest, or it would not be written again
-        shutil.rmtree(final)
+    replaced = final.with_name(f".old-{final.name}")
+    if final.exists():
+        os.rename(final, replaced)
     os.rename(aside, final)
     _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
@@ -155,24 +166,41 @@ def newest_whole(run_dir: Path, ranks: Ranks, say: Any = print) -> int | None:
     Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next save. Raises
     `UserError` where there are checkpoints but all are damaged.
     """
+    ranks.together(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
     steps = ranks.agree(checkpoint_steps(run_dir))
+    damaged = []
     for step in reversed(steps):
-        faults = [fault for fault in ranks.gather(damage(checkpoint_dir(run_dir, step))) if fault]
+        folder = checkpoint_dir(run_dir, step)
+        faults = [fault for fault in ranks.gather(ranks.together(lambda folder=folder: damage(folder))) if fault]
         if not faults:
+            for other in damaged if ranks.is_first else ():
+                shutil.rmtree(other.with_name(f"damaged-{other.name}"), ignore_errors=True)
+                other.rename(other.with_name(f"damaged-{other.name}"))
             return step
+        damaged.append(folder)
         if ranks.is_first:
             say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
-            folder = checkpoint_dir(run_dir, step)
-            shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
-            folder.rename(folder.with_name(f"damaged-{folder.name}"))
     if steps:
         raise UserError(f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start afresh with --reset, which "
                         "keeps the old run aside")
     return None
 
 
+def _finish_replacing(run_dir: Path) -> None:
+    """Put back a checkpoint whose replacement was cut off between its two renames."""
+    for replaced in (run_dir / CHECKPOINTS_DIR).glob(".old-step-*"):
+        final = replaced.with_name(replaced.name.removeprefix(".old-"))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+
+
 def damage(folder: Path) -> str:
-    """What is wrong with the checkpoint `folder`; empty if every file is as its manifest says."""
+    """What is wrong with the checkpoint `folder`; empty if every file is as its manifest says.
+
+    A disk that cannot be read (`OSError`) is not damage, and is raised.
+    """
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
         for name, expected in files.items():
@@ -183,17 +211,23 @@ def damage(folder: Path) -> str:
                 return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE}: {error or type(error).__name__}"
     return ""
 
 
-def read_identity(run_dir: Path, step: int) -> dict[str, Any]:
-    return json.loads((checkpoint_dir(run_dir, step) / MANIFEST_FILE).read_text())["identity"]
+def read_manifest(run_dir: Path, step: int) -> dict[str, Any]:
+    """Of a whole checkpoint: `step`, `world_size`, `identity` of the run, `files`."""
+    return json.loads((checkpoint_dir(run_dir, step) / MANIFEST_FILE).read_text())
 
 
 def read_progress(run_dir: Path, step: int) -> Progress:
-    state = json.loads((checkpoint_dir(run_dir, step) / STATE_FILE).read_text())
+    """Of a whole checkpoint."""
+    return _read_progress(checkpoint_dir(run_dir, step))
+
+
+def _read_progress(folder: Path) -> Progress:
+    state = json.loads((folder / STATE_FILE).read_text())
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 

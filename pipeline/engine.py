@@ -11,12 +11,13 @@ import ctypes
 import logging
 import os
 import signal
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
     "NAdam": torch.optim.NAdam,
 }
+LAUNCHER = "VASTSCALE_LAUNCHER_PID"
+"""Environment variable with the process that started the ranks; they stop when it is gone."""
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,24 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
+
+        Otherwise the first complaint is raised as `UserError` on the first rank, and the others exit with its status.
+        """
+        complaint, result = "", None
+        try:
+            result = action()
+        except UserError as error:
+            complaint = str(error)
+        except OSError as error:
+            complaint = f"{error.filename or 'disk'}: {error.strerror or error}"
+        complaints = [complaint for complaint in self.gather(complaint) if complaint]
+        if complaints and self.is_first:
+            raise UserError(complaints[0])
+        if complaints:
+            sys.exit(2)
+        return cast(Result, result)
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
@@ -71,10 +93,10 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if world_size > 1:
+    if LAUNCHER in os.environ or world_size > 1:
         _stop_with_parent()
-    elif "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = "0"  # any free one
+    if world_size == 1:
+        os.environ.setdefault("MASTER_PORT", "0")  # any free one
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(local_rank)
@@ -115,8 +137,8 @@ def _stop_with_parent() -> None:
 
 
 def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps: int,
-                      device: torch.device) -> tuple[dict[str, Any], str]:
-    """ds_config.json as DeepSpeed will get it on these ranks, and a line about the precision.
+                      device: torch.device) -> tuple[dict[str, Any], str, str]:
+    """ds_config.json as DeepSpeed will get it on these ranks, the precision, and why it is another one than asked for.
 
     Fills in the micro-batch and the accumulation, `"total_num_steps": "auto"`, and FP32 for FP16 where there is no
     GPU. The optimizer section stays for `build_engine`.
@@ -129,15 +151,14 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = total_steps
         schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1000), total_steps // 2))
-    if "fp16" in resolved and device.type == "cpu":
-        enabled = resolved.pop("fp16").get("enabled")
-        if enabled:
-            return resolved, "FP32: there is no GPU, and FP16 is for GPUs (for BF16 on a CPU enable bf16 in ds_config)"
+    why = ""
+    if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
+        why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
     if resolved.get("bf16", {}).get("enabled"):
         # Batch norm statistics must have the type of the weights, or the forward pass fails.
         resolved.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
-        return resolved, "BF16"
-    return resolved, "FP16" if resolved.get("fp16", {}).get("enabled") else "FP32"
+        return resolved, "BF16", why
+    return resolved, "FP16" if resolved.get("fp16", {}).get("enabled") else "FP32", why
 
 
 def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
@@ -146,6 +167,7 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     The optimizer is torch's own, built from the optimizer section: the same on every device, and nothing to compile.
     """
     import deepspeed
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     config = copy.deepcopy(dict(ds_config))
     section = config.pop("optimizer")
@@ -154,8 +176,11 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
         try:
             engine, *_ = deepspeed.initialize(model=module.to(ranks.device), optimizer=optimizer, config=config,
                                               dist_init_required=False)
-        except (TypeError, AssertionError, ValueError) as error:
+        except Exception as error:  # DeepSpeed has no class of its own for what it refuses
             raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
+    engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.overflow_checker.has_overflow_serial = _overflows
     engine.found_nonfinite = engine.nonfinite_steps = None
     if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
         # The one mode in which DeepSpeed would write a NaN into weights and moments for good (RELIABILITY 2.8).
@@ -168,27 +193,34 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     return engine
 
 
+def _overflows(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient is not finite: one wait for the device, where DeepSpeed's own waits once a parameter."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], float("inf"))
+    return not bool(torch.isfinite(torch.stack(norms)).all())
+
+
 def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     name = section["type"]
     if name not in OPTIMIZERS:
         raise UserError(f"ds_config: no optimizer {name!r}{nearest(name, OPTIMIZERS)}")
     params = dict(section.get("params", {}))
-    params.pop("torch_adam", None)
+    for key in ("torch_adam", "fused", "foreach"):  # how, not what: chosen here
+        params.pop(key, None)
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     if name in FUSED:
-        params.setdefault("fused", True)
+        params["fused"] = True
     try:
         return OPTIMIZERS[name](parameters, **params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"ds_config: optimizer {name}: {error}") from error
 
 
 def descend(engine: Any, loss: Tensor) -> None:
     """Backward and, at an accumulation boundary, one update. Gradients that are not finite change nothing.
 
-    Gradients are already summed over ranks when they are judged, so every rank judges the same. Nothing here waits
-    for the device.
+    Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
+    waits for the device; at FP16 DeepSpeed's loss scaling does, once an update.
     """
     engine.backward(loss)
     if engine.found_nonfinite is not None and engine.is_gradient_accumulation_boundary():
@@ -198,13 +230,25 @@ def descend(engine: Any, loss: Tensor) -> None:
     engine.step()
 
 
+def step_was_skipped(engine: Any) -> Tensor | bool:
+    """Whether the last update was left out because a gradient was not finite; stays on the device if judged there."""
+    return engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
+
+
 def skipped_steps(engine: Any) -> int:
-    """Updates left out since the engine was built because gradients overflowed. Waits for the device."""
+    """Updates left out so far because a gradient was not finite. Waits for the device."""
     return engine.skipped_steps + (int(engine.nonfinite_steps) if engine.nonfinite_steps is not None else 0)
 
 
-def compile_module(module: nn.Module) -> None:
-    """torch.compile with Inductor, in place: names in the state dict stay as they are."""
+def compile_module(module: nn.Module, *, channels_last: bool) -> None:
+    """torch.compile with Inductor, in place: names in the state dict stay as they are.
+
+    Inductor gives up channels_last in backward graphs (pytorch #188236); told to keep it, it is 1.5 times faster on a
+    CPU.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.force_layout_optimization = channels_last
     module.compile(backend="inductor", dynamic=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,19 +16,25 @@ from pipeline.data.loader import Loader
 from pipeline.engine import Ranks
 from pipeline.monitor import duration
 
-NONFINITE_LIMIT = 10  # micro-batches in a row on one rank after which a run counts as diverged
+BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
+SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What happened since the reading before."""
+    """What happened since the reading before, the same on every rank but for the last field."""
 
     losses: dict[str, float]  # weighted; mean over batches and ranks
     images_per_second: float  # HR crops, all ranks
     data_wait: float  # share of the time that this rank waited for the loader
     remaining_seconds: float
-    nonfinite_run: int
-    nonfinite_batch: int | None  # this rank's micro-batch that ended a run of NONFINITE_LIMIT; None: all is well
+    skipped_run: int  # updates in a row, up to now
+    bad_loss_run: int
+    bad_batch: int  # this rank's last micro-batch with a loss that was not finite
+
+    @property
+    def has_diverged(self) -> bool:
+        return self.bad_loss_run >= BAD_LOSS_LIMIT or self.skipped_run >= SKIPPED_LIMIT
 
     def as_dict(self) -> dict[str, Any]:
         return {"loss": sum(self.losses.values()), **{f"loss_{name}": value for name, value in self.losses.items()},
@@ -35,51 +42,61 @@ class Reading:
                 "remaining_seconds": round(self.remaining_seconds, 1)}
 
     def text(self) -> str:
-        return (f"loss {sum(self.losses.values()):.5f}  {self.images_per_second:.1f} images/s  "
-                f"data wait {self.data_wait:.0%}  ETA {duration(self.remaining_seconds)}")
+        speed = "" if math.isnan(self.images_per_second) else (
+            f"  {self.images_per_second:.1f} images/s  data wait {self.data_wait:.0%}  "
+            f"ETA {duration(self.remaining_seconds)}")
+        return f"loss {sum(self.losses.values()):.5f}{speed}"
 
 
 class Meter:
     """Adds up on the device; only `read` looks."""
 
-    def __init__(self, ranks: Ranks, log_every: int, total_steps: int, global_batch: int) -> None:
+    def __init__(self, ranks: Ranks, total_steps: int, global_batch: int) -> None:
         self._ranks, self._total_steps, self._global_batch = ranks, total_steps, global_batch
-        self._log_every = log_every
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        self._nonfinite = torch.zeros(2, dtype=torch.int64, device=ranks.device)  # run length, last micro-batch
-        self._began, self._waited, self._step = time.perf_counter(), 0.0, None
+        # Updates in a row that were skipped; in which the loss was not finite; the last micro-batch where it was not.
+        self._trouble = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+        self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._began: float | None = None
 
     def add(self, losses: Mapping[str, Tensor], index: int) -> None:
         """Count one micro-batch's losses (scalars on the device)."""
         for name, loss in losses.items():
             self._sums[name] = self._sums[name] + loss if name in self._sums else loss.clone()
         self._count += 1
-        total = torch.stack(list(losses.values())).sum()
-        bad = (~torch.isfinite(total)).long()
-        self._nonfinite[0] = (self._nonfinite[0] + 1) * bad
-        self._nonfinite[1] = torch.where(bad.bool(), index, self._nonfinite[1])
+        bad = ~torch.isfinite(torch.stack(list(losses.values())).sum())
+        self._bad_loss = torch.maximum(self._bad_loss, bad.long())
+        self._trouble[2] = torch.where(bad, index, self._trouble[2])
+
+    def end_step(self, step: int, skipped: Tensor | bool, loader: Loader) -> None:
+        """Count an update. The clock starts with the first one, which compiles."""
+        self._trouble[0] = (self._trouble[0] + 1) * skipped
+        self._trouble[1] = (self._trouble[1] + 1) * self._bad_loss
+        self._bad_loss = torch.zeros_like(self._bad_loss)
+        if self._began is None:
+            self._began, self._waited, self._step = time.perf_counter(), loader.waited_seconds, step
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time in here is not training time."""
         began = time.perf_counter()
         yield
-        self._began += time.perf_counter() - began
+        if self._began is not None:
+            self._began += time.perf_counter() - began
 
     def read(self, step: int, loader: Loader) -> Reading:
         """Means since the last reading; every rank calls it. Waits for the device."""
-        means = torch.stack(list(self._sums.values())).double().cpu() / self._count
-        run, batch = self._nonfinite.tolist()
-        shares = self._ranks.gather(means.tolist())
-        names = list(self._sums)
-        losses = {name: sum(share[i] for share in shares) / len(shares) for i, name in enumerate(names)}
+        assert self._began is not None
+        means = (torch.stack(list(self._sums.values())).double().cpu() / self._count).tolist()
+        shares = self._ranks.gather((means, *self._trouble.tolist()))
+        losses = {name: sum(share[0][i] for share in shares) / len(shares) for i, name in enumerate(self._sums)}
         now = time.perf_counter()
-        elapsed = max(now - self._began, 1e-9)
-        steps = step - self._step if self._step is not None else step % self._log_every or self._log_every
-        waited = loader.waited_seconds - self._waited
-        reading = Reading(losses, steps * self._global_batch / elapsed, min(1.0, waited / elapsed),
-                          elapsed / steps * (self._total_steps - step), run, batch if run >= NONFINITE_LIMIT else None)
+        elapsed, steps = max(now - self._began, 1e-9), step - self._step
+        rate = steps / elapsed if steps else float("nan")  # the very first step of a process is not timed
+        reading = Reading(losses, rate * self._global_batch, min(1.0, (loader.waited_seconds - self._waited) / elapsed),
+                          (self._total_steps - step) / rate, max(share[1] for share in shares),
+                          max(share[2] for share in shares), self._trouble[2].item())
         self._sums, self._count = {}, 0
         self._began, self._waited, self._step = now, loader.waited_seconds, step
         return reading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,9 @@ class Journal:
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """One JSON line, and a TensorBoard scalar `event/name` for every number."""
-        line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for name, value in values.items()}  # JSON knows no NaN
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **plain}
         with self._unstoppable():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()

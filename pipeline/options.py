@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,7 +24,7 @@ class TrainOptions:
     data.crop=128 generator.num_blocks=11 ds.train_batch_size=32 ds.optimizer.params.lr=5e-4
     """
 
-    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """key=value over the recipe, ds.key=value over DeepSpeed's file."""
     recipe: str = "vapsr_x2"
     """A name in recipes/ or the path of a YAML file."""
@@ -67,13 +69,25 @@ class Plan:
                             "validation_files": len(self.validation_files)}}
 
 
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """The command line with its overrides behind its options, wherever they were typed."""
+    options: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        before = options[-1] if options else ""
+        is_value = before.startswith("--") and "=" not in before and before != "--reset"
+        is_override = re.match(r"[A-Za-z_][\w.]*=", argument) is not None
+        (overrides if is_override and not is_value else options).append(argument)
+    return options + overrides
+
+
 def make_plan(options: TrainOptions) -> Plan:
     """Read and check everything that `options` name. Raises `UserError`."""
     recipe_overrides, ds_overrides = parse_overrides(options.overrides)
     if options.patience is not None:
         recipe_overrides["patience"] = options.patience
     recipe = load_recipe(options.recipe, recipe_overrides)
-    ds_config = load_ds_config(options.ds_config or recipe.ds_config_path(), ds_overrides)
+    ds_config = load_ds_config((options.ds_config or recipe.ds_config_path()).expanduser(), ds_overrides)
     root = options.dataset_dir.expanduser()
     training, validation = (read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST))
     if options.max_epochs is not None and options.max_epochs < 1:

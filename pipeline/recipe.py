@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.cli import UserError, nearest
+from pipeline.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -128,7 +129,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
@@ -175,27 +176,41 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
 
 DS_KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "zero_optimization", "data_types", "steps_per_print",
+    "optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "steps_per_print",
     "wall_clock_breakdown", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state",
-    "checkpoint", "seq_parallel_communication_data_type", "aio", "graph_harvesting",
 })
 """The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a misspelt key."""
+DS_SECTIONS = frozenset({"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "comms_logger",
+                         "flops_profiler"})
 
 
 def _check_ds_config(config: dict[str, Any], path: Path) -> None:
     for key in config:
         if key not in DS_KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
+    for section in DS_SECTIONS & config.keys():
+        if not isinstance(config[section], dict):
+            raise UserError(f"{path}: {section} must be a table, not {config[section]!r}; write "
+                            f"ds.{section}.KEY=VALUE, such as ds.fp16.enabled=false")
+    for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if not isinstance(config.get(key, 1), (int, float)) or config.get(key, 1) < 0:
+            raise UserError(f"{path}: {key} must be a number, not {config[key]!r}")
     if not isinstance(config.get("train_batch_size"), int) or config["train_batch_size"] < 1:
         raise UserError(f"{path}: train_batch_size, the global batch, must be a whole number above 0")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported; choose 0, 1 or 2")
+    if zero_stage(config) not in (0, 1, 2):
+        raise UserError(f"{path}: zero_optimization.stage {zero_stage(config)} is not supported; choose 0, 1 or 2")
+    for key in config.get("zero_optimization", {}):
+        if key.startswith("offload"):
+            raise UserError(f"{path}: zero_optimization.{key} is not supported: a super-resolution network fits a GPU")
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
     if "type" not in config.get("optimizer", {}):
         raise UserError(f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:

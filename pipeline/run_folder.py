@@ -18,6 +18,7 @@ from pipeline.cli import UserError
 
 RUNS_DIR = Path("runs")
 RECIPE_FILE = "recipe.yaml"
+DS_CONFIG_FILE = "ds_config.json"
 CHECKPOINTS_DIR = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 STATE_FILE = "state.json"

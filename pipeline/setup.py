@@ -28,7 +28,7 @@ from pipeline.models import build_generator
 from pipeline.models.weights import SavedNetwork
 from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
 from pipeline.options import Plan
-from pipeline.recipe import Recipe, ds_differences, recipe_differences
+from pipeline.recipe import Recipe, ds_differences, recipe_differences, zero_stage
 from pipeline.trainers.reconstruction import ReconstructionTrainer
 from pipeline.validation import ValidationSet
 
@@ -60,7 +60,7 @@ class Run:
         source = CropSource(self.plan.dataset_dir, self.plan.training_files, sampler, crop=data.crop,
                             scale=recipe.scale, position=position)
         return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
-                      prefetch=data.prefetch)
+                      prefetch=data.prefetch + self.accumulation)
 
 
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
@@ -69,11 +69,12 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     Raises `UserError` if the run on disk is another one.
     """
     recipe = plan.recipe
+    ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
+                                                  total_steps=plan.total_steps, device=ranks.device)
+    identity = {**plan.identity, "precision": precision}
     step = checkpoint.newest_whole(plan.run_dir, ranks, say)
     if step is not None:
-        refuse_strangers(plan, checkpoint.read_identity(plan.run_dir, step), step)
-    ds_config, precision = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
-                                             total_steps=plan.total_steps, device=ranks.device)
+        refuse_strangers(plan, identity, checkpoint.read_manifest(plan.run_dir, step), ranks.world_size)
     micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
                                                             "gradient_accumulation_steps"))
     _seed(recipe.seed)
@@ -82,26 +83,30 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
     engine = build_engine(generator, ds_config, ranks)
-    compiled = _compile(engine.module, recipe, ranks)
+    compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
     trainer = ReconstructionTrainer(engine, Criterion(recipe.losses), ema, LAYOUTS[layout])
     described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {}, {"recipe": recipe.name})
-    contents = Contents(trainer.engines, ema, described, plan.identity)
+    contents = Contents(trainer.engines, ema, described, identity)
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
-    validation = ValidationSet(plan.dataset_dir, plan.validation_files, recipe.scale, recipe.validation_images, ranks,
-                               LAYOUTS[layout])
-    introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision,
+    validation = ranks.together(lambda: ValidationSet(plan.dataset_dir, plan.validation_files, recipe.scale,
+                                                      recipe.validation_images, ranks, LAYOUTS[layout]))
+    introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
                                  (micro_batch, accumulation), step)
     return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
 
 
-def refuse_strangers(plan: Plan, identity: dict[str, Any], step: int) -> None:
+def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any], world_size: int) -> None:
     """Raise `UserError` naming the fields in which the run on disk differs from what is asked for."""
-    differences = recipe_differences(Recipe.model_validate(identity["recipe"]), plan.recipe)
-    differences += ds_differences(identity["ds_config"], plan.ds_config)
-    old, new = identity["dataset"], plan.identity["dataset"]
-    differences += [f"dataset {key}: {old[key]} in the run, {new[key]} asked for"
-                    for key in old if old[key] != new[key]]
+    found, step = manifest["identity"], manifest["step"]
+    differences = recipe_differences(Recipe.model_validate(found["recipe"]), plan.recipe)
+    differences += ds_differences(found["ds_config"], plan.ds_config)
+    old, new = ({"precision": of["precision"], **{f"dataset {key}": value for key, value in of["dataset"].items()}}
+                for of in (found, wanted))
+    differences += [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    if zero_stage(plan.ds_config) and manifest["world_size"] != world_size:
+        differences.append(f"number of ranks, which ZeRO stage {zero_stage(plan.ds_config)} cannot change: "
+                           f"{manifest['world_size']} in the run, {world_size} asked for")
     if differences:
         raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
                         "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
@@ -110,15 +115,21 @@ def refuse_strangers(plan: Plan, identity: dict[str, Any], step: int) -> None:
 def move_aside(plan: Plan) -> Path | None:
     """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
     suffix = time.strftime("bak-%Y%m%d-%H%M%S")
-    if plan.log_dir != plan.run_dir:
-        for name in (LOG_FILE, TENSORBOARD_DIR):
-            if (plan.log_dir / name).exists():
-                (plan.log_dir / name).rename(_unused(plan.log_dir / f"{name}.{suffix}"))
+    move_logs_aside(plan)
     if plan.run_dir.is_dir() and any(plan.run_dir.iterdir()):
         kept = _unused(plan.run_dir.with_name(f"{plan.run_dir.name}.{suffix}"))
         plan.run_dir.rename(kept)
         return kept
     return None
+
+
+def move_logs_aside(plan: Plan) -> None:
+    """In a --log-dir of its own, keep what an earlier run has written there: a new log begins."""
+    if plan.log_dir != plan.run_dir:
+        for name in (LOG_FILE, TENSORBOARD_DIR):
+            if (plan.log_dir / name).exists():
+                kept = _unused(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
+                (plan.log_dir / name).rename(kept)
 
 
 def _unused(path: Path) -> Path:
@@ -145,7 +156,7 @@ def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None
     return ranks.agree(measured)
 
 
-def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks) -> str:
+def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, *, channels_last: bool) -> str:
     """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
     if recipe.compile == "off":
         return "not compiled (compile: off)"
@@ -154,7 +165,7 @@ def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks) -> str:
         raise UserError(f"compile: on, but {lacking}; install it or say compile=auto")
     if lacking:
         return f"NOT compiled, slower: {lacking}"
-    compile_module(module)
+    compile_module(module, channels_last=channels_last)
     return "compiled with Inductor (the first step takes longer)"
 
 

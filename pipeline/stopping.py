@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.engine import Ranks
+from pipeline.engine import LAUNCHER, Ranks
 
-GO_ON, SAVE = 0, 1  # requests above SAVE are the number of the signal that asks to stop
+GO_ON, SAVE, STOP, FAIL = 0, 1, 1000, 2000
+"""Requests; the larger one wins. STOP + n: stop for signal n. FAIL: save and end, some rank cannot go on."""
 
 
 class StopSignals:
     """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self._noted = 0
+        self._launcher = int(os.environ.get(LAUNCHER, 0))
+
+    @property
+    def received(self) -> int:
+        """The first signal, SIGTERM if the launcher is gone (nobody could stop this process any more), else 0."""
+        if not self._noted and self._launcher:
+            try:
+                os.kill(self._launcher, 0)
+            except ProcessLookupError:
+                self._noted = signal.SIGTERM
+        return self._noted
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._note)
@@ -26,10 +40,11 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.received = self.received or number
+        self._noted = self._noted or number
 
 
 class Agreement:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import sys
 import time
 
 from pipeline import checkpoint
 from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
-from pipeline.data.loader import Loader
-from pipeline.engine import Ranks, skipped_steps, start_distributed, stop_distributed
+from pipeline.data.loader import Batch, Loader
+from pipeline.engine import Ranks, skipped_steps, start_distributed, step_was_skipped, stop_distributed
+from pipeline.files import write_atomically
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plan
 from pipeline.recipe import write_recipe
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run_folder import DS_CONFIG_FILE, RECIPE_FILE
 from pipeline.run_lock import run_lock
-from pipeline.setup import Run, move_aside, set_up, short
-from pipeline.stopping import GO_ON, SAVE, Agreement, StopSignals
+from pipeline.setup import Run, move_aside, move_logs_aside, set_up, short
+from pipeline.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
+from pipeline.validation import Pair
 
 NUM_PICTURES = 3  # validation images shown in TensorBoard
 
 
 def main(options: TrainOptions) -> int:
-    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input."""
+    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 anything else."""
     try:
         plan = make_plan(options)
     except UserError:
@@ -35,31 +37,27 @@ def main(options: TrainOptions) -> int:
     ranks = start_distributed()
     try:
         with StopSignals() as signals, contextlib.ExitStack() as stack:
-            _take_run_folder(plan, ranks, stack)
+            ranks.together(lambda: _take_run_folder(plan, ranks, stack))
             run = set_up(plan, ranks, say if ranks.is_first else _silent)
-            training = Training(run, signals)
+            training = ranks.together(lambda: Training(run, signals))
             stack.callback(training.close)
             return training.train()
+    except (UserError, RunError) as error:  # raised on every rank alike; one says it
+        if ranks.is_first:
+            raise
+        return 2 if isinstance(error, UserError) else 1
     finally:
         stop_distributed()
 
 
 def _take_run_folder(plan: Plan, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one is asked for."""
-    refusal = ""
-    if ranks.is_first:
-        try:
-            stack.enter_context(run_lock(plan.run_dir, say))
-            kept = move_aside(plan) if plan.reset else None
-            if kept:
-                say(f"the old run is kept in {short(kept)}")
-        except UserError as error:
-            refusal = str(error)
-    refusal = ranks.agree(refusal)
-    if refusal and ranks.is_first:
-        raise UserError(refusal)
-    if refusal:
-        sys.exit(2)
+    if not ranks.is_first:
+        return
+    stack.enter_context(run_lock(plan.run_dir, say))
+    kept = move_aside(plan) if plan.reset else None
+    if kept:
+        say(f"the old run is kept in {short(kept)}")
 
 
 def _silent(_: str) -> None: ...
@@ -77,6 +75,9 @@ class Training:
         if self.ranks.is_first:
             self.plan.run_dir.mkdir(parents=True, exist_ok=True)
             write_recipe(self.recipe, self.plan.run_dir / RECIPE_FILE)
+            write_atomically(self.plan.run_dir / DS_CONFIG_FILE, json.dumps(self.plan.ds_config, indent=2).encode())
+            if self.progress.step == 0:
+                move_logs_aside(self.plan)
             self.journal = Journal(self.plan.log_dir, self.progress.step)
         for line in run.introduction:
             self._say(line)
@@ -89,58 +90,91 @@ class Training:
 
     def train(self) -> int:
         """Steps, validations and saves until the end, patience or a signal. Returns the exit status."""
-        recipe, progress, total_steps = self.recipe, self.progress, self.plan.total_steps
-        if progress.step >= total_steps or self._is_out_of_patience():
-            self._say(f"nothing left to do: this run is finished at step {progress.step} of {total_steps} "
+        recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
+        if self._is_finished():
+            self._say(f"nothing left to do: this run is finished at step {progress.step} of {self.plan.total_steps} "
                       "(--reset starts afresh; for a longer one say steps=N, or --patience N)")
             return 0
         self._show_inputs()
-        began, validated_at, agreed = time.perf_counter(), -1, GO_ON
+        began, agreed = time.perf_counter(), GO_ON
         agreement = Agreement(self.ranks)
-        meter = Meter(self.ranks, recipe.log_every, total_steps, self.plan.ds_config["train_batch_size"])
-        self.loader = self.run.open_loader()
-        while progress.step < total_steps and agreed <= SAVE and not self._is_out_of_patience():
+        meter = Meter(self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"])
+        if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
+            self._validate()
+        self.loader = loader = self.run.open_loader()
+        while agreed <= SAVE and not self._is_finished():
             for _ in range(self.run.accumulation):
-                batch = next(self.loader)
-                meter.add(self.run.trainer.step(batch), batch.index)
+                batch = self._next_batch(loader)
+                meter.add(trainer.step(batch), batch.index)
             progress.step += 1
-            agreed = agreement.exchange(self._request())
+            meter.end_step(progress.step, step_was_skipped(trainer.generator), loader)
+            agreed = agreement.exchange(self._request(loader))
             if progress.step % recipe.log_every == 0:
-                self._log(meter, self.loader)
-            is_best = False
-            if progress.step % recipe.validate_every == 0:
-                with meter.paused():
-                    is_best, validated_at = self._validate(), progress.step
-            if is_best or agreed == SAVE or progress.step % recipe.save_every == 0:
-                with meter.paused():
+                self._log(meter, loader)
+            with meter.paused():
+                is_best = agreed <= SAVE and self._validation_is_due() and self._validate()
+                if is_best or agreed == SAVE or progress.step % recipe.save_every == 0:
                     self._save()
         agreed = max(agreed, agreement.finish())
-        if agreed > SAVE:
-            self._save(must=True)
-            self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues there")
-            return 128 + agreed
-        if validated_at != progress.step:
-            self._validate()
         self._save(must=True)
+        if agreed >= FAIL:
+            self._raise_failure(loader)
+        if agreed >= STOP and not self._is_finished():
+            self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues there")
+            return 128 + agreed - STOP
         self._say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best PSNR-Y "
                   f"{progress.best_psnr:.3f} dB at step {progress.best_step}; run folder {short(self.plan.run_dir)}")
         return 0
 
-    def _request(self) -> int:
+    def _next_batch(self, loader: Loader) -> Batch:
+        try:
+            return next(loader)
+        except UserError:
+            if self.ranks.world_size == 1:  # the others would wait; they are told before, if there is time
+                self._save(must=True)
+            raise
+
+    def _request(self, loader: Loader) -> int:
         """What this rank would have all of them do."""
-        save_is_due = time.perf_counter() - self.last_save > self.recipe.save_minutes * 60
-        return self.signals.received or (SAVE if save_is_due else GO_ON)
+        if loader.failed:
+            return FAIL
+        if self.signals.received:
+            return STOP + self.signals.received
+        # One rank's clock, and not twice while the first request is under way.
+        if self.ranks.is_first and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60:
+            self.last_save = time.perf_counter()
+            return SAVE
+        return GO_ON
+
+    def _raise_failure(self, loader: Loader) -> None:
+        def complain() -> None:
+            failure = loader.failure()
+            if failure:
+                raise failure
+
+        self.ranks.together(complain)
+
+    def _is_finished(self) -> bool:
+        """All steps done and measured, or out of patience."""
+        if self.progress.step >= self.plan.total_steps:
+            return self.progress.validated_step == self.progress.step
+        return self._is_out_of_patience()
+
+    def _validation_is_due(self) -> bool:
+        step = self.progress.step
+        is_point = step % self.recipe.validate_every == 0 or step >= self.plan.total_steps
+        return is_point and self.progress.validated_step != step
 
     def _is_out_of_patience(self) -> bool:
         return 0 < self.recipe.patience <= self.progress.stale_validations
 
     def _log(self, meter: Meter, loader: Loader) -> None:
         values = meter.read(self.progress.step, loader)
-        if values.nonfinite_batch is not None:
-            files = ", ".join(dict.fromkeys(loader.source.files_of(values.nonfinite_batch)))
-            raise RunError(f"training has diverged: the loss has not been finite for {values.nonfinite_run} batches in "
-                          f"a row on rank {self.ranks.rank}, last with {files}; the weights are as they were before, "
-                          "but a fresh run needs a smaller ds.optimizer.params.lr")
+        if values.has_diverged:
+            files = ", ".join(dict.fromkeys(loader.source.files_of(values.bad_batch)))
+            raise RunError(f"training has diverged: the last {values.skipped_run} updates were skipped for gradients "
+                           f"that are not finite, and the last {values.bad_loss_run} had such a loss (seen last with "
+                           f"{files}); start afresh with a smaller ds.optimizer.params.lr")
         if self.journal:
             step, engine = self.progress.step, self.run.trainer.generator
             epoch = step * self.plan.ds_config["train_batch_size"] / len(self.plan.training_files)
@@ -151,9 +185,15 @@ class Training:
                                   f"lr {learning_rate:.2e}")
 
     def _validate(self) -> bool:
-        """Measure the averaged weights; True if they are the best so far."""
-        psnr = self.run.validation.psnr(self.run.averaged)
+        """Measure the averaged weights; True if they are the best so far.
+
+        Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation does it then.
+        """
+        psnr = self.run.validation.psnr(self.run.averaged, lambda: bool(self.signals.received))
+        if psnr is None:
+            return False
         progress = self.progress
+        progress.validated_step = progress.step
         is_best = progress.best_psnr is None or psnr > progress.best_psnr
         if is_best:
             progress.best_psnr, progress.best_step, progress.stale_validations = psnr, progress.step, 0
@@ -164,18 +204,23 @@ class Training:
                                                            "stale_validations": progress.stale_validations})
             best = "best so far" if is_best else f"best {progress.best_psnr:.3f} at step {progress.best_step}"
             self.journal.say(f"validation at step {progress.step}: PSNR-Y {psnr:.3f} dB ({best})")
-            for pair in self.run.validation.pairs[:NUM_PICTURES]:
+            for pair in self._shown_pairs():
                 self.journal.picture(progress.step, f"{pair.name}/output",
                                      self.run.validation.upscale(self.run.averaged, pair))
         return is_best
 
     def _show_inputs(self) -> None:
         if self.journal:
-            for pair in self.run.validation.pairs[:NUM_PICTURES]:
+            for pair in self._shown_pairs():
                 self.journal.picture(self.progress.step, f"{pair.name}/input", self.run.validation.bicubic(pair))
                 self.journal.picture(self.progress.step, f"{pair.name}/target", pair.hr)
 
+    def _shown_pairs(self) -> list[Pair]:
+        return [self.run.validation.pair(name) for name in self.run.validation.names[:NUM_PICTURES]]
+
     def _save(self, *, must: bool = False) -> None:
+        if self.progress.step == 0:
+            return
         try:
             checkpoint.save(self.plan.run_dir, self.progress, self.run.contents, self.ranks)
         except SaveError as error:

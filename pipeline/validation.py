@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from pipeline.engine import Ranks
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma, psnr
 
+KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
 PSNR_LIMIT = 100.0  # dB; an image reproduced without any error must not make the mean infinite
 
 
@@ -29,19 +31,44 @@ class Pair(NamedTuple):
 
 
 class ValidationSet:
-    """This rank's share of the validation images: every `world_size`-th, whole, with LR made as in training."""
+    """This rank's share of the validation images: every `world_size`-th, whole, with LR made as in training.
+
+    Raises `UserError` naming a file that cannot be read or is too small.
+    """
 
     def __init__(self, root: Path, names: list[str], scale: int, limit: int, ranks: Ranks,
                  memory_format: torch.memory_format = torch.contiguous_format) -> None:
         chosen = names if len(names) <= limit else [names[i * len(names) // limit] for i in range(limit)]
-        self.count, self.scale, self.ranks, self.memory_format = len(chosen), scale, ranks, memory_format
-        self.pairs = [_pair(root, name, scale) for name in chosen[ranks.rank::ranks.world_size]]
+        self.count, self.root, self.scale = len(chosen), root, scale
+        self.ranks, self.memory_format = ranks, memory_format
+        self.names = chosen[ranks.rank::ranks.world_size]
+        self._kept: dict[str, Pair] = {}
+        room = KEPT_BYTES
+        for name in self.names:  # all are read once, so that a bad one shows now and not in the night
+            pair = _pair(root, name, scale)
+            room -= pair.hr.numel() + pair.lr.numel()
+            if room > 0:
+                self._kept[name] = pair
+
+    def pair(self, name: str) -> Pair:
+        return self._kept.get(name) or _pair(self.root, name, self.scale)
 
     @torch.inference_mode()
-    def psnr(self, network: nn.Module) -> float:
-        """Mean PSNR-Y in dB (luma rounded, borders of `scale` pixels cut) of `network` over all ranks' images."""
-        scores = [self._score(self.upscale(network, pair), pair.hr.to(self.ranks.device)) for pair in self.pairs]
+    def psnr(self, network: nn.Module, must_stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean PSNR-Y in dB (luma rounded, borders of `scale` pixels cut) of `network` over all ranks' images.
+
+        None if `must_stop` came true on some rank before its share was done. All ranks call it together.
+        """
+        scores: list[float] | None = []
+        for name in self.names:
+            if must_stop():
+                scores = None
+                break
+            pair = self.pair(name)
+            scores.append(self._score(self.upscale(network, pair), pair.hr.to(self.ranks.device)))
         shares = self.ranks.gather(scores)
+        if any(share is None for share in shares):
+            return None
         # In the order of the list, so that rounding does not depend on how the images were shared out.
         ordered = [shares[i % len(shares)][i // len(shares)] for i in range(self.count)]
         return sum(ordered) / self.count

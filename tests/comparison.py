@@ -34,7 +34,7 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
 
 
 def checkpoint_differences(one: Path, other: Path, step: int) -> list[str]:
-    """Of everything in the two runs' checkpoints of `step`: weights, optimizer, schedule, EMA, random states, counts."""
+    """Of all in two checkpoints of `step`: weights, optimizer, schedule, EMA, random states, counts."""
     first, second = checkpoint_dir(one, step), checkpoint_dir(other, step)
     names = {p.relative_to(first) for p in first.rglob("*") if p.is_file()}
     assert names == {p.relative_to(second) for p in second.rglob("*") if p.is_file()}

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from pipeline.cli import UserError, run
-from pipeline.data.image_files import MANIFEST, write_atomically
+from pipeline.data.image_files import MANIFEST
+from pipeline.files import write_atomically
 from tools.common.crop_writing import CropSettings, PhotoResult, make_crops, remove_crops
 from tools.common.dataset_walk import walk
 from tools.common.manifest import CropRecord, format_lines, parse_line

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from pipeline.cli import UserError, run
-from pipeline.data.image_files import write_atomically
+from pipeline.files import write_atomically
 from tools import check_training_data, images_to_data, select_training_files
 from tools.common.crop_grid import halved
 from tools.common.crop_writing import encode

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pipeline.cli import UserError
+from pipeline.files import write_atomically
 
 NPY_SUFFIX = ".npy"
 ENCODED_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".jp2"})
@@ -195,23 +196,3 @@ def _list_bytes(names: Iterable[str]) -> bytes:
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a list; "
                         "rename the file") from None
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file `path` by `content`: a reader, or a power cut, sees the old or the new file, never a mixture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself lives in the folder
-    finally:
-        os.close(folder)

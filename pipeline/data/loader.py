@@ -33,6 +33,7 @@ class Loader:
     def __init__(self, source: CropSource, index: int, device: torch.device, *, threads: int, prefetch: int) -> None:
         self.source, self.device = source, device
         self.waited_seconds = 0.0
+        self.failed = False  # a batch ahead cannot be made: true some batches before `__next__` raises
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(index, threads, prefetch), daemon=True,
@@ -52,6 +53,15 @@ class Loader:
             self.close()
             raise batch
         return batch
+
+    def failure(self) -> BaseException | None:
+        """Why the loader has failed, skipping the batches that are still good; None if it has not."""
+        while self.failed:
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                self.close()
+                return item
+        return None
 
     def close(self) -> None:
         """Stop the thread; prefetched batches are dropped (they are made again from their numbers)."""
@@ -74,6 +84,7 @@ class Loader:
                 self._put(Batch(lr, hr, index))
                 index += 1
         except BaseException as error:  # handed to the loop, which raises it in the main thread
+            self.failed = True
             self._put(error)
 
     def _run(self, pipeline: Any, index: int) -> list[Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
+from pipeline.files import write_atomically
 from pipeline.models import build_generator
 from pipeline.models.vapsr import recognise_vapsr
 
@@ -121,7 +121,8 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         content = buffer.getvalue()
     else:
         raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
-    _write_whole(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
 def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], str | None]:
@@ -194,21 +195,3 @@ def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> Save
                             metadata={str(key): str(value) for key, value in said.get("metadata", {}).items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(path)!r}: its {METADATA_KEY!r} metadata cannot be understood ({error!r})") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)

@@ -16,9 +16,9 @@ from pipeline.data.image_files import (
     lists_hash,
     npy_layout,
     read_file_list,
-    write_atomically,
     write_file_list,
 )
+from pipeline.files import write_atomically
 
 
 def _padded_header(version: int) -> bytes:

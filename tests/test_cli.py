@@ -1,0 +1,143 @@
+"""Bad command lines end in one clear line and exit status 2, before anything is touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, command, environment, run
+from pipeline.run_folder import checkpoint_steps
+
+COMMANDS = ["train.py", "launch/local.py", "evaluate.py", "export_trained_model.py", "tools/images_to_data.py",
+            "tools/check_training_data.py", "tools/select_training_files.py", "tools/make_demo_dataset.py"]
+
+
+def script(name: str, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    variables = environment() | ({"HOME": str(home)} if home else {})
+    return subprocess.run([sys.executable, str(ROOT / name), *arguments], env=variables, cwd=home, capture_output=True,
+                          text=True, timeout=60, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_and_an_unknown_option_names_the_nearest(name: str, tmp_path: Path) -> None:
+    done = script(name, "--help", home=tmp_path)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+    assert "default" in done.stdout or name.endswith("make_demo_dataset.py")
+    assert_one_line(script(name, "--hepl", home=tmp_path), "unknown option --hepl; did you mean '--help'?")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--recpie", "demo"), "unknown option --recpie; did you mean '--recipe'?"),
+    (("--procs", "two"), "Error parsing --procs: invalid literal for int()"),
+    (("--procs", "-1"), "--procs -1 must be 1 or more"),
+    (("--recipe", "vapsr_x5"), "no recipe 'vapsr_x5'; did you mean 'vapsr_x"),
+    (("data.corp=3",), "data.corp: unknown key; did you mean 'crop'?"),
+    (("generator.num_block=3",), "num_block"),
+    (("ds.optimizer.type=Adamw",), "no optimizer 'Adamw'; did you mean 'AdamW'?"),
+    (("ds.train_batch_size=0",), "train_batch_size, the global batch, must be a whole number above 0"),
+    (("--procs", "3"), "train_batch_size 4 is not micro-batch x accumulation x 3 ranks"),
+    (("data.crop=128",), "smaller than data.crop 128"),
+    (("--ds-config", "/nowhere.json"), "cannot read /nowhere.json"),
+])
+def test_bad_training_options(dataset: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run([*command(dataset, tmp_path / "run"), "steps=2", *arguments])
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("name", ["training_file_list.txt", "validation_file_list.txt"])
+def test_a_missing_list_names_the_command_that_writes_it(dataset: Path, tmp_path: Path, name: str) -> None:
+    other = "validation_file_list.txt" if name.startswith("training") else "training_file_list.txt"
+    (tmp_path / other).write_bytes((dataset / other).read_bytes())
+    assert_one_line(run(command(tmp_path, tmp_path / "run")), name, "tools/select_training_files.py")
+
+
+def test_no_dataset_for_a_recipe_that_was_asked_for(tmp_path: Path) -> None:
+    done = script("launch/local.py", "--recipe", "vapsr_x4", "--dataset-dir", str(tmp_path / "none"))
+    assert_one_line(done, "there are no file lists in", "leave --recipe out to see the demo")
+
+
+def test_a_bad_file_in_the_dataset_stops_the_run_by_name(dataset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "dataset with spaces"
+    shutil.copytree(dataset, root)
+    bad = root / "photos" / "05.npy"
+    bad.write_bytes(bad.read_bytes()[:-7])
+    for procs in (1, 2):
+        done = run(command(root, tmp_path / f"run {procs}", "steps=50", procs=procs))
+        assert done.returncode in (1, 2)
+        assert f"{bad}: truncated" in done.stderr, done.stderr
+
+
+def test_another_run_is_refused_with_the_differing_fields(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run(command(dataset, run_dir, "steps=3")).returncode == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    done = run(command(dataset, run_dir, "steps=6", "generator.num_blocks=2", "seed=5", "ds.optimizer.params.lr=0.1"))
+    assert_one_line(done, "holds another run (step 3)", "generator.num_blocks: 1 in the run, 2 asked for",
+                    "seed: 0 in the run, 5 asked for", "ds.optimizer.params.lr: 0.002 in the run, 0.1 asked for",
+                    "--reset")
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    (dataset_copy := tmp_path / "dataset").mkdir()
+    for path in dataset.rglob("*"):
+        target = dataset_copy / path.relative_to(dataset)
+        target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    names = (dataset / "training_file_list.txt").read_text().splitlines()
+    (dataset_copy / "training_file_list.txt").write_text("\n".join(names[:-1]) + "\n")
+    done = run(command(dataset_copy, run_dir, "steps=6"))
+    assert_one_line(done, "dataset training_files: 10 in the run, 9 asked for")
+
+
+def test_reset_moves_the_old_run_aside(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run(command(dataset, run_dir, "steps=3")).returncode == 0
+    old = {str(p.relative_to(run_dir)): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    done = run(command(dataset, run_dir, "--reset", "steps=2", "seed=1"))
+    assert done.returncode == 0, done.stderr
+    kept, = tmp_path.glob("run.bak-*")
+    assert str(kept) in done.stdout
+    assert {str(p.relative_to(kept)): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == old
+    assert checkpoint_steps(run_dir) == [2]
+
+
+def test_two_runs_do_not_share_a_folder(dataset: Path, tmp_path: Path) -> None:
+    import time
+
+    long = command(dataset, tmp_path / "run", "steps=100000", "validate_every=100000")
+    with subprocess.Popen(long, env=environment(), stdout=subprocess.DEVNULL) as first:
+        log = tmp_path / "run" / "log.jsonl"
+        while not log.is_file():
+            assert first.poll() is None
+            time.sleep(0.05)
+        with subprocess.Popen(command(dataset, tmp_path / "run", "steps=100000"), env=environment(), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as second:
+            assert second.stdout is not None
+            line = second.stdout.readline()
+            assert "is in use by process" in line
+            assert "waiting" in line
+            first.terminate()  # it saves and lets go: the second one takes over where it stopped
+            first.wait(30)
+            rest = ""
+            while "continuing from step" not in rest:
+                line = second.stdout.readline()
+                assert line, rest
+                rest += line
+            second.terminate()
+            second.wait(30)

@@ -1,0 +1,147 @@
+"""The engine: what DeepSpeed is given, and that nothing which is not finite reaches weights or moments."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from conftest import ROOT, environment
+from pipeline.cli import UserError
+from pipeline.ema import ExponentialMovingAverage
+from pipeline.engine import build_optimizer, resolve_ds_config
+from pipeline.recipe import load_ds_config
+
+CPU = torch.device("cpu")
+
+
+def in_a_fresh_process(code: str) -> dict:
+    """Run code (a DeepSpeed process can start its group only once) that prints one JSON object."""
+    prelude = """
+        import json, torch
+        from pipeline.engine import build_engine, descend, resolve_ds_config, skipped_steps, start_distributed
+        ranks = start_distributed()
+        def engine_for(module, **changes):
+            config = {"train_batch_size": 4, "gradient_clipping": 1.0,
+                      "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}} | changes
+            resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=10, device=ranks.device)
+            return build_engine(module, resolved, ranks)
+        torch.manual_seed(0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)], env=environment(),
+                          cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}},
+                                     {"bf16": {"enabled": True}}], ids=["zero0", "zero1", "zero2", "bf16"])
+def test_a_nan_changes_neither_weights_nor_moments(changes: dict) -> None:
+    found = in_a_fresh_process(f"""
+        module = torch.nn.Conv2d(3, 4, 3)
+        engine = engine_for(module, **{changes!r})
+        dtype = next(module.parameters()).dtype
+        images = torch.randn(4, 3, 8, 8).to(dtype)
+        for _ in range(2):
+            descend(engine, engine(images).float().square().mean())
+        before = [p.clone() for p in module.parameters()]
+        for _ in range(3):
+            descend(engine, engine(images * float("nan")).float().square().mean())
+        same = all(torch.equal(p, q) for p, q in zip(module.parameters(), before))
+        skipped = skipped_steps(engine)
+        descend(engine, engine(images).float().square().mean())
+        moved = not all(torch.equal(p, q) for p, q in zip(module.parameters(), before))
+        finite = all(bool(torch.isfinite(p).all()) for p in module.parameters())
+        print(json.dumps(dict(same=same, moved=moved, finite=finite, skipped=skipped)))
+    """)
+    assert found == {"same": True, "moved": True, "finite": True, "skipped": 3}
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    found = in_a_fresh_process("""
+        images = torch.randn(4, 3, 8, 8)
+        weights = []
+        for accumulation in (1, 2, 4):
+            torch.manual_seed(1)
+            module = torch.nn.Conv2d(3, 4, 3)
+            engine = engine_for(module, gradient_accumulation_steps=accumulation)
+            for _ in range(3):
+                for part in images.chunk(accumulation):
+                    descend(engine, engine(part).square().mean())
+            weights.append(module.weight.detach().clone())
+        print(json.dumps(dict(two=(weights[0] - weights[1]).abs().max().item(),
+                              four=(weights[0] - weights[2]).abs().max().item())))
+    """)
+    assert found["two"] < 1e-6
+    assert found["four"] < 1e-6
+
+
+def test_one_step_is_what_torch_alone_does() -> None:
+    found = in_a_fresh_process("""
+        images = torch.randn(4, 3, 8, 8)
+        ours, reference = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
+        reference.load_state_dict(ours.state_dict())
+        engine = engine_for(ours)
+        optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01)
+        for _ in range(5):
+            descend(engine, engine(images).square().mean())
+            reference(images).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        print(json.dumps(dict(error=(ours.weight - reference.weight).abs().max().item())))
+    """)
+    assert found["error"] < 1e-6
+
+
+def test_fp16_becomes_fp32_without_a_gpu_and_stays_with_one() -> None:
+    config = load_ds_config(ROOT / "ds_config.json")
+    on_cpu, precision, why = resolve_ds_config(config, world_size=1, total_steps=100, device=CPU)
+    assert "fp16" not in on_cpu
+    assert precision == "FP32"
+    assert "there is no GPU" in why
+    on_gpu, precision, why = resolve_ds_config(config, world_size=1, total_steps=100, device=torch.device("cuda", 0))
+    assert on_gpu["fp16"]["enabled"]
+    assert (precision, why) == ("FP16", "")
+
+
+def test_the_schedule_is_as_long_as_the_run() -> None:
+    config = load_ds_config(ROOT / "ds_config.json")
+    resolved, *_ = resolve_ds_config(config, world_size=2, total_steps=5000, device=CPU)
+    assert resolved["scheduler"]["params"]["total_num_steps"] == 5000
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (32, 1)
+    short, *_ = resolve_ds_config(config, world_size=1, total_steps=100, device=CPU)
+    assert short["scheduler"]["params"]["warmup_num_steps"] == 50
+    assert config["scheduler"]["params"]["total_num_steps"] == "auto"  # the caller's is left alone
+
+
+def test_a_bad_optimizer_is_refused() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(UserError, match="did you mean 'AdamW'"):
+        build_optimizer({"type": "AdmW"}, parameters)
+    with pytest.raises(UserError, match="learning_rate"):
+        build_optimizer({"type": "AdamW", "params": {"learning_rate": 1}}, parameters)
+
+
+def test_the_average_is_the_formula() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    ema = ExponentialMovingAverage(network, 0.9)
+    expected = network.weight.detach().clone().double()
+    for k in range(1, 200):
+        with torch.no_grad():
+            network.weight.add_(torch.randn_like(network.weight))
+        ema.update(network)
+        keep = min(0.9, (1 + k) / (10 + k))
+        expected = keep * expected + (1 - keep) * network.weight.detach().double()
+    torch.testing.assert_close(ema.network.weight.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not ema.network.weight.requires_grad
+    plain = ExponentialMovingAverage(network, 0)
+    with torch.no_grad():
+        network.weight.add_(1)
+    plain.update(network)
+    assert torch.equal(plain.network.weight, network.weight)

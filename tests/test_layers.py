@@ -1,0 +1,67 @@
+"""Who may import whom (the architecture section of the README), by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+GROUND = {"cli", "files", "images", "run_folder"}  # what everybody may use
+ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides the ground
+    "cli": set(), "files": set(), "images": set(), "run_folder": set(),
+    "recipe": set(), "run_lock": set(), "data": set(), "metrics": set(), "losses": set(), "models": set(),
+    "ema": set(), "layout": set(), "monitor": set(),
+    "engine": {"recipe"}, "options": {"recipe", "data"}, "stopping": {"engine"},
+    "evaluation": {"metrics", "models"}, "export": {"models"},
+    "meter": {"data", "engine", "monitor"}, "validation": {"data", "engine", "metrics"},
+    "checkpoint": {"ema", "engine", "models"}, "trainers": {"data", "ema", "engine", "losses"},
+}
+FENCED = {"deepspeed": {"pipeline/engine.py"}, "accelerate": {"pipeline/engine.py"},
+          "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+    paths = files(f"pipeline/{part}") or [ROOT / "pipeline" / f"{part}.py"]
+    known = {path.stem for path in (ROOT / "pipeline").iterdir() if not path.name.startswith("_")}
+    for path in paths:
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")} & known
+        assert used <= ALLOWED[part] | GROUND | {part}, f"{path.relative_to(ROOT)} imports {used}"
+
+
+@pytest.mark.parametrize("library", sorted(FENCED))
+def test_a_runtime_has_one_door(library: str) -> None:
+    for path in [*files("pipeline"), *files("tools"), *files("launch"), *ROOT.glob("*.py")]:
+        if any(name == library or name.startswith(f"{library}.") for name in imports(path)):
+            assert str(path.relative_to(ROOT)) in FENCED[library]
+
+
+def test_dali_stays_in_the_data_path() -> None:
+    allowed = {"pipeline/validation.py"}  # makes LR as training does
+    for path in [*files("pipeline"), *files("launch"), *ROOT.glob("*.py")]:
+        name = str(path.relative_to(ROOT))
+        if any(module.startswith("nvidia.dali") for module in imports(path)):
+            assert name.startswith("pipeline/data/") or name in allowed
+
+
+def test_tools_and_launch_need_no_torch() -> None:
+    for path in [*files("tools"), *files("launch")]:
+        for module in imports(path):
+            assert not module.startswith(("torch", "deepspeed")) or path.name == "environment.py", path
