@@ -166,7 +166,10 @@ def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
                "--scale", str(plan.recipe.scale), "--json", str(plan.run_dir / "evaluation.json"),
                "--out", str(plan.run_dir / "pictures")]
     status = subprocess.run(command, check=False).returncode
-    _say(f"the demo took {time.time() - began:.0f} s; next: python export_trained_model.py, or your own photographs")
+    picture = min((plan.run_dir / "pictures").glob("*.png"), default=None)
+    if status == 0 and picture:
+        _say(f"side by side: {picture}")
+        _say(f"the demo took {time.time() - began:.0f} s; next: your own photographs (see README.md)")
     return status
 
 

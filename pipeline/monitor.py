@@ -75,6 +75,11 @@ class Journal:
         else:
             say(text)
 
+    def passing(self, text: str) -> None:
+        """A word on what is being done, for terminals only: nothing that a log should keep."""
+        if self._on_terminal:
+            self.progress(text)
+
     def say(self, text: str) -> None:
         if self._line_open:
             say("")

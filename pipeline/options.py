@@ -12,7 +12,8 @@ import tyro
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
-from pipeline.recipe import ROOT, Recipe, load_ds_config, load_recipe, parse_overrides
+from pipeline.recipe import Recipe, load_ds_config, load_recipe, parse_overrides
+from pipeline.run_folder import RUNS_DIR
 
 
 @dataclass
@@ -31,7 +32,7 @@ class TrainOptions:
     dataset_dir: Path = Path("~/dataset")
     """Folder with training_file_list.txt and validation_file_list.txt."""
     output_dir: Path | None = None
-    """The run folder: checkpoints, recipe, log. Default: runs/<recipe>."""
+    """The run folder: checkpoints, recipe, log. Default: runs/<recipe> in the current folder."""
     log_dir: Path | None = None
     """Where log.jsonl and tensorboard/ go. Default: the run folder."""
     ds_config: Path | None = None
@@ -95,7 +96,7 @@ def make_plan(options: TrainOptions) -> Plan:
     total = recipe.steps
     if options.max_epochs is not None:
         total = min(total, steps_in_epochs(options.max_epochs, len(training), ds_config["train_batch_size"]))
-    run_dir = options.output_dir or ROOT / "runs" / recipe.name
+    run_dir = options.output_dir or RUNS_DIR / recipe.name
     return Plan(recipe, ds_config, root, training, validation, run_dir.expanduser().absolute(),
                 (options.log_dir or run_dir).expanduser().absolute(), options.reset, total)
 

@@ -17,6 +17,7 @@ from typing import Literal
 from pipeline.cli import UserError
 
 RUNS_DIR = Path("runs")
+"""Where runs go and are looked for, in the current folder, unless the command line says otherwise."""
 RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 CHECKPOINTS_DIR = "checkpoints"
@@ -43,7 +44,8 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 def find_run(root: Path = RUNS_DIR) -> Path:
     """The run with the newest complete checkpoint in `root`; `UserError` where there is none."""
     root = Path(root)
-    newest_first = sorted(root.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"),
+    manifests = root.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
+    newest_first = sorted((m for m in manifests if ".bak-" not in m.parents[2].name),  # those are put aside by --reset
                           key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)), reverse=True)
     if not newest_first:
         raise UserError(f"no run with a checkpoint in {str(root)!r}; train one first with ./launch_local_train.sh")

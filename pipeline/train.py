@@ -189,7 +189,7 @@ class Training:
 
         Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation does it then.
         """
-        psnr = self.run.validation.psnr(self.run.averaged, lambda: bool(self.signals.received))
+        psnr = self.run.validation.psnr(self.run.averaged, self._before_validating)
         if psnr is None:
             return False
         progress = self.progress
@@ -208,6 +208,12 @@ class Training:
                 self.journal.picture(progress.step, f"{pair.name}/output",
                                      self.run.validation.upscale(self.run.averaged, pair))
         return is_best
+
+    def _before_validating(self, done: int, share: int) -> bool:
+        """Called before each image; False if there is no time for it any more."""
+        if self.journal:
+            self.journal.passing(f"validating: image {done + 1} of {share}")
+        return not self.signals.received
 
     def _show_inputs(self) -> None:
         if self.journal:

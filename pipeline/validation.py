@@ -54,14 +54,15 @@ class ValidationSet:
         return self._kept.get(name) or _pair(self.root, name, self.scale)
 
     @torch.inference_mode()
-    def psnr(self, network: nn.Module, must_stop: Callable[[], bool] = lambda: False) -> float | None:
+    def psnr(self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True) -> float | None:
         """Mean PSNR-Y in dB (luma rounded, borders of `scale` pixels cut) of `network` over all ranks' images.
 
-        None if `must_stop` came true on some rank before its share was done. All ranks call it together.
+        Before each image of this rank's share `go_on(images done, share)` is asked; None if some rank's said no. All
+        ranks call it together.
         """
         scores: list[float] | None = []
-        for name in self.names:
-            if must_stop():
+        for done, name in enumerate(self.names):
+            if not go_on(done, len(self.names)):
                 scores = None
                 break
             pair = self.pair(name)

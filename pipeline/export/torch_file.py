@@ -75,7 +75,8 @@ def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: b
         "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
     })
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
-    stem = f"{recipe}_x{saved.scale}{'_raw' if raw else ''}{'_fp16' if half else ''}"
+    named = recipe if recipe.endswith(f"_x{saved.scale}") else f"{recipe}_x{saved.scale}"
+    stem = f"{named}{'_raw' if raw else ''}{'_fp16' if half else ''}"
     files = [folder / (stem + suffix) for suffix in FORMATS]
     try:
         for file in files:

@@ -1,0 +1,153 @@
+"""The shell scripts: environment, active environment, and the demo from nothing to an exported network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, environment
+
+TOOLS = ("bash", "dirname", "basename", "cat", "cut", "sha256sum", "flock", "rm", "env")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the scripts need, so that no environment is made in this checkout."""
+    copy = tmp_path / "check out"
+    shutil.copytree(ROOT / "launch", copy / "launch")
+    shutil.copytree(ROOT / "pipeline", copy / "pipeline")
+    for name in ("launch_local_train.sh", "run_tensorboard.sh", "requirements.txt", "requirements-dev.txt", "train.py"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def only_tools(folder: Path, python_version: str) -> dict[str, str]:
+    """An environment whose PATH has the shell's tools and one Python of that version."""
+    folder.mkdir()
+    for tool in TOOLS:
+        (folder / tool).symlink_to(shutil.which(tool))
+    python = folder / "python3"
+    minor = python_version.split(".")[1]
+    python.write_text(f'#!/bin/bash\ncase "$*" in *version_info*) exit $(( {minor} < 10 )) ;; '
+                      f'*--version*) echo Python {python_version} ;; *) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    return {"PATH": str(folder), "HOME": str(folder)}
+
+
+def test_an_old_python_is_named(checkout: Path, tmp_path: Path) -> None:
+    variables = only_tools(tmp_path / "bin", "3.9.2")
+    done = subprocess.run(["bash", str(checkout / "launch_local_train.sh"), "--reset"], env=variables,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Vastscale needs Python 3.10 or newer, and Python 3.9.2 is what is here")
+    assert done.stderr.count("\n") == 1
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_python_that_was_named_is_not_replaced_by_another(checkout: Path, tmp_path: Path) -> None:
+    variables = only_tools(tmp_path / "bin", "3.12.1") | {"VASTSCALE_PYTHON": "/nowhere/python3"}
+    done = subprocess.run(["bash", str(checkout / "launch_local_train.sh")], env=variables, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: VASTSCALE_PYTHON=/nowhere/python3 is no Python 3.10 or newer\n"
+
+
+def test_an_active_environment_is_used(checkout: Path) -> None:
+    """This test's own environment, lent under another folder: nothing is missing, so nothing is made or installed."""
+    lent = checkout / "lent"
+    (lent / "bin").mkdir(parents=True)
+    python = lent / "bin" / "python"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    variables = {**os.environ, "VIRTUAL_ENV": str(lent)}
+    for _ in range(2):
+        done = subprocess.run([str(checkout / "launch_local_train.sh"), "--help"], env=variables, capture_output=True,
+                              text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "usage: " in done.stdout
+        assert "launch_local_train.sh" in done.stdout
+        assert "installing" not in done.stdout
+    assert not (checkout / ".venv").exists()
+    assert (lent / ".vastscale-requirements").is_file()
+
+
+def test_missing_requirements_are_found(tmp_path: Path) -> None:
+    base = tmp_path / "base.txt"
+    base.write_text("torch==2.13.0  # why\nnot-there-at-all==1.0\n")
+    listed = tmp_path / "more.txt"
+    listed.write_text('-r base.txt\nnumpy==0.0.1\nold-thing==1; python_version < "3.10"\n'
+                      'new-thing==2; python_version >= "3.10"\nnvidia-dali-cuda120==2.4.0\n')
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "requirements_missing.py"), str(listed)],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["not-there-at-all==1.0", "new-thing==2"]
+    assert "numpy" in done.stderr
+    assert "(tested: 0.0.1); left as it is" in done.stderr
+
+
+def test_tensorboard_says_what_is_missing(checkout: Path) -> None:
+    variables = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run([str(checkout / "run_tensorboard.sh")], env=variables, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2
+    assert "train first" in done.stderr.splitlines()[-1]
+
+
+def test_a_stale_build_lock_is_cleared(tmp_path: Path) -> None:
+    from launch.environment import _clear_stale_locks
+
+    building, stale = tmp_path / "building", tmp_path / "stale"
+    for folder in (building, stale):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with subprocess.Popen(["sleep", "30"], cwd=building) as process:
+        _clear_stale_locks(tmp_path)
+        process.kill()
+    assert (building / "lock").exists()
+    assert not (stale / "lock").exists()
+
+
+def test_chosen_gpus_reach_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from launch import environment as launch_environment
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    assert launch_environment.prepare(2, on_gpu=True)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "CUDA_VISIBLE_DEVICES" not in launch_environment.prepare(2, on_gpu=True)
+
+
+def test_the_demo_from_nothing_to_an_exported_network(tmp_path: Path) -> None:
+    """Shortened: fewer and smaller steps. It must still beat bicubic on the photographs that were held out."""
+    run_dir = tmp_path / "run"
+    variables = environment(threads=2) | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "local.py"), "--output-dir", str(run_dir), "--reset",
+                           "steps=150", "data.crop=64", "compile=off", "validate_every=150"], env=variables,
+                          capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("no file lists in ~/dataset: running the demo")
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert {image["name"] for image in result["images"]} == {"coffee", "flower"}
+    gain = result["mean"]["model"]["psnr_y"] - result["mean"]["bicubic"]["psnr_y"]
+    assert gain > 0.8
+    table = done.stdout[done.stdout.index("PSNR-Y bicubic"):]
+    assert f"{gain:+.3f}" in table
+    picture = Path(done.stdout.split("side by side: ")[1].splitlines()[0])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    exported = subprocess.run([sys.executable, str(ROOT / "export_trained_model.py"), str(run_dir)], env=variables,
+                              capture_output=True, text=True, timeout=60, check=False)
+    assert exported.returncode == 0, exported.stderr
+    files = sorted(path.name for path in (run_dir / "export").iterdir())
+    assert files == ["demo_x2.pth", "demo_x2.safetensors"]
+    again = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--model", str(run_dir / "export" / files[0]),
+                            "--hr", str(ROOT / ".cache" / "demo" / "held_out"), "--json", str(tmp_path / "again.json"),
+                            "--out", str(tmp_path / "pictures")], env=variables, capture_output=True, text=True,
+                           timeout=100, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again.json").read_text())["mean"] == result["mean"]
