@@ -236,7 +236,7 @@ def step_was_skipped(engine: Any) -> Tensor | bool:
 
 
 def skipped_steps(engine: Any) -> int:
-    """Updates left out so far because a gradient was not finite. Waits for the device."""
+    """Updates left out because a gradient was not finite; at FP32 those of this process. Waits for the device."""
     return engine.skipped_steps + (int(engine.nonfinite_steps) if engine.nonfinite_steps is not None else 0)
 
 

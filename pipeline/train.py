@@ -102,7 +102,7 @@ class Training:
         if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
             self._validate()
         self.loader = loader = self.run.open_loader()
-        while agreed <= SAVE and not self._is_finished():
+        while agreed <= SAVE and progress.step < self.plan.total_steps and not self._is_out_of_patience():
             for _ in range(self.run.accumulation):
                 batch = self._next_batch(loader)
                 meter.add(trainer.step(batch), batch.index)
@@ -119,7 +119,9 @@ class Training:
         self._save(must=True)
         if agreed >= FAIL:
             self._raise_failure(loader)
-        if agreed >= STOP and not self._is_finished():
+        if not self._is_finished():
+            if agreed < STOP:  # the signal came in the last validation
+                agreed = STOP + max(self.ranks.gather(self.signals.received))
             self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues there")
             return 128 + agreed - STOP
         self._say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best PSNR-Y "

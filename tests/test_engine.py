@@ -29,6 +29,10 @@ def in_a_fresh_process(code: str) -> dict:
             config = {"train_batch_size": 4, "gradient_clipping": 1.0,
                       "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}} | changes
             resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=10, device=ranks.device)
+            if "fp16" in changes:  # DeepSpeed refuses FP16 on most CPUs, though it works on all
+                from deepspeed.accelerator import get_accelerator
+                type(get_accelerator()).is_fp16_supported = lambda self: True
+                resolved["fp16"] = changes["fp16"]
             return build_engine(module, resolved, ranks)
         torch.manual_seed(0)
     """
@@ -39,7 +43,9 @@ def in_a_fresh_process(code: str) -> dict:
 
 
 @pytest.mark.parametrize("changes", [{}, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}},
-                                     {"bf16": {"enabled": True}}], ids=["zero0", "zero1", "zero2", "bf16"])
+                                     {"bf16": {"enabled": True}},
+                                     {"fp16": {"enabled": True, "initial_scale_power": 8}}],
+                         ids=["zero0", "zero1", "zero2", "bf16", "fp16"])
 def test_a_nan_changes_neither_weights_nor_moments(changes: dict) -> None:
     found = in_a_fresh_process(f"""
         module = torch.nn.Conv2d(3, 4, 3)

@@ -120,3 +120,26 @@ def test_max_epochs_and_patience_are_options(dataset: Path, tmp_path: Path) -> N
     assert checkpoint_steps(tmp_path / "run")[-1] == 5  # 20 samples in batches of 4
     assert logged(tmp_path / "logs")[-1] == (5,)
     assert list((tmp_path / "logs" / "tensorboard").iterdir())
+
+
+def test_a_signal_in_the_last_validation_leaves_it_to_the_next_start(dataset: Path, tmp_path: Path) -> None:
+    """The last validation is made long by repeating an image; the signal comes while it runs."""
+    import shutil
+
+    root = tmp_path / "dataset"
+    shutil.copytree(dataset, root)
+    image = root / "photos" / "12.npy"
+    copies = [f"photos/copy{i:03d}.npy" for i in range(150)]
+    for name in copies:
+        (root / name).hardlink_to(image)
+    (root / "validation_file_list.txt").write_text("".join(f"{name}\n" for name in copies))
+    arguments = command(root, tmp_path / "run", "steps=5", "validate_every=100", "save_every=100")
+    code, output, _ = interrupted(arguments, tmp_path / "run", [signal.SIGTERM], 5)
+    assert code == 143, output
+    assert "stopped and saved at step 5" in output
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, *_ in logged(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [step for step, *_ in logged(tmp_path / "run", "validation")] == [5]
+    assert "finished at step 5" in done.stdout
+    assert "nothing left to do" in run(arguments).stdout

@@ -1,0 +1,75 @@
+"""What a run tells: JSON lines, TensorBoard, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from comparison import logged
+from conftest import command, run
+from pipeline.monitor import Journal, duration
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_in_tensorboard_and_in_the_log(dataset: Path, tmp_path: Path) -> None:
+    done = run(command(dataset, tmp_path / "run", "steps=4"))
+    assert done.returncode == 0
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    scalars = board.Tags()["scalars"]
+    for name in ("train/loss", "train/loss_l1", "train/lr", "train/images_per_second", "train/data_wait",
+                 "validation/psnr_y"):
+        assert name in scalars
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
+        [loss for _, loss in logged(tmp_path / "run", "train", "loss")], rel=1e-5)
+    pictures = board.Tags()["images"]
+    for photo in ("photos/10.npy", "photos/11.npy", "photos/12.npy"):
+        assert {f"{photo}/input", f"{photo}/target", f"{photo}/output"} <= set(pictures)
+    target = board.Images("photos/10.npy/target")[0]
+    assert (target.height, target.width) == (84, 66)
+    assert "images/s" in done.stdout
+    assert "data wait" in done.stdout
+    assert "ETA" in done.stdout
+    assert done.stderr == ""  # no warnings that a user can do nothing about
+
+
+def test_lost_work_is_forgotten_and_a_cut_line_too(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0)
+    for step in range(1, 6):
+        journal.log("train", step, {"loss": 1.0 / step})
+    journal.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 6, "lo')
+    journal = Journal(tmp_path, 3)
+    journal.log("train", 4, {"loss": 0.5})
+    journal.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.5)]
+
+
+def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0)
+    journal.log("train", 1, {"loss": math.nan, "rate": math.inf, "lr": 0.1})
+    journal.close()
+    line, = lines(tmp_path)
+    assert (line["loss"], line["rate"], line["lr"]) == (None, None, 0.1)
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path, 0)
+    journal._lines.close()
+    journal._lines = open("/dev/full", "w")  # noqa: SIM115 (the journal closes it)
+    for step in range(3):
+        journal.log("train", step, {"loss": 0.5})
+    journal.picture(1, "a/b", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert capsys.readouterr().out.count("warning: the log cannot be written: [Errno 28] No space left on device") == 1
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 7.4, 65, 3600, 11_225)] == ["0:00", "0:07", "1:05", "1:00:00", "3:07:05"]
