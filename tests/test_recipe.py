@@ -151,7 +151,7 @@ def test_epochs_limit_the_steps(dataset: Path) -> None:
     assert steps_in_epochs(4, 10, 8) == 5
     plan = make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=4))
     assert plan.total_steps == 5
-    assert make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=10**6)).total_steps == 700
+    assert make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=10**6)).total_steps == 1400
     with pytest.raises(UserError, match="--max-epochs 0 must be at least 1"):
         make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=0))
 
