@@ -23,7 +23,7 @@ from pipeline.options import Plan, TrainOptions, has_lists, make_plan, overrides
 from pipeline.recipe import batch_sizes
 
 DEMO_RECIPE = "demo"
-DEMO_FILES = ROOT / ".cache" / "demo"
+DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
 GRACE_SECONDS = 60  # for ranks that still save after their launcher has ended
 
 

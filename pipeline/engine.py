@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -258,6 +259,8 @@ def why_not_compiled(device: torch.device) -> str:
         from torch.utils._triton import has_triton
 
         return "" if has_triton() else "Triton is missing"
+    import sysconfig
+
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -265,6 +268,8 @@ def why_not_compiled(device: torch.device) -> str:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         return "there is no C++ compiler (Debian: apt install g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers are missing (Debian: apt install python3-dev)"
     return ""
 
 

@@ -183,6 +183,14 @@ DS_KEYS = frozenset({
 """The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a misspelt key."""
 DS_SECTIONS = frozenset({"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "comms_logger",
                          "flops_profiler"})
+DS_SECTION_KEYS = {
+    "optimizer": ("type", "params"), "scheduler": ("type", "params"),
+    "fp16": ("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+             "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
+             "bf16_optimizer_states"),
+}
+"""And the keys of those sections in which a misspelt one would be passed over, too."""
 
 
 def _check_ds_config(config: dict[str, Any], path: Path) -> None:
@@ -193,11 +201,21 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
         if not isinstance(config[section], dict):
             raise UserError(f"{path}: {section} must be a table, not {config[section]!r}; write "
                             f"ds.{section}.KEY=VALUE, such as ds.fp16.enabled=false")
-    for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if not isinstance(config.get(key, 1), (int, float)) or config.get(key, 1) < 0:
-            raise UserError(f"{path}: {key} must be a number, not {config[key]!r}")
-    if not isinstance(config.get("train_batch_size"), int) or config["train_batch_size"] < 1:
-        raise UserError(f"{path}: train_batch_size, the global batch, must be a whole number above 0")
+        for key in config[section]:
+            if key not in DS_SECTION_KEYS.get(section, (key,)):
+                raise UserError(f"{path}: unknown key '{section}.{key}'{nearest(key, DS_SECTION_KEYS[section])}")
+    for section in {"optimizer", "scheduler"} & config.keys():
+        if not isinstance(config[section].get("params", {}), dict) or not isinstance(config[section].get("type"), str):
+            raise UserError(f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
+                            '"params": {"lr": 0.001}}')
+    clipping = config.get("gradient_clipping", 0)
+    if not isinstance(clipping, (int, float)) or clipping < 0:
+        raise UserError(f"{path}: gradient_clipping must be a number, 0 or above, not {clipping!r}")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = config.get(key, None if key == "train_batch_size" else 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            about = ", the global batch," if key == "train_batch_size" else ""
+            raise UserError(f"{path}: {key}{about} must be a whole number above 0, not {value!r}")
     if zero_stage(config) not in (0, 1, 2):
         raise UserError(f"{path}: zero_optimization.stage {zero_stage(config)} is not supported; choose 0, 1 or 2")
     for key in config.get("zero_optimization", {}):
@@ -205,7 +223,7 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: zero_optimization.{key} is not supported: a super-resolution network fits a GPU")
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
-    if "type" not in config.get("optimizer", {}):
+    if "optimizer" not in config:
         raise UserError(f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
 
 

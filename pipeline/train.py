@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import deque
 
 from pipeline import checkpoint
 from pipeline.checkpoint import SaveError
@@ -72,6 +73,7 @@ class Training:
         self.journal: Journal | None = None
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
+        self._step_ends: deque[float] = deque(maxlen=4)
         if self.ranks.is_first:
             self.plan.run_dir.mkdir(parents=True, exist_ok=True)
             write_recipe(self.recipe, self.plan.run_dir / RECIPE_FILE)
@@ -108,6 +110,7 @@ class Training:
                 meter.add(trainer.step(batch), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.generator), loader)
+            self._foretell(progress.step)
             agreed = agreement.exchange(self._request(loader))
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
@@ -127,6 +130,15 @@ class Training:
         self._say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best PSNR-Y "
                   f"{progress.best_psnr:.3f} dB at step {progress.best_step}; run folder {short(self.plan.run_dir)}")
         return 0
+
+    def _foretell(self, step: int) -> None:
+        """How long it will take, as soon as that can be known: after the third step of this process."""
+        self._step_ends.append(time.perf_counter())
+        if len(self._step_ends) == 3:
+            seconds = (self._step_ends[2] - self._step_ends[0]) / 2
+            left = self.plan.total_steps - step
+            self._say(f"a step takes about {seconds:.2g} s: {left} more take {duration(seconds * left)}, without "
+                      "validation; CTRL+C saves")
 
     def _next_batch(self, loader: Loader) -> Batch:
         try:

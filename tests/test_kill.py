@@ -21,17 +21,28 @@ OVERRIDES = (f"steps={STEPS}", "save_every=2", "validate_every=50", "log_every=2
 
 
 def wait_for_step(run_dir: Path, process: BaseProcess, step: int) -> None:
+    deadline = time.monotonic() + 60
     while process.is_alive() and max(checkpoint_steps(run_dir), default=0) < step:
+        assert time.monotonic() < deadline, f"step {step} did not come"
         time.sleep(0.002)
 
 
-def wait_for_a_save(run_dir: Path, process: BaseProcess, delay: float) -> None:
+def saves_under_way(run_dir: Path) -> set[tuple[str, int]]:
+    """The half-written checkpoints, leftovers of earlier kills among them."""
+    found = set()
+    for folder in (run_dir / "checkpoints").glob(".tmp-step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((folder.name, folder.stat().st_ino))
+    return found
+
+
+def wait_for_a_save(run_dir: Path, process: BaseProcess, before: set[tuple[str, int]], delay: float) -> None:
     """Return in the middle of a save, `delay` seconds after its folder has appeared."""
-    while process.is_alive():
-        if any((run_dir / "checkpoints").glob(".tmp-step-*")):
-            time.sleep(delay)
-            return
+    deadline = time.monotonic() + 60
+    while process.is_alive() and not saves_under_way(run_dir) - before:
+        assert time.monotonic() < deadline, "no save began"
         time.sleep(0.0005)
+    time.sleep(delay)
 
 
 def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -39,6 +50,7 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
     lives, interrupted_saves, before = 0, 0, 0
     run_dir, straight = tmp_path / "killed", tmp_path / "straight"
     while lives < KILLS:
+        leftovers = saves_under_way(run_dir)
         life, = start(dataset, run_dir, *OVERRIDES)
         if lives % 4 == 3:
             time.sleep(draw.uniform(0.0, 1.5))  # most likely before the first step
@@ -46,13 +58,13 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
             wait_for_step(run_dir, life, before + draw.randint(0, 16))
             time.sleep(draw.uniform(0, 0.05))
         if lives % 2:
-            wait_for_a_save(run_dir, life, draw.uniform(0, 0.02))
+            wait_for_a_save(run_dir, life, leftovers, draw.uniform(0, 0.01))
         assert life.is_alive(), "the run ended before its kills: give it more STEPS"
         with contextlib.suppress(ProcessLookupError):
             os.kill(life.pid, signal.SIGKILL)
         life.join()
         lives += 1
-        interrupted_saves += any((run_dir / "checkpoints").glob(".tmp-step-*"))
+        interrupted_saves += bool(saves_under_way(run_dir) - leftovers)
         steps = checkpoint_steps(run_dir)
         assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
         assert not steps or steps[-1] >= before  # nothing that was committed is lost

@@ -75,7 +75,7 @@ def evaluate(network: nn.Module, pairs: Sequence[Pair], scale: int, device: torc
     interval = 0.1 if sys.stderr.isatty() else 10  # a log file needs no redrawing
     images = []
     try:
-        for pair in tqdm(pairs, desc="evaluating", unit="image", delay=2, mininterval=interval):
+        for pair in tqdm(pairs, desc="evaluating", unit="image", delay=2, mininterval=interval, disable=None):
             compared = _compare(network, pair, scale, torch.device(device))
             images.append(compared.score)
             if visit is not None:

@@ -41,7 +41,8 @@ def walk(root: Path, manifest_name: str) -> Files:
     """
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of the images")
+        raise UserError(f"{root}: {what}; give the folder of the images, or make one with "
+                        f"`python tools/images_to_data.py PHOTOS {root}/NAME`")
     files = Files(root)
     folders = [""]
     while folders:
