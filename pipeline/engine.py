@@ -125,7 +125,7 @@ def _import_deepspeed(has_gpu: bool) -> Any:
     for handler in deepspeed.utils.logger.handlers:
         handler.setLevel(logging.ERROR)
     # Its shared-memory collectives between CPU ranks are C++ built on first use, under a lock that a killed process
-    # leaves behind for ever (RELIABILITY 2.6). Gloo does the same work without.
+    # leaves behind for ever. Gloo does the same work without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -184,7 +184,7 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
         engine.optimizer.overflow_checker.has_overflow_serial = _overflows
     engine.found_nonfinite = engine.nonfinite_steps = None
     if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
-        # The one mode in which DeepSpeed would write a NaN into weights and moments for good (RELIABILITY 2.8).
+        # The one mode in which DeepSpeed would write a NaN into weights and moments for good.
         if section["type"] not in FUSED:
             raise UserError(f"optimizer {section['type']} at FP32 and ZeRO stage 0 has no guard against NaN; choose "
                             f"one of {', '.join(FUSED)}, or zero_optimization.stage 1")

@@ -44,6 +44,7 @@ class CropSource:
                  position: Position) -> None:
         self.paths = [os.path.join(root, name) for name in names]
         self.encoded = np.array([not is_npy(name) for name in names])
+        self.all_encoded, self.any_encoded = bool(self.encoded.all()), bool(self.encoded.any())
         self.sampler, self.crop, self.scale, self.position = sampler, crop, scale, position
         self._map = lru_cache(maxsize=OPEN_MAPS)(self._open_map)
         self._size = lru_cache(maxsize=65536)(self._encoded_size)
@@ -65,7 +66,7 @@ class CropSource:
     def make(self, index: int) -> tuple[Any, ...]:
         draws = self.sampler.draw(self.position.first_sample(index), self.position.micro_batch)
         count, crop = len(draws.files), self.crop
-        all_encoded, any_encoded = bool(self.encoded.all()), bool(self.encoded.any())
+        all_encoded, any_encoded = self.all_encoded, self.any_encoded
         corners = np.zeros((count, 2), np.int32)
         pixels: Any = [_NO_PIXELS] * count if any_encoded else np.empty((count, crop, crop, 3), np.uint8)
         streams: list[Bytes] = [_NO_BYTES] * count
@@ -131,7 +132,7 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
     from nvidia.dali import fn, pipeline_def, types
 
     crop, low = source.crop, source.crop // source.scale
-    all_encoded, any_encoded = bool(source.encoded.all()), bool(source.encoded.any())
+    all_encoded, any_encoded = source.all_encoded, source.any_encoded
     pixels_only, mixed = not any_encoded, any_encoded and not all_encoded
     layouts = ([] if all_encoded else ["HWC"]) + ([] if pixels_only else ["", ""]) + ([""] if mixed else []) + [""] * 3
     decoder = "cpu" if device_id is None else "mixed"
