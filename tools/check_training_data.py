@@ -6,32 +6,42 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
-from tools.common.dataset_walk import Files, walk
+from tools.common.crop_dataset import shown
+from tools.common.crop_options import GateOptions, open_benchmark
+from tools.common.dataset_walk import IMAGES, Kind, links_note, scan
 from tools.common.image_judging import Judge, Judgement, Rules, Verdict
-from tools.common.manifest import read_manifests
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.common.manifest import DatasetHash, ManifestIndex
+from tools.common.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
+from tools.common.photo_decoding import prepare_decoders
+from tools.common.twins import Twins
 
 REPORT = "report.jsonl"
 MAX_BAD_FRACTION = 0.05  # more than this is rather a wrong option or a broken disk than so many bad files
 MAX_BAD_FILES = 20       # ... unless it is a handful
 
 
-@dataclass(frozen=True)
-class Options:
-    """Judge every image below the dataset folder: can training read it, is it large enough, is it what was written?
+@dataclass(frozen=True, kw_only=True)
+class Options(GateOptions):
+    """Judge every image below the dataset folder: can training read it, is it large enough, is it what was written, and
+    does it teach anything?
 
     Encoded images are decoded by the decoder that training uses (DALI) and must be complete to the last byte; .npy
-    crops are read in full and compared with the checksums in their manifest. By default this only looks: it prints what
-    is bad and exits with 1. --clean moves bad files to DATA_DIR/quarantine/, from where they can be moved back.
-    Files that could not be read (permissions, a failing disk) are reported, never moved. File lists, manifests, the
-    quarantine and files that are not images are left alone.
+    crops are read in full; both are compared with the checksums in their manifest. Flat images, blurred or upscaled
+    ones, copies of an earlier one, and (--against) parts of benchmark images are bad too. By default this only looks:
+    it prints what is bad and exits with 1. --clean moves bad files to DATA_DIR/quarantine/, from where they can be
+    moved back. Files that could not be read (permissions, a failing disk) are reported, never moved. File lists,
+    manifests, the quarantine and files that are not images are left alone.
 
     Example: python tools/check_training_data.py --data-dir ~/dataset --clean
     """
@@ -39,7 +49,8 @@ class Options:
     data_dir: Path = Path("~/dataset")
     """The dataset: the folder below which all images are judged."""
     fast: bool = False
-    """Read headers only: finds wrong types, wrong sizes and cut .npy and WebP files, but no damage inside a file."""
+    """Decode nothing: PNG checksums, JPEG markers, WebP, BMP, TIFF and .npy lengths show files that were cut short and
+    most damage; the gates judge by what the manifests recorded."""
     clean: bool = False
     """Move bad files to DATA_DIR/quarantine/<same path>; quarantine/report.jsonl says why."""
     delete: bool = False
@@ -52,44 +63,54 @@ class Options:
     """Greatest height and width in pixels; by default any."""
     max_megapixels: float = 300
     """Larger images are bad: decoding them could fill the memory."""
-    threads: int = 0
-    """Number of threads; 0 is one a core."""
+
+
+@dataclass
+class Outcome:
+    """What a check found, good files only as numbers: a dataset may have millions."""
+
+    good: int = 0
+    bytes: int = 0
+    seconds: float = 0
+    bad: list[Judgement] = field(default_factory=list)
+    unreadable: int = 0
+    recorded: DatasetHash = field(default_factory=DatasetHash)  # of the good files that a manifest knows
 
 
 def main(options: Options) -> int:
     """Judge, print, and clean where asked. 0: all good; 1: some files are (or were) bad or could not be read."""
     _check_options(options)
     root = options.data_dir.expanduser()
-    files = walk(root, MANIFEST)
-    if not files.images:
-        raise UserError(f"{root}: no images below this folder{files.links_note()}; make crops with "
+    survey = _survey(root)
+    if not survey.images:
+        raise UserError(f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops with "
                         "`python tools/images_to_data.py`, or give another --data-dir")
-    crops = read_manifests(root, files.manifests)
-    rules = Rules(options.min_size, options.max_size, options.max_megapixels, decode=not options.fast)
-    started = time.monotonic()
-    judgements = _judge_all(files.images, Judge(root, rules, crops), thread_count(options.threads))
-    bad = [judgement for judgement in judgements if judgement.verdict is Verdict.BAD]
-    unreadable = [judgement for judgement in judgements if judgement.verdict is Verdict.UNREADABLE]
-    for judgement in bad + unreadable:
-        print(f"{judgement.verdict.value}: {_shown(judgement.path)}: {judgement.reason}")
-    _summarize(files, judgements, len(bad), len(unreadable), time.monotonic() - started)
-    missing = len(crops.keys() - set(files.images))
-    if missing:
-        print(f"{missing} crops that a manifest names are not there; images_to_data.py makes them again")
-    if bad and options.clean:
-        _refuse_too_many(len(bad), len(files.images), options.force)
-        _clean(root, bad, options.delete)
-    elif bad:
+    crops = ManifestIndex(root, survey.manifests)
+    rules = Rules(options.min_size, options.max_size, options.max_megapixels, not options.fast, options.min_gradient,
+                  options.min_sharpness)
+    prepare_decoders()
+    judge = Judge(root, rules, crops, open_benchmark(options.benchmark_folders()))
+    outcome = _judge_all(root, judge, survey.images, options)
+    _summarize(survey, outcome)
+    if crops.missing():
+        print(f"{crops.missing()} crops that a manifest names are not there; the tool that made them makes them again")
+    if outcome.bad and options.clean:
+        _refuse_too_many(len(outcome.bad), survey.images, options.force)
+        _clean(root, outcome.bad, options.delete)
+    elif outcome.bad:
         print(f"nothing was changed; --clean moves the bad files to {root / QUARANTINE}")
-    return 1 if bad or unreadable else 0
+    return 1 if outcome.bad or outcome.unreadable else 0
 
 
 def _check_options(options: Options) -> None:
     """Refuse options that contradict each other."""
+    options.check_gates()
     if options.delete and not options.clean:
         raise UserError("--delete: only with --clean; --clean alone moves bad files to a quarantine and can be undone")
     if options.force and not options.clean:
         raise UserError("--force: only with --clean; without it nothing is changed anyway")
+    if options.fast and options.against:
+        raise UserError("--against: needs the pixels, which --fast does not read; leave --fast away")
     if options.min_size < 1:
         raise UserError(f"--min-size {options.min_size}: must be at least 1")
     if options.max_size is not None and options.max_size < options.min_size:
@@ -98,26 +119,79 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0")
 
 
-def _judge_all(names: list[str], judge: Judge, threads: int) -> list[Judgement]:
-    """The judgements on all files, in their order."""
-    judgements, read = [], 0
-    with quiet_libraries(), progress(len(names), "file") as bar:
-        for judgement in ordered_map(judge, names, threads):
-            judgements.append(judgement)
-            read += judgement.bytes
-            bar.update()
-            bar.set_postfix(MB=read // 1_000_000, refresh=False)
-    return judgements
+@dataclass
+class Survey:
+    """How many files lie below the dataset folder."""
+
+    images: int = 0
+    foreign: int = 0
+    manifests: list[str] = field(default_factory=list)
+    linked_folders: list[str] = field(default_factory=list)
 
 
-def _summarize(files: Files, judgements: list[Judgement], bad: int, unreadable: int, seconds: float) -> None:
-    """One line on what was looked at."""
-    megabytes = sum(judgement.bytes for judgement in judgements) / 1e6
-    print(f"{len(judgements)} images judged in {seconds:.1f} s ({len(judgements) / max(seconds, 1e-3):.0f} files/s, "
-          f"{megabytes:.0f} MB read): {len(judgements) - bad - unreadable} good, {bad} bad, "
-          f"{unreadable} could not be read; {files.foreign} other files left alone")
-    if files.linked_folders:
-        print(f"links to folders were not followed: {', '.join(map(_shown, files.linked_folders))}")
+def _survey(root: Path) -> Survey:
+    survey = Survey()
+    for kind, name in scan(root, MANIFEST):
+        survey.images += kind in IMAGES
+        survey.foreign += kind is Kind.FOREIGN
+        if kind is Kind.MANIFEST:
+            survey.manifests.append(name)
+        elif kind is Kind.LINKED_FOLDER:
+            survey.linked_folders.append(name)
+    return survey
+
+
+def _images(root: Path) -> Iterator[str]:
+    return (name for kind, name in scan(root, MANIFEST) if kind in IMAGES)
+
+
+def _judge_all(root: Path, judge: Judge, total: int, options: Options) -> Outcome:
+    """Judge all files, in their order, and print the bad ones as they are found."""
+    outcome, started, threads = Outcome(), time.monotonic(), thread_count(options.threads)
+    distance = options.max_hash_distance()
+    twins = None if distance is None else Twins(root, distance)
+    with quiet_libraries(), progress(total, "file") as bar:
+        for judgements in ordered_map(lambda names: [judge(name) for name in names], batched(_images(root)), threads):
+            for judgement in judgements:
+                outcome.bytes += judgement.bytes
+                if twins is None or not twins.is_twin(judgement):
+                    _take_in(outcome, judgement, bar)
+            bar.update(len(judgements))
+            bar.set_postfix(MB=outcome.bytes // 1_000_000, bad=len(outcome.bad), refresh=False)
+        for judgement in twins.verdicts(_images(root)) if twins else ():
+            _take_in(outcome, judgement, bar)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _take_in(outcome: Outcome, judgement: Judgement, bar: tqdm) -> None:
+    """Count a judgement, and print it unless it is good."""
+    if judgement.verdict is Verdict.GOOD:
+        outcome.good += 1
+        if judgement.sha256:
+            outcome.recorded.add(judgement.path, judgement.sha256)
+        return
+    if judgement.verdict is Verdict.BAD:
+        outcome.bad.append(judgement)
+    else:
+        outcome.unreadable += 1
+    bar.write(f"{judgement.verdict.value}: {shown(judgement.path)}: {judgement.reason}", file=sys.stdout)
+
+
+def _summarize(survey: Survey, outcome: Outcome) -> None:
+    """What was looked at, and what was found."""
+    num_bad, seconds = len(outcome.bad), max(outcome.seconds, 1e-3)
+    print(f"{survey.images} images judged in {seconds:.1f} s ({survey.images / seconds:.0f} files/s, "
+          f"{outcome.bytes / 1e6:.0f} MB read): {outcome.good} good, {num_bad} bad, "
+          f"{outcome.unreadable} could not be read; {survey.foreign} other files left alone")
+    if outcome.bad:
+        counts = Counter(judgement.gate for judgement in outcome.bad)
+        print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
+    if survey.linked_folders:
+        print(f"links to folders were not followed: {', '.join(map(shown, survey.linked_folders))}")
+    if outcome.recorded.count:
+        print(f"hash of the {outcome.recorded.count} good images that manifests know (the same on every node): "
+              f"{outcome.recorded.hexdigest()}")
 
 
 def _refuse_too_many(bad: int, total: int, force: bool) -> None:
@@ -153,7 +227,7 @@ def _quarantine(root: Path, judgement: Judgement) -> None:
         target = (quarantine / judgement.path).with_name(f"{Path(judgement.path).name}.{number}")
     target.parent.mkdir(parents=True, exist_ok=True)
     entry = {"path": judgement.path, "moved_to": target.relative_to(root).as_posix(), "reason": judgement.reason,
-             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+             "gate": judgement.gate, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     with open(quarantine / REPORT, "a", encoding="utf-8") as report:
         report.write(json.dumps(entry) + "\n")
         report.flush()
@@ -165,11 +239,6 @@ def _names_in_lists(root: Path) -> set[str]:
     """All files that the training and the validation list name, as far as there are lists."""
     lists = [root / name for name in (TRAINING_LIST, VALIDATION_LIST)]
     return {name for path in lists if path.exists() for name in read_file_list(path, root)}
-
-
-def _shown(name: str) -> str:
-    """A file name that any terminal can show."""
-    return name if name.isprintable() else ascii(name)
 
 
 if __name__ == "__main__":

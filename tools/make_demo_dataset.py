@@ -17,7 +17,7 @@ from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
 from tools import check_training_data, images_to_data, select_training_files
 from tools.common.crop_grid import halved
-from tools.common.crop_writing import encode
+from tools.common.image_formats import encode
 from tools.common.image_headers import read_header
 from tools.common.photo_decoding import decode_photo, prepare_decoders
 
@@ -105,10 +105,11 @@ def make_demo_dataset(out: Path) -> DemoDataset:
     prepare_decoders()
     for photograph in HELD_OUT:
         _write((held_out / photograph.name).with_suffix(".png"), _held_out_png(contents[photograph]))
-    crops = images_to_data.Options(photographs, dataset / "demo", size=CROP_SIZE, cover=True)
+    gates = {"min_gradient": 0, "min_sharpness": 0}  # six photographs are too few to turn any part of them away
+    crops = images_to_data.Options(photos=photographs, out=dataset / "demo", size=CROP_SIZE, cover=True, **gates)
     _succeed("images_to_data", images_to_data.main(crops))
     _succeed("check_training_data", check_training_data.main(
-        check_training_data.Options(dataset, min_size=CROP_SIZE, max_size=CROP_SIZE)))
+        check_training_data.Options(data_dir=dataset, min_size=CROP_SIZE, max_size=CROP_SIZE, **gates)))
     _succeed("select_training_files", select_training_files.main(
         select_training_files.Options(dataset, validation_photo=(f"*/{VALIDATION_PHOTO}",))))
     return DemoDataset(dataset, held_out)

@@ -24,7 +24,7 @@ from pipeline.data.image_files import (
 )
 from tools.common.dataset_walk import walk
 from tools.common.image_headers import BadImageError, read_header
-from tools.common.manifest import read_manifests
+from tools.common.manifest import iterate_records
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def main(options: Options) -> int:
     if not files.images:
         raise UserError(f"{root}: no images below this folder{files.links_note()}; make crops with "
                         "`python tools/images_to_data.py`, or give another --data-dir")
-    names = [name for name in files.images if options.min_size == 0 or _is_large(root / name, options.min_size)]
-    if len(names) < len(files.images):
-        print(f"left out {len(files.images) - len(names)} files smaller than {options.min_size} pixels")
-    crops = read_manifests(root, files.manifests)
-    photos = group_by_photo(names, {path: record.photo for path, record in crops.items()})
+    photo_of, lr_sides = _read_manifests(root, files.manifests)
+    images = [name for name in files.images if name not in lr_sides]
+    names = [name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)]
+    if len(names) < len(images):
+        print(f"left out {len(images) - len(names)} files smaller than {options.min_size} pixels")
+    photos = group_by_photo(names, photo_of)
     validation = choose_validation(photos, options)
     lists = {TRAINING_LIST: sorted(name for photo in photos.keys() - validation for name in photos[photo]),
              VALIDATION_LIST: sorted(name for photo in validation for name in photos[photo])}
@@ -93,6 +94,17 @@ def _check_options(options: Options) -> None:
                         "use one of the two")
     if options.min_size < 0:
         raise UserError(f"--min-size {options.min_size}: must be 0 or more pixels")
+
+
+def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """(Crop -> its photograph, the LR sides of pairs, which stand in no list: their HR sides lead to them)."""
+    photo_of, lr_sides = {}, set()
+    for record in iterate_records(root, manifests):
+        if record.role == "lr":
+            lr_sides.add(record.path)
+        else:
+            photo_of[record.path] = sys.intern(record.photo)
+    return photo_of, lr_sides
 
 
 def group_by_photo(names: Iterable[str], photo_of: Mapping[str, str]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+# For tests that are not about the quality gates: their pictures repeat themselves, and are made, not photographed.
+UNGATED = ("--min-gradient", "0", "--min-sharpness", "0", "--keep-duplicates")
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))  # so that `pytest` works like `python -m pytest`
 
@@ -48,6 +51,15 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     waves = [127 + 90 * np.sin(x / rng.uniform(5, 40) + y / rng.uniform(5, 40) + phase) for phase in range(3)]
     return np.clip(np.stack(waves, -1) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def wheel_photograph(name: str) -> np.ndarray:
+    """A photograph that ships with scikit-image, decoded, uint8 RGB; lossy ones halved."""
+    spec = importlib.util.find_spec("skimage")
+    with Image.open(Path(spec.submodule_search_locations[0]) / "data" / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    half = pixels.shape[1] // 2, pixels.shape[0] // 2
+    return pixels if name.endswith(".png") else cv2.resize(pixels, half, interpolation=cv2.INTER_AREA)
 
 
 def encoded(pixels: np.ndarray | Image.Image, form: str, **options: object) -> bytes:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from dataset_corpus import (
     CHECKOUT,
+    UNGATED,
     assert_user_error,
     bad_files,
     encoded,
@@ -31,7 +32,7 @@ from PIL import Image
 
 from pipeline.data.image_files import npy_layout
 from tools.common.crop_grid import halved
-from tools.common.crop_writing import encode
+from tools.common.image_formats import encode
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+def cut(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """images_to_data.py without its quality gates, which have tests of their own."""
+    return run_tool("images_to_data", *arguments, *UNGATED)
+
+
+def rejects(out: Path) -> list[dict]:
+    """The lines of rejects.jsonl."""
+    return [json.loads(line) for line in (out / "rejects.jsonl").read_text("utf-8").splitlines()]
+
+
 def records(out: Path) -> list[dict]:
     """The manifest's lines."""
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text("utf-8").splitlines()]
@@ -55,7 +66,7 @@ def records(out: Path) -> list[dict]:
 
 def test_crops_are_the_photographs_pixels(photos, tmp_path):
     out = tmp_path / "out"
-    result = run_tool("images_to_data", photos, out, "--size", 48)
+    result = cut(photos, out, "--size", 48)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     pyramids = {"a.png": {1: photograph(150, 210, 1)}, "deep/er/b.PNG": {1: photograph(64, 130, 2)}}
@@ -75,13 +86,14 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
     assert {record["path"] for record in records(out)} == {name for name in tree(out) if name.endswith(".npy")}
     assert "4 photos" not in result.stdout  # the .webp is 70x45 once halved
     assert "3 photos cut into 18 crops" in result.stdout
-    assert "skipped small.png: too small: 30x400" in result.stdout
-    assert "ö c.webp: too small: 140x90 (70x45 after halving" in (out / "skipped.txt").read_text("utf-8")
+    assert "rejected small.png: too small: 30x400" in result.stdout
+    assert {entry["photo"]: entry["gate"] for entry in rejects(out)} == {"small.png": "size", "deep/ö c.webp": "size"}
+    assert "too small: 140x90 (70x45 after halving" in rejects(out)[0]["reason"]
 
 
 def test_thread_count_does_not_matter_and_seed_does(photos, tmp_path):
     for name, arguments in {"one": ["--threads", 1], "three": ["--threads", 3], "seed": ["--seed", 7]}.items():
-        assert run_tool("images_to_data", photos, tmp_path / name, "--size", 48, *arguments).returncode == 0
+        assert cut(photos, tmp_path / name, "--size", 48, *arguments).returncode == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "three")
     assert {*tree(tmp_path / "one")} == {*tree(tmp_path / "seed")}
     assert tree(tmp_path / "one") != tree(tmp_path / "seed")
@@ -90,7 +102,7 @@ def test_thread_count_does_not_matter_and_seed_does(photos, tmp_path):
 @pytest.mark.parametrize("form", ["png", "webp"])
 def test_encoded_crops_hold_the_same_pixels(photos, tmp_path, form):
     for name in ("npy", form):
-        assert run_tool("images_to_data", photos, tmp_path / name, "--size", 48, "--format", name).returncode == 0
+        assert cut(photos, tmp_path / name, "--size", 48, "--format", name).returncode == 0
     for raw, other in zip(records(tmp_path / "npy"), records(tmp_path / form), strict=True):
         assert (raw["sha256"], raw["top"], raw["left"]) == (other["sha256"], other["top"], other["left"])
         image = Image.open(tmp_path / form / other["path"])
@@ -106,7 +118,7 @@ def test_encoders_are_exact_on_noise():
 
 
 def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
-    result = run_tool("images_to_data", photos, tmp_path / "out", "--size", 48, "--cover", "--keep-lossy-size",
+    result = cut(photos, tmp_path / "out", "--size", 48, "--cover", "--keep-lossy-size",
                       "--num-scales", 1)
     assert result.returncode == 0
     counts = {}
@@ -117,48 +129,49 @@ def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
 
 
 def test_a_single_photograph(photos, tmp_path):
-    assert run_tool("images_to_data", photos / "a.png", tmp_path / "out", "--size", 48).returncode == 0
+    assert cut(photos / "a.png", tmp_path / "out", "--size", 48).returncode == 0
     assert {record["photo"] for record in records(tmp_path / "out")} == {"a.png"}
 
 
 def test_every_kind_of_photograph(tmp_path):
     write_files(tmp_path / "photos", good_files())
     write_files(tmp_path / "photos/bad", bad_files())
-    result = run_tool("images_to_data", tmp_path / "photos", tmp_path / "out", "--size", 48)
+    result = cut(tmp_path / "photos", tmp_path / "out", "--size", 48)
     assert result.returncode == 1, result.stderr
     assert result.stderr == ""
     assert {record["photo"] for record in records(tmp_path / "out")} == {*good_files()}
-    skipped = (tmp_path / "out/skipped.txt").read_text().splitlines()
-    assert sorted(line.split(": ")[0] for line in skipped) == sorted(f"bad/{name}" for name in bad_files())
+    refused = rejects(tmp_path / "out")
+    assert sorted(entry["photo"] for entry in refused) == sorted(f"bad/{name}" for name in bad_files())
+    assert {entry["gate"] for entry in refused} == {"decode"}
     assert not (tmp_path / "out/bad").exists()
 
 
-def test_more_than_twenty_skipped_are_listed_in_the_file(tmp_path):
+def test_more_than_twenty_rejects_are_listed_in_the_file(tmp_path):
     write_files(tmp_path / "photos", {f"{number:02}.png": b"text" for number in range(25)})
-    result = run_tool("images_to_data", tmp_path / "photos", tmp_path / "out", "--size", 48)
+    result = cut(tmp_path / "photos", tmp_path / "out", "--size", 48)
     assert result.returncode == 1
-    assert result.stdout.count("\nskipped ") == 20
+    assert result.stdout.count("\nrejected ") == 20
     assert "... and 5 more in" in result.stdout
-    assert len((tmp_path / "out/skipped.txt").read_text().splitlines()) == 25
+    assert len(rejects(tmp_path / "out")) == 25
 
 
-def test_decompression_bomb_is_skipped_undecoded(tmp_path):
+def test_decompression_bomb_is_rejected_undecoded(tmp_path):
     write_files(tmp_path / "photos", {"bomb.png": encoded(Image.new("L", (4000, 1000)), "png"),
                                       "fine.png": encoded(photograph(50, 50), "png")})
     arguments = [tmp_path / "photos", tmp_path / "out", "--size", 48, "--max-megapixels", 3.9]
-    result = run_tool("images_to_data", *arguments)
+    result = cut(*arguments)
     assert result.returncode == 1
-    assert "skipped bomb.png: 1000x4000 is 4 megapixels, above the limit of 3.9" in result.stdout
+    assert "rejected bomb.png: 1000x4000 is 4 megapixels, above the limit of 3.9" in result.stdout
 
 
 def test_killed_run_goes_on_where_it_was(tmp_path):
     write_files(tmp_path / "photos", {f"{number:02}.png": encoded(photograph(200, 260, number), "png", compress_level=1)
                                       for number in range(40)})
     arguments = ["--size", "32", "--format", "webp", "--threads", "2"]
-    assert run_tool("images_to_data", tmp_path / "photos", tmp_path / "whole", *arguments).returncode == 0
+    assert cut(tmp_path / "photos", tmp_path / "whole", *arguments).returncode == 0
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, str(CHECKOUT / "tools/images_to_data.py"), str(tmp_path / "photos"),
-                                str(out), *arguments], stdout=subprocess.DEVNULL)
+                                str(out), *arguments, *UNGATED], stdout=subprocess.DEVNULL)
     manifest = out / "manifest.jsonl"
     deadline = time.monotonic() + 60
     while not (manifest.exists() and manifest.stat().st_size > 5000):
@@ -172,10 +185,10 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     with open(manifest, "a") as file:
         file.write('{"path": "30.png/x1_0')
     write_files(out, {"39.png/x1_000_000.webp.tmp": b"half", "39.png/x4_009_009.webp": b"orphan"})
-    assert run_tool("images_to_data", tmp_path / "photos", out, *arguments).returncode == 0
+    assert cut(tmp_path / "photos", out, *arguments).returncode == 0
     assert tree(out) == tree(tmp_path / "whole")
     before = stamped_tree(out)
-    result = run_tool("images_to_data", tmp_path / "photos", out, *arguments)
+    result = cut(tmp_path / "photos", out, *arguments)
     assert "0 photos cut into 0 crops" in result.stdout
     assert "40 photos were there already" in result.stdout
     assert stamped_tree(out) == before
@@ -190,13 +203,13 @@ def test_only_what_changed_is_made_again(photos, tmp_path):
     source = tmp_path / "photos"
     write_files(source, {f"{name}.png": encoded(photograph(150, 210, seed), "png") for seed, name in enumerate("abcd")})
     out = tmp_path / "out"
-    assert run_tool("images_to_data", source, out, "--size", 48).returncode == 0
+    assert cut(source, out, "--size", 48).returncode == 0
     before = stamped_tree(out)
     write_files(source, {"b.png": encoded(photograph(60, 60, 9), "png"),
                          "e.png": encoded(photograph(60, 60, 5), "png")})
     (out / "c.png/x1_000_000.npy").unlink()  # lost
     os.truncate(out / "d.png/x2_000_000.npy", 100)  # by a power cut
-    result = run_tool("images_to_data", source, out, "--size", 48)
+    result = cut(source, out, "--size", 48)
     assert "4 photos cut into 30 crops" in result.stdout
     assert "1 photos were there already" in result.stdout
     after = stamped_tree(out)
@@ -212,9 +225,9 @@ def test_only_what_changed_is_made_again(photos, tmp_path):
 
 def test_photographs_that_went_keep_their_crops(tmp_path):
     write_files(tmp_path / "photos", {f"{name}.png": encoded(photograph(50, 50), "png") for name in "ab"})
-    assert run_tool("images_to_data", tmp_path / "photos", tmp_path / "out", "--size", 48).returncode == 0
+    assert cut(tmp_path / "photos", tmp_path / "out", "--size", 48).returncode == 0
     (tmp_path / "photos/a.png").unlink()
-    result = run_tool("images_to_data", tmp_path / "photos", tmp_path / "out", "--size", 48)
+    result = cut(tmp_path / "photos", tmp_path / "out", "--size", 48)
     assert result.returncode == 0
     assert "1 photos of earlier runs are no longer in" in result.stdout
     assert (tmp_path / "out/a.png/x1_000_000.npy").exists()
@@ -229,7 +242,7 @@ def test_photographs_that_went_keep_their_crops(tmp_path):
 def test_other_settings_are_refused(photos, dataset, arguments, setting):
     before = stamped_tree(dataset)
     arguments = arguments if "--size" in arguments else ["--size", 48, *arguments]
-    assert_user_error(run_tool("images_to_data", photos, dataset, *arguments), setting, "another OUT")
+    assert_user_error(cut(photos, dataset, *arguments), setting, "another OUT")
     assert stamped_tree(dataset) == before
 
 
@@ -237,39 +250,39 @@ def test_other_settings_are_refused(photos, dataset, arguments, setting):
 def dataset(photos, tmp_path_factory) -> Path:
     """A finished dataset that no test changes."""
     out = tmp_path_factory.mktemp("dataset") / "out"
-    assert run_tool("images_to_data", photos, out, "--size", 48).returncode == 0
+    assert cut(photos, out, "--size", 48).returncode == 0
     return out
 
 
 def test_other_photographs_are_refused(dataset, tmp_path):
     write_files(tmp_path, {"a.png": encoded(photograph(50, 50), "png")})
-    assert_user_error(run_tool("images_to_data", tmp_path, dataset, "--size", 48), "photos =", "dataset.json")
+    assert_user_error(cut(tmp_path, dataset, "--size", 48), "photos =", "dataset.json")
 
 
 def test_two_runs_at_once_are_refused(photos, dataset):
     with open(dataset / "dataset.json") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert_user_error(run_tool("images_to_data", photos, dataset, "--size", 48), "another images_to_data.py")
+        assert_user_error(cut(photos, dataset, "--size", 48), "another images_to_data.py")
 
 
 def test_bad_usage(photos, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
-    assert_user_error(run_tool("images_to_data", tmp_path / "gone", out), "gone: no such folder")
-    assert_user_error(run_tool("images_to_data", tmp_path / "empty", out), "no PNG, JPEG")
-    assert_user_error(run_tool("images_to_data", photos, out, "--size", 31), "--size 31", "32 to 8192")
-    assert_user_error(run_tool("images_to_data", photos, out, "--max-megapixels", 0), "--max-megapixels")
-    assert_user_error(run_tool("images_to_data", photos, out, "--num-scales", 0), "--num-scales")
-    assert_user_error(run_tool("images_to_data", photos, out, "--threads", -1), "--threads -1")
-    assert_user_error(run_tool("images_to_data", photos, photos), "must not lie in one another")
-    assert_user_error(run_tool("images_to_data", photos, photos / "crops"), "must not lie in one another")
-    assert_user_error(run_tool("images_to_data", photos / "deep", photos), "must not lie in one another")
-    assert_user_error(run_tool("images_to_data", photos, photos / "a.png"), "a.png")
+    assert_user_error(cut(tmp_path / "gone", out), "gone: no such folder")
+    assert_user_error(cut(tmp_path / "empty", out), "no PNG, JPEG")
+    assert_user_error(cut(photos, out, "--size", 31), "--size 31", "32 to 8192")
+    assert_user_error(cut(photos, out, "--max-megapixels", 0), "--max-megapixels")
+    assert_user_error(cut(photos, out, "--num-scales", 0), "--num-scales")
+    assert_user_error(cut(photos, out, "--threads", -1), "--threads -1")
+    assert_user_error(cut(photos, photos), "must not lie in one another")
+    assert_user_error(cut(photos, photos / "crops"), "must not lie in one another")
+    assert_user_error(cut(photos / "deep", photos), "must not lie in one another")
+    assert_user_error(cut(photos, photos / "a.png"), "a.png")
     assert not (photos / "crops").exists()
 
 
 def test_an_unknown_flag_names_the_nearest(photos, tmp_path):
-    result = run_tool("images_to_data", photos, tmp_path / "out", "--seeed", 1)
+    result = cut(photos, tmp_path / "out", "--seeed", 1)
     assert result.returncode == 2
     assert "--seed" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -277,7 +290,7 @@ def test_an_unknown_flag_names_the_nearest(photos, tmp_path):
 
 def test_only_too_small_photographs_is_no_success(tmp_path):
     write_files(tmp_path / "photos", {"a.png": encoded(photograph(40, 40), "png")})
-    result = run_tool("images_to_data", tmp_path / "photos", tmp_path / "out", "--size", 48)
+    result = cut(tmp_path / "photos", tmp_path / "out", "--size", 48)
     assert result.returncode == 1
     assert "0 photos cut into 0 crops" in result.stdout
 
@@ -286,10 +299,10 @@ def test_a_full_disk_is_one_line(photos, tmp_path):
     """A file where a photo's folder must be stands for every reason why a crop cannot be written."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"in the way")
-    assert_user_error(run_tool("images_to_data", photos, tmp_path / "out", "--size", 48), "a.png cannot be written",
+    assert_user_error(cut(photos, tmp_path / "out", "--size", 48), "a.png", "cannot be written",
                       "goes on where it stopped")
     (tmp_path / "out/a.png").unlink()
-    assert run_tool("images_to_data", photos, tmp_path / "out", "--size", 48).returncode == 0
+    assert cut(photos, tmp_path / "out", "--size", 48).returncode == 0
 
 
 def test_the_tools_need_no_torch(photos, tmp_path):
@@ -297,8 +310,8 @@ def test_the_tools_need_no_torch(photos, tmp_path):
     write_files(tmp_path, {"block/torch/__init__.py": b"raise ImportError('no torch on this machine')"})
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "block")}
     out = tmp_path / "data/out"
-    for arguments in (["images_to_data", photos, out, "--size", "48"],
-                      ["check_training_data", "--data-dir", out, "--min-size", "48"],
+    for arguments in (["images_to_data", photos, out, "--size", "48", *UNGATED],
+                      ["check_training_data", "--data-dir", out, "--min-size", "48", *UNGATED],
                       ["select_training_files", "--data-dir", out]):
         command = [sys.executable, str(CHECKOUT / f"tools/{arguments[0]}.py"), *map(str, arguments[1:])]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

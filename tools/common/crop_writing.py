@@ -1,30 +1,30 @@
-"""One photograph to its crops on disk: what images_to_data.py does on every thread."""
+"""One picture to its crops on disk: what the tools that make datasets do on every thread."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from pipeline.cli import UserError
 from tools.common.crop_grid import Crop, cover_grid, crop_grid, pyramid
-from tools.common.image_headers import BadImageError, read_header
+from tools.common.image_formats import encode
+from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
-from tools.common.photo_decoding import check_megapixels, decode_photo
+from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
 
-_OURS = re.compile(r"x\d+_\d+_\d+\.(npy|png|webp)(\.tmp)?")
+_OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """What decides the bytes of a dataset; see images_to_data.py for each."""
+    """What decides the bytes of a dataset; see crop_options.py for each."""
 
     size: int
     format: str
@@ -32,98 +32,192 @@ class CropSettings:
     cover: bool
     keep_lossy_size: bool
     num_scales: int | None
-    max_megapixels: float
+    min_gradient: float
+    min_sharpness: float
+    max_hash_distance: int | None  # None: duplicates are kept
+    against: tuple[str, ...]       # folders of benchmark images
+
+
+class Unit(NamedTuple):
+    """What is cut as a whole, and found finished as a whole by the next run: a photo, a member, a piece of a film."""
+
+    folder: str     # of its crops, relative to OUT; its own alone
+    photo: str      # what training and validation are split by
+    bytes: int      # size and modification time of the source's file
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
-class PhotoResult:
-    """What became of one photograph: its crops, or the reason why there are none."""
+class Picture:
+    """A decoded picture that is to be cut: uint8 RGB (height, width, 3), upright."""
 
-    photo: str
-    records: tuple[CropRecord, ...] = ()
+    pixels: np.ndarray
+    is_lossy: bool
+    decoder: str
+    sha256: str = ""           # of the source's bytes, where it is a file of its own
+    time: float | None = None  # of a frame in its video, in seconds
+    prefix: str = ""           # of its crops' file names, where a folder holds several pictures
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A picture or a crop that a gate turned away, and why."""
+
+    gate: str    # size, too-large, decode, flat, soft, duplicate, near-duplicate, leak
+    reason: str
+    scale: int | None = None  # of a crop; None: the picture as a whole
+    top: int | None = None
+    left: int | None = None
+    time: float | None = None
+
+
+@dataclass
+class CutPicture:
+    """What became of a picture: crops on disk, and what was turned away."""
+
+    records: list[CropRecord] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
     pixels: int = 0
-    reason: str = ""
-    is_bad: bool = False  # it could not be read or decoded (rather than being too small)
 
 
-def make_crops(photo: str, photos: Path, out: Path, settings: CropSettings) -> PhotoResult:
-    """Decode `photos/photo` and write its crops below `out/photo/`. Bad photographs are a result, not an exception.
+def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
+    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless asked otherwise."""
+    return 2 if is_lossy and not settings.keep_lossy_size else 1
+
+
+def too_small(height: int, width: int, first: int, size: int) -> Reject:
+    """Why a picture of this size gives no crop, at 1/`first` of it and below."""
+    halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
+    return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
+
+
+def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:
+    """Why a crop with too little detail is not written."""
+    reason = f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
+    return Reject("flat", reason, scale, top, left)
+
+
+def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
+    """Why a picture without a finest octave is not cut (at this size)."""
+    sharpness = gates["source_sharpness"]
+    return Reject("soft", f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below {settings.min_sharpness:g} "
+                          "(--min-sharpness)")
+
+
+def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+                benchmark: BenchmarkIndex | None) -> CutPicture:
+    """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away is not written.
 
     Raises `UserError` where the crops cannot be written (disk full, no permission).
     """
+    height, width = picture.pixels.shape[:2]
+    first = first_reduction(picture.is_lossy, settings)
+    if min(height, width) // first < settings.size:
+        return CutPicture(rejects=[too_small(height, width, first, settings.size)])
+    cutter = _Cutter(picture, unit, out, settings, benchmark)
     try:
-        with open(photos / photo, "rb") as file:
-            status = os.fstat(file.fileno())
-            header = read_header(file)
-            check_megapixels(header, settings.max_megapixels)
-            first = 2 if header.is_lossy and not settings.keep_lossy_size else 1
-            if min(header.height, header.width) // first < settings.size:
-                return PhotoResult(photo, reason=_too_small(header.height, header.width, first, settings.size))
-            file.seek(0)
-            pixels = decode_photo(file.read(), header)
-    except BadImageError as error:
-        return PhotoResult(photo, reason=str(error), is_bad=True)
+        cutter.cut(first)
+    except _LeakError as leak:
+        discard(cutter.result.records, out)
+        cutter.result = CutPicture([], [Reject("leak", str(leak))])
     except OSError as error:
-        return PhotoResult(photo, reason=f"could not be read: {error.strerror or error}", is_bad=True)
-    try:
-        crops = _write_crops(photo, pixels, first, out, settings)
-    except OSError as error:
-        raise UserError(f"{out}: a crop of {photo} cannot be written: {error.strerror or error}; make room or mend "
-                        "the permissions, then run the same command again: it goes on where it stopped") from error
-    records = tuple(CropRecord(path, photo, scale, crop.top, crop.left, settings.size, size, digest, status.st_size,
-                               status.st_mtime_ns, len(crops)) for path, scale, crop, size, digest in crops)
-    return PhotoResult(photo, records, pixels.shape[0] * pixels.shape[1])
+        raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
+                        "mend the permissions, then run the same command again: it goes on where it stopped") from error
+    cutter.result.pixels = height * width
+    return cutter.result
 
 
-def _too_small(height: int, width: int, first: int, size: int) -> str:
-    """Why a photograph of this size gives no crop."""
-    halved = f" ({height // 2}x{width // 2} after halving a lossy photo)" if first == 2 else ""
-    return f"too small: {height}x{width}{halved} holds no crop of {size}x{size}"
+class _LeakError(Exception):
+    """A picture is part of a benchmark; the message says of which image."""
 
 
-def _write_crops(photo: str, pixels: np.ndarray, first: int, out: Path,
-                 settings: CropSettings) -> list[tuple[str, int, Crop, int, str]]:
-    """(Path relative to `out`, scale, crop, bytes, sha256 of the pixels) of every crop written."""
-    folder = out / photo
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_crops(folder)  # of an earlier state of the photograph, or of a run that was killed here
-    written = []
-    for scale, reduced in pyramid(pixels, settings.size, first, settings.num_scales):
-        height, width = reduced.shape[:2]
-        if settings.cover:
-            crops = cover_grid(height, width, settings.size)
-        else:
-            crops = crop_grid(height, width, settings.size, f"{settings.seed}/{scale}/{photo}")
-        for crop in crops:
+class _Cutter:
+    """The cutting of one picture."""
+
+    def __init__(self, picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+                 benchmark: BenchmarkIndex | None) -> None:
+        self._picture, self._unit, self._out = picture, unit, out
+        self._settings, self._benchmark = settings, benchmark
+        self._source: dict[str, float | str] = {"source_sha256": picture.sha256} if picture.sha256 else {}
+        self.result = CutPicture()
+
+    def cut(self, first: int) -> None:
+        """Write the crops at 1/`first`, half of that... beginning with the largest size that is not soft."""
+        self._refuse_leak(self._picture.pixels)
+        settings, is_sharp = self._settings, False
+        for scale, reduced in pyramid(self._picture.pixels, settings.size, first, settings.num_scales):
+            if not is_sharp:
+                gates = picture_gates(reduced)
+                is_sharp = not is_soft(gates, settings.min_sharpness)
+                if not is_sharp:
+                    self.result.rejects.append(replace(soft_picture(gates, settings, f"1/{scale}"), scale=scale))
+                    continue
+                self._source |= gates
+            self._cut_scale(reduced, scale)
+
+    def _cut_scale(self, reduced: np.ndarray, scale: int) -> None:
+        settings = self._settings
+        for crop in self._grid(*reduced.shape[:2], scale):
             window = reduced[crop.top : crop.top + settings.size, crop.left : crop.left + settings.size]
             window = np.ascontiguousarray(window)
-            name = f"x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
-            content = encode(window, settings.format)
-            temporary = folder / f"{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
-            written.append((f"{photo}/{name}", scale, crop, len(content), hashlib.sha256(window).hexdigest()))
-    return written
+            gates = crop_gates(window)
+            if is_flat(gates, settings.min_gradient):
+                self.result.rejects.append(flat_crop(gates, settings, scale, crop.top, crop.left))
+                continue
+            self._refuse_leak(window)
+            self.result.records.append(self._write(window, crop, scale, gates))
+
+    def _grid(self, height: int, width: int, scale: int) -> list[Crop]:
+        settings, picture = self._settings, self._picture
+        if settings.cover:
+            return cover_grid(height, width, settings.size)
+        return crop_grid(height, width, settings.size, f"{settings.seed}/{scale}/{self._unit.photo}{picture.prefix}")
+
+    def _refuse_leak(self, pixels: np.ndarray) -> None:
+        name = self._benchmark.find(pixels) if self._benchmark else None
+        if name:
+            raise _LeakError(f"near-identical to the benchmark image {name} (--against)")
+
+    def _write(self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]) -> CropRecord:
+        settings, picture, unit = self._settings, self._picture, self._unit
+        name = f"{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
+        num_bytes = write_crop(self._out / unit.folder / name, window, settings.format)
+        return CropRecord(f"{unit.folder}/{name}", unit.photo, scale, crop.top, crop.left, settings.size, num_bytes,
+                          hashlib.sha256(window).hexdigest(), picture.decoder, {**gates, **self._source}, unit.bytes,
+                          unit.mtime_ns, 0, picture.time)
+
+
+def write_crop(path: Path, pixels: np.ndarray, form: str) -> int:
+    """Write a crop, whole or not at all; returns the bytes of its file. No fsync: the next run checks what is there."""
+    content = encode(pixels, form)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return len(content)
+
+
+def discard(records: Iterable[CropRecord], out: Path) -> None:
+    """Delete crops that were written but may not stay."""
+    for record in records:
+        (out / record.path).unlink(missing_ok=True)
+
+
+def make_folder(out: Path, folder: str) -> None:
+    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that was killed there."""
+    try:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        remove_crops(out / folder)
+    except OSError as error:
+        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or mend the permissions, then "
+                        "run the same command again: it goes on where it stopped") from error
 
 
 def remove_crops(folder: Path) -> None:
-    """Delete the crops and half-written crops in a photograph's folder, and nothing else."""
+    """Delete the crops and half-written crops in a unit's folder, and nothing else."""
     for entry in list(os.scandir(folder)):
         if _OURS.fullmatch(entry.name):
             os.unlink(entry.path)
-
-
-def encode(pixels: np.ndarray, form: str) -> bytes:
-    """uint8 RGB (height, width, 3) as the content of an npy, png or (lossless) webp file, bit-exact in each."""
-    if form == "npy":
-        file = io.BytesIO()
-        np.lib.format.write_array(file, pixels, version=(1, 0))
-        return file.getvalue()
-    if form == "png":
-        is_done, content = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-        assert is_done
-        return content.tobytes()
-    file = io.BytesIO()
-    # Method 0 encodes 10 times faster than the default, for files 10 % larger; PNG's are larger still.
-    Image.fromarray(pixels).save(file, "webp", lossless=True, method=0, quality=20)
-    return file.getvalue()

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE, is_encoded, is_npy
+
+
+class Kind(enum.Enum):
+    """What a directory entry is to a dataset."""
+
+    NPY = enum.auto()
+    ENCODED = enum.auto()
+    MANIFEST = enum.auto()
+    FOREIGN = enum.auto()        # everything else, hidden files included
+    LINKED_FOLDER = enum.auto()  # not followed
+    QUARANTINE = enum.auto()     # a folder of that name, passed by
+
+
+IMAGES = frozenset({Kind.NPY, Kind.ENCODED})
 
 
 @dataclass
@@ -18,9 +34,7 @@ class Files:
     npy: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     manifests: list[str] = field(default_factory=list)
-    foreign: int = 0  # everything else, hidden files included
-    linked_folders: list[str] = field(default_factory=list)  # not followed
-    quarantined: int = 0  # folders of that name, passed by
+    linked_folders: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> list[str]:
@@ -29,9 +43,14 @@ class Files:
 
     def links_note(self) -> str:
         """A half-sentence on linked folders, for an error about files that were expected but not found."""
-        if not self.linked_folders:
-            return ""
-        return f" (links to folders are not followed: {', '.join(self.linked_folders[:3])})"
+        return links_note(self.linked_folders)
+
+
+def links_note(linked_folders: list[str]) -> str:
+    """A half-sentence on folders that were not looked into, `""` where there are none."""
+    if not linked_folders:
+        return ""
+    return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
 
 
 def walk(root: Path, manifest_name: str) -> Files:
@@ -39,42 +58,64 @@ def walk(root: Path, manifest_name: str) -> Files:
 
     Hidden files and folders (`.git`, macOS's `._photo.jpg`, half-written files of our own) count as foreign.
     """
-    if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of the images, or make one with "
-                        f"`python tools/images_to_data.py PHOTOS {root}/NAME`")
     files = Files(root)
-    folders = [""]
-    while folders:
-        prefix = folders.pop()
-        try:
-            with os.scandir(root / prefix) as entries:
-                for entry in entries:
-                    _sort_in(files, folders, entry, prefix + entry.name, manifest_name)
-        except PermissionError as error:
-            raise UserError(f"{root / prefix}: this folder cannot be read ({error.strerror}); mend its permissions "
-                            "or move it out of the dataset") from None
-    for names in (files.npy, files.encoded, files.manifests, files.linked_folders):
+    lists = {Kind.NPY: files.npy, Kind.ENCODED: files.encoded, Kind.MANIFEST: files.manifests,
+             Kind.LINKED_FOLDER: files.linked_folders}
+    for kind, name in scan(root, manifest_name):
+        if kind in lists:
+            lists[kind].append(name)
+    for names in lists.values():
         names.sort()
     return files
 
 
-def _sort_in(files: Files, folders: list[str], entry: os.DirEntry[str], name: str, manifest_name: str) -> None:
-    """Put one directory entry where it belongs."""
+def scan(root: Path, manifest_name: str) -> Iterator[tuple[Kind, str]]:
+    """`walk` one by one, in the order of the names within each folder; holds no more than the open folders' names."""
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder of the images, or make one with "
+                        f"`python tools/images_to_data.py PHOTOS {root}/NAME`")
+    open_folders = [iter(_entries(root, "", manifest_name))]
+    while open_folders:
+        for kind, name in open_folders[-1]:
+            if kind is None:
+                open_folders.append(iter(_entries(root, name + "/", manifest_name)))
+                break
+            yield kind, name
+        else:
+            open_folders.pop()
+
+
+def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[Kind | None, str]]:
+    """(Kind, path) of what lies in one folder, by name; the kind of a folder to look into is `None`."""
+    try:
+        with os.scandir(root / prefix) as entries:
+            return sorted(((_kind(entry, manifest_name), prefix + entry.name) for entry in entries),
+                          key=lambda entry: entry[1])
+    except PermissionError as error:
+        raise UserError(f"{root / prefix}: this folder cannot be read ({error.strerror}); mend its permissions "
+                        "or move it out of the dataset") from None
+
+
+def _kind(entry: os.DirEntry[str], manifest_name: str) -> Kind | None:
+    """What a directory entry is; `None` for a folder that is looked into."""
     if entry.is_dir(follow_symlinks=False):
         if entry.name == QUARANTINE:
-            files.quarantined += 1
-        elif not entry.name.startswith("."):
-            folders.append(name + "/")
-    elif entry.is_symlink() and entry.is_dir():
-        files.linked_folders.append(name)
-    elif entry.name == manifest_name:
-        files.manifests.append(name)
-    elif entry.name.startswith("."):
-        files.foreign += 1
-    elif is_npy(entry.name):
-        files.npy.append(name)
-    elif is_encoded(entry.name):
-        files.encoded.append(name)
-    else:
-        files.foreign += 1
+            return Kind.QUARANTINE
+        return Kind.FOREIGN if entry.name.startswith(".") else None
+    if entry.is_symlink() and _leads_to_folder(entry):
+        return Kind.LINKED_FOLDER
+    if entry.name == manifest_name:
+        return Kind.MANIFEST
+    if entry.name.startswith("."):
+        return Kind.FOREIGN
+    if is_npy(entry.name):
+        return Kind.NPY
+    return Kind.ENCODED if is_encoded(entry.name) else Kind.FOREIGN
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False

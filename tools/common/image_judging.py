@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import numpy as np
 
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_streams import check_complete, check_riff_length
-from tools.common.manifest import CropRecord
+from tools.common.image_streams import check_complete
+from tools.common.leakage import BenchmarkIndex
+from tools.common.manifest import CropRecord, ManifestIndex
 from tools.common.photo_decoding import check_megapixels
+from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
 
 
 class Verdict(enum.Enum):
@@ -34,6 +36,9 @@ class Judgement:
     verdict: Verdict
     reason: str = ""
     bytes: int = 0
+    gate: str = ""             # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
+    perceptual_hash: str = ""  # of a good file, in hexadecimal, where it is known
+    sha256: str = ""           # of its pixels, where a manifest knows it
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Rules:
     min_size: int
     max_size: int | None
     max_megapixels: float
-    decode: bool  # False: headers only
+    decode: bool  # False: the container's checksums, markers and lengths only
+    min_gradient: float = 0
+    min_sharpness: float = 0
 
 
 class DaliDecoder:
@@ -88,53 +95,59 @@ def _build_pipeline():  # DALI has no public type that could be named here witho
 class Judge:
     """Judges files on any number of threads."""
 
-    def __init__(self, root: Path, rules: Rules, crops: dict[str, CropRecord]) -> None:
-        self._root, self._rules, self._crops = root, rules, crops
+    def __init__(self, root: Path, rules: Rules, crops: ManifestIndex, benchmark: BenchmarkIndex | None) -> None:
+        self._root, self._rules, self._crops, self._benchmark = root, rules, crops, benchmark
         self._of_thread = threading.local()
 
     def __call__(self, name: str) -> Judgement:
         """The judgement on the file `name`, relative to the dataset. Raises nothing that a file could cause."""
-        path = self._root / name
+        path, record = self._root / name, self._crops.get(name)
         try:
-            size = self._judge_npy(path, name) if is_npy(name) else self._judge_encoded(path, name)
+            judge = self._judge_npy if is_npy(name) else self._judge_encoded
+            size, pixels = judge(path, record)
+            gates = self._gates(record, pixels)
+            self._check_gates(gates)
+            self._refuse_leak(pixels, record)
         except BadNpyError as error:
-            return Judgement(name, Verdict.BAD, error.reason)
+            return Judgement(name, Verdict.BAD, error.reason, gate="file")
+        except _GateError as error:
+            return Judgement(name, Verdict.BAD, error.reason, gate=error.gate)
         except BadImageError as error:
-            return Judgement(name, Verdict.BAD, str(error))
+            return Judgement(name, Verdict.BAD, str(error), gate="file")
         except OSError as error:  # FileNotFoundError too: a link into nowhere, or a file that went while we looked
             return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
-        return Judgement(name, Verdict.GOOD, bytes=size)
+        return Judgement(name, Verdict.GOOD, "", size, perceptual_hash=str(gates.get("hash", "")),
+                         sha256=record.sha256 if record else "")
 
-    def _judge_npy(self, path: Path, name: str) -> int:
+    def _judge_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
+        """(Bytes read, pixels or `None` where only the header was read)."""
         if not path.exists():
             raise FileNotFoundError(None, "No such file (a link into nowhere?)")
         layout = npy_layout(path)
-        self._check_size(layout.height, layout.width)
+        self._check_size(layout.height, layout.width, record)
         if not self._rules.decode:
-            return layout.offset
+            return layout.offset, None
         with open(path, "rb") as file:
             file.seek(layout.offset)
-            pixels = file.read()
-        if name in self._crops:
-            self._check_pixels(name, hashlib.sha256(pixels).hexdigest())
-        return layout.offset + len(pixels)
+            data = file.read()
+        if record:
+            _check_pixels(record, data)
+        return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(layout.height, layout.width, 3)
 
-    def _judge_encoded(self, path: Path, name: str) -> int:
+    def _judge_encoded(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
         with open(path, "rb") as file:
             header = read_header(file)
-            self._check_size(header.height, header.width)
+            self._check_size(header.height, header.width, record)
             check_megapixels(header, self._rules.max_megapixels)
             file.seek(0)
-            if not self._rules.decode:
-                if header.format == "webp":
-                    check_riff_length(file.read(8), os.fstat(file.fileno()).st_size)
-                return file.tell()
             data = file.read()
         check_complete(data, header)
+        if not self._rules.decode:
+            return len(data), None
         pixels = self._decode(data, header)
-        if name in self._crops:
-            self._check_pixels(name, hashlib.sha256(pixels).hexdigest())
-        return len(data)
+        if record:
+            _check_pixels(record, pixels)
+        return len(data), pixels
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
         decoder = getattr(self._of_thread, "decoder", None)
@@ -145,15 +158,49 @@ class Judge:
             raise BadImageError(f"decoded to {pixels.shape} where its header says {header.height}x{header.width}")
         return pixels
 
-    def _check_size(self, height: int, width: int) -> None:
+    def _check_size(self, height: int, width: int, record: CropRecord | None) -> None:
         rules = self._rules
-        if min(height, width) < rules.min_size:
-            raise BadImageError(f"{height}x{width} is too small: both sides must be at least {rules.min_size} "
-                                "(--min-size)")
+        if min(height, width) < rules.min_size and not (record and record.role == "lr"):
+            raise _GateError("size", f"{height}x{width} is too small: both sides must be at least {rules.min_size} "
+                                     "(--min-size)")
         if rules.max_size is not None and max(height, width) > rules.max_size:
-            raise BadImageError(f"{height}x{width} is too large: both sides may be at most {rules.max_size} "
-                                "(--max-size)")
+            raise _GateError("size", f"{height}x{width} is too large: both sides may be at most {rules.max_size} "
+                                     "(--max-size)")
 
-    def _check_pixels(self, name: str, digest: str) -> None:
-        if digest != self._crops[name].sha256:
-            raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")
+    def _gates(self, record: CropRecord | None, pixels: np.ndarray | None) -> Mapping[str, float | str]:
+        """What the gates measured when the crop was cut (its pixels are still the same), or measure now."""
+        if record:
+            return record.gates if record.role != "lr" else {}
+        if pixels is None:
+            return {}
+        gates: Mapping[str, float | str] = crop_gates(pixels)
+        return {**gates, **picture_gates(pixels)} if self._rules.min_sharpness > 0 else gates
+
+    def _check_gates(self, gates: Mapping[str, float | str]) -> None:
+        rules = self._rules
+        if gates and is_flat(gates, rules.min_gradient):
+            raise _GateError("flat", f"flat: its gradient of {gates['gradient']:.3g} grey levels a pixel is below "
+                                     f"{rules.min_gradient:g} (--min-gradient)")
+        if "source_sharpness" in gates and is_soft(gates, rules.min_sharpness):
+            raise _GateError("soft", f"blurred or upscaled: its sharpness of {gates['source_sharpness']:.3g} is below "
+                                     f"{rules.min_sharpness:g} (--min-sharpness)")
+
+    def _refuse_leak(self, pixels: np.ndarray | None, record: CropRecord | None) -> None:
+        if self._benchmark is None or pixels is None or (record and record.role == "lr"):
+            return
+        leak = self._benchmark.find(pixels)
+        if leak:
+            raise _GateError("leak", f"near-identical to the benchmark image {leak} (--against)")
+
+
+class _GateError(Exception):
+    """A whole file that should not be trained on."""
+
+    def __init__(self, gate: str, reason: str) -> None:
+        super().__init__(reason)
+        self.gate, self.reason = gate, reason
+
+
+def _check_pixels(record: CropRecord, pixels: bytes | np.ndarray) -> None:
+    if hashlib.sha256(pixels).hexdigest() != record.sha256:
+        raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")

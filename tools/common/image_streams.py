@@ -19,12 +19,11 @@ def check_complete(data: bytes, header: ImageHeader) -> None:
     """Raise `BadImageError` where the encoded image `data` (its header read already) is cut short or damaged.
 
     PNG: every chunk's CRC, up to IEND. JPEG: every segment, up to the end-of-image marker of this image (not of a
-    thumbnail). WebP: the RIFF length and its chunks. JPEG 2000: the end of the codestream. BMP and TIFF: their decoders
-    notice.
+    thumbnail). WebP: the RIFF length and its chunks. JPEG 2000: the end of the codestream. BMP: the length of its
+    rows, unless they are compressed. TIFF: the strips or tiles of its first image.
     """
-    check = {"png": _check_png, "jpeg": _check_jpeg, "webp": _check_webp, "jp2": _check_jp2}.get(header.format)
-    if check is None:
-        return
+    check = {"png": _check_png, "jpeg": _check_jpeg, "webp": _check_webp, "jp2": _check_jp2, "bmp": _check_bmp,
+             "tiff": _check_tiff}[header.format]
     try:
         check(data)
     except (struct.error, IndexError):
@@ -97,3 +96,35 @@ def _check_jp2(data: bytes) -> None:
             at += length
     if end > len(data) or data[:end].rstrip(b"\0")[-2:] != b"\xff\xd9":
         raise BadImageError("truncated: the JPEG 2000 codestream does not reach its end")
+
+
+def _check_bmp(data: bytes) -> None:
+    start, head = struct.unpack_from("<II", data, 10)
+    width, height, _, bits, compression = (*struct.unpack_from("<HHHH", data, 18), 0) if head == 12 else \
+        struct.unpack_from("<iiHHI", data, 18)
+    if compression not in (0, 3, 6):  # run lengths: their decoder notices
+        return
+    promised = start + (width * bits + 31) // 32 * 4 * abs(height)
+    if len(data) < promised:
+        raise BadImageError(f"truncated: {len(data)} of {promised} bytes")
+
+
+def _check_tiff(data: bytes) -> None:
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2:4].strip(b"\0") == b"+"
+    offset, entry, slot = ("Q", "HHQ8s", 8) if is_big else ("I", "HHI4s", 4)
+    (at,) = struct.unpack_from(order + offset, data, 8 if is_big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, at)
+    at += 8 if is_big else 2
+    arrays = {}
+    for index in range(min(count, 4096)):
+        tag, kind, length, raw = struct.unpack_from(order + entry, data, at + index * struct.calcsize("=" + entry))
+        form = {3: "H", 4: "I", 16: "Q"}.get(kind)
+        if tag in (273, 279, 324, 325) and form:  # strips and tiles: where they start, how long they are
+            size = length * struct.calcsize("=" + form)
+            where = struct.unpack(order + offset, raw)[0] if size > slot else -1
+            source = data[where : where + size] if size > slot else raw[:size]
+            arrays[tag] = struct.unpack(f"{order}{length}{form}", source)
+    for starts, sizes in ((273, 279), (324, 325)):
+        ends = [start + size for start, size in zip(arrays.get(starts, ()), arrays.get(sizes, ()), strict=False)]
+        if max(ends, default=0) > len(data):
+            raise BadImageError(f"truncated: {len(data)} of at least {max(ends)} bytes")

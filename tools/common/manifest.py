@@ -1,69 +1,197 @@
-"""manifest.jsonl: which crop came from which photograph, one JSON object a line, a photo's crops one after another."""
+"""manifest.jsonl: which crop came from which source, one JSON object a line, a folder's crops one after another."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import posixpath
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CropRecord:
-    """One crop. Paths are POSIX paths: `path` relative to the manifest's folder, `photo` to the photographs' folder."""
+    """One crop. Paths are POSIX paths: `path` and `lr` relative to the manifest's folder."""
 
     path: str
-    photo: str
-    scale: int           # the photograph was reduced this many times before cropping: 1, 2, 4...
-    top: int             # upper left corner, in pixels of the reduced photograph
+    photo: str           # what it was cut from, and what training and validation are split by: a photo, a film...
+    scale: int           # the picture was reduced this many times before cropping: 1, 2, 4...
+    top: int             # upper left corner, in pixels of the reduced picture
     left: int
     size: int            # both sides, in pixels
     bytes: int           # size of the crop's file
     sha256: str          # of the pixels: uint8 RGB, rows from the top
-    photo_bytes: int     # size and modification time of the photograph's file, to notice that it changed
+    decoder: str         # what decoded the source, with its version
+    gates: Mapping[str, float | str]  # what the quality gates measured, see quality.py
+    photo_bytes: int     # size and modification time of the source's file, to notice that it changed
     photo_mtime_ns: int
-    photo_crops: int     # how many crops the photograph has in all, to notice that some are missing
+    folder_crops: int    # how many crops its folder has in all, to notice that some are missing
+    time: float | None = field(default=None)  # of the frame in its video, in seconds
+    lr: str | None = field(default=None)      # the LR crop that belongs to it, in paired datasets
+    role: str = "hr"     # "lr": the LR side of a pair, which no list names and no gate judges
 
 
-_KINDS = {field.name: str if field.type == "str" else int for field in fields(CropRecord)}
+_REQUIRED = {name: {"str": str, "int": int}.get(kind, dict) for name, kind in
+             ((entry.name, entry.type) for entry in fields(CropRecord)) if name not in ("time", "lr", "role")}
+_OPTIONAL = {"time": (int, float), "lr": (str,), "role": (str,)}
 
 
-def parse_line(line: str) -> CropRecord | None:
+def parse_line(line: str | bytes) -> CropRecord | None:
     """The crop that a line of a manifest describes, or `None` where the line is torn or foreign."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except ValueError:  # UnicodeDecodeError is one too
         return None
-    if not isinstance(values, dict) or values.keys() != _KINDS.keys():
+    if not isinstance(values, dict) or not _REQUIRED.keys() <= values.keys() <= _REQUIRED.keys() | _OPTIONAL.keys():
         return None
-    return CropRecord(**values) if all(type(values[name]) is kind for name, kind in _KINDS.items()) else None
+    if not all(type(values[name]) is kind for name, kind in _REQUIRED.items()):
+        return None
+    if not all(type(values[name]) in _OPTIONAL[name] for name in values.keys() - _REQUIRED.keys()):
+        return None
+    return CropRecord(**values)
+
+
+def format_line(record: CropRecord) -> str:
+    """The line of a manifest that describes `record`."""
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    values = {name: value for name, value in values.items() if value is not None and (name, value) != ("role", "hr")}
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def format_lines(records: Iterable[CropRecord]) -> str:
     """The lines of `records` as a manifest holds them."""
-    return "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    return "".join(map(format_line, records))
 
 
-def read_manifests(root: Path, manifests: Iterable[str]) -> dict[str, CropRecord]:
-    """Crop path relative to `root` -> its record, of all `manifests` (paths relative to `root`).
+def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
+    """(Offset of the line in bytes, record) for each line of a manifest.
 
     A torn last line (a run that was killed, or goes on right now) does not count; other broken lines are a `UserError`.
-    The records' `photo` is made relative to `root` too, so that it names one photograph among all sources.
     """
-    crops = {}
+    offset, torn = 0, None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if torn is not None:
+                break
+            record = parse_line(line) if line.endswith(b"\n") else None
+            if record is not None:
+                yield offset, record
+            elif line.strip():
+                torn = number
+            offset += len(line)
+        else:
+            return
+    raise UserError(f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset with the "
+                    "same arguments again, it mends the file")
+
+
+def iterate_records(root: Path, manifests: Iterable[str]) -> Iterator[CropRecord]:
+    """All records of `manifests` (paths relative to `root`), their `path`, `photo` and `lr` made relative to `root`."""
     for name in sorted(manifests):
         folder = posixpath.dirname(name)
-        lines = (root / name).read_text("utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines, 1):
-            record = parse_line(line)
+        for _, record in iterate_lines(root / name):
+            yield _below(folder, record)
+
+
+def _below(folder: str, record: CropRecord) -> CropRecord:
+    if not folder:
+        return record
+    return replace(record, path=posixpath.join(folder, record.path), photo=posixpath.join(folder, record.photo),
+                   lr=record.lr and posixpath.join(folder, record.lr))
+
+
+class DatasetHash:
+    """One hash of a whole dataset: of every crop's path and pixels, in whatever order they come.
+
+    Two nodes that print the same hash hold the same dataset. The crops' SHA-256 are added up, so that a million of them
+    need no sorting and no memory.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._sum = 0, 0
+
+    def add(self, path: str, sha256: str) -> None:
+        """Take in one crop."""
+        digest = hashlib.sha256(f"{path}\0{sha256}".encode("utf-8", "surrogateescape")).digest()
+        self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
+        self.count += 1
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits."""
+        return hashlib.sha256(f"{self.count} {self._sum:064x}".encode()).hexdigest()
+
+
+def dataset_hash(root: Path, manifests: Iterable[str]) -> DatasetHash:
+    """The hash of all crops that the manifests record."""
+    total = DatasetHash()
+    for record in iterate_records(root, manifests):
+        total.add(record.path, record.sha256)
+    return total
+
+
+class ManifestIndex:
+    """The records of many manifests, looked up by path; 16 bytes of memory a crop, whatever a line holds."""
+
+    def __init__(self, root: Path, manifests: Iterable[str]) -> None:
+        self._root, self._files, self._folders = root, [], []
+        keys, places = array("Q"), array("Q")
+        for number, name in enumerate(sorted(manifests)):
+            self._folders.append(posixpath.dirname(name))
+            self._files.append(open(root / name, "rb"))  # noqa: SIM115 - closed by close()
+            for offset, record in iterate_lines(root / name):
+                keys.append(_key(posixpath.join(self._folders[-1], record.path)))
+                places.append(number << 48 | offset)
+        unsorted = np.frombuffer(keys, np.uint64)
+        order = np.argsort(unsorted, kind="stable")
+        self._keys, self._places = unsorted[order], np.frombuffer(places, np.uint64)[order]
+        self._seen = np.zeros(len(order), bool)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def get(self, path: str) -> CropRecord | None:
+        """The record of the file `path` (relative to the root), or `None` where no manifest knows it."""
+        key = np.uint64(_key(path))
+        at = int(np.searchsorted(self._keys, key))
+        while at < len(self._keys) and self._keys[at] == key:
+            number, offset = int(self._places[at]) >> 48, int(self._places[at]) & (1 << 48) - 1
+            record = parse_line(_line_at(self._files[number].fileno(), offset))
             if record is not None:
-                photo = posixpath.join(folder, record.photo)
-                crops[posixpath.join(folder, record.path)] = CropRecord(**{**asdict(record), "photo": photo})
-            elif line and number < len(lines):
-                raise UserError(f"{root / name}, line {number}: not a line of a {MANIFEST}; run images_to_data.py with "
-                                "the same arguments again, it mends the file")
-    return crops
+                record = _below(self._folders[number], record)
+                if record.path == path:
+                    self._seen[at] = True
+                    return record
+            at += 1
+        return None
+
+    def missing(self) -> int:
+        """How many crops were never asked for: files that a manifest names and that nobody found."""
+        return int(len(self._seen) - self._seen.sum())
+
+    def close(self) -> None:
+        """Close the manifests."""
+        for file in self._files:
+            file.close()
+
+
+def _key(path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _line_at(descriptor: int, offset: int) -> bytes:
+    """The line that starts at `offset`; `pread`, since many threads share the file."""
+    line = b""
+    while True:
+        part = os.pread(descriptor, 4096, offset + len(line))
+        line += part
+        end = line.find(b"\n")
+        if end >= 0 or not part:
+            return line[:end] if end >= 0 else line

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -43,8 +44,15 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threa
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def progress(total: int, unit: str) -> tqdm:
-    """A bar with rate and ETA on stderr, for people only, and only for what takes more than two seconds."""
+def batched(items: Iterable[Item], count: int = 16) -> Iterator[list[Item]]:
+    """Lists of `count` items: where one item takes microseconds, threads cost less by the batch."""
+    items = iter(items)
+    while batch := list(islice(items, count)):
+        yield batch
+
+
+def progress(total: int | None, unit: str) -> tqdm:
+    """A bar with rate and ETA (where the total is known) on stderr, for people only, after two seconds of work."""
     return tqdm(total=total, unit=unit, delay=2, disable=None, dynamic_ncols=True, file=sys.stderr)
 
 

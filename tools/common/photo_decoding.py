@@ -6,6 +6,7 @@ import io
 
 import cv2
 import numpy as np
+import PIL
 from PIL import Image
 
 from tools.common.image_headers import BadImageError, ImageHeader
@@ -34,6 +35,12 @@ def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
     if megapixels > max_megapixels:
         raise BadImageError(f"{header.height}x{header.width} is {megapixels:.0f} megapixels, above the limit of "
                             f"{max_megapixels:g} (--max-megapixels)")
+
+
+def decoder_name(header: ImageHeader) -> str:
+    """The library that `decode_photo` decodes such an image with, and its version."""
+    is_opencv = header.depth == 16 or (header.is_plain and header.format != "tiff")
+    return f"opencv {cv2.__version__}" if is_opencv else f"pillow {PIL.__version__}"
 
 
 def decode_photo(data: bytes, header: ImageHeader) -> np.ndarray:
@@ -123,7 +130,8 @@ def _over_white(color: np.ndarray, alpha: np.ndarray, white: int) -> np.ndarray:
 
 def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """Turn the pixels as the file's EXIF (or XMP) orientation says."""
-    if not any(sign in data for sign in _ORIENTATION_SIGNS):  # Pillow decodes all of a PNG to look for EXIF
+    metadata = _png_metadata(data) if data.startswith(b"\x89PNG") else data
+    if not any(sign in metadata for sign in _ORIENTATION_SIGNS):  # Pillow decodes all of a PNG to look for EXIF
         return pixels
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -131,6 +139,17 @@ def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     except Exception as error:  # as in decode_photo
         raise BadImageError(f"broken metadata: {error}") from error
     return _turn(pixels, orientation)
+
+
+def _png_metadata(data: bytes) -> bytes:
+    """All chunks of a complete PNG but those that hold pixels."""
+    kept, at = [], 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] != b"IDAT":
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+    return b"".join(kept)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""What a picture is worth to training, in numbers: detail, sharpness, entropy, and a hash to find its copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+from tools.common.crop_grid import halved
+from tools.common.near_duplicates import perceptual_hash
+
+MIN_GRADIENT = 1.25   # grey levels a pixel: below lie clear skies, plain walls and black bars
+MIN_SHARPNESS = 0.52  # below lie pictures that were enlarged 2 times or more, or blurred by sigma >= 1
+
+_BLOCK = 32           # pixels a side of the blocks that sharpness is measured in
+_BAND = 4 * _BLOCK    # rows that are measured at a time
+_PERCENTILE = 90      # of the blocks: one sharp subject makes a photograph sharp
+_MIN_DETAIL = 6.0     # mean |Laplacian| of the halved block: six times what rounding to whole levels makes
+_REPEATED = 0.05      # a column that differs from the last by less than this part of what its neighbours differ by
+_MAX_REPEATED = 0.25  # of the columns or rows: nearest-neighbour enlargement of 1.5 makes 0.33, of 2 makes 0.5
+
+
+def crop_gates(pixels: np.ndarray) -> dict[str, float | str]:
+    """Measures of a crop, uint8 RGB (height, width, 3), at least 8 pixels a side; floats of 4 significant digits.
+
+    `gradient`: mean gradient magnitude of the luma, grey levels a pixel. `sharpness`: as `is_soft` explains; 0 where
+    there is nothing but one colour. `entropy`: bits a pixel of the luma histogram. `hash`: hex of `perceptual_hash`.
+    """
+    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    half = halved(luma)
+    return {"gradient": _rounded(_gradient(luma)), "sharpness": _rounded(_global_sharpness(luma, half)),
+            "entropy": _rounded(_entropy(luma)), "hash": perceptual_hash(luma).hex()}
+
+
+def picture_gates(pixels: np.ndarray) -> dict[str, float | str]:
+    """Measures of a whole photograph or frame, uint8 RGB (height, width, 3), at least 8 pixels a side.
+
+    `source_sharpness`: as `is_soft` explains; 0 where no part has any detail. `source_hash`: hex of `perceptual_hash`.
+    """
+    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    return {"source_sharpness": _rounded(_block_sharpness(luma)), "source_hash": perceptual_hash(luma).hex()}
+
+
+def is_flat(gates: Mapping[str, float | str], min_gradient: float = MIN_GRADIENT) -> bool:
+    """Whether a crop has too little detail to learn from."""
+    return float(gates["gradient"]) < min_gradient
+
+
+def is_soft(gates: Mapping[str, float | str], min_sharpness: float = MIN_SHARPNESS,
+            name: str = "source_sharpness") -> bool:
+    """Whether a photograph (or, with `name="sharpness"`, a crop) is blurred or enlarged.
+
+    Sharpness is how strong the finest octave is against the next one: high-pass filtered luma over that of the halved
+    picture. Photographs have 0.55 to 1.6, whatever their contrast; 0.40 to 0.48 after enlarging 2 times (bicubic,
+    bilinear, Lanczos), 0.3 to 0.4 after 3 or 4 times or a Gaussian of sigma >= 1.5. A photograph counts as sharp as its
+    sharpest blocks that have detail; a crop is measured as a whole.
+    """
+    return float(gates[name]) < min_sharpness
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: short in JSON, and the same on machines that sum in another order."""
+    return float(f"{value:.4g}")
+
+
+def _gradient(luma: np.ndarray) -> float:
+    """Mean gradient magnitude in grey levels a pixel, within 4 %: alpha max plus beta min, which needs no floats."""
+    corner = luma[:-1, :-1]
+    across, down = cv2.absdiff(luma[:-1, 1:], corner), cv2.absdiff(luma[1:, :-1], corner)
+    largest, smallest = cv2.sumElems(cv2.max(across, down))[0], cv2.sumElems(cv2.min(across, down))[0]
+    return (0.9604 * largest + 0.3978 * smallest) / corner.size
+
+
+def _entropy(luma: np.ndarray) -> float:
+    """Bits of the luma histogram, of every eighth row where there are 2^18 pixels: 0 (one colour) to 8."""
+    rows = luma[:: 8 if luma.size >= 1 << 18 else 1]
+    counts = cv2.calcHist([rows], [0], None, [256], [0, 256]).ravel().astype(np.float64)
+    shares = counts[counts > 0] / rows.size
+    return abs(float(-(shares * np.log2(shares)).sum()))
+
+
+def _global_sharpness(luma: np.ndarray, half: np.ndarray) -> float:
+    """Sharpness of the picture as a whole; its strongest edges count most."""
+    coarse = _high_pass(half)
+    if coarse == 0 or _is_repeated(luma[::4]):
+        return 0.0
+    return _high_pass(luma) / coarse
+
+
+def _high_pass(luma: np.ndarray) -> float:
+    """Root mean square of what a 3x3 mean takes away."""
+    return cv2.norm(luma, cv2.blur(luma, (3, 3)), cv2.NORM_L2) / luma.size**0.5
+
+
+def _block_sharpness(luma: np.ndarray) -> float:
+    """Sharpness of the sharpest blocks that have detail, the noise floor taken off."""
+    if min(luma.shape) < 2 * _BLOCK:
+        return _global_sharpness(luma, halved(luma))
+    if _is_repeated(luma[::4]) or _is_repeated(luma[:, ::4].T.copy()):
+        return 0.0
+    bands = [luma[top : top + _BAND] for top in range(0, luma.shape[0] - _BLOCK + 1, _BAND)]  # each fits into the cache
+    blocks = [(_blocks(band, _BLOCK), _blocks(halved(band), _BLOCK // 2)) for band in bands]
+    fine, coarse = (np.concatenate([values.ravel() for values in kind]) for kind in zip(*blocks, strict=True))
+    noise = _noise(fine, coarse)  # uncorrelated, so squares add up; halving the picture halves it
+    detail = np.sqrt(np.maximum(coarse**2 - (noise / 2) ** 2, 0))
+    strong = detail > max(_MIN_DETAIL, noise)
+    if not strong.any():
+        return 0.0
+    fine = np.sqrt(np.maximum(fine[strong] ** 2 - noise**2, 0))
+    return float(np.percentile(fine / detail[strong], _PERCENTILE))
+
+
+def _blocks(luma: np.ndarray, side: int) -> np.ndarray:
+    """Mean |Laplacian| of each block of `side` x `side` pixels; float64 (rows, columns)."""
+    rows, columns = luma.shape[0] // side, luma.shape[1] // side
+    magnitudes = np.abs(cv2.Laplacian(luma[: rows * side, : columns * side], cv2.CV_16S))
+    sums = np.add.reduce(magnitudes.reshape(rows, side, columns * side), axis=1, dtype=np.uint16)  # at most 32 * 1020
+    return sums.reshape(rows, columns, side).sum(axis=2, dtype=np.uint32) / side**2
+
+
+def _noise(fine: np.ndarray, coarse: np.ndarray) -> float:
+    """The noise floor of `fine`, told by blocks where nothing but noise is: there, it is twice `coarse`; else 0."""
+    is_noise = fine > 1.3 * coarse
+    if is_noise.mean() <= 0.02:
+        return 0.0
+    return min(float(np.percentile(fine[is_noise], 10)), 1.3 * float(fine.min()))
+
+
+def _is_repeated(luma: np.ndarray) -> bool:
+    """Whether columns repeat their neighbours, as after nearest-neighbour enlargement (also by 1.5)."""
+    steps = cv2.reduce(cv2.absdiff(luma[:, 1:], luma[:, :-1]), 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+    around = cv2.dilate(steps.astype(np.float32), np.ones((1, 7), np.uint8)).ravel()
+    steps, around = steps.ravel(), around
+    varied = around > luma.shape[0] / 2  # leaves out black bars
+    return bool(varied.any()) and float((steps < _REPEATED * around)[varied].mean()) > _MAX_REPEATED
