@@ -1,0 +1,141 @@
+"""tools/pairs_to_data.py as a process: matching, alignment, pairs that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from dataset_corpus import UNGATED, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list
+from tools.pairs_to_data import Pair, correlation, match_pairs
+
+SCALE = 4
+
+
+def reduced(pixels: np.ndarray) -> np.ndarray:
+    """The LR side: means of 4x4 pixels, so that a shift by a single HR pixel would show."""
+    height, width = (side // SCALE for side in pixels.shape[:2])
+    return cv2.resize(pixels[: height * SCALE, : width * SCALE], (width, height), interpolation=cv2.INTER_AREA)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """HR photographs and their LR sides, named as DIV2K, as SelfExSR and alike."""
+    root = tmp_path_factory.mktemp("pairs")
+    photos = {"0001": photograph(130, 203, 1), "img_001_SRF_4": photograph(96, 96, 2), "same": photograph(101, 99, 3)}
+    write_files(root / "HR", {"0001.png": encoded(photos["0001"], "png"), "same.png": encoded(photos["same"], "png"),
+                              "img_001_SRF_4_HR.png": encoded(photos["img_001_SRF_4"], "png")})
+    write_files(root / "LR", {"X4/0001x4.png": encoded(reduced(photos["0001"]), "png"),
+                              "same.bmp": encoded(reduced(photos["same"]), "bmp"),
+                              "img_001_SRF_4_LR.png": encoded(reduced(photos["img_001_SRF_4"]), "png")})
+    return root / "HR", root / "LR"
+
+
+def cut(folders: tuple[Path, Path], out: Path, *arguments: object):
+    return run_tool("pairs_to_data", *folders, "--scale", SCALE, "--out", out, "--size", 48, *UNGATED, *arguments)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--cover", "--format", "webp", "--seed", 5)])
+def test_crops_stay_aligned(folders, tmp_path, arguments):
+    """Each LR crop is, to the pixel, the reduction of its HR crop."""
+    result = cut(folders, tmp_path / "out", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    by_path = {record["path"]: record for record in records(tmp_path / "out")}
+    hr_records = [record for record in by_path.values() if "lr" in record]
+    assert len(hr_records) * 2 == len(by_path) >= 16
+    for record in hr_records:
+        lr_record = by_path[record["lr"]]
+        assert lr_record["role"] == "lr"
+        assert (record["top"], record["left"]) == (lr_record["top"] * SCALE, lr_record["left"] * SCALE)
+        hr, lr = (_pixels(tmp_path / "out" / path) for path in (record["path"], record["lr"]))
+        assert (hr.shape, lr.shape) == ((48, 48, 3), (12, 12, 3))
+        assert np.array_equal(reduced(hr), lr)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.load(path) if path.suffix == ".npy" else cv2.imread(str(path))[..., ::-1]
+
+
+def test_a_second_run_changes_nothing_and_a_lost_side_is_made_again(folders, tmp_path):
+    assert cut(folders, tmp_path).returncode == 0
+    before = stamped_tree(tmp_path)
+    assert "3 pairs were there already" in cut(folders, tmp_path).stdout
+    assert stamped_tree(tmp_path) == before
+    (tmp_path / "0001.png/x1_000_000_lr4.npy").unlink()
+    assert "1 pairs cut" in cut(folders, tmp_path).stdout
+    assert tree(tmp_path).keys() == before.keys()
+
+
+def test_the_lists_hold_hr_alone_and_the_checker_takes_both(folders, tmp_path):
+    assert cut(folders, tmp_path / "data/pairs").returncode == 0
+    result = run_tool("check_training_data", "--data-dir", tmp_path / "data", "--min-size", 48, "--min-sharpness", 0)
+    assert result.returncode == 0, result.stdout
+    assert run_tool("select_training_files", "--data-dir", tmp_path / "data").returncode == 0
+    listed = [name for file in (TRAINING_LIST, VALIDATION_LIST)
+              for name in read_file_list(tmp_path / "data" / file, tmp_path / "data")]
+    assert sorted(listed) == sorted(f"pairs/{record['path']}" for record in records(tmp_path / "data/pairs")
+                                    if "lr" in record)
+
+
+def test_what_is_no_pair_is_turned_away(tmp_path):
+    pixels = photograph(96, 96, 1)
+    write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png") for name in
+                                  ("good", "mirrored", "other", "large", "broken", "alone")})
+    write_files(tmp_path / "LR", {
+        "good.png": encoded(reduced(pixels), "png"), "mirrored.png": encoded(reduced(pixels)[:, ::-1].copy(), "png"),
+        "other.png": encoded(reduced(photograph(96, 96, 9)), "png"), "large.png": encoded(pixels[:25, :24], "png"),
+        "broken.png": b"text", "lonely.png": encoded(reduced(pixels), "png")})
+    result = cut((tmp_path / "HR", tmp_path / "LR"), tmp_path / "out")
+    assert result.returncode == 1
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"good.png"}
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert {entry["photo"]: entry["gate"] for entry in rejects} == {
+        "mirrored.png": "pair", "other.png": "pair", "large.png": "pair", "broken.png": "decode"}
+    reasons = {entry["photo"]: entry["reason"] for entry in rejects}
+    assert "LR must be 24x24" in reasons["large.png"]
+    assert "do not show the same" in reasons["mirrored.png"]
+    assert "no partner: alone.png" in result.stdout
+    assert "no partner: lonely.png" in result.stdout
+
+
+def test_names():
+    hr = ["a/0001.png", "img_2_HR.png", "c.webp"]
+    lr = ["0001x4.png", "b/img_2_LR.png", "c_x4.png", "d.png"]
+    assert match_pairs(hr, lr, 4) == ([Pair("a/0001.png", "0001x4.png"), Pair("c.webp", "c_x4.png"),
+                                       Pair("img_2_HR.png", "b/img_2_LR.png")], ["d.png"])
+    for mark in ("x4", "x4m", "x4w", "x4d", "_x4", "-X4", "_LR", "_lq"):
+        assert match_pairs(["0001.png"], [f"0001{mark}.png"], 4)[0], mark
+    assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # of another scale
+    with pytest.raises(UserError, match=r"a/1\.png and b/1\.png"):
+        match_pairs(["a/1.png", "b/1.png"], ["1.png"], 4)
+
+
+def test_correlation_tells_pairs_from_others():
+    pixels = photograph(200, 300, 4)
+    noise = np.random.default_rng(0).normal(0, 15, reduced(pixels).shape)
+    noisy = np.clip(reduced(pixels) + noise, 0, 255).astype(np.uint8)
+    assert correlation(pixels, reduced(pixels)) > 0.99
+    assert correlation(pixels, noisy) > 0.9
+    assert correlation(pixels, noisy[::-1].copy()) < 0.6
+
+
+def test_bad_usage(folders, tmp_path):
+    out = tmp_path / "out"
+    assert_user_error(cut((tmp_path / "gone", folders[1]), out), "gone: no such folder")
+    assert_user_error(cut(folders, out, "--size", 50), "--size 50", "multiple of the scale 4", "such as 48")
+    assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 1, "--out", out), "--scale 1")
+    assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 3, "--out", out, "--size", 48, "--min-correlation",
+                               2), "--min-correlation 2")
+    assert_user_error(cut(folders, folders[0] / "crops"), "must not lie in one another")
+    write_files(tmp_path / "others", {"unlike.png": encoded(photograph(50, 50), "png")})
+    assert_user_error(cut((folders[0], tmp_path / "others"), out), "no HR file has a partner")
+    assert not out.exists()

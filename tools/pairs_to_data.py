@@ -1,0 +1,283 @@
+"""Pairs of HR and LR photographs to pairs of training crops that stay aligned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+import tyro
+
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import MANIFEST
+from tools.common.crop_dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.common.crop_grid import Crop, cover_grid, crop_grid
+from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_writing import (
+    CropSettings,
+    CutPicture,
+    Reject,
+    Unit,
+    flat_crop,
+    make_folder,
+    soft_picture,
+    too_small,
+    write_crop,
+)
+from tools.common.dataset_walk import walk
+from tools.common.image_headers import BadImageError, read_header
+from tools.common.leakage import BenchmarkIndex
+from tools.common.manifest import CropRecord
+from tools.common.parallel import thread_count
+from tools.common.photo_decoding import check_megapixels, decode_photo, decoder_name, prepare_decoders
+from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
+
+_HR_SUFFIX = re.compile(r"[_-]?(hr|gt)$", re.IGNORECASE)
+MAX_MEGAPIXELS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CropOptions):
+    """Cut HR photographs and their LR versions into pairs of crops.
+
+    Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png, or equal names in both
+    folders. The HR side must be SCALE times the LR side (up to SCALE - 1 rows and columns of HR beyond that are cut
+    off). Crops are cut on the LR grid: OUT/<photo>/x1_<row>_<column>.npy is HR, ..._lr<scale>.npy beside it is LR, and
+    pixel (y, x) of LR shows what HR shows from (SCALE y, SCALE x) on. Nothing is resized, at whatever scale or format.
+    Pairs that do not show the same (another photo, flipped, shifted far) are turned away.
+
+    Example: python tools/pairs_to_data.py DIV2K_train_HR DIV2K_train_LR_bicubic/X4 --scale 4 --out ~/dataset/DIV2K_x4
+    """
+
+    hr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HR_DIR")]
+    """Folder of the HR photographs, searched in depth."""
+    lr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LR_DIR")]
+    """Folder of the LR photographs, searched in depth."""
+    scale: int
+    """How many times larger HR is: 2, 3, 4, 8..."""
+    out: Path | None = None
+    """Folder of the crops; by default ~/dataset/pairs_x<scale>."""
+    min_correlation: float = 0.9
+    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the same; -1 takes all."""
+    keep_lossy_size: tyro.conf.Suppress[bool] = True
+    num_scales: tyro.conf.Suppress[int | None] = 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two files that belong together, relative to their folders."""
+
+    hr: str
+    lr: str
+
+
+def main(options: Options) -> int:
+    """Make the pairs of crops. 0: done; 1: done, but some files have no partner or do not fit theirs."""
+    _check_options(options)
+    hr, lr = options.hr.expanduser(), options.lr.expanduser()
+    out = (options.out or Path(f"~/dataset/pairs_x{options.scale}")).expanduser()
+    pairs, lonely = match_pairs(_images(hr), _images(lr), options.scale)
+    if not pairs:
+        raise UserError(f"{hr}, {lr}: no HR file has a partner of its name (such as 0001.png and "
+                        f"0001x{options.scale}.png); give the folders of the pairs")
+    for folder in (hr, lr):
+        refuse_nested(folder, out)
+    settings, threads = options.settings(), thread_count(options.threads)
+    prepare_decoders()
+    cutter = PairCutter(hr, lr, out, settings, options, {pair.hr: pair for pair in pairs})
+    clock = Clock()
+    places = {key: os.path.relpath(folder.resolve(), out.resolve()) for key, folder in (("photos", hr), ("lr", lr))}
+    with open_dataset(out, settings, cutter.stamp, "pairs_to_data", pair_scale=options.scale,
+                      min_correlation=options.min_correlation, **places) as dataset:
+        todo = [pair.hr for pair in pairs if not dataset.is_finished(pair.hr)]
+        dataset.totals.already = len(pairs) - len(todo)
+        cut_all(dataset, todo, cutter, threads, len(todo), "pair")
+    clock.report(dataset, "pairs")
+    for name in lonely[:20]:
+        print(f"no partner: {name}")
+    if lonely:
+        print(f"{len(lonely)} files have no partner of their name and were left out")
+    done = dataset.totals.crops or dataset.num_finished
+    return 1 if dataset.totals.bad or dataset.totals.rejects["pair"] or lonely or not done else 0
+
+
+def _check_options(options: Options) -> None:
+    if not 2 <= options.scale <= 16:
+        raise UserError(f"--scale {options.scale}: must be 2 to 16")
+    if options.size % options.scale:
+        down = options.size - options.size % options.scale
+        raise UserError(f"--size {options.size}: must be a multiple of the scale {options.scale}, such as {down}, so "
+                        "that pairs stay aligned")
+    if not -1 <= options.min_correlation < 1:
+        raise UserError(f"--min-correlation {options.min_correlation:g}: must be at least -1 and below 1")
+
+
+def _images(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folders of the HR and of the LR photographs")
+    files = walk(folder, MANIFEST)
+    if not files.encoded:
+        raise UserError(f"{folder}: no PNG, JPEG, WebP, BMP, TIFF or JPEG 2000 files below this folder"
+                        f"{files.links_note()}")
+    return files.encoded
+
+
+def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[list[Pair], list[str]]:
+    """(Pairs in the order of their HR names, names without a partner).
+
+    Names are compared without folder, suffix and the marks of their side: `x4` (`_x4`, `x4m`, `x4w`, `x4d` of DIV2K's
+    tracks), `_LR`, `_LQ`; `_HR`, `_GT`. Raises `UserError` where two files of one side have the same name.
+    """
+    lr_suffix = re.compile(rf"[_-]?(x{scale}[mwd]?|{scale}x|lr|lq|lrbicx{scale})$", re.IGNORECASE)
+    hr_files, lr_files = _by_key(hr_names, _HR_SUFFIX), _by_key(lr_names, lr_suffix)
+    pairs = [Pair(name, lr_files[key]) for key, name in hr_files.items() if key in lr_files]
+    lonely = [name for key, name in hr_files.items() if key not in lr_files]
+    lonely += [name for key, name in lr_files.items() if key not in hr_files]
+    return sorted(pairs, key=lambda pair: pair.hr), lonely
+
+
+def _by_key(names: list[str], suffix: re.Pattern[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for name in names:
+        key = suffix.sub("", Path(name).stem)
+        if key in files:
+            raise UserError(f"{files[key]} and {name}: both are called {key!r}, so their partner is not certain; give "
+                            "folders where each name occurs once")
+        files[key] = name
+    return files
+
+
+class PairCutter:
+    """Decodes and cuts pairs, on any number of threads."""
+
+    def __init__(self, hr: Path, lr: Path, out: Path, settings: CropSettings, options: Options,
+                 pairs: dict[str, Pair]) -> None:
+        self._hr, self._lr, self._out, self._settings, self._options = hr, lr, out, settings, options
+        self._pairs = pairs
+        self._benchmark: BenchmarkIndex | None = open_benchmark(settings.against)
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Sizes and newest modification time of both files of a pair, `None` where one is gone."""
+        pair = self._pairs.get(name)
+        try:
+            first = (self._hr / name).stat()
+            second = (self._lr / pair.lr).stat() if pair else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if second is None:
+            return None
+        return first.st_size + second.st_size, max(first.st_mtime_ns, second.st_mtime_ns)
+
+    def __call__(self, name: str) -> UnitResult:
+        """Decode both sides and write their crops. A bad pair is a result, not an exception."""
+        unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
+        try:
+            hr, hr_decoder, digest = _decode(self._hr / name)
+            lr, lr_decoder, _ = _decode(self._lr / self._pairs[name].lr)
+        except BadImageError as error:
+            return UnitResult(unit, rejects=[Reject("decode", str(error))])
+        except OSError as error:
+            return UnitResult(unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")])
+        reject = self._misfit(hr, lr)
+        if reject:
+            return UnitResult(unit, rejects=[reject])
+        gates = {"source_sha256": digest, **picture_gates(hr)}
+        reject = self._refused(hr, gates)
+        if reject:
+            return UnitResult(unit, rejects=[reject])
+        make_folder(self._out, unit.folder)
+        return UnitResult(unit, [self._cut(unit, hr, lr, gates, (hr_decoder, lr_decoder))])
+
+    def _misfit(self, hr: np.ndarray, lr: np.ndarray) -> Reject | None:
+        """Why two pictures are no pair."""
+        scale = self._options.scale
+        if tuple(side // scale for side in hr.shape[:2]) != lr.shape[:2]:
+            sizes = f"HR of {hr.shape[0]}x{hr.shape[1]} and LR of {lr.shape[0]}x{lr.shape[1]}"
+            wanted = f"{hr.shape[0] // scale}x{hr.shape[1] // scale}"
+            return Reject("pair", f"{sizes} do not fit: at --scale {scale} LR must be {wanted}")
+        likeness = correlation(hr[: lr.shape[0] * scale, : lr.shape[1] * scale], lr)
+        if likeness < self._options.min_correlation:
+            return Reject("pair", f"HR and LR do not show the same (correlation {likeness:.2f}, below "
+                                  f"{self._options.min_correlation:g}; --min-correlation)")
+        return None
+
+    def _refused(self, hr: np.ndarray, gates: dict[str, float | str]) -> Reject | None:
+        """Why a fitting pair is not good enough."""
+        if min(hr.shape[:2]) // self._options.scale * self._options.scale < self._settings.size:
+            return too_small(hr.shape[0], hr.shape[1], 1, self._settings.size)
+        if is_soft(gates, self._settings.min_sharpness):
+            return soft_picture(gates, self._settings, "HR")
+        leak = self._benchmark.find(hr) if self._benchmark else None
+        return Reject("leak", f"near-identical to the benchmark image {leak} (--against)") if leak else None
+
+    def _cut(self, unit: Unit, hr: np.ndarray, lr: np.ndarray, source: dict[str, float | str],
+             decoders: tuple[str, str]) -> CutPicture:
+        scale, size, result = self._options.scale, self._settings.size, CutPicture(pixels=hr.shape[0] * hr.shape[1])
+        for crop in self._grid(unit, lr.shape[0], lr.shape[1]):
+            top, left = crop.top * scale, crop.left * scale
+            hr_window = np.ascontiguousarray(hr[top : top + size, left : left + size])
+            lr_window = np.ascontiguousarray(lr[crop.top :, crop.left :][: size // scale, : size // scale])
+            gates = crop_gates(hr_window)
+            if is_flat(gates, self._settings.min_gradient):
+                result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
+                continue
+            name = f"{unit.folder}/x1_{crop.row:03d}_{crop.column:03d}"
+            lr_record = self._write(unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, decoders[1])
+            hr_record = self._write(unit, name, hr_window, top, left, decoders[0])
+            result.records.append(replace(hr_record, gates={**gates, **source}, lr=lr_record.path))
+            result.records.append(replace(lr_record, role="lr"))
+        return result
+
+    def _grid(self, unit: Unit, height: int, width: int) -> list[Crop]:
+        size = self._settings.size // self._options.scale
+        if self._settings.cover:
+            return cover_grid(height, width, size)
+        return crop_grid(height, width, size, f"{self._settings.seed}/1/{unit.photo}")
+
+    def _write(self, unit: Unit, stem: str, window: np.ndarray, top: int, left: int, decoder: str) -> CropRecord:
+        name = f"{stem}.{self._settings.format}"
+        try:
+            num_bytes = write_crop(self._out / name, window, self._settings.format)
+        except OSError as error:
+            raise UserError(f"{self._out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make "
+                            "room or mend the permissions, then run the same command again: it goes on where it "
+                            "stopped") from error
+        return CropRecord(name, unit.photo, 1, top, left, window.shape[0], num_bytes,
+                          hashlib.sha256(window).hexdigest(), decoder, {}, unit.bytes, unit.mtime_ns, 0)
+
+
+def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
+    """Pearson's correlation of the luma of both pictures, each reduced to at most 64 pixels a side; flat ones: 1."""
+    height, width = lr.shape[:2]
+    factor = max(1.0, max(height, width) / 64)
+    size = max(1, round(width / factor)), max(1, round(height / factor))
+    small = [cv2.resize(cv2.cvtColor(side, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA).astype(np.float64)
+             for side in (hr, lr)]
+    first, second = (values - values.mean() for values in small)
+    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / norm if norm > first.size else 1.0
+
+
+def _decode(path: Path) -> tuple[np.ndarray, str, str]:
+    """(Pixels, decoder, SHA-256 of the file) of a photograph."""
+    with open(path, "rb") as file:
+        header = read_header(file)
+        check_megapixels(header, MAX_MEGAPIXELS)
+        file.seek(0)
+        data = file.read()
+    try:
+        return decode_photo(data, header), decoder_name(header), hashlib.sha256(data).hexdigest()
+    except BadImageError as error:
+        raise BadImageError(f"{path.name}: {error}") from None
+
+
+if __name__ == "__main__":
+    run(Options, main)
