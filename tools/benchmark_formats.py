@@ -1,0 +1,186 @@
+"""Which storage format suits your images and your machine: size, encoding, decoding, what training reads a second."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipeline.cli import RunError, UserError, run
+from pipeline.data.image_files import MANIFEST, BadNpyError, is_encoded, is_npy
+from pipeline.files import write_atomically
+from tools.common.dataset_walk import walk
+from tools.common.format_measuring import SCALE, LoaderSettings, Meter, Row, Sample
+from tools.common.image_formats import FORMATS, decode_file
+from tools.common.image_headers import BadImageError
+from tools.common.parallel import progress, quiet_libraries, thread_count
+from tools.common.photo_decoding import prepare_decoders
+
+MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the storage formats on a sample of your own images, on this machine.
+
+    For every format: the size of the files, how fast they are encoded and decoded (megapixels a second on all threads,
+    and per second of one core), and how many random training crops a second the training's own loader (DALI; flips and
+    the low-resolution side included) delivers from them. The first line is your files as they are. Everything is read
+    from memory (the page cache): where the disk or the network is slow, small formats are better than the table says.
+
+    Example: python tools/benchmark_formats.py ~/dataset --count 100
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = (Path("~/dataset"),)
+    """A dataset folder (searched in depth), several, or image files."""
+    count: int = 64
+    """Number of images in the sample; fewer where they are large (at most 128 megapixels together)."""
+    seed: int = 0
+    """Another seed draws another sample."""
+    formats: tuple[Literal["npy", "png", "webp", "jp2"], ...] = FORMATS
+    """The formats to measure."""
+    seconds: float = 2.0
+    """At least so long is each of the numbers measured."""
+    crop: int = 256
+    """HR crop of the training in pixels; smaller where an image is."""
+    micro_batch: int = 16
+    """Crops in a batch of the loader."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the loader decodes and resizes."""
+    skip_loader: bool = False
+    """Do not measure the loader, which needs nvidia-dali."""
+    json: Path | None = None
+    """Write the numbers to this file too."""
+    threads: int = 0
+    """Number of threads; 0 is one a core."""
+
+
+def main(options: Options) -> int:
+    """Measure and print the table. 0: good; 1: some files could not be read."""
+    _check_options(options)
+    threads, files = thread_count(options.threads), _files(options.paths)
+    prepare_decoders()
+    with quiet_libraries():
+        sample, unreadable = _read_sample(files, options)
+    loader = _loader_settings(sample, options)
+    about = f"{len(sample.files)} of {len(files)} images, {sample.megapixels:.1f} megapixels, {threads} threads"
+    print(f"{about}; loader on {options.device}: crops of {loader.crop}, batches of {loader.micro_batch}" if loader
+          else about, flush=True)
+    rows = []
+    with quiet_libraries(), progress(len(options.formats) + 1, "format") as bar, \
+            tempfile.TemporaryDirectory(prefix="formats-") as folder:
+        meter = Meter(sample, Path(folder), threads, options.seconds, loader)
+        rows.append(meter.as_it_is())
+        bar.update()
+        for form in options.formats:
+            rows.append(meter.format(form))
+            bar.update()
+    _print(rows)
+    if options.json:
+        _write_json(options.json.expanduser(), rows, sample, loader, threads)
+    return 1 if unreadable else 0
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what cannot work."""
+    for flag, value in (("--count", options.count), ("--crop", options.crop), ("--micro-batch", options.micro_batch)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if not 0 <= options.seconds <= 3600:
+        raise UserError(f"--seconds {options.seconds:g}: must be 0 to 3600")
+    if not options.formats or len(set(options.formats)) < len(options.formats):
+        raise UserError(f"--formats: name each format once, of {', '.join(FORMATS)}")
+    if not options.skip_loader and importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError("the loader needs nvidia-dali, which is not installed; install requirements.txt, or give "
+                        "--skip-loader")
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """All images that `paths` name, or that lie below them."""
+    files: dict[Path, None] = {}
+    for path in (path.expanduser() for path in paths):
+        if path.is_file():
+            if not (is_npy(path) or is_encoded(path)):
+                raise UserError(f"{path}: not an image by its suffix; give images, or the folder of a dataset")
+            files[path] = None
+        else:
+            files.update(dict.fromkeys(path / name for name in walk(path, MANIFEST).images))
+    if not files:
+        raise UserError(f"{paths[0] if paths else 'no PATH'}: no images below this folder; give that of a dataset")
+    return list(files)
+
+
+def _read_sample(files: list[Path], options: Options) -> tuple[Sample, int]:
+    """The images to measure on, drawn at random, and how many of the drawn ones could not be read."""
+    drawn = random.Random(options.seed).sample(files, min(options.count, len(files)))
+    sample, unreadable = Sample([], []), 0
+    for path in drawn:
+        try:
+            pixels = decode_file(path)
+        except (BadImageError, BadNpyError, OSError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            print(f"could not be read: {path}: {reason}")
+            unreadable += 1
+            continue
+        sample.files.append(path)
+        sample.pixels.append(pixels)
+        if sample.megapixels >= MAX_MEGAPIXELS:
+            break
+    if not sample.files:
+        raise RunError(f"none of the {len(drawn)} images drawn could be read; look into them with "
+                       "`python tools/check_training_data.py`")
+    return sample, unreadable
+
+
+def _loader_settings(sample: Sample, options: Options) -> LoaderSettings | None:
+    """How the loader is driven; its crop must fit into the smallest image."""
+    if options.skip_loader:
+        return None
+    crop = min(options.crop, *(min(image.shape[:2]) for image in sample.pixels)) // SCALE * SCALE
+    if crop < SCALE:
+        raise UserError(f"--crop {options.crop}, and the shortest side of the images: no training crop of at least "
+                        f"{SCALE} pixels fits; give other images, a larger --crop, or --skip-loader")
+    return LoaderSettings(crop, options.micro_batch, 0 if options.device == "cuda" else None)
+
+
+def _print(rows: list[Row]) -> None:
+    """The table, and what is best for what."""
+    print(f"\n{'':10}{'size':>18}{'encode, MPix/s':>20}{'decode, MPix/s':>20}{'loader, crops/s':>20}")
+    print(f"{'format':10}{'MB':>10}{'of raw':>8}" + f"{'all':>10}{'a core':>10}" * 3)
+    for row in rows:
+        speeds = "".join(f"{speed.wall:10.1f}{speed.core:10.1f}" if speed else f"{'-':>10}{'-':>10}"
+                         for speed in (row.encode, row.decode, row.loader))
+        print(f"{row.format:10}{row.megabytes:10.2f}{row.of_raw:8.3f}{speeds}")
+    formats = rows[1:]
+    print(f"\nsmallest: {min(formats, key=lambda row: row.megabytes).format}; "
+          f"fastest to write: {max(formats, key=lambda row: row.encode.wall).format}; "
+          f"fastest to decode: {max(formats, key=lambda row: row.decode.wall).format}")
+    if formats[0].loader:
+        best = max(formats, key=lambda row: row.loader.wall)
+        print(f"fastest to train from, with the files in memory: {best.format} ({best.loader.wall:.0f} crops/s)")
+
+
+def _write_json(path: Path, rows: list[Row], sample: Sample, loader: LoaderSettings | None, threads: int) -> None:
+    numbers = {"images": len(sample.files), "megapixels": sample.megapixels, "threads": threads,
+               "loader": asdict(loader) if loader else None, "formats": [
+                   {**asdict(row), **{name: speed._asdict() if speed else None for name, speed in
+                                      (("encode", row.encode), ("decode", row.decode), ("loader", row.loader))}}
+                   for row in rows]}
+    try:
+        write_atomically(path, (json.dumps(numbers, indent=1) + "\n").encode("utf-8"))
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}; choose another file") from error
+
+
+if __name__ == "__main__":
+    run(Options, main)

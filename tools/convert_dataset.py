@@ -1,0 +1,213 @@
+"""A dataset from one storage format to another, bit by bit the same pixels, every file verified."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import MANIFEST
+from tools.common.crop_dataset import shown
+from tools.common.dataset_walk import Files, walk
+from tools.common.format_conversion import (
+    Converter,
+    carry_over,
+    converted_name,
+    read_bookkeeping,
+    remove_bookkeeping,
+)
+from tools.common.image_formats import parallel_encoder
+from tools.common.manifest import ManifestIndex
+from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
+
+CLAIM = "conversion.json"
+NUM_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Store the images of a dataset in another lossless format: npy is read fastest, jp2 and webp are smallest.
+
+    Every image below SOURCE becomes an image of the same name, but for the suffix, below OUT. Each new file is written,
+    read back from the disk, decoded, and compared with the pixels of its source (and those with the manifest's
+    checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists are carried over
+    with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, animations)
+    are refused and reported, never reduced. SOURCE stays as it is, unless --remove-source says otherwise.
+    A run that was stopped or killed goes on where it was when started again.
+
+    Example: python tools/convert_dataset.py ~/dataset ~/dataset_webp --to webp
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The dataset: a folder of crops and their manifests, or of any PNG, JPEG, WebP, BMP, TIFF, JPEG 2000 and .npy
+    images (searched in depth; links to folders are not followed)."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the converted dataset; new, or begun by an earlier run of the same conversion."""
+    to: Literal["npy", "png", "webp", "jp2"]
+    """The format to convert to."""
+    remove_source: bool = False
+    """Delete each source image once its converted file is verified and safely on the disk, so that there is never more
+    than one copy of the dataset; manifests and lists go last, and only if nothing failed."""
+    max_megapixels: float = 300
+    """Refuse larger images before they are decoded: they could fill the memory."""
+    threads: int = 0
+    """Number of threads; 0 is one a core."""
+
+
+@dataclass
+class Totals:
+    """What a run did, for its report."""
+
+    files: int = 0
+    already: int = 0
+    failed: int = 0
+    pixels: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def main(options: Options) -> int:
+    """Convert, carry the bookkeeping over, report. 0: all is converted; 1: some images could not be."""
+    source, out = options.source.expanduser(), options.out.expanduser()
+    _check_options(options, source, out)
+    files = walk(source, MANIFEST)
+    if not files.images and not (out / CLAIM).exists():
+        raise UserError(f"{source}: no images below this folder{files.links_note()}; give the folder of a dataset")
+    _refuse_collisions(files.images, options.to)
+    lists = read_bookkeeping(files)
+    prepare_decoders()
+    started, cpu = time.monotonic(), _cpu_seconds()
+    threads = thread_count(options.threads)
+    with _claimed(out, source, options.to), contextlib.closing(ManifestIndex(source, files.manifests)) as index, \
+            quiet_libraries(), parallel_encoder(options.to, threads) as encode:
+        converter = Converter(source, out, options.to, index, encode, removes=options.remove_source,
+                              max_megapixels=options.max_megapixels)
+        totals = _convert_all(converter, files.images, threads)
+        wall = time.monotonic() - started
+        lost = carry_over(files, lists, out, options.to)
+    _report(totals, files, out, wall, _cpu_seconds() - cpu)
+    if lost:
+        print(f"left out of the manifests and lists, for there is no converted file: {lost} entries")
+    if options.remove_source and not (totals.failed or lost):
+        remove_bookkeeping(files)
+    return 1 if totals.failed or lost else 0
+
+
+def _check_options(options: Options, source: Path, out: Path) -> None:
+    """Refuse what cannot work before anything is written."""
+    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
+        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give the folder of a dataset")
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise UserError(f"{out} and {source}: a dataset cannot be converted into itself; choose an OUT beside it "
+                        "(--remove-source keeps the disk from filling up)")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another OUT")
+
+
+def _refuse_collisions(names: list[str], form: str) -> None:
+    """Two images must not end up in one file."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(converted_name(name, form), name)
+        if other is not name:
+            raise UserError(f"{shown(other)} and {shown(name)} would both become {shown(converted_name(name, form))}; "
+                            "rename or move one of them; nothing was written")
+
+
+@contextmanager
+def _claimed(out: Path, source: Path, form: str) -> Iterator[None]:
+    """Hold `out` for this process alone, and for this conversion alone."""
+    claim = {"tool": "convert_dataset", "to": form, "source": os.path.relpath(source.resolve(), out.resolve())}
+    way_out = "choose a new OUT, or empty it"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / CLAIM).exists() and any(out.iterdir()):
+            raise UserError(f"{out}: holds files, but none of this conversion; {way_out}")
+        file = open(out / CLAIM, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another convert_dataset.py is writing there; wait for it or stop it") from None
+        file.seek(0)
+        text = file.read()
+        if text and text != json.dumps(claim) + "\n":
+            raise UserError(f"{out}: begun as {text.strip()}, not {json.dumps(claim)}; {way_out}")
+        if not text:
+            file.write(json.dumps(claim) + "\n")
+            file.flush()
+        _remove_half_written(out)
+        yield
+
+
+def _remove_half_written(out: Path) -> None:
+    """Delete what a killed run left behind under a temporary name."""
+    for folder, _, names in os.walk(out):
+        for name in names:
+            if name.startswith(".") and name.endswith(".tmp"):
+                os.unlink(os.path.join(folder, name))
+
+
+def _convert_all(converter: Converter, names: list[str], threads: int) -> Totals:
+    """Convert the images on threads; say which could not be."""
+    totals = Totals()
+    with progress(len(names), "file") as bar:
+        for result in ordered_map(converter, names, threads):
+            if result.reason:
+                totals.failed += 1
+                if totals.failed <= NUM_SHOWN:
+                    print(f"not converted: {shown(result.name)}: {result.reason}")
+            else:
+                totals.files += result.is_new
+                totals.already += not result.is_new
+            totals.pixels += result.pixels
+            totals.bytes_before += result.bytes_before
+            totals.bytes_after += result.bytes_after
+            bar.update()
+            bar.set_postfix(failed=totals.failed, refresh=False)
+    if totals.failed > NUM_SHOWN:
+        print(f"... and {totals.failed - NUM_SHOWN} more not converted")
+    return totals
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its encoding processes that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _report(totals: Totals, files: Files, out: Path, wall: float, cpu: float) -> None:
+    """Say what was done, how fast, and what was left behind."""
+    print(f"{totals.files} images converted and verified in {out}; {totals.already} were there already, "
+          f"{totals.failed} could not be converted")
+    if totals.files:
+        before, after, megapixels = totals.bytes_before / 1e6, totals.bytes_after / 1e6, totals.pixels / 1e6
+        print(f"{before:.1f} MB before, {after:.1f} MB after: {after / before:.3f} of it, "
+              f"{after / 3 / megapixels:.3f} of the raw pixels")
+        print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
+              f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second")
+    if files.linked_folders:
+        print(f"links to folders were not followed: {', '.join(map(shown, files.linked_folders))}")
+
+
+if __name__ == "__main__":
+    run(Options, main)
