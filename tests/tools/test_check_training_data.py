@@ -151,7 +151,8 @@ def test_lists_are_left_alone_and_named(tmp_path):
 def test_bit_rot_is_found_by_the_manifest(tmp_path, form):
     write_files(tmp_path / "photos", {"a.png": encoded(photograph(100, 150), "png")})
     out = tmp_path / "data/demo"
-    assert run_tool("images_to_data", tmp_path / "photos", out, "--size", 48, "--format", form, *UNGATED).returncode == 0
+    arguments = [tmp_path / "photos", out, "--size", 48, "--format", form]
+    assert run_tool("images_to_data", *arguments, *UNGATED).returncode == 0
     arguments = ["--data-dir", tmp_path / "data", "--min-size", 48]
     assert check(*arguments).returncode == 0
     if form == "npy":

@@ -21,7 +21,8 @@ CROP = npy(photograph(32, 32))
 
 def manifest(crops: dict[str, str]) -> bytes:
     """The manifest of crops (path -> photo)."""
-    records = [CropRecord(path, photo, 1, 0, 0, 32, len(CROP), "0" * 64, "numpy", {}, 1, 1, 1) for path, photo in crops.items()]
+    records = [CropRecord(path, photo, 1, 0, 0, 32, len(CROP), "0" * 64, "numpy", {}, 1, 1, 1)
+               for path, photo in crops.items()]
     return format_lines(records).encode()
 
 

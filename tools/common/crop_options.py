@@ -53,7 +53,7 @@ class CropOptions(GateOptions):
     size: int = 512
     """Height and width of a crop in pixels; training cuts its smaller random HR crops out of it."""
     format: Literal["npy", "png", "webp"] = "npy"
-    """How crops are stored, always lossless: npy is read fastest by far, webp is the smallest of these (0.44 of npy)."""
+    """How crops are stored, always lossless: npy is read fastest by far, webp is smallest (0.44 of npy)."""
     seed: int = 0
     """Decides where the gaps between the crops lie. Same seed and source, same bytes, on any number of threads."""
     cover: bool = False
