@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -17,27 +16,12 @@ from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from tools.common.crop_dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.common.crop_options import CropOptions, open_benchmark
-from tools.common.crop_writing import (
-    CropSettings,
-    Picture,
-    Reject,
-    Unit,
-    cut_picture,
-    first_reduction,
-    make_folder,
-    too_small,
-)
+from tools.common.crop_writing import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.common.dataset_walk import walk
-from tools.common.image_headers import BadImageError, read_header
+from tools.common.image_headers import BadImageError
 from tools.common.leakage import BenchmarkIndex
 from tools.common.parallel import thread_count
-from tools.common.photo_decoding import (
-    MAX_MEGAPIXELS,
-    check_megapixels,
-    decode_photo,
-    decoder_name,
-    prepare_decoders,
-)
+from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +67,7 @@ def main(options: Options) -> int:
     clock.report(dataset, "photos")
     if gone:
         print(f"{gone} photos of earlier runs are no longer in {photos}; their crops in {out} stay")
-    return 1 if dataset.totals.bad or not (dataset.totals.crops or dataset.num_finished) else 0
+    return 1 if dataset.totals.bad or dataset.is_empty else 0
 
 
 def _photographs(options: Options) -> tuple[Path, list[str]]:
@@ -124,7 +108,8 @@ class PhotoCutter:
             return UnitResult(unit._replace(photo=ascii(name), folder=ascii(name)), rejects=[Reject("decode", reason)])
         try:
             unit = unit._replace(**dict(zip(("bytes", "mtime_ns"), self.stamp(name) or (0, 0), strict=True)))
-            picture = self._decode(name)
+            with open(self._photos / name, "rb") as file:
+                picture = open_picture(file, self._settings, self._max_megapixels)
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
@@ -133,18 +118,6 @@ class PhotoCutter:
             return UnitResult(unit, rejects=[picture])
         make_folder(self._out, unit.folder)
         return UnitResult(unit, [cut_picture(picture, unit, self._out, self._settings, self._benchmark)])
-
-    def _decode(self, name: str) -> Picture | Reject:
-        with open(self._photos / name, "rb") as file:
-            header = read_header(file)
-            check_megapixels(header, self._max_megapixels)
-            first = first_reduction(header.is_lossy, self._settings)
-            if min(header.height, header.width) // first < self._settings.size:  # known before a pixel is decoded
-                return too_small(header.height, header.width, first, self._settings.size)
-            file.seek(0)
-            data = file.read()
-        return Picture(decode_photo(data, header), header.is_lossy, decoder_name(header),
-                       hashlib.sha256(data).hexdigest())
 
 
 if __name__ == "__main__":

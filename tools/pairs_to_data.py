@@ -105,8 +105,7 @@ def main(options: Options) -> int:
         print(f"no partner: {name}")
     if lonely:
         print(f"{len(lonely)} files have no partner of their name and were left out")
-    done = dataset.totals.crops or dataset.num_finished
-    return 1 if dataset.totals.bad or dataset.totals.rejects["pair"] or lonely or not done else 0
+    return 1 if dataset.totals.bad or lonely or dataset.is_empty else 0
 
 
 def _check_options(options: Options) -> None:

@@ -42,6 +42,9 @@ class Anchors(NamedTuple):
     hashes: np.ndarray
 
 
+NO_ANCHORS = Anchors(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
+
+
 class Match(NamedTuple):
     """Where a picture may lie in another one: its upper left corner there, and an anchor that says so."""
 
@@ -60,7 +63,7 @@ def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
     """
     height, width = luma.shape
     if min(height, width) <= 2 * RADIUS:
-        return Anchors(*(np.empty(0, kind) for kind in (np.int32, np.int32, np.uint64)))
+        return NO_ANCHORS
     spot, around = cv2.boxFilter(luma, cv2.CV_32F, (5, 5)), cv2.boxFilter(luma, cv2.CV_32F, (13, 13))
     strength = cv2.absdiff(spot, around)
     is_peak = (strength == cv2.dilate(strength, _NEIGHBOURS)) & (strength > _MIN_STRENGTH)
@@ -91,9 +94,7 @@ class AnchorTable:
     def __init__(self, anchors: Sequence[Anchors]) -> None:
         """`anchors[i]` belong to the picture number i."""
         self._picture = np.repeat(np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors])
-        self._rows = np.concatenate([found.rows for found in anchors])
-        self._columns = np.concatenate([found.columns for found in anchors])
-        self._hashes = np.concatenate([found.hashes for found in anchors])
+        self._rows, self._columns, self._hashes = map(np.concatenate, zip(NO_ANCHORS, *anchors, strict=True))
         chunks = np.ascontiguousarray(_chunks(self._hashes).T)
         self._places = [np.argsort(chunk, kind="stable").astype(np.int32) for chunk in chunks]
         self._bounds = [np.cumsum(np.bincount(chunk.astype(np.int32) + 1, minlength=65537)) for chunk in chunks]

@@ -51,7 +51,8 @@ class Totals:
     pixels: int = 0
     bad: int = 0  # units that could not be decoded or read, in part or as a whole
     rejects: Counter[str] = field(default_factory=Counter)
-    shown: list[str] = field(default_factory=list)  # the first reasons of pictures, not of single crops
+    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
+    reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     num_reasons: int = 0
 
 
@@ -63,8 +64,9 @@ class CropDataset:
         self.out, self.settings, self.totals = out, settings, Totals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
-        self._photo_of_sha256: dict[str, str] = {}
+        self._photo_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
+        self._is_empty = True
         self._stamp_of = stamp_of
         self._mend_manifest()
         self._mend_rejects()
@@ -79,6 +81,11 @@ class CropDataset:
     def num_finished(self) -> int:
         """How many units earlier runs have dealt with."""
         return len(self._finished)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is not a single crop, of this run or an earlier one."""
+        return self._is_empty and not self.totals.crops
 
     def close(self) -> None:
         """Make what was written durable."""
@@ -123,14 +130,14 @@ class CropDataset:
         return reject
 
     def _twin(self, record: CropRecord) -> Reject | None:
-        sha256, name = record.gates.get("source_sha256"), _source_name(record)
-        if sha256 and str(sha256) in self._photo_of_sha256:
-            return Reject("duplicate", f"the same file as {self._photo_of_sha256[str(sha256)]}", time=record.time)
+        sha256, name = _source_sha256(record), _source_name(record)
+        if sha256 in self._photo_of_sha256:
+            return Reject("duplicate", f"the same file as {self._photo_of_sha256[sha256]}", time=record.time)
         twin = self._duplicates.add(name, bytes.fromhex(str(record.gates["source_hash"])))
         if twin is not None:
             return Reject("near-duplicate", f"nearly the same picture as {twin} (--keep-duplicates)", time=record.time)
         if sha256:
-            self._photo_of_sha256[str(sha256)] = name
+            self._photo_of_sha256[sha256] = name
         return None
 
     def _count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
@@ -143,9 +150,10 @@ class CropDataset:
             if reject.top is not None:
                 continue
             totals.num_reasons += 1
-            if len(totals.shown) < NUM_SHOWN:
+            reasons = totals.reasons[reject.gate in FINAL_GATES]
+            if len(reasons) < NUM_SHOWN:
                 at = f" at {reject.time:.3f} s" if reject.time is not None else ""
-                totals.shown.append(f"{shown(unit.photo)}{at}: {reject.reason}")
+                reasons.append(f"{shown(unit.photo)}{at}: {reject.reason}")
 
     def _mend_manifest(self) -> None:
         """Keep the units whose crops are all there; drop the others' lines and delete their crops.
@@ -160,6 +168,7 @@ class CropDataset:
             for folder, records in _by_folder(old):
                 if folder not in self._finished and self._is_whole(records):
                     self._finished.add(folder)
+                    self._is_empty = False
                     self._remember(records)
                     new.write(format_lines(records))
                 elif folder not in self._finished and (self.out / folder).is_dir():
@@ -184,8 +193,8 @@ class CropDataset:
             return
         for name, record in {_source_name(record): record for record in records if record.role != "lr"}.items():
             self._duplicates.add(name, bytes.fromhex(str(record.gates["source_hash"])))
-            if "source_sha256" in record.gates:
-                self._photo_of_sha256[str(record.gates["source_sha256"])] = name
+            if sha256 := _source_sha256(record):
+                self._photo_of_sha256[sha256] = name
 
     def _mend_rejects(self) -> None:
         """Keep the rejects of finished units and those that stand until their source changes."""
@@ -197,7 +206,7 @@ class CropDataset:
             kept = set()
             for folder, lines in _reject_groups(old):
                 is_settled = all(values["whole"] and values["gate"] in FINAL_GATES for values in lines) \
-                    and self._stamp_of(lines[0]["photo"]) == (lines[0]["photo_bytes"], lines[0]["photo_mtime_ns"])
+                    and self._stamp_of(lines[0]["photo"]) in (None, _stamp(lines[0]))
                 if folder not in kept and (folder in self._finished or is_settled):
                     kept.add(folder)
                     new.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
@@ -256,6 +265,16 @@ def _reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
     values = {"photo": unit.photo, "folder": unit.folder, **asdict(reject), "photo_bytes": unit.bytes,
               "photo_mtime_ns": unit.mtime_ns, "whole": is_whole}
     return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False) + "\n"
+
+
+def _stamp(values: dict) -> Stamp:
+    """The stamp in a line of rejects.jsonl."""
+    return values["photo_bytes"], values["photo_mtime_ns"]
+
+
+def _source_sha256(record: CropRecord) -> bytes:
+    """The hash of the file that a picture came in, empty where it has none of its own."""
+    return bytes.fromhex(str(record.gates.get("source_sha256", "")))
 
 
 def _source_name(record: CropRecord) -> str:
@@ -367,7 +386,7 @@ class Clock:
         if totals.rejects:
             print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
                   f"{out / REJECTS} says what and why")
-        for line in totals.shown:
+        for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
             print(f"rejected {line}")
         if totals.num_reasons > NUM_SHOWN:
             print(f"... and {totals.num_reasons - NUM_SHOWN} more in {out / REJECTS}")

@@ -8,15 +8,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from pipeline.cli import UserError
 from tools.common.crop_grid import Crop, cover_grid, crop_grid, pyramid
 from tools.common.image_formats import encode
+from tools.common.image_headers import read_header
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
+from tools.common.photo_decoding import check_megapixels, decode_photo, decoder_name
 from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
 
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
@@ -89,6 +91,21 @@ def too_small(height: int, width: int, first: int, size: int) -> Reject:
     """Why a picture of this size gives no crop, at 1/`first` of it and below."""
     halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
     return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
+
+
+def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> Picture | Reject:
+    """Decode the photograph in `file`, unless its header tells already that it holds no crop.
+
+    Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it cannot be read.
+    """
+    header = read_header(file)
+    check_megapixels(header, max_megapixels)
+    first = first_reduction(header.is_lossy, settings)
+    if min(header.height, header.width) // first < settings.size:
+        return too_small(header.height, header.width, first, settings.size)
+    file.seek(0)
+    data = file.read()
+    return Picture(decode_photo(data, header), header.is_lossy, decoder_name(header), hashlib.sha256(data).hexdigest())
 
 
 def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:

@@ -13,7 +13,7 @@ MAX_DISTANCE = 32
 
 _SIDE = 64         # pixels of the picture that is hashed, and
 _FREQUENCIES = 16  # of its frequencies each way
-_MIN_ONES = 96     # a picture with structure has 128
+_MIN_ONES = 64     # a picture with structure has 127 or 128
 _NUM_CHUNKS = 16   # of 16 bits
 _EVERY_CHUNK = np.arange(_NUM_CHUNKS)
 _UNINDEXED = 1024  # so many hashes are compared one by one
