@@ -17,7 +17,7 @@ from tools.common.image_streams import check_complete
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord, ManifestIndex
 from tools.common.photo_decoding import check_megapixels
-from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
+from tools.common.quality import file_gates, is_flat, is_soft
 
 
 class Verdict(enum.Enum):
@@ -171,10 +171,9 @@ class Judge:
         """What the gates measured when the crop was cut (its pixels are still the same), or measure now."""
         if record:
             return record.gates if record.role != "lr" else {}
-        if pixels is None:
+        if pixels is None or min(pixels.shape[:2]) < 8:  # nothing can be told of a few pixels
             return {}
-        gates: Mapping[str, float | str] = crop_gates(pixels)
-        return {**gates, **picture_gates(pixels)} if self._rules.min_sharpness > 0 else gates
+        return file_gates(pixels)
 
     def _check_gates(self, gates: Mapping[str, float | str]) -> None:
         rules = self._rules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import cv2
 import numpy as np
@@ -14,7 +14,8 @@ MIN_GRADIENT = 1.25   # grey levels a pixel: below lie clear skies, plain walls 
 MIN_SHARPNESS = 0.52  # below lie pictures that were enlarged 2 times or more, or blurred by sigma >= 1
 
 _BLOCK = 32           # pixels a side of the blocks that sharpness is measured in
-_BAND = 4 * _BLOCK    # rows that are measured at a time
+_BAND = 64            # rows that are measured at a time, which fit into the cache; of large pictures every second band
+_LARGE = 1 << 19      # pixels
 _PERCENTILE = 90      # of the blocks: one sharp subject makes a photograph sharp
 _MIN_DETAIL = 6.0     # mean |Laplacian| of the halved block: six times what rounding to whole levels makes
 # Nearest-neighbour enlargement leaves steps at every 2nd, 3rd or 4th column alone: the steps of the weakest phase are
@@ -43,6 +44,13 @@ def picture_gates(pixels: np.ndarray) -> dict[str, float | str]:
     """
     luma = _luma(pixels)
     return {"source_sharpness": _rounded(_block_sharpness(luma)), "source_hash": perceptual_hash(luma).hex()}
+
+
+def file_gates(pixels: np.ndarray) -> dict[str, float | str]:
+    """What decides whether an image of no manifest is good: `gradient`, `source_sharpness` and `hash`, in one go."""
+    luma = _luma(pixels)
+    return {"gradient": _rounded(_gradient(luma)), "source_sharpness": _rounded(_block_sharpness(luma)),
+            "hash": perceptual_hash(luma).hex()}
 
 
 def is_flat(gates: Mapping[str, float | str], min_gradient: float = MIN_GRADIENT) -> bool:
@@ -103,11 +111,12 @@ def _high_pass(luma: np.ndarray) -> float:
 
 def _block_sharpness(luma: np.ndarray) -> float:
     """Sharpness of the sharpest blocks that have detail, the noise floor taken off."""
-    if _is_repeated(luma[::4]) or _is_repeated(luma[:, ::4].T.copy()):
+    if any(_is_repeated(steps, count) for steps, count in _steps(luma)):
         return 0.0
     if min(luma.shape) < 2 * _BLOCK:
         return _global_sharpness(luma, halved(luma))
-    bands = [luma[top : top + _BAND] for top in range(0, luma.shape[0] - _BLOCK + 1, _BAND)]  # each fits into the cache
+    stride = _BAND if luma.size <= _LARGE else 2 * _BAND
+    bands = [luma[top : top + _BAND] for top in range(0, luma.shape[0] - _BLOCK + 1, stride)]
     blocks = [(_blocks(band, _BLOCK), _blocks(halved(band), _BLOCK // 2)) for band in bands]
     fine, coarse = (np.concatenate([values.ravel() for values in kind]) for kind in zip(*blocks, strict=True))
     noise = _noise(fine, coarse)  # uncorrelated, so squares add up; halving the picture halves it
@@ -135,15 +144,25 @@ def _noise(fine: np.ndarray, coarse: np.ndarray) -> float:
     return min(float(np.percentile(fine[is_noise], 10)), 1.3 * float(fine.min()))
 
 
-def _is_repeated(luma: np.ndarray) -> bool:
-    """Whether columns repeat their neighbours, as after nearest-neighbour enlargement (also by 1.5)."""
-    steps = cv2.reduce(cv2.absdiff(luma[:, 1:], luma[:, :-1]), 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+def _steps(luma: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """How much each column, then each row, differs from the last: (sums, of how many pixels), of a quarter of them."""
+    rows = luma[::4]
+    yield cv2.reduce(cv2.absdiff(rows[:, 1:], rows[:, :-1]), 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel(), len(rows)
+    width = max(1, luma.shape[1] // 16)
+    strips = [luma[:, left : left + width] for left in range(0, luma.shape[1] - width + 1, 4 * width)]
+    sums = [cv2.reduce(cv2.absdiff(strip[1:], strip[:-1]), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+            for strip in strips]
+    yield np.add.reduce(sums), width * len(strips)
+
+
+def _is_repeated(steps: np.ndarray, count: int) -> bool:
+    """Whether columns (or rows) repeat their neighbours, as after nearest-neighbour enlargement (also by 1.5)."""
     steps = np.minimum(steps, 2 * steps.mean())  # a single strong edge is no pattern
     stretch = min(_STRETCH, len(steps) // 12 * 12)
     if not stretch:
         return False
     stretches = steps[: len(steps) // stretch * stretch].reshape(-1, stretch)
-    stretches = stretches[stretches.sum(axis=1) > stretch * len(luma) / 4]  # leaves out black bars
+    stretches = stretches[stretches.sum(axis=1) > stretch * count / 4]  # leaves out black bars
     if not stretches.size:
         return False
     for period in _PERIODS:
