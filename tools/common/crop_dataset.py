@@ -351,7 +351,7 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
     for name in sorted({*recorded, *settings}):
         old, new = recorded.get(name), settings.get(name)
         if old != new:
-            is_place = name in ("photos", "against")
+            is_place = name in ("photos", "videos", "lr", "against")
             moved = f", or mend {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
             raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
                             f"use the same settings or another OUT{moved}")

@@ -130,7 +130,7 @@ def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
     height, width = picture.pixels.shape[:2]
     first = first_reduction(picture.is_lossy, settings)
     if min(height, width) // first < settings.size:
-        return CutPicture(rejects=[too_small(height, width, first, settings.size)])
+        return CutPicture(rejects=[replace(too_small(height, width, first, settings.size), time=picture.time)])
     cutter = _Cutter(picture, unit, out, settings, benchmark)
     try:
         cutter.cut(first)
@@ -141,6 +141,8 @@ def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
         raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
                         "mend the permissions, then run the same command again: it goes on where it stopped") from error
     cutter.result.pixels = height * width
+    if picture.time is not None:
+        cutter.result.rejects = [replace(reject, time=picture.time) for reject in cutter.result.rejects]
     return cutter.result
 
 

@@ -15,12 +15,13 @@ from tools.common.image_headers import BadImageError, ImageHeader
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-def check_complete(data: bytes, header: ImageHeader) -> None:
+def check_complete(data: bytes | memoryview, header: ImageHeader) -> None:
     """Raise `BadImageError` where the encoded image `data` (its header read already) is cut short or damaged.
 
     PNG: every chunk's CRC, up to IEND. JPEG: every segment, up to the end-of-image marker of this image (not of a
     thumbnail). WebP: the RIFF length and its chunks. JPEG 2000: the end of the codestream. BMP: the length of its
-    rows, unless they are compressed. TIFF: the strips or tiles of its first image.
+    rows, unless they are compressed. TIFF: the strips or tiles of its first image. A memoryview is enough for PNG, JPEG
+    and WebP.
     """
     check = {"png": _check_png, "jpeg": _check_jpeg, "webp": _check_webp, "jp2": _check_jp2, "bmp": _check_bmp,
              "tiff": _check_tiff}[header.format]

@@ -1,0 +1,244 @@
+"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it cannot."""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
+
+from tools.common.video_picture import Orientation, colours, orientation, square_size
+
+VIDEO_SUFFIXES = frozenset({
+    ".3gp", ".avi", ".flv", ".m2t", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm",
+    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"})
+MAX_MEGAPIXELS = 64         # of a frame: 8K has 33; what a header claims beyond that would only fill the memory
+MAX_HOURS = 7 * 24          # what the timestamps of a file may span; beyond that they are broken
+MAX_READ_ERRORS = 100       # in a row, without a packet between them: a file of damage must not be read for ever
+NUM_FIRST_FRAMES = 8        # looked at for what the header does not say
+_MAX_FIRST_PACKETS = 600
+_OPTIONS = {  # a "video" could be a playlist that names other files, or servers
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe"}
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
+_INTERLACED_ORDERS = range(2, 6)  # AV_FIELD_TT, _BB, _TB, _BT
+_MAX_ASPECT = 4  # of a pixel, either way; DVDs have up to 1.46, anamorphic lenses 2
+
+
+class BadVideoError(ValueError):
+    """A video that cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before its frames are read. `start` and `end` are in ticks of `time_base` seconds."""
+
+    height: int              # of a frame as `sample_frames` gives it: upright, of square pixels
+    width: int
+    coded_height: int        # as stored
+    coded_width: int
+    start: int               # presentation time of the first frame
+    end: int                 # of the end of the last one
+    time_base: Fraction
+    frame_rate: float | None  # on average, as the file says
+    codec: str
+    pixel_format: str
+    bits: int                # a sample
+    transfer: str
+    matrix: Colorspace
+    is_full_range: bool
+    is_interlaced: bool
+    pixel_aspect: Fraction   # width of a stored pixel by its height
+    orientation: Orientation
+    is_lossy: bool           # by its codec, or by halved colour
+    refusals: tuple[str, ...]  # why it must not be used; empty: it may
+    truncated: str           # how much of it is missing at its end, or ""
+
+    @property
+    def duration_s(self) -> float:
+        """From the first frame to the end of the last one, in seconds."""
+        return float((self.end - self.start) * self.time_base)
+
+
+class Segment(NamedTuple):
+    """A piece of a video: the frames with first <= pts < end, in ticks; `None` is open, so that no frame is lost."""
+
+    start_s: int  # rounded down; counted from the first frame
+    first: int | None
+    end: int | None
+
+
+def segments(info: VideoInfo, segment_time: float) -> list[Segment]:
+    """The video in pieces of `segment_time` seconds; each frame lies in exactly one."""
+    ticks = Fraction(segment_time) / info.time_base
+    count = max(1, math.ceil((info.end - info.start) / ticks))
+    borders = [None, *(info.start + math.ceil(index * ticks) for index in range(1, count)), None]
+    return [Segment(int(index * segment_time), borders[index], borders[index + 1]) for index in range(count)]
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The open file and its video stream (of several: the largest; cover art is none). Raises `BadVideoError`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadVideoError("not a plain file")
+    if not status.st_size:
+        raise BadVideoError("empty file")
+    try:
+        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise BadVideoError(f"not a video, or its header is damaged or cut off ({error.strerror})") from error
+    with container:
+        yield container, _main_stream(container)
+
+
+def _main_stream(container: InputContainer) -> VideoStream:
+    streams = [stream for stream in container.streams.video if not stream.disposition & _PICTURES]
+    if not streams:
+        pictures = " but cover art" if container.streams.video else ""
+        raise BadVideoError(f"no video stream in it{pictures}")
+    stream = max(streams, key=lambda stream: _area(stream) if stream.codec_context else -1)
+    context = stream.codec_context
+    if context is None or not context.is_decoder:
+        raise BadVideoError("its codec is unknown, or encrypted; no decoder for it")
+    if _area(stream) > MAX_MEGAPIXELS * 1e6:
+        raise BadVideoError(f"{stream.height}x{stream.width} is above {MAX_MEGAPIXELS} megapixels a frame")
+    if not stream.time_base:
+        raise BadVideoError("its video stream has no time base")
+    context.options = {"max_pixels": str(int(MAX_MEGAPIXELS * 1e6))}  # the size may change within the stream
+    return stream
+
+
+def _area(stream: VideoStream) -> int:
+    return (stream.width or 0) * (stream.height or 0)
+
+
+def probe(path: Path) -> VideoInfo:
+    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where the file cannot."""
+    with open_video(path) as (container, stream):
+        frames = _first_frames(container, stream)
+        transfer, matrix, is_full_range, refusals = colours(frames[0], stream.codec_context.color_range)
+        is_interlaced = stream.codec_context.field_order in _INTERLACED_ORDERS or any(
+            frame.interlaced_frame for frame in frames)
+        turn = orientation(frames[0])
+        aspect = _pixel_aspect(stream)
+        time_base = stream.time_base
+        codec, rate = stream.codec_context.codec, stream.average_rate
+        kind = frames[0].format
+        is_rgb = kind.is_rgb
+        is_halved = not is_rgb and len(kind.components) > 2 and kind.components[1].width < frames[0].width
+    with open_video(path) as (container, stream):
+        start, end, missing_s = _span(container, stream)
+    height, width = square_size(frames[0].height, frames[0].width, aspect)
+    if turn and turn.transpose:
+        height, width = width, height
+    if is_interlaced and codec.canonical_name == "hevc":
+        refusals += ("interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
+                     "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",)
+    if turn is None:
+        refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
+    if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
+        refusals += (f"its pixels have an aspect of {aspect}; mend it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
+    if (end - start) * time_base > MAX_HOURS * 3600:
+        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it anew with ffmpeg",)
+    return VideoInfo(height, width, frames[0].height, frames[0].width, start, end, time_base,
+                     float(rate) if rate else None, codec.canonical_name, kind.name, kind.components[0].bits, transfer,
+                     matrix, is_full_range, is_interlaced, aspect, turn or Orientation(),
+                     codec.lossy or not codec.lossless or is_halved, refusals,
+                     f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "")
+
+
+def _pixel_aspect(stream: VideoStream) -> Fraction:
+    aspect = stream.sample_aspect_ratio
+    if not aspect or abs(aspect - 1) < Fraction(1, 100):  # encoders round; 1 % is nobody's anamorphic format
+        return Fraction(1)
+    return aspect
+
+
+def _first_frames(container: InputContainer, stream: VideoStream) -> list[VideoFrame]:
+    frames: list[VideoFrame] = []
+    for _, packet in zip(range(_MAX_FIRST_PACKETS), read_packets(container, stream), strict=False):
+        if packet is None:
+            continue
+        try:
+            frames += stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            continue
+        if len(frames) >= NUM_FIRST_FRAMES:
+            break
+    frames = [frame for frame in frames if frame.width and frame.height]
+    if not frames:
+        raise BadVideoError(f"none of its first frames can be decoded ({stream.codec_context.name})")
+    return frames
+
+
+def read_packets(container: InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet | None]:
+    """Packets to the end of the file, the empty one that flushes the decoder included; `None` for a read error."""
+    errors = 0
+    while errors < MAX_READ_ERRORS:
+        try:
+            for packet in container.demux(*streams):
+                errors = 0
+                yield packet
+            return
+        except IndexError:  # PyAV, flushing streams that appeared on the way (MPEG-TS), after those it knows: the end
+            return
+        except av.InvalidDataError:  # damage: what follows may be good
+            errors += 1
+            yield None
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror) from error
+
+
+def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, float]:
+    """(First presentation time, end, in ticks; seconds missing at the end): what the packets say, not the header.
+
+    Reads the packets after the last key frame; all of them where the header does not know the duration or is wrong.
+    """
+    claimed_s = container.duration / av.time_base if container.duration else 0.0
+    origin_s = (container.start_time or 0) / av.time_base
+    end = reached_s = None
+    if claimed_s:
+        try:
+            container.seek(int((origin_s + claimed_s) * av.time_base))
+            _, end, reached_s = _read_times(container, stream)
+        except av.FFmpegError:
+            pass  # cannot be sought in
+    start = stream.start_time
+    if end is None or start is None:
+        first, end, reached_s = _read_all_times(container, stream)
+        start = first if start is None else start
+    if start is None or end is None:
+        raise BadVideoError("its frames have no times; write it anew with `ffmpeg -i IN -c copy OUT.mkv`")
+    missing_s = claimed_s + min(origin_s, 0) - reached_s  # Matroska counts from 0, wherever the first frame lies
+    return start, max(end, start + 1), missing_s if missing_s > max(1.0, claimed_s / 50) else 0.0
+
+
+def _read_all_times(container: InputContainer, stream: VideoStream) -> tuple[int | None, int | None, float]:
+    with av.open(container.name, options=_OPTIONS, metadata_errors="replace") as anew:
+        return _read_times(anew, anew.streams[stream.index])
+
+
+def _read_times(container: InputContainer, stream: VideoStream) -> tuple[int | None, int | None, float]:
+    """(First and last presentation time of the video's packets, latest second of any stream), from here to the end."""
+    first = end = None
+    reached_s = 0.0
+    for packet in read_packets(container):
+        if packet is None or packet.pts is None or not packet.size:
+            continue
+        reached_s = max(reached_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index:
+            first = packet.pts if first is None else min(first, packet.pts)
+            end = max(end or packet.pts, packet.pts + (packet.duration or 1))
+    return first, end, reached_s

@@ -1,0 +1,172 @@
+"""Matroska files to MP4 files of the same streams: for players, editors and uploads that take no .mkv."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import av
+import tyro
+from av.container import InputContainer, OutputContainer
+from av.stream import Disposition, Stream
+
+from pipeline.cli import UserError, run
+from tools.common.crop_dataset import shown
+from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.common.video_probe import BadVideoError, open_video, probe, read_packets
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write each .mkv file below FOLDER as an .mp4 file beside it, its picture and sound copied bit by bit.
+
+    Nothing is encoded anew, so nothing is lost. A file whose codecs MP4 cannot hold is left out, with the reason;
+    subtitles and attachments are left behind. An .mp4 file that is there already is never overwritten, the .mkv files
+    stay, and no half-written .mp4 file is ever left. (video_to_data.py reads .mkv files as they are.)
+
+    Example: python tools/mkv_to_mp4.py ~/Films
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of the .mkv files (searched in depth; links to folders are not followed), or one .mkv file."""
+    threads: int = 0
+    """How many files at a time; 0 is one a core."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file."""
+
+    path: Path
+    problem: str = ""
+    left_behind: str = ""  # streams that MP4 cannot hold
+
+
+def main(options: Options) -> int:
+    """Remux. 0: done; 1: done, but some files could not be."""
+    sources = _sources(options.folder.expanduser())
+    todo = [path for path in sources if not path.with_suffix(".mp4").exists()]
+    outcomes = []
+    with quiet_libraries(), progress(len(todo), "film") as bar:
+        for outcome in ordered_map(_remux_one, todo, thread_count(options.threads)):
+            outcomes.append(outcome)
+            bar.update()
+    failed = [outcome for outcome in outcomes if outcome.problem]
+    print(f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were there already, "
+          f"{len(failed)} left out")
+    for outcome in outcomes:
+        if outcome.problem or outcome.left_behind:
+            print(f"{shown(str(outcome.path))}: {outcome.problem or outcome.left_behind}")
+    return 1 if failed else 0
+
+
+def _sources(source: Path) -> list[Path]:
+    """The .mkv files, sorted; hidden files and folders are passed by."""
+    if source.is_file():
+        if source.suffix.lower() != ".mkv":
+            raise UserError(f"{source}: not an .mkv file; give a folder of them, or one")
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder or file; give the folder of the .mkv files")
+    found = []
+    for folder, folders, files in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in files
+                  if name.lower().endswith(".mkv") and not name.startswith(".")]
+    if not found:
+        raise UserError(f"{source}: no .mkv files below this folder; give the folder of the .mkv files")
+    return sorted(found)
+
+
+def _remux_one(path: Path) -> Outcome:
+    """Remux a file; a bad one is an outcome, not an exception."""
+    target = path.with_suffix(".mp4")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        left_behind = _remux(path, temporary)
+        _check(path, temporary)
+        _put(temporary, target)
+        return Outcome(path, left_behind=left_behind)
+    except BadVideoError as error:
+        return Outcome(path, str(error))
+    except FileExistsError:
+        return Outcome(path, f"{target.name} appeared meanwhile and was not overwritten")
+    except OSError as error:  # av.FFmpegError is mostly one, too
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{target}: cannot be written: {error.strerror}; make room, then run the same command "
+                            "again: it goes on where it stopped") from error
+        return Outcome(path, f"could not be read or written: {error.strerror or error}")
+    except ValueError as error:
+        return Outcome(path, f"MP4 cannot hold it: {error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remux(path: Path, temporary: Path) -> str:
+    """Copy the streams; returns what was left behind, in words."""
+    with open_video(path) as (source, video), av.open(
+            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"}) as result:
+        copies, left_behind = _copies(source, video, result)
+        result.metadata.update(source.metadata)
+        for packet in read_packets(source, *copies):
+            if packet is None:
+                raise BadVideoError("damaged; what can be read of it, `ffmpeg -i IN.mkv -c copy OUT.mp4` may copy")
+            if packet.size:
+                packet.stream = copies[packet.stream]
+                result.mux(packet)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    return left_behind
+
+
+def _copies(source: InputContainer, video: Stream, result: OutputContainer) -> tuple[dict[Stream, Stream], str]:
+    """(Stream to read -> stream to write, what was left behind). Raises `BadVideoError` where a codec does not fit."""
+    copies, others = {}, []
+    for stream in source.streams:
+        is_film = stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic
+        if not is_film:
+            others.append(stream.type)
+            continue
+        codec = stream.codec_context.codec.canonical_name if stream.codec_context else "an unknown codec"
+        if codec not in result.supported_codecs:
+            raise BadVideoError(f"MP4 cannot hold its {stream.type} codec, {codec}; "
+                                f"leave it as it is, or encode it anew: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`")
+        copy = result.add_stream_from_template(stream, opaque=True)  # needs no encoder
+        copy.metadata.update({key: value for key, value in stream.metadata.items() if key in ("language", "title")})
+        if codec == "hevc":
+            copy.codec_context.codec_tag = "hvc1"  # the only one of the two that Apple's players take
+        copies[stream] = copy
+    return copies, f"left behind: {', '.join(sorted({*others}))}" if others else ""
+
+
+def _check(path: Path, temporary: Path) -> None:
+    """Hold the copy against its original before it gets its name."""
+    before, after = probe(path), probe(temporary)
+    if before.truncated:
+        raise BadVideoError(before.truncated)
+    same = (before.coded_height, before.coded_width, before.codec, before.orientation, before.pixel_aspect)
+    if same != (after.coded_height, after.coded_width, after.codec, after.orientation, after.pixel_aspect) \
+            or abs(before.duration_s - after.duration_s) > 0.5:
+        raise BadVideoError("its copy as MP4 came out different (size, turn, pixel aspect or duration); encode it anew")
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Give the finished file its name, unless that is taken. Raises `FileExistsError` then."""
+    try:
+        os.link(temporary, target)  # unlike a rename, never overwrites
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(target) from None
+        os.rename(temporary, target)
+
+
+if __name__ == "__main__":
+    run(Options, main)

@@ -1,0 +1,274 @@
+"""Films to training crops: frames worth storing are taken straight from the video files and cut like photographs."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import av
+import tyro
+
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import QUARANTINE
+from tools.common.crop_dataset import Clock, CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_writing import (
+    CropSettings,
+    Picture,
+    Reject,
+    Unit,
+    cut_picture,
+    first_reduction,
+    make_folder,
+    too_small,
+)
+from tools.common.frame_choice import Sampling
+from tools.common.leakage import BenchmarkIndex
+from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.common.photo_decoding import prepare_decoders
+from tools.common.video_frames import DamagedError, Tally, sample_frames
+from tools.common.video_probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
+
+MAX_CODEC_THREADS = 16  # more give nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CropOptions):
+    """Cut the frames of films into training crops of one size.
+
+    Videos (MP4, MOV, MKV, WebM, AVI, MPEG and others that FFmpeg reads) are decoded straight from their files, piece by
+    piece on several threads; nothing is written but crops, OUT/<video>/<second>/f<frame>_x<scale>_<row>_<column>.npy.
+    Frames are drawn at random, with one after each cut; frames like one of the same piece, black or blank ones, and
+    those within a cross-fade are left out. Frames come out upright, deinterlaced, with square pixels, as 8-bit RGB.
+    Videos are lossy: they start at 1/2 unless --keep-lossy-size. HDR is refused. A run that was stopped or killed goes
+    on where it was when started again.
+
+    Example: python tools/video_to_data.py ~/Films --out ~/dataset/Films
+    """
+
+    videos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO...")]
+    """Videos, and folders that are searched for them (in depth; links to folders are not followed)."""
+    out: Path
+    """Folder of the crops, such as ~/dataset/Films."""
+    segment_time: float = 120
+    """Length in seconds of the pieces that are decoded side by side, and made whole again after a kill."""
+    frame_interval: int = 10
+    """Average number of frames from one candidate to the next."""
+    min_interval: int = 4
+    """Least number of frames from one candidate to the next; after a cut it may be less."""
+    max_interval: int = 15
+    """Greatest number of frames from one candidate to the next."""
+    min_change: float = 4
+    """Leave out a frame that differs from one that was stored of the same piece by less than so many grey levels on
+    average (of 64x36 thumbnails): still scenes give one frame. 0 keeps all."""
+
+    def sampling(self) -> Sampling:
+        """How frames are drawn. Raises `UserError` for values out of range."""
+        if not 1 <= self.min_interval <= self.frame_interval <= self.max_interval:
+            raise UserError(f"--min-interval {self.min_interval}, --frame-interval {self.frame_interval}, "
+                            f"--max-interval {self.max_interval}: must be at least 1 and not fall; give all three")
+        if not 1 <= self.segment_time <= 86400:
+            raise UserError(f"--segment-time {self.segment_time:g}: must be 1 to 86400 seconds; 120 suits most films")
+        if not 0 <= self.min_change <= 255:
+            raise UserError(f"--min-change {self.min_change:g}: must be 0 to 255 grey levels; 0 keeps all frames")
+        return Sampling(self.frame_interval, self.min_interval, self.max_interval, self.min_change)
+
+
+class Piece(NamedTuple):
+    """A segment of a video that is to be cut; a video that cannot be used is one piece, with the reason."""
+
+    unit: Unit
+    info: VideoInfo | None
+    segment: Segment | None
+    reject: Reject | None = None
+
+
+def main(options: Options) -> int:
+    """Make the crops. 0: done; 1: done, but some videos are damaged or cannot be used, or there is no crop at all."""
+    out = options.out.expanduser()
+    settings, sampling, threads = options.settings(), options.sampling(), thread_count(options.threads)
+    root, names = _videos(options, out)
+    prepare_decoders()
+    prober = Prober(root, settings, options.segment_time)
+    cutter = PieceCutter(root, out, settings, sampling, open_benchmark(settings.against))
+    clock = Clock()
+    # Relative, so that videos and crops may move together.
+    more = {"videos": os.path.relpath(root.resolve(), out.resolve()), "segment_time": options.segment_time}
+    with open_dataset(out, settings, prober.stamp, "video_to_data", **more, **asdict(sampling)) as dataset:
+        todo = list(_pieces(dataset, names, prober, threads))
+        cutter.codec_threads = min(max(threads // max(len(todo), 1), 1), MAX_CODEC_THREADS)
+        cut_all(dataset, todo, cutter, threads, len(todo), "segment")
+        is_empty = dataset.is_empty
+    clock.report(dataset, "segments")
+    cutter.report()
+    return 1 if dataset.totals.bad or is_empty else 0
+
+
+def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
+    """(Folder that all of them lie below, names relative to it) of the videos."""
+    if not options.videos:
+        raise UserError("no video given; give videos, or folders of videos, before --out")
+    folders, found = [], []
+    for given in options.videos:
+        source = given.expanduser().absolute()
+        refuse_nested(source, out)
+        if source.is_dir():
+            below = list(_search(source))
+            if not below:
+                raise UserError(f"{given}: no videos below this folder ({', '.join(sorted(VIDEO_SUFFIXES))}); give "
+                                "the folder of the videos, or the videos themselves")
+            folders.append(source)
+            found += below
+        elif source.is_file():
+            folders.append(source.parent)
+            found.append(source)
+        else:
+            raise UserError(f"{given}: no such file or folder; give videos, or folders of videos")
+    root = Path(os.path.commonpath(folders))
+    return root, sorted({path.relative_to(root).as_posix() for path in found})
+
+
+def _search(root: Path) -> Iterator[Path]:
+    """The videos below a folder, by their suffixes; hidden files and folders, and quarantines, are passed by."""
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); mend its permissions or "
+                        "move it away") from None
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != QUARANTINE]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+                yield Path(folder, name)
+
+
+def _pieces(dataset: CropDataset, names: list[str], prober: Prober, threads: int) -> Iterator[Piece]:
+    """What is not finished yet, video after video; looks into every video first, for the number of pieces."""
+    unknown = [name for name in names if not dataset.is_finished(name)]
+    dataset.totals.already += len(names) - len(unknown)
+    with quiet_libraries(), progress(len(unknown), "video") as bar:
+        for pieces in ordered_map(prober, unknown, threads):
+            todo = [piece for piece in pieces if not dataset.is_finished(piece.unit.folder)]
+            dataset.totals.already += len(pieces) - len(todo)
+            yield from todo
+            bar.update()
+
+
+class Prober:
+    """Looks into videos and divides them, on any number of threads."""
+
+    def __init__(self, root: Path, settings: CropSettings, segment_time: float) -> None:
+        self._root, self._settings, self._segment_time = root, settings, segment_time
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Size and modification time of a video, `None` where it is gone: its crops are still good."""
+        try:
+            status = (self._root / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    def __call__(self, name: str) -> list[Piece]:
+        """The pieces of a video, or one with the reason why it gives none."""
+        unit = Unit(name, name, 0, 0)
+        if not name.isprintable() or "�" in name:
+            reason = "its name holds control characters or is not UTF-8; rename it"
+            return [_refused(Unit(ascii(name), ascii(name), 0, 0), reason)]
+        try:
+            unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
+            info = probe(self._root / name)
+        except BadVideoError as error:
+            return [_refused(unit, str(error))]
+        except OSError as error:
+            return [_refused(unit, f"could not be read: {error.strerror or error}")]
+        if info.refusals:
+            return [_refused(unit, "; ".join(info.refusals))]
+        first = first_reduction(info.is_lossy, self._settings)
+        if min(info.height, info.width) // first < self._settings.size:
+            return [Piece(unit, None, None, too_small(info.height, info.width, first, self._settings.size))]
+        return [Piece(unit._replace(folder=f"{name}/{piece.start_s:06d}"), info, piece)
+                for piece in segments(info, self._segment_time)]
+
+
+def _refused(unit: Unit, reason: str) -> Piece:
+    return Piece(unit, None, None, Reject("decode", reason))
+
+
+class PieceCutter:
+    """Decodes and cuts pieces of videos, on any number of threads."""
+
+    def __init__(self, root: Path, out: Path, settings: CropSettings, sampling: Sampling,
+                 benchmark: BenchmarkIndex | None) -> None:
+        self._root, self._out, self._settings, self._sampling = root, out, settings, sampling
+        self._benchmark = benchmark
+        self.codec_threads = 1
+        self._lock = threading.Lock()
+        self._total, self._stored = Tally(), 0
+
+    def __call__(self, piece: Piece) -> UnitResult:
+        """Decode a piece and write its crops. A bad one is a result, not an exception."""
+        if piece.reject is not None:
+            return UnitResult(piece.unit, rejects=[piece.reject])
+        try:
+            return self._cut(piece, self.codec_threads)
+        except DamagedError:
+            return self._cut(piece, 1)
+
+    def _cut(self, piece: Piece, codec_threads: int) -> UnitResult:
+        unit, info, segment, settings = piece.unit, piece.info, piece.segment, self._settings
+        make_folder(self._out, unit.folder)
+        result, tally = UnitResult(unit), Tally()
+        key = f"{settings.seed}/{unit.photo}/{segment.start_s}"
+        frames = sample_frames(self._root / unit.photo, info, segment, self._sampling, key, tally, codec_threads)
+        try:
+            for frame in frames:
+                picture = Picture(frame.pixels, info.is_lossy, f"pyav {av.__version__}", time=round(frame.time_s, 6),
+                                  prefix=f"f{frame.index:06d}_")
+                result.pictures.append(cut_picture(picture, unit, self._out, settings, self._benchmark))
+        except BadVideoError as error:
+            result.rejects.append(Reject("decode", str(error), time=segment.start_s))
+        except OSError as error:
+            reason = f"could not be read: {error.strerror or error}"
+            result.rejects.append(Reject("decode", reason, time=segment.start_s))
+        finally:
+            frames.close()
+        result.rejects += _complaints(piece, tally, bool(result.pictures or result.rejects))
+        with self._lock:
+            self._total.decoded += tally.decoded
+            self._total.dropped += tally.dropped
+            self._stored += sum(bool(cut.records) for cut in result.pictures)
+        return result
+
+    def report(self) -> None:
+        """Say what became of the frames."""
+        total = self._total
+        if total.decoded:
+            dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items())) or "none"
+            print(f"{total.decoded} frames decoded, {self._stored} cut; drawn but left out: {dropped}")
+
+
+def _complaints(piece: Piece, tally: Tally, has_outcome: bool) -> list[Reject]:
+    """What is wrong with a piece as a whole."""
+    start, complaints = piece.segment.start_s, []
+    if tally.errors or tally.lost:
+        complaints.append(Reject("decode", f"damaged: {tally.errors} packets could not be decoded, {tally.lost} frames "
+                                 "lost up to the next key frame; the rest was cut", time=start))
+    if piece.segment.end is None and piece.info.truncated:
+        end = math.floor(piece.info.duration_s * 1000) / 1000
+        complaints.append(Reject("decode", f"{piece.info.truncated}; the rest was cut", time=end))
+    if not has_outcome and not complaints:  # it must not be looked into again and again
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.dropped.items()))
+        complaints.append(Reject("flat", f"no frame worth storing among {tally.decoded} ({reasons or 'none drawn'})",
+                                 time=start))
+    return complaints
+
+
+if __name__ == "__main__":
+    run(Options, main)
