@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -24,11 +25,13 @@ from dataset_corpus import (
     tree,
     write_files,
 )
+from PIL import Image, PngImagePlugin
 
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
-from tools.common.image_headers import BadImageError
+from tools.common.image_headers import BadImageError, read_header
 from tools.common.image_judging import DaliDecoder
 from tools.common.parallel import quiet_libraries
+from tools.common.photo_decoding import decode_plain
 
 OTHERS = {"notes.txt": b"not an image", "training_file_list.txt": b"good/plain.png\n", "dataset.json": b"{}",
           "skipped.txt": b"", ".hidden.png": b"junk", "quarantine/old.png": b"junk"}
@@ -209,6 +212,28 @@ def test_bad_usage(tmp_path):
     for arguments, word in ((["--min-size", 0], "--min-size 0"), (["--max-size", 9], "--max-size 9"),
                             (["--force"], "--force"), (["--max-megapixels", -1], "--max-megapixels")):
         assert_user_error(check("--data-dir", tmp_path, *arguments), word)
+
+
+def plain_files() -> dict[str, bytes]:
+    """Images that the checker decodes by the fast decoders rather than by DALI."""
+    pixels = photograph(70, 91)
+    gray, profile = pixels[..., 0], PngImagePlugin.PngInfo()
+    profile.add(b"gAMA", (100_000).to_bytes(4, "big"))  # decoders that apply it would change every pixel
+    return {"rgb.png": encoded(pixels, "png"), "gray.png": encoded(gray, "png"),
+            "palette.png": encoded(Image.fromarray(pixels).convert("P"), "png"),
+            "gamma.png": encoded(pixels, "png", pnginfo=profile),
+            "color.jpg": encoded(pixels, "jpeg", quality=80, subsampling=2), "gray.jpg": encoded(gray, "jpeg"),
+            "progressive.jpg": encoded(pixels, "jpeg", progressive=True, subsampling=1),
+            "lossy.webp": encoded(pixels, "webp", quality=70), "exact.webp": encoded(pixels, "webp", lossless=True)}
+
+
+@pytest.mark.parametrize("name", plain_files())
+def test_fast_decoders_give_dalis_pixels(name):
+    """The checker's verdict must be that of the decoder that training uses."""
+    content = plain_files()[name]
+    header = read_header(io.BytesIO(content))
+    assert header.is_plain
+    assert np.array_equal(decode_plain(content, header), DaliDecoder().decode(content))
 
 
 def test_dali_decodes_after_it_refused():

@@ -130,7 +130,7 @@ def test_a_missing_tail_is_an_error(form, options, cut):
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
     """OpenCV 4 fills what is missing of a JPEG with gray and reports success; whichever is installed, we notice."""
-    monkeypatch.setattr(photo_decoding, "_decode_plain", lambda data: np.full_like(PIXELS, 128))
+    monkeypatch.setattr(photo_decoding, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
     content = encoded(PIXELS, form)
     assert (decode(content) == 128).all()
     with pytest.raises(BadImageError):
