@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
-from tools.common.crop_dataset import shown
 from tools.common.crop_options import GateOptions, open_benchmark
+from tools.common.dataset_files import shown
 from tools.common.dataset_walk import IMAGES, Kind, links_note, scan
 from tools.common.image_judging import Judge, Judgement, Rules, Verdict
 from tools.common.manifest import DatasetHash, ManifestIndex
@@ -36,12 +36,13 @@ class Options(GateOptions):
     """Judge every image below the dataset folder: can training read it, is it large enough, is it what was written, and
     does it teach anything?
 
-    Encoded images are decoded by the decoder that training uses (DALI) and must be complete to the last byte; .npy
-    crops are read in full; both are compared with the checksums in their manifest. Flat images, blurred or upscaled
-    ones, copies of an earlier one, and (--against) parts of benchmark images are bad too. By default this only looks:
-    it prints what is bad and exits with 1. --clean moves bad files to DATA_DIR/quarantine/, from where they can be
-    moved back. Files that could not be read (permissions, a failing disk) are reported, never moved. File lists,
-    manifests, the quarantine and files that are not images are left alone.
+    Encoded images are decoded (plain PNG, JPEG and WebP files by fast decoders, all others by DALI, which training
+    uses: the same pixels) and must be complete to the last byte; .npy crops are read in full; both are compared with
+    the checksums in their manifest. Flat images, blurred or upscaled ones, copies of an earlier one, and (--against)
+    parts of benchmark images are bad too. By default this only looks: it prints what is bad and exits with 1. --clean
+    moves bad files to DATA_DIR/quarantine/, from where they can be moved back. Files that could not be read
+    (permissions, a failing disk) are reported, never moved. File lists, manifests, the quarantine and files that are
+    not images are left alone.
 
     Example: python tools/check_training_data.py --data-dir ~/dataset --clean
     """

@@ -20,7 +20,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_dataset import shown
+from tools.common.dataset_files import shown
 from tools.common.dataset_walk import Files, walk
 from tools.common.format_conversion import (
     Converter,

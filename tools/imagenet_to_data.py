@@ -18,19 +18,11 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE
-from tools.common.crop_dataset import (
-    REJECTS,
-    SETTINGS,
-    Clock,
-    CropDataset,
-    Stamp,
-    UnitResult,
-    open_dataset,
-    parse_reject,
-    refuse_nested,
-)
+from tools.common.crop_dataset import CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
 from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_report import Clock
 from tools.common.crop_writing import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
+from tools.common.dataset_files import REJECTS, SETTINGS, parse_reject
 from tools.common.image_headers import BadImageError
 from tools.common.leakage import BenchmarkIndex
 from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
@@ -92,7 +84,7 @@ def main(options: Options) -> int:
     stamps = {archive.name: archive.stamp for archive in archives}
     with open_dataset(out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data") as dataset:
         passed = _cut_all(dataset, archives, limits, cutter, threads)
-    clock.report(dataset, "photos")
+    clock.report(dataset.totals, out, "photos")
     if passed:
         print(f"passed by: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}")
     _advise(out, settings)

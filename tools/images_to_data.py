@@ -14,8 +14,9 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_report import Clock
 from tools.common.crop_writing import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.common.dataset_walk import walk
 from tools.common.image_headers import BadImageError
@@ -64,7 +65,7 @@ def main(options: Options) -> int:
         dataset.totals.already = len(names) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "photo")
         gone = dataset.num_finished - dataset.totals.already
-    clock.report(dataset, "photos")
+    clock.report(dataset.totals, out, "photos")
     if gone:
         print(f"{gone} photos of earlier runs are no longer in {photos}; their crops in {out} stay")
     return 1 if dataset.totals.bad or dataset.is_empty else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import run
-from tools.common.crop_dataset import shown
+from tools.common.dataset_files import shown
 from tools.common.dataset_sampling import Tally
 from tools.common.dataset_sources import Source
 from tools.common.dataset_statistics import Statistics, gather, tally, total, warnings

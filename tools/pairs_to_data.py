@@ -18,9 +18,10 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.common.crop_grid import Crop, cover_grid, crop_grid
 from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_report import Clock
 from tools.common.crop_writing import (
     CropSettings,
     CutPicture,
@@ -100,7 +101,7 @@ def main(options: Options) -> int:
         todo = [pair.hr for pair in pairs if not dataset.is_finished(pair.hr)]
         dataset.totals.already = len(pairs) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
-    clock.report(dataset, "pairs")
+    clock.report(dataset.totals, out, "pairs")
     for name in lonely[:20]:
         print(f"no partner: {name}")
     if lonely:

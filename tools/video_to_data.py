@@ -18,8 +18,9 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
-from tools.common.crop_dataset import Clock, CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.common.crop_dataset import CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.common.crop_options import CropOptions, open_benchmark
+from tools.common.crop_report import Clock
 from tools.common.crop_writing import (
     CropSettings,
     Picture,
@@ -107,7 +108,7 @@ def main(options: Options) -> int:
         cutter.codec_threads = min(max(threads // max(len(todo), 1), 1), MAX_CODEC_THREADS)
         cut_all(dataset, todo, cutter, threads, len(todo), "segment")
         is_empty = dataset.is_empty
-    clock.report(dataset, "segments")
+    clock.report(dataset.totals, out, "segments")
     cutter.report()
     return 1 if dataset.totals.bad or is_empty else 0
 

@@ -6,8 +6,6 @@ import fcntl
 import filecmp
 import json
 import os
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,18 +14,15 @@ from typing import IO
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
+from tools.common.crop_report import Totals
 from tools.common.crop_writing import CropSettings, CutPicture, Reject, Unit, discard, remove_crops
+from tools.common.dataset_files import FINAL_GATES, REJECTS, SETTINGS, reject_groups, reject_line
 from tools.common.manifest import CropRecord, format_lines, parse_line
 from tools.common.near_duplicates import NearDuplicates
 from tools.common.parallel import ordered_map, progress, quiet_libraries
 
-SETTINGS = "dataset.json"
-REJECTS = "rejects.jsonl"
-NUM_SHOWN = 20
 # A change of what the same settings produce must raise this, so that one dataset never holds both.
 LAYOUT_VERSION = 2
-# Decided by the settings and the source alone: no second look unless the source changes. The others may be mended.
-FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 Stamp = tuple[int, int]  # size and modification time of a source's file
 
@@ -39,21 +34,6 @@ class UnitResult:
     unit: Unit
     pictures: list[CutPicture] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)  # of the unit as a whole
-
-
-@dataclass
-class Totals:
-    """What a run did, for its report."""
-
-    units: int = 0
-    already: int = 0
-    crops: int = 0
-    pixels: int = 0
-    bad: int = 0  # units that could not be decoded or read, in part or as a whole
-    rejects: Counter[str] = field(default_factory=Counter)
-    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
-    reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
-    num_reasons: int = 0
 
 
 class CropDataset:
@@ -104,7 +84,7 @@ class CropDataset:
             twin = self._refuse_twin(picture)
             rejects += [twin] if twin else picture.rejects
             records += picture.records
-        lines = "".join(_reject_line(unit, reject, is_whole=not records) for reject in rejects)
+        lines = "".join(reject_line(unit, reject, is_whole=not records) for reject in rejects)
         records = [replace(record, folder_crops=len(records)) for record in records]
         try:
             self._rejects.write(lines)
@@ -116,7 +96,7 @@ class CropDataset:
                             "same command again: it goes on where it stopped") from error
         if not records:
             _remove_empty(self.out, unit.folder)
-        self._count(unit, rejects, len(records))
+        self.totals.count(unit, rejects, len(records))
 
     def _refuse_twin(self, picture: CutPicture) -> Reject | None:
         """The reason why a picture is the twin of an earlier one; its crops are deleted then."""
@@ -139,21 +119,6 @@ class CropDataset:
         if sha256:
             self._photo_of_sha256[sha256] = name
         return None
-
-    def _count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
-        totals = self.totals
-        totals.crops += crops
-        totals.units += crops > 0
-        totals.bad += any(reject.gate not in FINAL_GATES for reject in rejects)
-        for reject in rejects:
-            totals.rejects[reject.gate] += 1
-            if reject.top is not None:
-                continue
-            totals.num_reasons += 1
-            reasons = totals.reasons[reject.gate in FINAL_GATES]
-            if len(reasons) < NUM_SHOWN:
-                at = f" at {reject.time:.3f} s" if reject.time is not None else ""
-                reasons.append(f"{shown(unit.photo)}{at}: {reject.reason}")
 
     def _mend_manifest(self) -> None:
         """Keep the units whose crops are all there; drop the others' lines and delete their crops.
@@ -204,7 +169,7 @@ class CropDataset:
         mended = path.with_name(f".{REJECTS}.tmp")
         with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
             kept = set()
-            for folder, lines in _reject_groups(old):
+            for folder, lines in reject_groups(old):
                 is_settled = all(values["whole"] and values["gate"] in FINAL_GATES for values in lines) \
                     and self._stamp_of(lines[0]["photo"]) in (None, _stamp(lines[0]))
                 if folder not in kept and (folder in self._finished or is_settled):
@@ -237,36 +202,6 @@ def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]
         yield records[0].path.rpartition("/")[0], records
 
 
-def _reject_groups(lines: Iterable[bytes]) -> Iterator[tuple[str, list[dict]]]:
-    """The rejects of each unit, in their order in the file."""
-    group: list[dict] = []
-    for values in filter(None, map(parse_reject, lines)):
-        if group and values["folder"] != group[0]["folder"]:
-            yield group[0]["folder"], group
-            group = []
-        group.append(values)
-    if group:
-        yield group[0]["folder"], group
-
-
-def parse_reject(line: bytes | str) -> dict | None:
-    """A line of rejects.jsonl, or `None` where it is torn or foreign."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    needed = {"photo": str, "folder": str, "gate": str, "reason": str, "photo_bytes": int, "photo_mtime_ns": int,
-              "whole": bool}
-    is_ours = isinstance(values, dict) and all(type(values.get(name)) is kind for name, kind in needed.items())
-    return values if is_ours else None
-
-
-def _reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
-    values = {"photo": unit.photo, "folder": unit.folder, **asdict(reject), "photo_bytes": unit.bytes,
-              "photo_mtime_ns": unit.mtime_ns, "whole": is_whole}
-    return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False) + "\n"
-
-
 def _stamp(values: dict) -> Stamp:
     """The stamp in a line of rejects.jsonl."""
     return values["photo_bytes"], values["photo_mtime_ns"]
@@ -291,11 +226,6 @@ def _remove_empty(out: Path, folder: str) -> None:
         except OSError:  # not empty, or never made
             return
         path = path.parent
-
-
-def shown(name: str) -> str:
-    """A file name that any terminal and any UTF-8 file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8") if name.isprintable() else ascii(name)
 
 
 def refuse_nested(source: Path, out: Path) -> None:
@@ -365,28 +295,3 @@ def cut_all(dataset: CropDataset, units: Iterable[Unit], cut: Callable[[Unit], U
             dataset.add(result)
             bar.update()
             bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)
-
-
-class Clock:
-    """Wall and CPU seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    def report(self, dataset: CropDataset, name: str) -> None:
-        """Say what was done, how fast, and what was turned away."""
-        totals, out = dataset.totals, dataset.out
-        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
-              "already")
-        if totals.crops:
-            megapixels = totals.pixels / 1e6
-            print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
-                  f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
-        if totals.rejects:
-            print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
-                  f"{out / REJECTS} says what and why")
-        for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
-            print(f"rejected {line}")
-        if totals.num_reasons > NUM_SHOWN:
-            print(f"... and {totals.num_reasons - NUM_SHOWN} more in {out / REJECTS}")

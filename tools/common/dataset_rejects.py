@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.common.crop_dataset import parse_reject
+from tools.common.dataset_files import parse_reject
 from tools.common.dataset_sampling import HashSample, Tally
 
 MEANINGS = {

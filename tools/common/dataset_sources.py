@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
-from tools.common.crop_dataset import SETTINGS
+from tools.common.dataset_files import SETTINGS
 from tools.common.dataset_lists import FileList
 from tools.common.dataset_rejects import Rejects
 from tools.common.dataset_sampling import HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key

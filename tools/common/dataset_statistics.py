@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
-from tools.common.crop_dataset import REJECTS, shown
+from tools.common.dataset_files import REJECTS, shown
 from tools.common.dataset_lists import hash_of_lists, read_list
 from tools.common.dataset_rejects import Rejects, read_quarantine, read_rejects
 from tools.common.dataset_sampling import Tally, path_key

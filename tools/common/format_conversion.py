@@ -23,7 +23,7 @@ from pipeline.data.image_files import (
     write_file_list,
 )
 from pipeline.files import write_atomically
-from tools.common.crop_dataset import REJECTS, SETTINGS
+from tools.common.dataset_files import REJECTS, SETTINGS
 from tools.common.dataset_walk import Files
 from tools.common.image_formats import decode, decode_file, is_stored_as
 from tools.common.image_headers import BadImageError

@@ -120,7 +120,7 @@ class DatasetHash:
 
     def add(self, path: str, sha256: str) -> None:
         """Take in one crop."""
-        digest = hashlib.sha256(f"{path}\0{sha256}".encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(f"{path}\0{sha256}".encode("utf-8", "surrogatepass")).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self.count += 1
 
@@ -183,7 +183,7 @@ class ManifestIndex:
 
 
 def _key(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _line_at(descriptor: int, offset: int) -> bytes:

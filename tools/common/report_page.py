@@ -11,7 +11,7 @@ import jinja2
 
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from tools.common import report_charts, report_tiles
-from tools.common.crop_dataset import shown
+from tools.common.dataset_files import shown
 from tools.common.dataset_lists import FileList
 from tools.common.dataset_rejects import MEANINGS, Rejects
 from tools.common.dataset_sampling import Histogram, Tally
