@@ -1,0 +1,267 @@
+"""How fast the dataset tools are, as ratios within one run: same files, same cores, one after the other in turns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import cv2
+import numpy as np
+import tyro
+
+from benchmarks import straightforward
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import MANIFEST
+from tools import check_training_data, images_to_data
+from tools.common.dataset_walk import walk
+from tools.common.image_formats import encode
+from tools.common.image_judging import DaliDecoder
+from tools.common.manifest import CropRecord, format_line
+from tools.common.parallel import quiet_libraries
+from tools.common.quality import crop_gates, picture_gates
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure images_to_data.py and check_training_data.py on your own photographs, and their memory on many files.
+
+    cut: crops a core-second against the straightforward way (Pillow, a process a core, random places, PNG level 6).
+    check: files a second against a bare loop over the decoder (DALI, a decoder a thread), and --fast against both.
+    memory: the greatest resident size of the tools on a generated tree of many small files.
+
+    Example: python benchmarks/tools.py ~/Pictures/Kodak ~/Pictures/Urban100
+    """
+
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = ()
+    """Folders of photographs, PNG for the comparison's sake (JPEGs are halved by our tool, not by the other)."""
+    only: tuple[Literal["cut", "check", "memory"], ...] = ("cut", "check", "memory")
+    """What is measured."""
+    size: int = 512
+    """Height and width of the crops."""
+    rounds: int = 3
+    """How often each is measured; the median counts."""
+    num_files: int = 100_000
+    """How many files the tree for the memory measurement has."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall and CPU seconds (all processes) of a piece of work, and what it made."""
+
+    wall: float
+    cpu: float
+    crops: int = 0
+    bytes: int = 0
+
+
+def main(options: Options) -> int:
+    """Measure and print."""
+    if options.rounds < 1 or options.num_files < 100:
+        raise UserError("--rounds must be at least 1 and --num-files at least 100")
+    names = [folder / name for folder in options.photos for name in walk(folder, MANIFEST).encoded]
+    if not names and {"cut", "check"} & {*options.only}:
+        raise UserError("no photographs: give folders of PNG photographs, or --only memory")
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = Path(scratch) / "photos"
+        for number, name in enumerate(names):  # one folder, so that both ways see the same
+            (photos / str(number // 1000)).mkdir(parents=True, exist_ok=True)
+            os.symlink(name.resolve(), photos / str(number // 1000) / f"{number:06d}{name.suffix}")
+        if "cut" in options.only:
+            _measure_cut(photos, Path(scratch), options)
+        if "check" in options.only:
+            _measure_check(photos, Path(scratch), options)
+        if "memory" in options.only:
+            _measure_memory(Path(scratch), options.num_files)
+    return 0
+
+
+def _measure_cut(photos: Path, scratch: Path, options: Options) -> None:
+    ways = {"straightforward, png": (_cut_straightforward, "png"), "images_to_data, npy": (_cut_ours, "npy"),
+            "images_to_data, webp": (_cut_ours, "webp"), "images_to_data, png": (_cut_ours, "png")}
+    costs: dict[str, list[Cost]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way, (work, form) in ways.items():
+            out = scratch / "crops"
+            costs[way].append(_in_child(work, photos, out, options.size, form))
+            shutil.rmtree(out)
+    base = _rate(costs["straightforward, png"])
+    print(f"\ncut into {options.size}x{options.size} crops (median of {options.rounds})")
+    print(f"{'':24}{'crops':>8}{'MB':>8}{'kB/crop':>9}{'CPU s':>8}{'wall s':>8}{'crops/core-s':>14}{'ratio':>8}")
+    for way, runs in costs.items():
+        crops, megabytes = runs[0].crops, runs[0].bytes / 1e6
+        print(f"{way:24}{crops:8}{megabytes:8.0f}{megabytes * 1e3 / crops:9.0f}"
+              f"{statistics.median(cost.cpu for cost in runs):8.2f}"
+              f"{statistics.median(cost.wall for cost in runs):8.2f}{_rate(runs):14.1f}{_rate(runs) / base:8.2f}")
+    more = costs["images_to_data, npy"][0].crops / costs["straightforward, png"][0].crops
+    print(f"crops from the same photographs: {more:.2f} times as many")
+
+
+def _rate(costs: list[Cost]) -> float:
+    """Crops a core-second."""
+    return statistics.median(cost.crops / cost.cpu for cost in costs)
+
+
+def _cut_straightforward(photos: Path, out: Path, size: int, _: str) -> None:
+    straightforward.cut_folder(sorted(photos.rglob("*.*")), out, size, straightforward.core_count())
+
+
+def _cut_ours(photos: Path, out: Path, size: int, form: str) -> None:
+    status = images_to_data.main(images_to_data.Options(photos=photos, out=out, size=size, format=form))
+    if status:
+        raise RuntimeError("images_to_data.py failed on these photographs")
+
+
+def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
+    folders = {"the photographs": photos}
+    for form in ("npy", "webp"):
+        folders[f"{form} crops"] = scratch / form
+        _in_child(_cut_ours, photos, scratch / form, options.size, form)
+    print(f"\ncheck (median of {options.rounds}; the share is of the bare loop's rate, a core-second and wall)")
+    print(f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}{'wall':>7}{'--fast s':>10}{'full / fast':>13}")
+    for what, folder in folders.items():
+        runs: dict[str, list[Cost]] = {"bare": [], "full": [], "fast": []}
+        for _ in range(options.rounds):
+            for name, costs in runs.items():
+                costs.append(_in_child(_CHECKS[name], folder, folder, options.size, ""))
+        cpu = {name: statistics.median(cost.cpu for cost in costs) for name, costs in runs.items()}
+        wall = {name: statistics.median(cost.wall for cost in costs) for name, costs in runs.items()}
+        print(f"{what:24}{wall['bare']:12.2f}{wall['full']:9.2f}{cpu['bare'] / cpu['full']:8.2f}"
+              f"{wall['bare'] / wall['full']:7.2f}{wall['fast']:10.3f}{cpu['full'] / cpu['fast']:13.1f}")
+    for form in ("npy", "webp"):
+        shutil.rmtree(scratch / form)
+
+
+def _bare_loop(folder: Path, _: Path, __: int, ___: str) -> None:
+    """Read and decode every file on a thread a core, and nothing else."""
+    of_thread = threading.local()
+
+    def decode(name: str) -> None:
+        if name.endswith(".npy"):
+            np.load(folder / name)
+            return
+        if not hasattr(of_thread, "decoder"):
+            of_thread.decoder = DaliDecoder()
+        of_thread.decoder.decode((folder / name).read_bytes())
+
+    with quiet_libraries(), ThreadPoolExecutor(straightforward.core_count()) as pool:
+        list(pool.map(decode, walk(folder, MANIFEST).images))
+
+
+def _check(folder: Path, fast: bool) -> None:
+    check_training_data.main(check_training_data.Options(data_dir=folder, fast=fast, min_size=1))
+
+
+def _full_check(folder: Path, _: Path, __: int, ___: str) -> None:
+    _check(folder, fast=False)
+
+
+def _fast_check(folder: Path, _: Path, __: int, ___: str) -> None:
+    _check(folder, fast=True)
+
+
+_CHECKS: dict[str, Callable[[Path, Path, int, str], None]] = {
+    "bare": _bare_loop, "full": _full_check, "fast": _fast_check}
+
+
+def _in_child(work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str) -> Cost:
+    """Do the work in a fresh process; its start and its imports do not count."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_timed, work, photos, out, size, form).result()
+
+
+def _timed(work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str) -> Cost:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        if work in _CHECKS.values():
+            work(photos, out, size, form)  # loads what is loaded on first use, and fills the page cache
+        before, started = _cpu_seconds(), time.monotonic()
+        work(photos, out, size, form)
+        wall, cpu = time.monotonic() - started, _cpu_seconds() - before
+    crops = [path for path in out.rglob("x*_*.*") if path.is_file()] or list(out.glob("*.png"))
+    return Cost(wall, cpu, len(crops), sum(path.stat().st_size for path in crops))
+
+
+def _cpu_seconds() -> float:
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _measure_memory(scratch: Path, num_files: int) -> None:
+    print(f"\nmemory: greatest resident size in MB, on {num_files // 10} and on {num_files} files")
+    sizes: dict[str, list[float]] = {}
+    for count in (num_files // 10, num_files):
+        tree = scratch / f"tree{count}"
+        _grow_tree(tree, count)
+        for name, arguments in _MEMORY_RUNS.items():
+            command = [sys.executable, str(ROOT / "tools" / arguments[0]), *arguments[1:]]
+            command = [part.replace("TREE", str(tree)) for part in command]
+            sizes.setdefault(name, []).append(_peak_megabytes(command))
+        shutil.rmtree(tree)
+    for name, (few, many) in sizes.items():
+        slope = (many - few) * 1e6 / (num_files - num_files // 10)
+        million = many + slope * (1e6 - num_files) / 1e6
+        print(f"{name:32}{few:8.0f}{many:8.0f}   {slope:6.0f} bytes a file: {million:.0f} MB at a million")
+
+
+_MEMORY_RUNS = {
+    "check_training_data": ["check_training_data.py", "--data-dir", "TREE/crops", "--min-size", "32"],
+    "check_training_data --fast": ["check_training_data.py", "--data-dir", "TREE/crops", "--min-size", "32", "--fast"],
+    "select_training_files": ["select_training_files.py", "--data-dir", "TREE/crops"],
+    "list_data_folders": ["list_data_folders.py", "--data-dir", "TREE/crops"],
+    "images_to_data": ["images_to_data.py", "TREE/photos", "TREE/cut", "--size", "32"],
+    "images_to_data, once more": ["images_to_data.py", "TREE/photos", "TREE/cut", "--size", "32"],
+}
+
+
+def _grow_tree(tree: Path, count: int) -> None:
+    """`count` photographs of 32 x 32 pixels, and as many crops with their manifest."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        photo = tree / f"photos/{number // 1000:04d}/{number:08d}.bmp"
+        crop = tree / f"crops/{number // 1000:04d}/{number:08d}.npy"
+        if number % 1000 == 0:
+            photo.parent.mkdir(parents=True)
+            crop.parent.mkdir(parents=True)
+            manifest = open(crop.parent / MANIFEST, "w")  # noqa: SIM115 - closed when the next folder begins
+        photo.write_bytes(cv2.imencode(".bmp", pixels)[1].tobytes())
+        content = encode(pixels, "npy")
+        crop.write_bytes(content)
+        manifest.write(format_line(CropRecord(crop.name, photo.name, 1, 0, 0, 32, len(content),
+                                              hashlib.sha256(pixels).hexdigest(), "numpy",
+                                              {**crop_gates(pixels), **picture_gates(pixels)}, 1, 1, 1)))
+        if number % 1000 == 999 or number == count - 1:
+            manifest.close()
+
+
+def _peak_megabytes(command: list[str]) -> float:
+    """The greatest resident size of a command, measured by a process of its own."""
+    code = ("import resource, subprocess, sys, json; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+            "print(json.dumps([r.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))")
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    status, kilobytes = json.loads(result.stdout.splitlines()[-1])
+    if status > 1:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
+    return kilobytes * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    run(Options, main)
