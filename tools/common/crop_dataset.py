@@ -72,8 +72,9 @@ class CropDataset:
         for file in (self._rejects, self._manifest):
             os.fsync(file.fileno())
             file.close()
-        if (self.out / REJECTS).stat().st_size == 0:
-            (self.out / REJECTS).unlink()
+        for name in (REJECTS, MANIFEST):
+            if (self.out / name).stat().st_size == 0:
+                (self.out / name).unlink()
 
     def add(self, result: UnitResult) -> None:
         """Write down what became of a unit: only now, with all its crops on disk, and whole."""
@@ -125,11 +126,7 @@ class CropDataset:
 
         Torn lines, missing or shortened crops, and sources that changed since are all found here.
         """
-        path = self.out / MANIFEST
-        if not path.exists():
-            return
-        mended = path.with_name(f".{MANIFEST}.tmp")
-        with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
+        with _mending(self.out / MANIFEST) as (old, new):
             for folder, records in _by_folder(old):
                 if folder not in self._finished and self._is_whole(records):
                     self._finished.add(folder)
@@ -138,7 +135,6 @@ class CropDataset:
                     new.write(format_lines(records))
                 elif folder not in self._finished and (self.out / folder).is_dir():
                     remove_crops(self.out / folder)
-        _replace(path, mended)
 
     def _is_whole(self, records: list[CropRecord]) -> bool:
         """Whether all crops of a unit are on disk in full, and its source is still the same (or gone)."""
@@ -163,30 +159,35 @@ class CropDataset:
 
     def _mend_rejects(self) -> None:
         """Keep the rejects of finished units and those that stand until their source changes."""
-        path = self.out / REJECTS
-        if not path.exists():
-            return
-        mended = path.with_name(f".{REJECTS}.tmp")
-        with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
-            kept = set()
+        kept = set()
+        with _mending(self.out / REJECTS) as (old, new):
             for folder, lines in reject_groups(old):
                 is_settled = all(values["whole"] and values["gate"] in FINAL_GATES for values in lines) \
                     and self._stamp_of(lines[0]["photo"]) in (None, _stamp(lines[0]))
                 if folder not in kept and (folder in self._finished or is_settled):
                     kept.add(folder)
                     new.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
-            self._finished |= kept
-        _replace(path, mended)
+        self._finished |= kept
 
 
-def _replace(path: Path, mended: Path) -> None:
-    """Put the mended file in the place of the old one, unless nothing was to be mended."""
-    if filecmp.cmp(path, mended, shallow=False):
-        mended.unlink()
-        return
-    with open(mended, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(mended, path)
+@contextmanager
+def _mending(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
+    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be mended."""
+    mended = path.with_name(f".{path.name}.tmp")
+    try:
+        if not path.exists():
+            path.touch()
+        with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
+            yield old, new
+            new.flush()
+            os.fsync(new.fileno())
+        if not filecmp.cmp(path, mended, shallow=False):
+            os.replace(mended, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be mended: {error.strerror or error}; make room or mend the permissions, then "
+                        "run the same command again") from error
+    finally:
+        mended.unlink(missing_ok=True)
 
 
 def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]:

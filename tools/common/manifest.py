@@ -56,7 +56,14 @@ def parse_line(line: str | bytes) -> CropRecord | None:
         return None
     if not all(type(values[name]) in _OPTIONAL[name] for name in values.keys() - _REQUIRED.keys()):
         return None
+    if not (_is_inside(values["path"]) and _is_inside(values.get("lr", "lr"))):
+        return None
     return CropRecord(**values)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path stays below the folder that it is relative to: files of that name may be deleted and read."""
+    return bool(path) and not path.startswith("/") and "\0" not in path and ".." not in path.split("/")
 
 
 def format_line(record: CropRecord) -> str:
