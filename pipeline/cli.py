@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -33,30 +33,84 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def run(options: Callable[..., Options], main: Callable[[Options], int | None],
-        arguments: Sequence[str] | None = None) -> NoReturn:
+        arguments: Sequence[str] | None = None, *, ends_with_reader: bool = False) -> NoReturn:
     """Parse the command line into `options` (a dataclass), call `main(options)` and exit.
 
     Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or an
     argument that does not parse; 1 with one line for a `RunError`, and with the traceback for our own mistakes; 130
-    after CTRL+C.
+    after CTRL+C. Where the reader of stdout goes away (`command | head`) the work goes on to its end, unheard, and
+    gives its own status; with `ends_with_reader`, for commands whose output is all they do, it ends with status 0.
     """
-    parsed = _parse(options, arguments)
-    try:
-        status = main(parsed) or 0
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except RunError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # `command | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+    with _stdout_outliving_its_reader(ends_with_reader):
+        try:
+            status = main(_parse(options, arguments)) or 0
+            sys.stdout.flush()
+        except UserError as error:
+            _tell(f"error: {error}")
+            status = 2
+        except RunError as failure:
+            _tell(f"error: {failure}")
+            status = 1
+        except KeyboardInterrupt:
+            _tell("stopped")
+            status = 130
     sys.exit(status)
+
+
+class _Stdout(io.FileIO):
+    """stdout, which writes into nothing once its reader is gone; the child processes of later on do so too."""
+
+    def __init__(self, descriptor: int, ends_with_reader: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._ends_with_reader = ends_with_reader
+
+    def write(self, data: bytes | memoryview) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            _silence(self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise RunError(f"stdout cannot be written: {error.strerror}; make room where it leads to") from error
+            if self._ends_with_reader:
+                sys.exit(0)
+            return memoryview(data).nbytes
+
+
+@contextlib.contextmanager
+def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
+    """Put a `_Stdout` in the place of `sys.stdout`, unless that is a terminal or not the process's own."""
+    if sys.stdout is None:  # `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    plain = sys.stdout
+    if plain is not sys.__stdout__ or plain.isatty():
+        yield
+        return
+    plain.flush()
+    raw = _Stdout(plain.fileno(), ends_with_reader)
+    is_unbuffered = plain.write_through  # python -u
+    lasting = io.TextIOWrapper(raw if is_unbuffered else io.BufferedWriter(raw), plain.encoding, plain.errors,
+                               line_buffering=plain.line_buffering, write_through=is_unbuffered)
+    sys.stdout = lasting
+    try:
+        yield
+    finally:
+        sys.stdout = plain
+        lasting.flush()
+
+
+def _silence(descriptor: int) -> None:
+    """Let all that is written to a descriptor from now on go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _tell(line: str) -> None:
+    """One line on stderr; the exit status must not depend on whether anybody reads it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # `2>&1 | head`
+        _silence(sys.stderr.fileno())
 
 
 def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> Options:
@@ -68,7 +122,7 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
         name = argument.partition("=")[0].replace("_", "-")
         if re.match(r"--?[A-Za-z]", name) and name not in known:
             hint = nearest(name, [flag for flag in known if flag.startswith("--")])
-            print(f"error: unknown option {argument}{hint} (--help lists all)", file=sys.stderr)
+            _tell(f"error: unknown option {argument}{hint} (--help lists all)")
             sys.exit(2)
     boxed = io.StringIO()
     try:
@@ -76,10 +130,10 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
             parsed, unknown = tyro.cli(options, prog=prog, args=arguments, config=config, return_unknown_args=True)
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_unboxed(boxed.getvalue())}", file=sys.stderr)
+            _tell(f"error: {_unboxed(boxed.getvalue())}")
         raise
     if unknown:
-        print(f"error: unknown argument {unknown[0]} (--help lists all)", file=sys.stderr)
+        _tell(f"error: unknown argument {unknown[0]} (--help lists all)")
         sys.exit(2)
     return parsed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,105 @@ def test_help_teaches_and_an_unknown_option_names_the_nearest(name: str, tmp_pat
     assert "default" in done.stdout or name.endswith("make_demo_dataset.py")
     assert_one_line(script(name, "--hepl", home=tmp_path), "unknown option --hepl; did you mean '--help'?")
     assert list(tmp_path.iterdir()) == []
+
+
+def unread(name: str | Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script whose stdout is a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run([sys.executable, str(ROOT / name), *arguments], env={**environment(), **variables},
+                              stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writer)
+
+
+def test_help_without_a_reader_is_no_error() -> None:
+    done = unread("tools/benchmark_formats.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_work_goes_on_when_the_reader_is_gone(tmp_path: Path, unbuffered: str) -> None:
+    """`check_training_data.py --clean ... | head -1` cleans all, and still says by its status that files were bad."""
+    for number in range(5):
+        (tmp_path / f"{number}.npy").write_bytes(b"")
+    done = unread("tools/check_training_data.py", "--data-dir", str(tmp_path), "--clean", PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quarantine"]
+    assert sorted(path.name for path in (tmp_path / "quarantine").glob("*.npy")) == [f"{n}.npy" for n in range(5)]
+
+
+COMMAND = """
+import subprocess, sys
+from dataclasses import dataclass
+from pathlib import Path
+from pipeline.cli import UserError, run
+
+@dataclass
+class Options:
+    out: Path
+    fault: str = ""
+
+def main(options):
+    for number in range(100_000):
+        print(number)
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
+    options.out.write_text("done")
+    if options.fault == "user":
+        raise UserError("a bad thing; do another")
+    if options.fault == "pipe":
+        raise BrokenPipeError("of another pipe")
+    return 3
+
+run(Options, main, ends_with_reader=%s)
+"""
+
+
+@pytest.mark.parametrize(("fault", "status", "error"), [
+    ("", 3, ""), ("user", 2, "error: a bad thing; do another\n"), ("pipe", 1, "BrokenPipeError: of another pipe")])
+def test_the_status_does_not_depend_on_the_reader(tmp_path: Path, fault: str, status: int, error: str) -> None:
+    (tmp_path / "command.py").write_text(COMMAND % False)
+    arguments = ("--out", str(tmp_path / "out"), *(("--fault", fault) if fault else ()))
+    done = unread(tmp_path / "command.py", *arguments)
+    assert done.returncode == status
+    assert error in done.stderr
+    assert bool(error) == bool(done.stderr)
+    assert (tmp_path / "out").read_text() == "done"
+    whole = script(str(tmp_path / "command.py"), *arguments)
+    assert whole.returncode == status
+    assert whole.stdout == "".join(f"{number}\n" for number in range(100_000)) + "from a child\n"
+
+
+def test_a_command_that_only_tells_ends_with_its_reader(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(COMMAND % True)
+    done = unread(tmp_path / "command.py", "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("target", "status", "error"), [
+    ("/dev/full", 1, "error: stdout cannot be written: No space left on device; make room where it leads to\n"),
+    ("&-", 0, "")])
+@pytest.mark.parametrize("what", ["--help", '--data-dir "$DATASET"'])
+def test_stdout_that_cannot_be_written(dataset: Path, what: str, target: str, status: int, error: str) -> None:
+    if target == "/dev/full" and not os.path.exists(target):
+        pytest.skip("only Linux has /dev/full")
+    line = f'"{sys.executable}" tools/list_data_folders.py {what} >{target}'
+    done = subprocess.run(["sh", "-c", line], env={**environment(), "DATASET": str(dataset)}, cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_the_status_does_not_depend_on_who_reads_the_errors() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for arguments in (["--hepl"], ["--data-dir", "/nowhere"]):
+        command_line = [sys.executable, str(ROOT / "tools/check_training_data.py"), *arguments]
+        assert subprocess.run(command_line, env=environment(), stdout=writer, stderr=writer, timeout=60,
+                              check=False).returncode == 2
+    os.close(writer)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

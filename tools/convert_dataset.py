@@ -21,7 +21,7 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from tools.common.dataset_files import shown
-from tools.common.dataset_walk import Files, walk
+from tools.common.dataset_walk import IMAGES, Files, scan, walk
 from tools.common.format_conversion import (
     Converter,
     carry_over,
@@ -47,7 +47,9 @@ class Options:
     checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists are carried over
     with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, animations)
     are refused and reported, never reduced. SOURCE stays as it is, unless --remove-source says otherwise.
-    A run that was stopped or killed goes on where it was when started again.
+    A run that was stopped or killed goes on where it was when started again; what is there already is compared once
+    more, and made again where it is damaged. The tool that made the dataset can go on in OUT, given the new --format;
+    not in JPEG 2000, which those tools do not write. Images of OUT whose source is gone by now are named, and stay.
 
     Example: python tools/convert_dataset.py ~/dataset ~/dataset_webp --to webp
     """
@@ -60,8 +62,9 @@ class Options:
     to: Literal["npy", "png", "webp", "jp2"]
     """The format to convert to."""
     remove_source: bool = False
-    """Delete each source image once its converted file is verified and safely on the disk, so that there is never more
-    than one copy of the dataset; manifests and lists go last, and only if nothing failed."""
+    """Delete each source image once its converted file, new or of an earlier run, holds the same pixels and is safely
+    on the disk, so that there is never more than one copy of the dataset; manifests and lists go last, and only if
+    nothing failed."""
     max_megapixels: float = 300
     """Refuse larger images before they are decoded: they could fill the memory."""
     threads: int = 0
@@ -92,8 +95,9 @@ def main(options: Options) -> int:
     prepare_decoders()
     started, cpu = time.monotonic(), _cpu_seconds()
     threads = thread_count(options.threads)
-    with _claimed(out, source, options.to), contextlib.closing(ManifestIndex(source, files.manifests)) as index, \
-            quiet_libraries(), parallel_encoder(options.to, threads) as encode:
+    with _claimed(out, source, options) as sources_were_removed, \
+            contextlib.closing(ManifestIndex(source, files.manifests)) as index, quiet_libraries(), \
+            parallel_encoder(options.to, threads) as encode:
         converter = Converter(source, out, options.to, index, encode, removes=options.remove_source,
                               max_megapixels=options.max_megapixels)
         totals = _convert_all(converter, files.images, threads)
@@ -102,6 +106,8 @@ def main(options: Options) -> int:
     _report(totals, files, out, wall, _cpu_seconds() - cpu)
     if lost:
         print(f"left out of the manifests and lists, for there is no converted file: {lost} entries")
+    if not sources_were_removed:
+        _report_surplus(files.images, out, options.to)
     if options.remove_source and not (totals.failed or lost):
         remove_bookkeeping(files)
     return 1 if totals.failed or lost else 0
@@ -132,9 +138,13 @@ def _refuse_collisions(names: list[str], form: str) -> None:
 
 
 @contextmanager
-def _claimed(out: Path, source: Path, form: str) -> Iterator[None]:
-    """Hold `out` for this process alone, and for this conversion alone."""
-    claim = {"tool": "convert_dataset", "to": form, "source": os.path.relpath(source.resolve(), out.resolve())}
+def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
+    """Hold `out` for this process alone, and for this conversion alone; gives whether sources were or will be removed.
+
+    The claim is the file's first line; a second one says that a run had --remove-source.
+    """
+    claim = json.dumps({"tool": "convert_dataset", "to": options.to,
+                        "source": os.path.relpath(source.resolve(), out.resolve())})
     way_out = "choose a new OUT, or empty it"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -149,14 +159,16 @@ def _claimed(out: Path, source: Path, form: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{out}: another convert_dataset.py is writing there; wait for it or stop it") from None
         file.seek(0)
-        text = file.read()
-        if text and text != json.dumps(claim) + "\n":
-            raise UserError(f"{out}: begun as {text.strip()}, not {json.dumps(claim)}; {way_out}")
-        if not text:
-            file.write(json.dumps(claim) + "\n")
-            file.flush()
+        lines = file.read().splitlines()
+        if lines and lines[0] != claim:
+            raise UserError(f"{out}: begun as {lines[0]}, not {claim}; {way_out}")
+        if not lines:
+            file.write(claim + "\n")
+        if options.remove_source and len(lines) < 2:
+            file.write(json.dumps({"remove_source": True}) + "\n")
+        file.flush()
         _remove_half_written(out)
-        yield
+        yield options.remove_source or len(lines) > 1
 
 
 def _remove_half_written(out: Path) -> None:
@@ -203,10 +215,27 @@ def _report(totals: Totals, files: Files, out: Path, wall: float, cpu: float) ->
         before, after, megapixels = totals.bytes_before / 1e6, totals.bytes_after / 1e6, totals.pixels / 1e6
         print(f"{before:.1f} MB before, {after:.1f} MB after: {after / before:.3f} of it, "
               f"{after / 3 / megapixels:.3f} of the raw pixels")
+        wall, cpu = max(wall, 0.01), max(cpu, 0.01)  # the system counts CPU time in hundredths of a second
         print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
               f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second")
     if files.linked_folders:
         print(f"links to folders were not followed: {', '.join(map(shown, files.linked_folders))}")
+
+
+def _report_surplus(sources: list[str], out: Path, form: str) -> None:
+    """Name the converted images whose source is gone: moved to a quarantine since an earlier run, or deleted."""
+    expected = {converted_name(name, form) for name in sources}
+    count = 0
+    for kind, name in scan(out, MANIFEST):
+        if kind in IMAGES and name.endswith(f".{form}") and name not in expected:
+            count += 1
+            if count <= NUM_SHOWN:
+                print(f"no source any more: {shown(name)}")
+    if count > NUM_SHOWN:
+        print(f"... and {count - NUM_SHOWN} more without a source")
+    if count:
+        print(f"{count} images in {out} have no source any more; they stay, as do their lines in lists and manifests: "
+              "delete them if they were cleaned away")
 
 
 if __name__ == "__main__":

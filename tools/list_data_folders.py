@@ -135,4 +135,4 @@ def as_json(statistics: Statistics) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run(Options, main)
+    run(Options, main, ends_with_reader=True)

@@ -143,4 +143,4 @@ def _to_go(files: int, rate: float) -> str:
 
 
 if __name__ == "__main__":
-    run(Options, main)
+    run(Options, main, ends_with_reader=True)

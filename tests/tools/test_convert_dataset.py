@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from dataset_corpus import (
     CHECKOUT,
+    UNGATED,
     assert_user_error,
     deep_png,
     encoded,
@@ -207,6 +210,124 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
     changed.write_bytes(npy(photograph(50, 50, 10)))
     assert "1 images converted" in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
     np.testing.assert_array_equal(decode_file(tmp_path / "out/new.png"), photograph(50, 50, 10))
+
+
+def keep_time(path: Path, content: bytes) -> None:
+    """New content under the old modification time, as archives with whole-second stamps make it."""
+    status = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_an_equal_time_does_not_make_new_pixels_the_old_ones(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"a.npy": npy(photograph(50, 50, 1)), "b.npy": npy(photograph(50, 50, 2))})
+    assert convert(tmp_path / "in", tmp_path / "out", "--to", "webp").returncode == 0
+    keep_time(tmp_path / "in/a.npy", npy(photograph(50, 50, 3)))
+    result = convert(tmp_path / "in", tmp_path / "out", "--to", "webp", "--remove-source")
+    assert result.returncode == 1, result.stdout
+    assert "not converted: a.npy: " in result.stdout
+    assert "holds other pixels" in result.stdout
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.npy"]  # b was compared, and is gone
+    np.testing.assert_array_equal(np.load(tmp_path / "in/a.npy"), photograph(50, 50, 3))
+    assert_same(pixels_of(tmp_path / "out", "webp"), {"a": photograph(50, 50, 1), "b": photograph(50, 50, 2)})
+    # without --remove-source the copy follows its source
+    assert "1 images converted" in convert(tmp_path / "in", tmp_path / "out", "--to", "webp").stdout
+    assert_same(pixels_of(tmp_path / "out", "webp"), {"a": photograph(50, 50, 3), "b": photograph(50, 50, 2)})
+
+
+@pytest.mark.parametrize("removes", [False, True])
+@pytest.mark.parametrize("form", ["npy", "png"])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_damaged_copy_is_made_again(form: str, removes: bool, is_recorded: bool, tmp_path: Path) -> None:
+    crops = make_dataset(tmp_path / "data", "webp")
+    if not is_recorded:
+        (tmp_path / "data/DIV2K/manifest.jsonl").unlink()
+    assert convert(tmp_path / "data", tmp_path / "out", "--to", form).returncode == 0
+    cut, flipped = (tmp_path / f"out/DIV2K/a.png/x1_{number:03d}_000.{form}" for number in (0, 2))
+    keep_time(cut, cut.read_bytes()[:-700])
+    if not removes:  # a copy that can be read but differs may be another image's: see above
+        pixels = decode_file(flipped).copy()
+        pixels[7, 7] ^= 1
+        keep_time(flipped, encode(pixels, form))
+    result = convert(tmp_path / "data", tmp_path / "out", "--to", form, *(["--remove-source"] if removes else []))
+    assert result.returncode == 0, result.stdout
+    assert f"{1 if removes else 2} images converted" in result.stdout
+    assert_same(pixels_of(tmp_path / "out", form), crops)
+    assert bool(pixels_of(tmp_path / "data", "webp")) is not removes
+
+
+def test_a_copy_that_is_the_source_itself_is_no_copy(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"h/a.npy": npy(photograph(40, 40)), "b.npy": npy(photograph(40, 40, 1))})
+    assert convert(tmp_path / "in", tmp_path / "out", "--to", "npy").returncode == 0
+    (tmp_path / "out/h/a.npy").unlink()
+    (tmp_path / "out/h").rmdir()
+    (tmp_path / "out/h").symlink_to(tmp_path / "in/h")
+    result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy", "--remove-source")
+    assert result.returncode == 1
+    assert "h/a.npy: " in result.stdout
+    assert "is the same file" in result.stdout
+    assert list(tree(tmp_path / "in")) == ["h/a.npy"]
+
+
+def test_copies_without_a_source_are_named_and_stay(tmp_path: Path) -> None:
+    crops = make_dataset(tmp_path / "data", count=4)
+    assert "no source any more" not in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
+    moved = tmp_path / "data/quarantine/DIV2K/a.png/x1_002_000.npy"
+    moved.parent.mkdir(parents=True)
+    (tmp_path / "data/DIV2K/a.png/x1_002_000.npy").rename(moved)
+    result = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
+    assert result.returncode == 0, result.stdout
+    assert "no source any more: DIV2K/a.png/x1_002_000.png\n" in result.stdout
+    assert f"1 images in {tmp_path / 'out'} have no source any more" in result.stdout
+    assert_same(pixels_of(tmp_path / "out", "png"), crops)
+
+
+def test_copies_whose_source_was_removed_are_not_called_surplus(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    rotten = tmp_path / "data/DIV2K/a.png/x1_001_000.npy"
+    content = rotten.read_bytes()
+    rotten.write_bytes(content[:-1])
+    assert convert(tmp_path / "data", tmp_path / "out", "--to", "png", "--remove-source").returncode == 1
+    rotten.write_bytes(content)
+    for more in ([], ["--remove-source"]):
+        result = convert(tmp_path / "data", tmp_path / "out", "--to", "png", *more)
+        assert result.returncode == 0, result.stdout
+        assert "no source" not in result.stdout
+    assert len(pixels_of(tmp_path / "out", "png")) == 3
+
+
+def test_the_tool_that_made_the_pairs_goes_on_in_the_converted_folder(tmp_path: Path) -> None:
+    pixels = photograph(96, 96)
+    half = cv2.resize(pixels, (48, 48), interpolation=cv2.INTER_AREA)
+    write_files(tmp_path, {"HR/a.png": encoded(pixels, "png"), "LR/a.png": encoded(half, "png")})
+    cut = partial(run_tool, "pairs_to_data", tmp_path / "HR", tmp_path / "LR", "--scale", 2, "--size", 48, *UNGATED)
+    assert cut("--out", tmp_path / "crops").returncode == 0
+    out = tmp_path / "deep/down/webp"
+    assert convert(tmp_path / "crops", out, "--to", "webp").returncode == 0
+    result = cut("--out", out, "--format", "webp")
+    assert result.returncode == 0, result.stderr
+    assert "1 pairs were there already" in result.stdout
+    assert convert(tmp_path / "crops", tmp_path / "jp2", "--to", "jp2").returncode == 0
+    assert_user_error(cut("--out", tmp_path / "jp2", "--format", "webp"), 'begun with format = "jp2"')
+
+
+def test_the_places_of_all_sources_follow(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    settings = {"format": "npy", "photos": "../../HR", "lr": "../../LR", "videos": "../../films", "tool": "..",
+                "against": ["/benchmarks"]}
+    (tmp_path / "data/DIV2K/dataset.json").write_text(json.dumps(settings))
+    assert convert(tmp_path / "data", tmp_path / "deep/out", "--to", "png").returncode == 0
+    assert json.loads((tmp_path / "deep/out/DIV2K/dataset.json").read_text()) == settings | {
+        "format": "png", "photos": "../../../HR", "lr": "../../../LR", "videos": "../../../films"}
+
+
+def test_a_sparse_file_is_one_bad_image(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", dict.fromkeys(["a.png", "b.png"], encoded(photograph(40, 40), "png")))
+    os.truncate(tmp_path / "in/a.png", 3 << 40)
+    result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "not converted: a.png: " in result.stdout
+    assert "1 images converted" in result.stdout
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:

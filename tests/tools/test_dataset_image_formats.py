@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import cv2
@@ -114,6 +115,16 @@ def test_files_of_every_kind_are_decoded(tmp_path: Path) -> None:
         decode_file(tmp_path / "plain.png", max_megapixels=0.001)
     with pytest.raises(FileNotFoundError):
         decode_file(tmp_path / "missing.npy")
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "tiff", "jpeg2000"])
+def test_a_file_far_larger_than_its_pixels_is_refused_unread(form: str, tmp_path: Path) -> None:
+    (tmp_path / "sparse.png").write_bytes(encoded(photograph(40, 50), form))
+    os.truncate(tmp_path / "sparse.png", 3 << 40)
+    with pytest.raises(BadImageError, match="40x50"):
+        decode_file(tmp_path / "sparse.png")
+    (tmp_path / "notes.png").write_bytes(encoded(photograph(40, 50), form) + bytes(1 << 20))  # some thumbnail, say
+    np.testing.assert_equal(decode_file(tmp_path / "notes.png").shape, (40, 50, 3))
 
 
 def frames(form: str, **options: object) -> bytes:

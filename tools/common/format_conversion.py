@@ -27,7 +27,10 @@ from tools.common.dataset_files import REJECTS, SETTINGS
 from tools.common.dataset_walk import Files
 from tools.common.image_formats import decode, decode_file, is_stored_as
 from tools.common.image_headers import BadImageError
-from tools.common.manifest import ManifestIndex, format_line, iterate_lines
+from tools.common.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
+
+PLACES = ("photos", "lr", "videos")
+"""The entries of dataset.json that say where the sources lie, relative to the dataset."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,22 @@ class Converter:
 
     def __call__(self, name: str) -> Converted:
         """Convert one image. Bad images are a result; `UserError` where nothing can be written."""
-        path, target = self._source / name, self._out / converted_name(name, self._form)
         try:
-            status = path.stat()
-            if target.exists():
-                if target.stat().st_mtime_ns == status.st_mtime_ns:  # verified before it got its name
-                    self._remove(path)
-                    return Converted(name)
-                if self._removes:
-                    raise BadImageError(f"{target} exists and was made from another image; rename the source")
-            data, pixels = self._read(path, name)
+            return self._convert(name)
         except (BadImageError, BadNpyError) as error:
             return Converted(name, getattr(error, "reason", str(error)))
         except OSError as error:
             return Converted(name, f"could not be read: {error.strerror or error}")
+
+    def _convert(self, name: str) -> Converted:
+        """Convert one image, unless an earlier run has done so."""
+        path, target = self._source / name, self._out / converted_name(name, self._form)
+        status, record = path.stat(), self._index.get(name)
+        if target.exists() and self._is_done(path, target, status, record):
+            self._remove(path, target, status)
+            return Converted(name)
+        pixels = self._pixels(path, record)
+        data = path.read_bytes() if is_stored_as(path, self._form) else self._encode(pixels)
         try:
             reason = self._write(target, data, pixels, status)
         except OSError as error:
@@ -82,17 +87,36 @@ class Converter:
                             "run the same command again: it goes on where it stopped") from error
         if reason:
             return Converted(name, reason)
-        self._remove(path)
+        self._remove(path, target, status)
         return Converted(name, "", True, pixels.shape[0] * pixels.shape[1], status.st_size, len(data))
 
-    def _read(self, path: Path, name: str) -> tuple[bytes, np.ndarray]:
-        """(Content of the converted file, pixels). A file that is of the format already keeps its bytes."""
+    def _is_done(self, path: Path, target: Path, status: os.stat_result, record: CropRecord | None) -> bool:
+        """Whether an existing file holds the pixels of its source: looked up in the pixels, for stamps prove little.
+
+        Where the source stays, and has the size and the time that the manifest and the file remember, the manifest's
+        checksum stands for its pixels. Before a source is removed it is always read itself.
+        """
+        try:
+            if not is_stored_as(target, self._form):
+                return False
+            held = decode_file(target, max_megapixels=self._max_megapixels)
+        except (BadImageError, BadNpyError):  # damaged since it was verified: made again
+            return False
+        if not self._removes and record is not None and \
+                (status.st_mtime_ns, status.st_size) == (target.stat().st_mtime_ns, record.bytes):
+            return hashlib.sha256(held).hexdigest() == record.sha256
+        is_same = np.array_equal(self._pixels(path, record), held)
+        if self._removes and not is_same:  # replacing it could destroy the only copy of an image removed earlier
+            raise BadImageError(f"{target} exists and holds other pixels; delete it if it is outdated, or rename the "
+                                "source")
+        return is_same
+
+    def _pixels(self, path: Path, record: CropRecord | None) -> np.ndarray:
+        """The pixels of a source: all that its file holds, and what its manifest recorded."""
         pixels = decode_file(path, max_megapixels=self._max_megapixels, exact=True)
-        record = self._index.get(name)
         if record is not None and hashlib.sha256(pixels).hexdigest() != record.sha256:
             raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")
-        data = path.read_bytes() if is_stored_as(path, self._form) else self._encode(pixels)
-        return data, pixels
+        return pixels
 
     def _write(self, target: Path, data: bytes, pixels: np.ndarray, status: os.stat_result) -> str:
         """Write, read back, compare, and only then name the file; returns what went wrong with the comparison."""
@@ -117,9 +141,30 @@ class Converter:
             temporary.unlink(missing_ok=True)
         return ""
 
-    def _remove(self, path: Path) -> None:
-        if self._removes:
+    def _remove(self, path: Path, target: Path, status: os.stat_result) -> None:
+        """Delete a source whose pixels were found in `target`, if asked to, and if it is still the same file."""
+        if not self._removes:
+            return
+        if os.path.samefile(path, target):  # a link within OUT leads back to SOURCE
+            raise BadImageError(f"{target} is the same file, not a copy; not removed")
+        now = path.stat()
+        if (now.st_mtime_ns, now.st_size) != (status.st_mtime_ns, status.st_size):
+            raise BadImageError("it changed while it was converted; not removed")
+        try:
+            _sync_folder(target.parent)
             path.unlink()
+        except OSError as error:
+            raise UserError(f"{path}: converted, but cannot be removed: {error.strerror}; mend the permissions, or "
+                            "leave --remove-source away") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_bookkeeping(files: Files) -> dict[str, list[str]]:
@@ -182,15 +227,19 @@ def _read_settings(path: Path) -> dict[str, object]:
 
 
 def _carry_settings(source: Path, target: Path, form: str) -> None:
-    """Write dataset.json with the new format, so that the tool that made the dataset can go on in the new one."""
+    """Write dataset.json with the new format, so that the tool that made the dataset can go on in the new one.
+
+    Not after a conversion to JPEG 2000, which no such tool writes: they refuse the format there.
+    """
     settings = _read_settings(source)
     if not settings:
         return
     if "format" in settings:
         settings["format"] = form
-    photos = settings.get("photos")
-    if isinstance(photos, str) and not os.path.isabs(photos):  # relative to the dataset
-        settings["photos"] = os.path.relpath(source.parent.resolve() / photos, target.parent.resolve())
+    for key in PLACES:
+        place = settings.get(key)
+        if isinstance(place, str) and not os.path.isabs(place):
+            settings[key] = os.path.relpath(source.parent.resolve() / place, target.parent.resolve())
     write_atomically(target, (json.dumps(settings, indent=1) + "\n").encode("utf-8"))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.data.image_files import is_npy, npy_layout
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
+from tools.common.image_streams import check_file_size
 from tools.common.photo_decoding import MAX_MEGAPIXELS, check_megapixels, decode_photo
 
 FORMATS = ("npy", "png", "webp", "jp2")
@@ -144,6 +145,7 @@ def decode_file(path: str | os.PathLike[str], *, max_megapixels: float = MAX_MEG
     with open(path, "rb") as file:
         header = read_header(file)
         check_megapixels(header, max_megapixels)
+        check_file_size(header, os.fstat(file.fileno()).st_size)
         file.seek(0)
         data = file.read()
     reason = inexactness(data, header) if exact else ""
