@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -89,6 +91,30 @@ def test_transparency_of_sixteen_bits_and_of_palettes():
     clear = palette.getpixel((0, 0))
     pixels = decode(encoded(palette, "png", transparency=clear))
     assert (pixels[np.asarray(palette) == clear] == 255).all()
+
+
+def gray_png(levels: np.ndarray, depth: int, clear: int) -> bytes:
+    """A gray PNG of 1, 2, 4, 8 or 16 bits, one of whose levels is transparent."""
+    bits = (levels[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8)
+    rows = np.packbits(bits.reshape(len(levels), -1), axis=1)
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", levels.shape[1], len(levels), depth, 0, 0, 0, 0),
+              b"tRNS": struct.pack(">H", clear), b"IDAT": zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes()),
+              b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks.items())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_level_of_a_gray_png_is_white(depth):
+    """To the level: of 16 bits, neighbours that round to the same byte stay as they are."""
+    levels = np.random.default_rng(depth).integers(0, 1 << depth, (40, 51))
+    levels[3, 3:30] = clear = (1 << depth) // 3
+    levels[4] = min(clear + 1, (1 << depth) - 1)
+    expected = np.rint(levels * 255 / ((1 << depth) - 1))
+    expected[levels == clear] = 255
+    pixels = decode(gray_png(levels, depth, clear))
+    assert np.array_equal(pixels, np.repeat(expected[..., None], 3, axis=2))
 
 
 def test_cmyk_of_adobe_is_not_inverted():

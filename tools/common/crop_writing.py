@@ -14,8 +14,10 @@ import numpy as np
 
 from pipeline.cli import UserError
 from tools.common.crop_grid import Crop, cover_grid, crop_grid, pyramid
+from tools.common.dataset_walk import shown
 from tools.common.image_formats import encode
 from tools.common.image_headers import read_header
+from tools.common.image_streams import check_file_size
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
 from tools.common.photo_decoding import check_megapixels, decode_photo, decoder_name
@@ -71,6 +73,7 @@ class Reject:
     top: int | None = None
     left: int | None = None
     time: float | None = None
+    twin: str | None = None  # of a copy: the folder of the unit that holds the original
 
 
 @dataclass
@@ -103,6 +106,7 @@ def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) 
     first = first_reduction(header.is_lossy, settings)
     if min(header.height, header.width) // first < settings.size:
         return too_small(header.height, header.width, first, settings.size)
+    check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
     return Picture(decode_photo(data, header), header.is_lossy, decoder_name(header), hashlib.sha256(data).hexdigest())
@@ -195,7 +199,7 @@ class _Cutter:
     def _refuse_leak(self, pixels: np.ndarray) -> None:
         name = self._benchmark.find(pixels) if self._benchmark else None
         if name:
-            raise _LeakError(f"near-identical to the benchmark image {name} (--against)")
+            raise _LeakError(f"near-identical to the benchmark image {shown(name)} (--against)")
 
     def _write(self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]) -> CropRecord:
         settings, picture, unit = self._settings, self._picture, self._unit

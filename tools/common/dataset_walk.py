@@ -72,8 +72,9 @@ def walk(root: Path, manifest_name: str) -> Files:
 def scan(root: Path, manifest_name: str) -> Iterator[tuple[Kind, str]]:
     """`walk` one by one, in the order of the names within each folder; holds no more than the open folders' names."""
     if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of the images, or make one with "
+        if root.exists():
+            raise UserError(f"{root}: not a folder; give the folder of the images")
+        raise UserError(f"{root}: no such folder; give the folder of the images, or make one with "
                         f"`python tools/images_to_data.py PHOTOS {root}/NAME`")
     open_folders = [iter(_entries(root, "", manifest_name))]
     while open_folders:
@@ -105,6 +106,8 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> Kind | None:
         return Kind.FOREIGN if entry.name.startswith(".") else None
     if entry.is_symlink() and _leads_to_folder(entry):
         return Kind.LINKED_FOLDER
+    if _is_special(entry):
+        return Kind.FOREIGN
     if entry.name == manifest_name:
         return Kind.MANIFEST
     if entry.name.startswith("."):
@@ -112,6 +115,19 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> Kind | None:
     if is_npy(entry.name):
         return Kind.NPY
     return Kind.ENCODED if is_encoded(entry.name) else Kind.FOREIGN
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is, or leads to, a pipe, a socket or a device: opening it could wait for ever."""
+    try:
+        return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
+    except OSError:
+        return False
+
+
+def shown(name: str) -> str:
+    """A file name that any terminal and any UTF-8 file can hold."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8") if name.isprintable() else ascii(name)
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:

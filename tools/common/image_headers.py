@@ -117,9 +117,22 @@ def _jpeg(file: BinaryIO) -> ImageHeader:
             raise BadImageError("broken JPEG header")
         if marker in _JPEG_FRAMES:
             depth, height, width, channels = _unpack(">BHHB", file)
+            is_usual = channels == 1 or (channels == 3 and _is_usual_sampling(*_unpack(">xBxxBxxBx", file)))
             return ImageHeader("jpeg", height, width, depth, channels, is_lossy=marker not in (0xC3, 0xC7, 0xCB, 0xCF),
-                               is_plain=depth == 8 and channels in (1, 3))
+                               is_plain=depth == 8 and is_usual)
         file.seek(length - 2, 1)
+
+
+def _is_usual_sampling(luma: int, blue: int, red: int) -> bool:
+    """Whether the sampling factors (0xHV: horizontal, vertical) of Y, Cb and Cr are ones that simplejpeg knows.
+
+    4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1, the first, second and fourth of them in unusual spellings too.
+    """
+    if blue != red:
+        return False
+    if blue == luma:
+        return (luma >> 4) * (luma & 15) in (1, 2, 3)
+    return (luma, blue) in ((0x21, 0x11), (0x22, 0x11), (0x12, 0x11), (0x41, 0x11), (0x22, 0x12), (0x22, 0x21))
 
 
 def _webp(file: BinaryIO) -> ImageHeader:

@@ -15,10 +15,10 @@ import numpy as np
 
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_streams import check_complete
+from tools.common.image_streams import check_complete, check_file_size
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord, ManifestIndex
-from tools.common.photo_decoding import check_megapixels, decode_plain
+from tools.common.photo_decoding import check_megapixels, decode_photo, decode_plain
 from tools.common.quality import file_gates, is_flat, is_soft
 
 
@@ -116,6 +116,8 @@ class Judge:
             return Judgement(name, Verdict.BAD, error.reason, gate=error.gate)
         except BadImageError as error:
             return Judgement(name, Verdict.BAD, str(error), gate="file")
+        except MemoryError:  # says nothing about the file: what its header promises is within the limits
+            return Judgement(name, Verdict.UNREADABLE, "not enough memory to read it")
         except OSError as error:  # FileNotFoundError too: a link into nowhere, or a file that went while we looked
             return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
         return Judgement(name, Verdict.GOOD, "", size, perceptual_hash=str(gates.get("hash", "")),
@@ -127,6 +129,7 @@ class Judge:
             raise FileNotFoundError(None, "No such file (a link into nowhere?)")
         layout = npy_layout(path)
         self._check_size(layout.height, layout.width, record)
+        check_megapixels(ImageHeader("npy", layout.height, layout.width), self._rules.max_megapixels)
         if not self._rules.decode:
             return layout.offset, None
         with open(path, "rb") as file:
@@ -141,6 +144,7 @@ class Judge:
             header = read_header(file)
             self._check_size(header.height, header.width, record)
             check_megapixels(header, self._rules.max_megapixels)
+            check_file_size(header, os.fstat(file.fileno()).st_size)
             file.seek(0)
             if not self._rules.decode and header.format in ("png", "jpeg", "webp"):
                 data = self._read_into_buffer(file)
@@ -167,8 +171,11 @@ class Judge:
         return view[:length]
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
+        """The pixels that training would read. Raises `BadImageError` also where only `decode_photo` sees damage."""
         if header.is_plain and header.format in ("png", "jpeg", "webp"):
             return decode_plain(data, header)
+        if header.format in ("tiff", "jpeg"):  # DALI takes damaged ones that the tools which cut crops turn away
+            decode_photo(data, header)
         decoder = getattr(self._of_thread, "decoder", None)
         if decoder is None:
             decoder = self._of_thread.decoder = DaliDecoder()

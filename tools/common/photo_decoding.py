@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import cv2
 import imagecodecs
 import numpy as np
 import PIL
+import simplejpeg
 from PIL import Image
 
 from tools.common.image_headers import BadImageError, ImageHeader
-from tools.common.image_streams import check_complete
+from tools.common.image_streams import check_complete, without_sloppiness
 
 MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
 
@@ -43,6 +45,8 @@ def decoder_name(header: ImageHeader) -> str:
     """The library that `decode_photo` decodes such an image with, and its version."""
     if _is_for_spng(header):
         return imagecodecs.spng_version()
+    if header.is_plain and header.format == "jpeg":
+        return f"simplejpeg {simplejpeg.__version__}"
     is_opencv = header.depth == 16 or (header.is_plain and header.format != "tiff")
     return f"opencv {cv2.__version__}" if is_opencv else f"pillow {PIL.__version__}"
 
@@ -51,6 +55,8 @@ def decode_photo(data: bytes, header: ImageHeader) -> np.ndarray:
     """The image as uint8 RGB (height, width, 3), upright. Transparent parts are composited over white.
 
     16-bit samples are scaled by 1/257 and rounded. Raises `BadImageError` with the reason; never returns half an image.
+    Damage within the data shows by a checksum (PNG, deflated TIFF) or where its code does not work out (JPEG, lossless
+    WebP, LZW). Lossy WebP, JPEG 2000 and uncompressed data have neither: wrong bytes in them are wrong pixels.
     """
     check_complete(data, header)
     try:
@@ -61,6 +67,8 @@ def decode_photo(data: bytes, header: ImageHeader) -> np.ndarray:
         elif header.is_plain and header.format != "tiff":
             pixels = _decode_plain(data, header)
         else:
+            if header.format == "jpeg" and header.channels == 4:
+                _decode_jpeg(data, "CMYK")  # Pillow hides the warnings of libjpeg
             return _decode_with_pillow(data, header)
     except BadImageError:
         raise
@@ -73,8 +81,8 @@ def decode_photo(data: bytes, header: ImageHeader) -> np.ndarray:
 def decode_plain(data: bytes, header: ImageHeader) -> np.ndarray:
     """A plain PNG, JPEG or WebP (`is_plain`) as uint8 RGB (height, width, 3), as it is stored: not turned by EXIF.
 
-    These are the fastest decoders, and to the bit the pixels that DALI gives. Raises `BadImageError` with the reason;
-    `data` must have passed `check_complete`.
+    These are the fastest decoders, and to the bit the pixels that DALI gives; what libjpeg only warns of, though, is
+    damage here. Raises `BadImageError` with the reason; `data` must have passed `check_complete`.
     """
     try:
         pixels = _decode_plain(data, header)
@@ -112,10 +120,25 @@ def _decode_plain(data: bytes, header: ImageHeader) -> np.ndarray:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise BadImageError(f"decoded to {pixels.dtype} {pixels.shape}")
         return pixels
+    if header.format == "jpeg":
+        return _decode_jpeg(data, "RGB")
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise BadImageError("cannot be decoded")
     return pixels
+
+
+def _decode_jpeg(data: bytes, colors: str) -> np.ndarray:
+    """Decode as accurately as libjpeg can; what libjpeg warns of is an error, unless it does no harm to the pixels."""
+    while True:
+        try:
+            return simplejpeg.decode_jpeg(data, colors, fastdct=False, fastupsample=False, strict=True)
+        except ValueError as error:
+            warning = str(error)
+        repaired = without_sloppiness(data, warning)  # libjpeg tells its first warning only: there may be another
+        if repaired is None:
+            raise BadImageError(f"damaged: {warning.removeprefix('Corrupt JPEG data: ')}")
+        data = repaired
 
 
 def _decode_deep(data: bytes, header: ImageHeader) -> np.ndarray:
@@ -129,7 +152,7 @@ def _decode_deep(data: bytes, header: ImageHeader) -> np.ndarray:
     if pixels.shape[2] == 4:
         pixels = _over_white(pixels[..., :3], pixels[..., 3:], 65535)
     elif pixels.shape[2] == 1:
-        pixels = np.repeat(pixels, 3, axis=2)
+        pixels = np.repeat(_clear_gray_to_white(pixels, data, header), 3, axis=2)
     elif pixels.shape[2] != 3:
         raise BadImageError(f"{pixels.shape[2]} channels of 16 bits; only 1, 3 and 4 are read")
     return ((pixels[..., ::-1].astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -148,7 +171,10 @@ def _decode_with_pillow(data: bytes, header: ImageHeader) -> np.ndarray:
             raise BadImageError(f"two sizes: {image.height}x{image.width} and {header.height}x{header.width}")
         image.load()  # raises on truncation, LOAD_TRUNCATED_IMAGES being off
         orientation = image.getexif().get(0x0112, 1) if header.format != "tiff" else 1  # Pillow has turned a TIFF
-        if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
+        if header.format == "png" and header.depth < 8 and image.mode in ("1", "L"):
+            gray = _clear_gray_to_white(np.array(image.convert("L")), data, header)
+            pixels = np.repeat(gray[..., None], 3, axis=2)
+        elif "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
             rgba = np.asarray(image.convert("RGBA"))
             pixels = _over_white(rgba[..., :3], rgba[..., 3:], 255)
         elif image.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
@@ -156,6 +182,21 @@ def _decode_with_pillow(data: bytes, header: ImageHeader) -> np.ndarray:
         else:
             raise BadImageError(f"pixels of mode {image.mode!r} are not read; convert the photo to 8 or 16-bit RGB")
     return _turn(pixels, orientation)
+
+
+def _clear_gray_to_white(gray: np.ndarray, data: bytes, header: ImageHeader) -> np.ndarray:
+    """Make the one gray level white that a gray PNG declares transparent (chunk tRNS), if it does.
+
+    `gray` spans the whole range of its dtype. OpenCV overlooks the chunk, Pillow does not scale it below 8 bits.
+    """
+    if header.format != "png":
+        return gray
+    level = dict(_png_chunks(data)).get(b"tRNS")
+    if level is None:
+        return gray
+    white, highest = np.iinfo(gray.dtype).max, (1 << header.depth) - 1
+    clear = (int.from_bytes(level[:2], "big") & highest) * (white // highest)
+    return np.where(gray == clear, gray.dtype.type(white), gray)
 
 
 def _over_white(color: np.ndarray, alpha: np.ndarray, white: int) -> np.ndarray:
@@ -179,13 +220,17 @@ def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
 
 def _png_metadata(data: bytes) -> bytes:
     """All chunks of a complete PNG but those that hold pixels."""
-    kept, at = [], 8
+    return b"".join(kind + content for kind, content in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(Name, content) of every chunk of a complete PNG but those that hold pixels."""
+    at = 8
     while at + 8 <= len(data):
-        length = int.from_bytes(data[at : at + 4], "big")
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] != b"IDAT":
-            kept.append(data[at : at + 12 + length])
-        at += 12 + length
-    return b"".join(kept)
+            yield data[at + 4 : at + 8], data[at + 8 : end]
+        at = end + 4
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
