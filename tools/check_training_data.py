@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import posixpath
 import sys
 import time
 from collections import Counter
@@ -17,16 +16,17 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
+from tools.common.check_outcome import Outcome
+from tools.common.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
 from tools.common.crop_options import GateOptions, open_benchmark
-from tools.common.dataset_files import shown
-from tools.common.dataset_walk import IMAGES, Kind, links_note, scan
+from tools.common.dataset_walk import IMAGES, Kind, links_note, scan, shown
 from tools.common.image_judging import Judge, Judgement, Rules, Verdict
-from tools.common.manifest import DatasetHash, ManifestIndex
+from tools.common.manifest import ManifestIndex
+from tools.common.pair_sides import other_sides
 from tools.common.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 from tools.common.photo_decoding import prepare_decoders
 from tools.common.twins import Twins
 
-REPORT = "report.jsonl"
 MAX_BAD_FRACTION = 0.05  # more than this is rather a wrong option or a broken disk than so many bad files
 MAX_BAD_FILES = 20       # ... unless it is a handful
 
@@ -38,9 +38,11 @@ class Options(GateOptions):
 
     Encoded images are decoded (plain PNG, JPEG and WebP files by fast decoders, all others by DALI, which training
     uses: the same pixels) and must be complete to the last byte; .npy crops are read in full; both are compared with
-    the checksums in their manifest. Flat images, blurred or upscaled ones, copies of an earlier one, and (--against)
-    parts of benchmark images are bad too. By default this only looks: it prints what is bad and exits with 1. --clean
-    moves bad files to DATA_DIR/quarantine/, from where they can be moved back. Files that could not be read
+    the checksums in their manifest. Flat images, blurred or upscaled ones, copies of an earlier one, links to another
+    one, and (--against) parts of benchmark images are bad too; a bad side of an HR and LR pair takes the other along.
+    By default this only looks: it prints what is bad and exits with 1. --clean moves bad files to DATA_DIR/quarantine/,
+    from where they can be moved back. Broken crops are made again by the tool that made them, crops that were bad for
+    another reason are not (rejects.jsonl beside their manifest names them). Files that could not be read
     (permissions, a failing disk) are reported, never moved. File lists, manifests, the quarantine and files that are
     not images are left alone.
 
@@ -66,22 +68,12 @@ class Options(GateOptions):
     """Larger images are bad: decoding them could fill the memory."""
 
 
-@dataclass
-class Outcome:
-    """What a check found, good files only as numbers: a dataset may have millions."""
-
-    good: int = 0
-    bytes: int = 0
-    seconds: float = 0
-    bad: list[Judgement] = field(default_factory=list)
-    unreadable: int = 0
-    recorded: DatasetHash = field(default_factory=DatasetHash)  # of the good files that a manifest knows
-
-
 def main(options: Options) -> int:
     """Judge, print, and clean where asked. 0: all good; 1: some files are (or were) bad or could not be read."""
     _check_options(options)
     root = options.data_dir.expanduser()
+    if options.clean and not options.delete and root.is_dir():
+        check_can_clean(root)
     survey = _survey(root)
     if not survey.images:
         raise UserError(f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops with "
@@ -91,13 +83,20 @@ def main(options: Options) -> int:
                   options.min_sharpness)
     prepare_decoders()
     judge = Judge(root, rules, crops, open_benchmark(options.benchmark_folders()))
-    outcome = _judge_all(root, judge, survey.images, options)
+    outcome = _judge_all(root, judge, survey.images, options, crops)
+    made_again = _add_other_sides(root, survey, crops, outcome)
     _summarize(survey, outcome)
+    if cleaned := cleaned_away(root, survey.manifests, crops):
+        print(f"{cleaned} crops that a manifest names were taken away by --clean and are not made again")
     if crops.missing():
         print(f"{crops.missing()} crops that a manifest names are not there; the tool that made them makes them again")
     if outcome.bad and options.clean:
         _refuse_too_many(len(outcome.bad), survey.images, options.force)
-        _clean(root, outcome.bad, options.delete)
+        named = _names_in_lists(root)  # before anything moves: a broken list must not stop us halfway
+        with Cleaner(root, survey.manifests, made_again, outcome.bad, options.delete) as cleaner:
+            for judgement in outcome.bad:
+                cleaner.take(judgement)
+        _say_cleaned(root, cleaner, options.delete, any(judgement.path in named for judgement in outcome.bad))
     elif outcome.bad:
         print(f"nothing was changed; --clean moves the bad files to {root / QUARANTINE}")
     return 1 if outcome.bad or outcome.unreadable else 0
@@ -129,6 +128,12 @@ class Survey:
     manifests: list[str] = field(default_factory=list)
     linked_folders: list[str] = field(default_factory=list)
 
+    def has_looked_at(self, name: str) -> bool:
+        """Whether an image that is there was among those that were judged."""
+        parts = posixpath.dirname(name).split("/")
+        return QUARANTINE not in parts and not any(part.startswith(".") for part in parts) \
+            and not any(name.startswith(f"{folder}/") for folder in self.linked_folders)
+
 
 def _survey(root: Path) -> Survey:
     survey = Survey()
@@ -146,7 +151,7 @@ def _images(root: Path) -> Iterator[str]:
     return (name for kind, name in scan(root, MANIFEST) if kind in IMAGES)
 
 
-def _judge_all(root: Path, judge: Judge, total: int, options: Options) -> Outcome:
+def _judge_all(root: Path, judge: Judge, total: int, options: Options, crops: ManifestIndex) -> Outcome:
     """Judge all files, in their order, and print the bad ones as they are found."""
     outcome, started, threads = Outcome(), time.monotonic(), thread_count(options.threads)
     distance = options.max_hash_distance()
@@ -159,7 +164,10 @@ def _judge_all(root: Path, judge: Judge, total: int, options: Options) -> Outcom
                     _take_in(outcome, judgement, bar)
             bar.update(len(judgements))
             bar.set_postfix(MB=outcome.bytes // 1_000_000, bad=len(outcome.bad), refresh=False)
-        for judgement in twins.verdicts(_images(root)) if twins else ():
+        found, links = twins.verdicts(_images(root)) if twins else ([], [])
+        for link in links:
+            outcome.take_back(link, _sha256(crops, link.path))
+        for judgement in [*found, *links]:
             _take_in(outcome, judgement, bar)
     outcome.seconds = time.monotonic() - started
     return outcome
@@ -175,8 +183,30 @@ def _take_in(outcome: Outcome, judgement: Judgement, bar: tqdm) -> None:
     if judgement.verdict is Verdict.BAD:
         outcome.bad.append(judgement)
     else:
-        outcome.unreadable += 1
+        outcome.unreadable.append(judgement.path)
     bar.write(f"{judgement.verdict.value}: {shown(judgement.path)}: {judgement.reason}", file=sys.stdout)
+
+
+def _sha256(crops: ManifestIndex, name: str) -> str:
+    record = crops.get(name)
+    return record.sha256 if record else ""
+
+
+def _add_other_sides(root: Path, survey: Survey, crops: ManifestIndex, outcome: Outcome) -> set[str]:
+    """Call bad what cannot be trained on without its other side; returns the bad files that are to be made again."""
+    made_again = {judgement.path for judgement in outcome.bad if judgement.gate == "file"}
+    passed = {judgement.path for judgement in outcome.bad}.union(outcome.unreadable)
+    sides = other_sides(root, crops, survey.manifests, [judgement.path for judgement in outcome.bad])
+    for path, bad_side in sorted(sides.items()):
+        if path in passed or not survey.has_looked_at(path):
+            continue
+        side = Judgement(path, Verdict.BAD, f"the other side of its pair is bad: {shown(bad_side)}", gate="pair")
+        outcome.take_back(side, _sha256(crops, path))
+        outcome.bad.append(side)
+        print(f"bad: {shown(path)}: {side.reason}")
+        if bad_side in made_again:
+            made_again.add(path)
+    return made_again
 
 
 def _summarize(survey: Survey, outcome: Outcome) -> None:
@@ -184,7 +214,7 @@ def _summarize(survey: Survey, outcome: Outcome) -> None:
     num_bad, seconds = len(outcome.bad), max(outcome.seconds, 1e-3)
     print(f"{survey.images} images judged in {seconds:.1f} s ({survey.images / seconds:.0f} files/s, "
           f"{outcome.bytes / 1e6:.0f} MB read): {outcome.good} good, {num_bad} bad, "
-          f"{outcome.unreadable} could not be read; {survey.foreign} other files left alone")
+          f"{len(outcome.unreadable)} could not be read; {survey.foreign} other files left alone")
     if outcome.bad:
         counts = Counter(judgement.gate for judgement in outcome.bad)
         print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
@@ -202,38 +232,18 @@ def _refuse_too_many(bad: int, total: int, force: bool) -> None:
                         "(a wrong --min-size? a failing disk?); nothing was changed; --clean --force goes on")
 
 
-def _clean(root: Path, bad: list[Judgement], delete: bool) -> None:
-    """Move the bad files to the quarantine, or delete them, and say how to go on."""
-    named = _names_in_lists(root)  # before anything moves: a broken list must not stop us halfway
+def _say_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -> None:
+    """What was taken away, and how to go on."""
+    for path, reason in cleaner.failed:
+        print(f"could not be {'deleted' if delete else 'moved'}: {shown(path)}: {reason}")
     if delete:
-        for judgement in bad:
-            os.unlink(root / judgement.path)
-        print(f"deleted {len(bad)} files")
+        print(f"deleted {cleaner.taken} files")
     else:
-        for judgement in bad:
-            _quarantine(root, judgement)
-        print(f"moved {len(bad)} files to {root / QUARANTINE}; to undo, move a file back: it lies there under its old "
-              f"path ({REPORT} lists all, with reasons)")
-    if named.intersection(judgement.path for judgement in bad):
+        print(f"moved {cleaner.taken} files to {root / QUARANTINE}; to undo, move a file back: it lies there under its "
+              f"old path ({REPORT} lists all, with reasons)")
+    if are_listed:
         print("the file lists name some of them: write the lists anew with "
               f"`python tools/select_training_files.py --data-dir {root}` (and the same options as before)")
-
-
-def _quarantine(root: Path, judgement: Judgement) -> None:
-    """Move one file to quarantine/<same path>, the report first: what was moved is always known."""
-    quarantine = root / QUARANTINE
-    target, number = quarantine / judgement.path, 1
-    while os.path.lexists(target):  # an earlier file of that name: keep both
-        number += 1
-        target = (quarantine / judgement.path).with_name(f"{Path(judgement.path).name}.{number}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"path": judgement.path, "moved_to": target.relative_to(root).as_posix(), "reason": judgement.reason,
-             "gate": judgement.gate, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    with open(quarantine / REPORT, "a", encoding="utf-8") as report:
-        report.write(json.dumps(entry) + "\n")
-        report.flush()
-        os.fsync(report.fileno())
-    os.rename(root / judgement.path, target)
 
 
 def _names_in_lists(root: Path) -> set[str]:

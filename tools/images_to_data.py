@@ -97,8 +97,8 @@ class PhotoCutter:
         """Size and modification time of a photograph, `None` where it is gone."""
         try:
             status = (self._photos / name).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None  # deleted after cutting, to save room: its crops are still good
+        except OSError:
+            return None  # deleted after cutting, to save room, or not to be reached: its crops are still good
         return status.st_size, status.st_mtime_ns
 
     def __call__(self, name: str) -> UnitResult:

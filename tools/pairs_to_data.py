@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 import tyro
 
@@ -27,33 +25,41 @@ from tools.common.crop_writing import (
     CutPicture,
     Reject,
     Unit,
+    discard,
     flat_crop,
     make_folder,
     soft_picture,
     too_small,
     write_crop,
 )
-from tools.common.dataset_walk import walk
-from tools.common.image_headers import BadImageError, read_header
+from tools.common.dataset_walk import shown, walk
+from tools.common.image_headers import BadImageError, ImageHeader, read_header
+from tools.common.image_streams import check_file_size
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
+from tools.common.pair_fitting import correlation, has_swapped_colors, shift
+from tools.common.pair_matching import Pair, match_pairs, outside, split_marked
 from tools.common.parallel import thread_count
-from tools.common.photo_decoding import check_megapixels, decode_photo, decoder_name, prepare_decoders
+from tools.common.photo_decoding import (
+    MAX_MEGAPIXELS,
+    check_megapixels,
+    decode_photo,
+    decoder_name,
+    prepare_decoders,
+)
 from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
-
-_HR_SUFFIX = re.compile(r"[_-]?(hr|gt)$", re.IGNORECASE)
-MAX_MEGAPIXELS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CropOptions):
     """Cut HR photographs and their LR versions into pairs of crops.
 
-    Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png, or equal names in both
-    folders. The HR side must be SCALE times the LR side (up to SCALE - 1 rows and columns of HR beyond that are cut
-    off). Crops are cut on the LR grid: OUT/<photo>/x1_<row>_<column>.npy is HR, ..._lr<scale>.npy beside it is LR, and
-    pixel (y, x) of LR shows what HR shows from (SCALE y, SCALE x) on. Nothing is resized, at whatever scale or format.
-    Pairs that do not show the same (another photo, flipped, shifted far) are turned away.
+    Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png (also in one folder, given
+    twice), or equal names in both folders; the same subfolders on both sides go first. The HR side must be SCALE times
+    the LR side (up to SCALE - 1 rows and columns of HR beyond that are cut off). Crops are cut on the LR grid:
+    OUT/<photo>/x1_<row>_<column>.npy is HR, ..._lr<scale>.npy beside it is LR, and pixel (y, x) of LR shows what HR
+    shows from (SCALE y, SCALE x) on. Nothing is resized, at whatever scale or format.
+    Pairs that do not show the same (another photo, flipped, shifted, red and blue swapped) are turned away.
 
     Example: python tools/pairs_to_data.py DIV2K_train_HR DIV2K_train_LR_bicubic/X4 --scale 4 --out ~/dataset/DIV2K_x4
     """
@@ -67,17 +73,12 @@ class Options(CropOptions):
     out: Path | None = None
     """Folder of the crops; by default ~/dataset/pairs_x<scale>."""
     min_correlation: float = 0.9
-    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the same; -1 takes all."""
+    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the same; -1 takes
+    all, shifted and swapped ones too."""
+    max_megapixels: float = 300
+    """Turn larger photos away before they are decoded: they could fill the memory."""
     keep_lossy_size: tyro.conf.Suppress[bool] = True
     num_scales: tyro.conf.Suppress[int | None] = 1
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two files that belong together, relative to their folders."""
-
-    hr: str
-    lr: str
 
 
 def main(options: Options) -> int:
@@ -85,10 +86,7 @@ def main(options: Options) -> int:
     _check_options(options)
     hr, lr = options.hr.expanduser(), options.lr.expanduser()
     out = (options.out or Path(f"~/dataset/pairs_x{options.scale}")).expanduser()
-    pairs, lonely = match_pairs(_images(hr), _images(lr), options.scale)
-    if not pairs:
-        raise UserError(f"{hr}, {lr}: no HR file has a partner of its name (such as 0001.png and "
-                        f"0001x{options.scale}.png); give the folders of the pairs")
+    pairs, lonely = _find_pairs(hr, lr, options.scale)
     for folder in (hr, lr):
         refuse_nested(folder, out)
     settings, threads = options.settings(), thread_count(options.threads)
@@ -103,7 +101,7 @@ def main(options: Options) -> int:
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
     clock.report(dataset.totals, out, "pairs")
     for name in lonely[:20]:
-        print(f"no partner: {name}")
+        print(f"no partner: {shown(name)}")
     if lonely:
         print(f"{len(lonely)} files have no partner of their name and were left out")
     return 1 if dataset.totals.bad or lonely or dataset.is_empty else 0
@@ -118,6 +116,27 @@ def _check_options(options: Options) -> None:
                         "that pairs stay aligned")
     if not -1 <= options.min_correlation < 1:
         raise UserError(f"--min-correlation {options.min_correlation:g}: must be at least -1 and below 1")
+    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
+        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+
+
+def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[Pair], list[str]]:
+    """(Pairs, files without a partner); `UserError` where there is not a single pair."""
+    hr_names, lr_names = _images(hr), _images(lr)
+    first, second = hr.resolve(), lr.resolve()
+    if first == second:
+        hr_names, lr_names = split_marked(hr_names, scale)
+    elif second.is_relative_to(first):
+        hr_names = outside(hr_names, second.relative_to(first).as_posix())
+    elif first.is_relative_to(second):
+        lr_names = outside(lr_names, first.relative_to(second).as_posix())
+    pairs, lonely = match_pairs(hr_names, lr_names, scale)
+    if not pairs:
+        names = f"img_HR.png and img_LR.png in one folder, or img_HR.png and img_x{scale}.png" if first == second else \
+            f"0001.png and 0001x{scale}.png"
+        raise UserError(f"{hr}, {lr}: no HR file has a partner of its name (such as {names}); give the folders of the "
+                        "pairs")
+    return pairs, lonely
 
 
 def _images(folder: Path) -> list[str]:
@@ -128,31 +147,6 @@ def _images(folder: Path) -> list[str]:
         raise UserError(f"{folder}: no PNG, JPEG, WebP, BMP, TIFF or JPEG 2000 files below this folder"
                         f"{files.links_note()}")
     return files.encoded
-
-
-def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[list[Pair], list[str]]:
-    """(Pairs in the order of their HR names, names without a partner).
-
-    Names are compared without folder, suffix and the marks of their side: `x4` (`_x4`, `x4m`, `x4w`, `x4d` of DIV2K's
-    tracks), `_LR`, `_LQ`; `_HR`, `_GT`. Raises `UserError` where two files of one side have the same name.
-    """
-    lr_suffix = re.compile(rf"[_-]?(x{scale}[mwd]?|{scale}x|lr|lq|lrbicx{scale})$", re.IGNORECASE)
-    hr_files, lr_files = _by_key(hr_names, _HR_SUFFIX), _by_key(lr_names, lr_suffix)
-    pairs = [Pair(name, lr_files[key]) for key, name in hr_files.items() if key in lr_files]
-    lonely = [name for key, name in hr_files.items() if key not in lr_files]
-    lonely += [name for key, name in lr_files.items() if key not in hr_files]
-    return sorted(pairs, key=lambda pair: pair.hr), lonely
-
-
-def _by_key(names: list[str], suffix: re.Pattern[str]) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for name in names:
-        key = suffix.sub("", Path(name).stem)
-        if key in files:
-            raise UserError(f"{files[key]} and {name}: both are called {key!r}, so their partner is not certain; give "
-                            "folders where each name occurs once")
-        files[key] = name
-    return files
 
 
 class PairCutter:
@@ -180,8 +174,8 @@ class PairCutter:
         """Decode both sides and write their crops. A bad pair is a result, not an exception."""
         unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
         try:
-            hr, hr_decoder, digest = _decode(self._hr / name)
-            lr, lr_decoder, _ = _decode(self._lr / self._pairs[name].lr)
+            hr, hr_decoder, digest = _decode(self._hr / name, self._options.max_megapixels)
+            lr, lr_decoder, _ = _decode(self._lr / self._pairs[name].lr, self._options.max_megapixels)
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
@@ -203,10 +197,19 @@ class PairCutter:
             sizes = f"HR of {hr.shape[0]}x{hr.shape[1]} and LR of {lr.shape[0]}x{lr.shape[1]}"
             wanted = f"{hr.shape[0] // scale}x{hr.shape[1] // scale}"
             return Reject("pair", f"{sizes} do not fit: at --scale {scale} LR must be {wanted}")
-        likeness = correlation(hr[: lr.shape[0] * scale, : lr.shape[1] * scale], lr)
+        if self._options.min_correlation == -1:
+            return None
+        hr = hr[: lr.shape[0] * scale, : lr.shape[1] * scale]
+        likeness = correlation(hr, lr)
         if likeness < self._options.min_correlation:
             return Reject("pair", f"HR and LR do not show the same (correlation {likeness:.2f}, below "
                                   f"{self._options.min_correlation:g}; --min-correlation)")
+        down, right = shift(hr, lr)
+        if down or right:
+            return Reject("pair", f"LR is shifted against HR: by {down} rows and {right} columns of LR "
+                                  "(--min-correlation -1 takes it)")
+        if has_swapped_colors(hr, lr):
+            return Reject("pair", "red and blue are swapped in HR or in LR (--min-correlation -1 takes it)")
         return None
 
     def _refused(self, hr: np.ndarray, gates: dict[str, float | str]) -> Reject | None:
@@ -215,8 +218,12 @@ class PairCutter:
             return too_small(hr.shape[0], hr.shape[1], 1, self._settings.size)
         if is_soft(gates, self._settings.min_sharpness):
             return soft_picture(gates, self._settings, "HR")
-        leak = self._benchmark.find(hr) if self._benchmark else None
-        return Reject("leak", f"near-identical to the benchmark image {leak} (--against)") if leak else None
+        return self._leak(hr)
+
+    def _leak(self, pixels: np.ndarray) -> Reject | None:
+        """Whether a picture or a crop is (of) one that the network will be measured with."""
+        name = self._benchmark.find(pixels) if self._benchmark else None
+        return Reject("leak", f"near-identical to the benchmark image {shown(name)} (--against)") if name else None
 
     def _cut(self, unit: Unit, hr: np.ndarray, lr: np.ndarray, source: dict[str, float | str],
              decoders: tuple[str, str]) -> CutPicture:
@@ -229,6 +236,9 @@ class PairCutter:
             if is_flat(gates, self._settings.min_gradient):
                 result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
                 continue
+            if leak := self._leak(hr_window):  # a small part of a large picture shows in the crops alone
+                discard(result.records, self._out)
+                return CutPicture(rejects=[leak], pixels=result.pixels)
             name = f"{unit.folder}/x1_{crop.row:03d}_{crop.column:03d}"
             lr_record = self._write(unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, decoders[1])
             hr_record = self._write(unit, name, hr_window, top, left, decoders[0])
@@ -254,29 +264,26 @@ class PairCutter:
                           hashlib.sha256(window).hexdigest(), decoder, {}, unit.bytes, unit.mtime_ns, 0)
 
 
-def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
-    """Pearson's correlation of the luma of both pictures, each reduced to at most 64 pixels a side; flat ones: 1."""
-    height, width = lr.shape[:2]
-    factor = max(1.0, max(height, width) / 64)
-    size = max(1, round(width / factor)), max(1, round(height / factor))
-    small = [cv2.resize(cv2.cvtColor(side, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA).astype(np.float64)
-             for side in (hr, lr)]
-    first, second = (values - values.mean() for values in small)
-    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / norm if norm > first.size else 1.0
-
-
-def _decode(path: Path) -> tuple[np.ndarray, str, str]:
+def _decode(path: Path, max_megapixels: float) -> tuple[np.ndarray, str, str]:
     """(Pixels, decoder, SHA-256 of the file) of a photograph."""
     with open(path, "rb") as file:
-        header = read_header(file)
-        check_megapixels(header, MAX_MEGAPIXELS)
+        header = _checked_header(file, path, max_megapixels)
         file.seek(0)
         data = file.read()
     try:
         return decode_photo(data, header), decoder_name(header), hashlib.sha256(data).hexdigest()
     except BadImageError as error:
-        raise BadImageError(f"{path.name}: {error}") from None
+        raise BadImageError(f"{shown(path.name)}: {error}") from None
+
+
+def _checked_header(file: BinaryIO, path: Path, max_megapixels: float) -> ImageHeader:
+    try:
+        header = read_header(file)
+        check_megapixels(header, max_megapixels)
+        check_file_size(header, file.seek(0, os.SEEK_END))
+    except BadImageError as error:
+        raise BadImageError(f"{shown(path.name)}: {error}") from None
+    return header
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.data.image_files import (
     npy_layout,
     write_file_list,
 )
-from tools.common.dataset_walk import walk
+from tools.common.dataset_walk import shown, walk
 from tools.common.image_headers import BadImageError, read_header
 from tools.common.manifest import iterate_records
 
@@ -65,6 +65,7 @@ def main(options: Options) -> int:
                         "`python tools/images_to_data.py`, or give another --data-dir")
     photo_of, lr_sides = _read_manifests(root, files.manifests)
     images = [name for name in files.images if name not in lr_sides]
+    images = _without_strays(images, photo_of, files.manifests)
     names = [name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)]
     if len(names) < len(images):
         print(f"left out {len(images) - len(names)} files smaller than {options.min_size} pixels")
@@ -73,7 +74,11 @@ def main(options: Options) -> int:
     lists = {TRAINING_LIST: sorted(name for photo in photos.keys() - validation for name in photos[photo]),
              VALIDATION_LIST: sorted(name for photo in validation for name in photos[photo])}
     for file_name, chosen in lists.items():
-        write_file_list(root / file_name, chosen)
+        try:
+            write_file_list(root / file_name, chosen)
+        except OSError as error:
+            raise UserError(f"{root / file_name}: cannot be written: {error.strerror}; make room or mend the "
+                            "permissions") from error
     print(f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} files in "
           f"{root / TRAINING_LIST}")
     print(f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in {root / VALIDATION_LIST}")
@@ -105,6 +110,22 @@ def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str
         else:
             photo_of[record.path] = sys.intern(record.photo)
     return photo_of, lr_sides
+
+
+def _without_strays(images: list[str], photo_of: Mapping[str, str], manifests: Iterable[str]) -> list[str]:
+    """The images but those that lie beside a manifest that does not name them: nobody knows what they were cut from."""
+    folders = {name.rpartition("/")[0] for name in manifests}
+    if "" in folders:
+        kept = [name for name in images if name in photo_of]
+    else:
+        prefixes = tuple(f"{folder}/" for folder in folders)
+        kept = [name for name in images if name in photo_of or not name.startswith(prefixes)]
+    if len(kept) < len(images):
+        known = set(kept)
+        stray = next(name for name in images if name not in known)
+        print(f"left out {len(images) - len(kept)} files that the manifest of their folder does not name, such as "
+              f"{shown(stray)}: the tool that made them was stopped; run it again")
+    return kept
 
 
 def group_by_photo(names: Iterable[str], photo_of: Mapping[str, str]) -> dict[str, list[str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import subprocess
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from dataset_corpus import (
@@ -28,8 +30,10 @@ from dataset_corpus import (
 from PIL import Image, PngImagePlugin
 
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
+from tools.common.cleaning import Cleaner
+from tools.common.dataset_files import parse_reject
 from tools.common.image_headers import BadImageError, read_header
-from tools.common.image_judging import DaliDecoder
+from tools.common.image_judging import DaliDecoder, Judgement, Verdict
 from tools.common.parallel import quiet_libraries
 from tools.common.photo_decoding import decode_plain
 
@@ -212,6 +216,209 @@ def test_bad_usage(tmp_path):
     for arguments, word in ((["--min-size", 0], "--min-size 0"), (["--max-size", 9], "--max-size 9"),
                             (["--force"], "--force"), (["--max-megapixels", -1], "--max-megapixels")):
         assert_user_error(check("--data-dir", tmp_path, *arguments), word)
+
+
+def test_a_file_is_not_taken(tmp_path):
+    write_files(tmp_path, {"k2.png": encoded(photograph(96, 96), "png")})
+    result = check("--data-dir", tmp_path / "k2.png", "--clean")
+    assert_user_error(result, "k2.png: not a folder")
+    assert "k2.png/NAME" not in result.stderr
+
+
+GATED = ("--min-size", 96, "--min-gradient", 0, "--min-sharpness", 0)  # but not --keep-duplicates
+
+
+@pytest.mark.parametrize("delete", [[], ["--delete"]])
+def test_a_link_is_the_copy_and_never_its_target(tmp_path, delete):
+    """Whichever comes first by name."""
+    pixels = encoded(photograph(96, 96), "png")
+    write_files(tmp_path, {"z.png": pixels, "r/other.png": encoded(photograph(96, 96, 5), "png")})
+    for link in ("r/a.png", "r/b.png", "zz.png"):
+        os.symlink(tmp_path / "z.png", tmp_path / link)
+    write_files(tmp_path, {"copy\n.png": pixels})
+    result = run_tool("check_training_data", "--data-dir", tmp_path, *GATED, "--clean", *delete)
+    bad = {line.split(": ")[1]: line for line in result.stdout.splitlines() if line.startswith("bad: ")}
+    assert {*bad} == {"r/a.png", "r/b.png", "zz.png", "z.png"}, "of two files that are the same, the later one"
+    assert "the same file as 'copy\\n.png'" in bad["z.png"], "a name must not break the line"
+    kept = {path.name for path in tmp_path.rglob("*.png") if "quarantine" not in path.parts}
+    assert "other.png" in kept
+    assert len(kept) == 2
+    assert all((tmp_path / name).is_file() and not (tmp_path / name).is_symlink() for name in kept - {"other.png"})
+    assert "2 good, 4 bad" in result.stdout
+    assert run_tool("check_training_data", "--data-dir", tmp_path, *GATED).returncode == 0
+
+
+def test_links_among_themselves(tmp_path):
+    """A link that sorts first is taken for its target; of hard links the later one is."""
+    write_files(tmp_path, {"z.png": encoded(photograph(96, 96), "png")})
+    (tmp_path / "r").mkdir()
+    os.symlink("../z.png", tmp_path / "r/a.png")
+    os.link(tmp_path / "z.png", tmp_path / "z2.png")
+    result = run_tool("check_training_data", "--data-dir", tmp_path, *GATED)
+    reasons = verdicts(result.stdout)
+    assert reasons == {"r/a.png": "a link to z.png (--keep-duplicates)",
+                       "z2.png": "a hard link of z.png (--keep-duplicates)"}
+    assert "why: 2 duplicate" in result.stdout
+    assert "1 good, 2 bad" in result.stdout
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """A dataset of HR and LR crops of two photographs."""
+    for seed, name in enumerate(("one", "two")):
+        pixels = photograph(96, 192, seed)
+        reduced = cv2.resize(pixels, (48, 24), interpolation=cv2.INTER_AREA)
+        write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png")})
+        write_files(tmp_path / "LR", {f"{name}x4.png": encoded(reduced, "png")})
+    assert cut_pairs(tmp_path).returncode == 0
+    return tmp_path
+
+
+def cut_pairs(folder: Path) -> subprocess.CompletedProcess[str]:
+    return run_tool("pairs_to_data", folder / "HR", folder / "LR", "--scale", 4, "--size", 48, "--out",
+                    folder / "data/pairs", *UNGATED)
+
+
+def test_a_bad_side_takes_the_other_along(pairs):
+    data = pairs / "data/pairs"
+    (data / "one.png/x1_000_001.npy").write_bytes(b"broken")
+    (data / "two.png/x1_000_000_lr4.npy").write_bytes(b"broken")
+    (data / "two.png/x1_000_001_lr4.npy").write_bytes(b"broken")
+    (data / "two.png/x1_000_001.npy").write_bytes(b"broken")
+    before = check("--data-dir", pairs / "data", "--min-size", 48)
+    assert {path: reason for path, reason in verdicts(before.stdout).items() if "pair" in reason} == {
+        "pairs/one.png/x1_000_001_lr4.npy": "the other side of its pair is bad: pairs/one.png/x1_000_001.npy",
+        "pairs/two.png/x1_000_000.npy": "the other side of its pair is bad: pairs/two.png/x1_000_000_lr4.npy"}
+    assert "why: 4 file, 2 pair" in before.stdout
+    assert check("--data-dir", pairs / "data", "--min-size", 48, "--clean").returncode == 1
+    after = check("--data-dir", pairs / "data", "--min-size", 48)
+    assert after.returncode == 0
+    hashes = [[line for line in result.stdout.splitlines() if line.startswith("hash of")] for result in (before, after)]
+    assert hashes[0] == hashes[1] != [], "what was taken along must not be in the hash"
+    assert "6 crops that a manifest names are not there; the tool that made them makes them again" in after.stdout
+    assert not (data / "rejects.jsonl").exists(), "broken crops are to be made again, with their other sides"
+
+
+def test_sides_are_told_by_name_without_a_manifest(tmp_path):
+    crop, lr = npy(photograph(96, 96)), npy(photograph(96, 96, 3))
+    write_files(tmp_path, {"a/x1_000_000.npy": b"", "a/x1_000_000_lr4.npy": lr, "a/x1_000_001.npy": crop,
+                           "b/x1_000_000.npy": crop, "b/x1_000_000_lr2.npy": b"", "c/x1_000_000.npy": crop})
+    bad = verdicts(check("--data-dir", tmp_path, "--min-size", 96).stdout)
+    assert {*bad} == {"a/x1_000_000.npy", "a/x1_000_000_lr4.npy", "b/x1_000_000.npy", "b/x1_000_000_lr2.npy"}
+
+
+def cut_photos(folder: Path) -> subprocess.CompletedProcess[str]:
+    return run_tool("images_to_data", folder / "photos", folder / "data/crops", "--size", 96, "--num-scales", 1,
+                    *UNGATED)
+
+
+@pytest.fixture
+def flat_crop(tmp_path) -> Path:
+    """A dataset of two crops that its own settings took, one of them flat."""
+    pixels = photograph(96, 192)
+    pixels[:, 96:] = 100
+    write_files(tmp_path / "photos", {"a.png": encoded(pixels, "png")})
+    assert cut_photos(tmp_path).returncode == 0
+    return tmp_path
+
+
+def clean_flat(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_tool("check_training_data", "--data-dir", folder / "data", "--min-size", 96, "--min-gradient", 2,
+                    "--min-sharpness", 0, "--keep-duplicates", *arguments)
+
+
+@pytest.mark.parametrize("delete", [[], ["--delete"]])
+def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete):
+    rejects = flat_crop / "data/crops/rejects.jsonl"
+    rejects.write_bytes(b'{"torn": ')
+    result = clean_flat(flat_crop, "--clean", *delete)
+    assert "why: 1 flat" in result.stdout
+    torn, line = rejects.read_text().splitlines()
+    record = json.loads((flat_crop / "data/crops/manifest.jsonl").read_text().splitlines()[1])
+    assert (torn, parse_reject(line)["cleaned"]) == ('{"torn": ', True)
+    expected = {name: record[name] for name in ("photo", "path", "scale", "top", "left", "photo_bytes",
+                                                "photo_mtime_ns")}
+    values = json.loads(line)
+    assert "flat: its gradient" in values.pop("reason")
+    assert values == {**expected, "folder": "a.png", "gate": "flat", "whole": False, "cleaned": True}
+    result = clean_flat(flat_crop)
+    assert result.returncode == 0
+    assert "1 crops that a manifest names were taken away by --clean and are not made again" in result.stdout
+    assert "makes them again" not in result.stdout
+    assert cut_photos(flat_crop).returncode == 0
+    assert clean_flat(flat_crop).returncode == 0, "the cutter must not make it again"
+
+
+def test_no_cleaning_beside_a_running_cutter(flat_crop):
+    before = tree(flat_crop)
+    with open(flat_crop / "data/crops/dataset.json", "r+b") as settings:
+        fcntl.flock(settings, fcntl.LOCK_EX)
+        assert_user_error(clean_flat(flat_crop, "--clean"), "crops: a tool is writing there", "nothing was changed")
+    assert tree(flat_crop) == before
+    assert clean_flat(flat_crop, "--clean").returncode == 1
+
+
+def test_one_cleaning_at_a_time(tmp_path):
+    write_files(tmp_path, {"bad.png": b"text", "good.png": encoded(photograph(96, 96), "png"),
+                           "quarantine/report.jsonl": b""})
+    with open(tmp_path / "quarantine/report.jsonl", "ab") as report:
+        fcntl.flock(report, fcntl.LOCK_EX)
+        assert_user_error(check("--data-dir", tmp_path, "--min-size", 96, "--clean"), "another run",
+                          "nothing was changed")
+    assert (tmp_path / "bad.png").exists()
+    assert check("--data-dir", tmp_path, "--min-size", 96, "--clean").returncode == 1
+    assert not (tmp_path / "bad.png").exists()
+
+
+def test_a_quarantine_that_is_a_file(tmp_path):
+    write_files(tmp_path, {"bad.png": b"text", "quarantine": b""})
+    assert_user_error(check("--data-dir", tmp_path, "--clean"), "quarantine: not a folder")
+    assert (tmp_path / "bad.png").exists()
+
+
+def test_what_cannot_be_moved_is_named_and_not_in_the_report(tmp_path):
+    """A folder of the quarantine where a file lies: also root cannot move there."""
+    write_files(tmp_path, {"a/bad.png": b"text", "b.png": b"text", "quarantine/a": b"in the way"})
+    result = check("--data-dir", tmp_path, "--clean")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "could not be moved: a/bad.png: " in result.stdout
+    assert "moved 1 files" in result.stdout
+    report = [json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in report] == ["b.png"]
+    assert (tmp_path / "a/bad.png").exists()
+
+
+def test_a_rename_that_fails_leaves_no_line(tmp_path, monkeypatch):
+    write_files(tmp_path, {"bad.png": b"text", "worse.png": b"text"})
+    judgements = [Judgement(name, Verdict.BAD, "broken", gate="file") for name in ("bad.png", "gone.png", "worse.png")]
+    rename = os.rename
+
+    def rename_or_fail(source: Path, target: Path) -> None:
+        if source.name == "bad.png":
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_or_fail)
+    with Cleaner(tmp_path, [], [], judgements, delete=False) as cleaner:
+        for judgement in judgements:
+            cleaner.take(judgement)
+    assert (cleaner.taken, cleaner.failed) == (1, [("bad.png", "Permission denied")])
+    report = [json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in report] == ["worse.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_dataset(tmp_path):
+    write_files(tmp_path, {"a/bad.png": b"text"})
+    (tmp_path / "a").chmod(0o500)
+    result = check("--data-dir", tmp_path, "--clean")
+    assert "could not be moved: a/bad.png: Permission denied" in result.stdout
+    tmp_path.chmod(0o500)
+    (tmp_path / "quarantine").chmod(0o500)
+    result = check("--data-dir", tmp_path, "--clean")
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "quarantine"):
+        folder.chmod(0o700)
+    assert_user_error(result, "quarantine: cannot be written")
 
 
 def plain_files() -> dict[str, bytes]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from dataset_corpus import UNGATED, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
+from dataset_photographs import blurred, photographs, recompressed
 
+from fabricate import shared
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list
-from tools.pairs_to_data import Pair, correlation, match_pairs
+from tools.common.leakage import BenchmarkIndex
+from tools.common.pair_fitting import correlation, has_swapped_colors, shift
+from tools.common.pair_matching import Pair, match_pairs
 
 SCALE = 4
 
@@ -117,6 +122,149 @@ def test_names():
     assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # of another scale
     with pytest.raises(UserError, match=r"a/1\.png and b/1\.png"):
         match_pairs(["a/1.png", "b/1.png"], ["1.png"], 4)
+
+
+@pytest.mark.parametrize(("hr", "lr", "pairs", "lonely"), [
+    (["bridge_x4.png", "view_lr.png", "a_HR.png"], ["bridge_x4.png", "view_lr.png", "a_HR.bmp"],
+     {"bridge_x4.png": "bridge_x4.png", "view_lr.png": "view_lr.png", "a_HR.png": "a_HR.bmp"}, []),
+    (["c1/1.png", "c2/1.png"], ["c1/1.png", "c2/1.png"], {"c1/1.png": "c1/1.png", "c2/1.png": "c2/1.png"}, []),
+    (["c1/1_HR.png", "c2/1_HR.png"], ["c1/1x4.png", "c2/1x4.png"],
+     {"c1/1_HR.png": "c1/1x4.png", "c2/1_HR.png": "c2/1x4.png"}, []),
+    (["c1/1.png", "c2/1.png"], ["c1/1.png"], {"c1/1.png": "c1/1.png"}, ["c2/1.png"]),
+    (["1.png", "1x4.png"], ["1x4.png"], {"1x4.png": "1x4.png"}, ["1.png"]),
+    (["deep/1.png"], ["X4/1.png", "X4/2x4.png"], {"deep/1.png": "X4/1.png"}, ["X4/2x4.png"])])
+def test_the_most_alike_names_are_partners(hr, lr, pairs, lonely):
+    """The marks of a side count only where the whole name does not fit, and the folders where names repeat."""
+    assert match_pairs(hr, lr, 4) == ([Pair(name, pairs[name]) for name in sorted(pairs)], lonely)
+
+
+def test_one_folder_may_hold_both_sides(tmp_path):
+    """As SelfExSR's archives do, results of other methods included."""
+    pixels = photograph(96, 96, 2)
+    write_files(tmp_path / "both", {
+        "img_001_SRF_4_HR.png": encoded(pixels, "png"), "img_001_SRF_4_LR.png": encoded(reduced(pixels), "png"),
+        "img_001_SRF_4_bicubic.png": encoded(pixels, "png"), "img_002_SRF_4_HR.png": encoded(pixels, "png")})
+    result = cut((tmp_path / "both", tmp_path / "both"), tmp_path / "out")
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png"}
+    assert "no partner: img_002_SRF_4_HR.png" in result.stdout
+    assert "1 files have no partner" in result.stdout
+    assert "do not show the same" not in result.stdout
+
+
+def test_folders_may_lie_in_one_another(tmp_path):
+    pixels = photograph(96, 96, 2)
+    write_files(tmp_path / "DIV2K", {"0001.png": encoded(pixels, "png"),
+                                     "LR/X4/0001x4.png": encoded(reduced(pixels), "png")})
+    result = cut((tmp_path / "DIV2K", tmp_path / "DIV2K/LR"), tmp_path / "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"0001.png"}
+
+
+def degraded(lr: np.ndarray) -> dict[str, np.ndarray]:
+    """What an LR side may have gone through and still be one."""
+    noise = np.random.default_rng(0).normal(0, 25, lr.shape)
+    return {"as it is": lr, "noise": np.clip(lr + noise, 0, 255).astype(np.uint8), "JPEG": recompressed(lr, 30),
+            "blur": blurred(lr, 2)}
+
+
+def moved(lr: np.ndarray, down: int, right: int) -> np.ndarray:
+    matrix = np.float32([[1, 0, right], [0, 1, down]])
+    return cv2.warpAffine(lr, matrix, lr.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+
+
+def assert_told_apart(hr: np.ndarray, lr: np.ndarray, shifts: tuple[tuple[int, int], ...]) -> None:
+    """True pairs pass whatever LR went through, shifted ones and swapped colours do not."""
+    for what, side in degraded(lr).items():
+        assert shift(hr, side) == (0, 0), what
+        assert not has_swapped_colors(hr, side), what
+        assert has_swapped_colors(hr, side[..., ::-1].copy()), what
+        for down, right in shifts:
+            assert shift(hr, moved(side, down, right)) == (down, right), (what, down, right)
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "coffee.png"])
+def test_shifts_and_swapped_colours_are_told_from_degradations(name):
+    pixels = photographs()[name]
+    height, width = (side // SCALE * SCALE for side in pixels.shape[:2])
+    pixels = np.ascontiguousarray(pixels[:height, :width])
+    assert_told_apart(pixels, reduced(pixels), ((0, 1), (-1, 0), (1, 1), (2, 0), (0, -2)))
+    every_fourth = np.ascontiguousarray(pixels[::SCALE, ::SCALE])
+    assert shift(pixels, every_fourth) == (0, 0)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_true_bicubic_pairs_pass(scale):
+    """MATLAB's bicubic reduction, of which the published LR sides are made."""
+    folder = shared(f"data/set5/x{scale}")
+    for path in sorted(folder.glob("*_HR.png")):
+        hr, lr = (_pixels(folder / name) for name in (path.name, path.name.replace("_HR", "_LR")))
+        hr = np.ascontiguousarray(hr[: lr.shape[0] * scale, : lr.shape[1] * scale])
+        assert_told_apart(hr, np.ascontiguousarray(lr), ((0, 1), (-1, 0)))
+        assert correlation(hr, degraded(lr)["noise"]) > 0.9
+
+
+def test_gray_and_flat_pairs_say_nothing():
+    gray = np.repeat(photograph(96, 96)[..., :1], 3, axis=2)
+    assert not has_swapped_colors(gray, reduced(gray)[..., ::-1].copy())
+    for flat in (np.full((96, 96, 3), 128, np.uint8), gray // 64 + 100):
+        assert shift(flat, reduced(flat)) == (0, 0)
+
+
+def test_shifted_and_swapped_pairs_are_turned_away(tmp_path):
+    pixels = photograph(160, 160, 1)
+    lr = reduced(pixels)
+    sides = {"good": lr, "shifted": moved(lr, 1, 0), "swapped": lr[..., ::-1].copy()}
+    write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png") for name in sides})
+    write_files(tmp_path / "LR", {f"{name}.png": encoded(side, "png") for name, side in sides.items()})
+    folders = tmp_path / "HR", tmp_path / "LR"
+    assert cut(folders, tmp_path / "out").returncode == 1
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert {entry["photo"]: entry["gate"] for entry in rejects} == {"shifted.png": "pair", "swapped.png": "pair"}
+    reasons = {entry["photo"]: entry["reason"] for entry in rejects}
+    assert "1 rows and 0 columns" in reasons["shifted.png"]
+    assert "red and blue" in reasons["swapped.png"]
+    assert cut(folders, tmp_path / "all", "--min-correlation", -1).returncode == 0
+    assert {record["photo"] for record in records(tmp_path / "all")} == {f"{name}.png" for name in sides}
+
+
+def test_a_part_of_a_benchmark_within_a_large_picture_rejects_the_pair(tmp_path):
+    """The picture as a whole has too many other parts for the search; a crop shows it."""
+    benchmark, size = photographs()["astronaut.png"], 256
+    pictures = [pixels for name, pixels in photographs().items() if name != "astronaut.png"]
+    tiles = [pixels[:size, :size] for pixels in pictures if min(pixels.shape[:2]) >= size]
+    clean = np.vstack([np.hstack([tiles[(3 * row + column) % len(tiles)] for column in range(4)]) for row in range(4)])
+    leaking = clean.copy()
+    leaking[512:768, 768:1024] = benchmark[40:296, 100:356]
+    write_files(tmp_path / "bench", {"astronaut.png": encoded(benchmark, "png")})
+    for name, pixels in (("clean", clean), ("leaking", leaking)):
+        write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png", compress_level=1)})
+        write_files(tmp_path / "LR", {f"{name}.png": encoded(reduced(pixels), "png", compress_level=1)})
+    assert BenchmarkIndex([tmp_path / "bench"]).find(leaking) is None, "the test must need the crops"
+    run_tool("pairs_to_data", tmp_path / "HR", tmp_path / "LR", "--scale", SCALE, "--out", tmp_path / "out", "--size",
+             256, "--cover", "--against", tmp_path / "bench", *UNGATED)
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"clean.png"}
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(entry["photo"], entry["gate"], entry["whole"]) for entry in rejects] == [("leaking.png", "leak", True)]
+    assert "astronaut.png" in rejects[0]["reason"]
+    assert not list((tmp_path / "out").glob("leaking.png/*")), "crops that were written before must go"
+
+
+def test_large_pictures_are_refused_by_a_flag_that_there_is(folders, tmp_path):
+    result = cut(folders, tmp_path / "out", "--max-megapixels", 0.02)
+    assert "0001.png: 130x203 is 0 megapixels, above the limit of 0.02 (--max-megapixels)" in result.stdout
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png", "same.png"}
+    assert_user_error(cut(folders, tmp_path / "none", "--max-megapixels", 0), "--max-megapixels 0")
+
+
+def test_files_of_holes_are_not_read(tmp_path):
+    pixels = photograph(96, 96, 1)
+    write_files(tmp_path / "HR", {name: encoded(pixels, "png") for name in ("a.png", "b.png")})
+    write_files(tmp_path / "LR", {name: encoded(reduced(pixels), "png") for name in ("a.png", "b.png")})
+    os.truncate(tmp_path / "HR/a.png", 1 << 40)
+    result = cut((tmp_path / "HR", tmp_path / "LR"), tmp_path / "out")
+    assert result.returncode == 1, result.stderr
+    assert "rejected a.png: a.png: " in result.stdout
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"b.png"}
 
 
 def test_correlation_tells_pairs_from_others():

@@ -86,7 +86,7 @@ def test_the_manifest_holds_what_the_gates_measured(cut):
         assert gates.keys() == {"gradient", "sharpness", "entropy", "hash", "source_sharpness", "source_hash",
                                 "source_sha256"}
         assert gates["gradient"] >= 1
-        assert record["decoder"].startswith(("opencv ", "pillow "))
+        assert record["decoder"].startswith(("opencv ", "pillow ", "libspng ", "simplejpeg "))
 
 
 def test_gates_can_be_turned_off(photos, tmp_path):

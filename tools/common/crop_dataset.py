@@ -7,16 +7,17 @@ import filecmp
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
+from tools.common.crop_options import benchmark_fingerprint
 from tools.common.crop_report import Totals
-from tools.common.crop_writing import CropSettings, CutPicture, Reject, Unit, discard, remove_crops
-from tools.common.dataset_files import FINAL_GATES, REJECTS, SETTINGS, reject_groups, reject_line
+from tools.common.crop_writing import CropSettings, CutPicture, Reject, Unit, discard
+from tools.common.dataset_files import FINAL_GATES, REJECTS, SETTINGS, parse_reject, reject_groups, reject_line
 from tools.common.manifest import CropRecord, format_lines, parse_line
 from tools.common.near_duplicates import NearDuplicates
 from tools.common.parallel import ordered_map, progress, quiet_libraries
@@ -40,15 +41,16 @@ class CropDataset:
     """A folder of crops while a tool writes it. Made by `open_dataset`."""
 
     def __init__(self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]) -> None:
-        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone (its crops stay)."""
+        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand (its crops stay)."""
         self.out, self.settings, self.totals = out, settings, Totals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
-        self._photo_of_sha256: dict[bytes, str] = {}
+        self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
+        self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut anew
         self._is_empty = True
         self._stamp_of = stamp_of
-        self._mend_manifest()
+        self._mend_manifest(_cleaned(out / REJECTS))
         self._mend_rejects()
         self._manifest: IO[str] = open(out / MANIFEST, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._rejects: IO[str] = open(out / REJECTS, "a", encoding="utf-8")    # noqa: SIM115
@@ -68,13 +70,21 @@ class CropDataset:
         return self._is_empty and not self.totals.crops
 
     def close(self) -> None:
-        """Make what was written durable."""
-        for file in (self._rejects, self._manifest):
-            os.fsync(file.fileno())
-            file.close()
-        for name in (REJECTS, MANIFEST):
-            if (self.out / name).stat().st_size == 0:
-                (self.out / name).unlink()
+        """Make what was written durable; the crops of sources that were not reached this time stay recorded."""
+        try:
+            for records in self._stale.values():
+                self._manifest.write(format_lines(records))
+            for file in (self._rejects, self._manifest):
+                file.flush()
+                os.fsync(file.fileno())
+            if (self.out / REJECTS).stat().st_size == 0:
+                (self.out / REJECTS).unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            for file in (self._rejects, self._manifest):
+                with suppress(OSError):  # what could not be written is still in its buffer
+                    file.close()
 
     def add(self, result: UnitResult) -> None:
         """Write down what became of a unit: only now, with all its crops on disk, and whole."""
@@ -85,89 +95,113 @@ class CropDataset:
             twin = self._refuse_twin(picture)
             rejects += [twin] if twin else picture.rejects
             records += picture.records
-        lines = "".join(reject_line(unit, reject, is_whole=not records) for reject in rejects)
         records = [replace(record, folder_crops=len(records)) for record in records]
+        earlier = self._stale.pop(unit.folder, [])
+        if earlier and not records and all(reject.gate not in FINAL_GATES for reject in rejects):
+            self._manifest.write(format_lines(earlier))  # the source broke: better its old crops than none
+        elif earlier and not records:
+            discard(earlier, self.out)
         try:
-            self._rejects.write(lines)
+            self._rejects.write("".join(reject_line(unit, reject, is_whole=not records) for reject in rejects))
             self._rejects.flush()
             self._manifest.write(format_lines(records))
             self._manifest.flush()
         except OSError as error:
-            raise UserError(f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run the "
-                            "same command again: it goes on where it stopped") from error
+            raise self._unwritable(error) from error
         if not records:
             _remove_empty(self.out, unit.folder)
         self.totals.count(unit, rejects, len(records))
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run the same "
+                         "command again: it goes on where it stopped")
 
     def _refuse_twin(self, picture: CutPicture) -> Reject | None:
         """The reason why a picture is the twin of an earlier one; its crops are deleted then."""
         if self._duplicates is None or not picture.records:
             return None
-        record = picture.records[0]
-        reject = self._twin(record)
+        reject = self._twin(picture.records[0])
         if reject is not None:
             discard(picture.records, self.out)
             picture.records.clear()
         return reject
 
     def _twin(self, record: CropRecord) -> Reject | None:
-        sha256, name = _source_sha256(record), _source_name(record)
-        if sha256 in self._photo_of_sha256:
-            return Reject("duplicate", f"the same file as {self._photo_of_sha256[sha256]}", time=record.time)
-        twin = self._duplicates.add(name, bytes.fromhex(str(record.gates["source_hash"])))
+        sha256, source = _source_sha256(record), _source(record)
+        if sha256 in self._source_of_sha256:
+            folder, name = _parts(self._source_of_sha256[sha256])
+            return Reject("duplicate", f"the same file as {name} (--keep-duplicates)", time=record.time, twin=folder)
+        twin = self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
         if twin is not None:
-            return Reject("near-duplicate", f"nearly the same picture as {twin} (--keep-duplicates)", time=record.time)
+            folder, name = _parts(twin)
+            reason = f"nearly the same picture as {name} (--keep-duplicates)"
+            return Reject("near-duplicate", reason, time=record.time, twin=folder)
         if sha256:
-            self._photo_of_sha256[sha256] = name
+            self._source_of_sha256[sha256] = source
         return None
 
-    def _mend_manifest(self) -> None:
-        """Keep the units whose crops are all there; drop the others' lines and delete their crops.
+    def _mend_manifest(self, cleaned: set[str]) -> None:
+        """Keep the units whose crops are all there, but for those that were `cleaned` away; drop the others' lines.
 
-        Torn lines, missing or shortened crops, and sources that changed since are all found here.
+        Torn lines, missing or shortened crops, and sources that changed since are all found here. Of a source that is
+        gone, what is there is kept.
         """
         with _mending(self.out / MANIFEST) as (old, new):
             for folder, records in _by_folder(old):
-                if folder not in self._finished and self._is_whole(records):
+                if folder in self._finished or folder in self._stale:
+                    continue  # a line that a killed run left behind
+                stamp, there = self._stamp_of(records[0].photo), [self._is_there(record) for record in records]
+                is_whole = len(records) == records[0].folder_crops and all(
+                    is_there or record.path in cleaned for record, is_there in zip(records, there, strict=True))
+                kept = [record for record, is_there in zip(records, there, strict=True) if is_there]
+                if stamp is None or (is_whole and stamp == (records[0].photo_bytes, records[0].photo_mtime_ns)):
                     self._finished.add(folder)
-                    self._is_empty = False
-                    self._remember(records)
-                    new.write(format_lines(records))
-                elif folder not in self._finished and (self.out / folder).is_dir():
-                    remove_crops(self.out / folder)
+                    self._is_empty = self._is_empty and not kept
+                    self._remember(kept)
+                    new.write(format_lines(replace(record, folder_crops=len(kept)) for record in kept))
+                elif is_whole:
+                    self._stale[folder] = kept  # of a source that changed
 
-    def _is_whole(self, records: list[CropRecord]) -> bool:
-        """Whether all crops of a unit are on disk in full, and its source is still the same (or gone)."""
-        first = records[0]
-        if self._stamp_of(first.photo) not in (None, (first.photo_bytes, first.photo_mtime_ns)):
-            return False
-        if len({record.path for record in records}) != first.folder_crops or len(records) != first.folder_crops:
-            return False
+    def _is_there(self, record: CropRecord) -> bool:
+        """Whether a crop's file is there, as long as it was."""
         try:
-            return all((self.out / record.path).stat().st_size == record.bytes for record in records)
-        except (FileNotFoundError, NotADirectoryError):
+            return (self.out / record.path).stat().st_size == record.bytes
+        except OSError:
             return False
 
     def _remember(self, records: list[CropRecord]) -> None:
         """Take the pictures of a finished unit among those that later ones must not repeat."""
         if self._duplicates is None:
             return
-        for name, record in {_source_name(record): record for record in records if record.role != "lr"}.items():
-            self._duplicates.add(name, bytes.fromhex(str(record.gates["source_hash"])))
+        for source, record in {_source(record): record for record in records if record.role != "lr"}.items():
+            self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
             if sha256 := _source_sha256(record):
-                self._photo_of_sha256[sha256] = name
+                self._source_of_sha256[sha256] = source
 
     def _mend_rejects(self) -> None:
-        """Keep the rejects of finished units and those that stand until their source changes."""
-        kept = set()
+        """Keep the rejects of finished units and those that stand until their source, or its twin, changes."""
+        settled = set()
         with _mending(self.out / REJECTS) as (old, new):
             for folder, lines in reject_groups(old):
-                is_settled = all(values["whole"] and values["gate"] in FINAL_GATES for values in lines) \
-                    and self._stamp_of(lines[0]["photo"]) in (None, _stamp(lines[0]))
-                if folder not in kept and (folder in self._finished or is_settled):
-                    kept.add(folder)
+                if folder in self._finished or self._is_settled(lines):
+                    settled.add(folder)
                     new.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
-        self._finished |= kept
+        self._finished |= settled
+
+    def _is_settled(self, lines: list[dict]) -> bool:
+        """Whether the rejects of a unit without crops would be the same again."""
+        first = lines[0]
+        return (all(values["whole"] and values["gate"] in FINAL_GATES for values in lines)
+                and self._stamp_of(first["photo"]) in (None, (first["photo_bytes"], first["photo_mtime_ns"]))
+                and all(values["twin"] in self._finished for values in lines if "twin" in values))
+
+
+def _cleaned(rejects: Path) -> set[str]:
+    """The crops that check_training_data.py has taken away for good reasons: they are not made again."""
+    if not rejects.exists():
+        return set()
+    with open(rejects, "rb") as lines:
+        return {values["path"] for values in map(parse_reject, lines) if values and values.get("cleaned")}
 
 
 @contextmanager
@@ -203,19 +237,21 @@ def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]
         yield records[0].path.rpartition("/")[0], records
 
 
-def _stamp(values: dict) -> Stamp:
-    """The stamp in a line of rejects.jsonl."""
-    return values["photo_bytes"], values["photo_mtime_ns"]
-
-
 def _source_sha256(record: CropRecord) -> bytes:
     """The hash of the file that a picture came in, empty where it has none of its own."""
     return bytes.fromhex(str(record.gates.get("source_sha256", "")))
 
 
-def _source_name(record: CropRecord) -> str:
-    """How a picture is named to people: its photo, and its second in a film."""
-    return record.photo if record.time is None else f"{record.photo} at {record.time:.3f} s"
+def _source(record: CropRecord) -> str:
+    """A picture's name for the index of copies: its unit's folder, and what else tells it from the unit's others."""
+    folder = record.path.rpartition("/")[0]
+    return folder if folder == record.photo and record.time is None else f"{folder}\n{record.photo}\n{record.time}"
+
+
+def _parts(source: str) -> tuple[str, str]:
+    """(Folder of the unit, name for people) of a picture, from its `_source`."""
+    folder, photo, time = source.split("\n") if "\n" in source else (source, source, "None")
+    return folder, photo if time == "None" else f"{photo} at {float(time):.3f} s"
 
 
 def _remove_empty(out: Path, folder: str) -> None:
@@ -245,6 +281,7 @@ def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], St
     """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it was begun with."""
     recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
     recorded["against"] = list(settings.against)
+    recorded["against_files"] = benchmark_fingerprint(settings.against)
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / SETTINGS, os.O_RDWR | os.O_CREAT, 0o666)
@@ -259,8 +296,11 @@ def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], St
         dataset = CropDataset(out, settings, stamp_of)
         try:
             yield dataset
-        finally:
-            dataset.close()
+        except BaseException:
+            with suppress(UserError):  # what happened first is what is said
+                dataset.close()
+            raise
+        dataset.close()
 
 
 def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:

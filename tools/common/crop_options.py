@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.cli import UserError
+from pipeline.data.image_files import MANIFEST
 from tools.common.crop_writing import CropSettings
+from tools.common.dataset_walk import shown, walk
 from tools.common.leakage import BenchmarkIndex
 from tools.common.near_duplicates import MAX_DISTANCE
 from tools.common.quality import MIN_GRADIENT, MIN_SHARPNESS
@@ -75,5 +79,23 @@ class CropOptions(GateOptions):
 
 
 def open_benchmark(folders: tuple[str, ...]) -> BenchmarkIndex | None:
-    """The index of the benchmark images that `--against` names; reads them all."""
-    return BenchmarkIndex([Path(folder) for folder in folders]) if folders else None
+    """The index of the benchmark images that `--against` names; reads them all, and must be able to."""
+    if not folders:
+        return None
+    index = BenchmarkIndex([Path(folder) for folder in folders])
+    if index.skipped:
+        raise UserError(f"--against: {shown(index.skipped[0])}: {len(index.skipped)} benchmark images cannot be read, "
+                        "so what leaks from them would not be seen; mend them or take them away")
+    return index
+
+
+def benchmark_fingerprint(folders: tuple[str, ...]) -> str | None:
+    """A hash of the names and sizes of the benchmark images: a set that grew must be looked for anew."""
+    if not folders:
+        return None
+    digest = hashlib.sha256()
+    for folder in folders:
+        for name in walk(Path(folder), MANIFEST).encoded:
+            size = os.path.getsize(Path(folder) / name)
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

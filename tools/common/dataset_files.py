@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from tools.common.crop_writing import Reject, Unit
+from tools.common.dataset_walk import shown as shown
 
 SETTINGS = "dataset.json"
 REJECTS = "rejects.jsonl"
-# Decided by the settings and the source alone: no second look unless the source changes. The others may be mended.
+# Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
+# that is damage, may be mended.
 FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 
@@ -42,8 +44,3 @@ def reject_groups(lines: Iterable[bytes]) -> Iterator[tuple[str, list[dict]]]:
         group.append(values)
     if group:
         yield group[0]["folder"], group
-
-
-def shown(name: str) -> str:
-    """A file name that any terminal and any UTF-8 file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8") if name.isprintable() else ascii(name)

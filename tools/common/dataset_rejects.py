@@ -17,6 +17,7 @@ MEANINGS = {
     "too-large": "above the limit of megapixels",
     "decode": "could not be decoded or read",
     "file": "broken, cut short, or not what was written",
+    "pair": "HR and LR that do not fit, or whose other side was turned away",
     "flat": "next to no detail: clear sky, a plain wall, black bars",
     "soft": "blurred, or enlarged from something smaller",
     "duplicate": "the same file as an earlier one",
@@ -77,6 +78,8 @@ def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
     """Count the lines of a rejects.jsonl; names get `folder` before them. Torn and foreign lines do not count."""
     rejects = Rejects()
     for values in filter(None, map(parse_reject, _lines(path))):
+        if values.get("cleaned"):
+            continue  # it stands in the quarantine's report
         name = posixpath.join(folder, values["photo"])
         if values.get("time") is not None:
             name += f" at {values['time']} s"

@@ -131,6 +131,13 @@ class DatasetHash:
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self.count += 1
 
+    def remove(self, path: str, sha256: str) -> None:
+        """Take out one crop that was added."""
+        other = DatasetHash()
+        other.add(path, sha256)
+        self._sum = (self._sum - other._sum) % 2**256
+        self.count -= 1
+
     def hexdigest(self) -> str:
         """64 hexadecimal digits."""
         return hashlib.sha256(f"{self.count} {self._sum:064x}".encode()).hexdigest()

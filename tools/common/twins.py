@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from tools.common.dataset_walk import shown
 from tools.common.image_judging import Judgement, Verdict
 from tools.common.near_duplicates import NearDuplicates
 
@@ -35,16 +37,43 @@ class Twins:
         self._found.append((judgement, int(earlier)))
         return True
 
-    def verdicts(self, names: Iterable[str]) -> list[Judgement]:
-        """The judgements on the twins; `names` are those of all files, in the same order as before."""
+    def verdicts(self, names: Iterable[str]) -> tuple[list[Judgement], list[Judgement]]:
+        """(Judgements on the twins, judgements on earlier files that were called good and are not).
+
+        The latter are links to a twin: the file stays, not the link. `names` are those of all files, in the same order
+        as before.
+        """
         wanted = {earlier for _, earlier in self._found}
         named = {number: name for number, name in enumerate(names) if number in wanted} if wanted else {}
-        return [self._verdict(judgement, named[earlier]) for judgement, earlier in self._found]
+        targets: dict[int, str] = {}  # the file that stays in place of an earlier link to it
+        for judgement, earlier in self._found:
+            if earlier not in targets and self._is_link_to(named[earlier], judgement.path):
+                targets[earlier] = judgement.path
+        twins, links = [], []
+        for judgement, earlier in self._found:
+            if targets.get(earlier) == judgement.path:
+                twins.append(judgement)
+                links.append(self._verdict(replace(judgement, path=named[earlier], bytes=0), judgement.path))
+            else:
+                twins.append(self._verdict(judgement, targets.get(earlier, named[earlier])))
+        return twins, links
+
+    def _is_link_to(self, name: str, other: str) -> bool:
+        """Whether `name` is a symbolic link that leads to the file `other`, and that one is none."""
+        try:
+            return ((self._root / name).is_symlink() and not (self._root / other).is_symlink()
+                    and os.path.samefile(self._root / name, self._root / other))
+        except OSError:  # one of them went while we looked
+            return False
 
     def _verdict(self, judgement: Judgement, earlier: str) -> Judgement:
+        path, other = self._root / judgement.path, self._root / earlier
+        what, gate = "nearly the same image as", "near-duplicate"
         try:
-            is_same = filecmp.cmp(self._root / judgement.path, self._root / earlier, shallow=False)
+            if os.path.samefile(path, other):
+                what, gate = ("a link to" if path.is_symlink() or other.is_symlink() else "a hard link of"), "duplicate"
+            elif filecmp.cmp(path, other, shallow=False):
+                what, gate = "the same file as", "duplicate"
         except OSError:  # one of them went while we looked
-            is_same = False
-        what, gate = ("the same file as", "duplicate") if is_same else ("nearly the same image as", "near-duplicate")
-        return replace(judgement, verdict=Verdict.BAD, gate=gate, reason=f"{what} {earlier} (--keep-duplicates)")
+            pass
+        return replace(judgement, verdict=Verdict.BAD, gate=gate, reason=f"{what} {shown(earlier)} (--keep-duplicates)")
