@@ -54,7 +54,7 @@ def main(options: Options) -> int:
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
         raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
     settings, threads = options.settings(), thread_count(options.threads)
-    refuse_nested(photos, out)
+    refuse_nested(options.photos.expanduser(), out)
     prepare_decoders()
     cutter = PhotoCutter(photos, out, settings, options.max_megapixels, open_benchmark(settings.against))
     clock = Clock()
@@ -66,7 +66,7 @@ def main(options: Options) -> int:
         cut_all(dataset, todo, cutter, threads, len(todo), "photo")
         gone = dataset.num_finished - dataset.totals.already
     clock.report(dataset.totals, out, "photos")
-    if gone:
+    if gone and options.photos.expanduser().is_dir():
         print(f"{gone} photos of earlier runs are no longer in {photos}; their crops in {out} stay")
     return 1 if dataset.totals.bad or dataset.is_empty else 0
 

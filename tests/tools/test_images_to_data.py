@@ -129,8 +129,13 @@ def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
 
 
 def test_a_single_photograph(photos, tmp_path):
-    assert cut(photos / "a.png", tmp_path / "out", "--size", 48).returncode == 0
-    assert {record["photo"] for record in records(tmp_path / "out")} == {"a.png"}
+    """Beside its crops, too; a second one is added to them."""
+    write_files(tmp_path, {"a.png": (photos / "a.png").read_bytes(), "b.png": (photos / "deep/er/b.PNG").read_bytes()})
+    for number, name in enumerate(("a.png", "b.png"), 1):
+        result = cut(tmp_path / name, tmp_path / "out", "--size", 48)
+        assert result.returncode == 0
+        assert "no longer" not in result.stdout
+        assert len({record["photo"] for record in records(tmp_path / "out")}) == number
 
 
 def test_every_kind_of_photograph(tmp_path):
