@@ -249,3 +249,29 @@ def frames(path: Path) -> list[tuple[float, str]]:
         seconds = float((frame.pts - info.start) * info.time_base)
         found.append((round(seconds, 2), hashlib.sha256(frame.to_ndarray(format="rgb24").tobytes()).hexdigest()))
     return found
+
+
+def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
+    """A fixed camera: the checker finds no copies among the crops, however often the tool was stopped on the way."""
+    background, frames = still(5, 256, 512), []
+    for step in range(60):
+        frame = background.copy()
+        frame[20:120, 4 * step : 4 * step + 100] = still(6, 100, 100)  # moves through the upper half alone
+        frames.append(frame)
+    (tmp_path / "films").mkdir()
+    from_pixels(tmp_path / "films" / "fixed.mp4", frames, *H264)
+    arguments = [tmp_path / "films", "--size", 128, "--keep-lossy-size", "--min-sharpness", 0, "--segment-time", 1,
+                 "--num-scales", 1]
+    out = tmp_path / "data" / "films"
+    assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
+    records = lines(out / "manifest.jsonl")
+    lower = [record for record in records if record["top"] >= 128]
+    assert len({record["time"] for record in records}) > 3
+    assert 0 < len(lower) <= 8, "each place of the still half at most once, but for its random gaps"
+    result = run_tool("check_training_data", "--data-dir", tmp_path / "data", "--min-size", 128, "--min-sharpness", 0)
+    assert result.returncode == 0, result.stdout
+    shutil.rmtree(out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1])  # the last piece is lost
+    before = set(tree(out))
+    assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
+    assert {record["path"] for record in lines(out / "manifest.jsonl")} == {record["path"] for record in records}
+    assert before < set(tree(out))

@@ -45,6 +45,7 @@ class CropDataset:
         self.out, self.settings, self.totals = out, settings, Totals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
+        self._film_crops = None if distance is None else NearDuplicates(distance)  # still corners of moving pictures
         self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
         self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut anew
@@ -94,6 +95,7 @@ class CropDataset:
             self.totals.pixels += picture.pixels
             twin = self._refuse_twin(picture)
             rejects += [twin] if twin else picture.rejects
+            rejects += self._drop_seen_crops(picture)
             records += picture.records
         records = [replace(record, folder_crops=len(records)) for record in records]
         earlier = self._stale.pop(unit.folder, [])
@@ -125,6 +127,21 @@ class CropDataset:
             discard(picture.records, self.out)
             picture.records.clear()
         return reject
+
+    def _drop_seen_crops(self, picture: CutPicture) -> list[Reject]:
+        """Delete the crops of a frame that show what one of another frame showed: behind what moves, much is still."""
+        rejects, kept = [], []
+        for record in picture.records:
+            is_of_film = self._film_crops is not None and record.time is not None
+            twin = self._film_crops.add(record.path, _crop_hash(record)) if is_of_film else None
+            if twin is None:
+                kept.append(record)
+                continue
+            discard([record], self.out)
+            reason = f"nearly the same crop as {twin} (--keep-duplicates)"
+            rejects.append(Reject("near-duplicate", reason, record.scale, record.top, record.left, record.time))
+        picture.records[:] = kept
+        return rejects
 
     def _twin(self, record: CropRecord) -> Reject | None:
         sha256, source = _source_sha256(record), _source(record)
@@ -177,6 +194,9 @@ class CropDataset:
             self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
             if sha256 := _source_sha256(record):
                 self._source_of_sha256[sha256] = source
+        for record in records:
+            if record.time is not None and self._film_crops is not None:
+                self._film_crops.add(record.path, _crop_hash(record))
 
     def _mend_rejects(self) -> None:
         """Keep the rejects of finished units and those that stand until their source, or its twin, changes."""
@@ -235,6 +255,10 @@ def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]
         records.append(record)
     if records:
         yield records[0].path.rpartition("/")[0], records
+
+
+def _crop_hash(record: CropRecord) -> bytes:
+    return bytes.fromhex(str(record.gates["hash"]))
 
 
 def _source_sha256(record: CropRecord) -> bytes:
