@@ -84,6 +84,8 @@ def main(options: Options) -> int:
     stamps = {archive.name: archive.stamp for archive in archives}
     with open_dataset(out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data") as dataset:
         passed = _cut_all(dataset, archives, limits, cutter, threads)
+        for archive in archives if not dataset.totals.bad else ():  # else a member may only be out of reach
+            dataset.forget(archive.name)
     clock.report(dataset.totals, out, "photos")
     if passed:
         print(f"passed by: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}")

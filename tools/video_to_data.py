@@ -107,6 +107,8 @@ def main(options: Options) -> int:
         todo = list(_pieces(dataset, names, prober, threads))
         cutter.codec_threads = min(max(threads // max(len(todo), 1), 1), MAX_CODEC_THREADS)
         cut_all(dataset, todo, cutter, threads, len(todo), "segment")
+        for name in {piece.unit.photo for piece in todo if piece.reject is None}:
+            dataset.forget(name)  # it may be shorter than it was
         is_empty = dataset.is_empty
     clock.report(dataset.totals, out, "segments")
     cutter.report()

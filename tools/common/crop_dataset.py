@@ -87,6 +87,16 @@ class CropDataset:
                 with suppress(OSError):  # what could not be written is still in its buffer
                     file.close()
 
+    def forget(self, photo: str) -> None:
+        """Delete the crops of what a source that changed, and was read to its end this time, holds no more.
+
+        `photo` is a film, or an archive with all its members.
+        """
+        for folder, records in list(self._stale.items()):
+            if f"{records[0].photo}/".startswith(f"{photo}/"):
+                discard(self._stale.pop(folder), self.out)
+                _remove_empty(self.out, folder)
+
     def add(self, result: UnitResult) -> None:
         """Write down what became of a unit: only now, with all its crops on disk, and whole."""
         unit, records = result.unit, []
