@@ -25,6 +25,7 @@ from torch import nn
 from pipeline.cli import UserError
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Ranks, load_engine, save_engine
+from pipeline.files import flush
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
@@ -115,7 +116,7 @@ def _make_folders(aside: Path, contents: Contents) -> None:
 
 def _write_own_files(aside: Path, progress: Progress, contents: Contents, ranks: Ranks) -> None:
     torch.save(_random_states(), aside / f"random-rank-{ranks.rank:05d}.pt")
-    _flush(aside / f"random-rank-{ranks.rank:05d}.pt")
+    flush(aside / f"random-rank-{ranks.rank:05d}.pt")
     if not ranks.is_first:
         return
     generator = contents.engines["generator"].module
@@ -135,18 +136,18 @@ def _write_generator(file: Path, network: nn.Module, step: int, contents: Conten
 def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ranks: Ranks) -> None:
     files = {}
     for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-        _flush(path)
+        flush(path)
         files[path.relative_to(aside).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"step": progress.step, "world_size": ranks.world_size, "identity": contents.identity, "files": files}
     (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-    _flush(aside / MANIFEST_FILE)
+    flush(aside / MANIFEST_FILE)
     for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:
-        _flush(folder)
+        flush(folder)
     replaced = final.with_name(f".old-{final.name}")
     if final.exists():
         os.rename(final, replaced)
     os.rename(aside, final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -289,12 +290,3 @@ def _sha256_310(file: Any) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make what was written to a file, or the names in a folder, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

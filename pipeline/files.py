@@ -19,8 +19,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)  # the rename itself lives in the folder
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Make what was written to a file, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself lives in the folder
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -20,6 +20,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
+from tools.common.crop_dataset import refuse_nested
 from tools.common.dataset_files import shown
 from tools.common.dataset_walk import IMAGES, Files, scan, walk
 from tools.common.format_conversion import (
@@ -119,12 +120,8 @@ def _check_options(options: Options, source: Path, out: Path) -> None:
         raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give the folder of a dataset")
-    inner, outer = source.resolve(), out.resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{out} and {source}: a dataset cannot be converted into itself; choose an OUT beside it "
-                        "(--remove-source keeps the disk from filling up)")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: not a folder; choose another OUT")
+    refuse_nested(source, out, "a dataset cannot be converted into itself; choose an OUT beside it (--remove-source "
+                  "keeps the disk from filling up)")
 
 
 def _refuse_collisions(names: list[str], form: str) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,24 +17,26 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
-from tools.common.crop_grid import Crop, cover_grid, crop_grid
 from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
 from tools.common.crop_writing import (
     CropSettings,
     CutPicture,
+    Picture,
     Reject,
     Unit,
+    crop_places,
     discard,
+    find_leak,
     flat_crop,
     make_folder,
+    read_picture,
     soft_picture,
     too_small,
     write_crop,
 )
 from tools.common.dataset_walk import shown, walk
-from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_streams import check_file_size
+from tools.common.image_headers import BadImageError, read_header
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
 from tools.common.pair_fitting import correlation, has_swapped_colors, shift
@@ -43,8 +45,6 @@ from tools.common.parallel import thread_count
 from tools.common.photo_decoding import (
     MAX_MEGAPIXELS,
     check_megapixels,
-    decode_photo,
-    decoder_name,
     prepare_decoders,
 )
 from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
@@ -174,21 +174,21 @@ class PairCutter:
         """Decode both sides and write their crops. A bad pair is a result, not an exception."""
         unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
         try:
-            hr, hr_decoder, digest = _decode(self._hr / name, self._options.max_megapixels)
-            lr, lr_decoder, _ = _decode(self._lr / self._pairs[name].lr, self._options.max_megapixels)
+            hr_picture = _decode(self._hr / name, self._options.max_megapixels)
+            lr_picture = _decode(self._lr / self._pairs[name].lr, self._options.max_megapixels)
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
             return UnitResult(unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")])
-        reject = self._misfit(hr, lr)
+        reject = self._misfit(hr_picture.pixels, lr_picture.pixels)
         if reject:
             return UnitResult(unit, rejects=[reject])
-        gates = {"source_sha256": digest, **picture_gates(hr)}
-        reject = self._refused(hr, gates)
+        gates = {"source_sha256": hr_picture.sha256, **picture_gates(hr_picture.pixels)}
+        reject = self._refused(hr_picture.pixels, gates)
         if reject:
             return UnitResult(unit, rejects=[reject])
         make_folder(self._out, unit.folder)
-        return UnitResult(unit, [self._cut(unit, hr, lr, gates, (hr_decoder, lr_decoder))])
+        return UnitResult(unit, [self._cut(unit, hr_picture, lr_picture, gates)])
 
     def _misfit(self, hr: np.ndarray, lr: np.ndarray) -> Reject | None:
         """Why two pictures are no pair."""
@@ -218,17 +218,12 @@ class PairCutter:
             return too_small(hr.shape[0], hr.shape[1], 1, self._settings.size)
         if is_soft(gates, self._settings.min_sharpness):
             return soft_picture(gates, self._settings, "HR")
-        return self._leak(hr)
+        return find_leak(hr, self._benchmark)
 
-    def _leak(self, pixels: np.ndarray) -> Reject | None:
-        """Whether a picture or a crop is (of) one that the network will be measured with."""
-        name = self._benchmark.find(pixels) if self._benchmark else None
-        return Reject("leak", f"near-identical to the benchmark image {shown(name)} (--against)") if name else None
-
-    def _cut(self, unit: Unit, hr: np.ndarray, lr: np.ndarray, source: dict[str, float | str],
-             decoders: tuple[str, str]) -> CutPicture:
+    def _cut(self, unit: Unit, hr_picture: Picture, lr_picture: Picture, source: dict[str, float | str]) -> CutPicture:
+        hr, lr = hr_picture.pixels, lr_picture.pixels
         scale, size, result = self._options.scale, self._settings.size, CutPicture(pixels=hr.shape[0] * hr.shape[1])
-        for crop in self._grid(unit, lr.shape[0], lr.shape[1]):
+        for crop in crop_places(*lr.shape[:2], size // scale, self._settings, f"1/{unit.photo}"):
             top, left = crop.top * scale, crop.left * scale
             hr_window = np.ascontiguousarray(hr[top : top + size, left : left + size])
             lr_window = np.ascontiguousarray(lr[crop.top :, crop.left :][: size // scale, : size // scale])
@@ -236,54 +231,32 @@ class PairCutter:
             if is_flat(gates, self._settings.min_gradient):
                 result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
                 continue
-            if leak := self._leak(hr_window):  # a small part of a large picture shows in the crops alone
+            if leak := find_leak(hr_window, self._benchmark):  # a small part shows in the crops alone
                 discard(result.records, self._out)
                 return CutPicture(rejects=[leak], pixels=result.pixels)
             name = f"{unit.folder}/x1_{crop.row:03d}_{crop.column:03d}"
-            lr_record = self._write(unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, decoders[1])
-            hr_record = self._write(unit, name, hr_window, top, left, decoders[0])
+            lr_record = self._write(unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, lr_picture.decoder)
+            hr_record = self._write(unit, name, hr_window, top, left, hr_picture.decoder)
             result.records.append(replace(hr_record, gates={**gates, **source}, lr=lr_record.path))
             result.records.append(replace(lr_record, role="lr"))
         return result
 
-    def _grid(self, unit: Unit, height: int, width: int) -> list[Crop]:
-        size = self._settings.size // self._options.scale
-        if self._settings.cover:
-            return cover_grid(height, width, size)
-        return crop_grid(height, width, size, f"{self._settings.seed}/1/{unit.photo}")
-
     def _write(self, unit: Unit, stem: str, window: np.ndarray, top: int, left: int, decoder: str) -> CropRecord:
         name = f"{stem}.{self._settings.format}"
-        try:
-            num_bytes = write_crop(self._out / name, window, self._settings.format)
-        except OSError as error:
-            raise UserError(f"{self._out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make "
-                            "room or mend the permissions, then run the same command again: it goes on where it "
-                            "stopped") from error
+        num_bytes = write_crop(self._out, name, unit, window, self._settings.format)
         return CropRecord(name, unit.photo, 1, top, left, window.shape[0], num_bytes,
                           hashlib.sha256(window).hexdigest(), decoder, {}, unit.bytes, unit.mtime_ns, 0)
 
 
-def _decode(path: Path, max_megapixels: float) -> tuple[np.ndarray, str, str]:
-    """(Pixels, decoder, SHA-256 of the file) of a photograph."""
+def _decode(path: Path, max_megapixels: float) -> Picture:
+    """One side of a pair; raises `BadImageError`, which names the file, or `OSError`."""
     with open(path, "rb") as file:
-        header = _checked_header(file, path, max_megapixels)
-        file.seek(0)
-        data = file.read()
-    try:
-        return decode_photo(data, header), decoder_name(header), hashlib.sha256(data).hexdigest()
-    except BadImageError as error:
-        raise BadImageError(f"{shown(path.name)}: {error}") from None
-
-
-def _checked_header(file: BinaryIO, path: Path, max_megapixels: float) -> ImageHeader:
-    try:
-        header = read_header(file)
-        check_megapixels(header, max_megapixels)
-        check_file_size(header, file.seek(0, os.SEEK_END))
-    except BadImageError as error:
-        raise BadImageError(f"{shown(path.name)}: {error}") from None
-    return header
+        try:
+            header = read_header(file)
+            check_megapixels(header, max_megapixels)
+            return read_picture(file, header)
+        except BadImageError as error:
+            raise BadImageError(f"{shown(path.name)}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -109,14 +109,13 @@ class CropDataset:
             records += picture.records
         records = [replace(record, folder_crops=len(records)) for record in records]
         earlier = self._stale.pop(unit.folder, [])
-        if earlier and not records and all(reject.gate not in FINAL_GATES for reject in rejects):
-            self._manifest.write(format_lines(earlier))  # the source broke: better its old crops than none
-        elif earlier and not records:
+        is_broken = not records and all(reject.gate not in FINAL_GATES for reject in rejects)
+        if not records and not is_broken:
             discard(earlier, self.out)
         try:
             self._rejects.write("".join(reject_line(unit, reject, is_whole=not records) for reject in rejects))
             self._rejects.flush()
-            self._manifest.write(format_lines(records))
+            self._manifest.write(format_lines(earlier if is_broken else records))  # better old crops than none
             self._manifest.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -299,12 +298,12 @@ def _remove_empty(out: Path, folder: str) -> None:
         path = path.parent
 
 
-def refuse_nested(source: Path, out: Path) -> None:
-    """Raise `UserError` where sources and crops would lie in one another, or `out` is no folder."""
+def refuse_nested(source: Path, out: Path, why: str = "crops and sources must not lie in one another, or a second run "
+                  "would cut its own crops; choose an OUT beside the sources") -> None:
+    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no folder."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{out} and {source}: crops and sources must not lie in one another, or a second run would cut "
-                        "its own crops; choose an OUT beside the sources")
+        raise UserError(f"{out} and {source}: {why}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: not a folder; choose another OUT")
 

@@ -16,7 +16,7 @@ from pipeline.cli import UserError
 from tools.common.crop_grid import Crop, cover_grid, crop_grid, pyramid
 from tools.common.dataset_walk import shown
 from tools.common.image_formats import encode
-from tools.common.image_headers import read_header
+from tools.common.image_headers import ImageHeader, read_header
 from tools.common.image_streams import check_file_size
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
@@ -67,7 +67,7 @@ class Picture:
 class Reject:
     """A picture or a crop that a gate turned away, and why."""
 
-    gate: str    # size, too-large, decode, flat, soft, duplicate, near-duplicate, leak
+    gate: str    # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
     reason: str
     scale: int | None = None  # of a crop; None: the picture as a whole
     top: int | None = None
@@ -106,6 +106,11 @@ def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) 
     first = first_reduction(header.is_lossy, settings)
     if min(header.height, header.width) // first < settings.size:
         return too_small(header.height, header.width, first, settings.size)
+    return read_picture(file, header)
+
+
+def read_picture(file: BinaryIO, header: ImageHeader) -> Picture:
+    """Decode the photograph in `file`, whose header was read and found good; raises as `open_picture` does."""
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
@@ -125,6 +130,19 @@ def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what:
                           "(--min-sharpness)")
 
 
+def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
+    """Why a picture or a crop that the network will be measured with is not written."""
+    name = benchmark.find(pixels) if benchmark else None
+    return Reject("leak", f"near-identical to the benchmark image {shown(name)} (--against)") if name else None
+
+
+def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:
+    """Where crops of `size` pixels are cut out of a picture; `key` tells its random gaps from those of others."""
+    if settings.cover:
+        return cover_grid(height, width, size)
+    return crop_grid(height, width, size, f"{settings.seed}/{key}")
+
+
 def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
                 benchmark: BenchmarkIndex | None) -> CutPicture:
     """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away is not written.
@@ -140,10 +158,7 @@ def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
         cutter.cut(first)
     except _LeakError as leak:
         discard(cutter.result.records, out)
-        cutter.result = CutPicture([], [Reject("leak", str(leak))])
-    except OSError as error:
-        raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
-                        "mend the permissions, then run the same command again: it goes on where it stopped") from error
+        cutter.result = CutPicture(rejects=[leak.reject])
     cutter.result.pixels = height * width
     if picture.time is not None:
         cutter.result.rejects = [replace(reject, time=picture.time) for reject in cutter.result.rejects]
@@ -151,7 +166,11 @@ def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
 
 
 class _LeakError(Exception):
-    """A picture is part of a benchmark; the message says of which image."""
+    """A picture is part of a benchmark."""
+
+    def __init__(self, reject: Reject) -> None:
+        super().__init__(reject.reason)
+        self.reject = reject
 
 
 class _Cutter:
@@ -180,7 +199,8 @@ class _Cutter:
 
     def _cut_scale(self, reduced: np.ndarray, scale: int) -> None:
         settings = self._settings
-        for crop in self._grid(*reduced.shape[:2], scale):
+        key = f"{scale}/{self._unit.photo}{self._picture.prefix}"
+        for crop in crop_places(*reduced.shape[:2], settings.size, settings, key):
             window = reduced[crop.top : crop.top + settings.size, crop.left : crop.left + settings.size]
             window = np.ascontiguousarray(window)
             gates = crop_gates(window)
@@ -190,35 +210,35 @@ class _Cutter:
             self._refuse_leak(window)
             self.result.records.append(self._write(window, crop, scale, gates))
 
-    def _grid(self, height: int, width: int, scale: int) -> list[Crop]:
-        settings, picture = self._settings, self._picture
-        if settings.cover:
-            return cover_grid(height, width, settings.size)
-        return crop_grid(height, width, settings.size, f"{settings.seed}/{scale}/{self._unit.photo}{picture.prefix}")
-
     def _refuse_leak(self, pixels: np.ndarray) -> None:
-        name = self._benchmark.find(pixels) if self._benchmark else None
-        if name:
-            raise _LeakError(f"near-identical to the benchmark image {shown(name)} (--against)")
+        if leak := find_leak(pixels, self._benchmark):
+            raise _LeakError(leak)
 
     def _write(self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]) -> CropRecord:
         settings, picture, unit = self._settings, self._picture, self._unit
-        name = f"{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
-        num_bytes = write_crop(self._out / unit.folder / name, window, settings.format)
-        return CropRecord(f"{unit.folder}/{name}", unit.photo, scale, crop.top, crop.left, settings.size, num_bytes,
+        name = f"{unit.folder}/{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
+        num_bytes = write_crop(self._out, name, unit, window, settings.format)
+        return CropRecord(name, unit.photo, scale, crop.top, crop.left, settings.size, num_bytes,
                           hashlib.sha256(window).hexdigest(), picture.decoder, {**gates, **self._source}, unit.bytes,
                           unit.mtime_ns, 0, picture.time)
 
 
-def write_crop(path: Path, pixels: np.ndarray, form: str) -> int:
-    """Write a crop, whole or not at all; returns the bytes of its file. No fsync: the next run checks what is there."""
+def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
+    """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run checks what is there.
+
+    Raises `UserError` where it cannot be written.
+    """
     content = encode(pixels, form)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = out / f"{name}.tmp"
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, out / name)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
+                            "mend the permissions, then run the same command again: it goes on where it "
+                            "stopped") from error
         raise
     return len(content)
 

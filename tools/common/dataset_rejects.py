@@ -14,7 +14,6 @@ from tools.common.dataset_sampling import HashSample, Tally
 
 MEANINGS = {
     "size": "too small for one crop, or not of the size that was asked for",
-    "too-large": "above the limit of megapixels",
     "decode": "could not be decoded or read",
     "file": "broken, cut short, or not what was written",
     "pair": "HR and LR that do not fit, or whose other side was turned away",

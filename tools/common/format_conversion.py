@@ -22,7 +22,7 @@ from pipeline.data.image_files import (
     read_file_list,
     write_file_list,
 )
-from pipeline.files import write_atomically
+from pipeline.files import flush, write_atomically
 from tools.common.dataset_files import REJECTS, SETTINGS
 from tools.common.dataset_walk import Files
 from tools.common.image_formats import decode, decode_file, is_stored_as
@@ -151,20 +151,11 @@ class Converter:
         if (now.st_mtime_ns, now.st_size) != (status.st_mtime_ns, status.st_size):
             raise BadImageError("it changed while it was converted; not removed")
         try:
-            _sync_folder(target.parent)
+            flush(target.parent)
             path.unlink()
         except OSError as error:
             raise UserError(f"{path}: converted, but cannot be removed: {error.strerror}; mend the permissions, or "
                             "leave --remove-source away") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_bookkeeping(files: Files) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import importlib
 import io
 import lzma
 import tarfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -52,14 +53,14 @@ class Growth:
             raise BombError(f"it expands to more than {self._limits.expansion} times its size: a decompression bomb?")
 
 
-class Bytes:
+class Bytes(ABC):
     """A stream that is read forwards. `position` is how much of it is done."""
 
     position = 0
 
+    @abstractmethod
     def read(self, count: int) -> bytes:
         """The next `count` bytes, fewer only at the end. Raises `LostError`."""
-        raise NotImplementedError
 
     def skip(self, count: int) -> int:
         """Pass by as many bytes, fewer only at the end; returns how many."""
