@@ -27,18 +27,33 @@ QUARANTINE = "quarantine"
 MANIFEST = "manifest.jsonl"
 
 _MAKE_CROPS = "make the crops with `python tools/images_to_data.py`"
+_JUDGE = "judge the dataset with `python tools/check_training_data.py --clean` and select anew"
 _NPY_WAY_OUT = f"{_MAKE_CROPS}, or move the file out of the way with `python tools/check_training_data.py --clean`"
 _NPY_MAGIC = b"\x93NUMPY"
 # What numpy itself writes for an HWC array of bytes; anything else takes the slow road to a good error message.
 _NPY_HEADER = re.compile(rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?")
 
 
-class BadNpyError(UserError):
-    """An `.npy` file that is no image of a dataset; `reason` is the message without the path and the way out."""
+class BadFileError(UserError):
+    """A file that cannot be trained on; `reason` is the message without the path and the way out."""
+
+    def __init__(self, path: str, reason: str, way_out: str = _JUDGE) -> None:
+        super().__init__(f"{path}: {reason}; {way_out}")
+        self.path, self.reason = path, reason
+
+
+class BadNpyError(BadFileError):
+    """An `.npy` file that is no image of a dataset."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}; {_NPY_WAY_OUT}")
-        self.reason = reason
+        super().__init__(path, reason, _NPY_WAY_OUT)
+
+
+class MissingFileError(BadFileError):
+    """A file that is in a list and not on the disk."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "no such file", "write the lists anew with `python tools/select_training_files.py`")
 
 
 class NpyLayout(NamedTuple):
@@ -62,14 +77,13 @@ def is_encoded(name: str | os.PathLike[str]) -> bool:
 def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
     """Read the header of an `.npy` image (uint8, C order, height x width x 3) and nothing else of it.
 
-    Raises `UserError` when the file is missing, `BadNpyError` (one too) when it is not exactly such an array, to the
-    byte; `OSError` when the disk or the permissions stand in the way, since that says nothing about the file.
+    Raises `MissingFileError`, or `BadNpyError` when it is not exactly such an array, to the byte; `OSError` when the
+    disk or the permissions stand in the way, since that says nothing about the file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise UserError(f"{os.fspath(path)}: no such file; write the lists anew with "
-                        "`python tools/select_training_files.py`") from None
+        raise MissingFileError(os.fspath(path)) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
