@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from launch import environment
 from pipeline import cli, run_folder
 from pipeline.cli import UserError
-from pipeline.options import Plan, TrainOptions, has_lists, make_plan, overrides_last
+from pipeline.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 from pipeline.recipe import batch_sizes
 
 DEMO_RECIPE = "demo"
@@ -130,17 +130,17 @@ def _is_finished(plan: Plan) -> bool:
 
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
     """The options of the demo, in place of a dataset that is not there."""
-    default = TrainOptions()
+    default, places = TrainOptions(), " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
     if options.recipe not in (default.recipe, DEMO_RECIPE):
-        raise UserError(f"there are no file lists in {options.dataset_dir}; make a dataset with "
+        raise UserError(f"there are no file lists in {places}; make a dataset with "
                         "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
                         "`python tools/select_training_files.py`, or leave --recipe out to see the demo")
-    _say(f"no file lists in {options.dataset_dir}: running the demo on photographs that ship with scikit-image and "
+    _say(f"no file lists in {places}: running the demo on photographs that ship with scikit-image and "
          "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)")
     from tools.make_demo_dataset import make_demo_dataset
 
     dataset = make_demo_dataset(DEMO_FILES)
-    options = replace(options, recipe=DEMO_RECIPE, dataset_dir=dataset.dataset_dir)
+    options = replace(options, recipe=DEMO_RECIPE, dataset_dir=(dataset.dataset_dir,))
     # Options given twice count as given last.
     return options, ["--recipe", DEMO_RECIPE, "--dataset-dir", str(dataset.dataset_dir), *_without(
         arguments, "--recipe", "--dataset-dir")], dataset.held_out_dir

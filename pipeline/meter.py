@@ -27,6 +27,7 @@ class Reading:
     losses: dict[str, float]  # weighted; mean over batches and ranks
     images_per_second: float  # HR crops, all ranks
     data_wait: float  # share of the time that this rank waited for the loader
+    data_wait_worst: float  # the greatest such share of one step
     remaining_seconds: float
     skipped_run: int  # updates in a row, up to now
     bad_loss_run: int
@@ -39,6 +40,7 @@ class Reading:
     def as_dict(self) -> dict[str, Any]:
         return {"loss": sum(self.losses.values()), **{f"loss_{name}": value for name, value in self.losses.items()},
                 "images_per_second": round(self.images_per_second, 2), "data_wait": round(self.data_wait, 4),
+                "data_wait_worst": round(self.data_wait_worst, 4),
                 "remaining_seconds": round(self.remaining_seconds, 1)}
 
     def text(self) -> str:
@@ -74,8 +76,13 @@ class Meter:
         self._trouble[0] = (self._trouble[0] + 1) * skipped
         self._trouble[1] = (self._trouble[1] + 1) * self._bad_loss
         self._bad_loss = torch.zeros_like(self._bad_loss)
+        now, waited = time.perf_counter(), loader.waited_seconds
         if self._began is None:
-            self._began, self._waited, self._step = time.perf_counter(), loader.waited_seconds, step
+            self._began, self._waited, self._step, self._worst_wait = now, waited, step, 0.0
+        else:
+            share = (waited - self._waited_before) / max(now - self._step_began, 1e-9)
+            self._worst_wait = max(self._worst_wait, min(1.0, share))
+        self._step_began, self._waited_before = now, waited
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -84,6 +91,7 @@ class Meter:
         yield
         if self._began is not None:
             self._began += time.perf_counter() - began
+            self._step_began += time.perf_counter() - began
 
     def read(self, step: int, loader: Loader) -> Reading:
         """Means since the last reading; every rank calls it. Waits for the device."""
@@ -95,8 +103,8 @@ class Meter:
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
         rate = steps / elapsed if steps else float("nan")  # the very first step of a process is not timed
         reading = Reading(losses, rate * self._global_batch, min(1.0, (loader.waited_seconds - self._waited) / elapsed),
-                          (self._total_steps - step) / rate, max(share[1] for share in shares),
+                          self._worst_wait, (self._total_steps - step) / rate, max(share[1] for share in shares),
                           max(share[2] for share in shares), self._trouble[2].item())
         self._sums, self._count = {}, 0
-        self._began, self._waited, self._step = now, loader.waited_seconds, step
+        self._began, self._waited, self._step, self._worst_wait = now, loader.waited_seconds, step, 0.0
         return reading

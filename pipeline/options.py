@@ -11,9 +11,12 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline.cli import UserError
-from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
+from pipeline.data.dataset import Dataset, read_dataset
+from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.recipe import Recipe, load_ds_config, load_recipe, parse_overrides
 from pipeline.run_folder import RUNS_DIR
+
+DATASET_DIR = Path("~/dataset")
 
 
 @dataclass
@@ -29,8 +32,13 @@ class TrainOptions:
     """key=value over the recipe, ds.key=value over DeepSpeed's file."""
     recipe: str = "vapsr_x2"
     """A name in recipes/ or the path of a YAML file."""
-    dataset_dir: Path = Path("~/dataset")
-    """Folder with training_file_list.txt and validation_file_list.txt."""
+    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """Folder with training_file_list.txt and validation_file_list.txt; may be given several times, with data.weights
+    for how often each is shown. Default: ~/dataset."""
+    lr_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default: LR lies beside HR."""
+    dataset_multiplier: int | None = None
+    """Random crops of every file an epoch. Default: the recipe's data.multiplier, 1."""
     output_dir: Path | None = None
     """The run folder: checkpoints, recipe, log. Default: runs/<recipe> in the current folder."""
     log_dir: Path | None = None
@@ -53,9 +61,7 @@ class Plan:
 
     recipe: Recipe
     ds_config: dict[str, Any]
-    dataset_dir: Path
-    training_files: list[str]
-    validation_files: list[str]
+    dataset: Dataset
     run_dir: Path
     log_dir: Path
     reset: bool
@@ -65,9 +71,12 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {"recipe": self.recipe.model_dump(mode="json"), "ds_config": self.ds_config,
-                "dataset": {"lists_sha256": lists_hash(self.training_files, self.validation_files),
-                            "training_files": len(self.training_files),
-                            "validation_files": len(self.validation_files)}}
+                "dataset": self.dataset.identity()}
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples in an epoch."""
+        return sum(self.dataset.folder_sizes) * self.recipe.data.multiplier
 
 
 def overrides_last(arguments: Sequence[str]) -> list[str]:
@@ -87,25 +96,36 @@ def make_plan(options: TrainOptions) -> Plan:
     recipe_overrides, ds_overrides = parse_overrides(options.overrides)
     if options.patience is not None:
         recipe_overrides["patience"] = options.patience
+    if options.dataset_multiplier is not None:
+        recipe_overrides["data.multiplier"] = options.dataset_multiplier
     recipe = load_recipe(options.recipe, recipe_overrides)
     ds_config = load_ds_config((options.ds_config or recipe.ds_config_path()).expanduser(), ds_overrides)
-    root = options.dataset_dir.expanduser()
-    training, validation = (read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST))
+    is_paired = recipe.data.degradation.name == "paired"
+    dataset = read_dataset(dataset_dirs(options), lr_roots=[path.expanduser() for path in options.lr_dir],
+                           paired_scale=recipe.scale if is_paired else None)
+    if recipe.data.weights and len(recipe.data.weights) != len(dataset.folders):
+        raise UserError(f"data.weights has {len(recipe.data.weights)} numbers for {len(dataset.folders)} dataset "
+                        "folders; give one for each --dataset-dir, or none")
     if options.max_epochs is not None and options.max_epochs < 1:
         raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
     total = recipe.steps
     if options.max_epochs is not None:
-        total = min(total, steps_in_epochs(options.max_epochs, len(training), ds_config["train_batch_size"]))
+        length = sum(dataset.folder_sizes) * recipe.data.multiplier
+        total = min(total, steps_in_epochs(options.max_epochs, length, ds_config["train_batch_size"]))
     run_dir = options.output_dir or RUNS_DIR / recipe.name
-    return Plan(recipe, ds_config, root, training, validation, run_dir.expanduser().absolute(),
+    return Plan(recipe, ds_config, dataset, run_dir.expanduser().absolute(),
                 (options.log_dir or run_dir).expanduser().absolute(), options.reset, total)
 
 
-def steps_in_epochs(epochs: int, num_files: int, global_batch: int) -> int:
-    """Steps until every file has been seen `epochs` times; the last batch may reach into the next epoch."""
-    return -(-epochs * num_files // global_batch)
+def dataset_dirs(options: TrainOptions) -> list[Path]:
+    return [path.expanduser() for path in options.dataset_dir or (DATASET_DIR,)]
+
+
+def steps_in_epochs(epochs: int, epoch_length: int, global_batch: int) -> int:
+    """Steps in so many epochs of `epoch_length` samples; the last batch may reach into the next epoch."""
+    return -(-epochs * epoch_length // global_batch)
 
 
 def has_lists(options: TrainOptions) -> bool:
-    root = options.dataset_dir.expanduser()
-    return (root / TRAINING_LIST).is_file() or (root / VALIDATION_LIST).is_file()
+    """Whether there is a dataset where the options look for one."""
+    return any((root / name).is_file() for root in dataset_dirs(options) for name in (TRAINING_LIST, VALIDATION_LIST))

@@ -12,18 +12,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.cli import UserError, nearest
+from pipeline.data_spec import DataSpec, Spec
 from pipeline.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 LOSSES = ("l1", "mse", "charbonnier")
-FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep"})
+FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep",
+                         "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files"})
 """Fields that may change between a run and its continuation: they change when things happen, not what is learnt."""
 
 
@@ -39,12 +42,6 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-class Spec(BaseModel):
-    """Part of a recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class GeneratorSpec(BaseModel):
     """The network: its name in `pipeline.models.GENERATORS` and, beside it, that network's own parameters."""
 
@@ -54,15 +51,6 @@ class GeneratorSpec(BaseModel):
     @property
     def params(self) -> dict[str, Any]:
         return dict(self.__pydantic_extra__ or {})
-
-
-class DataSpec(Spec):
-    """How samples are made of the dataset."""
-
-    crop: int = Field(192, ge=8, description="side of the HR crop in pixels, a multiple of the scale")
-    augment: bool = Field(True, description="the eight symmetries of the square, each equally likely")
-    threads: int = Field(2, ge=1, le=64, description="CPU threads of the loader, per rank")
-    prefetch: int = Field(3, ge=1, le=16, description="batches made ahead")
 
 
 class Recipe(Spec):
@@ -138,8 +126,7 @@ def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     unset = "unset"
     return [f"{key}: {before.get(key, unset)} in the run, {after.get(key, unset)} asked for"
             for key in sorted(before.keys() | after.keys())
-            if key.split(".")[0] not in FREE_FIELDS and not key.startswith(("data.threads", "data.prefetch"))
-            and before.get(key, unset) != after.get(key, unset)]
+            if not FREE_FIELDS & {key, key.split(".")[0]} and before.get(key, unset) != after.get(key, unset)]
 
 
 def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -294,12 +281,12 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, key by key; a generator of another name and a table of losses replace the base's whole."""
+    """`change` over `base`, key by key; losses, and a generator or degradation of another name, replace all."""
     merged = copy.deepcopy(base)
     for key, value in change.items():
         old = merged.get(key)
         is_table = isinstance(old, dict) and isinstance(value, Mapping) and key != "losses"
-        if is_table and not (key == "generator" and value.get("name", old.get("name")) != old.get("name")):
+        if is_table and value.get("name", old.get("name")) == old.get("name"):
             merged[key] = _merged(old, value)
         else:
             merged[key] = copy.deepcopy(value)
@@ -309,6 +296,8 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
+        if parent == "degradation" and isinstance(values.get(parent), str):
+            values[parent] = {"name": values[parent]}
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"{dotted}: {parent} has no keys of its own")
@@ -323,14 +312,30 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
 
 
 def _one_line(fault: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    parts, fields = _place(fault["loc"])
+    key = ".".join(parts) or "recipe"
     if fault["type"] == "extra_forbidden":
-        fields = DataSpec.model_fields if fault["loc"][0] == "data" and len(fault["loc"]) > 1 else Recipe.model_fields
-        return f"{key}: unknown key{nearest(str(fault['loc'][-1]), fields)}"
+        return f"{key}: unknown key{nearest(parts[-1], fields)}"
     if fault["type"] == "value_error":
         return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key}: {message}" if fault["type"] == "missing" else f"{key}: {message}, not {fault['input']!r}"
+
+
+def _place(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
+    """The keys that lead to a fault, as a recipe spells them, and the fields that the innermost table may have."""
+    parts: list[str] = []
+    spec: Any = Recipe
+    fields: Sequence[str] = ()
+    for part in location:
+        if get_origin(spec) is UnionType or get_origin(spec) is Union:  # pydantic says which of several tables it took
+            spec = next(one for one in get_args(spec) if one.model_fields["name"].default == part)
+            continue
+        parts.append(str(part))
+        if isinstance(spec, type) and issubclass(spec, BaseModel):
+            fields = list(spec.model_fields)
+            spec = spec.model_fields[part].annotation if part in spec.model_fields else None
+    return parts, fields
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

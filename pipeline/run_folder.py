@@ -1,6 +1,6 @@
 """The run folder: what training leaves behind and everything after it reads. Needs no torch.
 
-    runs/<name>/recipe.yaml
+    runs/<name>/recipe.yaml, ds_config.json, file_lists/
     runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json, generator.safetensors, generator_ema.safetensors}
 
 A checkpoint exists if and only if its MANIFEST.json does: that is written last.
@@ -20,6 +20,7 @@ RUNS_DIR = Path("runs")
 """Where runs go and are looked for, in the current folder, unless the command line says otherwise."""
 RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
+FILE_LISTS_DIR = "file_lists"
 CHECKPOINTS_DIR = "checkpoints"
 MANIFEST_FILE = "MANIFEST.json"
 STATE_FILE = "state.json"

@@ -18,8 +18,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Contents, Progress
 from pipeline.cli import UserError
 from pipeline.data.loader import Loader
-from pipeline.data.reader import CropSource, Position
-from pipeline.data.sampling import Sampler
+from pipeline.data.source import CropSource, Position
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Ranks, build_engine, compile_module, resolve_ds_config, why_not_compiled
 from pipeline.layout import LAYOUTS, faster_layout
@@ -29,6 +28,7 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
 from pipeline.options import Plan
 from pipeline.recipe import Recipe, ds_differences, recipe_differences, zero_stage
+from pipeline.run_folder import FILE_LISTS_DIR
 from pipeline.trainers.reconstruction import ReconstructionTrainer
 from pipeline.validation import ValidationSet
 
@@ -56,9 +56,7 @@ class Run:
         """The training data from where the run stands."""
         data, recipe = self.plan.recipe.data, self.plan.recipe
         position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
-        sampler = Sampler(len(self.plan.training_files), recipe.seed, augment=data.augment)
-        source = CropSource(self.plan.dataset_dir, self.plan.training_files, sampler, crop=data.crop,
-                            scale=recipe.scale, position=position)
+        source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position)
         return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
                       prefetch=data.prefetch + self.accumulation)
 
@@ -89,8 +87,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     contents = Contents(trainer.engines, ema, described, identity)
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
-    validation = ranks.together(lambda: ValidationSet(plan.dataset_dir, plan.validation_files, recipe.scale,
-                                                      recipe.validation_images, ranks, LAYOUTS[layout]))
+    validation = ranks.together(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
     introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
                                  (micro_batch, accumulation), step)
     return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
@@ -101,9 +98,12 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
     found, step = manifest["identity"], manifest["step"]
     differences = recipe_differences(Recipe.model_validate(found["recipe"]), plan.recipe)
     differences += ds_differences(found["ds_config"], plan.ds_config)
-    old, new = ({"precision": of["precision"], **{f"dataset {key}": value for key, value in of["dataset"].items()}}
-                for of in (found, wanted))
-    differences += [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    if found["precision"] != wanted["precision"]:
+        differences.append(f"precision: {found['precision']} in the run, {wanted['precision']} asked for")
+    old, new = found["dataset"], wanted["dataset"]
+    changed = [f"dataset {key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    if changed:
+        differences += plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR) + changed
     if zero_stage(plan.ds_config) and manifest["world_size"] != world_size:
         differences.append(f"number of ranks, which ZeRO stage {zero_stage(plan.ds_config)} cannot change: "
                            f"{manifest['world_size']} in the run, {world_size} asked for")
@@ -178,8 +178,9 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
         f"{recipe.name}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
         f"{ranks.world_size} x {where}, {precision}",
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
-        f"{ranks.world_size} ranks; {len(plan.training_files)} training and {len(plan.validation_files)} validation "
-        f"files in {short(plan.dataset_dir)}; run folder {short(plan.run_dir)}",
+        f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "
+        f"validation files in {', '.join(short(folder.root) for folder in plan.dataset.folders)}; run folder "
+        f"{short(plan.run_dir)}",
     ]
     return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]
 

@@ -12,19 +12,21 @@ from pipeline import checkpoint
 from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
 from pipeline.data.loader import Batch, Loader
+from pipeline.data.source import Skip, refuse_too_many
 from pipeline.engine import Ranks, skipped_steps, start_distributed, step_was_skipped, stop_distributed
 from pipeline.files import write_atomically
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plan
 from pipeline.recipe import write_recipe
-from pipeline.run_folder import DS_CONFIG_FILE, RECIPE_FILE
+from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.run_lock import run_lock
 from pipeline.setup import Run, move_aside, move_logs_aside, set_up, short
 from pipeline.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
 from pipeline.validation import Pair
 
 NUM_PICTURES = 3  # validation images shown in TensorBoard
+NUM_NAMED = 20  # bad files named in a report
 
 
 def main(options: TrainOptions) -> int:
@@ -74,10 +76,13 @@ class Training:
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
         self._step_ends: deque[float] = deque(maxlen=4)
+        self._skips: list[Skip] = []  # of this rank, since they were reported
+        self._bad_files: dict[str, str] = {}  # of all ranks, with the reason
         if self.ranks.is_first:
             self.plan.run_dir.mkdir(parents=True, exist_ok=True)
             write_recipe(self.recipe, self.plan.run_dir / RECIPE_FILE)
             write_atomically(self.plan.run_dir / DS_CONFIG_FILE, json.dumps(self.plan.ds_config, indent=2).encode())
+            self.plan.dataset.write_lists(self.plan.run_dir / FILE_LISTS_DIR)
             if self.progress.step == 0:
                 move_logs_aside(self.plan)
             self.journal = Journal(self.plan.log_dir, self.progress.step)
@@ -107,10 +112,13 @@ class Training:
         while agreed <= SAVE and progress.step < self.plan.total_steps and not self._is_out_of_patience():
             for _ in range(self.run.accumulation):
                 batch = self._next_batch(loader)
+                self._skips += batch.skipped
                 meter.add(trainer.step(batch), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.generator), loader)
             self._foretell(progress.step)
+            if self._epoch(progress.step) > self._epoch(progress.step - 1):
+                self._report_skips()
             agreed = agreement.exchange(self._request(loader))
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
@@ -120,6 +128,7 @@ class Training:
                     self._save()
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
+        self._report_skips()
         if agreed >= FAIL:
             self._raise_failure(loader)
         if not self._is_finished():
@@ -139,6 +148,29 @@ class Training:
             left = self.plan.total_steps - step
             self._say(f"a step takes about {seconds:.2g} s: {left} more take {duration(seconds * left)}, without "
                       "validation; CTRL+C saves")
+
+    def _epoch(self, step: int) -> int:
+        """Whole epochs that lie behind after `step` updates."""
+        return step * self.plan.ds_config["train_batch_size"] // self.plan.epoch_length
+
+    def _report_skips(self) -> None:
+        """Say which files were passed over since the last time, on any rank; too many end the run on all."""
+        data = self.recipe.data
+        if data.on_error == "stop":
+            return
+        skips = [skip for share in self.ranks.gather(self._skips) for skip in share]
+        self._skips = []
+        if not skips:
+            return
+        new = {skip.path: skip.reason for skip in skips if skip.path not in self._bad_files}
+        self._bad_files |= new
+        if self.journal:
+            samples = len({skip.sample for skip in skips})  # what stands in may have been bad, too
+            self.journal.log("skipped", self.progress.step, {"samples": samples, "bad_files": len(self._bad_files)})
+            self.journal.say(f"samples replaced since the last report, for files that are bad: {samples}; such files "
+                             f"so far: {len(self._bad_files)}" + "".join(f"\n  {path}: {reason}" for path, reason in
+                                                                         list(new.items())[:NUM_NAMED]))
+        self.ranks.together(lambda: refuse_too_many(self._bad_files, sum(self.plan.dataset.folder_sizes), data))
 
     def _next_batch(self, loader: Loader) -> Batch:
         try:
@@ -191,7 +223,7 @@ class Training:
                            f"{files}); start afresh with a smaller ds.optimizer.params.lr")
         if self.journal:
             step, engine = self.progress.step, self.run.trainer.generator
-            epoch = step * self.plan.ds_config["train_batch_size"] / len(self.plan.training_files)
+            epoch = step * self.plan.ds_config["train_batch_size"] / self.plan.epoch_length
             learning_rate = engine.get_lr()[0]
             self.journal.log("train", step, {**values.as_dict(), "lr": learning_rate, "epoch": round(epoch, 4),
                                              "skipped_steps": skipped_steps(engine)})
@@ -236,7 +268,7 @@ class Training:
                 self.journal.picture(self.progress.step, f"{pair.name}/target", pair.hr)
 
     def _shown_pairs(self) -> list[Pair]:
-        return [self.run.validation.pair(name) for name in self.run.validation.names[:NUM_PICTURES]]
+        return [self.run.validation.pair(place) for place in range(min(NUM_PICTURES, len(self.run.validation)))]
 
     def _save(self, *, must: bool = False) -> None:
         if self.progress.step == 0:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
+from pipeline.data.dataset import Image
+from pipeline.data.decoding import BadFileError, HostDecoder
 from pipeline.data.image_files import is_npy, npy_layout
-from pipeline.data.loader import decoding_fault
-from pipeline.data.reader import cubic_lr
+from pipeline.data.reader import low_resolution
 from pipeline.engine import Ranks
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma, psnr
+from pipeline.recipe import Recipe
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
 PSNR_LIMIT = 100.0  # dB; an image reproduced without any error must not make the mean infinite
@@ -31,27 +32,34 @@ class Pair(NamedTuple):
 
 
 class ValidationSet:
-    """This rank's share of the validation images: every `world_size`-th, whole, with LR made as in training.
+    """This rank's share of the validation images: every `world_size`-th, whole, with LR made or read as in training.
 
     Raises `UserError` naming a file that cannot be read or is too small.
     """
 
-    def __init__(self, root: Path, names: list[str], scale: int, limit: int, ranks: Ranks,
+    def __init__(self, images: Sequence[Image], recipe: Recipe, ranks: Ranks,
                  memory_format: torch.memory_format = torch.contiguous_format) -> None:
-        chosen = names if len(names) <= limit else [names[i * len(names) // limit] for i in range(limit)]
-        self.count, self.root, self.scale = len(chosen), root, scale
+        limit = recipe.validation_images
+        numbers = range(len(images)) if len(images) <= limit else [i * len(images) // limit for i in range(limit)]
+        self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
         self.ranks, self.memory_format = ranks, memory_format
-        self.names = chosen[ranks.rank::ranks.world_size]
-        self._kept: dict[str, Pair] = {}
+        self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
+        self._kept: dict[int, Pair] = {}
         room = KEPT_BYTES
-        for name in self.names:  # all are read once, so that a bad one shows now and not in the night
-            pair = _pair(root, name, scale)
+        for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
+            pair = self.pair(place)
             room -= pair.hr.numel() + pair.lr.numel()
             if room > 0:
-                self._kept[name] = pair
+                self._kept[place] = pair
 
-    def pair(self, name: str) -> Pair:
-        return self._kept.get(name) or _pair(self.root, name, self.scale)
+    def __len__(self) -> int:
+        """Images in this rank's share."""
+        return len(self._images)
+
+    def pair(self, place: int) -> Pair:
+        """The image at `place` in this rank's share."""
+        number, image = self._images[place]
+        return self._kept.get(place) or _pair(image, number, self.recipe)
 
     @torch.inference_mode()
     def psnr(self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True) -> float | None:
@@ -61,11 +69,11 @@ class ValidationSet:
         ranks call it together.
         """
         scores: list[float] | None = []
-        for done, name in enumerate(self.names):
-            if not go_on(done, len(self.names)):
+        for place in range(len(self)):
+            if not go_on(place, len(self)):
                 scores = None
                 break
-            pair = self.pair(name)
+            pair = self.pair(place)
             scores.append(self._score(self.upscale(network, pair), pair.hr.to(self.ranks.device)))
         shares = self.ranks.gather(scores)
         if any(share is None for share in shares):
@@ -90,47 +98,37 @@ class ValidationSet:
         return to_bytes(network(lr)).contiguous()
 
 
-def _pair(root: Path, name: str, scale: int) -> Pair:
-    path = root / name
-    pixels = _read(path)
+def _pair(image: Image, number: int, recipe: Recipe) -> Pair:
+    pixels, scale = _read(image.path), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
-        raise UserError(f"{path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
+        raise UserError(f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
                         "select anew after `python tools/check_training_data.py --clean`")
     pixels = np.ascontiguousarray(pixels[:height, :width])
-    return Pair(name, _nchw(pixels), _nchw(_low_resolution(pixels, scale)))
+    if image.lr_path is None:
+        lr = low_resolution(pixels, recipe.data.degradation, scale, seed=recipe.seed, number=number)
+    else:
+        lr = _read(image.lr_path)
+        if lr.shape[:2] != (height // scale, width // scale):
+            raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
+                            f"size of {image.path}; make the pairs anew with `python tools/pairs_to_data.py`")
+    return Pair(image.name, _nchw(pixels), _nchw(lr))
 
 
 def _nchw(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def _read(path: Path) -> np.ndarray:
+def _read(path: str) -> np.ndarray:
     """HWC bytes, by the decoder that training uses."""
     if is_npy(path):
         layout = npy_layout(path)
         return np.fromfile(path, np.uint8, offset=layout.offset).reshape(layout.height, layout.width, 3)
-    fault = "no such file" if not path.is_file() else decoding_fault(str(path))
-    if fault:
-        raise UserError(f"{path}: {fault}; select anew after `python tools/check_training_data.py --clean`")
-    from nvidia.dali import fn, types
-
-    stream = np.fromfile(path, np.uint8)
-    return _through_dali(stream, "", lambda node: fn.decoders.image(node, device="cpu", output_type=types.RGB))
-
-
-def _low_resolution(pixels: np.ndarray, scale: int) -> np.ndarray:
-    from nvidia.dali import fn, types
-
-    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
-    return _through_dali(pixels, "HWC", lambda node: cubic_lr(fn, types, node, height, width))
-
-
-def _through_dali(array: np.ndarray, layout: str, operator: Any) -> np.ndarray:
-    from nvidia.dali import fn, pipeline_def
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def graph() -> Any:
-        return operator(fn.external_source(lambda: [array], batch=True, layout=layout))
-
-    return np.array(graph().run()[0].at(0))
+    decoder = HostDecoder(threads=1, batch=1)
+    try:
+        image, = decoder.decode([path])
+    finally:
+        decoder.close()
+    if isinstance(image, BadFileError):
+        raise image
+    return image

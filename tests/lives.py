@@ -26,7 +26,7 @@ def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, wor
     with open(output_of(Path(run_dir)), "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    sys.exit(main(TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=Path(dataset),
+    sys.exit(main(TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=(Path(dataset),),
                                output_dir=Path(run_dir))))
 
 

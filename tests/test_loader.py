@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 import torch
 
 from conftest import photograph
-from pipeline.cli import UserError
+from pipeline.cli import RunError, UserError
+from pipeline.data.dataset import Dataset, Folder, read_dataset
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.reader import CropSource, Position
-from pipeline.data.sampling import Sampler, anchor
+from pipeline.data.reader import low_resolution
+from pipeline.data.sampling import anchor
+from pipeline.data.source import CropSource, Position
+from pipeline.data_spec import DataSpec
 from pipeline.images import cubic_resize
 
 CPU = torch.device("cpu")
@@ -22,9 +27,10 @@ CROP = 32
 
 
 def source(root: Path, names: list[str], *, scale: int = 2, rank: int = 0, world_size: int = 1, micro_batch: int = 4,
-           seed: int = 0) -> CropSource:
-    return CropSource(root, names, Sampler(len(names), seed), crop=CROP, scale=scale,
-                      position=Position(rank, world_size, micro_batch))
+           seed: int = 0, augment: bool = True, **data: Any) -> CropSource:
+    spec = DataSpec(crop=CROP, augment=augment, **data)
+    return CropSource.of_dataset(Dataset((Folder(root, names, []),)), spec, scale=scale, seed=seed,
+                                 position=Position(rank, world_size, micro_batch))
 
 
 def batches(crops: CropSource, start: int, count: int) -> list[Batch]:
@@ -76,18 +82,14 @@ def test_lr_is_the_cubic_of_hr_and_turned_with_it(tmp_path: Path, scale: int) ->
     names = images(tmp_path, ".npy")
     turned = source(tmp_path, names, scale=scale, micro_batch=24)
     batch, = batches(turned, 0, 1)
-    straight = source(tmp_path, names, scale=scale, micro_batch=24)
-    straight.sampler.augment = False
-    plain, = batches(straight, 0, 1)
+    plain, = batches(source(tmp_path, names, scale=scale, micro_batch=24, augment=False), 0, 1)
     draws = turned.sampler.draw(0, 24)
     for i in range(24):
         how = (int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]))
         np.testing.assert_array_equal(undone(batch.lr[i].numpy(), *how), undone(plain.lr[i].numpy(), 0, 0, 0))
-    # DALI repeats the outermost pixels where the kernel reaches over the edge.
-    around, low = 4 * scale, CROP // scale
-    padded = torch.nn.functional.pad(batch.hr.double(), (around,) * 4, mode="replicate")
-    reference = cubic_resize(padded, (low + 8, low + 8))[..., 4:-4, 4:-4].clamp(0, 255)
-    assert (batch.lr.double() - reference).abs().max() < 0.501  # rounded to the nearest level, nothing else
+    reference = cubic_resize(batch.hr.double(), (CROP // scale, CROP // scale)).clamp(0, 255)
+    inner = (..., slice(2, -2), slice(2, -2))  # farther out the pixels around the crop count
+    assert (batch.lr.double() - reference)[inner].abs().max() < 0.501  # rounded to the nearest level, nothing else
 
 
 def test_every_storage_format_gives_the_same_batches(tmp_path: Path) -> None:
@@ -155,6 +157,10 @@ def damaged(root: Path, how: str) -> str:
         images(root, ".png", count=1)
         (root / "bad.png").write_bytes((root / "0.png").read_bytes()[:2000])
         return "bad.png"
+    if how == "truncated jpeg":
+        images(root, ".jpg", count=1)
+        (root / "bad.jpg").write_bytes((root / "0.jpg").read_bytes()[:-400])
+        return "bad.jpg"
     if how == "text":
         (root / "bad.jpg").write_text("not an image at all")
         return "bad.jpg"
@@ -189,3 +195,221 @@ def test_closing_in_the_middle_leaves_no_thread(tmp_path: Path) -> None:
     assert not loader._thread.is_alive()
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_lr_of_a_crop_is_the_crop_of_the_whole_photographs_lr(tmp_path: Path) -> None:
+    """Also at its border, where LR depends on HR pixels outside the crop, and at the photograph's own edges."""
+    names = images(tmp_path, ".npy", count=3, size=(79, 63))
+    for scale, degradation in ((2, "bicubic"), (4, "bicubic"), (2, "gaussian")):
+        crops = source(tmp_path, names, scale=scale, micro_batch=60, augment=False, degradation=degradation)
+        batch, = batches(crops, 0, 1)
+        samples = crops.samples(0, 60)
+        assert {sample.top for sample in samples} >= {0, 79 // scale * scale - CROP}  # the top and bottom edges too
+        for i, sample in enumerate(samples):
+            whole = np.load(sample.path)[:79 // scale * scale, :63 // scale * scale]
+            lr = low_resolution(np.ascontiguousarray(whole), crops.spec.degradation, scale, seed=0, number=0)
+            top, left, low = sample.top // scale, sample.left // scale, CROP // scale
+            np.testing.assert_array_equal(undone(batch.lr[i].numpy(), 0, 0, 0), lr[top:top + low, left:left + low])
+
+
+def pairs(root: Path, suffix: str, count: int = 5) -> list[str]:
+    """HR and LR files that have nothing to do with each other, so that neither can be made of the other."""
+    names = images(root, suffix, count)
+    for i, name in enumerate(names):
+        lr = photograph(100 + i, 36, 30)
+        target = root / f"{Path(name).stem}_lr2{suffix}"
+        if suffix == ".npy":
+            np.save(target, lr)
+        else:
+            cv2.imwrite(str(target), lr[..., ::-1])
+    return names
+
+
+def paired_source(root: Path, names: list[str], lr_root: Path | None = None, **position: int) -> CropSource:
+    (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names))
+    (root / "validation_file_list.txt").write_text(f"{names[0]}\n")
+    dataset = read_dataset([root], paired_scale=2, lr_roots=[lr_root] if lr_root else [])
+    return CropSource.of_dataset(dataset, DataSpec(crop=CROP, degradation="paired"), scale=2, seed=0,
+                                 position=Position(position.get("rank", 0), position.get("world_size", 1), 8))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".png"])
+def test_pairs_share_one_anchor_and_one_symmetry(tmp_path: Path, suffix: str) -> None:
+    names = pairs(tmp_path, suffix)
+    crops = paired_source(tmp_path, names)
+    seen = set()
+    for start, batch in enumerate(batches(crops, 0, 4)):
+        for i, sample in enumerate(crops.samples(8 * start, 8)):
+            hr, lr = (cv2.imread(path)[..., ::-1] if suffix == ".png" else np.load(path)
+                      for path in (sample.path, sample.lr_path))
+            turned = (sample.flip_vertical, sample.flip_horizontal, sample.transpose)
+            seen.add(turned)
+            top, left = sample.top, sample.left
+            np.testing.assert_array_equal(undone(batch.hr[i].numpy(), *turned), hr[top:top + CROP, left:left + CROP])
+            np.testing.assert_array_equal(undone(batch.lr[i].numpy(), *turned),
+                                          lr[top // 2:top // 2 + CROP // 2, left // 2:left // 2 + CROP // 2])
+    assert len(seen) == 8
+
+
+def test_pairs_in_folders_of_their_own_are_found_by_name(tmp_path: Path) -> None:
+    (tmp_path / "HR").mkdir()
+    (tmp_path / "LR" / "X2").mkdir(parents=True)
+    names = pairs(tmp_path / "HR", ".png")
+    for name in names:
+        stem = Path(name).stem
+        (tmp_path / "HR" / f"{stem}_lr2.png").rename(tmp_path / "LR" / "X2" / f"{stem}x2.png")
+    crops = paired_source(tmp_path / "HR", names, tmp_path / "LR")
+    assert crops.samples(0, 1)[0].lr_path == str(tmp_path / "LR/X2" / f"{Path(crops.samples(0, 1)[0].path).stem}x2.png")
+    batches(crops, 0, 2)
+    (tmp_path / "LR/X2/3x2.png").rename(tmp_path / "LR/X2/other.png")
+    with pytest.raises(UserError, match=r"HR/3\.png: no file in .*LR is called alike \(1 of 5 have none\)"):
+        paired_source(tmp_path / "HR", names, tmp_path / "LR")
+
+
+def test_a_pair_of_the_wrong_size_is_named(tmp_path: Path) -> None:
+    names = pairs(tmp_path, ".npy")
+    np.save(tmp_path / "2_lr2.npy", photograph(0, 36, 31))
+    with pytest.raises(UserError, match=r"2_lr2\.npy: 36x31 is not 1/2 of 72x60, the size of .*2\.npy"):
+        batches(paired_source(tmp_path, names), 0, 4)
+
+
+def test_brightness_is_drawn_changes_hr_and_lr_follows(tmp_path: Path) -> None:
+    names = images(tmp_path, ".npy")
+    wanted = {"brightness": {"probability": 0.5, "range": [0.4, 0.9]}}
+    plain, = batches(source(tmp_path, names, micro_batch=64), 0, 1)
+    crops = source(tmp_path, names, micro_batch=64, **wanted)
+    batch, = batches(crops, 0, 1)
+    factors = np.array([sample.brightness for sample in crops.samples(0, 64)])
+    changed = factors != 1
+    assert 20 < changed.sum() < 44
+    assert factors[changed].min() > 0.4
+    assert factors[changed].max() < 0.9
+    for i, factor in enumerate(factors):
+        error = batch.hr[i].double() - plain.hr[i].double() * factor
+        assert error.abs().max() <= 0.5 + 1e-3
+        if factor == 1:
+            assert torch.equal(batch.lr[i], plain.lr[i])
+    # LR is made of the HR that the network will be asked for.
+    reference = cubic_resize(batch.hr.double(), (CROP // 2, CROP // 2)).clamp(0, 255)
+    assert (batch.lr.double() - reference)[..., 2:-2, 2:-2].abs().max() < 0.501
+
+
+def test_noise_on_lr_is_drawn_and_leaves_hr_alone(tmp_path: Path) -> None:
+    (tmp_path / "gray.npy").touch()
+    np.save(tmp_path / "gray.npy", np.full((72, 60, 3), 128, np.uint8))
+    crops = source(tmp_path, ["gray.npy"], micro_batch=64, lr_noise={"probability": 0.5, "sigma": [2, 12]})
+    batch, = batches(crops, 0, 1)
+    assert (batch.hr == 128).all()
+    sigmas = np.array([sample.noise_sigma for sample in crops.samples(0, 64)])
+    assert 20 < (sigmas > 0).sum() < 44
+    for lr, sigma in zip(batch.lr.double(), sigmas, strict=True):
+        assert lr.std().item() == pytest.approx(np.sqrt(sigma**2 + 1 / 12) if sigma else 0, rel=0.1)  # 768 values
+        assert abs(lr.mean().item() - 128) < 4 * max(sigma, 0.01) / np.sqrt(lr.numel())
+
+
+KINDS = {
+    "npy": {}, "png": {}, "mixed": {}, "cached": {"cache_gb": 1}, "multiplier": {"multiplier": 3},
+    "weights": {"weights": [1.0, 3.0]}, "pairs": {"degradation": "paired"}, "gaussian": {"degradation": "gaussian"},
+    "realesrgan": {"degradation": "realesrgan"},
+    "everything": {"degradation": "realesrgan", "multiplier": 2, "weights": [2.0, 1.0], "cache_gb": 1,
+                   "brightness": {"probability": 0.5}, "lr_noise": {"probability": 0.5}},
+}
+
+
+def dataset_of(root: Path, kind: str) -> Dataset:
+    """Two folders of 5 and 3 files for the kinds with weights, else one."""
+    (root / "a").mkdir()
+    names = pairs(root / "a", ".npy" if kind in {"npy", "pairs", "multiplier", "gaussian", "realesrgan"} else ".png")
+    if kind in {"mixed", "everything"}:
+        images(root / "a", ".npy", count=2)
+        names = ["0.npy", "1.npy", *names[2:]]
+    lr_paths = {name: str(root / "a" / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names}
+    folders = [Folder(root / "a", names, [], lr_paths)]
+    if "weights" in KINDS[kind]:
+        (root / "b").mkdir()
+        folders.append(Folder(root / "b", images(root / "b", ".npy", count=3, size=(40, 90)), []))
+    return Dataset(tuple(folders))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_is_the_same_from_any_step_on_any_number_of_ranks(tmp_path: Path, kind: str) -> None:
+    """Pixel hashes of global batches: 1, 2 and 4 ranks, 2 with accumulation, and a change of ranks in mid-epoch."""
+    dataset, spec = dataset_of(tmp_path, kind), DataSpec(crop=CROP, **KINDS[kind])
+
+    def hashes(world_size: int, accumulation: int, first_step: int, steps: int) -> list[list[str]]:
+        micro = 8 // (world_size * accumulation)
+        shares = [batches(CropSource.of_dataset(dataset, spec, scale=2, seed=5, position=Position(
+            rank, world_size, micro)), first_step * accumulation, steps * accumulation) for rank in range(world_size)]
+        return [[hashlib.sha256(share[step * accumulation + i].hr[j].numpy().tobytes()
+                                + share[step * accumulation + i].lr[j].numpy().tobytes()).hexdigest()
+                 for i in range(accumulation) for share in shares for j in range(micro)] for step in range(steps)]
+
+    alone = hashes(1, 1, 0, 4)  # 32 samples: several epochs
+    assert len({sample for step in alone for sample in step}) > 24
+    assert hashes(2, 1, 1, 2) == alone[1:3]
+    assert hashes(4, 1, 2, 2) == alone[2:]
+    assert hashes(2, 2, 3, 1) == alone[3:]
+
+
+def test_a_cache_changes_no_pixel_and_keeps_within_its_room(tmp_path: Path) -> None:
+    names = images(tmp_path, ".png", count=6)
+    plain = batches(source(tmp_path, names), 0, 6)
+    for gigabytes in (1, 3 * 72 * 60 * 3 / 2**30):  # room for all, for three
+        crops = source(tmp_path, names, cache_gb=gigabytes)
+        for one, other in zip(plain, batches(crops, 0, 6), strict=True):
+            assert torch.equal(one.hr, other.hr)
+            assert torch.equal(one.lr, other.lr)
+        assert len(crops.cache._kept) == (6 if gigabytes == 1 else 3)
+
+
+@pytest.mark.parametrize("how", ["truncated png", "text", "small png", "truncated npy", "float npy", "small npy",
+                                 "missing", "truncated jpeg"])
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_a_bad_file_is_skipped_counted_and_replaced(tmp_path: Path, how: str, cache_gb: float) -> None:
+    bad = damaged(tmp_path, how)
+    names = [*images(tmp_path, ".npy", count=7), bad]
+    skipping = {"on_error": "skip", "cache_gb": cache_gb}
+    crops = source(tmp_path, names, **skipping)
+    got = batches(crops, 0, 8)  # 4 epochs of 8
+    skips = [skip for batch in got for skip in batch.skipped]
+    assert len(skips) >= 4
+    assert {skip.path for skip in skips} == {str(tmp_path / bad)}
+    expected = [number for number in range(32) if names[crops.sampler.draw(number, 1).files[0]] == bad]
+    assert sorted({skip.sample for skip in skips}) == expected
+    # What stands in is a pure function of the number, too: the same from another start and on two ranks.
+    again = batches(source(tmp_path, names, **skipping), 4, 4)
+    for one, other in zip(got[4:], again, strict=True):
+        assert torch.equal(one.hr, other.hr)
+    shares = [batches(source(tmp_path, names, rank=rank, world_size=2, micro_batch=2, **skipping), 0, 8)
+              for rank in range(2)]
+    for i, batch in enumerate(got):
+        assert torch.equal(batch.hr, torch.cat([share[i].hr for share in shares]))
+    good = [np.load(tmp_path / name).reshape(-1, 3) for name in names[:-1]]
+    assert all(any((batch.hr[j, :, 0, 0].numpy() == pixels).all(1).any() for pixels in good)
+               for batch in got for j in range(4))
+
+
+def test_too_many_bad_files_stop_it(tmp_path: Path) -> None:
+    names = images(tmp_path, ".png", count=10)
+    for name in names[:3]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
+    assert batches(source(tmp_path, names, on_error="skip", max_bad_files=0.3), 0, 6)
+    with pytest.raises(UserError, match=r"3 of 10 files are bad and data\.max_bad_files 0\.2 allows 2 \(.*\.png: "):
+        batches(source(tmp_path, names, on_error="skip", max_bad_files=0.2), 0, 6)
+
+
+def test_the_disks_fault_is_not_the_files(tmp_path: Path) -> None:
+    (tmp_path / "0.npy").mkdir()  # reading it says EISDIR, which says nothing about a file
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name in ("loop.png",):
+        with pytest.raises(RunError, match=r"loop\.png: .*the disk or the network failed"):
+            batches(source(tmp_path, [name], on_error="skip"), 0, 1)
+
+
+def test_a_sample_says_where_it_came_from(tmp_path: Path) -> None:
+    names = images(tmp_path, ".npy")
+    crops = source(tmp_path, names, degradation="realesrgan", brightness={"probability": 1})
+    sample = crops.samples(17, 1)[0]
+    assert sample == crops.samples(15, 4)[2]
+    assert sample.number == 17
+    json.dumps(sample.as_dict())

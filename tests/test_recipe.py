@@ -160,14 +160,14 @@ def test_a_bad_ds_config_is_one_clear_line(tmp_path: Path, text: str, message: s
 def test_epochs_limit_the_steps(dataset: Path) -> None:
     assert steps_in_epochs(3, 10, 8) == 4  # 30 samples: 3.75 batches
     assert steps_in_epochs(4, 10, 8) == 5
-    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=4))
+    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=(dataset,), max_epochs=4))
     assert plan.total_steps == 5
-    assert make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=10**6)).total_steps == 1400
+    assert make_plan(TrainOptions(recipe="demo", dataset_dir=(dataset,), max_epochs=10**6)).total_steps == 1400
     with pytest.raises(UserError, match="--max-epochs 0 must be at least 1"):
-        make_plan(TrainOptions(recipe="demo", dataset_dir=dataset, max_epochs=0))
+        make_plan(TrainOptions(recipe="demo", dataset_dir=(dataset,), max_epochs=0))
 
 
 def test_the_identity_of_a_run_is_plain_json(dataset: Path) -> None:
-    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=dataset))
+    plan = make_plan(TrainOptions(recipe="demo", dataset_dir=(dataset,)))
     assert json.loads(json.dumps(plan.identity)) == plan.identity
     assert plan.identity["dataset"]["training_files"] == 10

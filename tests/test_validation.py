@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,8 +14,10 @@ from skimage.metrics import peak_signal_noise_ratio
 from conftest import photograph
 from fabricate import tiny_network
 from pipeline.cli import UserError
+from pipeline.data.dataset import Dataset, Folder
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma
+from pipeline.recipe import load_recipe
 from pipeline.validation import ValidationSet
 
 
@@ -30,14 +33,21 @@ class FakeRanks:
         return self.shares or [value] * self.world_size
 
 
+def validation_set(root: Path, names: list[str], limit: int, ranks: FakeRanks, **data: Any) -> ValidationSet:
+    recipe = load_recipe("demo", {"validation_images": limit, **{f"data.{key}": value for key, value in data.items()}})
+    is_paired = recipe.data.degradation.name == "paired"
+    lr_paths = {name: str(root / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names} if is_paired else None
+    return ValidationSet(Dataset((Folder(root, [], names, lr_paths),)).validation, recipe, ranks)
+
+
 def psnr_of(root: Path, names: list[str], world_size: int, limit: int = 100) -> float:
     network = tiny_network(global_residual="bicubic")
     shares = []
     for rank in range(world_size):
         ranks = FakeRanks(rank, world_size, [[0.0] * len(names)] * world_size)
-        ValidationSet(root, names, 2, limit, ranks).psnr(network)
+        validation_set(root, names, limit, ranks).psnr(network)
         shares.append(ranks.given)
-    results = {ValidationSet(root, names, 2, limit, FakeRanks(rank, world_size, shares)).psnr(network)
+    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).psnr(network)
                for rank in range(world_size)}
     assert len(results) == 1
     return results.pop()
@@ -62,10 +72,10 @@ def test_the_mean_is_the_same_for_any_number_of_ranks(tmp_path: Path, images: li
 
 def test_it_is_the_papers_psnr(tmp_path: Path, images: list[str]) -> None:
     network = tiny_network(global_residual="bicubic")
-    validation = ValidationSet(tmp_path, images, 2, 100, FakeRanks(0, 1))
+    validation = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
     expected = []
     for name in images:
-        pair = validation.pair(name)
+        pair = validation.pair(images.index(name))
         assert pair.hr.shape[-2] == 2 * pair.lr.shape[-2]
         with torch.inference_mode():
             sr = to_bytes(network(pair.lr))
@@ -75,25 +85,52 @@ def test_it_is_the_papers_psnr(tmp_path: Path, images: list[str]) -> None:
 
 
 def test_lr_is_made_as_in_training(tmp_path: Path, images: list[str]) -> None:
-    pair = ValidationSet(tmp_path, images, 2, 100, FakeRanks(0, 1)).pair(images[0])
+    pair = validation_set(tmp_path, images, 100, FakeRanks(0, 1)).pair(0)
     reference = cubic_resize(unit_range(pair.hr, torch.float64), (pair.lr.shape[-2], pair.lr.shape[-1])) * 255
     error = (pair.lr.double() - reference.clamp(0, 255)).abs()[..., 3:-3, 3:-3]  # edges: repeated, not renormalised
     assert error.max() < 0.501
 
 
 def test_a_limit_spreads_over_the_list(tmp_path: Path, images: list[str]) -> None:
-    assert ValidationSet(tmp_path, images, 2, 2, FakeRanks(0, 1)).names == [images[0], images[2]]
+    chosen = validation_set(tmp_path, images, 2, FakeRanks(0, 1))
+    assert [chosen.pair(place).name for place in range(len(chosen))] == [images[0], images[2]]
 
 
 def test_stopping_in_the_middle_gives_no_number(tmp_path: Path, images: list[str]) -> None:
-    validation = ValidationSet(tmp_path, images, 2, 100, FakeRanks(0, 1))
+    validation = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
     assert validation.psnr(tiny_network(), lambda done, share: done < 3) is None
 
 
 def test_a_bad_file_is_named(tmp_path: Path, images: list[str]) -> None:
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:900])
     with pytest.raises(UserError, match=r"1\.png"):
-        ValidationSet(tmp_path, images, 2, 100, FakeRanks(0, 1))
+        validation_set(tmp_path, images, 100, FakeRanks(0, 1))
     np.save(tmp_path / "0.npy", photograph(0, 20, 90))
     with pytest.raises(UserError, match=r"0\.npy: 20x90 is too small to validate at scale 2"):
-        ValidationSet(tmp_path, images, 2, 100, FakeRanks(0, 1))
+        validation_set(tmp_path, images, 100, FakeRanks(0, 1))
+
+
+@pytest.mark.parametrize("degradation", ["gaussian", "realesrgan"])
+def test_lr_is_degraded_the_same_way_every_time(tmp_path: Path, images: list[str], degradation: str) -> None:
+    alone = validation_set(tmp_path, images, 100, FakeRanks(0, 1), degradation=degradation)
+    second = validation_set(tmp_path, images, 100, FakeRanks(1, 2), degradation=degradation)
+    plain = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
+    for place in range(len(second)):  # the same on another rank of another number of ranks
+        assert torch.equal(second.pair(place).lr, alone.pair(2 * place + 1).lr)
+    for place in range(len(alone)):
+        assert torch.equal(alone.pair(place).hr, plain.pair(place).hr)
+        assert not torch.equal(alone.pair(place).lr, plain.pair(place).lr)
+
+
+def test_lr_is_read_where_pairs_are_trained(tmp_path: Path, images: list[str]) -> None:
+    names = [name for name in images if name.endswith(".npy")]
+    for i, name in enumerate(names):
+        height, width = (side // 2 for side in np.load(tmp_path / name).shape[:2])
+        np.save(tmp_path / f"{Path(name).stem}_lr2.npy", photograph(50 + i, height, width))
+    pairs = validation_set(tmp_path, names, 100, FakeRanks(0, 1), degradation="paired")
+    for place, name in enumerate(names):
+        lr = np.load(tmp_path / f"{Path(name).stem}_lr2.npy")
+        np.testing.assert_array_equal(pairs.pair(place).lr[0].permute(1, 2, 0).numpy(), lr)
+    np.save(tmp_path / f"{Path(names[0]).stem}_lr2.npy", photograph(0, 9, 9))
+    with pytest.raises(UserError, match=r"0_lr2\.npy: 9x9 is not 1/2 of"):
+        validation_set(tmp_path, names, 100, FakeRanks(0, 1), degradation="paired")

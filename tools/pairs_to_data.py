@@ -16,6 +16,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
+from pipeline.data.pair_matching import Pair, match_pairs, outside, split_marked
 from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
@@ -40,7 +41,6 @@ from tools.common.image_headers import BadImageError, read_header
 from tools.common.leakage import BenchmarkIndex
 from tools.common.manifest import CropRecord
 from tools.common.pair_fitting import correlation, has_swapped_colors, shift
-from tools.common.pair_matching import Pair, match_pairs, outside, split_marked
 from tools.common.parallel import thread_count
 from tools.common.photo_decoding import (
     MAX_MEGAPIXELS,

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.cli import UserError
-from pipeline.data.reader import CropSource, training_pipeline
+from pipeline.cli import RunError
+from pipeline.data.decoding import BadFileError, decoding_fault
+from pipeline.data.reader import training_pipeline
+from pipeline.data.source import CropSource, Skip
 
 
 class Batch(NamedTuple):
@@ -21,13 +23,15 @@ class Batch(NamedTuple):
     lr: Tensor
     hr: Tensor
     index: int  # of this rank's micro-batches since the run began; with the seed it names every sample
+    skipped: tuple[Skip, ...] = ()  # bad files for which other samples stand in
 
 
 class Loader:
     """Endless micro-batches from micro-batch `index` on.
 
     Its whole state is that index. Iterating blocks only while the next batch is not ready; `waited_seconds` adds up
-    how long. An error of a file is raised here as `UserError` that names the file. Close it when done.
+    how long. A file that cannot be trained on is named here in a `UserError`, or passed over if the recipe says so;
+    where the disk is at fault it is a `RunError`. Close it when done.
     """
 
     def __init__(self, source: CropSource, index: int, device: torch.device, *, threads: int, prefetch: int) -> None:
@@ -78,31 +82,43 @@ class Loader:
             if self.device.type == "cuda":
                 device_id = self.device.index or 0
                 torch.cuda.set_device(device_id)
-            pipeline = training_pipeline(self.source, index, device_id=device_id, threads=threads, prefetch=prefetch)
+            pipeline = None
             while not self._closed.is_set():
-                hr, lr = self._run(pipeline, index)
-                self._put(Batch(lr, hr, index))
+                pipeline = pipeline or training_pipeline(self.source, index, device_id=device_id, threads=threads,
+                                                         prefetch=prefetch)
+                try:
+                    hr, lr = (to_torch(output.as_tensor(), self.device) for output in pipeline.run())
+                except RuntimeError as error:
+                    self._find_culprit(error, index, prefetch)
+                    pipeline = None  # DALI's is of no use any more; a new one begins with the same batch
+                    continue
+                self._put(Batch(lr, hr, index, self.source.take_skips(index)))
                 index += 1
+        except OSError as error:
+            self._fail(RunError(f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the "
+                                "network failed, and the same command goes on from the last checkpoint"))
         except BaseException as error:  # handed to the loop, which raises it in the main thread
-            self.failed = True
-            self._put(error)
+            self._fail(error)
+        finally:
+            self.source.close()
 
-    def _run(self, pipeline: Any, index: int) -> list[Tensor]:
-        try:
-            outputs = pipeline.run()
-        except RuntimeError as error:
-            raise self._explained(error, index) from error
-        return [to_torch(output.as_tensor(), self.device) for output in outputs]
+    def _find_culprit(self, error: RuntimeError, index: int, prefetch: int) -> None:
+        """Reject the files that DALI cannot decode, or raise what names them.
 
-    def _explained(self, error: RuntimeError, index: int) -> Exception:
-        """DALI's error with the file that caused it, found by decoding the batch's files one by one."""
-        for ahead in range(index, index + self._ready.maxsize + 1):
-            for file in dict.fromkeys(self.source.files_of(ahead)):
-                fault = decoding_fault(file)
-                if fault:
-                    return UserError(f"{file}: cannot be decoded ({fault}); judge the dataset with "
-                                     "`python tools/check_training_data.py --clean` and select anew")
-        return RuntimeError(f"DALI failed in micro-batch {index}, though each of its files decodes alone: {error}")
+        DALI does not say which file of which batch ahead it failed on: they are decoded one by one.
+        """
+        files = dict.fromkeys(file for ahead in range(index, index + prefetch + 1)
+                              for file in self.source.files_of(ahead))
+        faults = [BadFileError(file, fault) for file in files if (fault := decoding_fault(file))]
+        if not faults:
+            raise RuntimeError(f"DALI failed in micro-batch {index}, though each of its files decodes alone: "
+                               f"{error}") from error
+        for fault in faults:
+            self.source.reject(fault)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failed = True
+        self._put(error)
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._closed.is_set():
@@ -121,26 +137,3 @@ def to_torch(dali_tensor: Any, device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     feed_ndarray(dali_tensor, copy, cuda_stream=stream)
     return copy
-
-
-def decoding_fault(file: str) -> str:
-    """Why DALI cannot decode the encoded image `file`; empty if it can, and for `.npy`."""
-    import numpy as np
-    from nvidia.dali import fn, pipeline_def, types
-
-    from pipeline.data.image_files import is_npy
-
-    if is_npy(file):
-        return ""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def graph() -> Any:
-        stream = fn.external_source(lambda: [np.fromfile(file, np.uint8)], batch=True)
-        return fn.decoders.image(stream, device="cpu", output_type=types.RGB)
-
-    try:
-        graph().run()
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line for line in lines if "Assert" in line or "Failed" in line or "rror" in line), lines[0])[:200]
-    return ""

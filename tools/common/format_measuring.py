@@ -118,12 +118,14 @@ class Meter:
         """Random training crops a second out of `files`, through the graph that training uses."""
         if self._loader is None:
             return None
-        from pipeline.data.reader import CropSource, Position, training_pipeline  # needs DALI; not torch
+        from pipeline.data.reader import training_pipeline  # needs DALI; not torch
         from pipeline.data.sampling import Sampler
+        from pipeline.data.source import CropSource, Position
+        from pipeline.data_spec import DataSpec
 
         settings = self._loader
-        source = CropSource(Path("/"), [os.path.abspath(file) for file in files], Sampler(len(files), seed=0),
-                            crop=settings.crop, scale=SCALE, position=Position(0, 1, settings.micro_batch))
+        source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),
+                            DataSpec(crop=settings.crop), scale=SCALE, position=Position(0, 1, settings.micro_batch))
         pipeline = training_pipeline(source, 0, device_id=settings.device_id, threads=self._threads, prefetch=PREFETCH)
         for _ in range(WARM_UP + PREFETCH):
             pipeline.run()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.cli import UserError
-from tools.common.dataset_walk import shown
 
 _HR_MARK = re.compile(r"[_-]?(hr|gt)$", re.IGNORECASE)
 
@@ -68,7 +67,7 @@ def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[l
 
 
 def _refuse(key: str, names: list[str]) -> None:
-    raise UserError(f"{shown(names[0])} and {shown(names[1])}: both are called {key!r}, so their partner is not "
+    raise UserError(f"{names[0]} and {names[1]}: both are called {key!r}, so their partner is not "
                     "certain; give folders where each name occurs once, or the same subfolders on both sides")
 
 

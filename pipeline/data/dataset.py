@@ -1,0 +1,201 @@
+"""The folders that a run trains on: which files, where their LR lies, and one hash that tells whether they changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import (
+    MANIFEST,
+    TRAINING_LIST,
+    VALIDATION_LIST,
+    is_encoded,
+    is_npy,
+    lists_hash,
+    read_file_list,
+    write_file_list,
+)
+from pipeline.data.pair_matching import match_pairs
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One dataset folder: `root`, the names in its two lists, and for paired training where each one's LR lies."""
+
+    root: Path
+    training: list[str]
+    validation: list[str]
+    lr_paths: dict[str, str] | None = None  # name -> path of its LR file
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file of a dataset."""
+
+    name: str  # as its list has it
+    path: str
+    lr_path: str | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All folders of a run, in the order in which they were given: sample numbers depend on it."""
+
+    folders: tuple[Folder, ...]
+
+    @property
+    def training(self) -> list[Image]:
+        return [_image(folder, name) for folder in self.folders for name in folder.training]
+
+    @property
+    def validation(self) -> list[Image]:
+        return [_image(folder, name) for folder in self.folders for name in folder.validation]
+
+    @property
+    def folder_sizes(self) -> list[int]:
+        """Training files in each folder."""
+        return [len(folder.training) for folder in self.folders]
+
+    def identity(self) -> dict[str, str | int]:
+        """What tells this dataset from a changed one, the same on every node that has the same data."""
+        lists = [names for folder in self.folders for names in (folder.training, folder.validation)]
+        return {"lists_sha256": lists_hash(*lists), "contents_sha256": contents_hash(self.folders),
+                "training_files": sum(self.folder_sizes),
+                "validation_files": sum(len(folder.validation) for folder in self.folders)}
+
+    def write_lists(self, directory: Path) -> None:
+        """Keep the lists in a run folder, so that a later difference can be named."""
+        directory.mkdir(exist_ok=True)
+        for number, folder in enumerate(self.folders):
+            write_file_list(directory / f"{number}_{TRAINING_LIST}", folder.training)
+            write_file_list(directory / f"{number}_{VALIDATION_LIST}", folder.validation)
+
+    def differences(self, directory: Path) -> list[str]:
+        """`["training_file_list.txt of DIR: 1 new (a.npy), 2 gone (b.npy, …)", …]` against what `write_lists` kept."""
+        found, num_kept = [], len([*directory.glob(f"*_{TRAINING_LIST}")])
+        if num_kept and num_kept != len(self.folders):
+            found.append(f"number of dataset folders: {num_kept} in the run, {len(self.folders)} asked for")
+        for number, folder in enumerate(self.folders):
+            for list_name, names in ((TRAINING_LIST, folder.training), (VALIDATION_LIST, folder.validation)):
+                kept = directory / f"{number}_{list_name}"
+                if not kept.is_file():
+                    continue
+                before = set(read_file_list(kept, folder.root))
+                changes = [(sorted({*names} - before), "new"), (sorted(before - {*names}), "gone")]
+                told = [f"{len(some)} {what} ({some[0]}{', …' if some[1:] else ''})" for some, what in changes if some]
+                if told:
+                    found.append(f"{list_name} of {folder.root}: {', '.join(told)}")
+        return found
+
+
+def _image(folder: Folder, name: str) -> Image:
+    return Image(name, folder.path(name), folder.lr_paths[name] if folder.lr_paths is not None else None)
+
+
+def read_dataset(roots: Sequence[Path], *, paired_scale: int | None = None, lr_roots: Sequence[Path] = ()) -> Dataset:
+    """The lists of every root; with `paired_scale` also where each file's LR of that scale lies.
+
+    LR lies beside HR (`NAME_lr<scale>.SUFFIX`, as tools/pairs_to_data.py writes it), or in the root's own `lr_roots`
+    folder, where names tell what belongs together. Raises `UserError`.
+    """
+    if lr_roots and paired_scale is None:
+        raise UserError("--lr-dir is for LR that is read, not made; say data.degradation=paired, or leave it out")
+    if lr_roots and len(lr_roots) != len(roots):
+        raise UserError(f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in their order")
+    if len(set(roots)) != len(roots):
+        raise UserError("--dataset-dir names a folder twice; to show its files oftener say data.weights")
+    folders = []
+    for number, root in enumerate(roots):
+        training, validation = (read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST))
+        lr_paths = None
+        if paired_scale is not None:
+            names = list(dict.fromkeys([*training, *validation]))
+            lr_root = lr_roots[number] if lr_roots else None
+            lr_paths = _in_folder(root, names, lr_root, paired_scale) if lr_root else _beside(root, names, paired_scale)
+        folders.append(Folder(root, training, validation, lr_paths))
+    return Dataset(tuple(folders))
+
+
+def _beside(root: Path, names: Iterable[str], scale: int) -> dict[str, str]:
+    paths = {}
+    for name in names:
+        stem, suffix = posixpath.splitext(name)
+        paths[name] = os.path.join(root, f"{stem}_lr{scale}{suffix}")
+    first = next(iter(paths.values()))
+    if not os.path.exists(first):  # a missing one of many is found when it is read
+        raise UserError(f"{first}: no such file, and data.degradation=paired wants it; make pairs with `python "
+                        "tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with --lr-dir")
+    return paths
+
+
+def _in_folder(root: Path, names: list[str], lr_root: Path, scale: int) -> dict[str, str]:
+    lr_names = sorted(_images_below(lr_root))
+    if not lr_names:
+        raise UserError(f"{lr_root}: no images for --lr-dir")
+    pairs, _ = match_pairs(names, lr_names, scale)
+    paths = {pair.hr: os.path.join(lr_root, pair.lr) for pair in pairs}
+    lonely = [name for name in names if name not in paths]
+    if lonely:
+        raise UserError(f"{root}/{lonely[0]}: no file in {lr_root} is called alike ({len(lonely)} of {len(names)} have "
+                        f"none); the names must agree but for marks such as x{scale}, _LR, _HR")
+    return paths
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    def complain(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}; --lr-dir must be a folder of LR images")
+
+    for directory, folders, files in os.walk(folder, onerror=complain):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if (is_npy(name) or is_encoded(name)) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(directory, name), folder).replace(os.sep, "/")
+
+
+def contents_hash(folders: Iterable[Folder]) -> str:
+    """SHA-256 (hex) of the pixels of the training and validation files, as far as manifests record them.
+
+    No image is read: a damaged file that is replaced by a good copy changes nothing, a dataset made anew does.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        known = _recorded(folder)
+        for name in (*folder.training, *folder.validation):
+            if name in known:
+                digest.update(f"{name}\0{known[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def _recorded(folder: Folder) -> dict[str, str]:
+    """Name -> SHA-256 of the pixels, from the manifests in the folder and in the two levels of folders below it."""
+    wanted = {*folder.training, *folder.validation}
+    places = {"", *("/".join(PurePosixPath(name).parts[:depth]) for name in wanted for depth in (1, 2)
+                    if len(PurePosixPath(name).parts) > depth)}
+    known: dict[str, str] = {}
+    for place in sorted(places):
+        manifest = folder.root / place / MANIFEST
+        if manifest.is_file():
+            with open(manifest, "rb") as lines:
+                for line in lines:
+                    name, sha256 = _record(line)
+                    name = posixpath.join(place, name)
+                    if name in wanted:
+                        known[name] = sha256
+    return known
+
+
+def _record(line: bytes) -> tuple[str, str]:
+    try:
+        values = json.loads(line)
+        return str(values["path"]), str(values["sha256"])
+    except (ValueError, KeyError, TypeError):  # torn or foreign: the checker tells
+        return "", ""

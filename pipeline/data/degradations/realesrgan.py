@@ -1,0 +1,197 @@
+"""The second-order degradation of Real-ESRGAN (Wang et al., ICCVW 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import kernels, noise
+from pipeline.data.degradations.base import Degradation, Nodes, OnDevice, Parameters, between, filtered, through_jpeg
+from pipeline.data_spec import FirstRound, RealEsrganSpec
+
+MODES = ("area", "linear", "cubic")
+
+
+class RealEsrgan(Degradation):
+    """The second-order chain of Real-ESRGAN: twice blur, resize, noise, JPEG, with a sinc filter at the end.
+
+    Differs from the published code in this: every sample draws all of it for itself (no batch shares a factor, no pool
+    of 180 pairs); area averaging is a box filter before linear sampling; the cubic is Keys' with a = -0.5, not -0.75;
+    Poisson noise counts 256 levels in every image; HR is not sharpened.
+    """
+
+    spec: RealEsrganSpec
+
+    def __init__(self, spec: RealEsrganSpec, scale: int) -> None:
+        super().__init__(spec, scale)
+        # The last resizing makes the image smaller by at most this; below sqrt(3) averaging areas needs no box.
+        self.has_final_box = spec.second.resize_range[1] > math.sqrt(3)
+        self.columns = (*(f"{part}_{name}" for part in ("first", "second") for name in
+                          ("kernel", "size", "mode", "poisson", "gray", *noise.NoiseKeys._fields, "level", "jpeg")),
+                        "final_kernel", "final_mode", "sinc_first", *["final_box"] * self.has_final_box)
+
+    @property
+    def surroundings(self) -> int:
+        return self.spec.surroundings // self.scale * self.scale
+
+    def place(self, chances: Iterator[float]) -> tuple[int, int]:
+        places = self.surroundings // self.scale + 1
+        return int(next(chances) * places) * self.scale, int(next(chances) * places) * self.scale
+
+    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
+        low = height // self.scale, width // self.scale
+        first = _draw_round(self.spec.first, chances, (height, width), (height, width))
+        second = _draw_round(self.spec.second, chances, tuple(first["size"]), low)
+        final = {"mode": _choose(MODES, (1, 1, 1), next(chances)), "sinc_first": next(chances) < 0.5}
+        sinc = _draw_sinc(self.spec.second.blur_kernel_size, chances, low_cutoff=math.pi / 3)
+        if next(chances) < self.spec.final_sinc_prob:
+            final |= {"sinc": sinc}
+        return {"region": [height, width], "first": first, "second": second, "final": final}
+
+    def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
+        height, width = parameters["region"]
+        arrays = _round_arrays("first", parameters["first"], (height, width), keys[:2])
+        arrays |= _round_arrays("second", parameters["second"], tuple(parameters["first"]["size"]), keys[2:4])
+        final, sizes = parameters["final"], parameters["second"]["size"]
+        arrays["final_kernel"] = (kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel())
+        arrays["final_mode"] = _mode(final["mode"])
+        if self.has_final_box:
+            arrays["final_box"] = _area_box(final["mode"], sizes[0] / (height // self.scale))
+        arrays["sinc_first"] = np.array(final["sinc_first"])
+        return arrays
+
+    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
+        from nvidia.dali import fn, types
+
+        noisy = _blurred_resized_noisy(nodes, "first", region, on_device)
+        noisy = _blurred_resized_noisy(nodes, "second", through_jpeg(noisy, nodes["first_jpeg"]), on_device)
+        low = fn.cast(region.shape()[0:2] // self.scale, dtype=types.FLOAT)
+        quality = nodes["second_jpeg"]
+        sinc_first = nodes["sinc_first"]
+        if sinc_first:
+            lr = through_jpeg(self._resize_and_sinc(nodes, noisy, low, on_device), quality)
+        else:
+            lr = fn.cast(self._resize_and_sinc(nodes, through_jpeg(noisy, quality), low, on_device), dtype=types.UINT8)
+        start = nodes["start"] // self.scale
+        lr = fn.slice(lr, start=start, shape=[size[0] // self.scale, size[1] // self.scale], axes=[0, 1])
+        return fn.cast(lr, dtype=types.FLOAT) if as_float else lr
+
+    def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
+        if self.has_final_box:
+            image = filtered(image, on_device(nodes["final_box"]))
+        return filtered(_resized(image, low, nodes["final_mode"]), on_device(nodes["final_kernel"]))
+
+
+def _draw_round(spec: FirstRound, chances: Iterator[float], size: tuple[int, int], full: tuple[int, int]) -> Parameters:
+    """Parameters of one round on an image of `size`; its resizing is relative to `full`."""
+    blur = _draw_blur(spec, chances)
+    direction = _choose(("up", "down", "keep"), spec.resize_prob, next(chances))
+    low, high = {"up": (1.0, spec.resize_range[1]), "down": (spec.resize_range[0], 1.0), "keep": (1.0, 1.0)}[direction]
+    factor = between((low, high), next(chances))
+    is_gaussian = next(chances) < spec.gaussian_noise_prob
+    parameters: Parameters = {
+        "blur": blur, "resize": direction, "factor": factor, "size": [max(8, int(side * factor)) for side in full],
+        "mode": _choose(MODES, (1, 1, 1), next(chances)), "noise": "gaussian" if is_gaussian else "poisson",
+        "level": between(spec.noise_range if is_gaussian else spec.poisson_scale_range, next(chances)),
+        "gray": next(chances) < spec.gray_noise_prob, "jpeg": round(between(spec.jpeg_range, next(chances)))}
+    parameters["ratio"] = size[0] / parameters["size"][0]
+    return parameters
+
+
+def _draw_blur(spec: FirstRound, chances: Iterator[float]) -> Parameters:
+    """Shape and numbers of a blur kernel. Every number is drawn, whether the shape needs it or not."""
+    is_blurred, is_sinc = next(chances) < spec.blur_prob, next(chances) < spec.sinc_prob
+    shape = _choose(tuple(spec.kernel_prob), tuple(spec.kernel_prob.values()), next(chances))
+    sinc = _draw_sinc(spec.blur_kernel_size, chances)
+    sigma = [between(spec.blur_sigma, next(chances)) for _ in range(2)]
+    theta = between((-math.pi, math.pi), next(chances))
+    below_one, amount = next(chances) < 0.5, next(chances)
+    if not is_blurred:
+        return {"shape": "none"}
+    if is_sinc:
+        return {"shape": "sinc", "size": sinc[0], "cutoff": sinc[1]}
+    numbers: Parameters = {"shape": shape, "size": sinc[0], "sigma": sigma}
+    if shape.endswith("iso") and not shape.endswith("aniso"):
+        numbers["sigma"] = [sigma[0], sigma[0]]
+    else:
+        numbers["theta"] = theta
+    if not shape.startswith(("iso", "aniso")):
+        low, high = spec.betag_range if shape.startswith("generalized") else spec.betap_range
+        numbers["beta"] = between((min(low, 1), 1) if below_one else (1, max(high, 1)), amount)
+    return numbers
+
+
+def _draw_sinc(largest: int, chances: Iterator[float], low_cutoff: float | None = None) -> tuple[int, float]:
+    """(Side, cutoff in radians a pixel) of a sinc kernel; small kernels only cut off above pi / 3, as published."""
+    size = 7 + 2 * int(next(chances) * ((largest - 7) // 2 + 1))
+    lowest = low_cutoff or (math.pi / 3 if size < 13 else math.pi / 5)
+    return size, between((lowest, math.pi), next(chances))
+
+
+def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
+    if blur["shape"] == "none":
+        return kernels.delta_kernel()
+    if blur["shape"] == "sinc":
+        return kernels.sinc_kernel(blur["size"], blur["cutoff"])
+    numbers = blur["size"], *blur["sigma"], blur.get("theta", 0.0)
+    if "beta" not in blur:
+        return kernels.gaussian_kernel(*numbers)
+    make = kernels.generalized_kernel if blur["shape"].startswith("generalized") else kernels.plateau_kernel
+    return make(*numbers, blur["beta"])
+
+
+def _round_arrays(part: str, drawn: Parameters, size: tuple[int, int], keys: Sequence[int]) -> dict[str, NDArray[Any]]:
+    kernel = _blur_kernel(drawn["blur"])
+    if drawn["mode"] == "area":
+        kernel = kernels.with_box(kernel, drawn["ratio"])
+    fields = noise.noise_keys(keys, *drawn["size"], 1 if drawn["gray"] else 3)
+    arrays = {"kernel": kernel, "size": np.array(drawn["size"], np.float32), "mode": _mode(drawn["mode"]),
+              "poisson": np.array(drawn["noise"] == "poisson"), "gray": np.array(drawn["gray"]),
+              **dict(zip(noise.NoiseKeys._fields, fields, strict=True)),
+              "level": np.array(drawn["level"], np.float32), "jpeg": np.array(drawn["jpeg"], np.int32)}
+    return {f"{part}_{name}": array for name, array in arrays.items()}
+
+
+def _area_box(mode: str, ratio: float) -> NDArray[np.float32]:
+    return kernels.with_box(kernels.delta_kernel(), ratio) if mode == "area" else kernels.delta_kernel()
+
+
+def _mode(name: str) -> NDArray[np.int32]:
+    from nvidia.dali import types
+
+    return np.array(int(types.INTERP_CUBIC if name == "cubic" else types.INTERP_LINEAR), np.int32)
+
+
+def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDevice) -> Any:
+    """Node of FP32 levels, not clipped."""
+    blurred = filtered(image, on_device(nodes[f"{part}_kernel"]))
+    resized = _resized(blurred, nodes[f"{part}_size"], nodes[f"{part}_mode"])
+    normal = noise.standard_normal(*(on_device(nodes[f"{part}_{name}"]) for name in noise.NoiseKeys._fields))
+    level, is_poisson = nodes[f"{part}_level"], nodes[f"{part}_poisson"]
+    if is_poisson:
+        noisy = noise.add_poisson(resized, normal, level, gray=nodes[f"{part}_gray"])
+    else:
+        noisy = noise.add_gaussian(resized, normal, level)
+    return noisy
+
+
+def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:
+    """The name at `fraction` of the shares laid end to end."""
+    target = fraction * sum(shares)
+    for name, share in zip(names, shares, strict=True):
+        target -= share
+        if target < 0:
+            return name
+    return names[-1]
+
+
+def _resized(image: Any, size: Any, mode: Any) -> Any:
+    """Node: `image` in another size, by linear or cubic interpolation (a sample's own) without antialiasing."""
+    from nvidia.dali import fn, types
+
+    interpolation = fn.cast(mode, dtype=types.DALIDataType.INTERP_TYPE)
+    return fn.resize(image, size=size, interp_type=interpolation, antialias=False)
