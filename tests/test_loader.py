@@ -16,7 +16,6 @@ from conftest import photograph
 from pipeline.cli import RunError, UserError
 from pipeline.data.dataset import Dataset, Folder, read_dataset
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.reader import low_resolution
 from pipeline.data.sampling import anchor
 from pipeline.data.source import CropSource, Position
 from pipeline.data_spec import DataSpec
@@ -195,21 +194,6 @@ def test_closing_in_the_middle_leaves_no_thread(tmp_path: Path) -> None:
     assert not loader._thread.is_alive()
     with pytest.raises(StopIteration):
         next(loader)
-
-
-def test_lr_of_a_crop_is_the_crop_of_the_whole_photographs_lr(tmp_path: Path) -> None:
-    """Also at its border, where LR depends on HR pixels outside the crop, and at the photograph's own edges."""
-    names = images(tmp_path, ".npy", count=3, size=(79, 63))
-    for scale, degradation in ((2, "bicubic"), (4, "bicubic"), (2, "gaussian")):
-        crops = source(tmp_path, names, scale=scale, micro_batch=60, augment=False, degradation=degradation)
-        batch, = batches(crops, 0, 1)
-        samples = crops.samples(0, 60)
-        assert {sample.top for sample in samples} >= {0, 79 // scale * scale - CROP}  # the top and bottom edges too
-        for i, sample in enumerate(samples):
-            whole = np.load(sample.path)[:79 // scale * scale, :63 // scale * scale]
-            lr = low_resolution(np.ascontiguousarray(whole), crops.spec.degradation, scale, seed=0, number=0)
-            top, left, low = sample.top // scale, sample.left // scale, CROP // scale
-            np.testing.assert_array_equal(undone(batch.lr[i].numpy(), 0, 0, 0), lr[top:top + low, left:left + low])
 
 
 def pairs(root: Path, suffix: str, count: int = 5) -> list[str]:

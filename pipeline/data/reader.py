@@ -6,14 +6,18 @@ devices: with `device_id=None` it runs on the CPU. After `nvidia.dali` 2.4; no o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from pydantic import BaseModel
 
 from pipeline.data.degradations import build_degradation
-from pipeline.data.degradations.base import KEYS, WORDS
+from pipeline.data.degradations.base import KEYS, WORDS, Degradation
+from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
-from pipeline.data.source import CropSource, ImageFiles
+from pipeline.data.source import CropSource
 from pipeline.data_spec import DegradationSpec
 
 
@@ -22,40 +26,62 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
 
     hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale).
     """
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import fn, pipeline_def, types
 
     size = source.crop, source.crop
-    layouts = ["HWC" if column in ("hr", "lr") else "" for column in source.columns]
+    # On a CPU, DALI takes several times as long as numpy to cut the crop out of its region.
+    cuts_on_host = device_id is None and source.has_margin and not source.hr.has_streams
+    columns = (*source.columns, *["crop"] * cuts_on_host)
+    layouts = ["HWC" if column in ("hr", "lr", "crop") else "" for column in columns]
+
+    def host_arrays() -> Iterator[tuple[Any, ...]]:
+        cut = np.empty((source.position.micro_batch, *size, 3), np.uint8)
+        for arrays in source.micro_batches(index):
+            yield (*arrays, crops(source, arrays, cut)) if cuts_on_host else arrays
 
     @pipeline_def(batch_size=source.position.micro_batch, num_threads=threads, device_id=device_id,
                   prefetch_queue_depth=prefetch, enable_conditionals=True)
     def graph() -> Any:
-        arrays = fn.external_source(source.micro_batches(index), num_outputs=len(layouts), layout=layouts, batch=True)
-        nodes = {column: arrays[i] for i, column in enumerate(source.columns)}
+        arrays = fn.external_source(host_arrays(), num_outputs=len(columns), layout=layouts, batch=True)
+        nodes = {column: arrays[i] for i, column in enumerate(columns)}
         region = prepared(source.hr, "hr", nodes)
         if source.lr:
             nodes["lr"] = prepared(source.lr, "lr", nodes)
-        # LR is made of HWC bytes (twice as fast as of CHW) and before the transpose, which then comes free with the
-        # change to CHW; after the flips, with which every degradation commutes.
+        # LR is made of HWC bytes (twice as fast as of CHW) and before the symmetry: so both sides are turned exactly
+        # alike, whatever the degradation.
         lr = source.degradation.lr(nodes, region, size, on_device, as_float=source.lr_noise is not None)
         if source.lr_noise:
             lr = source.lr_noise.add(nodes, lr, on_device)
-        hr = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1]) if source.has_margin else region
-        is_transposed = nodes["transpose"]
-        if is_transposed:
-            hr_out = channels_first(hr, [2, 1, 0])
-            lr_out = channels_first(lr, [2, 1, 0])
+        if cuts_on_host:
+            hr = brightened(nodes["crop"], nodes)
         else:
-            hr_out = channels_first(hr, [2, 0, 1])
-            lr_out = channels_first(lr, [2, 0, 1])
+            hr = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1]) if source.has_margin else region
+        vertical, horizontal, is_transposed = nodes["flip_vertical"], nodes["flip_horizontal"], nodes["transpose"]
+        hr, lr = fn.flip(hr, horizontal=0, vertical=vertical), fn.flip(lr, horizontal=0, vertical=vertical)
+        if is_transposed:
+            hr_out, lr_out = transposed(hr, horizontal), transposed(lr, horizontal)
+        else:
+            hr_out, lr_out = mirrored(hr, horizontal), mirrored(lr, horizontal)
         return hr_out, lr_out
+
+    # Flipping rows is cheap, mirroring them is not: here the operator does it that changes to CHW anyway, and there,
+    # after the transpose, columns have become rows.
+    def mirrored(image: Any, horizontal: Any) -> Any:
+        return fn.crop_mirror_normalize(image, mirror=horizontal, dtype=types.UINT8, output_layout="CHW")
+
+    def transposed(image: Any, horizontal: Any) -> Any:
+        turned = fn.transpose(image, perm=[2, 1, 0], transpose_layout=False, output_layout="CHW")
+        return fn.flip(turned, horizontal=0, vertical=horizontal)
 
     is_skipping = source.spec.on_error == "skip"  # then which files are bad must not depend on where crops were cut
 
     def prepared(side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
-        image = pixels_of(side, name, nodes)
-        if source.has_brightness:
-            image = fn.brightness(image, brightness=nodes["brightness"])
+        return brightened(pixels_of(side, name, nodes), nodes)
+
+    def brightened(image: Any, nodes: dict[str, Any]) -> Any:
+        return fn.brightness(image, brightness=nodes["brightness"]) if source.has_brightness else image
+
+    def flipped(image: Any, nodes: dict[str, Any]) -> Any:
         return fn.flip(image, vertical=nodes["flip_vertical"], horizontal=nodes["flip_horizontal"])
 
     def pixels_of(side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
@@ -71,13 +97,18 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
             image = decoded(*part, whole=is_skipping)
         return image
 
-    def channels_first(images: Any, order: list[int]) -> Any:
-        return fn.transpose(images, perm=order, transpose_layout=False, output_layout="CHW")
-
     def on_device(node: Any) -> Any:
         return node if device_id is None else node.gpu()
 
     return graph()
+
+
+def crops(source: CropSource, arrays: tuple[Any, ...], cut: np.ndarray) -> np.ndarray:
+    """`cut`, (micro-batch, crop, crop, 3) bytes, filled with the crops within the regions of `source.make`."""
+    size, regions = source.crop, arrays[source.columns.index("hr")]
+    for i, (top, left) in enumerate(arrays[source.columns.index("start")]):
+        cut[i] = regions[i][top:top + size, left:left + size]
+    return cut
 
 
 def decoded(stream: Any, corner: Any, shape: Any, device_id: int | None, *, whole: bool) -> Any:
@@ -100,19 +131,35 @@ def low_resolution(pixels: np.ndarray, spec: DegradationSpec, scale: int, *, see
 
     What is random comes from `seed` and `number` alone, as for training samples but of a stream of its own.
     """
+    graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, pixels.shape[:2])
+    words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
+    drawn = graph.degradation.draw(iter(uniforms(words[:-KEYS]).tolist()), *pixels.shape[:2])
+    arrays = graph.degradation.arrays(drawn, words[-KEYS:].tolist())
+    graph.feed[:] = [np.ascontiguousarray(pixels), np.zeros(2, np.int32),
+                     *(arrays[column] for column in graph.degradation.columns)]
+    return np.array(graph.pipeline.run()[0].at(0))
+
+
+class _WholeImageGraph(NamedTuple):
+    degradation: Degradation
+    feed: list[np.ndarray]  # what the next run takes in
+    pipeline: Any
+
+
+@lru_cache(maxsize=4)
+def _whole_image_graph(kind: type[BaseModel], spec: str, scale: int, size: tuple[int, int]) -> _WholeImageGraph:
+    """The graph for images of one size: building one takes longer than running it."""
     from nvidia.dali import fn, pipeline_def
 
-    degradation = build_degradation(spec, scale)
-    words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
-    drawn = degradation.draw(iter(uniforms(words[:-KEYS]).tolist()), *pixels.shape[:2])
-    arrays = {"region": pixels, "start": np.zeros(2, np.int32), **degradation.arrays(drawn, words[-KEYS:].tolist())}
-    columns, layouts = list(arrays), ["HWC", *[""] * (len(arrays) - 1)]
+    degradation = build_degradation(cast("DegradationSpec", kind.model_validate_json(spec)), scale)
+    feed: list[np.ndarray] = []
+    columns = ("region", "start", *degradation.columns)
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
     def graph() -> Any:
-        made = fn.external_source(lambda: [[array] for array in arrays.values()], num_outputs=len(columns),
-                                  layout=layouts, batch=True)
+        made = fn.external_source(lambda: [[array] for array in feed], num_outputs=len(columns),
+                                  layout=["HWC", *[""] * (len(columns) - 1)], batch=True)
         nodes = {column: made[i] for i, column in enumerate(columns)}
-        return degradation.lr(nodes, nodes["region"], pixels.shape[:2], lambda node: node, as_float=False)
+        return degradation.lr(nodes, nodes["region"], size, lambda node: node, as_float=False)
 
-    return np.array(graph().run()[0].at(0))
+    return _WholeImageGraph(degradation, feed, graph())

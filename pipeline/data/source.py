@@ -1,14 +1,9 @@
-"""The host side of a batch: which files, which part of them, how it is turned and degraded, as arrays for DALI.
-
-Of a memory-mapped `.npy` just the region that a sample needs is copied; of an encoded file the bytes are read and
-decoded in the graph. Where a cache is asked for, the host decodes, and keeps what fits.
-"""
+"""The host side of a batch: which files, which part of them, how it is turned and degraded, as arrays for DALI."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import count as naturals
 from typing import Any, NamedTuple
 
@@ -17,18 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset
-from pipeline.data.decoding import BadFileError, HostDecoder, read_encoded
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
-from pipeline.data.image_files import is_npy, npy_layout
+from pipeline.data.image_access import NOTHING, ImageCache, ImageFiles, Opened, Part, Region
+from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
 from pipeline.data_spec import DataSpec
 
-OPEN_MAPS = 512  # memory maps kept open per rank; each holds a file descriptor
 MOST_ATTEMPTS = 100  # bad files in a row for one sample
-
-Bytes = NDArray[np.uint8]
-
 
 class Position(NamedTuple):
     """A rank's place in the run's stream of samples: which micro-batches are its own."""
@@ -59,7 +50,7 @@ class Sample:
     lr_path: str | None  # of the LR file, where it is read
     top: int  # of the HR crop, in the file's pixels
     left: int
-    region: tuple[int, int, int, int]  # top, left, height, width of what is read around it
+    region: Region  # what is read around it
     flip_vertical: int
     flip_horizontal: int
     transpose: int
@@ -71,109 +62,6 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON."""
         return asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
-
-
-class _Opened(NamedTuple):
-    """One side of a file that can be read."""
-
-    height: int
-    width: int
-    pixels: Bytes | None  # or
-    stream: Bytes | None
-
-
-class ImageFiles:
-    """The files of one side of the dataset, HR or LR, and the arrays that bring them into the graph."""
-
-    def __init__(self, name: str, paths: Sequence[str], cache: ImageCache | None) -> None:
-        self.paths, self.cache = paths, cache
-        self.encoded = np.array([not is_npy(path) for path in paths])
-        any_encoded = bool(self.encoded.any()) and cache is None
-        all_encoded = any_encoded and bool(self.encoded.all())
-        self.has_pixels, self.has_streams = not all_encoded, any_encoded
-        self.columns = [name] * self.has_pixels + [f"{name}_{of}" for of in ("stream", "corner", "shape")] * any_encoded
-        if self.has_pixels and self.has_streams:
-            self.columns.append(f"{name}_is_pixels")
-        self._map = lru_cache(maxsize=OPEN_MAPS)(self._open_map)
-
-    def open(self, file: int) -> _Opened:
-        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
-        path = self.paths[file]
-        if not self.encoded[file]:
-            image = self._map(file)
-        elif self.cache:
-            image = self.cache.image(path)
-        else:
-            encoded = read_encoded(path)
-            return _Opened(encoded.height, encoded.width, None, encoded.stream)
-        return _Opened(*image.shape[:2], image, None)
-
-    def arrays(self, files: Sequence[_Opened], regions: Sequence[tuple[int, int, int, int]]) -> list[Any]:
-        """The columns: of each opened file the region (top, left, height, width)."""
-        columns: list[Any] = []
-        if self.has_pixels:
-            columns.append(_cut(files, regions))
-        if self.has_streams:
-            columns.append([_NO_BYTES if file.stream is None else file.stream for file in files])
-            columns += [np.array([region[:2] for region in regions], np.int32),
-                        np.array([region[2:] for region in regions], np.int32)]
-        if self.has_pixels and self.has_streams:
-            columns.append(np.array([file.stream is None for file in files]))
-        return columns
-
-    def _open_map(self, file: int) -> Bytes:
-        layout = npy_layout(self.paths[file])
-        return np.memmap(self.paths[file], np.uint8, "r", layout.offset, (layout.height, layout.width, 3))
-
-
-def _cut(files: Sequence[_Opened], regions: Sequence[tuple[int, int, int, int]]) -> Any:
-    """The regions' pixels: one array if all have the same shape, else a list."""
-    if all(region[2:] == regions[0][2:] for region in regions) and all(file.pixels is not None for file in files):
-        together = np.empty((len(files), *regions[0][2:], 3), np.uint8)
-        for target, file, (top, left, height, width) in zip(together, files, regions, strict=True):
-            target[...] = file.pixels[top:top + height, left:left + width]
-        return together
-    return [_NO_PIXELS if file.pixels is None
-            else np.ascontiguousarray(file.pixels[top:top + height, left:left + width])
-            for file, (top, left, height, width) in zip(files, regions, strict=True)]
-
-
-_NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
-_NO_BYTES = np.zeros(1, np.uint8)
-
-
-class ImageCache:
-    """Decoded images in memory, up to `capacity` bytes; what does not fit any more is decoded each time it is needed.
-
-    Nothing is thrown out: each file comes once an epoch, so that no image is likelier to come soon than another.
-    """
-
-    def __init__(self, capacity: float, threads: int, batch: int) -> None:
-        self.room, self._decoder = capacity, HostDecoder(threads, batch)
-        self._kept: dict[str, Bytes | BadFileError] = {}
-        self._passing: dict[str, Bytes | BadFileError] = {}
-
-    def load(self, paths: Sequence[str]) -> None:
-        """Decode, several at once, those of `paths` that are not here."""
-        paths = [path for path in dict.fromkeys(paths) if path not in self._kept]
-        self._passing = dict(zip(paths, self._decoder.decode(paths), strict=True))
-        for path, image in self._passing.items():
-            size = 0 if isinstance(image, BadFileError) else image.nbytes
-            if size <= self.room:
-                self._kept[path] = image
-                self.room -= size
-
-    def image(self, path: str) -> Bytes:
-        """HWC bytes. Raises the `BadFileError` of a file that cannot be decoded."""
-        if path not in self._kept and path not in self._passing:
-            self.load([path])
-        image = self._kept[path] if path in self._kept else self._passing[path]
-        if isinstance(image, BadFileError):
-            raise image
-        return image
-
-    def close(self) -> None:
-        self._decoder.close()
 
 
 class CropSource:
@@ -213,13 +101,19 @@ class CropSource:
 
     def make(self, index: int) -> tuple[Any, ...]:
         """The arrays of `columns` of micro-batch `index`."""
-        samples, hr, lr, keys = self._samples(self.position.first_sample(index), self.position.micro_batch)
-        self._made[index] = samples
-        arrays = self.hr.arrays(hr, [sample.region for sample in samples])
+        first, count = self.position.first_sample(index), self.position.micro_batch
+        if self.cache:
+            self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
+                             for file in self.sampler.draw(first, count).files.tolist() if side.encoded[file]])
+        keys = self.sampler.degradation_words(first, count, WORDS)[:, -KEYS:].tolist()
+        made = [*self._samples(first, count, is_read=True)]
+        self._made[index] = samples = [sample for sample, _, _ in made]
+        arrays = self.hr.arrays([hr for _, hr, _ in made])
         if self.lr:
-            arrays += self.lr.arrays(lr, [tuple(side // self.scale for side in sample.region) for sample in samples])
+            arrays += self.lr.arrays([lr for _, _, lr in made])
         if self.has_margin:
-            arrays.append(np.array([self._start(sample) for sample in samples], np.int32))
+            arrays.append(np.array([(sample.top - sample.region[0], sample.left - sample.region[1])
+                                    for sample in samples], np.int32))
         arrays += [np.array([sample.flip_vertical for sample in samples], np.int32),
                    np.array([sample.flip_horizontal for sample in samples], np.int32),
                    np.array([sample.transpose for sample in samples], bool)]
@@ -229,7 +123,7 @@ class CropSource:
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """Samples first .. first + count - 1, as they are made, without their pixels."""
-        return self._samples(first, count)[0]
+        return [sample for sample, _, _ in self._samples(first, count, is_read=False)]
 
     def files_of(self, index: int) -> list[str]:
         """The files that micro-batch `index` reads, for messages."""
@@ -262,19 +156,31 @@ class CropSource:
         if self.cache:
             self.cache.close()
 
-    def _samples(self, first: int, count: int) -> tuple[list[Sample], list[_Opened], list[_Opened], list[list[int]]]:
+    def _samples(self, first: int, count: int, *, is_read: bool) -> Iterator[tuple[Sample, Part, Part]]:
         draws = self.sampler.draw(first, count)
-        if self.cache:
-            self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
-                             for file in draws.files.tolist() if side.encoded[file]])
-        words = self.sampler.degradation_words(first, count, WORDS)
-        fractions, keys = uniforms(words[:, :-KEYS]).tolist(), words[:, -KEYS:].tolist()
-        made = [self._sample(draws, i, iter(fractions[i])) for i in range(count)]
-        return [one[0] for one in made], [one[1] for one in made], [one[2] for one in made if one[2]], keys
+        fractions = uniforms(self.sampler.degradation_words(first, count, WORDS)[:, :-KEYS]).tolist()
+        for i in range(count):
+            yield self._sample(draws, i, fractions[i], is_read=is_read)
 
-    def _sample(self, draws: Draws, i: int, chances: Iterator[float]) -> tuple[Sample, _Opened, _Opened | None]:
-        number = int(draws.samples[i])
-        file, hr, lr, skipped = self._open(number, int(draws.files[i]))
+    def _sample(self, draws: Draws, i: int, fractions: list[float], *, is_read: bool) -> tuple[Sample, Part, Part]:
+        """A sample of its file, or of the one that stands in for it."""
+        number, file = int(draws.samples[i]), int(draws.files[i])
+        skipped: list[Skip] = []
+        for attempt in range(MOST_ATTEMPTS):
+            try:
+                return self._sample_of(file, draws, i, iter(fractions), tuple(skipped), is_read=is_read)
+            except BadFileError as error:
+                if self.spec.on_error == "stop":
+                    raise UserError(f"{error} (sample {number})") from error
+                self.reject(error)
+                skipped.append(Skip(number, error.path, error.reason))
+                file = self.sampler.replacement(number, attempt)
+        raise UserError(f"{MOST_ATTEMPTS} files drawn for sample {number} are all bad; the last was "
+                        f"{skipped[-1].path}: {skipped[-1].reason}")
+
+    def _sample_of(self, file: int, draws: Draws, i: int, chances: Iterator[float], skipped: tuple[Skip, ...], *,
+                   is_read: bool) -> tuple[Sample, Part, Part]:
+        hr, lr = self._open_pair(file)
         height, width, scale = hr.height - hr.height % self.scale, hr.width - hr.width % self.scale, self.scale
         top = anchor(draws.top[i], height, self.crop, scale)
         left = anchor(draws.left[i], width, self.crop, scale)
@@ -288,27 +194,16 @@ class CropSource:
         is_brightened, fraction = draws.brightness[i]
         low, high = self.spec.brightness.range
         brightness = low + (high - low) * fraction if is_brightened < self.spec.brightness.probability else 1.0
-        sample = Sample(number, self.hr.paths[file], self.lr.paths[file] if self.lr else None, top, left, region,
-                        int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]),
+        sample = Sample(int(draws.samples[i]), self.hr.paths[file], self.lr.paths[file] if self.lr else None, top, left,
+                        region, int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]),
                         float(brightness), degradation, sigma, skipped)
-        return sample, hr, lr
+        if not is_read:
+            return sample, NOTHING, NOTHING
+        y, x, rows, columns = (side // scale for side in region)
+        return (sample, self.hr.part(file, hr, region),
+                self.lr.part(file, lr, (y, x, rows, columns)) if self.lr and lr else NOTHING)
 
-    def _open(self, number: int, file: int) -> tuple[int, _Opened, _Opened | None, tuple[Skip, ...]]:
-        """The file of a sample, or the one that replaces it, opened."""
-        skipped: list[Skip] = []
-        for attempt in range(MOST_ATTEMPTS):
-            try:
-                return (file, *self._open_pair(file), tuple(skipped))
-            except BadFileError as error:
-                if self.spec.on_error == "stop":
-                    raise UserError(f"{error} (sample {number})") from error
-                self.reject(error)
-                skipped.append(Skip(number, error.path, error.reason))
-                file = self.sampler.replacement(number, attempt)
-        raise UserError(f"{MOST_ATTEMPTS} files drawn for sample {number} are all bad; the last was "
-                        f"{skipped[-1].path}: {skipped[-1].reason}")
-
-    def _open_pair(self, file: int) -> tuple[_Opened, _Opened | None]:
+    def _open_pair(self, file: int) -> tuple[Opened, Opened | None]:
         for side in (self.hr, self.lr):
             if side and side.paths[file] in self.bad:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
@@ -322,13 +217,6 @@ class CropSource:
             raise BadFileError(self.lr.paths[file], f"{lr.height}x{lr.width} is not 1/{self.scale} of "
                                f"{hr.height}x{hr.width}, the size of {self.hr.paths[file]}")
         return hr, lr
-
-    def _start(self, sample: Sample) -> tuple[int, int]:
-        """Where the crop begins in its region, after the flips."""
-        top, left, height, width = sample.region
-        row, column = sample.top - top, sample.left - left
-        return (height - self.crop - row if sample.flip_vertical else row,
-                width - self.crop - column if sample.flip_horizontal else column)
 
     def _drawn_arrays(self, samples: Sequence[Sample], keys: Sequence[Sequence[int]]) -> list[list[NDArray[Any]]]:
         made = [self.degradation.arrays(sample.degradation, of) for sample, of in zip(samples, keys, strict=True)]
