@@ -84,7 +84,8 @@ def _our_arrays(setting: Setting, *, has_margin: bool = True, is_cut: bool = Fal
     if read != "rows":
         whole = {"kept maps": lru_cache(partial(np.load, mmap_mode="r")), "new maps": partial(np.load, mmap_mode="r"),
                  "whole files": np.load}[read]
-        source.hr.part = lambda file, _, region: Part(region, pixels=_region(whole(source.hr.paths[file]), region))
+        source.hr.part = lambda file, _, region, place: Part(
+            region, pixels=_region(whole(source.hr.paths[file]), region))
     kept = [i for i, column in enumerate(source.columns) if has_margin or column != "start"]
     columns = (*(source.columns[i] for i in kept), *["crop"] * is_cut)
     room = np.empty((setting.micro_batch, setting.crop, setting.crop, 3), np.uint8)

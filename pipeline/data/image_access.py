@@ -54,7 +54,8 @@ class ImageFiles:
         self.columns = [name] * self.has_pixels + [f"{name}_{of}" for of in ("stream", "corner", "shape")] * any_encoded
         if self.has_pixels and self.has_streams:
             self.columns.append(f"{name}_is_pixels")
-        self._rows = bytearray()
+        self._rows = bytearray()  # those of a region, before its columns are cut
+        self._places: dict[int, Bytes] = {}  # by the sample's place in its batch; DALI copies what it is given at once
 
     def open(self, file: int) -> Opened:
         """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
@@ -68,14 +69,22 @@ class ImageFiles:
         encoded = read_encoded(path)
         return Opened(encoded.height, encoded.width, stream=encoded.stream)
 
-    def part(self, file: int, opened: Opened, region: Region) -> Part:
-        """What is fed of the file for a region of it."""
+    def part(self, file: int, opened: Opened, region: Region, place: int) -> Part:
+        """What is fed of the file for a region of it; its pixels are good until the next one for that place."""
+        if opened.stream is not None:
+            return Part(region, stream=opened.stream)
+        top, left, height, width = region
         if opened.layout:
-            return Part(region, pixels=read_npy(self.paths[file], opened.layout, region, self._rows))
-        if opened.pixels is not None:
-            top, left, height, width = region
-            return Part(region, pixels=np.ascontiguousarray(opened.pixels[top:top + height, left:left + width]))
-        return Part(region, stream=opened.stream)
+            if len(self._rows) < height * opened.layout.width * 3:
+                self._rows = bytearray(height * opened.layout.width * 3)
+            pixels = read_npy(self.paths[file], opened.layout, region, self._rows)
+        else:
+            pixels = opened.pixels[top:top + height, left:left + width]
+        kept = self._places.get(place)
+        if kept is None or kept.shape != pixels.shape:
+            kept = self._places[place] = np.empty(pixels.shape, np.uint8)
+        kept[...] = pixels
+        return Part(region, pixels=kept)
 
     def arrays(self, parts: Sequence[Part]) -> list[Any]:
         """The columns."""

@@ -100,15 +100,13 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
 
 
 def read_npy(path: str, layout: NpyLayout, region: tuple[int, int, int, int], rows: bytearray) -> NDArray[np.uint8]:
-    """The region (top, left, height, width) of an `.npy` image: (height, width, 3) bytes of their own.
+    """The region (top, left, height, width) of an `.npy` image, (height, width, 3): a view into `rows`.
 
-    `rows` is room for the whole rows, made larger where it must be. Reading costs half of mapping a file anew, and a
-    file that is cut short meanwhile is a `BadNpyError` here where touching its map would end the process.
+    `rows` is room for as many whole rows. Reading costs half of mapping a file anew, and a file that is cut short
+    meanwhile is a `BadNpyError` here where touching its map would end the process.
     """
     top, left, height, width = region
     stride = layout.width * 3
-    if len(rows) < height * stride:
-        rows.extend(bytes(height * stride - len(rows)))
     target = memoryview(rows)[:height * stride]
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -120,7 +118,7 @@ def read_npy(path: str, layout: NpyLayout, region: tuple[int, int, int, int], ro
         os.close(descriptor)
     if count < len(target):
         raise BadNpyError(path, f"cut short while it was read: row {top + height - 1} is not there any more")
-    return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left:left + width].copy()
+    return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left:left + width]
 
 
 def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:

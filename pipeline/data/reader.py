@@ -81,9 +81,6 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
     def brightened(image: Any, nodes: dict[str, Any]) -> Any:
         return fn.brightness(image, brightness=nodes["brightness"]) if source.has_brightness else image
 
-    def flipped(image: Any, nodes: dict[str, Any]) -> Any:
-        return fn.flip(image, vertical=nodes["flip_vertical"], horizontal=nodes["flip_horizontal"])
-
     def pixels_of(side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
         if not side.has_streams:
             return on_device(nodes[name])

@@ -21,6 +21,7 @@ from pipeline.data_spec import DataSpec
 
 MOST_ATTEMPTS = 100  # bad files in a row for one sample
 
+
 class Position(NamedTuple):
     """A rank's place in the run's stream of samples: which micro-batches are its own."""
 
@@ -200,8 +201,8 @@ class CropSource:
         if not is_read:
             return sample, NOTHING, NOTHING
         y, x, rows, columns = (side // scale for side in region)
-        return (sample, self.hr.part(file, hr, region),
-                self.lr.part(file, lr, (y, x, rows, columns)) if self.lr and lr else NOTHING)
+        return (sample, self.hr.part(file, hr, region, i),
+                self.lr.part(file, lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING)
 
     def _open_pair(self, file: int) -> tuple[Opened, Opened | None]:
         for side in (self.hr, self.lr):
