@@ -131,10 +131,11 @@ def _is_finished(plan: Plan) -> bool:
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
     """The options of the demo, in place of a dataset that is not there."""
     default, places = TrainOptions(), " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
-    if options.recipe not in (default.recipe, DEMO_RECIPE):
+    if options.dataset_dir or options.recipe not in (default.recipe, DEMO_RECIPE):
         raise UserError(f"there are no file lists in {places}; make a dataset with "
                         "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
-                        "`python tools/select_training_files.py`, or leave --recipe out to see the demo")
+                        "`python tools/select_training_files.py`, or leave --recipe and --dataset-dir out to see the "
+                        "demo")
     _say(f"no file lists in {places}: running the demo on photographs that ship with scikit-image and "
          "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)")
     from tools.make_demo_dataset import make_demo_dataset

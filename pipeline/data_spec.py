@@ -40,8 +40,10 @@ def _within(lowest: float, highest: float = math.inf) -> AfterValidator:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], BeforeValidator(_both_ends)]  # one number stands for both ends
-Positive = Annotated[Range, _within(1e-3)]
-NotNegative = Annotated[Range, _within(0)]
+Sigma = Annotated[Range, _within(1e-3, 50)]  # of a blur, in pixels
+Exponent = Annotated[Range, _within(1e-3, 20)]
+Levels = Annotated[Range, _within(0, 255)]
+Factor = Annotated[Range, _within(0, 100)]
 Quality = Annotated[Range, _within(1, 100)]
 
 
@@ -49,14 +51,14 @@ class BrightnessSpec(Spec):
     """HR crops made brighter or darker before their LR is made."""
 
     probability: Probability = Field(0.0, description="of a sample to be changed")
-    range: NotNegative = Field((0.5, 1.2), description="of the factor, evenly")
+    range: Factor = Field((0.5, 1.2), description="of the factor, evenly")
 
 
 class NoiseSpec(Spec):
     """White Gaussian noise on LR, added before it is rounded to bytes."""
 
     probability: Probability = Field(0.0, description="of a sample to be changed")
-    sigma: NotNegative = Field((0.0, 10.0), description="of the standard deviation, in levels, evenly")
+    sigma: Levels = Field((0.0, 10.0), description="of the standard deviation, in levels, evenly")
 
 
 class BicubicSpec(Spec):
@@ -69,7 +71,7 @@ class GaussianSpec(Spec):
     """LR by a Gaussian blur and taking one pixel in `scale` ("BD"), at the centre of each LR pixel."""
 
     name: Literal["gaussian"] = "gaussian"
-    sigma: Positive = Field((1.6, 1.6), description="of the standard deviation, in HR pixels, evenly")
+    sigma: Sigma = Field((1.6, 1.6), description="of the standard deviation, in HR pixels, evenly")
 
 
 class PairedSpec(Spec):
@@ -83,17 +85,17 @@ class FirstRound(Spec):
 
     blur_prob: Probability = Field(1.0, description="of blurring at all")
     blur_kernel_size: int = Field(21, ge=7, le=31, description="largest side of the kernel; odd sizes from 7 on")
-    kernel_prob: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    kernel_prob: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         dict(zip(KERNELS, (0.45, 0.25, 0.12, 0.03, 0.12, 0.03), strict=True)), description="share of each shape")
     sinc_prob: Probability = Field(0.1, description="of a sinc kernel instead (ringing)")
-    blur_sigma: Positive = Field((0.2, 3.0), description="along each axis of the kernel, in pixels")
-    betag_range: Positive = Field((0.5, 4.0), description="exponent of the generalized kernels; half are below 1")
-    betap_range: Positive = Field((1.0, 2.0), description="exponent of the plateau kernels; half are below 1")
+    blur_sigma: Sigma = Field((0.2, 3.0), description="along each axis of the kernel, in pixels")
+    betag_range: Exponent = Field((0.5, 4.0), description="exponent of the generalized kernels; half are below 1")
+    betap_range: Exponent = Field((1.0, 2.0), description="exponent of the plateau kernels; half are below 1")
     resize_prob: tuple[float, float, float] = Field((0.2, 0.7, 0.1), description="shares of up, down, keep")
-    resize_range: Positive = Field((0.15, 1.5), description="of the factor: down from its low end, up to its high end")
+    resize_range: Range = Field((0.15, 1.5), description="of the factor: down from its low end, up to its high end")
     gaussian_noise_prob: Probability = Field(0.5, description="of Gaussian noise; Poisson noise otherwise")
-    noise_range: NotNegative = Field((1.0, 30.0), description="sigma of Gaussian noise, in levels")
-    poisson_scale_range: NotNegative = Field((0.05, 3.0), description="factor of Poisson noise")
+    noise_range: Levels = Field((1.0, 30.0), description="sigma of Gaussian noise, in levels")
+    poisson_scale_range: Factor = Field((0.05, 3.0), description="factor of Poisson noise")
     gray_noise_prob: Probability = Field(0.4, description="of the same noise in all channels")
     jpeg_range: Quality = Field((30.0, 95.0), description="JPEG quality")
 
@@ -117,7 +119,7 @@ class FirstRound(Spec):
     @field_validator("resize_prob")
     @classmethod
     def _shares(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(shares) < 0 or not sum(shares) > 0:
+        if not (min(shares) >= 0 and 0 < sum(shares) < math.inf):
             raise ValueError(f"{list(shares)} must be three shares (up, down, keep), none below 0, not all 0")
         return shares
 
@@ -133,11 +135,11 @@ class SecondRound(FirstRound):
     """As the first, with the published defaults of the second."""
 
     blur_prob: Probability = 0.8
-    blur_sigma: Positive = (0.2, 1.5)
+    blur_sigma: Sigma = (0.2, 1.5)
     resize_prob: tuple[float, float, float] = (0.3, 0.4, 0.3)
-    resize_range: Positive = (0.3, 1.2)
-    noise_range: NotNegative = (1.0, 25.0)
-    poisson_scale_range: NotNegative = (0.05, 2.5)
+    resize_range: Range = (0.3, 1.2)
+    noise_range: Levels = (1.0, 25.0)
+    poisson_scale_range: Factor = (0.05, 2.5)
 
 
 class RealEsrganSpec(Spec):

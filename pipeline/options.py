@@ -17,6 +17,7 @@ from pipeline.recipe import Recipe, load_ds_config, load_recipe, parse_overrides
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
+LONGEST_EPOCH = 1 << 25  # samples, by a multiplier: the order of an epoch is drawn at once, on every rank
 
 
 @dataclass
@@ -106,6 +107,10 @@ def make_plan(options: TrainOptions) -> Plan:
     if recipe.data.weights and len(recipe.data.weights) != len(dataset.folders):
         raise UserError(f"data.weights has {len(recipe.data.weights)} numbers for {len(dataset.folders)} dataset "
                         "folders; give one for each --dataset-dir, or none")
+    if recipe.data.multiplier > 1 and sum(dataset.folder_sizes) * recipe.data.multiplier > LONGEST_EPOCH:
+        raise UserError(f"data.multiplier {recipe.data.multiplier} makes an epoch of "
+                        f"{sum(dataset.folder_sizes) * recipe.data.multiplier:,} samples, more than {LONGEST_EPOCH:,}; "
+                        f"say at most {max(1, LONGEST_EPOCH // sum(dataset.folder_sizes))}")
     if options.max_epochs is not None and options.max_epochs < 1:
         raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
     total = recipe.steps

@@ -58,7 +58,7 @@ class Run:
         position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
         source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position)
         return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
-                      prefetch=data.prefetch + self.accumulation)
+                      prefetch=max(data.prefetch, self.accumulation) + self.accumulation)
 
 
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
@@ -103,7 +103,8 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
     old, new = found["dataset"], wanted["dataset"]
     changed = [f"dataset {key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
     if changed:
-        differences += plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR) + changed
+        named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
+        differences += named + [line for line in changed if not (named and "lists_sha256" in line)]
     if zero_stage(plan.ds_config) and manifest["world_size"] != world_size:
         differences.append(f"number of ranks, which ZeRO stage {zero_stage(plan.ds_config)} cannot change: "
                            f"{manifest['world_size']} in the run, {world_size} asked for")

@@ -11,7 +11,7 @@ from collections import deque
 from pipeline import checkpoint
 from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
-from pipeline.data.loader import Batch, Loader
+from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
 from pipeline.engine import Ranks, skipped_steps, start_distributed, step_was_skipped, stop_distributed
 from pipeline.files import write_atomically
@@ -109,9 +109,11 @@ class Training:
         if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
             self._validate()
         self.loader = loader = self.run.open_loader()
+        if any(self.ranks.gather(not self._is_supplied(loader))):
+            self._raise_failure(loader)
         while agreed <= SAVE and progress.step < self.plan.total_steps and not self._is_out_of_patience():
             for _ in range(self.run.accumulation):
-                batch = self._next_batch(loader)
+                batch = next(loader)
                 self._skips += batch.skipped
                 meter.add(trainer.step(batch), batch.index)
             progress.step += 1
@@ -172,17 +174,16 @@ class Training:
                                                                          list(new.items())[:NUM_NAMED]))
         self.ranks.together(lambda: refuse_too_many(self._bad_files, sum(self.plan.dataset.folder_sizes), data))
 
-    def _next_batch(self, loader: Loader) -> Batch:
-        try:
-            return next(loader)
-        except UserError:
-            if self.ranks.world_size == 1:  # the others would wait; they are told before, if there is time
-                self._save(must=True)
-            raise
+    def _is_supplied(self, loader: Loader) -> bool:
+        """Whether this rank has the batches of two steps.
+
+        An agreement takes a step: a rank whose data end must say so while it still can take part in the next one.
+        """
+        return loader.is_ahead(2 * self.run.accumulation)
 
     def _request(self, loader: Loader) -> int:
         """What this rank would have all of them do."""
-        if loader.failed:
+        if not self._is_supplied(loader):
             return FAIL
         if self.signals.received:
             return STOP + self.signals.received

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +375,29 @@ def test_a_bad_file_is_skipped_counted_and_replaced(tmp_path: Path, how: str, ca
                for batch in got for j in range(4))
 
 
+@pytest.mark.parametrize("fault", ["its header tells", "decoding tells"])
+def test_the_batches_before_a_bad_file_come_however_far_ahead_it_is_found(tmp_path: Path, fault: str) -> None:
+    names = images(tmp_path, ".png", count=40)
+    crops = source(tmp_path, names)
+    bad = tmp_path / names[crops.sampler.draw(17, 1).files[0]]  # of the fifth of ten batches
+    data = bytearray(bad.read_bytes())
+    if fault == "its header tells":
+        bad.write_bytes(data[:100])
+    else:
+        data[len(data) // 2] ^= 255
+        bad.write_bytes(data)
+    loader = Loader(crops, 0, CPU, threads=1, prefetch=6)
+    try:
+        assert loader.is_ahead(4)
+        assert not loader.is_ahead(5)
+        for i in range(4):
+            assert next(loader).index == i
+        with pytest.raises(UserError, match=rf"{bad.name}: .*\(sample 17\)"):
+            next(loader)
+    finally:
+        loader.close()
+
+
 def test_too_many_bad_files_stop_it(tmp_path: Path) -> None:
     names = images(tmp_path, ".png", count=10)
     for name in names[:3]:
@@ -382,12 +407,26 @@ def test_too_many_bad_files_stop_it(tmp_path: Path) -> None:
         batches(source(tmp_path, names, on_error="skip", max_bad_files=0.2), 0, 6)
 
 
-def test_the_disks_fault_is_not_the_files(tmp_path: Path) -> None:
-    (tmp_path / "0.npy").mkdir()  # reading it says EISDIR, which says nothing about a file
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    for name in ("loop.png",):
-        with pytest.raises(RunError, match=r"loop\.png: .*the disk or the network failed"):
-            batches(source(tmp_path, [name], on_error="skip"), 0, 1)
+def test_the_disks_fault_is_not_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    names = images(tmp_path, ".npy", count=3)
+    monkeypatch.setattr("pipeline.data.image_access.npy_layout", fail)
+    with pytest.raises(RunError, match=r"\.npy: Input/output error; the disk or the network failed"):
+        batches(source(tmp_path, names, on_error="skip"), 0, 1)
+
+
+@pytest.mark.parametrize("what", ["directory", "loop", "pipe"])
+@pytest.mark.parametrize("suffix", [".npy", ".png"])
+def test_what_is_no_plain_file_is_a_bad_file(tmp_path: Path, what: str, suffix: str) -> None:
+    bad = tmp_path / f"bad{suffix}"
+    {"directory": bad.mkdir, "loop": lambda: bad.symlink_to(bad.name), "pipe": lambda: os.mkfifo(bad)}[what]()
+    names = [*images(tmp_path, ".npy", count=3), bad.name]
+    with pytest.raises(UserError, match=rf"bad\{suffix}: .*\(sample \d\)"):
+        batches(source(tmp_path, names), 0, 2)
+    skips = [skip for batch in batches(source(tmp_path, names, on_error="skip"), 0, 2) for skip in batch.skipped]
+    assert {skip.path for skip in skips} == {str(bad)}
 
 
 def test_a_sample_says_where_it_came_from(tmp_path: Path) -> None:

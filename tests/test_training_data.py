@@ -15,7 +15,9 @@ from conftest import command, photograph, run
 from pipeline.cli import UserError
 from pipeline.data.dataset import read_dataset
 from pipeline.data.image_files import MANIFEST
+from pipeline.data.sampling import Sampler
 from pipeline.recipe import load_recipe
+from pipeline.run_folder import checkpoint_steps
 from test_cli import assert_one_line
 
 
@@ -62,6 +64,42 @@ def test_a_run_that_a_bad_file_stopped_goes_on_with_skip(tmp_path: Path) -> None
     assert f"such files so far: 1\n  {root}/5.png: " in done.stdout
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: str) -> None:
+    """The bad files come in the middle of a run, to one rank: the others must not wait for it."""
+    root = make_dataset(tmp_path / "data", [f"{i}.png" for i in range(41)])
+    started = run(command(root, tmp_path / "run", "steps=3", procs=2))
+    assert started.returncode == 0, started.stderr
+    order = Sampler([40], 0).draw(0, 40).files
+    names = sorted(f"{i}.png" for i in range(40))
+    for number in (28, 29):  # of the 8th step
+        bad = root / names[order[number]]
+        bad.write_bytes(bad.read_bytes()[:500])
+    done = run(command(root, tmp_path / "run", "steps=20", f"data.on_error={on_error}", procs=2))
+    assert_one_line(done, "truncated" if on_error == "stop" else "2 of 40 files are bad")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 7
+
+
+def test_other_lr_and_folders_in_another_order_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_dataset(tmp_path / name, ["0.npy", "1.npy", "2.npy"])
+        for i in range(3):
+            (tmp_path / f"{name}_lr").mkdir(exist_ok=True)
+            np.save(tmp_path / f"{name}_lr" / f"{i}.npy", photograph(60 + i, 36, 32))
+
+    def training(run_dir: str, roots: list[str], lr_roots: list[str], *more: str) -> Any:
+        folders = [argument for flag, names in (("--dataset-dir", roots[1:]), ("--lr-dir", lr_roots))
+                   for name in names for argument in (flag, str(tmp_path / name))]
+        return run([*command(tmp_path / roots[0], tmp_path / run_dir, *more), *folders])
+
+    assert training("both", ["one", "two"], [], "steps=1").returncode == 0
+    assert_one_line(training("both", ["two", "one"], [], "steps=2"),
+                    "dataset folders: one, two in the run, two, one asked for")
+    assert training("paired", ["one"], ["one_lr"], "steps=1", "data.degradation=paired").returncode == 0
+    assert_one_line(training("paired", ["one"], ["two_lr"], "steps=2", "data.degradation=paired"),
+                    "dataset folders: one, one_lr in the run, one, two_lr asked for")
+
+
 def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     first = make_dataset(tmp_path / "a", [f"{i}.npy" for i in range(5)])
     second = make_dataset(tmp_path / "b", [f"{i}.png" for i in range(4)], first=20)
@@ -86,6 +124,8 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     (("data.degradation.sigma=2",), "data.degradation.sigma: unknown key"),
     (("data.brightness.range=[1.5,0.5]",), "data.brightness.range: [1.5, 0.5] is not a range [low, high]"),
     (("--dataset-multiplier", "0"), "data.multiplier: input should be greater than or equal to 1, not 0"),
+    (("--dataset-multiplier", "100000000"), "data.multiplier: input should be less than or equal to 100000"),
+    (("data.degradation={name: gaussian, sigma: 100000}",), "is not a range [low, high] of numbers within 0.001..50"),
     (("data.on_error=ignore",), "data.on_error: input should be 'stop' or 'skip', not 'ignore'"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(dataset: Path, tmp_path: Path, arguments: tuple[str, ...],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,9 +17,8 @@ import tyro
 
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.dataset import Dataset
-from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.image_files import TRAINING_LIST
-from pipeline.data.reader import training_pipeline
+from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position
 from pipeline.files import write_atomically
 from pipeline.options import Plan, TrainOptions, make_plan
@@ -117,15 +116,16 @@ def make_pairs(plan: Plan, numbers: Sequence[int]) -> list[Pair]:
     recipe = plan.recipe
     source = ChosenSource.of_dataset(plan.dataset, recipe.data, scale=recipe.scale, seed=recipe.seed,
                                      position=Position(0, 1, 1))
-    source.numbers = numbers
+    source.numbers, source.end = numbers, len(numbers)
     several = len(plan.dataset.folders) > 1
     names = {folder.path(name): f"{folder.root.name}/{name}" if several else name
              for folder in plan.dataset.folders for name in folder.training}
     pairs = []
     try:
         with quiet_libraries(), progress(len(numbers), "sample") as bar:
-            for number, (hr, lr) in zip(numbers, _pixels(source, recipe.data.threads), strict=True):
-                sample, = source.samples(number, 1)
+            for place, *outputs in batches(source, 0, device_id=None, threads=recipe.data.threads, prefetch=1):
+                sample, = source.samples(numbers[place], 1)
+                hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
                 pairs.append(Pair(sample, names[sample.path], hr, lr))
                 bar.update()
     except OSError as error:
@@ -141,37 +141,8 @@ class ChosenSource(CropSource):
 
     numbers: Sequence[int] = ()
 
-    def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
-        """From the `index`-th of the numbers to the last."""
-        for number in self.numbers[index:]:
-            yield self.make(number)
-
-
-def _pixels(source: ChosenSource, threads: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """HR and LR of the source's numbers in turn, uint8 HWC."""
-    place, pipeline = 0, None
-    while place < len(source.numbers):
-        pipeline = pipeline or training_pipeline(source, place, device_id=None, threads=threads, prefetch=1)
-        try:
-            hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in pipeline.run())
-        except RuntimeError as error:
-            _reject_culprits(source, place, error)
-            pipeline = None  # DALI's is of no use any more
-            continue
-        place += 1
-        yield hr, lr
-
-
-def _reject_culprits(source: ChosenSource, place: int, error: RuntimeError) -> None:
-    """Reject the file that DALI could not decode, or raise what names it."""
-    ahead = source.numbers[place:place + 2]  # DALI may have begun with the next one
-    files = dict.fromkeys(file for number in ahead for file in source.files_of(number))
-    faults = [BadFileError(file, fault) for file in files if (fault := decoding_fault(file))]
-    if not faults:
-        raise RuntimeError(f"DALI failed in sample {ahead[0]}, though each of its files decodes alone: "
-                           f"{error}") from error
-    for fault in faults:
-        source.reject(fault)
+    def first_sample(self, index: int) -> int:
+        return self.numbers[index]
 
 
 def _out_and_overrides(words: Sequence[str]) -> tuple[Path, tuple[str, ...]]:

@@ -32,6 +32,7 @@ class Folder:
     training: list[str]
     validation: list[str]
     lr_paths: dict[str, str] | None = None  # name -> path of its LR file
+    lr_root: Path | None = None  # the folder of LR files, where it is another one
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -68,7 +69,10 @@ class Dataset:
     def identity(self) -> dict[str, str | int]:
         """What tells this dataset from a changed one, the same on every node that has the same data."""
         lists = [names for folder in self.folders for names in (folder.training, folder.validation)]
+        roots = [root for folder in self.folders for root in (folder.root, folder.lr_root) if root]
         return {"lists_sha256": lists_hash(*lists), "contents_sha256": contents_hash(self.folders),
+                # Two folders that change places, or other LR, may have the very same names in them.
+                "folders": ", ".join(root.absolute().name for root in roots) if len(roots) > 1 else "",
                 "training_files": sum(self.folder_sizes),
                 "validation_files": sum(len(folder.validation) for folder in self.folders)}
 
@@ -111,7 +115,7 @@ def read_dataset(roots: Sequence[Path], *, paired_scale: int | None = None, lr_r
         raise UserError("--lr-dir is for LR that is read, not made; say data.degradation=paired, or leave it out")
     if lr_roots and len(lr_roots) != len(roots):
         raise UserError(f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in their order")
-    if len(set(roots)) != len(roots):
+    if len({root.resolve() for root in roots}) != len(roots):
         raise UserError("--dataset-dir names a folder twice; to show its files oftener say data.weights")
     folders = []
     for number, root in enumerate(roots):
@@ -121,7 +125,7 @@ def read_dataset(roots: Sequence[Path], *, paired_scale: int | None = None, lr_r
             names = list(dict.fromkeys([*training, *validation]))
             lr_root = lr_roots[number] if lr_roots else None
             lr_paths = _in_folder(root, names, lr_root, paired_scale) if lr_root else _beside(root, names, paired_scale)
-        folders.append(Folder(root, training, validation, lr_paths))
+        folders.append(Folder(root, training, validation, lr_paths, lr_roots[number] if lr_roots else None))
     return Dataset(tuple(folders))
 
 
@@ -168,21 +172,27 @@ def contents_hash(folders: Iterable[Folder]) -> str:
     """
     digest = hashlib.sha256()
     for folder in folders:
-        known = _recorded(folder)
-        for name in (*folder.training, *folder.validation):
-            if name in known:
-                digest.update(f"{name}\0{known[name]}\n".encode())
+        names = [*folder.training, *folder.validation]
+        sides = [(folder.root, names)]
+        if folder.lr_paths is not None:
+            root = folder.lr_root or folder.root
+            sides.append((root, [os.path.relpath(folder.lr_paths[name], root).replace(os.sep, "/") for name in names]))
+        for root, side in sides:
+            known = _recorded(root, side)
+            for name in side:
+                if name in known:
+                    digest.update(f"{name}\0{known[name]}\n".encode())
     return digest.hexdigest()
 
 
-def _recorded(folder: Folder) -> dict[str, str]:
+def _recorded(root: Path, names: Iterable[str]) -> dict[str, str]:
     """Name -> SHA-256 of the pixels, from the manifests in the folder and in the two levels of folders below it."""
-    wanted = {*folder.training, *folder.validation}
+    wanted = {*names}
     places = {"", *("/".join(PurePosixPath(name).parts[:depth]) for name in wanted for depth in (1, 2)
                     if len(PurePosixPath(name).parts) > depth)}
     known: dict[str, str] = {}
     for place in sorted(places):
-        manifest = folder.root / place / MANIFEST
+        manifest = root / place / MANIFEST
         if manifest.is_file():
             with open(manifest, "rb") as lines:
                 for line in lines:

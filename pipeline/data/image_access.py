@@ -6,6 +6,7 @@ is asked for, the host decodes, and keeps what fits.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ from pipeline.data.image_files import NpyLayout, is_npy, npy_layout, read_npy
 
 Bytes = NDArray[np.uint8]
 Region = tuple[int, int, int, int]  # top, left, height, width in a file's pixels
+
+
+FAULTS_OF_A_FILE = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO})
+"""Errors that do not come from the disk or the network."""
 
 
 class Opened(NamedTuple):
@@ -60,6 +65,15 @@ class ImageFiles:
     def open(self, file: int) -> Opened:
         """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
         path = self.paths[file]
+        try:
+            return self._open(path, file)
+        except OSError as error:
+            if error.errno in FAULTS_OF_A_FILE:
+                raise BadFileError(path, str(error.strerror)) from error
+            error.filename = error.filename or path
+            raise
+
+    def _open(self, path: str, file: int) -> Opened:
         if not self.encoded[file]:
             layout = npy_layout(path)
             return Opened(layout.height, layout.width, layout=layout)

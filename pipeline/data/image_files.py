@@ -84,7 +84,7 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
     disk or the permissions stand in the way, since that says nothing about the file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not keep us waiting
     except FileNotFoundError:
         raise MissingFileError(os.fspath(path)) from None
     try:
@@ -109,7 +109,7 @@ def read_npy(path: str, layout: NpyLayout, region: tuple[int, int, int, int], ro
     stride = layout.width * 3
     target = memoryview(rows)[:height * stride]
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise MissingFileError(path) from None
     try:
@@ -179,7 +179,7 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
     """
     way_out = f"write it with `python tools/select_training_files.py --data-dir {os.fspath(root)}`"
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file list; {way_out}") from None
     except IsADirectoryError:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError
-from pipeline.data.decoding import BadFileError, decoding_fault
-from pipeline.data.reader import training_pipeline
+from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Skip
 
 
@@ -38,6 +37,7 @@ class Loader:
         self.source, self.device = source, device
         self.waited_seconds = 0.0
         self.failed = False  # a batch ahead cannot be made: true some batches before `__next__` raises
+        self._made = self._taken = 0  # batches; each is counted by one thread alone
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(index, threads, prefetch), daemon=True,
@@ -56,7 +56,16 @@ class Loader:
         if isinstance(batch, BaseException):
             self.close()
             raise batch
+        self._taken += 1
         return batch
+
+    def is_ahead(self, count: int) -> bool:
+        """Wait until `count` batches are ready; False if the loader has failed and they will not come."""
+        began = time.perf_counter()
+        while self._made - self._taken < count and not self.failed and self._thread.is_alive():
+            time.sleep(0.001)
+        self.waited_seconds += time.perf_counter() - began
+        return self._made - self._taken >= count
 
     def failure(self) -> BaseException | None:
         """Why the loader has failed, skipping the batches that are still good; None if it has not."""
@@ -82,18 +91,12 @@ class Loader:
             if self.device.type == "cuda":
                 device_id = self.device.index or 0
                 torch.cuda.set_device(device_id)
-            pipeline = None
-            while not self._closed.is_set():
-                pipeline = pipeline or training_pipeline(self.source, index, device_id=device_id, threads=threads,
-                                                         prefetch=prefetch)
-                try:
-                    hr, lr = (to_torch(output.as_tensor(), self.device) for output in pipeline.run())
-                except RuntimeError as error:
-                    self._find_culprit(error, index, prefetch)
-                    pipeline = None  # DALI's is of no use any more; a new one begins with the same batch
-                    continue
-                self._put(Batch(lr, hr, index, self.source.take_skips(index)))
-                index += 1
+            for made, *outputs in batches(self.source, index, device_id=device_id, threads=threads, prefetch=prefetch):
+                hr, lr = (to_torch(output.as_tensor(), self.device) for output in outputs)
+                self._made += 1
+                self._put(Batch(lr, hr, made, self.source.take_skips(made)))
+                if self._closed.is_set():
+                    return
         except OSError as error:
             self._fail(RunError(f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the "
                                 "network failed, and the same command goes on from the last checkpoint"))
@@ -101,20 +104,6 @@ class Loader:
             self._fail(error)
         finally:
             self.source.close()
-
-    def _find_culprit(self, error: RuntimeError, index: int, prefetch: int) -> None:
-        """Reject the files that DALI cannot decode, or raise what names them.
-
-        DALI does not say which file of which batch ahead it failed on: they are decoded one by one.
-        """
-        files = dict.fromkeys(file for ahead in range(index, index + prefetch + 1)
-                              for file in self.source.files_of(ahead))
-        faults = [BadFileError(file, fault) for file in files if (fault := decoding_fault(file))]
-        if not faults:
-            raise RuntimeError(f"DALI failed in micro-batch {index}, though each of its files decodes alone: "
-                               f"{error}") from error
-        for fault in faults:
-            self.source.reject(fault)
 
     def _fail(self, error: BaseException) -> None:
         self.failed = True

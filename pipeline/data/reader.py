@@ -13,12 +13,58 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from pydantic import BaseModel
 
+from pipeline.cli import UserError
+from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
 from pipeline.data.source import CropSource
 from pipeline.data_spec import DegradationSpec
+
+
+def batches(source: CropSource, index: int, *, device_id: int | None, threads: int,
+            prefetch: int) -> Iterator[tuple[int, Any, Any]]:
+    """(number of a micro-batch, hr, lr) from micro-batch `index` on, DALI's outputs, good until the next is asked for.
+
+    Files that DALI cannot decode are passed over, or named in a `UserError` after the last good micro-batch, whichever
+    the recipe wants; a disk at fault is an `OSError`.
+    """
+    pipeline = None
+    while True:
+        pipeline = pipeline or training_pipeline(source, index, device_id=device_id, threads=threads, prefetch=prefetch)
+        try:
+            hr, lr = pipeline.run()
+        except StopIteration:
+            if source.failure:
+                raise source.failure from None
+            return
+        except RuntimeError as error:
+            _find_culprits(source, range(index, index + prefetch + 1), error)
+            pipeline = None  # DALI's is of no use any more; a new one begins with the same micro-batch
+            continue
+        yield index, hr, lr
+        index += 1
+
+
+def _find_culprits(source: CropSource, ahead: range, error: RuntimeError) -> None:
+    """Reject the files that DALI cannot decode, or end the micro-batches before the first of them.
+
+    DALI does not say which file of which micro-batch ahead it failed on: they are decoded one by one.
+    """
+    is_found = False
+    for index in ahead:
+        for file in dict.fromkeys(source.files_of(index)):
+            if fault := decoding_fault(file):
+                is_found = True
+                try:
+                    source.reject(BadFileError(file, fault))
+                except UserError as refusal:
+                    return source.fail(index, refusal)
+    if not is_found:
+        raise RuntimeError(f"DALI failed in micro-batch {ahead[0]}, though each of its files decodes alone: "
+                           f"{error}") from error
+    return None
 
 
 def training_pipeline(source: CropSource, index: int, *, device_id: int | None, threads: int, prefetch: int) -> Any:

@@ -83,6 +83,8 @@ class CropSource:
                         "flip_vertical", "flip_horizontal", "transpose", *["brightness"] * self.has_brightness,
                         *self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
         self.bad: dict[str, str] = {}  # files that were passed over, with the reason
+        self.end: int | None = None  # there are no micro-batches from this one on
+        self.failure: Exception | None = None  # why
         self._made: dict[int, list[Sample]] = {}  # of micro-batches that were not taken yet
 
     @classmethod
@@ -96,13 +98,28 @@ class CropSource:
                    lr_paths=[str(image.lr_path) for image in images] if is_paired else None)
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
-        """Endless, from micro-batch `index` on: the arrays of `columns`."""
+        """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a `failure`."""
         for number in naturals(index):
-            yield self.make(number)
+            if number == self.end:
+                return
+            try:
+                arrays = self.make(number)
+            except Exception as error:  # DALI would drop the good micro-batches before this one
+                self.fail(number, error)
+                return
+            yield arrays
+
+    def fail(self, index: int, error: Exception) -> None:
+        """Make no micro-batch from this one on. Whoever takes them raises `error` after the last."""
+        self.end, self.failure = index, error
+
+    def first_sample(self, index: int) -> int:
+        """Number of the first sample of micro-batch `index`."""
+        return self.position.first_sample(index)
 
     def make(self, index: int) -> tuple[Any, ...]:
         """The arrays of `columns` of micro-batch `index`."""
-        first, count = self.position.first_sample(index), self.position.micro_batch
+        first, count = self.first_sample(index), self.position.micro_batch
         if self.cache:
             self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
                              for file in self.sampler.draw(first, count).files.tolist() if side.encoded[file]])
@@ -131,7 +148,7 @@ class CropSource:
         made = self._made.get(index)
         if made:  # with what stands in for bad files
             return [path for sample in made for path in (sample.path, sample.lr_path) if path]
-        first = self.position.first_sample(index)
+        first = self.first_sample(index)
         files = self.sampler.draw(first, self.position.micro_batch).files.tolist()
         return [side.paths[file] for side in (self.hr, self.lr) if side for file in files]
 
@@ -176,8 +193,9 @@ class CropSource:
                 self.reject(error)
                 skipped.append(Skip(number, error.path, error.reason))
                 file = self.sampler.replacement(number, attempt)
-        raise UserError(f"{MOST_ATTEMPTS} files drawn for sample {number} are all bad; the last was "
-                        f"{skipped[-1].path}: {skipped[-1].reason}")
+        raise UserError(f"sample {number}: all of {MOST_ATTEMPTS} draws from its folder gave a bad file, the last "
+                        f"{skipped[-1].path}: {skipped[-1].reason}; judge the dataset with "
+                        "`python tools/check_training_data.py --clean` and select anew")
 
     def _sample_of(self, file: int, draws: Draws, i: int, chances: Iterator[float], skipped: tuple[Skip, ...], *,
                    is_read: bool) -> tuple[Sample, Part, Part]:
@@ -210,7 +228,9 @@ class CropSource:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
         hr = self.hr.open(file)
         if min(hr.height, hr.width) < self.crop:
-            raise BadFileError(self.hr.paths[file], f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}")
+            raise BadFileError(self.hr.paths[file], f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
+                               "lower data.crop, or remove such files with `python tools/check_training_data.py "
+                               f"--clean --min-size {self.crop}` and select anew")
         if self.lr is None:
             return hr, None
         lr = self.lr.open(file)
@@ -232,9 +252,9 @@ class CropSource:
 
 def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> None:
     """Raise `UserError` if more files are bad (path -> reason) than the recipe lets `on_error: skip` pass over."""
-    most = max(1, int(spec.max_bad_files * num_files))
+    most = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
     if len(bad) > most:
-        some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3])
+        some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (len(bad) > 3)
         raise UserError(f"{len(bad)} of {num_files} files are bad and data.max_bad_files {spec.max_bad_files:g} allows "
-                        f"{most} ({some}, …); judge the dataset with `python tools/check_training_data.py --clean` and "
+                        f"{most} ({some}); judge the dataset with `python tools/check_training_data.py --clean` and "
                         "select anew, or raise it")
