@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.degradations.base import Degradation
 from pipeline.data.image_access import Part
-from pipeline.data.reader import crops, training_pipeline
+from pipeline.data.reader import training_pipeline, turned_crops
 from pipeline.data.sampling import Sampler
 from pipeline.data.source import CropSource, Position
 from pipeline.data_spec import DataSpec
@@ -71,12 +71,12 @@ def _our_source(setting: Setting, form: str = "npy", **spec: Any) -> CropSource:
                       lr_paths=[str(file) for file in setting.files(f"lr_{form}")] if is_paired else None)
 
 
-def _our_arrays(setting: Setting, *, has_margin: bool = True, is_cut: bool = False,
+def _our_arrays(setting: Setting, *, has_margin: bool = True, cut: str = "",
                 read: str = "rows") -> tuple[tuple[str, ...], Iterator[Batch]]:
     """What this project's source hands to DALI: the names of the arrays, and the batches of them.
 
-    Without `has_margin` only the crop is read; with `is_cut` the crop is cut out of its region here. `read`: the "rows"
-    of a region, or through "kept maps" or "new maps" of the files, or "whole files".
+    Without `has_margin` only the crop is read. `cut`: the crop is cut out of its region here, "" not, "plain" or
+    "turned". `read`: the "rows" of a region, or through "kept maps" or "new maps" of the files, or "whole files".
     """
     source = _our_source(setting)
     if not has_margin:
@@ -87,10 +87,19 @@ def _our_arrays(setting: Setting, *, has_margin: bool = True, is_cut: bool = Fal
         source.hr.part = lambda file, _, region, place: Part(
             region, pixels=_region(whole(source.hr.paths[file]), region))
     kept = [i for i, column in enumerate(source.columns) if has_margin or column != "start"]
-    columns = (*(source.columns[i] for i in kept), *["crop"] * is_cut)
-    room = np.empty((setting.micro_batch, setting.crop, setting.crop, 3), np.uint8)
-    return columns, ((*(batch[i] for i in kept), *([crops(source, batch, room)] if is_cut else []))
+    columns = (*(source.columns[i] for i in kept), *["crop"] * bool(cut))
+    size = setting.crop, setting.crop
+    room = np.empty((setting.micro_batch, *((3, *size) if cut == "turned" else (*size, 3))), np.uint8)
+    crops = {"plain": _crops, "turned": turned_crops}.get(cut)
+    return columns, ((*(batch[i] for i in kept), *([crops(source, batch, room)] if crops else []))
                      for batch in source.micro_batches(0))
+
+
+def _crops(source: CropSource, arrays: Batch, room: np.ndarray) -> np.ndarray:
+    size, regions = source.crop, arrays[source.columns.index("hr")]
+    for i, (top, left) in enumerate(arrays[source.columns.index("start")]):
+        room[i] = regions[i][top:top + size, left:left + size]
+    return room
 
 
 def _region(image: np.ndarray, region: tuple[int, int, int, int]) -> np.ndarray:
@@ -137,10 +146,12 @@ def our_host_work(setting: Setting) -> Iterator[Batch]:
     """What the CPU does where the GPU turns, resizes and lays out: this project's source and no operator behind it."""
     from nvidia.dali import pipeline_def
 
+    arrays = _our_arrays(setting)
+
     @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None,
                   prefetch_queue_depth=PREFETCH)
     def graph() -> Any:
-        return tuple(_given(*_our_arrays(setting)).values())
+        return tuple(_given(*arrays).values())
 
     return _runs(graph())
 
@@ -241,31 +252,35 @@ def _one_thread(_: int) -> None:
 
 
 def variant(setting: Setting, *, margin: str = "left out", lr: str = "before", antialias: bool = True,
-            turn: str = "rows", read: str = "rows", cut: str = "host") -> Iterator[Batch]:
+            turn: str = "host", read: str = "rows", cut: str = "host") -> Iterator[Batch]:
     """This project's graph for `.npy` files, written anew with one thing changed.
 
     `margin`: the HR pixels around the crop that LR, too, is made of are "left out" of LR by the resize itself, "cut"
-    off its result, or there are "none". `lr`: "before" the transpose to CHW, "after" it, "none". `turn`: "rows" are
-    flipped and mirroring left to what follows, "flips" and a transpose, "rotate" or "rotate nearest". `cut`: the crop
-    is cut out of its region by the "host" or by DALI's "slice". `read`: see `_our_arrays`.
+    off its result, or there are "none". `lr`: "before" the transpose to CHW, "after" it, "none". `turn`: HR is turned
+    and laid out by the "host", or as LR is: "rows" are flipped and mirroring left to what follows, "flips" and a
+    transpose, "rotate" or "rotate nearest". `cut`: the crop is cut out of its region by the "host" or by DALI's
+    "slice". `read`: see `_our_arrays`.
     """
     from nvidia.dali import fn, pipeline_def, types
 
     crop, low = setting.crop, setting.crop // setting.scale
     has_margin = margin != "none"
+    is_cut = cut == "host" and (has_margin or turn == "host")
+    cut_as = ("turned" if turn == "host" else "plain") if is_cut else ""
+    arrays = _our_arrays(setting, has_margin=has_margin, cut=cut_as, read=read)  # DALI would convert what graph() calls
 
     @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None,
                   prefetch_queue_depth=PREFETCH, enable_conditionals=True)
     def graph() -> Any:
-        nodes = _given(*_our_arrays(setting, has_margin=has_margin, is_cut=has_margin and cut == "host", read=read))
+        nodes = _given(*arrays)
         region, start = nodes["hr"], nodes.get("start")
         if "crop" in nodes:
             hr = nodes["crop"]
         else:
             hr = fn.slice(region, start=start, shape=[crop] * 2, axes=[0, 1]) if has_margin else region
+        planes = hr if turn == "host" else turned(hr, nodes)
         if lr == "before":
-            return turned(hr, nodes), turned(smaller(region, start), nodes)
-        planes = turned(hr, nodes)
+            return planes, turned(smaller(region, start), nodes)
         return (planes, smaller(planes, start)) if lr == "after" else planes
 
     def turned(image: Any, nodes: dict[str, Any]) -> Any:
@@ -276,7 +291,7 @@ def variant(setting: Setting, *, margin: str = "left out", lr: str = "before", a
             method = types.INTERP_NN if turn == "rotate nearest" else types.INTERP_LINEAR
             rotated = fn.rotate(fn.flip(image, horizontal=horizontal), angle=angle, interp_type=method)
             return channels_first(rotated, [2, 0, 1])
-        is_mirrored_late = turn == "rows"
+        is_mirrored_late = turn in {"host", "rows"}
         image = fn.flip(image, vertical=vertical, horizontal=0 if is_mirrored_late else horizontal)
         if is_transposed:
             planes = channels_first(image, [2, 1, 0])
@@ -345,13 +360,14 @@ WAYS = {
 OPERATORS = {
     OURS: Way(ours),
     WRITTEN_HERE: Way(variant),
-    "the crop cut out by DALI": Way(partial(variant, cut="slice")),
+    "HR turned by DALI": Way(partial(variant, turn="rows")),
+    "... and cut out by DALI": Way(partial(variant, turn="rows", cut="slice")),
     "flips and a transpose": Way(partial(variant, turn="flips")),
     "rotate": Way(partial(variant, turn="rotate")),
     "rotate, nearest pixel": Way(partial(variant, turn="rotate nearest")),
     "the margin cut off LR, not left out": Way(partial(variant, margin="cut")),
     "LR without the margin": Way(partial(variant, margin="none")),
-    "... of CHW, after the transpose": Way(partial(variant, margin="none", lr="after")),
+    "... of CHW, after the transpose": Way(partial(variant, margin="none", turn="rows", lr="after")),
     "LR without antialiasing": Way(partial(variant, antialias=False), is_cubic=False),
     "without LR": Way(partial(variant, margin="none", lr="none")),
     "files mapped, the maps kept": Way(partial(variant, read="kept maps")),

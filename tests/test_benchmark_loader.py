@@ -129,7 +129,7 @@ def test_torch_pairs_lie_at_the_same_place(setting: Setting, batches: Batches) -
 
 def test_what_was_tried_changes_the_cost_and_not_the_pixels(tried: Batches) -> None:
     for name in ("files mapped, the maps kept", "files mapped anew", "np.load of whole files",
-                 "the crop cut out by DALI", "flips and a transpose", "prefetch 1", "one thread"):
+                 "HR turned by DALI", "... and cut out by DALI", "flips and a transpose", "prefetch 1", "one thread"):
         for one, other in zip(tried[name], tried[OURS], strict=True):
             np.testing.assert_array_equal(one, other)
     assert len(tried["without LR"]) == 1

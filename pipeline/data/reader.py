@@ -1,7 +1,8 @@
 """The DALI graph: from the host's arrays to batches of HR and LR bytes, NCHW, on the device.
 
 It decodes what is encoded, changes brightness, flips, makes LR and adds noise to it, transposes. One graph for both
-devices: with `device_id=None` it runs on the CPU. After `nvidia.dali` 2.4; no operator is newer than 1.50.
+devices: with `device_id=None` it runs on the CPU, all but the symmetries of HR crops of `.npy` files. After
+`nvidia.dali` 2.4; no operator is newer than 1.50.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+import cv2
 import numpy as np
 from pydantic import BaseModel
 
@@ -75,15 +77,16 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
     from nvidia.dali import fn, pipeline_def, types
 
     size = source.crop, source.crop
-    # On a CPU, DALI takes several times as long as numpy to cut the crop out of its region.
-    cuts_on_host = device_id is None and source.has_margin and not source.hr.has_streams
-    columns = (*source.columns, *["crop"] * cuts_on_host)
-    layouts = ["HWC" if column in ("hr", "lr", "crop") else "" for column in columns]
+    # On a CPU, DALI takes several times as long as OpenCV to cut the crop out of its region, to turn it and to lay it
+    # out.
+    turns_on_host = device_id is None and source.has_margin and not source.hr.has_streams
+    columns = (*source.columns, *["crop"] * turns_on_host)
+    layouts = [{"hr": "HWC", "lr": "HWC", "crop": "CHW"}.get(column, "") for column in columns]
 
     def host_arrays() -> Iterator[tuple[Any, ...]]:
-        cut = np.empty((source.position.micro_batch, *size, 3), np.uint8)
+        room = np.empty((source.position.micro_batch, 3, *size), np.uint8)
         for arrays in source.micro_batches(index):
-            yield (*arrays, crops(source, arrays, cut)) if cuts_on_host else arrays
+            yield (*arrays, turned_crops(source, arrays, room)) if turns_on_host else arrays
 
     @pipeline_def(batch_size=source.position.micro_batch, num_threads=threads, device_id=device_id,
                   prefetch_queue_depth=prefetch, enable_conditionals=True)
@@ -98,22 +101,28 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
         lr = source.degradation.lr(nodes, region, size, on_device, as_float=source.lr_noise is not None)
         if source.lr_noise:
             lr = source.lr_noise.add(nodes, lr, on_device)
-        if cuts_on_host:
-            hr = brightened(nodes["crop"], nodes)
+        if turns_on_host:
+            # Brightness refuses CHW, though it is all the same to it.
+            hr = brightened(fn.reinterpret(nodes["crop"], layout="HWC"), nodes)
         else:
-            hr = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1]) if source.has_margin else region
-        vertical, horizontal, is_transposed = nodes["flip_vertical"], nodes["flip_horizontal"], nodes["transpose"]
-        hr, lr = fn.flip(hr, horizontal=0, vertical=vertical), fn.flip(lr, horizontal=0, vertical=vertical)
+            crop = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1]) if source.has_margin else region
+            hr = turned(crop, nodes)
+        return hr, turned(lr, nodes)
+
+    def turned(image: Any, nodes: dict[str, Any]) -> Any:
+        """Flipped, then transposed, and CHW."""
+        is_transposed, horizontal = nodes["transpose"], nodes["flip_horizontal"]
+        rows = fn.flip(image, horizontal=0, vertical=nodes["flip_vertical"])
         if is_transposed:
-            hr_out, lr_out = transposed(hr, horizontal), transposed(lr, horizontal)
+            planes = transposed(rows, horizontal)
         else:
-            hr_out, lr_out = mirrored(hr, horizontal), mirrored(lr, horizontal)
-        return hr_out, lr_out
+            planes = channels_first(rows, horizontal)
+        return planes
 
     # Flipping rows is cheap, mirroring them is not: here the operator does it that changes to CHW anyway, and there,
     # after the transpose, columns have become rows.
-    def mirrored(image: Any, horizontal: Any) -> Any:
-        return fn.crop_mirror_normalize(image, mirror=horizontal, dtype=types.UINT8, output_layout="CHW")
+    def channels_first(image: Any, mirror: Any) -> Any:
+        return fn.crop_mirror_normalize(image, mirror=mirror, dtype=types.UINT8, output_layout="CHW")
 
     def transposed(image: Any, horizontal: Any) -> Any:
         turned = fn.transpose(image, perm=[2, 1, 0], transpose_layout=False, output_layout="CHW")
@@ -146,12 +155,23 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
     return graph()
 
 
-def crops(source: CropSource, arrays: tuple[Any, ...], cut: np.ndarray) -> np.ndarray:
-    """`cut`, (micro-batch, crop, crop, 3) bytes, filled with the crops within the regions of `source.make`."""
+def turned_crops(source: CropSource, arrays: tuple[Any, ...], room: np.ndarray) -> np.ndarray:
+    """`room`, (micro-batch, 3, crop, crop) bytes, filled with the crops in the regions of `source.make`, turned."""
     size, regions = source.crop, arrays[source.columns.index("hr")]
-    for i, (top, left) in enumerate(arrays[source.columns.index("start")]):
-        cut[i] = regions[i][top:top + size, left:left + size]
-    return cut
+    turns = (arrays[source.columns.index(name)] for name in ("start", "flip_vertical", "flip_horizontal", "transpose"))
+    flipped, transposed = np.empty((2, size, size, 3), np.uint8)
+    for i, ((top, left), vertical, horizontal, is_transposed) in enumerate(zip(*turns, strict=True)):
+        crop = regions[i][top:top + size, left:left + size]
+        if vertical or horizontal:
+            cv2.flip(crop, _FLIP_CODES[vertical, horizontal], dst=flipped)
+        else:
+            flipped[...] = crop
+        turned = cv2.transpose(flipped, dst=transposed) if is_transposed else flipped
+        cv2.split(turned, [*room[i]])
+    return room
+
+
+_FLIP_CODES = {(1, 0): 0, (0, 1): 1, (1, 1): -1}  # (vertical, horizontal) -> OpenCV's
 
 
 def decoded(stream: Any, corner: Any, shape: Any, device_id: int | None, *, whole: bool) -> Any:
