@@ -175,11 +175,11 @@ class Training:
         self.ranks.together(lambda: refuse_too_many(self._bad_files, sum(self.plan.dataset.folder_sizes), data))
 
     def _is_supplied(self, loader: Loader) -> bool:
-        """Whether this rank has the batches of two steps.
+        """Whether this rank has the batches of two steps, or of all that are left.
 
         An agreement takes a step: a rank whose data end must say so while it still can take part in the next one.
         """
-        return loader.is_ahead(2 * self.run.accumulation)
+        return loader.is_ahead(min(2, self.plan.total_steps - self.progress.step) * self.run.accumulation)
 
     def _request(self, loader: Loader) -> int:
         """What this rank would have all of them do."""

@@ -78,6 +78,8 @@ def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: s
     done = run(command(root, tmp_path / "run", "steps=20", f"data.on_error={on_error}", procs=2))
     assert_one_line(done, "truncated" if on_error == "stop" else "2 of 40 files are bad")
     assert checkpoint_steps(tmp_path / "run")[-1] == 7
+    done = run(command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}"))  # which needs no bad file
+    assert done.returncode == 0, done.stderr
 
 
 def test_other_lr_and_folders_in_another_order_are_refused(tmp_path: Path) -> None:
