@@ -7,8 +7,9 @@ from torch.profiler import profile
 
 from fabricate import TINY, tiny_network
 from pipeline.cli import UserError
-from pipeline.images import cubic_resize
+from pipeline.images import cubic_resize, to_bytes
 from pipeline.models import build_generator
+from pipeline.models.colour import oklab_to_rgb, rgb_to_oklab
 from pipeline.models.vapsr import VapSR, bicubic_kernel, cubic_upscale
 
 VAPSR_S = {"num_features": 32, "num_blocks": 11, "conv_groups": 2}
@@ -53,6 +54,20 @@ def test_forward_is_the_description(scale, params):
     expected = plain_vapsr(network.state_dict(), images, scale, groups=params.get("conv_groups", 1))
     assert expected.shape == (2, 3, 13 * scale, 17 * scale)
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_signed_values_give_the_bytes_of_the_network_that_takes_bytes(scale):
+    """catid/upsampling: bytes / 127.5 - 1 into the network, its output * 127.5 + 128 truncated to bytes."""
+    network = tiny_network(scale=scale, projection_kernel=3, value_range="signed").double()
+    images = torch.randint(0, 256, (2, 3, 13, 17), dtype=torch.uint8)
+    signed = plain_vapsr(network.state_dict(), images.double() / 127.5 - 1, scale)
+    with torch.inference_mode():
+        unit = network(images)
+    torch.testing.assert_close(unit * 2 - 1, signed, rtol=0, atol=1e-10)
+    expected = (signed * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    assert expected.unique().numel() > 20
+    assert torch.equal(to_bytes(unit), expected)
 
 
 def test_tensors_are_named_as_in_the_released_files():
@@ -109,9 +124,10 @@ def test_channels_last_stays_so_without_copies_and_gives_the_same():
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_with_the_residual_training_starts_at_bicubic(scale):
+@pytest.mark.parametrize("value_range", ["unit", "signed"])
+def test_with_the_residual_training_starts_at_bicubic(scale, value_range):
     images = torch.rand(1, 3, 20, 24)
-    sr = VapSR(scale=scale, **TINY, global_residual="bicubic")(images)
+    sr = VapSR(scale=scale, **TINY, global_residual="bicubic", value_range=value_range)(images)
     bicubic = cubic_resize(images, (20 * scale, 24 * scale))
     inner = (..., slice(3 * scale, -3 * scale), slice(3 * scale, -3 * scale))
     assert (sr - bicubic)[inner].abs().max() < 1e-5
@@ -172,7 +188,8 @@ def test_receptive_radius_is_exact(scale, params):
     ({"num_features": "48"}, "num_features '48' is not"), ({"conv_groups": 5}, "not a multiple of conv_groups 5"),
     ({"projection_kernel": 2}, "projection_kernel 2 is neither 1 nor 3"),
     ({"scale": 4, "upsampler_features": 30}, "30 is not a multiple of 4"),
-    ({"global_residual": "cubic"}, "'cubic' is neither 'none' nor 'bicubic'")])
+    ({"global_residual": "cubic"}, "'cubic' is neither 'none' nor 'bicubic'"),
+    ({"value_range": "bytes"}, "'bytes' is neither 'unit' nor 'signed'")])
 def test_bad_values_are_refused(change, rule):
     with pytest.raises(ValueError, match=rule):
         VapSR(**{"scale": 2, **change})
@@ -186,3 +203,18 @@ def test_build_generator_builds_and_names_the_nearest():
         build_generator("vapsr", 2, num_blokcs=3)
     with pytest.raises(UserError, match="network 'vapsr': scale 7"):
         build_generator("vapsr", 7)
+    with pytest.raises(UserError, match="no parameter 'color_space'; did you mean 'colour_space'"):
+        build_generator("vapsr", 2, color_space="y")
+
+
+def test_build_generator_puts_any_network_into_a_colour_space():
+    torch.manual_seed(0)
+    plain = build_generator("vapsr", 2, **TINY)
+    torch.manual_seed(0)
+    network = build_generator("vapsr", 2, **TINY, colour_space="oklab")
+    assert plain.state_dict().keys() == network.state_dict().keys()
+    images = torch.rand(1, 3, 8, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), oklab_to_rgb(plain(rgb_to_oklab(images))), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="network 'vapsr': colour_space 'lab' is not one of"):
+        build_generator("vapsr", 2, **TINY, colour_space="lab")

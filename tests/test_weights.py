@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import safetensors.torch
@@ -13,10 +14,13 @@ import torch
 from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import run_folder
 from pipeline.cli import UserError
+from pipeline.images import to_bytes
+from pipeline.models import GENERATORS, build_generator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
+from test_vapsr import plain_vapsr
 
 ALL_PARAMS = {"num_features", "num_attention_features", "num_blocks", "conv_groups", "projection_kernel",
-              "upsampler_features", "global_residual"}
+              "upsampler_features", "global_residual", "value_range"}
 TINY_STATE = tiny_network().state_dict()
 
 
@@ -45,7 +49,9 @@ def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("params", [{"scale": 2}, {"scale": 3}, {"scale": 4}, {"scale": 2, "projection_kernel": 3},
+@pytest.mark.parametrize("params", [{"scale": 2}, {"scale": 3}, {"scale": 4},
+                                    {"scale": 2, "projection_kernel": 3, "value_range": "signed"},
+                                    {"scale": 2, "projection_kernel": 3, "global_residual": "bicubic"},
                                     {"scale": 4, "conv_groups": 2, "num_blocks": 11},
                                     {"scale": 2, "upsampler_features": 24}, {"scale": 3, "global_residual": "bicubic"}])
 def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, params):
@@ -56,7 +62,7 @@ def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, para
     else:
         safetensors.torch.save_file(network.state_dict(), path)
     found = read_network(path)
-    expected = {**TINY, "conv_groups": 1, "projection_kernel": 1, "global_residual": "none",
+    expected = {**TINY, "conv_groups": 1, "projection_kernel": 1, "global_residual": "none", "value_range": "unit",
                 "upsampler_features": 64 if params["scale"] == 4 else 56, **params}
     assert found.scale == expected.pop("scale")
     assert (found.name, found.params) == ("vapsr", expected)
@@ -66,7 +72,8 @@ def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, para
         assert torch.equal(found.build()(images), network(images))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "netG.",
+                                    "net_g.module.", "module.generator._orig_mod.module.", "_forward_module."])
 def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
     state = tiny_network().state_dict()
     path = save_pickled(tmp_path / "a.pth", {prefix + key: tensor for key, tensor in state.items()})
@@ -91,7 +98,16 @@ def test_averaged_weights_are_preferred_and_others_can_be_named(tmp_path):
         read_network(path, weights="param")
 
 
-@pytest.mark.parametrize("key", ["params", "state_dict", "model", "model_state_dict", "generator"])
+def test_of_a_whole_gan_the_generator_is_taken(tmp_path):
+    state = tiny_network().state_dict()
+    gan = {f"generator.{key}": tensor for key, tensor in state.items()}
+    gan |= {f"discriminator.{key}": torch.zeros(3) for key in state}
+    path = save_pickled(tmp_path / "a.pt", {"state_dict": gan, "global_step": 3})
+    assert equal_states(read_network(path).state_dict, state)
+
+
+@pytest.mark.parametrize("key", ["params", "state_dict", "model", "model_state_dict", "generator", "ema_state_dict",
+                                 "netG", "net_g"])
 def test_state_dicts_are_found_under_the_usual_names(tmp_path, key):
     state = tiny_network().state_dict()
     path = save_pickled(tmp_path / "a.pt", {key: state, "epoch": 3, "optimizer": {"state": {}}})
@@ -150,7 +166,7 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
     rrdb = {"conv_first.weight": torch.zeros(8, 3, 3, 3), "body.0.rdb1.conv1.weight": torch.zeros(4, 8, 3, 3),
             "conv_body.weight": torch.zeros(8, 8, 3, 3), "conv_up1.weight": torch.zeros(8, 8, 3, 3)}
     cases = {
-        "is of no network known here .vapsr.; its first tensors are conv_first.weight": rrdb,
+        r"is of no network known here \(vapsr, .*, spandrel\); its first tensors are conv_first.weight": rrdb,
         "holds no state dict; found epoch": {"epoch": 3},
         "holds a list, not a state dict": [torch.zeros(1)],
         "holds no state dict; found nothing": {},
@@ -212,12 +228,210 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
+def convolution(name, out, inputs, size=3, bias=True):
+    return {f"{name}.weight": (out, inputs, size, size)} | ({f"{name}.bias": (out,)} if bias else {})
+
+
+def norm(name, features):
+    return {f"{name}.{part}": (features,) for part in ("weight", "bias", "running_mean", "running_var")} | {
+        f"{name}.num_batches_tracked": ()}
+
+
+def ancestor_vapsr(features=12, attention=8, blocks=2):
+    """catid/upsampling's x2 network with 3x3 projections, upsampling_net.py."""
+    shapes = convolution("conv_first", features, 3)
+    for block in range(blocks):
+        name = f"body.{block}"
+        shapes |= convolution(f"{name}.proj_1", attention, features)
+        shapes |= convolution(f"{name}.atten_branch.pointwise", attention, attention, 1)
+        shapes |= convolution(f"{name}.atten_branch.depthwise", attention, 1, 5)
+        shapes |= convolution(f"{name}.atten_branch.depthwise_dilated", attention, 1, 5)
+        shapes |= convolution(f"{name}.proj_2", features, attention, 1)
+        shapes |= {f"{name}.pixel_norm.weight": (features,), f"{name}.pixel_norm.bias": (features,)}
+    shapes |= convolution("conv_body", features, features)
+    return shapes | convolution("upsampler.0", 56, features) | convolution("upsampler.2", 12, 56)
+
+
+def basicsr_rrdbnet(folded=1, features=16, blocks=2, growth=32):
+    """BasicSR's rrdbnet_arch.py; x2 folds the image first."""
+    shapes = convolution("conv_first", features, 3 * folded)
+    for block in range(blocks):
+        for dense in (1, 2, 3):
+            for number in range(1, 6):
+                shapes |= convolution(f"body.{block}.rdb{dense}.conv{number}", growth if number < 5 else features,
+                                      features + (number - 1) * growth)
+    for name in ("conv_body", "conv_up1", "conv_up2", "conv_hr"):
+        shapes |= convolution(name, features, features)
+    return shapes | convolution("conv_last", 3, features)
+
+
+def second_esrgan():
+    """ESRGAN's own RRDBNet_arch.py (BSRGAN and RealSR have it, too)."""
+    renames = {"body": "RRDB_trunk", "rdb": "RDB", "conv_body": "trunk_conv", "conv_up": "upconv", "conv_hr": "HRconv"}
+    return {re.sub(r"conv_body|body|rdb|conv_up|conv_hr", lambda match: renames[match[0]], name): shape
+            for name, shape in basicsr_rrdbnet().items()}
+
+
+def first_esrgan(blocks=2):
+    """ESRGAN's first code, whose layers are numbered in one row."""
+    places = {"conv_first": "model.0", "conv_body": f"model.1.sub.{blocks}", "conv_up1": "model.3",
+              "conv_up2": "model.6", "conv_hr": "model.8", "conv_last": "model.10"}
+    shapes = {}
+    for name, shape in basicsr_rrdbnet(blocks=blocks).items():
+        layer, part = name.rsplit(".", 1)
+        layer = re.sub(r"body\.(\d+)\.rdb(\d)\.(conv\d)", r"model.1.sub.\1.RDB\2.\3.0", places.get(layer, layer))
+        shapes[f"{layer}.{part}"] = shape
+    return shapes
+
+
+def basicsr_msrresnet(scale, features=16, blocks=2):
+    """BasicSR's srresnet_arch.py."""
+    shapes = convolution("conv_first", features, 3)
+    for block in range(blocks):
+        shapes |= convolution(f"body.{block}.conv1", features, features)
+        shapes |= convolution(f"body.{block}.conv2", features, features)
+    shapes |= convolution("upconv1", features * (9 if scale == 3 else 4), features)
+    if scale == 4:
+        shapes |= convolution("upconv2", features * 4, features)
+    return shapes | convolution("conv_hr", features, features) | convolution("conv_last", 3, features)
+
+
+def basicsr_compact(scale, features=8, convolutions=3):
+    """BasicSR's srvgg_arch.py with PReLU."""
+    shapes = convolution("body.0", features, 3) | {"body.1.weight": (features,)}
+    for number in range(2, 2 * convolutions + 2, 2):
+        shapes |= convolution(f"body.{number}", features, features) | {f"body.{number + 1}.weight": (features,)}
+    return shapes | convolution(f"body.{2 * convolutions + 2}", 3 * scale * scale, features)
+
+
+def srgan_generator(features=8, blocks=3):
+    """SRGAN-PyTorch's model.py, x4."""
+    shapes = convolution("conv1.0", features, 3, 9) | {"conv1.1.weight": (1,)}
+    for block in range(blocks):
+        name = f"trunk.{block}.rcb"
+        shapes |= convolution(f"{name}.0", features, features, bias=False) | norm(f"{name}.1", features)
+        shapes |= {f"{name}.2.weight": (1,)}
+        shapes |= convolution(f"{name}.3", features, features, bias=False) | norm(f"{name}.4", features)
+    shapes |= convolution("conv2.0", features, features, bias=False) | norm("conv2.1", features)
+    for stage in range(2):
+        name = f"upsampling.{stage}.upsample_block"
+        shapes |= convolution(f"{name}.0", 4 * features, features) | {f"{name}.2.weight": (1,)}
+    return shapes | convolution("conv3", 3, features, 9)
+
+
+FOREIGN = {
+    "ancestor's VapSR-3x3": (ancestor_vapsr, "vapsr", 2),
+    "RRDBNet": (basicsr_rrdbnet, "rrdbnet", 4),
+    "RRDBNet x2": (lambda: basicsr_rrdbnet(folded=4), "rrdbnet", 2),
+    "ESRGAN 2": (second_esrgan, "rrdbnet", 4),
+    "ESRGAN 1": (first_esrgan, "rrdbnet", 4),
+    "MSRResNet x2": (lambda: basicsr_msrresnet(2), "msrresnet", 2),
+    "MSRResNet x3": (lambda: basicsr_msrresnet(3), "msrresnet", 3),
+    "MSRResNet x4": (lambda: basicsr_msrresnet(4), "msrresnet", 4),
+    "SRVGGNetCompact x2": (lambda: basicsr_compact(2), "compact", 2),
+    "SRVGGNetCompact x4": (lambda: basicsr_compact(4), "compact", 4),
+    "SRGAN": (srgan_generator, "srresnet", 4),
+}
+
+
+def foreign_state(shapes, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        is_count = name.endswith("num_batches_tracked")
+        state[name] = torch.tensor(7) if is_count else (0.1 * torch.randn(shape)).abs().to(dtype)
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files_load_strictly(tmp_path, kind, dtype):
+    make, name, scale = FOREIGN[kind]
+    state = foreign_state(make(), dtype)
+    averaged = {f"module.{key}": tensor for key, tensor in state.items()}
+    path = save_pickled(tmp_path / "a.pth", {"params": foreign_state(make(), dtype, seed=1), "params_ema": averaged})
+    found = read_network(path)
+    assert (found.name, found.scale) == (name, scale)
+    built = found.build().state_dict()
+    assert len(built) == len(state)
+    for ours, theirs in zip(found.state_dict, state, strict=True):  # the order stays, whatever the names
+        assert torch.equal(built[ours], state[theirs].to(built[ours].dtype))
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_wrong_tensor_in_a_foreign_file_is_named(tmp_path, kind):
+    make, _, _ = FOREIGN[kind]
+    for spoil, message in ((lambda state, key: state.pop(key), "needs the tensor '{}'"),
+                           (lambda state, key: state.update({key: torch.zeros(5)}), "tensor '{}' is \\(5,\\) in"),
+                           (lambda state, key: state[key].fill_(float("inf")), "tensor '{}' holds NaN")):
+        state = foreign_state(make())
+        place = max(number for number, key in enumerate(state) if key.endswith("bias"))
+        key = list(state)[place]
+        ours = list(read_network(save_pickled(tmp_path / "whole.pth", state)).state_dict)[place]
+        spoil(state, key)
+        with pytest.raises(UserError, match=message.format(re.escape(ours))):
+            read_network(save_pickled(tmp_path / "spoilt.pth", state)).build()
+
+
+def test_the_ancestors_file_makes_the_ancestors_bytes(tmp_path):
+    """Its network takes bytes, works on [-1, 1] and gives bytes."""
+    torch.manual_seed(0)
+    state = OrderedDict((name, (0.1 * torch.randn(shape)).half()) for name, shape in ancestor_vapsr().items())
+    network = read_network(save_pickled(tmp_path / "upsampling.pth", state)).build()
+    images = torch.randint(0, 256, (1, 3, 9, 11), dtype=torch.uint8)
+    signed = plain_vapsr({key: tensor.double() for key, tensor in state.items()}, images.double() / 127.5 - 1, 2)
+    theirs = (signed * 127.5 + 128).clamp(0, 255).byte()
+    assert theirs.unique().numel() > 10
+    with torch.inference_mode():
+        assert torch.equal(to_bytes(network.double()(images)), theirs)
+
+
+def test_tied_blocks_become_blocks_of_their_own(tmp_path):
+    state = foreign_state(srgan_generator())
+    for key in list(state):
+        if key.startswith(("trunk.1.", "trunk.2.")):
+            state[key] = state[f"trunk.0.{key.split('.', 2)[2]}"]
+    network = read_network(save_pickled(tmp_path / "a.pth", {"state_dict": state})).build()
+    with torch.no_grad():
+        network.trunk[1].rcb[0].weight.add_(1)
+    assert torch.equal(network.trunk[0].rcb[0].weight, state["trunk.0.rcb.0.weight"])
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_no_two_networks_claim_the_same_file(kind):
+    state = foreign_state(FOREIGN[kind][0]())
+    claims = []
+    for name, network in GENERATORS.items():
+        for layout in (state, getattr(network, "convert", lambda _: None)(state)):
+            recognise = getattr(network, "recognise", lambda _: None)
+            if layout is not None and recognise({key: tuple(tensor.shape) for key, tensor in layout.items()}):
+                claims.append(name)
+    assert claims == [FOREIGN[kind][1]]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_description_is_believed_and_rebuilds_the_network(tmp_path, name):
+    params = {"vapsr": {**TINY, "projection_kernel": 3}, "srresnet": {"num_features": 8, "num_blocks": 1},
+              "msrresnet": {"num_features": 8, "num_blocks": 1}, "rrdbnet": {"num_features": 8, "num_blocks": 1},
+              "compact": {"num_features": 8, "num_conv": 1, "activation": "relu"},
+              "spandrel": {"arch": "SPAN", "feature_channels": 8}}[name] | {"colour_space": "y"}
+    torch.manual_seed(0)
+    network = build_generator(name, 2, **params).eval()
+    write_network(tmp_path / "a.safetensors", SavedNetwork(name, 2, params, network.state_dict()))
+    found = read_network(tmp_path / "a.safetensors")
+    assert (found.name, found.scale, found.params) == (name, 2, params)
+    images = torch.randint(0, 256, (1, 3, 10, 9), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(found.build()(images), network(images))
+
+
 def test_the_released_file_loads_strictly():
     path = shared("weights/VapSR_X4.pth")
     found = read_network(path)
     assert (found.name, found.scale) == ("vapsr", 4)
     assert found.params == {"num_features": 48, "num_attention_features": 64, "num_blocks": 21, "conv_groups": 1,
-                            "projection_kernel": 1, "upsampler_features": 64, "global_residual": "none"}
+                            "projection_kernel": 1, "upsampler_features": 64, "global_residual": "none",
+                            "value_range": "unit"}
     assert sum(parameter.numel() for parameter in found.build().parameters()) == 342_220
     official = torch.load(path, weights_only=True)
     assert equal_states(found.state_dict, official["params_ema"])

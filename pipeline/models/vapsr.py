@@ -18,6 +18,7 @@ from pipeline.images import unit_range
 
 SCALES = (2, 3, 4)
 RESIDUALS = ("none", "bicubic")
+VALUE_RANGES = ("unit", "signed")
 COLOURS = 3
 
 
@@ -32,11 +33,13 @@ class VapSR(nn.Module):
         num_attention_features: channels within the attention.
         num_blocks: attention blocks; each widens the view by 8 LR pixels on every side.
         conv_groups: groups of the convolution after the blocks.
-        projection_kernel: kernel size of the projection into the attention; 1 is the paper's, 3 sees more.
+        projection_kernel: kernel size of the projection into the attention; 1 is the paper's, 3 sees more (VapSR-3x3).
         upsampler_features: channels of the upsampler's first convolution. `None` is 64 at x4 (the released file's)
             and 56 at x2 and x3 (as remembered of the released files; a file with another width loads all the same).
         global_residual: "bicubic" adds the cubic upscale of the input to the output, so that the network learns
             only the difference and training starts at bicubic; "none" is the paper's.
+        value_range: what the convolutions work on: "unit" is [0, 1], the paper's, "signed" [-1, 1]. Input and output
+            of the network are [0, 1] either way.
 
     Raises:
         ValueError: a value outside of these.
@@ -44,13 +47,18 @@ class VapSR(nn.Module):
 
     def __init__(self, *, scale: int, num_features: int = 48, num_attention_features: int = 64, num_blocks: int = 21,
                  conv_groups: int = 1, projection_kernel: int = 1, upsampler_features: int | None = None,
-                 global_residual: str = "none") -> None:
+                 global_residual: str = "none", value_range: str = "unit") -> None:
         super().__init__()
         if upsampler_features is None:
             upsampler_features = 64 if scale == 4 else 56
         _check_sizes(scale, num_features, num_attention_features, num_blocks, conv_groups, projection_kernel,
-                     upsampler_features, global_residual)
+                     upsampler_features)
+        if global_residual not in RESIDUALS:
+            raise ValueError(f"global_residual {global_residual!r} is neither 'none' nor 'bicubic'")
+        if value_range not in VALUE_RANGES:
+            raise ValueError(f"value_range {value_range!r} is neither 'unit' nor 'signed'")
         self.scale = scale
+        self.is_signed = value_range == "signed"
         self.conv_first = nn.Conv2d(COLOURS, num_features, 3, padding=1)
         self.body = nn.Sequential(*(AttentionBlock(num_features, num_attention_features, projection_kernel)
                                     for _ in range(num_blocks)))
@@ -75,12 +83,44 @@ class VapSR(nn.Module):
         The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
+        if self.is_signed:
+            lr = lr * 2 - 1
         features = self.conv_first(lr)
         features = features + self.conv_body(self.body(features))
         sr = self.upsampler(features)
         if self.residual_kernel is not None:
             sr = sr + cubic_upscale(lr, self.residual_kernel, self.scale)
-        return sr
+        return (sr + 1) / 2 if self.is_signed else sr
+
+    @staticmethod
+    def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
+        """Scale and other arguments of the `VapSR` with tensors of these names and shapes; `None` if it is none.
+
+        The range of values leaves no trace in the tensors. 3x3 projections without a residual are taken for "signed":
+        the files that have them and no description are those of the project where VapSR-3x3 comes from
+        (catid/upsampling), whose network takes bytes and works on [-1, 1].
+        """
+        signature = ("conv_first.weight", "body.0.proj_1.weight", "body.0.atten_branch.depthwise_dilated.weight",
+                     "conv_body.weight", "upsampler.0.weight")
+        if any(len(shapes.get(name, ())) != 4 for name in signature):
+            return None
+        last = shapes.get("upsampler.3.weight") or shapes.get("upsampler.2.weight")
+        scale = 4 if "upsampler.3.weight" in shapes else {12: 2, 27: 3}.get(last[0] if last else 0)
+        if scale is None:
+            return None
+        num_attention_features, num_features, projection_kernel = shapes["body.0.proj_1.weight"][:3]
+        blocks = {name.split(".")[1] for name in shapes if name.startswith("body.")}
+        has_residual = "residual_kernel" in shapes
+        return scale, {
+            "num_features": num_features,
+            "num_attention_features": num_attention_features,
+            "num_blocks": len(blocks),
+            "conv_groups": num_features // max(1, shapes["conv_body.weight"][1]),
+            "projection_kernel": projection_kernel,
+            "upsampler_features": shapes["upsampler.0.weight"][0],
+            "global_residual": "bicubic" if has_residual else "none",
+            "value_range": "signed" if projection_kernel == 3 and not has_residual else "unit",
+        }
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -163,29 +203,6 @@ def cubic_upscale(lr: Tensor, kernel: Tensor, scale: int) -> Tensor:
     return F.pixel_shuffle(F.conv2d(padded, kernel.to(lr.dtype), groups=COLOURS), scale)
 
 
-def recognise_vapsr(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-    """The scale and the other arguments of the `VapSR` with tensors of these names and shapes; `None` if it is none."""
-    signature = ("conv_first.weight", "body.0.proj_1.weight", "body.0.atten_branch.depthwise_dilated.weight",
-                 "conv_body.weight", "upsampler.0.weight")
-    if any(len(shapes.get(name, ())) != 4 for name in signature):
-        return None
-    last = shapes.get("upsampler.3.weight") or shapes.get("upsampler.2.weight")
-    scale = 4 if "upsampler.3.weight" in shapes else {12: 2, 27: 3}.get(last[0] if last else 0)
-    if scale is None:
-        return None
-    num_attention_features, num_features, projection_kernel = shapes["body.0.proj_1.weight"][:3]
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("body.")}
-    return scale, {
-        "num_features": num_features,
-        "num_attention_features": num_attention_features,
-        "num_blocks": len(blocks),
-        "conv_groups": num_features // max(1, shapes["conv_body.weight"][1]),
-        "projection_kernel": projection_kernel,
-        "upsampler_features": shapes["upsampler.0.weight"][0],
-        "global_residual": "bicubic" if "residual_kernel" in shapes else "none",
-    }
-
-
 def _upsampler(num_features: int, upsampler_features: int, scale: int) -> nn.Sequential:
     if scale == 4:
         return nn.Sequential(
@@ -202,7 +219,7 @@ def _upsampler(num_features: int, upsampler_features: int, scale: int) -> nn.Seq
 
 
 def _check_sizes(scale: int, num_features: int, num_attention_features: int, num_blocks: int, conv_groups: int,
-                 projection_kernel: int, upsampler_features: int, global_residual: str) -> None:
+                 projection_kernel: int, upsampler_features: int) -> None:
     if scale not in SCALES or not isinstance(scale, int):
         raise ValueError(f"scale {scale!r} is not one of 2, 3 and 4")
     sizes = {"num_features": num_features, "num_attention_features": num_attention_features, "num_blocks": num_blocks,
@@ -217,5 +234,3 @@ def _check_sizes(scale: int, num_features: int, num_attention_features: int, num
         raise ValueError(f"projection_kernel {projection_kernel!r} is neither 1 nor 3")
     if scale == 4 and upsampler_features % 4:
         raise ValueError(f"upsampler_features {upsampler_features} is not a multiple of 4, which x4 needs")
-    if global_residual not in RESIDUALS:
-        raise ValueError(f"global_residual {global_residual!r} is neither 'none' nor 'bicubic'")

@@ -1,6 +1,8 @@
 """Weights in files: read ours and foreign ones, know a network from its tensors alone, write them whole or not at all.
 
 Nothing in a file is ever executed: .safetensors cannot hold code, and .pth is read with `weights_only=True`.
+A network's class says which tensors are its own: `recognise` knows them by names and shapes, `convert` renames those of
+another project's layout. What no class knows is left to spandrel.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,16 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
 from pipeline.files import write_atomically
-from pipeline.models import build_generator
-from pipeline.models.vapsr import recognise_vapsr
+from pipeline.models import GENERATORS, build_generator, spandrel_network
 
 # Where the field's training codes keep a state dict within a .pth file, the one to prefer first.
-STATE_KEYS = ("params_ema", "params-ema", "params", "state_dict_ema", "state_dict", "model_state_dict", "model_ema",
-              "model", "generator", "net", "module")
+STATE_KEYS = ("params_ema", "params-ema", "ema_state_dict", "state_dict_ema", "model_ema", "params", "state_dict",
+              "model_state_dict", "generator_state_dict", "model", "generator", "netG", "net_g", "net", "module")
+# What stands before a generator's names in the state dict of a whole GAN…
+GENERATOR_PREFIXES = ("generator", "netG", "net_g")
+# …and before every name where a network was saved from within DataParallel or Lightning.
+WRAPPERS = ("module", "_forward_module", *GENERATOR_PREFIXES)
 METADATA_KEY = "vastscale"
-
-RECOGNISERS: dict[str, Callable[[Mapping[str, tuple[int, ...]]], tuple[int, dict[str, Any]] | None]] = {
-    "vapsr": recognise_vapsr,
-}
 
 
 @dataclass
@@ -79,8 +80,9 @@ def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
     """Read a .safetensors, .pth or .pt file; what it does not say of the network is recognised from the tensors.
 
     `weights` names the state dict to take from a .pth that holds several; "auto" is the first there is of
-    `STATE_KEYS` (EMA first). Prefixes of wrappers (`module.`, `_orig_mod.`) are stripped. `UserError` for a file
-    that is missing, unreadable, holds code, or is of no known network.
+    `STATE_KEYS` (EMA first). Prefixes of wrappers are stripped: `_orig_mod.` (torch.compile) anywhere, `WRAPPERS` in
+    front, in any nesting; of a whole GAN the generator is taken. `UserError` for a file that is missing, unreadable,
+    holds code, or is of no known network.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,16 +93,10 @@ def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
         tensors, description = _read_pickled(path, weights)
     else:
         raise UserError(f"weights file {str(path)!r} is neither .safetensors, .pth nor .pt")
-    tensors = {_strip_wrappers(key): tensor for key, tensor in tensors.items()}
+    tensors = _strip_wrappers(tensors)
     if description is not None:
         return _described(path, description, tensors)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for name, recognise in RECOGNISERS.items():
-        found = recognise(shapes)
-        if found is not None:
-            return SavedNetwork(name=name, scale=found[0], params=found[1], state_dict=tensors)
-    raise UserError(f"{str(path)!r} is of no network known here ({', '.join(RECOGNISERS)}); its first tensors are "
-                    f"{', '.join(list(shapes)[:3])}")
+    return _recognised(path, tensors)
 
 
 def write_network(path: str | Path, saved: SavedNetwork) -> None:
@@ -179,12 +175,49 @@ def _is_state_dict(value: Any) -> bool:
             and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()))
 
 
-def _strip_wrappers(key: str) -> str:
-    """Drop what DataParallel (`module.` in front) and torch.compile (`_orig_mod.` at any level) add to a key."""
-    parts = [part for part in key.split(".") if part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
+def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers have added to the names, and what does not belong to the generator."""
+    tensors = {".".join(part for part in key.split(".") if part != "_orig_mod"): tensor
+               for key, tensor in tensors.items()}
+    first = {key.split(".")[0] for key in tensors}
+    for wrapper in WRAPPERS:
+        if first == {wrapper} or (wrapper in first and wrapper in GENERATOR_PREFIXES):
+            return _strip_wrappers({key.removeprefix(f"{wrapper}."): tensor for key, tensor in tensors.items()
+                                    if key.startswith(f"{wrapper}.")})
+    return tensors
+
+
+def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
+    """The network that these tensors are of."""
+    candidates = []
+    for name, network in GENERATORS.items():
+        for layout in (tensors, getattr(network, "convert", lambda _: None)(tensors)):
+            found = _arguments(network, layout) if layout is not None else None
+            if found is not None:
+                candidates.append(SavedNetwork(name, *found, layout))
+                break
+    if not candidates:
+        candidates = _of_spandrel(path, tensors)
+    if not candidates:
+        raise UserError(f"{str(path)!r} is of no network known here ({', '.join(GENERATORS)}); its first tensors are "
+                        f"{', '.join(list(tensors)[:3])}")
+    if len(candidates) > 1:
+        raise RuntimeError(f"{str(path)!r} is taken for {' and '.join(saved.name for saved in candidates)}")
+    return candidates[0]
+
+
+def _arguments(network: type[nn.Module], tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
+    if not hasattr(network, "recognise"):
+        return None
+    return network.recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+
+
+def _of_spandrel(path: Path, tensors: dict[str, Tensor]) -> list[SavedNetwork]:
+    try:
+        found = spandrel_network.read_tensors(tensors)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} {error}") from error
+    return [] if found is None else [SavedNetwork("spandrel", *found)]
 
 
 def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> SavedNetwork:

@@ -1,0 +1,116 @@
+"""MSRResNet: SRResNet without batch norm, which learns what an interpolated image lacks.
+
+The network of Ledig et al., CVPR 2017, https://arxiv.org/abs/1609.04802, with the residual blocks of Lim et al.,
+"Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops 2017,
+https://arxiv.org/abs/1707.02921, as BasicSR publishes it. Tensors are named as in BasicSR's files
+(MSRResNet_x4_f64b16…), so that these load strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.images import unit_range
+from pipeline.models.common import (
+    COLOURS,
+    check_choice,
+    check_scale,
+    check_sizes,
+    count_blocks,
+    has_convolutions,
+    initialise,
+)
+from pipeline.models.vapsr import bicubic_kernel, cubic_upscale
+
+SCALES = (2, 3, 4)
+RESIDUALS = ("bicubic", "bilinear")
+SLOPE = 0.1
+
+
+class MSRResNet(nn.Module):
+    """MSRResNet for RGB images, x2, x3 or x4. The defaults have 1,517,571 parameters at x4.
+
+    Args:
+        scale: 2, 3 or 4.
+        num_features: channels between the blocks.
+        num_blocks: residual blocks.
+        global_residual: the interpolation of the input that the output is added to. "bilinear" is that of BasicSR's
+            files; "bicubic" is nearer to the HR image, so that there is less to learn.
+
+    Raises:
+        ValueError: a value outside of these.
+    """
+
+    def __init__(self, *, scale: int, num_features: int = 64, num_blocks: int = 16,
+                 global_residual: str = "bicubic") -> None:
+        super().__init__()
+        check_scale(scale, SCALES)
+        check_sizes(num_features=num_features, num_blocks=num_blocks)
+        check_choice(RESIDUALS, global_residual=global_residual)
+        self.scale = scale
+        self.conv_first = nn.Conv2d(COLOURS, num_features, 3, padding=1)
+        self.body = nn.Sequential(*(ResidualBlock(num_features) for _ in range(num_blocks)))
+        step = 2 if scale == 4 else scale
+        self.pixel_shuffle = nn.PixelShuffle(step)
+        self.upconv1 = nn.Conv2d(num_features, num_features * step**2, 3, padding=1)
+        self.upconv2 = nn.Conv2d(num_features, num_features * step**2, 3, padding=1) if scale == 4 else None
+        self.conv_hr = nn.Conv2d(num_features, num_features, 3, padding=1)
+        self.conv_last = nn.Conv2d(num_features, COLOURS, 3, padding=1)
+        # None is no buffer at all: files with the bilinear residual keep exactly BasicSR's tensors.
+        self.register_buffer("residual_kernel", bicubic_kernel(scale) if global_residual == "bicubic" else None)
+        # As published. So small that the first output is the interpolated image but for 1e-4 or so.
+        initialise(self.modules(), 0.1)
+
+    @property
+    def receptive_radius(self) -> int:
+        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join without a seam."""
+        # conv_first: 1, a block: 2, conv_last, conv_hr and the upsampling convolutions together: 2.
+        return 1 + 2 * len(self.body) + 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+
+        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
+        """
+        lr = unit_range(images, self.conv_first.weight.dtype)
+        features = self.body(F.leaky_relu(self.conv_first(lr), SLOPE))
+        features = F.leaky_relu(self.pixel_shuffle(self.upconv1(features)), SLOPE)
+        if self.upconv2 is not None:
+            features = F.leaky_relu(self.pixel_shuffle(self.upconv2(features)), SLOPE)
+        return self.conv_last(F.leaky_relu(self.conv_hr(features), SLOPE)) + self._interpolated(lr)
+
+    def _interpolated(self, lr: Tensor) -> Tensor:
+        if self.residual_kernel is not None:
+            return cubic_upscale(lr, self.residual_kernel, self.scale)
+        return F.interpolate(lr, scale_factor=self.scale, mode="bilinear", align_corners=False)
+
+    @staticmethod
+    def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
+        """The scale and the other arguments of the `MSRResNet` with these tensors; `None` if it is none."""
+        if not has_convolutions(shapes, ("conv_first.weight", "body.0.conv1.weight", "body.0.conv2.weight",
+                                         "upconv1.weight", "conv_hr.weight", "conv_last.weight")):
+            return None
+        num_features = shapes["conv_first.weight"][0]
+        step = {4: 2, 9: 3}.get(shapes["upconv1.weight"][0] / num_features)
+        scale = 4 if "upconv2.weight" in shapes else step
+        if step is None or (scale == 4 and step != 2):
+            return None
+        return scale, {"num_features": num_features, "num_blocks": count_blocks(shapes, "body"),
+                       "global_residual": "bicubic" if "residual_kernel" in shapes else "bilinear"}
+
+
+class ResidualBlock(nn.Module):
+    """Convolution, ReLU, convolution, and the input added."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(num_features, num_features, 3, padding=1)
+        self.conv2 = nn.Conv2d(num_features, num_features, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """NCHW in, the same shape out."""
+        return features + self.conv2(F.relu(self.conv1(features)))

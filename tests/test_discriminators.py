@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.cli import UserError
+from pipeline.models.discriminators import (
+    BatchNorm2d,
+    SpectralConv2d,
+    UNetDiscriminator,
+    VGGDiscriminator,
+    build_discriminator,
+    frozen,
+)
+
+KINDS = {
+    "vgg": {}, "vgg-instance": {"norm": "instance"}, "vgg-none": {"norm": "none"}, "vgg-flatten": {"head": "flatten"},
+    "unet": {}, "unet-plain": {"skip_connections": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def build(kind, crop=32, num_features=4, **params):
+    return build_discriminator(kind.split("-")[0], crop, num_features=num_features, **KINDS[kind], **params)
+
+
+def crops(count=2, height=32, width=32):
+    return torch.rand(count, 3, height, width)
+
+
+def snapshot(network):
+    return {key: tensor.clone() for key, tensor in network.state_dict().items()}
+
+
+def equal_states(first, second):
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+
+
+def cast_parameters(network, dtype):
+    """What DeepSpeed does where no `buffer_dtype` is set."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def published_vgg_names(num_stages):
+    layers = [f"{stage}_{layer}" for stage in range(num_stages) for layer in (0, 1)]
+    norms = [f"bn{layer}.{kind}" for layer in layers[1:]
+             for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    return {*(f"conv{layer}.weight" for layer in layers), "conv0_0.bias", *norms, "linear1.weight", "linear1.bias",
+            "linear2.weight", "linear2.bias"}
+
+
+@pytest.mark.parametrize(("crop", "num_stages"), [(128, 5), (256, 6)])
+@pytest.mark.parametrize("head", ["pool", "flatten"])
+def test_vgg_is_the_published_one(crop, num_stages, head):
+    with torch.device("meta"):
+        network = VGGDiscriminator(crop=crop, head=head)
+    assert set(network.state_dict()) == published_vgg_names(num_stages)
+    assert tuple(network.linear1.weight.shape) == (100, 512 * 4 * 4)
+    if crop == 128:
+        assert count(network) == 14_499_401
+
+
+def test_vgg_of_96_has_the_published_positions():
+    with torch.device("meta"):
+        network = VGGDiscriminator(crop=96, head="flatten")
+    assert set(network.state_dict()) == published_vgg_names(5)
+    assert count(network) == 14_499_401 - (16 - 9) * 512 * 100
+
+
+def plain_vgg(state, images, num_stages):
+    """The published network, straight from the description: batch norm in training, 4x4 positions at the end."""
+    x = F.leaky_relu(F.conv2d(images, state["conv0_0.weight"], state["conv0_0.bias"], padding=1), 0.2)
+    for layer in [f"{stage}_{layer}" for stage in range(num_stages) for layer in (0, 1)][1:]:
+        x = F.conv2d(x, state[f"conv{layer}.weight"], stride=1 + int(layer[-1]), padding=1)
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
+        weight, bias = (state[f"bn{layer}.{kind}"].view(1, -1, 1, 1) for kind in ("weight", "bias"))
+        x = F.leaky_relu((x - mean) / (variance + 1e-5).sqrt() * weight + bias, 0.2)
+    x = F.leaky_relu(F.linear(x.reshape(len(x), -1), state["linear1.weight"], state["linear1.bias"]), 0.2)
+    return F.linear(x, state["linear2.weight"], state["linear2.bias"])
+
+
+@pytest.mark.parametrize("crop", [32, 64])
+def test_vgg_forward_is_the_description(crop):
+    network = build("vgg", crop).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = crops(3, crop, crop).double()
+    expected = plain_vgg(network.state_dict(), images, network.num_stages)
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
+    assert expected.std() > 0.01
+
+
+class PlainUNet(nn.Module):
+    """Real-ESRGAN's network put together from torch's own parts, for sides that are multiples of 8."""
+
+    def __init__(self, features):
+        super().__init__()
+        down = [nn.Conv2d(features << level, features << (level + 1), 4, 2, 1, bias=False) for level in range(3)]
+        up = [nn.Conv2d(features << level, features << (level - 1), 3, 1, 1, bias=False) for level in (3, 2, 1)]
+        same = [nn.Conv2d(features, features, 3, 1, 1, bias=False) for _ in range(2)]
+        convs = [nn.Conv2d(3, features, 3, 1, 1), *map(nn.utils.spectral_norm, down + up + same),
+                 nn.Conv2d(features, 1, 3, 1, 1)]
+        for number, conv in enumerate(convs):
+            self.add_module(f"conv{number}", conv)
+
+    def forward(self, x):
+        def act(number, x):
+            return F.leaky_relu(getattr(self, f"conv{number}")(x), 0.2)
+
+        kept = [act(0, x)]
+        for number in (1, 2, 3):
+            kept.append(act(number, kept[-1]))
+        x = kept.pop()
+        for number in (4, 5, 6):
+            x = act(number, F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)) + kept.pop()
+        return self.conv9(act(8, act(7, x)))
+
+
+def test_unet_is_the_published_one_and_its_spectral_norm_torchs():
+    """The same tensors, strictly loaded; then two training steps and an evaluation, equal to the last bit."""
+    ours, theirs = build("unet"), PlainUNet(4)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for _ in range(2):
+        images = crops(2, 40, 48)
+        for network in (ours, theirs):
+            network(images).square().mean().backward()
+    assert equal_states(ours.state_dict(), theirs.state_dict())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-8)
+    images = crops(1, 32, 32)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-6, atol=1e-7)
+    assert equal_states(ours.state_dict(), theirs.state_dict())
+
+
+def test_unet_has_the_published_size():
+    assert count(UNetDiscriminator(crop=256)) == 4_376_897
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("crop", [32, 33, 45, 47, 48, 91, 96, 101, 128, 192])
+def test_any_crop_gives_logits(kind, crop):
+    network = build(kind, crop, num_features=2)
+    logits = network(crops(2, crop, crop))
+    assert logits.shape == ((2, 1, crop, crop) if kind.startswith("unet") else (2, 1))
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("kind", ["vgg", "vgg-none", "unet", "unet-plain"])
+def test_images_of_other_sizes_are_judged_too(kind):
+    network = build(kind, 64).eval()
+    for height, width in ((64, 64), (70, 33), (257, 40)):
+        shape = (1, 1, height, width) if kind.startswith("unet") else (1, 1)
+        assert network(crops(1, height, width)).shape == shape
+
+
+def test_the_flat_head_takes_its_crop_alone():
+    with pytest.raises(ValueError, match=r"images of \(48, 64\) pixels do not fit the crop"):
+        build("vgg-flatten", 64)(crops(2, 48, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_logits_and_not_probabilities(kind):
+    network = build(kind)
+    last = network.conv9 if kind.startswith("unet") else network.linear2
+    nn.init.constant_(last.bias, 50)
+    assert network(crops(4)).min() > 25
+    nn.init.constant_(last.bias, -50)
+    assert network(crops(4)).max() < -25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_and_floats_give_the_same(kind):
+    network = build(kind).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(network(images), network(images / 255))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_and_pixel_gets_a_gradient(kind):
+    network = build(kind)
+    images = crops(4).requires_grad_()
+    network(images).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    assert (images.grad.abs() > 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_bias_is_cancelled_by_a_norm(kind):
+    network = build(kind)
+    names = dict(network.named_modules())
+    for name, module in names.items():
+        if isinstance(module, nn.Conv2d):
+            assert (module.bias is None) == (name.replace("conv", "bn") in names), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", [nn.Module.to, cast_parameters], ids=["all", "parameters"])
+def test_half_precision_trains_and_agrees_with_float32(kind, dtype, cast):
+    network = build(kind, 48, num_features=8)
+    half = cast(copy.deepcopy(network), dtype)
+    images = crops(4, 48, 48)
+    results = []
+    for judge in (network, half):
+        pixels = images.clone().requires_grad_()
+        for _ in range(2):
+            logits = judge(pixels)
+        F.softplus(-logits.float()).mean().backward()
+        results.append((logits, pixels.grad))
+        assert all(torch.isfinite(parameter.grad).all() for parameter in judge.parameters())
+    (logits, gradient), (half_logits, half_gradient) = results
+    assert half_logits.dtype == dtype
+    torch.testing.assert_close(half_logits.float(), logits, rtol=0.05, atol=0.05)
+    assert F.cosine_similarity(half_gradient.flatten(), gradient.flatten(), dim=0) > 0.9
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():
+            torch.testing.assert_close(half.get_buffer(name).float(), buffer, rtol=0.05, atol=0.02)
+
+
+def test_batch_norm_statistics_stay_float32_where_only_the_weights_are_cast():
+    norm = BatchNorm2d(6)
+    reference = nn.BatchNorm2d(6)
+    cast_parameters(norm, torch.bfloat16)
+    for _ in range(30):
+        features = (3 + 2 * torch.randn(4, 6, 5, 5)).bfloat16()
+        assert norm(features).dtype == torch.bfloat16
+        reference(features.float())
+    assert norm.running_mean.dtype == torch.float32
+    torch.testing.assert_close(norm.running_mean, reference.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, reference.running_var, rtol=1e-5, atol=1e-6)
+    assert norm.num_batches_tracked == 30
+
+
+def test_batch_norm_is_torchs_in_float32():
+    ours, theirs = BatchNorm2d(6), nn.BatchNorm2d(6)
+    for network in (ours, theirs):
+        torch.manual_seed(3)
+        nn.init.normal_(network.weight)
+    features = torch.randn(4, 6, 5, 5)
+    assert torch.equal(ours(features), theirs(features))
+    assert equal_states(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours.eval()(features), theirs.eval()(features))
+
+
+def largest_singular_value(conv):
+    """Of the weight that a 3x3 convolution uses, as its output tells it: one image for every tap of the kernel."""
+    taps = torch.eye(conv.weight_orig[0].numel()).view(-1, *conv.weight_orig.shape[1:])
+    with torch.no_grad():
+        return torch.linalg.matrix_norm(conv(taps)[..., 1, 1], 2).item()
+
+
+def test_spectral_norm_brings_the_largest_singular_value_to_1():
+    conv = SpectralConv2d(6, 10, 3, 1)
+    with torch.no_grad():
+        conv.weight_orig.mul_(7)
+    for _ in range(50):
+        conv(torch.zeros(1, 6, 3, 3))
+    assert largest_singular_value(conv) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_spectral_norms_are_right_from_the_first_pass_on(dtype):
+    for name, conv in cast_parameters(UNetDiscriminator(crop=32, num_features=16), dtype).named_modules():
+        if isinstance(conv, SpectralConv2d):
+            matrix = conv.weight_orig.detach().float().flatten(1)
+            sigma = torch.dot(conv.weight_u, torch.mv(matrix, conv.weight_v)).item()
+            assert sigma == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=0.1), name
+
+
+def test_the_norm_is_part_of_the_gradient():
+    """Against finite differences, in float64."""
+    conv = SpectralConv2d(2, 3, 3, 1).double().eval()
+    features = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+
+    def judge(weight):
+        return torch.func.functional_call(conv, {"weight_orig": weight}, (features,))
+
+    assert torch.autograd.gradcheck(judge, conv.weight_orig.detach().clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_power_iterations_and_statistics_advance_in_training_only(kind):
+    network = build(kind)
+    before = snapshot(network)
+    network.eval()(crops())
+    assert equal_states(network.state_dict(), before)
+    network.train()(crops())
+    assert equal_states(network.state_dict(), before) == (not before.keys() & {"bn0_1.running_mean", "conv1.weight_u"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
+    network = build(kind)
+    network(crops()).mean().backward()
+    images = crops(3).requires_grad_()
+    before, gradients = snapshot(network), {name: p.grad.clone() for name, p in network.named_parameters()}
+    with frozen(network) as judge:
+        assert judge is network
+        logits = judge(images)
+    F.softplus(-logits).mean().backward()  # after the block, as the generator's step does
+    assert equal_states(network.state_dict(), before)
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter.grad, gradients[name])
+    # The same once more, not frozen; a copy, whose spectral norms must not move on for the comparison.
+    twin = copy.deepcopy(network)
+    for module in twin.modules():
+        if isinstance(module, SpectralConv2d):
+            module.is_iterating = False
+    pixels = images.detach().clone().requires_grad_()
+    expected, = torch.autograd.grad(F.softplus(-twin(pixels)).mean(), pixels)
+    torch.testing.assert_close(images.grad, expected, rtol=1e-5, atol=1e-9)
+    assert expected.abs().max() > 0
+
+
+def test_frozen_normalises_by_the_batch_as_in_training():
+    network = build("vgg")
+    images = 0.2 * crops(3)
+    with frozen(network):
+        judged = network(images)
+    evaluated = copy.deepcopy(network).eval()(images)
+    assert torch.equal(judged, network(images))
+    assert (judged - evaluated).abs().max() > 1e-3
+    with frozen(network.eval()):
+        assert not torch.equal(network(images), judged)  # in eval mode the running statistics are used, as ever
+
+
+@pytest.mark.parametrize("kind", ["vgg", "unet"])
+def test_frozen_restores_every_flag_also_after_an_exception_and_when_nested(kind):
+    network = build(kind)
+    parameters = list(network.parameters())
+    parameters[0].requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, BatchNorm2d):
+            module.track_running_stats = False
+            break
+
+    def flags():
+        return [p.requires_grad for p in parameters] + [
+            getattr(module, flag) for module in network.modules()
+            for flag in ("track_running_stats", "is_iterating", "training") if hasattr(module, flag)]
+
+    def fail():
+        with frozen(network), frozen(network):
+            assert not any(p.requires_grad for p in parameters)
+            raise KeyError
+
+    before = flags()
+    with pytest.raises(KeyError):
+        fail()
+    assert flags() == before
+    assert True in before
+    assert False in before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_of_the_generators_step_between_two_of_the_discriminators_changes_nothing(kind):
+    """HR, then generated, then the backward pass of both: with a frozen pass in between the result is the same."""
+    results = []
+    for has_generators_step in (False, True):
+        torch.manual_seed(1)
+        network, real, fake = build(kind), crops(3), crops(3)
+        on_real = network(real)
+        if has_generators_step:
+            with frozen(network):
+                network(fake.clone().requires_grad_()).sum().backward()
+        (F.softplus(-on_real) + F.softplus(network(fake))).mean().backward()
+        results.append({**snapshot(network), **{f"{n}.grad": p.grad for n, p in network.named_parameters()}})
+    assert equal_states(*results)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "unet"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_backward_pass_may_come_after_later_passes(kind, is_training):
+    gradients = []
+    for later_passes in (0, 2):
+        torch.manual_seed(1)
+        network = build(kind).train(is_training)
+        loss = network(crops(3)).square().mean()
+        network.train()
+        for _ in range(later_passes):
+            network(crops(3))
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert equal_states(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "vgg-instance", "unet"])
+def test_training_goes_on_bit_for_bit_from_the_state_dict(kind):
+    def steps(network, count):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(count):
+            optimizer.zero_grad()
+            F.softplus(network(crops(3))).mean().backward()
+            optimizer.step()
+
+    network = build(kind)
+    steps(network, 2)
+    torch.manual_seed(9)
+    resumed = build(kind)
+    resumed.load_state_dict(snapshot(network))
+    for one in (network, resumed):
+        torch.manual_seed(7)
+        steps(one, 2)
+    assert equal_states(network.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["vgg", "unet"])
+def test_compiles_without_a_graph_break_frozen_or_not(kind):
+    network = build(kind)
+    plain = copy.deepcopy(network)
+    network.compile(fullgraph=True, backend="aot_eager")
+    images = crops()
+    for judge in (network, plain):
+        judge(images).mean().backward()
+        with frozen(judge):
+            judge(images)
+        judge(images).mean().backward()
+    for key, tensor in plain.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], tensor, rtol=1e-4, atol=1e-6)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(network.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_last_gives_the_same(kind):
+    network = build(kind).eval()
+    images = crops()
+    expected = network(images)
+    network, images = (item.to(memory_format=torch.channels_last) for item in (network, images))
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides(kind):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(build(kind).state_dict())
+    assert equal_states(states[0], states[1])
+    assert not equal_states(states[0], states[2])
+
+
+def test_without_norms_the_signal_keeps_its_size():
+    network = VGGDiscriminator(crop=64, num_features=16, norm="none")
+    with torch.no_grad():
+        features = crops(4, 64, 64) - 0.5
+        first = features.square().mean()
+        for layer in [f"{stage}_{layer}" for stage in range(network.num_stages) for layer in (0, 1)]:
+            features = F.leaky_relu(getattr(network, f"conv{layer}")(features), 0.2)
+    assert 0.1 < features.square().mean() / first < 10
+
+
+@pytest.mark.parametrize(("kind", "change", "rule"), [
+    ("vgg", {"crop": 31}, "crop 31 is not a whole number of pixels from 32 up"),
+    ("unet", {"crop": 64.0}, r"crop 64\.0 is not a whole number"),
+    ("vgg", {"num_features": 0}, "num_features 0 is not a whole number above 0"),
+    ("unet", {"num_features": True}, "num_features True is not"),
+    ("vgg", {"norm": "layer"}, "norm 'layer' is not one of 'batch', 'instance', 'none'"),
+    ("vgg", {"head": "dense"}, "head 'dense' is not one of 'pool', 'flatten'"),
+    ("unet", {"skip_connections": 1}, "skip_connections 1 is neither true nor false"),
+])
+def test_bad_values_are_refused(kind, change, rule):
+    with pytest.raises(UserError, match=f"discriminator '{kind}': {rule}"):
+        build_discriminator(kind, **{"crop": 64, **change})
+
+
+def test_build_discriminator_names_the_nearest():
+    with pytest.raises(UserError, match="no discriminator named 'unett'; did you mean 'unet'"):
+        build_discriminator("unett", 64)
+    with pytest.raises(UserError, match="'vgg' has no parameter 'num_feature'; did you mean 'num_features'"):
+        build_discriminator("vgg", 64, num_feature=3)

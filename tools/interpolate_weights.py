@@ -1,0 +1,159 @@
+"""Blend the weights of two trainings of the same network, for images between the sharp and the faithful one."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from pipeline.cli import UserError, run
+
+if TYPE_CHECKING:
+    from pipeline.models.weights import SavedNetwork
+
+SUFFIXES = (".safetensors", ".pth")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Blend two weights files of the same network: every weight becomes (1 - alpha) of A's plus alpha of B's.
+
+    A network trained for PSNR is faithful but smooth; the same one trained on with a discriminator is sharp, but
+    invents. Blends of their weights lie between the two and cost nothing, while a blend of their images would keep
+    the noise of one and the blur of the other (network interpolation: Wang et al., ESRGAN, 2018, section 3.4). B must
+    have been trained from A, or both from the same weights: blends of networks that never met are worth nothing.
+
+    alpha 0 is A and alpha 1 is B, to the bit. Choose by eye and by numbers:
+
+    python tools/interpolate_weights.py psnr.pth gan.pth --alpha 0.2 0.5 0.8 --out blend.pth
+
+    python evaluate.py --model blend_a0.80.pth --hr FOLDER
+    """
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """Weights file that alpha 0 gives, as a rule the network trained for PSNR. Averaged (EMA) weights are preferred."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """Weights file that alpha 1 gives, as a rule the one trained with a discriminator."""
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File to write, .pth or .safetensors. With several alphas NAME.pth becomes NAME_a0.20.pth, NAME_a0.50.pth…"""
+    alpha: tuple[float, ...] = (0.8,)
+    """Share of B, 0 to 1; several write several files."""
+    force: bool = False
+    """Replace files that are there."""
+
+
+def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
+    """Write a file for every alpha."""
+    from pipeline.models.weights import read_network, write_network
+
+    files = _files(options)
+    a, b = (read_network(path.expanduser()) for path in (options.a, options.b))
+    for path, saved in ((options.a, a), (options.b, b)):
+        try:
+            saved.build()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    difference = first_difference(a, b)
+    if difference:
+        raise UserError(f"{options.a} and {options.b} are not the same network: {difference}; only weights of one "
+                        "network can be blended")
+    sources = {name: f"{path.name} (sha256 {hashlib.sha256(path.expanduser().read_bytes()).hexdigest()[:16]})"
+               for name, path in (("a", options.a), ("b", options.b))}
+    for alpha, path in files.items():
+        blend = replace(a, state_dict=interpolate(a.state_dict, b.state_dict, alpha),
+                        metadata={"made_by": "interpolate_weights: (1 - alpha) a + alpha b", "alpha": repr(alpha),
+                                  **sources})
+        try:
+            write_network(path, blend)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}; make room or choose another --out"
+                            ) from error
+        print(f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
+              f"({a.name} x{a.scale}, {path.stat().st_size / 1e6:.2f} MB)")
+    print(f"Measure it:  python evaluate.py --model {path} --hr FOLDER")
+    return 0
+
+
+def interpolate(a: dict[str, Any], b: dict[str, Any], alpha: float) -> dict[str, Any]:
+    """(1 - alpha) a + alpha b of two state dicts with the same names and shapes: computed in float32, dtypes kept.
+
+    At alpha 0 and 1 exactly `a` and `b`; what is equal in both stays so to the bit; integer tensors are those of the
+    nearer one. Where the two have different dtypes the blend is float32.
+    """
+    if alpha in (0, 1):
+        return dict(b if alpha else a)
+    blend = {}
+    for key, tensor in a.items():
+        other = b[key]
+        if not tensor.is_floating_point():
+            blend[key] = tensor if alpha < 0.5 else other
+        elif tensor.dtype == other.dtype and tensor.equal(other):
+            blend[key] = tensor
+        else:
+            mixed = tensor.float() * (1 - alpha) + other.float() * alpha
+            blend[key] = mixed.to(tensor.dtype) if tensor.dtype == other.dtype else mixed
+    return blend
+
+
+def first_difference(a: SavedNetwork, b: SavedNetwork) -> str:
+    """Why the two are not the same network, in words; empty where they are."""
+    if (a.name, a.scale) != (b.name, b.scale):
+        return f"{a.name} x{a.scale} and {b.name} x{b.scale}"
+    ours, theirs = _all_params(a), _all_params(b)
+    for name in ours:
+        # None is the network's own choice, which its tensors tell.
+        if ours[name] != theirs.get(name) and None not in (ours[name], theirs.get(name)):
+            return f"{name} is {ours[name]!r} and {theirs[name]!r}"
+    for key in sorted(a.state_dict.keys() | b.state_dict.keys()):
+        if key not in a.state_dict or key not in b.state_dict:
+            return f"only one has the tensor {key!r}"
+        if a.state_dict[key].shape != b.state_dict[key].shape:
+            return f"tensor {key!r} is {tuple(a.state_dict[key].shape)} and {tuple(b.state_dict[key].shape)}"
+    return ""
+
+
+def _all_params(saved: SavedNetwork) -> dict[str, Any]:
+    """The arguments of a network's class, those left out as well."""
+    from pipeline.models import GENERATORS
+
+    parameters = inspect.signature(GENERATORS[saved.name]).parameters.values()
+    return {parameter.name: saved.params.get(parameter.name, parameter.default) for parameter in parameters
+            if parameter.name != "scale"}
+
+
+def _files(options: Options) -> dict[float, Path]:
+    """The file for every alpha; refuses what cannot be written before anything is read."""
+    out = options.out.expanduser()
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {options.out}: the name must end in .pth or .safetensors")
+    if not options.alpha:
+        raise UserError("--alpha: give at least one number from 0 to 1, such as 0.8")
+    for alpha in options.alpha:
+        if not (math.isfinite(alpha) and 0 <= alpha <= 1):
+            raise UserError(f"--alpha {alpha:g}: must be from 0 (A alone) to 1 (B alone)")
+        if options.alpha.count(alpha) > 1:
+            raise UserError(f"--alpha {alpha:g} is there twice; leave one away")
+    files = {alpha: out if len(options.alpha) == 1 else out.with_name(f"{out.stem}_a{_decimals(alpha)}{out.suffix}")
+             for alpha in options.alpha}
+    for path in files.values():
+        if path.exists() and not options.force:
+            raise UserError(f"{path} is there already; choose another --out, or replace it with --force")
+    return files
+
+
+def _decimals(alpha: float) -> str:
+    """At least two decimals, and as many as the number has."""
+    short = f"{alpha:.2f}"
+    return short if float(short) == alpha else repr(alpha)
+
+
+if __name__ == "__main__":
+    run(Options, main)
