@@ -2,24 +2,98 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
-from pipeline.losses.pixel import charbonnier, l1, mse
+from pipeline.losses.perceptual import Lpips, VggFeature
+from pipeline.losses.pixel import Charbonnier, l1, mse
+from pipeline.losses.structure import FourierL1, MsSsim, TotalVariation
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "mse": mse, "charbonnier": charbonnier}
+# A function f(sr, hr, **params), or a class that is built with its params and then called with (sr, hr).
+LOSSES: dict[str, Callable[..., Any]] = {
+    "l1": l1,
+    "mse": mse,
+    "charbonnier": Charbonnier,
+    "ms_ssim": MsSsim,
+    "fft": FourierL1,
+    "tv": TotalVariation,
+    "vgg_feature": VggFeature,
+    "lpips": Lpips,
+}
 
 
 class Criterion:
-    """The weighted terms of a recipe's `losses`."""
+    """The weighted terms of a recipe's `losses`: name -> weight, or name -> {"weight": weight, **parameters}.
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self.weights = dict(weights)
+    Losses with weights of their own (trunks) lie frozen on `device`; they are no part of any checkpoint. `UserError`
+    for a loss or a parameter that there is not, a weight that is not above 0, and no losses at all.
+    """
+
+    def __init__(self, terms: Mapping[str, float | Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
+        if not terms:
+            raise UserError(f"at least one loss is needed; choose from {', '.join(LOSSES)}")
+        self.weights: dict[str, float] = {}
+        self._losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._is_checked = False
+        for name, term in terms.items():
+            self.weights[name], params = _split(name, term)
+            self._losses[name] = _build(name, params, torch.device(device))
 
     def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """`sr` float NCHW in [0, 1]; `hr` of the same shape, bytes or floats. Each term a float32 scalar, weighted."""
-        sr = sr.float()
-        hr = unit_range(hr, sr.dtype)
-        return {name: weight * LOSSES[name](sr, hr) for name, weight in self.weights.items()}
+        """`sr` float NCHW in [0, 1]; `hr` of the same shape, bytes or floats. Each term a float32 scalar, weighted.
+
+        `ValueError` where the first `hr` given as floats is not in [0, 1] (later ones are not looked at: that would
+        wait for the device).
+        """
+        self._check_range(hr)
+        with torch.autocast(sr.device.type, enabled=False):
+            sr = sr.float()
+            hr = unit_range(hr, sr.dtype)
+            return {name: weight * self._losses[name](sr, hr) for name, weight in self.weights.items()}
+
+    def _check_range(self, hr: Tensor) -> None:
+        if self._is_checked or hr.dtype == torch.uint8:
+            return
+        low, high = hr.min().item(), hr.max().item()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"HR as floats must be in [0, 1], but is in [{low:.4g}, {high:.4g}]")
+        self._is_checked = True
+
+
+def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The weight and the parameters of one entry of a recipe's `losses`."""
+    if name not in LOSSES:
+        raise UserError(f"no loss named {name!r}{nearest(str(name), LOSSES)}")
+    params = dict(term) if isinstance(term, Mapping) else {"weight": term}
+    if "weight" not in params:
+        raise UserError(f"the loss {name!r} has no weight; give it one, such as weight: 1.0")
+    weight = params.pop("weight")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise UserError(f"the weight of {name!r} is {weight!r}, it must be a number above 0; to do without the loss, "
+                        "leave it out")
+    return float(weight), params
+
+
+def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    loss = LOSSES[name]
+    is_class = inspect.isclass(loss)
+    known = [parameter for parameter in inspect.signature(loss).parameters if parameter not in ("sr", "hr")]
+    for parameter in params:
+        if parameter not in known:
+            raise UserError(f"the loss {name!r} has no parameter {parameter!r}"
+                            + (nearest(str(parameter), known) if known else "; it has none but its weight"))
+    if not is_class:
+        return functools.partial(loss, **params)
+    try:
+        built: nn.Module = loss(**params)
+    except ValueError as error:  # a UserError too
+        raise UserError(f"the loss {name!r}: {error}") from error
+    return built.requires_grad_(False).eval().to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def l1(sr: Tensor, hr: Tensor) -> Tensor:
@@ -17,6 +17,22 @@ def mse(sr: Tensor, hr: Tensor) -> Tensor:
     return F.mse_loss(sr, hr)
 
 
-def charbonnier(sr: Tensor, hr: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """sqrt(error^2 + epsilon^2): L1 that is smooth at 0 (Lai et al., LapSRN, CVPR 2017)."""
-    return torch.sqrt((sr - hr).square() + epsilon * epsilon).mean()
+class Charbonnier(nn.Module):
+    """sqrt(error^2 + epsilon^2): L1 that is smooth at 0 (Lai et al., LapSRN, CVPR 2017).
+
+    Args:
+        epsilon: where the square of a small error turns into L1; 1e-3 is LapSRN's code's.
+
+    Raises:
+        ValueError: an `epsilon` that is not above 0.
+    """
+
+    def __init__(self, epsilon: float = 1e-3) -> None:
+        super().__init__()
+        if not isinstance(epsilon, (int, float)) or not epsilon > 0:
+            raise ValueError(f"epsilon {epsilon!r} is not a number above 0")
+        self.epsilon = float(epsilon)
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """A scalar in the images' dtype."""
+        return torch.sqrt((sr - hr).square() + self.epsilon * self.epsilon).mean()

@@ -1,0 +1,61 @@
+"""The recipe's `adversarial` part: a discriminator and how it is trained. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.data_spec import Spec
+
+WITH_LABELS = ("vanilla", "least_squares", "relativistic_average", "relativistic")
+"""Losses with a target for every sample, which smoothing and noise can move. Hinge has none."""
+
+
+class NetworkSpec(BaseModel):
+    """A network: its name in the table of its kind and, beside it, that network's own parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class InstanceNoiseSpec(Spec):
+    """Gaussian noise on all images that the discriminator sees, falling to nothing (Sønderby et al., ICLR 2017)."""
+
+    sigma: float = Field(0.0, ge=0, le=1, description="standard deviation at the first step; 1 is the whole range")
+    steps: int = Field(100_000, gt=0, description="after so many steps of the run there is none; it falls evenly")
+
+
+class LabelsSpec(Spec):
+    """The targets that the discriminator learns; the generator's is always 1."""
+
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="real is 1 - smoothing, fake 0 (Salimans et al. 2016)")
+    noise: float = Field(0.0, ge=0, lt=0.5, description="targets move by up to this, evenly, towards each other")
+    flip: float = Field(0.0, ge=0, lt=0.5, description="probability of a sample to be called its opposite")
+
+
+class AdversarialSpec(Spec):
+    """A discriminator against the generator."""
+
+    weight: float = Field(gt=0, description="of the adversarial term among the generator's losses")
+    loss: Literal["vanilla", "least_squares", "hinge", "relativistic_average", "relativistic"] = "vanilla"
+    discriminator: NetworkSpec = NetworkSpec(name="vgg")
+    ds_config: str | None = Field(None, description="DeepSpeed's file for the discriminator: optimizer, schedule, "
+                                                    "clipping; default: the generator's")
+    discriminator_every: int = Field(1, ge=1, description="steps from one update of the discriminator to the next")
+    generator_every: int = Field(1, ge=1, description="steps from one update of the generator to the next")
+    labels: LabelsSpec = LabelsSpec()
+    instance_noise: InstanceNoiseSpec = InstanceNoiseSpec()
+
+    @model_validator(mode="after")
+    def _fit(self) -> AdversarialSpec:
+        if self.loss not in WITH_LABELS and (self.labels.smoothing or self.labels.noise):
+            raise ValueError(f"loss {self.loss} has no targets to smooth or to move; leave labels.smoothing and "
+                             "labels.noise out")
+        if self.discriminator_every > 1 and self.generator_every > 1:
+            raise ValueError("one of discriminator_every and generator_every must be 1: every step updates something")
+        return self

@@ -1,0 +1,178 @@
+"""Losses between what a network trained on ImageNet sees in two images. Their trunks are frozen and in float32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.cli import UserError, nearest
+from pipeline.images import unit_range
+from pipeline.losses.trunks import load_trunk
+from pipeline.torchvision_import import import_torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision's networks want it
+VGG19_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions; a pooling after each
+LPIPS_SMALLEST = {"alex": 31, "squeeze": 17, "vgg": 16}  # pixels, below which nothing is left of the deepest features
+
+
+class VggFeature(nn.Module):
+    """Distance between the features of VGG19: SRGAN's (Ledig et al. 2017), ESRGAN's (Wang et al. 2018) content loss.
+
+    Published settings: ESRGAN {"conv5_4": 1} before the activation, "l1"; SRGAN the same layer after it, "l2",
+    weighted 0.006; Real-ESRGAN {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1, "conv4_4": 1, "conv5_4": 1} before
+    it, "l1". Several layers mix the low (texture, colour) with the high (shapes).
+
+    Args:
+        layers: name ("conv1_1" to "conv5_4") -> weight above 0. The weighted distances are added up.
+        before_activation: take what the convolution gives, or with False what the ReLU after it leaves.
+        distance: "l1" (mean absolute) or "l2" (mean squared) difference of the features.
+        weights: a file with VGG19's weights, see `trunks.load_trunk`; `None` is torchvision's in torch's cache.
+
+    Raises:
+        ValueError: a value outside of these.
+        UserError: weights that are missing or of another network; when called, a crop that is too small.
+    """
+
+    def __init__(self, layers: Mapping[str, float] | None = None, before_activation: bool = True,
+                 distance: str = "l1", weights: str | None = None) -> None:
+        super().__init__()
+        layers = {"conv5_4": 1.0} if layers is None else layers
+        places = vgg19_places()
+        _check_layers(layers, places)
+        if distance not in ("l1", "l2"):
+            raise ValueError(f"distance {distance!r} is neither 'l1' nor 'l2'")
+        if not isinstance(before_activation, bool):
+            raise ValueError(f"before_activation {before_activation!r} is neither true nor false")
+        self.distance = F.l1_loss if distance == "l1" else F.mse_loss
+        self.taps = {places[name] + (0 if before_activation else 1): float(weight) for name, weight in layers.items()}
+        with torch.device("meta"):  # the values come from the file: no memory, no random numbers
+            whole = vgg19_features()
+        load_trunk("vgg19", weights, whole)
+        self.features = whole[: max(self.taps) + 1].requires_grad_(False).eval()
+        self.smallest_side = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in self.features)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """A float32 scalar for two RGB NCHW tensors, bytes or floats in [0, 1]. Gradients reach `sr` only."""
+        _check_side("vgg_feature", sr, self.smallest_side)
+        with torch.no_grad():
+            of_hr = self.extract(hr)
+        of_sr = self.extract(sr)
+        return torch.stack([weight * self.distance(of_sr[place], of_hr[place])
+                            for place, weight in self.taps.items()]).sum()
+
+    def extract(self, images: Tensor) -> dict[int, Tensor]:
+        """Place in the trunk -> features, for every place that counts."""
+        features = (unit_range(images, torch.float32) - self.mean) / self.std
+        found = {}
+        for place, layer in enumerate(self.features):
+            features = layer(features)
+            if place in self.taps:
+                found[place] = features
+        return found
+
+
+class LpipsDistance(nn.Module):
+    """LPIPS 0.1 of every image of a batch (Zhang et al., "The Unreasonable Effectiveness of Deep Features", CVPR 2018).
+
+    The network, the learned weights of its channels and the distance are the package lpips' (0.1.4).
+
+    Args:
+        network: "alex" (the usual metric), "squeeze" (the smallest) or "vgg" (VGG16, the one for losses).
+        weights: a file with the trunk's weights, see `trunks.load_trunk`; `None` is torchvision's in torch's cache.
+
+    Raises:
+        ValueError: another `network`.
+        UserError: weights that are missing or of another network; when called, images that are too small.
+    """
+
+    def __init__(self, network: str = "alex", weights: str | None = None) -> None:
+        super().__init__()
+        if network not in LPIPS_SMALLEST:
+            raise ValueError(f"network {network!r} is none of {', '.join(LPIPS_SMALLEST)}")
+        self.smallest_side = LPIPS_SMALLEST[network]
+        self.lpips = _random_lpips(network)
+        trunk = nn.Sequential()
+        for part in self.lpips.net.children():  # slices of the trunk, whose layers keep torchvision's numbers
+            for number, layer in part.named_children():
+                trunk.add_module(number, layer)
+        load_trunk(network, weights, trunk)
+        self.requires_grad_(False).eval()
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """float32 (N,), 0 for equal images, of two RGB NCHW tensors, bytes or floats in [0, 1].
+
+        Gradients reach `sr` only.
+        """
+        _check_side("lpips", sr, self.smallest_side)
+        sr, hr = (2 * unit_range(images, torch.float32) - 1 for images in (sr, hr.detach()))  # lpips' own range
+        return self.lpips(sr, hr).flatten()
+
+
+class Lpips(nn.Module):
+    """The mean LPIPS of a batch, as a loss. Arguments and errors are those of `LpipsDistance`."""
+
+    def __init__(self, network: str = "alex", weights: str | None = None) -> None:
+        super().__init__()
+        self.measure = LpipsDistance(network, weights)
+
+    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """A float32 scalar for two RGB NCHW tensors, bytes or floats in [0, 1]. Gradients reach `sr` only."""
+        return self.measure(sr, hr).mean()
+
+
+def vgg19_features() -> nn.Sequential:
+    """The layers of VGG19 before its classifier, numbered as torchvision's (Simonyan and Zisserman, 2015)."""
+    layers: list[nn.Module] = []
+    before = 3
+    for channels, depth in VGG19_BLOCKS:
+        for _ in range(depth):
+            # Not in place: that would overwrite the features before the activation.
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU()]
+            before = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers)
+
+
+def vgg19_places() -> dict[str, int]:
+    """"conv1_1" to "conv5_4" -> their numbers in `vgg19_features`; the activation of each is the next one."""
+    places, place = {}, 0
+    for block, (_, depth) in enumerate(VGG19_BLOCKS, start=1):
+        for number in range(1, depth + 1):
+            places[f"conv{block}_{number}"] = place
+            place += 2
+        place += 1
+    return places
+
+
+def _check_layers(layers: Mapping[str, float], places: Mapping[str, int]) -> None:
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"layers {layers!r} is not a table of layer: weight, such as {{conv5_4: 1.0}}")
+    for name, weight in layers.items():
+        if name not in places:
+            raise ValueError(f"VGG19 has no layer {name!r}{nearest(str(name), places)}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"the weight {weight!r} of layer {name!r} is not a number above 0")
+
+
+def _check_side(loss: str, images: Tensor, smallest: int) -> None:
+    height, width = images.shape[-2:]
+    if min(height, width) < smallest:
+        raise UserError(f"{loss!r} needs images of at least {smallest}x{smallest} pixels, but they are "
+                        f"{height}x{width} (height x width); take a larger data.crop")
+
+
+def _random_lpips(network: str) -> nn.Module:
+    """lpips' module: its trunk random, the learned weights of the channels as published."""
+    import_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, whose argument names have changed since lpips was written
+        import lpips
+
+        with torch.random.fork_rng(devices=[]):  # the random trunk is overwritten; it must not shift a trainer's RNG
+            return lpips.LPIPS(net=network, pnet_rand=True, verbose=False)

@@ -1,0 +1,43 @@
+"""LPIPS as a metric: how different two images look; 0 is equal, lower is better."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.losses.perceptual import LpipsDistance
+
+
+class LpipsMetric:
+    """LPIPS 0.1 with the trunk `network` ("alex" is what papers report), on RGB.
+
+    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32.
+    """
+
+    def __init__(self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._distance = LpipsDistance(network, weights).to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, sr: Tensor, hr: Tensor) -> list[float]:
+        """One number per image, for two RGB N3HW tensors of one shape, each uint8 0..255 or float in [0, 1].
+
+        `ValueError` for other shapes, dtypes and ranges: clamp SR first, as everything that is written to a file is.
+        """
+        if sr.shape != hr.shape or sr.dim() != 4 or sr.shape[1] != 3:
+            raise ValueError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of one shape")
+        _check_range("SR", sr)
+        _check_range("HR", hr)
+        # TF32 would cost digits that papers report.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            return self._distance(sr.to(self.device), hr.to(self.device)).tolist()
+
+
+def _check_range(title: str, images: Tensor) -> None:
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"{title} is {images.dtype}; LPIPS takes uint8 0..255 or floats in [0, 1]")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{title} is in [{low:.4g}, {high:.4g}]; LPIPS takes floats in [0, 1] or uint8 0..255")
