@@ -43,7 +43,8 @@ class Progress:
     """How far a run has come; with the weights and the seed all that continuing takes."""
 
     step: int = 0  # optimizer updates done
-    best_psnr: float | None = None  # of validation, dB
+    best_psnr: float | None = None  # of the best validation, dB
+    best_lpips: float | None = None  # likewise, if it is measured
     best_step: int | None = None
     stale_validations: int = 0  # since the best
     validated_step: int | None = None  # the last validation
@@ -229,7 +230,7 @@ def read_progress(run_dir: Path, step: int) -> Progress:
 
 def _read_progress(folder: Path) -> Progress:
     state = json.loads((folder / STATE_FILE).read_text())
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
 
 
 def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
 from pipeline.recipe import batch_sizes
+from pipeline.schedules import AUTO, SCHEDULES, Schedule, build_schedule, check_schedule
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
@@ -149,15 +151,14 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
     resolved |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
     resolved.setdefault("steps_per_print", 1 << 60)
     schedule = resolved.get("scheduler", {}).get("params", {})
-    if schedule.get("total_num_steps") == "auto":
-        schedule["total_num_steps"] = total_steps
+    is_fitted = schedule.get("total_num_steps") == "auto"
+    schedule.update({key: total_steps for key in AUTO if schedule.get(key) == "auto"})
+    if is_fitted:
         schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1000), total_steps // 2))
     why = ""
     if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
         why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
     if resolved.get("bf16", {}).get("enabled"):
-        # Batch norm statistics must have the type of the weights, or the forward pass fails.
-        resolved.setdefault("data_types", {}).setdefault("buffer_dtype", "bf16")
         return resolved, "BF16", why
     return resolved, "FP16" if resolved.get("fp16", {}).get("enabled") else "FP32", why
 
@@ -173,16 +174,24 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     config = copy.deepcopy(dict(ds_config))
     section = config.pop("optimizer")
     optimizer = build_optimizer(section, [p for p in module.parameters() if p.requires_grad])
+    schedule = None
+    if "scheduler" in config:
+        check_schedule(config["scheduler"])
+        if config["scheduler"]["type"] in SCHEDULES:
+            schedule = partial(build_schedule, config.pop("scheduler"))
     with _quiet():
         try:
             engine, *_ = deepspeed.initialize(model=module.to(ranks.device), optimizer=optimizer, config=config,
-                                              dist_init_required=False)
+                                              lr_scheduler=schedule, dist_init_required=False)
+        except UserError:
+            raise
         except Exception as error:  # DeepSpeed has no class of its own for what it refuses
             raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
     engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.overflow_checker.has_overflow_serial = _overflows
     engine.found_nonfinite = engine.nonfinite_steps = None
+    engine.own_gradient_norm = float("nan")
     if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
         # The one mode in which DeepSpeed would write a NaN into weights and moments for good.
         if section["type"] not in FUSED:
@@ -226,14 +235,33 @@ def descend(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
     if engine.found_nonfinite is not None and engine.is_gradient_accumulation_boundary():
         norms = torch._foreach_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-        engine.found_nonfinite.copy_(~torch.isfinite(torch.stack(norms).sum()))
+        engine.own_gradient_norm = torch.stack(norms).norm()
+        engine.found_nonfinite.copy_(~torch.isfinite(engine.own_gradient_norm))
         engine.nonfinite_steps += engine.found_nonfinite
     engine.step()
 
 
-def step_was_skipped(engine: Any) -> Tensor | bool:
-    """Whether the last update was left out because a gradient was not finite; stays on the device if judged there."""
-    return engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
+def gradient_norm(engine: Any) -> Tensor | float:
+    """L2 norm of the last update's gradient over all parameters and ranks, before clipping; NaN before the first."""
+    if engine.found_nonfinite is not None:
+        return engine.own_gradient_norm
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else norm
+
+
+def step_was_skipped(engines: Iterable[Any]) -> Tensor | bool:
+    """Whether an engine's last update was left out because a gradient was not finite; judged where it is known."""
+    flags = [engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
+             for engine in engines]
+    if all(isinstance(flag, bool) for flag in flags):
+        return any(flags)
+    return torch.stack([torch.as_tensor(flag).bool() for flag in flags]).any()
+
+
+def observe(engine: Any, psnr: float) -> None:
+    """Tell a validation's PSNR to the schedule that lowers the rate where it no longer rises."""
+    if isinstance(engine.lr_scheduler, Schedule):
+        engine.lr_scheduler.observe(psnr)
 
 
 def skipped_steps(engine: Any) -> int:

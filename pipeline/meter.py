@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from pipeline.data.loader import Loader
 from pipeline.engine import Ranks
 from pipeline.monitor import duration
+from pipeline.outcome import Outcome
 
 BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
 SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
@@ -24,7 +26,8 @@ SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever ne
 class Reading:
     """What happened since the reading before, the same on every rank but for the last field."""
 
-    losses: dict[str, float]  # weighted; mean over batches and ranks
+    losses: dict[str, float]  # the generator's, weighted; mean over batches and ranks
+    statistics: dict[str, float]  # likewise
     images_per_second: float  # HR crops, all ranks
     data_wait: float  # share of the time that this rank waited for the loader
     data_wait_worst: float  # the greatest such share of one step
@@ -39,8 +42,8 @@ class Reading:
 
     def as_dict(self) -> dict[str, Any]:
         return {"loss": sum(self.losses.values()), **{f"loss_{name}": value for name, value in self.losses.items()},
-                "images_per_second": round(self.images_per_second, 2), "data_wait": round(self.data_wait, 4),
-                "data_wait_worst": round(self.data_wait_worst, 4),
+                **self.statistics, "images_per_second": round(self.images_per_second, 2),
+                "data_wait": round(self.data_wait, 4), "data_wait_worst": round(self.data_wait_worst, 4),
                 "remaining_seconds": round(self.remaining_seconds, 1)}
 
     def text(self) -> str:
@@ -55,19 +58,21 @@ class Meter:
 
     def __init__(self, ranks: Ranks, total_steps: int, global_batch: int) -> None:
         self._ranks, self._total_steps, self._global_batch = ranks, total_steps, global_batch
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._sums: dict[tuple[str, str], Tensor] = {}  # by kind and name
+        self._counts: Counter[tuple[str, str]] = Counter()
         # Updates in a row that were skipped; in which the loss was not finite; the last micro-batch where it was not.
         self._trouble = torch.zeros(3, dtype=torch.int64, device=ranks.device)
         self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._began: float | None = None
 
-    def add(self, losses: Mapping[str, Tensor], index: int) -> None:
-        """Count one micro-batch's losses (scalars on the device)."""
-        for name, loss in losses.items():
-            self._sums[name] = self._sums[name] + loss if name in self._sums else loss.clone()
-        self._count += 1
-        bad = ~torch.isfinite(torch.stack(list(losses.values())).sum())
+    def add(self, outcome: Outcome, index: int) -> None:
+        """Count one micro-batch."""
+        values = {("loss", name): loss for name, loss in outcome.losses.items()}
+        values |= {("statistic", name): value for name, value in outcome.statistics.items()}
+        for key, value in values.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
+            self._counts[key] += 1
+        bad = ~torch.isfinite(torch.stack(list(values.values())).sum())
         self._bad_loss = torch.maximum(self._bad_loss, bad.long())
         self._trouble[2] = torch.where(bad, index, self._trouble[2])
 
@@ -96,15 +101,19 @@ class Meter:
     def read(self, step: int, loader: Loader) -> Reading:
         """Means since the last reading; every rank calls it. Waits for the device."""
         assert self._began is not None
-        means = (torch.stack(list(self._sums.values())).double().cpu() / self._count).tolist()
+        sums = torch.stack(list(self._sums.values())).double().cpu()
+        means = (sums / torch.tensor([self._counts[key] for key in self._sums])).tolist()
         shares = self._ranks.gather((means, *self._trouble.tolist()))
-        losses = {name: sum(share[0][i] for share in shares) / len(shares) for i, name in enumerate(self._sums)}
+        of: dict[str, dict[str, float]] = {"loss": {}, "statistic": {}}
+        for i, (kind, name) in enumerate(self._sums):
+            of[kind][name] = sum(share[0][i] for share in shares) / len(shares)
         now = time.perf_counter()
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
         rate = steps / elapsed if steps else float("nan")  # the very first step of a process is not timed
-        reading = Reading(losses, rate * self._global_batch, min(1.0, (loader.waited_seconds - self._waited) / elapsed),
-                          self._worst_wait, (self._total_steps - step) / rate, max(share[1] for share in shares),
+        reading = Reading(of["loss"], of["statistic"], rate * self._global_batch,
+                          min(1.0, (loader.waited_seconds - self._waited) / elapsed), self._worst_wait,
+                          (self._total_steps - step) / rate, max(share[1] for share in shares),
                           max(share[2] for share in shares), self._trouble[2].item())
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, Counter()
         self._began, self._waited, self._step, self._worst_wait = now, loader.waited_seconds, step, 0.0
         return reading

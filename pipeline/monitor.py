@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LOG_FILE = "log.jsonl"
@@ -55,6 +56,19 @@ class Journal:
         """A byte image (1, 3, height, width) into TensorBoard."""
         with self._unstoppable():
             self._board.add_image(tag, image[0].cpu(), step)
+
+    def distribution(self, step: int, tag: str, values: Tensor) -> None:
+        """A histogram into TensorBoard, and its mean and 5, 50 and 95 % quantiles as a JSON line."""
+        values = values.detach().float().flatten().cpu()
+        if not torch.isfinite(values).all():
+            return
+        low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+        with self._unstoppable():
+            self._board.add_histogram(tag, values, step)
+        with self._unstoppable():
+            line = {"event": "distribution", "step": step, "name": tag, "mean": values.mean().item(),
+                    "quantiles": [low, median, high]}
+            self._lines.write(json.dumps(line) + "\n")
 
     @contextmanager
     def _unstoppable(self) -> Iterator[None]:

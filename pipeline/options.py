@@ -13,7 +13,7 @@ import tyro
 from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
-from pipeline.recipe import Recipe, load_ds_config, load_recipe, parse_overrides
+from pipeline.recipe import ROOT, Recipe, load_ds_config, load_stages, parse_overrides
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
@@ -38,6 +38,10 @@ class TrainOptions:
     for how often each is shown. Default: ~/dataset."""
     lr_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
     """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default: LR lies beside HR."""
+    start: Path | None = None
+    """Weights to begin with: a file, or a run folder, whose best averaged weights are taken. Default: the recipe's."""
+    vgg_weights: Path | None = None
+    """VGG19's weights for the loss vgg_feature. Default: the recipe's, or torchvision's cache."""
     dataset_multiplier: int | None = None
     """Random crops of every file an epoch. Default: the recipe's data.multiplier, 1."""
     output_dir: Path | None = None
@@ -65,13 +69,17 @@ class Plan:
     dataset: Dataset
     run_dir: Path
     log_dir: Path
+    home: Path  # the run's folder: `run_dir` itself, or where it lies as one of several stages
+    previous: Path | None  # the run folder of the stage before
+    discriminator_ds_config: dict[str, Any] | None
     reset: bool
     total_steps: int
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        return {"recipe": self.recipe.model_dump(mode="json"), "ds_config": self.ds_config,
+        gan = {"discriminator_ds_config": self.discriminator_ds_config} if self.discriminator_ds_config else {}
+        return {"recipe": self.recipe.model_dump(mode="json"), "ds_config": self.ds_config, **gan,
                 "dataset": self.dataset.identity()}
 
     @property
@@ -93,14 +101,69 @@ def overrides_last(arguments: Sequence[str]) -> list[str]:
 
 
 def make_plan(options: TrainOptions) -> Plan:
-    """Read and check everything that `options` name. Raises `UserError`."""
+    """Read and check what `options` name: of a recipe with stages, the last. `UserError` for whatever does not fit."""
+    return make_plans(options)[-1]
+
+
+def make_plans(options: TrainOptions) -> list[Plan]:
+    """A plan for each stage of the recipe, in order; see `make_plan`."""
     recipe_overrides, ds_overrides = parse_overrides(options.overrides)
-    if options.patience is not None:
-        recipe_overrides["patience"] = options.patience
-    if options.dataset_multiplier is not None:
-        recipe_overrides["data.multiplier"] = options.dataset_multiplier
-    recipe = load_recipe(options.recipe, recipe_overrides)
+    given = {"patience": options.patience, "data.multiplier": options.dataset_multiplier, "start": options.start}
+    recipe_overrides |= {key: value for key, value in given.items() if value is not None}
+    start = recipe_overrides.pop("start", None)
+    recipes = load_stages(options.recipe, recipe_overrides)
+    if options.vgg_weights is not None:
+        recipes = [_with_vgg_weights(recipe, options.vgg_weights) for recipe in recipes]
+        if not any("vgg_feature" in recipe.losses for recipe in recipes):
+            raise UserError(f"--vgg-weights {options.vgg_weights}: recipe {options.recipe} has no loss vgg_feature")
+    if start is not None:  # the stages after the first begin with each other's
+        recipes[0] = recipes[0].model_copy(update={"start": str(start)})
+    plans: list[Plan] = []
+    for recipe in recipes:
+        plans.append(_stage_plan(options, recipe, ds_overrides, plans[-1] if plans else None))
+    return plans
+
+
+def _with_vgg_weights(recipe: Recipe, file: Path) -> Recipe:
+    term = recipe.losses.get("vgg_feature")
+    if term is None:
+        return recipe
+    table = dict(term) if isinstance(term, dict) else {"weight": term}
+    return recipe.model_copy(update={"losses": {**recipe.losses, "vgg_feature": {**table, "weights": str(file)}}})
+
+
+def _stage_plan(options: TrainOptions, recipe: Recipe, ds_overrides: dict[str, Any], before: Plan | None) -> Plan:
     ds_config = load_ds_config((options.ds_config or recipe.ds_config_path()).expanduser(), ds_overrides)
+    is_read = before is not None and before.recipe.data == recipe.data  # lists of millions take seconds
+    dataset = before.dataset if before is not None and is_read else _dataset(options, recipe)
+    if options.max_epochs is not None and options.max_epochs < 1:
+        raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
+    total = recipe.steps
+    if options.max_epochs is not None:
+        length = sum(dataset.folder_sizes) * recipe.data.multiplier
+        total = min(total, steps_in_epochs(options.max_epochs, length, ds_config["train_batch_size"]))
+    home = (options.output_dir or RUNS_DIR / recipe.name).expanduser().absolute()
+    log_dir = (options.log_dir or home).expanduser().absolute()
+    return Plan(recipe, ds_config, dataset, home / recipe.stage, log_dir / recipe.stage, home,
+                before.run_dir if before else None,
+                _discriminator_ds_config(recipe, ds_config, ds_overrides), options.reset, total)
+
+
+def _discriminator_ds_config(recipe: Recipe, ds_config: dict[str, Any],
+                             overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """DeepSpeed's configuration of the discriminator, which sees the generator's batches in the same precision."""
+    if recipe.adversarial is None:
+        return None
+    if recipe.adversarial.ds_config is None:
+        return ds_config
+    own = load_ds_config(ROOT / recipe.adversarial.ds_config, overrides)
+    shared = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "fp16", "bf16",
+              "data_types", "zero_optimization")
+    return {**{key: value for key, value in own.items() if key not in shared},
+            **{key: ds_config[key] for key in shared if key in ds_config}}
+
+
+def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:
     is_paired = recipe.data.degradation.name == "paired"
     dataset = read_dataset(dataset_dirs(options), lr_roots=[path.expanduser() for path in options.lr_dir],
                            paired_scale=recipe.scale if is_paired else None)
@@ -111,15 +174,7 @@ def make_plan(options: TrainOptions) -> Plan:
         raise UserError(f"data.multiplier {recipe.data.multiplier} makes an epoch of "
                         f"{sum(dataset.folder_sizes) * recipe.data.multiplier:,} samples, more than {LONGEST_EPOCH:,}; "
                         f"say at most {max(1, LONGEST_EPOCH // sum(dataset.folder_sizes))}")
-    if options.max_epochs is not None and options.max_epochs < 1:
-        raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
-    total = recipe.steps
-    if options.max_epochs is not None:
-        length = sum(dataset.folder_sizes) * recipe.data.multiplier
-        total = min(total, steps_in_epochs(options.max_epochs, length, ds_config["train_batch_size"]))
-    run_dir = options.output_dir or RUNS_DIR / recipe.name
-    return Plan(recipe, ds_config, dataset, run_dir.expanduser().absolute(),
-                (options.log_dir or run_dir).expanduser().absolute(), options.reset, total)
+    return dataset
 
 
 def dataset_dirs(options: TrainOptions) -> list[Path]:

@@ -16,17 +16,18 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec
 from pipeline.cli import UserError, nearest
 from pipeline.data_spec import DataSpec, Spec
 from pipeline.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-LOSSES = ("l1", "mse", "charbonnier")
 FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep",
-                         "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files"})
+                         "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files", "lpips_weights",
+                         "losses.vgg_feature.weights", "losses.lpips.weights"})
 """Fields that may change between a run and its continuation: they change when things happen, not what is learnt."""
 
 
@@ -42,15 +43,11 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-class GeneratorSpec(BaseModel):
-    """The network: its name in `pipeline.models.GENERATORS` and, beside it, that network's own parameters."""
+class BestSpec(Spec):
+    """Which validated step is the best, what `best` means to export and to patience."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
+    metric: Literal["psnr", "lpips"] = Field("psnr", description="highest PSNR-Y, or lowest LPIPS")
+    psnr_floor: float | None = Field(None, description="dB; with lpips: steps below it count only while none is above")
 
 
 class Recipe(Spec):
@@ -58,8 +55,13 @@ class Recipe(Spec):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and the exported files")
     scale: int = Field(ge=2, le=8, description="how many times larger the output is, each way")
-    generator: GeneratorSpec
-    losses: dict[str, float] = Field({"l1": 1.0}, description="loss name -> weight")
+    stage: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="which of the recipe's stages this is")
+    generator: NetworkSpec
+    start: str | None = Field(None, description="weights to begin with: a file, a run folder, or `previous`, which is "
+                                                "the stage before; none: at random")
+    losses: dict[str, float | dict[str, Any]] = Field({"l1": 1.0}, description="loss name -> weight, or -> a table of "
+                                                                               "weight and the loss's own parameters")
+    adversarial: AdversarialSpec | None = None
     data: DataSpec = DataSpec()
     ds_config: str = Field("ds_config.json", description="DeepSpeed's file, seen from the checkout's root")
     steps: int = Field(gt=0, description="optimizer updates in all")
@@ -69,34 +71,29 @@ class Recipe(Spec):
     channels_last: Literal["auto", "on", "off"] = Field("auto", description="auto: the faster layout, measured")
     validate_every: int = Field(1000, gt=0, description="steps")
     validation_images: int = Field(200, gt=0, description="at most so many, spread evenly over the validation list")
-    patience: int = Field(0, ge=0, description="stop after so many validations without a better PSNR; 0: never")
+    validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field("off", description="measure LPIPS, too")
+    lpips_weights: str | None = Field(None, description="file of that network's trunk; default: torchvision's cache")
+    best: BestSpec = BestSpec()
+    patience: int = Field(0, ge=0, description="stop after so many validations without a better one; 0: never")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     save_minutes: float = Field(10, gt=0, description="and at least this often")
     keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
 
-    @field_validator("compile", "channels_last", mode="before")
+    @field_validator("compile", "channels_last", "validation_lpips", mode="before")
     @classmethod
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-    @field_validator("losses")
-    @classmethod
-    def _know_losses(cls, losses: dict[str, float]) -> dict[str, float]:
-        for name, weight in losses.items():
-            if name not in LOSSES:
-                raise ValueError(f"no loss named {name!r}{nearest(name, LOSSES)}")
-            if not weight > 0:
-                raise ValueError(f"the weight of {name!r} is {weight}, it must be above 0; leave the loss out instead")
-        if not losses:
-            raise ValueError(f"at least one loss is needed; choose from {', '.join(LOSSES)}")
-        return losses
 
     @model_validator(mode="after")
     def _fit_crop(self) -> Recipe:
         if self.data.crop % self.scale:
             raise ValueError(f"data.crop {self.data.crop} is not a multiple of scale {self.scale}; "
                              f"use {self.data.crop - self.data.crop % self.scale}")
+        if not self.losses:
+            raise ValueError("at least one loss is needed, such as losses.l1=1")
+        if self.best.metric == "lpips" and self.validation_lpips == "off":
+            raise ValueError("best.metric lpips needs validation_lpips: alex, squeeze or vgg")
         return self
 
     def ds_config_path(self) -> Path:
@@ -104,11 +101,39 @@ class Recipe(Spec):
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys) put over it."""
+    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys) put over it.
+
+    Of a recipe with stages, the last: the one whose network is meant to be used.
+    """
+    return load_stages(name, overrides)[-1]
+
+
+def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[Recipe]:
+    """The recipes of the stages of recipe `name`, in order; a recipe without stages is its only one.
+
+    `stages` is a table: name of the stage -> what is different in it. Each begins with the weights of the one before,
+    unless it says `start`. Overrides are for all stages, or, such as `stages.gan.steps`, for one.
+    """
     values = _with_bases(_recipe_path(name), ())
-    for key, value in (overrides or {}).items():
-        _assign(values, key, value)
-    return _validated(values, f"recipe {name}")
+    overrides = dict(overrides or {})
+    for key in [key for key in overrides if key.startswith("stages.")]:
+        if key.split(".")[1] not in (values.get("stages") or {}):
+            raise UserError(f"{key}: recipe {name} has no stage {key.split('.')[1]!r}"
+                            f"{nearest(key.split('.')[1], values.get('stages') or {})}")
+        _assign(values, key, overrides.pop(key))
+    stages = values.pop("stages", None)
+    if stages is not None and not (isinstance(stages, dict) and all(isinstance(s, dict) for s in stages.values())):
+        raise UserError(f"recipe {name}: stages must be a table of tables, such as `stages: {{psnr: {{steps: 1000}}}}`")
+    recipes: list[Recipe] = []
+    for stage, change in (stages or {"": {}}).items():
+        start = {"start": "previous"} if recipes else {}
+        own = _merged(values, {**start, **change, **({"stage": stage} if stage else {})})
+        for key, value in overrides.items():
+            _assign(own, key, value)
+        recipes.append(_validated(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
+    if recipes[0].start == "previous" and (stages or not recipes[0].stage):
+        raise UserError(f"recipe {name}: start: previous, but there is no stage before; name a file or a run folder")
+    return recipes
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -328,9 +353,12 @@ def _place(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
     spec: Any = Recipe
     fields: Sequence[str] = ()
     for part in location:
-        if get_origin(spec) is UnionType or get_origin(spec) is Union:  # pydantic says which of several tables it took
-            spec = next(one for one in get_args(spec) if one.model_fields["name"].default == part)
-            continue
+        if get_origin(spec) is UnionType or get_origin(spec) is Union:
+            tables = [one for one in get_args(spec) if isinstance(one, type) and issubclass(one, BaseModel)]
+            if len(tables) > 1:  # pydantic says which of them it took
+                spec = next(one for one in tables if one.model_fields["name"].default == part)
+                continue
+            spec = tables[0] if tables else None
         parts.append(str(part))
         if isinstance(spec, type) and issubclass(spec, BaseModel):
             fields = list(spec.model_fields)

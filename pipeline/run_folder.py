@@ -1,6 +1,6 @@
 """The run folder: what training leaves behind and everything after it reads. Needs no torch.
 
-    runs/<name>/recipe.yaml, ds_config.json, file_lists/
+    runs/<name>/recipe.yaml, ds_config.json, file_lists/    (of a recipe with stages: runs/<name>/<stage>/…)
     runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json, generator.safetensors, generator_ema.safetensors}
 
 A checkpoint exists if and only if its MANIFEST.json does: that is written last.
@@ -45,12 +45,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 def find_run(root: Path = RUNS_DIR) -> Path:
     """The run with the newest complete checkpoint in `root`; `UserError` where there is none."""
     root = Path(root)
-    manifests = root.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
-    newest_first = sorted((m for m in manifests if ".bak-" not in m.parents[2].name),  # those are put aside by --reset
+    inner = f"{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"
+    manifests = [*root.glob(f"*/{inner}"), *root.glob(f"*/*/{inner}")]
+    newest_first = sorted((m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # put aside by --reset
                           key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)), reverse=True)
     if not newest_first:
         raise UserError(f"no run with a checkpoint in {str(root)!r}; train one first with ./launch_local_train.sh")
     return newest_first[0].parents[2]
+
+
+def newest_stage(run_dir: Path) -> Path:
+    """Of a run with stages the folder of the one that has the newest checkpoint; `run_dir` itself if there is none."""
+    if (run_dir / CHECKPOINTS_DIR).is_dir():
+        return run_dir
+    manifests = run_dir.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
+    newest = max(manifests, key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)), default=None)
+    return newest.parents[2] if newest else run_dir
 
 
 def choose_step(run_dir: Path, step: Step) -> int:
@@ -59,7 +69,7 @@ def choose_step(run_dir: Path, step: Step) -> int:
     "best" is the best validation PSNR so far; where none was measured yet or its checkpoint is gone, that is said on
     stderr and the newest is taken.
     """
-    run_dir = Path(run_dir)
+    run_dir = newest_stage(Path(run_dir))
     if not run_dir.is_dir():
         raise UserError(f"no run folder {str(run_dir)!r}")
     steps = checkpoint_steps(run_dir)
@@ -82,6 +92,7 @@ def choose_step(run_dir: Path, step: Step) -> int:
 
 def run_network_file(run_dir: Path, step: Step, ema: bool) -> Path:
     """The generator's weights at `step` ("best", "newest" or a number): averaged (`ema`) or raw. See `choose_step`."""
+    run_dir = newest_stage(Path(run_dir))
     path = checkpoint_dir(run_dir, choose_step(run_dir, step)) / (GENERATOR_EMA_FILE if ema else GENERATOR_FILE)
     if not path.is_file():
         raise UserError(f"checkpoint {str(path.parent)!r} holds no {path.name}; choose another step")

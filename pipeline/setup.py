@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import Ranks, build_engine, compile_module, resolve_ds_config, why_not_compiled
 from pipeline.layout import LAYOUTS, faster_layout
 from pipeline.losses import Criterion
+from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
-from pipeline.models.weights import SavedNetwork
+from pipeline.models.discriminators import build_discriminator
+from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
 from pipeline.options import Plan
 from pipeline.recipe import Recipe, ds_differences, recipe_differences, zero_stage
-from pipeline.run_folder import FILE_LISTS_DIR
+from pipeline.run_folder import FILE_LISTS_DIR, Step, run_network_file
+from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
 from pipeline.validation import ValidationSet
 
@@ -39,7 +42,7 @@ class Run:
 
     plan: Plan
     ranks: Ranks
-    trainer: ReconstructionTrainer
+    trainer: ReconstructionTrainer | AdversarialTrainer
     contents: Contents  # of its checkpoints
     progress: Progress
     validation: ValidationSet
@@ -61,6 +64,22 @@ class Run:
                       prefetch=max(data.prefetch, self.accumulation) + self.accumulation)
 
 
+def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
+    """Raise `UserError` now for what a later stage would stumble over after days: its losses, trunks, discriminator."""
+    def build() -> None:
+        for plan in plans[1:]:
+            recipe = plan.recipe
+            Criterion(recipe.losses)
+            build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+            if recipe.adversarial:
+                spec = recipe.adversarial.discriminator
+                build_discriminator(spec.name, recipe.data.crop, **spec.params)
+            if recipe.validation_lpips != "off":
+                LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
+
+    ranks.together(build)
+
+
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it together.
 
@@ -77,13 +96,16 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
                                                             "gradient_accumulation_steps"))
     _seed(recipe.seed)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    if step is None and recipe.start is not None:
+        say(ranks.together(lambda: begin_with(generator, plan)))
     layout = _layout(plan, generator, micro_batch, step, ranks)
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
     engine = build_engine(generator, ds_config, ranks)
     compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
-    trainer = ReconstructionTrainer(engine, Criterion(recipe.losses), ema, LAYOUTS[layout])
-    described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {}, {"recipe": recipe.name})
+    trainer = _trainer(plan, engine, ema, ranks, layout)
+    described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
+                             {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
     contents = Contents(trainer.engines, ema, described, identity)
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
@@ -93,11 +115,53 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
 
 
+def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks,
+             layout: str) -> ReconstructionTrainer | AdversarialTrainer:
+    recipe, spec = plan.recipe, plan.recipe.adversarial
+    criterion = ranks.together(lambda: Criterion(recipe.losses, ranks.device))
+    if spec is None:
+        return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
+    assert plan.discriminator_ds_config is not None
+    ds_config, *_ = resolve_ds_config(plan.discriminator_ds_config, world_size=ranks.world_size,
+                                      total_steps=plan.total_steps, device=ranks.device)
+    discriminator = build_engine(build_discriminator(spec.discriminator.name, recipe.data.crop,
+                                                     **spec.discriminator.params), ds_config, ranks)
+    _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
+    return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
+
+
+def begin_with(generator: nn.Module, plan: Plan) -> str:
+    """Give `generator` the weights that the recipe's `start` names. Returns what was done, for people.
+
+    Weights of another scale are taken as far as their shapes agree: all but the upsampler's. Otherwise all must agree.
+    """
+    recipe = plan.recipe
+    start = plan.previous if recipe.start == "previous" else Path(str(recipe.start)).expanduser()
+    if start is None:
+        raise UserError("start: previous, but this run has no stage before; name a file or a run folder with --start")
+    step: Step = "newest" if start == plan.previous else "best"
+    file = run_network_file(start, step, ema=True) if start.is_dir() else start
+    saved, own = read_network(file), generator.state_dict()
+    tensors = {name: tensor for name, tensor in saved.state_dict.items()
+               if name in own and own[name].shape == tensor.shape}
+    name = recipe.generator.name
+    is_whole = len(tensors) == len(own) == len(saved.state_dict)
+    if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
+        lacking = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
+        raise UserError(f"start: {file} is of {saved.name} x{saved.scale} {saved.params}, which does not fit {name} "
+                        f"x{recipe.scale} {recipe.generator.params}" + (f" (tensor {lacking!r})" if lacking else ""))
+    generator.load_state_dict({**own, **tensors})
+    of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
+    return f"beginning with the weights of {short(file)}{of}"
+
+
 def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any], world_size: int) -> None:
     """Raise `UserError` naming the fields in which the run on disk differs from what is asked for."""
     found, step = manifest["identity"], manifest["step"]
     differences = recipe_differences(Recipe.model_validate(found["recipe"]), plan.recipe)
     differences += ds_differences(found["ds_config"], plan.ds_config)
+    differences += [f"discriminator's {line}" for line in ds_differences(found.get("discriminator_ds_config", {}),
+                                                                        plan.discriminator_ds_config or {})]
     if found["precision"] != wanted["precision"]:
         differences.append(f"precision: {found['precision']} in the run, {wanted['precision']} asked for")
     old, new = found["dataset"], wanted["dataset"]
@@ -117,9 +181,9 @@ def move_aside(plan: Plan) -> Path | None:
     """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
     suffix = time.strftime("bak-%Y%m%d-%H%M%S")
     move_logs_aside(plan)
-    if plan.run_dir.is_dir() and any(plan.run_dir.iterdir()):
-        kept = _unused(plan.run_dir.with_name(f"{plan.run_dir.name}.{suffix}"))
-        plan.run_dir.rename(kept)
+    if plan.home.is_dir() and any(plan.home.iterdir()):
+        kept = _unused(plan.home.with_name(f"{plan.home.name}.{suffix}"))
+        plan.home.rename(kept)
         return kept
     return None
 
@@ -175,8 +239,9 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
     recipe = plan.recipe
     parameters = sum(parameter.numel() for parameter in module.parameters())
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
     lines = [
-        f"{recipe.name}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
+        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
         f"{ranks.world_size} x {where}, {precision}",
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
         f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "

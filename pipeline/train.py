@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections import deque
@@ -13,17 +14,25 @@ from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
-from pipeline.engine import Ranks, skipped_steps, start_distributed, step_was_skipped, stop_distributed
+from pipeline.engine import (
+    Ranks,
+    gradient_norm,
+    observe,
+    skipped_steps,
+    start_distributed,
+    step_was_skipped,
+    stop_distributed,
+)
 from pipeline.files import write_atomically
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
-from pipeline.options import Plan, TrainOptions, make_plan
+from pipeline.options import Plan, TrainOptions, make_plans
 from pipeline.recipe import write_recipe
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.run_lock import run_lock
-from pipeline.setup import Run, move_aside, move_logs_aside, set_up, short
+from pipeline.setup import Run, check_stages, move_aside, move_logs_aside, set_up, short
 from pipeline.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
-from pipeline.validation import Pair
+from pipeline.validation import Pair, Scores, is_better
 
 NUM_PICTURES = 3  # validation images shown in TensorBoard
 NUM_NAMED = 20  # bad files named in a report
@@ -32,7 +41,7 @@ NUM_NAMED = 20  # bad files named in a report
 def main(options: TrainOptions) -> int:
     """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 anything else."""
     try:
-        plan = make_plan(options)
+        plans = make_plans(options)
     except UserError:
         if os.environ.get("RANK", "0") == "0":
             raise
@@ -40,11 +49,13 @@ def main(options: TrainOptions) -> int:
     ranks = start_distributed()
     try:
         with StopSignals() as signals, contextlib.ExitStack() as stack:
-            ranks.together(lambda: _take_run_folder(plan, ranks, stack))
-            run = set_up(plan, ranks, say if ranks.is_first else _silent)
-            training = ranks.together(lambda: Training(run, signals))
-            stack.callback(training.close)
-            return training.train()
+            ranks.together(lambda: _take_run_folder(plans[0], ranks, stack))
+            check_stages(plans, ranks)
+            for plan in plans:
+                status = _train(plan, ranks, signals)
+                if status:
+                    break
+            return status
     except (UserError, RunError) as error:  # raised on every rank alike; one says it
         if ranks.is_first:
             raise
@@ -53,17 +64,33 @@ def main(options: TrainOptions) -> int:
         stop_distributed()
 
 
+def _train(plan: Plan, ranks: Ranks, signals: StopSignals) -> int:
+    """One stage from where it stands to its end."""
+    run = set_up(plan, ranks, say if ranks.is_first else _silent)
+    training = ranks.together(lambda: Training(run, signals))
+    try:
+        return training.train()
+    finally:
+        training.close()
+        for engine in run.trainer.engines.values():
+            engine.destroy()
+
+
 def _take_run_folder(plan: Plan, ranks: Ranks, stack: contextlib.ExitStack) -> None:
     """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one is asked for."""
     if not ranks.is_first:
         return
-    stack.enter_context(run_lock(plan.run_dir, say))
+    stack.enter_context(run_lock(plan.home, say))
     kept = move_aside(plan) if plan.reset else None
     if kept:
         say(f"the old run is kept in {short(kept)}")
 
 
 def _silent(_: str) -> None: ...
+
+
+def _text(scores: Scores) -> str:
+    return f"PSNR-Y {scores.psnr:.3f} dB" + ("" if scores.lpips is None else f", LPIPS {scores.lpips:.4f}")
 
 
 class Training:
@@ -99,7 +126,8 @@ class Training:
         """Steps, validations and saves until the end, patience or a signal. Returns the exit status."""
         recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
         if self._is_finished():
-            self._say(f"nothing left to do: this run is finished at step {progress.step} of {self.plan.total_steps} "
+            what = f"stage {recipe.stage}" if recipe.stage else "this run"
+            self._say(f"nothing left to do: {what} is finished at step {progress.step} of {self.plan.total_steps} "
                       "(--reset starts afresh; for a longer one say steps=N, or --patience N)")
             return 0
         self._show_inputs()
@@ -115,9 +143,9 @@ class Training:
             for _ in range(self.run.accumulation):
                 batch = next(loader)
                 self._skips += batch.skipped
-                meter.add(trainer.step(batch), batch.index)
+                meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
-            meter.end_step(progress.step, step_was_skipped(trainer.generator), loader)
+            meter.end_step(progress.step, step_was_skipped(trainer.engines.values()), loader)
             self._foretell(progress.step)
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
@@ -138,8 +166,9 @@ class Training:
                 agreed = STOP + max(self.ranks.gather(self.signals.received))
             self._say(f"stopped and saved at step {progress.step}; the same command without --reset continues there")
             return 128 + agreed - STOP
-        self._say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best PSNR-Y "
-                  f"{progress.best_psnr:.3f} dB at step {progress.best_step}; run folder {short(self.plan.run_dir)}")
+        best = _text(Scores(progress.best_psnr or math.nan, progress.best_lpips))
+        self._say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best {best} at step "
+                  f"{progress.best_step}; run folder {short(self.plan.run_dir)}")
         return 0
 
     def _foretell(self, step: int) -> None:
@@ -227,30 +256,46 @@ class Training:
             epoch = step * self.plan.ds_config["train_batch_size"] / self.plan.epoch_length
             learning_rate = engine.get_lr()[0]
             self.journal.log("train", step, {**values.as_dict(), "lr": learning_rate, "epoch": round(epoch, 4),
-                                             "skipped_steps": skipped_steps(engine)})
+                                             **self._engine_values()})
+            for name, logits in getattr(self.run.trainer, "logits", {}).items():
+                self.journal.distribution(step, f"discriminator/{name}", logits)
             self.journal.progress(f"step {step}/{self.plan.total_steps}  epoch {epoch:.1f}  {values.text()}  "
                                   f"lr {learning_rate:.2e}")
+
+    def _engine_values(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, engine in self.run.trainer.engines.items():
+            prefix = "" if name == "generator" else f"{name}_"
+            values[f"{prefix}skipped_steps"] = skipped_steps(engine)
+            values[f"{prefix}gradient_norm"] = float(gradient_norm(engine))
+        return values
 
     def _validate(self) -> bool:
         """Measure the averaged weights; True if they are the best so far.
 
         Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation does it then.
         """
-        psnr = self.run.validation.psnr(self.run.averaged, self._before_validating)
-        if psnr is None:
+        scores = self.run.validation.measure(self.run.averaged, self._before_validating)
+        if scores is None:
             return False
         progress = self.progress
         progress.validated_step = progress.step
-        is_best = progress.best_psnr is None or psnr > progress.best_psnr
+        best = None if progress.best_psnr is None else Scores(progress.best_psnr, progress.best_lpips)
+        is_best = is_better(scores, best, self.recipe.best)
         if is_best:
-            progress.best_psnr, progress.best_step, progress.stale_validations = psnr, progress.step, 0
-        else:
-            progress.stale_validations += 1
+            progress.best_psnr, progress.best_lpips, progress.best_step = *scores, progress.step
+        progress.stale_validations = 0 if is_best else progress.stale_validations + 1
+        for engine in self.run.trainer.engines.values():
+            observe(engine, scores.psnr)
         if self.journal:
-            self.journal.log("validation", progress.step, {"psnr_y": psnr, "best_psnr_y": progress.best_psnr,
-                                                           "stale_validations": progress.stale_validations})
-            best = "best so far" if is_best else f"best {progress.best_psnr:.3f} at step {progress.best_step}"
-            self.journal.say(f"validation at step {progress.step}: PSNR-Y {psnr:.3f} dB ({best})")
+            values = {"psnr_y": scores.psnr, "best_psnr_y": progress.best_psnr}
+            if scores.lpips is not None:
+                values |= {"lpips": scores.lpips, "best_lpips": progress.best_lpips}
+            self.journal.log("validation", progress.step,
+                             values | {"stale_validations": progress.stale_validations})
+            before = f"best {_text(Scores(progress.best_psnr, progress.best_lpips))} at step {progress.best_step}"
+            self.journal.say(f"validation at step {progress.step}: {_text(scores)} "
+                             f"({'best so far' if is_best else before})")
             for pair in self._shown_pairs():
                 self.journal.picture(progress.step, f"{pair.name}/output",
                                      self.run.validation.upscale(self.run.averaged, pair))

@@ -1,7 +1,8 @@
-"""PSNR of the network in training on the validation list, the same to the last bit for any number of ranks."""
+"""PSNR and LPIPS of the network in training on the validation list, the same for any number of ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
 from pipeline.engine import Ranks
 from pipeline.images import cubic_resize, to_bytes, unit_range
+from pipeline.metrics.lpips import LpipsMetric
 from pipeline.metrics.psnr_ssim import luma, psnr
-from pipeline.recipe import Recipe
+from pipeline.recipe import BestSpec, Recipe
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
 PSNR_LIMIT = 100.0  # dB; an image reproduced without any error must not make the mean infinite
@@ -29,6 +31,25 @@ class Pair(NamedTuple):
     name: str
     hr: Tensor
     lr: Tensor
+
+
+class Scores(NamedTuple):
+    """Means over the validation images."""
+
+    psnr: float  # of luma, dB
+    lpips: float | None  # if it is measured
+
+
+def is_better(new: Scores, best: Scores | None, spec: BestSpec) -> bool:
+    """Whether `new` is to be preferred to the `best` so far, after the recipe's rule."""
+    if best is None:
+        return True
+    if spec.metric == "psnr" or new.lpips is None or best.lpips is None:
+        return new.psnr > best.psnr
+    floor = -math.inf if spec.psnr_floor is None else spec.psnr_floor
+    if (new.psnr >= floor) != (best.psnr >= floor):
+        return new.psnr >= floor
+    return new.lpips < best.lpips if new.psnr >= floor else new.psnr > best.psnr
 
 
 class ValidationSet:
@@ -44,6 +65,9 @@ class ValidationSet:
         self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
         self.ranks, self.memory_format = ranks, memory_format
         self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
+        self._lpips = None
+        if recipe.validation_lpips != "off":
+            self._lpips = LpipsMetric(recipe.validation_lpips, recipe.lpips_weights, ranks.device)
         self._kept: dict[int, Pair] = {}
         room = KEPT_BYTES
         for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
@@ -62,13 +86,14 @@ class ValidationSet:
         return self._kept.get(place) or _pair(image, number, self.recipe)
 
     @torch.inference_mode()
-    def psnr(self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True) -> float | None:
-        """Mean PSNR-Y in dB (luma rounded, borders of `scale` pixels cut) of `network` over all ranks' images.
+    def measure(self, network: nn.Module,
+                go_on: Callable[[int, int], bool] = lambda done, share: True) -> Scores | None:
+        """Mean scores of `network` over all ranks' images: PSNR-Y (luma rounded, borders of `scale` pixels cut), LPIPS.
 
         Before each image of this rank's share `go_on(images done, share)` is asked; None if some rank's said no. All
         ranks call it together.
         """
-        scores: list[float] | None = []
+        scores: list[tuple[float, float]] | None = []
         for place in range(len(self)):
             if not go_on(place, len(self)):
                 scores = None
@@ -80,11 +105,14 @@ class ValidationSet:
             return None
         # In the order of the list, so that rounding does not depend on how the images were shared out.
         ordered = [shares[i % len(shares)][i // len(shares)] for i in range(self.count)]
-        return sum(ordered) / self.count
+        psnrs, distances = zip(*ordered, strict=True)
+        return Scores(sum(psnrs) / self.count, sum(distances) / self.count if self._lpips else None)
 
-    def _score(self, sr: Tensor, hr: Tensor) -> float:
+    def _score(self, sr: Tensor, hr: Tensor) -> tuple[float, float]:
+        """(PSNR-Y, LPIPS, or 0 where it is not measured) of one image."""
         inner = (..., slice(self.scale, -self.scale), slice(self.scale, -self.scale))
-        return min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
+        decibels = min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
+        return decibels, self._lpips(sr[inner], hr[inner])[0] if self._lpips else 0.0
 
     def bicubic(self, pair: Pair) -> Tensor:
         """A pair's LR made large by the cubic alone, as bytes."""

@@ -12,13 +12,16 @@ from conftest import ROOT
 GROUND = {"cli", "files", "images", "run_folder"}  # what everybody may use
 ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides the ground
     "cli": set(), "files": set(), "images": set(), "run_folder": set(),
-    "data_spec": set(), "recipe": {"data_spec"}, "run_lock": set(), "data": {"data_spec"},
-    "metrics": set(), "losses": set(), "models": set(),
+    "data_spec": set(), "adversarial_spec": {"data_spec"}, "recipe": {"adversarial_spec", "data_spec"},
+    "run_lock": set(), "data": {"data_spec"}, "outcome": set(), "schedules": set(), "torchvision_import": set(),
+    "metrics": {"losses", "torchvision_import"}, "losses": {"adversarial_spec", "torchvision_import"},
+    "models": {"recipe", "torchvision_import"},
     "ema": set(), "layout": set(), "monitor": set(),
-    "engine": {"recipe"}, "options": {"recipe", "data"}, "stopping": {"engine"},
+    "engine": {"recipe", "schedules"}, "options": {"recipe", "data"}, "stopping": {"engine"},
     "evaluation": {"metrics", "models"}, "export": {"models"},
-    "meter": {"data", "engine", "monitor"}, "validation": {"data", "engine", "metrics", "recipe"},
-    "checkpoint": {"ema", "engine", "models"}, "trainers": {"data", "ema", "engine", "losses"},
+    "meter": {"data", "engine", "monitor", "outcome"}, "validation": {"data", "engine", "metrics", "recipe"},
+    "checkpoint": {"ema", "engine", "models"},
+    "trainers": {"adversarial_spec", "data", "ema", "engine", "losses", "models", "outcome"},
 }
 FENCED = {"deepspeed": {"pipeline/engine.py"}, "accelerate": {"pipeline/engine.py"},
           "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}

@@ -17,6 +17,7 @@ from pipeline.recipe import (
     ds_differences,
     load_ds_config,
     load_recipe,
+    load_stages,
     parse_overrides,
     read_recipe,
     recipe_differences,
@@ -61,8 +62,10 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("override", "message"), [
     ("data.corp=64", "data.corp: unknown key; did you mean 'crop'?"),
     ("lossess={l1: 1}", "lossess: unknown key; did you mean 'losses'?"),
-    ("losses.l3=1", "no loss named 'l3'; did you mean 'l1'?"),
-    ("losses.l1=-1", "the weight of 'l1' is -1.0"),
+    ("losses={}", "at least one loss is needed"),
+    ("start=previous", "start: previous, but there is no stage before"),
+    ("stages.gan.steps=3", "has no stage 'gan'"),
+    ("best.metric=lpips", "best.metric lpips needs validation_lpips: alex, squeeze or vgg"),
     ("data.crop=65", "data.crop 65 is not a multiple of scale 2; use 64"),
     ("steps=0", "steps: input should be greater than 0, not 0"),
     ("steps=many", "steps: input should be a valid integer"),
@@ -171,3 +174,47 @@ def test_the_identity_of_a_run_is_plain_json(dataset: Path) -> None:
     plan = make_plan(TrainOptions(recipe="demo", dataset_dir=(dataset,)))
     assert json.loads(json.dumps(plan.identity)) == plan.identity
     assert plan.identity["dataset"]["training_files"] == 10
+
+
+STAGES = """
+base: vapsr_x2
+start: first.pth
+stages:
+  psnr: {steps: 10}
+  gan: {steps: 5, losses: {l1: 0.01}, adversarial: {weight: 0.005}}
+  large: {steps: 3, data: {crop: 128}, start: other.pth}
+"""
+
+
+def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "three.yaml"
+    path.write_text(STAGES)
+    psnr, gan, large = load_stages(str(path), {"seed": 7, "stages.gan.steps": 6, "losses.mse": 1.0})
+    assert [stage.stage for stage in (psnr, gan, large)] == ["psnr", "gan", "large"]
+    assert [stage.steps for stage in (psnr, gan, large)] == [10, 6, 3]
+    assert [stage.start for stage in (psnr, gan, large)] == ["first.pth", "previous", "other.pth"]
+    assert {stage.seed for stage in (psnr, gan, large)} == {7}
+    assert psnr.losses == {"l1": 1.0, "mse": 1.0}
+    assert gan.losses == {"l1": 0.01, "mse": 1.0}
+    assert psnr.adversarial is None
+    assert gan.adversarial is not None
+    assert (psnr.data.crop, large.data.crop) == (96, 128)
+    assert load_recipe(str(path)).stage == "large"
+    for stage in (psnr, gan, large):  # as a run folder keeps it
+        write_recipe(stage, tmp_path / "recipe.yaml")
+        assert read_recipe(tmp_path / "recipe.yaml") == stage
+        assert load_stages(str(tmp_path / "recipe.yaml")) == [stage]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("stages: [a]", "stages must be a table of tables"),
+    ("stages: {a: 1}", "stages must be a table of tables"),
+    ("stages: {a: {start: previous}}", "start: previous, but there is no stage before"),
+    ("stages: {a: {stepz: 1}}", "stage a: stepz: unknown key; did you mean 'steps'?"),
+])
+def test_wrong_stages_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"base: vapsr_x2\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        load_stages(str(path))
+    assert message in str(caught.value)

@@ -18,6 +18,8 @@ from pipeline.engine import why_not_compiled
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")
+GAN = ("adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}, labels: {noise: 0.1, flip: 0.1}, "
+       "instance_noise: {sigma: 0.1, steps: 20}}",)
 
 
 def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
@@ -30,8 +32,10 @@ def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
 
 @pytest.mark.parametrize(("procs", "extra"), [
     (1, ()), (1, BF16), (2, ()), (2, BF16), (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam")),
-    (2, ("ds.zero_optimization.stage=1",)), (2, ("ds.zero_optimization.stage=2", *BF16)),
-], ids=["fp32-1", "bf16-1", "fp32-2", "bf16-2", "accumulation", "zero1-2", "zero2-bf16-2"])
+    (2, ("ds.zero_optimization.stage=1",)), (2, ("ds.zero_optimization.stage=2", *BF16)), (1, GAN),
+    (2, ("ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2", *BF16, *GAN)),
+], ids=["fp32-1", "bf16-1", "fp32-2", "bf16-2", "accumulation", "zero1-2", "zero2-bf16-2", "gan-1",
+        "gan-zero2-bf16-2"])
 def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]) -> None:
     """10 files in batches of 4: step 3 is in mid-epoch, and steps 3 to 8 cross the ends of two epochs."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

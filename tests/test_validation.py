@@ -17,8 +17,8 @@ from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma
-from pipeline.recipe import load_recipe
-from pipeline.validation import ValidationSet
+from pipeline.recipe import BestSpec, load_recipe
+from pipeline.validation import Scores, ValidationSet, is_better
 
 
 class FakeRanks:
@@ -44,10 +44,10 @@ def psnr_of(root: Path, names: list[str], world_size: int, limit: int = 100) -> 
     network = tiny_network(global_residual="bicubic")
     shares = []
     for rank in range(world_size):
-        ranks = FakeRanks(rank, world_size, [[0.0] * len(names)] * world_size)
-        validation_set(root, names, limit, ranks).psnr(network)
+        ranks = FakeRanks(rank, world_size, [[(0.0, 0.0)] * len(names)] * world_size)
+        validation_set(root, names, limit, ranks).measure(network)
         shares.append(ranks.given)
-    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).psnr(network)
+    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).measure(network).psnr
                for rank in range(world_size)}
     assert len(results) == 1
     return results.pop()
@@ -81,7 +81,7 @@ def test_it_is_the_papers_psnr(tmp_path: Path, images: list[str]) -> None:
             sr = to_bytes(network(pair.lr))
         inner = [luma(image[..., 2:-2, 2:-2], rounded=True).numpy() for image in (pair.hr, sr)]
         expected.append(peak_signal_noise_ratio(*inner, data_range=255))
-    assert validation.psnr(network) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert validation.measure(network).psnr == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 def test_lr_is_made_as_in_training(tmp_path: Path, images: list[str]) -> None:
@@ -98,7 +98,7 @@ def test_a_limit_spreads_over_the_list(tmp_path: Path, images: list[str]) -> Non
 
 def test_stopping_in_the_middle_gives_no_number(tmp_path: Path, images: list[str]) -> None:
     validation = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
-    assert validation.psnr(tiny_network(), lambda done, share: done < 3) is None
+    assert validation.measure(tiny_network(), lambda done, share: done < 3) is None
 
 
 def test_a_bad_file_is_named(tmp_path: Path, images: list[str]) -> None:
@@ -134,3 +134,21 @@ def test_lr_is_read_where_pairs_are_trained(tmp_path: Path, images: list[str]) -
     np.save(tmp_path / f"{Path(names[0]).stem}_lr2.npy", photograph(0, 9, 9))
     with pytest.raises(UserError, match=r"0_lr2\.npy: 9x9 is not 1/2 of"):
         validation_set(tmp_path, names, 100, FakeRanks(0, 1), degradation="paired")
+
+
+@pytest.mark.parametrize(("new", "best", "metric", "floor", "expected"), [
+    ((30, None), None, "psnr", None, True),
+    ((30, None), (29, None), "psnr", None, True),
+    ((30, None), (30, None), "psnr", None, False),
+    ((20, 0.1), (30, 0.2), "lpips", None, True),
+    ((30, 0.2), (20, 0.1), "lpips", None, False),
+    ((26, 0.1), (30, 0.2), "lpips", 27, False),  # below the floor, the other is not
+    ((28, 0.3), (26, 0.1), "lpips", 27, True),
+    ((28, 0.1), (30, 0.2), "lpips", 27, True),
+    ((26, 0.3), (25, 0.1), "lpips", 27, True),  # both below: what is nearer to the floor
+    ((25, 0.1), (26, 0.3), "lpips", 27, False),
+])
+def test_the_best_step_is_chosen_by_the_recipes_rule(new: tuple, best: tuple | None, metric: str, floor: float | None,
+                                                     expected: bool) -> None:
+    spec = BestSpec(metric=metric, psnr_floor=floor)
+    assert is_better(Scores(*new), Scores(*best) if best else None, spec) is expected

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.data.loader import Batch
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import descend
 from pipeline.losses import Criterion
+from pipeline.outcome import Outcome
 
 
 class ReconstructionTrainer:
@@ -25,12 +25,12 @@ class ReconstructionTrainer:
         """Name -> DeepSpeed engine: what a checkpoint must hold."""
         return {"generator": self.generator}
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Learn from one micro-batch. Returns the weighted losses, detached, still on the device."""
+    def step(self, batch: Batch, number: int) -> Outcome:
+        """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         losses = self.criterion(self.generator(lr), batch.hr)
         at_boundary = self.generator.is_gradient_accumulation_boundary()
         descend(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
             self.ema.update(self.generator.module)
-        return {name: loss.detach() for name, loss in losses.items()}
+        return Outcome({name: loss.detach() for name, loss in losses.items()})
