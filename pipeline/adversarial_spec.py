@@ -18,6 +18,11 @@ class NetworkSpec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @property
     def params(self) -> dict[str, Any]:
         return dict(self.__pydantic_extra__ or {})

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec
 from pipeline.cli import UserError, nearest
@@ -43,6 +43,16 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def _loss_term(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Mapping)):
+        raise ValueError(f"{value!r} is neither a weight nor a table with one, such as {{weight: 1.0}}")
+    return dict(value) if isinstance(value, Mapping) else float(value)
+
+
+LossTerm = Annotated[Any, BeforeValidator(_loss_term)]
+"""A weight, or a table of the weight and the loss's own parameters."""
+
+
 class BestSpec(Spec):
     """Which validated step is the best, what `best` means to export and to patience."""
 
@@ -59,7 +69,7 @@ class Recipe(Spec):
     generator: NetworkSpec
     start: str | None = Field(None, description="weights to begin with: a file, a run folder, or `previous`, which is "
                                                 "the stage before; none: at random")
-    losses: dict[str, float | dict[str, Any]] = Field({"l1": 1.0}, description="loss name -> weight, or -> a table of "
+    losses: dict[str, LossTerm] = Field({"l1": 1.0}, description="loss name -> weight, or -> a table of "
                                                                                "weight and the loss's own parameters")
     adversarial: AdversarialSpec | None = None
     data: DataSpec = DataSpec()
@@ -117,9 +127,10 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     values = _with_bases(_recipe_path(name), ())
     overrides = dict(overrides or {})
     for key in [key for key in overrides if key.startswith("stages.")]:
-        if key.split(".")[1] not in (values.get("stages") or {}):
-            raise UserError(f"{key}: recipe {name} has no stage {key.split('.')[1]!r}"
-                            f"{nearest(key.split('.')[1], values.get('stages') or {})}")
+        stage, known = key.split(".")[1], values.get("stages") or {}
+        if stage not in known:
+            what = f"stage {stage!r}{nearest(stage, known)}" if known else "stages"
+            raise UserError(f"{key}: recipe {name} has no {what}")
         _assign(values, key, overrides.pop(key))
     stages = values.pop("stages", None)
     if stages is not None and not (isinstance(stages, dict) and all(isinstance(s, dict) for s in stages.values())):
@@ -343,7 +354,7 @@ def _one_line(fault: Mapping[str, Any]) -> str:
         return f"{key}: unknown key{nearest(parts[-1], fields)}"
     if fault["type"] == "value_error":
         return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
+    message = re.sub(r" or instance of \w+", "", fault["msg"][0].lower() + fault["msg"][1:])
     return f"{key}: {message}" if fault["type"] == "missing" else f"{key}: {message}, not {fault['input']!r}"
 
 
