@@ -29,7 +29,7 @@ from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
 from pipeline.options import Plan
-from pipeline.recipe import Recipe, ds_differences, recipe_differences, zero_stage
+from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, zero_stage
 from pipeline.run_folder import FILE_LISTS_DIR, Step, run_network_file
 from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
@@ -65,10 +65,11 @@ class Run:
 
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Raise `UserError` now for what a later stage would stumble over after days: its losses, trunks, discriminator."""
+    """Raise `UserError` now for what a later stage would stumble over after days: batches, losses, networks, trunks."""
     def build() -> None:
         for plan in plans[1:]:
             recipe = plan.recipe
+            batch_sizes(plan.ds_config, ranks.world_size)
             Criterion(recipe.losses)
             build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
             if recipe.adversarial:

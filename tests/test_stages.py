@@ -127,6 +127,15 @@ def test_what_a_later_stage_lacks_is_said_before_the_first(recipe: Path, dataset
                           env={**environment(), "TORCH_HOME": str(tmp_path)}, timeout=120, check=False)
     assert_one_line(done, "the weights of the trunk 'vgg19' are missing: download https://")
     assert checkpoint_steps(tmp_path / "run" / "psnr") == []
+    larger = tmp_path / "batch.json"
+    larger.write_text(json.dumps(json.loads((ROOT / "recipes" / "demo_ds_config.json").read_text())
+                                 | {"train_batch_size": 5, "gradient_accumulation_steps": 2}))
+    text = recipe.read_text().replace("stages:\n", "stages:\n  first: {steps: 2}\n", 1).replace(
+        "psnr: {steps: 3}", f"psnr: {{steps: 3, ds_config: {larger}}}")
+    recipe.write_text(text)
+    words = [word for word in command(dataset, tmp_path / "run") if "train_batch_size" not in word]
+    assert_one_line(run([str(recipe) if word == "demo" else word for word in words]),
+                    "train_batch_size 5 is not micro-batch x accumulation x 1 ranks")
     assert_one_line(run([*command(dataset, tmp_path / "run"), "--vgg-weights", "vgg19.pth"]),
                     "--vgg-weights vgg19.pth: recipe demo has no loss vgg_feature")
 
