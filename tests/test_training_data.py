@@ -129,7 +129,7 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     (("--dataset-multiplier", "100000000"), "data.multiplier: input should be less than or equal to 100000"),
     (("data.degradation={name: gaussian, sigma: 100000}",), "is not a range [low, high] of numbers within 0.001..50"),
     (("losses.l3=1",), "no loss named 'l3'; did you mean 'l1'?"),
-    (("losses.l1=-1",), "the weight of 'l1' is -1, it must be a number above 0"),
+    (("losses.l1=-1",), "the weight of 'l1' is -1.0, it must be a number above 0"),
     (("data.on_error=ignore",), "data.on_error: input should be 'stop' or 'skip', not 'ignore'"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(dataset: Path, tmp_path: Path, arguments: tuple[str, ...],

@@ -1,9 +1,8 @@
 """Losses of structure: multi-scale similarity, the spectrum, smoothness. Images are float NCHW in [0, 1].
 
-MS-SSIM is written here because no library fits. pytorch-msssim 1.0.0 and piq 0.8.0 give the paper's values, but refuse
-images below 161 pixels, and networks are trained on crops of 96 and more; torchmetrics 1.9.0 can take fewer scales, but
-gives other values (0.021 instead of 0.011 for noise). In all three an image whose contrasts run against HR's at a
-single scale has no gradient left at any.
+MS-SSIM is written here because no library fits. pytorch-msssim 1.0.0 and piq 0.8.0 refuse images below 161 pixels, and
+networks are trained on crops of 96 and more; torchmetrics 1.9.0 can take fewer scales, but its values are others than
+theirs. In all three, images whose contrasts run against each other at a single scale have no gradient left at any.
 """
 
 from __future__ import annotations
