@@ -171,7 +171,8 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     import deepspeed
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    config = copy.deepcopy(dict(ds_config))
+    config = {"zero_allow_untested_optimizer": True,  # all of OPTIMIZERS work element by element, as ZeRO needs it
+              **copy.deepcopy(dict(ds_config))}
     section = config.pop("optimizer")
     optimizer = build_optimizer(section, [p for p in module.parameters() if p.requires_grad])
     schedule = None
@@ -188,10 +189,11 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
         except Exception as error:  # DeepSpeed has no class of its own for what it refuses
             raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
     engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
+    engine.found_nonfinite = engine.nonfinite_steps = engine.loss_scaling = None
+    engine.own_gradient_norm = float("nan")
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.overflow_checker.has_overflow_serial = _overflows
-    engine.found_nonfinite = engine.nonfinite_steps = None
-    engine.own_gradient_norm = float("nan")
+        engine.loss_scaling = LossScaling(engine.optimizer)
     if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
         # The one mode in which DeepSpeed would write a NaN into weights and moments for good.
         if section["type"] not in FUSED:
@@ -201,6 +203,31 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
         engine.nonfinite_steps = torch.zeros((), device=ranks.device)
         engine.optimizer.found_inf = engine.found_nonfinite
     return engine
+
+
+class LossScaling:
+    """Loss scaling at FP16 and ZeRO stage 0, where DeepSpeed 0.19.8 divides gradients by a scale no loss ever had.
+
+    Its `engine.backward` scales for ZeRO's optimizers alone (deepspeed pull request 8393), and its optimizer lets the
+    scale grow before it divides by it. Here the loss is scaled, and the scale grows after the update.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self._update_scale = optimizer, optimizer._update_scale
+        optimizer._update_scale = lambda skip: self._update_scale(True) if skip else None
+
+    @property
+    def scale(self) -> float:
+        """The factor of the loss."""
+        scaling = self._optimizer.loss_scale_config
+        return float(scaling.cur_scale) if scaling.use_grad_scaling else 1.0
+
+    def finish(self) -> float:
+        """After an update: let the scale grow if it is time. Returns the update's gradient norm, before clipping."""
+        norm = float(self._optimizer._global_grad_norm) / self.scale
+        if not self._optimizer.overflow:
+            self._update_scale(False)
+        return norm
 
 
 def _overflows(parameters: Iterable[nn.Parameter]) -> bool:
@@ -232,18 +259,21 @@ def descend(engine: Any, loss: Tensor) -> None:
     Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
     waits for the device; at FP16 DeepSpeed's loss scaling does, once an update.
     """
-    engine.backward(loss)
-    if engine.found_nonfinite is not None and engine.is_gradient_accumulation_boundary():
+    scaling, at_boundary = engine.loss_scaling, engine.is_gradient_accumulation_boundary()
+    engine.backward(loss if scaling is None else loss * scaling.scale)
+    if engine.found_nonfinite is not None and at_boundary:
         norms = torch._foreach_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         engine.own_gradient_norm = torch.stack(norms).norm()
         engine.found_nonfinite.copy_(~torch.isfinite(engine.own_gradient_norm))
         engine.nonfinite_steps += engine.found_nonfinite
     engine.step()
+    if scaling is not None and at_boundary:
+        engine.own_gradient_norm = scaling.finish()
 
 
 def gradient_norm(engine: Any) -> Tensor | float:
     """L2 norm of the last update's gradient over all parameters and ranks, before clipping; NaN before the first."""
-    if engine.found_nonfinite is not None:
+    if engine.found_nonfinite is not None or engine.loss_scaling is not None:
         return engine.own_gradient_norm
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else norm

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOG_FILE = "log.jsonl"
+from pipeline.run_folder import LOG_FILE
+
 TENSORBOARD_DIR = "tensorboard"
 
 

@@ -27,10 +27,10 @@ from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork, read_network
-from pipeline.monitor import LOG_FILE, TENSORBOARD_DIR
+from pipeline.monitor import TENSORBOARD_DIR
 from pipeline.options import Plan
 from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, zero_stage
-from pipeline.run_folder import FILE_LISTS_DIR, Step, run_network_file
+from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, Step, run_network_file
 from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
 from pipeline.validation import ValidationSet

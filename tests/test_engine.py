@@ -23,7 +23,8 @@ def in_a_fresh_process(code: str) -> dict:
     """Run code (a DeepSpeed process can start its group only once) that prints one JSON object."""
     prelude = """
         import json, torch
-        from pipeline.engine import build_engine, descend, resolve_ds_config, skipped_steps, start_distributed
+        from pipeline.engine import (build_engine, descend, gradient_norm, resolve_ds_config, skipped_steps,
+                                     start_distributed)
         ranks = start_distributed()
         def engine_for(module, **changes):
             config = {"train_batch_size": 4, "gradient_clipping": 1.0,
@@ -84,6 +85,53 @@ def test_accumulation_equals_one_large_batch() -> None:
     """)
     assert found["two"] < 1e-6
     assert found["four"] < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int) -> None:
+    found = in_a_fresh_process(f"""
+        images = torch.randn(4, 3, 8, 8)
+        ours, reference = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
+        reference.load_state_dict(ours.state_dict())
+        begun = ours.weight.detach().clone()
+        engine = engine_for(ours, zero_optimization={{"stage": {stage}}}, gradient_clipping=0.05,
+                            gradient_accumulation_steps={accumulation},
+                            optimizer={{"type": "SGD", "params": {{"lr": 1.0}}}},
+                            fp16={{"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1}})
+        optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
+        scales, norms, wanted = [], [], []
+        for _ in range(4):
+            for part in images.chunk({accumulation}):
+                descend(engine, engine(part.half()).float().square().mean())
+            scales.append(float(engine.optimizer.loss_scale))
+            norms.append(float(gradient_norm(engine)))
+            reference(images).square().mean().backward()
+            wanted.append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)))
+            optimizer.step()
+            optimizer.zero_grad()
+        moved, reference_moved = ours.weight.float() - begun, reference.weight - begun
+        print(json.dumps(dict(error=((moved - reference_moved).norm() / reference_moved.norm()).item(), scales=scales,
+                              norms=[norm / want for norm, want in zip(norms, wanted)])))
+    """)
+    assert found["scales"][-1] > found["scales"][0] >= 256, "the scale must grow meanwhile, for that to be tested"
+    assert found["error"] < 0.01
+    assert found["norms"] == pytest.approx([1] * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_fp16_halves_the_scale_where_a_gradient_overflows(stage: int) -> None:
+    found = in_a_fresh_process(f"""
+        engine = engine_for(torch.nn.Conv2d(3, 4, 3), zero_optimization={{"stage": {stage}}},
+                            fp16={{"enabled": True, "initial_scale_power": 24, "hysteresis": 1}})
+        images, scales = torch.randn(4, 3, 8, 8).half(), []
+        for _ in range(12):
+            descend(engine, engine(images).float().square().mean() * 1000)
+            scales.append(float(engine.optimizer.loss_scale))
+        print(json.dumps(dict(scales=scales, skipped=skipped_steps(engine))))
+    """)
+    assert found["skipped"] > 3, "2^24 is too much for FP16"
+    assert found["scales"][-1] == 2.0 ** (24 - found["skipped"])
 
 
 def test_one_step_is_what_torch_alone_does() -> None:
