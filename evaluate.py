@@ -1,10 +1,10 @@
-"""Measure a model against bicubic upscaling on a folder of images: PSNR, SSIM and side-by-side pictures."""
+"""Measure a model against bicubic upscaling on a folder of images: PSNR, SSIM, LPIPS and side-by-side pictures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -26,6 +26,10 @@ class Options:
     """File for the numbers."""
     out: Annotated[Path | None, arg(help_behavior_hint="(default: results/<model name>)")] = None
     """Folder for the pictures, one per image."""
+    lpips: Literal["off", "alex", "squeeze", "vgg"] = "off"
+    """Measure LPIPS, too, with this trunk; papers report alex. Lower is better."""
+    lpips_weights: Annotated[Path | None, arg(help_behavior_hint="(default: torchvision's cache)")] = None
+    """File of that trunk's weights."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
 

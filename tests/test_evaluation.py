@@ -26,7 +26,9 @@ from pipeline.evaluation import (
     write_picture,
 )
 from pipeline.evaluation.pairs import read_image
+from pipeline.evaluation.scoring import DRIFTS
 from pipeline.images import cubic_resize, to_bytes
+from pipeline.metrics.lpips import LpipsMetric
 from pipeline.metrics.psnr_ssim import METRICS, measure
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import read_network, write_network
@@ -128,12 +130,14 @@ def test_evaluate_measures_the_network_and_bicubic(tmp_path):
             sr = to_bytes(network(lr))
         bicubic = to_bytes(cubic_resize(lr / 255, tuple(hr.shape[-2:])))
         assert image.name == pair.name
-        assert image.model == pytest.approx(measure(sr, hr, 2), abs=1e-3)  # layouts round differently
-        assert image.bicubic == measure(bicubic, hr, 2)
+        drift = (bicubic[..., 2:-2, 2:-2].double() - hr[..., 2:-2, 2:-2]).mean(dim=(0, 2, 3)).tolist()
+        assert image.bicubic == {**measure(bicubic, hr, 2), **dict(zip(DRIFTS, drift, strict=True))}
+        assert {name: image.model[name] for name in METRICS} == pytest.approx(
+            measure(sr, hr, 2), abs=1e-3)  # layouts round differently
         assert torch.equal(compared.hr, hr)
         assert torch.equal(compared.bicubic, bicubic)
         assert (compared.sr.int() - sr.int()).abs().max() <= 1
-    for metric in METRICS:
+    for metric in (*METRICS, *DRIFTS):
         assert result.model[metric] == pytest.approx(np.mean([image.model[metric] for image in result.images]))
         assert result.bicubic[metric] == pytest.approx(np.mean([image.bicubic[metric] for image in result.images]))
     assert result.gain == pytest.approx(result.model["psnr_y"] - result.bicubic["psnr_y"])
@@ -171,7 +175,7 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
 
 
 def scores(value):
-    return dict.fromkeys(METRICS, value)
+    return dict.fromkeys((*METRICS, *DRIFTS), value)
 
 
 def test_the_table_says_what_was_measured():
@@ -253,6 +257,33 @@ def test_the_command_refuses_in_one_line(tmp_path):
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert done.stderr.startswith("error: ")
         assert message in done.stderr
+
+
+def test_lpips_and_colour_drift_are_measured(tmp_path):
+    trunk = str(shared("weights/lpips_alex_trunk.pth"))
+    hr = picture(64, 64)
+    write_images(tmp_path / "hr", {"a.png": hr})
+    metric = LpipsMetric("alex", trunk)
+    redder = ReddishTwin()
+    result = evaluate(redder, find_pairs(tmp_path / "hr", None, 2), 2, "cpu", metric)
+    lr = find_pairs(tmp_path / "hr", None, 2)[0].load(2)[1]
+    sr, original = to_bytes(redder(lr)), torch.from_numpy(hr).permute(2, 0, 1)[None]
+    assert result.model["lpips"] == pytest.approx(metric(sr[..., 2:-2, 2:-2], original[..., 2:-2, 2:-2])[0], abs=1e-6)
+    assert result.model["drift_red"] - result.bicubic["drift_red"] > 5
+    assert abs(result.model["drift_blue"] - result.bicubic["drift_blue"]) < 1
+    table = format_table(result)
+    assert f"bicubic {result.bicubic['lpips']:.4f}   model {result.model['lpips']:.4f}" in table
+    write_network(tmp_path / "a.pth", tiny_saved(scale=2))
+    done = evaluate_py("--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "without --lpips; say --lpips alex, squeeze or vgg" in done.stderr
+
+
+class ReddishTwin(torch.nn.Module):
+    """The nearest upscale, with ten levels more of red."""
+
+    def forward(self, lr):
+        return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255 + torch.tensor([10 / 255, 0, 0]).view(3, 1, 1)
 
 
 def test_set5_x4_gives_the_published_numbers():

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.cli import UserError
 from pipeline.evaluation import as_json, evaluate, find_pairs, format_table, write_picture
+from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
@@ -33,7 +34,7 @@ class Model:
 
 
 def run_evaluation(hr: Path, lr: Path | None, model: Path | None, scale: int | None, json: Path | None,
-                   out: Path | None, device: str) -> int:
+                   out: Path | None, device: str, lpips: str = "off", lpips_weights: Path | None = None) -> int:
     """See `evaluate.py --help`. Returns the exit status."""
     chosen = choose_model(model)
     if scale is not None and scale != chosen.saved.scale:
@@ -48,7 +49,12 @@ def run_evaluation(hr: Path, lr: Path | None, model: Path | None, scale: int | N
     for folder in (pictures, numbers.parent):  # before the work rather than after it
         _make_folder(folder)
     print(f"model: {chosen.file} ({chosen.saved.name} x{scale}) on {place}; {len(pairs)} images")
-    evaluation = evaluate(network, pairs, scale, place,
+    metric = None
+    if lpips != "off":
+        metric = LpipsMetric(lpips, None if lpips_weights is None else str(lpips_weights), place)
+    elif lpips_weights is not None:
+        raise UserError(f"--lpips-weights {lpips_weights} without --lpips; say --lpips alex, squeeze or vgg")
+    evaluation = evaluate(network, pairs, scale, place, metric,
                           visit=lambda compared: write_picture(compared, pictures, chosen.title))
     print(f"\n{format_table(evaluation)}\n")
     report = as_json(evaluation, chosen.describe())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluation.scoring import Evaluation
+from pipeline.evaluation.scoring import DRIFTS, Evaluation
 from pipeline.metrics.psnr_ssim import CONVENTION
 
 # "+12.345" must fit below "gain".
@@ -66,7 +66,14 @@ def _conventions(evaluation: Evaluation) -> list[str]:
             "PSNR in dB.",
             "Means in other conventions:",
             means("Y not rounded, as in BasicSR", "y_float"),
-            means("RGB", "rgb")]
+            means("RGB", "rgb"),
+            *([f"  {'LPIPS, lower is better':<29} bicubic {bicubic['lpips']:.4f}   model {model['lpips']:.4f}"]
+              if "lpips" in model else []),
+            f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}"]
+
+
+def _drift(means: dict[str, float]) -> str:
+    return " ".join(f"{means[key]:+.2f}" for key in DRIFTS)
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float | None]:

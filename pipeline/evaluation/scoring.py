@@ -13,15 +13,17 @@ from tqdm import tqdm
 from pipeline.cli import UserError
 from pipeline.evaluation.pairs import Pair
 from pipeline.images import cubic_resize, to_bytes, unit_range
-from pipeline.metrics.psnr_ssim import METRICS, measure
+from pipeline.metrics.lpips import LpipsMetric
+from pipeline.metrics.psnr_ssim import measure
 
 # LR pixels that are upscaled in one piece; larger images go in tiles. VapSR then peaks at about 1.5 GB.
 WHOLE_IMAGE_PIXELS = 1024 * 1024
+DRIFTS = ("drift_red", "drift_green", "drift_blue")
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """What was measured on one image: every one of `METRICS`, for the network and for bicubic."""
+    """What was measured on one image, for the network and for bicubic: `METRICS`, the drift of each colour, LPIPS."""
 
     name: str
     model: dict[str, float]
@@ -38,17 +40,21 @@ class Evaluation:
     @property
     def model(self) -> dict[str, float]:
         """The network's mean of every metric."""
-        return {metric: sum(image.model[metric] for image in self.images) / len(self.images) for metric in METRICS}
+        return _means([image.model for image in self.images])
 
     @property
     def bicubic(self) -> dict[str, float]:
         """Bicubic's mean of every metric."""
-        return {metric: sum(image.bicubic[metric] for image in self.images) / len(self.images) for metric in METRICS}
+        return _means([image.bicubic for image in self.images])
 
     @property
     def gain(self) -> float:
         """The network's mean PSNR-Y less bicubic's, in dB."""
         return self.model["psnr_y"] - self.bicubic["psnr_y"]
+
+
+def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {metric: sum(score[metric] for score in scores) / len(scores) for metric in scores[0]}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Compared:
 
 
 def evaluate(network: nn.Module, pairs: Sequence[Pair], scale: int, device: torch.device | str,
-             visit: Callable[[Compared], None] | None = None) -> Evaluation:
+             lpips: LpipsMetric | None = None, visit: Callable[[Compared], None] | None = None) -> Evaluation:
     """Measure `network` (already on `device`) and bicubic on `pairs`, in the network's own precision.
 
     `visit` is shown every image once it is measured, while its pixels are in memory. The network comes back in the
@@ -76,7 +82,7 @@ def evaluate(network: nn.Module, pairs: Sequence[Pair], scale: int, device: torc
     images = []
     try:
         for pair in tqdm(pairs, desc="evaluating", unit="image", delay=2, mininterval=interval, disable=None):
-            compared = _compare(network, pair, scale, torch.device(device))
+            compared = _compare(network, pair, scale, torch.device(device), lpips)
             images.append(compared.score)
             if visit is not None:
                 visit(compared)
@@ -115,12 +121,21 @@ def _upscale_piece(network: nn.Module, lr: Tensor, device: torch.device | str) -
         return to_bytes(network(lr.to(device).contiguous(memory_format=torch.channels_last))).cpu()
 
 
-def _compare(network: nn.Module, pair: Pair, scale: int, device: torch.device) -> Compared:
+def _compare(network: nn.Module, pair: Pair, scale: int, device: torch.device, lpips: LpipsMetric | None) -> Compared:
     hr, lr = pair.load(scale)
     bicubic = to_bytes(cubic_resize(unit_range(lr, torch.float32), tuple(hr.shape[-2:])))
     sr = upscale(network, lr, scale, device)
     try:
-        score = ImageScore(pair.name, model=measure(sr, hr, scale), bicubic=measure(bicubic, hr, scale))
+        score = ImageScore(pair.name, *({**measure(image, hr, scale), **_colours(image, hr, scale, lpips)}
+                                        for image in (sr, bicubic)))
     except ValueError as error:
         raise UserError(f"image {str(pair.hr)!r}: {error}") from error
     return Compared(score, hr=hr, bicubic=bicubic, sr=sr)
+
+
+def _colours(sr: Tensor, hr: Tensor, border: int, lpips: LpipsMetric | None) -> dict[str, float]:
+    """How much lighter SR is than HR in each colour, in levels, and LPIPS, within the borders."""
+    inner = (..., slice(border, -border), slice(border, -border))
+    drift = (sr[inner].double() - hr[inner].double()).mean(dim=(0, 2, 3)).tolist()
+    scores = dict(zip(DRIFTS, drift, strict=True))
+    return scores if lpips is None else {**scores, "lpips": lpips(sr[inner], hr[inner])[0]}

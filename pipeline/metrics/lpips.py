@@ -17,6 +17,7 @@ class LpipsMetric:
     def __init__(self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._distance = LpipsDistance(network, weights).to(self.device)
+        self.smallest_side = self._distance.smallest_side  # pixels; `ValueError` for smaller images
 
     @torch.inference_mode()
     def __call__(self, sr: Tensor, hr: Tensor) -> list[float]:
