@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.data_spec import Spec
 
 WITH_LABELS = ("vanilla", "least_squares", "relativistic_average", "relativistic")
 """Losses with a target for every sample, which smoothing and noise can move. Hinge has none."""
+
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
+"""A finite one. YAML's `true` is none, though for Python it is 1."""
 
 
 class NetworkSpec(BaseModel):
@@ -31,22 +41,29 @@ class NetworkSpec(BaseModel):
 class InstanceNoiseSpec(Spec):
     """Gaussian noise on all images that the discriminator sees, falling to nothing (Sønderby et al., ICLR 2017)."""
 
-    sigma: float = Field(0.0, ge=0, le=1, description="standard deviation at the first step; 1 is the whole range")
+    sigma: Number = Field(0.0, ge=0, le=1, description="standard deviation at the first step; 1 is the whole range")
     steps: int = Field(100_000, gt=0, description="after so many steps of the run there is none; it falls evenly")
 
 
 class LabelsSpec(Spec):
     """The targets that the discriminator learns; the generator's is always 1."""
 
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description="real is 1 - smoothing, fake 0 (Salimans et al. 2016)")
-    noise: float = Field(0.0, ge=0, lt=0.5, description="targets move by up to this, evenly, towards each other")
-    flip: float = Field(0.0, ge=0, lt=0.5, description="probability of a sample to be called its opposite")
+    smoothing: Number = Field(0.0, ge=0, lt=0.5, description="real is 1 - smoothing, fake 0 (Salimans et al. 2016)")
+    noise: Number = Field(0.0, ge=0, lt=0.5, description="targets move by up to this, evenly, towards each other")
+    flip: Number = Field(0.0, ge=0, lt=0.5, description="probability of a sample to be called its opposite")
+
+    @model_validator(mode="after")
+    def _keep_order(self) -> LabelsSpec:
+        if self.smoothing + 2 * self.noise >= 1:  # real is above 1 - smoothing - noise, fake is below noise
+            raise ValueError(f"smoothing {self.smoothing:g} + 2 x noise {self.noise:g} must be below 1, or a real "
+                             "sample's target may lie below a fake one's; take less of either")
+        return self
 
 
 class AdversarialSpec(Spec):
     """A discriminator against the generator."""
 
-    weight: float = Field(gt=0, description="of the adversarial term among the generator's losses")
+    weight: Number = Field(gt=0, description="of the adversarial term among the generator's losses")
     loss: Literal["vanilla", "least_squares", "hinge", "relativistic_average", "relativistic"] = "vanilla"
     discriminator: NetworkSpec = NetworkSpec(name="vgg")
     ds_config: str | None = Field(None, description="DeepSpeed's file for the discriminator: optimizer, schedule, "

@@ -143,8 +143,8 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
                       device: torch.device) -> tuple[dict[str, Any], str, str]:
     """ds_config.json as DeepSpeed will get it on these ranks, the precision, and why it is another one than asked for.
 
-    Fills in the micro-batch and the accumulation, `"total_num_steps": "auto"`, and FP32 for FP16 where there is no
-    GPU. The optimizer section stays for `build_engine`.
+    Fills in the micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of
+    this network, and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
     """
     resolved = copy.deepcopy(dict(config))
     micro, accumulation = batch_sizes(config, world_size)
@@ -191,6 +191,8 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
     engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
     engine.found_nonfinite = engine.nonfinite_steps = engine.loss_scaling = None
     engine.own_gradient_norm = float("nan")
+    engine.statistics = [buffer for module in engine.module.modules() if isinstance(module, nn.BatchNorm2d)
+                         for buffer in (module.running_mean, module.running_var) if buffer is not None]
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.overflow_checker.has_overflow_serial = _overflows
         engine.loss_scaling = LossScaling(engine.optimizer)
@@ -269,6 +271,18 @@ def descend(engine: Any, loss: Tensor) -> None:
     engine.step()
     if scaling is not None and at_boundary:
         engine.own_gradient_norm = scaling.finish()
+    if at_boundary:
+        _average(engine.statistics)
+
+
+def _average(statistics: list[Tensor]) -> None:
+    """The mean over ranks of batch norm's running statistics, in place: each rank has seen its own samples only."""
+    if not statistics or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(
+        flat.split([buffer.numel() for buffer in statistics]), statistics, strict=True)])
 
 
 def gradient_norm(engine: Any) -> Tensor | float:
@@ -280,7 +294,7 @@ def gradient_norm(engine: Any) -> Tensor | float:
 
 
 def step_was_skipped(engines: Iterable[Any]) -> Tensor | bool:
-    """Whether an engine's last update was left out because a gradient was not finite; judged where it is known."""
+    """Whether the update that one of `engines` just made was left out because a gradient was not finite."""
     flags = [engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
              for engine in engines]
     if all(isinstance(flag, bool) for flag in flags):

@@ -26,7 +26,7 @@ SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever ne
 class Reading:
     """What happened since the reading before, the same on every rank but for the last field."""
 
-    losses: dict[str, float]  # the generator's, weighted; mean over batches and ranks
+    losses: dict[str, float]  # the generator's, weighted; mean over batches and ranks; none where it did not learn
     statistics: dict[str, float]  # likewise
     images_per_second: float  # HR crops, all ranks
     data_wait: float  # share of the time that this rank waited for the loader
@@ -41,7 +41,8 @@ class Reading:
         return self.bad_loss_run >= BAD_LOSS_LIMIT or self.skipped_run >= SKIPPED_LIMIT
 
     def as_dict(self) -> dict[str, Any]:
-        return {"loss": sum(self.losses.values()), **{f"loss_{name}": value for name, value in self.losses.items()},
+        whole = {"loss": sum(self.losses.values())} if self.losses else {}
+        return {**whole, **{f"loss_{name}": value for name, value in self.losses.items()},
                 **self.statistics, "images_per_second": round(self.images_per_second, 2),
                 "data_wait": round(self.data_wait, 4), "data_wait_worst": round(self.data_wait_worst, 4),
                 "remaining_seconds": round(self.remaining_seconds, 1)}
@@ -50,7 +51,8 @@ class Reading:
         speed = "" if math.isnan(self.images_per_second) else (
             f"  {self.images_per_second:.1f} images/s  data wait {self.data_wait:.0%}  "
             f"ETA {duration(self.remaining_seconds)}")
-        return f"loss {sum(self.losses.values()):.5f}{speed}"
+        loss = f"{sum(self.losses.values()):.5f}" if self.losses else "-"
+        return f"loss {loss}{speed}"
 
 
 class Meter:

@@ -17,6 +17,8 @@ from torch import Tensor
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
+MOST_VALUES = 1_000_000
+"""So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most 2^24."""
 
 
 def say(text: str) -> None:
@@ -59,15 +61,21 @@ class Journal:
             self._board.add_image(tag, image[0].cpu(), step)
 
     def distribution(self, step: int, tag: str, values: Tensor) -> None:
-        """A histogram into TensorBoard, and its mean and 5, 50 and 95 % quantiles as a JSON line."""
-        values = values.detach().float().flatten().cpu()
+        """A histogram into TensorBoard, and its mean and 5, 50 and 95 % quantiles as a JSON line.
+
+        Of more than `MOST_VALUES` a part is taken, for the histogram and the quantiles; the mean is of all.
+        """
+        values = values.detach().float().flatten()
         if not torch.isfinite(values).all():
             return
+        mean = values.mean().item()
+        apart = -(-len(values) // MOST_VALUES)
+        values = values[:: apart | 1].cpu()  # an odd stride, which meets all columns of an image of even width
         low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         with self._unstoppable():
             self._board.add_histogram(tag, values, step)
         with self._unstoppable():
-            line = {"event": "distribution", "step": step, "name": tag, "mean": values.mean().item(),
+            line = {"event": "distribution", "step": step, "name": tag, "mean": mean,
                     "quantiles": [low, median, high]}
             self._lines.write(json.dumps(line) + "\n")
 

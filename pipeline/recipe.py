@@ -18,17 +18,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec
+from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec, Number
 from pipeline.cli import UserError, nearest
 from pipeline.data_spec import DataSpec, Spec
 from pipeline.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "save_every", "save_minutes", "log_every", "keep",
-                         "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files", "lpips_weights",
-                         "losses.vgg_feature.weights", "losses.lpips.weights"})
-"""Fields that may change between a run and its continuation: they change when things happen, not what is learnt."""
+FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_images", "save_every", "save_minutes",
+                         "log_every", "keep", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files",
+                         "lpips_weights", "losses.vgg_feature.weights", "losses.lpips.weights"})
+"""Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
+
+A loss is a table here, as `recipe_differences` sees it.
+"""
+TAKEN = ("checkpoints", "file_lists", "tensorboard")
+"""Folders that a run has beside those of its stages."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +62,13 @@ class BestSpec(Spec):
     """Which validated step is the best, what `best` means to export and to patience."""
 
     metric: Literal["psnr", "lpips"] = Field("psnr", description="highest PSNR-Y, or lowest LPIPS")
-    psnr_floor: float | None = Field(None, description="dB; with lpips: steps below it count only while none is above")
+    psnr_floor: Number | None = Field(None, description="dB; with lpips: steps below it count only while none is above")
+
+    @model_validator(mode="after")
+    def _fit(self) -> BestSpec:
+        if self.metric == "psnr" and self.psnr_floor is not None:
+            raise ValueError("psnr_floor is for metric lpips: the highest PSNR needs none; leave it out, or say null")
+        return self
 
 
 class Recipe(Spec):
@@ -95,6 +106,13 @@ class Recipe(Spec):
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
+    @field_validator("stage")
+    @classmethod
+    def _keep_folders(cls, name: str) -> str:
+        if name in TAKEN:
+            raise ValueError(f"{name!r} is a folder of every run; name the stage otherwise")
+        return name
+
     @model_validator(mode="after")
     def _fit_crop(self) -> Recipe:
         if self.data.crop % self.scale:
@@ -125,7 +143,11 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     unless it says `start`. Overrides are for all stages, or, such as `stages.gan.steps`, for one.
     """
     values = _with_bases(_recipe_path(name), ())
+    _check_stages(values.get("stages"), f"recipe {name}")
     overrides = dict(overrides or {})
+    for key in ("base", "stages", *(["stage"] if values.get("stages") else [])):
+        if key in overrides:
+            raise UserError(f"{key}: that is said in a recipe's file, not on the command line")
     for key in [key for key in overrides if key.startswith("stages.")]:
         stage, known = key.split(".")[1], values.get("stages") or {}
         if stage not in known:
@@ -133,8 +155,7 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
             raise UserError(f"{key}: recipe {name} has no {what}")
         _assign(values, key, overrides.pop(key))
     stages = values.pop("stages", None)
-    if stages is not None and not (isinstance(stages, dict) and all(isinstance(s, dict) for s in stages.values())):
-        raise UserError(f"recipe {name}: stages must be a table of tables, such as `stages: {{psnr: {{steps: 1000}}}}`")
+    _check_stages(stages, f"recipe {name}")
     recipes: list[Recipe] = []
     for stage, change in (stages or {"": {}}).items():
         start = {"start": "previous"} if recipes else {}
@@ -145,6 +166,22 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     if recipes[0].start == "previous" and (stages or not recipes[0].stage):
         raise UserError(f"recipe {name}: start: previous, but there is no stage before; name a file or a run folder")
     return recipes
+
+
+def _check_stages(stages: Any, where: str) -> None:
+    """Raise `UserError` for `stages` that are no table of tables, a name that is none, and what a stage cannot hold."""
+    if stages is None:
+        return
+    if not isinstance(stages, dict) or not all(isinstance(change, dict) for change in stages.values()):
+        raise UserError(f"{where}: stages must be a table of tables, such as `stages: {{psnr: {{steps: 1000}}}}`")
+    for stage, change in stages.items():
+        if not isinstance(stage, str):
+            raise UserError(f"{where}: the name of stage {stage!r} is not text; put it in quotes")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", stage):
+            raise UserError(f"{where}: a stage's name is made of letters, digits, _ and -; {stage!r} is not")
+        for key in ("base", "stages"):
+            if key in change:
+                raise UserError(f"{where}, stage {stage}: {key} belongs at the top of the recipe, not in a stage")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -158,11 +195,17 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a run."""
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    before, after = (dict(_flat(_with_loss_tables(recipe.model_dump(mode="json")))) for recipe in (old, new))
     unset = "unset"
     return [f"{key}: {before.get(key, unset)} in the run, {after.get(key, unset)} asked for"
             for key in sorted(before.keys() | after.keys())
             if not FREE_FIELDS & {key, key.split(".")[0]} and before.get(key, unset) != after.get(key, unset)]
+
+
+def _with_loss_tables(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values in which every loss is a table, since `l1: 1` and `l1: {weight: 1}` say the same."""
+    tables = {name: term if isinstance(term, dict) else {"weight": term} for name, term in values["losses"].items()}
+    return {**values, "losses": tables}
 
 
 def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

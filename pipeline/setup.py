@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,17 +21,25 @@ from pipeline.cli import UserError
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import Ranks, build_engine, compile_module, resolve_ds_config, why_not_compiled
+from pipeline.engine import (
+    Ranks,
+    build_engine,
+    build_optimizer,
+    compile_module,
+    resolve_ds_config,
+    why_not_compiled,
+)
 from pipeline.layout import LAYOUTS, faster_layout
 from pipeline.losses import Criterion
 from pipeline.metrics.lpips import LpipsMetric
-from pipeline.models import build_generator
+from pipeline.models import GENERATORS, build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.monitor import TENSORBOARD_DIR
 from pipeline.options import Plan
 from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, zero_stage
-from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, Step, run_network_file
+from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, Step, checkpoint_steps, run_network_file
+from pipeline.schedules import validate_schedule
 from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
 from pipeline.validation import ValidationSet
@@ -65,20 +74,29 @@ class Run:
 
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Raise `UserError` now for what a later stage would stumble over after days: batches, losses, networks, trunks."""
-    def build() -> None:
-        for plan in plans[1:]:
-            recipe = plan.recipe
-            batch_sizes(plan.ds_config, ranks.world_size)
-            Criterion(recipe.losses)
-            build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
-            if recipe.adversarial:
-                spec = recipe.adversarial.discriminator
-                build_discriminator(spec.name, recipe.data.crop, **spec.params)
-            if recipe.validation_lpips != "off":
-                LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
+    """Raise `UserError` now for what a later stage would stumble over after days."""
+    ranks.together(lambda: [_check_stage(plan, ranks) for plan in plans[1:]])
 
-    ranks.together(build)
+
+def _check_stage(plan: Plan, ranks: Ranks) -> None:
+    """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins with."""
+    recipe = plan.recipe
+    batch_sizes(plan.ds_config, ranks.world_size)
+    for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
+        if "optimizer" in ds_config:
+            build_optimizer(ds_config["optimizer"], [nn.Parameter(torch.zeros(1))])
+        if "scheduler" in ds_config:
+            validate_schedule(ds_config["scheduler"])
+    crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
+    Criterion(recipe.losses)(crop.clone(), crop)
+    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    if recipe.start not in (None, "previous") and not checkpoint_steps(plan.run_dir):
+        begin_with(generator, plan)
+    if recipe.adversarial:
+        spec = recipe.adversarial.discriminator
+        build_discriminator(spec.name, recipe.data.crop, **spec.params)
+    if recipe.validation_lpips != "off":
+        LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
 
 
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
@@ -87,12 +105,20 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     Raises `UserError` if the run on disk is another one.
     """
     recipe = plan.recipe
+    every = recipe.adversarial.generator_every if recipe.adversarial else 1
     ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
-                                                  total_steps=plan.total_steps, device=ranks.device)
+                                                  total_steps=-(-plan.total_steps // every), device=ranks.device)
     identity = {**plan.identity, "precision": precision}
     step = checkpoint.newest_whole(plan.run_dir, ranks, say)
+    began = newest = _newest_of_previous(plan)
     if step is not None:
-        refuse_strangers(plan, identity, checkpoint.read_manifest(plan.run_dir, step), ranks.world_size)
+        manifest = checkpoint.read_manifest(plan.run_dir, step)
+        refuse_strangers(plan, identity, manifest, ranks.world_size)
+        began = manifest["identity"].get("began_with_step")
+    if began != newest and began is not None:
+        say(f"note: stage {recipe.stage} began with step {began} of the stage before, which has step {newest} now; to "
+            f"begin it anew, move {short(plan.run_dir)} away")
+    identity["began_with_step"] = began
     micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
                                                             "gradient_accumulation_steps"))
     _seed(recipe.seed)
@@ -108,6 +134,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
                              {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
     contents = Contents(trainer.engines, ema, described, identity)
+    _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
     validation = ranks.together(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
@@ -124,11 +151,20 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
         return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
     assert plan.discriminator_ds_config is not None
     ds_config, *_ = resolve_ds_config(plan.discriminator_ds_config, world_size=ranks.world_size,
-                                      total_steps=plan.total_steps, device=ranks.device)
+                                      total_steps=-(-plan.total_steps // spec.discriminator_every),
+                                      device=ranks.device)
+    _seed(recipe.seed)  # measuring the layout drew on the first rank alone
     discriminator = build_engine(build_discriminator(spec.discriminator.name, recipe.data.crop,
                                                      **spec.discriminator.params), ds_config, ranks)
     _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
+
+
+def _newest_of_previous(plan: Plan) -> int | None:
+    """The step of the stage before that this one begins with, if it does."""
+    if plan.previous is None or plan.recipe.start != "previous":
+        return None
+    return max(checkpoint_steps(plan.previous), default=None)
 
 
 def begin_with(generator: nn.Module, plan: Plan) -> str:
@@ -153,7 +189,18 @@ def begin_with(generator: nn.Module, plan: Plan) -> str:
                         f"x{recipe.scale} {recipe.generator.params}" + (f" (tensor {lacking!r})" if lacking else ""))
     generator.load_state_dict({**own, **tensors})
     of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
-    return f"beginning with the weights of {short(file)}{of}"
+    other = _other_params(name, saved.params, recipe.generator.params)
+    note = f"; note: trained with {', '.join(other)}" if other else ""
+    return f"beginning with the weights of {short(file)}{of}{note}"
+
+
+def _other_params(name: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """`["colour_space rgb, here ycbcr", …]`: what no tensor's shape tells, but changes the output."""
+    signature = inspect.signature(GENERATORS[name]).parameters.values()
+    usual = {"colour_space": "rgb", **{parameter.name: parameter.default for parameter in signature}}
+    pairs = {key: [params.get(key, usual.get(key, "unset")) for params in (there, here)] for key in {**there, **here}}
+    return [f"{key} {first}, here {second}" for key, (first, second) in pairs.items()
+            if first != second and None not in (first, second)]
 
 
 def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any], world_size: int) -> None:
@@ -207,7 +254,7 @@ def _unused(path: Path) -> Path:
 
 
 def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

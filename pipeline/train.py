@@ -145,7 +145,7 @@ class Training:
                 self._skips += batch.skipped
                 meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
-            meter.end_step(progress.step, step_was_skipped(trainer.engines.values()), loader)
+            meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
             self._foretell(progress.step)
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()

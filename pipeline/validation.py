@@ -83,7 +83,16 @@ class ValidationSet:
     def pair(self, place: int) -> Pair:
         """The image at `place` in this rank's share."""
         number, image = self._images[place]
-        return self._kept.get(place) or _pair(image, number, self.recipe)
+        return self._kept.get(place) or self._checked_pair(image, number)
+
+    def _checked_pair(self, image: Image, number: int) -> Pair:
+        pair = _pair(image, number, self.recipe)
+        height, width = pair.hr.shape[-2:]
+        if self._lpips and min(height, width) < self._lpips.smallest_side + 2 * self.scale:
+            raise UserError(f"{image.path}: {height}x{width} is too small for validation_lpips: "
+                            f"{self.recipe.validation_lpips}, which takes {self._lpips.smallest_side} pixels within "
+                            f"borders of {self.scale}; take it off the validation list, or say validation_lpips=off")
+        return pair
 
     @torch.inference_mode()
     def measure(self, network: nn.Module,

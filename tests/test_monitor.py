@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comparison import logged
 from conftest import command, run
+from pipeline.meter import Reading
 from pipeline.monitor import Journal, duration
 
 
@@ -69,6 +70,38 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pyte
         journal.log("train", step, {"loss": 0.5})
     journal.picture(1, "a/b", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert capsys.readouterr().out.count("warning: the log cannot be written: [Errno 28] No space left on device") == 1
+
+
+def test_a_distribution_is_taken_of_any_number_of_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    few = torch.randn(1, 1, 40, 50)
+    many = torch.rand(17, 1, 1000, 1000)  # more than the 2^24 of which torch takes quantiles
+    many[..., ::2] += 1  # every other column: a stride in step with it would see one kind alone
+    many[3, 0, 5, 7] = 1000
+    journal = Journal(tmp_path, 0)
+    journal.distribution(1, "few", few)
+    journal.distribution(1, "many", many)
+    journal.distribution(1, "broken", torch.tensor([1.0, math.nan]))
+    journal.close()
+    exact, taken = lines(tmp_path)
+    assert exact["quantiles"] == few.flatten().quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    assert exact["mean"] == few.mean().item()
+    assert taken["mean"] == many.mean().item()
+    assert taken["quantiles"] == pytest.approx([0.1, 1, 1.9], abs=0.01)
+
+
+def reading(losses: dict[str, float]) -> Reading:
+    return Reading(losses, {"discriminator": 0.5}, 10.0, 0.0, 0.0, 60.0, 0, 0, 0)
+
+
+def test_a_step_without_losses_reports_none() -> None:
+    """As where the generator learns at every third step only."""
+    assert "loss" not in reading({}).as_dict()
+    assert reading({}).as_dict()["discriminator"] == 0.5
+    assert reading({}).text().startswith("loss -  10.0 images/s")
+    both = reading({"l1": 0.25, "adversarial": 0.5})
+    assert (both.as_dict()["loss"], both.as_dict()["loss_l1"]) == (0.75, 0.25)
+    assert both.text().startswith("loss 0.75000  ")
 
 
 def test_durations() -> None:

@@ -74,6 +74,14 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     ("compile=maybe", "compile: input should be 'auto', 'on' or 'off', not 'maybe'"),
     ("steps", "'steps' is not an override; write key=value"),
     ("scale.x=1", "scale has no keys of its own"),
+    ("base=demo", "base: that is said in a recipe's file"),
+    ("stage=checkpoints", "stage: 'checkpoints' is a folder of every run"),
+    ("best={metric: psnr, psnr_floor: 25}", "best: psnr_floor is for metric lpips"),
+    ("best={metric: lpips, psnr_floor: .nan}", "best.psnr_floor: input should be a finite number, not nan"),
+    ("adversarial={weight: .inf}", "adversarial.weight: input should be a finite number, not inf"),
+    ("adversarial={weight: true}", "adversarial.weight: true is not a number"),
+    ("adversarial={weight: 1, labels: {smoothing: .4, noise: .45}}", "labels: smoothing 0.4 + 2 x noise 0.45 must be"),
+    ("adversarial={weight: 1, labels: {smoothing: .2, noise: .4}}", "labels: smoothing 0.2 + 2 x noise 0.4 must be"),
 ])
 def test_a_bad_value_is_one_clear_line(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -97,9 +105,25 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         load_recipe("vapsr_s_4x")
 
 
+def test_labels_that_only_nearly_meet_are_taken() -> None:
+    labels = {"smoothing": 0.2, "noise": 0.39}
+    recipe = load_recipe("demo", {"adversarial": {"weight": 1, "labels": labels}})
+    assert recipe.adversarial is not None
+    assert recipe.adversarial.labels.model_dump() == {**labels, "flip": 0.0}
+
+
+def test_differences_are_of_what_losses_say_not_of_how_they_are_written() -> None:
+    old = load_recipe("demo", {"losses": {"l1": 1, "vgg_feature": 1}})
+    tables = {"l1": {"weight": 1}, "vgg_feature": {"weight": 1, "weights": "vgg19.pth"}}
+    new, other = load_recipe("demo", {"losses": tables}), load_recipe("demo", {"losses": {**tables, "l1": 2}})
+    assert recipe_differences(old, new) == recipe_differences(new, old) == []
+    assert recipe_differences(old, other) == ["losses.l1.weight: 1.0 in the run, 2.0 asked for"]
+
+
 def test_differences_leave_out_what_may_change() -> None:
     old = load_recipe("demo")
-    assert recipe_differences(old, load_recipe("demo", {"steps": 9, "patience": 3, "data.threads": 5})) == []
+    assert recipe_differences(old, load_recipe("demo", {"steps": 9, "patience": 3, "data.threads": 5,
+                                                        "validation_images": 3})) == []
     changed = load_recipe("demo", {"data.crop": 64, "generator.num_blocks": 6})
     assert recipe_differences(old, changed) == ["data.crop: 96 in the run, 64 asked for",
                                                 "generator.num_blocks: 5 in the run, 6 asked for"]
@@ -213,10 +237,20 @@ def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) 
     ("stages: {a: 1}", "stages must be a table of tables"),
     ("stages: {a: {start: previous}}", "start: previous, but there is no stage before"),
     ("stages: {a: {stepz: 1}}", "stage a: stepz: unknown key; did you mean 'steps'?"),
+    ("stages: {1: {steps: 2}}", "the name of stage 1 is not text; put it in quotes"),
+    ("stages: {'..': {steps: 2}}", "a stage's name is made of letters, digits, _ and -; '..' is not"),
+    ("stages: {a/b: {steps: 2}}", "a stage's name is made of letters, digits, _ and -; 'a/b' is not"),
+    ("stages: {checkpoints: {steps: 2}}", "'checkpoints' is a folder of every run; name the stage otherwise"),
+    ("stages: {file_lists: {steps: 2}}", "'file_lists' is a folder of every run"),
+    ("stages: {tensorboard: {steps: 2}}", "'tensorboard' is a folder of every run"),
+    ("stages: {a: {base: demo}}", "stage a: base belongs at the top of the recipe, not in a stage"),
+    ("stages: {a: {stages: {}}}", "stage a: stages belongs at the top of the recipe, not in a stage"),
 ])
 def test_wrong_stages_are_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(f"base: vapsr_x2\n{text}\n")
-    with pytest.raises(UserError) as caught:
-        load_stages(str(path))
-    assert message in str(caught.value)
+    for overrides in ({}, {"stages.1.steps": 4}):
+        with pytest.raises(UserError) as caught:
+            load_stages(str(path), overrides)
+        assert overrides or message in str(caught.value)
+        assert "\n" not in str(caught.value)

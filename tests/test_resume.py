@@ -21,6 +21,8 @@ BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")
 GAN = ("adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}, labels: {noise: 0.1, flip: 0.1}, "
        "instance_noise: {sigma: 0.1, steps: 20}}",)
 
+UNET = ("adversarial={weight: 0.01, discriminator: {name: unet, num_features: 4}}",)
+
 
 def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
     """Both have come to step 8, the second by way of a stop at step 3."""
@@ -34,8 +36,9 @@ def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
     (1, ()), (1, BF16), (2, ()), (2, BF16), (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam")),
     (2, ("ds.zero_optimization.stage=1",)), (2, ("ds.zero_optimization.stage=2", *BF16)), (1, GAN),
     (2, ("ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2", *BF16, *GAN)),
+    (2, ("generator={name: srresnet, num_features: 8, num_blocks: 2}", "channels_last=auto", *UNET)),
 ], ids=["fp32-1", "bf16-1", "fp32-2", "bf16-2", "accumulation", "zero1-2", "zero2-bf16-2", "gan-1",
-        "gan-zero2-bf16-2"])
+        "gan-zero2-bf16-2", "batch-norm-unet-2"])
 def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]) -> None:
     """10 files in batches of 4: step 3 is in mid-epoch, and steps 3 to 8 cross the ends of two epochs."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -44,6 +47,9 @@ def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple
     assert checkpoint_steps(broken) == [3]
     assert "continuing from step 3 of 8" in train(dataset, broken, "steps=8", "keep=9", *extra, procs=procs)
     assert_resumed_is_straight(straight, broken)
+    if procs > 1:
+        own = [torch.load(checkpoint_dir(straight, 8) / f"random-rank-0000{rank}.pt")["torch"] for rank in range(2)]
+        assert not torch.equal(*own), "labels and noise must be each rank's own draws"
 
 
 @pytest.mark.parametrize(("procs", "extra"), [(2, ()), (1, ("compile=on", "channels_last=auto"))],

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from comparison import checkpoint_differences
 from conftest import ROOT, command, environment, run
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, find_run, run_network_file
 from test_cli import assert_one_line
@@ -75,7 +78,7 @@ def test_one_command_trains_stage_after_stage(recipe: Path, dataset: Path, tmp_p
     assert "nothing left to do: stage psnr is finished at step 3 of 3" in again.stdout
     assert "nothing left to do: stage gan is finished at step 4 of 4" in again.stdout
     changed = train(recipe, dataset, home, "stages.psnr.losses={mse: 1}")
-    assert_one_line(changed, "losses.l1: 1.0 in the run, unset asked for")
+    assert_one_line(changed, "losses.l1.weight: 1.0 in the run, unset asked for")
 
 
 def test_the_second_stage_begins_with_the_firsts_weights(recipe: Path, dataset: Path, tmp_path: Path) -> None:
@@ -140,13 +143,71 @@ def test_what_a_later_stage_lacks_is_said_before_the_first(recipe: Path, dataset
                     "--vgg-weights vgg19.pth: recipe demo has no loss vgg_feature")
 
 
-def test_lpips_chooses_the_best_step(recipe: Path, dataset: Path, tmp_path: Path) -> None:
-    """With a trunk of random weights, which serves as well to see that the numbers arrive where they belong."""
-    trunk = tmp_path / "alex.pth"
+@pytest.mark.parametrize(("change", "message"), [
+    ("stages.gan.start=nowhere.pth", "no weights file 'nowhere.pth'"),
+    ("stages.gan.losses={ms_ssim: {weight: 1, scales: 5}}", "ms_ssim"),
+    ("stages.gan.adversarial.ds_config=OWN", "no optimizer 'Adamm'; did you mean 'Adam'?"),
+    ("stages.gan.ds_config=SCHEDULE", "step_size"),
+])
+def test_a_later_stages_faults_are_found_before_the_first_begins(change: str, message: str, recipe: Path, dataset: Path,
+                                                                 tmp_path: Path) -> None:
+    config = json.loads((ROOT / "recipes" / "demo_ds_config.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(config | {"optimizer": {"type": "Adamm"}}))
+    (tmp_path / "schedule.json").write_text(json.dumps(
+        config | {"train_batch_size": 4, "scheduler": {"type": "StepLR", "params": {"step_size": 0}}}))
+    change = change.replace("OWN", str(tmp_path / "own.json")).replace("SCHEDULE", str(tmp_path / "schedule.json"))
+    words = [word for word in command(dataset, tmp_path / "run", change) if not word.startswith("ds.scheduler")]
+    done = run([str(recipe) if word == "demo" else word for word in words])
+    assert_one_line(done, message)
+    assert checkpoint_steps(tmp_path / "run" / "psnr") == []
+
+
+def test_a_stop_in_the_second_stage_costs_nothing(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for home, last in ((straight, 4), (broken, 2), (broken, 4)):
+        done = train(recipe, dataset, home, f"stages.gan.steps={last}", "keep=9")
+        assert done.returncode == 0, done.stderr
+    assert "continuing from step 2 of 4" in done.stdout
+    assert [d for d in checkpoint_differences(straight / "gan", broken / "gan", 4) if d != "state.json"] == []
+
+
+def test_a_longer_first_stage_does_not_go_unnoticed(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    assert train(recipe, dataset, home, "stages.gan.steps=1").returncode == 0
+    done = train(recipe, dataset, home, "stages.psnr.steps=5", "stages.gan.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "note: stage gan began with step 3 of the stage before, which has step 5 now" in done.stdout
+
+
+def test_a_start_trained_with_other_parameters_is_said(dataset: Path, tmp_path: Path) -> None:
+    first = command(dataset, tmp_path / "first", "steps=1", "generator.colour_space=ycbcr")
+    assert run(first).returncode == 0
+    done = run([*command(dataset, tmp_path / "second", "steps=1"), "--start", str(tmp_path / "first")])
+    assert done.returncode == 0, done.stderr
+    assert "note: trained with colour_space ycbcr, here rgb" in done.stdout
+
+
+def test_a_validation_image_too_small_for_lpips_is_named_before_training(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(dataset, folder)
+    np.save(folder / "photos" / "11.npy", np.zeros((33, 64, 3), np.uint8))
+    done = run(command(folder, tmp_path / "run", "validation_lpips=alex",
+                       f"lpips_weights={random_alex(tmp_path)}", procs=2))
+    assert_one_line(done, "11.npy: 32x64 is too small for validation_lpips: alex, which takes 31 pixels")
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
+def random_alex(folder: Path) -> Path:
+    """A trunk of random weights, which serves as well to see that the numbers arrive where they belong."""
     torch.manual_seed(0)
     layers = ((0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3), (10, 256, 256, 3))
     torch.save({f"features.{place}.{kind}": torch.randn(shape) * 0.05 for place, out, inputs, kernel in layers
-                for kind, shape in (("weight", (out, inputs, kernel, kernel)), ("bias", (out,)))}, trunk)
+                for kind, shape in (("weight", (out, inputs, kernel, kernel)), ("bias", (out,)))}, folder / "alex.pth")
+    return folder / "alex.pth"
+
+
+def test_lpips_chooses_the_best_step(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    trunk = random_alex(tmp_path)
     done = run(command(dataset, tmp_path / "run", "steps=6", "validate_every=2", "validation_lpips=alex",
                        f"lpips_weights={trunk}", "best={metric: lpips, psnr_floor: 10}"))
     assert done.returncode == 0, done.stderr

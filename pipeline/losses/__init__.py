@@ -94,6 +94,6 @@ def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callab
         return functools.partial(loss, **params)
     try:
         built: nn.Module = loss(**params)
-    except ValueError as error:  # a UserError too
+    except (ValueError, TypeError) as error:  # a UserError is a ValueError too
         raise UserError(f"the loss {name!r}: {error}") from error
     return built.requires_grad_(False).eval().to(device)

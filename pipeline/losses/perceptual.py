@@ -93,7 +93,7 @@ class LpipsDistance(nn.Module):
 
     def __init__(self, network: str = "alex", weights: str | None = None) -> None:
         super().__init__()
-        if network not in LPIPS_SMALLEST:
+        if not isinstance(network, str) or network not in LPIPS_SMALLEST:
             raise ValueError(f"network {network!r} is none of {', '.join(LPIPS_SMALLEST)}")
         self.smallest_side = LPIPS_SMALLEST[network]
         self.lpips = _random_lpips(network)

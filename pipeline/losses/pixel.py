@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,12 +26,12 @@ class Charbonnier(nn.Module):
         epsilon: where the square of a small error turns into L1; 1e-3 is LapSRN's code's.
 
     Raises:
-        ValueError: an `epsilon` that is not above 0.
+        ValueError: an `epsilon` that is not above 0 and finite.
     """
 
     def __init__(self, epsilon: float = 1e-3) -> None:
         super().__init__()
-        if not isinstance(epsilon, (int, float)) or not epsilon > 0:
+        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
             raise ValueError(f"epsilon {epsilon!r} is not a number above 0")
         self.epsilon = float(epsilon)
 

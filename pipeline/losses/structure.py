@@ -1,8 +1,9 @@
 """Losses of structure: multi-scale similarity, the spectrum, smoothness. Images are float NCHW in [0, 1].
 
-MS-SSIM is written here because no library fits. pytorch-msssim 1.0.0 and piq 0.8.0 refuse images below 161 pixels, and
-networks are trained on crops of 96 and more; torchmetrics 1.9.0 can take fewer scales, but its values are others than
-theirs. In all three, images whose contrasts run against each other at a single scale have no gradient left at any.
+MS-SSIM is written here for its gradient: in pytorch-msssim 1.0.0, piq 0.8.0 and, by default, torchmetrics 1.9.0, images
+whose contrasts run against each other at a single scale have none left at any. Moreover, pytorch-msssim takes no image
+below 161 pixels, and networks are trained on crops of 96 and more. piq and torchmetrics can be told to take fewer
+scales: piq's values are then those of here where every side halves evenly; torchmetrics' differ, by 1e-3 at two.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class MsSsim(nn.Module):
 
     def __init__(self, scales: int | None = None) -> None:
         super().__init__()
-        if scales is not None and (isinstance(scales, bool) or scales not in range(1, len(SCALE_WEIGHTS) + 1)):
+        if scales is not None and (type(scales) is not int or scales not in range(1, len(SCALE_WEIGHTS) + 1)):
             raise ValueError(f"scales {scales!r} is not a whole number from 1 to {len(SCALE_WEIGHTS)}")
         self.scales = scales
 

@@ -6,6 +6,7 @@ ever downloaded, and nothing in a file is ever executed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def find_trunk(name: str, file: str | None = None) -> Path:
     """
     if name not in TRUNK_FILES:
         raise UserError(f"no trunk named {name!r}{nearest(name, TRUNK_FILES)}")
+    if file is not None and not isinstance(file, str | os.PathLike):
+        raise UserError(f"the weights of the trunk {name!r} are {file!r}, which is not the path of a file")
     cached = Path(torch.hub.get_dir(), "checkpoints", TRUNK_FILES[name])
     path = cached if file is None else Path(file).expanduser()
     if path.is_file():

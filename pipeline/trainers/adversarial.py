@@ -38,18 +38,23 @@ class AdversarialTrainer:
         """Name -> DeepSpeed engine: what a checkpoint must hold."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
+    def learners(self, number: int) -> list[Any]:
+        """The engines that learn in update `number` of the run."""
+        turns = ((self.generator, self.spec.generator_every), (self.discriminator, self.spec.discriminator_every))
+        return [engine for engine, every in turns if number % every == 0]
+
     def step(self, batch: Batch, number: int) -> Outcome:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
         spec = self.spec
         self._noise = spec.instance_noise.sigma * max(0.0, 1 - number / spec.instance_noise.steps)
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         hr = unit_range(batch.hr, torch.float32).contiguous(memory_format=self.memory_format)
-        is_generators = number % spec.generator_every == 0
-        with torch.set_grad_enabled(is_generators):
+        learners = self.learners(number)
+        with torch.set_grad_enabled(self.generator in learners):
             sr = self.generator(lr).float()
-        losses = self._improve_generator(sr, hr) if is_generators else {}
+        losses = self._improve_generator(sr, hr) if self.generator in learners else {}
         statistics = _colour_drift(sr.detach(), hr)
-        if number % spec.discriminator_every == 0:
+        if self.discriminator in learners:
             statistics |= self._improve_discriminator(sr.detach(), hr)
         return Outcome(losses, statistics)
 

@@ -14,7 +14,7 @@ from pipeline.outcome import Outcome
 
 
 class ReconstructionTrainer:
-    """A generator that learns from pixel losses alone."""
+    """A generator that learns from what its output is beside the HR image."""
 
     def __init__(self, generator: Any, criterion: Criterion, ema: ExponentialMovingAverage,
                  memory_format: torch.memory_format = torch.contiguous_format) -> None:
@@ -24,6 +24,10 @@ class ReconstructionTrainer:
     def engines(self) -> dict[str, Any]:
         """Name -> DeepSpeed engine: what a checkpoint must hold."""
         return {"generator": self.generator}
+
+    def learners(self, number: int) -> list[Any]:
+        """The engines that learn in update `number` of the run."""
+        return [self.generator]
 
     def step(self, batch: Batch, number: int) -> Outcome:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
