@@ -68,6 +68,8 @@ class AdversarialSpec(Spec):
     discriminator: NetworkSpec = NetworkSpec(name="vgg")
     ds_config: str | None = Field(None, description="DeepSpeed's file for the discriminator: optimizer, schedule, "
                                                     "clipping; default: the generator's")
+    start: str | None = Field(None, description="weights of the discriminator to begin with: a run folder, or "
+                                                "`previous`, which is the stage before; none: at random")
     discriminator_every: int = Field(1, ge=1, description="steps from one update of the discriminator to the next")
     generator_every: int = Field(1, ge=1, description="steps from one update of the generator to the next")
     labels: LabelsSpec = LabelsSpec()

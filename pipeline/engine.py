@@ -363,6 +363,16 @@ def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> No
         path, _ = engine.load_checkpoint(str(directory), tag=name)
     if path is None:
         raise RuntimeError(f"DeepSpeed could not load {directory}/{name}")
+    schedule = engine.lr_scheduler
+    if schedule is not None and not isinstance(schedule, Schedule):  # its length may be another one now
+        for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
+            group["lr"] = rate
+
+
+def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
+    """The weights of a network, by name, that `save_engine` wrote as `name`, on the CPU. `OSError` if it did not."""
+    weights = _CheckpointFiles().load(os.path.join(directory, name, "mp_rank_00_model_states.pt"), map_location="cpu")
+    return dict(weights["module"])
 
 
 class _CheckpointFiles:

@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all. Needs no torch."""
+"""Files that are there whole or not at all, and their names for people. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,3 +30,11 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def short(path: Path) -> str:
+    """A path as a person would write it."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        with contextlib.suppress(ValueError):
+            return prefix + str(path.relative_to(base))
+    return str(path)

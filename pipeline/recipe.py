@@ -162,7 +162,7 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
         own = _merged(values, {**start, **change, **({"stage": stage} if stage else {})})
         for key, value in overrides.items():
             _assign(own, key, value)
-        recipes.append(_validated(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
+        recipes.append(recipe_of(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
     if recipes[0].start == "previous" and (stages or not recipes[0].stage):
         raise UserError(f"recipe {name}: start: previous, but there is no stage before; name a file or a run folder")
     return recipes
@@ -186,7 +186,7 @@ def _check_stages(stages: Any, where: str) -> None:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe that a run folder keeps."""
-    return _validated(_read_yaml(path), str(path))
+    return recipe_of(_read_yaml(path), str(path))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -383,7 +383,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _validated(values: dict[str, Any], where: str) -> Recipe:
+def recipe_of(values: dict[str, Any], where: str) -> Recipe:
+    """The recipe of plain values. Raises `UserError` that begins with `where` and names each wrong one."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

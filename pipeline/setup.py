@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +28,18 @@ from pipeline.engine import (
     resolve_ds_config,
     why_not_compiled,
 )
+from pipeline.files import short
+from pipeline.initial_weights import begin_discriminator, begin_with, newest_of_previous
 from pipeline.layout import LAYOUTS, faster_layout
 from pipeline.losses import Criterion
 from pipeline.metrics.lpips import LpipsMetric
-from pipeline.models import GENERATORS, build_generator
+from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
-from pipeline.models.weights import SavedNetwork, read_network
+from pipeline.models.weights import SavedNetwork
 from pipeline.monitor import TENSORBOARD_DIR
 from pipeline.options import Plan
-from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, zero_stage
-from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, Step, checkpoint_steps, run_network_file
+from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of, zero_stage
+from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
 from pipeline.schedules import validate_schedule
 from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
@@ -75,10 +76,10 @@ class Run:
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
     """Raise `UserError` now for what a later stage would stumble over after days."""
-    ranks.together(lambda: [_check_stage(plan, ranks) for plan in plans[1:]])
+    ranks.together(lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)])
 
 
-def _check_stage(plan: Plan, ranks: Ranks) -> None:
+def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
     """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins with."""
     recipe = plan.recipe
     batch_sizes(plan.ds_config, ranks.world_size)
@@ -95,6 +96,9 @@ def _check_stage(plan: Plan, ranks: Ranks) -> None:
     if recipe.adversarial:
         spec = recipe.adversarial.discriminator
         build_discriminator(spec.name, recipe.data.crop, **spec.params)
+        if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
+            raise UserError(f"stage {recipe.stage}: adversarial.start: previous, but stage {before.recipe.stage} has "
+                            "no discriminator; leave it out")
     if recipe.validation_lpips != "off":
         LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
 
@@ -110,7 +114,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
                                                   total_steps=-(-plan.total_steps // every), device=ranks.device)
     identity = {**plan.identity, "precision": precision}
     step = checkpoint.newest_whole(plan.run_dir, ranks, say)
-    began = newest = _newest_of_previous(plan)
+    began = newest = newest_of_previous(plan)
     if step is not None:
         manifest = checkpoint.read_manifest(plan.run_dir, step)
         refuse_strangers(plan, identity, manifest, ranks.world_size)
@@ -130,7 +134,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     ema.network.to(ranks.device)
     engine = build_engine(generator, ds_config, ranks)
     compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
-    trainer = _trainer(plan, engine, ema, ranks, layout)
+    trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
     described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
                              {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
     contents = Contents(trainer.engines, ema, described, identity)
@@ -143,8 +147,9 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
 
 
-def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks,
-             layout: str) -> ReconstructionTrainer | AdversarialTrainer:
+def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str,
+             begin: Callable[[str], None] | None) -> ReconstructionTrainer | AdversarialTrainer:
+    """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
     recipe, spec = plan.recipe, plan.recipe.adversarial
     criterion = ranks.together(lambda: Criterion(recipe.losses, ranks.device))
     if spec is None:
@@ -154,59 +159,18 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
                                       total_steps=-(-plan.total_steps // spec.discriminator_every),
                                       device=ranks.device)
     _seed(recipe.seed)  # measuring the layout drew on the first rank alone
-    discriminator = build_engine(build_discriminator(spec.discriminator.name, recipe.data.crop,
-                                                     **spec.discriminator.params), ds_config, ranks)
+    network = build_discriminator(spec.discriminator.name, recipe.data.crop, **spec.discriminator.params)
+    if begin and spec.start is not None:
+        begin(ranks.together(lambda: begin_discriminator(network, str(spec.start), plan)))
+    discriminator = build_engine(network, ds_config, ranks)
     _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
-
-
-def _newest_of_previous(plan: Plan) -> int | None:
-    """The step of the stage before that this one begins with, if it does."""
-    if plan.previous is None or plan.recipe.start != "previous":
-        return None
-    return max(checkpoint_steps(plan.previous), default=None)
-
-
-def begin_with(generator: nn.Module, plan: Plan) -> str:
-    """Give `generator` the weights that the recipe's `start` names. Returns what was done, for people.
-
-    Weights of another scale are taken as far as their shapes agree: all but the upsampler's. Otherwise all must agree.
-    """
-    recipe = plan.recipe
-    start = plan.previous if recipe.start == "previous" else Path(str(recipe.start)).expanduser()
-    if start is None:
-        raise UserError("start: previous, but this run has no stage before; name a file or a run folder with --start")
-    step: Step = "newest" if start == plan.previous else "best"
-    file = run_network_file(start, step, ema=True) if start.is_dir() else start
-    saved, own = read_network(file), generator.state_dict()
-    tensors = {name: tensor for name, tensor in saved.state_dict.items()
-               if name in own and own[name].shape == tensor.shape}
-    name = recipe.generator.name
-    is_whole = len(tensors) == len(own) == len(saved.state_dict)
-    if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
-        lacking = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
-        raise UserError(f"start: {file} is of {saved.name} x{saved.scale} {saved.params}, which does not fit {name} "
-                        f"x{recipe.scale} {recipe.generator.params}" + (f" (tensor {lacking!r})" if lacking else ""))
-    generator.load_state_dict({**own, **tensors})
-    of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
-    other = _other_params(name, saved.params, recipe.generator.params)
-    note = f"; note: trained with {', '.join(other)}" if other else ""
-    return f"beginning with the weights of {short(file)}{of}{note}"
-
-
-def _other_params(name: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`["colour_space rgb, here ycbcr", …]`: what no tensor's shape tells, but changes the output."""
-    signature = inspect.signature(GENERATORS[name]).parameters.values()
-    usual = {"colour_space": "rgb", **{parameter.name: parameter.default for parameter in signature}}
-    pairs = {key: [params.get(key, usual.get(key, "unset")) for params in (there, here)] for key in {**there, **here}}
-    return [f"{key} {first}, here {second}" for key, (first, second) in pairs.items()
-            if first != second and None not in (first, second)]
 
 
 def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any], world_size: int) -> None:
     """Raise `UserError` naming the fields in which the run on disk differs from what is asked for."""
     found, step = manifest["identity"], manifest["step"]
-    differences = recipe_differences(Recipe.model_validate(found["recipe"]), plan.recipe)
+    differences = recipe_differences(recipe_of(found["recipe"], f"the run in {plan.run_dir}"), plan.recipe)
     differences += ds_differences(found["ds_config"], plan.ds_config)
     differences += [f"discriminator's {line}" for line in ds_differences(found.get("discriminator_ds_config", {}),
                                                                         plan.discriminator_ds_config or {})]
@@ -297,11 +261,3 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
         f"{short(plan.run_dir)}",
     ]
     return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]
-
-
-def short(path: Path) -> str:
-    """A path as a person would write it."""
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        with contextlib.suppress(ValueError):
-            return prefix + str(path.relative_to(base))
-    return str(path)

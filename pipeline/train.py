@@ -23,14 +23,14 @@ from pipeline.engine import (
     step_was_skipped,
     stop_distributed,
 )
-from pipeline.files import write_atomically
+from pipeline.files import short, write_atomically
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plans
 from pipeline.recipe import write_recipe
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.run_lock import run_lock
-from pipeline.setup import Run, check_stages, move_aside, move_logs_aside, set_up, short
+from pipeline.setup import Run, check_stages, move_aside, move_logs_aside, set_up
 from pipeline.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
 from pipeline.validation import Pair, Scores, is_better
 

@@ -478,8 +478,9 @@ def test_without_norms_the_signal_keeps_its_size():
     ("unet", {"skip_connections": 1}, "skip_connections 1 is neither true nor false"),
 ])
 def test_bad_values_are_refused(kind, change, rule):
+    params = {"crop": 64, **change}
     with pytest.raises(UserError, match=f"discriminator '{kind}': {rule}"):
-        build_discriminator(kind, **{"crop": 64, **change})
+        build_discriminator(kind, params.pop("crop"), **params)
 
 
 def test_build_discriminator_names_the_nearest():
@@ -487,3 +488,14 @@ def test_build_discriminator_names_the_nearest():
         build_discriminator("unett", 64)
     with pytest.raises(UserError, match="'vgg' has no parameter 'num_feature'; did you mean 'num_features'"):
         build_discriminator("vgg", 64, num_feature=3)
+
+
+@pytest.mark.parametrize(("params", "words"), [
+    ({"crop": 64}, "has no parameter 'crop'"), ({"name": "unet"}, "has no parameter 'name'"),
+    ({"self": 1}, "has no parameter 'self'"), ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
+    ({"num_features": 60000}, r"cannot be built with {'num_features': 60000}, is it too large\? \(RuntimeError"),
+])
+def test_what_no_discriminator_has_is_one_line(params, words):
+    with pytest.raises(UserError, match=f"^discriminator 'vgg'.*{words}") as caught:
+        build_discriminator("vgg", 64, **params)
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,8 @@ import torch
 from fabricate import CHECKOUT, make_run
 from pipeline.cli import UserError
 from pipeline.export.torch_file import export_run, verify
-from pipeline.models.weights import read_network
+from pipeline.models import build_generator
+from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import run_network_file
 
 # Imported by every Python that finds it on its path: makes the three packages look absent.
@@ -89,6 +90,15 @@ def test_raw_and_half_go_into_files_of_their_own(tmp_path):
         assert found.state_dict["residual_kernel"].dtype == torch.float32  # a buffer: rounding it would tint the image
         assert equal_states(found.state_dict, {
             key: tensor if key == "residual_kernel" else tensor.half() for key, tensor in trained.items()})
+
+
+def test_the_dtype_is_that_of_weights_not_of_tables(tmp_path):
+    params = {"arch": "HAT", "embed_dim": 12, "depths": [2], "num_heads": [2], "squeeze_factor": 4}
+    state = build_generator("spandrel", 2, **params).state_dict()
+    assert not next(iter(state.values())).is_floating_point()
+    run = make_run(tmp_path, steps=(100,))
+    write_network(run_network_file(run, 100, ema=True), SavedNetwork("spandrel", 2, params, state))
+    assert export_run(run, "newest").saved.metadata["dtype"] == "float32"
 
 
 def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):

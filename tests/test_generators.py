@@ -341,6 +341,15 @@ def test_older_esrgan_files_are_converted(renamed):
     assert all(converted[name] is state[name] for name in state)
 
 
+def test_esrgan_plus_is_not_claimed():
+    state = small(RRDBNet, 4).state_dict()
+    for names in (lambda name: name, second_esrgan_names, first_esrgan_names):
+        plus = {names(name): tensor for name, tensor in {
+            **state, "body.0.rdb1.conv1x1.weight": torch.zeros(4, 8, 1, 1)}.items()}
+        assert RRDBNet.recognise({name: tuple(tensor.shape) for name, tensor in plus.items()}) is None
+        assert RRDBNet.convert(plus) is None
+
+
 def spandrel_model(path):
     pytest.importorskip("pipeline.torchvision_import").import_torchvision()
     spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed")
@@ -415,6 +424,18 @@ def test_batch_norm_keeps_float32_statistics_beside_half_weights(weights):
     torch.testing.assert_close(norm.eval()(features).float(), expected, rtol=0, atol=0.05)
 
 
+def test_batch_norm_keeps_its_statistics_where_a_batch_overflows():
+    norm, images = BatchNorm2d(3).train(), torch.randn(4, 3, 8, 8)
+    norm(images)
+    kept = norm.running_mean.clone(), norm.running_var.clone()
+    images[1, 2, 3, 4] = float("inf")
+    norm(images)
+    assert torch.isfinite(norm.running_mean).all()
+    assert torch.isfinite(norm.running_var).all()
+    torch.testing.assert_close((norm.running_mean[2], norm.running_var[2]), (kept[0][2], kept[1][2]), rtol=0, atol=0)
+    assert not torch.equal(norm.running_mean[:2], kept[0][:2])
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_srresnet_trains_with_half_weights_and_float32_statistics(half):
     network = small(SRResNet, 4).train()
@@ -471,6 +492,9 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
     (MSRResNet, {"global_residual": "none"}, "global_residual 'none' is not one of 'bicubic', 'bilinear'"),
     (RRDBNet, {"scale": 8}, "scale 8 is not one of 1, 2 and 4"), (RRDBNet, {"scale": 3}, "scale 3"),
     (RRDBNet, {"fusion_kernel": 2}, "fusion_kernel 2 is neither 1 nor 3"),
+    (RRDBNet, {"fusion_kernel": 1.0}, "fusion_kernel 1.0 is neither"),
+    (RRDBNet, {"fusion_kernel": True}, "fusion_kernel True is neither"),
+    (RRDBNet, {"num_blocks": 10**8}, "num_blocks 100000000 is above 65536"),
     (RRDBNet, {"rdb_residual_scale": 0}, "rdb_residual_scale 0 is not a number above 0"),
     (RRDBNet, {"rrdb_residual_scale": float("nan")}, "rrdb_residual_scale nan is not a number above 0"),
     (RRDBNet, {"num_grow_ch": -1}, "num_grow_ch -1 is not"),

@@ -18,6 +18,7 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
     "models": {"recipe", "torchvision_import"},
     "ema": set(), "layout": set(), "monitor": set(),
     "engine": {"recipe", "schedules"}, "options": {"recipe", "data"}, "stopping": {"engine"},
+    "initial_weights": {"engine", "models", "options"},
     "evaluation": {"metrics", "models"}, "export": {"models"},
     "meter": {"data", "engine", "monitor", "outcome"}, "validation": {"data", "engine", "metrics", "recipe"},
     "checkpoint": {"ema", "engine", "models"},

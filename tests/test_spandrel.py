@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from pipeline.cli import UserError
 from pipeline.ema import ExponentialMovingAverage
-from pipeline.models import build_generator
-from pipeline.models.spandrel_network import ARCHITECTURES, SpandrelNetwork
+from pipeline.models import build_generator, spandrel_reading
+from pipeline.models.spandrel_archs import ARCHITECTURES
+from pipeline.models.spandrel_network import SpandrelNetwork
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.torchvision_import import import_torchvision
 
@@ -23,7 +24,7 @@ TINY = {
     "SAFMN": {"dim": 8, "n_blocks": 2},
 }
 OTHERS = {
-    "ATD": {"embed_dim": 12, "depths": [2], "num_heads": [2], "category_size": 32, "num_tokens": 8, "reducted_dim": 4},
+    "ATD": {"embed_dim": 12, "depths": [2], "num_heads": [2], "num_tokens": 8, "reducted_dim": 4},
     "CRAFT": {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2]},
     "DAT": {"embed_dim": 16, "depth": [2], "num_heads": [2], "split_size": [2, 4], "img_size": 16},
     "DCTLSA": {"nf": 10, "num_head": 5},
@@ -31,7 +32,7 @@ OTHERS = {
     "DRCT": {"embed_dim": 12, "depths": [2], "num_heads": [2], "gc": 4},
     "FDAT": {"embed_dim": 16, "num_groups": 1, "depth_per_group": 1, "num_heads": 2, "mid_dim": 8},
     "GRL": {"embed_dim": 16, "depths": [2], "num_heads_window": [2], "num_heads_stripe": [2]},
-    "HAT": {"embed_dim": 12, "depths": [2], "num_heads": [2], "squeeze_factor": 4, "img_size": 16},
+    "HAT": {"embed_dim": 12, "depths": [2], "num_heads": [2], "squeeze_factor": 4},
     "MoESR": {"dim": 16, "n_blocks": 1, "n_block": 1, "upsample_dim": 8},
     "MoSR": {"dim": 16, "n_block": 2},
     "OmniSR": {"num_feat": 16},
@@ -223,10 +224,77 @@ def test_any_image_size_fits(size):
         assert tiny(arch).eval()(images_of(1, 3, *size)).shape == (1, 3, 2 * size[0], 2 * size[1])
 
 
+@pytest.mark.parametrize(("arch", "params", "message"), [
+    ("PLKSR", {"with_idt": True}, "'with_idt': False"),
+    ("SeemoRe", {"recursive": 1}, "'recursive': 2"),
+    ("HAT", {"conv_scale": 0.03}, "'conv_scale': 0.01"),
+    ("HAT", {"img_size": 16}, "'img_size': 64"),
+    ("ATD", {"category_size": 32}, "'category_size': 256"),
+    ("ATD", {"category_size": 4096}, "'category_size': 256"),
+    ("HAT", {"ape": True}, "cannot run on images of"),
+    ("CRAFT", {"split_size_1": 32}, "cannot run on images of"),
+])
+def test_no_seed_lets_pass_what_other_programs_read_differently(arch, params, message):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with pytest.raises(UserError, match=message) as caught:
+            build_generator("spandrel", 2, arch=arch, **{**TINY, **OTHERS}[arch], **params)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["PLKSR", "SeemoRe", "RCAN"])
+def test_what_one_seed_accepts_every_seed_accepts(arch):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        build_generator("spandrel", 2, arch=arch, **{**TINY, **OTHERS}[arch])
+
+
+@pytest.mark.parametrize("arch", {**TINY, **OTHERS})
+def test_a_batch_is_its_images(arch):
+    network = tiny(arch).eval()
+    lr = images_of(2, 3, 12, 16)
+    with torch.inference_mode():
+        singles = torch.cat([network(lr[:1]), network(lr[1:])])
+        torch.testing.assert_close(network(lr), singles, rtol=0, atol=1e-5)
+
+
+def test_the_experts_are_those_of_spandrel():
+    """Which one is chosen differs from image to image; spandrel itself takes one at a time."""
+    torch.manual_seed(0)
+    network = build_generator("spandrel", 2, arch="SeemoRe", num_experts=3, num_layers=1, embedding_dim=12)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    chosen = []
+    gate = network.get_submodule("body.0.local_block.block.moe_layer.gate")
+    gate.register_forward_hook(lambda module, inputs, output: chosen.append(output.argmax(1)))
+    lr = torch.rand(3, 3, 16, 16) * torch.tensor([0.1, 0.5, 1]).view(3, 1, 1, 1)
+    found = spandrel_reading.read(network.state_dict()).model.eval()
+    with torch.inference_mode():
+        expected = torch.cat([found(one[None]) for one in lr])
+        close = float(1e-4 * expected.abs().max())
+        torch.testing.assert_close(network(lr), expected, rtol=0, atol=close)
+        torch.testing.assert_close(network.eval()(lr), expected, rtol=0, atol=close)
+    assert len({int(number) for number in torch.cat(chosen)}) > 1
+
+
+@pytest.mark.parametrize("space", ["rgb", "y"])
+def test_a_network_that_unshuffles_first_needs_no_channels(space):
+    network = build_generator("spandrel", 2, arch="ESRGAN", **TINY["ESRGAN"], shuffle_factor=2, colour_space=space)
+    assert network(images_of(1, 3, 9, 12)).shape == (1, 3, 18, 24)
+
+
 @pytest.mark.parametrize(("params", "message"), [
     ({"arch": "SPANN"}, "no arch 'SPANN'; did you mean 'SPAN'"),
     ({"arch": "span"}, "no arch 'span'; did you mean 'SPAN'"),
-    ({"arch": 7}, "no arch 7; choose from ATD"),
+    ({"arch": 7}, "arch 7 is not a name; write one, such as SPAN"),
+    ({"arch": ["SPAN"]}, r"arch \['SPAN'\] is not a name"),
+    ({"arch": {}}, r"arch {} is not a name"),
+    ({"arch": "SPAN", "scale": 4}, "network 'spandrel' has no parameter 'scale'"),
+    ({"arch": "SPAN", "cls": 4}, "network 'spandrel' has no parameter 'cls'"),
+    ({"arch": "SPAN", "self": 4}, "network 'spandrel' has no parameter 'self'"),
+    ({"arch": "SPAN", "name": 4}, "arch 'SPAN' has no parameter 'name'"),
+    ({"arch": "ESRGAN", "num_filters": 8, "shuffle_factor": 1.5}, "unshuffle 1.5 is not a whole number"),
     ({}, "network 'spandrel' needs the parameter 'arch'"),
     ({"arch": "AuraSR"}, "its licence"),
     ({"arch": "IPT"}, "patches of one size"),
@@ -271,4 +339,6 @@ def test_initial_values_do_not_depend_on_the_comparison():
 
     torch.manual_seed(0)
     plain = SAFMN(**TINY["SAFMN"], upscaling_factor=2).state_dict()
+    expected = torch.rand(3)
     assert all(torch.equal(plain[key], tensor) for key, tensor in tiny("SAFMN").state_dict().items())
+    assert torch.equal(torch.rand(3), expected)

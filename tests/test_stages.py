@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from comparison import checkpoint_differences
 from conftest import ROOT, command, environment, run
+from pipeline.engine import read_module
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, find_run, run_network_file
 from test_cli import assert_one_line
 
@@ -169,6 +170,29 @@ def test_a_stop_in_the_second_stage_costs_nothing(recipe: Path, dataset: Path, t
         assert done.returncode == 0, done.stderr
     assert "continuing from step 2 of 4" in done.stdout
     assert [d for d in checkpoint_differences(straight / "gan", broken / "gan", 4) if d != "state.json"] == []
+
+
+def test_a_discriminator_goes_on_in_the_next_stage(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text() + """
+  large:
+    steps: 1
+    data: {crop: 48}
+    adversarial: {weight: 0.01, start: previous, discriminator: {name: vgg, num_features: 4, head: pool}}
+""")
+    crop = "stages.psnr.data.crop=32", "stages.gan.data.crop=32", "stages.gan.adversarial.discriminator.head=pool"
+    words = [word for word in command(dataset, tmp_path / "run", *crop, "ds.optimizer.params.lr=1e-12")
+             if word != "data.crop=32"]
+    done = run([str(recipe) if word == "demo" else word for word in words])
+    assert done.returncode == 0, done.stderr
+    assert "its discriminator begins with" in done.stdout
+    before, after = (read_module(checkpoint_dir(tmp_path / "run" / stage, step), "discriminator")
+                     for stage, step in (("gan", 4), ("large", 1)))
+    convolutions = [name for name, tensor in before.items() if tensor.dim() == 4]
+    assert len(convolutions) > 5
+    for name in convolutions:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+    alone = train(recipe, dataset, tmp_path / "alone", "stages.psnr.steps=1", "stages.gan.adversarial.start=previous")
+    assert_one_line(alone, "stage gan: adversarial.start: previous, but stage psnr has no discriminator")
 
 
 def test_a_longer_first_stage_does_not_go_unnoticed(recipe: Path, dataset: Path, tmp_path: Path) -> None:

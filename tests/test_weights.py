@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -16,6 +18,7 @@ from pipeline import run_folder
 from pipeline.cli import UserError
 from pipeline.images import to_bytes
 from pipeline.models import GENERATORS, build_generator
+from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from test_vapsr import plain_vapsr
 
@@ -176,7 +179,7 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
             read_network(save_pickled(tmp_path / f"{number}.pth", content))
     (tmp_path / "text.onnx").write_text("x")
     for path, message in ((tmp_path / "none.pth", "no weights file"), (tmp_path, "it is a folder"),
-                          (tmp_path / "text.onnx", "neither .safetensors, .pth nor .pt")):
+                          (tmp_path / "text.onnx", "is none of .safetensors, .pth, .pt, .ckpt, .bin")):
         with pytest.raises(UserError, match=message):
             read_network(path)
     with pytest.raises(UserError, match=r"must end in .safetensors or .pth"):
@@ -409,20 +412,150 @@ def test_no_two_networks_claim_the_same_file(kind):
     assert claims == [FOREIGN[kind][1]]
 
 
+# To save time; networks that are not here are built as they come.
+SMALL = {"vapsr": {**TINY, "projection_kernel": 3}, "srresnet": {"num_features": 8, "num_blocks": 1},
+         "msrresnet": {"num_features": 8, "num_blocks": 1}, "rrdbnet": {"num_features": 8, "num_blocks": 1},
+         "compact": {"num_features": 8, "num_conv": 1, "activation": "relu"},
+         "spandrel": {"arch": "SPAN", "feature_channels": 8}}
+
+
+def small_generator(name, **params):
+    """Of the first scale that it has, and that scale."""
+    torch.manual_seed(0)
+    for scale in (2, 4, 3, 8, 1):
+        with contextlib.suppress(UserError):
+            return build_generator(name, scale, **SMALL.get(name, {}), **params).eval(), scale
+    raise AssertionError(f"{name} can be built for no scale")
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_description_is_believed_and_rebuilds_the_network(tmp_path, name):
-    params = {"vapsr": {**TINY, "projection_kernel": 3}, "srresnet": {"num_features": 8, "num_blocks": 1},
-              "msrresnet": {"num_features": 8, "num_blocks": 1}, "rrdbnet": {"num_features": 8, "num_blocks": 1},
-              "compact": {"num_features": 8, "num_conv": 1, "activation": "relu"},
-              "spandrel": {"arch": "SPAN", "feature_channels": 8}}[name] | {"colour_space": "y"}
-    torch.manual_seed(0)
-    network = build_generator(name, 2, **params).eval()
-    write_network(tmp_path / "a.safetensors", SavedNetwork(name, 2, params, network.state_dict()))
+    network, scale = small_generator(name, colour_space="y")
+    params = {**SMALL.get(name, {}), "colour_space": "y"}
+    write_network(tmp_path / "a.safetensors", SavedNetwork(name, scale, params, network.state_dict()))
     found = read_network(tmp_path / "a.safetensors")
-    assert (found.name, found.scale, found.params) == (name, 2, params)
+    assert (found.name, found.scale, found.params) == (name, scale, params)
     images = torch.randint(0, 256, (1, 3, 10, 9), dtype=torch.uint8)
     with torch.inference_mode():
         assert torch.equal(found.build()(images), network(images))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_network_keeps_the_contract(name):
+    network, scale = small_generator(name)
+    assert network.scale == scale
+    assert isinstance(network.receptive_radius, int)
+    assert network.receptive_radius > 0
+    images = torch.randint(0, 256, (2, 3, 11, 18), dtype=torch.uint8)
+    floats = images / 255
+    kept = floats.clone()
+    with torch.inference_mode():
+        sr = network(images)
+        assert (sr.shape, sr.dtype) == ((2, 3, 11 * scale, 18 * scale), torch.float32)
+        torch.testing.assert_close(network(floats), sr, rtol=0, atol=1e-6)
+        assert torch.equal(floats, kept)
+        assert network.bfloat16()(images).dtype == torch.bfloat16
+    refused = "no parameter 'scale'"
+    with pytest.raises(UserError, match=refused):
+        build_generator(name, scale, **{**SMALL.get(name, {}), "scale": scale})
+
+
+@pytest.mark.parametrize("name", ["a.PTH", "a.ckpt", "a.CKPT", "a.bin", "a.Pt"])
+def test_other_suffixes_are_read_as_safely(tmp_path, name):
+    path = save_pickled(tmp_path / name, {"state_dict": TINY_STATE, "hyper_parameters": {"lr": 1e-3}})
+    assert equal_states(read_network(path).state_dict, TINY_STATE)
+    victim = tmp_path / "executed"
+    save_pickled(path, {"state_dict": TINY_STATE, "hyper_parameters": _Payload(f"touch {victim}")})
+    with pytest.raises(UserError, match="holds pickled code"):
+        read_network(path)
+    assert not victim.exists()
+
+
+def test_suffixes_in_capitals_are_written_too(tmp_path):
+    for name in ("a.PTH", "a.SafeTensors"):
+        write_network(tmp_path / name, tiny_saved())
+        assert equal_states(read_network(tmp_path / name).state_dict, TINY_STATE)
+
+
+@pytest.mark.parametrize("attribute", ["model", "net", "network", "model.module", "net.model"])
+def test_an_attribute_of_lightnings_module_is_stripped(tmp_path, attribute):
+    state = {f"{attribute}.{key}": tensor for key, tensor in TINY_STATE.items()}
+    assert equal_states(read_network(save_pickled(tmp_path / "a.ckpt", {"state_dict": state})).state_dict, TINY_STATE)
+
+
+def test_a_lone_state_dict_is_found_under_any_key(tmp_path):
+    path = save_pickled(tmp_path / "a.pth", {"student": TINY_STATE, "epoch": 3, "optimizer": {"state": {}}})
+    assert equal_states(read_network(path).state_dict, TINY_STATE)
+    path = save_pickled(tmp_path / "a.pth", {"student": TINY_STATE, "teacher": TINY_STATE})
+    with pytest.raises(UserError, match="holds no state dict; found student, teacher"):
+        read_network(path)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_one_flipped_byte_is_damage(tmp_path, place):
+    path = tmp_path / "a.pth"
+    write_network(path, SavedNetwork("vapsr", 2, TINY, TINY_STATE))
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        start = largest.header_offset + 30 + len(largest.filename)
+    content = bytearray(path.read_bytes())
+    padding = int.from_bytes(content[largest.header_offset + 28 : largest.header_offset + 30], "little")
+    content[start + padding + int(largest.file_size * place)] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{str(path)!r} is damaged: the checksum of its ")):
+        read_network(path)
+
+
+def test_a_program_is_named_as_such(tmp_path, recwarn):
+    torch.jit.trace(torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4)).save(tmp_path / "a.pt")
+    recwarn.clear()
+    with pytest.raises(UserError, match="is a TorchScript program, which is never run here; save its state_dict"):
+        read_network(tmp_path / "a.pt")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["vgg", "unet"])
+def test_a_discriminator_is_called_one(tmp_path, kind):
+    state = build_discriminator(kind, 32, num_features=4).state_dict()
+    with pytest.raises(UserError, match="holds a discriminator, not a generator"):
+        read_network(save_pickled(tmp_path / "d.pth", {"params": state}))
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    (lambda tensor: tensor.to(torch.float8_e4m3fn), "'conv_body.bias' is torch.float8_e4m3fn"),
+    (lambda tensor: tensor.to(torch.complex64), "'conv_body.bias' is torch.complex64"),
+    (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "'conv_body.bias' is quantised"),
+    (lambda tensor: tensor.to_sparse(), "'conv_body.bias' is sparse"),
+    (lambda tensor: tensor.to("meta"), "'conv_body.bias' is without values"),
+    (lambda tensor: tensor.to(torch.int8), "'conv_body.bias' is torch.int8 in the weights but must be one of float16"),
+    (lambda tensor: tensor > 0, "'conv_body.bias' is torch.bool in the weights but must be one of float16"),
+])
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors
+def test_other_kinds_of_numbers_are_refused(tmp_path, kind, words):
+    state = {**TINY_STATE, "conv_body.bias": kind(TINY_STATE["conv_body.bias"])}
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        read_network(save_pickled(tmp_path / "a.pth", state)).build()
+    assert str(tmp_path / "a.pth") in str(caught.value)
+
+
+def test_integers_as_weights_of_spandrels_are_refused(tmp_path):
+    network = build_generator("spandrel", 2, arch="PLKSR", dim=16, n_blocks=1, kernel_size=5)
+    state = {key: tensor.to(torch.int8) for key, tensor in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"spandrel's PLKSR, but its tensor 'feats.* is torch.int8"):
+        read_network(save_pickled(tmp_path / "a.pth", state))
+
+
+@pytest.mark.parametrize(("params", "words"), [
+    ({"scale": 4}, "network 'vapsr' has no parameter 'scale'"), ({"self": 1}, "has no parameter 'self'"),
+    ({"name": "x"}, "has no parameter 'name'"), ({"cls": 1}, "has no parameter 'cls'"),
+    ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
+])
+def test_a_description_that_does_not_fit_names_the_file(tmp_path, params, words):
+    write_network(tmp_path / "a.pth", SavedNetwork("vapsr", 2, {**TINY, **params}, TINY_STATE))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.pth'}: ")) as caught:
+        read_network(tmp_path / "a.pth").build()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_released_file_loads_strictly():

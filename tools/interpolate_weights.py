@@ -56,11 +56,8 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
 
     files = _files(options)
     a, b = (read_network(path.expanduser()) for path in (options.a, options.b))
-    for path, saved in ((options.a, a), (options.b, b)):
-        try:
-            saved.build()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+    for saved in (a, b):
+        saved.build()
     difference = first_difference(a, b)
     if difference:
         raise UserError(f"{options.a} and {options.b} are not the same network: {difference}; only weights of one "
@@ -108,9 +105,9 @@ def first_difference(a: SavedNetwork, b: SavedNetwork) -> str:
     if (a.name, a.scale) != (b.name, b.scale):
         return f"{a.name} x{a.scale} and {b.name} x{b.scale}"
     ours, theirs = _all_params(a), _all_params(b)
-    for name in ours:
+    for name in {**ours, **theirs}:
         # None is the network's own choice, which its tensors tell.
-        if ours[name] != theirs.get(name) and None not in (ours[name], theirs.get(name)):
+        if ours.get(name) != theirs.get(name) and None not in (ours.get(name), theirs.get(name)):
             return f"{name} is {ours[name]!r} and {theirs[name]!r}"
     for key in sorted(a.state_dict.keys() | b.state_dict.keys()):
         if key not in a.state_dict or key not in b.state_dict:
@@ -125,14 +122,21 @@ def _all_params(saved: SavedNetwork) -> dict[str, Any]:
     from pipeline.models import GENERATORS
 
     parameters = inspect.signature(GENERATORS[saved.name]).parameters.values()
-    return {parameter.name: saved.params.get(parameter.name, parameter.default) for parameter in parameters
-            if parameter.name != "scale"}
+    defaults = {parameter.name: parameter.default for parameter in parameters
+                if parameter.name != "scale" and parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    if saved.name == "spandrel":
+        from pipeline.models.spandrel_archs import DEFAULTS, class_of, defaults_of, plain
+
+        arch = saved.params["arch"]
+        own = {**defaults_of(class_of(arch, saved.scale)), **DEFAULTS.get(arch, {})}
+        defaults |= {name: plain(value) for name, value in own.items() if value is not inspect.Parameter.empty}
+    return {"colour_space": "rgb", **defaults, **saved.params}
 
 
 def _files(options: Options) -> dict[float, Path]:
     """The file for every alpha; refuses what cannot be written before anything is read."""
     out = options.out.expanduser()
-    if out.suffix not in SUFFIXES:
+    if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {options.out}: the name must end in .pth or .safetensors")
     if not options.alpha:
         raise UserError("--alpha: give at least one number from 0 to 1, such as 0.8")

@@ -71,7 +71,7 @@ def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: b
         "recipe": recipe,
         "step": str(number),
         "weights": "raw" if raw else "averaged (EMA)",
-        "dtype": "float16" if half else str(next(iter(state_dict.values())).dtype).removeprefix("torch."),
+        "dtype": "float16" if half else _dtype(state_dict),
         "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
     })
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
@@ -112,6 +112,12 @@ def _equal_bits(found: dict[str, Tensor], written: dict[str, Tensor]) -> bool:
         and torch.equal(found[key].contiguous().flatten().view(torch.uint8),
                         tensor.contiguous().flatten().view(torch.uint8))
         for key, tensor in written.items())
+
+
+def _dtype(state_dict: dict[str, Tensor]) -> str:
+    """The dtype of the first weights; some networks' first tensors are tables of integers."""
+    weights = next(tensor for tensor in state_dict.values() if tensor.is_floating_point())
+    return str(weights.dtype).removeprefix("torch.")
 
 
 def _recipe_name(saved: SavedNetwork, run_dir: Path) -> str:

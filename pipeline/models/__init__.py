@@ -1,8 +1,16 @@
 """The networks, in one table, and the one function that builds them.
 
-A network is one file here and one line in the table. Its class is built by `Class(scale=…, **params)` and raises
-`ValueError` for what it refuses. It may have two static methods, by which `weights.read_network` knows its tensors in
-a file that does not say what it holds:
+A network is one file here and one line in the table. Its class, an `nn.Module`, has
+
+- `__init__(self, *, scale, …)`: keywords only, with defaults; raises `ValueError` for what it refuses. Float32.
+- `forward(images)`: NCHW RGB of any height and width, uint8 0..255 or float in [0, 1] (`images.unit_range` takes both)
+  -> NCHW RGB `scale` times larger, in [0, 1] but for overshoot, in the dtype of the weights, `images` left as they are.
+  No Python that depends on the values, or it cannot be compiled.
+- `scale`: how many times larger the output is.
+- `receptive_radius`: how many LR pixels away an output pixel still sees; tiles of large images overlap by so many.
+
+It may have two static methods, by which `weights.read_network` knows its tensors in a file that does not say what it
+holds:
 
 - `recognise(shapes)`: names and shapes of tensors -> (scale, the other arguments), or `None` if they are not its own.
 - `convert(tensors)`: the same network's tensors as another project names them -> under our names, or `None`.
@@ -17,6 +25,7 @@ from torch import nn
 
 from pipeline.cli import UserError, nearest
 from pipeline.models.colour import in_colour_space
+from pipeline.models.common import NOT_ALLOCATED, told
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.msrresnet import MSRResNet
 from pipeline.models.rrdbnet import RRDBNet
@@ -32,9 +41,11 @@ GENERATORS: dict[str, type[nn.Module]] = {
     "compact": SRVGGNetCompact,
     "spandrel": SpandrelNetwork,
 }
+RESERVED = ("self", "cls", "scale")
+"""What no parameter can be named."""
 
 
-def build_generator(name: str, scale: int, *, colour_space: str = "rgb", **params: Any) -> nn.Module:
+def build_generator(name: str, scale: int, /, *, colour_space: str = "rgb", **params: Any) -> nn.Module:
     """Build the generator `name` for `scale`, freshly initialised, in float32 on the CPU.
 
     `params` are the keyword arguments of the network's class; in `colour_space` (one of `colour.SPACES`) it works,
@@ -43,17 +54,21 @@ def build_generator(name: str, scale: int, *, colour_space: str = "rgb", **param
     """
     if name not in GENERATORS:
         raise UserError(f"no network named {name!r}{nearest(name, GENERATORS)}")
-    parameters = inspect.signature(GENERATORS[name].__init__).parameters
-    known = [parameter for parameter in parameters if parameter not in ("self", "scale")] + ["colour_space"]
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    parameters = inspect.signature(GENERATORS[name].__init__).parameters.values()
+    own = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+           and parameter.name != "scale"]
+    known = [*(parameter.name for parameter in own), "colour_space"]
+    # A class that takes any judges by itself.
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for parameter in params:
-        if parameter not in known and not takes_any:  # a class that takes any judges by itself
+        if parameter not in known and (not takes_any or parameter in RESERVED):
             raise UserError(f"network {name!r} has no parameter {parameter!r}{nearest(parameter, known)}")
-    missing = [parameter.name for parameter in parameters.values() if parameter.name not in ("self", "scale", *params)
-               and parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is inspect.Parameter.empty]
-    if missing:
-        raise UserError(f"network {name!r} needs the parameter {missing[0]!r}")
+    for parameter in own:
+        if parameter.default is inspect.Parameter.empty and parameter.name not in params:
+            raise UserError(f"network {name!r} needs the parameter {parameter.name!r}")
     try:
-        return in_colour_space(GENERATORS[name](scale=scale, **params), colour_space)
+        return in_colour_space(GENERATORS[name](scale=scale, **params), colour_space, scale)
     except ValueError as error:
         raise UserError(f"network {name!r}: {error}") from error
+    except NOT_ALLOCATED as error:
+        raise UserError(f"network {name!r} cannot be built with {params}, is it too large? ({told(error)})") from error

@@ -72,7 +72,7 @@ class InColourSpace:
     """What `in_colour_space` puts before a generator's class: the same network, fed and read in another space."""
 
     colour_space: str
-    scale: int
+    chroma_scale: int
     chroma_kernel: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,13 +88,15 @@ class InColourSpace:
             ycbcr = rgb_to_ycbcr(rgb)
             sr = super().forward(_laid_out_as(images, ycbcr[:, :1].repeat(1, 3, 1, 1)))
             luma = _at_least_float32(sr).mean(dim=1, keepdim=True)
-            chroma = cubic_upscale(ycbcr, self.chroma_kernel, self.scale)[:, 1:]
+            chroma = cubic_upscale(ycbcr, self.chroma_kernel, self.chroma_scale)[:, 1:]
             upscaled = ycbcr_to_rgb(torch.cat((luma, chroma), dim=1))
         return _laid_out_as(images, upscaled.to(sr.dtype))
 
 
-def in_colour_space(network: Network, space: str) -> Network:
+def in_colour_space(network: Network, space: str, scale: int | None = None) -> Network:
     """Make the generator `network` work in `space`, one of `SPACES`; returns the same object, RGB outside as before.
+
+    `scale` is how many times larger its output is; `None` is what its attribute `scale` says.
 
     "ycbcr" and "oklab": the three planes go through the network instead of red, green and blue. "y": luma alone does,
     three times over, the three results are averaged, and the chroma is upscaled by the cubic kernel.
@@ -117,7 +119,8 @@ def in_colour_space(network: Network, space: str) -> Network:
     if space == "rgb":
         return network
     if space == "y":
-        network.register_buffer("chroma_kernel", bicubic_kernel(network.scale), persistent=False)
+        network.chroma_scale = network.scale if scale is None else scale
+        network.register_buffer("chroma_kernel", bicubic_kernel(network.chroma_scale), persistent=False)
     network.__class__ = _subclass(type(network), space)
     return network
 

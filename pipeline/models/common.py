@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COLOURS = 3
+LARGEST_SIZE = 1 << 16
+"""Of numbers of features, blocks and the like."""
+NOT_ALLOCATED = (RuntimeError, MemoryError, OverflowError)
+"""What torch raises for a network that does not fit into memory."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -31,8 +35,9 @@ class BatchNorm2d(nn.BatchNorm2d):
                                 self.momentum, self.eps)
         if is_tracking:
             self.num_batches_tracked.add_(1)
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
+            # An overflow at FP16 must cost an update alone, not the statistics for good.
+            self.running_mean.copy_(torch.where(torch.isfinite(mean), mean, self.running_mean))
+            self.running_var.copy_(torch.where(torch.isfinite(var), var, self.running_var))
         return features
 
 
@@ -55,10 +60,17 @@ def check_scale(scale: int, scales: Sequence[int]) -> None:
 
 
 def check_sizes(**sizes: int) -> None:
-    """`ValueError` that names the first of `sizes` that is not a whole number above 0."""
+    """`ValueError` that names the first of `sizes` that is not a whole number from 1 to `LARGEST_SIZE`."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} {size!r} is not a whole number above 0")
+        if size > LARGEST_SIZE:
+            raise ValueError(f"{name} {size} is above {LARGEST_SIZE}, which no memory holds")
+
+
+def told(error: Exception) -> str:
+    """An exception of a library in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def check_positive(**numbers: float) -> None:

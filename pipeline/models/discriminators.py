@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, BatchNorm2d, check_choice, check_sizes
+from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes, told
 
 SMALLEST_CROP = 32
 LARGEST_WIDENING = 8
@@ -229,7 +229,7 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_discriminator(name: str, crop: int, **params: Any) -> nn.Module:
+def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
     """Build the discriminator `name` for HR crops of `crop` pixels a side, freshly initialised, float32 on the CPU.
 
     `params` are the keyword arguments of the network's class. `UserError` for an unknown network, an unknown
@@ -245,6 +245,9 @@ def build_discriminator(name: str, crop: int, **params: Any) -> nn.Module:
         return DISCRIMINATORS[name](crop=crop, **params)
     except ValueError as error:
         raise UserError(f"discriminator {name!r}: {error}") from error
+    except NOT_ALLOCATED as error:
+        raise UserError(f"discriminator {name!r} cannot be built with {params}, is it too large? ({told(error)})"
+                        ) from error
 
 
 def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, has_bias: bool = True) -> nn.Conv2d:

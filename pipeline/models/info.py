@@ -22,22 +22,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.cli import UserError, run
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
+from pipeline.models.spandrel_network import SpandrelNetwork
+from pipeline.models.state_files import SUFFIXES
 from pipeline.models.weights import read_network
-from pipeline.recipe import load_recipe, parse_overrides
+from pipeline.recipe import Recipe, load_recipe, parse_overrides
 from pipeline.run_folder import run_network_file
 
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
 LARGEST_PROBE = 1024
 """The receptive field is looked for in LR images up to so many pixels long, and so is smaller than that or global."""
 STRIP = 8
 """The other side of these images."""
+GLOBAL, NOT_MEASURED = "global", "not measured"
+SEEN = {GLOBAL: "global: the whole image", NOT_MEASURED: "not measured: the architecture is not convolutions alone"}
 
 
 @dataclass(frozen=True)
 class Options:
     """Print the layers of a network, its parameters, multiply-adds, receptive field and size.
 
-    The network is that of a recipe, of a weights file (.safetensors, .pth, .pt) or of a run folder (its best averaged
+    The network is that of a recipe, of a weights file (.safetensors, .pth…) or of a run folder (its best averaged
     weights). No dataset and no GPU are needed. Multiply-adds (MACs) are those of convolutions and matrix products for
     one HR image of --hr, as papers count them; a FLOP count is twice that.
 
@@ -80,8 +83,8 @@ class Report:
     parameters: int
     input_size: tuple[int, int]
     multiply_adds: int
-    receptive_field: tuple[int, int] | None
-    """In input pixels; `None`: global, `LARGEST_PROBE` pixels a side or more, or one verdict on all."""
+    receptive_field: tuple[int, int] | str
+    """In input pixels; "global": `LARGEST_PROBE` pixels a side or more, or one verdict on all; or "not measured"."""
     float32_bytes: int
     float16_bytes: int
 
@@ -102,9 +105,15 @@ def describe(network: nn.Module, title: str, scale: int, input_size: tuple[int, 
     return Report(title=title, scale=scale, layers=layers,
                   parameters=sum(parameter.numel() for parameter in network.parameters()), input_size=input_size,
                   multiply_adds=multiply_adds,
-                  receptive_field=receptive_field(network, scale) if len(output) == 4 else None,
+                  receptive_field=_field(network, scale) if len(output) == 4 else GLOBAL,
                   float32_bytes=sum(tensor.nbytes for tensor in tensors),
                   float16_bytes=sum(tensor.nbytes // (2 if tensor.is_floating_point() else 1) for tensor in tensors))
+
+
+def _field(network: nn.Module, scale: int) -> tuple[int, int] | str:
+    if isinstance(network, SpandrelNetwork) and not network.is_convolutional:  # how far a window sees differs by place
+        return NOT_MEASURED
+    return receptive_field(network, scale) or GLOBAL
 
 
 def receptive_field(network: nn.Module, scale: int) -> tuple[int, int] | None:
@@ -186,23 +195,21 @@ def format_report(report: Report) -> str:
              f"{layer.multiply_adds / 1e6:,.1f}") for layer in report.layers]
     height, width = report.input_size
     field = report.receptive_field
-    seen = (f"{field[1]} x {field[0]} input pixels" if field else
-            "global: the whole image")
+    seen = field if isinstance(field, str) else f"{field[1]} x {field[0]} input pixels"
     return "\n".join([
         report.title, "", *_table([head, *rows], right=(3, 4)), "",
         f"parameters       {report.parameters:,}",
         f"multiply-adds    {report.multiply_adds / 1e9:.2f} GMACs ({2 * report.multiply_adds / 1e9:.2f} GFLOPs) for "
         f"{width}x{height} -> {width * report.scale}x{height * report.scale}",
-        f"receptive field  {seen}",
+        f"receptive field  {SEEN.get(seen, seen)}",
         f"weights          {report.float32_bytes / 1e6:.2f} MB in float32, {report.float16_bytes / 1e6:.2f} MB in "
         "float16",
         "MACs are of convolutions and matrix products; 1 MAC is 2 FLOPs. Outputs leave out the batch."])
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain JSON values; the receptive field is [height, width] or "global"."""
-    return {**asdict(report), "receptive_field": report.receptive_field or "global",
-            "gmacs": report.multiply_adds / 1e9}
+    """The report as plain JSON values; the receptive field is [height, width], "global" or "not measured"."""
+    return {**asdict(report), "gmacs": report.multiply_adds / 1e9}
 
 
 def _times(shape: Iterable[int] | None) -> str:
@@ -218,7 +225,7 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
 def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
     """What the command line means: title, network, scale, (height, width) of its input."""
     path = Path(options.target).expanduser()
-    if path.is_dir() or path.suffix in WEIGHTS_SUFFIXES:
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
         if options.overrides or options.part != "generator":
             raise UserError(f"{options.target!r} is a generator's weights: overrides and --part go with recipes only")
         saved = read_network(run_network_file(path, "best", ema=True) if path.is_dir() else path)
@@ -227,7 +234,7 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
     overrides, ds_overrides = parse_overrides(options.overrides)
     if ds_overrides:
         raise UserError(f"ds.{next(iter(ds_overrides))}: DeepSpeed's file does not change the network; leave it out")
-    recipe = load_recipe(options.target, overrides)
+    recipe = _recipe(options, overrides)
     title = f"{options.part} of recipe {recipe.name}: "
     if options.part == "generator":
         network = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
@@ -237,6 +244,17 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
         raise UserError(f"recipe {recipe.name} has no discriminator; leave --part out")
     spec, crop = recipe.adversarial.discriminator, recipe.data.crop
     return (f"{title}{spec.name} at crop {crop}", build_discriminator(spec.name, crop, **spec.params), 1, (crop, crop))
+
+
+def _recipe(options: Options, overrides: dict[str, Any]) -> Recipe:
+    """The recipe; of a scale that its network lacks that is said, not that the crop does not fit it."""
+    try:
+        return load_recipe(options.target, overrides)
+    except UserError:
+        if options.part == "generator" and "scale" in overrides:
+            recipe = load_recipe(options.target, {key: value for key, value in overrides.items() if key != "scale"})
+            build_generator(recipe.generator.name, overrides["scale"], **recipe.generator.params)
+        raise
 
 
 def _lr_size(hr: tuple[int, int], scale: int) -> tuple[int, int]:

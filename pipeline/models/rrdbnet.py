@@ -61,7 +61,7 @@ class RRDBNet(nn.Module):
         check_scale(scale, tuple(UNSHUFFLE))
         check_sizes(num_features=num_features, num_blocks=num_blocks, num_grow_ch=num_grow_ch)
         check_positive(rdb_residual_scale=rdb_residual_scale, rrdb_residual_scale=rrdb_residual_scale)
-        if fusion_kernel not in (1, 3):
+        if fusion_kernel not in (1, 3) or type(fusion_kernel) is not int:
             raise ValueError(f"fusion_kernel {fusion_kernel!r} is neither 1 nor 3")
         self.scale, self.unshuffle = scale, UNSHUFFLE[scale]
         self.conv_first = nn.Conv2d(COLOURS * self.unshuffle**2, num_features, 3, padding=1)
@@ -117,6 +117,8 @@ class RRDBNet(nn.Module):
         The residual scales are taken to be the published 0.2.
         """
         dense = "body.0.rdb1"
+        if any("conv1x1" in name for name in shapes):  # ESRGAN+ is another network
+            return None
         if not has_convolutions(shapes, ("conv_first.weight", f"{dense}.conv1.weight", f"{dense}.conv5.weight",
                                          "conv_body.weight", "conv_up1.weight", "conv_up2.weight", "conv_hr.weight",
                                          "conv_last.weight")):
@@ -140,7 +142,7 @@ class RRDBNet(nn.Module):
 
         The first named them `model.1.sub.0.RDB1.conv1.0.weight`, the second `RRDB_trunk.0.RDB1.conv1.weight`.
         """
-        if any("conv1x1" in name for name in tensors):  # ESRGAN+ is another network
+        if any("conv1x1" in name for name in tensors):  # ESRGAN+
             return None
         if "RRDB_trunk.0.RDB1.conv1.weight" in tensors:
             renames = _SECOND_NAMES

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cli import nearest
-from pipeline.models.common import COLOURS
+from pipeline.models.common import COLOURS, check_sizes
 from pipeline.torchvision_import import import_torchvision
 
 ARCHITECTURES = ("ATD", "CRAFT", "Compact", "DAT", "DCTLSA", "DITN", "DRCT", "ESRGAN", "FDAT", "GRL", "HAT", "MoESR",
@@ -50,6 +50,11 @@ optimizer and a check of gradients would wait for gradients that never come."""
 MIXING = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
 """Architectures that make masks or positions in float32 on the way: at half precision they need autocast."""
 
+UNTOLD = {"ATD": ("category_size",)}
+"""Parameters that no file tells, and whose effect shows in large images alone."""
+CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
+"""Architectures of convolutions and arithmetic of single pixels alone, which see equally far from every place."""
+
 
 def _module(arch: str) -> Any:
     """The module of an architecture."""
@@ -59,10 +64,12 @@ def _module(arch: str) -> Any:
 
 def class_of(arch: str, scale: int) -> type[nn.Module]:
     """The class of an architecture; `ValueError` if there is none."""
+    if not isinstance(arch, str):
+        raise ValueError(f"arch {arch!r} is not a name; write one, such as SPAN")
     if arch in REFUSED:
         raise ValueError(f"arch {arch!r} is not supported: {REFUSED[arch]}")
     if arch not in ARCHITECTURES:
-        raise ValueError(f"no arch {arch!r}{nearest(str(arch), ARCHITECTURES)}")
+        raise ValueError(f"no arch {arch!r}{nearest(arch, ARCHITECTURES)}")
     if not isinstance(scale, int) or isinstance(scale, bool) or not 2 <= scale <= 8:
         raise ValueError(f"scale {scale!r} is not a whole number from 2 to 8")
     if arch == "RealCUGAN":
@@ -104,6 +111,29 @@ def folding(convolution: type[nn.Module]) -> type[nn.Module]:
     return FoldingConv
 
 
+@functools.cache
+def routing(layer: type[nn.Module]) -> type[nn.Module]:
+    """SeemoRe's `MoELayer`, computing in evaluation as in training: all experts, weighted, those not chosen with 0.
+
+    In evaluation the original looks up the experts of one image by number: of a batch it fails, and it cannot be
+    compiled or run on the meta device.
+    """
+
+    class RoutingLayer(layer):
+        def forward(self, features: Tensor, keys: Tensor) -> Tensor:
+            weights = F.softmax(self.gate(features), dim=1, dtype=torch.float32).to(features.dtype)
+            chosen = torch.topk(weights, self.num_expert)
+            weights = torch.zeros_like(weights).scatter(1, chosen.indices, chosen.values)
+            return features + sum(expert(features, keys) * weights[:, number, None, None, None]
+                                  for number, expert in enumerate(self.experts))
+
+    return RoutingLayer
+
+
+SWAPPED = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
+"""(architecture, class) whose place one takes here that computes the same and can do more."""
+
+
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
     """Parameters of a class that a file can hold (no classes or functions), with their defaults."""
     return {name: parameter.default for name, parameter in inspect.signature(architecture.__init__).parameters.items()
@@ -111,6 +141,7 @@ def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
 
 
 def arguments_of(architecture: type[nn.Module], arch: str, scale: int, params: Mapping[str, Any]) -> dict[str, Any]:
+    """All keyword arguments of a class for `scale`; `ValueError` for a parameter that it does not have."""
     known = defaults_of(architecture)
     own_scale = next((name for name in SCALE_PARAMETERS if name in known), None)
     known.pop(own_scale, None)
@@ -119,8 +150,12 @@ def arguments_of(architecture: type[nn.Module], arch: str, scale: int, params: M
             raise ValueError(f"arch {arch!r} has no parameter {name!r}{nearest(name, known)}")
     arguments = {**DEFAULTS.get(arch, {}), **params}
     # What unshuffles its input first has to upscale by that much more.
-    factor = {"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")
-    return arguments if own_scale is None else {**arguments, own_scale: scale * (arguments.get(factor) or 1)}
+    factor = arguments.get({"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")) or 1
+    if factor != 1:
+        check_sizes(unshuffle=factor)
+        if arch == "ESRGAN":  # SwinIR reckons its channels itself
+            arguments.setdefault("in_nc", COLOURS * factor**2)
+    return arguments if own_scale is None else {**arguments, own_scale: scale * factor}
 
 
 def plain(value: Any) -> Any:

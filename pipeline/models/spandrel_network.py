@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,24 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, BatchNorm2d
-from pipeline.models.spandrel_archs import (
-    ARCHITECTURES,
-    CONSTANT,
-    DEFAULTS,
-    MIXING,
-    REFUSED,
-    SCALE_PARAMETERS,
-    arguments_of,
-    class_of,
-    defaults_of,
-    folding,
-    plain,
-)
-from pipeline.torchvision_import import import_torchvision
-
-TOLERANCE = 1e-3
-"""How far the network that spandrel reads may be from ours, in parts of the largest output value."""
+from pipeline.models.common import COLOURS, BatchNorm2d, told
+from pipeline.models.spandrel_archs import CONSTANT, CONVOLUTIONAL, MIXING, SWAPPED, arguments_of, class_of
+from pipeline.models.spandrel_reading import compare, large_weights, read
 
 
 @dataclass(frozen=True)
@@ -77,17 +61,17 @@ class SpandrelNetwork(nn.Module):
         try:
             super().__init__(**arguments)
         except Exception as error:  # each class has its own way to refuse
-            raise ValueError(f"arch {arch!r} cannot be built with {params} ({_told(error)})") from error
+            raise ValueError(f"arch {arch!r} cannot be built with {params} ({told(error)})") from error
         for name, parameter in self.named_parameters():
             if arch in CONSTANT and re.search(CONSTANT[arch], name):
                 parameter.requires_grad_(False)
         for module in self.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNorm2d
-            elif arch == "SPAN" and type(module).__name__ == "Conv3XC":
-                module.__class__ = folding(type(module))
+            elif (arch, type(module).__name__) in SWAPPED:
+                module.__class__ = SWAPPED[arch, type(module).__name__](type(module))
         if "scale" not in vars(self):
-            self.scale = scale  # as every other network has
+            self.scale = scale  # as every other network has; ESRGAN's own is another where it unshuffles first
         self._facts = _Facts(arch, scale, minimum=1, multiple=1)
         self._compare_with_what_spandrel_reads()
 
@@ -95,6 +79,11 @@ class SpandrelNetwork(nn.Module):
     def receptive_radius(self) -> int:
         """How many LR pixels two tiles overlap. Not exact: most of these networks see the whole image, a little."""
         return 64
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether the architecture sees equally far from every place."""
+        return self._facts.arch in CONVOLUTIONAL
 
     def forward(self, images: Tensor) -> Tensor:
         """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
@@ -124,72 +113,22 @@ class SpandrelNetwork(nn.Module):
         the network's file as a network that makes other images.
         """
         arch, scale = self._facts.arch, self._facts.scale
-        with torch.random.fork_rng(devices=[]):
-            found = _read(self.state_dict())
-        if found is None:
-            raise ValueError(f"with these parameters spandrel does not know its own {arch!r} from its tensors; "
-                             "change those that differ from its defaults")
-        if (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
-            raise ValueError(f"arch {arch!r} with {found.input_channels} channels in and {found.output_channels} out; "
-                             f"images have {COLOURS}")
-        sizes = found.size_requirements
-        self._facts = facts = _Facts(arch, scale, sizes.minimum, sizes.multiple_of)
-        side = -(-max(16, facts.minimum) // facts.multiple) * facts.multiple
-        images = torch.rand((1, COLOURS, side, side), generator=torch.Generator().manual_seed(0))
         self.eval()
-        try:
-            with torch.no_grad():
-                ours, theirs = self(images), found.model.eval()(images.clone())
-        except Exception as error:  # each class has its own way to refuse
-            raise ValueError(f"arch {arch!r} built with these parameters cannot run ({_told(error)})") from error
+        with large_weights(self):
+            found = read(self.state_dict())
+            if found is None:
+                raise ValueError(f"with these parameters spandrel does not know its own {arch!r} from its tensors; "
+                                 "change those that differ from its defaults")
+            if (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
+                raise ValueError(f"arch {arch!r} with {found.input_channels} channels in and {found.output_channels} "
+                                 f"out; images have {COLOURS}")
+            sizes = found.size_requirements
+            self._facts = facts = _Facts(arch, scale, sizes.minimum, sizes.multiple_of)
+            side = -(-max(16, facts.minimum) // facts.multiple) * facts.multiple
+            # Some are made for images of one size, some parameters tell only from one size on.
+            for size in ((side, side), (side + facts.multiple, side + 2 * facts.multiple)):
+                compare(self, found, scale, size)
         self.train()
-        if found.scale != scale or ours.shape != (1, COLOURS, side * scale, side * scale):
-            raise ValueError(f"with these parameters {arch!r} does not upscale by {scale}; choose its upsampler")
-        if ours.shape != theirs.shape or (ours - theirs).abs().max() > TOLERANCE * theirs.abs().max().clamp(min=1):
-            different = {name: value for name, value in found.model.hyperparameters.items()
-                         if plain(value) != plain(self.hyperparameters.get(name))}
-            raise ValueError(f"a file of {arch!r} does not tell all of these parameters, and other programs would read "
-                             f"it as another network, with {different}; use these values")
-
-
-def read_tensors(tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any], dict[str, Tensor]] | None:
-    """Scale, other arguments and tensors of the `SpandrelNetwork` in a file; `None` if spandrel does not know it.
-
-    `ValueError` where spandrel knows it, and it is none of `ARCHITECTURES` for RGB images.
-    """
-    with torch.random.fork_rng(devices=[]):
-        found = _read(tensors)
-    if found is None:
-        return None
-    model, arch = found.model, str(found.architecture.id)
-    if type(model).__name__ == "RealPLKSR":
-        arch = "RealPLKSR"
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"is of spandrel's {arch}, which is not supported: "
-                         f"{REFUSED.get(arch, 'it does not upscale photographs')}")
-    if found.scale == 1 or (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
-        raise ValueError(f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} channels in and "
-                         f"{found.output_channels} out; scales from 2 and {COLOURS} channels are supported")
-    if type(model) is not class_of(arch, found.scale):
-        raise ValueError(f"is of spandrel's {type(model).__name__}, a variant of {arch} that is not supported")
-    usual = {**defaults_of(type(model)), **DEFAULTS.get(arch, {})}
-    params = {name: plain(value) for name, value in model.hyperparameters.items()
-              if name in usual and name not in SCALE_PARAMETERS and plain(value) != plain(usual[name])}
-    return found.scale, {"arch": arch, **params}, dict(model.state_dict())
-
-
-def _read(tensors: Mapping[str, Tensor]) -> Any:
-    """spandrel's descriptor of the network with these tensors (it changes the mapping it is given); None if unknown."""
-    import_torchvision()
-    from spandrel import MAIN_REGISTRY
-
-    for support in MAIN_REGISTRY.architectures("detection"):
-        if support.detect(dict(tensors)):
-            try:
-                return support.architecture.load(dict(tensors))
-            except Exception:  # tensors that only look like this architecture's
-                return None
-    return None
 
 
 @functools.cache
@@ -209,6 +148,3 @@ def _continued(images: Tensor, facts: _Facts) -> Tensor:
             images = F.pad(images, (0, right, 0, below), mode)
     return images
 
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

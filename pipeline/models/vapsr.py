@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.images import unit_range
+from pipeline.models.common import COLOURS, check_sizes
 
 SCALES = (2, 3, 4)
 RESIDUALS = ("none", "bicubic")
 VALUE_RANGES = ("unit", "signed")
-COLOURS = 3
 
 
 class VapSR(nn.Module):
@@ -222,12 +222,8 @@ def _check_sizes(scale: int, num_features: int, num_attention_features: int, num
                  projection_kernel: int, upsampler_features: int) -> None:
     if scale not in SCALES or not isinstance(scale, int):
         raise ValueError(f"scale {scale!r} is not one of 2, 3 and 4")
-    sizes = {"num_features": num_features, "num_attention_features": num_attention_features, "num_blocks": num_blocks,
-             "conv_groups": conv_groups, "projection_kernel": projection_kernel,
-             "upsampler_features": upsampler_features}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} {size!r} is not a whole number above 0")
+    check_sizes(num_features=num_features, num_attention_features=num_attention_features, num_blocks=num_blocks,
+                conv_groups=conv_groups, projection_kernel=projection_kernel, upsampler_features=upsampler_features)
     if num_features % conv_groups:
         raise ValueError(f"num_features {num_features} is not a multiple of conv_groups {conv_groups}")
     if projection_kernel not in (1, 3):

@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
+from pipeline.cli import UserError
 from pipeline.files import write_atomically
-from pipeline.models import GENERATORS, build_generator, spandrel_network
+from pipeline.models import GENERATORS, build_generator, spandrel_reading
+from pipeline.models.state_files import FLOATS, INTEGERS, listed, read_state
 
-# Where the field's training codes keep a state dict within a .pth file, the one to prefer first.
-STATE_KEYS = ("params_ema", "params-ema", "ema_state_dict", "state_dict_ema", "model_ema", "params", "state_dict",
-              "model_state_dict", "generator_state_dict", "model", "generator", "netG", "net_g", "net", "module")
-# What stands before a generator's names in the state dict of a whole GAN…
-GENERATOR_PREFIXES = ("generator", "netG", "net_g")
-# …and before every name where a network was saved from within DataParallel or Lightning.
-WRAPPERS = ("module", "_forward_module", *GENERATOR_PREFIXES)
+# Tensors by which discriminators are known: BasicSR's two (and ours), and the first ESRGAN's and SRGAN-PyTorch's.
+DISCRIMINATORS = (("conv0_0.weight", "linear2.weight"), ("conv0.weight", "conv9.weight"),
+                  ("features.0.weight", "classifier.0.weight"))
 METADATA_KEY = "vastscale"
 
 
@@ -48,16 +42,22 @@ class SavedNetwork:
     """Its tensors on the CPU, in the dtypes of the file."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Where it comes from: "step", "recipe"…"""
+    source: str = field(default="", compare=False, repr=False)
+    """The file that it was read from, for messages."""
 
     def build(self) -> nn.Module:
         """The network in eval mode, float32 on the CPU, with exactly these tensors; a half file is widened.
 
-        `UserError` where a tensor is missing, left over, of another shape or not finite.
+        `UserError` where a tensor is missing, left over, of another shape or kind of number, or not finite.
         """
-        with torch.random.fork_rng(devices=[]):  # initial values are overwritten; they must not shift a trainer's RNG
-            network = build_generator(self.name, self.scale, **self.params)
+        source = f"{self.source}: " if self.source else ""
+        try:
+            with torch.random.fork_rng(devices=[]):  # initial values are overwritten; a trainer's RNG must not shift
+                network = build_generator(self.name, self.scale, **self.params)
+        except UserError as error:
+            raise UserError(f"{source}{error}") from error
         wanted = network.state_dict()
-        title = f"network {self.name!r} x{self.scale}"
+        title = f"{source}network {self.name!r} x{self.scale}"
         for key in sorted(wanted.keys() | self.state_dict.keys()):
             if key not in self.state_dict:
                 raise UserError(f"{title} needs the tensor {key!r}, which the weights lack; were they trained with "
@@ -69,6 +69,9 @@ class SavedNetwork:
             if tensor.shape != wanted[key].shape:
                 raise UserError(f"{title}: tensor {key!r} is {tuple(tensor.shape)} in the weights but must be "
                                 f"{tuple(wanted[key].shape)}")
+            if tensor.dtype not in (FLOATS if wanted[key].is_floating_point() else FLOATS + INTEGERS):
+                raise UserError(f"{title}: tensor {key!r} is {tensor.dtype} in the weights but must be one of "
+                                f"{listed(FLOATS)}; save it so")
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{title}: tensor {key!r} holds NaN or infinity; training diverged, take an "
                                 "earlier step")
@@ -77,26 +80,18 @@ class SavedNetwork:
 
 
 def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
-    """Read a .safetensors, .pth or .pt file; what it does not say of the network is recognised from the tensors.
+    """Read a file of `state_files.SUFFIXES`; what it does not say of the network is recognised from the tensors.
 
     `weights` names the state dict to take from a .pth that holds several; "auto" is the first there is of
-    `STATE_KEYS` (EMA first). Prefixes of wrappers are stripped: `_orig_mod.` (torch.compile) anywhere, `WRAPPERS` in
-    front, in any nesting; of a whole GAN the generator is taken. `UserError` for a file that is missing, unreadable,
-    holds code, or is of no known network.
+    `STATE_KEYS` (EMA first), or the only one. Prefixes of wrappers are stripped: `_orig_mod.` (torch.compile) anywhere,
+    `WRAPPERS` in front, in any nesting; of a whole GAN the generator is taken. `UserError` for a file that is missing,
+    unreadable, damaged, holds code or other than plain numbers, or is of no known network.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights file {str(path)!r}" + (": it is a folder" if path.is_dir() else ""))
-    if path.suffix == ".safetensors":
-        tensors, description = _read_safetensors(path, weights)
-    elif path.suffix in (".pth", ".pt"):
-        tensors, description = _read_pickled(path, weights)
-    else:
-        raise UserError(f"weights file {str(path)!r} is neither .safetensors, .pth nor .pt")
-    tensors = _strip_wrappers(tensors)
-    if description is not None:
-        return _described(path, description, tensors)
-    return _recognised(path, tensors)
+    tensors, description = read_state(path, weights, METADATA_KEY)
+    saved = _recognised(path, tensors) if description is None else _described(path, description, tensors)
+    saved.source = str(path)
+    return saved
 
 
 def write_network(path: str | Path, saved: SavedNetwork) -> None:
@@ -109,9 +104,9 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
                               "metadata": saved.metadata}, sort_keys=True)
     # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels_last).
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content = safetensors.torch.save(tensors, metadata={METADATA_KEY: description})
-    elif path.suffix == ".pth":
+    elif path.suffix.lower() == ".pth":
         buffer = io.BytesIO()
         torch.save({"params_ema": tensors, METADATA_KEY: description}, buffer)
         content = buffer.getvalue()
@@ -119,72 +114,6 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
-
-
-def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], str | None]:
-    if weights != "auto":
-        raise UserError(f"{str(path)!r} holds one set of weights; leave out weights {weights!r}")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            # Cloned, because the tensors of an open file are a window into it.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is not a readable .safetensors file ({error}); is it cut short?") from error
-    return tensors, metadata.get(METADATA_KEY)
-
-
-def _read_pickled(path: Path, weights: str) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), flags=re.IGNORECASE)
-        if code:
-            raise UserError(f"{str(path)!r} holds pickled code besides tensors ({code[1]}), which is never run here; "
-                            "save its state dict alone") from error
-        raise UserError(f"{str(path)!r} is not a readable PyTorch file; is it cut short?") from error
-    except PermissionError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
-    except Exception as error:  # of a broken file torch.load raises nearly anything: RuntimeError, EOFError, KeyError…
-        raise UserError(f"{str(path)!r} is not a readable PyTorch file ({type(error).__name__}); "
-                        "is it cut short?") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a state dict")
-    description = content.get(METADATA_KEY)
-    return _choose_state(path, content, weights), description if isinstance(description, str) else None
-
-
-def _choose_state(path: Path, content: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
-    """The state dict named `weights` within `content`, or for "auto" the preferred one or `content` itself."""
-    held = {key: value for key, value in content.items() if _is_state_dict(value)}
-    if weights != "auto":
-        if weights not in held:
-            raise UserError(f"{str(path)!r} holds no weights {weights!r}"
-                            + (nearest(weights, held) if held else "; it is one state dict: leave that out"))
-        return dict(held[weights])
-    for key in STATE_KEYS:
-        if key in held:
-            return dict(held[key])
-    if _is_state_dict(content):
-        return dict(content)
-    raise UserError(f"{str(path)!r} holds no state dict; found {', '.join(map(str, list(content)[:5])) or 'nothing'}")
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (isinstance(value, Mapping) and len(value) > 0
-            and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()))
-
-
-def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers have added to the names, and what does not belong to the generator."""
-    tensors = {".".join(part for part in key.split(".") if part != "_orig_mod"): tensor
-               for key, tensor in tensors.items()}
-    first = {key.split(".")[0] for key in tensors}
-    for wrapper in WRAPPERS:
-        if first == {wrapper} or (wrapper in first and wrapper in GENERATOR_PREFIXES):
-            return _strip_wrappers({key.removeprefix(f"{wrapper}."): tensor for key, tensor in tensors.items()
-                                    if key.startswith(f"{wrapper}.")})
-    return tensors
 
 
 def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
@@ -198,6 +127,8 @@ def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
                 break
     if not candidates:
         candidates = _of_spandrel(path, tensors)
+    if not candidates and any(tensors.keys() >= {*names} for names in DISCRIMINATORS):
+        raise UserError(f"{str(path)!r} holds a discriminator, not a generator; take the generator's file")
     if not candidates:
         raise UserError(f"{str(path)!r} is of no network known here ({', '.join(GENERATORS)}); its first tensors are "
                         f"{', '.join(list(tensors)[:3])}")
@@ -214,7 +145,7 @@ def _arguments(network: type[nn.Module], tensors: Mapping[str, Tensor]) -> tuple
 
 def _of_spandrel(path: Path, tensors: dict[str, Tensor]) -> list[SavedNetwork]:
     try:
-        found = spandrel_network.read_tensors(tensors)
+        found = spandrel_reading.read_tensors(tensors)
     except ValueError as error:
         raise UserError(f"{str(path)!r} {error}") from error
     return [] if found is None else [SavedNetwork("spandrel", *found)]

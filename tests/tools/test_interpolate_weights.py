@@ -142,6 +142,28 @@ def test_the_first_difference_is_named(tmp_path, refuse, change, difference):
     assert not (tmp_path / "mix.pth").exists()
 
 
+@pytest.mark.parametrize(("a", "b", "difference"), [
+    ({"colour_space": "oklab"}, {}, "colour_space is 'oklab' and 'rgb'"),
+    ({}, {"colour_space": "y"}, "colour_space is 'rgb' and 'y'"),
+])
+def test_colour_spaces_are_not_blended(a, b, difference):
+    networks = [tiny_saved(seed) for seed in (1, 2)]
+    for network, params in zip(networks, (a, b), strict=True):
+        network.params |= params
+    assert first_difference(*networks) == difference
+
+
+@pytest.mark.parametrize(("a", "b", "difference"), [
+    ({}, {}, ""), ({"norm": False}, {}, ""), ({"norm": True}, {}, "norm is True and False"),
+    ({}, {"img_range": 1.0}, "img_range is 255.0 and 1.0"),
+    ({"feature_channels": 48}, {}, ""), ({}, {"feature_channels": 12}, "feature_channels is 48 and 12"),
+    ({}, {"arch": "PLKSR"}, "arch is 'SPAN' and 'PLKSR'"),
+])
+def test_parameters_of_spandrels_networks_are_compared(a, b, difference):
+    networks = [SavedNetwork("spandrel", 2, {"arch": "SPAN", **params}, {}) for params in (a, b)]
+    assert first_difference(*networks) == difference
+
+
 def test_broken_weights_are_refused_by_name(tmp_path, pair, refuse):
     saved = tiny_saved(global_residual="bicubic")
     saved.state_dict["conv_body.bias"].fill_(float("nan"))
