@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import skimage.data
 import torch
@@ -13,15 +15,16 @@ from pipeline.losses import Criterion
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.models import GENERATORS, build_generator
 
-SMALLER = {  # as published but for the depth; what is not named here is at its published size
-    "vapsr": {"num_features": 48, "num_attention_features": 64, "num_blocks": 3},
+SHALLOW = {  # as published but for the depth; what is not named here is at its published size
+    "vapsr": {"num_features": 48, "num_attention_features": 64, "num_blocks": 3, "global_residual": "bicubic"},
     "srresnet": {"num_blocks": 3},
     "msrresnet": {"num_blocks": 3},
     "rrdbnet": {"num_blocks": 1},
     "compact": {"num_conv": 4},
-    "spandrel": {"arch": "SPAN", "feature_channels": 32},
+    "spandrel": {"arch": "PLKSR", "dim": 32, "n_blocks": 3},
 }
-HR, SCALE, MOST_STEPS = 16, 2, 400
+STEPS, RATE = {"rrdbnet": 600}, {"rrdbnet": 4e-3}  # begins with an output of nearly nothing
+HR, SCALE = 16, 2
 
 
 def eight_crops() -> tuple[Tensor, Tensor]:
@@ -34,18 +37,27 @@ def eight_crops() -> tuple[Tensor, Tensor]:
     return small.mul(255).round().clamp(0, 255).to(torch.uint8), hr
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Operators this small gain nothing from more threads, and lose much where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_eight_crops_are_learnt_by_heart(name: str) -> None:
     torch.manual_seed(7)
     lr, hr = eight_crops()
     target = unit_range(hr, torch.float32)
-    network = build_generator(name, SCALE, **SMALLER[name]).train()
-    criterion = Criterion({"l1": 1.0}, torch.device("cpu"))
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MOST_STEPS, eta_min=1e-5)
-    for _ in range(MOST_STEPS):
+    network = build_generator(name, SCALE, **SHALLOW.get(name, {})).train()
+    criterion, steps = Criterion({"l1": 1.0}, torch.device("cpu")), STEPS.get(name, 400)
+    optimizer = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE.get(name, 3e-3), total_steps=steps)
+    for _ in range(steps):
         optimizer.zero_grad()
-        torch.stack(list(criterion(network(lr), target).values())).sum().backward()
+        criterion(network(lr), target)["l1"].backward()
         optimizer.step()
         schedule.step()
     with torch.inference_mode():

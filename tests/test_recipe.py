@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cli import UserError
+from pipeline.engine import build_optimizer
+from pipeline.losses import LOSSES
 from pipeline.models import build_generator
+from pipeline.models.discriminators import build_discriminator
 from pipeline.options import TrainOptions, make_plan, steps_in_epochs
 from pipeline.recipe import (
     RECIPES,
@@ -23,17 +27,31 @@ from pipeline.recipe import (
     recipe_differences,
     write_recipe,
 )
+from pipeline.schedules import validate_schedule
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
-    assert sum(parameter.numel() for parameter in generator.parameters()) > 10_000
-    assert load_ds_config(recipe.ds_config_path())["train_batch_size"] > 0
-    write_recipe(recipe, tmp_path / "recipe.yaml")
-    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    for recipe in load_stages(name):
+        assert recipe.name == name
+        generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+        assert sum(parameter.numel() for parameter in generator.parameters()) > 10_000
+        files = [recipe.ds_config_path()]
+        if recipe.adversarial:
+            assert recipe.best.metric == "lpips", "PSNR falls while a GAN learns"
+            discriminator = recipe.adversarial.discriminator
+            build_discriminator(discriminator.name, recipe.data.crop, **discriminator.params)
+            files += [ROOT / recipe.adversarial.ds_config] if recipe.adversarial.ds_config else []
+        for ds_config in map(load_ds_config, files):
+            assert ds_config["train_batch_size"] > 0
+            build_optimizer(ds_config["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
+            if "scheduler" in ds_config:
+                validate_schedule(ds_config["scheduler"])
+        for loss, term in recipe.losses.items():
+            assert loss in LOSSES
+            assert isinstance(term, float) or "weight" in term
+        write_recipe(recipe, tmp_path / "recipe.yaml")
+        assert read_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_a_recipe_is_a_difference_from_its_base(tmp_path: Path) -> None:

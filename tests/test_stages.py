@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from comparison import checkpoint_differences
 from conftest import ROOT, command, environment, run
-from pipeline.engine import read_module
+from pipeline.engine import read_module, why_not_compiled
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, find_run, run_network_file
 from test_cli import assert_one_line
 
@@ -161,6 +161,20 @@ def test_a_later_stages_faults_are_found_before_the_first_begins(change: str, me
     done = run([str(recipe) if word == "demo" else word for word in words])
     assert_one_line(done, message)
     assert checkpoint_steps(tmp_path / "run" / "psnr") == []
+
+
+def test_compiled_networks_learn_as_plain_ones_do(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    lacking = why_not_compiled(torch.device("cpu"))
+    if lacking:
+        pytest.skip(lacking)
+    losses = {}
+    for switch in ("on", "off"):
+        steps = "stages.psnr.steps=1", "stages.gan.steps=3"
+        done = train(recipe, dataset, tmp_path / switch, *steps, f"compile={switch}")
+        assert done.returncode == 0, done.stderr
+        lines = events(tmp_path / switch / "gan", "train")
+        losses[switch] = [[line[name] for name in ("loss_l1", "loss_adversarial", "discriminator")] for line in lines]
+    np.testing.assert_allclose(losses["on"], losses["off"], rtol=1e-3)
 
 
 def test_a_stop_in_the_second_stage_costs_nothing(recipe: Path, dataset: Path, tmp_path: Path) -> None:
