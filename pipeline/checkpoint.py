@@ -24,9 +24,10 @@ from torch import nn
 
 from pipeline.cli import UserError
 from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import Ranks, load_engine, save_engine
+from pipeline.engine_files import load_engine, save_engine
 from pipeline.files import flush
 from pipeline.models.weights import SavedNetwork, read_network, write_network
+from pipeline.ranks import Ranks
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
     GENERATOR_EMA_FILE,

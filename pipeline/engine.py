@@ -1,4 +1,4 @@
-"""The one door to the distributed runtime. Nothing else imports DeepSpeed.
+"""The one door to the distributed runtime, with `ranks` and `engine_files`. Nothing else imports DeepSpeed.
 
 What the rest of the project uses of a DeepSpeed engine is: calling it, `module`, `backward`, `step`,
 `is_gradient_accumulation_boundary`, `save_checkpoint` and `load_checkpoint`; `descend` is one micro-batch of it.
@@ -7,25 +7,19 @@ What the rest of the project uses of a DeepSpeed engine is: calling it, `module`
 from __future__ import annotations
 
 import copy
-import ctypes
-import logging
-import os
-import signal
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
+from pipeline.ranks import Ranks
 from pipeline.recipe import batch_sizes
 from pipeline.schedules import AUTO, SCHEDULES, Schedule, build_schedule, check_schedule
 
@@ -33,110 +27,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
     "NAdam": torch.optim.NAdam,
 }
-LAUNCHER = "VASTSCALE_LAUNCHER_PID"
-"""Environment variable with the process that started the ranks; they stop when it is gone."""
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
-
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-    control: dist.ProcessGroup  # over Gloo: flags between hosts, never a synchronisation with the GPU
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """`value` (any picklable object) of every rank, in rank order, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def agree(self, value: Any) -> Any:
-        """The first rank's `value`, on every rank."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
-        return values[0]
-
-    def together(self, action: Callable[[], Result]) -> Result:
-        """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
-
-        Otherwise the first complaint is raised as `UserError` on the first rank, and the others exit with its status.
-        """
-        complaint, result = "", None
-        try:
-            result = action()
-        except UserError as error:
-            complaint = str(error)
-        except OSError as error:
-            complaint = f"{error.filename or 'disk'}: {error.strerror or error}"
-        complaints = [complaint for complaint in self.gather(complaint) if complaint]
-        if complaints and self.is_first:
-            raise UserError(complaints[0])
-        if complaints:
-            sys.exit(2)
-        return cast(Result, result)
-
-
-def start_distributed(timeout_minutes: float = 10) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; alone where they are not set.
-
-    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process is told to stop (SIGTERM).
-    """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if LAUNCHER in os.environ or world_size > 1:
-        _stop_with_parent()
-    if world_size == 1:
-        os.environ.setdefault("MASTER_PORT", "0")  # any free one
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(local_rank)
-    deepspeed = _import_deepspeed(has_gpu)
-    timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    return Ranks(rank, world_size, local_rank, device, control)
-
-
-def stop_distributed() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _import_deepspeed(has_gpu: bool) -> Any:
-    if not has_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    for handler in deepspeed.utils.logger.handlers:
-        handler.setLevel(logging.ERROR)
-    # Its shared-memory collectives between CPU ranks are C++ built on first use, under a lock that a killed process
-    # leaves behind for ever. Gloo does the same work without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _stop_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher that started us is gone, so that no rank trains on as an orphan."""
-    pr_set_pdeathsig = 1
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps: int,
@@ -180,7 +71,7 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) 
         check_schedule(config["scheduler"])
         if config["scheduler"]["type"] in SCHEDULES:
             schedule = partial(build_schedule, config.pop("scheduler"))
-    with _quiet():
+    with quiet():
         try:
             engine, *_ = deepspeed.initialize(model=module.to(ranks.device), optimizer=optimizer, config=config,
                                               lr_scheduler=schedule, dist_init_required=False)
@@ -345,88 +236,8 @@ def why_not_compiled(device: torch.device) -> str:
     return ""
 
 
-def save_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> str:
-    """Write the engine's part of a checkpoint to `directory`/`name`. On return every rank is done.
-
-    Returns why this rank could not write; empty if it did. (Raising in between would leave the other ranks waiting.)
-    """
-    engine.checkpoint_engine = files = _CheckpointFiles()
-    with _quiet():
-        engine.save_checkpoint(str(directory), tag=name, save_latest=False)
-    return files.failure
-
-
-def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> None:
-    """Put back what `save_engine` wrote."""
-    engine.checkpoint_engine = _CheckpointFiles()
-    with _quiet():
-        path, _ = engine.load_checkpoint(str(directory), tag=name)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed could not load {directory}/{name}")
-    schedule = engine.lr_scheduler
-    if schedule is not None and not isinstance(schedule, Schedule):  # its length may be another one now
-        for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
-            group["lr"] = rate
-
-
-def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
-    """The weights of a network, by name, that `save_engine` wrote as `name`, on the CPU. `OSError` if it did not."""
-    weights = _CheckpointFiles().load(os.path.join(directory, name, "mp_rank_00_model_states.pt"), map_location="cpu")
-    return dict(weights["module"])
-
-
-class _CheckpointFiles:
-    """DeepSpeed's `CheckpointEngine` that keeps a failure for later and never runs code that a file brings."""
-
-    name = "vastscale"
-
-    def __init__(self) -> None:
-        self.failure = ""
-
-    def create(self, info: Any) -> None: ...
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self._try(lambda: os.makedirs(path, exist_ok=exist_ok))
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._try(lambda: torch.save(state_dict, path))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def set_commit_info(self, info: Any) -> None: ...
-
-    def get_commit_info(self) -> None: ...
-
-    def cleanup(self) -> None: ...
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-    def _try(self, action: Any) -> None:
-        try:
-            action()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failure = self.failure or str(error) or type(error).__name__
-
-
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

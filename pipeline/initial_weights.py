@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.cli import UserError
-from pipeline.engine import read_module
+from pipeline.engine_files import read_module
 from pipeline.files import short
 from pipeline.models import GENERATORS
 from pipeline.models.weights import read_network

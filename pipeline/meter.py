@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loader import Loader
-from pipeline.engine import Ranks
 from pipeline.monitor import duration
 from pipeline.outcome import Outcome
+from pipeline.ranks import Ranks
 
 BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
 SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale

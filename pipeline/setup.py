@@ -21,7 +21,6 @@ from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.ema import ExponentialMovingAverage
 from pipeline.engine import (
-    Ranks,
     build_engine,
     build_optimizer,
     compile_module,
@@ -38,6 +37,7 @@ from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork
 from pipeline.monitor import TENSORBOARD_DIR
 from pipeline.options import Plan
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of, zero_stage
 from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
 from pipeline.schedules import validate_schedule

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.engine import LAUNCHER, Ranks
+from pipeline.ranks import LAUNCHER, Ranks
 
 GO_ON, SAVE, STOP, FAIL = 0, 1, 1000, 2000
 """Requests; the larger one wins. STOP + n: stop for signal n. FAIL: save and end, some rank cannot go on."""

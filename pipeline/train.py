@@ -14,19 +14,12 @@ from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
-from pipeline.engine import (
-    Ranks,
-    gradient_norm,
-    observe,
-    skipped_steps,
-    start_distributed,
-    step_was_skipped,
-    stop_distributed,
-)
+from pipeline.engine import gradient_norm, observe, skipped_steps, step_was_skipped
 from pipeline.files import short, write_atomically
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plans
+from pipeline.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.recipe import write_recipe
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.run_lock import run_lock

@@ -15,10 +15,10 @@ from pipeline.data.dataset import Image
 from pipeline.data.decoding import BadFileError, HostDecoder
 from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
-from pipeline.engine import Ranks
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.metrics.psnr_ssim import luma, psnr
+from pipeline.ranks import Ranks
 from pipeline.recipe import BestSpec, Recipe
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time

@@ -23,8 +23,8 @@ def in_a_fresh_process(code: str) -> dict:
     """Run code (a DeepSpeed process can start its group only once) that prints one JSON object."""
     prelude = """
         import json, torch
-        from pipeline.engine import (build_engine, descend, gradient_norm, resolve_ds_config, skipped_steps,
-                                     start_distributed)
+        from pipeline.engine import (build_engine, descend, gradient_norm, resolve_ds_config, skipped_steps)
+        from pipeline.ranks import start_distributed
         ranks = start_distributed()
         def engine_for(module, **changes):
             config = {"train_batch_size": 4, "gradient_clipping": 1.0,

@@ -17,14 +17,16 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
     "metrics": {"losses", "torchvision_import"}, "losses": {"adversarial_spec", "torchvision_import"},
     "models": {"recipe", "torchvision_import"},
     "ema": set(), "layout": set(), "monitor": set(),
-    "engine": {"recipe", "schedules"}, "options": {"recipe", "data"}, "stopping": {"engine"},
-    "initial_weights": {"engine", "models", "options"},
+    "ranks": set(), "engine": {"ranks", "recipe", "schedules"}, "engine_files": {"engine", "schedules"},
+    "options": {"recipe", "data"}, "stopping": {"ranks"},
+    "initial_weights": {"engine_files", "models", "options"},
     "evaluation": {"metrics", "models"}, "export": {"models"},
-    "meter": {"data", "engine", "monitor", "outcome"}, "validation": {"data", "engine", "metrics", "recipe"},
-    "checkpoint": {"ema", "engine", "models"},
+    "meter": {"data", "ranks", "monitor", "outcome"}, "validation": {"data", "ranks", "metrics", "recipe"},
+    "checkpoint": {"ema", "engine_files", "models", "ranks"},
     "trainers": {"adversarial_spec", "data", "ema", "engine", "losses", "models", "outcome"},
 }
-FENCED = {"deepspeed": {"pipeline/engine.py"}, "accelerate": {"pipeline/engine.py"},
+RUNTIME = {f"pipeline/{name}.py" for name in ("ranks", "engine", "engine_files")}
+FENCED = {"deepspeed": RUNTIME, "accelerate": RUNTIME,
           "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}
 
 

@@ -172,7 +172,8 @@ def test_deepspeeds_own_are_left_to_it() -> None:
 def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
     found = in_a_fresh_process(f"""
         import tempfile
-        from pipeline.engine import load_engine, observe, save_engine
+        from pipeline.engine import observe
+        from pipeline.engine_files import load_engine, save_engine
         images = torch.randn(4, 3, 8, 8)
         def build(kind, **params):
             return engine_for(torch.nn.Conv2d(3, 4, 3), zero_optimization={{"stage": {stage}}},

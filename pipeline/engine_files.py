@@ -1,0 +1,92 @@
+"""A DeepSpeed engine's part of a checkpoint, on disk. Nothing that a file brings is ever run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine import quiet
+from pipeline.schedules import Schedule
+
+
+def save_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> str:
+    """Write the engine's part of a checkpoint to `directory`/`name`. On return every rank is done.
+
+    Returns why this rank could not write; empty if it did. (Raising in between would leave the other ranks waiting.)
+    """
+    engine.checkpoint_engine = files = _CheckpointFiles()
+    with quiet():
+        engine.save_checkpoint(str(directory), tag=name, save_latest=False)
+    return files.failure
+
+
+def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> None:
+    """Put back what `save_engine` wrote."""
+    engine.checkpoint_engine = _CheckpointFiles()
+    with quiet():
+        path, _ = engine.load_checkpoint(str(directory), tag=name)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed could not load {directory}/{name}")
+    schedule = engine.lr_scheduler
+    if schedule is not None and not isinstance(schedule, Schedule):  # its length may be another one now
+        for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
+            group["lr"] = rate
+
+
+def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
+    """The weights of a network, by name, that `save_engine` wrote as `name`, on the CPU. `OSError` if it did not."""
+    weights = _CheckpointFiles().load(os.path.join(directory, name, "mp_rank_00_model_states.pt"), map_location="cpu")
+    return dict(weights["module"])
+
+
+class _CheckpointFiles:
+    """DeepSpeed's `CheckpointEngine` that keeps a failure for later and never runs code that a file brings."""
+
+    name = "vastscale"
+
+    def __init__(self) -> None:
+        self.failure = ""
+
+    def create(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._try(lambda: os.makedirs(path, exist_ok=exist_ok))
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._try(lambda: torch.save(state_dict, path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def set_commit_info(self, info: Any) -> None: ...
+
+    def get_commit_info(self) -> None: ...
+
+    def cleanup(self) -> None: ...
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.failure = self.failure or str(error) or type(error).__name__
