@@ -175,11 +175,12 @@ def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
         assert "0 files" in process.stdout.readline()
         if end == "interrupt":
             process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
         (tmp_path / "in").rmdir()
-        _, errors = process.communicate(timeout=30)
         if end == "interrupt":
             assert (process.returncode, errors) == (0, "")
         else:
+            _, errors = process.communicate(timeout=30)
             assert process.returncode == 1
             assert errors.startswith("error: ")
             assert "folder is gone" in errors
