@@ -24,6 +24,7 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     environment["VASTSCALE_LAUNCHER_PID"] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses that have no name
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -32,9 +33,14 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     return environment
 
 
+def may_have_gpu() -> bool:
+    """Whether there are signs of a GPU on this machine."""
+    return bool(shutil.which("nvidia-smi")) or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
+
+
 def num_gpus() -> int:
     """GPUs that torch can use here. Torch is asked only where there may be one: importing it takes seconds."""
-    if not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
+    if not may_have_gpu():
         return 0
     import torch
 

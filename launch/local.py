@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import environment
-from pipeline import cli, run_folder
+from launch.arguments import without
+from pipeline import cli
 from pipeline.cli import UserError
 from pipeline.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 from pipeline.recipe import batch_sizes
+from pipeline.run_folder import has_ended
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
@@ -43,7 +44,7 @@ def main(options: TrainOptions) -> int:
     batch_sizes(plan.ds_config, processes)
     began = time.time()
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
-    if status == 0 and not _is_finished(plan):
+    if status == 0 and not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
         print("error: training ended before its last step and left no message; see above", file=sys.stderr)
         return 1
     if status == 0 and held_out is not None:
@@ -117,17 +118,6 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _is_finished(plan: Plan) -> bool:
-    """Whether the newest checkpoint is of the last step, or of the validation that used up the patience."""
-    steps = run_folder.checkpoint_steps(plan.run_dir)
-    if not steps:
-        return False
-    if steps[-1] >= plan.total_steps:
-        return True
-    state = json.loads((run_folder.checkpoint_dir(plan.run_dir, steps[-1]) / run_folder.STATE_FILE).read_text())
-    return 0 < plan.recipe.patience <= state["stale_validations"]
-
-
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
     """The options of the demo, in place of a dataset that is not there."""
     default, places = TrainOptions(), " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
@@ -143,21 +133,8 @@ def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, li
     dataset = make_demo_dataset(DEMO_FILES)
     options = replace(options, recipe=DEMO_RECIPE, dataset_dir=(dataset.dataset_dir,))
     # Options given twice count as given last.
-    return options, ["--recipe", DEMO_RECIPE, "--dataset-dir", str(dataset.dataset_dir), *_without(
-        arguments, "--recipe", "--dataset-dir")], dataset.held_out_dir
-
-
-def _without(arguments: list[str], *names: str) -> list[str]:
-    """`arguments` less the options `names` and their values."""
-    kept: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        flag, sign, _ = argument.partition("=")
-        if flag.replace("_", "-") not in names:
-            kept.append(argument)
-        elif not sign:
-            next(rest, None)
-    return kept
+    return options, ["--recipe", DEMO_RECIPE, "--dataset-dir", str(dataset.dataset_dir), *without(
+        arguments, ("--recipe", "--dataset-dir"))], dataset.held_out_dir
 
 
 def _show_demo(plan: Plan, held_out: Path, began: float) -> int:

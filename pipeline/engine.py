@@ -1,14 +1,15 @@
-"""The one door to the distributed runtime, with `ranks` and `engine_files`. Nothing else imports DeepSpeed.
+"""The one door to the two runtimes, DeepSpeed and Accelerate. The project sees an engine and not whose it is.
 
-What the rest of the project uses of a DeepSpeed engine is: calling it, `module`, `backward`, `step`,
-`is_gradient_accumulation_boundary`, `save_checkpoint` and `load_checkpoint`; `descend` is one micro-batch of it.
+What the rest of the project uses of an engine is: calling it, `module`, `optimizer`, `lr_scheduler`, `get_lr`,
+`backward`, `step`, `is_gradient_accumulation_boundary`, `save_checkpoint`, `load_checkpoint` and `destroy`; `descend`
+is one micro-batch of it.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.accelerate_engine import AccelerateEngine
 from pipeline.cli import UserError, nearest
+from pipeline.deepspeed_engine import deepspeed_engine
 from pipeline.ranks import Ranks
 from pipeline.recipe import batch_sizes
+from pipeline.runtimes import check_accelerate
 from pipeline.schedules import AUTO, SCHEDULES, Schedule, build_schedule, check_schedule
+from pipeline.warmup_schedules import build_warmup_schedule
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
@@ -30,12 +35,13 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
 
 
-def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps: int,
-                      device: torch.device) -> tuple[dict[str, Any], str, str]:
-    """ds_config.json as DeepSpeed will get it on these ranks, the precision, and why it is another one than asked for.
+def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps: int, device: torch.device,
+                      runtime: str = "deepspeed") -> tuple[dict[str, Any], str, str]:
+    """ds_config.json as the runtime will get it on these ranks, the precision, and why it is another than asked for.
 
-    Fills in the micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of
-    this network, and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
+    The precision names another runtime than DeepSpeed, whose rounding and checkpoints are its own. Fills in the
+    micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of this network,
+    and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
     """
     resolved = copy.deepcopy(dict(config))
     micro, accumulation = batch_sizes(config, world_size)
@@ -49,84 +55,39 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
     why = ""
     if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
         why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
-    if resolved.get("bf16", {}).get("enabled"):
-        return resolved, "BF16", why
-    return resolved, "FP16" if resolved.get("fp16", {}).get("enabled") else "FP32", why
+    precision = next((name.upper() for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled")), "FP32")
+    if runtime == "accelerate":
+        precision += " (Accelerate)" if precision == "FP32" else " autocast (Accelerate)"
+    return resolved, precision, why
 
 
-def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
-    """A DeepSpeed engine around `module` for a resolved ds_config.
+def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, runtime: str = "deepspeed") -> Any:
+    """An engine of `runtime` (deepspeed or accelerate) around `module` for a resolved ds_config.
 
     The optimizer is torch's own, built from the optimizer section: the same on every device, and nothing to compile.
     """
-    import deepspeed
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-
-    config = {"zero_allow_untested_optimizer": True,  # all of OPTIMIZERS work element by element, as ZeRO needs it
-              **copy.deepcopy(dict(ds_config))}
-    section = config.pop("optimizer")
-    optimizer = build_optimizer(section, [p for p in module.parameters() if p.requires_grad])
-    schedule = None
-    if "scheduler" in config:
-        check_schedule(config["scheduler"])
-        if config["scheduler"]["type"] in SCHEDULES:
-            schedule = partial(build_schedule, config.pop("scheduler"))
+    module.to(ranks.device)
+    optimizer = build_optimizer(ds_config["optimizer"], [p for p in module.parameters() if p.requires_grad])
+    schedule = _schedule(ds_config.get("scheduler"), runtime)
     with quiet():
-        try:
-            engine, *_ = deepspeed.initialize(model=module.to(ranks.device), optimizer=optimizer, config=config,
-                                              lr_scheduler=schedule, dist_init_required=False)
-        except UserError:
-            raise
-        except Exception as error:  # DeepSpeed has no class of its own for what it refuses
-            raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
-    engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
-    engine.found_nonfinite = engine.nonfinite_steps = engine.loss_scaling = None
-    engine.own_gradient_norm = float("nan")
+        if runtime == "accelerate":
+            check_accelerate(ds_config)
+            engine: Any = AccelerateEngine(module, optimizer, schedule and schedule(optimizer), ds_config, ranks)
+        else:
+            engine = deepspeed_engine(module, optimizer, schedule, ds_config, ranks)
     engine.statistics = [buffer for module in engine.module.modules() if isinstance(module, nn.BatchNorm2d)
                          for buffer in (module.running_mean, module.running_var) if buffer is not None]
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        engine.optimizer.overflow_checker.has_overflow_serial = _overflows
-        engine.loss_scaling = LossScaling(engine.optimizer)
-    if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
-        # The one mode in which DeepSpeed would write a NaN into weights and moments for good.
-        if section["type"] not in FUSED:
-            raise UserError(f"optimizer {section['type']} at FP32 and ZeRO stage 0 has no guard against NaN; choose "
-                            f"one of {', '.join(FUSED)}, or zero_optimization.stage 1")
-        engine.found_nonfinite = torch.zeros((), device=ranks.device)
-        engine.nonfinite_steps = torch.zeros((), device=ranks.device)
-        engine.optimizer.found_inf = engine.found_nonfinite
     return engine
 
 
-class LossScaling:
-    """Loss scaling at FP16 and ZeRO stage 0, where DeepSpeed 0.19.8 divides gradients by a scale no loss ever had.
-
-    Its `engine.backward` scales for ZeRO's optimizers alone (deepspeed pull request 8393), and its optimizer lets the
-    scale grow before it divides by it. Here the loss is scaled, and the scale grows after the update.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer, self._update_scale = optimizer, optimizer._update_scale
-        optimizer._update_scale = lambda skip: self._update_scale(True) if skip else None
-
-    @property
-    def scale(self) -> float:
-        """The factor of the loss."""
-        scaling = self._optimizer.loss_scale_config
-        return float(scaling.cur_scale) if scaling.use_grad_scaling else 1.0
-
-    def finish(self) -> float:
-        """After an update: let the scale grow if it is time. Returns the update's gradient norm, before clipping."""
-        norm = float(self._optimizer._global_grad_norm) / self.scale
-        if not self._optimizer.overflow:
-            self._update_scale(False)
-        return norm
-
-
-def _overflows(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a gradient is not finite: one wait for the device, where DeepSpeed's own waits once a parameter."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], float("inf"))
-    return not bool(torch.isfinite(torch.stack(norms)).all())
+def _schedule(section: Mapping[str, Any] | None, runtime: str) -> Callable[[torch.optim.Optimizer], Schedule] | None:
+    """What builds the schedule for an optimizer; None where there is none, or where it is left to DeepSpeed."""
+    if section is None:
+        return None
+    check_schedule(section)
+    if section["type"] in SCHEDULES:
+        return partial(build_schedule, section)
+    return partial(build_warmup_schedule, section) if runtime == "accelerate" else None
 
 
 def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -150,15 +111,12 @@ def descend(engine: Any, loss: Tensor) -> None:
     """Backward and, at an accumulation boundary, one update. Gradients that are not finite change nothing.
 
     Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
-    waits for the device; at FP16 DeepSpeed's loss scaling does, once an update.
+    waits for the device; at FP16 loss scaling does, once an update.
     """
     scaling, at_boundary = engine.loss_scaling, engine.is_gradient_accumulation_boundary()
     engine.backward(loss if scaling is None else loss * scaling.scale)
-    if engine.found_nonfinite is not None and at_boundary:
-        norms = torch._foreach_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-        engine.own_gradient_norm = torch.stack(norms).norm()
-        engine.found_nonfinite.copy_(~torch.isfinite(engine.own_gradient_norm))
-        engine.nonfinite_steps += engine.found_nonfinite
+    if at_boundary:
+        engine.check_gradient()
     engine.step()
     if scaling is not None and at_boundary:
         engine.own_gradient_norm = scaling.finish()

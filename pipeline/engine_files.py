@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.engine import quiet
 from pipeline.schedules import Schedule
+from pipeline.zero_shards import Shapes, recut
+
+SHARD = re.compile(r"((?:bf16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
+"""The name of a rank's optimizer states at ZeRO stages 1 and 2."""
 
 
 def save_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> str:
@@ -24,8 +31,8 @@ def save_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> st
 
 
 def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> None:
-    """Put back what `save_engine` wrote."""
-    engine.checkpoint_engine = _CheckpointFiles()
+    """Put back what `save_engine` wrote, on this or another number of ranks."""
+    engine.checkpoint_engine = _CheckpointFiles(engine)
     with quiet():
         path, _ = engine.load_checkpoint(str(directory), tag=name)
     if path is None:
@@ -38,17 +45,23 @@ def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> No
 
 def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
     """The weights of a network, by name, that `save_engine` wrote as `name`, on the CPU. `OSError` if it did not."""
-    weights = _CheckpointFiles().load(os.path.join(directory, name, "mp_rank_00_model_states.pt"), map_location="cpu")
+    weights = _read(os.path.join(directory, name, "mp_rank_00_model_states.pt"), "cpu")
     return dict(weights["module"])
 
 
 class _CheckpointFiles:
-    """DeepSpeed's `CheckpointEngine` that keeps a failure for later and never runs code that a file brings."""
+    """DeepSpeed's `CheckpointEngine` that keeps a failure for later and never runs code that a file brings.
+
+    To load into `engine` it shows a checkpoint as if this number of ranks had written it.
+    """
 
     name = "vastscale"
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Any = None) -> None:
         self.failure = ""
+        self._engine = engine
+        self._num_shards = 0  # of the checkpoint; known when the weights have been read, which come first
+        self._shapes: Shapes = []
 
     def create(self, info: Any) -> None: ...
 
@@ -59,13 +72,24 @@ class _CheckpointFiles:
         self._try(lambda: torch.save(state_dict, path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
+        folder, name = os.path.split(path)
+        shard = SHARD.fullmatch(name)
+        if shard and self._num_shards != dist.get_world_size():
+            return {"optimizer_state_dict": self._recut(folder, shard)}
+        state = _read(path, map_location)
+        if "dp_world_size" in state:
+            self._num_shards, self._shapes = state["dp_world_size"], state.get("param_shapes") or []
+            state["dp_world_size"] = dist.get_world_size()  # DeepSpeed refuses any other
+        return state
 
-        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location=map_location, weights_only=True)
+    def _recut(self, folder: str, wanted: re.Match[str]) -> dict[str, Any]:
+        """The optimizer states that the file `wanted`, which may not exist, would hold."""
+        def shards() -> Iterator[dict[str, Any]]:
+            for rank in range(self._num_shards):
+                yield _read(os.path.join(folder, f"{wanted[1]}{rank}{wanted[3]}"), "cpu")["optimizer_state_dict"]
+
+        return recut(shards(), self._shapes, self._engine.optimizer.state_dict(),
+                     self._engine._get_zero_param_shapes(), int(wanted[2]))
 
     def commit(self, info: Any) -> bool:
         return True
@@ -90,3 +114,13 @@ class _CheckpointFiles:
             action()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.failure = self.failure or str(error) or type(error).__name__
+
+
+def _read(path: str, map_location: Any) -> Any:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(known):
+        return torch.load(path, map_location=map_location, weights_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.recipe import ROOT, Recipe, load_ds_config, load_stages, parse_overrides
 from pipeline.run_folder import RUNS_DIR
+from pipeline.runtimes import Runtime, check_accelerate, choose_runtime
 
 DATASET_DIR = Path("~/dataset")
 LONGEST_EPOCH = 1 << 25  # samples, by a multiplier: the order of an epoch is drawn at once, on every rank
@@ -58,6 +59,11 @@ class TrainOptions:
     """Stop after so many validations in a row without a better PSNR (0: never). Default: the recipe's."""
     procs: int = 0
     """Processes on this machine; 0: one a GPU, or a single one on the CPU."""
+    runtime: Runtime = "auto"
+    """What drives the ranks: DeepSpeed, or Accelerate's plain PyTorch. auto: Accelerate under `accelerate launch` and
+    where DeepSpeed is not installed."""
+    watchdog_minutes: float = 10
+    """End a rank that has made no step for so long, after the first one, and say what it was doing; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Plan:
     discriminator_ds_config: dict[str, Any] | None
     reset: bool
     total_steps: int
+    runtime: str = "deepspeed"  # or accelerate
+    watchdog_minutes: float = 10
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,13 +96,13 @@ class Plan:
         return sum(self.dataset.folder_sizes) * self.recipe.data.multiplier
 
 
-def overrides_last(arguments: Sequence[str]) -> list[str]:
-    """The command line with its overrides behind its options, wherever they were typed."""
+def overrides_last(arguments: Sequence[str], flags: Collection[str] = ("--reset",)) -> list[str]:
+    """The command line with its overrides behind its options, wherever they were typed. `flags` take no value."""
     options: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
         before = options[-1] if options else ""
-        is_value = before.startswith("--") and "=" not in before and before != "--reset"
+        is_value = before.startswith("--") and "=" not in before and before.replace("_", "-") not in flags
         is_override = re.match(r"[A-Za-z_][\w.]*=", argument) is not None
         (overrides if is_override and not is_value else options).append(argument)
     return options + overrides
@@ -138,15 +146,22 @@ def _stage_plan(options: TrainOptions, recipe: Recipe, ds_overrides: dict[str, A
     dataset = before.dataset if before is not None and is_read else _dataset(options, recipe)
     if options.max_epochs is not None and options.max_epochs < 1:
         raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
+    if not 0 <= options.watchdog_minutes < 1e6:
+        raise UserError(f"--watchdog-minutes {options.watchdog_minutes} must be above 0, or 0 for no watchdog")
     total = recipe.steps
     if options.max_epochs is not None:
         length = sum(dataset.folder_sizes) * recipe.data.multiplier
         total = min(total, steps_in_epochs(options.max_epochs, length, ds_config["train_batch_size"]))
+    runtime = choose_runtime(options.runtime)
+    discriminator_ds_config = _discriminator_ds_config(recipe, ds_config, ds_overrides)
+    if runtime == "accelerate":
+        for config in (ds_config, discriminator_ds_config or {}):
+            check_accelerate(config)
     home = (options.output_dir or RUNS_DIR / recipe.name).expanduser().absolute()
     log_dir = (options.log_dir or home).expanduser().absolute()
     return Plan(recipe, ds_config, dataset, home / recipe.stage, log_dir / recipe.stage, home,
                 before.run_dir if before else None,
-                _discriminator_ds_config(recipe, ds_config, ds_overrides), options.reset, total)
+                discriminator_ds_config, options.reset, total, runtime, options.watchdog_minutes)
 
 
 def _discriminator_ds_config(recipe: Recipe, ds_config: dict[str, Any],

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.cli import UserError
+from pipeline.cli import RunError, UserError
+from pipeline.launched import Place, choose_interface, find_place, gpu_of
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 """Environment variable with the process that started the ranks; they stop when it is gone."""
@@ -34,6 +33,8 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup  # over Gloo: flags between hosts, never a synchronisation with the GPU
+    launcher: str = ""  # that started the ranks, for people
+    interface: str = ""  # of the network to other hosts, where it was chosen here
 
     @property
     def is_first(self) -> bool:
@@ -72,48 +73,44 @@ class Ranks:
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; alone where they are not set.
+    """Join the process group that the launcher's environment describes; alone where there is none.
 
-    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process is told to stop (SIGTERM).
+    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process is told to stop (SIGTERM). `UserError`
+    for an environment that is set by halves, `RunError` if the ranks do not find each other.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if LAUNCHER in os.environ or world_size > 1:
+    place = find_place()
+    os.environ.update(place.variables())
+    if LAUNCHER in os.environ or place.launcher:
         _stop_with_parent()
-    if world_size == 1:
-        os.environ.setdefault("MASTER_PORT", "0")  # any free one
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(local_rank)
-    deepspeed = _import_deepspeed(has_gpu)
+    interface = choose_interface(place)
+    device = _device(place)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    return Ranks(rank, world_size, local_rank, device, control)
+    # Bound to its GPU, NCCL fails here and not in the first step. Alone there is no one to reach.
+    bound = device if device.type == "cuda" and place.world_size > 1 else None
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=bound)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except dist.DistError as error:
+        raise RunError(f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join the "
+                       f"others at {place.master_addr} port {place.master_port}: {str(error).splitlines()[0]}; see "
+                       "that rank 0 runs there, that no other program has the port, and that no firewall is between") \
+            from error
+    return Ranks(place.rank, place.world_size, place.local_rank, device, control, place.launcher, interface)
+
+
+def _device(place: Place) -> torch.device:
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def stop_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _import_deepspeed(has_gpu: bool) -> Any:
-    if not has_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    for handler in deepspeed.utils.logger.handlers:
-        handler.setLevel(logging.ERROR)
-    # Its shared-memory collectives between CPU ranks are C++ built on first use, under a lock that a killed process
-    # leaves behind for ever. Gloo does the same work without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _stop_with_parent() -> None:

@@ -43,6 +43,17 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
+    """Whether the newest checkpoint is of the last step, or of the validation that used up the patience (0: none)."""
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        return False
+    if steps[-1] >= total_steps:
+        return True
+    state = json.loads((checkpoint_dir(run_dir, steps[-1]) / STATE_FILE).read_text())
+    return 0 < patience <= state["stale_validations"]
+
+
 def find_run(root: Path = RUNS_DIR) -> Path:
     """The run with the newest complete checkpoint in `root`; `UserError` where there is none."""
     root = Path(root)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline import checkpoint, run_disk
 from pipeline.checkpoint import Contents, Progress
 from pipeline.cli import UserError
 from pipeline.data.loader import Loader
@@ -31,6 +31,7 @@ from pipeline.files import short
 from pipeline.initial_weights import begin_discriminator, begin_with, newest_of_previous
 from pipeline.layout import LAYOUTS, faster_layout
 from pipeline.losses import Criterion
+from pipeline.manifest import read_manifest
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
@@ -38,7 +39,7 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor import TENSORBOARD_DIR
 from pipeline.options import Plan
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of, zero_stage
+from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of
 from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
 from pipeline.schedules import validate_schedule
 from pipeline.trainers.adversarial import AdversarialTrainer
@@ -91,7 +92,7 @@ def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
     crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
     Criterion(recipe.losses)(crop.clone(), crop)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
-    if recipe.start not in (None, "previous") and not checkpoint_steps(plan.run_dir):
+    if ranks.is_first and recipe.start not in (None, "previous") and not checkpoint_steps(plan.run_dir):
         begin_with(generator, plan)
     if recipe.adversarial:
         spec = recipe.adversarial.discriminator
@@ -111,14 +112,19 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     recipe = plan.recipe
     every = recipe.adversarial.generator_every if recipe.adversarial else 1
     ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
-                                                  total_steps=-(-plan.total_steps // every), device=ranks.device)
+                                                  total_steps=-(-plan.total_steps // every), device=ranks.device,
+                                                  runtime=plan.runtime)
     identity = {**plan.identity, "precision": precision}
-    step = checkpoint.newest_whole(plan.run_dir, ranks, say)
-    began = newest = newest_of_previous(plan)
+    sees_run_dir = run_disk.sees_run_dir(plan.run_dir, ranks)
+    step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
+    began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:
-        manifest = checkpoint.read_manifest(plan.run_dir, step)
-        refuse_strangers(plan, identity, manifest, ranks.world_size)
+        manifest = ranks.agree(read_manifest(plan.run_dir, step) if ranks.is_first else None)
+        ranks.together(lambda: refuse_strangers(plan, identity, manifest))
         began = manifest["identity"].get("began_with_step")
+        if manifest["world_size"] != ranks.world_size:
+            say(f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} continue: the samples "
+                "are the same, sums are rounded differently")
     if began != newest and began is not None:
         say(f"note: stage {recipe.stage} began with step {began} of the stage before, which has step {newest} now; to "
             f"begin it anew, move {short(plan.run_dir)} away")
@@ -128,16 +134,16 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     _seed(recipe.seed)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if step is None and recipe.start is not None:
-        say(ranks.together(lambda: begin_with(generator, plan)))
+        _begin(generator, lambda: begin_with(generator, plan), ranks, say)
     layout = _layout(plan, generator, micro_batch, step, ranks)
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
-    engine = build_engine(generator, ds_config, ranks)
+    engine = build_engine(generator, ds_config, ranks, plan.runtime)
     compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
     trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
     described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
                              {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
-    contents = Contents(trainer.engines, ema, described, identity)
+    contents = Contents(trainer.engines, ema, described, identity, sees_run_dir)
     _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
@@ -157,18 +163,27 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
     assert plan.discriminator_ds_config is not None
     ds_config, *_ = resolve_ds_config(plan.discriminator_ds_config, world_size=ranks.world_size,
                                       total_steps=-(-plan.total_steps // spec.discriminator_every),
-                                      device=ranks.device)
+                                      device=ranks.device, runtime=plan.runtime)
     _seed(recipe.seed)  # measuring the layout drew on the first rank alone
     network = build_discriminator(spec.discriminator.name, recipe.data.crop, **spec.discriminator.params)
     if begin and spec.start is not None:
-        begin(ranks.together(lambda: begin_discriminator(network, str(spec.start), plan)))
-    discriminator = build_engine(network, ds_config, ranks)
+        _begin(network, lambda: begin_discriminator(network, str(spec.start), plan), ranks, begin)
+    discriminator = build_engine(network, ds_config, ranks, plan.runtime)
     _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
 
 
-def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any], world_size: int) -> None:
-    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for."""
+def _begin(network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Let the first rank give its `network` weights, which only its host may have, and all have the same."""
+    say(ranks.together(lambda: give_weights() if ranks.is_first else ""))
+    network.load_state_dict(ranks.agree(network.state_dict()))
+
+
+def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for.
+
+    The number of ranks may differ: a global batch that it does not divide is refused by `batch_sizes`.
+    """
     found, step = manifest["identity"], manifest["step"]
     differences = recipe_differences(recipe_of(found["recipe"], f"the run in {plan.run_dir}"), plan.recipe)
     differences += ds_differences(found["ds_config"], plan.ds_config)
@@ -181,9 +196,6 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
     if changed:
         named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
         differences += named + [line for line in changed if not (named and "lists_sha256" in line)]
-    if zero_stage(plan.ds_config) and manifest["world_size"] != world_size:
-        differences.append(f"number of ranks, which ZeRO stage {zero_stage(plan.ds_config)} cannot change: "
-                           f"{manifest['world_size']} in the run, {world_size} asked for")
     if differences:
         raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
                         "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
@@ -225,7 +237,7 @@ def _seed(seed: int) -> None:
 
 def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None, ranks: Ranks) -> str:
     if step is not None:  # rounding depends on it, so a continuation keeps what the run began with
-        return checkpoint.read_progress(plan.run_dir, step).layout
+        return ranks.agree(checkpoint.read_progress(plan.run_dir, step).layout if ranks.is_first else None)
     if plan.recipe.channels_last != "auto":
         return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
     patch = plan.recipe.data.crop // plan.recipe.scale
@@ -254,7 +266,8 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
     title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
     lines = [
         f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
-        f"{ranks.world_size} x {where}, {precision}",
+        f"{ranks.world_size} x {where}, {precision}" + (f"; started by {ranks.launcher}" if ranks.launcher else "")
+        + (f", network interface {ranks.interface}" if ranks.interface else ""),
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
         f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "
         f"validation files in {', '.join(short(folder.root) for folder in plan.dataset.folders)}; run folder "

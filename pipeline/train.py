@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections import deque
 
 from pipeline import checkpoint
+from pipeline.alike import refuse_other_hosts
 from pipeline.checkpoint import SaveError
 from pipeline.cli import RunError, UserError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
 from pipeline.engine import gradient_norm, observe, skipped_steps, step_was_skipped
 from pipeline.files import short, write_atomically
+from pipeline.launched import find_place
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plans
@@ -26,6 +27,7 @@ from pipeline.run_lock import run_lock
 from pipeline.setup import Run, check_stages, move_aside, move_logs_aside, set_up
 from pipeline.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
 from pipeline.validation import Pair, Scores, is_better
+from pipeline.watchdog import Watchdog
 
 NUM_PICTURES = 3  # validation images shown in TensorBoard
 NUM_NAMED = 20  # bad files named in a report
@@ -36,12 +38,13 @@ def main(options: TrainOptions) -> int:
     try:
         plans = make_plans(options)
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if find_place().local_rank == 0:  # another host may lack what this one has
             raise
-        return 2  # the first rank says it for all
+        return 2
     ranks = start_distributed()
     try:
         with StopSignals() as signals, contextlib.ExitStack() as stack:
+            refuse_other_hosts(plans, ranks)
             ranks.together(lambda: _take_run_folder(plans[0], ranks, stack))
             check_stages(plans, ranks)
             for plan in plans:
@@ -95,6 +98,7 @@ class Training:
         self.journal: Journal | None = None
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
+        self._watchdog = Watchdog(self.plan.watchdog_minutes * 60)
         self._step_ends: deque[float] = deque(maxlen=4)
         self._skips: list[Skip] = []  # of this rank, since they were reported
         self._bad_files: dict[str, str] = {}  # of all ranks, with the reason
@@ -110,6 +114,7 @@ class Training:
             self._say(line)
 
     def close(self) -> None:
+        self._watchdog.stop()
         if self.loader:
             self.loader.close()
         if self.journal:
@@ -139,6 +144,7 @@ class Training:
                 meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
+            self._watchdog.feed()
             self._foretell(progress.step)
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
@@ -296,6 +302,7 @@ class Training:
 
     def _before_validating(self, done: int, share: int) -> bool:
         """Called before each image; False if there is no time for it any more."""
+        self._watchdog.feed()
         if self.journal:
             self.journal.passing(f"validating: image {done + 1} of {share}")
         return not self.signals.received

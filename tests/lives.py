@@ -17,6 +17,7 @@ PRELOAD = ["torch", "deepspeed", "nvidia.dali.fn", "torch.utils.tensorboard", "p
 def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, world_size: int, port: int) -> None:
     import torch
 
+    from pipeline.cli import UserError
     from pipeline.options import TrainOptions
     from pipeline.train import main
 
@@ -26,8 +27,13 @@ def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, wor
     with open(output_of(Path(run_dir)), "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    sys.exit(main(TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=(Path(dataset),),
-                               output_dir=Path(run_dir))))
+    options = TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=(Path(dataset),),
+                           output_dir=Path(run_dir))
+    try:
+        sys.exit(main(options))
+    except UserError as error:  # as pipeline.cli does
+        print(f"error: {error}")
+        sys.exit(2)
 
 
 def output_of(run_dir: Path) -> Path:

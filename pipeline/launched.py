@@ -1,0 +1,218 @@
+"""Who started this process, and where it stands among the others: read from the environment. Needs no torch."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+
+from pipeline.cli import UserError
+from pipeline.interfaces import address_towards, interface_towards
+
+MAX_HOSTS = 1 << 16  # of one Slurm list
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers what is no srun of ours (batch script, salloc's shell, …) from here on
+FIRST_PORT, NUM_PORTS = 20000, 10000  # below what Linux gives to outgoing connections
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # with "=" NCCL takes no longer name, too
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those that train together."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among the processes of this host
+    launcher: str  # that started it, for people; empty: none
+    master_addr: str = "127.0.0.1"  # of rank 0
+    master_port: int = 0  # 0: any free one, for a process alone
+    spans_hosts: bool | None = False  # None: not known
+    hosts: tuple[str, ...] = ()  # in order of their ranks, where the launcher tells
+    local_size: int | None = None  # processes of this host, where that is known
+
+    def variables(self) -> dict[str, str]:
+        """What torch.distributed and DeepSpeed read in the environment."""
+        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
+                "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+
+
+def find_place(variables: Mapping[str, str] = os.environ) -> Place:
+    """The place that a launcher's environment variables describe; alone where there are none.
+
+    RANK and WORLD_SIZE come first: torchrun, accelerate and deepspeed set them, also under Slurm. Open MPI comes before
+    Slurm, for its mpirun may start processes as Slurm's. `UserError` for an environment that is set by halves.
+    """
+    place = _by_rank(variables) if "RANK" in variables else _by_openmpi(variables) or _by_slurm(variables)
+    # A batch script may export the size alone.
+    if "WORLD_SIZE" in variables and (place is None or place.world_size != _number(variables, "WORLD_SIZE")):
+        raise UserError(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but RANK is not set; start the processes with "
+                        "torchrun, srun or mpirun, or unset WORLD_SIZE to train alone")
+    if place is not None:
+        return place
+    if "LOCAL_RANK" in variables:
+        raise UserError("LOCAL_RANK is set, but RANK and WORLD_SIZE are not; set all three, or none to train alone")
+    if is_from_accelerate(variables) and "MASTER_PORT" in variables:
+        raise UserError("`accelerate launch` was asked for several processes and started one: without GPUs it leaves "
+                        "that to mpirun; add --mpirun_hostfile FILE, or use `torchrun --nproc_per_node N train.py "
+                        "--runtime accelerate`, or ask for --num_processes 1 (and unset MASTER_PORT)")
+    return Place(0, 1, 0, "accelerate launch" if is_from_accelerate(variables) else "")
+
+
+def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in variables
+
+
+def gpu_of(place: Place, num_gpus: int) -> int:
+    """Which of the `num_gpus` GPUs that this process sees is its own."""
+    if place.local_rank < num_gpus:
+        return place.local_rank
+    if num_gpus == 1 and place.hosts:  # srun --gpus-per-task=1 shows each process its own alone
+        return 0
+    raise UserError(f"LOCAL_RANK is {place.local_rank}, but this process sees {num_gpus} GPUs; start at most one "
+                    "process a GPU on each host")
+
+
+def choose_interface(place: Place, variables: MutableMapping[str, str] = os.environ) -> str:
+    """Tell Gloo and NCCL, unless the user has, by which network interface to find ranks on other hosts.
+
+    Left alone, Gloo takes the address of the host's name, on Debian a loopback address; NCCL may take a bridge of
+    Docker. Returns the interface; empty where nothing was to be told.
+    """
+    missing = [name for name in INTERFACE_VARIABLES if not variables.get(name)]
+    if place.spans_hosts is False or not missing:
+        return ""
+    towards = place.master_addr
+    if ipaddress.ip_address(address_towards(towards)).is_loopback:
+        if place.spans_hosts is None:
+            return ""
+        towards = _peer(place)
+    interface = interface_towards(towards)
+    variables.update({name: INTERFACE_VARIABLES[name] + interface for name in missing})
+    return interface
+
+
+def _peer(place: Place) -> str:
+    """Another host, for the one whose own name leads to itself alone."""
+    if place.rank == 0 and len(place.hosts) > 1:
+        return place.hosts[1]
+    raise UserError(f"MASTER_ADDR {place.master_addr} is a loopback address on this host, where other hosts cannot "
+                    "come in; give the first host's address in the network, or set GLOO_SOCKET_IFNAME and "
+                    "NCCL_SOCKET_IFNAME")
+
+
+def _by_rank(variables: Mapping[str, str]) -> Place:
+    """torchrun, accelerate, deepspeed, or somebody who sets the variables himself."""
+    if "WORLD_SIZE" not in variables:
+        raise UserError("RANK is set, but WORLD_SIZE is not; set both, or neither to train alone")
+    rank, world_size = _number(variables, "RANK"), _number(variables, "WORLD_SIZE")
+    if world_size > 1:
+        for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not variables.get(name):
+                raise UserError(f"RANK and WORLD_SIZE {world_size} are set, but {name} is not; set it, or use torchrun")
+    name = "RANK and WORLD_SIZE"
+    if is_from_accelerate(variables):
+        name = "accelerate launch"
+    elif "TORCHELASTIC_RUN_ID" in variables:
+        name = "torchrun"
+    elif "CROSS_SIZE" in variables:
+        name = "deepspeed"
+    local_size = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or ""
+    spans_hosts = int(local_size) < world_size if local_size.isdigit() else None if world_size > 1 else False
+    local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else 0
+    return _checked(Place(rank, world_size, local_rank, name, variables.get("MASTER_ADDR") or "127.0.0.1",
+                          _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else 0, spans_hosts,
+                          local_size=int(local_size) if local_size.isdigit() else None))
+
+
+def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
+    """Open MPI's mpirun, by hand or under `deepspeed --launcher openmpi`."""
+    if "OMPI_COMM_WORLD_RANK" not in variables:
+        return None
+    rank, world_size, local_rank, local_size = (
+        _number(variables, f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    address = variables.get("MASTER_ADDR") or ("" if local_size < world_size else "127.0.0.1")
+    if not address:
+        raise UserError("mpirun started ranks on several hosts, but MASTER_ADDR is not set; add `-x MASTER_ADDR=` and "
+                        "the first host's address")
+    job = variables.get("PMIX_NAMESPACE") or variables.get("OMPI_MCA_ess_base_jobid") or ""  # the same on all ranks
+    return _checked(Place(rank, world_size, local_rank, "mpirun of Open MPI", address,
+                          _port(variables, zlib.crc32(job.encode())), local_size < world_size,
+                          local_size=local_size))
+
+
+def _by_slurm(variables: Mapping[str, str]) -> Place | None:
+    """Slurm's srun, by hand or under `deepspeed --launcher slurm`.
+
+    The shell of sbatch or salloc has SLURM_PROCID and SLURM_NTASKS, too, and nobody beside it: it is no step, or one of
+    the special ones.
+    """
+    step = variables.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" not in variables or not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP:
+        return None
+    if not variables.get("SLURM_STEP_NODELIST"):
+        return None
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
+    hosts = tuple(expand_hosts(variables["SLURM_STEP_NODELIST"]))
+    # Not SLURM_LAUNCH_NODE_IPADDR: there srun was typed, maybe on a login node. Rank 0 runs on the first host.
+    address = variables.get("MASTER_ADDR") or (hosts[0] if len(hosts) > 1 else "127.0.0.1")
+    job, world_size = _number(variables, "SLURM_JOB_ID"), _number(variables, tasks)
+    local_size = world_size // len(hosts) if world_size % len(hosts) == 0 else None
+    return _checked(Place(_number(variables, "SLURM_PROCID"), world_size,
+                          _number(variables, "SLURM_LOCALID"), f"srun of Slurm (job {job})", address,
+                          _port(variables, job + 1009 * int(step)), len(hosts) > 1, hosts, local_size))
+
+
+def expand_hosts(text: str) -> list[str]:
+    """The hosts of a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login."""
+    hosts: list[str] = []
+    items = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)
+    for item in items:
+        for host in _expand(item, text):
+            hosts.append(host)
+            if len(hosts) > MAX_HOSTS:
+                raise UserError(f"Slurm's host list {text!r} names more than {MAX_HOSTS} hosts")
+    if ",".join(items) != text or not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host) for host in hosts):
+        raise UserError(f"Slurm's host list {text!r} is none; it looks like node[01-03,07]")
+    return hosts
+
+
+def _expand(item: str, text: str) -> Iterator[str]:
+    """The hosts of a part of the list `text` between two commas."""
+    head, bracket, rest = item.partition("[")
+    if not bracket:
+        yield head
+        return
+    ranges, _, tail = rest.partition("]")
+    for one in ranges.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", one)
+        if match is None:
+            raise UserError(f"Slurm's host list {text!r} is none: {one!r} is not a number or a range")
+        low, high = match[1], match[2] or match[1]
+        for number in range(int(low), int(high) + 1):
+            yield from (f"{head}{number:0{len(low)}d}{end}" for end in _expand(tail, text))
+
+
+def _port(variables: Mapping[str, str], number: int) -> int:
+    """MASTER_PORT, or one that all ranks of the job `number` come to alike."""
+    return _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else FIRST_PORT + number % NUM_PORTS
+
+
+def _number(variables: Mapping[str, str], name: str) -> int:
+    text = variables.get(name, "")
+    if not re.fullmatch(r"\d{1,10}", text):
+        raise UserError(f"the environment variable {name} must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _checked(place: Place) -> Place:
+    if place.rank >= place.world_size:
+        raise UserError(f"rank {place.rank} of {place.world_size} ranks ({place.launcher}): ranks count from 0")
+    if place.local_rank >= place.world_size:
+        raise UserError(f"rank {place.rank} cannot be number {place.local_rank} of its host: there are "
+                        f"{place.world_size} ranks in all ({place.launcher})")
+    if place.master_port > 65535:
+        raise UserError(f"MASTER_PORT {place.master_port} is not a port; choose one from 1024 to 65535")
+    return place
