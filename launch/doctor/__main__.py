@@ -1,0 +1,94 @@
+"""The doctor as a command.
+
+    python -m launch.doctor -H hostfile --dataset-dir ~/dataset
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from launch.doctor import diagnose
+from launch.doctor.pace import count_parameters, step_seconds_of
+from launch.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile, world_size
+from pipeline.cli import UserError, run
+from pipeline.data.image_files import TRAINING_LIST
+from pipeline.files import write_atomically
+from pipeline.options import DATASET_DIR
+from pipeline.run_folder import RUNS_DIR
+
+
+@dataclass(frozen=True)
+class Options:
+    """Look at every host of a hostfile before a run: what would break there, and what to do about each.
+
+    Asks all hosts at once over ssh, then lets them add up numbers over the network. Exit status 0 if a run can start
+    (there may be warnings), 2 if something failed.
+
+    Example: python -m launch.doctor -H hostfile --dataset-dir ~/dataset --recipe vapsr_x4
+    """
+
+    hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
+    """Lines such as `node1 slots=8`."""
+    include: str = ""
+    """Only these hosts and slots of it: node1@node2:0,2."""
+    exclude: str = ""
+    """All but these."""
+    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """A dataset that must be the same on every host; may be given several times. Default: ~/dataset, if it is there."""
+    output_dir: Path = RUNS_DIR
+    """The run folder, which may not be there yet; if it is, its log tells the time of a step."""
+    interface: str = ""
+    """Name of the network interface, on every host. Default: whichever leads to the first host."""
+    master_addr: str = ""
+    """The first host's address. Default: of its addresses that all hosts reach, the one on its fastest interface."""
+    timeout: float = 30
+    """Seconds for a host's answer."""
+    json: Path | None = None
+    """Write the diagnosis to this file, too."""
+    no_allreduce: bool = False
+    """Leave out the all-reduce, which takes some seconds, and with it the prediction."""
+    recipe: str = ""
+    """Predict the cost of the network for this recipe."""
+    parameters: int | None = None
+    """Predict it for so many parameters."""
+    step_seconds: float | None = None
+    """Seconds that a rank works on a step. Default: from the log of the run in --output-dir."""
+
+
+def main(options: Options) -> int:
+    """Diagnose and print."""
+    for name in ("timeout", "parameters", "step_seconds"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
+    if options.recipe and options.parameters:
+        raise UserError("--recipe and --parameters exclude each other; give one of them")
+    slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
+    parameters = None
+    if options.recipe or options.parameters:
+        parameters = partial(count_parameters, options.recipe) if options.recipe else lambda: options.parameters or 0
+    step_seconds = options.step_seconds or step_seconds_of(options.output_dir.expanduser(), world_size(slots))
+    default = (DATASET_DIR,) if (DATASET_DIR.expanduser() / TRAINING_LIST).is_file() else ()
+    found = diagnose(slots, dataset_dirs=[_absolute(path) for path in options.dataset_dir] or default,
+                     output_dir=_absolute(options.output_dir), interface=options.interface, timeout=options.timeout,
+                     parameters=parameters, step_seconds=step_seconds, master_address=options.master_addr,
+                     with_all_reduce=not options.no_allreduce, say=lambda text: print(text, flush=True))
+    print(found.table())
+    if options.json:
+        write_atomically(options.json, (json.dumps(found.as_json(), indent=1) + "\n").encode())
+    return 0 if found.ok else 2
+
+
+def _absolute(path: Path) -> Path:
+    """As every host shall see it: only `~` is left to each."""
+    return path if str(path).startswith("~") else path.absolute()
+
+
+if __name__ == "__main__":
+    run(Options, main)

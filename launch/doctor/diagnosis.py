@@ -1,0 +1,69 @@
+"""What the doctor has found on the hosts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from launch.doctor.efficiency import Network
+from launch.doctor.findings import FAIL, WARN, Finding, format_table
+from launch.doctor.network import Route
+from launch.hostfile import Slots, world_size
+
+ROWS = ("ssh", "checkout", "python", "packages", "GPUs", "cores", "memory", "disk", "clock", "dataset", "limits",
+        "network", "all-reduce")
+
+
+@dataclass
+class Diagnosis:
+    """What was found on the hosts, and what a run can make use of."""
+
+    slots: Slots
+    findings: list[Finding] = field(default_factory=list)
+    route: Route = field(default_factory=Route)
+    network: Network | None = None
+    prediction: str = ""
+    expected: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[str]:
+        """One line each: host, what is wrong, what to do."""
+        return [finding.line for finding in self.findings if finding.verdict == FAIL]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [finding.line for finding in self.findings if finding.verdict == WARN]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    @property
+    def master_address(self) -> str:
+        """The first host's address for the others; "" if it was not found out."""
+        return self.route.address
+
+    @property
+    def interfaces(self) -> dict[str, str]:
+        """Host -> name of the interface that leads to the first host."""
+        return {host: str(interface["name"]) for host, interface in self.route.interfaces.items()}
+
+    def table(self) -> str:
+        """Everything, for people: the table, what to do, the network, the prediction."""
+        lines = [f"{verdict}  {text}" for verdict, texts in ((FAIL, self.failures), (WARN, self.warnings))
+                 for text in texts]
+        end = (f"{len(self.slots)} hosts, {world_size(self.slots)} ranks, {self.seconds:.1f} s: "
+               f"{len(self.failures) or 'no'} failed, {len(self.warnings) or 'no'} warnings")
+        network = self.network.text() if self.network else ""
+        parts = [format_table(list(self.slots), ROWS, self.findings), "\n".join(lines), network, self.prediction, end]
+        return "\n\n".join(part for part in parts if part)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines. Seconds and bytes; `all_reduce` by size in bytes."""
+        network = self.network and {"backend": self.network.backend, "ranks": self.network.ranks,
+                                    "seconds": dict(self.network.seconds),
+                                    "bus_bandwidth": self.network.best_known, "latency": self.network.latency}
+        return {"ok": self.ok, "slots": self.slots, "findings": [asdict(finding) for finding in self.findings],
+                "master_address": self.master_address, "interfaces": self.interfaces, "all_reduce": network,
+                "prediction": self.expected, "seconds": round(self.seconds, 3)}

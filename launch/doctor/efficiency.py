@@ -1,0 +1,78 @@
+"""What the network costs: how much of the speed of N lone ranks N ranks together keep.
+
+A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which sends S/N bytes (Patarasu and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009):
+
+    T = 2(N-1)/N * S / B + 2(N-1) * a
+
+B is the bus bandwidth in bytes a second as nccl-tests counts it (2(n-1)/n * size / time, doc/PERFORMANCE.md there), a
+the latency of one step in seconds: the time of a 4-byte all-reduce between n ranks is 2(n-1) * a. Of a training step of
+C seconds of work a rank and nothing of T hidden behind it, C / (C + T) is left: the worst case, for communication may
+overlap with the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launch.doctor.allreduce import LATENCY_BYTES
+
+GOOD = 0.9
+
+
+@dataclass(frozen=True)
+class Network:
+    """A measured all-reduce between `ranks` ranks: `seconds` by size in bytes."""
+
+    ranks: int
+    backend: str
+    seconds: Mapping[int, float]
+
+    @property
+    def latency(self) -> float:
+        """Seconds of a 4-byte all-reduce."""
+        return self.seconds[LATENCY_BYTES]
+
+    def bus_bandwidth(self, size: int) -> float:
+        """Bytes a second, at `size` bytes."""
+        return 2 * (self.ranks - 1) / self.ranks * size / self.seconds[size]
+
+    @property
+    def best_known(self) -> float:
+        """Bus bandwidth in bytes a second at the largest size that was measured."""
+        return self.bus_bandwidth(max(self.seconds))
+
+    def text(self) -> str:
+        sizes = [size for size in self.seconds if size != LATENCY_BYTES]
+        speeds = ", ".join(f"{size / 1e6:.0f} MB {self.bus_bandwidth(size) / 1e9:.2f} GB/s" for size in sizes)
+        return (f"all-reduce of {self.ranks} ranks over {self.backend}: 4 bytes {self.latency * 1e6:.0f} us; {speeds} "
+                "(bus bandwidth)")
+
+
+def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
+    """T of the module's formula, for another number of ranks than was measured, too."""
+    steps = 2 * (ranks - 1)
+    return steps / ranks * num_bytes / network.best_known + steps * network.latency / (2 * (network.ranks - 1))
+
+
+def efficiency(step_seconds: float, communication_seconds: float) -> float:
+    return step_seconds / (step_seconds + communication_seconds)
+
+
+def prediction(network: Network, ranks: int, parameters: int, step_seconds: float | None) -> str:
+    """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in FP32."""
+    lines = [f"prediction for {ranks} ranks and {parameters:,} parameters, after "
+             "T = 2(N-1)/N * bytes / bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"]
+    for name, num_bytes in (("FP16/BF16", 2), ("FP32", 4)):
+        seconds = all_reduce_seconds(parameters * num_bytes, ranks, network)
+        least = seconds * GOOD / (1 - GOOD)
+        told = f"a step must take at least {_time(least)} for {GOOD:.0%}"
+        if step_seconds is not None:
+            told = f"{efficiency(step_seconds, seconds):.1%} at {_time(step_seconds)} a step; {told}"
+        lines.append(f"  {name:9} gradients {_time(seconds):>8}  {told}")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

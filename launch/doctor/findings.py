@@ -1,0 +1,70 @@
+"""What the doctor says: one finding a host and check, and the table of them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+_WORST_FIRST = (FAIL, WARN, PASS)
+WIDTH = 118  # of the table, in characters
+LEAST_CELL = 22
+NOT_CHECKED = "-"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found on one host."""
+
+    host: str
+    check: str
+    verdict: str  # PASS, WARN or FAIL
+    told: str  # a few words for the table
+    advice: str = ""  # unless it passed: what is wrong and what to do about it, in one line
+
+    @property
+    def line(self) -> str:
+        return f"{self.host}: {self.check}: {self.advice or self.told}"
+
+
+def worst(findings: Iterable[Finding]) -> Finding | None:
+    """The finding that stands for several in a cell of the table."""
+    return min(findings, key=lambda finding: _WORST_FIRST.index(finding.verdict), default=None)
+
+
+def format_table(hosts: Sequence[str], checks: Sequence[str], findings: Sequence[Finding]) -> str:
+    """A row for each check, a column for each host; of many hosts those that are all alike share one column."""
+    cells = {host: [_cell(findings, host, check) for check in checks] for host in hosts}
+    label = max(map(len, checks)) + 2
+    per_block = max(1, (WIDTH - label) // (LEAST_CELL + 2))
+    columns = [(host, cells[host]) for host in hosts]
+    if len(hosts) > per_block:
+        columns = _alike(columns)
+    blocks = [columns[i:i + per_block] for i in range(0, len(columns), per_block)]
+    return "\n\n".join(_block(block, checks, label) for block in blocks)
+
+
+def _cell(findings: Iterable[Finding], host: str, check: str) -> str:
+    finding = worst(finding for finding in findings if (finding.host, finding.check) == (host, check))
+    return f"{finding.verdict} {finding.told}" if finding else NOT_CHECKED
+
+
+def _alike(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """The hosts whose verdicts are the first such host's, under one head."""
+    groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
+    for host, cells in columns:
+        groups.setdefault(tuple(cell.partition(" ")[0] for cell in cells), []).append((host, cells))
+    return [(group[0][0] + (f" and {len(group) - 1} alike" if group[1:] else ""), group[0][1])
+            for group in groups.values()]
+
+
+def _block(columns: Sequence[tuple[str, Sequence[str]]], checks: Sequence[str], label: int) -> str:
+    room = (WIDTH - label) // len(columns) - 2
+    wanted = [max(map(len, (head, *cells))) for head, cells in columns]
+    widths = [min(room, width) for width in wanted]
+    rows = [("", *(head for head, _ in columns)),
+            *((check, *(cells[i] for _, cells in columns)) for i, check in enumerate(checks))]
+    return "\n".join((row[0].ljust(label) + "  ".join(
+        textwrap.shorten(cell, width, placeholder="…").ljust(width)
+        for cell, width in zip(row[1:], widths, strict=True))).rstrip() for row in rows)

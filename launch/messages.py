@@ -1,0 +1,50 @@
+"""What the supervisor and the guards say to each other: one JSON object a line, over TCP.
+
+    guard -> supervisor   {"hello": RUN, "rank": 3, "host": "node2"}   {"beat": 0}   {"out": TEXT}   {"err": TEXT}
+                          {"exit": STATUS, "tail": TEXT}
+    supervisor -> guard   {"beat": 0}   {"stop": 60}   save, and end within so many seconds
+
+Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption: for a LAN that is
+trusted. RUN is drawn anew for every launch, so that a stranger's connection is not taken for a rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+BEAT_SECONDS = 2.0
+SILENCE_SECONDS = 20.0
+MOST_BYTES = 1 << 20  # of a line
+TAIL_CHARACTERS = 16_000  # of a rank's output, told when it fails
+
+Message = dict[str, Any]
+
+
+def send(writer: asyncio.StreamWriter, message: Message) -> None:
+    """Send without waiting. To a side that is gone nothing is sent, and that is no error: its silence is."""
+    with suppress(OSError, RuntimeError):
+        writer.write(json.dumps(message).encode() + b"\n")
+
+
+async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
+    """The messages of the other side, until it closes the connection, breaks it, or says what is none."""
+    with suppress(OSError, ValueError, asyncio.IncompleteReadError):
+        while line := await reader.readline():
+            message = json.loads(line)
+            if not isinstance(message, dict):
+                return
+            yield message
+
+
+def pack(value: Mapping[str, Any]) -> str:
+    """Anything that JSON can say as one word that no shell reads otherwise."""
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+
+
+def unpack(word: str) -> dict[str, Any]:
+    return json.loads(base64.urlsafe_b64decode(word))

@@ -1,0 +1,289 @@
+"""Watches over a job on many hosts from the first node, so that it either goes on everywhere or ends everywhere.
+
+DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the others met it, for a
+host that fell off the network, and for one that hangs, and its own way to stop kills other people's runs (deepspeed
+issue 6807). So each rank has a guard (`guard.py`) that reports here, and whatever ends one rank ends all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from launch import messages
+
+START_SECONDS = 120  # for all guards to report
+GRACE_SECONDS = 60  # for saving, after CTRL+C
+END_SECONDS = 10  # for the others, once a rank has failed
+TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
+LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
+_SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
+_CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|DistBackendError|NCCL error|Socket Timeout|"
+                        r"Timed out waiting")
+
+
+@dataclass
+class Rank:
+    """What is known of one rank."""
+
+    number: int
+    host: str
+    writer: asyncio.StreamWriter | None = None
+    heard: float = 0.0
+    told: float = 0.0  # when it last got a sign of life
+    status: int | None = None  # of its end, as a shell tells it
+    tail: str = ""  # the last that it said
+    ended: float = 0.0
+    is_lost: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status is not None or self.is_lost
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job ended: one line, what the rank in question said last, and the exit status that tells it."""
+
+    cause: str
+    tail: str
+    status: int
+
+
+@dataclass
+class Supervisor:
+    """One launch of all ranks. `hosts` gives the host of each rank, `said` receives what the first rank prints."""
+
+    hosts: Sequence[str]
+    run: str
+    log: IO[str]  # for what the launcher itself says
+    names_are_ranks: bool = True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
+    stopped_by: int = 0
+    failure: Failure | None = None
+    _ranks: list[Rank] = field(default_factory=list)
+    _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
+    _launcher_status: int | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _failed_at: float | None = None
+    _end_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
+
+    async def listen(self, address: str) -> int:
+        """Wait for guards at a free port of `address`, which is returned."""
+        self._server = await asyncio.start_server(self._meet, address, 0, limit=messages.MOST_BYTES)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def watch(self, command: Sequence[str], variables: Mapping[str, str], directory: str) -> None:
+        """Run the launcher until every rank has ended. Sets `failure` if they did not all end well."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._interrupted, number)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # CTRL+Z here would look to the ranks like a lost node
+        launcher = await asyncio.create_subprocess_exec(
+            *command, env=dict(variables), cwd=directory, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        reading = asyncio.create_task(self._read_launcher(launcher))
+        try:
+            while not self._is_over():
+                self._look()
+                await asyncio.sleep(0.1)
+            self._settle()
+            await self._end_launcher(launcher)
+        finally:
+            reading.cancel()
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            self._server.close()
+            for rank in self._ranks:
+                if rank.writer:
+                    rank.writer.close()
+
+    def _is_over(self) -> bool:
+        if all(rank.has_ended for rank in self._ranks):
+            return self._failed_at is None or time.monotonic() > self._failed_at + TOGETHER_SECONDS \
+                or all(rank.status is not None for rank in self._ranks)
+        if self._end_at is not None and time.monotonic() > self._end_at:
+            return True
+        # ranks that never reported end with the launcher
+        absent = all(rank.has_ended or rank.writer is None for rank in self._ranks)
+        return self._launcher_status is not None and absent and self._failed_at is not None
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A guard's connection, from its first word to its last."""
+        rank = None
+        with suppress(asyncio.CancelledError):  # the job is over
+            async for message in messages.receive(reader):
+                if rank is None:
+                    rank = self._welcome(message, writer)
+                    if rank is None:
+                        break
+                rank.heard = time.monotonic()
+                self._hear(rank, message)
+        if rank is None:
+            writer.close()
+        elif rank.status is None:
+            rank.is_lost, rank.ended = True, time.monotonic()
+            self._fail()
+
+    def _welcome(self, message: messages.Message, writer: asyncio.StreamWriter) -> Rank | None:
+        number = message.get("rank")
+        if message.get("hello") != self.run or not isinstance(number, int) or not 0 <= number < len(self._ranks):
+            return None
+        rank = self._ranks[number]
+        if rank.writer is not None:
+            return None
+        rank.writer = writer
+        if not self.names_are_ranks:
+            rank.host = str(message.get("host", rank.host))
+        if self._end_at is not None:  # too late
+            messages.send(writer, {"stop": max(0.0, self._end_at - time.monotonic())})
+        return rank
+
+    def _hear(self, rank: Rank, message: messages.Message) -> None:
+        if "out" in message:
+            _print(sys.stdout, str(message["out"]))
+        elif "err" in message:
+            _print(sys.stderr, str(message["err"]))
+        elif "exit" in message:
+            rank.status, rank.tail, rank.ended = int(message["exit"]), str(message.get("tail", "")), time.monotonic()
+            if rank.status != 0 and not (self.stopped_by and rank.status == 128 + signal.SIGTERM):
+                self._fail()
+
+    def _look(self) -> None:
+        """What can only be seen by looking: silence, ranks that did not come, a launcher that ended."""
+        now = time.monotonic()
+        for rank in self._ranks:
+            if rank.has_ended:
+                continue
+            if rank.writer is not None:
+                if now - rank.heard > messages.SILENCE_SECONDS:
+                    rank.is_lost, rank.ended, rank.tail = True, now, "silence"
+                    self._fail()
+                elif now - rank.told > messages.BEAT_SECONDS:
+                    rank.told = now
+                    messages.send(rank.writer, {"beat": 0})
+        missing = any(rank.writer is None for rank in self._ranks)
+        if missing and (now - self._began > START_SECONDS or self._launcher_status is not None):
+            self._fail()
+
+    def _fail(self) -> None:
+        """Something ended that should not: all end now. Why is judged when the rest has been heard."""
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        self._stop(END_SECONDS)
+
+    def _interrupted(self, number: int) -> None:
+        if not self.stopped_by:
+            self.stopped_by = number
+            self._stop(GRACE_SECONDS)
+
+    def _stop(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        if self._end_at is not None and self._end_at <= deadline + END_SECONDS:
+            return
+        self._end_at = deadline + END_SECONDS  # the guards need a moment to kill, and to tell
+        for rank in self._ranks:
+            if rank.writer is not None and not rank.has_ended:
+                messages.send(rank.writer, {"stop": grace})
+
+    async def _read_launcher(self, launcher: asyncio.subprocess.Process) -> None:
+        assert launcher.stdout is not None
+        while line := (await launcher.stdout.readline()).decode(errors="replace"):
+            with suppress(OSError):
+                self.log.write(line)
+                self.log.flush()
+            host, colon, text = line.partition(": ")
+            if colon and host in self.hosts:
+                self._launcher_says.setdefault(host, []).append(text)
+                del self._launcher_says[host][:-100]
+            end = _SSH_END.search(line)
+            if end and any(rank.host == end[1] and not rank.has_ended for rank in self._ranks):
+                self._launcher_says.setdefault(end[1], []).append(end[2] + "\n")
+                asyncio.get_running_loop().call_later(TOGETHER_SECONDS / 2, self._host_ended, end[1])
+        self._launcher_status = await launcher.wait()
+
+    def _host_ended(self, host: str) -> None:
+        """The launcher's part on `host` has ended. Its ranks, if they are still there, are nobody's."""
+        ranks = [rank for rank in self._ranks if rank.host == host and not rank.has_ended]
+        for rank in ranks:
+            if rank.writer is None:
+                rank.is_lost, rank.ended = True, time.monotonic()
+        if ranks:
+            self._fail()
+
+    async def _end_launcher(self, launcher: asyncio.subprocess.Process) -> None:
+        deadline = time.monotonic() + (LAUNCHER_SECONDS if self.failure is None else 3)
+        while self._launcher_status is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+
+    def _settle(self) -> None:
+        """Name the cause: the first rank that failed of itself, neither for its peer's sake nor because it was told."""
+        if self._failed_at is None:
+            late = [rank for rank in self._ranks if not rank.has_ended]
+            if late:
+                self.failure = Failure(f"{late[0]} did not end within {GRACE_SECONDS} s and was killed", late[0].tail,
+                                       1)
+            return
+        failed = sorted((rank for rank in self._ranks if rank.has_ended and rank.status != 0),
+                        key=lambda rank: rank.ended)
+        first = [rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS] or failed
+        candidates = [rank for rank in first if _speaks_for_itself(rank)] or first
+        if candidates:
+            self.failure = self._describe(candidates[0])
+        else:
+            absent = [rank for rank in self._ranks if not rank.has_ended]
+            self.failure = self._describe(absent[0]) if absent else Failure("the launcher ended early", "", 1)
+
+    def _describe(self, rank: Rank) -> Failure:
+        said = "".join(line for line in self._launcher_says.get(rank.host, []) if not _CHATTER.match(line))
+        if rank.status is not None:
+            how = f"was killed by {signal.Signals(rank.status - 128).name}" if _is_signal(rank.status) else \
+                f"ended with status {rank.status}"
+            if "Timeout (" in rank.tail:
+                how = self._hung(rank)
+            return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
+        if rank.writer is None:
+            what = "did not start" if said else f"did not report within {START_SECONDS} s"
+            return Failure(f"{rank} {what}", said, 1)
+        if rank.tail == "silence":
+            return Failure(f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of {rank}): the "
+                           "machine or its network is down", said, 1)
+        return Failure(f"{rank} vanished together with its guard", said, 1)
+
+    def _hung(self, rank: Rank) -> str:
+        """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely cause."""
+        mute = [other for other in self._ranks if other.status is None or other.status == 128 + signal.SIGKILL]
+        if mute:
+            return f"made no step for too long (--watchdog-minutes); {mute[0]} did not answer: stopped or stuck"
+        return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
+
+
+def _speaks_for_itself(rank: Rank) -> bool:
+    """Whether a failed rank's end is its own, and not the echo of another's."""
+    if rank.status is None or _is_signal(rank.status):
+        return rank.status != 128 + signal.SIGTERM
+    return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
+
+
+def _is_signal(status: int) -> bool:
+    return status > 128 and (status - 128) in {int(number) for number in signal.Signals}
+
+
+def _print(stream: Any, text: str) -> None:
+    with suppress(OSError, ValueError):
+        stream.write(text)
+        stream.flush()

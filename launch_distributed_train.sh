@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train on every machine of a hostfile, from the first of them. `--help` lists the options.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/launch/bootstrap.sh"
+vastscale_bootstrap requirements.txt
+VASTSCALE_COMMAND=$0 exec "$PYTHON" "$root/launch/distributed.py" "$@"
