@@ -98,7 +98,7 @@ class Guard:
         return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
                                 env={**variables, **self._task["environment"]}, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                cwd=directory if os.path.isdir(directory) else None)
+                                preexec_fn=_end_with_parent, cwd=directory if os.path.isdir(directory) else None)
 
     def _copy(self, stream: IO[bytes] | None, log: IO[bytes], writer: asyncio.StreamWriter, name: str) -> Thread:
         """What the child says goes to its log; of the first rank also to the supervisor."""
@@ -158,11 +158,16 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
         thread.join(seconds)
 
 
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when whoever started this process is killed."""
+    pr_set_pdeathsig = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    pr_set_pdeathsig = 1
-    with suppress(OSError, AttributeError):  # when DeepSpeed's launcher on this host is killed
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    _end_with_parent()  # DeepSpeed's launcher on this host
     return asyncio.run(Guard(task).run())
 
 
