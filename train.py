@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Train a super-resolution network. Usually started by ./launch_local_train.sh; `python train.py --help` teaches."""
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli

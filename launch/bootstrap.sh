@@ -47,7 +47,7 @@ vastscale_bootstrap() {  # usage: vastscale_bootstrap REQUIREMENTS_FILE
     want=$(cat "$root/requirements.txt" "$root/$requirements" | sha256sum | cut -d' ' -f1)
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then return; fi
 
-    if command -v flock >/dev/null; then  # two first starts at once must not build one environment
+    if command -v flock >/dev/null && [ -w "$root" ]; then  # two first starts at once must not build one environment
         exec 9>"$root/.bootstrap.lock"
         flock 9
     fi

@@ -87,15 +87,20 @@ def main(options: Options) -> int:
     logs = plan.home.with_name(f"{plan.home.name}.logs")
     job = Job(slots, address, 0, tuple(arguments), variables, os.getcwd(), logs, options.launcher,
               options.launcher_args)
+    old_run = _folder_number(plan.home)
+    must_reset = options.reset
     for attempt in range(options.max_restarts + 1):
-        first = ("--reset",) if options.reset and attempt == 0 else ()
+        first = ("--reset",) if must_reset else ()
         now = replace(job, port=choose_port(address, options.master_port), arguments=(*first, *job.arguments))
         _say(_introduction(now))
         stopped_by, failure = _run(now)
+        # An attempt that failed early may have left the old run where it was: it must not be continued.
+        must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
         if stopped_by or failure is None or failure.status == 2 or attempt == options.max_restarts:
             break
         _tell(failure, now)
-        _say(f"restart {attempt + 1} of {options.max_restarts}, from {_newest(plan)}")
+        _say(f"restart {attempt + 1} of {options.max_restarts}, from "
+             f"{'the beginning, afresh' if must_reset else _newest(plan)}")
         job = _for_restart(job, slots, options.elastic, plan, micro_batch)
     if stopped_by:
         if failure is not None:
@@ -150,7 +155,9 @@ def _ask_doctor(options: Options, slots: Slots, plan: Plan) -> str:
 
 def _address(options: Options, slots: Slots) -> str:
     """Likewise, without asking anybody: the address with which this machine speaks to the second host."""
-    others = list(slots)[1:]
+    first, *others = slots
+    if not options.master_addr and interfaces.is_known(first):
+        _insist_on_first(first, slots)
     address = options.master_addr or (interfaces.address_towards(others[0]) if others else "127.0.0.1")
     _insist_on_first(address, slots)
     return address
@@ -173,7 +180,11 @@ def _introduction(job: Job) -> str:
 
 def _run(job: Job) -> tuple[int, Failure | None]:
     """Start the ranks and see them to their end: the signal that stopped them, and why they failed."""
-    job.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        job.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{job.logs} cannot be made ({error.strerror}), where each rank's output goes; give another "
+                        "--output-dir") from error
     with tempfile.TemporaryDirectory(prefix="vastscale-") as folder, \
             open(job.logs / "launcher.log", "a", encoding="utf-8") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_introduction(job)}\n")
@@ -205,6 +216,15 @@ def _for_restart(job: Job, slots: Slots, elastic: bool, plan: Plan, micro_batch:
         ("ds.train_micro_batch_size_per_gpu=", "ds.gradient_accumulation_steps="))]
     return replace(job, slots=used, arguments=(*kept, f"ds.train_micro_batch_size_per_gpu={micro}",
                                                f"ds.gradient_accumulation_steps={accumulation}"))
+
+
+def _folder_number(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name; None where there is none, or nothing in it."""
+    try:
+        found = folder.stat()
+        return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None
+    except OSError:
+        return None
 
 
 def _newest(plan: Plan) -> str:

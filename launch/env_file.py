@@ -17,8 +17,10 @@ HANDED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_NUM_THREADS", "HTTP_PROXY"
 """Beginnings of the names that a run on many hosts takes over from the shell that starts it."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _VALUE = re.compile(r"[\w@%+=:,./ ^-]*", re.ASCII)
-_RUNS_THINGS = re.compile(r"PATH|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|HOME|PROMPT_COMMAND|GCONV_PATH|CC|CXX")
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+_RUNS_THINGS = re.compile(r"PATH|\w+_PATH|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|PROMPT_COMMAND|CC|CXX|"
+                          r"\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*")
+_LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|"
+                        r"VASTSCALE_\w+|(SLURM|OMPI|PMIX|TORCHELASTIC|ACCELERATE)_\w+")
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -48,7 +50,7 @@ def _check(name: str, sign: str, value: str, where: str) -> None:
     if _RUNS_THINGS.fullmatch(name):
         raise UserError(f"{where}: {name} decides which programs run, and is not taken from a file; set it in the "
                         "login shell of each host")
-    if name in _LAUNCHERS:
+    if _LAUNCHERS.fullmatch(name):
         raise UserError(f"{where}: {name} is the launcher's to set; for the first host's address and port say "
                         "--master-addr and --master-port, for GPUs --include")
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 STALE_LOCK_SECONDS = 600
@@ -49,7 +49,11 @@ def num_gpus() -> int:
 
 def _extensions_dir() -> Path:
     """For kernels that torch and DeepSpeed build on first use: private to this environment, its versions, this host."""
-    name = f"{platform.node()}-torch{version('torch')}-ds{version('deepspeed')}"
+    try:
+        deepspeed = version("deepspeed")
+    except PackageNotFoundError:
+        deepspeed = "none"
+    name = f"{platform.node()}-torch{version('torch')}-ds{deepspeed}"
     if os.access(sys.prefix, os.W_OK):
         return Path(sys.prefix) / "torch_extensions" / name
     return Path.home() / ".cache" / "vastscale" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}-{name}"

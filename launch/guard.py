@@ -7,6 +7,7 @@ nothing in it to read. It needs neither torch nor DeepSpeed, so that it can act 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import ctypes
 import os
 import signal
@@ -41,6 +42,7 @@ class Guard:
         self._tail: deque[str] = deque()
         self._child: subprocess.Popen[bytes] | None = None
         self._kill_at = float("inf")
+        self._was_killed = False
         self._heard = time.monotonic()
 
     async def run(self) -> int:
@@ -55,7 +57,13 @@ class Guard:
                   "firewall for this network, or name its address with --master-addr", file=sys.stderr)
             return 1
         messages.send(writer, {"hello": self._task["run"], "rank": self._rank, "host": socket.gethostname()})
-        with self._open_log() as log:
+        try:
+            log = self._open_log()
+        except OSError as error:
+            await self._take_leave(writer, 1, f"error: {socket.gethostname()}: {error.filename or self._task['logs']}: "
+                                              f"{error.strerror}; each rank's output goes there\n")
+            return 1
+        with log:
             child = self._child = self._start()
             copies = [self._copy(child.stdout, log, writer, "out"), self._copy(child.stderr, log, writer, "err")]
             chores = [asyncio.create_task(work) for work in (self._listen(reader), self._watch(writer))]
@@ -66,12 +74,15 @@ class Guard:
             for chore in chores:
                 chore.cancel()
         status = status if status >= 0 else 128 - status
-        messages.send(writer, {"exit": status, "tail": "".join(self._tail)[-messages.TAIL_CHARACTERS:]})
+        await self._take_leave(writer, status, "".join(self._tail)[-messages.TAIL_CHARACTERS:])
+        return status
+
+    async def _take_leave(self, writer: asyncio.StreamWriter, status: int, tail: str) -> None:
+        messages.send(writer, {"exit": status, "tail": tail, "overdue": self._was_killed})
         with suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(writer.drain(), 5)
             writer.close()
             await asyncio.wait_for(writer.wait_closed(), 5)
-        return status
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         address, port = self._task["supervisor"]
@@ -106,11 +117,15 @@ class Guard:
         loop, descriptor = asyncio.get_running_loop(), stream.fileno()
 
         def copy() -> None:
-            while data := os.read(descriptor, 1 << 16):
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            while True:
+                data = os.read(descriptor, 1 << 16)
                 with suppress(OSError, ValueError):  # a full disk must not stop the rank
                     log.write(data)
                 with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                    loop.call_soon_threadsafe(self._tell, writer, name, data.decode(errors="replace"))
+                    loop.call_soon_threadsafe(self._tell, writer, name, decoder.decode(data, final=not data))
+                if not data:
+                    return
 
         thread = Thread(target=copy, daemon=True)
         thread.start()
@@ -136,6 +151,7 @@ class Guard:
             if time.monotonic() - self._heard > messages.SILENCE_SECONDS:
                 self._stop(GRACE_SECONDS)
             if time.monotonic() > self._kill_at:
+                self._was_killed = True
                 self._signal(signal.SIGKILL)
             await asyncio.sleep(messages.BEAT_SECONDS / 4)
 

@@ -47,7 +47,7 @@ def read_hostfile(path: Path) -> Slots:
         line = line.strip()
         if line and not line.startswith("#"):
             host, slots = _parse(line, f"{path}:{number}")
-            if host in found:
+            if host.lower() in {known.lower() for known in found}:
                 raise UserError(f"{path}:{number}: {host} is there twice; give each host one line with all its slots")
             found[host] = tuple(range(slots))
     if not found:
@@ -78,6 +78,8 @@ def choose(hosts: Mapping[str, Sequence[int]], include: str = "", exclude: str =
     if include and exclude:
         raise UserError("--include and --exclude exclude each other; give one of them")
     named = _filter(include or exclude, "--include" if include else "--exclude", hosts)
+    if include and not named:
+        raise UserError(f"--include {include} names no host; write {next(iter(hosts))}@... or leave it out")
     if include:
         return {host: tuple(slot for slot in slots if slot in named[host]) for host, slots in hosts.items()
                 if host in named}

@@ -24,7 +24,8 @@ def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> No
     """Return when every host answers. `RunError` names those that still do not after so many seconds."""
     deadline, told = time.monotonic() + seconds, False
     while True:
-        missing = [host for host in slots if host not in answering(slots)]
+        there = answering(slots)
+        missing = [host for host in slots if host not in there]
         if not missing:
             return
         names = ", ".join(missing)

@@ -33,7 +33,7 @@ def send(writer: asyncio.StreamWriter, message: Message) -> None:
 
 async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
     """The messages of the other side, until it closes the connection, breaks it, or says what is none."""
-    with suppress(OSError, ValueError, asyncio.IncompleteReadError):
+    with suppress(OSError, ValueError, RecursionError, asyncio.IncompleteReadError):
         while line := await reader.readline():
             message = json.loads(line)
             if not isinstance(message, dict):

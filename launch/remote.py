@@ -44,8 +44,8 @@ def run_on(hosts: Iterable[str], command: Sequence[str], *, timeout: float, stdi
 
 def _run(host: str, command: Sequence[str], timeout: float, stdin: str) -> Done:
     try:
-        done = subprocess.run(ssh(host, command), input=stdin, capture_output=True, text=True, timeout=timeout,
-                              check=False)
+        done = subprocess.run(ssh(host, command), input=stdin, capture_output=True, text=True, errors="replace",
+                              timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         return Done(host, 124, "", f"no answer within {timeout:.0f} s")
     return Done(host, done.returncode, done.stdout, done.stderr)

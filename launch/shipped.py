@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = "vastscale-answer:"
 MOST_CHARACTERS = 4 << 20  # of an answer
 
-_START = "import json, sys; parcel = json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])"
+_START = ("import sys; sys.path[:] = [path for path in sys.path if path]; import json; "
+          "parcel = json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])")
+"""Without the folder that the login shell starts in, whose files must not be taken for modules."""
 _UNPACK = """
 import types
-if sys.path[0] == "":
-    del sys.path[0]  # the folder that the login shell starts in
 for name, source in parcel["modules"].items():
     package, _, own = name.rpartition(".")
     module = sys.modules[name] = types.ModuleType(name)

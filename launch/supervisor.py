@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -25,6 +26,7 @@ GRACE_SECONDS = 60  # for saving, after CTRL+C
 END_SECONDS = 10  # for the others, once a rank has failed
 TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
 LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
+MOST_LINES = 100  # kept of what the launcher says
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|DistBackendError|NCCL error|Socket Timeout|"
@@ -44,6 +46,8 @@ class Rank:
     tail: str = ""  # the last that it said
     ended: float = 0.0
     is_lost: bool = False
+    is_late: bool = False  # it has not reported in time, though the launcher was at work
+    is_overdue: bool = False  # its guard has killed it, for it did not end when told
 
     def __str__(self) -> str:
         return f"rank {self.number} on {self.host}"
@@ -74,6 +78,7 @@ class Supervisor:
     failure: Failure | None = None
     _ranks: list[Rank] = field(default_factory=list)
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
+    _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))  # on whichever host
     _launcher_status: int | None = None
     _began: float = field(default_factory=time.monotonic)
     _failed_at: float | None = None
@@ -160,7 +165,8 @@ class Supervisor:
             _print(sys.stderr, str(message["err"]))
         elif "exit" in message:
             rank.status, rank.tail, rank.ended = int(message["exit"]), str(message.get("tail", "")), time.monotonic()
-            if rank.status != 0 and not (self.stopped_by and rank.status == 128 + signal.SIGTERM):
+            rank.is_overdue = bool(message.get("overdue"))
+            if rank.status != 0 and not (self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)):
                 self._fail()
 
     def _look(self) -> None:
@@ -176,8 +182,10 @@ class Supervisor:
                 elif now - rank.told > messages.BEAT_SECONDS:
                     rank.told = now
                     messages.send(rank.writer, {"beat": 0})
-        missing = any(rank.writer is None for rank in self._ranks)
+        missing = [rank for rank in self._ranks if rank.writer is None and not rank.has_ended]
         if missing and (now - self._began > START_SECONDS or self._launcher_status is not None):
+            for rank in missing:
+                rank.is_lost, rank.ended, rank.is_late = True, now, self._launcher_status is None
             self._fail()
 
     def _fail(self) -> None:
@@ -202,14 +210,15 @@ class Supervisor:
 
     async def _read_launcher(self, launcher: asyncio.subprocess.Process) -> None:
         assert launcher.stdout is not None
-        while line := (await launcher.stdout.readline()).decode(errors="replace"):
+        async for line in _lines(launcher.stdout):
+            self._launcher_said.append(line)
             with suppress(OSError):
                 self.log.write(line)
                 self.log.flush()
             host, colon, text = line.partition(": ")
             if colon and host in self.hosts:
                 self._launcher_says.setdefault(host, []).append(text)
-                del self._launcher_says[host][:-100]
+                del self._launcher_says[host][:-MOST_LINES]
             end = _SSH_END.search(line)
             if end and any(rank.host == end[1] and not rank.has_ended for rank in self._ranks):
                 self._launcher_says.setdefault(end[1], []).append(end[2] + "\n")
@@ -233,10 +242,10 @@ class Supervisor:
     def _settle(self) -> None:
         """Name the cause: the first rank that failed of itself, neither for its peer's sake nor because it was told."""
         if self._failed_at is None:
-            late = [rank for rank in self._ranks if not rank.has_ended]
+            late = [rank for rank in self._ranks if rank.is_overdue or not rank.has_ended]
             if late:
-                self.failure = Failure(f"{late[0]} did not end within {GRACE_SECONDS} s and was killed", late[0].tail,
-                                       1)
+                self.failure = Failure(f"{late[0]} did not end within {GRACE_SECONDS:.0f} s and was killed",
+                                       late[0].tail, 1)
             return
         failed = sorted((rank for rank in self._ranks if rank.has_ended and rank.status != 0),
                         key=lambda rank: rank.ended)
@@ -250,6 +259,8 @@ class Supervisor:
 
     def _describe(self, rank: Rank) -> Failure:
         said = "".join(line for line in self._launcher_says.get(rank.host, []) if not _CHATTER.match(line))
+        if self._launcher_status is not None and not said and not rank.is_late:
+            said = "".join(line for line in self._launcher_said if not _CHATTER.match(line))
         if rank.status is not None:
             how = f"was killed by {signal.Signals(rank.status - 128).name}" if _is_signal(rank.status) else \
                 f"ended with status {rank.status}"
@@ -257,7 +268,7 @@ class Supervisor:
                 how = self._hung(rank)
             return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
         if rank.writer is None:
-            what = "did not start" if said else f"did not report within {START_SECONDS} s"
+            what = f"did not report within {START_SECONDS:.0f} s" if rank.is_late else "did not start"
             return Failure(f"{rank} {what}", said, 1)
         if rank.tail == "silence":
             return Failure(f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of {rank}): the "
@@ -274,6 +285,8 @@ class Supervisor:
 
 def _speaks_for_itself(rank: Rank) -> bool:
     """Whether a failed rank's end is its own, and not the echo of another's."""
+    if rank.is_overdue:
+        return False
     if rank.status is None or _is_signal(rank.status):
         return rank.status != 128 + signal.SIGTERM
     return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
@@ -281,6 +294,20 @@ def _speaks_for_itself(rank: Rank) -> bool:
 
 def _is_signal(status: int) -> bool:
     return status > 128 and (status - 128) in {int(number) for number in signal.Signals}
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """A stream's lines; what is longer than a line can be comes in parts."""
+    rest = b""
+    while data := await stream.read(1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace") + "\n"
+        if len(rest) > messages.MOST_BYTES:
+            yield rest.decode(errors="replace")
+            rest = b""
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _print(stream: Any, text: str) -> None:

@@ -7,6 +7,7 @@ precision; BF16 and FP16 are autocast, FP16 with torch's loss scaling.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.schedules import Schedule
 
 STATES_FILE = "mp_rank_00_model_states.pt"  # DeepSpeed's name for it, and "module" in it its key
 INITIAL_SCALE_POWER, SCALE_WINDOW = 16, 1000  # DeepSpeed's defaults for FP16
+DEFAULT_CLIPPING = 1.0  # likewise for the gradient's norm
 
 
 class AccelerateEngine:
@@ -43,7 +45,7 @@ class AccelerateEngine:
         self.statistics: list[Tensor] = []
         self._ranks, self._inner = ranks, optimizer
         self._accumulation = ds_config["gradient_accumulation_steps"]
-        self._max_norm = ds_config.get("gradient_clipping") or float("inf")
+        self._max_norm = ds_config.get("gradient_clipping", DEFAULT_CLIPPING) or float("inf")
         self._micro_steps = 0
         # One for each engine: loss scales are a network's own. What they share is the process's place and precision.
         self._accelerator = _accelerator(ds_config, ranks)
@@ -78,7 +80,9 @@ class AccelerateEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over ranks."""
         self._accelerator.gradient_accumulation_steps = self._accumulation  # is the process's, not the engine's
-        self._accelerator.backward(loss)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # of channels_last
+            self._accelerator.backward(loss)
 
     def check_gradient(self) -> None:
         """Clip the gradient of an update and note its norm, and whether all of it is finite."""
@@ -95,7 +99,8 @@ class AccelerateEngine:
         if self._guards_itself or not bool(self.found_nonfinite):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.lr_scheduler is not None:
+        overflowed = self._accelerator.scaler is not None and self.optimizer.step_was_skipped
+        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed's at FP16
             self.lr_scheduler.step()
 
     def save_checkpoint(self, directory: str, tag: str, *, save_latest: bool = False) -> None:

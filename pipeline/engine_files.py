@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> No
     with quiet():
         path, _ = engine.load_checkpoint(str(directory), tag=name)
     if path is None:
-        raise RuntimeError(f"DeepSpeed could not load {directory}/{name}")
+        raise RuntimeError(f"{directory}/{name} could not be loaded")
     schedule = engine.lr_scheduler
     if schedule is not None and not isinstance(schedule, Schedule):  # its length may be another one now
         for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
@@ -117,10 +118,16 @@ class _CheckpointFiles:
 
 
 def _read(path: str, map_location: Any) -> Any:
+    with torch.serialization.safe_globals(_deepspeeds_types()):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _deepspeeds_types() -> list[type]:
+    """Those that its files may hold; none where it is not installed: then Accelerate wrote them."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with torch.serialization.safe_globals(known):
-        return torch.load(path, map_location=map_location, weights_only=True)
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

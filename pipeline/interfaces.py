@@ -34,8 +34,9 @@ def address_towards(address: str) -> str:
     """The IP address with which this host speaks to `address`: its own on the route there. Sends nothing."""
     try:
         found = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        raise UserError(f"this host cannot resolve {address!r} ({error.strerror}); give its IP address, or name it in "
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "no name is like that"
+        raise UserError(f"this host cannot resolve {address!r} ({why}); give its IP address, or name it in "
                         "/etc/hosts") from error
     failure: OSError | None = None
     for family, kind, protocol, _, target in found:
@@ -52,12 +53,22 @@ def address_towards(address: str) -> str:
 
 def is_own(address: str) -> bool:
     """Whether `address`, an IP address or a host's name, is this host's, as far as its name service knows."""
-    try:
-        found = {target[0] for *_, target in socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)}
-    except OSError:
-        return False
     own = {one for _, one in own_addresses()}
-    return any(str(one) in own or ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found)
+    return any(one in own or ipaddress.ip_address(one).is_loopback for one in _addresses(address))
+
+
+def is_known(name: str) -> bool:
+    """Whether this host's name service knows `name`."""
+    return bool(_addresses(name))
+
+
+def _addresses(name: str) -> set[str]:
+    """The IP addresses of a name; none where it is not known."""
+    try:
+        found = socket.getaddrinfo(name, ANY_PORT, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):  # the latter for labels that no name has
+        return set()
+    return {str(target[0]).partition("%")[0] for *_, target in found}
 
 
 def own_addresses() -> Iterator[tuple[str, str]]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pipeline.cli import UserError
 from pipeline.interfaces import address_towards, interface_towards
 
-MAX_HOSTS = 1 << 16  # of one Slurm list
+MAX_HOSTS, MAX_RANGES = 1 << 16, 256  # of one Slurm list
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers what is no srun of ours (batch script, salloc's shell, …) from here on
+BY_HAND = "RANK and WORLD_SIZE"
+"""The launcher's name where somebody set the variables himself."""
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below what Linux gives to outgoing connections
 INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # with "=" NCCL takes no longer name, too
 
@@ -112,19 +114,20 @@ def _by_rank(variables: Mapping[str, str]) -> Place:
         for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not variables.get(name):
                 raise UserError(f"RANK and WORLD_SIZE {world_size} are set, but {name} is not; set it, or use torchrun")
-    name = "RANK and WORLD_SIZE"
+    name = BY_HAND
     if is_from_accelerate(variables):
         name = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in variables:
         name = "torchrun"
     elif "CROSS_SIZE" in variables:
         name = "deepspeed"
-    local_size = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or ""
-    spans_hosts = int(local_size) < world_size if local_size.isdigit() else None if world_size > 1 else False
+    named = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if variables.get(name)), None)
+    local_size = _number(variables, named) if named else None
+    spans_hosts = local_size < world_size if local_size is not None else None if world_size > 1 else False
     local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else 0
     return _checked(Place(rank, world_size, local_rank, name, variables.get("MASTER_ADDR") or "127.0.0.1",
                           _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else 0, spans_hosts,
-                          local_size=int(local_size) if local_size.isdigit() else None))
+                          local_size=local_size))
 
 
 def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
@@ -150,7 +153,7 @@ def _by_slurm(variables: Mapping[str, str]) -> Place | None:
     the special ones.
     """
     step = variables.get("SLURM_STEP_ID", "")
-    if "SLURM_PROCID" not in variables or not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP:
+    if "SLURM_PROCID" not in variables or not re.fullmatch(r"[0-9]{1,10}", step) or int(step) >= FIRST_SPECIAL_STEP:
         return None
     if not variables.get("SLURM_STEP_NODELIST"):
         return None
@@ -168,13 +171,17 @@ def _by_slurm(variables: Mapping[str, str]) -> Place | None:
 def expand_hosts(text: str) -> list[str]:
     """The hosts of a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login."""
     hosts: list[str] = []
+    if text.count("[") > MAX_RANGES:
+        raise UserError(f"Slurm's host list {text[:80]!r}… has more than {MAX_RANGES} ranges; it looks like "
+                        "node[01-03,07]")
     items = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)
     for item in items:
         for host in _expand(item, text):
             hosts.append(host)
             if len(hosts) > MAX_HOSTS:
                 raise UserError(f"Slurm's host list {text!r} names more than {MAX_HOSTS} hosts")
-    if ",".join(items) != text or not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host) for host in hosts):
+    are_names = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host) for host in hosts)
+    if ",".join(items) != text or not are_names:
         raise UserError(f"Slurm's host list {text!r} is none; it looks like node[01-03,07]")
     return hosts
 
@@ -187,8 +194,8 @@ def _expand(item: str, text: str) -> Iterator[str]:
         return
     ranges, _, tail = rest.partition("]")
     for one in ranges.split(","):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", one)
-        if match is None:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", one)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"Slurm's host list {text!r} is none: {one!r} is not a number or a range")
         low, high = match[1], match[2] or match[1]
         for number in range(int(low), int(high) + 1):
@@ -202,7 +209,7 @@ def _port(variables: Mapping[str, str], number: int) -> int:
 
 def _number(variables: Mapping[str, str], name: str) -> int:
     text = variables.get(name, "")
-    if not re.fullmatch(r"\d{1,10}", text):
+    if not re.fullmatch(r"[0-9]{1,10}", text):
         raise UserError(f"the environment variable {name} must be a whole number, not {text!r}")
     return int(text)
 
@@ -213,6 +220,8 @@ def _checked(place: Place) -> Place:
     if place.local_rank >= place.world_size:
         raise UserError(f"rank {place.rank} cannot be number {place.local_rank} of its host: there are "
                         f"{place.world_size} ranks in all ({place.launcher})")
+    if place.world_size > 1 and place.master_port == 0:
+        raise UserError("MASTER_PORT 0 tells ranks nothing of where to meet; choose one from 1024 to 65535")
     if place.master_port > 65535:
         raise UserError(f"MASTER_PORT {place.master_port} is not a port; choose one from 1024 to 65535")
     return place

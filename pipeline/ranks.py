@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cli import RunError, UserError
-from pipeline.launched import Place, choose_interface, find_place, gpu_of
+from pipeline.launched import BY_HAND, Place, choose_interface, find_place, gpu_of
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 """Environment variable with the process that started the ranks; they stop when it is gone."""
@@ -80,7 +80,7 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     """
     place = find_place()
     os.environ.update(place.variables())
-    if LAUNCHER in os.environ or place.launcher:
+    if LAUNCHER in os.environ or place.launcher not in ("", BY_HAND):
         _stop_with_parent()
     interface = choose_interface(place)
     device = _device(place)

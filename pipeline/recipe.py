@@ -274,7 +274,7 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
         if not isinstance(config[section].get("params", {}), dict) or not isinstance(config[section].get("type"), str):
             raise UserError(f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
                             '"params": {"lr": 0.001}}')
-    clipping = config.get("gradient_clipping", 0)
+    clipping = config.get("gradient_clipping", 1.0)
     if not isinstance(clipping, (int, float)) or clipping < 0:
         raise UserError(f"{path}: gradient_clipping must be a number, 0 or above, not {clipping!r}")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

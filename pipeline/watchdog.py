@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import time
 
@@ -19,13 +20,14 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._fed = float("-inf")
+        self._told = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as it lives
 
     def feed(self) -> None:
         """Say that there was progress."""
         now = time.monotonic()
         if self._seconds and now - self._fed > min(EVERY_SECONDS, self._seconds / 10):
             self._fed = now
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._told)
 
     def stop(self) -> None:
         """Mind nothing from now on."""

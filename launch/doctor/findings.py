@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +58,11 @@ def _alike(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
             for group in groups.values()]
 
 
+def _shortened(text: str, width: int) -> str:
+    """Without its end, where it is too long."""
+    return text if len(text) <= width else f"{text[:width - 1].rstrip()}…"
+
+
 def _block(columns: Sequence[tuple[str, Sequence[str]]], checks: Sequence[str], label: int) -> str:
     room = (WIDTH - label) // len(columns) - 2
     wanted = [max(map(len, (head, *cells))) for head, cells in columns]
@@ -66,5 +70,5 @@ def _block(columns: Sequence[tuple[str, Sequence[str]]], checks: Sequence[str], 
     rows = [("", *(head for head, _ in columns)),
             *((check, *(cells[i] for _, cells in columns)) for i, check in enumerate(checks))]
     return "\n".join((row[0].ljust(label) + "  ".join(
-        textwrap.shorten(cell, width, placeholder="…").ljust(width)
+        _shortened(cell, width).ljust(width)
         for cell, width in zip(row[1:], widths, strict=True))).rstrip() for row in rows)

@@ -51,9 +51,9 @@ def find_route(hosts: Sequence[str], interfaces: Mapping[str, Sequence[Interface
     """
     route = Route()
     own = {host: _own(host, interfaces[host], interface, route.findings) for host in hosts}
-    first, *others = (host for host in hosts if own[host])
-    if first != hosts[0]:
+    if not own[hosts[0]]:
         return route
+    first, *others = (host for host in hosts if own[host])
     addresses = [master_address] if master_address else [one["address"] for one in own[first]]
     answers, spare = _meet(first, others, addresses, {host: own[host][0]["address"] if interface else "" for host in
                                                       (first, *others)}, ports, python)

@@ -15,6 +15,7 @@ from pipeline.cli import UserError
 
 _COUNT = """
 import sys
+sys.path[:] = [path for path in sys.path if path]  # without the current folder
 import torch
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
