@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +31,7 @@ from launch.job import Job, Launcher, check_launcher, choose_port
 from launch.supervisor import Failure, Supervisor
 from pipeline import cli, interfaces
 from pipeline.cli import RunError, UserError
-from pipeline.options import DATASET_DIR, Plan, TrainOptions, dataset_dirs, has_lists, make_plan, overrides_last
+from pipeline.options import DATASET_DIR, Plan, TrainOptions, dataset_dirs, has_lists, make_plans, overrides_last
 from pipeline.recipe import batch_sizes
 from pipeline.run_folder import checkpoint_steps, has_ended
 
@@ -77,8 +80,9 @@ def main(options: Options) -> int:
     began = time.time()
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     _check(options, slots)
-    plan = make_plan(options)  # bad input is refused here, once, before any process starts
-    micro_batch, _ = batch_sizes(plan.ds_config, world_size(slots))
+    plans = make_plans(options)  # bad input is refused here, once, before any process starts
+    plan = plans[-1]
+    micro_batch = min(batch_sizes(one.ds_config, world_size(slots))[0] for one in plans)
     address = _address(options, slots) if options.no_doctor else _ask_doctor(options, slots, plan)
     variables = variables_for_ranks([Path.home() / ENV_FILE, ROOT / ENV_FILE], os.environ)
     if options.interface:
@@ -91,17 +95,21 @@ def main(options: Options) -> int:
     must_reset = options.reset
     for attempt in range(options.max_restarts + 1):
         first = ("--reset",) if must_reset else ()
-        now = replace(job, port=choose_port(address, options.master_port), arguments=(*first, *job.arguments))
+        port = choose_port(address, options.master_port, wait=attempt > 0)
+        now = replace(job, port=port, arguments=(*first, *job.arguments))
+        before = _newest_steps(plans)
         _say(_introduction(now))
         stopped_by, failure = _run(now)
         # An attempt that failed early may have left the old run where it was: it must not be continued.
         must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
-        if stopped_by or failure is None or failure.status == 2 or attempt == options.max_restarts:
+        if stopped_by or failure is None or attempt == options.max_restarts:
+            break
+        if failure.status == 2 and _newest_steps(plans) == before:  # bad input, which stays bad
             break
         _tell(failure, now)
         _say(f"restart {attempt + 1} of {options.max_restarts}, from "
              f"{'the beginning, afresh' if must_reset else _newest(plan)}")
-        job = _for_restart(job, slots, options.elastic, plan, micro_batch)
+        job = _for_restart(job, slots, options.elastic, plans, micro_batch)
     if stopped_by:
         if failure is not None:
             _tell(failure, now)
@@ -123,6 +131,12 @@ def _check(options: Options, slots: Slots) -> None:
                         "a host has, and --include which of them")
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts {options.max_restarts} must be 0 or more")
+    if options.elastic and options.launcher == "slurm":
+        raise UserError("--elastic chooses among hosts, and with --launcher slurm Slurm does; leave it out, or choose "
+                        "pdsh")
+    if options.max_restarts and len(slots) > 1 and not shutil.which("ssh"):
+        raise UserError("--max-restarts asks hosts over ssh whether they are back, and there is no ssh here; `apt "
+                        "install openssh-client`")
     if options.elastic and not options.max_restarts:
         raise UserError("--elastic says with which hosts a restart goes on; say how many restarts there may be: "
                         "--max-restarts 3")
@@ -149,25 +163,35 @@ def _ask_doctor(options: Options, slots: Slots, plan: Plan) -> str:
         count = len(found.failures)
         raise UserError(f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
                         "(--exclude leaves a host out, --no-doctor starts all the same)")
-    _insist_on_first(found.master_address, slots)
-    return found.master_address
+    return _own_address(found.master_address, slots)
 
 
 def _address(options: Options, slots: Slots) -> str:
     """Likewise, without asking anybody: the address with which this machine speaks to the second host."""
     first, *others = slots
-    if not options.master_addr and interfaces.is_known(first):
+    if options.master_addr:
+        return _own_address(options.master_addr, slots)
+    if interfaces.is_known(first):
         _insist_on_first(first, slots)
-    address = options.master_addr or (interfaces.address_towards(others[0]) if others else "127.0.0.1")
-    _insist_on_first(address, slots)
-    return address
+    return interfaces.address_towards(others[0]) if others else "127.0.0.1"
 
 
 def _insist_on_first(address: str, slots: Slots) -> None:
+    """`UserError` unless `address`, of the first host, is this machine's."""
     first = next(iter(slots))
     if not address or not interfaces.is_own(address):
         raise UserError(f"{first}, the first host of the hostfile ({address or 'no address found'}), is not this "
                         f"machine; start the run there, or move this machine's line to the top")
+
+
+def _own_address(address: str, slots: Slots) -> str:
+    """The IP address behind `address`, a name or an address that must be this machine's and lead here from others."""
+    _insist_on_first(address, slots)
+    own = interfaces.outer_addresses(address)
+    if len(slots) > 1 and not own:
+        raise UserError(f"--master-addr {address} leads to this machine itself alone (a loopback address); give its "
+                        "address in the network, such as 10.0.0.1")
+    return own[0] if own else address
 
 
 def _introduction(job: Job) -> str:
@@ -186,36 +210,47 @@ def _run(job: Job) -> tuple[int, Failure | None]:
         raise UserError(f"{job.logs} cannot be made ({error.strerror}), where each rank's output goes; give another "
                         "--output-dir") from error
     with tempfile.TemporaryDirectory(prefix="vastscale-") as folder, \
-            open(job.logs / "launcher.log", "a", encoding="utf-8") as log:
+            open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_for_me_alone) as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_introduction(job)}\n")
-        supervisor = Supervisor(job.hosts, secrets.token_hex(16), log, names_are_ranks=job.launcher != "slurm")
+        supervisor = Supervisor(job.hosts, secrets.token_hex(16), job.task, log,
+                                names_are_ranks=job.launcher != "slurm")
         asyncio.run(_supervise(supervisor, job, Path(folder)))
     return supervisor.stopped_by, supervisor.failure
 
 
 async def _supervise(supervisor: Supervisor, job: Job, folder: Path) -> None:
     port = await supervisor.listen(job.address)
-    command = job.command(folder, job.task(supervisor.run, port))
+    command = job.command(folder, job.word(supervisor.run, port))
     await supervisor.watch(command, job.launcher_variables(folder), str(ROOT))
 
 
-def _for_restart(job: Job, slots: Slots, elastic: bool, plan: Plan, micro_batch: int) -> Job:
+def _for_me_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int) -> Job:
     """The job as it is started again: on all hosts once they are back, or on those that answer."""
     if not elastic:
         hosts_left.wait_for_all(slots, RETURN_SECONDS, _say)
         return job
     left = hosts_left.answering(slots)
-    used, micro = hosts_left.share_batch(left, plan.ds_config, micro_batch)
+    total = math.gcd(*(plan.ds_config["train_batch_size"] for plan in plans))  # of all stages
+    used, micro = hosts_left.share_batch(left, total, micro_batch)
     gone = [host for host in slots if host not in used]
     if gone:
         _say(f"going on without {', '.join(gone)}")
-    total = plan.ds_config["train_batch_size"]
-    accumulation = total // (micro * world_size(used))
-    _say(f"global batch {total} = {micro} x {accumulation} accumulation x {world_size(used)} ranks")
+    totals = {plan.ds_config["train_batch_size"] for plan in plans}
+    _say("; ".join(f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation x "
+                   f"{world_size(used)} ranks" for total in sorted(totals)))
+    split = [f"ds.train_micro_batch_size_per_gpu={micro}"]
+    if any("gradient_accumulation_steps" in plan.ds_config for plan in plans):
+        if len(totals) > 1:
+            raise RunError("the stages' global batches differ and gradient_accumulation_steps is set, so that no split "
+                           "over fewer ranks fits all; leave it out, or go on by hand")
+        split.append(f"ds.gradient_accumulation_steps={total // (micro * world_size(used))}")
     kept = [argument for argument in job.arguments if not argument.startswith(
         ("ds.train_micro_batch_size_per_gpu=", "ds.gradient_accumulation_steps="))]
-    return replace(job, slots=used, arguments=(*kept, f"ds.train_micro_batch_size_per_gpu={micro}",
-                                               f"ds.gradient_accumulation_steps={accumulation}"))
+    return replace(job, slots=used, arguments=(*kept, *split))
 
 
 def _folder_number(folder: Path) -> tuple[int, int] | None:
@@ -225,6 +260,11 @@ def _folder_number(folder: Path) -> tuple[int, int] | None:
         return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None
     except OSError:
         return None
+
+
+def _newest_steps(plans: Sequence[Plan]) -> list[int]:
+    """Of each stage."""
+    return [max(checkpoint_steps(plan.run_dir), default=0) for plan in plans]
 
 
 def _newest(plan: Plan) -> str:

@@ -17,8 +17,8 @@ HANDED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_NUM_THREADS", "HTTP_PROXY"
 """Beginnings of the names that a run on many hosts takes over from the shell that starts it."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _VALUE = re.compile(r"[\w@%+=:,./ ^-]*", re.ASCII)
-_RUNS_THINGS = re.compile(r"PATH|\w+_PATH|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|PROMPT_COMMAND|CC|CXX|"
-                          r"\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*")
+_RUNS_THINGS = re.compile(r"PATH|\w+_PATH|\w+_DIR|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|PROMPT_COMMAND|"
+                          r"CC|CXX|\w+_PLUGIN|\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*|\w+_FLAGS|\w+_CONF")
 _LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|"
                         r"VASTSCALE_\w+|(SLURM|OMPI|PMIX|TORCHELASTIC|ACCELERATE)_\w+")
 

@@ -25,6 +25,7 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses that have no name
+    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers GPUs as nvidia-smi does
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.pop("CUDA_VISIBLE_DEVICES", None)

@@ -10,13 +10,15 @@ import asyncio
 import codecs
 import ctypes
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -30,6 +32,8 @@ from pipeline import launched
 
 CONNECT_SECONDS = 30
 GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, where nobody waits for a checkpoint
+ORPHAN_SECONDS = 60  # where the supervisor is gone and the other ranks are there: they save
+LAST_WORDS_SECONDS = 3  # for what the child has said and is still on its way
 
 
 class Guard:
@@ -44,6 +48,7 @@ class Guard:
         self._kill_at = float("inf")
         self._was_killed = False
         self._heard = time.monotonic()
+        self._ended = 0.0
 
     async def run(self) -> int:
         """The child's whole life. Exit status: the child's, as a shell tells it; 1 if there is no supervisor."""
@@ -57,18 +62,26 @@ class Guard:
                   "firewall for this network, or name its address with --master-addr", file=sys.stderr)
             return 1
         messages.send(writer, {"hello": self._task["run"], "rank": self._rank, "host": socket.gethostname()})
+        heard = messages.receive(reader)
         try:
-            log = self._open_log()
+            self._task |= (await asyncio.wait_for(anext(heard), CONNECT_SECONDS))["task"]
+        except (StopAsyncIteration, asyncio.TimeoutError, KeyError):
+            print(f"error: the first node takes no rank {self._rank} from {socket.gethostname()}: its run is over, or "
+                  "there is one already", file=sys.stderr)
+            return 1
+        try:
+            log = self._open_log(writer)
+            child = self._child = self._start()
         except OSError as error:
             await self._take_leave(writer, 1, f"error: {socket.gethostname()}: {error.filename or self._task['logs']}: "
-                                              f"{error.strerror}; each rank's output goes there\n")
+                                              f"{error.strerror}\n")
             return 1
         with log:
-            child = self._child = self._start()
             copies = [self._copy(child.stdout, log, writer, "out"), self._copy(child.stderr, log, writer, "err")]
-            chores = [asyncio.create_task(work) for work in (self._listen(reader), self._watch(writer))]
+            chores = [asyncio.create_task(work) for work in (self._listen(heard), self._watch(writer))]
             status = await asyncio.to_thread(child.wait)
-            await asyncio.to_thread(_join, copies, 3)
+            self._ended = time.monotonic()
+            await asyncio.to_thread(_join, copies, LAST_WORDS_SECONDS)
             self._signal(signal.SIGKILL)  # whatever the child has left behind
             await asyncio.to_thread(_join, copies, 1)
             for chore in chores:
@@ -78,7 +91,8 @@ class Guard:
         return status
 
     async def _take_leave(self, writer: asyncio.StreamWriter, status: int, tail: str) -> None:
-        messages.send(writer, {"exit": status, "tail": tail, "overdue": self._was_killed})
+        ago = time.monotonic() - self._ended if self._ended else 0.0
+        messages.send(writer, {"exit": status, "tail": tail, "ago": ago, "overdue": self._was_killed})
         with suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(writer.drain(), 5)
             writer.close()
@@ -95,21 +109,30 @@ class Guard:
                     raise OSError(str(error) or "no answer") from error
                 await asyncio.sleep(0.5)
 
-    def _open_log(self) -> IO[bytes]:
-        folder = Path(self._task["logs"])
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / f"rank-{self._rank:05d}.log", "ab", buffering=0)  # noqa: SIM115 - the caller's to close
-        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank} of {self._place.world_size} on "
-                  f"{socket.gethostname()}\n".encode())
+    def _open_log(self, writer: asyncio.StreamWriter) -> IO[bytes]:
+        """This rank's file; on a host that can have no such folder, somewhere else, which is told."""
+        name = f"rank-{self._rank:05d}.log"
+        try:
+            log = _open(Path(self._task["logs"]), name)
+        except OSError:
+            if self._rank == 0:
+                raise
+            folder = Path(tempfile.mkdtemp(prefix="vastscale-logs-"))
+            messages.send(writer, {"note": f"{socket.gethostname()}: {folder / name} has rank {self._rank}'s output\n"})
+            log = _open(folder, name)
+        with suppress(OSError):
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank} of {self._place.world_size} on "
+                      f"{socket.gethostname()}\n".encode())
         return log
 
     def _start(self) -> subprocess.Popen[bytes]:
+        os.environ.update(self._task["environment"])
         variables = environment.prepare(self._place.local_size or 1, on_gpu=environment.may_have_gpu())
         directory = self._task["directory"]
         return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
-                                env={**variables, **self._task["environment"]}, stdin=subprocess.DEVNULL,
+                                env={**variables, launched.GUARDED: "1"}, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                preexec_fn=_end_with_parent, cwd=directory if os.path.isdir(directory) else None)
+                                preexec_fn=_die_with_parent, cwd=directory if os.path.isdir(directory) else None)
 
     def _copy(self, stream: IO[bytes] | None, log: IO[bytes], writer: asyncio.StreamWriter, name: str) -> Thread:
         """What the child says goes to its log; of the first rank also to the supervisor."""
@@ -138,12 +161,12 @@ class Guard:
         if self._rank == 0:
             messages.send(writer, {name: text})
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        async for message in messages.receive(reader):
+    async def _listen(self, heard: AsyncIterator[messages.Message]) -> None:
+        async for message in heard:
             self._heard = time.monotonic()
             if "stop" in message:
                 self._stop(float(message["stop"]))
-        self._stop(GRACE_SECONDS)  # the supervisor is gone
+        self._stop(ORPHAN_SECONDS)  # the supervisor is gone
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
         while True:
@@ -169,21 +192,30 @@ class Guard:
             os.killpg(self._child.pid, number)
 
 
+def _open(folder: Path, name: str) -> IO[bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / name, "ab", buffering=0)
+
+
 def _join(threads: Iterable[Thread], seconds: float) -> None:
+    """Wait so long for all of them together."""
+    deadline = time.monotonic() + seconds
     for thread in threads:
-        thread.join(seconds)
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM when whoever started this process is killed."""
+def _die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux for a signal when whoever started this process is killed: a stopped one would not end by SIGTERM."""
     pr_set_pdeathsig = 1
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    _end_with_parent()  # DeepSpeed's launcher on this host
+    _die_with_parent(signal.SIGTERM)  # DeepSpeed's launcher on this host
+    with suppress(OSError, ValueError):  # many ranks have many connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     return asyncio.run(Guard(task).run())
 
 

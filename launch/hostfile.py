@@ -19,7 +19,7 @@ from pipeline.cli import UserError, nearest
 ROOT = Path(__file__).resolve().parents[1]
 HOSTFILE = "hostfile"
 MOST_SLOTS = 64
-_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d{1,4})(?:\s*#.*)?")
+_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,4})(?:\s*#.*)?")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9._-]{1,253}")
 _EXAMPLE = "write lines like `node1 slots=8`"
 

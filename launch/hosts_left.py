@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from launch.hostfile import Slots, world_size
 from launch.remote import CONNECT_SECONDS, run_on
@@ -38,13 +37,13 @@ def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> No
         time.sleep(POLL_SECONDS)
 
 
-def share_batch(slots: Slots, ds_config: Mapping[str, Any], largest_micro_batch: int) -> tuple[Slots, int]:
-    """As many of the slots as can share the global batch, and the micro-batch with which they do.
+def share_batch(slots: Slots, total: int, largest_micro_batch: int) -> tuple[Slots, int]:
+    """As many of the slots as can share the global batch `total`, and the micro-batch with which they do.
 
     No rank gets more samples at a time than before, `largest_micro_batch`: accumulation makes up for ranks that are
     gone. The last slots of the last hosts are left out where there are too many.
     """
-    total, used = ds_config["train_batch_size"], dict(slots)
+    used = dict(slots)
     while total % world_size(used):
         last = list(used)[-1]
         used[last] = used[last][:-1]

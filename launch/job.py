@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch import environment, messages
 from launch.hostfile import Slots, as_filter
-from launch.remote import CONNECT_SECONDS, KEEPALIVE
+from launch.remote import CONNECT_SECONDS
 from pipeline.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +27,9 @@ PROGRAMS = {"pdsh": ("pdsh", "pdsh"), "openmpi": ("ompi_info", "openmpi-bin"), "
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Beginnings of names that DeepSpeed pastes into the command line of every host; ours travel as data."""
 _PDSHS = ("WCOLL", "DSHPATH", "PDSH_RCMD_TYPE")
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+_PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+PORTS = range(20000, 32000)  # below those that kernels give out by themselves
+PORT_SECONDS = 15  # for one that was wanted to be free again
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,15 @@ class Job:
         """The host of each rank."""
         return [host for host, slots in self.slots.items() for _ in slots]
 
-    def task(self, run: str, supervisor_port: int) -> str:
-        """What each rank's guard is told, as one word."""
-        return messages.pack({"run": run, "supervisor": [self.address, supervisor_port], "logs": str(self.logs),
-                              "arguments": list(self.arguments), "environment": dict(self.variables),
-                              "directory": self.directory})
+    def word(self, run: str, supervisor_port: int) -> str:
+        """What each rank's guard needs to know to find the supervisor, as one word."""
+        return messages.pack({"run": run, "supervisor": [self.address, supervisor_port]})
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What the supervisor tells each guard to run."""
+        return {"logs": str(self.logs), "arguments": list(self.arguments), "environment": dict(self.variables),
+                "directory": self.directory}
 
     def command(self, folder: Path, word: str) -> list[str]:
         """DeepSpeed's launcher, whose files go into `folder`, with a guard for each rank, which is told `word`."""
@@ -84,7 +92,9 @@ class Job:
         variables["DS_ENV_FILE"] = str(file)
         if not environment.may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
-        options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *KEEPALIVE)
+        # The guards notice a host that is gone; ssh must not be quicker, for a short break is none.
+        options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5",
+                   "-o", "ServerAliveCountMax=6")
         variables["PDSH_SSH_ARGS_APPEND"] = " ".join((*options, base.get("PDSH_SSH_ARGS_APPEND", ""))).strip()
         return variables
 
@@ -96,9 +106,13 @@ def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None
             raise UserError(f"{path!r} has characters that shells on other hosts would read; move the checkout to a "
                             "path of letters, digits and ./_-")
     try:
-        shlex.split(launcher_args)
+        words = shlex.split(launcher_args)
     except ValueError as error:
         raise UserError(f"--launcher-args {launcher_args!r}: {error}") from error
+    for word in words:
+        if not _PLAIN.fullmatch(word) or (launcher == "pdsh" and not word.startswith("-")):
+            raise UserError(f"--launcher-args {launcher_args!r}: {word!r} could be read as a command; of pdsh only "
+                            "options are taken (-t10, not -t 10), of the others words without blanks and quotes")
     program, package = PROGRAMS[launcher]
     if len(slots) > 1 and not shutil.which(program):
         raise UserError(f"--launcher {launcher} needs {program}, which is not installed here; `apt install {package}`, "
@@ -114,16 +128,22 @@ def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None
                         "choose pdsh")
 
 
-def choose_port(address: str, wanted: int) -> int:
-    """`wanted`, or a free port of `address` where it is 0. `UserError` if it cannot be had."""
+def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
+    """`wanted`, or a free port of `address` where it is 0. `UserError` if it cannot be had, with `wait` not at once."""
     if not 0 <= wanted <= 65535:
         raise UserError(f"--master-port {wanted} must be between 1 and 65535, or 0 for a free one")
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((address, wanted))
-        except OSError as error:
+    deadline = time.monotonic() + (PORT_SECONDS if wait else 0)
+    while True:
+        for port in [wanted] if wanted else random.SystemRandom().sample(PORTS, 20):
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    listener.bind((address, port))
+                    return port
+                except OSError as error:
+                    why = error.strerror
+        if time.monotonic() > deadline:
             where = f"{address} port {wanted}" if wanted else address
-            raise UserError(f"{where} cannot be listened on here: {error.strerror}; choose another --master-port, or "
-                            "this machine's own address as --master-addr") from error
-        return listener.getsockname()[1]
+            raise UserError(f"{where} cannot be listened on here: {why}; choose another --master-port, or this "
+                            "machine's own address as --master-addr")
+        time.sleep(0.5)

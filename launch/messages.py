@@ -1,11 +1,12 @@
 """What the supervisor and the guards say to each other: one JSON object a line, over TCP.
 
     guard -> supervisor   {"hello": RUN, "rank": 3, "host": "node2"}   {"beat": 0}   {"out": TEXT}   {"err": TEXT}
-                          {"exit": STATUS, "tail": TEXT}
-    supervisor -> guard   {"beat": 0}   {"stop": 60}   save, and end within so many seconds
+                          {"exit": STATUS, "tail": TEXT, "ago": SECONDS, "overdue": BOOL}   {"note": TEXT}
+    supervisor -> guard   {"task": WHAT TO RUN}   {"beat": 0}   {"stop": 60}   save, and end within so many seconds
 
-Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption: for a LAN that is
-trusted. RUN is drawn anew for every launch, so that a stranger's connection is not taken for a rank.
+Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption: for a LAN, and users
+of its machines, that are trusted. RUN is drawn anew for every launch, so that a stranger's connection is not taken for
+a rank; what a rank is told, keys in its environment among it, is in no command line and no log.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from launch import messages
+from launch.speaker import Speaker
 
-START_SECONDS = 120  # for all guards to report
+START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
 GRACE_SECONDS = 60  # for saving, after CTRL+C
 END_SECONDS = 10  # for the others, once a rank has failed
 TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
@@ -29,8 +31,9 @@ LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
 MOST_LINES = 100  # kept of what the launcher says
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
-_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|DistBackendError|NCCL error|Socket Timeout|"
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|DistBackendError|NCCL|Socket Timeout|"
                         r"Timed out waiting")
+_WORD = re.compile(r"eyJ[\w-]{20,}=*")  # what a guard is told, in base64
 
 
 @dataclass
@@ -68,10 +71,11 @@ class Failure:
 
 @dataclass
 class Supervisor:
-    """One launch of all ranks. `hosts` gives the host of each rank, `said` receives what the first rank prints."""
+    """One launch of all ranks. `hosts` gives the host of each rank, `task` is what each guard is told to run."""
 
     hosts: Sequence[str]
     run: str
+    task: Mapping[str, Any]
     log: IO[str]  # for what the launcher itself says
     names_are_ranks: bool = True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
     stopped_by: int = 0
@@ -80,12 +84,19 @@ class Supervisor:
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
     _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))  # on whichever host
     _launcher_status: int | None = None
+    _ssh_ended: str = ""  # the first host whose part of the launcher ended while its ranks were there
+    _speaker: Speaker = field(default_factory=Speaker)
+    _labels: dict[str, str] = field(default_factory=dict)  # by which the launcher names hosts
     _began: float = field(default_factory=time.monotonic)
     _failed_at: float | None = None
     _end_at: float | None = None
 
     def __post_init__(self) -> None:
         self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
+        first_parts = [host.partition(".")[0] for host in dict.fromkeys(self.hosts)]
+        # pdsh leaves a domain out that all hosts share
+        self._labels = {part: host for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
+                        if first_parts.count(part) == 1} | {host: host for host in self.hosts}
 
     async def listen(self, address: str) -> int:
         """Wait for guards at a free port of `address`, which is returned."""
@@ -110,8 +121,8 @@ class Supervisor:
             await self._end_launcher(launcher)
         finally:
             reading.cancel()
-            with suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
+            _kill_tree(launcher.pid)
+            await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
                 if rank.writer:
@@ -130,7 +141,7 @@ class Supervisor:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A guard's connection, from its first word to its last."""
         rank = None
-        with suppress(asyncio.CancelledError):  # the job is over
+        with suppress(asyncio.CancelledError, ValueError, TypeError):  # the job is over; nonsense ends a connection
             async for message in messages.receive(reader):
                 if rank is None:
                     rank = self._welcome(message, writer)
@@ -154,17 +165,21 @@ class Supervisor:
         rank.writer = writer
         if not self.names_are_ranks:
             rank.host = str(message.get("host", rank.host))
+        messages.send(writer, {"task": dict(self.task)})
         if self._end_at is not None:  # too late
             messages.send(writer, {"stop": max(0.0, self._end_at - time.monotonic())})
         return rank
 
     def _hear(self, rank: Rank, message: messages.Message) -> None:
         if "out" in message:
-            _print(sys.stdout, str(message["out"]))
+            self._speaker.say(sys.stdout, str(message["out"]))
         elif "err" in message:
-            _print(sys.stderr, str(message["err"]))
+            self._speaker.say(sys.stderr, str(message["err"]))
+        elif "note" in message:
+            self._speaker.say(self.log, str(message["note"]))
         elif "exit" in message:
-            rank.status, rank.tail, rank.ended = int(message["exit"]), str(message.get("tail", "")), time.monotonic()
+            rank.status, rank.tail = int(message["exit"]), str(message.get("tail", ""))
+            rank.ended = time.monotonic() - float(message.get("ago", 0.0))
             rank.is_overdue = bool(message.get("overdue"))
             if rank.status != 0 and not (self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)):
                 self._fail()
@@ -211,18 +226,19 @@ class Supervisor:
     async def _read_launcher(self, launcher: asyncio.subprocess.Process) -> None:
         assert launcher.stdout is not None
         async for line in _lines(launcher.stdout):
+            line = _WORD.sub("…", line)
             self._launcher_said.append(line)
-            with suppress(OSError):
-                self.log.write(line)
-                self.log.flush()
-            host, colon, text = line.partition(": ")
-            if colon and host in self.hosts:
+            self._speaker.say(self.log, line)
+            label, colon, text = line.partition(": ")
+            host = self._labels.get(label, "")
+            if colon and host:
                 self._launcher_says.setdefault(host, []).append(text)
                 del self._launcher_says[host][:-MOST_LINES]
             end = _SSH_END.search(line)
-            if end and any(rank.host == end[1] and not rank.has_ended for rank in self._ranks):
-                self._launcher_says.setdefault(end[1], []).append(end[2] + "\n")
-                asyncio.get_running_loop().call_later(TOGETHER_SECONDS / 2, self._host_ended, end[1])
+            host = self._labels.get(end[1], "") if end else ""
+            if end and any(rank.host == host and not rank.has_ended for rank in self._ranks):
+                self._launcher_says.setdefault(host, []).append(end[2] + "\n")
+                asyncio.get_running_loop().call_later(TOGETHER_SECONDS / 2, self._host_ended, host)
         self._launcher_status = await launcher.wait()
 
     def _host_ended(self, host: str) -> None:
@@ -232,6 +248,7 @@ class Supervisor:
             if rank.writer is None:
                 rank.is_lost, rank.ended = True, time.monotonic()
         if ranks:
+            self._ssh_ended = self._ssh_ended or host
             self._fail()
 
     async def _end_launcher(self, launcher: asyncio.subprocess.Process) -> None:
@@ -250,7 +267,12 @@ class Supervisor:
         failed = sorted((rank for rank in self._ranks if rank.has_ended and rank.status != 0),
                         key=lambda rank: rank.ended)
         first = [rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS] or failed
-        candidates = [rank for rank in first if _speaks_for_itself(rank)] or first
+        candidates = [rank for rank in first if self._speaks_for_itself(rank)]
+        if not candidates and self._ssh_ended:
+            self.failure = Failure(f"the connection to {self._ssh_ended} ended, and with it its ranks",
+                                   self._said_on(self._ssh_ended), 1)
+            return
+        candidates = candidates or first
         if candidates:
             self.failure = self._describe(candidates[0])
         else:
@@ -258,7 +280,7 @@ class Supervisor:
             self.failure = self._describe(absent[0]) if absent else Failure("the launcher ended early", "", 1)
 
     def _describe(self, rank: Rank) -> Failure:
-        said = "".join(line for line in self._launcher_says.get(rank.host, []) if not _CHATTER.match(line))
+        said = self._said_on(rank.host)
         if self._launcher_status is not None and not said and not rank.is_late:
             said = "".join(line for line in self._launcher_said if not _CHATTER.match(line))
         if rank.status is not None:
@@ -275,21 +297,28 @@ class Supervisor:
                            "machine or its network is down", said, 1)
         return Failure(f"{rank} vanished together with its guard", said, 1)
 
+    def _said_on(self, host: str) -> str:
+        return "".join(line for line in self._launcher_says.get(host, []) if not _CHATTER.match(line))
+
+    def _speaks_for_itself(self, rank: Rank) -> bool:
+        """Whether a failed rank's end is its own, and not the echo of another's, nor what we have asked for."""
+        if rank.is_overdue:
+            return False
+        if rank.status == 128 + signal.SIGTERM:
+            return self._failed_at is not None and rank.ended <= self._failed_at and not self.stopped_by
+        if rank.status is None:
+            return True
+        if _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT:  # NCCL aborts where a peer is gone
+            return True
+        return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
+
     def _hung(self, rank: Rank) -> str:
         """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely cause."""
         mute = [other for other in self._ranks if other.status is None or other.status == 128 + signal.SIGKILL]
         if mute:
-            return f"made no step for too long (--watchdog-minutes); {mute[0]} did not answer: stopped or stuck"
+            names = ", ".join(map(str, mute[:3])) + (f" and {len(mute) - 3} more" if len(mute) > 3 else "")
+            return f"made no step for too long (--watchdog-minutes); {names} did not answer: stopped or stuck"
         return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
-
-
-def _speaks_for_itself(rank: Rank) -> bool:
-    """Whether a failed rank's end is its own, and not the echo of another's."""
-    if rank.is_overdue:
-        return False
-    if rank.status is None or _is_signal(rank.status):
-        return rank.status != 128 + signal.SIGTERM
-    return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
 
 
 def _is_signal(status: int) -> bool:
@@ -310,7 +339,16 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
         yield rest.decode(errors="replace")
 
 
-def _print(stream: Any, text: str) -> None:
-    with suppress(OSError, ValueError):
-        stream.write(text)
-        stream.flush()
+def _kill_tree(root: int) -> None:
+    """Kill a process and all that it has started: pdsh gives each ssh a session of its own."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, IndexError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    doomed = [root]
+    for pid in doomed:
+        doomed += children.get(pid, [])
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

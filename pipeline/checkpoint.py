@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -41,6 +43,7 @@ from pipeline.run_folder import (
 )
 
 Result = TypeVar("Result")
+VISIBLE_SECONDS = 90  # longer than NFS keeps what it knows of a folder
 
 
 @dataclass
@@ -87,7 +90,10 @@ def save(run_dir: Path, progress: Progress, contents: Contents, ranks: Ranks) ->
             _refuse(next((failure for failure in failures if failure), ""), ranks)
             _insist(lambda: _write_own_files(own, progress, contents, ranks), ranks)
             _refuse(collect(own, aside, contents.sees_run_dir, ranks), ranks)
-            _insist(lambda: _commit(aside, final, progress, contents, ranks) if ranks.is_first else None, ranks)
+            written = set().union(*ranks.gather(_names(aside) if contents.sees_run_dir else set()))
+            if ranks.is_first:
+                commit = partial(_commit, aside, final, progress, contents, ranks, written)
+            _insist(commit if ranks.is_first else lambda: None, ranks)
     except SaveError:
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -156,7 +162,22 @@ def _write_generator(file: Path, network: nn.Module, step: int, contents: Conten
     write_network(file, SavedNetwork(described.name, described.scale, described.params, tensors, metadata))
 
 
-def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ranks: Ranks) -> None:
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _wait_for(folder: Path, names: set[str]) -> None:
+    """Until this host sees what others have written: a network disk may show it late."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while missing := names - _names(folder):
+        if time.monotonic() > deadline:
+            raise OSError(f"{folder} does not show {min(missing)}, which another host has written; see how that disk "
+                          "is mounted")
+        time.sleep(0.5)
+
+
+def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ranks: Ranks, written: set[str]) -> None:
+    _wait_for(aside, written)
     for path in (p for p in aside.rglob("*") if p.is_file()):
         flush(path)
     manifest = {"step": progress.step, "world_size": ranks.world_size, "identity": contents.identity,

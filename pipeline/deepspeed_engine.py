@@ -26,6 +26,7 @@ def deepspeed_engine(module: nn.Module, optimizer: torch.optim.Optimizer, schedu
     `schedule` builds the learning rate schedule; None: what the ds_config says is left to DeepSpeed.
     """
     deepspeed = _import_deepspeed(ranks)
+    from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     config = {"zero_allow_untested_optimizer": True,  # all of ours work element by element, as ZeRO needs it
@@ -38,7 +39,7 @@ def deepspeed_engine(module: nn.Module, optimizer: torch.optim.Optimizer, schedu
                                           dist_init_required=False)
     except UserError:
         raise
-    except Exception as error:  # DeepSpeed has no class of its own for what it refuses
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
     engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
     engine.found_nonfinite = engine.nonfinite_steps = engine.loss_scaling = None

@@ -62,6 +62,11 @@ def is_known(name: str) -> bool:
     return bool(_addresses(name))
 
 
+def outer_addresses(name: str) -> list[str]:
+    """Those of the addresses behind `name` that other hosts can reach: all but loopback."""
+    return sorted(one for one in _addresses(name) if not ipaddress.ip_address(one).is_loopback)
+
+
 def _addresses(name: str) -> set[str]:
     """The IP addresses of a name; none where it is not known."""
     try:

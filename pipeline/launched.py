@@ -14,6 +14,8 @@ from pipeline.interfaces import address_towards, interface_towards
 
 MAX_HOSTS, MAX_RANGES = 1 << 16, 256  # of one Slurm list
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers what is no srun of ours (batch script, salloc's shell, …) from here on
+GUARDED = "VASTSCALE_GUARDED"
+"""Environment variable of a rank whose output a guard keeps, and that ends with its guard."""
 BY_HAND = "RANK and WORLD_SIZE"
 """The launcher's name where somebody set the variables himself."""
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below what Linux gives to outgoing connections

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cli import RunError, UserError
-from pipeline.launched import BY_HAND, Place, choose_interface, find_place, gpu_of
+from pipeline.launched import BY_HAND, GUARDED, Place, choose_interface, find_place, gpu_of
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 """Environment variable with the process that started the ranks; they stop when it is gone."""
@@ -55,20 +55,22 @@ class Ranks:
     def together(self, action: Callable[[], Result]) -> Result:
         """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
 
-        Otherwise the first complaint is raised as `UserError` on the first rank, and the others exit with its status.
+        Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a disk's) or `RunError`
+        that it was, and the others exit with its status.
         """
-        complaint, result = "", None
+        complaint, result = None, None
         try:
             result = action()
-        except UserError as error:
-            complaint = str(error)
+        except (UserError, RunError) as error:
+            complaint = (str(error), isinstance(error, UserError))
         except OSError as error:
-            complaint = f"{error.filename or 'disk'}: {error.strerror or error}"
+            complaint = (f"{error.filename or 'disk'}: {error.strerror or error}", True)
         complaints = [complaint for complaint in self.gather(complaint) if complaint]
-        if complaints and self.is_first:
-            raise UserError(complaints[0])
         if complaints:
-            sys.exit(2)
+            text, is_input = complaints[0]
+            if self.is_first:
+                raise UserError(text) if is_input else RunError(text)
+            sys.exit(2 if is_input else 1)
         return cast(Result, result)
 
 
@@ -105,6 +107,9 @@ def _device(place: Place) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
     torch.cuda.set_device(device)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # by which DeepSpeed would choose another one
+        if name in os.environ:
+            os.environ[name] = str(device.index)
     return device
 
 
@@ -114,7 +119,10 @@ def stop_distributed() -> None:
 
 
 def _stop_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher that started us is gone, so that no rank trains on as an orphan."""
+    """Ask Linux for SIGTERM when the launcher that started us is gone, so that no rank trains on as an orphan.
+
+    A rank whose guard is gone cannot save, for all others are ended: it is killed.
+    """
     pr_set_pdeathsig = 1
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,14 @@ GO_ON, SAVE, STOP, FAIL = 0, 1, 1000, 2000
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing."""
+    """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing.
 
-    def __init__(self) -> None:
+    As long as it `is_patient`: before the first step there is nothing to save, and the process ends at once.
+    """
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.is_patient = False
+        self._say = say
         self._noted = 0
         self._launcher = int(os.environ.get(LAUNCHER, 0))
 
@@ -44,6 +50,9 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
+        if not self.is_patient:
+            self._say("stopped before the first step, where there is nothing to save")
+            os._exit(128 + number)  # not by an exception: it may come in the middle of compiling
         self._noted = self._noted or number
 
 

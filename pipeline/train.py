@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import sys
 import time
+import traceback
 from collections import deque
+from collections.abc import Sequence
+from typing import NoReturn
 
 from pipeline import checkpoint
 from pipeline.alike import refuse_other_hosts
@@ -16,7 +21,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
 from pipeline.engine import gradient_norm, observe, skipped_steps, step_was_skipped
 from pipeline.files import short, write_atomically
-from pipeline.launched import find_place
+from pipeline.launched import GUARDED, find_place
 from pipeline.meter import Meter
 from pipeline.monitor import Journal, duration, say
 from pipeline.options import Plan, TrainOptions, make_plans
@@ -41,23 +46,53 @@ def main(options: TrainOptions) -> int:
         if find_place().local_rank == 0:  # another host may lack what this one has
             raise
         return 2
-    ranks = start_distributed()
+    watchdog = Watchdog(options.watchdog_minutes * 60)
+    watchdog.begin()
+    patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
+    ranks = start_distributed(max(10.0, patience))
     try:
-        with StopSignals() as signals, contextlib.ExitStack() as stack:
-            refuse_other_hosts(plans, ranks)
-            ranks.together(lambda: _take_run_folder(plans[0], ranks, stack))
-            check_stages(plans, ranks)
-            for plan in plans:
-                status = _train(plan, ranks, signals)
-                if status:
-                    break
-            return status
-    except (UserError, RunError) as error:  # raised on every rank alike; one says it
-        if ranks.is_first:
-            raise
-        return 2 if isinstance(error, UserError) else 1
-    finally:
-        stop_distributed()
+        status = _train_all(plans, ranks, watchdog)
+    except BaseException as error:
+        if ranks.world_size > 1:
+            _leave(error, ranks)
+        raise
+    stop_distributed()
+    return status
+
+
+def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
+    with StopSignals(say if ranks.is_first else _silent) as signals, contextlib.ExitStack() as stack:
+        refuse_other_hosts(plans, ranks)
+        ranks.together(lambda: _take_run_folder(plans[0], ranks, stack))
+        check_stages(plans, ranks)
+        for plan in plans:
+            signals.is_patient = False
+            watchdog.begin()
+            status = _train(plan, ranks, signals)
+            if status:
+                break
+        return status
+
+
+def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
+    """Tell what happened to one rank of several, and end at once.
+
+    The others may wait for this one in a collective, and to close the group in an orderly way it would wait for them
+    (pytorch issue 180611). What all ranks raise alike the first one says, or each in its log where a guard keeps it.
+    """
+    status = 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, (UserError, RunError)):
+        status = 2 if isinstance(error, UserError) else 1
+        if ranks.is_first or GUARDED in os.environ:
+            print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _train(plan: Plan, ranks: Ranks, signals: StopSignals) -> int:
@@ -139,12 +174,14 @@ class Training:
             self._raise_failure(loader)
         while agreed <= SAVE and progress.step < self.plan.total_steps and not self._is_out_of_patience():
             for _ in range(self.run.accumulation):
+                self._watchdog.feed(only_if_armed=True)
                 batch = next(loader)
                 self._skips += batch.skipped
                 meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
             self._watchdog.feed()
+            self.signals.is_patient = True  # from now on there is something to save
             self._foretell(progress.step)
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
@@ -302,7 +339,7 @@ class Training:
 
     def _before_validating(self, done: int, share: int) -> bool:
         """Called before each image; False if there is no time for it any more."""
-        self._watchdog.feed()
+        self._watchdog.feed(only_if_armed=True)
         if self.journal:
             self.journal.passing(f"validating: image {done + 1} of {share}")
         return not self.signals.received
@@ -319,6 +356,7 @@ class Training:
     def _save(self, *, must: bool = False) -> None:
         if self.progress.step == 0:
             return
+        self._watchdog.feed(only_if_armed=True)
         try:
             checkpoint.save(self.plan.run_dir, self.progress, self.run.contents, self.ranks)
         except SaveError as error:
@@ -330,6 +368,7 @@ class Training:
             if self.ranks.is_first:
                 checkpoint.prune(self.plan.run_dir, self.recipe.keep, self.progress.best_step)
         self.last_save = time.perf_counter()
+        self._watchdog.feed(only_if_armed=True)
 
     def _say(self, text: str) -> None:
         if self.journal:

@@ -238,14 +238,17 @@ AdamW.step = step
 """
 
 
-def test_a_rank_that_never_meets_the_others_is_named(run: Run, cluster: Cluster) -> None:
-    """Plain DeepSpeed waits ten minutes for it."""
+def test_a_rank_that_never_meets_the_others_is_named(run: Run, cluster: Cluster, dataset: Path) -> None:
+    """Plain DeepSpeed waits ten minutes for it. The old run, which --reset did not reach, is not taken for the new."""
+    train(dataset, run.run_dir, "steps=3")
     broken = run.folder / "train.py"
     broken.write_text("import no_such_module\n")
     with replaced(cluster, "node2", broken, ROOT / "train.py"):
         began = time.monotonic()
-        status, printed = run.finish(run.start("--no-doctor"), SECONDS)
-    assert time.monotonic() - began < 30
+        status, printed = run.finish(run.start("--no-doctor", "--reset", "--max-restarts", "1", "steps=3"), SECONDS)
+    assert time.monotonic() - began < 50
+    assert "restart 1 of 1, from the beginning, afresh" in printed
+    assert "nothing left to do" not in printed
     assert status == 1
     assert printed.splitlines()[-2:] == ["ModuleNotFoundError: No module named 'no_such_module'",
                                          "error: rank 1 on node2 ended with status 1"]

@@ -148,7 +148,7 @@ def test_the_ranks_that_are_left_share_the_same_batch(numbers: list[int], micro:
                                                       before: int) -> None:
     total = micro * accumulation * before
     slots = {f"node{number}": tuple(range(count)) for number, count in enumerate(numbers)}
-    used, chosen = share_batch(slots, {"train_batch_size": total}, micro)
+    used, chosen = share_batch(slots, total, micro)
     ranks = world_size(used)
     assert total % (chosen * ranks) == 0
     assert 1 <= chosen <= micro
@@ -164,9 +164,9 @@ def test_the_ranks_that_are_left_share_the_same_batch(numbers: list[int], micro:
 
 def test_all_ranks_go_on_where_they_can() -> None:
     slots = {"node1": (0, 1), "node2": (2, 3)}
-    assert share_batch(slots, {"train_batch_size": 64}, 16) == (slots, 16)
-    assert share_batch(slots, {"train_batch_size": 6}, 6) == ({"node1": (0, 1), "node2": (2,)}, 2)
-    assert share_batch({"node1": (0,)}, {"train_batch_size": 64}, 8) == ({"node1": (0,)}, 8)
+    assert share_batch(slots, 64, 16) == (slots, 16)
+    assert share_batch(slots, 6, 6) == ({"node1": (0, 1), "node2": (2,)}, 2)
+    assert share_batch({"node1": (0,)}, 64, 8) == ({"node1": (0,)}, 8)
 
 
 SSH = """#!/bin/sh

@@ -431,15 +431,17 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(tmp_path: Path, canary: 
     payload = argument.replace(CANARY, str(canary))
     monkeypatch.chdir(canary.parent)
     remote, sent = Remote(tmp_path), job(tmp_path, "--recipe", payload, payload, variables={"NCCL_X": payload})
-    line = line_for_a_shell(sent.command(tmp_path, sent.task("run", 1)), remote.python, monkeypatch)
+    line = line_for_a_shell(sent.command(tmp_path, sent.word("run", 1)), remote.python, monkeypatch)
     for shell in ("sh", "bash"):
         done = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         *words, word = remote.told()
         assert words[-1].endswith("/launch/guard.py")
-        assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1], "logs": str(tmp_path / "logs"),
-                                         "arguments": ["--recipe", payload, payload],
-                                         "environment": {"NCCL_X": payload}, "directory": "/work; touch x"}
+        assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
+    # What a rank is to do never sees a shell: it travels over the guard's connection, as JSON.
+    assert json.loads(json.dumps(sent.task)) == {
+        "logs": str(tmp_path / "logs"), "arguments": ["--recipe", payload, payload], "environment": {"NCCL_X": payload},
+        "directory": "/work; touch x"}
     assert list(canary.parent.iterdir()) == []
 
 
@@ -477,12 +479,12 @@ def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> 
     sent = job(tmp_path, *payloads, variables={"A": hostile})
     variables = sent.launcher_variables(tmp_path, base)
     assert hostile not in variables.values()
-    done = subprocess.run(sent.command(tmp_path, sent.task("run", 1)), env=variables, cwd=canary.parent,
+    done = subprocess.run(sent.command(tmp_path, sent.word("run", 1)), env=variables, cwd=canary.parent,
                           capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    task = messages.unpack(remote.told()[-1])
-    assert task["arguments"] == payloads
-    assert task["environment"] == {"A": hostile}
+    assert messages.unpack(remote.told()[-1]) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
+    assert sent.task["arguments"] == payloads
+    assert sent.task["environment"] == {"A": hostile}
     assert not canary.exists()
     there = remote.environment()
     assert (there["MASTER_ADDR"], there["MASTER_PORT"]) == ("10.0.0.1", "12345")

@@ -89,14 +89,14 @@ async def supervise(watch):
     port = await watch.listen("127.0.0.1")
     Path(".port").write_text(str(port))
     os.rename(".port", "port")
-    word, own = job.task(watch.run, port), dict(os.environ)
+    word, own = job.word(watch.run, port), dict(os.environ)
     if given["launcher"]:
         await watch.watch([*given["launcher"], word], own, os.getcwd())
     else:
         await watch.watch(job.command(Path.cwd(), word), job.launcher_variables(Path.cwd(), own), "CHECKOUT")
 
 with open("launcher.log", "w") as log:
-    watch = supervisor.Supervisor(job.hosts, given["token"], log, names_are_ranks=given["names_are_ranks"])
+    watch = supervisor.Supervisor(job.hosts, given["token"], job.task, log, names_are_ranks=given["names_are_ranks"])
     asyncio.run(supervise(watch))
 failure = watch.failure and vars(watch.failure)
 Path("outcome").write_text(json.dumps({"stopped_by": watch.stopped_by, "failure": failure}))
@@ -447,9 +447,9 @@ while not os.path.exists("go"):
 
 
 def heard(connection: socket.socket) -> messages.Message:
-    """The next message of the supervisor that is no beat; none if it has closed the connection."""
+    """The next message of the supervisor that is no beat and no task; none if it has closed the connection."""
     told = (json.loads(line) for line in connection.makefile())
-    return next((message for message in told if "beat" not in message), {})
+    return next((message for message in told if not message.keys() & {"beat", "task"}), {})
 
 
 def test_a_guard_that_vanishes_is_named(run: Run) -> None:
@@ -472,7 +472,7 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
         for line in lines:
             if "stop" in json.loads(line):
                 break
-            assert json.loads(line) == {"beat": 0}
+            assert "task" in json.loads(line) or json.loads(line) == {"beat": 0}
             one.sendall(b'{"beat": 0}\n')
         assert 1.0 < time.monotonic() - began < SECONDS
         run.go()
@@ -568,7 +568,7 @@ def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
 
 def test_ranks_save_when_their_supervisor_is_killed(run: Run) -> None:
     """And one that does not listen is killed."""
-    run.start(SAVE, DEAF, guard={"GRACE_SECONDS": 0.5})
+    run.start(SAVE, DEAF, guard={"ORPHAN_SECONDS": 0.5})
     for rank in (0, 1):
         run.read(f"ready-{rank}")
     run.process.kill()
@@ -586,8 +586,7 @@ def test_ranks_save_when_their_supervisor_falls_silent(run: Run) -> None:
 
 
 def lone_guard(run: Run, port: int, seconds: float) -> subprocess.Popen[str]:
-    word = messages.pack({"run": TOKEN, "supervisor": ["127.0.0.1", port], "logs": str(run.logs),
-                          "arguments": ["leave('begun')"], "environment": {}, "directory": str(run.folder)})
+    word = messages.pack({"run": TOKEN, "supervisor": ["127.0.0.1", port]})
     code = (f"import sys; sys.path.insert(0, {str(run.checkout)!r}); from launch import guard; "
             f"guard.CONNECT_SECONDS = {seconds}; sys.exit(guard.main())")
     return subprocess.Popen([sys.executable, "-c", code, word], env={**environment(), "RANK": "0", "WORLD_SIZE": "1"},
