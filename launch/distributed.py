@@ -108,7 +108,7 @@ def main(options: Options) -> int:
             break
         _tell(failure, now)
         _say(f"restart {attempt + 1} of {options.max_restarts}, from "
-             f"{'the beginning, afresh' if must_reset else _newest(plan)}")
+             f"{'the beginning, afresh' if must_reset else _newest(plans)}")
         job = _for_restart(job, slots, options.elastic, plans, micro_batch)
     if stopped_by:
         if failure is not None:
@@ -267,9 +267,14 @@ def _newest_steps(plans: Sequence[Plan]) -> list[int]:
     return [max(checkpoint_steps(plan.run_dir), default=0) for plan in plans]
 
 
-def _newest(plan: Plan) -> str:
-    steps = checkpoint_steps(plan.run_dir)
-    return f"the checkpoint of step {steps[-1]}" if steps else "the beginning: there is no checkpoint yet"
+def _newest(plans: Sequence[Plan]) -> str:
+    """The checkpoint that a run goes on from, for people."""
+    for plan in reversed(plans):
+        steps = checkpoint_steps(plan.run_dir)
+        stage = f" of stage {plan.recipe.stage}" if plan.recipe.stage else ""
+        if steps:
+            return f"the checkpoint of step {steps[-1]}{stage}"
+    return "the beginning: there is no checkpoint yet"
 
 
 def _tell(failure: Failure, job: Job) -> None:
