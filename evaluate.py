@@ -1,4 +1,4 @@
-"""Measure a model against bicubic upscaling on a folder of images: PSNR, SSIM, LPIPS and side-by-side pictures."""
+"""Measure models against bicubic upscaling on benchmarks or any images: PSNR, SSIM, LPIPS, pictures, an HTML page."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from pipeline import cli
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a model against bicubic upscaling, for example: python evaluate.py --hr Set5/x4"""
-    hr: Path
+    """Measure models against bicubic upscaling, for example: python evaluate.py --hr Set5/x4"""
+    hr: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
     """Folder of HR images: NAME_HR.png beside NAME_LR.png, or any images, whose LR is made by bicubic downscaling."""
     lr: Annotated[Path | None, arg(help_behavior_hint="(default: in --hr, or made)")] = None
     """Folder of LR images: names as in --hr, or with _LR, xS or _xS behind (S the scale)."""
-    model: Annotated[Path | None, arg(help_behavior_hint="(default: newest run)")] = None
-    """Weights file (.safetensors, .pth, .pt), or run folder: its best averaged weights."""
+    benchmark: Annotated[tuple[Literal["set5", "set14", "b100", "urban100", "div2k", "pirm"], ...],
+                         arg(help_behavior_hint="(default: none)")] = ()
+    """Benchmarks of the literature, one or several, as folders in --benchmarks."""
+    benchmarks: Path = Path("~/benchmark")
+    """Folder of the benchmarks' folders, in any of the usual layouts."""
+    model: Annotated[tuple[Path, ...], arg(help_behavior_hint="(default: newest run)")] = ()
+    """Weights files (.safetensors, .pth, .pt), or run folders: their best averaged weights. Several are compared."""
+    self_ensemble: bool = False
+    """Mean over the image turned and mirrored in all eight ways ("+" in papers): eight times the work."""
     scale: Annotated[int | None, arg(help_behavior_hint="(default: the model's)")] = None
-    """Expected scale: an error if the model's is another."""
+    """Expected scale: an error if a model's is another."""
     json: Annotated[Path | None, arg(help_behavior_hint="(default: evaluation.json in --out)")] = None
-    """File for the numbers."""
+    """File for the numbers; a .csv with a line per image and a .md with the table are written beside it."""
     out: Annotated[Path | None, arg(help_behavior_hint="(default: results/<model name>)")] = None
     """Folder for the pictures, one per image."""
+    html: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
+    """Folder for index.html: tables, scatter, worst and best crops, sliders before/after, all in the one file."""
     lpips: Literal["off", "alex", "squeeze", "vgg"] = "off"
     """Measure LPIPS, too, with this trunk; papers report alex. Lower is better."""
     lpips_weights: Annotated[Path | None, arg(help_behavior_hint="(default: torchvision's cache)")] = None
@@ -36,7 +45,7 @@ class Options:
 
 def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
     from pipeline.evaluation.command import run_evaluation
-    return run_evaluation(**vars(options))
+    return run_evaluation(options)
 
 
 if __name__ == "__main__":

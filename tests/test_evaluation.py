@@ -21,8 +21,8 @@ from pipeline.evaluation import (
     evaluate,
     find_pairs,
     format_table,
-    scoring,
     upscale,
+    upscaling,
     write_picture,
 )
 from pipeline.evaluation.pairs import read_image
@@ -162,10 +162,10 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
     network = tiny_network(scale=2, global_residual=residual)
     lr = torch.from_numpy(picture(90, 131)).permute(2, 0, 1)[None]
     whole = upscale(network, lr, 2, "cpu")
-    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 70 * 70)
+    monkeypatch.setattr(upscaling, "WHOLE_IMAGE_PIXELS", 70 * 70)
     pieces = []
-    original = scoring._upscale_piece
-    monkeypatch.setattr(scoring, "_upscale_piece", lambda *args: pieces.append(args[1].shape) or original(*args))
+    original = upscaling._upscale_piece
+    monkeypatch.setattr(upscaling, "_upscale_piece", lambda *args: pieces.append(args[1].shape) or original(*args))
     tiled = upscale(network, lr, 2, "cpu")
     assert len(pieces) > 4
     assert max(shape[-2] * shape[-1] for shape in pieces) <= 70 * 70
@@ -234,7 +234,8 @@ def test_the_command_on_the_newest_run(tmp_path):
     assert report["model"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert report["model"]["metadata"] == {"recipe": "demo", "step": "100"}
     assert (report["scale"], report["data"]["lr_made_by"]) == (2, "bicubic")
-    assert {path.name for path in (tmp_path / "results" / "demo").iterdir()} == {"a.png", "b.png", "evaluation.json"}
+    assert {path.name for path in (tmp_path / "results" / "demo").iterdir()} == {
+        "a.png", "b.png", "evaluation.csv", "evaluation.json", "evaluation.md"}
     result = evaluate(read_network(file).build(), find_pairs(hr, None, 2), 2, "cpu")
     assert report["mean"]["model"] == pytest.approx(result.model, abs=1e-3)
     assert report["mean"]["bicubic"] == pytest.approx(result.bicubic)

@@ -1,94 +1,195 @@
-"""What `evaluate.py` does: choose the model, measure it, print, write."""
+"""What `evaluate.py` does: choose the models and the images, measure, print, write."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from pipeline.cli import UserError
-from pipeline.evaluation import as_json, evaluate, find_pairs, format_table, write_picture
+from pipeline.evaluation import as_json, format_table, measure_methods
+from pipeline.evaluation.benchmarks import ImageSet, find_benchmark, find_folder
+from pipeline.evaluation.models import Model, choose_device, choose_models
+from pipeline.evaluation.page import write_page
+from pipeline.evaluation.page_images import Gallery
+from pipeline.evaluation.pictures import write_views
+from pipeline.evaluation.scoring import Views, evaluation_of
+from pipeline.evaluation.significance import LEVEL, RESAMPLES, SEED
+from pipeline.evaluation.tables import Measured, csv_text, finite, headline, markdown, set_values, spread
 from pipeline.metrics.lpips import LpipsMetric
-from pipeline.models.weights import SavedNetwork, read_network
-from pipeline.run_folder import find_run, run_network_file
 
 RESULTS_DIR = Path("results")
 
 
+class Options(Protocol):
+    """The options of `evaluate.py`, which says what they mean."""
+
+    hr: Path | None
+    lr: Path | None
+    benchmark: Sequence[str]
+    benchmarks: Path
+    model: Sequence[Path]
+    self_ensemble: bool
+    scale: int | None
+    json: Path | None
+    out: Path | None
+    html: Path | None
+    lpips: str
+    lpips_weights: Path | None
+    device: str
+
+
 @dataclass(frozen=True)
-class Model:
-    """What is evaluated."""
+class Outputs:
+    """Where everything goes."""
 
-    file: Path
-    title: str
-    saved: SavedNetwork
-
-    def describe(self) -> dict[str, Any]:
-        """What tells this model from every other, as JSON values."""
-        return {"file": str(self.file), "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
-                "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
+    pictures: Path
+    numbers: Path
+    page: Path | None
 
 
-def run_evaluation(hr: Path, lr: Path | None, model: Path | None, scale: int | None, json: Path | None,
-                   out: Path | None, device: str, lpips: str = "off", lpips_weights: Path | None = None) -> int:
+def run_evaluation(options: Options) -> int:
     """See `evaluate.py --help`. Returns the exit status."""
-    chosen = choose_model(model)
-    if scale is not None and scale != chosen.saved.scale:
-        raise UserError(f"--scale {scale} contradicts the model, which is x{chosen.saved.scale}: {str(chosen.file)!r}; "
-                        "leave --scale out or choose another --model")
-    scale = chosen.saved.scale
-    pairs = find_pairs(hr, lr, scale)
-    place = choose_device(device)
-    network = chosen.saved.build().to(place, memory_format=torch.channels_last)
-    pictures = out or RESULTS_DIR / chosen.title
-    numbers = json or pictures / "evaluation.json"
-    for folder in (pictures, numbers.parent):  # before the work rather than after it
-        _make_folder(folder)
-    print(f"model: {chosen.file} ({chosen.saved.name} x{scale}) on {place}; {len(pairs)} images")
-    metric = None
-    if lpips != "off":
-        metric = LpipsMetric(lpips, None if lpips_weights is None else str(lpips_weights), place)
-    elif lpips_weights is not None:
-        raise UserError(f"--lpips-weights {lpips_weights} without --lpips; say --lpips alex, squeeze or vgg")
-    evaluation = evaluate(network, pairs, scale, place, metric,
-                          visit=lambda compared: write_picture(compared, pictures, chosen.title))
-    print(f"\n{format_table(evaluation)}\n")
-    report = as_json(evaluation, chosen.describe())
-    report["data"] = {"hr": str(hr), "lr": None if lr is None else str(lr),
-                      "lr_made_by": "bicubic" if pairs[0].lr is None else None, "device": str(place)}
-    numbers.write_text(dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"numbers:  {numbers}\npictures: {pictures}")
+    models = choose_models(options.model, options.scale)
+    scale = models[0].saved.scale
+    sets = choose_images(options, scale)
+    place = choose_device(options.device)
+    networks = {model.title: model.saved.build().to(place, memory_format=torch.channels_last) for model in models}
+    outputs = _make_folders(options, models)
+    _announce(models, sets, place, options.self_ensemble)
+    metric = _lpips(options, place)
+    gallery = Gallery(len(sets)) if outputs.page else None
+    measured = [_measure(data, networks, scale, place, metric, options.self_ensemble,
+                         _visitor(data, sets, outputs.pictures, gallery)) for data in sets]
+    report = _numbers(measured, models, scale, place, options)
+    _print_tables(measured, models, scale)
+    _write(measured, outputs, report)
+    if gallery is not None:
+        write_page(outputs.page, measured, gallery, report)
+        print(f"page:     {outputs.page}")
     return 0
 
 
-def choose_model(model: Path | None) -> Model:
-    """A weights file, or the best averaged weights of a run folder (`None`: of the newest run)."""
-    if model is not None and not model.is_dir():
-        return Model(model, model.stem, read_network(model))
-    run_dir = model if model is not None else find_run()
-    file = run_network_file(run_dir, "best", ema=True)
-    return Model(file, run_dir.resolve().name, read_network(file))
+def choose_images(options: Options, scale: int) -> list[ImageSet]:
+    """The folder of --hr, if any, and the benchmarks that were named, each once."""
+    if options.hr is None and not options.benchmark:
+        raise UserError("nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark set5 set14…")
+    if options.hr is None and options.lr is not None:
+        raise UserError(f"--lr {options.lr} without --hr; a benchmark's LR images lie in its own folder")
+    root = options.benchmarks.expanduser()
+    folders = [] if options.hr is None else [find_folder(options.hr, options.lr, scale)]
+    presets = [find_benchmark(root, key, scale) for key in dict.fromkeys(options.benchmark)]
+    names = {preset.name.lower() for preset in presets}
+    return [ImageSet(f"{data.name} (folder)", data.pairs, data.hr, data.lr) if data.name.lower() in names else data
+            for data in folders] + presets
 
 
-def choose_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no device {device!r} here ({reason}); choose from auto, cpu, cuda") from error
-    return place
+def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
+    """Made before the work rather than after it."""
+    name = "_".join(model.title for model in models)[:80].replace("/", "-")
+    pictures = options.out or RESULTS_DIR / name
+    numbers = options.json or pictures / "evaluation.json"
+    if numbers.suffix.lower() in (".csv", ".md"):
+        raise UserError(f"--json {numbers} would be written over by its own {numbers.suffix}; name it .json")
+    page = None if options.html is None else options.html / "index.html"
+    for folder in (pictures, numbers.parent, *([page.parent] if page else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {str(folder)!r} ({error.strerror}); choose another") from error
+    return Outputs(pictures, numbers, page)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {str(folder)!r} ({error.strerror}); choose another") from error
+def _announce(models: Sequence[Model], sets: Sequence[ImageSet], place: torch.device, self_ensemble: bool) -> None:
+    ensemble = ", self-ensemble of eight" if self_ensemble else ""
+    if len(sets) == 1 and len(models) == 1:
+        saved = models[0].saved
+        print(f"model: {models[0].file} ({saved.name} x{saved.scale}) on {place}{ensemble}; "
+              f"{len(sets[0].pairs)} images{', LR made: bicubic' if sets[0].lr_made_by else ''}")
+    else:
+        for model in models:
+            saved = model.saved
+            print(f"model: {model.title} is {model.file} ({saved.name} x{saved.scale}) on {place}{ensemble}")
+        for data in sets:
+            lr = "LR made: bicubic" if data.lr_made_by else f"LR from {data.lr or data.hr}"
+            print(f"images: {data.name}, {len(data.pairs)} from {data.hr}, {lr}")
+    for data in sets:
+        if data.note:
+            print(f"note: {data.note}")
+
+
+def _lpips(options: Options, place: torch.device) -> LpipsMetric | None:
+    weights = options.lpips_weights
+    if options.lpips != "off":
+        return LpipsMetric(options.lpips, None if weights is None else str(weights), place)
+    if weights is not None:
+        raise UserError(f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg")
+    return None
+
+
+def _visitor(data: ImageSet, sets: Sequence[ImageSet], pictures: Path,
+             gallery: Gallery | None) -> Callable[[Views], None]:
+    """What is done with every image: its picture, in a folder for each of several sets, and the page's crops."""
+    folder = pictures if len(sets) == 1 else pictures / data.name
+
+    def visit(views: Views) -> None:
+        write_views(views, folder)
+        if gallery is not None:
+            gallery.visit(data.name, views)
+
+    return visit
+
+
+def _measure(data: ImageSet, networks: dict[str, nn.Module], scale: int, place: torch.device,
+             metric: LpipsMetric | None, self_ensemble: bool, visit: Callable[[Views], None]) -> Measured:
+    return Measured(data, measure_methods(networks, data.pairs, scale, place, metric, visit,
+                                          self_ensemble=self_ensemble, title=data.name))
+
+
+def _print_tables(sets: Sequence[Measured], models: Sequence[Model], scale: int) -> None:
+    if len(sets) == 1 and len(models) == 1:
+        print(f"\n{format_table(evaluation_of(sets[0].images, models[0].title, scale))}")
+        nearest = sets[0].mean("nearest")
+        print(f"  {'nearest, Y as in the papers':<29} {nearest['psnr_y']:.3f} dB / {nearest['ssim_y']:.4f}")
+    else:
+        print("\n" + "\n".join(headline(sets)))
+    print(f"\nDifferences in PSNR-Y, {LEVEL:.0%} intervals (bootstrap over images, {RESAMPLES:,} draws, seed {SEED}):")
+    for measured in sets:
+        for entry in measured.differences():
+            if entry.metric == "psnr_y":
+                print(f"  {measured.name}: {entry.method} over {entry.against} "
+                      f"{spread(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}")
+    print()
+
+
+def _numbers(sets: Sequence[Measured], models: Sequence[Model], scale: int, place: torch.device,
+             options: Options) -> dict[str, Any]:
+    """The first model on the first set as always, then everything."""
+    first = sets[0]
+    report = as_json(evaluation_of(first.images, models[0].title, scale), models[0].describe())
+    report["mean"]["nearest"] = finite(first.mean("nearest"))
+    for entry, image in zip(report["images"], first.images, strict=True):
+        entry["nearest"] = finite(image.methods["nearest"])
+    data = first.data
+    report["data"] = {"hr": str(data.hr), "lr": None if data.lr is None else str(data.lr),
+                      "lr_made_by": data.lr_made_by, "device": str(place)}
+    report["self_ensemble"] = options.self_ensemble
+    report["models"] = [{"title": model.title, **model.describe()} for model in models]
+    report["bootstrap"] = {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
+    report["benchmarks"] = [set_values(measured) for measured in sets]
+    return report
+
+
+def _write(sets: Sequence[Measured], outputs: Outputs, report: dict[str, Any]) -> None:
+    files = {outputs.numbers: dumps(report, indent=2, allow_nan=False) + "\n",
+             outputs.numbers.with_suffix(".csv"): csv_text(sets),
+             outputs.numbers.with_suffix(".md"): markdown(sets, report["scale"])}
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    names = ", ".join(path.suffix for path in list(files)[1:])
+    print(f"numbers:  {outputs.numbers} (and {names})\npictures: {outputs.pictures}")

@@ -49,10 +49,11 @@ def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
 
     Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there are left alone),
     otherwise every image is HR and its LR image is made. With `lr`: equal names, or the LR one's with `_LR`, `xS` or
-    `_xS` behind, S being the scale.
+    `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this one's count.
     """
     images = _images_by_stem(Path(hr), "HR")
     marked = {stem[:-3]: path for stem, path in images.items() if stem.endswith("_HR")}
+    marked = {name: path for name, path in marked.items() if name.endswith(f"_SRF_{scale}")} or marked
     if lr is not None:
         return _pair_folders(marked or images, Path(lr), scale)
     if not marked:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.evaluation.scoring import Compared
+from pipeline.evaluation.scoring import Compared, Views
 
 PANEL = 448
 """Width of a column, in pixels."""
@@ -19,27 +21,50 @@ GAP = 16
 BACKGROUND, TEXT, FAINT, FRAME = (250, 250, 250), (24, 24, 24), (110, 110, 110), (230, 60, 40)
 
 
+@dataclass(frozen=True)
+class Column:
+    """An image of the sheet, and what stands below it."""
+
+    pixels: Tensor
+    title: str
+    caption: str
+
+
 def write_picture(compared: Compared, folder: str | Path, model_name: str) -> Path:
-    """Write `<folder>/<image name>.png` with columns bicubic, `model_name` and HR; return where it is.
+    """Write `<folder>/<image name>.png` with columns bicubic, `model_name` and HR; return where it is."""
+    score = compared.score
+    columns = [Column(compared.bicubic, "bicubic", _caption(score.bicubic)),
+               Column(compared.sr, model_name, _caption(score.model)),
+               Column(compared.hr, "HR (original)", score.name)]
+    return _write_sheet(columns, Path(folder) / f"{score.name}.png")
+
+
+def write_views(views: Views, folder: str | Path) -> Path:
+    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it is."""
+    scores = views.scores
+    columns = [Column(pixels, method, _caption(scores.methods[method])) for method, pixels in views.pixels.items()
+               if method != "nearest"]
+    return _write_sheet([*columns, Column(views.hr, "HR (original)", scores.name)], Path(folder) / f"{scores.name}.png")
+
+
+def _write_sheet(columns: Sequence[Column], path: Path) -> Path:
+    """The columns side by side, the first being bicubic, the last HR.
 
     Top: the whole images. Below: the square where bicubic is furthest from HR, framed red above, magnified without
     smoothing. Under each its PSNR-Y and SSIM-Y.
     """
-    height, width = compared.hr.shape[-2:]
+    height, width = columns[-1].pixels.shape[-2:]
     side = min(PANEL // ZOOM, height, width)
-    top, left = _most_different(compared.hr, compared.bicubic, side)
-    score = compared.score
-    columns = ((compared.bicubic, "bicubic", _caption(score.bicubic)),
-               (compared.sr, model_name, _caption(score.model)),
-               (compared.hr, "HR (original)", score.name))
+    top, left = most_different(columns[-1].pixels, columns[0].pixels, side)
     fit = min(PANEL / width, PANEL / height)
     whole = (max(1, round(width * fit)), max(1, round(height * fit)))
     titles = 64
-    sheet = Image.new("RGB", (3 * PANEL + 4 * GAP, whole[1] + PANEL + titles + 3 * GAP), BACKGROUND)
+    size = (len(columns) * (PANEL + GAP) + GAP, whole[1] + PANEL + titles + 3 * GAP)
+    sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for index, (pixels, title, caption) in enumerate(columns):
+    for index, column in enumerate(columns):
         x = GAP + index * (PANEL + GAP)
-        image = Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
+        image = Image.fromarray(np.ascontiguousarray(column.pixels[0].permute(1, 2, 0).numpy()))
         inset = x + (PANEL - whole[0]) // 2
         sheet.paste(image.resize(whole, Image.Resampling.LANCZOS), (inset, GAP))
         box = [inset + left * fit, GAP + top * fit, inset + (left + side) * fit, GAP + (top + side) * fit]
@@ -47,19 +72,22 @@ def write_picture(compared: Compared, folder: str | Path, model_name: str) -> Pa
         crop = image.crop((left, top, left + side, top + side)).resize((PANEL, PANEL), Image.Resampling.NEAREST)
         below = GAP + whole[1] + GAP
         sheet.paste(crop, (x, below))
-        _write_centred(draw, x, below + PANEL + 8, title, 24, TEXT)
-        _write_centred(draw, x, below + PANEL + 40, caption, 18, FAINT)
-    path = Path(folder) / f"{score.name}.png"
+        _write_centred(draw, x, below + PANEL + 8, column.title, 24, TEXT)
+        _write_centred(draw, x, below + PANEL + 40, column.caption, 18, FAINT)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
 
 
-def _most_different(hr: Tensor, bicubic: Tensor, side: int) -> tuple[int, int]:
-    """Top and left of the square of `side` in which |HR - bicubic| is largest on average."""
-    difference = (hr.float() - bicubic.float()).abs().mean(dim=1, keepdim=True)
+def most_different(first: Tensor, second: Tensor, side: int) -> tuple[int, int]:
+    """Top and left of the square of `side` in which |first - second| is largest on average."""
+    return largest_square((first.float() - second.float()).abs().mean(dim=1, keepdim=True), side)
+
+
+def largest_square(values: Tensor, side: int) -> tuple[int, int]:
+    """Top and left of the square of `side` in which a 1 x 1 x H x W map is largest on average."""
     stride = max(1, side // 8)
-    means = F.avg_pool2d(difference, side, stride)[0, 0]
+    means = F.avg_pool2d(values, side, stride)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
     return row * stride, column * stride
 

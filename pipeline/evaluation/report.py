@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from typing import Any
 
 import torch
 
 from pipeline.evaluation.scoring import DRIFTS, Evaluation
+from pipeline.evaluation.tables import finite
 from pipeline.metrics.psnr_ssim import CONVENTION
 
 # "+12.345" must fit below "gain".
@@ -36,13 +36,13 @@ def as_json(evaluation: Evaluation, model: dict[str, Any]) -> dict[str, Any]:
 
     An infinite PSNR (equal images) is null, because JSON has no infinity.
     """
-    images = [{"name": image.name, "model": _finite(image.model), "bicubic": _finite(image.bicubic)}
+    images = [{"name": image.name, "model": finite(image.model), "bicubic": finite(image.bicubic)}
               for image in evaluation.images]
     return {
         "model": model,
         "scale": evaluation.scale,
         "convention": CONVENTION,
-        "mean": {"model": _finite(evaluation.model), "bicubic": _finite(evaluation.bicubic)},
+        "mean": {"model": finite(evaluation.model), "bicubic": finite(evaluation.bicubic)},
         "images": images,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -75,6 +75,3 @@ def _conventions(evaluation: Evaluation) -> list[str]:
 def _drift(means: dict[str, float]) -> str:
     return " ".join(f"{means[key]:+.2f}" for key in DRIFTS)
 
-
-def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    return {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}

@@ -1,9 +1,10 @@
-"""Run a network over pairs of images and measure it against bicubic."""
+"""Run networks over pairs of images and measure them against bicubic and nearest."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +13,36 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError
 from pipeline.evaluation.pairs import Pair
+from pipeline.evaluation.upscaling import upscale
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.metrics.psnr_ssim import measure
 
-# LR pixels that are upscaled in one piece; larger images go in tiles. VapSR then peaks at about 1.5 GB.
-WHOLE_IMAGE_PIXELS = 1024 * 1024
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
+BASELINES = ("nearest", "bicubic")
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """What was measured on one image, by method: `BASELINES`, then the networks by their titles."""
+
+    name: str
+    methods: dict[str, dict[str, float]]
+    """Each with `METRICS`, the drift of each colour, and LPIPS where it was asked for."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """One image as measured: uint8 RGB 1 x 3 x H x W on the CPU, all of one size, by method."""
+
+    scores: MethodScores
+    hr: Tensor
+    pixels: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """What was measured on one image, for the network and for bicubic: `METRICS`, the drift of each colour, LPIPS."""
+    """What was measured on one image, for one network and for bicubic: `METRICS`, the drift of each colour, LPIPS."""
 
     name: str
     model: dict[str, float]
@@ -40,12 +59,12 @@ class Evaluation:
     @property
     def model(self) -> dict[str, float]:
         """The network's mean of every metric."""
-        return _means([image.model for image in self.images])
+        return means([image.model for image in self.images])
 
     @property
     def bicubic(self) -> dict[str, float]:
         """Bicubic's mean of every metric."""
-        return _means([image.bicubic for image in self.images])
+        return means([image.bicubic for image in self.images])
 
     @property
     def gain(self) -> float:
@@ -53,7 +72,8 @@ class Evaluation:
         return self.model["psnr_y"] - self.bicubic["psnr_y"]
 
 
-def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every metric over images."""
     return {metric: sum(score[metric] for score in scores) / len(scores) for metric in scores[0]}
 
 
@@ -69,68 +89,65 @@ class Compared:
 
 def evaluate(network: nn.Module, pairs: Sequence[Pair], scale: int, device: torch.device | str,
              lpips: LpipsMetric | None = None, visit: Callable[[Compared], None] | None = None) -> Evaluation:
-    """Measure `network` (already on `device`) and bicubic on `pairs`, in the network's own precision.
+    """Measure one `network` (already on `device`) and bicubic on `pairs`; see `measure_methods`."""
+    def show(views: Views) -> None:
+        if visit is not None:
+            visit(Compared(_score_of(views.scores, "model"), views.hr, views.pixels["bicubic"], views.pixels["model"]))
 
-    `visit` is shown every image once it is measured, while its pixels are in memory. The network comes back in the
-    mode (training or not) that it came in. `UserError` for images that do not fit.
+    images = measure_methods({"model": network}, pairs, scale, device, lpips, show, baselines=("bicubic",))
+    return Evaluation(scale, [_score_of(image, "model") for image in images])
+
+
+def evaluation_of(images: Sequence[MethodScores], title: str, scale: int) -> Evaluation:
+    """What was measured of one network."""
+    return Evaluation(scale, [_score_of(image, title) for image in images])
+
+
+def measure_methods(networks: Mapping[str, nn.Module], pairs: Sequence[Pair], scale: int, device: torch.device | str,
+                    lpips: LpipsMetric | None = None, visit: Callable[[Views], None] | None = None, *,
+                    baselines: Sequence[str] = BASELINES, self_ensemble: bool = False,
+                    title: str = "evaluating") -> list[MethodScores]:
+    """Measure `networks` (already on `device`) and `baselines` on `pairs`, in the networks' own precision.
+
+    `visit` is shown every image once it is measured, while its pixels are in memory. The networks come back in the mode
+    (training or not) that they came in. `UserError` for images that do not fit.
     """
     if not pairs:
         raise UserError("no images to evaluate on")
-    was_training = network.training
-    network.eval()
     interval = 0.1 if sys.stderr.isatty() else 10  # a log file needs no redrawing
     images = []
-    try:
-        for pair in tqdm(pairs, desc="evaluating", unit="image", delay=2, mininterval=interval, disable=None):
-            compared = _compare(network, pair, scale, torch.device(device), lpips)
-            images.append(compared.score)
+    with ExitStack() as modes:
+        for network in networks.values():
+            modes.callback(network.train, network.training)
+            network.eval()
+        for pair in tqdm(pairs, desc=title, unit="image", delay=2, mininterval=interval, disable=None):
+            hr, lr = pair.load(scale)
+            pixels = {baseline: _enlarged(lr, scale, baseline) for baseline in baselines}
+            for name, network in networks.items():
+                pixels[name] = upscale(network, lr, scale, device, self_ensemble)
+            scores = MethodScores(pair.name, {name: _measured(image, hr, scale, lpips, pair)
+                                              for name, image in pixels.items()})
+            images.append(scores)
             if visit is not None:
-                visit(compared)
-    finally:
-        network.train(was_training)
-    return Evaluation(scale=scale, images=images)
+                visit(Views(scores, hr, pixels))
+    return images
 
 
-@torch.inference_mode()
-def upscale(network: nn.Module, lr: Tensor, scale: int, device: torch.device | str) -> Tensor:
-    """uint8 RGB 1 x 3 x H x W -> uint8 RGB 1 x 3 x scale*H x scale*W on the CPU, whatever the size.
-
-    Above `WHOLE_IMAGE_PIXELS` in tiles that see as much of their surroundings as the network ever looks at, so that
-    the result is the same as in one piece.
-    """
-    height, width = lr.shape[-2:]
-    if height * width <= WHOLE_IMAGE_PIXELS:
-        return _upscale_piece(network, lr, device)
-    halo = network.receptive_radius
-    tile = max(halo, int(WHOLE_IMAGE_PIXELS**0.5) - 2 * halo)
-    sr = torch.empty((1, 3, height * scale, width * scale), dtype=torch.uint8)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            bottom, right = min(top + tile, height), min(left + tile, width)
-            first_row, first_column = max(0, top - halo), max(0, left - halo)
-            piece = _upscale_piece(network, lr[..., first_row : bottom + halo, first_column : right + halo], device)
-            sr[..., top * scale : bottom * scale, left * scale : right * scale] = piece[
-                ..., (top - first_row) * scale : (bottom - first_row) * scale,
-                (left - first_column) * scale : (right - first_column) * scale]
-    return sr
+def _score_of(scores: MethodScores, title: str) -> ImageScore:
+    return ImageScore(scores.name, scores.methods[title], scores.methods["bicubic"])
 
 
-def _upscale_piece(network: nn.Module, lr: Tensor, device: torch.device | str) -> Tensor:
-    # TF32 would cost the digits that papers report; benchmark mode searches anew for every image size.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-        return to_bytes(network(lr.to(device).contiguous(memory_format=torch.channels_last))).cpu()
+def _enlarged(lr: Tensor, scale: int, baseline: str) -> Tensor:
+    if baseline == "nearest":
+        return lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+    return to_bytes(cubic_resize(unit_range(lr, torch.float32), (lr.shape[-2] * scale, lr.shape[-1] * scale)))
 
 
-def _compare(network: nn.Module, pair: Pair, scale: int, device: torch.device, lpips: LpipsMetric | None) -> Compared:
-    hr, lr = pair.load(scale)
-    bicubic = to_bytes(cubic_resize(unit_range(lr, torch.float32), tuple(hr.shape[-2:])))
-    sr = upscale(network, lr, scale, device)
+def _measured(image: Tensor, hr: Tensor, scale: int, lpips: LpipsMetric | None, pair: Pair) -> dict[str, float]:
     try:
-        score = ImageScore(pair.name, *({**measure(image, hr, scale), **_colours(image, hr, scale, lpips)}
-                                        for image in (sr, bicubic)))
+        return {**measure(image, hr, scale), **_colours(image, hr, scale, lpips)}
     except ValueError as error:
         raise UserError(f"image {str(pair.hr)!r}: {error}") from error
-    return Compared(score, hr=hr, bicubic=bicubic, sr=sr)
 
 
 def _colours(sr: Tensor, hr: Tensor, border: int, lpips: LpipsMetric | None) -> dict[str, float]:

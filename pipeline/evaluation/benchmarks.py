@@ -1,0 +1,163 @@
+"""The benchmarks that papers report, found in the folder layouts that people have them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.cli import UserError
+from pipeline.evaluation.pairs import SUFFIXES, Pair, find_pairs
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A benchmark: its name in papers, how many images it has, and the names that its folder goes by."""
+
+    title: str
+    num_images: int
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to measure on, under one name."""
+
+    name: str
+    pairs: list[Pair]
+    hr: Path
+    lr: Path | None = None
+    """Folder of the LR images; None where they lie beside the HR ones or are made."""
+    note: str = ""
+    """What makes its mean another number than the papers'."""
+
+    @property
+    def lr_made_by(self) -> str | None:
+        """How the LR images come about; None where they are read."""
+        return "bicubic" if self.pairs[0].lr is None else None
+
+
+PRESETS = {
+    "set5": Preset("Set5", 5, ("Set5",)),
+    "set14": Preset("Set14", 14, ("Set14",)),
+    "b100": Preset("B100", 100, ("B100", "BSD100", "BSDS100")),
+    "urban100": Preset("Urban100", 100, ("Urban100",)),
+    "div2k": Preset("DIV2K", 100, ("DIV2K", "DIV2K_valid", "DIV2K100", "DIV2K_val")),
+    "pirm": Preset("PIRM", 100, ("PIRM", "PIRM_valset", "PIRM_valset_100", "PIRM_val", "PIRM_testset")),
+}
+# Where a benchmark's folder holds its HR images; {s} is the scale, case does not matter, the first that fits counts.
+SIDE_BY_SIDE = ("image_SRF_{s}", "SRF_{s}", "x{s}", ".")  # SelfExSR: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png
+HR_FOLDERS = ("DIV2K_valid_HR", "HR", "GTmod12", "GTmod{s}", "GT", "original", "HR/x{s}", "x{s}/HR", ".")
+LR_FOLDERS = ("LR_bicubic/x{s}", "LRbicx{s}", "LR_bicubic_x{s}", "DIV2K_valid_LR_bicubic/x{s}", "LR/x{s}", "LRx{s}",
+              "LR_x{s}", "x{s}/LR", "{s}x_downsampled")
+LR_BESIDE = ("{name}_LR_bicubic/x{s}", "{name}_LR_x{s}")
+LR_OF_ANY_SCALE = ("LR_bicubic", "LR")  # taken only where the sizes say that the scale is this one
+
+
+def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
+    """The benchmark `key` of `PRESETS` under `root`, with LR images where there are some, else they are made.
+
+    `UserError` names the folders that were looked for.
+    """
+    preset = PRESETS[key]
+    if not root.is_dir():
+        raise UserError(f"no folder of benchmarks {str(root)!r}; say where they are with --benchmarks DIR")
+    try:
+        for folder in _folders(root, preset):
+            found = _side_by_side(folder, scale) or _two_folders(folder, scale)
+            if found is not None:
+                hr, lr, pairs = found
+                return ImageSet(preset.title, pairs, hr, lr, _note(preset, pairs, hr))
+    except OSError as error:
+        raise UserError(f"folder {error.filename!r} cannot be read ({error.strerror}); mend its permissions") from error
+    raise UserError(f"no benchmark {key} in {str(root)!r} (looked for a folder {' or '.join(preset.folders)} with "
+                    f"images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md")
+
+
+def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
+    """Any folder of images, by the rules of `find_pairs`."""
+    return ImageSet(hr.resolve().name or str(hr), find_pairs(hr, lr, scale), hr, lr)
+
+
+def _folders(root: Path, preset: Preset) -> Iterator[Path]:
+    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it), benchmark/Set5."""
+    for place in (root, *_inside(root, "benchmark"), *_inside(root, "benchmarks")):
+        for name in preset.folders:
+            yield from _inside(place, name)
+            yield from _inside(place, f"{name}_HR")
+
+
+def _inside(folder: Path, relative: str) -> list[Path]:
+    """The folder of that relative path, whatever its case, as a list of one or none."""
+    for part in relative.split("/"):
+        if part == ".":
+            continue
+        found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+        exact = folder / part
+        if exact.is_dir():
+            folder = exact
+        elif part.lower() in found:
+            folder = found[part.lower()]
+        else:
+            return []
+    return [folder]
+
+
+def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pair]] | None:
+    """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none, made."""
+    for pattern in SIDE_BY_SIDE:
+        for place in _inside(folder, pattern.format(s=scale)):
+            if next(place.glob(f"*_SRF_{scale}_HR.*"), None) is not None:
+                return place, None, find_pairs(place, None, scale)
+    return None
+
+
+def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pair]] | None:
+    """HR images in a folder, LR images in another one, or none of those."""
+    for pattern in HR_FOLDERS:
+        for hr in _inside(folder, pattern.format(s=scale)):
+            if any(path.suffix.lower() in SUFFIXES and path.is_file() for path in hr.iterdir()):
+                return _with_lr(folder, hr, find_pairs(hr, None, scale), scale)
+    return None
+
+
+def _with_lr(folder: Path, hr: Path, pairs: list[Pair], scale: int) -> tuple[Path, Path | None, list[Pair]]:
+    """The pairs with the benchmark's LR images, where it has any of this scale."""
+    for lr in _lr_folders(folder, hr, scale):
+        return hr, lr, find_pairs(hr, lr, scale)
+    for pattern in LR_OF_ANY_SCALE:
+        for lr in _inside(folder, pattern):
+            paired = _of_this_scale(hr, lr, scale)
+            if paired:
+                return hr, lr, paired
+    return hr, None, pairs
+
+
+def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
+    """The folders of LR images that name the scale: in the benchmark's own, and beside one that is called NAME_HR."""
+    for pattern in LR_FOLDERS:
+        yield from _inside(folder, pattern.format(s=scale))
+    if hr == folder and folder.name.lower().endswith("_hr"):
+        for pattern in LR_BESIDE:
+            yield from _inside(folder.parent, pattern.format(name=folder.name[:-3], s=scale))
+
+
+def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[Pair]:
+    """The pairs of two folders where the first has sizes that fit the scale; empty where they do not pair or fit."""
+    try:
+        pairs = find_pairs(hr, lr, scale)
+        with Image.open(pairs[0].hr) as large, Image.open(pairs[0].lr) as small:
+            fits = all(whole // scale == part for whole, part in zip(large.size, small.size, strict=True))
+    except (UserError, OSError):
+        return []
+    return pairs if fits else []
+
+
+def _note(preset: Preset, pairs: list[Pair], hr: Path) -> str:
+    """What differs from the benchmark as published."""
+    if len(pairs) != preset.num_images:
+        return (f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
+                "the means are not comparable with published ones")
+    return ""
