@@ -1,0 +1,10 @@
+"""Inference: pictures of any mode and size, and videos, through a network in tiles."""
+
+from __future__ import annotations
+
+from pipeline.inference.picture_files import Picture, read_picture
+from pipeline.inference.picture_writing import encode_picture
+from pipeline.inference.plan import Target, upscale_picture
+from pipeline.inference.tiles import Upscaler
+
+__all__ = ["Picture", "Target", "Upscaler", "encode_picture", "read_picture", "upscale_picture"]

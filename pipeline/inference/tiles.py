@@ -1,0 +1,199 @@
+"""A network over images of any size: in tiles that overlap by all it sees, as large as the memory allows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.cli import RunError, UserError
+from pipeline.images import to_bytes
+from pipeline.inference.memory import max_window_pixels
+
+ALIGNMENT = 16
+"""Tiles begin at multiples of it, so that the windows of attention lie as in the whole image."""
+SMALLEST_TILE = 64
+MAX_BATCH = 64
+DEEP = np.dtype(np.uint16)
+
+Advance = Callable[[float], None]
+"""Told how many LR pixels were upscaled since it was last called."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A piece of the image `image`: rows and columns of the LR image that it fills, and those that it looks at."""
+
+    image: int
+    rows: slice
+    columns: slice
+    seen_rows: slice
+    seen_columns: slice
+
+    @property
+    def seen_shape(self) -> tuple[int, int]:
+        """Height and width of what the network is shown."""
+        return (self.seen_rows.stop - self.seen_rows.start, self.seen_columns.stop - self.seen_columns.start)
+
+    @property
+    def pixels(self) -> int:
+        """How many LR pixels it fills."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
+
+def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[Tile]:
+    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further; equal sizes together.
+
+    One tile an image if that has no more than `max_pixels`; otherwise about square ones that look at no more, as far
+    as the halo leaves room: a tile fills at least `SMALLEST_TILE` squared.
+    """
+    count, height, width = shape
+    halo = _aligned(halo)
+    side = max(SMALLEST_TILE, (math.isqrt(max_pixels) - 2 * halo) // ALIGNMENT * ALIGNMENT)
+    if height * width <= max_pixels:
+        side = max(height, width)
+    tiles = [Tile(image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width))
+             for image in range(count) for rows in _pieces(height, side) for columns in _pieces(width, side)]
+    return sorted(tiles, key=lambda tile: tile.seen_shape)
+
+
+def _aligned(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _pieces(length: int, side: int) -> list[slice]:
+    """`length` in pieces of about equal size, of `side` at most; all but the last one end at multiples."""
+    count = -(-length // side)
+    step = length if count == 1 else _aligned(-(-length // count))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _widened(piece: slice, halo: int, length: int) -> slice:
+    return slice(max(0, piece.start - halo), min(length, piece.stop + halo))
+
+
+class Upscaler:
+    """A network, ready to upscale arrays of any size on its device.
+
+    Args:
+        network: any generator of `pipeline.models`, in eval mode.
+        device: where it computes.
+        precision: "auto" is FP16 on a GPU, but FP32 for 16-bit pictures, of which FP16 would keep 11 bits; and FP32
+            on a CPU. "fp16" and "fp32" are those for all.
+        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the free memory.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto", tile: int = 0) -> None:
+        if tile and tile < ALIGNMENT:
+            raise UserError(f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free memory")
+        self.scale: int = network.scale
+        self.halo: int = network.receptive_radius
+        self.device = device
+        self._network = network
+        self._precision = precision
+        self._tile = tile
+        self._ready: dict[torch.dtype, nn.Module] = {}
+        self._max_pixels: dict[torch.dtype, int] = {}
+
+    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
+        """The precision of the network for pictures of 16 bits (`is_deep`), or of 8."""
+        is_half = self._precision == "fp16" or (self._precision == "auto" and self.device.type == "cuda"
+                                                and not is_deep)
+        return torch.float16 if is_half else torch.float32
+
+    def max_pixels(self, dtype: torch.dtype) -> int:
+        """How many LR pixels the network is shown at once, over all tiles of a batch."""
+        if self._tile:
+            return (self._tile + 2 * _aligned(self.halo)) ** 2
+        if dtype not in self._max_pixels:
+            self._max_pixels[dtype] = max_window_pixels(self._in(dtype), self.device, dtype)
+        return self._max_pixels[dtype]
+
+    def __call__(self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance) -> np.ndarray:
+        """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one of these types.
+
+        Clamped and rounded. Tiles look at as much around them as the network sees, so it is the same as in one piece.
+        """
+        dtype = self.dtype_for(is_deep=is_deep)
+        count, height, width, _ = images.shape
+        large = np.empty((count, height * self.scale, width * self.scale, 3), result)
+        waiting = lay_tiles((count, height, width), self.halo, self.max_pixels(dtype))
+        while waiting:
+            try:
+                for batch in self._batches(waiting, dtype):
+                    self._fill(large, images, batch, dtype)
+                    waiting = waiting[len(batch):]
+                    advance(sum(tile.pixels for tile in batch) / count)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                waiting = self._laid_smaller(waiting, (count, height, width), dtype, error)
+        return large
+
+    def _batches(self, tiles: list[Tile], dtype: torch.dtype) -> Iterator[list[Tile]]:
+        """Tiles of one size, as many at once as the memory allows."""
+        for (rows, columns), equal in groupby(tiles, key=lambda tile: tile.seen_shape):
+            alike = list(equal)
+            step = max(1, min(MAX_BATCH, self.max_pixels(dtype) // (rows * columns)))
+            for start in range(0, len(alike), step):
+                yield alike[start : start + step]
+
+    def _fill(self, large: np.ndarray, images: np.ndarray, tiles: list[Tile], dtype: torch.dtype) -> None:
+        seen = np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])
+        pieces = self._run(seen, large.dtype, dtype)
+        for tile, piece in zip(tiles, pieces, strict=True):
+            top = (tile.rows.start - tile.seen_rows.start) * self.scale
+            left = (tile.columns.start - tile.seen_columns.start) * self.scale
+            rows, columns = (slice(part.start * self.scale, part.stop * self.scale)
+                             for part in (tile.rows, tile.columns))
+            large[tile.image, rows, columns] = piece[top : top + rows.stop - rows.start,
+                                                     left : left + columns.stop - columns.start]
+
+    @torch.inference_mode()
+    def _run(self, seen: np.ndarray, result: np.dtype, dtype: torch.dtype) -> np.ndarray:
+        if seen.dtype == DEEP:
+            seen = seen.astype(np.float32) / 65535
+        lr = torch.from_numpy(seen).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
+        lr = lr.contiguous(memory_format=torch.channels_last)
+        # TF32 keeps 11 bits; benchmark mode searches anew for every size of tile.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            sr = self._in(dtype)(lr)
+            if dtype == torch.float16 and not torch.isfinite(sr).all():  # beyond FP16's range
+                sr = self._in(torch.float32)(lr)
+        if not torch.isfinite(sr).all():
+            raise RunError("the network gives NaN or infinity; its weights are broken")
+        return _levels(sr, result).permute(0, 2, 3, 1).cpu().numpy().astype(result, copy=False)
+
+    def _in(self, dtype: torch.dtype) -> nn.Module:
+        """The network in this precision on the device; made once."""
+        if dtype not in self._ready:
+            network = copy.deepcopy(self._network)
+            self._ready[dtype] = network.to(self.device, dtype, memory_format=torch.channels_last).eval()
+        return self._ready[dtype]
+
+    def _laid_smaller(self, waiting: list[Tile], shape: tuple[int, int, int], dtype: torch.dtype,
+                      error: Exception) -> list[Tile]:
+        """All tiles anew, of half the pixels, after the memory did not suffice; raises any other error again."""
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+            sign in str(error) for sign in ("allocate memory", "out of memory", "DefaultCPUAllocator"))
+        largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
+        if not is_memory:
+            raise error
+        if self._tile or largest <= (SMALLEST_TILE + 2 * _aligned(self.halo)) ** 2:
+            raise RunError("the memory does not suffice for one tile; choose a smaller --tile, a smaller network or "
+                           "--device cpu") from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._max_pixels[dtype] = min(largest, self._max_pixels[dtype]) // 2
+        return lay_tiles(shape, self.halo, self._max_pixels[dtype])
+
+
+def _levels(sr: Tensor, result: np.dtype) -> Tensor:
+    """Floats in [0, 1] to the levels of `result`, clamped and rounded; of 16 bits as int32, which every device has."""
+    if result != DEEP:
+        return to_bytes(sr)
+    return sr.float().mul(65535).round_().clamp_(0, 65535).to(torch.int32)
