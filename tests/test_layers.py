@@ -24,7 +24,7 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
     "engine_files": {"engine", "schedules", "zero_shards"},
     "options": {"recipe", "runtimes", "data"}, "alike": {"options", "ranks"}, "stopping": {"ranks"},
     "initial_weights": {"engine_files", "models", "options"},
-    "evaluation": {"metrics", "models"}, "export": {"models"},
+    "evaluation": {"metrics", "models"}, "export": {"models", "torchvision_import"}, "inference": {"evaluation"},
     "meter": {"data", "ranks", "monitor", "outcome"}, "validation": {"data", "ranks", "metrics", "recipe"},
     "manifest": set(), "run_disk": {"manifest", "ranks"},
     "checkpoint": {"ema", "engine_files", "manifest", "models", "random_states", "ranks", "run_disk"},
@@ -32,6 +32,8 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
 }
 FENCED = {"deepspeed": {"pipeline/deepspeed_engine.py", "pipeline/engine_files.py"},
           "accelerate": {"pipeline/accelerate_engine.py"},
+          "onnx": {"pipeline/export/onnx_file.py"}, "onnxruntime": {"pipeline/export/conversion.py"},
+          "openvino": {"pipeline/export/openvino_file.py"}, "tensorrt": {"pipeline/export/tensorrt_file.py"},
           "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}
 
 

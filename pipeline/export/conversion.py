@@ -1,0 +1,149 @@
+"""What `convert_to_onnx.py` does: choose the network, write it for other runtimes, compare, and only then name it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.cli import RunError, UserError
+from pipeline.export import openvino_file, tensorrt_file
+from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
+from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, photographs
+from pipeline.files import flush, write_atomically
+from pipeline.models.common import told
+from pipeline.models.weights import SavedNetwork, read_network
+from pipeline.run_folder import find_run, run_network_file
+
+FAILED = ".failed"
+"""In the name of a file until it is proven, and of one that is not for good."""
+
+
+def run_conversion(input: Path | None, output: Path, io: str, layout: str, half: bool, opset: int,
+                   images: Path | None, openvino: bool, tensorrt: bool) -> int:
+    """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a comparison fails."""
+    _check(output, opset, openvino)
+    photos = photographs(images)
+    source = input
+    if source is None or source.is_dir():
+        source = run_network_file(find_run() if source is None else source, "best", ema=True)
+    with quiet():
+        saved = read_network(source)
+        network = saved.build()
+    print(f"{saved.name} x{saved.scale} of {source}")
+    form = Form(io, layout, half, opset)
+    forms = [form]
+    if not getattr(network, "is_convolutional", True):  # FP16 and bytes would hide a window's mask of a wrong size
+        forms = list(dict.fromkeys((replace(form, io="float", half=False), form)))
+    failed = output.with_name(output.name + FAILED)
+    for one in forms:
+        batches = _write_onnx(failed, saved, network, one, photos)
+    os.replace(failed, output)
+    flush(output.parent)
+    print(f"{output}  ({output.stat().st_size / 1e6:.2f} MB): {_described(saved, form)}")
+    if openvino:
+        _write_openvino(output, saved, form, batches)
+    if tensorrt:
+        _write_tensorrt(output, form)
+    return 0
+
+
+def _write_onnx(path: Path, saved: SavedNetwork, network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
+    """Write the file and compare; what it was compared on."""
+    with _takes_long(f"writing ONNX, opset {form.opset}, {'FP16' if form.half else 'FP32'}"):
+        content = convert(saved, network, form)
+    write_atomically(path, content)
+    with quiet():
+        batches = checks(network, form, photos)
+    print(_compared("ONNX Runtime", lambda: onnx_runtime(path), batches, form.io, form.half, path))
+    return batches
+
+
+def onnx_runtime(path: Path) -> Runtime:
+    """Runs an ONNX file by ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong it raises, too
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run([OUTPUT], {INPUT: images})[0]
+
+    return run
+
+
+def _write_openvino(onnx_file: Path, saved: SavedNetwork, form: Form, batches: list[Check]) -> None:
+    xml = onnx_file.with_suffix(".xml")
+    failed = xml.with_name(f"{xml.stem}{FAILED}.xml")
+    openvino_file.write_openvino(onnx_file, failed, describe(saved, form))
+    print(_compared("OpenVINO (FP16 weights)", lambda: openvino_file.openvino_runtime(failed), batches, form.io, True,
+                    failed))
+    openvino_file.rename(failed, xml)
+    size = sum(path.stat().st_size for path in openvino_file.parts(xml))
+    print(f"{xml} and .bin  ({size / 1e6:.2f} MB)")
+
+
+def _write_tensorrt(onnx_file: Path, form: Form) -> None:
+    engine = onnx_file.with_suffix(".engine")
+    if not tensorrt_file.is_installed():
+        print("TensorRT is not installed here; where it is, build the engine with:\n"
+              f"  {tensorrt_file.command(onnx_file, engine, form)}")
+        return
+    with _takes_long("building the TensorRT engine"):
+        tensorrt_file.build(onnx_file, engine, form)
+    print(f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; it was not compared")
+
+
+def _compared(title: str, load: Callable[[], Runtime], batches: list[Check], io: str, half: bool, file: Path) -> str:
+    try:
+        try:
+            run = load()
+        except Exception as error:  # each runtime has its own
+            raise RunError(f"{title} cannot load the network ({told(error)})") from error
+        return compare(title, run, batches, LIMITS[io, half])
+    except RunError as error:
+        raise RunError(f"{error}. The file is {str(file)!r}; do not use it") from error
+
+
+def _check(output: Path, opset: int, openvino: bool) -> None:
+    if output.suffix != ".onnx":
+        raise UserError(f"--output {str(output)!r} does not end in .onnx; name it {output.stem}.onnx")
+    if opset not in OPSETS:
+        raise UserError(f"--opset {opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
+    missing = [package for package in ("onnx", "onnxscript", "onnxruntime", *(["openvino"] if openvino else []))
+               if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"the package {missing[0]!r} is not installed; do: pip install -r requirements.txt")
+    try:  # before the work rather than after it
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.with_name(output.name + FAILED)
+        write_atomically(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {str(output)!r} ({error.strerror}); choose another --output") from error
+
+
+def _described(saved: SavedNetwork, form: Form) -> str:
+    values = "bytes" if form.io == "uint8" else "float16 in [0, 1]" if form.half else "float32 in [0, 1]"
+    shape = ", ".join(str(part) for part in form.shape("batch", "height", "width"))
+    return f"RGB {values}, ({shape}) -> x{saved.scale}; input {INPUT!r}, output {OUTPUT!r}"
+
+
+@contextmanager
+def _takes_long(what: str) -> Iterator[None]:
+    print(f"{what} ...", end="", flush=True)
+    start = time.monotonic()
+    try:
+        yield
+        print(f" {time.monotonic() - start:.0f} s")
+    except BaseException:
+        print(flush=True)
+        raise

@@ -1,0 +1,206 @@
+"""A network as an ONNX file: any batch, height and width, floats or bytes, FP32 or FP16, its description inside."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pipeline.cli import RunError, UserError
+from pipeline.models.byte_io import ByteNetwork
+from pipeline.models.common import COLOURS, told
+from pipeline.models.weights import SavedNetwork
+
+if TYPE_CHECKING:
+    import onnx
+
+INPUT, OUTPUT = "input", "output"
+OPSETS = range(17, 24)
+"""LayerNormalization came with 17; what lies above 23 the exporter of the pinned torch does not write."""
+LARGEST_BYTES = 2**31 - 1
+"""Of a protobuf message."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the file takes and gives, and what it computes in."""
+
+    io: str = "float"
+    """"float": [0, 1] and overshoot, in the type of the weights; "uint8": 0..255, clamped and rounded."""
+    layout: str = "nchw"
+    half: bool = False
+    """FP16 weights and arithmetic."""
+    opset: int = 20
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the input and the output."""
+        if self.io == "uint8":
+            return torch.uint8
+        return torch.float16 if self.half else torch.float32
+
+    def shape(self, batch: int | str, height: int | str, width: int | str) -> tuple[int | str, ...]:
+        """Of images of that size in this layout."""
+        return (batch, COLOURS, height, width) if self.layout == "nchw" else (batch, height, width, COLOURS)
+
+
+class Continued(nn.Module):
+    """A generator whose images are continued to the sizes that it needs, by arithmetic alone.
+
+    It does what the network does by itself (mirrored at the bottom and the right, the result cut), without the
+    branches in Python: an exporter would write down the one that its example took.
+    """
+
+    def __init__(self, network: nn.Module, multiple: int, minimum: int) -> None:
+        super().__init__()
+        self.network, self.multiple, self.minimum = network, multiple, minimum
+
+    def forward(self, images: Tensor) -> Tensor:
+        """NCHW in, NCHW `scale` times larger out."""
+        height, width = images.shape[-2:]
+        for dim in (2, 3):
+            side = images.shape[dim]
+            wanted = (torch.sym_max(side, self.minimum) + self.multiple - 1) // self.multiple * self.multiple
+            places = torch.arange(wanted, device=images.device)
+            images = images.index_select(dim, torch.minimum(places, 2 * (side - 1) - places).clamp(min=0))
+        scale = self.network.scale
+        return self.network(images)[..., : height * scale, : width * scale]
+
+
+class ChannelsLast(nn.Module):
+    """A generator between NHWC images of floats."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """NHWC in, NHWC `scale` times larger out."""
+        return self.network(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+def with_form(network: nn.Module, form: Form) -> nn.Module:
+    """The network between images of that layout and type; computes in whatever its weights are."""
+    if form.io == "uint8":
+        return ByteNetwork(network, form.layout)
+    return network if form.layout == "nchw" else ChannelsLast(network)
+
+
+def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
+    """`network`, which was built from `saved`, as the content of an ONNX file. It stays as it is.
+
+    `UserError` for an architecture that cannot be written at any size, and for an opset that cannot express it.
+    """
+    import onnx
+
+    network = copy.deepcopy(network).eval()
+    _fold_norms(network)
+    if form.half:
+        for parameter in network.parameters():  # buffers stay in FP32: statistics, kernels
+            parameter.data = parameter.data.half()
+    multiple, minimum = _sizes(network)
+    if (multiple, minimum) != (1, 1):
+        network = Continued(network, multiple, minimum)
+    model = _exported(with_form(network, form), form, saved)
+    sides = model.graph.input[0].type.tensor_type.shape.dim
+    if not all(side.dim_param or side.dim_value == COLOURS for side in sides):
+        raise UserError(f"network {_name(saved)!r} cannot be written as ONNX for images of any size: its code takes "
+                        "decisions by the size of the image")
+    if (written := model.opset_import[0].version) != form.opset:
+        raise UserError(f"network {_name(saved)!r} cannot be written with opset {form.opset}, but with {written}; "
+                        f"say --opset {written}")
+    _forget_sources(model)
+    onnx.helper.set_model_props(model, describe(saved, form))
+    if model.ByteSize() > LARGEST_BYTES:
+        raise UserError(f"the network takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; try --half")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RunError(f"PyTorch's exporter wrote a file that ONNX refuses: {told(error)}"
+                       f"{'; leave --half out' if form.half else ''}") from error
+    return model.SerializeToString()
+
+
+def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
+    """What the file says about itself: architecture, scale, parameters, where it comes from, what it takes."""
+    return {**saved.metadata, "architecture": saved.name, "scale": str(saved.scale),
+            "params": json.dumps(saved.params, sort_keys=True), "io": form.io, "layout": form.layout,
+            "dtype": "float16" if form.half else "float32", "colours": "RGB",
+            "range": "0..255" if form.io == "uint8" else "0..1"}
+
+
+@torch.no_grad()
+def _fold_norms(network: nn.Module) -> None:
+    """Let convolutions do the work of the batch norms behind them, in FP32.
+
+    The exporter does so, too, but of FP16 weights and FP32 statistics it makes a convolution of both types.
+    """
+    for row in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        for place in range(len(row) - 1):
+            if type(row[place]) is nn.Conv2d and isinstance(row[place + 1], nn.BatchNorm2d):
+                row[place] = fuse_conv_bn_eval(row[place], row[place + 1])
+                row[place + 1] = nn.Identity()
+
+
+def _sizes(network: nn.Module) -> tuple[int, int]:
+    """Of what number height and width must be multiples, and the smallest they may be."""
+    facts = getattr(network, "_facts", None)  # of a SpandrelNetwork
+    if facts is not None:
+        return facts.multiple, facts.minimum
+    fold = getattr(network, "unshuffle", 1)  # of an RRDBNet
+    return fold, fold
+
+
+def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelProto:
+    dims = {axis: torch.export.Dim(axis) for axis in ("batch", "height", "width")}
+    axes = {place: dims[name] for place, name in enumerate(form.shape("batch", "height", "width")) if name in dims}
+    example = torch.zeros(form.shape(2, 48, 52), dtype=form.dtype)
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module, (example,), dynamo=True, opset_version=form.opset, input_names=[INPUT], output_names=[OUTPUT],
+                dynamic_shapes=(axes,), external_data=False, verbose=False)
+            return program.model_proto
+    except Exception as error:  # the exporter has many ways to fail, and none of them is the user's
+        raise UserError(f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
+                        f"exporter says {told(error.__cause__ or error)}") from error
+
+
+def _name(saved: SavedNetwork) -> str:
+    return str(saved.params.get("arch", saved.name))
+
+
+def _forget_sources(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes of every node: a quarter of the file, and paths on this machine."""
+    for part in (model, model.graph, *model.functions):
+        part.ClearField("doc_string")
+        del part.metadata_props[:]
+    for item in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output,
+                 *model.graph.initializer):
+        item.ClearField("doc_string")
+        del item.metadata_props[:]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of the exporter and of networks' code, about which a user can do nothing; errors stay errors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

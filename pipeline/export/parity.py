@@ -1,0 +1,156 @@
+"""Whether another runtime makes the images that PyTorch makes: measured on photographs, at several sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from pipeline.cli import RunError, UserError
+from pipeline.export.onnx_file import Form, with_form
+from pipeline.images import unit_range
+from pipeline.models.common import told
+
+Runtime = Callable[[np.ndarray], np.ndarray]
+"""Runs a converted network on one batch."""
+
+SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
+"""(batch, height, width) of the LR images."""
+MOST_PHOTOGRAPHS = 32
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
+SHIPPED = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+"""Photographs within scikit-image's package."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a converted network must reach on every batch."""
+
+    psnr: float
+    """dB against PyTorch's FP32 output, at least."""
+    levels: int | None = None
+    """Of 255, at most; only of bytes. One is rounding: a value between two levels may become either."""
+
+
+LIMITS = {("float", False): Limit(90), ("float", True): Limit(60),
+          ("uint8", False): Limit(60, levels=1), ("uint8", True): Limit(50, levels=2)}
+"""By what goes in and out, and whether weights or arithmetic are FP16."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A batch, and what PyTorch makes of it in FP32."""
+
+    images: np.ndarray
+    expected: np.ndarray
+    size: tuple[int, int, int]
+    """Batch, height, width."""
+
+
+def photographs(folder: Path | None) -> list[Tensor]:
+    """uint8 1 x 3 x H x W: every image in `folder`, or an even spread of `MOST_PHOTOGRAPHS`; `None`: `SHIPPED`."""
+    if folder is None:
+        return [_read(path) for path in _shipped()]
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r} of --images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"no images in {str(folder)!r} of --images; their names end in {', '.join(sorted(SUFFIXES))}")
+    count = min(len(paths), MOST_PHOTOGRAPHS)
+    return [_read(paths[number * len(paths) // count]) for number in range(count)]
+
+
+def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
+    """Batches of the middles of photographs, sized as `SIZES` says in turn, until every photograph was in one."""
+    reference = with_form(network.eval(), form)
+    endless, found, taken = itertools.cycle(photos), [], 0
+    for size in itertools.cycle(SIZES):
+        if taken >= len(photos) and len(found) >= len(SIZES):
+            return found
+        images = torch.cat([_middle(next(endless), *size[1:]) for _ in range(size[0])])
+        taken += size[0]
+        if form.layout == "nhwc":
+            images = images.permute(0, 2, 3, 1).contiguous()
+        with torch.inference_mode():
+            if form.io == "float":
+                images = unit_range(images, torch.float32)
+            expected = reference(images)
+        found.append(Check(images.to(form.dtype).numpy(), expected.numpy(), size))
+    raise AssertionError("a cycle has no end")
+
+
+def compare(title: str, run: Runtime, batches: list[Check], limit: Limit) -> str:
+    """A table of how near `run` comes to what is expected; `RunError` that names the first batch beyond `limit`."""
+    rows, failed = [f"{title} against PyTorch: batch, LR width x height, PSNR, largest difference"], ""
+    for check in batches:
+        batch, height, width = check.size
+        name = f"{batch} x {width}x{height}"
+        try:
+            found = run(check.images)
+        except Exception as error:  # each runtime has its own
+            raise RunError(f"{title} cannot run the network on {name} ({told(error)})") from error
+        if found.shape != check.expected.shape:
+            raise RunError(f"{title} makes {found.shape} of {name} where PyTorch makes {check.expected.shape}")
+        psnr, largest, is_good = _measure(found, check.expected, limit)
+        shown = f"{psnr:6.1f} dB  {largest:.1e}" if limit.levels is None else f"{psnr:6.1f} dB  {largest:.0f} of 255"
+        rows.append(f"  {name:<14}{shown}")
+        if not is_good and not failed:
+            failed = f"{title} differs from PyTorch on {name}: {shown.strip()}; {_asked(limit)}"
+    if failed:
+        raise RunError(failed)
+    return "\n".join(rows)
+
+
+def _measure(found: np.ndarray, expected: np.ndarray, limit: Limit) -> tuple[float, float, bool]:
+    """PSNR in dB, largest difference, and whether both are within `limit`."""
+    peak = 1.0 if limit.levels is None else 255.0
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    largest, error = float(difference.max()), float(np.square(difference).mean())
+    psnr = math.inf if error == 0 else 10 * math.log10(peak**2 / error) if math.isfinite(error) else -math.inf
+    return psnr, largest, psnr >= limit.psnr and (limit.levels is None or largest <= limit.levels)
+
+
+def _asked(limit: Limit) -> str:
+    levels = "" if limit.levels is None else f" and at most {limit.levels} of 255"
+    return f"{limit.psnr:.0f} dB{levels} are asked for"
+
+
+def _middle(image: Tensor, height: int, width: int) -> Tensor:
+    """The middle of an image in that size; what is too small is continued, mirrored again and again."""
+    rows, columns = (_places(have, want) for have, want in zip(image.shape[-2:], (height, width), strict=True))
+    return image[:, :, rows][..., columns]
+
+
+def _places(have: int, want: int) -> Tensor:
+    places = torch.arange(want) + max(0, (have - want) // 2)
+    around = places % (2 * have)
+    return torch.minimum(around, 2 * have - 1 - around)
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {str(path)!r} cannot be read ({told(error)}); replace or remove it") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _shipped() -> list[Path]:
+    try:
+        import skimage
+    except ImportError as error:
+        raise UserError("the photographs to compare on are scikit-image's, which is not installed; install "
+                        "requirements.txt, or give a folder with --images") from error
+    paths = [Path(skimage.__file__).parent / "data" / name for name in SHIPPED]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"this scikit-image lacks {', '.join(missing)}; give a folder of photographs with --images")
+    return paths
