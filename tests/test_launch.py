@@ -134,7 +134,7 @@ def test_the_demo_from_nothing_to_an_exported_network(tmp_path: Path) -> None:
     variables = environment(threads=2) | {"HOME": str(tmp_path), "VASTSCALE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, str(ROOT / "launch" / "local.py"), "--output-dir", str(run_dir), "--reset",
                            "steps=400", "data.crop=64", "compile=off", "validate_every=400"], env=variables,
-                          capture_output=True, text=True, timeout=200, check=False)
+                          capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("no file lists in ~/dataset: running the demo")
     result = json.loads((run_dir / "evaluation.json").read_text())
