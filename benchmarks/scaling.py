@@ -78,7 +78,7 @@ def main(options: Options) -> int:
     with tempfile.TemporaryDirectory() as scratch, progress(options.rounds * len(ways), "run") as bar:
         dataset = options.dataset_dir or make_demo_dataset(Path(scratch) / "demo").dataset_dir
         for number in range(options.rounds):
-            for way, runs in speeds.items():
+            for way, runs in speeds.items():  # in turns
                 run_dir = Path(scratch) / f"{number}-{way.kind}-{way.ranks}"
                 runs.append(_measure(way, options, slots, dataset, run_dir, threads))
                 bar.update()
