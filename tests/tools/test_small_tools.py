@@ -171,7 +171,9 @@ def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
     command = [sys.executable, str(CHECKOUT / "tools/monitor_folder.py"), str(tmp_path / "in"), "--interval", "0.05"]
     for end in ("interrupt", "remove"):
         (tmp_path / "in").mkdir()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # Where the tests run in a shell's background, SIGINT is ignored, and a child would inherit that.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         assert "0 files" in process.stdout.readline()
         if end == "interrupt":
             process.send_signal(signal.SIGINT)
