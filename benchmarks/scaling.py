@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -136,15 +135,10 @@ def print_table(speeds: dict[Way, list[float]], options: Options) -> None:
     print(f"recipe {options.recipe}, {options.steps} steps counted, medians of {options.rounds} rounds")
     print(f"{'scaling':8}{'ranks':>6}{'global batch':>14}{'images/s':>10}{'speed-up':>10}{'efficiency':>12}")
     for way, runs in speeds.items():
-        reference = next(own for other, own in speeds.items() if other.kind == way.kind)
-        gains = [speed / base for speed, base in zip(runs, reference, strict=True)]
-        gain = statistics.median(gains)
-        efficiency = gain * _ranks_of(reference, speeds) / way.ranks
+        reference = next(other for other in speeds if other.kind == way.kind)
+        gain = statistics.median(speed / base for speed, base in zip(runs, speeds[reference], strict=True))
+        efficiency = gain * reference.ranks / way.ranks
         print(f"{way.kind:8}{way.ranks:6}{way.batch:14}{statistics.median(runs):10.1f}{gain:10.2f}{efficiency:12.1%}")
-
-
-def _ranks_of(runs: Sequence[float], speeds: dict[Way, list[float]]) -> int:
-    return next(way.ranks for way, own in speeds.items() if own is runs)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from launch.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfil
 from launch.job import Job, Launcher, check_launcher, choose_port
 from launch.supervisor import Failure, Supervisor
 from pipeline import cli, interfaces
-from pipeline.cli import RunError, UserError
+from pipeline.cli import RunError, UserError, say
 from pipeline.options import DATASET_DIR, Plan, TrainOptions, dataset_dirs, has_lists, make_plans, overrides_last
 from pipeline.recipe import batch_sizes
 from pipeline.run_folder import checkpoint_steps, has_ended
@@ -98,7 +98,7 @@ def main(options: Options) -> int:
         port = choose_port(address, options.master_port, wait=attempt > 0)
         now = replace(job, port=port, arguments=(*first, *job.arguments))
         before = _newest_steps(plans)
-        _say(_introduction(now))
+        say(_introduction(now))
         stopped_by, failure = _run(now)
         # An attempt that failed early may have left the old run where it was: it must not be continued.
         must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
@@ -107,21 +107,18 @@ def main(options: Options) -> int:
         if failure.status == 2 and _newest_steps(plans) == before:  # bad input, which stays bad
             break
         _tell(failure, now)
-        _say(f"restart {attempt + 1} of {options.max_restarts}, from "
+        say(f"restart {attempt + 1} of {options.max_restarts}, from "
              f"{'the beginning, afresh' if must_reset else _newest(plans)}")
         job = _for_restart(job, slots, options.elastic, plans, micro_batch)
-    if stopped_by:
-        if failure is not None:
-            _tell(failure, now)
-            return 1
-        return 128 + stopped_by
     if failure is not None:
         _tell(failure, now)
-        return failure.status
+        return 1 if stopped_by else failure.status
+    if stopped_by:
+        return 128 + stopped_by
     if not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
         raise RunError(f"every rank ended well, but {plan.run_dir} holds no checkpoint of the last step; is the run "
                        "folder on this machine, and is this machine the first of the hostfile?")
-    _say(f"all {world_size(job.slots)} ranks ended well, {time.time() - began:.0f} s")
+    say(f"all {world_size(job.slots)} ranks ended well, {time.time() - began:.0f} s")
     return 0
 
 
@@ -154,11 +151,11 @@ def _ask_doctor(options: Options, slots: Slots, plan: Plan) -> str:
     if not options.dataset_dir:
         folders[0] = DATASET_DIR  # each host's own
     found = diagnose(slots, dataset_dirs=folders, output_dir=plan.home, interface=options.interface,
-                     master_address=options.master_addr, say=_say,
+                     master_address=options.master_addr, say=say,
                      ports=[options.master_port] if options.master_port else (),
                      parameters=lambda: count_parameters(options.recipe, options.overrides),
                      step_seconds=step_seconds_of(plan.run_dir, world_size(slots)))
-    _say(found.table())
+    say(found.table())
     if not found.ok:
         count = len(found.failures)
         raise UserError(f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
@@ -231,16 +228,16 @@ def _for_me_alone(path: str, flags: int) -> int:
 def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int) -> Job:
     """The job as it is started again: on all hosts once they are back, or on those that answer."""
     if not elastic:
-        hosts_left.wait_for_all(slots, RETURN_SECONDS, _say)
+        hosts_left.wait_for_all(slots, RETURN_SECONDS, say)
         return job
     left = hosts_left.answering(slots)
     total = math.gcd(*(plan.ds_config["train_batch_size"] for plan in plans))  # of all stages
     used, micro = hosts_left.share_batch(left, total, micro_batch)
     gone = [host for host in slots if host not in used]
     if gone:
-        _say(f"going on without {', '.join(gone)}")
+        say(f"going on without {', '.join(gone)}")
     totals = {plan.ds_config["train_batch_size"] for plan in plans}
-    _say("; ".join(f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation x "
+    say("; ".join(f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation x "
                    f"{world_size(used)} ranks" for total in sorted(totals)))
     split = [f"ds.train_micro_batch_size_per_gpu={micro}"]
     if any("gradient_accumulation_steps" in plan.ds_config for plan in plans):
@@ -281,14 +278,9 @@ def _tell(failure: Failure, job: Job) -> None:
     """Why a job ended: what the rank in question said last, then the cause in one line."""
     said = failure.tail.strip()
     with suppress(OSError):
-        if said and failure.cause:
+        if said:
             print(f"--- the end of what was heard from there ({job.logs}):\n{said}", file=sys.stderr)
         print(f"error: {failure.cause}", file=sys.stderr, flush=True)
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

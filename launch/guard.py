@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import ctypes
 import os
 import resource
 import signal
@@ -132,7 +131,8 @@ class Guard:
         return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
                                 env={**variables, launched.GUARDED: "1"}, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                preexec_fn=_die_with_parent, cwd=directory if os.path.isdir(directory) else None)
+                                preexec_fn=launched.end_with_parent,
+                                cwd=directory if os.path.isdir(directory) else None)
 
     def _copy(self, stream: IO[bytes] | None, log: IO[bytes], writer: asyncio.StreamWriter, name: str) -> Thread:
         """What the child says goes to its log; of the first rank also to the supervisor."""
@@ -204,16 +204,9 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux for a signal when whoever started this process is killed: a stopped one would not end by SIGTERM."""
-    pr_set_pdeathsig = 1
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-
-
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    _die_with_parent(signal.SIGTERM)  # DeepSpeed's launcher on this host
+    launched.end_with_parent(signal.SIGTERM)  # DeepSpeed's launcher on this host
     with suppress(OSError, ValueError):  # many ranks have many connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     return asyncio.run(Guard(task).run())

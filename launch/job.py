@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import environment, messages
+from launch.doctor.network import PORTS
 from launch.hostfile import Slots, as_filter
-from launch.remote import CONNECT_SECONDS
+from launch.remote import ssh_options
 from pipeline.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,6 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Beginnings of names that DeepSpeed pastes into the command line of every host; ours travel as data."""
 _PDSHS = ("WCOLL", "DSHPATH", "PDSH_RCMD_TYPE")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
-PORTS = range(20000, 32000)  # below those that kernels give out by themselves
 PORT_SECONDS = 15  # for one that was wanted to be free again
 
 
@@ -93,9 +93,8 @@ class Job:
         if not environment.may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
         # The guards notice a host that is gone; ssh must not be quicker, for a short break is none.
-        options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5",
-                   "-o", "ServerAliveCountMax=6")
-        variables["PDSH_SSH_ARGS_APPEND"] = " ".join((*options, base.get("PDSH_SSH_ARGS_APPEND", ""))).strip()
+        words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))
+        variables["PDSH_SSH_ARGS_APPEND"] = " ".join(words).strip()
         return variables
 
 

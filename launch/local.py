@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -18,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from launch import environment
 from launch.arguments import without
 from pipeline import cli
-from pipeline.cli import UserError
+from pipeline.cli import UserError, say
 from pipeline.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 from pipeline.recipe import batch_sizes
 from pipeline.run_folder import has_ended
@@ -50,11 +49,6 @@ def main(options: TrainOptions) -> int:
     if status == 0 and held_out is not None:
         return _show_demo(plan, held_out, began)
     return status
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
@@ -126,7 +120,7 @@ def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, li
                         "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
                         "`python tools/select_training_files.py`, or leave --recipe and --dataset-dir out to see the "
                         "demo")
-    _say(f"no file lists in {places}: running the demo on photographs that ship with scikit-image and "
+    say(f"no file lists in {places}: running the demo on photographs that ship with scikit-image and "
          "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)")
     from tools.make_demo_dataset import make_demo_dataset
 
@@ -139,15 +133,15 @@ def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, li
 
 def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
     """Evaluate the demo's network on the photographs that it has never seen, and say where to look."""
-    _say("\nheld-out photographs, seen neither in training nor in validation:")
+    say("\nheld-out photographs, seen neither in training nor in validation:")
     command = [sys.executable, str(ROOT / "evaluate.py"), "--model", str(plan.run_dir), "--hr", str(held_out),
                "--scale", str(plan.recipe.scale), "--json", str(plan.run_dir / "evaluation.json"),
                "--out", str(plan.run_dir / "pictures")]
     status = subprocess.run(command, check=False).returncode
     picture = min((plan.run_dir / "pictures").glob("*.png"), default=None)
     if status == 0 and picture:
-        _say(f"side by side: {picture}")
-        _say(f"the demo took {time.time() - began:.0f} s; next: your own photographs (see README.md)")
+        say(f"side by side: {picture}")
+        say(f"the demo took {time.time() - began:.0f} s; next: your own photographs (see README.md)")
     return status
 
 

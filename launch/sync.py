@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from launch.doctor.probe import SYNCED
 from launch.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile
-from launch.remote import CONNECT_SECONDS, KEEPALIVE, run_on
+from launch.remote import run_on, ssh_options
 from pipeline import cli
-from pipeline.cli import UserError
+from pipeline.cli import UserError, say
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.options import DATASET_DIR
 
@@ -107,7 +107,7 @@ def _bring(host: str, parts: Sequence[Part], options: Options) -> str:
         if isinstance(seen, str):
             return f"{host}: {seen}"
         if seen:
-            _say(f"{host}: {part.name}: on the same disk")
+            say(f"{host}: {part.name}: on the same disk")
             continue
         complaint = _copy(host, part, options)
         if complaint:
@@ -135,20 +135,20 @@ def _copy(host: str, part: Part, options: Options) -> str:
     if made.status:
         return made.complaint
     is_checkout = part.folder == ROOT
-    shell = shlex.join(["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *KEEPALIVE])
+    shell = shlex.join(["ssh", *ssh_options()])
     command = ["rsync", "--archive", "--no-owner", "--no-group", "--protect-args", "--partial",
                "--partial-dir=.rsync-partial", "--timeout=120", "--rsh", shell, "--stats", "--human-readable"]
     if is_checkout:
         command += ["--delete", "--backup", f"--backup-dir={REPLACED}", *(f"--exclude={name}" for name in OWN)]
     elif options.delete:
         command += ["--delete-after"]
-    _say(f"{host}: {part.name}: copying {part.folder}")
+    say(f"{host}: {part.name}: copying {part.folder}")
     done = subprocess.run([*command, "--", f"{part.folder}/", f"{host}:{part.folder}/"], capture_output=True, text=True,
                           check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
         return f"{_RSYNCS_STATUS.get(done.returncode, f'rsync ended with status {done.returncode}')}: {lines[0]}"
-    _say(f"{host}: {part.name}: {_told(done.stdout)}")
+    say(f"{host}: {part.name}: {_told(done.stdout)}")
     return _leave_commit(host) if is_checkout else ""
 
 
@@ -179,17 +179,12 @@ def _make_environment(host: str) -> str:
         lead = [f"export VASTSCALE_PYTHON={shlex.quote(os.environ['VASTSCALE_PYTHON'])}"]
     script = "; ".join([*lead, f"source {shlex.quote(str(ROOT / 'launch' / 'bootstrap.sh'))}",
                         "vastscale_bootstrap requirements.txt"])
-    _say(f"{host}: environment: looking after {own}")
+    say(f"{host}: environment: looking after {own}")
     done = run_on([host], ["bash", "-c", script], timeout=ENVIRONMENT_SECONDS)[host]
     if done.status:
         return f"{host}: environment: {done.complaint}"
-    _say(f"{host}: environment: complete")
+    say(f"{host}: environment: complete")
     return ""
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

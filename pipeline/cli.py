@@ -105,6 +105,12 @@ def _silence(descriptor: int) -> None:
     os.close(nowhere)
 
 
+def say(text: str) -> None:
+    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a save."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
 def _tell(line: str) -> None:
     """One line on stderr; the exit status must not depend on whether anybody reads it."""
     try:

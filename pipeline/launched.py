@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import re
+import signal
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.cli import UserError
@@ -62,6 +65,13 @@ def find_place(variables: Mapping[str, str] = os.environ) -> Place:
                         "that to mpirun; add --mpirun_hostfile FILE, or use `torchrun --nproc_per_node N train.py "
                         "--runtime accelerate`, or ask for --num_processes 1 (and unset MASTER_PORT)")
     return Place(0, 1, 0, "accelerate launch" if is_from_accelerate(variables) else "")
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux for a signal to this process when the one that started it is gone, so that none is left an orphan."""
+    pr_set_pdeathsig = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:

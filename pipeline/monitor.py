@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.cli import say
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
 MOST_VALUES = 1_000_000
 """So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most 2^24."""
-
-
-def say(text: str) -> None:
-    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a save."""
-    with suppress(OSError, ValueError):
-        print(text, flush=True)
 
 
 class Journal:

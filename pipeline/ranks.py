@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cli import RunError, UserError
-from pipeline.launched import BY_HAND, GUARDED, Place, choose_interface, find_place, gpu_of
+from pipeline.launched import BY_HAND, GUARDED, Place, choose_interface, end_with_parent, find_place, gpu_of
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 """Environment variable with the process that started the ranks; they stop when it is gone."""
@@ -83,7 +81,8 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     place = find_place()
     os.environ.update(place.variables())
     if LAUNCHER in os.environ or place.launcher not in ("", BY_HAND):
-        _stop_with_parent()
+        # One whose guard is gone cannot save, for all others are ended; and a stopped one would not end by SIGTERM.
+        end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
     interface = choose_interface(place)
     device = _device(place)
     if device.type == "cpu":
@@ -118,11 +117,3 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _stop_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher that started us is gone, so that no rank trains on as an orphan.
-
-    A rank whose guard is gone cannot save, for all others are ended: it is killed.
-    """
-    pr_set_pdeathsig = 1
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)

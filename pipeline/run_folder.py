@@ -111,6 +111,13 @@ def run_network_file(run_dir: Path, step: Step, ema: bool) -> Path:
     return path
 
 
+def network_file(model: Path | None) -> Path:
+    """`model` if it is a file of weights; of a run folder (`None`: the newest run) the best averaged weights."""
+    if model is not None and not model.is_dir():
+        return model
+    return run_network_file(find_run() if model is None else model, "best", ema=True)
+
+
 def _best_step(run_dir: Path, newest: int) -> int | None:
     path = checkpoint_dir(run_dir, newest) / STATE_FILE
     try:

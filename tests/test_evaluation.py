@@ -25,8 +25,8 @@ from pipeline.evaluation import (
     upscaling,
     write_picture,
 )
-from pipeline.evaluation.pairs import read_image
 from pipeline.evaluation.scoring import DRIFTS
+from pipeline.image_reading import read_image
 from pipeline.images import cubic_resize, to_bytes
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.metrics.psnr_ssim import METRICS, measure

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import ROOT
 
-GROUND = {"cli", "files", "images", "run_folder"}  # what everybody may use
+GROUND = {"cli", "files", "image_reading", "images", "run_folder"}  # what everybody may use
 ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides the ground
-    "cli": set(), "files": set(), "images": set(), "run_folder": set(),
+    "cli": set(), "files": set(), "image_reading": set(), "images": set(), "run_folder": set(),
     "data_spec": set(), "adversarial_spec": {"data_spec"}, "recipe": {"adversarial_spec", "data_spec"},
     "run_lock": set(), "data": {"data_spec"}, "outcome": set(), "schedules": set(), "torchvision_import": set(),
     "metrics": {"losses", "torchvision_import"}, "losses": {"adversarial_spec", "torchvision_import"},

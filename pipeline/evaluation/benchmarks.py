@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.cli import UserError
-from pipeline.evaluation.pairs import SUFFIXES, Pair, find_pairs
+from pipeline.evaluation.pairs import Pair, find_pairs
+from pipeline.image_reading import SUFFIXES
 
 
 @dataclass(frozen=True)

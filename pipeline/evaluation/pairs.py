@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 
 
 @dataclass(frozen=True)
@@ -64,22 +61,6 @@ def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
         raise UserError(f"{len(missing)} of {len(marked)} HR images in {str(hr)!r} have no LR image beside them, the "
                         f"first being {marked[missing[0]].name!r}; add it or give the LR images with --lr")
     return [Pair(name, marked[name], partners[name]) for name in sorted(marked)]
-
-
-def read_image(path: Path) -> Tensor:
-    """The image as uint8 RGB 1 x 3 x H x W: upright, gray repeated, alpha dropped, 16 bits rounded to 8."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to 255
-                gray = np.clip(np.asarray(image).astype(np.float64) / 257 + 0.5, 0, 255).astype(np.uint8)
-                image = Image.fromarray(gray)
-            array = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {str(path)!r} cannot be read ({error}); replace or remove it") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {str(path)!r} is too large to be safe ({error}); cut it up") from error
-    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
 
 
 def _pair_folders(hr_images: dict[str, Path], lr: Path, scale: int) -> list[Pair]:

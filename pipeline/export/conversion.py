@@ -20,7 +20,7 @@ from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, phot
 from pipeline.files import flush, write_atomically
 from pipeline.models.common import told
 from pipeline.models.weights import SavedNetwork, read_network
-from pipeline.run_folder import find_run, run_network_file
+from pipeline.run_folder import network_file
 
 FAILED = ".failed"
 """In the name of a file until it is proven, and of one that is not for good."""
@@ -31,9 +31,7 @@ def run_conversion(input: Path | None, output: Path, io: str, layout: str, half:
     """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a comparison fails."""
     _check(output, opset, openvino)
     photos = photographs(images)
-    source = input
-    if source is None or source.is_dir():
-        source = run_network_file(find_run() if source is None else source, "best", ema=True)
+    source = network_file(input)
     with quiet():
         saved = read_network(source)
         network = saved.build()

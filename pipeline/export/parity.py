@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from pipeline.cli import RunError, UserError
 from pipeline.export.onnx_file import Form, with_form
+from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import unit_range
 from pipeline.models.common import told
 
@@ -24,7 +24,6 @@ Runtime = Callable[[np.ndarray], np.ndarray]
 SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
 """(batch, height, width) of the LR images."""
 MOST_PHOTOGRAPHS = 32
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 SHIPPED = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 """Photographs within scikit-image's package."""
 
@@ -57,14 +56,14 @@ class Check:
 def photographs(folder: Path | None) -> list[Tensor]:
     """uint8 1 x 3 x H x W: every image in `folder`, or an even spread of `MOST_PHOTOGRAPHS`; `None`: `SHIPPED`."""
     if folder is None:
-        return [_read(path) for path in _shipped()]
+        return [read_image(path) for path in _shipped()]
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r} of --images")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"no images in {str(folder)!r} of --images; their names end in {', '.join(sorted(SUFFIXES))}")
     count = min(len(paths), MOST_PHOTOGRAPHS)
-    return [_read(paths[number * len(paths) // count]) for number in range(count)]
+    return [read_image(paths[number * len(paths) // count]) for number in range(count)]
 
 
 def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
@@ -132,15 +131,6 @@ def _places(have: int, want: int) -> Tensor:
     places = torch.arange(want) + max(0, (have - want) // 2)
     around = places % (2 * have)
     return torch.minimum(around, 2 * have - 1 - around)
-
-
-def _read(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {str(path)!r} cannot be read ({told(error)}); replace or remove it") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def _shipped() -> list[Path]:
