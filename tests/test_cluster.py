@@ -342,6 +342,34 @@ def test_open_mpi_starts_guarded_ranks(run: Run) -> None:
     assert "all 2 ranks ended well" in printed
 
 
+SRUN = """#!/usr/bin/env python3
+import os, shlex, subprocess, sys
+words = sys.argv[1:]
+command = words[next(place for place, word in enumerate(words) if word.startswith("--export=")) + 1:]
+hosts = next(word for word in words if word.startswith("--nodelist=")).partition("=")[2].split(",")
+variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": len(hosts), "SLURM_LOCALID": 0,
+             "SLURM_STEP_NODELIST": ",".join(hosts)}
+tasks = [subprocess.Popen(["ssh", host, shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()),
+                                                    f"SLURM_PROCID={rank}", *command])])
+         for rank, host in enumerate(hosts)]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_slurm_starts_guarded_ranks(run: Run) -> None:
+    """By a stand-in for srun, which starts one task a host with the variables that Slurm gives it."""
+    programs = run.folder / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    status, printed = run.finish(run.start("--no-doctor", "--launcher", "slurm", "steps=3", "save_every=1",
+                                           variables={"PATH": f"{programs}:{os.environ['PATH']}"}))
+    assert status == 0, printed
+    assert "started by srun of Slurm (job 7), network interface eth0" in printed
+    assert "all 2 ranks ended well" in printed
+
+
 # --- The doctor -------------------------------------------------------------------------------------------------------
 
 def diagnose(cluster: Cluster, folder: Path, hostfile: str, *arguments: str) -> tuple[int, str, dict]:
