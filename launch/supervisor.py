@@ -31,8 +31,8 @@ LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
 MOST_LINES = 100  # kept of what the launcher says
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
-_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|DistBackendError|NCCL|Socket Timeout|"
-                        r"Timed out waiting")
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
+                        r"(Network|Host) is (unreachable|down)|DistBackendError|NCCL|Socket Timeout|Timed out waiting")
 _WORD = re.compile(r"eyJ[\w-]{20,}=*")  # what a guard is told, in base64
 
 
@@ -49,6 +49,7 @@ class Rank:
     tail: str = ""  # the last that it said
     ended: float = 0.0
     is_lost: bool = False
+    is_silent: bool = False  # lost because nothing was heard of it any more
     is_late: bool = False  # it has not reported in time, though the launcher was at work
     is_overdue: bool = False  # its guard has killed it, for it did not end when told
 
@@ -192,7 +193,7 @@ class Supervisor:
                 continue
             if rank.writer is not None:
                 if now - rank.heard > messages.SILENCE_SECONDS:
-                    rank.is_lost, rank.ended, rank.tail = True, now, "silence"
+                    rank.is_lost, rank.is_silent, rank.ended = True, True, now
                     self._fail()
                 elif now - rank.told > messages.BEAT_SECONDS:
                     rank.told = now
@@ -268,6 +269,8 @@ class Supervisor:
                         key=lambda rank: rank.ended)
         first = [rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS] or failed
         candidates = [rank for rank in first if self._speaks_for_itself(rank)]
+        # a cut cable may break connections long before the silence has lasted
+        candidates = candidates or [rank for rank in failed if rank.is_silent]
         if not candidates and self._ssh_ended:
             self.failure = Failure(f"the connection to {self._ssh_ended} ended, and with it its ranks",
                                    self._said_on(self._ssh_ended), 1)
@@ -292,7 +295,7 @@ class Supervisor:
         if rank.writer is None:
             what = f"did not report within {START_SECONDS:.0f} s" if rank.is_late else "did not start"
             return Failure(f"{rank} {what}", said, 1)
-        if rank.tail == "silence":
+        if rank.is_silent:
             return Failure(f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of {rank}): the "
                            "machine or its network is down", said, 1)
         return Failure(f"{rank} vanished together with its guard", said, 1)

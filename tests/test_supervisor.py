@@ -482,6 +482,18 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
                              "down")
 
 
+@pytest.mark.parametrize("echo", ["recv: No route to host", "[gloo] Connection closed by peer [10.0.0.2]:4711"])
+def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, echo: str) -> None:
+    """The kernel may tell a rank that the other host is gone long before the silence has lasted."""
+    run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2, TOGETHER_SECONDS=0.1)
+    with run.connect(hello(1)):
+        run.connect(hello(0), json.dumps({"exit": 1, "tail": f"RuntimeError: {echo}"}).encode() + b"\n")
+        run.go()
+        outcome = run.finish()
+    assert outcome.cause == ("there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
+                             "down")
+
+
 def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
     """Slurm may number ranks in another order than the hostfile's."""
     run.start(launcher=NO_GUARDS, names_are_ranks=False)
