@@ -19,13 +19,17 @@ class Options:
     """
 
     run_dir: Annotated[Positional[Path | None], arg(help_behavior_hint="(default: newest run)")] = None
-    """Run folder."""
+    """Run folder, or one of its checkpoints: runs/demo/checkpoints/step-00000400."""
     step: Literal["best", "newest"] | int = "best"
     """Checkpoint: best (by validation PSNR), newest, or the number of a step."""
     raw: bool = False
     """The raw weights instead of their moving average (EMA)."""
     half: bool = False
     """Store the parameters in float16: half the size."""
+    license: str = ""
+    """Licence of the weights, written into the files: an SPDX identifier such as CC-BY-4.0, or a line of text."""
+    evaluation: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
+    """evaluation.json that evaluate.py made of these weights; its mean scores are written into the files."""
     output_dir: Annotated[Path | None, arg(help_behavior_hint="(default: <run_dir>/export)")] = None
     """Folder for the files."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 import safetensors
 import torch
 
-from fabricate import CHECKOUT, make_run
+from fabricate import CHECKOUT, make_run, picture, write_images
+from lives import train
 from pipeline.cli import UserError
 from pipeline.export.torch_file import export_run, verify
 from pipeline.models import build_generator
@@ -57,7 +59,7 @@ def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_pa
         assert (found.name, found.scale, found.params) == (trained.name, trained.scale, trained.params)
         count = sum(parameter.numel() for parameter in trained.build().parameters())
         assert found.metadata == {"recipe": "demo", "step": "100", "weights": "averaged (EMA)", "dtype": "float32",
-                                  "parameters": str(count)}
+                                  "parameters": str(count), "validation": '{"psnr_y": 30.0}'}
         assert f"runs/demo/export/demo_x2.{suffix}" in done.stdout
     assert f"step 100, averaged (EMA) weights in float32, {count:,} parameters" in done.stdout
     # What it prints of Python works as it stands.
@@ -75,6 +77,56 @@ def test_files_are_what_other_programs_expect(tmp_path):
     assert equal_states(content["params_ema"], trained)
     with safetensors.safe_open(str(flat), framework="pt") as file:
         assert set(file.keys()) == set(trained)
+        shown = file.metadata()
+    assert (shown["architecture"], shown["scale"], shown["recipe"], shown["step"]) == ("vapsr", "2", "demo", "200")
+
+
+def test_files_tell_of_dataset_validation_and_licence(dataset, tmp_path):
+    """A real run: what its manifest and its log say, and nothing of what they do not."""
+    train(dataset, tmp_path / "runs" / "real", "steps=8", "validate_every=2", "save_every=4", "keep=9")
+    run = tmp_path / "runs" / "real"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    psnr = {line["step"]: line["psnr_y"] for line in lines if line["event"] == "validation"}
+    identity = json.loads((run / "checkpoints" / "step-00000004" / "MANIFEST.json").read_text())["identity"]["dataset"]
+    exported = export_run(run, 4, license_name="CC-BY-4.0", output_dir=tmp_path / "out")
+    assert verify(exported) == []
+    for file in exported.files:
+        found = read_network(file).metadata
+        assert found["license"] == "CC-BY-4.0"
+        assert (found["dataset_lists_sha256"], len(found["dataset_lists_sha256"])) == (identity["lists_sha256"], 64)
+        assert (found["dataset_training_files"], found["dataset_validation_files"]) == ("10", "3")
+        assert json.loads(found["validation"]) == {"psnr_y": psnr[4]}
+    raw = export_run(run, 4, raw=True).saved.metadata
+    assert not raw.keys() & {"validation", "license"}
+
+
+def test_a_report_of_these_very_weights_goes_into_the_files(tmp_path):
+    run = make_run(tmp_path / "runs", best=100)
+    hr = write_images(tmp_path / "hr", {f"{i}.png": picture(48, 64, i) for i in range(3)})
+    report, weights = tmp_path / "evaluation.json", run_network_file(run, 100, ema=True)
+    done = python(CHECKOUT / "evaluate.py", "--model", weights, "--hr", hr, "--json", report, "--out", tmp_path / "out",
+                  cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    done = python(CHECKOUT / "export_trained_model.py", run, "--evaluation", report, cwd=tmp_path, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    told = json.loads(read_network(run / "export" / "demo_x2.safetensors").metadata["evaluation"])
+    expected = json.loads(report.read_text())["mean"]["model"]
+    assert told["benchmarks"]["hr"]["images"] == 3
+    assert told["benchmarks"]["hr"]["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-5)
+    with pytest.raises(UserError, match=r"is of other weights than .*evaluate these first"):
+        export_run(run, 200, evaluation=report)
+    with pytest.raises(UserError, match=r"is no report of evaluate.py"):
+        export_run(run, 200, evaluation=run / "checkpoints" / "step-00000200" / "state.json")
+
+
+def test_a_checkpoints_folder_is_its_step(tmp_path):
+    run = make_run(tmp_path)
+    folder = run / "checkpoints" / "step-00000100"
+    exported = export_run(folder)
+    assert exported.files[0].parent == run / "export"
+    assert exported.saved.metadata["step"] == "100"
+    with pytest.raises(UserError, match=r"is step 100, not --step 200"):
+        export_run(folder, 200)
 
 
 def test_raw_and_half_go_into_files_of_their_own(tmp_path):
@@ -111,7 +163,9 @@ def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):
     assert [str(file) in fault and "not hold the tensors that were written" in fault
             for fault in verify(exported)] == [True]
     content[-1] ^= 1
-    file.write_bytes(bytes(content).replace(b"200", b"201", 1))
+    step = content.rindex(b'\\"step\\"')   # of the description, which is JSON within the JSON of the header
+    content[step:] = content[step:].replace(b"200", b"201", 1)
+    file.write_bytes(content)
     assert ["not hold the description that was written" in fault for fault in verify(exported)] == [True]
 
 
@@ -120,7 +174,8 @@ def test_a_file_that_reads_back_wrong_is_exit_1(tmp_path, monkeypatch, capsys):
 
     run = make_run(tmp_path, best=200)
     monkeypatch.setattr(torch_file, "write_network", _writing_zeros(torch_file.write_network))
-    assert torch_file.run_export(run, "best", raw=False, half=False, output_dir=None) == 1
+    assert torch_file.run_export(run, "best", raw=False, half=False, license="", evaluation=None,
+                                 output_dir=None) == 1
     captured = capsys.readouterr()
     assert captured.err.count("does not hold the tensors that were written") == 2
     assert captured.out == ""

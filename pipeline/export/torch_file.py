@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.export.provenance import evaluation_of, provenance
 from pipeline.models.weights import SavedNetwork, read_network, write_network
-from pipeline.run_folder import Step, choose_step, find_run, run_network_file
+from pipeline.run_folder import CHECKPOINTS_DIR, Step, choose_step, find_run, newest_stage, run_network_file
 
 EXPORT_DIR = "export"
 FORMATS = (".pth", ".safetensors")
@@ -28,10 +29,12 @@ class Exported:
     """What the files hold."""
 
 
-def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, output_dir: Path | None) -> int:
+def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, license: str, evaluation: Path | None,
+               output_dir: Path | None) -> int:
     """See `export_trained_model.py --help`. Returns the exit status: 1 where a file does not hold what was written."""
     run_dir = find_run() if run_dir is None else run_dir
-    exported = export_run(run_dir, step, raw=raw, half=half, output_dir=output_dir)
+    exported = export_run(run_dir, step, raw=raw, half=half, license_name=license, evaluation=evaluation,
+                          output_dir=output_dir)
     faults = verify(exported)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
@@ -43,6 +46,8 @@ def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, output_d
           f"{int(saved.metadata['parameters']):,} parameters:")
     for path in exported.files:
         print(f"  {path}  ({path.stat().st_size / 1e6:.2f} MB)")
+    if "license" not in saved.metadata:
+        print("note: the files name no licence; --license CC-BY-4.0, or whichever is yours, writes it into them")
     print("Read back: both equal bit for bit, and the network runs.")
     print(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
     print("In Python:   from pipeline.models.weights import read_network\n"
@@ -50,16 +55,19 @@ def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, output_d
     return 0
 
 
-def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: bool = False,
-               output_dir: Path | None = None) -> Exported:
+def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: bool = False, license_name: str = "",
+               evaluation: Path | None = None, output_dir: Path | None = None) -> Exported:
     """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats; see `verify`.
 
-    Averaged (EMA) weights unless `raw`. `half` stores the parameters in float16 (buffers stay as they are). The
-    default folder is `<run_dir>/export`. `UserError` for a run without such a checkpoint and for broken weights.
+    `run_dir` may also be a checkpoint in a run folder, which then is the step. Averaged (EMA) weights unless `raw`.
+    `half` stores the parameters in float16 (buffers stay as they are). The files also tell where the weights come from:
+    see `provenance`; with `evaluation`, a report of evaluate.py on these very weights, its means too. The default
+    folder is `<run_dir>/export`. `UserError` for a run without such a checkpoint and for broken weights.
     """
-    run_dir = Path(run_dir)
+    run_dir, step = _checkpoint_apart(Path(run_dir), step)
     number = choose_step(run_dir, step)
-    saved = read_network(run_network_file(run_dir, number, ema=not raw))
+    weights = run_network_file(run_dir, number, ema=not raw)
+    saved = read_network(weights)
     network = saved.build()  # refuses what does not fit and what is not finite, before anything is written
     parameters = dict(network.named_parameters())
     state_dict = saved.state_dict
@@ -73,6 +81,8 @@ def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: b
         "weights": "raw" if raw else "averaged (EMA)",
         "dtype": "float16" if half else _dtype(state_dict),
         "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
+        **provenance(newest_stage(run_dir), number, license_name, is_averaged=not raw),
+        **({} if evaluation is None else {"evaluation": evaluation_of(evaluation, weights)}),
     })
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
     named = recipe if recipe.endswith(f"_x{saved.scale}") else f"{recipe}_x{saved.scale}"
@@ -84,6 +94,16 @@ def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: b
     except OSError as error:
         raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --output-dir") from error
     return Exported(files, saved)
+
+
+def _checkpoint_apart(path: Path, step: Step) -> tuple[Path, Step]:
+    """`run/checkpoints/step-00000400` is step 400 of that run."""
+    named = re.fullmatch(r"step-(\d{8,})", path.name)
+    if not named or path.parent.name != CHECKPOINTS_DIR:
+        return path, step
+    if step not in ("best", int(named[1])):
+        raise UserError(f"{str(path)!r} is step {int(named[1])}, not --step {step}; leave one of them out")
+    return path.parents[1], int(named[1])
 
 
 def verify(exported: Exported) -> list[str]:

@@ -97,6 +97,7 @@ def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
 def write_network(path: str | Path, saved: SavedNetwork) -> None:
     """Write `saved` bit for bit to a .safetensors (flat) or .pth (under "params_ema") file.
 
+    A .safetensors file's header also holds architecture, scale and metadata as plain keys, for programs that show them.
     The file appears whole or not at all: it is written aside, flushed to the disk and renamed.
     """
     path = Path(path)
@@ -105,7 +106,8 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
     # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels_last).
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
     if path.suffix.lower() == ".safetensors":
-        content = safetensors.torch.save(tensors, metadata={METADATA_KEY: description})
+        shown = {"architecture": saved.name, "scale": str(saved.scale), **saved.metadata, METADATA_KEY: description}
+        content = safetensors.torch.save(tensors, metadata=shown)
     elif path.suffix.lower() == ".pth":
         buffer = io.BytesIO()
         torch.save({"params_ema": tensors, METADATA_KEY: description}, buffer)
