@@ -37,6 +37,17 @@ def save_pickled(path, content):
     return path
 
 
+def test_the_same_network_gives_the_same_bytes(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        write_network(file, SavedNetwork("vapsr", 4, {}, {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.half)},
+                                         {"licence": "CC-BY-4.0", "ü": "\"", "run": "r", "step": "7"}))
+    assert len({file.read_bytes() for file in files}) == 1
+    with safetensors.safe_open(files[0], "pt") as opened:
+        assert opened.metadata()["ü"] == "\""
+        assert opened.get_tensor("a").tolist() == [0.0] * 5
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
     saved = tiny_saved(scale=3, global_residual="bicubic")

@@ -107,7 +107,7 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
     if path.suffix.lower() == ".safetensors":
         shown = {"architecture": saved.name, "scale": str(saved.scale), **saved.metadata, METADATA_KEY: description}
-        content = safetensors.torch.save(tensors, metadata=shown)
+        content = _in_order(safetensors.torch.save(tensors, metadata=shown))
     elif path.suffix.lower() == ".pth":
         buffer = io.BytesIO()
         torch.save({"params_ema": tensors, METADATA_KEY: description}, buffer)
@@ -116,6 +116,16 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order: safetensors leaves it to chance, and bytes with it."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8
+    return len(written).to_bytes(8, "little") + written + content[end:]
 
 
 def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
