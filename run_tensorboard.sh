@@ -3,8 +3,18 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/launch/bootstrap.sh"
-vastscale_bootstrap requirements.txt
 log_dir=runs
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then log_dir=$1; shift; fi
+for argument in "$@"; do
+    case $argument in
+        --logdir|--logdir=*|--logdir_spec*) vastscale_die "the folder comes first, without $argument: $0 LOG_DIR" ;;
+        -h|--help|--helpfull) vastscale_bootstrap requirements.txt; exec "$PYTHON" -m tensorboard.main "$argument" ;;
+    esac
+done
 [ -d "$log_dir" ] || vastscale_die "there is no folder $log_dir; train first (./launch_local_train.sh), or name the --log-dir you trained with"
-exec "$PYTHON" -m tensorboard.main --logdir "$log_dir" "$@"
+[ -n "$(find -L "$log_dir" -name 'events.out.tfevents.*' -print -quit)" ] \
+    || vastscale_die "there is no TensorBoard log in $log_dir yet; train first (./launch_local_train.sh), or name the --log-dir you trained with"
+vastscale_bootstrap requirements.txt
+# without TensorBoard's notes to its developers; the URL is the line that stays
+exec "$PYTHON" -m tensorboard.main --logdir "$log_dir" --samples_per_plugin images=200 "$@" 2> >(grep --line-buffered -vE \
+    '^$|TensorFlow installation not found|fast data loading|--load_fast=false|tensorflow/tensorboard/issues/4784' >&2)

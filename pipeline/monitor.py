@@ -1,16 +1,16 @@
-"""What a run tells: one JSON line a log step, TensorBoard, and a line on the terminal. Only the first rank speaks."""
+"""What a run writes down: one JSON line a log step, TensorBoard, and Weights & Biases where that is wanted."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +22,21 @@ MOST_VALUES = 1_000_000
 """So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most 2^24."""
 
 
+class Tracker(Protocol):
+    """Another place for the same numbers and pictures. Its methods raise nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None: ...
+
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None: ...
+
+
 class Journal:
     """Writes down a run. What was logged after `step` belongs to lost work that will be done again: it is dropped."""
 
-    def __init__(self, log_dir: Path, step: int) -> None:
+    def __init__(self, log_dir: Path, step: int, warn: Callable[[str], None] = say,
+                 tracker: Tracker | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -33,30 +44,31 @@ class Journal:
         _forget_after(self._path, step)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30)
-        self._on_terminal = sys.stdout.isatty()
-        self._line_open = False
-        self._is_broken = False
+        self._warn, self._tracker = warn, tracker
+        self._broken: set[str] = set()
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """One JSON line, and a TensorBoard scalar `event/name` for every number."""
+        """One JSON line, and a scalar `event/name` for every number."""
         plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                  for name, value in values.items()}  # JSON knows no NaN
-        line = {"event": event, "step": step, "time": round(time.time(), 3), **plain}
-        with self._unstoppable():
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
-        with self._unstoppable():
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{event}/{name}", value, step)
+        self._line({"event": event, "step": step, "time": round(time.time(), 3), **plain})
+        scalars = {f"{event}/{name}": value for name, value in values.items()
+                   if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        with self.unstoppable():
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, step)
+        if self._tracker:
+            self._tracker.scalars(step, scalars)
 
     def picture(self, step: int, tag: str, image: Tensor) -> None:
-        """A byte image (1, 3, height, width) into TensorBoard."""
-        with self._unstoppable():
+        """A byte image (1, 3, height, width)."""
+        with self.unstoppable():
             self._board.add_image(tag, image[0].cpu(), step)
+        if self._tracker:
+            self._tracker.picture(step, tag, image[0].permute(1, 2, 0).cpu().numpy())
 
     def distribution(self, step: int, tag: str, values: Tensor) -> None:
-        """A histogram into TensorBoard, and its mean and 5, 50 and 95 % quantiles as a JSON line.
+        """A histogram, and the mean and the 5, 50 and 95 % quantiles of its values as a JSON line.
 
         Of more than `MOST_VALUES` a part is taken, for the histogram and the quantiles; the mean is of all.
         """
@@ -64,52 +76,47 @@ class Journal:
         if not torch.isfinite(values).all():
             return
         mean = values.mean().item()
-        apart = -(-len(values) // MOST_VALUES)
-        values = values[:: apart | 1].cpu()  # an odd stride, which meets all columns of an image of even width
+        values = _some(values).cpu()
         low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-        with self._unstoppable():
+        self.histogram(step, tag, values)
+        self._line({"event": "distribution", "step": step, "name": tag, "mean": mean, "quantiles": [low, median, high]})
+
+    def histogram(self, step: int, tag: str, values: Tensor) -> None:
+        """How the finite ones of `values` are spread; nothing where there is none."""
+        values = _some(values.detach().float().flatten())
+        values = values[torch.isfinite(values)].cpu()
+        if not len(values):
+            return
+        with self.unstoppable():
             self._board.add_histogram(tag, values, step)
-        with self._unstoppable():
-            line = {"event": "distribution", "step": step, "name": tag, "mean": mean,
-                    "quantiles": [low, median, high]}
+        if self._tracker:
+            self._tracker.histogram(step, tag, values.numpy())
+
+    def _line(self, line: Mapping[str, Any]) -> None:
+        with self.unstoppable():
             self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
 
     @contextmanager
-    def _unstoppable(self) -> Iterator[None]:
-        """A log that cannot be written must not stop the run: that is said once, and checkpoints try on."""
+    def unstoppable(self, what: str = "the log") -> Iterator[None]:
+        """What cannot be written must not stop the run: that is said once for each `what`, and checkpoints try on."""
         try:
             yield
         except OSError as error:
-            if not self._is_broken:
-                self.say(f"warning: the log cannot be written: {error}; training goes on without")
-                self._is_broken = True
-
-    def progress(self, text: str) -> None:
-        """The line of progress: rewritten on a terminal, a new one in a file."""
-        if self._on_terminal:
-            with suppress(OSError, ValueError):
-                print(f"\r\x1b[2K{text}", end="", flush=True)
-            self._line_open = True
-        else:
-            say(text)
-
-    def passing(self, text: str) -> None:
-        """A word on what is being done, for terminals only: nothing that a log should keep."""
-        if self._on_terminal:
-            self.progress(text)
-
-    def say(self, text: str) -> None:
-        if self._line_open:
-            say("")
-            self._line_open = False
-        say(text)
+            if what not in self._broken:
+                self._warn(f"warning: {what} cannot be written: {error}; training goes on without")
+                self._broken.add(what)
 
     def close(self) -> None:
-        if self._line_open:
-            say("")
         with suppress(OSError):
             self._board.close()
             self._lines.close()
+
+
+def _some(values: Tensor) -> Tensor:
+    """All of `values`, flat, or `MOST_VALUES` of them, evenly apart."""
+    apart = -(-len(values) // MOST_VALUES)
+    return values[:: apart | 1]  # an odd stride, which meets all columns of an image of even width
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -48,7 +48,9 @@ class TrainOptions:
     output_dir: Path | None = None
     """The run folder: checkpoints, recipe, log. Default: runs/<recipe> in the current folder."""
     log_dir: Path | None = None
-    """Where log.jsonl and tensorboard/ go. Default: the run folder."""
+    """Where log.jsonl, run.log, tensorboard/ and samples/ go. Default: the run folder."""
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
+    """Log to this project of Weights & Biases, too; offline where it cannot be reached. Needs `pip install wandb`."""
     ds_config: Path | None = None
     """DeepSpeed's configuration. Default: the recipe's, usually ds_config.json."""
     reset: bool = False
@@ -82,6 +84,7 @@ class Plan:
     total_steps: int
     runtime: str = "deepspeed"  # or accelerate
     watchdog_minutes: float = 10
+    wandb: str | None = None  # a project of Weights & Biases
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -89,6 +92,11 @@ class Plan:
         gan = {"discriminator_ds_config": self.discriminator_ds_config} if self.discriminator_ds_config else {}
         return {"recipe": self.recipe.model_dump(mode="json"), "ds_config": self.ds_config, **gan,
                 "dataset": self.dataset.identity()}
+
+    @property
+    def counts_comms(self) -> bool:
+        """Whether what ranks say to each other is counted."""
+        return self.runtime == "deepspeed" and "comms_logger" in self.ds_config
 
     @property
     def epoch_length(self) -> int:
@@ -161,7 +169,7 @@ def _stage_plan(options: TrainOptions, recipe: Recipe, ds_overrides: dict[str, A
     log_dir = (options.log_dir or home).expanduser().absolute()
     return Plan(recipe, ds_config, dataset, home / recipe.stage, log_dir / recipe.stage, home,
                 before.run_dir if before else None,
-                discriminator_ds_config, options.reset, total, runtime, options.watchdog_minutes)
+                discriminator_ds_config, options.reset, total, runtime, options.watchdog_minutes, options.wandb)
 
 
 def _discriminator_ds_config(recipe: Recipe, ds_config: dict[str, Any],

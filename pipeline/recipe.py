@@ -22,17 +22,19 @@ from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec, Number
 from pipeline.cli import UserError, nearest
 from pipeline.data_spec import DataSpec, Spec
 from pipeline.files import write_atomically
+from pipeline.samples_spec import SamplesSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_images", "save_every", "save_minutes",
-                         "log_every", "keep", "data.threads", "data.prefetch", "data.on_error", "data.max_bad_files",
-                         "lpips_weights", "losses.vgg_feature.weights", "losses.lpips.weights"})
+                         "log_every", "keep", "samples", "histograms", "data.threads", "data.prefetch",
+                         "data.on_error", "data.max_bad_files", "lpips_weights", "losses.vgg_feature.weights",
+                         "losses.lpips.weights"})
 """Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
 
 A loss is a table here, as `recipe_differences` sees it.
 """
-TAKEN = ("checkpoints", "file_lists", "tensorboard")
+TAKEN = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
 """Folders that a run has beside those of its stages."""
 
 
@@ -100,6 +102,9 @@ class Recipe(Spec):
     save_minutes: float = Field(10, gt=0, description="and at least this often")
     keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
+    samples: SamplesSpec = SamplesSpec()
+    histograms: int = Field(0, ge=0, description="steps between histograms of each layer's weights and gradients; "
+                                                 "0: none")
 
     @field_validator("compile", "channels_last", "validation_lpips", mode="before")
     @classmethod
@@ -237,6 +242,8 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
     for key, value in (overrides or {}).items():
         _assign(config, key, value)
     _check_ds_config(config, path)
+    if not config.get("comms_logger", {}).get("enabled", False):  # DeepSpeed counts wherever the section is there
+        config.pop("comms_logger", None)
     return config
 
 
@@ -287,6 +294,9 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
     for key in config.get("zero_optimization", {}):
         if key.startswith("offload"):
             raise UserError(f"{path}: zero_optimization.{key} is not supported: a super-resolution network fits a GPU")
+    if config.get("comms_logger", {}).get("verbose"):
+        raise UserError(f"{path}: comms_logger.verbose prints a line a call, and DeepSpeed is kept quiet here; leave "
+                        "it out: the sums are in log.jsonl")
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
     if "optimizer" not in config:
@@ -377,6 +387,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         if parent == "degradation" and isinstance(values.get(parent), str):
             values[parent] = {"name": values[parent]}
+        if parent == "samples" and isinstance(values.get(parent), (str, list)):
+            values[parent] = {"files": values[parent]}
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"{dotted}: {parent} has no keys of its own")

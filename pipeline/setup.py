@@ -17,6 +17,7 @@ from torch import nn
 from pipeline import checkpoint, run_disk
 from pipeline.checkpoint import Contents, Progress
 from pipeline.cli import UserError
+from pipeline.console import RUN_LOG_FILE
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.ema import ExponentialMovingAverage
@@ -41,10 +42,12 @@ from pipeline.options import Plan
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of
 from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
+from pipeline.samples import SAMPLES_DIR, read_samples
 from pipeline.schedules import validate_schedule
 from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.trainers.reconstruction import ReconstructionTrainer
-from pipeline.validation import ValidationSet
+from pipeline.validation import Pair, ValidationSet
+from pipeline.wandb_tracker import WANDB_DIR
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Run:
     contents: Contents  # of its checkpoints
     progress: Progress
     validation: ValidationSet
+    samples: list[Pair]  # the first rank's
     micro_batch: int
     accumulation: int
     introduction: list[str]  # lines for people
@@ -148,9 +152,11 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
     validation = ranks.together(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
+    samples = ranks.together(lambda: read_samples(recipe, plan.dataset) if ranks.is_first else [])
     introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
                                  (micro_batch, accumulation), step)
-    return Run(plan, ranks, trainer, contents, progress, validation, micro_batch, accumulation, introduction)
+    return Run(plan, ranks, trainer, contents, progress, validation, samples, micro_batch, accumulation,
+               introduction)
 
 
 def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str,
@@ -215,7 +221,7 @@ def move_aside(plan: Plan) -> Path | None:
 def move_logs_aside(plan: Plan) -> None:
     """In a --log-dir of its own, keep what an earlier run has written there: a new log begins."""
     if plan.log_dir != plan.run_dir:
-        for name in (LOG_FILE, TENSORBOARD_DIR):
+        for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, SAMPLES_DIR, WANDB_DIR):
             if (plan.log_dir / name).exists():
                 kept = _unused(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
                 (plan.log_dir / name).rename(kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class ValidationSet:
         return self._kept.get(place) or self._checked_pair(image, number)
 
     def _checked_pair(self, image: Image, number: int) -> Pair:
-        pair = _pair(image, number, self.recipe)
+        pair = read_pair(image, number, self.recipe)
         height, width = pair.hr.shape[-2:]
         if self._lpips and min(height, width) < self._lpips.smallest_side + 2 * self.scale:
             raise UserError(f"{image.path}: {height}x{width} is too small for validation_lpips: "
@@ -119,14 +119,8 @@ class ValidationSet:
 
     def _score(self, sr: Tensor, hr: Tensor) -> tuple[float, float]:
         """(PSNR-Y, LPIPS, or 0 where it is not measured) of one image."""
-        inner = (..., slice(self.scale, -self.scale), slice(self.scale, -self.scale))
-        decibels = min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
-        return decibels, self._lpips(sr[inner], hr[inner])[0] if self._lpips else 0.0
-
-    def bicubic(self, pair: Pair) -> Tensor:
-        """A pair's LR made large by the cubic alone, as bytes."""
-        size = (pair.hr.shape[-2], pair.hr.shape[-1])
-        return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
+        inner = _inner(self.scale)
+        return psnr_y(sr, hr, self.scale), self._lpips(sr[inner], hr[inner])[0] if self._lpips else 0.0
 
     @torch.inference_mode()
     def upscale(self, network: nn.Module, pair: Pair) -> Tensor:
@@ -135,12 +129,33 @@ class ValidationSet:
         return to_bytes(network(lr)).contiguous()
 
 
-def _pair(image: Image, number: int, recipe: Recipe) -> Pair:
+def psnr_y(sr: Tensor, hr: Tensor, scale: int) -> float:
+    """PSNR of two byte images in dB, of rounded luma within borders of `scale` pixels; `PSNR_LIMIT` is the most."""
+    inner = _inner(scale)
+    return min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
+
+
+def _inner(border: int) -> tuple[Any, ...]:
+    return (..., slice(border, -border), slice(border, -border))
+
+
+def bicubic(pair: Pair) -> Tensor:
+    """A pair's LR made large by the cubic alone, as bytes."""
+    size = (pair.hr.shape[-2], pair.hr.shape[-1])
+    return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
+
+
+def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> Pair:
+    """HR and LR of the image at place `number` of a list, which decides what is random in its LR.
+
+    Raises `UserError` naming a file that cannot be read, or is too small, with the `way_out`.
+    """
     pixels, scale = _read(image.path), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
+        way_out = way_out or "select anew after `python tools/check_training_data.py --clean`"
         raise UserError(f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
-                        "select anew after `python tools/check_training_data.py --clean`")
+                        f"{way_out}")
     pixels = np.ascontiguousarray(pixels[:height, :width])
     if image.lr_path is None:
         lr = low_resolution(pixels, recipe.data.degradation, scale, seed=recipe.seed, number=number)

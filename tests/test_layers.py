@@ -12,11 +12,13 @@ from conftest import ROOT
 GROUND = {"cli", "files", "image_reading", "images", "run_folder"}  # what everybody may use
 ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides the ground
     "cli": set(), "files": set(), "image_reading": set(), "images": set(), "run_folder": set(),
-    "data_spec": set(), "adversarial_spec": {"data_spec"}, "recipe": {"adversarial_spec", "data_spec"},
+    "data_spec": set(), "adversarial_spec": {"data_spec"}, "samples_spec": {"data_spec"},
+    "recipe": {"adversarial_spec", "data_spec", "samples_spec"},
     "run_lock": set(), "data": {"data_spec"}, "outcome": set(), "schedules": set(), "torchvision_import": set(),
     "metrics": {"losses", "torchvision_import"}, "losses": {"adversarial_spec", "torchvision_import"},
     "models": {"recipe", "torchvision_import"},
-    "ema": set(), "layout": set(), "monitor": set(),
+    "ema": set(), "layout": set(), "monitor": set(), "console": set(), "comms": set(), "gradients": set(),
+    "wandb_tracker": {"random_states"}, "samples": {"data", "recipe", "validation"}, "skips": {"data"},
     "interfaces": set(), "launched": {"interfaces"}, "ranks": {"launched"}, "runtimes": {"launched", "recipe"},
     "warmup_schedules": {"schedules"}, "zero_shards": set(), "watchdog": set(), "random_states": set(),
     "accelerate_engine": {"ranks", "schedules"}, "deepspeed_engine": {"ranks"},
@@ -24,15 +26,19 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
     "engine_files": {"engine", "schedules", "zero_shards"},
     "options": {"recipe", "runtimes", "data"}, "alike": {"options", "ranks"}, "stopping": {"ranks"},
     "initial_weights": {"engine_files", "models", "options"},
-    "evaluation": {"metrics", "models"}, "export": {"models", "torchvision_import"}, "inference": {"evaluation"},
+    "evaluation": {"launched", "metrics", "models"},
+    "export": {"metrics", "models", "torchvision_import"}, "inference": {"evaluation"},
     "meter": {"data", "ranks", "monitor", "outcome"}, "validation": {"data", "ranks", "metrics", "recipe"},
     "manifest": set(), "run_disk": {"manifest", "ranks"},
     "checkpoint": {"ema", "engine_files", "manifest", "models", "random_states", "ranks", "run_disk"},
     "trainers": {"adversarial_spec", "data", "ema", "engine", "losses", "models", "outcome"},
 }
-FENCED = {"deepspeed": {"pipeline/deepspeed_engine.py", "pipeline/engine_files.py"},
+FENCED = {"deepspeed": {"pipeline/deepspeed_engine.py", "pipeline/engine_files.py", "pipeline/comms.py",
+                        "pipeline/gradients.py"},
+          "wandb": {"pipeline/wandb_tracker.py"},
           "accelerate": {"pipeline/accelerate_engine.py"},
-          "onnx": {"pipeline/export/onnx_file.py"}, "onnxruntime": {"pipeline/export/conversion.py"},
+          "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/quantization.py"},
+          "onnxruntime": {"pipeline/export/onnx_runtime.py", "pipeline/export/quantization.py"},
           "openvino": {"pipeline/export/openvino_file.py"}, "tensorrt": {"pipeline/export/tensorrt_file.py"},
           "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}
 

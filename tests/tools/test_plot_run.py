@@ -14,7 +14,7 @@ from dataset_corpus import assert_user_error
 from PIL import Image
 
 from pipeline.cli import run as run_command
-from tools.plot_training import PANELS, Options, draw, find_logs, main, moving_mean, points, read_log
+from tools.plot_run import PANELS, Options, draw, find_logs, main, moving_mean, points, read_log
 
 
 def write_log(folder: Path, steps: int, *, adversarial: bool = False) -> Path:

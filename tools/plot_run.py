@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.2  # inches, of 110 pixels
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_HEIGHT, DOTS_PER_INCH = 5.2, 3.2, 0.35, 110  # inches
 MOST_COLUMNS = 3
+AUTO_SMOOTHED = 15  # the part of a curve's values that is averaged, if nothing is said
 
 
 class Curve(NamedTuple):
@@ -42,12 +43,18 @@ class Panel(NamedTuple):
     curves: tuple[Curve, ...]
     is_logarithmic: bool = False
     is_noisy: bool = True  # from one line of the log to the next: may be smoothed
+    best: Callable[[Sequence[float]], float] | None = None  # which value is marked
+    unit: str = ""  # behind the marked value
+    from_zero: bool = False
 
 
 PANELS = (
     Panel("training loss", "train", (Curve("loss"),)),
-    Panel("validation PSNR-Y, dB", "validation", (Curve("psnr_y"),), is_noisy=False),
-    Panel("validation LPIPS", "validation", (Curve("lpips"),), is_noisy=False),
+    Panel("validation PSNR-Y, dB", "validation", (Curve("psnr_y"),), is_noisy=False, best=max, unit=" dB"),
+    Panel("validation LPIPS", "validation", (Curve("lpips"),), is_noisy=False, best=min),
+    Panel("throughput, images/s", "train", (Curve("images_per_second"),), from_zero=True),
+    Panel("time of a step, s", "train", (Curve("step_seconds", "all"), Curve("data_seconds", "waiting for data", ":")),
+          from_zero=True),
     Panel("mean logit of the discriminator", "train", (Curve("d_real", "HR"), Curve("d_fake", "SR", "--"))),
     Panel("gradient norm", "train", (Curve("gradient_norm", "generator"),
                                      Curve("discriminator_gradient_norm", "discriminator", "--")), True),
@@ -60,12 +67,12 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the curves of runs, above each other, as one picture: losses, validation, discriminator, gradients, colour.
+    """Draw the curves of runs, above each other, as one picture: loss, PSNR, throughput, and whatever else they log.
 
-    Only what a run has is drawn. Of a run with stages every stage is drawn. TensorBoard shows the same and more; this
-    is for a report, a mail, or a machine without a browser.
+    Only what a run has is drawn, of a run with stages every stage. The best validation is marked. TensorBoard shows the
+    same and more; this is for a report, a mail, or a machine without a browser.
 
-    Example: python tools/plot_training.py runs/vapsr_x2 runs/msrresnet_x2 --out curves.png
+    Example: python tools/plot_run.py runs/vapsr_x2 runs/msrresnet_x2 --out curves.png
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")] = ()
@@ -74,15 +81,16 @@ class Options:
     """The picture: .png, .svg or .pdf. One that is there is replaced."""
     names: tuple[str, ...] = ()
     """What to call the runs in the picture, one for each. Default: their folders' names."""
-    smooth: int = 1
-    """Draw the mean of so many log lines around each (of training; the single lines stay, pale)."""
+    smooth: int | None = None
+    """Draw the mean of so many log lines around each (of training; the single lines stay, pale); 1: the lines alone.
+    Default: a fifteenth of them."""
 
 
 def main(options: Options) -> int:
     """Write the picture."""
     if options.out.suffix not in SUFFIXES:
         raise UserError(f"--out {options.out}: the name must end in {', '.join(SUFFIXES)}")
-    if options.smooth < 1:
+    if options.smooth is not None and options.smooth < 1:
         raise UserError(f"--smooth {options.smooth}: must be 1 or more log lines")
     logs = find_logs(options.runs or (find_run(),), options.names)
     lines = {name: read_log(path) for name, path in logs.items()}
@@ -151,7 +159,7 @@ def moving_mean(values: Sequence[float], width: int) -> list[float]:
     return [math.fsum(window) / len(window) for window in around]
 
 
-def draw(logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth: int, kind: str) -> bytes:
+def draw(logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth: int | None, kind: str) -> bytes:
     """The picture's bytes."""
     import io
 
@@ -162,41 +170,70 @@ def draw(logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth:
 
     columns = 2 if len(panels) == 4 else min(MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, grid = pyplot.subplots(rows, columns, squeeze=False, dpi=110, layout="constrained",
-                                   figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT))
+    figure, grid = pyplot.subplots(rows, columns, squeeze=False, dpi=DOTS_PER_INCH, layout="constrained",
+                                   figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT + LEGEND_HEIGHT))
     for panel, axes in zip(panels, grid.flat, strict=False):
         _draw_panel(axes, panel, logs, smooth)
     for axes in grid.flat[len(panels):]:
         axes.set_axis_off()
+    if len(logs) > 1:
+        names = [pyplot.Line2D([], [], color=_colour(number), linewidth=2.5, label=name)
+                 for number, name in enumerate(logs)]
+        figure.legend(handles=names, loc="outside upper left", ncols=min(len(logs), 2 * columns), fontsize=9,
+                      frameon=False)
+    else:
+        figure.suptitle(next(iter(logs)), fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)
     pyplot.close(figure)
     return picture.getvalue()
 
 
-def _draw_panel(axes: Axes, panel: Panel, logs: dict[str, list[dict[str, Any]]], smooth: int) -> None:
-    drawn = 0
-    for number, (name, log) in enumerate(logs.items()):
-        colour = f"C{number % 10}"
+def _colour(number: int) -> str:
+    return f"C{number % 10}"
+
+
+def _draw_panel(axes: Axes, panel: Panel, logs: dict[str, list[dict[str, Any]]], smooth: int | None) -> None:
+    labels: dict[str, str] = {}  # of the curves of one run, with their styles
+    for number, log in enumerate(logs.values()):
         for curve in panel.curves:
             steps, values = points(log, panel.event, curve.key)
             if not steps:
                 continue
-            if panel.is_noisy and smooth > 1:
-                axes.plot(steps, values, curve.style, color=colour, alpha=0.25, linewidth=0.8)
-                values = moving_mean(values, smooth)
-            marker = "o" if panel.event == "validation" or len(steps) == 1 else None
-            axes.plot(steps, values, curve.style, color=colour, marker=marker, markersize=3, linewidth=1.4,
-                      label=f"{name} {curve.label}".strip())
-            drawn += 1
+            labels.setdefault(curve.label, curve.style)
+            _draw_curve(axes, panel, curve.style, _colour(number), steps, values, smooth)
+    axes.margins(x=0.02, y=0.15 if panel.best else 0.05)
     if panel.is_logarithmic:
         axes.set_yscale("log")
-    axes.set_title(panel.title, fontsize=10)
+    elif panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(which="both", labelsize=8)
-    axes.grid(alpha=0.3)
-    if drawn > 1 or len(logs) > 1:
-        axes.legend(fontsize=7)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(labels) > 1:
+        from matplotlib.lines import Line2D
+
+        axes.legend(handles=[Line2D([], [], color="0.3", linestyle=style, label=label)
+                             for label, style in labels.items()], fontsize=7, frameon=False)
+
+
+def _draw_curve(axes: Axes, panel: Panel, style: str, colour: str, steps: Sequence[int], values: Sequence[float],
+                smooth: int | None) -> None:
+    width = smooth or max(1, len(values) // AUTO_SMOOTHED)
+    marker = "o" if panel.event == "validation" or len(steps) == 1 else None
+    if panel.is_noisy and width > 1:
+        axes.plot(steps, values, style, color=colour, alpha=0.25, linewidth=0.8)
+        values = moving_mean(values, width)
+    axes.plot(steps, values, style, color=colour, marker=marker, markersize=3, linewidth=1.5)
+    if panel.best:
+        place = values.index(panel.best(values))
+        axes.plot(steps[place], values[place], "*", color=colour, markersize=11, markeredgecolor="white")
+        decimals = 2 if panel.unit else 4
+        axes.annotate(f"{values[place]:.{decimals}f}{panel.unit} at {steps[place]:,}", (steps[place], values[place]),
+                      textcoords="offset points", xytext=(0, 8 if panel.best is max else -14), fontsize=7, color=colour,
+                      ha="right" if place > len(steps) / 2 else "left")
 
 
 if __name__ == "__main__":
