@@ -119,7 +119,7 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata in alphabetical order: safetensors leaves it to chance, and bytes with it."""
+    """A safetensors file with its metadata in alphabetical order, which safetensors itself leaves to chance."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
