@@ -1,0 +1,244 @@
+"""Search hyper-parameters: each trial is a training run of its own, bad ones are ended early, nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tyro
+
+from launch import environment
+from pipeline.cli import UserError, run
+from pipeline.files import short, write_atomically
+from pipeline.options import Plan, TrainOptions, make_plans, overrides_last
+from pipeline.recipe import batch_sizes, ds_differences, parse_overrides, recipe_differences, recipe_of
+from pipeline.run_folder import RUNS_DIR
+from tools.common import search_report
+from tools.common.search_check import Candidate, check
+from tools.common.search_run import Budget, Machine, Search, Target
+from tools.common.search_space import Space, read_space, space_of
+from tools.common.search_study import IDENTITY, Pruner, StudyFolder, open_study, pruner_of, read_study
+
+PICTURE_FILE = "search.png"
+FLAGS = ("--reset", "--show")
+LONGEST_MINUTES = 1e6
+
+
+@dataclass(frozen=True)
+class Options:
+    """Search hyper-parameters with Optuna: train short runs with other values each, and tell which are best.
+
+    Each trial is a training run in runs/<study>/trial-0000, trial-0001, ...: ./launch_local_train.sh with overrides.
+    Its validations are watched as they come, and what is worse than others were at that step is ended early. The best
+    trial so far is always in runs/<study>/best.yaml, a recipe that trains as it is.
+
+    CTRL+C saves the trials that run; the same command goes on with them, after kill -9 and a loss of power too.
+    Several machines that share a disk may run the same command at once.
+
+    Example: python tools/search_hyperparameters.py demo --recipe demo --dataset-dir ~/dataset --steps 300 --trials 12
+    """
+
+    space: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")]
+    """A name in recipes/searches/ or the path of a YAML file: override -> its range or choices."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """The same for all trials: key=value over the recipe, ds.key=value over DeepSpeed's file."""
+    recipe: str = "vapsr_x2"
+    """What to search for: a name in recipes/ or the path of a YAML file."""
+    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """As of training; may be given several times. Default: ~/dataset."""
+    lr_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """As of training, for data.degradation=paired."""
+    ds_config: Path | None = None
+    """DeepSpeed's configuration. Default: the recipe's."""
+    output_dir: Path | None = None
+    """The study's folder. Default: runs/search-<space> in the current folder."""
+    steps: int = 2000
+    """Optimizer updates of a trial, the same for all; a schedule whose length is auto ends with them."""
+    trials: int = 20
+    """So many trials in all, those of earlier calls and other machines included."""
+    timeout: float = 0
+    """Minutes after which this call saves what runs and ends; 0: none. The same command goes on."""
+    metric: Literal["psnr", "lpips"] = "psnr"
+    """The best validation of a trial: highest PSNR-Y, or lowest LPIPS (needs validation_lpips=alex or another)."""
+    pruner: Pruner = "median"
+    """What ends trials early. median: worse than the median of the finished ones at that step, from the sixth on;
+    hyperband: many short ones, few long ones; for some 30 trials or more."""
+    prune_after: int | None = None
+    """No trial is ended before so many steps. Default: a quarter of --steps."""
+    seed: int = 0
+    """Of the search. The trials' own is the recipe's seed."""
+    jobs: int = 0
+    """Trials at once. 0: as many as the GPUs allow, or a single one on a CPU."""
+    procs: int = 1
+    """Ranks of a trial: GPUs, or processes on a CPU."""
+    keep: int = 3
+    """Keep the checkpoints of so many best trials; those of others are removed, their logs stay."""
+    show: bool = False
+    """Only show what the study has found so far, also while it runs."""
+    reset: bool = False
+    """Begin a new study; the old one is moved aside to <output-dir>.bak-<time>."""
+
+
+def main(options: Options) -> int:
+    """Search. Exit status: 0 done, 128 + signal stopped and saved, 2 bad input, 1 when trials fail from the start."""
+    _check_options(options)
+    name = Path(options.space).stem if options.space.endswith((".yaml", ".yml")) else options.space
+    folder = StudyFolder((options.output_dir or RUNS_DIR / f"search-{name}").expanduser().absolute())
+    if options.show:
+        return _show(folder)
+    space = read_space(options.space)
+    budget = _budget(options)
+    training = TrainOptions(recipe=options.recipe, dataset_dir=options.dataset_dir, lr_dir=options.lr_dir,
+                            ds_config=options.ds_config)
+    target = _target(options, space, training, budget)
+    machine = _machine(options, target.plans)
+    old = None if options.reset else read_study(folder)
+    if old is None or IDENTITY not in old.user_attrs:
+        _check_values(target, machine)  # before anything is made or moved
+    with folder.entered(reset=options.reset) as kept:
+        if kept:
+            print(f"the old study is kept in {short(kept)}")
+        direction = "maximize" if options.metric == "psnr" else "minimize"
+        study = open_study(folder, direction, pruner_of(options.pruner, options.steps, budget.prune_after))
+        with folder.alone():
+            if IDENTITY in study.user_attrs:
+                _refuse_strangers(folder, study.user_attrs[IDENTITY], target)
+            else:
+                study.set_user_attr(IDENTITY, _identity(target))
+        status = Search(folder, study, target, budget, machine).run()
+        if not status:
+            _tell(folder, study, space, options.metric)
+        return status
+
+
+def _check_options(options: Options) -> None:
+    for name, least in (("steps", 1), ("trials", 1), ("seed", 0), ("jobs", 0), ("procs", 1), ("keep", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+    if not 0 <= options.timeout < LONGEST_MINUTES:
+        raise UserError(f"--timeout {options.timeout:g} must be above 0 minutes, or 0 for none")
+    if options.prune_after is not None and not 0 <= options.prune_after <= options.steps:
+        raise UserError(f"--prune-after {options.prune_after} must be from 0 to --steps {options.steps}")
+
+
+def _budget(options: Options) -> Budget:
+    after = options.steps // 4 if options.prune_after is None else options.prune_after
+    return Budget(options.trials, options.steps, after, options.timeout * 60 or math.inf, options.keep, options.seed)
+
+
+def _target(options: Options, space: Space, training: TrainOptions, budget: Budget) -> Target:
+    """What is searched for. From one validation to the next it is a tenth of the steps, unless that is given."""
+    given: dict[str, Any] = {}
+    for word in options.overrides:
+        recipe, ds_config = parse_overrides([word])
+        given |= recipe | {f"ds.{key}": value for key, value in ds_config.items()}
+    if "steps" in given:
+        raise UserError(f"steps={given['steps']}: the length of a trial is given by --steps")
+    for key in given:
+        if key in (parameter.key for parameter in space.parameters):
+            raise UserError(f"{key} is given on the command line and in the search space; leave one out")
+    measured = [f"steps={budget.steps}"]
+    if "validate_every" not in given:
+        measured.append(f"validate_every={max(1, budget.steps // 10)}")
+    fixed = (*options.overrides, *measured)
+    plans = make_plans(_with(training, fixed))
+    base = make_plans(_with(training, tuple(word for word in options.overrides
+                                            if not word.startswith("validate_every="))))
+    if options.metric == "lpips" and plans[-1].recipe.validation_lpips == "off":
+        raise UserError("--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg")
+    return Target(space, training, fixed, options.metric, plans, base)
+
+
+def _with(training: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
+    return TrainOptions(**{**vars(training), "overrides": tuple(overrides)})
+
+
+def _machine(options: Options, plans: Sequence[Plan]) -> Machine:
+    """How many trials run at once, and on which GPUs."""
+    num_gpus = environment.num_gpus()
+    jobs = options.jobs or (num_gpus // options.procs if num_gpus else 1)
+    if num_gpus and (jobs < 1 or jobs * options.procs > num_gpus):
+        raise UserError(f"--jobs {max(1, jobs)} with --procs {options.procs} takes {max(1, jobs) * options.procs} GPUs;"
+                        f" this machine has {num_gpus}")
+    for plan in plans:
+        batch_sizes(plan.ds_config, options.procs)
+    return Machine(jobs, options.procs, num_gpus)
+
+
+def _check_values(target: Target, machine: Machine) -> None:
+    """Refuse values that training would not take, both ends of each range and each choice, before the first trial."""
+    candidates = [Candidate("", target.fixed)]
+    candidates += [Candidate(shown, target.overrides(values)) for shown, values in target.space.checked()]
+    check(target.training, candidates, machine.procs)
+
+
+def _identity(target: Target) -> dict[str, Any]:
+    """What a study is a study of."""
+    return {"space": target.space.source, "metric": target.metric,
+            "recipes": [plan.recipe.model_dump(mode="json") for plan in target.plans],
+            "ds_configs": [plan.ds_config for plan in target.plans],
+            "dataset": target.plans[-1].dataset.identity()}
+
+
+def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Target) -> None:
+    """Raise `UserError` naming what differs between the study on disk and what is asked for."""
+    wanted = _identity(target)
+    found = target.space.differences(held["space"])
+    if held["metric"] != wanted["metric"]:
+        found.append(f"--metric: {held['metric']} in the study, {wanted['metric']} asked for")
+    if len(held["recipes"]) != len(wanted["recipes"]):
+        found.append(f"stages: {len(held['recipes'])} in the study, {len(wanted['recipes'])} asked for")
+    else:
+        for old, plan in zip(held["recipes"], target.plans, strict=True):
+            before = recipe_of(old, str(folder.path))
+            found += [line.replace(" in the run,", " in the study,")
+                      for line in recipe_differences(before, plan.recipe)]
+            for key in ("steps", "validate_every", "validation_images", "patience"):  # training lets these change
+                was, asked = getattr(before, key), getattr(plan.recipe, key)
+                if was != asked:
+                    name = "--steps" if key == "steps" else key
+                    found.append(f"{name}: {was} in the study, {asked} asked for")
+        for old_ds, plan in zip(held["ds_configs"], target.plans, strict=True):
+            found += [line.replace(" in the run,", " in the study,") for line in ds_differences(old_ds, plan.ds_config)]
+    found += [f"dataset {key}: {value} in the study, {wanted['dataset'][key]} asked for"
+              for key, value in held["dataset"].items() if value != wanted["dataset"][key]]
+    if found:
+        raise UserError(f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with what it was "
+                        "begun with, give --output-dir, or begin anew with --reset (the old study is kept)")
+
+
+def _show(folder: StudyFolder) -> int:
+    """The study as it is, read only but for the picture."""
+    study = read_study(folder)
+    held = study.user_attrs.get(IDENTITY) if study else None
+    if held is None:
+        raise UserError(f"there is no study in {folder.path}; begin one by leaving --show out")
+    _tell(folder, study, space_of(held["space"]), held["metric"])
+    return 0
+
+
+def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
+    """Table, importances, picture, and what to do next."""
+    print(search_report.trial_table(study, space, metric))
+    shares = search_report.importances(study, space)
+    if shares:
+        print(f"\nshare of the variance of the {search_report.TITLES[metric]} of complete trials (fANOVA):")
+        print(search_report.importance_lines(shares))
+    with contextlib.suppress(OSError):
+        write_atomically(folder.path / PICTURE_FILE, search_report.draw(study, space, metric))
+        print(f"\npicture: {short(folder.path / PICTURE_FILE)}")
+    best = folder.path / "best.yaml"
+    if best.is_file():
+        print(f"train the best for as long as its recipe says: ./launch_local_train.sh --recipe {short(best)}")
+
+
+if __name__ == "__main__":
+    run(Options, main, overrides_last(sys.argv[1:], FLAGS))
