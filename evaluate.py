@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,12 +42,15 @@ class Options:
     """File of that trunk's weights."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
+    procs: Annotated[int, arg(help_behavior_hint="(default: one a GPU)")] = 0
+    """Processes that share the images. On a CPU one is the default, and each gets its part of the cores."""
 
 
 def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
     from pipeline.evaluation.command import run_evaluation
-    return run_evaluation(options)
+    return run_evaluation(options, [sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    # The deepspeed launcher may add --local_rank=N, which it also puts into the environment.
+    cli.run(Options, main, [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")])

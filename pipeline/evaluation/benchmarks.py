@@ -46,7 +46,8 @@ PRESETS = {
     "b100": Preset("B100", 100, ("B100", "BSD100", "BSDS100")),
     "urban100": Preset("Urban100", 100, ("Urban100",)),
     "div2k": Preset("DIV2K", 100, ("DIV2K", "DIV2K_valid", "DIV2K100", "DIV2K_val")),
-    "pirm": Preset("PIRM", 100, ("PIRM", "PIRM_valset", "PIRM_valset_100", "PIRM_val", "PIRM_testset")),
+    "pirm": Preset("PIRM", 100, ("PIRM", "PIRM_valset", "PIRM_valset_100", "PIRM_val", "PIRM_dataset/Validation",
+                                 "PIRM/Validation", "PIRM_testset", "PIRM_dataset/Test", "PIRM/Test")),
 }
 # Where a benchmark's folder holds its HR images; {s} is the scale, case does not matter, the first that fits counts.
 SIDE_BY_SIDE = ("image_SRF_{s}", "SRF_{s}", "x{s}", ".")  # SelfExSR: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png
@@ -83,7 +84,10 @@ def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
 
 
 def _folders(root: Path, preset: Preset) -> Iterator[Path]:
-    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it), benchmark/Set5."""
+    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it), benchmark/Set5; or
+    `root` itself, if it is called so."""
+    if root.resolve().name.lower() in {name.lower() for name in preset.folders}:
+        yield root
     for place in (root, *_inside(root, "benchmark"), *_inside(root, "benchmarks")):
         for name in preset.folders:
             yield from _inside(place, name)
@@ -110,7 +114,7 @@ def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pai
     """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none, made."""
     for pattern in SIDE_BY_SIDE:
         for place in _inside(folder, pattern.format(s=scale)):
-            if next(place.glob(f"*_SRF_{scale}_HR.*"), None) is not None:
+            if any(path.stem.lower().endswith(f"_srf_{scale}_hr") for path in place.iterdir()):
                 return place, None, find_pairs(place, None, scale)
     return None
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from pipeline.cli import UserError
-from pipeline.evaluation import as_json, format_table, measure_methods
+from pipeline.evaluation import as_json, format_table
 from pipeline.evaluation.benchmarks import ImageSet, find_benchmark, find_folder
-from pipeline.evaluation.models import Model, choose_device, choose_models
+from pipeline.evaluation.crew import Alone, Crew, joined
+from pipeline.evaluation.models import Model, choose_models, device_at
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.page_images import Gallery
-from pipeline.evaluation.pictures import write_views
-from pipeline.evaluation.scoring import Views, evaluation_of
+from pipeline.evaluation.processes import num_processes, run_processes
+from pipeline.evaluation.scoring import evaluation_of
 from pipeline.evaluation.significance import LEVEL, RESAMPLES, SEED
+from pipeline.evaluation.spread import Work, check_alike, measure_sets
 from pipeline.evaluation.tables import Measured, csv_text, finite, headline, markdown, set_values, spread
+from pipeline.launched import Place, find_place
 from pipeline.metrics.lpips import LpipsMetric
 
 RESULTS_DIR = Path("results")
@@ -42,6 +44,7 @@ class Options(Protocol):
     lpips: str
     lpips_weights: Path | None
     device: str
+    procs: int
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,62 @@ class Outputs:
     page: Path | None
 
 
-def run_evaluation(options: Options) -> int:
-    """See `evaluate.py --help`. Returns the exit status."""
+@dataclass(frozen=True)
+class Plan:
+    """What one process knows before it begins."""
+
+    models: list[Model]
+    work: Work
+    outputs: Outputs
+
+
+def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
+    """See `evaluate.py --help`. Returns the exit status.
+
+    `command` starts another process like this one; without it this one does everything.
+    """
+    place = find_place()
+    if place.world_size > 1:
+        with joined(place) as crew:
+            return _evaluate(options, crew, place)
+    count = num_processes(options.procs, options.device) if command else 1
+    return run_processes(count, command) if count > 1 else _evaluate(options, Alone(), place)
+
+
+def _evaluate(options: Options, crew: Alone | Crew, place: Place) -> int:
+    plan = crew.together(lambda: _prepare(options, place))
+    work, outputs = plan.work, plan.outputs
+    check_alike(plan.models, work.sets, work.pictures, crew)
+    if crew.is_first:
+        _announce(plan.models, work, crew.size)
+    gallery = Gallery(len(work.sets)) if outputs.page else None
+    measured = measure_sets(work, crew, gallery)
+
+    def finish() -> None:
+        report = _numbers(measured, plan.models, work, options)
+        _print_tables(measured, plan.models, work.scale)
+        _write(measured, outputs, report)
+        if gallery is not None and outputs.page is not None:
+            write_page(outputs.page, measured, gallery, report)
+            print(f"page:     {outputs.page}")
+
+    crew.together(lambda: finish() if crew.is_first else None)
+    return 0
+
+
+def _prepare(options: Options, place: Place) -> Plan:
+    """All that can be refused is refused here, before the work."""
+    if options.procs > 1 and options.procs != place.world_size and place.world_size > 1:
+        raise UserError(f"--procs {options.procs}, but {place.launcher} has started {place.world_size} processes; "
+                        "leave --procs out")
     models = choose_models(options.model, options.scale)
     scale = models[0].saved.scale
     sets = choose_images(options, scale)
-    place = choose_device(options.device)
-    networks = {model.title: model.saved.build().to(place, memory_format=torch.channels_last) for model in models}
+    device = device_at(place, options.device)
+    networks = {model.title: model.saved.build().to(device, memory_format=torch.channels_last) for model in models}
     outputs = _make_folders(options, models)
-    _announce(models, sets, place, options.self_ensemble)
-    metric = _lpips(options, place)
-    gallery = Gallery(len(sets)) if outputs.page else None
-    measured = [_measure(data, networks, scale, place, metric, options.self_ensemble,
-                         _visitor(data, sets, outputs.pictures, gallery)) for data in sets]
-    report = _numbers(measured, models, scale, place, options)
-    _print_tables(measured, models, scale)
-    _write(measured, outputs, report)
-    if gallery is not None:
-        write_page(outputs.page, measured, gallery, report)
-        print(f"page:     {outputs.page}")
-    return 0
+    return Plan(models, Work(sets, networks, scale, device, _lpips(options, device), options.self_ensemble,
+                             outputs.pictures), outputs)
 
 
 def choose_images(options: Options, scale: int) -> list[ImageSet]:
@@ -105,16 +144,19 @@ def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
     return Outputs(pictures, numbers, page)
 
 
-def _announce(models: Sequence[Model], sets: Sequence[ImageSet], place: torch.device, self_ensemble: bool) -> None:
-    ensemble = ", self-ensemble of eight" if self_ensemble else ""
+def _announce(models: Sequence[Model], work: Work, num_processes: int) -> None:
+    place = work.device.type if num_processes > 1 else str(work.device)
+    where = f"on {place}{', self-ensemble of eight' if work.self_ensemble else ''}"
+    where += f", in {num_processes} processes" if num_processes > 1 else ""
+    sets = work.sets
     if len(sets) == 1 and len(models) == 1:
         saved = models[0].saved
-        print(f"model: {models[0].file} ({saved.name} x{saved.scale}) on {place}{ensemble}; "
+        print(f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
               f"{len(sets[0].pairs)} images{', LR made: bicubic' if sets[0].lr_made_by else ''}")
     else:
         for model in models:
             saved = model.saved
-            print(f"model: {model.title} is {model.file} ({saved.name} x{saved.scale}) on {place}{ensemble}")
+            print(f"model: {model.title} is {model.file} ({saved.name} x{saved.scale}) {where}")
         for data in sets:
             lr = "LR made: bicubic" if data.lr_made_by else f"LR from {data.lr or data.hr}"
             print(f"images: {data.name}, {len(data.pairs)} from {data.hr}, {lr}")
@@ -132,25 +174,6 @@ def _lpips(options: Options, place: torch.device) -> LpipsMetric | None:
     return None
 
 
-def _visitor(data: ImageSet, sets: Sequence[ImageSet], pictures: Path,
-             gallery: Gallery | None) -> Callable[[Views], None]:
-    """What is done with every image: its picture, in a folder for each of several sets, and the page's crops."""
-    folder = pictures if len(sets) == 1 else pictures / data.name
-
-    def visit(views: Views) -> None:
-        write_views(views, folder)
-        if gallery is not None:
-            gallery.visit(data.name, views)
-
-    return visit
-
-
-def _measure(data: ImageSet, networks: dict[str, nn.Module], scale: int, place: torch.device,
-             metric: LpipsMetric | None, self_ensemble: bool, visit: Callable[[Views], None]) -> Measured:
-    return Measured(data, measure_methods(networks, data.pairs, scale, place, metric, visit,
-                                          self_ensemble=self_ensemble, title=data.name))
-
-
 def _print_tables(sets: Sequence[Measured], models: Sequence[Model], scale: int) -> None:
     if len(sets) == 1 and len(models) == 1:
         print(f"\n{format_table(evaluation_of(sets[0].images, models[0].title, scale))}")
@@ -160,24 +183,24 @@ def _print_tables(sets: Sequence[Measured], models: Sequence[Model], scale: int)
         print("\n" + "\n".join(headline(sets)))
     print(f"\nDifferences in PSNR-Y, {LEVEL:.0%} intervals (bootstrap over images, {RESAMPLES:,} draws, seed {SEED}):")
     for measured in sets:
-        for entry in measured.differences():
+        for entry in measured.differences:
             if entry.metric == "psnr_y":
                 print(f"  {measured.name}: {entry.method} over {entry.against} "
                       f"{spread(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}")
     print()
 
 
-def _numbers(sets: Sequence[Measured], models: Sequence[Model], scale: int, place: torch.device,
-             options: Options) -> dict[str, Any]:
+def _numbers(sets: Sequence[Measured], models: Sequence[Model], work: Work, options: Options) -> dict[str, Any]:
     """The first model on the first set as always, then everything."""
     first = sets[0]
-    report = as_json(evaluation_of(first.images, models[0].title, scale), models[0].describe())
+    report = as_json(evaluation_of(first.images, models[0].title, work.scale), models[0].describe())
     report["mean"]["nearest"] = finite(first.mean("nearest"))
     for entry, image in zip(report["images"], first.images, strict=True):
         entry["nearest"] = finite(image.methods["nearest"])
     data = first.data
     report["data"] = {"hr": str(data.hr), "lr": None if data.lr is None else str(data.lr),
-                      "lr_made_by": data.lr_made_by, "device": str(place)}
+                      "lr_made_by": data.lr_made_by,
+                      "device": work.device.type if options.device == "auto" else options.device}
     report["self_ensemble"] = options.self_ensemble
     report["models"] = [{"title": model.title, **model.describe()} for model in models]
     report["bootstrap"] = {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED}

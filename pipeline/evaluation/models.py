@@ -13,6 +13,7 @@ import torch
 
 from pipeline.cli import UserError
 from pipeline.evaluation.scoring import BASELINES
+from pipeline.launched import Place, gpu_of
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
@@ -65,6 +66,19 @@ def choose_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {device!r} here ({reason}); choose from auto, cpu, cuda") from error
     return place
+
+
+def device_at(place: Place, device: str) -> torch.device:
+    """`choose_device` for one process of several: "auto" and "cuda" are then the GPU of its own."""
+    if place.world_size == 1:
+        return choose_device(device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for a GPU each")
+    if device == "cpu" or not torch.cuda.is_available():
+        return choose_device(device)
+    own = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    torch.cuda.set_device(own)
+    return own
 
 
 def _with_titles_that_differ(models: list[Model]) -> list[Model]:

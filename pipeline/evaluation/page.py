@@ -95,19 +95,17 @@ def _set(measured: Measured, gallery: Gallery) -> dict[str, Any]:
 
 def _rows(measured: Measured) -> list[dict[str, Any]]:
     """The table of means: a row for every method, with the intervals, and which model is best in what."""
-    intervals = {method: {metric: measured.interval(method, metric) for metric in measured.metrics}
-                 for method in measured.methods}
-    best = {metric: _best(intervals, metric) for metric in measured.metrics}
+    best = {metric: _best(measured.intervals, metric) for metric in measured.metrics}
     return [{"method": method, "is_baseline": method in BASELINES,
              "cells": [{"mean": number(found.mean, metric), "range": _range(found, metric),
                         "is_best": found.mean == best[metric]} for metric, found in of_method.items()]}
-            for method, of_method in intervals.items()]
+            for method, of_method in measured.intervals.items()]
 
 
 def _differences(measured: Measured) -> list[dict[str, Any]]:
     """A row for every two methods, with a cell for every metric."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for entry in measured.differences():
+    for entry in measured.differences:
         rows.setdefault(f"{entry.method} over {entry.against}", []).append({
             "mean": number(entry.interval.mean, entry.metric, "+"), "is_open": not entry.is_significant,
             "range": _range(entry.interval, entry.metric, "+"), "verdict": entry.verdict})

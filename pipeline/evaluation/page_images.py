@@ -6,11 +6,14 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from pipeline.evaluation.crew import Alone, Crew
 from pipeline.evaluation.pictures import largest_square
 from pipeline.evaluation.scoring import BASELINES, MethodScores, Views
 
@@ -18,7 +21,20 @@ STAGE = 384
 """Pixels a side of what a slider shows, at most."""
 CROP = 64
 """Pixels a side of a magnified crop."""
+KINDS = ("best", "worst")
 ORIGINAL = "HR"
+
+
+class Place(NamedTuple):
+    """An image's place among the best or the worst of its set; the smallest comes first."""
+
+    name: str
+    """The set's."""
+    kind: str
+    """One of `KINDS`."""
+    order: float
+    index: int
+    """In the set."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +52,61 @@ class Shown:
 
 
 class Gallery:
-    """Keeps of every image set the images in which the first model gains most and least over bicubic."""
+    """Keeps of every image set the images in which the first model gains most and least over bicubic.
+
+    Of equal gains the earlier image counts, in whatever order they are seen.
+    """
 
     def __init__(self, num_sets: int) -> None:
         self._num_shown = 3 if num_sets == 1 else 2 if num_sets <= 3 else 1
-        self._best: dict[str, list[Shown]] = {}
-        self._worst: dict[str, list[Shown]] = {}
+        self._kept: dict[Place, Shown] = {}
 
-    def visit(self, name: str, views: Views) -> None:
-        """Look at an image of the set `name`, and keep what the page needs of it, if anything."""
-        best, worst = self._best.setdefault(name, []), self._worst.setdefault(name, [])
+    def visit(self, name: str, index: int, views: Views) -> None:
+        """Look at the image of that index in the set `name`, and keep what the page needs of it, if anything."""
         model = first_model(views.scores)
         gain = _gain(views.scores, model)
-        errors = {method: (pixels.float() - views.hr.float()).square().mean(dim=1, keepdim=True)
-                  for method, pixels in views.pixels.items() if method in (model, "bicubic")}
-        if len(best) < self._num_shown or gain > best[-1].gain:
-            best.append(_cut(views, gain, errors["bicubic"] - errors[model]))
-            best.sort(key=lambda shown: -shown.gain)
-            del best[self._num_shown :]
-        if len(worst) < self._num_shown or gain < worst[-1].gain:
-            worst.append(_cut(views, gain, errors[model]))
-            worst.sort(key=lambda shown: shown.gain)
-            del worst[self._num_shown :]
+        for kind in KINDS:
+            place = Place(name, kind, -gain if kind == "best" else gain, index)
+            if place in _foremost([*self._kept, place], self._num_shown):
+                self._kept[place] = _cut(views, gain, _errors(views, model, kind))
+        self.keep(_foremost(self._kept, self._num_shown))
+
+    def keep(self, places: Iterable[Place]) -> None:
+        """Let go of all others."""
+        self._kept = {place: self._kept[place] for place in places if place in self._kept}
 
     def best(self, name: str) -> list[Shown]:
         """Those with the largest gain, falling; the crop is where bicubic's error is most above the model's."""
-        return self._best[name]
+        return [self._kept[place] for place in self._of(name, "best")]
 
     def worst(self, name: str) -> list[Shown]:
         """Those with the smallest gain, rising, not in `best`; the crop is where the model's error is largest."""
-        best = {shown.scores.name for shown in self._best[name]}
-        return [shown for shown in self._worst[name] if shown.scores.name not in best]
+        best = {place.index for place in self._of(name, "best")}
+        return [self._kept[place] for place in self._of(name, "worst") if place.index not in best]
+
+    def united(self, crew: Alone | Crew) -> None:
+        """Have in the first process what all processes together would have kept; in the others, nothing of use."""
+        everywhere = [place for places in crew.gather(list(self._kept)) for place in places]
+        self.keep(crew.agree(_foremost(everywhere, self._num_shown)))  # few: they hold the pictures
+        self._kept = {place: shown for kept in crew.gather(self._kept) for place, shown in kept.items()}
+
+    def _of(self, name: str, kind: str) -> list[Place]:
+        return sorted(place for place in self._kept if (place.name, place.kind) == (name, kind))
+
+
+def _foremost(places: Iterable[Place], count: int) -> list[Place]:
+    """The first `count` of every set and kind."""
+    ordered = sorted(places)
+    return [place for _, group in groupby(ordered, key=lambda place: (place.name, place.kind))
+            for place in islice(group, count)]
+
+
+def _errors(views: Views, model: str, kind: str) -> Tensor:
+    """Where to look for a crop: 1 x 1 x H x W, large where bicubic errs more than the model, or where the model errs.
+    """
+    errors = {method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
+              for method in (model, "bicubic")}
+    return errors["bicubic"] - errors[model] if kind == "best" else errors[model]
 
 
 def first_model(scores: MethodScores) -> str:

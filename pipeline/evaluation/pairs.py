@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
+
+COMMON_MULTIPLE = 12
+"""HR images are often cut to multiples of it, for x2, x3 and x4 at once."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +32,28 @@ class Pair:
     def load(self, scale: int) -> tuple[Tensor, Tensor]:
         """HR and LR, uint8 RGB 1 x 3 x H x W; the HR cut at the bottom and the right to a multiple of `scale`.
 
-        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes.
+        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes. One that is there may be of the HR
+        image cut to a multiple of another number (as `GTmod12` of every x2, x3 and x4): HR is then cut as it was. It
+        may also be of the whole HR image, and so have a part of a pixel more than the cut one.
         """
-        hr = crop_to_multiple(read_image(self.hr), scale)
+        whole = _read(self.hr)
+        hr = crop_to_multiple(whole, scale)
         height, width = hr.shape[-2:]
         if self.lr is None:
             if min(height, width) < scale:
-                raise UserError(f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}")
+                raise UserError(f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}; remove it")
             return hr, to_bytes(cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale)))
-        lr = read_image(self.lr)
-        if (lr.shape[-2] * scale, lr.shape[-1] * scale) != (height, width):
+        lr = _read(self.lr)
+        if not all(_fits(large, small, scale) for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)):
             raise UserError(f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so at scale "
                             f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
                             f"{str(self.hr)!r} is {width}x{height}; is it another scale's?")
-        return hr, lr
+        return hr[..., : lr.shape[-2] * scale, : lr.shape[-1] * scale], lr
+
+
+def _fits(large: int, small: int, scale: int) -> bool:
+    """Whether a side of an LR image may come from that of an HR image, whole or cut to a multiple of something."""
+    return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(COMMON_MULTIPLE, scale)
 
 
 def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
@@ -49,13 +64,13 @@ def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
     `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this one's count.
     """
     images = _images_by_stem(Path(hr), "HR")
-    marked = {stem[:-3]: path for stem, path in images.items() if stem.endswith("_HR")}
-    marked = {name: path for name, path in marked.items() if name.endswith(f"_SRF_{scale}")} or marked
+    marked = {stem[:-3]: path for stem, path in images.items() if stem.lower().endswith("_hr")}
+    marked = {name: path for name, path in marked.items() if name.lower().endswith(f"_srf_{scale}")} or marked
     if lr is not None:
         return _pair_folders(marked or images, Path(lr), scale)
     if not marked:
         return [Pair(name, path, None) for name, path in sorted(images.items())]
-    partners = {name: images.get(f"{name}_LR") for name in marked}
+    partners = {name: images.get(f"{name}_LR", images.get(f"{name}_lr")) for name in marked}
     missing = [name for name, partner in partners.items() if partner is None]
     if missing and len(missing) < len(marked):
         raise UserError(f"{len(missing)} of {len(marked)} HR images in {str(hr)!r} have no LR image beside them, the "
@@ -92,3 +107,22 @@ def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
                             "image names must differ before the dot")
         images[path.stem] = path
     return images
+
+
+def _read(path: Path) -> Tensor:
+    """`read_image`, but for colours of 16 bits, which Pillow would cut off to 8 bits and not round."""
+    try:
+        with Image.open(path) as image:
+            is_float, is_deep = image.mode == "F", ";16" in str(image.tile) and not image.mode.startswith("I")
+    except Exception:  # decoders raise whatever they like; `read_image` then says what is wrong
+        is_float = is_deep = False
+    if is_float:
+        raise UserError(f"image {str(path)!r} holds floating point numbers, whose white is not known; save it with 8 "
+                        "or 16 bits")
+    if not is_deep:
+        return read_image(path)
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+    if pixels is None or pixels.dtype != np.uint16:
+        raise UserError(f"image {str(path)!r} of 16 bits cannot be read; save it as PNG of 8 bits")
+    rounded = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return torch.from_numpy(rounded).permute(2, 0, 1)[None].contiguous()

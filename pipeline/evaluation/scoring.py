@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.evaluation.pairs import Pair
 from pipeline.evaluation.upscaling import upscale
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.lpips import LpipsMetric
-from pipeline.metrics.psnr_ssim import measure
+from pipeline.metrics.psnr_ssim import mean_of, measure
 
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
 BASELINES = ("nearest", "bicubic")
@@ -116,21 +116,38 @@ def measure_methods(networks: Mapping[str, nn.Module], pairs: Sequence[Pair], sc
         raise UserError("no images to evaluate on")
     interval = 0.1 if sys.stderr.isatty() else 10  # a log file needs no redrawing
     images = []
+    with evaluating(networks):
+        for pair in tqdm(pairs, desc=title, unit="image", delay=2, mininterval=interval, disable=None):
+            views = measure_image(networks, pair, scale, device, lpips, baselines=baselines,
+                                  self_ensemble=self_ensemble)
+            images.append(views.scores)
+            if visit is not None:
+                visit(views)
+    return images
+
+
+@contextmanager
+def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put networks into eval mode for a while."""
     with ExitStack() as modes:
         for network in networks.values():
             modes.callback(network.train, network.training)
             network.eval()
-        for pair in tqdm(pairs, desc=title, unit="image", delay=2, mininterval=interval, disable=None):
-            hr, lr = pair.load(scale)
-            pixels = {baseline: _enlarged(lr, scale, baseline) for baseline in baselines}
-            for name, network in networks.items():
-                pixels[name] = upscale(network, lr, scale, device, self_ensemble)
-            scores = MethodScores(pair.name, {name: _measured(image, hr, scale, lpips, pair)
-                                              for name, image in pixels.items()})
-            images.append(scores)
-            if visit is not None:
-                visit(Views(scores, hr, pixels))
-    return images
+        yield
+
+
+def measure_image(networks: Mapping[str, nn.Module], pair: Pair, scale: int, device: torch.device | str,
+                  lpips: LpipsMetric | None = None, *, baselines: Sequence[str] = BASELINES,
+                  self_ensemble: bool = False) -> Views:
+    """Measure `networks`, in eval mode and on `device`, and `baselines` on one pair; see `measure_methods`."""
+    hr, lr = pair.load(scale)
+    pixels = {baseline: _enlarged(lr, scale, baseline) for baseline in baselines}
+    for name, network in networks.items():
+        pixels[name] = upscale(network, lr, scale, device, self_ensemble)
+    height, width = hr.shape[-2:]  # an LR image of a whole HR one may give some pixels more
+    pixels = {name: image[..., :height, :width] for name, image in pixels.items()}
+    return Views(MethodScores(pair.name, {name: _measured(image, hr, scale, lpips, pair)
+                                          for name, image in pixels.items()}), hr, pixels)
 
 
 def _score_of(scores: MethodScores, title: str) -> ImageScore:
@@ -153,6 +170,6 @@ def _measured(image: Tensor, hr: Tensor, scale: int, lpips: LpipsMetric | None, 
 def _colours(sr: Tensor, hr: Tensor, border: int, lpips: LpipsMetric | None) -> dict[str, float]:
     """How much lighter SR is than HR in each colour, in levels, and LPIPS, within the borders."""
     inner = (..., slice(border, -border), slice(border, -border))
-    drift = (sr[inner].double() - hr[inner].double()).mean(dim=(0, 2, 3)).tolist()
+    drift = [mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)]
     scores = dict(zip(DRIFTS, drift, strict=True))
     return scores if lpips is None else {**scores, "lpips": lpips(sr[inner], hr[inner])[0]}

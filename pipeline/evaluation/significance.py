@@ -68,7 +68,8 @@ def interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = SE
     mean = sum(values) / len(values)
     if len(array) < 2 or not np.isfinite(array).all():
         return Interval(mean, math.nan, math.nan)
-    low, high = np.quantile(_draws(len(array), resamples, seed) @ array, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    means = np.einsum("ij,j->i", _draws(len(array), resamples, seed), array)  # BLAS would round by its threads
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
 

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pipeline.evaluation.benchmarks import ImageSet
@@ -53,10 +54,13 @@ class Measured:
         """A method's mean of every metric."""
         return means([image.methods[method] for image in self.images])
 
-    def interval(self, method: str, metric: str) -> Interval:
-        """A method's mean of a metric with its bootstrap interval."""
-        return interval([image.methods[method][metric] for image in self.images])
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """Method -> metric -> its mean with the bootstrap interval."""
+        return {method: {metric: interval([image.methods[method][metric] for image in self.images])
+                         for metric in self.metrics} for method in self.methods}
 
+    @cached_property
     def differences(self) -> list[Difference]:
         """Every model against bicubic and the other models."""
         return differences(self.images)
@@ -120,7 +124,7 @@ def _conventions(sets: Sequence[Measured]) -> list[str]:
     lines = [f"Means with {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} draws of the images, seed {SEED}.", ""]
     rows = [["Benchmark", "Method", *(TITLES[metric] for metric in sets[0].metrics)]]
     rows += [[measured.name, method,
-              *(spread(measured.interval(method, metric), metric) for metric in measured.metrics)]
+              *(spread(measured.intervals[method][metric], metric) for metric in measured.metrics)]
              for measured in sets for method in measured.methods]
     return [*lines, *table(rows), *(f"\n{measured.name}: {measured.data.note}." for measured in sets
                                     if measured.data.note)]
@@ -130,7 +134,7 @@ def _differences(sets: Sequence[Measured]) -> list[str]:
     rows = [["Benchmark", "Method", "Against", "Metric", "Difference, paired by image", "Verdict"]]
     rows += [[measured.name, entry.method, entry.against, TITLES[entry.metric],
               spread(entry.interval, entry.metric, "+"), entry.verdict]
-             for measured in sets for entry in measured.differences()]
+             for measured in sets for entry in measured.differences]
     few = [measured.name for measured in sets if len(measured.images) < FEW_IMAGES]
     if few:
         rest = ["", f"Fewer than {FEW_IMAGES} images ({', '.join(few)}): such intervals come out too narrow."]
@@ -145,12 +149,12 @@ def set_values(measured: Measured) -> dict[str, Any]:
         "name": measured.name, "hr": str(data.hr), "lr": None if data.lr is None else str(data.lr),
         "lr_made_by": data.lr_made_by, "note": data.note or None,
         "mean": {method: finite(measured.mean(method)) for method in measured.methods},
-        "intervals": {method: {metric: _ends(measured.interval(method, metric)) for metric in measured.metrics}
+        "intervals": {method: {metric: _ends(measured.intervals[method][metric]) for metric in measured.metrics}
                       for method in measured.methods},
         "differences": [{"method": entry.method, "against": entry.against, "metric": entry.metric,
                          **finite({"mean": entry.interval.mean}), "interval": _ends(entry.interval),
                          "significant": entry.is_significant if entry.is_known else None, "verdict": entry.verdict}
-                        for entry in measured.differences()],
+                        for entry in measured.differences],
         "images": [{"name": image.name, "methods": {method: finite(scores) for method, scores in image.methods.items()}}
                    for image in measured.images],
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,8 @@ from pipeline.losses.perceptual import LpipsDistance
 class LpipsMetric:
     """LPIPS 0.1 with the trunk `network` ("alex" is what papers report), on RGB.
 
-    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32.
+    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU it uses one thread:
+    the last digits would depend on their number.
     """
 
     def __init__(self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu") -> None:
@@ -30,8 +34,19 @@ class LpipsMetric:
         _check_range("SR", sr)
         _check_range("HR", hr)
         # TF32 would cost digits that papers report.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False), \
+                _one_thread():
             return self._distance(sr.to(self.device), hr.to(self.device)).tolist()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_range(title: str, images: Tensor) -> None:

@@ -4,6 +4,8 @@ Y is BT.601 luma in studio range, as MATLAB's `rgb2ycbcr`. The papers measure on
 uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which reads 0.01-0.02 dB higher: `psnr_y_float`,
 `ssim_y_float`. SSIM is that of Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
 IEEE TIP 2004: Gaussian window 11x11 with sigma 1.5 within the image, K1 = 0.01, K2 = 0.03.
+
+Nothing here depends on the number of threads, to the last bit: sums over pixels are NumPy's, which uses one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 METRICS = ("psnr_y", "ssim_y", "psnr_y_float", "ssim_y_float", "psnr_rgb", "ssim_rgb")
@@ -23,14 +24,21 @@ WINDOW, SIGMA = 11, 1.5
 
 def luma(images: Tensor, rounded: bool) -> Tensor:
     """uint8 RGB N3HW -> BT.601 studio-range Y, float64 N1HW in 16..235; `rounded` to whole numbers, halves up."""
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=images.device)
-    y = 16 + torch.einsum("nchw,c->nhw", images.to(torch.float64), weights)[:, None] / 255
-    return torch.floor(y + 0.5) if rounded else y
+    red, green, blue = images.to(torch.int32).split(1, dim=1)
+    y = 65481 * red + 128553 * green + 24966 * blue  # exact, in 1/255000, so that halves are halves
+    if rounded:
+        return (torch.div(y + 127500, 255000, rounding_mode="floor") + 16).to(torch.float64)
+    return y.to(torch.float64) / 255000 + 16
+
+
+def mean_of(values: Tensor) -> float:
+    """The mean of a float64 tensor, the same whatever the number of threads."""
+    return values.mean().item() if values.device.type != "cpu" else float(values.numpy().mean())
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of one shape in 0..255; infinite where they are equal."""
-    error = (first.to(torch.float64) - second.to(torch.float64)).square().mean().item()
+    error = mean_of((first.to(torch.float64) - second.to(torch.float64)).square())
     return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
 
 
@@ -63,17 +71,21 @@ def measure(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
 
 def _ssim_of_plane(a: Tensor, b: Tensor) -> float:
     c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
-    mean_a, mean_b, square_a, square_b, product = _blur(torch.stack((a, b, a * a, b * b, a * b))[:, None])
+    mean_a, mean_b, square_a, square_b, product = _blur(torch.stack((a, b, a * a, b * b, a * b)))
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     covariance = product - mean_a * mean_b
     similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
                   / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)))
-    return similarity.mean().item()
+    return mean_of(similarity)
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """The Gaussian window over float64 N1HW, one axis after the other, where it fits wholly."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=planes.device) - WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    window = window / window.sum()
-    return F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    """The Gaussian window over float64 NHW, one axis after the other, where it fits wholly."""
+    weights = [math.exp(-((index - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for index in range(WINDOW)]
+    for axis in (-2, -1):
+        length = planes.shape[axis] - WINDOW + 1
+        blurred = planes.narrow(axis, 0, length) * (weights[0] / sum(weights))
+        for start, weight in enumerate(weights[1:], 1):
+            blurred.add_(planes.narrow(axis, start, length), alpha=weight / sum(weights))
+        planes = blurred
+    return planes
