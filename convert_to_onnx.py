@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,11 +32,38 @@ class Options:
     """Write NAME.xml and NAME.bin for OpenVINO, too (FP16 weights)."""
     tensorrt: bool = False
     """Build NAME.engine where TensorRT is installed, else print the trtexec line."""
+    int8: bool = False
+    """With --openvino NAME_int8.xml and .bin, too, and else NAME_int8.onnx for ONNX Runtime: convolutions in INT8."""
+    calibrate: Annotated[Path | None, arg(help_behavior_hint="(default: three of scikit-learn's and scikit-image's)")] \
+        = None
+    """Folder of photographs that tell --int8 the range of every layer: best such as you train on or upscale."""
+    calibration_images: int = 32
+    """Crops of 96x96 pixels taken from them."""
+    seed: int = 0
+    """Of the places of the crops."""
+    measure: Annotated[Path | None, arg(help_behavior_hint="(default: three of scikit-image's)")] = None
+    """Folder of sharp photographs, none of --calibrate, on which --int8 is measured: they are HR, reduced to LR."""
+    keep_last: int = 3
+    """So many of the last convolutions stay in FP32: with fewer some networks are faster, and all lose more."""
+    max_drop: float = 0.1
+    """dB of PSNR-Y that INT8 may lose there, in the mean; a file that loses more is not written (exit status 1)."""
+
+
+INT8 = ("calibrate", "calibration_images", "seed", "measure", "keep_last", "max_drop")
+"""Options that mean nothing without --int8."""
 
 
 def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
     from pipeline.export.conversion import run_conversion
-    return run_conversion(**vars(options))
+    from pipeline.export.int8_file import Int8
+
+    values = vars(options).copy()
+    given = {name: values.pop(name) for name in INT8}
+    if not values["int8"]:
+        for field in fields(Options):
+            if field.name in given and given[field.name] != field.default:
+                raise cli.UserError(f"--{field.name.replace('_', '-')} is of --int8; add --int8, or leave it out")
+    return run_conversion(**{**values, "int8": Int8(**given) if values["int8"] else None})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides 
     "options": {"recipe", "runtimes", "data"}, "alike": {"options", "ranks"}, "stopping": {"ranks"},
     "initial_weights": {"engine_files", "models", "options"},
     "evaluation": {"launched", "metrics", "models"},
-    "export": {"metrics", "models", "torchvision_import"}, "inference": {"evaluation"},
+    "onnxruntime_import": set(), "export": {"metrics", "models", "onnxruntime_import", "torchvision_import"},
+    "inference": {"evaluation", "export", "models", "onnxruntime_import"},
     "meter": {"data", "ranks", "monitor", "outcome"}, "validation": {"data", "ranks", "metrics", "recipe"},
     "manifest": set(), "run_disk": {"manifest", "ranks"},
     "checkpoint": {"ema", "engine_files", "manifest", "models", "random_states", "ranks", "run_disk"},
@@ -37,9 +38,11 @@ FENCED = {"deepspeed": {"pipeline/deepspeed_engine.py", "pipeline/engine_files.p
                         "pipeline/gradients.py"},
           "wandb": {"pipeline/wandb_tracker.py"},
           "accelerate": {"pipeline/accelerate_engine.py"},
-          "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/quantization.py"},
-          "onnxruntime": {"pipeline/export/onnx_runtime.py", "pipeline/export/quantization.py"},
-          "openvino": {"pipeline/export/openvino_file.py"}, "tensorrt": {"pipeline/export/tensorrt_file.py"},
+          "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/quantization.py",
+                   "pipeline/inference/openvino_runtime.py"},
+          "onnxruntime": {"pipeline/export/quantization.py", "pipeline/onnxruntime_import.py"},
+          "openvino": {"pipeline/export/openvino_file.py", "pipeline/inference/openvino_runtime.py"},
+          "tensorrt": {"pipeline/export/tensorrt_file.py"},
           "tensorboard": {"pipeline/monitor.py"}, "torch.utils.tensorboard": {"pipeline/monitor.py"}}
 
 

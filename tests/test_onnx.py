@@ -283,8 +283,8 @@ def test_small_photographs_are_continued_and_all_of_them_are_seen(tmp_path, monk
     seen = {int(image[0, 0, 0]) for check in batches for image in check.images}
     assert seen == {int(photo[0, 0, 0, 0]) for photo in photos}
     gradient = torch.arange(4, dtype=torch.uint8).repeat(1, 3, 2, 1)
-    assert parity._middle(gradient, 2, 10)[0, 0, 0].tolist() == [0, 1, 2, 3, 3, 2, 1, 0, 0, 1]
-    assert parity._middle(gradient, 2, 2)[0, 0, 0].tolist() == [1, 2]
+    assert parity.middle(gradient, 2, 10)[0, 0, 0].tolist() == [0, 1, 2, 3, 3, 2, 1, 0, 0, 1]
+    assert parity.middle(gradient, 2, 2)[0, 0, 0].tolist() == [1, 2]
 
 
 def test_forms():

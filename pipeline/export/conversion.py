@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from pipeline.cli import RunError, UserError
 from pipeline.export import openvino_file, tensorrt_file
+from pipeline.export.int8_file import Int8, gather, write_int8
 from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
+from pipeline.export.onnx_runtime import onnx_runtime
 from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, photographs
 from pipeline.files import flush, write_atomically
 from pipeline.models.common import told
@@ -27,9 +28,12 @@ FAILED = ".failed"
 
 
 def run_conversion(input: Path | None, output: Path, io: str, layout: str, half: bool, opset: int,
-                   images: Path | None, openvino: bool, tensorrt: bool) -> int:
+                   images: Path | None, openvino: bool, tensorrt: bool, int8: Int8 | None = None) -> int:
     """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a comparison fails."""
     _check(output, opset, openvino)
+    if int8 is not None and half:
+        raise UserError("--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them out")
+    material = None if int8 is None else gather(int8)
     photos = photographs(images)
     source = network_file(input)
     with quiet():
@@ -50,6 +54,8 @@ def run_conversion(input: Path | None, output: Path, io: str, layout: str, half:
         _write_openvino(output, saved, form, batches)
     if tensorrt:
         _write_tensorrt(output, form)
+    if material is not None:
+        write_int8(output, saved, form, material, batches, for_openvino=openvino)
     return 0
 
 
@@ -62,20 +68,6 @@ def _write_onnx(path: Path, saved: SavedNetwork, network: nn.Module, form: Form,
         batches = checks(network, form, photos)
     print(_compared("ONNX Runtime", lambda: onnx_runtime(path), batches, form.io, form.half, path))
     return batches
-
-
-def onnx_runtime(path: Path) -> Runtime:
-    """Runs an ONNX file by ONNX Runtime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong it raises, too
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: np.ndarray) -> np.ndarray:
-        return session.run([OUTPUT], {INPUT: images})[0]
-
-    return run
 
 
 def _write_openvino(onnx_file: Path, saved: SavedNetwork, form: Form, batches: list[Check]) -> None:

@@ -153,9 +153,8 @@ def _fold_norms(network: nn.Module) -> None:
 
 def _sizes(network: nn.Module) -> tuple[int, int]:
     """Of what number height and width must be multiples, and the smallest they may be."""
-    facts = getattr(network, "_facts", None)  # of a SpandrelNetwork
-    if facts is not None:
-        return facts.multiple, facts.minimum
+    if (sizes := getattr(network, "image_sizes", None)) is not None:  # of a SpandrelNetwork
+        return sizes
     fold = getattr(network, "unshuffle", 1)  # of an RRDBNet
     return fold, fold
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import RunError, UserError
+from pipeline.cli import RunError
 from pipeline.export.onnx_file import Form, with_form
-from pipeline.image_reading import SUFFIXES, read_image
+from pipeline.export.photographs import read_photographs
 from pipeline.images import unit_range
 from pipeline.models.common import told
 
@@ -24,7 +24,7 @@ Runtime = Callable[[np.ndarray], np.ndarray]
 SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
 """(batch, height, width) of the LR images."""
 MOST_PHOTOGRAPHS = 32
-SHIPPED = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+SHIPPED = tuple(f"skimage/data/{name}" for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"))
 """Photographs within scikit-image's package."""
 
 
@@ -55,15 +55,7 @@ class Check:
 
 def photographs(folder: Path | None) -> list[Tensor]:
     """uint8 1 x 3 x H x W: every image in `folder`, or an even spread of `MOST_PHOTOGRAPHS`; `None`: `SHIPPED`."""
-    if folder is None:
-        return [read_image(path) for path in _shipped()]
-    if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r} of --images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(f"no images in {str(folder)!r} of --images; their names end in {', '.join(sorted(SUFFIXES))}")
-    count = min(len(paths), MOST_PHOTOGRAPHS)
-    return [read_image(paths[number * len(paths) // count]) for number in range(count)]
+    return [photo.pixels for photo in read_photographs(folder, "--images", MOST_PHOTOGRAPHS, SHIPPED)]
 
 
 def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
@@ -73,7 +65,7 @@ def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
     for size in itertools.cycle(SIZES):
         if taken >= len(photos) and len(found) >= len(SIZES):
             return found
-        images = torch.cat([_middle(next(endless), *size[1:]) for _ in range(size[0])])
+        images = torch.cat([middle(next(endless), *size[1:]) for _ in range(size[0])])
         taken += size[0]
         if form.layout == "nhwc":
             images = images.permute(0, 2, 3, 1).contiguous()
@@ -121,7 +113,7 @@ def _asked(limit: Limit) -> str:
     return f"{limit.psnr:.0f} dB{levels} are asked for"
 
 
-def _middle(image: Tensor, height: int, width: int) -> Tensor:
+def middle(image: Tensor, height: int, width: int) -> Tensor:
     """The middle of an image in that size; what is too small is continued, mirrored again and again."""
     rows, columns = (_places(have, want) for have, want in zip(image.shape[-2:], (height, width), strict=True))
     return image[:, :, rows][..., columns]
@@ -131,16 +123,3 @@ def _places(have: int, want: int) -> Tensor:
     places = torch.arange(want) + max(0, (have - want) // 2)
     around = places % (2 * have)
     return torch.minimum(around, 2 * have - 1 - around)
-
-
-def _shipped() -> list[Path]:
-    try:
-        import skimage
-    except ImportError as error:
-        raise UserError("the photographs to compare on are scikit-image's, which is not installed; install "
-                        "requirements.txt, or give a folder with --images") from error
-    paths = [Path(skimage.__file__).parent / "data" / name for name in SHIPPED]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"this scikit-image lacks {', '.join(missing)}; give a folder of photographs with --images")
-    return paths

@@ -85,6 +85,14 @@ class SpandrelNetwork(nn.Module):
         """Whether the architecture sees equally far from every place."""
         return self._facts.arch in CONVOLUTIONAL
 
+    @property
+    def image_sizes(self) -> tuple[int, int]:
+        """Of what number the architecture needs height and width to be multiples, and the smallest it takes.
+
+        `forward` takes any; who writes the network down for another runtime has to know.
+        """
+        return self._facts.multiple, self._facts.minimum
+
     def forward(self, images: Tensor) -> Tensor:
         """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
 
