@@ -19,7 +19,7 @@ class Options:
     out: Annotated[Path, arg(aliases=["-o"])]
     """Folder for the results; or a file (.png .jpg .webp .tif .mp4 .mkv .mov) for one input file."""
     model: Annotated[Path | None, arg(help_behavior_hint="(default: newest run)")] = None
-    """Weights file (.safetensors, .pth, .pt), or run folder: its best averaged weights."""
+    """Weights file (.safetensors, .pth, .pt), run folder: its best averaged weights; or network file (.onnx, .xml)."""
     scale: Annotated[float | None, arg(help_behavior_hint="(default: the network's)")] = None
     """Exact factor: the network as often as needed, then antialiased cubic."""
     size: Annotated[str | None, arg(metavar="WxH", help_behavior_hint="(default: by --scale)")] = None
@@ -36,6 +36,8 @@ class Options:
     """LR pixels along a tile's side; 0: as large as the free memory allows."""
     precision: Literal["auto", "fp16", "fp32"] = "auto"
     """auto: FP16 on a GPU, but FP32 for 16-bit pictures; FP32 on a CPU."""
+    backend: Literal["auto", "torch", "openvino", "onnx"] = "auto"
+    """What computes. auto: PyTorch on a GPU, the fastest that is installed and worth its conversion on a CPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
 

@@ -20,10 +20,10 @@ import upscale
 from fabricate import TINY, make_run, picture, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.images import cubic_resize
-from pipeline.inference import Target, Upscaler, encode_picture, read_picture, upscale_picture
-from pipeline.inference import tiles as tiles_module
+from pipeline.inference import Target, Upscaler, encode_picture, read_picture, torch_backend, upscale_picture
 from pipeline.inference.picture_files import Picture
 from pipeline.inference.tiles import lay_tiles
+from pipeline.inference.torch_backend import TorchBackend
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.torchvision_import import import_torchvision
@@ -58,8 +58,12 @@ def cubic(tmp_path_factory):
     return path
 
 
+def on_cpu(network, precision="auto", **options):
+    return Upscaler(TorchBackend(network, CPU, precision), **options)
+
+
 def upscaler(path, **options):
-    return Upscaler(read_network(path).build(), CPU, **options)
+    return on_cpu(read_network(path).build(), **options)
 
 
 def run(capsys, *arguments):
@@ -105,14 +109,14 @@ def assert_cubic(found, pixels, levels=1):
 def test_tiled_equals_untiled(tile, kind):
     network = tiny_network(3, num_blocks=1)
     image = picture(90, 123, 1)[None].astype(kind) * (np.iinfo(kind).max // 255)
-    whole = Upscaler(network, CPU)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
+    whole = on_cpu(network)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
     shown = []
-    tiled = Upscaler(network, CPU, tile=tile)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=shown.append)
+    tiled = on_cpu(network, tile=tile)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=shown.append)
     assert_near(tiled, whole)
     assert sum(shown) == 90 * 123
-    cut = Upscaler(network, CPU, tile=tile)
-    cut.halo = 0
-    seams = cut(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
+    blind = TorchBackend(network, CPU)
+    blind.halo = 0
+    seams = Upscaler(blind, tile=tile)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
     assert np.abs(seams.astype(int) - whole.astype(int)).max() > 2  # so the tiles do have to overlap
 
 
@@ -131,11 +135,11 @@ def test_tiles_fill_the_image_once_and_see_their_halo(shape):
 def test_equal_tiles_go_together_and_no_more_than_fit(monkeypatch):
     network, shapes = tiny_network(0, num_blocks=1), []
     network.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
-    monkeypatch.setattr(tiles_module, "max_window_pixels", lambda *_: 64 * 64)
+    monkeypatch.setattr(torch_backend, "max_window_pixels", lambda *_: 64 * 64)
     images = np.stack([picture(25, 20, seed) for seed in range(20)])
-    together = Upscaler(network, CPU)(images, images.dtype, is_deep=False, advance=nothing)
+    together = on_cpu(network)(images, images.dtype, is_deep=False, advance=nothing)
     assert [shape[0] for shape in shapes] == [8, 8, 4]
-    alone = [Upscaler(network, CPU)(image[None], images.dtype, is_deep=False, advance=nothing) for image in images]
+    alone = [on_cpu(network)(image[None], images.dtype, is_deep=False, advance=nothing) for image in images]
     assert_near(together, np.concatenate(alone))
 
 
@@ -147,24 +151,23 @@ def test_tiles_become_smaller_when_the_memory_does_not_suffice():
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     image = picture(180, 140)[None]
-    whole = Upscaler(network, CPU)(image, image.dtype, is_deep=False, advance=nothing)
+    whole = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
     network.register_forward_pre_hook(refuse)
-    assert_near(Upscaler(network, CPU)(image, image.dtype, is_deep=False, advance=nothing), whole)
+    assert_near(on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing), whole)
     with pytest.raises(cli.RunError, match="memory does not suffice for one tile; choose a smaller --tile"):
-        Upscaler(network, CPU, tile=200)(image, image.dtype, is_deep=False, advance=nothing)
+        on_cpu(network, tile=200)(image, image.dtype, is_deep=False, advance=nothing)
 
 
 def test_half_precision_is_near_and_what_it_cannot_hold_is_done_in_full():
     network, image = tiny_network(2, num_blocks=1), picture(30, 40)[None]
-    full = Upscaler(network, CPU)(image, image.dtype, is_deep=False, advance=nothing)
-    half = Upscaler(network, CPU, precision="fp16")
+    full = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
+    half = on_cpu(network, "fp16")
     assert half.dtype_for(is_deep=False) == torch.float16
     assert_near(half(image, image.dtype, is_deep=False, advance=nothing), full, 2)
     network.register_forward_hook(lambda module, inputs, output: output / (output.dtype != torch.float16))
-    np.testing.assert_array_equal(Upscaler(network, CPU, precision="fp16")(image, image.dtype, is_deep=False,
-                                                                          advance=nothing), full)
-    assert Upscaler(network, torch.device("cuda")).dtype_for(is_deep=False) == torch.float16
-    assert Upscaler(network, torch.device("cuda")).dtype_for(is_deep=True) == torch.float32
+    np.testing.assert_array_equal(on_cpu(network, "fp16")(image, image.dtype, is_deep=False, advance=nothing), full)
+    assert Upscaler(TorchBackend(network, torch.device("cuda"))).dtype_for(is_deep=False) == torch.float16
+    assert Upscaler(TorchBackend(network, torch.device("cuda"))).dtype_for(is_deep=True) == torch.float32
 
 
 # Modes
@@ -237,7 +240,7 @@ def test_alpha_is_upscaled_with_it(tmp_path, capsys, cubic):
 
 
 def test_opaque_stays_opaque_and_hidden_colours_do_not_show():
-    made = Upscaler(tiny_network(4), CPU)
+    made = on_cpu(tiny_network(4))
     pixels = np.dstack([picture(40, 40), np.full((40, 40), 255, np.uint8)])
     assert (upscale_picture(Picture(pixels), Target(), made, nothing).pixels[..., 3] == 255).all()
     pixels[:20, :, 3] = 0
@@ -465,7 +468,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_one_pixel(channels):
-    made, pixels = Upscaler(tiny_network(0), CPU), np.full((1, 1, channels), 77, np.uint8)
+    made, pixels = on_cpu(tiny_network(0)), np.full((1, 1, channels), 77, np.uint8)
     for target, shape in ((Target(), (2, 2)), (Target(scale=5), (5, 5)), (Target(size=(3, 1)), (3, 1))):
         large = upscale_picture(Picture(pixels), target, made, nothing).pixels
         assert large.shape == (*shape, channels)
@@ -492,7 +495,7 @@ def test_the_newest_run_is_the_default(tmp_path, capsys, monkeypatch):
         status, told, _ = run(capsys, "a.png", "-o", "out", "--force", *arguments)
         assert status == 0
         assert "step-00000100/generator_ema.safetensors" in told
-        best = Upscaler(tiny_saved(101).build(), CPU)(pixels[None], pixels.dtype, is_deep=False, advance=nothing)
+        best = on_cpu(tiny_saved(101).build())(pixels[None], pixels.dtype, is_deep=False, advance=nothing)
         np.testing.assert_array_equal(np.array(Image.open("out/a.png")), best[0])
 
 

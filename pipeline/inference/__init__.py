@@ -6,5 +6,6 @@ from pipeline.inference.picture_files import Picture, read_picture
 from pipeline.inference.picture_writing import encode_picture
 from pipeline.inference.plan import Target, upscale_picture
 from pipeline.inference.tiles import Upscaler
+from pipeline.inference.torch_backend import TorchBackend
 
-__all__ = ["Picture", "Target", "Upscaler", "encode_picture", "read_picture", "upscale_picture"]
+__all__ = ["Picture", "Target", "TorchBackend", "Upscaler", "encode_picture", "read_picture", "upscale_picture"]

@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.cli import RunError
-from pipeline.evaluation.models import choose_device, choose_model
+from pipeline.evaluation.models import choose_device
 from pipeline.files import write_atomically
+from pipeline.inference.choosing import choose_backend
 from pipeline.inference.jobs import Job, plan_jobs, without_existing
 from pipeline.inference.picture_files import Picture, picture_size, read_picture
 from pipeline.inference.picture_writing import encode_picture
@@ -29,7 +30,7 @@ THREADS = min(4, os.cpu_count() or 1)
 
 def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: float | None, size: str | None,
                   pre_downsample: int, format: str, force: bool, skip_existing: bool, tile: int, precision: str,
-                  device: str) -> int:
+                  backend: str, device: str) -> int:
     """See `upscale.py --help`. Returns the exit status: 1 where a file did not work."""
     Image.MAX_IMAGE_PIXELS = None  # `upscale_images` asks the memory instead
     target = Target.of(scale, size, pre_downsample)
@@ -39,10 +40,10 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
         print(f"left alone: {len(planned) - len(jobs)} results that exist already")
     if not jobs:
         return 0
-    chosen = choose_model(model)
-    place = choose_device(device)
-    upscaler = Upscaler(chosen.saved.build(), place, precision, tile)
-    print(f"model: {chosen.file} ({chosen.saved.name} x{upscaler.scale}) on {place}; {len(jobs)} "
+    chosen = choose_backend(model, backend, choose_device(device), precision,
+                            lambda scale: sum(_work(job, target, scale) for job in jobs))
+    upscaler = Upscaler(chosen.backend, tile)
+    print(f"model: {chosen.file} ({chosen.network}) on {chosen.by}; {len(jobs)} "
           f"{'file' if len(jobs) == 1 else 'files'}", flush=True)
     failures = _run_all(jobs, target, upscaler)
     print(f"upscaled: {len(jobs) - len(failures)} of {len(jobs)} into {out}", flush=True)

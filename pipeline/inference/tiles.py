@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,17 +9,18 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.cli import RunError, UserError
 from pipeline.images import to_bytes
-from pipeline.inference.memory import max_window_pixels
+from pipeline.inference.backend import Backend
+from pipeline.inference.memory import is_out_of_memory
+from pipeline.inference.torch_backend import DEEP
 
 ALIGNMENT = 16
 """Tiles begin at multiples of it, so that the windows of attention lie as in the whole image."""
 SMALLEST_TILE = 64
 MAX_BATCH = 64
-DEEP = np.dtype(np.uint16)
 
 Advance = Callable[[float], None]
 """Told how many LR pixels were upscaled since it was last called."""
@@ -63,6 +63,31 @@ def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[T
     return sorted(tiles, key=lambda tile: tile.seen_shape)
 
 
+def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[Tile]:
+    """Tiles that fill `shape` once and look at exactly `window` (height, width) each, or at the whole of a shorter
+    side. `RunError` where a window is no larger than what the network sees around a pixel."""
+    count, height, width = shape
+    try:
+        rows, columns = (_windows(length, side, halo) for length, side in zip((height, width), window, strict=True))
+    except ValueError as error:
+        raise RunError(f"{width}x{height} pixels need tiles, but the network takes images of {window[1]}x{window[0]} "
+                       f"only and sees {halo} pixels far; convert it for images of any size") from error
+    return sorted((Tile(image, row[0], column[0], row[1], column[1])
+                   for image in range(count) for row in rows for column in columns), key=lambda tile: tile.seen_shape)
+
+
+def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
+    """Of one side: what each tile fills, and what it looks at."""
+    if length <= side:
+        return [(slice(0, length), slice(0, length))]
+    step = (side - 2 * halo) // ALIGNMENT * ALIGNMENT
+    if step <= 0:
+        raise ValueError
+    starts = [*range(0, length - side, step), length - side]
+    edges = [0, *(start + halo for start in starts[1:]), length]
+    return [(slice(*edges[place : place + 2]), slice(start, start + side)) for place, start in enumerate(starts)]
+
+
 def _aligned(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT
 
@@ -79,41 +104,34 @@ def _widened(piece: slice, halo: int, length: int) -> slice:
 
 
 class Upscaler:
-    """A network, ready to upscale arrays of any size on its device.
+    """A network, ready to upscale arrays of any size.
 
     Args:
-        network: any generator of `pipeline.models`, in eval mode.
-        device: where it computes.
-        precision: "auto" is FP16 on a GPU, but FP32 for 16-bit pictures, of which FP16 would keep 11 bits; and FP32
-            on a CPU. "fp16" and "fp32" are those for all.
-        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the free memory.
+        backend: the network and what computes it.
+        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the free memory. `UserError` for less
+            than `ALIGNMENT`, and where the network takes images of one size only.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto", tile: int = 0) -> None:
+    def __init__(self, backend: Backend, tile: int = 0) -> None:
         if tile and tile < ALIGNMENT:
             raise UserError(f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free memory")
-        self.scale: int = network.scale
-        self.halo: int = network.receptive_radius
-        self.device = device
-        self._network = network
-        self._precision = precision
+        if tile and backend.window:
+            raise UserError(f"--tile {tile}: the network takes images of {backend.window[1]}x{backend.window[0]} only, "
+                            "so tiles have that size; leave --tile out")
+        self.scale = backend.scale
+        self._backend = backend
         self._tile = tile
-        self._ready: dict[torch.dtype, nn.Module] = {}
-        self._max_pixels: dict[torch.dtype, int] = {}
+        self._reduced: dict[torch.dtype, int] = {}  # after the memory did not suffice
 
     def dtype_for(self, *, is_deep: bool) -> torch.dtype:
         """The precision of the network for pictures of 16 bits (`is_deep`), or of 8."""
-        is_half = self._precision == "fp16" or (self._precision == "auto" and self.device.type == "cuda"
-                                                and not is_deep)
-        return torch.float16 if is_half else torch.float32
+        return self._backend.dtype_for(is_deep=is_deep)
 
     def max_pixels(self, dtype: torch.dtype) -> int:
         """How many LR pixels the network is shown at once, over all tiles of a batch."""
         if self._tile:
-            return (self._tile + 2 * _aligned(self.halo)) ** 2
-        if dtype not in self._max_pixels:
-            self._max_pixels[dtype] = max_window_pixels(self._in(dtype), self.device, dtype)
-        return self._max_pixels[dtype]
+            return (self._tile + 2 * _aligned(self._backend.halo)) ** 2
+        return self._reduced.get(dtype) or self._backend.max_pixels(dtype)
 
     def __call__(self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance) -> np.ndarray:
         """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one of these types.
@@ -123,7 +141,7 @@ class Upscaler:
         dtype = self.dtype_for(is_deep=is_deep)
         count, height, width, _ = images.shape
         large = np.empty((count, height * self.scale, width * self.scale, 3), result)
-        waiting = lay_tiles((count, height, width), self.halo, self.max_pixels(dtype))
+        waiting = self._laid((count, height, width), dtype)
         while waiting:
             try:
                 for batch in self._batches(waiting, dtype):
@@ -133,6 +151,11 @@ class Upscaler:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 waiting = self._laid_smaller(waiting, (count, height, width), dtype, error)
         return large
+
+    def _laid(self, shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tile]:
+        if self._backend.window:
+            return lay_windows(shape, self._backend.halo, self._backend.window)
+        return lay_tiles(shape, self._backend.halo, self.max_pixels(dtype))
 
     def _batches(self, tiles: list[Tile], dtype: torch.dtype) -> Iterator[list[Tile]]:
         """Tiles of one size, as many at once as the memory allows."""
@@ -155,41 +178,27 @@ class Upscaler:
 
     @torch.inference_mode()
     def _run(self, seen: np.ndarray, result: np.dtype, dtype: torch.dtype) -> np.ndarray:
-        if seen.dtype == DEEP:
-            seen = seen.astype(np.float32) / 65535
-        lr = torch.from_numpy(seen).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
-        lr = lr.contiguous(memory_format=torch.channels_last)
-        # TF32 keeps 11 bits; benchmark mode searches anew for every size of tile.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-            sr = self._in(dtype)(lr)
-            if dtype == torch.float16 and not torch.isfinite(sr).all():  # beyond FP16's range
-                sr = self._in(torch.float32)(lr)
+        sr = self._backend(seen, dtype)
+        if not self._backend.is_exact(dtype) and not torch.isfinite(sr).all():  # beyond FP16's range
+            sr = self._backend(seen, torch.float32)
         if not torch.isfinite(sr).all():
             raise RunError("the network gives NaN or infinity; its weights are broken")
         return _levels(sr, result).permute(0, 2, 3, 1).cpu().numpy().astype(result, copy=False)
 
-    def _in(self, dtype: torch.dtype) -> nn.Module:
-        """The network in this precision on the device; made once."""
-        if dtype not in self._ready:
-            network = copy.deepcopy(self._network)
-            self._ready[dtype] = network.to(self.device, dtype, memory_format=torch.channels_last).eval()
-        return self._ready[dtype]
-
     def _laid_smaller(self, waiting: list[Tile], shape: tuple[int, int, int], dtype: torch.dtype,
                       error: Exception) -> list[Tile]:
         """All tiles anew, of half the pixels, after the memory did not suffice; raises any other error again."""
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-            sign in str(error) for sign in ("allocate memory", "out of memory", "DefaultCPUAllocator"))
-        largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
-        if not is_memory:
+        if not is_out_of_memory(error):
             raise error
-        if self._tile or largest <= (SMALLEST_TILE + 2 * _aligned(self.halo)) ** 2:
+        largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
+        smallest = (SMALLEST_TILE + 2 * _aligned(self._backend.halo)) ** 2
+        if self._tile or self._backend.window or largest <= smallest:
             raise RunError("the memory does not suffice for one tile; choose a smaller --tile, a smaller network or "
                            "--device cpu") from error
-        if self.device.type == "cuda":
+        if self._backend.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._max_pixels[dtype] = min(largest, self._max_pixels[dtype]) // 2
-        return lay_tiles(shape, self.halo, self._max_pixels[dtype])
+        self._reduced[dtype] = min(largest, self.max_pixels(dtype)) // 2
+        return lay_tiles(shape, self._backend.halo, self._reduced[dtype])
 
 
 def _levels(sr: Tensor, result: np.dtype) -> Tensor:

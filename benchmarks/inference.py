@@ -1,0 +1,265 @@
+"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run, measured in turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import tyro
+
+from pipeline.cli import UserError, run
+from tools.common.parallel import progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pipeline.models.weights import SavedNetwork
+
+WAYS = ("eager", "channels-last", "compile", "half", "onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
+CALIBRATION_IMAGES = 16
+LARGEST_SIDE = 8192
+
+Call = Callable[[], "np.ndarray | torch.Tensor"]
+"""Upscales the photograph: RGB floats N x 3 x H x W."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what upscales an image fastest. Every round runs every way once; medians count, ratios are to eager.
+
+    PSNR is that of the result against PyTorch's in FP32, on a photograph, so that what is fast by being wrong shows.
+
+    Example: python benchmarks/inference.py --model VapSR_X4.pth --threads 2
+    """
+
+    model: Path | None = None
+    """Weights file or run folder. Default: an untrained VapSR x4 of the published size, which is as fast."""
+    size: Annotated[str, tyro.conf.arg(metavar="HxW")] = "180x320"
+    """Height and width of the LR image."""
+    threads: int = 1
+    """CPU threads of every way."""
+    rounds: int = 5
+    """How often each way is measured, in turns."""
+    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = ()
+    """Some of eager, channels-last, compile, half (FP16 on a GPU, BF16 on a CPU), onnx, onnx-int8, openvino,
+    openvino-bf16, openvino-int8; files may be given besides. Default: all that run on the device."""
+    files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Network files (.onnx for ONNX Runtime, .xml for OpenVINO) of the same network, float NCHW."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1...; auto is the GPU where there is one."""
+    json: Path | None = None
+    """File for the numbers."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way."""
+
+    name: str
+    milliseconds: float
+    """An image, the median of the rounds."""
+    least: float
+    greatest: float
+    megapixels: float
+    """Of the result, a second."""
+    ratio: float
+    """Times as fast as the first way, the median of the rounds."""
+    psnr: float | None
+    """dB against PyTorch in FP32; `None` where they are equal."""
+
+
+def main(options: Options) -> int:
+    """Build, check, measure and print."""
+    height, width = _check_options(options)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # what our runtimes go by
+    import torch
+
+    from pipeline.evaluation.models import choose_device, choose_model
+    from pipeline.export.onnx_file import quiet
+
+    torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    saved = choose_model(options.model).saved if options.model else _published_vapsr()
+    photo = _photograph(height, width)
+    with tempfile.TemporaryDirectory() as scratch, quiet(), torch.inference_mode():
+        calls = _calls(options, saved, photo, device, Path(scratch))
+        psnrs = _check(calls, saved.build(), photo)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        with progress(options.rounds * len(calls), "measurement") as bar:
+            for _ in range(options.rounds):
+                for name, call in calls.items():
+                    seconds[name].append(_seconds(call, device))
+                    bar.update()
+    pixels = height * width * saved.scale**2
+    rows = [_row(name, times, next(iter(seconds.values())), pixels, psnrs[name]) for name, times in seconds.items()]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.threads} threads"
+    title = f"{saved.name} x{saved.scale}, LR {width}x{height}, {where}; medians of {options.rounds} rounds"
+    print(_table(title, rows))
+    if options.json:
+        options.json.write_text(json.dumps({"title": title, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
+                                encoding="utf-8")
+    return 0
+
+
+def _check_options(options: Options) -> tuple[int, int]:
+    """Height and width. `UserError` for what cannot be measured."""
+    if min(options.threads, options.rounds) < 1:
+        raise UserError("--threads and --rounds must be at least 1")
+    sides = options.size.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= LARGEST_SIDE for side in sides):
+        raise UserError(f"--size {options.size} is no HxW, such as 180x320, of sides from 1 to {LARGEST_SIDE}")
+    for way in options.ways:
+        if way not in WAYS:
+            raise UserError(f"no way {way!r}; choose from {', '.join(WAYS)}")
+    for file in options.files:
+        if file.suffix not in (".onnx", ".xml") or not file.is_file():
+            raise UserError(f"{str(file)!r} of --files is no .onnx or .xml file that is there")
+    return int(sides[0]), int(sides[1])
+
+
+def _published_vapsr() -> SavedNetwork:
+    import torch
+
+    from pipeline.models import build_generator
+    from pipeline.models.weights import SavedNetwork
+
+    torch.manual_seed(0)
+    return SavedNetwork("vapsr", 4, {}, build_generator("vapsr", 4).state_dict())
+
+
+def _photograph(height: int, width: int) -> torch.Tensor:
+    """The middle of one that is shipped with scikit-image; float 1 x 3 x height x width, mirrored on if too small."""
+    import torch
+
+    from pipeline.export.parity import middle, photographs
+    from pipeline.images import unit_range
+
+    return unit_range(middle(photographs(None)[0], height, width), torch.float32)
+
+
+def _calls(options: Options, saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
+           folder: Path) -> dict[str, Call]:
+    """What is measured, by name, ready to run."""
+    on_gpu = device.type == "cuda"
+    wanted = options.ways or tuple(way for way in WAYS if not on_gpu or not way.startswith("openvino"))
+    calls = {name: call for name, call in _by_torch(saved, photo, device).items() if name in wanted}
+    calls |= _by_runtimes([way for way in wanted if way.startswith(("onnx", "openvino"))], saved, photo, device, folder)
+    for file in options.files:
+        name, number = file.name, 2
+        while name in calls:
+            name, number = f"{file.name} ({number})", number + 1
+        calls[name] = _loaded(file, photo, device, by_openvino=file.suffix == ".xml")
+    return calls
+
+
+def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) -> dict[str, Call]:
+    import torch
+
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+
+    def call(network: nn.Module, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Call:
+        network = network.to(device, dtype, memory_format=memory_format).eval()
+        images = photo.to(device, dtype, memory_format=memory_format)
+        return lambda: network(images)
+
+    compiled = saved.build().to(device, memory_format=torch.channels_last).eval()
+    images = photo.to(device, memory_format=torch.channels_last)
+    fast = torch.compile(compiled)
+    return {"eager": call(saved.build(), torch.contiguous_format),
+            "channels-last": call(saved.build(), torch.channels_last),
+            "compile": lambda: fast(images),
+            "half": call(saved.build(), torch.channels_last, half)}
+
+
+def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
+                 folder: Path) -> dict[str, Call]:
+    """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by itself."""
+    from pipeline.export.int8_file import Int8, gather
+    from pipeline.export.onnx_file import Form, convert
+    from pipeline.export.quantization import as_input, calibration_images, quantize
+
+    if not ways:
+        return {}
+    fp32 = folder / "fp32.onnx"
+    fp32.write_bytes(convert(saved, saved.build(), Form()))
+    files = {"onnx": fp32, "openvino": fp32, "openvino-bf16": fp32}
+    images = [] if not any("int8" in way for way in ways) else [
+        as_input(crop, Form()) for crop in calibration_images(gather(Int8()).calibrating, saved.scale,
+                                                              CALIBRATION_IMAGES, 0)]
+    for way in ("onnx-int8", "openvino-int8"):
+        if way in ways:
+            files[way] = folder / f"{way}.onnx"
+            quantize(fp32, files[way], images, Int8.keep_last, has_int8_outputs=way == "onnx-int8")
+    return {way: _loaded(files[way], photo, device, by_openvino=way.startswith("openvino"),
+                         hint="bf16" if way.endswith("bf16") else "f32") for way in ways}
+
+
+def _loaded(file: Path, photo: torch.Tensor, device: torch.device, *, by_openvino: bool, hint: str = "f32") -> Call:
+    from pipeline.inference.onnx_runtime import OnnxRuntime
+    from pipeline.inference.openvino_runtime import OpenVinoRuntime
+
+    network = OpenVinoRuntime(file, device, {"INFERENCE_PRECISION_HINT": hint}) if by_openvino else OnnxRuntime(
+        file, device)
+    images = photo.numpy()
+    return lambda: network(images)
+
+
+def _check(calls: dict[str, Call], network: nn.Module, photo: torch.Tensor) -> dict[str, float | None]:
+    """Run every way once, which also sets it up; how near its image is to PyTorch's in FP32 on the CPU."""
+    import torch
+
+    expected, psnrs = network(photo).double(), {}
+    with progress(len(calls), "way") as bar:
+        for name, call in calls.items():
+            bar.set_description(f"setting up {name}")
+            found = torch.as_tensor(call()).cpu().double()
+            if found.shape != expected.shape:
+                raise UserError(f"{name} makes {tuple(found.shape)}, where the model makes {tuple(expected.shape)}; "
+                                "give --files of this --model")
+            error = float(torch.square(found - expected).mean())
+            psnrs[name] = None if error == 0 else -10 * float(np.log10(error))
+            bar.update()
+    return psnrs
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    import torch
+
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _row(name: str, times: list[float], base: list[float], pixels: int, psnr: float | None) -> Row:
+    median = statistics.median(times)
+    ratio = statistics.median(other / own for own, other in zip(times, base, strict=True))
+    return Row(name, 1e3 * median, 1e3 * min(times), 1e3 * max(times), pixels / median / 1e6, ratio, psnr)
+
+
+def _table(title: str, rows: list[Row]) -> str:
+    width = max(len(row.name) for row in rows) + 2
+    lines = [title, f"{'':{width}}{'ms':>9}{'least':>9}{'greatest':>10}{'MPix/s':>9}{'ratio':>8}{'PSNR':>10}"]
+    for row in rows:
+        psnr = "equal" if row.psnr is None else f"{row.psnr:.1f} dB"
+        lines.append(f"{row.name:{width}}{row.milliseconds:9.1f}{row.least:9.1f}{row.greatest:10.1f}"
+                     f"{row.megapixels:9.3f}{row.ratio:8.2f}{psnr:>10}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(Options, main)

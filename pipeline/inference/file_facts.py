@@ -1,0 +1,136 @@
+"""What a network file takes and gives: as our own files say, else found out by running it on a photograph."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cli import RunError, UserError
+from pipeline.export.parity import photographs
+from pipeline.inference.backend import DESCRIBED, NetworkFile
+from pipeline.inference.file_backend import Facts, fed, taken
+from pipeline.inference.tiles import ALIGNMENT
+from pipeline.models import build_generator
+
+LIKE_ITS_INPUT = 15.0
+"""dB of a result, reduced, against what it was made from, at least."""
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+STRIP = (64, 320)
+"""Height and width of what is shown to a network to see how far it looks."""
+UNKNOWN_HALO = 64
+"""Of networks that look at the whole image: tiles are near, not equal."""
+
+
+def facts_of(file: NetworkFile, name: str) -> Facts:
+    """The facts of a file called `name` in messages.
+
+    `UserError` for what is no network from one RGB image to a larger one, with float or byte values.
+    """
+    facts = _from_input(file, name)
+    said = file.metadata
+    if said.keys() >= {*DESCRIBED}:
+        try:
+            scale, params = int(said["scale"]), json.loads(said["params"])
+            with torch.random.fork_rng(devices=[]):
+                halo = build_generator(said["architecture"], scale, **params).receptive_radius
+            return replace(facts, scale=scale, halo=halo)
+        except (ValueError, TypeError):
+            pass  # another program's, which has the same keys
+    if importlib.util.find_spec("skimage") is None:
+        raise UserError(f"{name} does not say what it takes, and scikit-image, with whose photographs that is found "
+                        "out, is not installed; do: pip install scikit-image")
+    photo = photographs(None)[0][0].permute(1, 2, 0).numpy()
+    facts = _with_scale(file, facts, photo, name)
+    facts = facts if facts.window else replace(facts, multiple=_multiple(file, facts, photo, name))
+    return replace(facts, halo=_halo(file, facts, photo))
+
+
+def _from_input(file: NetworkFile, name: str) -> Facts:
+    """Layout, type, batch and sizes, which every file says."""
+    if len(file.inputs) != 1:
+        raise UserError(f"{name} takes {len(file.inputs)} inputs, where a network from image to image takes one")
+    shape = file.inputs[0]
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+        shown = ", ".join("any" if side is None else str(side) for side in shape)
+        raise UserError(f"{name} takes ({shown}), where images are (N, 3, height, width) or (N, height, width, 3)")
+    if file.dtype is None:
+        raise UserError(f"{name} takes another type than float32, float16 or bytes (uint8); convert it for one of them")
+    layout = "nchw" if shape[1] == 3 else "nhwc"
+    height, width = shape[2:] if layout == "nchw" else shape[1:3]
+    if (height is None) != (width is None):
+        raise UserError(f"{name} fixes one side of images and not the other; convert it for images of any size")
+    return Facts(scale=0, halo=0, layout=layout, white=255 if file.dtype == np.uint8 else 1, batch=shape[0],
+                 window=None if height is None else (height, width))
+
+
+def _with_scale(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -> Facts:
+    """Scale, and the value of white: that with which the result looks like what it was made from."""
+    image = _cut(photo, *(facts.window or (64, 128)))
+    reason = ""
+    for white in (255,) if file.dtype == np.uint8 else (1, 255):
+        facts = replace(facts, white=white)
+        try:
+            sr = _run(file, facts, image)
+        except (RunError, ValueError) as error:
+            raise UserError(f"{name} cannot be run on an RGB image of {image.shape[1]}x{image.shape[0]}: {error}"
+                            ) from error
+        scale = sr.shape[-2] // image.shape[0] if sr.ndim == 4 else 0
+        if scale < 1 or sr.shape[1:] != (3, image.shape[0] * scale, image.shape[1] * scale):
+            raise UserError(f"{name} makes {tuple(sr.shape)} of an RGB image of {image.shape[1]}x{image.shape[0]}, "
+                            "which is no RGB image so many times larger")
+        reduced = torch.nn.functional.avg_pool2d(sr.float(), scale)[0].permute(1, 2, 0).numpy()
+        psnr = -10 * np.log10(np.square(reduced - image / 255).mean() + 1e-12)
+        if psnr >= LIKE_ITS_INPUT:
+            return replace(facts, scale=scale)
+        reason = f"{psnr:.0f} dB of the photograph it was shown, reduced again"
+    raise UserError(f"{name} does not enlarge an RGB photograph ({reason}); does it take other values or colours?")
+
+
+def _multiple(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -> int:
+    """The least number of which height and width must be multiples."""
+    for multiple in MULTIPLES:
+        height, width = (multiple * (64 // multiple + more) for more in (1, 3))
+        try:
+            sr = _run(file, facts, _cut(photo, height, width))
+        except RunError:
+            continue
+        if sr.shape[-2:] == (height * facts.scale, width * facts.scale):
+            return multiple
+    raise UserError(f"{name} takes images of some sizes only, and not of multiples of up to {MULTIPLES[-1]} pixels")
+
+
+def _halo(file: NetworkFile, facts: Facts, photo: np.ndarray) -> int:
+    """How far from its edge a window differs from another one that shows the same place further inside.
+
+    Half a level of 255 does not count. A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size
+    only more than there is.
+    """
+    height, width = facts.window or STRIP
+    shift = ALIGNMENT if width < 128 else 2 * ALIGNMENT
+    photo = _cut(photo, height, width + shift)
+    left, right = (_run(file, facts, photo[:, start : start + width]) for start in (0, shift))
+    same = (width - shift) * facts.scale
+    difference = (left[..., -same:].float() - right[..., :same].float()).abs().amax((0, 1, 2))
+    difference = difference.view(-1, facts.scale).amax(1)
+    places = torch.arange(len(difference))
+    distance = torch.minimum(places, len(places) - 1 - places)
+    allowed = (1.01 if file.dtype == np.uint8 else 0.5) / 255
+    for halo in range(ALIGNMENT, len(places) // 2 - ALIGNMENT // 2, ALIGNMENT):
+        if difference[distance >= halo].max() <= allowed:
+            return halo
+    return max(facts.window) if facts.window else UNKNOWN_HALO
+
+
+def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The first rows and columns; mirrored on where there are too few."""
+    below, right = (max(0, wanted - side) for wanted, side in zip((height, width), photo.shape, strict=False))
+    return np.pad(photo, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
+
+
+def _run(file: NetworkFile, facts: Facts, image: np.ndarray) -> Tensor:
+    return taken(file(fed(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts)

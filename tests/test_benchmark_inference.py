@@ -1,0 +1,82 @@
+"""What benchmarks/inference.py compares makes the same image, and what does not is shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import inference
+from benchmarks.inference import Options
+from fabricate import tiny_saved
+from pipeline.cli import UserError
+from pipeline.export.onnx_file import Form, convert
+from pipeline.models.weights import write_network
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored, too
+    write_network(tmp_path / "net.safetensors", tiny_saved(0))
+    yield tmp_path / "net.safetensors"
+    torch.set_num_threads(threads)
+
+
+def test_every_way_is_measured_and_compared(weights, tmp_path, capsys):
+    other = tiny_saved(5)
+    (tmp_path / "other.onnx").write_bytes(convert(other, other.build(), Form()))
+    ways = ("eager", "channels-last", "half", "onnx", "onnx-int8", "openvino", "openvino-int8")
+    assert inference.main(Options(model=weights, size="24x32", rounds=2, ways=ways, files=(tmp_path / "other.onnx",),
+                                  device="cpu", json=tmp_path / "out.json")) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [*ways, "other.onnx"]
+    assert (rows["eager"]["ratio"], rows["eager"]["psnr"]) == (1.0, None)
+    for name in ("channels-last", "onnx", "openvino"):
+        assert rows[name]["psnr"] is None or rows[name]["psnr"] > 110
+    for name in ("half", "onnx-int8", "openvino-int8"):
+        assert 20 < rows[name]["psnr"] < 80
+    assert rows["other.onnx"]["psnr"] < 20  # a wrong image shows
+    for row in rows.values():
+        assert row["least"] <= row["milliseconds"] <= row["greatest"]
+        assert row["megapixels"] == pytest.approx(24 * 32 * 4 / row["milliseconds"] / 1e3)
+    assert "vapsr x2, LR 32x24, CPU, 1 threads; medians of 2 rounds" in capsys.readouterr().out
+
+
+def test_threads_reach_pytorch_and_the_runtimes(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "_table", lambda *_: "")
+    seen = {}
+
+    def look(*_):
+        from pipeline.inference.backend import usable_threads
+
+        seen.update(torch=torch.get_num_threads(), runtimes=usable_threads())
+        return {"eager": lambda: torch.zeros(1, 3, 48, 64)}
+
+    monkeypatch.setattr(inference, "_calls", look)
+    inference.main(Options(model=weights, size="24x32", threads=2, rounds=1, device="cpu"))
+    assert seen == {"torch": 2, "runtimes": 2}
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"size": "24"}, "--size 24 is no HxW"), ({"size": "0x3"}, "--size 0x3 is no HxW"),
+    ({"ways": ("fast",)}, "no way 'fast'; choose from eager, "), ({"threads": 0}, "--threads and --rounds"),
+    ({"files": ("no.onnx",)}, "'no.onnx' of --files is no .onnx or .xml file that is there"),
+    ({"ways": ("openvino",), "device": "meta"}, "no device|runs on the CPU"),
+])
+def test_bad_options_are_refused(weights, change, line):
+    from pathlib import Path
+
+    change = {name: tuple(map(Path, value)) if name == "files" else value for name, value in change.items()}
+    with pytest.raises(UserError, match=line):
+        inference.main(Options(model=weights, **{"device": "cpu", "size": "24x32", **change}))
+
+
+def test_a_file_of_another_scale_is_refused(weights, tmp_path):
+    other = tiny_saved(5, scale=4)
+    (tmp_path / "x4.onnx").write_bytes(convert(other, other.build(), Form()))
+    with pytest.raises(UserError, match=r"x4.onnx makes \(1, 3, 96, 128\), where the model makes \(1, 3, 48, 64\)"):
+        inference.main(Options(model=weights, size="24x32", ways=("eager",), files=(tmp_path / "x4.onnx",),
+                               device="cpu"))
