@@ -27,7 +27,9 @@ def page(tmp_path_factory):
     """The page of two models on seven images, one of them with a name that means harm."""
     folder = tmp_path_factory.mktemp("page")
     for seed, name in ((1, "first"), (2, "a model with a rather long name, step 100000")):
-        write_network(folder / f"{name}.pth", tiny_saved(seed, scale=2))
+        saved = tiny_saved(seed, scale=2)
+        saved.metadata = {"recipe": "demo", "license": "CC0-1.0", "dataset_lists_sha256": "ab" * 32}
+        write_network(folder / f"{name}.pth", saved)
     names = ["a", "b", "c", "d", "e", "f" * 60, HOSTILE.replace("/", "\u2215")]
     hr = write_images(folder / "hr", {f"{name}.png": picture(90 + 10 * seed, 200 - 15 * seed, seed)
                                       for seed, name in enumerate(names)})
@@ -47,6 +49,8 @@ def test_it_is_one_file_that_asks_for_nothing(page):
     assert "not significant" in text or "better" in text or "worse" in text
     assert text.count('class="compare"') == 6  # three best, three worst of seven
     assert "paired" in text
+    assert text.count("recipe demo, license CC0-1.0") == 2
+    assert "dataset_lists_sha256" not in text  # a line, not a list of all
 
 
 def test_pictures_in_the_page_are_lossless():

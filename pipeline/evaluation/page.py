@@ -21,6 +21,8 @@ from pipeline.evaluation.tables import TITLES, Measured, number
 from pipeline.files import write_atomically
 
 _HERE = Path(__file__).parent
+SHOWN = ("recipe", "step", "weights", "dtype", "license")
+"""Of what a model file says of itself; the JSON file has it all."""
 
 
 def write_page(path: Path, sets: Sequence[Measured], gallery: Gallery, report: dict[str, Any]) -> None:
@@ -60,7 +62,7 @@ def _metrics(sets: Sequence[Measured]) -> list[str]:
 
 def _head(sets: Sequence[Measured], report: dict[str, Any]) -> dict[str, Any]:
     models = [{"title": model["title"], "file": model["file"], "sha256": model["sha256"], "network": model["name"],
-               "metadata": ", ".join(f"{key} {value}" for key, value in sorted(model["metadata"].items()))}
+               "metadata": ", ".join(f"{key} {model['metadata'][key]}" for key in SHOWN if key in model["metadata"])}
               for model in report["models"]]
     names = ", ".join(measured.name for measured in sets)
     return {"title": f"{', '.join(model['title'] for model in models)} on {names}", "scale": report["scale"],
