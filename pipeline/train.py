@@ -40,7 +40,7 @@ def main(options: TrainOptions) -> int:
     try:
         status = _train_all(plans, ranks, watchdog)
     except BaseException as error:
-        if ranks.world_size > 1:
+        if ranks.world_size > 1 or isinstance(error, Exception):
             _leave(error, ranks)
         raise
     stop_distributed()
@@ -63,10 +63,12 @@ def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
 
 
 def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
-    """Tell what happened to one rank of several, and end at once.
+    """Tell what happened to a rank, and end at once.
 
-    The others may wait for this one in a collective, and to close the group in an orderly way it would wait for them
-    (pytorch issue 180611). What all ranks raise alike the first one says, or each in its log where a guard keeps it.
+    Of one rank alone, because threads of its libraries may not survive the interpreter's own end: now and then that
+    aborted, with status 134 in place of 2. Of several, because the others may wait for this one in a collective, and to
+    close the group in an orderly way it would wait for them (pytorch issue 180611). What all ranks raise alike the
+    first one says, or each in its log where a guard keeps it.
     """
     status = 1
     if isinstance(error, SystemExit):
