@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from pipeline.models.weights import SavedNetwork
 
-WAYS = ("eager", "channels-last", "compile", "half", "onnx", "onnx-int8", "openvino", "openvino-bf16", "openvino-int8")
+WAYS = ("eager", "channels-last", "compile", "bf16", "fp16", "onnx", "onnx-fp16", "onnx-int8", "openvino",
+        "openvino-bf16", "openvino-int8")
 CALIBRATION_IMAGES = 16
 LARGEST_SIDE = 8192
 
@@ -54,7 +55,7 @@ class Options:
     rounds: int = 5
     """How often each way is measured, in turns."""
     ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = ()
-    """Some of eager, channels-last, compile, half (FP16 on a GPU, BF16 on a CPU), onnx, onnx-int8, openvino,
+    """Some of eager, channels-last, compile, bf16, fp16 (by PyTorch), onnx, onnx-fp16, onnx-int8, openvino,
     openvino-bf16, openvino-int8; files may be given besides. Default: all that run on the device."""
     files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Network files (.onnx for ONNX Runtime, .xml for OpenVINO) of the same network, float NCHW."""
@@ -168,8 +169,6 @@ def _calls(options: Options, saved: SavedNetwork, photo: torch.Tensor, device: t
 def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) -> dict[str, Call]:
     import torch
 
-    half = torch.float16 if device.type == "cuda" else torch.bfloat16
-
     def call(network: nn.Module, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Call:
         network = network.to(device, dtype, memory_format=memory_format).eval()
         images = photo.to(device, dtype, memory_format=memory_format)
@@ -181,7 +180,8 @@ def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) ->
     return {"eager": call(saved.build(), torch.contiguous_format),
             "channels-last": call(saved.build(), torch.channels_last),
             "compile": lambda: fast(images),
-            "half": call(saved.build(), torch.channels_last, half)}
+            "bf16": call(saved.build(), torch.channels_last, torch.bfloat16),
+            "fp16": call(saved.build(), torch.channels_last, torch.float16)}
 
 
 def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
@@ -196,6 +196,9 @@ def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, devi
     fp32 = folder / "fp32.onnx"
     fp32.write_bytes(convert(saved, saved.build(), Form()))
     files = {"onnx": fp32, "openvino": fp32, "openvino-bf16": fp32}
+    if "onnx-fp16" in ways:
+        files["onnx-fp16"] = folder / "fp16.onnx"
+        files["onnx-fp16"].write_bytes(convert(saved, saved.build(), Form(half=True)))
     images = [] if not any("int8" in way for way in ways) else [
         as_input(crop, Form()) for crop in calibration_images(gather(Int8()).calibrating, saved.scale,
                                                               CALIBRATION_IMAGES, 0)]
@@ -203,7 +206,8 @@ def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, devi
         if way in ways:
             files[way] = folder / f"{way}.onnx"
             quantize(fp32, files[way], images, Int8.keep_last, has_int8_outputs=way == "onnx-int8")
-    return {way: _loaded(files[way], photo, device, by_openvino=way.startswith("openvino"),
+    return {way: _loaded(files[way], photo.half() if way.endswith("fp16") else photo, device,
+                         by_openvino=way.startswith("openvino"),
                          hint="bf16" if way.endswith("bf16") else "f32") for way in ways}
 
 

@@ -27,7 +27,7 @@ def weights(tmp_path, monkeypatch):
 def test_every_way_is_measured_and_compared(weights, tmp_path, capsys):
     other = tiny_saved(5)
     (tmp_path / "other.onnx").write_bytes(convert(other, other.build(), Form()))
-    ways = ("eager", "channels-last", "half", "onnx", "onnx-int8", "openvino", "openvino-int8")
+    ways = ("eager", "channels-last", "bf16", "fp16", "onnx", "onnx-fp16", "onnx-int8", "openvino", "openvino-int8")
     assert inference.main(Options(model=weights, size="24x32", rounds=2, ways=ways, files=(tmp_path / "other.onnx",),
                                   device="cpu", json=tmp_path / "out.json")) == 0
     report = json.loads((tmp_path / "out.json").read_text())
@@ -36,8 +36,8 @@ def test_every_way_is_measured_and_compared(weights, tmp_path, capsys):
     assert (rows["eager"]["ratio"], rows["eager"]["psnr"]) == (1.0, None)
     for name in ("channels-last", "onnx", "openvino"):
         assert rows[name]["psnr"] is None or rows[name]["psnr"] > 110
-    for name in ("half", "onnx-int8", "openvino-int8"):
-        assert 20 < rows[name]["psnr"] < 80
+    for name in ("bf16", "fp16", "onnx-fp16", "onnx-int8", "openvino-int8"):
+        assert 20 < rows[name]["psnr"] < 100
     assert rows["other.onnx"]["psnr"] < 20  # a wrong image shows
     for row in rows.values():
         assert row["least"] <= row["milliseconds"] <= row["greatest"]
