@@ -8,7 +8,6 @@ issue 6807). So each rank has a guard (`guard.py`) that reports here, and whatev
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import sys
@@ -17,10 +16,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from launch import messages
+from launch.process_tree import kill_tree
 from launch.speaker import Speaker
 
 START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
@@ -122,7 +121,7 @@ class Supervisor:
             await self._end_launcher(launcher)
         finally:
             reading.cancel()
-            _kill_tree(launcher.pid)
+            kill_tree(launcher.pid)
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
@@ -340,18 +339,3 @@ async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
             rest = b""
     if rest:
         yield rest.decode(errors="replace")
-
-
-def _kill_tree(root: int) -> None:
-    """Kill a process and all that it has started: pdsh gives each ssh a session of its own."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    doomed = [root]
-    for pid in doomed:
-        doomed += children.get(pid, [])
-    for pid in doomed:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

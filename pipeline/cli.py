@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -22,6 +22,11 @@ class UserError(ValueError):
 
 class RunError(Exception):
     """The work itself went wrong, through no fault of the input. The message says what, and what to do, in one line."""
+
+
+def bar_options() -> dict[str, Any]:
+    """Of tqdm's bars: none for work of two seconds, none where nobody looks, and few lines in a log file."""
+    return {"delay": 2, "disable": None, "mininterval": 0.1 if sys.stderr.isatty() else 10}
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

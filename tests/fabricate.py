@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import cli
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
 from pipeline.run_folder import GENERATOR_EMA_FILE, GENERATOR_FILE, MANIFEST_FILE, STATE_FILE, checkpoint_dir
@@ -24,6 +25,14 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"shared/{relative} is not beside the checkout")
     return path
+
+
+def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command (the module of its name at the top), in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command.Options, command.main, [str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
 
 
 def tiny_network(seed: int = 0, **params) -> VapSR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 import convert_to_onnx
 import upscale
-from fabricate import picture, tiny_saved
+from fabricate import picture, run_command, tiny_saved
 from pipeline import cli
 from pipeline.export.onnx_file import Form, convert, describe
 from pipeline.export.openvino_file import write_openvino
@@ -72,11 +73,7 @@ def alone(tmp_path, monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr of the command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(upscale.Options, upscale.main, [str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
+    return run_command(capsys, upscale, *arguments)
 
 
 def upscaled(capsys, work, out, *arguments, model="tiny.safetensors", names=NAMES):
@@ -151,11 +148,7 @@ def conversion_of(work):
 
 def judged(conversion, **verdicts):
     for name, verdict in verdicts.items():
-        conversion._keep(conversion._verdict_path(RUNTIMES[name]), choosing_json(verdict))
-
-
-def choosing_json(verdict):
-    return converted.json.dumps(vars(verdict)).encode()
+        conversion._keep(conversion._verdict_path(RUNTIMES[name]), json.dumps(vars(verdict)).encode())
 
 
 @pytest.mark.parametrize(("openvino", "onnx_runtime", "line"), [
@@ -302,11 +295,9 @@ def test_a_file_that_cannot_serve_is_one_line(work, capsys, tmp_path, make, argu
 
 
 def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        cli.run(convert_to_onnx.Options, convert_to_onnx.main,
-                ["--input", str(work / "tiny.safetensors"), "--output", str(tmp_path / "net.onnx"), "--openvino"])
-    assert not stop.value.code
-    capsys.readouterr()
+    status, _, _ = run_command(capsys, convert_to_onnx, "--input", work / "tiny.safetensors", "--output",
+                               tmp_path / "net.onnx", "--openvino")
+    assert status == 0
     found, told = upscaled(capsys, work, tmp_path / "out", model=tmp_path / "net.xml", names=NAMES)
     assert "(vapsr x2) on cpu by OpenVINO" in told
     assert_near(found, expected, deep_levels=60)  # weights are FP16

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import convert_to_onnx
-from fabricate import picture, write_images
+from fabricate import picture, run_command, write_images
 from pipeline import cli
 from pipeline.cli import UserError
 from pipeline.export import int8_file
@@ -52,11 +52,7 @@ def photos(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr of the command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(convert_to_onnx.Options, convert_to_onnx.main, [str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
+    return run_command(capsys, convert_to_onnx, *arguments)
 
 
 def int8(capsys, weights, photos, output, *arguments):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 import upscale
-from fabricate import TINY, make_run, picture, shared, tiny_network, tiny_saved
+from fabricate import TINY, make_run, picture, run_command, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.images import cubic_resize
 from pipeline.inference import Target, Upscaler, encode_picture, read_picture, torch_backend, upscale_picture
@@ -67,11 +67,7 @@ def upscaler(path, **options):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr of the command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(upscale.Options, upscale.main, [str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
+    return run_command(capsys, upscale, *arguments)
 
 
 def upscaled(capsys, cubic, source, out, *arguments):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipeline.cli import RunError, UserError
+from pipeline.cli import RunError, UserError, bar_options
 from pipeline.launched import BY_HAND, Place, choose_interface, end_with_parent
 
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
@@ -53,7 +53,7 @@ class Alone:
     def run(self, action: Callable[[int], None], tasks: Sequence[int], title: str) -> None:
         """Do `action` for every task, under a progress bar."""
         def work() -> None:
-            for task in tqdm(tasks, desc=title, **_bar_options()):
+            for task in tqdm(tasks, desc=title, unit="image", **bar_options()):
                 action(task)
 
         self.together(work)
@@ -121,7 +121,7 @@ class Crew:
             yield
             return
         over = threading.Event()
-        with tqdm(total=total, desc=title, **_bar_options()) as bar:
+        with tqdm(total=total, desc=title, unit="image", **bar_options()) as bar:
             def follow() -> None:
                 with suppress(RunError):  # the other thread will run into it, too
                     while not over.wait(SECONDS_BETWEEN_LOOKS):
@@ -185,8 +185,3 @@ def _divide_threads(place: Place) -> None:
 
 def _of_disk(error: OSError) -> UserError:
     return UserError(f"{error.filename or 'disk'}: {error.strerror or error}; mend that and start again")
-
-
-def _bar_options() -> dict[str, Any]:
-    # A log file needs no redrawing.
-    return {"unit": "image", "delay": 2, "mininterval": 0.1 if sys.stderr.isatty() else 10, "disable": None}

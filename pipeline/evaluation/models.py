@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ class Model:
     title: str
     saved: SavedNetwork
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hexadecimal digits."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What tells this model from every other, as JSON values."""
-        return {"file": str(self.file), "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(),
+        return {"file": str(self.file), "sha256": self.sha256,
                 "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, bar_options
 from pipeline.evaluation.pairs import Pair
 from pipeline.evaluation.upscaling import upscale
 from pipeline.images import cubic_resize, to_bytes, unit_range
@@ -114,10 +113,9 @@ def measure_methods(networks: Mapping[str, nn.Module], pairs: Sequence[Pair], sc
     """
     if not pairs:
         raise UserError("no images to evaluate on")
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log file needs no redrawing
     images = []
     with evaluating(networks):
-        for pair in tqdm(pairs, desc=title, unit="image", delay=2, mininterval=interval, disable=None):
+        for pair in tqdm(pairs, desc=title, unit="image", **bar_options()):
             views = measure_image(networks, pair, scale, device, lpips, baselines=baselines,
                                   self_ensemble=self_ensemble)
             images.append(views.scores)

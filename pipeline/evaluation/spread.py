@@ -94,7 +94,7 @@ def check_alike(models: Sequence[Model], sets: Sequence[ImageSet], folder: Path,
     if crew.size == 1:
         return
     names = [(data.name, data.lr_made_by, [pair.name for pair in data.pairs]) for data in sets]
-    seen = hashlib.sha256(repr([*names, *(model.describe()["sha256"] for model in models)]).encode(
+    seen = hashlib.sha256(repr([*names, *(model.sha256 for model in models)]).encode(
         "utf-8", "surrogateescape")).hexdigest()
     mark = crew.agree(folder / f".{uuid.uuid4().hex}")
     crew.together(lambda: mark.touch() if crew.is_first else None)

@@ -9,11 +9,11 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from pipeline.cli import RunError
+from pipeline.cli import RunError, bar_options
 from pipeline.export.onnx_file import Form
 from pipeline.export.parity import Runtime
 from pipeline.export.photographs import Photograph
-from pipeline.export.quantization import BAR, as_bytes, as_input
+from pipeline.export.quantization import as_bytes, as_input
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma, psnr
 from pipeline.models.common import told
@@ -47,7 +47,7 @@ def measure(fp32: Runtime, int8: Runtime, photos: Sequence[Photograph], scale: i
     PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a network fails.
     """
     scores = []
-    for photo in tqdm(photos, desc="measuring the drop", unit="image", **BAR):
+    for photo in tqdm(photos, desc="measuring the drop", unit="image", dynamic_ncols=True, **bar_options()):
         hr = crop_to_multiple(_middle(photo.pixels), scale)
         size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
         lr = as_input(to_bytes(cubic_resize(unit_range(hr, torch.float32), size)), form)

@@ -8,17 +8,16 @@ rounding nothing behind them evens out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, bar_options
 from pipeline.export.onnx_file import INPUT, Form, quiet
 from pipeline.export.photographs import Photograph
 from pipeline.images import cubic_resize, to_bytes, unit_range
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 SIDE = 96
 """Of a calibration image, in LR pixels."""
-BAR: dict[str, Any] = {"delay": 2, "disable": None, "dynamic_ncols": True,
-                       "mininterval": 0.1 if sys.stderr.isatty() else 10}  # a log file needs no redrawing
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """The mark of a file that ONNX Runtime has prepared; without it, it advises to. PyTorch's exporter did the same."""
 
@@ -109,7 +106,7 @@ class _Reader:
     """Hands calibration images to ONNX Runtime, and shows how far it is."""
 
     def __init__(self, images: Sequence[np.ndarray]) -> None:
-        self._bar = iter(tqdm(images, desc="calibrating", unit="image", **BAR))
+        self._bar = iter(tqdm(images, desc="calibrating", unit="image", dynamic_ncols=True, **bar_options()))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next input, `None` after the last."""

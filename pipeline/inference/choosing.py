@@ -14,7 +14,7 @@ from pipeline.evaluation.models import Model, choose_model
 from pipeline.export.parity import SIZES
 from pipeline.files import short
 from pipeline.inference.backend import Backend
-from pipeline.inference.converted import ROUNDS, TIMED_SECONDS, Conversion, cache_folder, seconds_per_pixel
+from pipeline.inference.converted import ROUNDS, TIMED_SECONDS, Conversion, cache_folder
 from pipeline.inference.file_backend import FileBackend
 from pipeline.inference.file_facts import facts_of
 from pipeline.inference.runtimes import RUNTIMES, RuntimeKind
@@ -28,8 +28,8 @@ FILES = tuple(sorted({suffix for kind in RUNTIMES.values() for suffix in kind.su
 """What a file ends in that is no weights file, but a whole network."""
 EXPORT_SECONDS = 12.0
 """That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take longer."""
-CHECKED_PIXELS = 2 * sum(batch * height * width for batch, height, width in SIZES)
-"""LR pixels that PyTorch and a runtime are shown to compare them."""
+CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
+"""LR pixels that PyTorch and every runtime are shown to compare them."""
 TIMING_SECONDS = 2 * (1 + ROUNDS) * TIMED_SECONDS
 USUAL_SHARE = 0.8
 """Of PyTorch's time, by `benchmarks/inference.py`: the fastest runtime takes 0.65 to 1 for networks of this project."""
@@ -63,13 +63,17 @@ def choose_backend(model: Path | None, asked: str, device: torch.device, precisi
     by_torch = TorchBackend(chosen.saved.build(), device, precision)
     if asked in RUNTIMES:
         kind = RUNTIMES[asked]
-        if missing := kind.missing(to_convert=True):
-            raise UserError(f"--backend {asked} needs a package that is not installed; do: pip install {missing}, or "
-                            "leave --backend out")
+        _refuse_missing(kind, to_convert=True)
         return _by_runtime(chosen, by_torch, kind, precision)
     if asked == "torch" or device.type != "cpu" or precision == "fp16":
         return _by_torch(chosen, by_torch)
     return _fastest(chosen, by_torch, precision, work)
+
+
+def _refuse_missing(kind: RuntimeKind, *, to_convert: bool) -> None:
+    if missing := kind.missing(to_convert=to_convert):
+        raise UserError(f"--backend {kind.name} needs a package that is not installed; do: pip install {missing}, or "
+                        "leave --backend out")
 
 
 def _by_torch(chosen: Model, by_torch: TorchBackend, why: str = "") -> Chosen:
@@ -115,10 +119,10 @@ def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) 
 
 def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence[RuntimeKind], work: Work) -> bool:
     """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the conversion costs."""
-    seconds = seconds_per_pixel(by_torch)
+    seconds = conversion.seconds_per_pixel
     params = sum(parameter.numel() for parameter in by_torch.network.parameters())
     export = 0.0 if conversion.is_made() else EXPORT_SECONDS * max(1.0, params / 1e6) ** 0.5
-    judging = len(kinds) * (CHECKED_PIXELS * seconds + TIMING_SECONDS)
+    judging = (1 + len(kinds)) * CHECKED_PIXELS * seconds + len(kinds) * TIMING_SECONDS
     return work(by_torch.scale) * seconds * (1 - USUAL_SHARE) > export + judging
 
 
@@ -172,7 +176,5 @@ def _kind_for(path: Path, asked: str, device: torch.device) -> RuntimeKind:
     if asked not in [kind.name for kind in kinds]:
         raise UserError(f"--backend {asked} does not read {suffix} files; choose "
                         f"{' or '.join(['auto', *(kind.name for kind in kinds)])}")
-    if missing := RUNTIMES[asked].missing(to_convert=False):
-        raise UserError(f"--backend {asked} needs a package that is not installed; do: pip install {missing}, or leave "
-                        "--backend out")
+    _refuse_missing(RUNTIMES[asked], to_convert=False)
     return RUNTIMES[asked]

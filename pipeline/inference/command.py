@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import deque
@@ -13,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.cli import RunError
+from pipeline.cli import RunError, bar_options
 from pipeline.evaluation.models import choose_device
 from pipeline.files import write_atomically
 from pipeline.inference.choosing import choose_backend
@@ -40,25 +41,29 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
         print(f"left alone: {len(planned) - len(jobs)} results that exist already")
     if not jobs:
         return 0
-    chosen = choose_backend(model, backend, choose_device(device), precision,
-                            lambda scale: sum(_work(job, target, scale) for job in jobs))
+
+    @functools.cache
+    def expected(scale: int) -> list[float]:
+        return [_work(job, target, scale) for job in jobs]
+
+    chosen = choose_backend(model, backend, choose_device(device), precision, lambda scale: sum(expected(scale)))
     upscaler = Upscaler(chosen.backend, tile)
     print(f"model: {chosen.file} ({chosen.network}) on {chosen.by}; {len(jobs)} "
           f"{'file' if len(jobs) == 1 else 'files'}", flush=True)
-    failures = _run_all(jobs, target, upscaler)
+    failures = _run_all(jobs, target, upscaler, expected(upscaler.scale))
     print(f"upscaled: {len(jobs) - len(failures)} of {len(jobs)} into {out}", flush=True)
     for job, reason in failures:
         print(f"failed: {job.source}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _run_all(jobs: Sequence[Job], target: Target, upscaler: Upscaler) -> list[tuple[Job, str]]:
+def _run_all(jobs: Sequence[Job], target: Target, upscaler: Upscaler,
+             expected: Sequence[float]) -> list[tuple[Job, str]]:
     """Do the jobs; those that did not work, and why. The next picture is read and the last ones are written meanwhile.
 
-    The bar counts the pixels that the network is shown.
+    The bar counts the pixels that the network is shown, of which `expected` is known beforehand for each job.
     """
     reasons: dict[Job, str] = {}
-    expected = [_work(job, target, upscaler.scale) for job in jobs]
     done, writing = 0.0, deque()
     with _bar(sum(expected)) as bar, ThreadPoolExecutor(THREADS) as pool:
         for (job, reading), work in zip(_read_ahead(jobs, pool), expected, strict=True):
@@ -81,10 +86,9 @@ def _run_all(jobs: Sequence[Job], target: Target, upscaler: Upscaler) -> list[tu
 
 
 def _bar(pixels: float) -> tqdm:
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log file needs no redrawing
-    return tqdm(total=pixels / 1e6, unit="MP", desc="upscaling", delay=2, mininterval=interval, disable=None,
-                dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} MP "
-                                               "[{elapsed}<{remaining}, {rate_fmt}]")
+    return tqdm(total=pixels / 1e6, unit="MP", desc="upscaling", **bar_options(), dynamic_ncols=True,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} MP "
+                           "[{elapsed}<{remaining}, {rate_fmt}]")
 
 
 def _read_ahead(jobs: Sequence[Job], pool: Executor) -> Iterator[tuple[Job, Future[Picture] | None]]:

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.cli import RunError, UserError
 from pipeline.export.onnx_file import Form, convert, quiet
-from pipeline.export.parity import LIMITS, checks, compare, photographs
+from pipeline.export.parity import LIMITS, Check, checks, compare, photographs
 from pipeline.files import write_atomically
 from pipeline.inference.backend import Backend, NetworkFile, dtype_of, usable_threads
 from pipeline.inference.file_backend import Facts, FileBackend
@@ -66,6 +65,7 @@ class Conversion:
                                *(version(package) for package in _PACKAGES))[:32]
         self._made: dict[bool, bytes] = {}
         self._files: dict[tuple[str, bool], NetworkFile] = {}
+        self._compared_with: dict[bool, list[Check]] = {}
         self.is_kept = True
         """Whether the folder could be written."""
 
@@ -85,7 +85,7 @@ class Conversion:
         """Convert, compare with PyTorch at several sizes and batches of photographs, and take the time."""
         try:
             self._load(kind, self._is_half(), is_new=True)
-            verdict = Verdict(share=_share(self.backend(kind), self._by_torch))
+            verdict = Verdict(share=self._share(kind))
         except (UserError, RunError) as error:
             verdict = Verdict(reason=str(error))
         self._keep(self._verdict_path(kind), json.dumps(vars(verdict)).encode())
@@ -109,9 +109,29 @@ class Conversion:
             is_new, content = is_new or content is None, content or self._make(half)
             file = kind.load(content, self.device)
             if is_new:
-                _compare(file, self._by_torch.network, half)
+                with quiet():
+                    compare(file.title, file, self._checks(half), LIMITS["float", half])
             self._files[kind.name, half] = file
         return self._files[kind.name, half]
+
+    def _share(self, kind: RuntimeKind) -> float:
+        """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in turns, the fastest of
+        `ROUNDS`."""
+        side = int(np.clip((TIMED_SECONDS / self.seconds_per_pixel) ** 0.5, *TIMED_SIDES)) // 16 * 16
+        own, other = _seconds([self.backend(kind), self._by_torch], side, ROUNDS)
+        return own / other
+
+    @functools.cached_property
+    def seconds_per_pixel(self) -> float:
+        """PyTorch's, by a small image, after one that sets up."""
+        side = TIMED_SIDES[0]
+        return min(_seconds([self._by_torch], side, rounds=1)) / side**2
+
+    def _checks(self, half: bool) -> list[Check]:
+        """What PyTorch makes of photographs; computed once for all runtimes."""
+        if half not in self._compared_with:
+            self._compared_with[half] = checks(self._by_torch.network, Form(half=half), photographs(None))
+        return self._compared_with[half]
 
     def _kept(self, half: bool) -> bytes | None:
         if half in self._made:
@@ -154,20 +174,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale" / "converted"
 
 
-def seconds_per_pixel(backend: Backend) -> float:
-    """By a small image, after one that sets up."""
-    side = TIMED_SIDES[0]
-    return min(_seconds([backend], side, rounds=1)) / side**2
-
-
-def _share(backend: Backend, by_torch: Backend) -> float:
-    """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in turns, the fastest of
-    `ROUNDS`."""
-    side = int(np.clip((TIMED_SECONDS / seconds_per_pixel(by_torch)) ** 0.5, *TIMED_SIDES)) // 16 * 16
-    own, other = _seconds([backend, by_torch], side, ROUNDS)
-    return own / other
-
-
 def _seconds(backends: Sequence[Backend], side: int, rounds: int) -> list[float]:
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
     times: list[list[float]] = [[] for _ in backends]
@@ -178,11 +184,6 @@ def _seconds(backends: Sequence[Backend], side: int, rounds: int) -> list[float]
             if place:
                 taken.append(time.perf_counter() - start)
     return [min(taken) for taken in times]
-
-
-def _compare(file: NetworkFile, network: nn.Module, half: bool) -> None:
-    with quiet():
-        compare(file.title, file, checks(network, Form(half=half), photographs(None)), LIMITS["float", half])
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.process_tree import kill_tree
 from pipeline.launched import end_with_parent
 
 OUTPUT_FILE = "output.txt"
@@ -104,9 +105,7 @@ class TrialRun:
         """The exit status once the run has ended, as a shell gives it. One that does not stop when told is killed."""
         assert self._process is not None
         if self._told_at is not None and time.monotonic() - self._told_at > GRACE_SECONDS:
-            for process in _family(self._process.pid):  # ranks are in another process group
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+            kill_tree(self._process.pid)
         status = self._process.poll()
         return 128 - status if status is not None and status < 0 else status
 
@@ -121,15 +120,3 @@ class TrialRun:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(status - 128).name}" + (f"; it said last: {said[-1]}" if said else "")
         return said[-1] if said else f"ended with status {status} and no word"
-
-
-def _family(process: int) -> list[int]:
-    """A process and all that descend from it."""
-    parents: dict[int, int] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    family = [process]
-    for member in family:
-        family += [child for child, parent in parents.items() if parent == member]
-    return family
