@@ -55,7 +55,7 @@ INT8 = ("calibrate", "calibration_images", "seed", "measure", "keep_last", "max_
 
 def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
     from pipeline.export.conversion import run_conversion
-    from pipeline.export.int8_file import Int8
+    from pipeline.export.int8 import Int8
 
     values = vars(options).copy()
     given = {name: values.pop(name) for name in INT8}

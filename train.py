@@ -9,11 +9,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to it
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
-from pipeline.options import TrainOptions, overrides_last
+from pipeline.training.options import TrainOptions, overrides_last
 
 
 def main(options: TrainOptions) -> int:
-    from pipeline.train import main as train  # torch and DeepSpeed take seconds to import; --help need not wait
+    from pipeline.training.run import main as train  # torch and DeepSpeed take seconds to import; --help need not wait
 
     return train(options)
 

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from pipeline.cli import UserError, run
-from tools.common.parallel import progress
+from tools.parallel import progress
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +187,7 @@ def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) ->
 def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
                  folder: Path) -> dict[str, Call]:
     """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by itself."""
-    from pipeline.export.int8_file import Int8, gather
+    from pipeline.export.int8 import Int8, gather
     from pipeline.export.onnx_file import Form, convert
     from pipeline.export.quantization import as_input, calibration_images, quantize
 

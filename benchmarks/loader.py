@@ -43,8 +43,8 @@ from benchmarks.loader_ways import (
 )
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.dataset_walk import walk
-from tools.common.parallel import progress
+from tools.files import walk
+from tools.parallel import progress
 
 SIZE = 512  # of the files
 CROP, SCALE, MICRO_BATCH = 256, 2, 32

@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT))
 import tyro
 
 from launch import environment
-from launch.hostfile import Slots, as_filter, read_hostfile, world_size
+from launch.cluster.hostfile import Slots, as_filter, read_hostfile, world_size
 from pipeline.cli import RunError, UserError, run
-from pipeline.options import overrides_last
 from pipeline.run_folder import LOG_FILE
-from tools.common.parallel import progress
+from pipeline.training.options import overrides_last
 from tools.make_demo_dataset import make_demo_dataset
+from tools.parallel import progress
 
 WARM_UP = 10  # steps that are not counted
 

@@ -32,12 +32,12 @@ from benchmarks import straightforward
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from tools import check_training_data, images_to_data
-from tools.common.dataset_walk import walk
 from tools.common.image_formats import encode
-from tools.common.image_judging import DaliDecoder
-from tools.common.manifest import CropRecord, format_line
-from tools.common.parallel import quiet_libraries
-from tools.common.quality import crop_gates, picture_gates
+from tools.crops.manifest import CropRecord, format_line
+from tools.crops.quality import crop_gates, picture_gates
+from tools.dataset.judging import DaliDecoder
+from tools.files import walk
+from tools.parallel import quiet_libraries
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,25 @@ sys.path.insert(0, str(ROOT))
 
 from launch import hosts_left
 from launch.arguments import without
+from launch.cluster.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfile, world_size
+from launch.cluster.job import Job, Launcher, check_launcher, choose_port
+from launch.cluster.supervisor import Failure, Supervisor
 from launch.doctor import diagnose
 from launch.doctor.pace import count_parameters, step_seconds_of
 from launch.env_file import ENV_FILE, variables_for_ranks
-from launch.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfile, world_size
-from launch.job import Job, Launcher, check_launcher, choose_port
-from launch.supervisor import Failure, Supervisor
 from pipeline import cli, interfaces
 from pipeline.cli import RunError, UserError, say
-from pipeline.options import DATASET_DIR, Plan, TrainOptions, dataset_dirs, has_lists, make_plans, overrides_last
-from pipeline.recipe import batch_sizes
+from pipeline.config.recipe import batch_sizes
 from pipeline.run_folder import checkpoint_steps, has_ended
+from pipeline.training.options import (
+    DATASET_DIR,
+    Plan,
+    TrainOptions,
+    dataset_dirs,
+    has_lists,
+    make_plans,
+    overrides_last,
+)
 
 RETURN_SECONDS = 300  # for a host that has failed to be there again, where a run may not go on without it
 _VALUES = ("--hostfile", "-H", "--include", "--exclude", "--launcher", "--launcher-args", "--master-addr",

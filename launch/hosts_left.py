@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from launch.hostfile import Slots, world_size
-from launch.remote import CONNECT_SECONDS, run_on
+from launch.cluster.hostfile import Slots, world_size
+from launch.cluster.remote import CONNECT_SECONDS, run_on
 from pipeline.cli import RunError
 
 POLL_SECONDS = 5

@@ -18,9 +18,9 @@ from launch import environment
 from launch.arguments import without
 from pipeline import cli
 from pipeline.cli import UserError, say
-from pipeline.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
-from pipeline.recipe import batch_sizes
+from pipeline.config.recipe import batch_sizes
 from pipeline.run_folder import has_ended
+from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"

@@ -4,4 +4,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements.txt
-VASTSCALE_COMMAND=$0 exec "$PYTHON" "$root/launch/sync.py" "$@"
+VASTSCALE_COMMAND=$0 exec "$PYTHON" "$root/launch/cluster/sync.py" "$@"

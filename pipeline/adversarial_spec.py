@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.data_spec import Spec
+from pipeline.config.specs import Spec
 
 WITH_LABELS = ("vanilla", "least_squares", "relativistic_average", "relativistic")
 """Losses with a target for every sample, which smoothing and noise can move. Hinge has none."""

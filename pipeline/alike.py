@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import UserError
-from pipeline.options import Plan
-from pipeline.ranks import Ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.options import Plan
 
 SOURCES = Path(__file__).resolve().parent
 PACKAGES = ("torch", "deepspeed", "accelerate", "numpy", "opencv-python-headless")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pipeline.data_spec import Spec
+from pipeline.config.specs import Spec
 
 
 class SamplesSpec(Spec):

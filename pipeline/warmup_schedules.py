@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.cli import UserError, nearest
-from pipeline.schedules import Schedule
+from pipeline.engine.schedules import Schedule
 
 Formula = Callable[[int, float], float]
 """(updates done before, the optimizer's own rate) -> rate."""

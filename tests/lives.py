@@ -11,15 +11,15 @@ from pathlib import Path
 
 from conftest import SMALL
 
-PRELOAD = ["torch", "deepspeed", "nvidia.dali.fn", "torch.utils.tensorboard", "pipeline.train"]
+PRELOAD = ["torch", "deepspeed", "nvidia.dali.fn", "torch.utils.tensorboard", "pipeline.training.run"]
 
 
 def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, world_size: int, port: int) -> None:
     import torch
 
     from pipeline.cli import UserError
-    from pipeline.options import TrainOptions
-    from pipeline.train import main
+    from pipeline.training.options import TrainOptions
+    from pipeline.training.run import main
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",

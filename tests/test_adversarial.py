@@ -10,8 +10,8 @@ import torch
 
 from pipeline.adversarial_spec import AdversarialSpec, LabelsSpec
 from pipeline.cli import UserError
+from pipeline.config.recipe import load_recipe
 from pipeline.losses.adversarial import discriminator_loss, draw_labels, generator_loss
-from pipeline.recipe import load_recipe
 from test_engine import in_a_fresh_process
 
 KINDS = ("vanilla", "least_squares", "hinge", "relativistic_average", "relativistic")

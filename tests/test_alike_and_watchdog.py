@@ -24,10 +24,10 @@ import pytest
 import lives
 from conftest import ROOT, SMALL, environment
 from pipeline.alike import differences, facts, refuse_other_hosts
+from pipeline.checkpoint.manifest import damage
 from pipeline.cli import UserError
-from pipeline.manifest import damage
-from pipeline.options import Plan, TrainOptions, make_plans
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
+from pipeline.training.options import Plan, TrainOptions, make_plans
 from test_world_size import in_ranks
 
 STAGES = """
@@ -148,7 +148,7 @@ def test_a_rank_alone_has_nobody_to_differ_from(dataset: Path) -> None:
 
 def _refusals(datasets: list[str], overrides: list[list[str]]) -> list[str]:
     """What this rank is told where its neighbour has another dataset, another command line, the same."""
-    from pipeline.ranks import start_distributed, stop_distributed
+    from pipeline.distributed.ranks import start_distributed, stop_distributed
 
     ranks, said = start_distributed(), []
     for places, words in ((datasets, [[], []]), (datasets[:1] * 2, overrides), (datasets[:1] * 2, [[], []])):
@@ -173,7 +173,7 @@ def test_both_ranks_are_told_the_same(dataset: Path, changed: Path, tmp_path: Pa
 
 def _train(datasets: list[str], run_dir: str) -> None:
     """Train on this rank's own dataset."""
-    from pipeline.train import main
+    from pipeline.training.run import main
 
     own = Path(datasets[int(os.environ["RANK"])])
     main(TrainOptions(overrides=(*SMALL, "steps=2"), recipe="demo", dataset_dir=(own,), output_dir=Path(run_dir)))
@@ -295,8 +295,8 @@ def test_what_hides_stderr_does_not_hide_the_tracebacks() -> None:
 
 
 def _hang_in_the_third_step(dataset: str, run_dir: str, output: str) -> None:
-    from pipeline.train import main
-    from pipeline.trainers.reconstruction import ReconstructionTrainer
+    from pipeline.training.run import main
+    from pipeline.training.trainers import ReconstructionTrainer
 
     with open(output, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())

@@ -22,9 +22,9 @@ from fabricate import picture, run_command, tiny_saved
 from pipeline import cli
 from pipeline.export.onnx_file import Form, convert, describe
 from pipeline.export.openvino_file import write_openvino
+from pipeline.export.runtimes import RUNTIMES
 from pipeline.inference import choosing, converted
 from pipeline.inference.converted import Conversion, Verdict
-from pipeline.inference.runtimes import RUNTIMES
 from pipeline.inference.torch_backend import TorchBackend
 from pipeline.models.weights import read_network, write_network
 

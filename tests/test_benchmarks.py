@@ -17,8 +17,8 @@ from evaluate import Options
 from fabricate import CHECKOUT, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.evaluation import measure_methods, upscale, upscaling
-from pipeline.evaluation.benchmarks import find_benchmark, find_folder
 from pipeline.evaluation.command import run_evaluation
+from pipeline.evaluation.image_sets import find_benchmark, find_folder
 from pipeline.evaluation.models import choose_models
 from pipeline.evaluation.scoring import MethodScores
 from pipeline.evaluation.significance import difference, differences, interval

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import command, run
-from pipeline.checkpoint import damage, prune
+from pipeline.checkpoint.checkpoint import damage, prune
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 

@@ -19,7 +19,7 @@ from cluster import Cluster, why_not
 from comparison import logged
 from conftest import ROOT, SMALL
 from lives import train
-from pipeline.manifest import damage
+from pipeline.checkpoint.manifest import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 MUST_RUN = "VASTSCALE_TEST_CLUSTER" in os.environ  # where a skipped test would be a lie
@@ -401,7 +401,7 @@ def test_the_doctor_names_what_is_wrong_and_where(cluster: Cluster, dataset: Pat
         cluster.mend("node3")
     assert status == 2, printed
     assert time.monotonic() - began < 25
-    assert "node2: checkout: pipeline/ema.py differ from those of node1" in printed
+    assert "node2: checkout: pipeline/models/ema.py differ from those of node1" in printed
     assert "run launch/sync.sh" in printed
     assert "node2: dataset: 1 of 13 sampled files" in printed
     assert "photos/03.npy" in printed

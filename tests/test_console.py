@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lives import output_of, train
-from pipeline import console
-from pipeline.console import Console, bar
+from pipeline.monitor import console
+from pipeline.monitor.console import Console, bar
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 

@@ -18,14 +18,13 @@ import torch
 from scipy import stats
 
 from conftest import photograph
-from pipeline.data import kernels
+from pipeline.config.specs import DataSpec, NoiseSpec, RealEsrganSpec
 from pipeline.data.dataset import Dataset, Folder
-from pipeline.data.degradations import build_degradation
+from pipeline.data.degradations import build_degradation, kernels
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
 from pipeline.data.degradations.realesrgan import RealEsrgan
 from pipeline.data.reader import low_resolution, training_pipeline
 from pipeline.data.source import CropSource, Position, Sample
-from pipeline.data_spec import DataSpec, NoiseSpec, RealEsrganSpec
 
 CROP = 48
 NUMBERS = 2 * (WORDS - KEYS)  # uniform numbers that a sample has

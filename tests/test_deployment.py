@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL, environment
+from pipeline.checkpoint.manifest import damage
 from pipeline.losses.trunks import SOURCE, TRUNK_FILES
-from pipeline.manifest import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 DOCKER, SLURM, CLOUD = (ROOT / "launch" / name for name in ("docker", "slurm", "cloud"))

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from conftest import ROOT, SMALL, environment
 from launch import hosts_left
 from launch.arguments import without
-from launch.hostfile import world_size
+from launch.cluster.hostfile import world_size
 from launch.hosts_left import answering, share_batch, wait_for_all
 from pipeline.cli import RunError
-from pipeline.options import overrides_last
-from pipeline.recipe import batch_sizes
+from pipeline.config.recipe import batch_sizes
+from pipeline.training.options import overrides_last
 
 ELSEWHERE = "192.0.2.7"
 """An address that no machine has (RFC 5737)."""

@@ -24,18 +24,18 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from launch import shipped
-from launch.doctor import diagnose, host_checks, nvidia, probe, probe_dataset, reach
+from launch.cluster.remote import Done, run_on, ssh
+from launch.doctor import checks, diagnose, nvidia, probe, probe_dataset, reach
+from launch.doctor.checks import GIB, Question, clock, clock_skew
 from launch.doctor.dataset_checks import datasets
 from launch.doctor.diagnosis import ROWS, Diagnosis
-from launch.doctor.efficiency import Network, all_reduce_seconds, efficiency, prediction
 from launch.doctor.findings import FAIL, PASS, WARN, WIDTH, Finding, format_table, worst
 from launch.doctor.gpu_checks import gpus
-from launch.doctor.host_checks import GIB, Question, clock, clock_skew
 from launch.doctor.measure import hosts_of, task_of
 from launch.doctor.network import Route, find_route, usable
 from launch.doctor.pace import count_parameters, step_seconds_of
+from launch.doctor.prediction import Network, all_reduce_seconds, efficiency, prediction
 from launch.doctor.ssh_errors import explain
-from launch.remote import Done, run_on, ssh
 from pipeline.cli import UserError
 from pipeline.interfaces import own_addresses
 
@@ -52,7 +52,7 @@ def gpu(index: int, **changes: Any) -> dict[str, Any]:
 
 FACTS: dict[str, Any] = {
     "python": {"version": "3.11.7", "executable": PYTHON},
-    "checkout": {"exists": True, "commit": "a" * 40, "files": {"train.py": "1", "launch/job.py": "2"}},
+    "checkout": {"exists": True, "commit": "a" * 40, "files": {"train.py": "1", "launch/cluster/job.py": "2"}},
     "packages": {"torch": "2.13.0", "numpy": "2.3.1", "nvidia-dali-cuda120": "2.4.0"},
     "cores": 16, "memory": {"total": 64 * GIB, "free": 60 * GIB},
     "output": {"at": "/runs", "free": 100 * GIB, "complaint": ""},
@@ -84,8 +84,8 @@ def question(own: dict[str, Any], first: dict[str, Any] | None = None, host: str
 
 
 def found(check: str, ask: Question) -> list[Finding]:
-    checks = {**host_checks.CHECKS, "GPUs": gpus, "dataset": datasets}
-    findings = list(checks[check](ask))
+    table = {**checks.CHECKS, "GPUs": gpus, "dataset": datasets}
+    findings = list(table[check](ask))
     assert {(finding.host, finding.check) for finding in findings} <= {(ask.host, check)}
     for finding in findings:
         assert bool(finding.advice) == (finding.verdict != PASS)
@@ -107,7 +107,8 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
     ("checkout", {"checkout/files/train.py": "3"}, FAIL, "1 file other",
      "train.py differ from those of node1; run launch/sync.sh"),
     ("checkout", {"checkout/files": {}, "checkout/commit": "b" * 40}, FAIL, "2 files other",
-     "launch/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there aaaaaaaaa); run launch/sync.sh"),
+     "launch/cluster/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there aaaaaaaaa); run "
+     "launch/sync.sh"),
     ("checkout", {"checkout/files": {f"{n}.py": "1" for n in range(3)}}, FAIL, "5 files other",
      "0.py, 1.py, 2.py and 2 more differ from those of node1; run launch/sync.sh"),
     ("checkout", {"checkout/commit": ""}, PASS, "no commit known, same files", ""),
@@ -349,10 +350,10 @@ def test_of_twenty_hosts_those_that_are_alike_share_a_column() -> None:
 def test_hosts_that_all_differ_are_all_shown() -> None:
     """In blocks, none wider than a terminal."""
     hosts = [f"node{number}" for number in range(1, 7)]
-    checks = [f"check{number}" for number in range(6)]
+    names = [f"check{number}" for number in range(6)]
     findings = [finding(host, check, FAIL if host[4:] == str(int(check[5:]) + 1) else PASS, "x" * 15)
-                for host in hosts for check in checks]
-    table = format_table(hosts, checks, findings)
+                for host in hosts for check in names]
+    table = format_table(hosts, names, findings)
     assert len(table.split("\n\n")) == 2
     assert [word for word in table.split() if word.startswith("node")] == hosts
     assert max(map(len, table.splitlines())) <= WIDTH

@@ -12,9 +12,9 @@ import torch
 
 from conftest import ROOT, environment
 from pipeline.cli import UserError
-from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import build_optimizer, resolve_ds_config
-from pipeline.recipe import load_ds_config
+from pipeline.config.recipe import load_ds_config
+from pipeline.engine.engine import build_optimizer, resolve_ds_config
+from pipeline.models.ema import ExponentialMovingAverage
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ from PIL import Image
 from conftest import environment
 from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
+from pipeline.distributed.launcher import Place
 from pipeline.evaluation.models import device_at
 from pipeline.evaluation.processes import num_processes
-from pipeline.launched import Place
 from pipeline.models.weights import write_network
 
 EVALUATE = str(CHECKOUT / "evaluate.py")

@@ -351,7 +351,7 @@ def test_esrgan_plus_is_not_claimed():
 
 
 def spandrel_model(path):
-    pytest.importorskip("pipeline.torchvision_import").import_torchvision()
+    pytest.importorskip("pipeline.libraries").import_torchvision()
     spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed")
     return spandrel.ModelLoader(device="cpu").load_from_file(path)
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import environment
-from launch import messages
+from launch.cluster import messages
+from launch.cluster.hostfile import as_filter, choose, find_hostfile, is_host, read_hostfile, world_size
+from launch.cluster.job import Job, check_launcher, choose_port
 from launch.env_file import read_env_file, variables_for_ranks
-from launch.hostfile import as_filter, choose, find_hostfile, is_host, read_hostfile, world_size
-from launch.job import Job, check_launcher, choose_port
 from pipeline.cli import UserError
 
 CANARY = "CANARY"
@@ -160,7 +160,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_the_file_here_comes_before_the_one_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.hostfile.ROOT", tmp_path / "checkout")
+    monkeypatch.setattr("launch.cluster.hostfile.ROOT", tmp_path / "checkout")
     assert find_hostfile(Path("hostfile")) == Path("hostfile")
     (tmp_path / "checkout").mkdir()
     own = tmp_path / "checkout" / "hostfile"
@@ -436,7 +436,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(tmp_path: Path, canary: 
         done = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=20, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         *words, word = remote.told()
-        assert words[-1].endswith("/launch/guard.py")
+        assert words[-1].endswith("/launch/cluster/guard.py")
         assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
     # What a rank is to do never sees a shell: it travels over the guard's connection, as JSON.
     assert json.loads(json.dumps(sent.task)) == {
@@ -527,7 +527,7 @@ def test_what_launchers_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest
     assert "of node2 it would be 1" in refused(check_launcher, "openmpi", {"node1": (0, 1), "node2": (1,)}, "")
     assert "as many slots on every host" in refused(check_launcher, "slurm", {"node1": (0, 1), "node2": (0,)}, "")
     assert refused(check_launcher, "openmpi", both, "'") == "--launcher-args \"'\": No closing quotation"
-    monkeypatch.setattr("launch.job.ROOT", Path("/data/my $(reboot)"))
+    monkeypatch.setattr("launch.cluster.job.ROOT", Path("/data/my $(reboot)"))
     assert "move the checkout to a path of letters, digits and ./_-" in refused(check_launcher, "pdsh", both, "")
 
 

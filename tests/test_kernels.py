@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import photograph
-from pipeline.data.kernels import (
+from pipeline.data.degradations.kernels import (
     delta_kernel,
     gaussian_kernel,
     generalized_kernel,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from comparison import checkpoint_differences
 from lives import start, train
-from pipeline.checkpoint import damage
+from pipeline.checkpoint.checkpoint import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 KILLS = 20

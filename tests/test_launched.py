@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.cli import UserError
+from pipeline.distributed.launcher import MAX_HOSTS, Place, choose_interface, expand_hosts, find_place, gpu_of
 from pipeline.interfaces import own_addresses
-from pipeline.launched import MAX_HOSTS, Place, choose_interface, expand_hosts, find_place, gpu_of
 
 # As `env` shows them in processes that these launchers have started.
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",

@@ -12,10 +12,10 @@ import torch
 
 from fabricate import CHECKOUT, picture, shared
 from pipeline.cli import UserError
+from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
 from pipeline.losses.perceptual import LPIPS_SMALLEST, Lpips, LpipsDistance
 from pipeline.metrics.lpips import LpipsMetric
-from pipeline.torchvision_import import import_torchvision
 
 RELEASED = {"alex": "weights/lpips_alex_trunk.pth", "squeeze": "weights/lpips_squeeze_trunk.pth"}
 

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comparison import logged
 from conftest import command, run
-from pipeline.meter import Reading
-from pipeline.monitor import Journal, duration
+from pipeline.monitor.journal import Journal, duration
+from pipeline.training.meter import Reading
 
 
 def lines(folder: Path) -> list[dict]:

@@ -10,7 +10,14 @@ import pytest
 from scipy import stats
 
 from conftest import photograph
-from pipeline.data.noise import NoiseKeys, add_gaussian, add_poisson, noise_keys, normal_table, standard_normal
+from pipeline.data.degradations.noise import (
+    NoiseKeys,
+    add_gaussian,
+    add_poisson,
+    noise_keys,
+    normal_table,
+    standard_normal,
+)
 
 HEIGHT, WIDTH = 301, 260
 WORDS = (2 ** 64 - 59, 5)

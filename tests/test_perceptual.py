@@ -14,10 +14,10 @@ from torch import nn
 
 from fabricate import CHECKOUT
 from pipeline.cli import UserError
+from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
 from pipeline.losses.perceptual import VggFeature, vgg19_features, vgg19_places
 from pipeline.losses.trunks import TRUNK_FILES, find_trunk
-from pipeline.torchvision_import import import_torchvision
 
 NUMBER_OF_CONVOLUTIONS = 16
 
@@ -294,7 +294,7 @@ def test_building_leaves_the_random_numbers_alone(weights) -> None:
 
 
 def test_torchvision_imports_with_any_build_of_torch() -> None:
-    code = ("from pipeline.torchvision_import import import_torchvision as door\n"
+    code = ("from pipeline.libraries import import_torchvision as door\n"
             "import sys\n"
             "assert 'torch' not in sys.modules\n"
             "torchvision = door()\n"

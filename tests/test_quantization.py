@@ -17,8 +17,8 @@ import convert_to_onnx
 from fabricate import picture, run_command, write_images
 from pipeline import cli
 from pipeline.cli import UserError
-from pipeline.export import int8_file
-from pipeline.export.int8_file import CALIBRATING, MEASURING, Int8, gather
+from pipeline.export import int8
+from pipeline.export.int8 import CALIBRATING, MEASURING, Int8, gather
 from pipeline.export.photographs import read_photographs
 from pipeline.export.quantization import calibration_images
 from pipeline.images import cubic_resize
@@ -55,7 +55,7 @@ def run(capsys, *arguments):
     return run_command(capsys, convert_to_onnx, *arguments)
 
 
-def int8(capsys, weights, photos, output, *arguments):
+def quantize(capsys, weights, photos, output, *arguments):
     return run(capsys, "--input", weights, "--output", output, "--int8", "--calibrate", photos / "calibrate",
                "--measure", photos / "measure", "--calibration-images", 4, "--keep-last", 1, *arguments)
 
@@ -161,7 +161,7 @@ def test_sizes_and_batches_stay_free(made, size):
 
 def test_what_loses_too_much_is_refused_and_leaves_nothing(weights, photos, capsys, tmp_path):
     (tmp_path / "net_int8.onnx").write_bytes(b"the old one")
-    status, told, err = int8(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 0)
+    status, told, err = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 0)
     drop = float(re.search(r"mean +[\d.]+ +[\d.]+ +([-+][\d.]+)", told)[1])
     assert drop > 0
     assert status == 1
@@ -173,7 +173,7 @@ def test_what_loses_too_much_is_refused_and_leaves_nothing(weights, photos, caps
 
 
 def test_the_same_seed_gives_the_same_file(made, weights, photos, capsys, tmp_path):
-    status, _, _ = int8(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 9)
+    status, _, _ = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 9)
     assert status == 0
     assert (tmp_path / "net_int8.onnx").read_bytes() == (made[0] / "net_int8.onnx").read_bytes()
 
@@ -227,7 +227,7 @@ def test_bad_options_are_one_line(weights, capsys, tmp_path, monkeypatch, argume
 
 
 def test_more_than_there_is_cannot_stay_in_fp32(weights, photos, capsys, tmp_path):
-    status, _, err = int8(capsys, weights, photos, tmp_path / "net.onnx", "--keep-last", 99)
+    status, _, err = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--keep-last", 99)
     assert status == 2
     assert "of which --keep-last leaves 99 in FP32" in err
     assert not (tmp_path / "net_int8.onnx").exists()
@@ -235,4 +235,4 @@ def test_more_than_there_is_cannot_stay_in_fp32(weights, photos, capsys, tmp_pat
 
 def test_the_defaults_of_the_command_are_those_of_the_module():
     options = vars(convert_to_onnx.Options(output="a"))
-    assert {name: options[name] for name in convert_to_onnx.INT8} == vars(int8_file.Int8())
+    assert {name: options[name] for name in convert_to_onnx.INT8} == vars(int8.Int8())

@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from pipeline.cli import UserError
-from pipeline.engine import build_optimizer
-from pipeline.losses import LOSSES
-from pipeline.models import build_generator
-from pipeline.models.discriminators import build_discriminator
-from pipeline.options import TrainOptions, make_plan, steps_in_epochs
-from pipeline.recipe import (
+from pipeline.config.recipe import (
     RECIPES,
     ROOT,
     batch_sizes,
@@ -27,7 +22,12 @@ from pipeline.recipe import (
     recipe_differences,
     write_recipe,
 )
-from pipeline.schedules import validate_schedule
+from pipeline.engine.engine import build_optimizer
+from pipeline.engine.schedules import validate_schedule
+from pipeline.losses import LOSSES
+from pipeline.models import build_generator
+from pipeline.models.discriminators import build_discriminator
+from pipeline.training.options import TrainOptions, make_plan, steps_in_epochs
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

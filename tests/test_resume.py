@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from comparison import checkpoint_differences, logged
 from conftest import command, environment, run
 from lives import train
-from pipeline.engine import why_not_compiled
+from pipeline.engine.engine import why_not_compiled
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 import lives
 from comparison import checkpoint_differences, differences, logged
 from conftest import ROOT, SMALL, command, environment, run
+from pipeline.checkpoint.engine_state import read_module
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.cli import UserError
-from pipeline.engine_files import read_module
-from pipeline.launched import FIRST_PORT, NUM_PORTS
-from pipeline.manifest import read_manifest
-from pipeline.recipe import load_ds_config
+from pipeline.config.ds_config import check_accelerate, choose_runtime
+from pipeline.config.recipe import load_ds_config
+from pipeline.distributed.launcher import FIRST_PORT, NUM_PORTS
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
-from pipeline.runtimes import check_accelerate, choose_runtime
 from pipeline.warmup_schedules import build_warmup_schedule
 from test_cli import assert_one_line
 from test_resume import BF16, UNET, assert_resumed_is_straight
@@ -139,7 +139,7 @@ def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Pat
 def _live(words: list[str], output: Path, variables: dict[str, str], missing: tuple[str, ...]) -> None:
     """`python train.py WORDS` in a process that finds `variables` and lacks the packages `missing`."""
     from pipeline import cli
-    from pipeline.options import TrainOptions, overrides_last
+    from pipeline.training.options import TrainOptions, overrides_last
     from train import main
 
     torch.set_num_threads(1)
@@ -369,7 +369,7 @@ def _loss(network: Any, images: torch.Tensor) -> torch.Tensor:
 
 def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: float) -> dict[str, Any]:
     """Three updates of accumulation 2 beside plain PyTorch's of all ranks' samples, then one with a NaN on one rank."""
-    from pipeline.engine import build_engine, descend, gradient_norm, skipped_steps, step_was_skipped
+    from pipeline.engine.engine import build_engine, descend, gradient_norm, skipped_steps, step_was_skipped
 
     torch.manual_seed(0)
     network, reference = TwoHeads(), TwoHeads()
@@ -424,7 +424,7 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
 
 def _all_against_autograd(cases: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
     """One after the other, as stages are."""
-    from pipeline.ranks import start_distributed, stop_distributed
+    from pipeline.distributed.ranks import start_distributed, stop_distributed
 
     ranks = start_distributed()
     found = [_against_autograd(ranks, *case) for case in cases]
@@ -483,8 +483,8 @@ WARMUPS: list[tuple[str, dict[str, Any]]] = [
 
 def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dict[str, list[list[list[float]]]]:
     """Runtime -> of each schedule, for each update by how much it moved the weights, and the rate after it."""
-    from pipeline.engine import build_engine, descend
-    from pipeline.ranks import start_distributed, stop_distributed
+    from pipeline.distributed.ranks import start_distributed, stop_distributed
+    from pipeline.engine.engine import build_engine, descend
 
     ranks = start_distributed()
     found: dict[str, list[list[list[float]]]] = {"deepspeed": [], "accelerate": []}

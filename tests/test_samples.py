@@ -15,14 +15,14 @@ from comparison import checkpoint_differences
 from conftest import photograph
 from lives import train
 from pipeline.cli import UserError
+from pipeline.config.recipe import load_recipe, parse_overrides
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.images import to_bytes
 from pipeline.models import build_generator
 from pipeline.models.weights import read_network
-from pipeline.recipe import load_recipe, parse_overrides
 from pipeline.run_folder import checkpoint_dir
-from pipeline.samples import CAPTION, GAP, Samples, every_nth, read_samples
-from pipeline.validation import Pair, bicubic, read_pair
+from pipeline.training.previews import CAPTION, GAP, Samples, every_nth, read_samples
+from pipeline.training.validation import Pair, bicubic, read_pair
 
 
 def panels(sheet: Path, size: tuple[int, int], zoom: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from pipeline.cli import UserError
-from pipeline.schedules import SCHEDULES, build_schedule, validate_schedule
+from pipeline.engine.schedules import SCHEDULES, build_schedule, validate_schedule
 from test_engine import in_a_fresh_process
 
 PARAMS: dict[str, dict[str, Any]] = {

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.cli import UserError
-from pipeline.ema import ExponentialMovingAverage
+from pipeline.libraries import import_torchvision
 from pipeline.models import build_generator, spandrel_reading
+from pipeline.models.ema import ExponentialMovingAverage
+from pipeline.models.spandrel import SpandrelNetwork
 from pipeline.models.spandrel_archs import ARCHITECTURES
-from pipeline.models.spandrel_network import SpandrelNetwork
 from pipeline.models.weights import SavedNetwork, read_network, write_network
-from pipeline.torchvision_import import import_torchvision
 
 TINY = {
     "SPAN": {"feature_channels": 12},

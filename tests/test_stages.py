@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from comparison import checkpoint_differences
 from conftest import ROOT, command, environment, run
-from pipeline.engine import why_not_compiled
-from pipeline.engine_files import read_module
+from pipeline.checkpoint.engine_state import read_module
+from pipeline.engine.engine import why_not_compiled
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, find_run, run_network_file
 from test_cli import assert_one_line
 

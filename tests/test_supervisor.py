@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, environment
-from launch import messages
+from launch.cluster import messages
 
 TOKEN = "0123456789abcdef"
 HOSTS = ("here", "there")
@@ -51,7 +51,7 @@ LAUNCHER = """
 import json, os, subprocess, sys, time
 constants, size, word = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 FIRST
-command = [sys.executable, "-u", "CHECKOUT/launch/guard.py", word]
+command = [sys.executable, "-u", "CHECKOUT/launch/cluster/guard.py", word]
 if constants:
     code = f'''
 import sys

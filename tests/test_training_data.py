@@ -13,10 +13,10 @@ import pytest
 
 from conftest import command, photograph, run
 from pipeline.cli import UserError
+from pipeline.config.recipe import load_recipe
 from pipeline.data.dataset import read_dataset
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.sampling import Sampler
-from pipeline.recipe import load_recipe
 from pipeline.run_folder import checkpoint_steps
 from test_cli import assert_one_line
 

@@ -21,12 +21,12 @@ from fabricate import TINY, make_run, picture, run_command, shared, tiny_network
 from pipeline import cli
 from pipeline.images import cubic_resize
 from pipeline.inference import Target, Upscaler, encode_picture, read_picture, torch_backend, upscale_picture
-from pipeline.inference.picture_files import Picture
+from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import lay_tiles
 from pipeline.inference.torch_backend import TorchBackend
+from pipeline.libraries import import_torchvision
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, read_network, write_network
-from pipeline.torchvision_import import import_torchvision
 
 CPU = torch.device("cpu")
 

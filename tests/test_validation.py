@@ -14,11 +14,11 @@ from skimage.metrics import peak_signal_noise_ratio
 from conftest import photograph
 from fabricate import tiny_network
 from pipeline.cli import UserError
+from pipeline.config.recipe import BestSpec, load_recipe
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma
-from pipeline.recipe import BestSpec, load_recipe
-from pipeline.validation import Scores, ValidationSet, is_better
+from pipeline.training.validation import Scores, ValidationSet, is_better
 
 
 class FakeRanks:

@@ -16,7 +16,7 @@ import pytest
 from comparison import checkpoint_differences, logged
 from conftest import ROOT, command, environment
 from lives import train
-from pipeline.wandb_tracker import WandbTracker
+from pipeline.monitor.wandb_tracker import WandbTracker
 
 pytest.importorskip("wandb")
 

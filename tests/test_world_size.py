@@ -19,7 +19,7 @@ import torch
 import lives
 from comparison import differences, logged
 from lives import output_of, train
-from pipeline.manifest import damage
+from pipeline.checkpoint.manifest import damage
 from pipeline.run_folder import checkpoint_dir
 from pipeline.zero_shards import OPTIMIZER, WEIGHTS, recut
 
@@ -147,9 +147,9 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
     """An engine that takes three steps, or takes over what another has saved, and saves."""
     from deepspeed.accelerator import get_accelerator
 
-    from pipeline.engine import build_engine, descend
-    from pipeline.engine_files import load_engine, save_engine
-    from pipeline.ranks import start_distributed, stop_distributed
+    from pipeline.checkpoint.engine_state import load_engine, save_engine
+    from pipeline.distributed.ranks import start_distributed, stop_distributed
+    from pipeline.engine.engine import build_engine, descend
 
     ranks = start_distributed()
     type(get_accelerator()).is_fp16_supported = lambda self: True  # refused on most CPUs, though it works on all

@@ -17,12 +17,12 @@ import tyro
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
 from pipeline.files import write_atomically
-from tools.common.dataset_walk import walk
 from tools.common.image_formats import decode_file
 from tools.common.image_headers import BadImageError
 from tools.common.level_statistics import CHANNELS, PERCENTILES, Analysis, ImageCounts, histograms, summary
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
+from tools.files import walk
+from tools.images import MAX_MEGAPIXELS, prepare_decoders
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 NUM_SHOWN = 20
 

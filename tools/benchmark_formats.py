@@ -19,12 +19,12 @@ import tyro
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, is_encoded, is_npy
 from pipeline.files import write_atomically
-from tools.common.dataset_walk import walk
 from tools.common.format_measuring import SCALE, LoaderSettings, Meter, Row, Sample
 from tools.common.image_formats import FORMATS, decode_file
 from tools.common.image_headers import BadImageError
-from tools.common.parallel import progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import prepare_decoders
+from tools.files import walk
+from tools.images import prepare_decoders
+from tools.parallel import progress, quiet_libraries, thread_count
 
 MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
 

@@ -17,15 +17,15 @@ from tqdm import tqdm
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
 from tools.common.check_outcome import Outcome
-from tools.common.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
-from tools.common.crop_options import GateOptions, open_benchmark
-from tools.common.dataset_walk import IMAGES, Kind, links_note, scan, shown
-from tools.common.image_judging import Judge, Judgement, Rules, Verdict
-from tools.common.manifest import ManifestIndex
 from tools.common.pair_sides import other_sides
-from tools.common.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import prepare_decoders
 from tools.common.twins import Twins
+from tools.crops.manifest import ManifestIndex
+from tools.crops.options import GateOptions, open_benchmark
+from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
+from tools.dataset.judging import Judge, Judgement, Rules, Verdict
+from tools.files import IMAGES, Kind, links_note, scan, shown
+from tools.images import prepare_decoders
+from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
 MAX_BAD_FRACTION = 0.05  # more than this is rather a wrong option or a broken disk than so many bad files
 MAX_BAD_FILES = 20       # ... unless it is a handful

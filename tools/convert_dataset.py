@@ -20,9 +20,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_dataset import refuse_nested
 from tools.common.dataset_files import shown
-from tools.common.dataset_walk import IMAGES, Files, scan, walk
 from tools.common.format_conversion import (
     Converter,
     carry_over,
@@ -31,9 +29,11 @@ from tools.common.format_conversion import (
     remove_bookkeeping,
 )
 from tools.common.image_formats import parallel_encoder
-from tools.common.manifest import ManifestIndex
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
+from tools.crops.dataset import refuse_nested
+from tools.crops.manifest import ManifestIndex
+from tools.files import IMAGES, Files, scan, walk
+from tools.images import MAX_MEGAPIXELS, prepare_decoders
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 CLAIM = "conversion.json"
 NUM_SHOWN = 20

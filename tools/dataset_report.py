@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
-from tools.common.dataset_sampling import HashSample
-from tools.common.dataset_sources import SampledImage
-from tools.common.dataset_statistics import Statistics, gather, total
-from tools.common.parallel import thread_count
-from tools.common.photo_decoding import prepare_decoders
-from tools.common.report_page import PlainImages, View, render
-from tools.common.report_tiles import SIDE, Tile, make_tiles
+from tools.dataset.sampling import HashSample
+from tools.dataset.sources import SampledImage
+from tools.dataset.statistics import Statistics, gather, total
+from tools.images import prepare_decoders
+from tools.parallel import thread_count
+from tools.report.page import PlainImages, View, render
+from tools.report.tiles import SIDE, Tile, make_tiles
 
 MAX_SAMPLES = 500
 

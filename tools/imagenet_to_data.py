@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE
-from tools.common.crop_dataset import CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
-from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
-from tools.common.crop_writing import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.common.dataset_files import REJECTS, SETTINGS, parse_reject
 from tools.common.image_headers import BadImageError
-from tools.common.leakage import BenchmarkIndex
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
-from tools.common.tar_members import Member, Problem, TarReader, check_archive
-from tools.common.tar_streams import Limits
+from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
+from tools.crops.dataset import CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.options import CropOptions, open_benchmark
+from tools.images import MAX_MEGAPIXELS, prepare_decoders
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.tar.members import Member, Problem, TarReader, check_archive
+from tools.tar.streams import Limits
 
 MB = 1_000_000
 _SMALLER_SIZES = (384, 256, 192, 144, 128, 96, 64, 48, 32)  # which the report offers

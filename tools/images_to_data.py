@@ -14,15 +14,15 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
-from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
-from tools.common.crop_writing import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
-from tools.common.dataset_walk import walk
 from tools.common.image_headers import BadImageError
-from tools.common.leakage import BenchmarkIndex
-from tools.common.parallel import thread_count
-from tools.common.photo_decoding import MAX_MEGAPIXELS, prepare_decoders
+from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
+from tools.crops.dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.options import CropOptions, open_benchmark
+from tools.files import walk
+from tools.images import MAX_MEGAPIXELS, prepare_decoders
+from tools.parallel import thread_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import run
 from tools.common.dataset_files import shown
-from tools.common.dataset_sampling import Tally
-from tools.common.dataset_sources import Source
-from tools.common.dataset_statistics import Statistics, gather, tally, total, warnings
+from tools.dataset.sampling import Tally
+from tools.dataset.sources import Source
+from tools.dataset.statistics import Statistics, gather, tally, total, warnings
 
 _HEAD = ("source", "made by", "photos", "images", "by scale", "pixels a side", "GB", "format", "rejected", "training",
          "validation", "hash")

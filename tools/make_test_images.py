@@ -18,8 +18,8 @@ import tyro
 
 from pipeline.cli import UserError, run
 from tools.common.image_formats import WEBP_MAX_SIDE, encode
-from tools.common.parallel import ordered_map, progress, thread_count
-from tools.common.photo_decoding import prepare_decoders
+from tools.images import prepare_decoders
+from tools.parallel import ordered_map, progress, thread_count
 
 Kind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]
 MAX_SIDE = 16384

@@ -18,8 +18,8 @@ from av.stream import Disposition, Stream
 
 from pipeline.cli import UserError, run
 from tools.common.dataset_files import shown
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
-from tools.common.video_probe import BadVideoError, open_video, probe, read_packets
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
 
 @dataclass(frozen=True)

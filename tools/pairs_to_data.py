@@ -17,10 +17,10 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.pair_matching import Pair, match_pairs, outside, split_marked
-from tools.common.crop_dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
-from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
-from tools.common.crop_writing import (
+from tools.common.image_headers import BadImageError, read_header
+from tools.common.pair_fitting import correlation, has_swapped_colors, shift
+from tools.crops.cutting import (
     CropSettings,
     CutPicture,
     Picture,
@@ -36,18 +36,14 @@ from tools.common.crop_writing import (
     too_small,
     write_crop,
 )
-from tools.common.dataset_walk import shown, walk
-from tools.common.image_headers import BadImageError, read_header
-from tools.common.leakage import BenchmarkIndex
-from tools.common.manifest import CropRecord
-from tools.common.pair_fitting import correlation, has_swapped_colors, shift
-from tools.common.parallel import thread_count
-from tools.common.photo_decoding import (
-    MAX_MEGAPIXELS,
-    check_megapixels,
-    prepare_decoders,
-)
-from tools.common.quality import crop_gates, is_flat, is_soft, picture_gates
+from tools.crops.dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.manifest import CropRecord
+from tools.crops.options import CropOptions, open_benchmark
+from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
+from tools.files import shown, walk
+from tools.images import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
+from tools.parallel import thread_count
 
 
 @dataclass(frozen=True, kw_only=True)

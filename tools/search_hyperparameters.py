@@ -17,15 +17,15 @@ import tyro
 
 from launch import environment
 from pipeline.cli import UserError, run
+from pipeline.config.recipe import batch_sizes, ds_differences, parse_overrides, recipe_differences, recipe_of
 from pipeline.files import short, write_atomically
-from pipeline.options import Plan, TrainOptions, make_plans, overrides_last
-from pipeline.recipe import batch_sizes, ds_differences, parse_overrides, recipe_differences, recipe_of
 from pipeline.run_folder import RUNS_DIR
-from tools.common import search_report
-from tools.common.search_check import Candidate, check
-from tools.common.search_run import Budget, Machine, Search, Target
-from tools.common.search_space import Space, read_space, space_of
-from tools.common.search_study import IDENTITY, Pruner, StudyFolder, open_study, pruner_of, read_study
+from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
+from tools.search import report
+from tools.search.check import Candidate, check
+from tools.search.run import Budget, Machine, Search, Target
+from tools.search.space import Space, read_space, space_of
+from tools.search.study import IDENTITY, Pruner, StudyFolder, open_study, pruner_of, read_study
 
 PICTURE_FILE = "search.png"
 FLAGS = ("--reset", "--show")
@@ -227,13 +227,13 @@ def _show(folder: StudyFolder) -> int:
 
 def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
     """Table, importances, picture, and what to do next."""
-    print(search_report.trial_table(study, space, metric))
-    shares = search_report.importances(study, space)
+    print(report.trial_table(study, space, metric))
+    shares = report.importances(study, space)
     if shares:
-        print(f"\nshare of the variance of the {search_report.TITLES[metric]} of complete trials (fANOVA):")
-        print(search_report.importance_lines(shares))
+        print(f"\nshare of the variance of the {report.TITLES[metric]} of complete trials (fANOVA):")
+        print(report.importance_lines(shares))
     with contextlib.suppress(OSError):
-        write_atomically(folder.path / PICTURE_FILE, search_report.draw(study, space, metric))
+        write_atomically(folder.path / PICTURE_FILE, report.draw(study, space, metric))
         print(f"\npicture: {short(folder.path / PICTURE_FILE)}")
     best = folder.path / "best.yaml"
     if best.is_file():

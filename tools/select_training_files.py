@@ -22,9 +22,9 @@ from pipeline.data.image_files import (
     npy_layout,
     write_file_list,
 )
-from tools.common.dataset_walk import shown, walk
 from tools.common.image_headers import BadImageError, read_header
-from tools.common.manifest import iterate_records
+from tools.crops.manifest import iterate_records
+from tools.files import shown, walk
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position
 from pipeline.files import write_atomically
-from pipeline.options import Plan, TrainOptions, make_plan
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
+from pipeline.training.options import Plan, TrainOptions, make_plan
 from tools.common.batch_sheet import Cell, Pair, sheet
 from tools.common.image_formats import encode
-from tools.common.parallel import progress, quiet_libraries
+from tools.parallel import progress, quiet_libraries
 
 DEFAULT_OUT = "show_batch.png"
 DEFAULT_COUNT = 16

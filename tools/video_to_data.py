@@ -18,10 +18,8 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
-from tools.common.crop_dataset import CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
-from tools.common.crop_options import CropOptions, open_benchmark
 from tools.common.crop_report import Clock
-from tools.common.crop_writing import (
+from tools.crops.cutting import (
     CropSettings,
     Picture,
     Reject,
@@ -31,12 +29,14 @@ from tools.common.crop_writing import (
     make_folder,
     too_small,
 )
-from tools.common.frame_choice import Sampling
-from tools.common.leakage import BenchmarkIndex
-from tools.common.parallel import ordered_map, progress, quiet_libraries, thread_count
-from tools.common.photo_decoding import prepare_decoders
-from tools.common.video_frames import DamagedError, Tally, sample_frames
-from tools.common.video_probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
+from tools.crops.dataset import CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.options import CropOptions, open_benchmark
+from tools.images import prepare_decoders
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
+from tools.video.choice import Sampling
+from tools.video.frames import DamagedError, Tally, sample_frames
+from tools.video.probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
 
 MAX_CODEC_THREADS = 16  # more give nothing
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from launch import shipped
+from launch.cluster.hostfile import Slots, world_size
+from launch.cluster.remote import run_on
 from launch.doctor import measure
+from launch.doctor.checks import CHECKS, Check, Question, clock, clock_skew
 from launch.doctor.dataset_checks import datasets
 from launch.doctor.diagnosis import ROWS, Diagnosis
-from launch.doctor.efficiency import Network, all_reduce_seconds, efficiency, prediction
 from launch.doctor.findings import FAIL, PASS, Finding
 from launch.doctor.gpu_checks import gpus
-from launch.doctor.host_checks import CHECKS, Check, Question, clock, clock_skew
 from launch.doctor.network import find_route
+from launch.doctor.prediction import Network, all_reduce_seconds, efficiency, prediction
 from launch.doctor.ssh_errors import explain
-from launch.hostfile import Slots, world_size
-from launch.remote import run_on
 from launch.requirements_missing import pins
 from pipeline.cli import UserError
 

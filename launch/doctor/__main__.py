@@ -13,14 +13,14 @@ from typing import Annotated
 
 import tyro
 
+from launch.cluster.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile, world_size
 from launch.doctor import diagnose
 from launch.doctor.pace import count_parameters, step_seconds_of
-from launch.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile, world_size
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.files import write_atomically
-from pipeline.options import DATASET_DIR
 from pipeline.run_folder import RUNS_DIR
+from pipeline.training.options import DATASET_DIR
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from launch.doctor.checks import SYNC, Question
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
-from launch.doctor.host_checks import SYNC, Question
 
 
 def datasets(ask: Question) -> Iterator[Finding]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launch.doctor.efficiency import Network
+from launch.cluster.hostfile import Slots, world_size
 from launch.doctor.findings import FAIL, WARN, Finding, format_table
 from launch.doctor.network import Route
-from launch.hostfile import Slots, world_size
+from launch.doctor.prediction import Network
 
 ROWS = ("ssh", "checkout", "python", "packages", "GPUs", "cores", "memory", "disk", "clock", "dataset", "limits",
         "network", "all-reduce")

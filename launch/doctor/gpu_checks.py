@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.doctor.checks import Question
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
-from launch.doctor.host_checks import Question
 
 USED_MIB = 1024  # more than this, and others are at work on a GPU
 POWER_SHARE = 0.95  # of the power that the GPU has by default

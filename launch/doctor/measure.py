@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launch import shipped
-from launch.doctor.efficiency import Network
+from launch.cluster.hostfile import Slots
+from launch.cluster.remote import ssh
 from launch.doctor.findings import FAIL, PASS, Finding
 from launch.doctor.network import Route
-from launch.hostfile import Slots
-from launch.remote import ssh
+from launch.doctor.prediction import Network
 
 JOIN_SECONDS = 40  # for every host to import torch and to meet
 SECONDS = JOIN_SECONDS + 30  # for all of it

@@ -11,8 +11,8 @@ from fnmatch import fnmatch
 from typing import Any
 
 from launch import shipped
+from launch.cluster.remote import run_on
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
-from launch.remote import run_on
 
 SECONDS = 8  # until a host that cannot connect gives up
 PORTS = range(20000, 32000)  # below those that kernels give out by themselves

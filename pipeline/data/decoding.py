@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encoded_headers import BrokenStreamError, Header, read_header
 from pipeline.data.encoded_streams import check_complete, make_readable
 from pipeline.data.image_files import BadFileError, MissingFileError, is_npy, npy_layout
+from pipeline.data.image_headers import BrokenStreamError, Header, read_header
 
 MAX_BYTES = 1 << 31  # of a file: more than `MAX_PIXELS` need; a sparse file is not worth the memory
 

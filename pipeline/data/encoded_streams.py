@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from pipeline.data.encoded_headers import BrokenStreamError, Header, tiff_tags
+from pipeline.data.image_headers import BrokenStreamError, Header, tiff_tags
 
 # LZW, JPEG, deflate, Zstandard: their first code, and their end code, marker or checksum, are never all zeros.
 _TIFF_CODED = frozenset((5, 7, 8, 32946, 50000))

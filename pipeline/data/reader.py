@@ -16,13 +16,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from pipeline.cli import UserError
+from pipeline.config.specs import DegradationSpec
 from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
 from pipeline.data.source import CropSource
-from pipeline.data_spec import DegradationSpec
 
 
 def batches(source: CropSource, index: int, *, device_id: int | None, threads: int,

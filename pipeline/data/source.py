@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cli import UserError
+from pipeline.config.specs import DataSpec
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
 from pipeline.data.image_access import NOTHING, ImageCache, ImageFiles, Opened, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
-from pipeline.data_spec import DataSpec
 
 MOST_ATTEMPTS = 100  # bad files in a row for one sample
 

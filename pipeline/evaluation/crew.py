@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
-from pipeline.launched import BY_HAND, Place, choose_interface, end_with_parent
+from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent
 
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
 """Environment variable of a process that `processes.py` started and watches: the id of the one that did."""

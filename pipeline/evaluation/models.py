@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.cli import UserError
+from pipeline.distributed.launcher import Place, gpu_of
 from pipeline.evaluation.scoring import BASELINES
-from pipeline.launched import Place, gpu_of
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 

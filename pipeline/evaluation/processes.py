@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.cli import RunError, UserError
+from pipeline.distributed.launcher import Place
 from pipeline.evaluation.crew import LOST, WATCHED
-from pipeline.launched import Place
 
 SECONDS_FOR_THE_CAUSE = 3.0  # how much later than its effect on others the end of a process may be seen
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from pipeline.cli import UserError
-from pipeline.evaluation.benchmarks import ImageSet
 from pipeline.evaluation.crew import Alone, Crew
+from pipeline.evaluation.image_sets import ImageSet
 from pipeline.evaluation.models import Model
 from pipeline.evaluation.page_images import Gallery
 from pipeline.evaluation.pictures import write_views

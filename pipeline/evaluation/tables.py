@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipeline.evaluation.benchmarks import ImageSet
+from pipeline.evaluation.image_sets import ImageSet
 from pipeline.evaluation.scoring import DRIFTS, MethodScores, means
 from pipeline.evaluation.significance import (
     FEW_IMAGES,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import RunError, UserError
 from pipeline.export import openvino_file, tensorrt_file
-from pipeline.export.int8_file import Int8, gather, write_int8
+from pipeline.export.int8 import Int8, gather, write_int8
 from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
 from pipeline.export.onnx_runtime import onnx_runtime
 from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, photographs

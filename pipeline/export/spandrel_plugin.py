@@ -21,9 +21,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 if __package__ != "pipeline.export" and (CHECKOUT / "pipeline" / "models").is_dir():
     sys.path.append(str(CHECKOUT))  # last, so that it hides nothing of the program's
 
+from pipeline.libraries import import_torchvision  # noqa: E402
 from pipeline.models import GENERATORS  # noqa: E402
 from pipeline.models.common import COLOURS  # noqa: E402
-from pipeline.torchvision_import import import_torchvision  # noqa: E402
 
 import_torchvision()
 from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescriptor, ModelTiling  # noqa: E402

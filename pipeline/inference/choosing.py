@@ -12,12 +12,12 @@ import torch
 from pipeline.cli import UserError
 from pipeline.evaluation.models import Model, choose_model
 from pipeline.export.parity import SIZES
+from pipeline.export.runtimes import RUNTIMES, RuntimeKind
 from pipeline.files import short
-from pipeline.inference.backend import Backend
+from pipeline.inference.backends import Backend
 from pipeline.inference.converted import ROUNDS, TIMED_SECONDS, Conversion, cache_folder
 from pipeline.inference.file_backend import FileBackend
 from pipeline.inference.file_facts import facts_of
-from pipeline.inference.runtimes import RUNTIMES, RuntimeKind
 from pipeline.inference.torch_backend import TorchBackend
 
 Work = Callable[[int], float]

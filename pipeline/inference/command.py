@@ -19,9 +19,9 @@ from pipeline.evaluation.models import choose_device
 from pipeline.files import write_atomically
 from pipeline.inference.choosing import choose_backend
 from pipeline.inference.jobs import Job, plan_jobs, without_existing
-from pipeline.inference.picture_files import Picture, picture_size, read_picture
 from pipeline.inference.picture_writing import encode_picture
-from pipeline.inference.plan import Target, upscale_picture
+from pipeline.inference.pictures import Picture, picture_size, read_picture
+from pipeline.inference.sizes import Target, upscale_picture
 from pipeline.inference.tiles import Upscaler
 from pipeline.inference.video import upscale_video, video_size
 

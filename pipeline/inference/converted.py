@@ -19,10 +19,10 @@ import torch
 from pipeline.cli import RunError, UserError
 from pipeline.export.onnx_file import Form, convert, quiet
 from pipeline.export.parity import LIMITS, Check, checks, compare, photographs
+from pipeline.export.runtimes import RuntimeKind
 from pipeline.files import write_atomically
-from pipeline.inference.backend import Backend, NetworkFile, dtype_of, usable_threads
+from pipeline.inference.backends import Backend, NetworkFile, dtype_of, usable_threads
 from pipeline.inference.file_backend import Facts, FileBackend
-from pipeline.inference.runtimes import RuntimeKind
 from pipeline.inference.torch_backend import TorchBackend
 from pipeline.models.weights import SavedNetwork
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError
-from pipeline.inference.backend import NetworkFile
+from pipeline.inference.backends import NetworkFile
 from pipeline.inference.memory import PROBE_SIDE, window_pixels
 
 

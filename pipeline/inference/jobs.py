@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import UserError
-from pipeline.inference import picture_files, video
+from pipeline.inference import pictures, video
 from pipeline.inference.picture_writing import WRITTEN
 
 
@@ -73,7 +73,7 @@ def without_existing(jobs: Sequence[Job], *, force: bool, skip_existing: bool) -
 
 
 def _is_file_name(out: Path) -> bool:
-    known = picture_files.SUFFIXES | video.SUFFIXES | video.WRITTEN
+    known = pictures.SUFFIXES | video.SUFFIXES | video.WRITTEN
     return out.suffix.lower() in known and not out.is_dir()
 
 
@@ -90,9 +90,9 @@ def _single(inputs: Sequence[Path], out: Path) -> Job:
 def _checked(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"no file or folder {str(path)!r}")
-    if path.suffix.lower() not in picture_files.SUFFIXES | video.SUFFIXES:
+    if path.suffix.lower() not in pictures.SUFFIXES | video.SUFFIXES:
         raise UserError(f"{str(path)!r} is no image or video by its name; known are "
-                        f"{' '.join(sorted(picture_files.SUFFIXES | video.SUFFIXES))}")
+                        f"{' '.join(sorted(pictures.SUFFIXES | video.SUFFIXES))}")
     return path
 
 
@@ -108,7 +108,7 @@ def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
                             if not name.startswith(".") and (Path(folder) / name).resolve() != results)
         for name in sorted(names):
             source = Path(folder) / name
-            is_known = source.suffix.lower() in picture_files.SUFFIXES | video.SUFFIXES
+            is_known = source.suffix.lower() in pictures.SUFFIXES | video.SUFFIXES
             if is_known and not name.startswith(".") and source.is_file():
                 is_empty = False
                 yield source, out / source.parent.relative_to(path)

@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin
 
 from pipeline.cli import UserError
 from pipeline.inference.exif import PREFIX, descriptive_tags, parsed
-from pipeline.inference.picture_files import Picture
+from pipeline.inference.pictures import Picture
 
 WRITTEN = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"})
 QUALITY = 95

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.cli import RunError, UserError
 from pipeline.images import to_bytes
-from pipeline.inference.backend import Backend
+from pipeline.inference.backends import Backend
 from pipeline.inference.memory import is_out_of_memory
 from pipeline.inference.torch_backend import DEEP
 

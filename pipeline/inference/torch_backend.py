@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.inference.backend import dtype_of
+from pipeline.inference.backends import dtype_of
 from pipeline.inference.memory import max_window_pixels
 
 DEEP = np.dtype(np.uint16)

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from pipeline.cli import UserError
 from pipeline.files import flush
-from pipeline.inference.plan import Target, upscale_images
+from pipeline.inference.sizes import Target, upscale_images
 from pipeline.inference.tiles import Advance, Upscaler
 
 SUFFIXES = frozenset({

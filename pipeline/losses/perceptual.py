@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
+from pipeline.libraries import import_torchvision
 from pipeline.losses.trunks import load_trunk
-from pipeline.torchvision_import import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB, as torchvision's networks want it
 VGG19_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions; a pooling after each

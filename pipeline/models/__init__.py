@@ -29,7 +29,7 @@ from pipeline.models.common import NOT_ALLOCATED, told
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.msrresnet import MSRResNet
 from pipeline.models.rrdbnet import RRDBNet
-from pipeline.models.spandrel_network import SpandrelNetwork
+from pipeline.models.spandrel import SpandrelNetwork
 from pipeline.models.srresnet import SRResNet
 from pipeline.models.vapsr import VapSR
 

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli import UserError, run
+from pipeline.config.recipe import Recipe, load_recipe, parse_overrides
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
-from pipeline.models.spandrel_network import SpandrelNetwork
+from pipeline.models.spandrel import SpandrelNetwork
 from pipeline.models.state_files import SUFFIXES
 from pipeline.models.weights import read_network
-from pipeline.recipe import Recipe, load_recipe, parse_overrides
 from pipeline.run_folder import run_network_file
 
 LARGEST_PROBE = 1024

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cli import nearest
+from pipeline.libraries import import_torchvision
 from pipeline.models.common import COLOURS, check_sizes
-from pipeline.torchvision_import import import_torchvision
 
 ARCHITECTURES = ("ATD", "CRAFT", "Compact", "DAT", "DCTLSA", "DITN", "DRCT", "ESRGAN", "FDAT", "GRL", "HAT", "MoESR",
                  "MoSR", "OmniSR", "PLKSR", "RCAN", "RGT", "RealCUGAN", "RealPLKSR", "SAFMN", "SPAN", "SeemoRe",

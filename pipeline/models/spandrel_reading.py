@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.libraries import import_torchvision
 from pipeline.models.common import COLOURS, told
 from pipeline.models.spandrel_archs import (
     ARCHITECTURES,
@@ -20,7 +21,6 @@ from pipeline.models.spandrel_archs import (
     defaults_of,
     plain,
 )
-from pipeline.torchvision_import import import_torchvision
 
 TOLERANCE = 1e-4
 """How far the network that spandrel reads may be from ours, in parts of the largest output value."""

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipeline.adversarial_spec import AdversarialSpec
 from pipeline.data.loader import Batch
-from pipeline.ema import ExponentialMovingAverage
-from pipeline.engine import descend
+from pipeline.engine.engine import descend
 from pipeline.images import unit_range
 from pipeline.losses import Criterion
 from pipeline.losses.adversarial import RELATIVISTIC, discriminator_loss, draw_labels, generator_loss
 from pipeline.models.discriminators import frozen
+from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.outcome import Outcome
 
 

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from tools.common.crop_grid import halved
 from tools.common.image_headers import read_header
-from tools.common.photo_decoding import decode_photo
+from tools.crops.grid import halved
+from tools.images import decode_photo
 from tools.make_demo_dataset import DATASET, HELD_OUT, _read
 
 

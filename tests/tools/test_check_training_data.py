@@ -30,12 +30,12 @@ from dataset_corpus import (
 from PIL import Image, PngImagePlugin
 
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
-from tools.common.cleaning import Cleaner
 from tools.common.dataset_files import parse_reject
 from tools.common.image_headers import BadImageError, read_header
-from tools.common.image_judging import DaliDecoder, Judgement, Verdict
-from tools.common.parallel import quiet_libraries
-from tools.common.photo_decoding import decode_plain
+from tools.dataset.cleaning import Cleaner
+from tools.dataset.judging import DaliDecoder, Judgement, Verdict
+from tools.images import decode_plain
+from tools.parallel import quiet_libraries
 
 OTHERS = {"notes.txt": b"not an image", "training_file_list.txt": b"good/plain.png\n", "dataset.json": b"{}",
           "skipped.txt": b"", ".hidden.png": b"junk", "quarantine/old.png": b"junk"}

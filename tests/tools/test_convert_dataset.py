@@ -33,7 +33,7 @@ from PIL import Image
 
 from pipeline.data.image_files import read_file_list
 from tools.common.image_formats import decode_file, encode
-from tools.common.manifest import CropRecord, format_lines, iterate_lines
+from tools.crops.manifest import CropRecord, format_lines, iterate_lines
 
 
 def record(path: str, pixels: np.ndarray, size: int, **more: object) -> CropRecord:

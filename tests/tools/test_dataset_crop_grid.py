@@ -1,4 +1,4 @@
-"""tools.common.crop_grid: where crops lie."""
+"""tools.crops.grid: where crops lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataset_corpus import photograph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.common.crop_grid import cover_grid, crop_grid, halved, pyramid
+from tools.crops.grid import cover_grid, crop_grid, halved, pyramid
 
 SIDES = st.integers(1, 300)
 SIZES = st.integers(16, 64)

@@ -16,10 +16,10 @@ from dataset_corpus import CHECKOUT, UNGATED, encoded, npy, photograph, run_tool
 from PIL import Image
 
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_judging import DaliDecoder, Judge, Rules, Verdict
 from tools.common.image_streams import check_complete, check_file_size, without_sloppiness
-from tools.common.manifest import ManifestIndex
-from tools.common.photo_decoding import decode_photo, decode_plain, decoder_name, prepare_decoders
+from tools.crops.manifest import ManifestIndex
+from tools.dataset.judging import DaliDecoder, Judge, Rules, Verdict
+from tools.images import decode_photo, decode_plain, decoder_name, prepare_decoders
 
 PIXELS = photograph(301, 403)
 KINDS = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2},

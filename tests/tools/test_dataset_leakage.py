@@ -1,4 +1,4 @@
-"""tools.common.leakage: parts and copies of benchmark pictures are found, other photographs are not."""
+"""tools.crops.leakage: parts and copies of benchmark pictures are found, other photographs are not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataset_photographs import brightened, crops, photographs, recompressed, re
 
 from fabricate import shared, write_images
 from pipeline.cli import UserError
-from tools.common.leakage import BenchmarkIndex
+from tools.crops.leakage import BenchmarkIndex
 
 BENCHMARK = ("astronaut.png", "china.jpg", "coffee.png")
 OTHERS = ("chelsea.png", "flower.jpg", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg")

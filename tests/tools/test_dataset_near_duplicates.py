@@ -1,4 +1,4 @@
-"""tools.common.near_duplicates: copies are found, other photographs are not, and a plain search agrees."""
+"""tools.crops.duplicates: copies are found, other photographs are not, and a plain search agrees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dataset_photographs import blurred, brightened, crops, photographs, recompressed, resized
 
-from tools.common.near_duplicates import (
+from tools.crops.duplicates import (
     HASH_BYTES,
     MAX_DISTANCE,
     NearDuplicates,

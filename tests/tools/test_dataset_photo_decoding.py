@@ -1,4 +1,4 @@
-"""tools.common.photo_decoding: any photograph to upright RGB bytes."""
+"""tools.images: any photograph to upright RGB bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from dataset_corpus import bad_files, deep_png, encoded, exif, good_files, photograph
 from PIL import Image, ImageOps
 
-from tools.common import photo_decoding
+from tools import images
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.parallel import quiet_libraries
-from tools.common.photo_decoding import check_megapixels, decode_photo, prepare_decoders
+from tools.images import check_megapixels, decode_photo, prepare_decoders
+from tools.parallel import quiet_libraries
 
 PIXELS = photograph(60, 80)
 BAD = bad_files()
@@ -156,7 +156,7 @@ def test_a_missing_tail_is_an_error(form, options, cut):
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
     """OpenCV 4 fills what is missing of a JPEG with gray and reports success; whichever is installed, we notice."""
-    monkeypatch.setattr(photo_decoding, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
+    monkeypatch.setattr(images, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
     content = encoded(PIXELS, form)
     assert (decode(content) == 128).all()
     with pytest.raises(BadImageError):

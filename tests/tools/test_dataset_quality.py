@@ -1,4 +1,4 @@
-"""tools.common.quality: flat crops and soft photographs are told from ordinary ones."""
+"""tools.crops.quality: flat crops and soft photographs are told from ordinary ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataset_photographs import blurred, crops, enlarged, photographs, recompres
 from PIL import Image
 
 from fabricate import shared
-from tools.common.quality import MIN_SHARPNESS, crop_gates, is_flat, is_soft, picture_gates
+from tools.crops.quality import MIN_SHARPNESS, crop_gates, is_flat, is_soft, picture_gates
 
 CUBIC, LINEAR, NEAREST, LANCZOS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST,
                                    Image.Resampling.LANCZOS)

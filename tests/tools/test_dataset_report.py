@@ -19,8 +19,8 @@ from dataset_corpus import UNGATED, assert_user_error, encoded, npy, photograph,
 from PIL import Image
 
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST
-from tools.common.manifest import CropRecord, dataset_hash, format_lines, iterate_records
-from tools.common.quality import crop_gates, picture_gates
+from tools.crops.manifest import CropRecord, dataset_hash, format_lines, iterate_records
+from tools.crops.quality import crop_gates, picture_gates
 
 VOID = {"meta", "link", "img", "br"}
 ALERT = "<script>alert('x')</script>\"&"

@@ -1,4 +1,4 @@
-"""tools/common/dataset_statistics.py and what it counts with: exact numbers in fixed memory."""
+"""tools/dataset/statistics.py and what it counts with: exact numbers in fixed memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.image_files import MANIFEST
-from tools.common.dataset_sampling import MAX_KINDS, HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key
-from tools.common.dataset_sources import GATE_EDGES
-from tools.common.dataset_statistics import gather
-from tools.common.manifest import CropRecord, format_line
-from tools.common.report_charts import gate_chart, photos_chart
+from tools.crops.manifest import CropRecord, format_line
+from tools.dataset.sampling import MAX_KINDS, HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key
+from tools.dataset.sources import GATE_EDGES
+from tools.dataset.statistics import gather
+from tools.report.charts import gate_chart, photos_chart
 
 FAST = settings(deadline=None, max_examples=50)
 
@@ -144,7 +144,7 @@ def test_memory_hardly_grows_with_the_crops(tmp_path):
         records = [record(number, f"photo_{number // 20}", gradient=5.0, sharpness=0.7) for number in range(count)]
         write_manifest(tmp_path / str(count) / "source", records)
         code = ("import resource, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-                "from tools.common.dataset_statistics import gather; statistics = gather(Path(sys.argv[2]), 48); "
+                "from tools.dataset.statistics import gather; statistics = gather(Path(sys.argv[2]), 48); "
                 "print(statistics.sources[0].images, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
         done = subprocess.run([sys.executable, "-c", code, str(CHECKOUT), str(tmp_path / str(count))], check=True,
                               capture_output=True, text=True, timeout=120)

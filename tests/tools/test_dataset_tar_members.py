@@ -1,4 +1,4 @@
-"""tools/common/tar_members.py: tars in tars, names that lie, damage, bombs, and how much memory all that takes."""
+"""tools/tar/members.py: tars in tars, names that lie, damage, bombs, and how much memory all that takes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import pytest
 from dataset_corpus import CHECKOUT, encoded, photograph
 
 from pipeline.cli import UserError
-from tools.common.tar_members import Member, Problem, TarReader, check_archive, iter_members
 from tools.common.tar_names import clean_name
-from tools.common.tar_streams import Limits
+from tools.tar.members import Member, Problem, TarReader, check_archive, iter_members
+from tools.tar.streams import Limits
 
 JPEG = encoded(photograph(40, 60), "jpeg")
 PNG = encoded(photograph(40, 60, 1), "png")

@@ -1,4 +1,4 @@
-"""tools/common/video_probe.py and video_frames.py on real files: which frames, which pixels, what is refused."""
+"""tools/video/probe.py and video_frames.py on real files: which frames, which pixels, what is refused."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from video_corpus import (
     yuv420p,
 )
 
-from tools.common.frame_choice import FrameChooser, Sampling
-from tools.common.video_frames import DamagedError, Frame, Tally, sample_frames, segment_frames
-from tools.common.video_probe import BadVideoError, Segment, VideoInfo, open_video, probe, segments
+from tools.video.choice import FrameChooser, Sampling
+from tools.video.frames import DamagedError, Frame, Tally, sample_frames, segment_frames
+from tools.video.probe import BadVideoError, Segment, VideoInfo, open_video, probe, segments
 
 EVERY_FRAME = Sampling(frame_interval=1, min_interval=1, max_interval=1, min_change=0)
 WHOLE = Segment(0, None, None)
@@ -149,7 +149,7 @@ def test_rounding_of_10_bits_is_no_cutting_off(tmp_path: Path) -> None:
 
 def sample_frames_raw(path: Path, info: VideoInfo) -> list[np.ndarray]:
     """The first frame, converted, flat though it is."""
-    from tools.common.video_frames import _Converter
+    from tools.video.frames import _Converter
 
     return [_Converter(info)(frame, 0).pixels for frame in segment_frames(path, info, WHOLE, Tally())][:1]
 

@@ -31,7 +31,7 @@ from dataset_corpus import (
 from PIL import Image
 
 from pipeline.cli import UserError
-from tools.common.crop_grid import halved
+from tools.crops.grid import halved
 from tools.imagenet_to_data import Options, main
 
 # Waves are no photographs: what the gates measure is not the matter here.

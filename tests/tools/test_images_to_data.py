@@ -31,8 +31,8 @@ from dataset_corpus import (
 from PIL import Image
 
 from pipeline.data.image_files import npy_layout
-from tools.common.crop_grid import halved
 from tools.common.image_formats import encode
+from tools.crops.grid import halved
 
 
 @pytest.fixture(scope="module")

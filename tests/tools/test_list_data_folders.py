@@ -24,7 +24,7 @@ from dataset_corpus import (
 )
 
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
-from tools.common.manifest import CropRecord, dataset_hash, format_lines, iterate_records
+from tools.crops.manifest import CropRecord, dataset_hash, format_lines, iterate_records
 
 
 def crop(path: str, photo: str, **more: object) -> CropRecord:

@@ -28,15 +28,15 @@ import lives
 from conftest import ROOT, SMALL, environment
 from pipeline.cli import UserError
 from pipeline.cli import run as run_command
-from pipeline.options import TrainOptions, make_plans, overrides_last
-from pipeline.recipe import parse_overrides, read_recipe
-from tools.common import search_trial
+from pipeline.config.recipe import parse_overrides, read_recipe
+from pipeline.training.options import TrainOptions, make_plans, overrides_last
 from tools.common.search_best import write_best
-from tools.common.search_report import importances, short_names, trial_table
-from tools.common.search_run import Budget, Machine, Search, Target
-from tools.common.search_space import override, read_space, space_of
-from tools.common.search_study import StudyFolder, next_trial, open_study, pruner_of, read_study
-from tools.common.search_trial import LogTail, TrialRun
+from tools.search import trial as trial_module
+from tools.search.report import importances, short_names, trial_table
+from tools.search.run import Budget, Machine, Search, Target
+from tools.search.space import override, read_space, space_of
+from tools.search.study import StudyFolder, next_trial, open_study, pruner_of, read_study
+from tools.search.trial import LogTail, TrialRun
 from tools.search_hyperparameters import FLAGS, Options, main
 
 SPACE = """
@@ -351,7 +351,7 @@ time.sleep(60)
 
 
 def test_a_run_that_does_not_stop_is_killed_with_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_trial, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(trial_module, "GRACE_SECONDS", 0.5)
     run = TrialRun(0, tmp_path, tmp_path / "log.jsonl", "psnr_y")
     run.start([sys.executable, "-c", STUBBORN], os.environ)
     wait_until(lambda: (tmp_path / "output.txt").read_text().count("\n") == 2)

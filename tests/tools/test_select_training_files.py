@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
-from tools.common.manifest import CropRecord, format_lines
+from tools.crops.manifest import CropRecord, format_lines
 from tools.select_training_files import Options, choose_validation, group_by_photo
 
 CROP = npy(photograph(32, 32))

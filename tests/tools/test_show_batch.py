@@ -18,10 +18,10 @@ from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool
 from PIL import Image
 
 from pipeline.cli import run as run_command
+from pipeline.config.recipe import write_recipe
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
-from pipeline.options import TrainOptions, make_plan
-from pipeline.recipe import write_recipe
+from pipeline.training.options import TrainOptions, make_plan
 from tools.common import batch_sheet
 from tools.common.batch_sheet import GAP, Pair, describe, side_by_side
 from tools.show_batch import Options, main, make_pairs, positionals_last

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.config.specs import DataSpec
 from pipeline.data.degradations.base import Parameters
 from pipeline.data.source import Sample
-from pipeline.data_spec import DataSpec
-from tools.common.comparison_layout import BACKGROUND, FAINT, TEXT, magnified
+from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 
 GAP, BETWEEN = 14, 4  # pixels around a cell; between LR and HR
 TEXT_WIDTH = 380  # at least, so that small crops have room for their words

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from pipeline.cli import UserError
-from tools.common.comparison_boxes import COLOURS, MAX_BOXES, MIN_SIDE, Box
+from tools.compare.boxes import COLOURS, MAX_BOXES, MIN_SIDE, Box
 
 if TYPE_CHECKING:
     import tkinter

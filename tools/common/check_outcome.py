@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tools.common.image_judging import Judgement
-from tools.common.manifest import DatasetHash
+from tools.crops.manifest import DatasetHash
+from tools.dataset.judging import Judgement
 
 
 @dataclass

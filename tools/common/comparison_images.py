@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cli import UserError
-from tools.common.comparison_boxes import Box
 from tools.common.image_headers import BadImageError, read_header
-from tools.common.photo_decoding import MAX_MEGAPIXELS, check_megapixels, decode_photo
+from tools.compare.boxes import Box
+from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
 
 _ROWS = 256  # scored at once: whole photographs of int32 would fill the memory
 

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.common.crop_writing import Reject, Unit
 from tools.common.dataset_files import FINAL_GATES, REJECTS, shown
+from tools.crops.cutting import Reject, Unit
 
 NUM_SHOWN = 20
 

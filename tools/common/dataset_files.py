@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from tools.common.crop_writing import Reject, Unit
-from tools.common.dataset_walk import shown as shown
+from tools.crops.cutting import Reject, Unit
+from tools.files import shown as shown
 
 SETTINGS = "dataset.json"
 REJECTS = "rejects.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cli import UserError
-from tools.common.dataset_sampling import KeySet, bytes_key
+from tools.dataset.sampling import KeySet, bytes_key
 
 
 @dataclass

@@ -24,10 +24,10 @@ from pipeline.data.image_files import (
 )
 from pipeline.files import flush, write_atomically
 from tools.common.dataset_files import REJECTS, SETTINGS
-from tools.common.dataset_walk import Files
 from tools.common.image_formats import decode, decode_file, is_stored_as
 from tools.common.image_headers import BadImageError
-from tools.common.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
+from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
+from tools.files import Files
 
 PLACES = ("photos", "lr", "videos")
 """The entries of dataset.json that say where the sources lie, relative to the dataset."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cli import RunError
 from tools.common.image_formats import decode, decode_file, encode, parallel_encoder
-from tools.common.parallel import ordered_map
+from tools.parallel import ordered_map
 
 WARM_UP = 3  # batches of the loader before the clock starts
 PREFETCH = 2
@@ -118,10 +118,10 @@ class Meter:
         """Random training crops a second out of `files`, through the graph that training uses."""
         if self._loader is None:
             return None
+        from pipeline.config.specs import DataSpec
         from pipeline.data.reader import training_pipeline  # needs DALI; not torch
         from pipeline.data.sampling import Sampler
         from pipeline.data.source import CropSource, Position
-        from pipeline.data_spec import DataSpec
 
         settings = self._loader
         source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),

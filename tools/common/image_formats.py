@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.data.image_files import is_npy, npy_layout
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
 from tools.common.image_streams import check_file_size
-from tools.common.photo_decoding import MAX_MEGAPIXELS, check_megapixels, decode_photo
+from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
 
 FORMATS = ("npy", "png", "webp", "jp2")
 """What crops can be stored as; each is also the file's suffix."""

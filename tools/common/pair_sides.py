@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from tools.common.manifest import ManifestIndex, iterate_records
+from tools.crops.manifest import ManifestIndex, iterate_records
 
 _SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
 

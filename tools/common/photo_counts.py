@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.common.dataset_sampling import path_key
+from tools.dataset.sampling import path_key
 
 NUM_LARGEST = 10
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.recipe import ROOT
 from pipeline.files import write_atomically
-from pipeline.options import Plan
-from pipeline.recipe import ROOT
+from pipeline.training.options import Plan
 
 BEST_FILE = "best.yaml"
 NOT_OF_A_STAGE = ("name", "stage")

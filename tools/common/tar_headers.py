@@ -6,7 +6,7 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from tools.common.tar_streams import MIB, LostError, Window
+from tools.tar.streams import MIB, LostError, Window
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from tools.common.tar_streams import LostError
+from tools.tar.streams import LostError
 
 _MAX_PART, _MAX_NAME = 200, 1000  # bytes of a part of a path and of a path; file systems end at 255 and 4096
 _CROP_NAME = re.compile(r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?")  # a folder of such a name would stand in a crop's way

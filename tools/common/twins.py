@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tools.common.dataset_walk import shown
-from tools.common.image_judging import Judgement, Verdict
-from tools.common.near_duplicates import NearDuplicates
+from tools.crops.duplicates import NearDuplicates
+from tools.dataset.judging import Judgement, Verdict
+from tools.files import shown
 
 
 class Twins:

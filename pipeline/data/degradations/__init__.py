@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.config.specs import BicubicSpec, DegradationSpec, GaussianSpec, PairedSpec, RealEsrganSpec
 from pipeline.data.degradations.base import Degradation, Gaussian, Paired
 from pipeline.data.degradations.realesrgan import RealEsrgan
-from pipeline.data_spec import BicubicSpec, DegradationSpec, GaussianSpec, PairedSpec, RealEsrganSpec
 
 
 def build_degradation(spec: DegradationSpec, scale: int) -> Degradation:

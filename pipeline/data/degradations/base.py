@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import kernels, noise
-from pipeline.data_spec import GaussianSpec, NoiseSpec, PairedSpec
+from pipeline.config.specs import GaussianSpec, NoiseSpec, PairedSpec
+from pipeline.data.degradations import kernels, noise
 
 Nodes = Mapping[str, Any]
 Parameters = dict[str, Any]

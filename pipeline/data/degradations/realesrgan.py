@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import kernels, noise
+from pipeline.config.specs import FirstRound, RealEsrganSpec
+from pipeline.data.degradations import kernels, noise
 from pipeline.data.degradations.base import Degradation, Nodes, OnDevice, Parameters, between, filtered, through_jpeg
-from pipeline.data_spec import FirstRound, RealEsrganSpec
 
 MODES = ("area", "linear", "cubic")
 

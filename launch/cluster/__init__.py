@@ -1,0 +1,1 @@
+"""Start, watch and stop the ranks on the hosts of a hostfile."""

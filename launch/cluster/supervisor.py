@@ -1,0 +1,341 @@
+"""Watches over a job on many hosts from the first node, so that it either goes on everywhere or ends everywhere.
+
+DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the others met it, for a
+host that fell off the network, and for one that hangs, and its own way to stop kills other people's runs (deepspeed
+issue 6807). So each rank has a guard (`guard.py`) that reports here, and whatever ends one rank ends all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from launch.cluster import messages
+from launch.process_tree import kill_tree
+from launch.speaker import Speaker
+
+START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
+GRACE_SECONDS = 60  # for saving, after CTRL+C
+END_SECONDS = 10  # for the others, once a rank has failed
+TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
+LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
+MOST_LINES = 100  # kept of what the launcher says
+_SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
+_CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
+                        r"(Network|Host) is (unreachable|down)|DistBackendError|NCCL|Socket Timeout|Timed out waiting")
+_WORD = re.compile(r"eyJ[\w-]{20,}=*")  # what a guard is told, in base64
+
+
+@dataclass
+class Rank:
+    """What is known of one rank."""
+
+    number: int
+    host: str
+    writer: asyncio.StreamWriter | None = None
+    heard: float = 0.0
+    told: float = 0.0  # when it last got a sign of life
+    status: int | None = None  # of its end, as a shell tells it
+    tail: str = ""  # the last that it said
+    ended: float = 0.0
+    is_lost: bool = False
+    is_silent: bool = False  # lost because nothing was heard of it any more
+    is_late: bool = False  # it has not reported in time, though the launcher was at work
+    is_overdue: bool = False  # its guard has killed it, for it did not end when told
+
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status is not None or self.is_lost
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job ended: one line, what the rank in question said last, and the exit status that tells it."""
+
+    cause: str
+    tail: str
+    status: int
+
+
+@dataclass
+class Supervisor:
+    """One launch of all ranks. `hosts` gives the host of each rank, `task` is what each guard is told to run."""
+
+    hosts: Sequence[str]
+    run: str
+    task: Mapping[str, Any]
+    log: IO[str]  # for what the launcher itself says
+    names_are_ranks: bool = True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
+    stopped_by: int = 0
+    failure: Failure | None = None
+    _ranks: list[Rank] = field(default_factory=list)
+    _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
+    _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))  # on whichever host
+    _launcher_status: int | None = None
+    _ssh_ended: str = ""  # the first host whose part of the launcher ended while its ranks were there
+    _speaker: Speaker = field(default_factory=Speaker)
+    _labels: dict[str, str] = field(default_factory=dict)  # by which the launcher names hosts
+    _began: float = field(default_factory=time.monotonic)
+    _failed_at: float | None = None
+    _end_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
+        first_parts = [host.partition(".")[0] for host in dict.fromkeys(self.hosts)]
+        # pdsh leaves a domain out that all hosts share
+        self._labels = {part: host for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
+                        if first_parts.count(part) == 1} | {host: host for host in self.hosts}
+
+    async def listen(self, address: str) -> int:
+        """Wait for guards at a free port of `address`, which is returned."""
+        self._server = await asyncio.start_server(self._meet, address, 0, limit=messages.MOST_BYTES)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def watch(self, command: Sequence[str], variables: Mapping[str, str], directory: str) -> None:
+        """Run the launcher until every rank has ended. Sets `failure` if they did not all end well."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._interrupted, number)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # CTRL+Z here would look to the ranks like a lost node
+        launcher = await asyncio.create_subprocess_exec(
+            *command, env=dict(variables), cwd=directory, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        reading = asyncio.create_task(self._read_launcher(launcher))
+        try:
+            while not self._is_over():
+                self._look()
+                await asyncio.sleep(0.1)
+            self._settle()
+            await self._end_launcher(launcher)
+        finally:
+            reading.cancel()
+            kill_tree(launcher.pid)
+            await asyncio.to_thread(self._speaker.finish, 2)
+            self._server.close()
+            for rank in self._ranks:
+                if rank.writer:
+                    rank.writer.close()
+
+    def _is_over(self) -> bool:
+        if all(rank.has_ended for rank in self._ranks):
+            return self._failed_at is None or time.monotonic() > self._failed_at + TOGETHER_SECONDS \
+                or all(rank.status is not None for rank in self._ranks)
+        if self._end_at is not None and time.monotonic() > self._end_at:
+            return True
+        # ranks that never reported end with the launcher
+        absent = all(rank.has_ended or rank.writer is None for rank in self._ranks)
+        return self._launcher_status is not None and absent and self._failed_at is not None
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A guard's connection, from its first word to its last."""
+        rank = None
+        with suppress(asyncio.CancelledError, ValueError, TypeError):  # the job is over; nonsense ends a connection
+            async for message in messages.receive(reader):
+                if rank is None:
+                    rank = self._welcome(message, writer)
+                    if rank is None:
+                        break
+                rank.heard = time.monotonic()
+                self._hear(rank, message)
+        if rank is None:
+            writer.close()
+        elif rank.status is None:
+            rank.is_lost, rank.ended = True, time.monotonic()
+            self._fail()
+
+    def _welcome(self, message: messages.Message, writer: asyncio.StreamWriter) -> Rank | None:
+        number = message.get("rank")
+        if message.get("hello") != self.run or not isinstance(number, int) or not 0 <= number < len(self._ranks):
+            return None
+        rank = self._ranks[number]
+        if rank.writer is not None:
+            return None
+        rank.writer = writer
+        if not self.names_are_ranks:
+            rank.host = str(message.get("host", rank.host))
+        messages.send(writer, {"task": dict(self.task)})
+        if self._end_at is not None:  # too late
+            messages.send(writer, {"stop": max(0.0, self._end_at - time.monotonic())})
+        return rank
+
+    def _hear(self, rank: Rank, message: messages.Message) -> None:
+        if "out" in message:
+            self._speaker.say(sys.stdout, str(message["out"]))
+        elif "err" in message:
+            self._speaker.say(sys.stderr, str(message["err"]))
+        elif "note" in message:
+            self._speaker.say(self.log, str(message["note"]))
+        elif "exit" in message:
+            rank.status, rank.tail = int(message["exit"]), str(message.get("tail", ""))
+            rank.ended = time.monotonic() - float(message.get("ago", 0.0))
+            rank.is_overdue = bool(message.get("overdue"))
+            if rank.status != 0 and not (self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)):
+                self._fail()
+
+    def _look(self) -> None:
+        """What can only be seen by looking: silence, ranks that did not come, a launcher that ended."""
+        now = time.monotonic()
+        for rank in self._ranks:
+            if rank.has_ended:
+                continue
+            if rank.writer is not None:
+                if now - rank.heard > messages.SILENCE_SECONDS:
+                    rank.is_lost, rank.is_silent, rank.ended = True, True, now
+                    self._fail()
+                elif now - rank.told > messages.BEAT_SECONDS:
+                    rank.told = now
+                    messages.send(rank.writer, {"beat": 0})
+        missing = [rank for rank in self._ranks if rank.writer is None and not rank.has_ended]
+        if missing and (now - self._began > START_SECONDS or self._launcher_status is not None):
+            for rank in missing:
+                rank.is_lost, rank.ended, rank.is_late = True, now, self._launcher_status is None
+            self._fail()
+
+    def _fail(self) -> None:
+        """Something ended that should not: all end now. Why is judged when the rest has been heard."""
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        self._stop(END_SECONDS)
+
+    def _interrupted(self, number: int) -> None:
+        if not self.stopped_by:
+            self.stopped_by = number
+            self._stop(GRACE_SECONDS)
+
+    def _stop(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        if self._end_at is not None and self._end_at <= deadline + END_SECONDS:
+            return
+        self._end_at = deadline + END_SECONDS  # the guards need a moment to kill, and to tell
+        for rank in self._ranks:
+            if rank.writer is not None and not rank.has_ended:
+                messages.send(rank.writer, {"stop": grace})
+
+    async def _read_launcher(self, launcher: asyncio.subprocess.Process) -> None:
+        assert launcher.stdout is not None
+        async for line in _lines(launcher.stdout):
+            line = _WORD.sub("…", line)
+            self._launcher_said.append(line)
+            self._speaker.say(self.log, line)
+            label, colon, text = line.partition(": ")
+            host = self._labels.get(label, "")
+            if colon and host:
+                self._launcher_says.setdefault(host, []).append(text)
+                del self._launcher_says[host][:-MOST_LINES]
+            end = _SSH_END.search(line)
+            host = self._labels.get(end[1], "") if end else ""
+            if end and any(rank.host == host and not rank.has_ended for rank in self._ranks):
+                self._launcher_says.setdefault(host, []).append(end[2] + "\n")
+                asyncio.get_running_loop().call_later(TOGETHER_SECONDS / 2, self._host_ended, host)
+        self._launcher_status = await launcher.wait()
+
+    def _host_ended(self, host: str) -> None:
+        """The launcher's part on `host` has ended. Its ranks, if they are still there, are nobody's."""
+        ranks = [rank for rank in self._ranks if rank.host == host and not rank.has_ended]
+        for rank in ranks:
+            if rank.writer is None:
+                rank.is_lost, rank.ended = True, time.monotonic()
+        if ranks:
+            self._ssh_ended = self._ssh_ended or host
+            self._fail()
+
+    async def _end_launcher(self, launcher: asyncio.subprocess.Process) -> None:
+        deadline = time.monotonic() + (LAUNCHER_SECONDS if self.failure is None else 3)
+        while self._launcher_status is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+
+    def _settle(self) -> None:
+        """Name the cause: the first rank that failed of itself, neither for its peer's sake nor because it was told."""
+        if self._failed_at is None:
+            late = [rank for rank in self._ranks if rank.is_overdue or not rank.has_ended]
+            if late:
+                self.failure = Failure(f"{late[0]} did not end within {GRACE_SECONDS:.0f} s and was killed",
+                                       late[0].tail, 1)
+            return
+        failed = sorted((rank for rank in self._ranks if rank.has_ended and rank.status != 0),
+                        key=lambda rank: rank.ended)
+        first = [rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS] or failed
+        candidates = [rank for rank in first if self._speaks_for_itself(rank)]
+        # a cut cable may break connections long before the silence has lasted
+        candidates = candidates or [rank for rank in failed if rank.is_silent]
+        if not candidates and self._ssh_ended:
+            self.failure = Failure(f"the connection to {self._ssh_ended} ended, and with it its ranks",
+                                   self._said_on(self._ssh_ended), 1)
+            return
+        candidates = candidates or first
+        if candidates:
+            self.failure = self._describe(candidates[0])
+        else:
+            absent = [rank for rank in self._ranks if not rank.has_ended]
+            self.failure = self._describe(absent[0]) if absent else Failure("the launcher ended early", "", 1)
+
+    def _describe(self, rank: Rank) -> Failure:
+        said = self._said_on(rank.host)
+        if self._launcher_status is not None and not said and not rank.is_late:
+            said = "".join(line for line in self._launcher_said if not _CHATTER.match(line))
+        if rank.status is not None:
+            how = f"was killed by {signal.Signals(rank.status - 128).name}" if _is_signal(rank.status) else \
+                f"ended with status {rank.status}"
+            if "Timeout (" in rank.tail:
+                how = self._hung(rank)
+            return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
+        if rank.writer is None:
+            what = f"did not report within {START_SECONDS:.0f} s" if rank.is_late else "did not start"
+            return Failure(f"{rank} {what}", said, 1)
+        if rank.is_silent:
+            return Failure(f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of {rank}): the "
+                           "machine or its network is down", said, 1)
+        return Failure(f"{rank} vanished together with its guard", said, 1)
+
+    def _said_on(self, host: str) -> str:
+        return "".join(line for line in self._launcher_says.get(host, []) if not _CHATTER.match(line))
+
+    def _speaks_for_itself(self, rank: Rank) -> bool:
+        """Whether a failed rank's end is its own, and not the echo of another's, nor what we have asked for."""
+        if rank.is_overdue:
+            return False
+        if rank.status == 128 + signal.SIGTERM:
+            return self._failed_at is not None and rank.ended <= self._failed_at and not self.stopped_by
+        if rank.status is None:
+            return True
+        if _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT:  # NCCL aborts where a peer is gone
+            return True
+        return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
+
+    def _hung(self, rank: Rank) -> str:
+        """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely cause."""
+        mute = [other for other in self._ranks if other.status is None or other.status == 128 + signal.SIGKILL]
+        if mute:
+            names = ", ".join(map(str, mute[:3])) + (f" and {len(mute) - 3} more" if len(mute) > 3 else "")
+            return f"made no step for too long (--watchdog-minutes); {names} did not answer: stopped or stuck"
+        return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
+
+
+def _is_signal(status: int) -> bool:
+    return status > 128 and (status - 128) in {int(number) for number in signal.Signals}
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """A stream's lines; what is longer than a line can be comes in parts."""
+    rest = b""
+    while data := await stream.read(1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace") + "\n"
+        if len(rest) > messages.MOST_BYTES:
+            yield rest.decode(errors="replace")
+            rest = b""
+    if rest:
+        yield rest.decode(errors="replace")

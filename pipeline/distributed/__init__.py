@@ -1,0 +1,1 @@
+"""Ranks: who they are, what they agree on, and how they end."""

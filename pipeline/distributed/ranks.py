@@ -1,0 +1,119 @@
+"""This process among the others: the process group, and what ranks do together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from pipeline.cli import RunError, UserError
+from pipeline.distributed.launcher import BY_HAND, GUARDED, Place, choose_interface, end_with_parent, find_place, gpu_of
+
+LAUNCHER = "VASTSCALE_LAUNCHER_PID"
+"""Environment variable with the process that started the ranks; they stop when it is gone."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup  # over Gloo: flags between hosts, never a synchronisation with the GPU
+    launcher: str = ""  # that started the ranks, for people
+    interface: str = ""  # of the network to other hosts, where it was chosen here
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (any picklable object) of every rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """The first rank's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
+
+        Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a disk's) or `RunError`
+        that it was, and the others exit with its status.
+        """
+        complaint, result = None, None
+        try:
+            result = action()
+        except (UserError, RunError) as error:
+            complaint = (str(error), isinstance(error, UserError))
+        except OSError as error:
+            complaint = (f"{error.filename or 'disk'}: {error.strerror or error}", True)
+        complaints = [complaint for complaint in self.gather(complaint) if complaint]
+        if complaints:
+            text, is_input = complaints[0]
+            if self.is_first:
+                raise UserError(text) if is_input else RunError(text)
+            sys.exit(2 if is_input else 1)
+        return cast(Result, result)
+
+
+def start_distributed(timeout_minutes: float = 10) -> Ranks:
+    """Join the process group that the launcher's environment describes; alone where there is none.
+
+    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process is told to stop (SIGTERM). `UserError`
+    for an environment that is set by halves, `RunError` if the ranks do not find each other.
+    """
+    place = find_place()
+    os.environ.update(place.variables())
+    if LAUNCHER in os.environ or place.launcher not in ("", BY_HAND):
+        # One whose guard is gone cannot save, for all others are ended; and a stopped one would not end by SIGTERM.
+        end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
+    interface = choose_interface(place)
+    device = _device(place)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    timeout = timedelta(minutes=timeout_minutes)
+    # Bound to its GPU, NCCL fails here and not in the first step. Alone there is no one to reach.
+    bound = device if device.type == "cuda" and place.world_size > 1 else None
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=bound)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except dist.DistError as error:
+        raise RunError(f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join the "
+                       f"others at {place.master_addr} port {place.master_port}: {str(error).splitlines()[0]}; see "
+                       "that rank 0 runs there, that no other program has the port, and that no firewall is between") \
+            from error
+    return Ranks(place.rank, place.world_size, place.local_rank, device, control, place.launcher, interface)
+
+
+def _device(place: Place) -> torch.device:
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # by which DeepSpeed would choose another one
+        if name in os.environ:
+            os.environ[name] = str(device.index)
+    return device
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+

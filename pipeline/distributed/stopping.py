@@ -1,0 +1,82 @@
+"""How ranks decide together when to save and when to stop, without waiting for each other's GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.distributed.ranks import LAUNCHER, Ranks
+
+GO_ON, SAVE, STOP, FAIL = 0, 1, 1000, 2000
+"""Requests; the larger one wins. STOP + n: stop for signal n. FAIL: save and end, some rank cannot go on."""
+
+
+class StopSignals:
+    """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing.
+
+    As long as it `is_patient`: before the first step there is nothing to save, and the process ends at once.
+    """
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.is_patient = False
+        self._say = say
+        self._noted = 0
+        self._launcher = int(os.environ.get(LAUNCHER, 0))
+
+    @property
+    def received(self) -> int:
+        """The first signal, SIGTERM if the launcher is gone (nobody could stop this process any more), else 0."""
+        if not self._noted and self._launcher:
+            try:
+                os.kill(self._launcher, 0)
+            except ProcessLookupError:
+                self._noted = signal.SIGTERM
+        return self._noted
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._note)
+                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if not self.is_patient:
+            self._say("stopped before the first step, where there is nothing to save")
+            os._exit(128 + number)  # not by an exception: it may come in the middle of compiling
+        self._noted = self._noted or number
+
+
+class Agreement:
+    """The largest request of all ranks, a step late: it travels between the hosts while the next step computes."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def exchange(self, request: int) -> int:
+        """Send this step's request; returns what was agreed of the step before. Every rank calls it every step."""
+        if self._ranks.world_size == 1:
+            return request
+        agreed = self.finish()
+        value = torch.tensor(request)
+        self._pending = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True), value
+        return agreed
+
+    def finish(self) -> int:
+        """What was agreed of the request sent last; every rank calls it, before it leaves the loop."""
+        if self._pending is None:
+            return GO_ON
+        work, value = self._pending
+        work.wait()
+        self._pending = None
+        return int(value)

@@ -1,0 +1,1 @@
+"""Forward, backward and update of one network, by DeepSpeed or by Accelerate."""

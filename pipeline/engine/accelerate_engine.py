@@ -1,0 +1,163 @@
+"""An engine of Hugging Face Accelerate: plain PyTorch, DistributedDataParallel between ranks, no DeepSpeed.
+
+It has what the project uses of a DeepSpeed engine; `pipeline.engine.engine` names it. Weights and optimizer are FP32 in
+every precision; BF16 and FP16 are autocast, FP16 with torch's loss scaling.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.cli import UserError
+from pipeline.distributed.ranks import Ranks
+from pipeline.engine.schedules import Schedule
+
+STATES_FILE = "mp_rank_00_model_states.pt"  # DeepSpeed's name for it, and "module" in it its key
+INITIAL_SCALE_POWER, SCALE_WINDOW = 16, 1000  # DeepSpeed's defaults for FP16
+DEFAULT_CLIPPING = 1.0  # likewise for the gradient's norm
+
+
+class AccelerateEngine:
+    """A module, its optimizer and schedule, as `accelerate` prepares them for these ranks.
+
+    Calling it runs the module. Then `backward` once for each micro-batch, `check_gradient` at an accumulation boundary,
+    and `step` after every `backward`.
+    """
+
+    loss_scaling = None  # autocast's is Accelerator's own affair
+    skipped_steps = 0  # they are counted on the device, in `nonfinite_steps`
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule | None,
+                 ds_config: Mapping[str, Any], ranks: Ranks) -> None:
+        self.module, self.lr_scheduler = module, schedule
+        self.checkpoint_engine: Any = None  # reads and writes files; set by pipeline.checkpoint.engine_state
+        self.own_gradient_norm: Tensor | float = float("nan")
+        self.found_nonfinite = torch.zeros((), device=ranks.device)
+        self.nonfinite_steps = torch.zeros((), device=ranks.device)
+        self.statistics: list[Tensor] = []
+        self._ranks, self._inner = ranks, optimizer
+        self._accumulation = ds_config["gradient_accumulation_steps"]
+        self._max_norm = ds_config.get("gradient_clipping", DEFAULT_CLIPPING) or float("inf")
+        self._micro_steps = 0
+        # One for each engine: loss scales are a network's own. What they share is the process's place and precision.
+        self._accelerator = _accelerator(ds_config, ranks)
+        self._replica, self.optimizer = self._accelerator.prepare(module, optimizer)
+        # Fused optimizers leave everything alone where `found_inf` is set; a scaler sets its own.
+        self._guards_itself = self._accelerator.scaler is not None or bool(optimizer.defaults.get("fused"))
+        if self._accelerator.scaler is None and self._guards_itself:
+            optimizer.found_inf = self.found_nonfinite
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the module; ranks exchange gradients in the backward of an accumulation boundary alone."""
+        is_exchanging = self.is_gradient_accumulation_boundary() or not torch.is_grad_enabled()
+        with nullcontext() if is_exchanging else self._accelerator.no_sync(self._replica):
+            return self._replica(*inputs)
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch under way completes an update."""
+        return (self._micro_steps + 1) % self._accumulation == 0
+
+    def zero_optimization(self) -> bool:
+        return False
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self._inner.param_groups]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over ranks."""
+        self._accelerator.gradient_accumulation_steps = self._accumulation  # is the process's, not the engine's
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # of channels_last
+            self._accelerator.backward(loss)
+
+    def check_gradient(self) -> None:
+        """Clip the gradient of an update and note its norm, and whether all of it is finite."""
+        self.own_gradient_norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._max_norm)
+        self.found_nonfinite.copy_(~torch.isfinite(self.own_gradient_norm))
+        self.nonfinite_steps += self.found_nonfinite
+
+    def step(self) -> None:
+        """After a micro-batch; at a boundary the update, unless its gradient is not finite."""
+        is_update = self.is_gradient_accumulation_boundary()
+        self._micro_steps += 1
+        if not is_update:
+            return
+        if self._guards_itself or not bool(self.found_nonfinite):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        overflowed = self._accelerator.scaler is not None and self.optimizer.step_was_skipped
+        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed's at FP16
+            self.lr_scheduler.step()
+
+    def save_checkpoint(self, directory: str, tag: str, *, save_latest: bool = False) -> None:
+        """Write weights, moments, schedule and loss scale, the same on all ranks, from the first."""
+        assert not save_latest, "a mutable pointer to the newest checkpoint is not kept here"
+        files, folder = self.checkpoint_engine, os.path.join(directory, tag)
+        if self._ranks.is_first:
+            scaler = self._accelerator.scaler
+            files.makedirs(folder, exist_ok=True)
+            files.save({"module": self.module.state_dict(), "optimizer": self._inner.state_dict(),
+                        "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+                        "loss_scale": scaler.state_dict() if scaler else None}, os.path.join(folder, STATES_FILE))
+        files.commit(tag)
+        dist.barrier(group=self._ranks.control)
+
+    def load_checkpoint(self, directory: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        """Put back what `save_checkpoint` wrote; (its file, nothing), or (None, nothing) where there is none."""
+        path = os.path.join(directory, tag, STATES_FILE)
+        try:
+            states = self.checkpoint_engine.load(path, map_location="cpu")
+        except FileNotFoundError:
+            return None, {}
+        self.module.load_state_dict(states["module"])
+        self._inner.load_state_dict(states["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(states["loss_scale"])
+        return path, {}
+
+    def destroy(self) -> None:
+        """Let go of memory, and of the process's precision: the next stage may have another."""
+        from accelerate.state import AcceleratorState
+
+        self._accelerator.free_memory()
+        AcceleratorState._reset_state()
+
+
+def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
+    """An `Accelerator` for the precision of a resolved ds_config, on the device that these ranks have."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, GradScalerKwargs
+
+    fp16 = ds_config.get("fp16", {})
+    precision = "fp16" if fp16.get("enabled") else "bf16" if ds_config.get("bf16", {}).get("enabled") else "no"
+    scaling = GradScalerKwargs(init_scale=2.0 ** fp16.get("initial_scale_power", INITIAL_SCALE_POWER),
+                               growth_interval=fp16.get("loss_scale_window", SCALE_WINDOW))
+    # Batch norm's statistics are averaged after an update, not replaced by the first rank's before it. Some networks
+    # have weights that serve only after training, and get no gradient.
+    replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    threads = torch.get_num_threads()
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=ranks.device.type == "cpu", dynamo_backend="no",
+                                  kwargs_handlers=[replicas, scaling])
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise UserError(f"accelerate refuses: {' '.join(str(error).split())}") from error
+    torch.set_num_threads(threads)  # on CPUs it takes all cores for every rank
+    if accelerator.device.type != ranks.device.type or accelerator.num_processes != ranks.world_size:
+        raise UserError(f"accelerate is set to {accelerator.num_processes} processes on {accelerator.device}, and "
+                        f"these are {ranks.world_size} on {ranks.device}; unset its variables (ACCELERATE_…)")
+    return accelerator

@@ -1,0 +1,201 @@
+"""The one door to the two runtimes, DeepSpeed and Accelerate. The project sees an engine and not whose it is.
+
+What the rest of the project uses of an engine is: calling it, `module`, `optimizer`, `lr_scheduler`, `get_lr`,
+`backward`, `step`, `is_gradient_accumulation_boundary`, `save_checkpoint`, `load_checkpoint` and `destroy`; `descend`
+is one micro-batch of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.cli import UserError, nearest
+from pipeline.config.ds_config import check_accelerate
+from pipeline.config.recipe import batch_sizes
+from pipeline.distributed.ranks import Ranks
+from pipeline.engine.accelerate_engine import AccelerateEngine
+from pipeline.engine.deepspeed_engine import deepspeed_engine
+from pipeline.engine.schedules import AUTO, SCHEDULES, Schedule, build_schedule, check_schedule
+from pipeline.warmup_schedules import build_warmup_schedule
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
+    "NAdam": torch.optim.NAdam,
+}
+FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
+
+
+def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps: int, device: torch.device,
+                      runtime: str = "deepspeed") -> tuple[dict[str, Any], str, str]:
+    """ds_config.json as the runtime will get it on these ranks, the precision, and why it is another than asked for.
+
+    The precision names another runtime than DeepSpeed, whose rounding and checkpoints are its own. Fills in the
+    micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of this network,
+    and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
+    """
+    resolved = copy.deepcopy(dict(config))
+    micro, accumulation = batch_sizes(config, world_size)
+    resolved |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+    resolved.setdefault("steps_per_print", 1 << 60)
+    schedule = resolved.get("scheduler", {}).get("params", {})
+    is_fitted = schedule.get("total_num_steps") == "auto"
+    schedule.update({key: total_steps for key in AUTO if schedule.get(key) == "auto"})
+    if is_fitted:
+        schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1000), total_steps // 2))
+    why = ""
+    if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
+        why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
+    precision = next((name.upper() for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled")), "FP32")
+    if runtime == "accelerate":
+        precision += " (Accelerate)" if precision == "FP32" else " autocast (Accelerate)"
+    return resolved, precision, why
+
+
+def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, runtime: str = "deepspeed") -> Any:
+    """An engine of `runtime` (deepspeed or accelerate) around `module` for a resolved ds_config.
+
+    The optimizer is torch's own, built from the optimizer section: the same on every device, and nothing to compile.
+    """
+    module.to(ranks.device)
+    optimizer = build_optimizer(ds_config["optimizer"], [p for p in module.parameters() if p.requires_grad])
+    schedule = _schedule(ds_config.get("scheduler"), runtime)
+    with quiet():
+        if runtime == "accelerate":
+            check_accelerate(ds_config)
+            engine: Any = AccelerateEngine(module, optimizer, schedule and schedule(optimizer), ds_config, ranks)
+        else:
+            engine = deepspeed_engine(module, optimizer, schedule, ds_config, ranks)
+    engine.statistics = [buffer for module in engine.module.modules() if isinstance(module, nn.BatchNorm2d)
+                         for buffer in (module.running_mean, module.running_var) if buffer is not None]
+    return engine
+
+
+def _schedule(section: Mapping[str, Any] | None, runtime: str) -> Callable[[torch.optim.Optimizer], Schedule] | None:
+    """What builds the schedule for an optimizer; None where there is none, or where it is left to DeepSpeed."""
+    if section is None:
+        return None
+    check_schedule(section)
+    if section["type"] in SCHEDULES:
+        return partial(build_schedule, section)
+    return partial(build_warmup_schedule, section) if runtime == "accelerate" else None
+
+
+def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    name = section["type"]
+    if name not in OPTIMIZERS:
+        raise UserError(f"ds_config: no optimizer {name!r}{nearest(name, OPTIMIZERS)}")
+    params = dict(section.get("params", {}))
+    for key in ("torch_adam", "fused", "foreach"):  # how, not what: chosen here
+        params.pop(key, None)
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    if name in FUSED:
+        params["fused"] = True
+    try:
+        return OPTIMIZERS[name](parameters, **params)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"ds_config: optimizer {name}: {error}") from error
+
+
+def descend(engine: Any, loss: Tensor) -> None:
+    """Backward and, at an accumulation boundary, one update. Gradients that are not finite change nothing.
+
+    Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
+    waits for the device; at FP16 loss scaling does, once an update.
+    """
+    scaling, at_boundary = engine.loss_scaling, engine.is_gradient_accumulation_boundary()
+    engine.backward(loss if scaling is None else loss * scaling.scale)
+    if at_boundary:
+        engine.check_gradient()
+    engine.step()
+    if scaling is not None and at_boundary:
+        engine.own_gradient_norm = scaling.finish()
+    if at_boundary:
+        _average(engine.statistics)
+
+
+def _average(statistics: list[Tensor]) -> None:
+    """The mean over ranks of batch norm's running statistics, in place: each rank has seen its own samples only."""
+    if not statistics or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    torch._foreach_copy_(statistics, [part.view_as(buffer) for part, buffer in zip(
+        flat.split([buffer.numel() for buffer in statistics]), statistics, strict=True)])
+
+
+def gradient_norm(engine: Any) -> Tensor | float:
+    """L2 norm of the last update's gradient over all parameters and ranks, before clipping; NaN before the first."""
+    if engine.found_nonfinite is not None or engine.loss_scaling is not None:
+        return engine.own_gradient_norm
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else norm
+
+
+def step_was_skipped(engines: Iterable[Any]) -> Tensor | bool:
+    """Whether the update that one of `engines` just made was left out because a gradient was not finite."""
+    flags = [engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
+             for engine in engines]
+    if all(isinstance(flag, bool) for flag in flags):
+        return any(flags)
+    return torch.stack([torch.as_tensor(flag).bool() for flag in flags]).any()
+
+
+def observe(engine: Any, psnr: float) -> None:
+    """Tell a validation's PSNR to the schedule that lowers the rate where it no longer rises."""
+    if isinstance(engine.lr_scheduler, Schedule):
+        engine.lr_scheduler.observe(psnr)
+
+
+def skipped_steps(engine: Any) -> int:
+    """Updates left out because a gradient was not finite; at FP32 those of this process. Waits for the device."""
+    return engine.skipped_steps + (int(engine.nonfinite_steps) if engine.nonfinite_steps is not None else 0)
+
+
+def compile_module(module: nn.Module, *, channels_last: bool) -> None:
+    """torch.compile with Inductor, in place: names in the state dict stay as they are.
+
+    Inductor gives up channels_last in backward graphs (pytorch #188236); told to keep it, it is 1.5 times faster on a
+    CPU.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.force_layout_optimization = channels_last
+    module.compile(backend="inductor", dynamic=False)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Empty if Inductor can work here, else what it lacks."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "Triton is missing"
+    import sysconfig
+
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "there is no C++ compiler (Debian: apt install g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers are missing (Debian: apt install python3-dev)"
+    return ""
+
+
+@contextmanager
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

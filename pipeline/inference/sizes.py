@@ -1,0 +1,179 @@
+"""How an image gets the size that is asked for: how often through the network, what is resized; alpha and gray, too."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+
+from pipeline.cli import UserError
+from pipeline.images import cubic_resize
+from pipeline.inference.memory import free_bytes
+from pipeline.inference.pictures import Picture
+from pipeline.inference.tiles import DEEP, Advance, Upscaler
+
+LARGEST_SCALE = 64
+LARGEST_SIDE = 1 << 20
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The size that is wanted: `scale` or `size` (height, width), or what the network gives; made from a smaller image
+    where `pre_downsample` is above 1."""
+
+    scale: float | None = None
+    size: tuple[int, int] | None = None
+    pre_downsample: int = 1
+
+    @staticmethod
+    def of(scale: float | None, size: str | None, pre_downsample: int) -> Target:
+        """From the command line's values; `UserError` for those that make no sense."""
+        if scale is not None and size is not None:
+            raise UserError("--scale and --size contradict each other; choose one")
+        if scale is not None and not 0 < scale <= LARGEST_SCALE:
+            raise UserError(f"--scale {scale:g} is not above 0 and at most {LARGEST_SCALE}")
+        if not 1 <= pre_downsample <= LARGEST_SCALE:
+            raise UserError(f"--pre-downsample {pre_downsample} is not from 1 to {LARGEST_SCALE}")
+        if size is None:
+            return Target(scale, None, pre_downsample)
+        found = re.fullmatch(r"(\d{1,7})[xX](\d{1,7})", size)
+        width, height = (int(side) for side in found.groups()) if found else (0, 0)
+        if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
+            raise UserError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 1920x1080")
+        return Target(None, (height, width), pre_downsample)
+
+    def start(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the network begins with. `UserError` where nothing is left."""
+        height, width = height // self.pre_downsample, width // self.pre_downsample
+        if not (height and width):
+            raise UserError(f"it has no {self.pre_downsample} pixels along a side; leave --pre-downsample out")
+        return height, width
+
+    def end(self, height: int, width: int, network_scale: int) -> tuple[int, int]:
+        """The size of the result for an image of this size, before it is downsampled."""
+        height, width = self.start(height, width)
+        if self.size is not None:
+            return self.size
+        factor = network_scale if self.scale is None else self.scale
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+    def passes(self, height: int, width: int, network_scale: int) -> int:
+        """How often the network is applied: until the image is as large as asked for, at least once."""
+        start, end = self.start(height, width), self.end(height, width, network_scale)
+        count = 1
+        while any(side * network_scale**count < wanted for side, wanted in zip(start, end, strict=True)):
+            count += 1
+            if network_scale**count > LARGEST_SCALE:
+                return count - 1  # the rest is resized
+        return count
+
+    def work(self, height: int, width: int, network_scale: int) -> float:
+        """How many pixels the network is shown in all."""
+        height, width = self.start(height, width)
+        passes = self.passes(height * self.pre_downsample, width * self.pre_downsample, network_scale)
+        return height * width * sum(network_scale ** (2 * number) for number in range(passes))
+
+
+def upscale_images(images: np.ndarray, target: Target, upscaler: Upscaler, advance: Advance) -> np.ndarray:
+    """RGB images (N, height, width, 3), uint8 or uint16, in the size of `target`, in their own type.
+
+    Between two passes, and before a resize, they have 16 bits. `UserError` where the memory cannot hold the result.
+    """
+    own, (count, height, width, channels) = images.dtype, images.shape
+    end = target.end(height, width, upscaler.scale)
+    passes = target.passes(height, width, upscaler.scale)
+    start = target.start(height, width)
+    if target.pre_downsample > 1:
+        factor = target.pre_downsample
+        images = _resized(images[:, : start[0] * factor, : start[1] * factor], start, own)
+    reached = tuple(side * upscaler.scale**passes for side in start)
+    exact = reached == end
+    needed = count * channels * (math.prod(reached) * (own.itemsize if exact else 6) + math.prod(end) * own.itemsize)
+    if needed > free_bytes(_CPU):
+        raise UserError(f"{end[1]}x{end[0]} pixels, on the way {reached[1]}x{reached[0]}, need "
+                        f"{needed / 2**30:.1f} GiB of memory, more than is free; cut it up or ask for less")
+    for number in range(1, passes + 1):
+        kind = own if exact and number == passes else DEEP
+        images = upscaler(images, kind, is_deep=own == DEEP, advance=advance)
+    return images if exact else _resized(images, end, own)
+
+
+def upscale_picture(picture: Picture, target: Target, upscaler: Upscaler, advance: Advance) -> Picture:
+    """The picture in the size of `target`: of the same mode, bits, profile and EXIF. Alpha goes through the network as
+    a gray image of its own; where it is the same all around, it stays exactly what it is."""
+    pixels = picture.pixels
+    has_alpha = pixels.shape[2] in (2, 4)
+    alpha = pixels[..., -1] if has_alpha else None
+    colours = pixels[..., :-1] if has_alpha else pixels
+    if alpha is not None:
+        colours = _without_hidden_colours(colours, alpha)
+    images = [_as_rgb(colours)]
+    is_even = alpha is None or alpha.min() == alpha.max()
+    if not is_even:
+        images.append(_as_rgb(alpha[..., None]))
+    large = upscale_images(np.stack(images), target, upscaler, advance)
+    parts = [large[0] if colours.shape[2] == 3 else _as_gray(large[0])]
+    if alpha is not None and is_even:
+        parts.append(np.full((*large.shape[1:3], 1), alpha.flat[0], alpha.dtype))
+    elif alpha is not None:
+        start = target.start(*alpha.shape)
+        if start != alpha.shape:
+            factor = target.pre_downsample
+            cut = _as_rgb(alpha[: start[0] * factor, : start[1] * factor, None])[None]
+            alpha = np.ascontiguousarray(_resized(cut, start, alpha.dtype)[0, ..., 0])
+        parts.append(_with_even_places(_as_gray(large[1])[..., 0], alpha)[..., None])
+    return replace(picture, pixels=np.concatenate(parts, axis=2))
+
+
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _as_gray(pixels: np.ndarray) -> np.ndarray:
+    """BT.601 luma, in the type of `pixels`; a band of rows at a time."""
+    gray = np.empty((*pixels.shape[:2], 1), pixels.dtype)
+    for top in range(0, len(pixels), 256):
+        gray[top : top + 256, :, 0] = np.rint(pixels[top : top + 256].astype(np.float32) @ LUMA)
+    return gray
+
+
+def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.ndarray:
+    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of `kind`."""
+    levels, highest = np.iinfo(images.dtype).max, np.iinfo(kind).max
+    result = np.empty((len(images), *size, images.shape[3]), kind)
+    for index, image in enumerate(images):
+        for channel in range(image.shape[2]):
+            plane = torch.from_numpy(image[..., channel].astype(np.float32))[None, None]
+            resized = cubic_resize(plane, size)[0, 0].mul_(highest / levels).round_().clamp_(0, highest)
+            result[index, ..., channel] = resized.numpy()
+    return result
+
+
+def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Wholly transparent pixels in the colour of the nearest visible one: what is hidden there must not show at edges.
+    """
+    hidden = alpha == 0
+    if not hidden.any() or hidden.all():
+        return colours
+    _, labels = cv2.distanceTransformWithLabels(hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5,
+                                                labelType=cv2.DIST_LABEL_PIXEL)
+    palette = np.zeros((labels.max() + 1, colours.shape[2]), colours.dtype)
+    palette[labels[~hidden]] = colours[~hidden]
+    colours = colours.copy()
+    colours[hidden] = palette[labels[hidden]]
+    return colours
+
+
+def _with_even_places(large: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """`large` with the exact value of `small` wherever that is the same in 3x3 pixels: opaque must stay opaque."""
+    square = np.ones((3, 3), np.uint8)
+    even = (cv2.erode(small, square) == cv2.dilate(small, square)).astype(np.uint8)
+    size = large.shape[::-1]
+    is_even = cv2.resize(even, size, interpolation=cv2.INTER_NEAREST).astype(bool)
+    return np.where(is_even, cv2.resize(small, size, interpolation=cv2.INTER_NEAREST), large)

@@ -1,0 +1,1 @@
+"""What a training run reports: console, JSON lines, TensorBoard, Weights & Biases."""

@@ -1,0 +1,1 @@
+"""Train: build a run, loop over its steps, validate, report."""

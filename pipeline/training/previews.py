@@ -1,0 +1,147 @@
+"""Sample pictures: the same photographs, upscaled again and again, so that one sees the network learn.
+
+    <log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with their PSNR
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.config.recipe import Recipe
+from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Image as ImageFile
+from pipeline.data.image_files import is_encoded, is_npy
+from pipeline.files import write_atomically
+from pipeline.training.validation import Pair, bicubic, psnr_y, read_pair
+
+SAMPLES_DIR = "samples"
+ENLARGED = 320  # pixels, to which a smaller picture is brought by whole factors
+GAP, CAPTION = 8, 28  # pixels between and around panels, and for the line below them
+BACKGROUND, TEXT = (250, 250, 250), (24, 24, 24)
+FONT_SIZES = range(16, 7, -1)  # the largest that fits
+FROM_LIST, MOST_NAMED = 3, 16  # pictures, where samples.count says nothing
+TOO_SMALL = "name a larger picture in samples.files"
+
+
+def read_samples(recipe: Recipe, dataset: Dataset) -> list[Pair]:
+    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than `samples.side`.
+
+    Raises `UserError` for one that cannot be read, is too small, or has no LR.
+    """
+    spec = recipe.samples
+    if spec.count == 0:
+        return []
+    if spec.files:
+        if recipe.data.degradation.name == "paired":
+            raise UserError("samples.files: where LR is read and not made, samples are of the validation list; leave "
+                            "it out")
+        images = _named(spec.files)[:spec.count]
+        if spec.count is None and len(images) > MOST_NAMED:
+            raise UserError(f"samples.files: {len(images)} images are many to upscale again and again; name at most "
+                            f"{MOST_NAMED}, or say samples.count")
+        chosen = list(range(len(images)))
+    else:
+        images = dataset.validation
+        count = min(len(images), FROM_LIST if spec.count is None else spec.count)
+        chosen = [i * len(images) // count for i in range(count)]  # neighbours may be crops of one photograph
+    way_out = TOO_SMALL if spec.files else ""
+    return [_middle(read_pair(images[i], i, recipe, way_out), spec.side, recipe.scale) for i in chosen]
+
+
+def _named(names: Sequence[str]) -> list[ImageFile]:
+    found: list[Path] = []
+    for path in (Path(name).expanduser() for name in names):
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        images = [file for file in inside if is_npy(file) or is_encoded(file)]
+        if not images or not images[0].is_file():
+            what = "there is no such file" if not path.exists() else "no image that training could read"
+            raise UserError(f"samples.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of them")
+        found += images
+    return [ImageFile(path.name, str(path), None) for path in found]
+
+
+def _middle(pair: Pair, side: int, scale: int) -> Pair:
+    height, width = pair.lr.shape[-2:]
+    most = max(1, side // scale)
+    top, left = (max(0, whole - most) // 2 for whole in (height, width))
+    inside = (..., slice(top, top + most), slice(left, left + most))
+    large = (..., slice(top * scale, (top + most) * scale), slice(left * scale, (left + most) * scale))
+    return Pair(pair.name, pair.hr[large].contiguous(), pair.lr[inside].contiguous())
+
+
+class Samples:
+    """The sheets of a run. Those after `step` belong to lost work, and are removed."""
+
+    def __init__(self, folder: Path, pairs: Sequence[Pair], scale: int, step: int) -> None:
+        self.pairs = list(pairs)
+        self._scale = scale
+        self._folders = _folders(folder, [pair.name for pair in pairs])
+        self._bicubic = [self._captioned(cubic, pair, "bicubic") for pair in pairs for cubic in [bicubic(pair)]]
+        for sheet in folder.glob("*/step-*.png"):
+            number = re.fullmatch(r"step-(\d+)", sheet.stem)
+            if number and int(number[1]) > step:
+                with suppress(OSError):
+                    sheet.unlink()
+
+    def write(self, step: int, outputs: Sequence[Tensor]) -> None:
+        """A sheet for each picture. `outputs`: what the network made of each, bytes (1, 3, height, width), on the CPU.
+
+        Raises `OSError` where it cannot be written.
+        """
+        for pair, cubic, sr, folder in zip(self.pairs, self._bicubic, outputs, self._folders, strict=True):
+            panels = [cubic, self._captioned(sr, pair, f"step {step}"), (pair.hr, "HR")]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"step-{step:08d}.png", _sheet(panels))
+
+    def _captioned(self, image: Tensor, pair: Pair, name: str) -> tuple[Tensor, str]:
+        return image, f"{name}  {psnr_y(image, pair.hr, self._scale):.2f} dB"
+
+
+def _folders(root: Path, names: Sequence[str]) -> list[Path]:
+    """A folder for each name, none twice."""
+    folders: list[Path] = []
+    for name in names:
+        plain = re.sub(r"[^\w.-]+", "-", str(Path(name).with_suffix(""))).strip("-.") or "picture"
+        folder, number = root / plain, 2
+        while folder in folders:
+            folder, number = root / f"{plain}-{number}", number + 1
+        folders.append(folder)
+    return folders
+
+
+@functools.cache
+def _fonts() -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    return [ImageFont.load_default(size) for size in FONT_SIZES]
+
+
+def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
+    """A PNG of the panels side by side, each with its caption. Small ones are enlarged, a pixel becoming a square."""
+    height, width = panels[0][0].shape[-2:]
+    zoom = max(1, ENLARGED // max(height, width))
+    height, width = height * zoom, width * zoom
+    sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + GAP + CAPTION), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for number, (pixels, caption) in enumerate(panels):
+        x = GAP + number * (width + GAP)
+        image = Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, GAP))
+        font = next((font for font in _fonts() if draw.textlength(caption, font=font) <= width), _fonts()[-1])
+        draw.text((x + width / 2, height + GAP + CAPTION / 2), caption, fill=TEXT, font=font, anchor="mm")
+    written = io.BytesIO()
+    sheet.save(written, format="PNG", compress_level=1)
+    return written.getvalue()
+
+
+def every_nth(count: int, most: int) -> int:
+    """1 to use all of `count` occasions, 2 for every second, …, so that at most `most` are used."""
+    return count // (most + 1) + 1

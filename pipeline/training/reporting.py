@@ -1,0 +1,147 @@
+"""What the first rank tells of a run, once in a while: log, curves, sample pictures, histograms."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pipeline.config.recipe import write_recipe
+from pipeline.engine.engine import gradient_norm, skipped_steps
+from pipeline.files import write_atomically
+from pipeline.monitor.console import RUN_LOG_FILE, Console
+from pipeline.monitor.journal import Journal
+from pipeline.monitor.wandb_tracker import WandbTracker
+from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
+from pipeline.training.meter import Reading
+from pipeline.training.previews import SAMPLES_DIR, Samples, every_nth
+from pipeline.training.setup import Run, move_logs_aside
+from pipeline.training.validation import Scores, bicubic
+
+TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for samples at the ends of epochs
+
+
+def text_of(scores: Scores) -> str:
+    """`PSNR-Y 28.123 dB, LPIPS 0.1234`."""
+    return f"PSNR-Y {scores.psnr:.3f} dB" + ("" if scores.lpips is None else f", LPIPS {scores.lpips:.4f}")
+
+
+class Reporter:
+    """Of the first rank. Writes into the run folder what was asked for, and into the log folder what becomes of it."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self._run, self._console, self._plan, self._progress = run, console, run.plan, run.progress
+        plan = run.plan
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        write_recipe(plan.recipe, plan.run_dir / RECIPE_FILE)
+        write_atomically(plan.run_dir / DS_CONFIG_FILE, json.dumps(plan.ds_config, indent=2).encode())
+        plan.dataset.write_lists(plan.run_dir / FILE_LISTS_DIR)
+        if run.progress.step == 0:
+            move_logs_aside(plan)
+        console.keep_in(plan.log_dir / RUN_LOG_FILE)
+        self._tracker = self._start_tracker() if plan.wandb else None
+        self.journal = Journal(plan.log_dir, run.progress.step, console.say, self._tracker)
+        self._samples = Samples(plan.log_dir / SAMPLES_DIR, run.samples, plan.recipe.scale, run.progress.step)
+        self._shown: int | None = None  # the step of the last set of samples
+        self._began, self._seconds = time.perf_counter(), 0.0  # that samples have taken since then
+        for line in run.introduction:
+            console.say(line)
+        if self._tracker:
+            console.say(self._tracker.introduction)
+
+    def _start_tracker(self) -> WandbTracker:
+        plan = self._plan
+        assert plan.wandb is not None
+        name = plan.home.name + (f" {plan.recipe.stage}" if plan.recipe.stage else "")
+        gan = {"discriminator_ds_config": plan.discriminator_ds_config} if plan.discriminator_ds_config else {}
+        config = {"recipe": plan.recipe.model_dump(mode="json"), "ds_config": plan.ds_config, **gan,
+                  "world_size": self._run.ranks.world_size, "total_steps": plan.total_steps}
+        return WandbTracker(plan.log_dir, plan.wandb, name, config, self._console.say)
+
+    def begin(self) -> None:
+        """Show what the samples are made of, and of a run that begins what its network makes of them."""
+        for pair in self._samples.pairs:
+            self.journal.picture(self._progress.step, f"{pair.name}/input", bicubic(pair))
+            self.journal.picture(self._progress.step, f"{pair.name}/target", pair.hr)
+        if self._progress.step == 0:
+            self.show_samples()
+
+    def log(self, reading: Reading, epoch: float) -> None:
+        """Means over a log interval, and the state of the engines."""
+        trainer, step, total = self._run.trainer, self._progress.step, self._plan.total_steps
+        learning_rate = trainer.generator.get_lr()[0]
+        values = {**reading.as_dict(), **_split(reading, self._plan.ds_config["train_batch_size"]),
+                  "lr": learning_rate, "epoch": round(epoch, 4)}
+        for name, engine in trainer.engines.items():
+            prefix = "" if name == "generator" else f"{name}_"
+            values[f"{prefix}skipped_steps"] = skipped_steps(engine)
+            values[f"{prefix}gradient_norm"] = float(gradient_norm(engine))
+        self.journal.log("train", step, values)
+        for name, logits in getattr(trainer, "logits", {}).items():
+            self.journal.distribution(step, f"discriminator/{name}", logits)
+        self._console.progress(f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
+                               step / total)
+
+    def validated(self, scores: Scores, *, is_best: bool) -> None:
+        """What a validation has measured, beside the best so far."""
+        progress = self._progress
+        values = {"psnr_y": scores.psnr, "best_psnr_y": progress.best_psnr}
+        if scores.lpips is not None:
+            values |= {"lpips": scores.lpips, "best_lpips": progress.best_lpips}
+        self.journal.log("validation", progress.step, values | {"stale_validations": progress.stale_validations})
+        assert progress.best_psnr is not None
+        before = f"best {text_of(Scores(progress.best_psnr, progress.best_lpips))} at step {progress.best_step}"
+        self._console.say(f"validation at step {progress.step}: {text_of(scores)} "
+                          f"({'best so far' if is_best else before})", is_good=is_best)
+
+    def show_samples_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
+        """At the end of an epoch and after a validation, or of every n-th, as `samples.keep` says.
+
+        An epoch is passed over once the samples have taken more than `TIME_SHARE` of the time.
+        """
+        step, recipe = self._progress.step, self._plan.recipe
+        nth = every_nth(all_epochs, recipe.samples.keep)
+        has_time = self._seconds <= FREE_SECONDS + TIME_SHARE * (time.perf_counter() - self._began)
+        is_due = has_time and epochs // nth > epochs_before // nth
+        if self._progress.validated_step == step:
+            nth = every_nth(self._plan.total_steps // recipe.validate_every, recipe.samples.keep)
+            is_due |= step // recipe.validate_every % nth == 0 or step >= self._plan.total_steps
+        if is_due:
+            self.show_samples()
+
+    def show_samples(self) -> None:
+        """What the averaged weights make of the samples, as sheets and in TensorBoard; once a step."""
+        step = self._progress.step
+        if self._shown == step:
+            return
+        self._shown, began = step, time.perf_counter()
+        validation, averaged = self._run.validation, self._run.averaged
+        outputs = [validation.upscale(averaged, pair).cpu() for pair in self._samples.pairs]
+        for pair, output in zip(self._samples.pairs, outputs, strict=True):
+            self.journal.picture(step, f"{pair.name}/output", output)
+        with self.journal.unstoppable(SAMPLES_DIR):
+            self._samples.write(step, outputs)
+        self._seconds += time.perf_counter() - began
+
+    def histograms(self, gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Of every parameter's values after an update, and of the `gradients` of that update."""
+        for name, engine in self._run.trainer.engines.items():
+            for parameter, values in engine.module.named_parameters():
+                self.journal.histogram(self._progress.step, f"weights/{name}/{parameter}", values)
+            for parameter, gradient in gradients.get(name, {}).items():
+                self.journal.histogram(self._progress.step, f"gradients/{name}/{parameter}", gradient)
+
+    def close(self) -> None:
+        self.journal.close()
+        if self._tracker:
+            self._tracker.finish()
+
+
+def _split(reading: Reading, global_batch: int) -> dict[str, float]:
+    """Seconds that a step took, and how they divide into waiting for data and all else."""
+    seconds = global_batch / reading.images_per_second
+    data = seconds * reading.data_wait
+    return {"step_seconds": round(seconds, 6), "data_seconds": round(data, 6),
+            "compute_seconds": round(seconds - data, 6)}

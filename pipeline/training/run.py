@@ -1,0 +1,114 @@
+"""The training run: one rank's life, stage after stage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pipeline.alike import refuse_other_hosts
+from pipeline.cli import RunError, UserError
+from pipeline.distributed.launcher import GUARDED, find_place
+from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
+from pipeline.distributed.stopping import StopSignals
+from pipeline.files import short
+from pipeline.monitor.console import Console
+from pipeline.monitor.wandb_tracker import require_wandb
+from pipeline.run_lock import run_lock
+from pipeline.training.loop import Training
+from pipeline.training.options import Plan, TrainOptions, make_plans
+from pipeline.training.reporting import Reporter
+from pipeline.training.setup import check_stages, move_aside, set_up
+from pipeline.watchdog import Watchdog
+
+
+def main(options: TrainOptions) -> int:
+    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 anything else."""
+    try:
+        plans = make_plans(options)
+    except UserError:
+        if find_place().local_rank == 0:  # another host may lack what this one has
+            raise
+        return 2
+    watchdog = Watchdog(options.watchdog_minutes * 60)
+    watchdog.begin()
+    patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
+    ranks = start_distributed(max(10.0, patience))
+    try:
+        status = _train_all(plans, ranks, watchdog)
+    except BaseException as error:
+        if ranks.world_size > 1 or isinstance(error, Exception):
+            _leave(error, ranks)
+        raise
+    stop_distributed()
+    return status
+
+
+def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
+    console = Console(is_mute=not ranks.is_first)
+    with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
+        refuse_other_hosts(plans, ranks)
+        ranks.together(lambda: _take_run_folder(plans[0], ranks, console, stack))
+        check_stages(plans, ranks)
+        for plan in plans:
+            signals.is_patient = False
+            watchdog.begin()
+            status = _train(plan, ranks, console, signals)
+            if status:
+                break
+        return status
+
+
+def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
+    """Tell what happened to a rank, and end at once.
+
+    Of one rank alone, because threads of its libraries may not survive the interpreter's own end: now and then that
+    aborted, with status 134 in place of 2. Of several, because the others may wait for this one in a collective, and to
+    close the group in an orderly way it would wait for them (pytorch issue 180611). What all ranks raise alike the
+    first one says, or each in its log where a guard keeps it.
+    """
+    status = 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, (UserError, RunError)):
+        status = 2 if isinstance(error, UserError) else 1
+        if ranks.is_first or GUARDED in os.environ:
+            print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> int:
+    """One stage from where it stands to its end."""
+    run = set_up(plan, ranks, console.say)
+    reporter = ranks.together(lambda: Reporter(run, console) if ranks.is_first else None)
+    training = Training(run, reporter, console, signals)
+    try:
+        return training.train()
+    except BaseException as error:
+        is_told = isinstance(error, (UserError, RunError))
+        console.note(f"error: {error}" if is_told else "".join(traceback.format_exception(error)).rstrip())
+        raise
+    finally:
+        training.close()
+        for engine in run.trainer.engines.values():
+            engine.destroy()
+
+
+def _take_run_folder(plan: Plan, ranks: Ranks, console: Console, stack: contextlib.ExitStack) -> None:
+    """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one is asked for."""
+    if not ranks.is_first:
+        return
+    if plan.wandb:
+        require_wandb()
+    stack.enter_context(run_lock(plan.home, console.say))
+    kept = move_aside(plan) if plan.reset else None
+    if kept:
+        console.say(f"the old run is kept in {short(kept)}")

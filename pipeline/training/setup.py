@@ -1,0 +1,276 @@
+"""From a plan to a run that can take its first step: what is on disk, the network, its engine, its data."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.checkpoint import checkpoint, transfer
+from pipeline.checkpoint.checkpoint import Contents, Progress
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.cli import UserError
+from pipeline.config.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of
+from pipeline.data.loader import Loader
+from pipeline.data.source import CropSource, Position
+from pipeline.distributed.ranks import Ranks
+from pipeline.engine.engine import build_engine, build_optimizer, compile_module, resolve_ds_config, why_not_compiled
+from pipeline.engine.schedules import validate_schedule
+from pipeline.files import short
+from pipeline.layout import LAYOUTS, faster_layout
+from pipeline.losses import Criterion
+from pipeline.metrics.lpips import LpipsMetric
+from pipeline.models import build_generator
+from pipeline.models.discriminators import build_discriminator
+from pipeline.models.ema import ExponentialMovingAverage
+from pipeline.models.weights import SavedNetwork
+from pipeline.monitor.console import RUN_LOG_FILE
+from pipeline.monitor.journal import TENSORBOARD_DIR
+from pipeline.monitor.wandb_tracker import WANDB_DIR
+from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
+from pipeline.trainers.adversarial import AdversarialTrainer
+from pipeline.training.options import Plan
+from pipeline.training.previews import SAMPLES_DIR, read_samples
+from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
+from pipeline.training.trainers import ReconstructionTrainer
+from pipeline.training.validation import Pair, ValidationSet
+
+
+@dataclass
+class Run:
+    """Everything that a run holds while it lives."""
+
+    plan: Plan
+    ranks: Ranks
+    trainer: ReconstructionTrainer | AdversarialTrainer
+    contents: Contents  # of its checkpoints
+    progress: Progress
+    validation: ValidationSet
+    samples: list[Pair]  # the first rank's
+    micro_batch: int
+    accumulation: int
+    introduction: list[str]  # lines for people
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network that is validated and meant to be used."""
+        return self.trainer.ema.network
+
+    def open_loader(self) -> Loader:
+        """The training data from where the run stands."""
+        data, recipe = self.plan.recipe.data, self.plan.recipe
+        position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position)
+        return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
+                      prefetch=max(data.prefetch, self.accumulation) + self.accumulation)
+
+
+def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
+    """Raise `UserError` now for what a later stage would stumble over after days."""
+    ranks.together(lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)])
+
+
+def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
+    """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins with."""
+    recipe = plan.recipe
+    batch_sizes(plan.ds_config, ranks.world_size)
+    for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
+        if "optimizer" in ds_config:
+            build_optimizer(ds_config["optimizer"], [nn.Parameter(torch.zeros(1))])
+        if "scheduler" in ds_config:
+            validate_schedule(ds_config["scheduler"])
+    crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
+    Criterion(recipe.losses)(crop.clone(), crop)
+    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    if ranks.is_first and recipe.start not in (None, "previous") and not checkpoint_steps(plan.run_dir):
+        begin_with(generator, plan)
+    if recipe.adversarial:
+        spec = recipe.adversarial.discriminator
+        build_discriminator(spec.name, recipe.data.crop, **spec.params)
+        if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
+            raise UserError(f"stage {recipe.stage}: adversarial.start: previous, but stage {before.recipe.stage} has "
+                            "no discriminator; leave it out")
+    if recipe.validation_lpips != "off":
+        LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
+
+
+def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it together.
+
+    Raises `UserError` if the run on disk is another one.
+    """
+    recipe = plan.recipe
+    every = recipe.adversarial.generator_every if recipe.adversarial else 1
+    ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
+                                                  total_steps=-(-plan.total_steps // every), device=ranks.device,
+                                                  runtime=plan.runtime)
+    identity = {**plan.identity, "precision": precision}
+    sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
+    step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
+    began = newest = ranks.agree(newest_of_previous(plan))
+    if step is not None:
+        manifest = ranks.agree(read_manifest(plan.run_dir, step) if ranks.is_first else None)
+        ranks.together(lambda: refuse_strangers(plan, identity, manifest))
+        began = manifest["identity"].get("began_with_step")
+        if manifest["world_size"] != ranks.world_size:
+            say(f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} continue: the samples "
+                "are the same, sums are rounded differently")
+    if began != newest and began is not None:
+        say(f"note: stage {recipe.stage} began with step {began} of the stage before, which has step {newest} now; to "
+            f"begin it anew, move {short(plan.run_dir)} away")
+    identity["began_with_step"] = began
+    micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
+                                                            "gradient_accumulation_steps"))
+    _seed(recipe.seed)
+    generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
+    if step is None and recipe.start is not None:
+        _begin(generator, lambda: begin_with(generator, plan), ranks, say)
+    layout = _layout(plan, generator, micro_batch, step, ranks)
+    ema = ExponentialMovingAverage(generator, recipe.ema_decay)
+    ema.network.to(ranks.device)
+    engine = build_engine(generator, ds_config, ranks, plan.runtime)
+    compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
+    trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
+    described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
+                             {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
+    contents = Contents(trainer.engines, ema, described, identity, sees_run_dir)
+    _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
+    progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
+    progress.layout = layout
+    validation = ranks.together(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
+    samples = ranks.together(lambda: read_samples(recipe, plan.dataset) if ranks.is_first else [])
+    introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
+                                 (micro_batch, accumulation), step)
+    return Run(plan, ranks, trainer, contents, progress, validation, samples, micro_batch, accumulation,
+               introduction)
+
+
+def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str,
+             begin: Callable[[str], None] | None) -> ReconstructionTrainer | AdversarialTrainer:
+    """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
+    recipe, spec = plan.recipe, plan.recipe.adversarial
+    criterion = ranks.together(lambda: Criterion(recipe.losses, ranks.device))
+    if spec is None:
+        return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
+    assert plan.discriminator_ds_config is not None
+    ds_config, *_ = resolve_ds_config(plan.discriminator_ds_config, world_size=ranks.world_size,
+                                      total_steps=-(-plan.total_steps // spec.discriminator_every),
+                                      device=ranks.device, runtime=plan.runtime)
+    _seed(recipe.seed)  # measuring the layout drew on the first rank alone
+    network = build_discriminator(spec.discriminator.name, recipe.data.crop, **spec.discriminator.params)
+    if begin and spec.start is not None:
+        _begin(network, lambda: begin_discriminator(network, str(spec.start), plan), ranks, begin)
+    discriminator = build_engine(network, ds_config, ranks, plan.runtime)
+    _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
+    return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
+
+
+def _begin(network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Let the first rank give its `network` weights, which only its host may have, and all have the same."""
+    say(ranks.together(lambda: give_weights() if ranks.is_first else ""))
+    network.load_state_dict(ranks.agree(network.state_dict()))
+
+
+def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for.
+
+    The number of ranks may differ: a global batch that it does not divide is refused by `batch_sizes`.
+    """
+    found, step = manifest["identity"], manifest["step"]
+    differences = recipe_differences(recipe_of(found["recipe"], f"the run in {plan.run_dir}"), plan.recipe)
+    differences += ds_differences(found["ds_config"], plan.ds_config)
+    differences += [f"discriminator's {line}" for line in ds_differences(found.get("discriminator_ds_config", {}),
+                                                                        plan.discriminator_ds_config or {})]
+    if found["precision"] != wanted["precision"]:
+        differences.append(f"precision: {found['precision']} in the run, {wanted['precision']} asked for")
+    old, new = found["dataset"], wanted["dataset"]
+    changed = [f"dataset {key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    if changed:
+        named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
+        differences += named + [line for line in changed if not (named and "lists_sha256" in line)]
+    if differences:
+        raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
+                        "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
+
+
+def move_aside(plan: Plan) -> Path | None:
+    """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
+    suffix = time.strftime("bak-%Y%m%d-%H%M%S")
+    move_logs_aside(plan)
+    if plan.home.is_dir() and any(plan.home.iterdir()):
+        kept = _unused(plan.home.with_name(f"{plan.home.name}.{suffix}"))
+        plan.home.rename(kept)
+        return kept
+    return None
+
+
+def move_logs_aside(plan: Plan) -> None:
+    """In a --log-dir of its own, keep what an earlier run has written there: a new log begins."""
+    if plan.log_dir != plan.run_dir:
+        for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, SAMPLES_DIR, WANDB_DIR):
+            if (plan.log_dir / name).exists():
+                kept = _unused(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
+                (plan.log_dir / name).rename(kept)
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    candidate = path
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed % 2**63)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None, ranks: Ranks) -> str:
+    if step is not None:  # rounding depends on it, so a continuation keeps what the run began with
+        return ranks.agree(checkpoint.read_progress(plan.run_dir, step).layout if ranks.is_first else None)
+    if plan.recipe.channels_last != "auto":
+        return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
+    patch = plan.recipe.data.crop // plan.recipe.scale
+    measured = faster_layout(generator, micro_batch, patch, ranks.device) if ranks.is_first else ""
+    return ranks.agree(measured)
+
+
+def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, *, channels_last: bool) -> str:
+    """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
+    if recipe.compile == "off":
+        return "not compiled (compile: off)"
+    lacking = next((reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), "")
+    if lacking and recipe.compile == "on":
+        raise UserError(f"compile: on, but {lacking}; install it or say compile=auto")
+    if lacking:
+        return f"NOT compiled, slower: {lacking}"
+    compile_module(module, channels_last=channels_last)
+    return "compiled with Inductor (the first step takes longer)"
+
+
+def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precision: str, batch: tuple[int, int],
+                  resumed: int | None) -> list[str]:
+    recipe = plan.recipe
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
+    lines = [
+        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
+        f"{ranks.world_size} x {where}, {precision}" + (f"; started by {ranks.launcher}" if ranks.launcher else "")
+        + (f", network interface {ranks.interface}" if ranks.interface else ""),
+        f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
+        f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "
+        f"validation files in {', '.join(short(folder.root) for folder in plan.dataset.folders)}; run folder "
+        f"{short(plan.run_dir)}",
+    ]
+    return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]

@@ -1,0 +1,186 @@
+"""PSNR and LPIPS of the network in training on the validation list, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.cli import UserError
+from pipeline.config.recipe import BestSpec, Recipe
+from pipeline.data.dataset import Image
+from pipeline.data.decoding import BadFileError, HostDecoder
+from pipeline.data.image_files import is_npy, npy_layout
+from pipeline.data.reader import low_resolution
+from pipeline.distributed.ranks import Ranks
+from pipeline.images import cubic_resize, to_bytes, unit_range
+from pipeline.metrics.lpips import LpipsMetric
+from pipeline.metrics.psnr_ssim import luma, psnr
+
+KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
+PSNR_LIMIT = 100.0  # dB; an image reproduced without any error must not make the mean infinite
+
+
+class Pair(NamedTuple):
+    """A validation image, bytes, (1, 3, height, width) each, in host memory."""
+
+    name: str
+    hr: Tensor
+    lr: Tensor
+
+
+class Scores(NamedTuple):
+    """Means over the validation images."""
+
+    psnr: float  # of luma, dB
+    lpips: float | None  # if it is measured
+
+
+def is_better(new: Scores, best: Scores | None, spec: BestSpec) -> bool:
+    """Whether `new` is to be preferred to the `best` so far, after the recipe's rule."""
+    if best is None:
+        return True
+    if spec.metric == "psnr" or new.lpips is None or best.lpips is None:
+        return new.psnr > best.psnr
+    floor = -math.inf if spec.psnr_floor is None else spec.psnr_floor
+    if (new.psnr >= floor) != (best.psnr >= floor):
+        return new.psnr >= floor
+    return new.lpips < best.lpips if new.psnr >= floor else new.psnr > best.psnr
+
+
+class ValidationSet:
+    """This rank's share of the validation images: every `world_size`-th, whole, with LR made or read as in training.
+
+    Raises `UserError` naming a file that cannot be read or is too small.
+    """
+
+    def __init__(self, images: Sequence[Image], recipe: Recipe, ranks: Ranks,
+                 memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        limit = recipe.validation_images
+        numbers = range(len(images)) if len(images) <= limit else [i * len(images) // limit for i in range(limit)]
+        self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
+        self.ranks, self.memory_format = ranks, memory_format
+        self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
+        self._lpips = None
+        if recipe.validation_lpips != "off":
+            self._lpips = LpipsMetric(recipe.validation_lpips, recipe.lpips_weights, ranks.device)
+        self._kept: dict[int, Pair] = {}
+        room = KEPT_BYTES
+        for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
+            pair = self.pair(place)
+            room -= pair.hr.numel() + pair.lr.numel()
+            if room > 0:
+                self._kept[place] = pair
+
+    def __len__(self) -> int:
+        """Images in this rank's share."""
+        return len(self._images)
+
+    def pair(self, place: int) -> Pair:
+        """The image at `place` in this rank's share."""
+        number, image = self._images[place]
+        return self._kept.get(place) or self._checked_pair(image, number)
+
+    def _checked_pair(self, image: Image, number: int) -> Pair:
+        pair = read_pair(image, number, self.recipe)
+        height, width = pair.hr.shape[-2:]
+        if self._lpips and min(height, width) < self._lpips.smallest_side + 2 * self.scale:
+            raise UserError(f"{image.path}: {height}x{width} is too small for validation_lpips: "
+                            f"{self.recipe.validation_lpips}, which takes {self._lpips.smallest_side} pixels within "
+                            f"borders of {self.scale}; take it off the validation list, or say validation_lpips=off")
+        return pair
+
+    @torch.inference_mode()
+    def measure(self, network: nn.Module,
+                go_on: Callable[[int, int], bool] = lambda done, share: True) -> Scores | None:
+        """Mean scores of `network` over all ranks' images: PSNR-Y (luma rounded, borders of `scale` pixels cut), LPIPS.
+
+        Before each image of this rank's share `go_on(images done, share)` is asked; None if some rank's said no. All
+        ranks call it together.
+        """
+        scores: list[tuple[float, float]] | None = []
+        for place in range(len(self)):
+            if not go_on(place, len(self)):
+                scores = None
+                break
+            pair = self.pair(place)
+            scores.append(self._score(self.upscale(network, pair), pair.hr.to(self.ranks.device)))
+        shares = self.ranks.gather(scores)
+        if any(share is None for share in shares):
+            return None
+        # In the order of the list, so that rounding does not depend on how the images were shared out.
+        ordered = [shares[i % len(shares)][i // len(shares)] for i in range(self.count)]
+        psnrs, distances = zip(*ordered, strict=True)
+        return Scores(sum(psnrs) / self.count, sum(distances) / self.count if self._lpips else None)
+
+    def _score(self, sr: Tensor, hr: Tensor) -> tuple[float, float]:
+        """(PSNR-Y, LPIPS, or 0 where it is not measured) of one image."""
+        inner = _inner(self.scale)
+        return psnr_y(sr, hr, self.scale), self._lpips(sr[inner], hr[inner])[0] if self._lpips else 0.0
+
+    @torch.inference_mode()
+    def upscale(self, network: nn.Module, pair: Pair) -> Tensor:
+        """The network's output for a pair, as bytes on the device."""
+        lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
+        return to_bytes(network(lr)).contiguous()
+
+
+def psnr_y(sr: Tensor, hr: Tensor, scale: int) -> float:
+    """PSNR of two byte images in dB, of rounded luma within borders of `scale` pixels; `PSNR_LIMIT` is the most."""
+    inner = _inner(scale)
+    return min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
+
+
+def _inner(border: int) -> tuple[Any, ...]:
+    return (..., slice(border, -border), slice(border, -border))
+
+
+def bicubic(pair: Pair) -> Tensor:
+    """A pair's LR made large by the cubic alone, as bytes."""
+    size = (pair.hr.shape[-2], pair.hr.shape[-1])
+    return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
+
+
+def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> Pair:
+    """HR and LR of the image at place `number` of a list, which decides what is random in its LR.
+
+    Raises `UserError` naming a file that cannot be read, or is too small, with the `way_out`.
+    """
+    pixels, scale = _read(image.path), recipe.scale
+    height, width = (side - side % scale for side in pixels.shape[:2])
+    if min(height, width) < 16 * scale:
+        way_out = way_out or "select anew after `python tools/check_training_data.py --clean`"
+        raise UserError(f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
+                        f"{way_out}")
+    pixels = np.ascontiguousarray(pixels[:height, :width])
+    if image.lr_path is None:
+        lr = low_resolution(pixels, recipe.data.degradation, scale, seed=recipe.seed, number=number)
+    else:
+        lr = _read(image.lr_path)
+        if lr.shape[:2] != (height // scale, width // scale):
+            raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
+                            f"size of {image.path}; make the pairs anew with `python tools/pairs_to_data.py`")
+    return Pair(image.name, _nchw(pixels), _nchw(lr))
+
+
+def _nchw(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def _read(path: str) -> np.ndarray:
+    """HWC bytes, by the decoder that training uses."""
+    if is_npy(path):
+        layout = npy_layout(path)
+        return np.fromfile(path, np.uint8, offset=layout.offset).reshape(layout.height, layout.width, 3)
+    decoder = HostDecoder(threads=1, batch=1)
+    try:
+        image, = decoder.decode([path])
+    finally:
+        decoder.close()
+    if isinstance(image, BadFileError):
+        raise image
+    return image

@@ -1,0 +1,1 @@
+"""Draw comparison figures of upscaled images."""

@@ -1,0 +1,266 @@
+"""One picture to its crops on disk: what the tools that make datasets do on every thread."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from pipeline.cli import UserError
+from tools.common.image_formats import encode
+from tools.common.image_headers import ImageHeader, read_header
+from tools.common.image_streams import check_file_size
+from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.manifest import CropRecord
+from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
+from tools.files import shown
+from tools.images import check_megapixels, decode_photo, decoder_name
+
+_OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """What decides the bytes of a dataset; see crop_options.py for each."""
+
+    size: int
+    format: str
+    seed: int
+    cover: bool
+    keep_lossy_size: bool
+    num_scales: int | None
+    min_gradient: float
+    min_sharpness: float
+    max_hash_distance: int | None  # None: duplicates are kept
+    against: tuple[str, ...]       # folders of benchmark images
+
+
+class Unit(NamedTuple):
+    """What is cut as a whole, and found finished as a whole by the next run: a photo, a member, a piece of a film."""
+
+    folder: str     # of its crops, relative to OUT; its own alone
+    photo: str      # what training and validation are split by
+    bytes: int      # size and modification time of the source's file
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture that is to be cut: uint8 RGB (height, width, 3), upright."""
+
+    pixels: np.ndarray
+    is_lossy: bool
+    decoder: str
+    sha256: str = ""           # of the source's bytes, where it is a file of its own
+    time: float | None = None  # of a frame in its video, in seconds
+    prefix: str = ""           # of its crops' file names, where a folder holds several pictures
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A picture or a crop that a gate turned away, and why."""
+
+    gate: str    # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
+    reason: str
+    scale: int | None = None  # of a crop; None: the picture as a whole
+    top: int | None = None
+    left: int | None = None
+    time: float | None = None
+    twin: str | None = None  # of a copy: the folder of the unit that holds the original
+
+
+@dataclass
+class CutPicture:
+    """What became of a picture: crops on disk, and what was turned away."""
+
+    records: list[CropRecord] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    pixels: int = 0
+
+
+def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
+    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless asked otherwise."""
+    return 2 if is_lossy and not settings.keep_lossy_size else 1
+
+
+def too_small(height: int, width: int, first: int, size: int) -> Reject:
+    """Why a picture of this size gives no crop, at 1/`first` of it and below."""
+    halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
+    return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
+
+
+def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> Picture | Reject:
+    """Decode the photograph in `file`, unless its header tells already that it holds no crop.
+
+    Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it cannot be read.
+    """
+    header = read_header(file)
+    check_megapixels(header, max_megapixels)
+    first = first_reduction(header.is_lossy, settings)
+    if min(header.height, header.width) // first < settings.size:
+        return too_small(header.height, header.width, first, settings.size)
+    return read_picture(file, header)
+
+
+def read_picture(file: BinaryIO, header: ImageHeader) -> Picture:
+    """Decode the photograph in `file`, whose header was read and found good; raises as `open_picture` does."""
+    check_file_size(header, file.seek(0, os.SEEK_END))
+    file.seek(0)
+    data = file.read()
+    return Picture(decode_photo(data, header), header.is_lossy, decoder_name(header), hashlib.sha256(data).hexdigest())
+
+
+def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:
+    """Why a crop with too little detail is not written."""
+    reason = f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
+    return Reject("flat", reason, scale, top, left)
+
+
+def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
+    """Why a picture without a finest octave is not cut (at this size)."""
+    sharpness = gates["source_sharpness"]
+    return Reject("soft", f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below {settings.min_sharpness:g} "
+                          "(--min-sharpness)")
+
+
+def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
+    """Why a picture or a crop that the network will be measured with is not written."""
+    name = benchmark.find(pixels) if benchmark else None
+    return Reject("leak", f"near-identical to the benchmark image {shown(name)} (--against)") if name else None
+
+
+def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:
+    """Where crops of `size` pixels are cut out of a picture; `key` tells its random gaps from those of others."""
+    if settings.cover:
+        return cover_grid(height, width, size)
+    return crop_grid(height, width, size, f"{settings.seed}/{key}")
+
+
+def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+                benchmark: BenchmarkIndex | None) -> CutPicture:
+    """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away is not written.
+
+    Raises `UserError` where the crops cannot be written (disk full, no permission).
+    """
+    height, width = picture.pixels.shape[:2]
+    first = first_reduction(picture.is_lossy, settings)
+    if min(height, width) // first < settings.size:
+        return CutPicture(rejects=[replace(too_small(height, width, first, settings.size), time=picture.time)])
+    cutter = _Cutter(picture, unit, out, settings, benchmark)
+    try:
+        cutter.cut(first)
+    except _LeakError as leak:
+        discard(cutter.result.records, out)
+        cutter.result = CutPicture(rejects=[leak.reject])
+    cutter.result.pixels = height * width
+    if picture.time is not None:
+        cutter.result.rejects = [replace(reject, time=picture.time) for reject in cutter.result.rejects]
+    return cutter.result
+
+
+class _LeakError(Exception):
+    """A picture is part of a benchmark."""
+
+    def __init__(self, reject: Reject) -> None:
+        super().__init__(reject.reason)
+        self.reject = reject
+
+
+class _Cutter:
+    """The cutting of one picture."""
+
+    def __init__(self, picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+                 benchmark: BenchmarkIndex | None) -> None:
+        self._picture, self._unit, self._out = picture, unit, out
+        self._settings, self._benchmark = settings, benchmark
+        self._source: dict[str, float | str] = {"source_sha256": picture.sha256} if picture.sha256 else {}
+        self.result = CutPicture()
+
+    def cut(self, first: int) -> None:
+        """Write the crops at 1/`first`, half of that... beginning with the largest size that is not soft."""
+        self._refuse_leak(self._picture.pixels)
+        settings, is_sharp = self._settings, False
+        for scale, reduced in pyramid(self._picture.pixels, settings.size, first, settings.num_scales):
+            if not is_sharp:
+                gates = picture_gates(reduced)
+                is_sharp = not is_soft(gates, settings.min_sharpness)
+                if not is_sharp:
+                    self.result.rejects.append(replace(soft_picture(gates, settings, f"1/{scale}"), scale=scale))
+                    continue
+                self._source |= gates
+            self._cut_scale(reduced, scale)
+
+    def _cut_scale(self, reduced: np.ndarray, scale: int) -> None:
+        settings = self._settings
+        key = f"{scale}/{self._unit.photo}{self._picture.prefix}"
+        for crop in crop_places(*reduced.shape[:2], settings.size, settings, key):
+            window = reduced[crop.top : crop.top + settings.size, crop.left : crop.left + settings.size]
+            window = np.ascontiguousarray(window)
+            gates = crop_gates(window)
+            if is_flat(gates, settings.min_gradient):
+                self.result.rejects.append(flat_crop(gates, settings, scale, crop.top, crop.left))
+                continue
+            self._refuse_leak(window)
+            self.result.records.append(self._write(window, crop, scale, gates))
+
+    def _refuse_leak(self, pixels: np.ndarray) -> None:
+        if leak := find_leak(pixels, self._benchmark):
+            raise _LeakError(leak)
+
+    def _write(self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]) -> CropRecord:
+        settings, picture, unit = self._settings, self._picture, self._unit
+        name = f"{unit.folder}/{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
+        num_bytes = write_crop(self._out, name, unit, window, settings.format)
+        return CropRecord(name, unit.photo, scale, crop.top, crop.left, settings.size, num_bytes,
+                          hashlib.sha256(window).hexdigest(), picture.decoder, {**gates, **self._source}, unit.bytes,
+                          unit.mtime_ns, 0, picture.time)
+
+
+def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
+    """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run checks what is there.
+
+    Raises `UserError` where it cannot be written.
+    """
+    content = encode(pixels, form)
+    temporary = out / f"{name}.tmp"
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, out / name)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
+                            "mend the permissions, then run the same command again: it goes on where it "
+                            "stopped") from error
+        raise
+    return len(content)
+
+
+def discard(records: Iterable[CropRecord], out: Path) -> None:
+    """Delete crops that were written but may not stay."""
+    for record in records:
+        (out / record.path).unlink(missing_ok=True)
+
+
+def make_folder(out: Path, folder: str) -> None:
+    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that was killed there."""
+    try:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        remove_crops(out / folder)
+    except OSError as error:
+        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or mend the permissions, then "
+                        "run the same command again: it goes on where it stopped") from error
+
+
+def remove_crops(folder: Path) -> None:
+    """Delete the crops and half-written crops in a unit's folder, and nothing else."""
+    for entry in list(os.scandir(folder)):
+        if _OURS.fullmatch(entry.name):
+            os.unlink(entry.path)

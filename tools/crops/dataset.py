@@ -1,0 +1,371 @@
+"""The folder that crops are written to: claimed, held to its settings, mended after a kill, its manifest kept."""
+
+from __future__ import annotations
+
+import fcntl
+import filecmp
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import MANIFEST
+from tools.common.crop_report import Totals
+from tools.common.dataset_files import FINAL_GATES, REJECTS, SETTINGS, parse_reject, reject_groups, reject_line
+from tools.crops.cutting import CropSettings, CutPicture, Reject, Unit, discard
+from tools.crops.duplicates import NearDuplicates
+from tools.crops.manifest import CropRecord, format_lines, parse_line
+from tools.crops.options import benchmark_fingerprint
+from tools.parallel import ordered_map, progress, quiet_libraries
+
+# A change of what the same settings produce must raise this, so that one dataset never holds both.
+LAYOUT_VERSION = 2
+
+Stamp = tuple[int, int]  # size and modification time of a source's file
+
+
+@dataclass
+class UnitResult:
+    """What became of a unit: its pictures, or the reason why there are none."""
+
+    unit: Unit
+    pictures: list[CutPicture] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)  # of the unit as a whole
+
+
+class CropDataset:
+    """A folder of crops while a tool writes it. Made by `open_dataset`."""
+
+    def __init__(self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]) -> None:
+        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand (its crops stay)."""
+        self.out, self.settings, self.totals = out, settings, Totals()
+        distance = settings.max_hash_distance
+        self._duplicates = None if distance is None else NearDuplicates(distance)
+        self._film_crops = None if distance is None else NearDuplicates(distance)  # still corners of moving pictures
+        self._source_of_sha256: dict[bytes, str] = {}
+        self._finished: set[str] = set()
+        self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut anew
+        self._is_empty = True
+        self._stamp_of = stamp_of
+        self._mend_manifest(_cleaned(out / REJECTS))
+        self._mend_rejects()
+        self._manifest: IO[str] = open(out / MANIFEST, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._rejects: IO[str] = open(out / REJECTS, "a", encoding="utf-8")    # noqa: SIM115
+
+    def is_finished(self, folder: str) -> bool:
+        """Whether an earlier run has dealt with the unit of this folder."""
+        return folder in self._finished
+
+    @property
+    def num_finished(self) -> int:
+        """How many units earlier runs have dealt with."""
+        return len(self._finished)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is not a single crop, of this run or an earlier one."""
+        return self._is_empty and not self.totals.crops
+
+    def close(self) -> None:
+        """Make what was written durable; the crops of sources that were not reached this time stay recorded."""
+        try:
+            for records in self._stale.values():
+                self._manifest.write(format_lines(records))
+            for file in (self._rejects, self._manifest):
+                file.flush()
+                os.fsync(file.fileno())
+            if (self.out / REJECTS).stat().st_size == 0:
+                (self.out / REJECTS).unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            for file in (self._rejects, self._manifest):
+                with suppress(OSError):  # what could not be written is still in its buffer
+                    file.close()
+
+    def forget(self, photo: str) -> None:
+        """Delete the crops of what a source that changed, and was read to its end this time, holds no more.
+
+        `photo` is a film, or an archive with all its members.
+        """
+        for folder, records in list(self._stale.items()):
+            if f"{records[0].photo}/".startswith(f"{photo}/"):
+                discard(self._stale.pop(folder), self.out)
+                _remove_empty(self.out, folder)
+
+    def add(self, result: UnitResult) -> None:
+        """Write down what became of a unit: only now, with all its crops on disk, and whole."""
+        unit, records = result.unit, []
+        rejects = list(result.rejects)
+        for picture in result.pictures:
+            self.totals.pixels += picture.pixels
+            twin = self._refuse_twin(picture)
+            rejects += [twin] if twin else picture.rejects
+            rejects += self._drop_seen_crops(picture)
+            records += picture.records
+        records = [replace(record, folder_crops=len(records)) for record in records]
+        earlier = self._stale.pop(unit.folder, [])
+        is_broken = not records and all(reject.gate not in FINAL_GATES for reject in rejects)
+        if not records and not is_broken:
+            discard(earlier, self.out)
+        try:
+            self._rejects.write("".join(reject_line(unit, reject, is_whole=not records) for reject in rejects))
+            self._rejects.flush()
+            self._manifest.write(format_lines(earlier if is_broken else records))  # better old crops than none
+            self._manifest.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if not records:
+            _remove_empty(self.out, unit.folder)
+        self.totals.count(unit, rejects, len(records))
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run the same "
+                         "command again: it goes on where it stopped")
+
+    def _refuse_twin(self, picture: CutPicture) -> Reject | None:
+        """The reason why a picture is the twin of an earlier one; its crops are deleted then."""
+        if self._duplicates is None or not picture.records:
+            return None
+        reject = self._twin(picture.records[0])
+        if reject is not None:
+            discard(picture.records, self.out)
+            picture.records.clear()
+        return reject
+
+    def _drop_seen_crops(self, picture: CutPicture) -> list[Reject]:
+        """Delete the crops of a frame that show what one of another frame showed: behind what moves, much is still."""
+        rejects, kept = [], []
+        for record in picture.records:
+            is_of_film = self._film_crops is not None and record.time is not None
+            twin = self._film_crops.add(record.path, _crop_hash(record)) if is_of_film else None
+            if twin is None:
+                kept.append(record)
+                continue
+            discard([record], self.out)
+            reason = f"nearly the same crop as {twin} (--keep-duplicates)"
+            rejects.append(Reject("near-duplicate", reason, record.scale, record.top, record.left, record.time))
+        picture.records[:] = kept
+        return rejects
+
+    def _twin(self, record: CropRecord) -> Reject | None:
+        sha256, source = _source_sha256(record), _source(record)
+        if sha256 in self._source_of_sha256:
+            folder, name = _parts(self._source_of_sha256[sha256])
+            return Reject("duplicate", f"the same file as {name} (--keep-duplicates)", time=record.time, twin=folder)
+        twin = self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
+        if twin is not None:
+            folder, name = _parts(twin)
+            reason = f"nearly the same picture as {name} (--keep-duplicates)"
+            return Reject("near-duplicate", reason, time=record.time, twin=folder)
+        if sha256:
+            self._source_of_sha256[sha256] = source
+        return None
+
+    def _mend_manifest(self, cleaned: set[str]) -> None:
+        """Keep the units whose crops are all there, but for those that were `cleaned` away; drop the others' lines.
+
+        Torn lines, missing or shortened crops, and sources that changed since are all found here. Of a source that is
+        gone, what is there is kept.
+        """
+        with _mending(self.out / MANIFEST) as (old, new):
+            for folder, records in _by_folder(old):
+                if folder in self._finished or folder in self._stale:
+                    continue  # a line that a killed run left behind
+                stamp, there = self._stamp_of(records[0].photo), [self._is_there(record) for record in records]
+                is_whole = len(records) == records[0].folder_crops and all(
+                    is_there or record.path in cleaned for record, is_there in zip(records, there, strict=True))
+                kept = [record for record, is_there in zip(records, there, strict=True) if is_there]
+                if stamp is None or (is_whole and stamp == (records[0].photo_bytes, records[0].photo_mtime_ns)):
+                    self._finished.add(folder)
+                    self._is_empty = self._is_empty and not kept
+                    self._remember(kept)
+                    new.write(format_lines(replace(record, folder_crops=len(kept)) for record in kept))
+                elif is_whole:
+                    self._stale[folder] = kept  # of a source that changed
+
+    def _is_there(self, record: CropRecord) -> bool:
+        """Whether a crop's file is there, as long as it was."""
+        try:
+            return (self.out / record.path).stat().st_size == record.bytes
+        except OSError:
+            return False
+
+    def _remember(self, records: list[CropRecord]) -> None:
+        """Take the pictures of a finished unit among those that later ones must not repeat."""
+        if self._duplicates is None:
+            return
+        for source, record in {_source(record): record for record in records if record.role != "lr"}.items():
+            self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
+            if sha256 := _source_sha256(record):
+                self._source_of_sha256[sha256] = source
+        for record in records:
+            if record.time is not None and self._film_crops is not None:
+                self._film_crops.add(record.path, _crop_hash(record))
+
+    def _mend_rejects(self) -> None:
+        """Keep the rejects of finished units and those that stand until their source, or its twin, changes."""
+        settled = set()
+        with _mending(self.out / REJECTS) as (old, new):
+            for folder, lines in reject_groups(old):
+                if folder in self._finished or self._is_settled(lines):
+                    settled.add(folder)
+                    new.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
+        self._finished |= settled
+
+    def _is_settled(self, lines: list[dict]) -> bool:
+        """Whether the rejects of a unit without crops would be the same again."""
+        first = lines[0]
+        return (all(values["whole"] and values["gate"] in FINAL_GATES for values in lines)
+                and self._stamp_of(first["photo"]) in (None, (first["photo_bytes"], first["photo_mtime_ns"]))
+                and all(values["twin"] in self._finished for values in lines if "twin" in values))
+
+
+def _cleaned(rejects: Path) -> set[str]:
+    """The crops that check_training_data.py has taken away for good reasons: they are not made again."""
+    if not rejects.exists():
+        return set()
+    with open(rejects, "rb") as lines:
+        return {values["path"] for values in map(parse_reject, lines) if values and values.get("cleaned")}
+
+
+@contextmanager
+def _mending(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
+    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be mended."""
+    mended = path.with_name(f".{path.name}.tmp")
+    try:
+        if not path.exists():
+            path.touch()
+        with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
+            yield old, new
+            new.flush()
+            os.fsync(new.fileno())
+        if not filecmp.cmp(path, mended, shallow=False):
+            os.replace(mended, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be mended: {error.strerror or error}; make room or mend the permissions, then "
+                        "run the same command again") from error
+    finally:
+        mended.unlink(missing_ok=True)
+
+
+def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]:
+    """The records of each unit: its lines follow one another. Torn and foreign lines are left out."""
+    records: list[CropRecord] = []
+    for record in filter(None, map(parse_line, lines)):
+        folder = record.path.rpartition("/")[0]
+        if records and folder != records[0].path.rpartition("/")[0]:
+            yield records[0].path.rpartition("/")[0], records
+            records = []
+        records.append(record)
+    if records:
+        yield records[0].path.rpartition("/")[0], records
+
+
+def _crop_hash(record: CropRecord) -> bytes:
+    return bytes.fromhex(str(record.gates["hash"]))
+
+
+def _source_sha256(record: CropRecord) -> bytes:
+    """The hash of the file that a picture came in, empty where it has none of its own."""
+    return bytes.fromhex(str(record.gates.get("source_sha256", "")))
+
+
+def _source(record: CropRecord) -> str:
+    """A picture's name for the index of copies: its unit's folder, and what else tells it from the unit's others."""
+    folder = record.path.rpartition("/")[0]
+    return folder if folder == record.photo and record.time is None else f"{folder}\n{record.photo}\n{record.time}"
+
+
+def _parts(source: str) -> tuple[str, str]:
+    """(Folder of the unit, name for people) of a picture, from its `_source`."""
+    folder, photo, time = source.split("\n") if "\n" in source else (source, source, "None")
+    return folder, photo if time == "None" else f"{photo} at {float(time):.3f} s"
+
+
+def _remove_empty(out: Path, folder: str) -> None:
+    """Remove a unit's folder, and those above it within `out`, as far as they are empty."""
+    path = out / folder
+    while path != out:
+        try:
+            path.rmdir()
+        except OSError:  # not empty, or never made
+            return
+        path = path.parent
+
+
+def refuse_nested(source: Path, out: Path, why: str = "crops and sources must not lie in one another, or a second run "
+                  "would cut its own crops; choose an OUT beside the sources") -> None:
+    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no folder."""
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise UserError(f"{out} and {source}: {why}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another OUT")
+
+
+@contextmanager
+def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None], tool: str,
+                 **more: object) -> Iterator[CropDataset]:
+    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it was begun with."""
+    recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
+    recorded["against"] = list(settings.against)
+    recorded["against_files"] = benchmark_fingerprint(settings.against)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / SETTINGS, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another {tool}.py is writing there; wait for it or stop it") from None
+        _agree(file, out, recorded)
+        dataset = CropDataset(out, settings, stamp_of)
+        try:
+            yield dataset
+        except BaseException:
+            with suppress(UserError):  # what happened first is what is said
+                dataset.close()
+            raise
+        dataset.close()
+
+
+def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
+    """Write the settings into a new dataset.json; refuse others than an existing one holds."""
+    text = file.read()
+    if not text:
+        if (out / MANIFEST).exists():
+            raise UserError(f"{out / SETTINGS}: missing or empty beside a {MANIFEST}; restore it or choose another OUT")
+        file.write(json.dumps(settings, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return
+    try:
+        recorded = json.loads(text)
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UserError(f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT")
+    for name in sorted({*recorded, *settings}):
+        old, new = recorded.get(name), settings.get(name)
+        if old != new:
+            is_place = name in ("photos", "videos", "lr", "against")
+            moved = f", or mend {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
+            raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
+                            f"use the same settings or another OUT{moved}")
+
+
+def cut_all(dataset: CropDataset, units: Iterable[Unit], cut: Callable[[Unit], UnitResult], threads: int,
+            total: int | None, name: str) -> None:
+    """Cut the units on threads, write the results down in their order, and show how it goes."""
+    with quiet_libraries(), progress(total, name) as bar:
+        for result in ordered_map(cut, units, threads):
+            dataset.add(result)
+            bar.update()
+            bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)

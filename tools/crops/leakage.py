@@ -1,0 +1,181 @@
+"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed anew."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import MANIFEST
+from tools.common.anchors import Anchors, AnchorTable, Match, find_anchors
+from tools.common.image_headers import BadImageError, read_header
+from tools.crops.duplicates import MAX_DISTANCE, has_structure, perceptual_hash
+from tools.crops.grid import halved
+from tools.files import walk
+from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
+from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
+
+MIN_PART = 64  # pixels a side that a part must have in common with a benchmark picture
+
+_NUM_REDUCTIONS = 3  # 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
+_NUM_ANCHORS = 32    # of the picture in question, at each reduction
+_NUM_CHECKED = 12    # of the places that the anchors point at, at each reduction
+# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated places with a similar
+# edge reach 0.68, parts that went through JPEG of quality 75 or a shift by half a pixel have 0.80 or more.
+_CHECKS = ((96, 0.6), (256, 0.76))
+_MIN_DETAIL = 0.25   # root mean square of the structure: less says nothing
+
+
+class _Level(NamedTuple):
+    """A benchmark picture at one reduction."""
+
+    height: int
+    width: int
+    half: np.ndarray  # its luma, halved once more
+    anchors: Anchors
+
+
+class _Image(NamedTuple):
+    """What is taken from a benchmark picture."""
+
+    hash: bytes
+    levels: list[_Level]
+
+
+class BenchmarkIndex:
+    """Finds what must not be trained on: the pictures of benchmarks, such as Set5, Urban100 or DIV2K's validation part.
+
+    Found are copies of whole pictures at any size, and parts: at the size of the benchmark's picture, at 1/2 or 1/4 of
+    it, and where the benchmark's picture is 1/2 or 1/4 of the part; also mirrored (left to right), brightened and
+    compressed anew. A part must have texture, and 64 pixels a side in common with the benchmark picture at the size
+    where both match (of parts so small one in ten is missed, from 128 pixels on one in 500). Rotations, parts at other
+    scales, heavy changes of colour and overlays are not found.
+
+    Parts are found by anchors whose surroundings look alike; where these point at, pixels are compared. `find` may be
+    called by any number of threads. About 0.4 bytes a benchmark pixel.
+    """
+
+    def __init__(self, folders: Sequence[Path], threads: int = 0) -> None:
+        """Read all images below `folders`. `skipped` says which could not be read; `UserError` where there are none."""
+        self.names: list[str] = []
+        self.skipped: list[str] = []
+        self._levels: list[_Level] = []
+        self._image_of_level: list[int] = []
+        hashes = []
+        files = [(folder, name) for folder in folders for name in _images(folder)]
+        with quiet_libraries(), progress(len(files), "benchmark image") as bar:
+            for (folder, name), image in zip(files, ordered_map(_read, files, thread_count(threads)), strict=True):
+                bar.update()
+                if isinstance(image, str):
+                    self.skipped.append(f"{folder / name}: {image}")
+                    continue
+                hashes.append(image.hash)
+                self._image_of_level += [len(self.names)] * len(image.levels)
+                self._levels += image.levels
+                self.names.append(f"{folder.name}/{name}")
+        if not self.names:
+            where = ", ".join(map(str, folders)) or "no folder"
+            reason = f" ({self.skipped[0]})" if self.skipped else ""
+            raise UserError(f"{where}: no image there that can be read{reason}; give the folders of the benchmarks")
+        self._hashes = np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)
+        self._table = AnchorTable([level.anchors for level in self._levels])
+
+    def __len__(self) -> int:
+        """How many benchmark pictures are known."""
+        return len(self.names)
+
+    def find(self, pixels: np.ndarray) -> str | None:
+        """The benchmark picture that uint8 RGB `pixels` (height, width, 3) is a copy or a part of, or `None`."""
+        luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        image = self._find_whole(luma)
+        if image is None:
+            image = self._find_part(luma)
+        return None if image is None else self.names[image]
+
+    def _find_whole(self, luma: np.ndarray) -> int | None:
+        while min(luma.shape) >= 128:  # as perceptual_hash does
+            luma = halved(luma)
+        for hash in (perceptual_hash(luma), perceptual_hash(cv2.flip(luma, 1))):
+            if has_structure(hash):
+                distances = np.bitwise_count(self._hashes ^ np.frombuffer(hash, np.uint64)).sum(axis=1)
+                if distances.min() <= MAX_DISTANCE:
+                    return int(distances.argmin())
+        return None
+
+    def _find_part(self, luma: np.ndarray) -> int | None:
+        for number in range(_NUM_REDUCTIONS):
+            if number:
+                luma = halved(luma)
+            if min(luma.shape) < MIN_PART:
+                return None
+            anchors = find_anchors(luma, _NUM_ANCHORS)
+            for match in self._table.matches(anchors, luma.shape[1])[:_NUM_CHECKED]:
+                if all(self._correlation(luma, match, window) >= least for window, least in _CHECKS):
+                    return self._image_of_level[match.picture]
+        return None
+
+    def _correlation(self, luma: np.ndarray, match: Match, window: int) -> float:
+        """Normalised cross-correlation, -1 to 1, of the structure within `window` pixels around the anchor.
+
+        Both are halved, which takes away JPEG's artefacts and most of what a shift by half a pixel makes.
+        """
+        level = self._levels[match.picture]
+        if match.is_mirrored:
+            luma = cv2.flip(luma, 1)
+        rows = _common(match.row, match.top, luma.shape[0], level.height, window)
+        columns = _common(match.column, match.left, luma.shape[1], level.width, window)
+        if min(rows.stop - rows.start, columns.stop - columns.start) < MIN_PART - 4:
+            return 0.0
+        ours = _structure(halved(luma[rows, columns]))
+        top, left = (rows.start + match.top) // 2, (columns.start + match.left) // 2
+        theirs = _structure(level.half[top : top + ours.shape[0], left : left + ours.shape[1]])
+        if min(cv2.norm(ours), cv2.norm(theirs)) < _MIN_DETAIL * ours.size**0.5:
+            return 0.0
+        inner = ours[1:-1, 1:-1]  # an anchor may have moved by a pixel or two
+        return float(cv2.matchTemplate(theirs, inner, cv2.TM_CCORR_NORMED).max())
+
+
+def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -> slice:
+    """The rows (or columns) of our picture around the anchor that the level has too; both ends even in the level."""
+    first = max(0, -offset, anchor - window // 2)
+    last = min(size, level_size - offset, anchor + window // 2)
+    first += (first + offset) % 2
+    return slice(first, max(first, last - (last + offset) % 2))
+
+
+def _structure(luma: np.ndarray) -> np.ndarray:
+    """uint8 luma relative to its surroundings' mean and contrast, so that no edge outweighs the rest: float32."""
+    structure = luma.astype(np.float32)
+    structure -= cv2.blur(structure, (9, 9))
+    return structure / (cv2.sqrt(cv2.blur(structure * structure, (9, 9))) + 2)
+
+
+def _images(folder: Path) -> list[str]:
+    """The images below a folder of benchmark pictures."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a benchmark's images, such as Urban100")
+    return walk(folder, MANIFEST).encoded
+
+
+def _read(file: tuple[Path, str]) -> _Image | str:
+    """One benchmark picture, or the reason why it cannot be read."""
+    folder, name = file
+    try:
+        data = (folder / name).read_bytes()
+        header = read_header(io.BytesIO(data))
+        check_megapixels(header, MAX_MEGAPIXELS)
+        luma = cv2.cvtColor(decode_photo(data, header), cv2.COLOR_RGB2GRAY)
+    except BadImageError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    hash, levels = perceptual_hash(luma), []
+    while len(levels) < _NUM_REDUCTIONS and min(luma.shape) >= MIN_PART:
+        levels.append(_Level(*luma.shape, halved(luma), find_anchors(luma)))
+        luma = levels[-1].half
+    return _Image(hash, levels)

@@ -1,0 +1,231 @@
+"""Whether one file can be trained on: what check_training_data.py asks of every image."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
+from tools.common.image_headers import BadImageError, ImageHeader, read_header
+from tools.common.image_streams import check_complete, check_file_size
+from tools.crops.leakage import BenchmarkIndex
+from tools.crops.manifest import CropRecord, ManifestIndex
+from tools.crops.quality import file_gates, is_flat, is_soft
+from tools.images import check_megapixels, decode_photo, decode_plain
+
+
+class Verdict(enum.Enum):
+    """What is known of a file."""
+
+    GOOD = "good"
+    BAD = "bad"
+    UNREADABLE = "could not be read"  # says nothing about the file: never a reason to remove it
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one file (a path relative to the dataset), its reason, and how many bytes were read for it."""
+
+    path: str
+    verdict: Verdict
+    reason: str = ""
+    bytes: int = 0
+    gate: str = ""             # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
+    perceptual_hash: str = ""  # of a good file, in hexadecimal, where it is known
+    sha256: str = ""           # of its pixels, where a manifest knows it
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a file must fulfil. Sizes are of both sides, in pixels."""
+
+    min_size: int
+    max_size: int | None
+    max_megapixels: float
+    decode: bool  # False: the container's checksums, markers and lengths only
+    min_gradient: float = 0
+    min_sharpness: float = 0
+
+
+class DaliDecoder:
+    """DALI's CPU image decoder, one file at a time: the decoder that training uses. For all that is not plain.
+
+    One file a batch, since DALI raises for the whole batch and does not say which file it was. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._pipeline = None
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """uint8 RGB (height, width, 3), EXIF orientation applied; raises `BadImageError` where DALI refuses."""
+        if self._pipeline is None:
+            self._pipeline = _build_pipeline()
+        try:
+            self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8)])
+            (images,) = self._pipeline.run()
+            return np.array(images.at(0))
+        except Exception as error:  # RuntimeError for most files, IndexError or MemoryError for some
+            self._pipeline = None  # "Current pipeline object is no longer valid"
+            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+                raise OSError(None, "not enough memory to decode it") from error
+            raise BadImageError("DALI, which training reads images with, cannot decode it") from error
+
+
+def _build_pipeline():  # DALI has no public type that could be named here without importing it
+    """A pipeline of one decoder, run in the calling thread so that errors come out where they belong."""
+    from nvidia.dali import fn, pipeline_def, types  # not at the top: an .npy dataset is checked without DALI
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False,
+                  exec_pipelined=False)
+    def decoder():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+    pipeline = decoder()
+    pipeline.build()
+    return pipeline
+
+
+class Judge:
+    """Judges files on any number of threads."""
+
+    def __init__(self, root: Path, rules: Rules, crops: ManifestIndex, benchmark: BenchmarkIndex | None) -> None:
+        self._root, self._rules, self._crops, self._benchmark = root, rules, crops, benchmark
+        self._of_thread = threading.local()
+
+    def __call__(self, name: str) -> Judgement:
+        """The judgement on the file `name`, relative to the dataset. Raises nothing that a file could cause."""
+        path, record = self._root / name, self._crops.get(name)
+        try:
+            judge = self._judge_npy if is_npy(name) else self._judge_encoded
+            size, pixels = judge(path, record)
+            gates = self._gates(record, pixels)
+            self._check_gates(gates)
+            self._refuse_leak(pixels, record)
+        except BadNpyError as error:
+            return Judgement(name, Verdict.BAD, error.reason, gate="file")
+        except _GateError as error:
+            return Judgement(name, Verdict.BAD, error.reason, gate=error.gate)
+        except BadImageError as error:
+            return Judgement(name, Verdict.BAD, str(error), gate="file")
+        except MemoryError:  # says nothing about the file: what its header promises is within the limits
+            return Judgement(name, Verdict.UNREADABLE, "not enough memory to read it")
+        except OSError as error:  # FileNotFoundError too: a link into nowhere, or a file that went while we looked
+            return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
+        return Judgement(name, Verdict.GOOD, "", size, perceptual_hash=str(gates.get("hash", "")),
+                         sha256=record.sha256 if record else "")
+
+    def _judge_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
+        """(Bytes read, pixels or `None` where only the header was read)."""
+        if not path.exists():
+            raise FileNotFoundError(None, "No such file (a link into nowhere?)")
+        layout = npy_layout(path)
+        self._check_size(layout.height, layout.width, record)
+        check_megapixels(ImageHeader("npy", layout.height, layout.width), self._rules.max_megapixels)
+        if not self._rules.decode:
+            return layout.offset, None
+        with open(path, "rb") as file:
+            file.seek(layout.offset)
+            data = file.read()
+        if record:
+            _check_pixels(record, data)
+        return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(layout.height, layout.width, 3)
+
+    def _judge_encoded(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
+        with open(path, "rb") as file:
+            header = read_header(file)
+            self._check_size(header.height, header.width, record)
+            check_megapixels(header, self._rules.max_megapixels)
+            check_file_size(header, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            if not self._rules.decode and header.format in ("png", "jpeg", "webp"):
+                data = self._read_into_buffer(file)
+                check_complete(data, header)
+                return len(data), None
+            data = file.read()
+        check_complete(data, header)
+        if not self._rules.decode:
+            return len(data), None
+        pixels = self._decode(data, header)
+        if record:
+            _check_pixels(record, pixels)
+        return len(data), pixels
+
+    def _read_into_buffer(self, file: BinaryIO) -> memoryview:
+        """All of a file, in memory that the next call uses again: to get new memory costs as much as to read."""
+        size = os.fstat(file.fileno()).st_size
+        buffer = getattr(self._of_thread, "buffer", b"")
+        if len(buffer) <= size:
+            buffer = self._of_thread.buffer = bytearray(size + (1 << 20))
+        view, length = memoryview(buffer), 0
+        while count := file.readinto(view[length:]):
+            length += count
+        return view[:length]
+
+    def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
+        """The pixels that training would read. Raises `BadImageError` also where only `decode_photo` sees damage."""
+        if header.is_plain and header.format in ("png", "jpeg", "webp"):
+            return decode_plain(data, header)
+        if header.format in ("tiff", "jpeg"):  # DALI takes damaged ones that the tools which cut crops turn away
+            decode_photo(data, header)
+        decoder = getattr(self._of_thread, "decoder", None)
+        if decoder is None:
+            decoder = self._of_thread.decoder = DaliDecoder()
+        pixels = decoder.decode(data)
+        if {*pixels.shape[:2]} != {header.height, header.width} or pixels.shape[2:] != (3,):
+            raise BadImageError(f"decoded to {pixels.shape} where its header says {header.height}x{header.width}")
+        return pixels
+
+    def _check_size(self, height: int, width: int, record: CropRecord | None) -> None:
+        rules = self._rules
+        if min(height, width) < rules.min_size and not (record and record.role == "lr"):
+            raise _GateError("size", f"{height}x{width} is too small: both sides must be at least {rules.min_size} "
+                                     "(--min-size)")
+        if rules.max_size is not None and max(height, width) > rules.max_size:
+            raise _GateError("size", f"{height}x{width} is too large: both sides may be at most {rules.max_size} "
+                                     "(--max-size)")
+
+    def _gates(self, record: CropRecord | None, pixels: np.ndarray | None) -> Mapping[str, float | str]:
+        """What the gates measured when the crop was cut (its pixels are still the same), or measure now."""
+        if record:
+            return record.gates if record.role != "lr" else {}
+        if pixels is None or min(pixels.shape[:2]) < 8:  # nothing can be told of a few pixels
+            return {}
+        return file_gates(pixels)
+
+    def _check_gates(self, gates: Mapping[str, float | str]) -> None:
+        rules = self._rules
+        if gates and is_flat(gates, rules.min_gradient):
+            raise _GateError("flat", f"flat: its gradient of {gates['gradient']:.3g} grey levels a pixel is below "
+                                     f"{rules.min_gradient:g} (--min-gradient)")
+        if "source_sharpness" in gates and is_soft(gates, rules.min_sharpness):
+            raise _GateError("soft", f"blurred or upscaled: its sharpness of {gates['source_sharpness']:.3g} is below "
+                                     f"{rules.min_sharpness:g} (--min-sharpness)")
+
+    def _refuse_leak(self, pixels: np.ndarray | None, record: CropRecord | None) -> None:
+        if self._benchmark is None or pixels is None or (record and record.role == "lr"):
+            return
+        leak = self._benchmark.find(pixels)
+        if leak:
+            raise _GateError("leak", f"near-identical to the benchmark image {leak} (--against)")
+
+
+class _GateError(Exception):
+    """A whole file that should not be trained on."""
+
+    def __init__(self, gate: str, reason: str) -> None:
+        super().__init__(reason)
+        self.gate, self.reason = gate, reason
+
+
+def _check_pixels(record: CropRecord, pixels: bytes | np.ndarray) -> None:
+    if hashlib.sha256(pixels).hexdigest() != record.sha256:
+        raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")

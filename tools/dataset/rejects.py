@@ -1,0 +1,121 @@
+"""What was turned away, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl of the check."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.common.dataset_files import parse_reject
+from tools.dataset.sampling import HashSample, Tally
+
+MEANINGS = {
+    "size": "too small for one crop, or not of the size that was asked for",
+    "decode": "could not be decoded or read",
+    "file": "broken, cut short, or not what was written",
+    "pair": "HR and LR that do not fit, or whose other side was turned away",
+    "flat": "next to no detail: clear sky, a plain wall, black bars",
+    "soft": "blurred, or enlarged from something smaller",
+    "duplicate": "the same file as an earlier one",
+    "near-duplicate": "nearly the same picture as an earlier one",
+    "leak": "part of a benchmark that the network will be measured with",
+}
+QUARANTINE_REPORT = "report.jsonl"
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing that was turned away, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Rejects:
+    """Counts by gate, and a few examples of each."""
+
+    pictures: Tally = field(default_factory=Tally)  # photographs, frames, or one size of them
+    crops: Tally = field(default_factory=Tally)
+    gone: int = 0  # in the report of a quarantine, but no longer there: moved back or deleted
+    examples: dict[str, HashSample[Example]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many were turned away."""
+        return sum(self.pictures.values()) + sum(self.crops.values())
+
+    def gates(self) -> list[str]:
+        """The gates, the one that turned away most first."""
+        names = {*self.pictures, *self.crops}
+        return sorted(names, key=lambda gate: (-self.pictures.get(gate, 0) - self.crops.get(gate, 0), gate))
+
+    def add(self, gate: str, is_crop: bool, example: Example, seed: int) -> None:
+        """Count one, and keep it as an example if the draw falls on it."""
+        gate = (self.crops if is_crop else self.pictures).add(gate)
+        self._keep(gate, example, seed)
+
+    def merge(self, other: Rejects, seed: int) -> None:
+        """Count what was counted elsewhere."""
+        self.pictures.merge(other.pictures)
+        self.crops.merge(other.crops)
+        self.gone += other.gone
+        for gate, examples in other.examples.items():
+            for example in examples:
+                self._keep(gate, example, seed)
+
+    def _keep(self, gate: str, example: Example, seed: int) -> None:
+        samples = self.examples.setdefault(gate, HashSample(_NUM_EXAMPLES, seed))
+        samples.add(f"{example.name}\0{example.reason}", example)
+
+
+def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
+    """Count the lines of a rejects.jsonl; names get `folder` before them. Torn and foreign lines do not count."""
+    rejects = Rejects()
+    for values in filter(None, map(parse_reject, _lines(path))):
+        if values.get("cleaned"):
+            continue  # it stands in the quarantine's report
+        name = posixpath.join(folder, values["photo"])
+        if values.get("time") is not None:
+            name += f" at {values['time']} s"
+        if values.get("scale") is not None:
+            name += f", 1/{values['scale']}"
+        if values.get("top") is not None:
+            name += f", crop at ({values['top']}, {values.get('left')})"
+        rejects.add(values["gate"], values.get("top") is not None, Example(name, values["reason"]), seed)
+    return rejects
+
+
+def read_quarantine(quarantine: Path, folder: str, seed: int) -> Rejects:
+    """Count what still lies in a quarantine, by its report."""
+    rejects = Rejects()
+    for values in filter(None, map(_parse_entry, _lines(quarantine / QUARANTINE_REPORT))):
+        if os.path.lexists(quarantine.parent / values["moved_to"]):
+            example = Example(posixpath.join(folder, values["path"]), values["reason"])
+            rejects.add(str(values.get("gate") or "file"), False, example, seed)
+        else:
+            rejects.gone += 1
+    return rejects
+
+
+def _parse_entry(line: bytes) -> Mapping[str, str] | None:
+    """A line of a quarantine's report, `None` where it is torn or foreign."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(values, dict) and all(type(values.get(name)) is str for name in ("path", "moved_to", "reason"))
+    return values if is_ours and "\0" not in values["moved_to"] else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, none where it is missing."""
+    try:
+        with open(path, "rb") as file:
+            yield from file
+    except FileNotFoundError:
+        return

@@ -1,0 +1,243 @@
+"""One source of a dataset, in numbers: a folder with a manifest, or the images that no manifest knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
+from tools.common.dataset_files import SETTINGS
+from tools.common.dataset_lists import FileList
+from tools.common.image_headers import BadImageError, read_header
+from tools.common.photo_counts import PhotoCounts, PhotoRuns
+from tools.crops.manifest import CropRecord, DatasetHash, iterate_lines
+from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
+from tools.dataset.rejects import Rejects
+from tools.dataset.sampling import HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key
+
+# Values below the first edge and above the last count in the outer bins.
+GATE_EDGES = {
+    "gradient": [2 ** (step / 8) for step in range(-16, 49)],  # grey levels a pixel, 0.25 to 64, eight bins an octave
+    "source_sharpness": [step / 40 for step in range(81)],     # 0 to 2, a ratio
+    "sharpness": [step / 40 for step in range(81)],
+    "entropy": [step / 10 for step in range(81)],              # 0 to 8 bits a pixel
+}
+GATE_THRESHOLDS = {"gradient": MIN_GRADIENT, "source_sharpness": MIN_SHARPNESS}
+SIZES_LOOKED_AT = 16  # files of a folder without a manifest whose headers are read
+
+
+def new_histograms() -> dict[str, Histogram]:
+    """An empty histogram for each gate."""
+    return {name: Histogram(edges, GATE_THRESHOLDS.get(name)) for name, edges in GATE_EDGES.items()}
+
+
+@dataclass
+class Source:
+    """A folder with a manifest (`is_recorded`), or the images in no manifest of one top-level folder."""
+
+    folder: str  # relative to the dataset; ".": the dataset itself
+    is_recorded: bool
+    tool: str = "no manifest"
+    settings: Mapping[str, object] = field(default_factory=dict)
+    images: int = 0     # what training may read: crops, or files in no manifest; without the LR sides of pairs
+    lr_images: int = 0
+    bytes: int = 0      # of the files: as the manifest recorded them, or of the files on disk
+    pixels: int = 0     # of the recorded images
+    missing: int = 0    # recorded, but not on disk; or a link into nowhere
+    training: int = 0   # images that the lists name
+    validation: int = 0
+    scales: Tally = field(default_factory=Tally)
+    sizes: Tally = field(default_factory=Tally)  # "512", or "480x640"; without a manifest: of SIZES_LOOKED_AT files
+    formats: Tally = field(default_factory=Tally)
+    decoders: Tally = field(default_factory=Tally)
+    hash: DatasetHash = field(default_factory=DatasetHash)  # paths relative to `folder`
+    gates: dict[str, Histogram] = field(default_factory=new_histograms)
+    without_gates: int = 0
+    photos: PhotoCounts = field(default_factory=PhotoCounts)
+    rejects: Rejects = field(default_factory=Rejects)
+
+    @property
+    def sides(self) -> str:
+        """The sizes of the crops, or the range of those that were looked at, in pixels."""
+        if self.is_recorded:
+            sizes = [size for size, _ in self.sizes.by_count()]
+            return ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "") or "-"
+        sides = sorted({int(side) for size in self.sizes for side in size.split("x") if side.isdigit()})
+        return f"{sides[0]} to {sides[-1]}" if sides else "-"
+
+    @property
+    def unlisted(self) -> int:
+        """Images that neither list names."""
+        return max(self.images - self.training - self.validation, 0)
+
+
+@dataclass(frozen=True)
+class SampledImage:
+    """An image that may be shown; `path` and `photo` are relative to the dataset, no `record`: in no manifest."""
+
+    path: str
+    photo: str
+    record: CropRecord | None
+
+
+class Samples:
+    """The images that a report shows."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        """`size` of them at random, half as many of each kind of the lowest values."""
+        self.recorded: HashSample[SampledImage] = HashSample(size, seed)
+        self.plain: HashSample[SampledImage] = HashSample(size, seed)
+        self.lowest: dict[str, LowestOfGroups[SampledImage]] = {
+            name: LowestOfGroups(size // 2) for name in ("source_sharpness", "sharpness", "gradient")}
+        self.size, self.seed = size, seed
+
+    def add(self, image: SampledImage, gates: Mapping[str, object]) -> None:
+        """Offer an image for the lowest values."""
+        for name, lowest in self.lowest.items():
+            value = gates.get(name)
+            if isinstance(value, (int, float)):
+                lowest.add(image.photo, value, image.path, image)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The two lists, as far as there are any."""
+
+    training: FileList | None
+    validation: FileList | None
+
+    def name(self, key: int) -> tuple[bool, bool]:
+        """Whether the training and the validation list name the file with this key."""
+        return (self.training is not None and key in self.training.keys,
+                self.validation is not None and key in self.validation.keys)
+
+    def find(self, key: int) -> tuple[bool, bool]:
+        """As `name`, for a file that is on disk."""
+        named = self.name(key)
+        for names, is_named in zip((self.training, self.validation), named, strict=True):
+            if names is not None:
+                names.found += is_named
+        return named
+
+
+class ManifestReader:
+    """Reads one manifest into a `Source` and remembers the keys of its files."""
+
+    def __init__(self, root: Path, manifest: str, lists: Lists, samples: Samples, total: DatasetHash) -> None:
+        self._path, self._lists, self._samples, self._total = root / manifest, lists, samples, total
+        self._prefix = posixpath.dirname(manifest)
+        settings = _read_settings(self._path.with_name(SETTINGS))
+        self.source = Source(self._prefix or ".", True, str(settings.get("tool", "unknown tool")), settings)
+        self.files = KeySet()
+        self._photos = PhotoRuns()
+
+    def read(self) -> Iterator[int]:
+        """Read it all; yields the offset now and then, for a progress bar."""
+        try:
+            for number, (offset, record) in enumerate(iterate_lines(self._path)):
+                self._add(offset, record)
+                if number % 1000 == 0:
+                    yield offset
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self._path}: {ascii(error.object)[:80]} is a name that no file can have; remove its "
+                            "line, then run the tool that made the dataset again") from None
+        self.source.photos = self._photos.summary(self._path, self._prefix)
+
+    def _add(self, offset: int, record: CropRecord) -> None:
+        source, path = self.source, posixpath.join(self._prefix, record.path)
+        key = path_key(path)
+        self.files.add(key)
+        self._total.add(path, record.sha256)
+        source.hash.add(record.path, record.sha256)
+        source.bytes += record.bytes
+        if record.role == "lr":
+            source.lr_images += 1
+            return
+        named = self._lists.name(key)
+        self._count(record, named)
+        self._photos.add(record.photo, record.time is not None, *named, offset)
+        image = SampledImage(path, posixpath.join(self._prefix, record.photo), record)
+        self._samples.recorded.add(path, image)
+        self._samples.add(image, record.gates)
+
+    def _count(self, record: CropRecord, named: tuple[bool, bool]) -> None:
+        source = self.source
+        source.images += 1
+        source.pixels += record.size**2
+        source.training += named[0]
+        source.validation += named[1]
+        source.scales.add(str(record.scale))
+        source.sizes.add(str(record.size))
+        source.formats.add(suffix(record.path))
+        source.decoders.add(record.decoder)
+        is_known = False
+        for name, histogram in source.gates.items():
+            value = record.gates.get(name)
+            if isinstance(value, (int, float)):
+                histogram.add(value)
+                is_known = True
+        source.without_gates += not is_known
+
+
+def _read_settings(path: Path) -> Mapping[str, object]:
+    """What a dataset.json says; nothing where it is missing or not one of ours."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def suffix(name: str) -> str:
+    """The format that a file's name promises."""
+    return os.path.splitext(name)[1].lower().lstrip(".") or "none"
+
+
+class PlainReader:
+    """Takes in the images of a top-level folder that no manifest knows."""
+
+    def __init__(self, root: Path, folder: str, lists_seed: int) -> None:
+        self._root = root
+        self.source = Source(folder, is_recorded=False)
+        self._looked_at: HashSample[str] = HashSample(SIZES_LOOKED_AT, lists_seed)
+
+    def add(self, name: str, named: tuple[bool, bool]) -> None:
+        """Take in a file, by its name relative to the dataset; `named`: by the training and the validation list."""
+        source = self.source
+        source.images += 1
+        source.training += named[0]
+        source.validation += named[1]
+        source.formats.add(suffix(name))
+        self._looked_at.add(name, name)
+        try:
+            source.bytes += (self._root / name).stat().st_size
+        except OSError:  # a link into nowhere, or a file that went while we looked
+            source.missing += 1
+
+    def finish(self) -> Source:
+        """The numbers, once all files are known."""
+        source = self.source
+        source.photos = PhotoCounts(source.images, 0, source.training, source.validation)
+        for name in self._looked_at:
+            size = image_size(self._root / name)
+            if size:
+                source.sizes.add(f"{size[0]}x{size[1]}")
+        return source
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(Height, width) by the header of an image, `None` where that cannot be read; check_training_data.py says why."""
+    try:
+        if is_npy(path):
+            layout = npy_layout(path)
+            return layout.height, layout.width
+        with open(path, "rb") as file:
+            header = read_header(file)
+        return header.height, header.width
+    except (BadNpyError, BadImageError, UserError, OSError):
+        return None

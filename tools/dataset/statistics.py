@@ -1,0 +1,190 @@
+"""What a dataset holds: manifests, files on disk, lists and rejects, each read once and never held in memory."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
+from tools.common.dataset_files import REJECTS, shown
+from tools.common.dataset_lists import hash_of_lists, read_list
+from tools.crops.manifest import DatasetHash
+from tools.dataset.rejects import Rejects, read_quarantine, read_rejects
+from tools.dataset.sampling import Tally, path_key
+from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, Samples, Source
+from tools.files import IMAGES, Kind, links_note, scan
+from tools.parallel import progress
+
+
+@dataclass
+class Statistics:
+    """A whole dataset in numbers."""
+
+    root: Path
+    lists: Lists
+    samples: Samples
+    sources: list[Source] = field(default_factory=list)
+    hash: DatasetHash = field(default_factory=DatasetHash)  # of everything that a manifest knows
+    rejects: Rejects = field(default_factory=Rejects)
+    quarantine: Rejects = field(default_factory=Rejects)
+    linked_folders: list[str] = field(default_factory=list)
+
+    @property
+    def recorded(self) -> list[Source]:
+        """The sources with a manifest."""
+        return [source for source in self.sources if source.is_recorded]
+
+    @property
+    def plain(self) -> list[Source]:
+        """Folders of images that no manifest knows."""
+        return [source for source in self.sources if not source.is_recorded]
+
+    @property
+    def lists_hash(self) -> str | None:
+        """The hash that select_training_files.py printed; `None` where a list is missing or was changed by hand."""
+        return hash_of_lists(self.lists.training, self.lists.validation)
+
+
+def total(sources: list[Source], name: str) -> int:
+    """The sum of a number (a field of `Source`, or of its `photos`) over sources."""
+    return sum(getattr(source if hasattr(source, name) else source.photos, name) for source in sources)
+
+
+def tally(sources: list[Source], name: str) -> Tally:
+    """The sum of a tally (a field of `Source`) over sources."""
+    result = Tally()
+    for source in sources:
+        result.merge(getattr(source, name))
+    return result
+
+
+def gather(root: Path, samples: int = 0, seed: int = 0) -> Statistics:
+    """Read the manifests, lists and rejects below `root`, and see which files are there. Opens no recorded image.
+
+    `samples` images are drawn for a report. Memory: about 50 bytes a crop. Raises `UserError` for a missing or empty
+    dataset, and for a broken manifest.
+    """
+    survey = _survey(root)
+    lists = Lists(read_list(root / TRAINING_LIST), read_list(root / VALIDATION_LIST))
+    statistics = Statistics(root, lists, Samples(samples, seed), linked_folders=survey.linked_folders)
+    readers = _read_manifests(statistics, survey.manifests)
+    plain = _find_files(statistics, readers, survey.images)
+    statistics.sources = [*(reader.source for reader in readers.values()), *plain]
+    statistics.sources.sort(key=lambda source: (source.folder, not source.is_recorded))
+    _read_rejects(statistics, survey, seed)
+    return statistics
+
+
+@dataclass
+class _Survey:
+    """What lies below the dataset folder, apart from the images themselves."""
+
+    images: int = 0
+    manifests: list[str] = field(default_factory=list)
+    rejects: list[str] = field(default_factory=list)
+    quarantines: list[str] = field(default_factory=list)
+    linked_folders: list[str] = field(default_factory=list)
+
+
+def _survey(root: Path) -> _Survey:
+    survey = _Survey()
+    names = {Kind.MANIFEST: survey.manifests, Kind.QUARANTINE: survey.quarantines,
+             Kind.LINKED_FOLDER: survey.linked_folders}
+    for kind, name in scan(root, MANIFEST):
+        survey.images += kind in IMAGES
+        if kind in names:
+            names[kind].append(name)
+        elif kind is Kind.FOREIGN and posixpath.basename(name) == REJECTS:
+            survey.rejects.append(name)
+    if not (survey.images or survey.manifests):
+        raise UserError(f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops with "
+                        "`python tools/images_to_data.py`, or give another --data-dir")
+    return survey
+
+
+def _read_manifests(statistics: Statistics, manifests: list[str]) -> dict[str, ManifestReader]:
+    """Folder -> what was read of its manifest."""
+    readers = {}
+    sizes = {name: (statistics.root / name).stat().st_size for name in sorted(manifests)}
+    with progress(sum(sizes.values()), "B") as bar:
+        bar.unit_scale = True
+        for name, size in sizes.items():
+            reader = ManifestReader(statistics.root, name, statistics.lists, statistics.samples, statistics.hash)
+            readers[reader.source.folder] = reader
+            read = 0
+            for offset in reader.read():
+                bar.update(offset - read)
+                read = offset
+            bar.update(size - read)
+    return readers
+
+
+def _find_files(statistics: Statistics, readers: Mapping[str, ManifestReader], images: int) -> list[Source]:
+    """See which recorded files are there; returns the sources of those that no manifest knows."""
+    found, plain = dict.fromkeys(readers, 0), {}
+    with progress(images, "file") as bar:
+        for kind, name in scan(statistics.root, MANIFEST):
+            if kind not in IMAGES:
+                continue
+            bar.update()
+            key = path_key(name)
+            named = statistics.lists.find(key)
+            owner = next((folder for folder in _folders_above(name)
+                          if folder in readers and key in readers[folder].files), None)
+            if owner is not None:
+                found[owner] += 1
+                continue
+            folder = name.partition("/")[0] if "/" in name else "."
+            if folder not in plain:
+                plain[folder] = PlainReader(statistics.root, folder, statistics.samples.seed)
+            plain[folder].add(name, named)
+            statistics.samples.plain.add(name, SampledImage(name, name, None))
+    for folder, reader in readers.items():
+        reader.source.missing = len(reader.files) - found[folder]
+    return [reader.finish() for reader in plain.values()]
+
+
+def _folders_above(name: str) -> Iterator[str]:
+    """The folders that a file lies in, the innermost first; the last one, ".", is the dataset itself."""
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
+    yield "."
+
+
+def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
+    """What was turned away while cutting, and what lies in quarantine."""
+    by_folder = {source.folder: source for source in statistics.recorded}
+    for name in sorted(survey.rejects):
+        folder = posixpath.dirname(name)
+        rejects = read_rejects(statistics.root / name, folder, seed)
+        statistics.rejects.merge(rejects, seed)
+        if (folder or ".") in by_folder:
+            by_folder[folder or "."].rejects = rejects
+    for name in sorted(survey.quarantines):
+        statistics.quarantine.merge(read_quarantine(statistics.root / name, posixpath.dirname(name), seed), seed)
+
+
+def warnings(statistics: Statistics) -> list[str]:
+    """What will go wrong in training, or go unused: a line each."""
+    lines = [f"{shown(source.folder)}: {source.missing} of its files are not there; the tool that made them "
+             "makes them again" for source in statistics.recorded if source.missing]
+    lists = statistics.lists
+    if lists.training is None or lists.validation is None:
+        names = [name for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation))
+                 if names is None]
+        return [*lines, f"no {' and no '.join(names)}; write both with "
+                        f"`python tools/select_training_files.py --data-dir {statistics.root}`"]
+    lines += [f"{shown(source.folder)}: {source.unlisted} of its {source.images} images stand in neither list"
+              for source in statistics.sources if source.unlisted]
+    for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
+        if len(names.keys) > names.found:
+            lines.append(f"{name} names {len(names.keys) - names.found} files that are not there; write the "
+                         f"lists anew with `python tools/select_training_files.py --data-dir {statistics.root}`")
+    in_both = total(statistics.sources, "in_both")
+    if in_both:
+        lines.append(f"{in_both} photographs stand in both lists: validation sees what was trained on")
+    return lines

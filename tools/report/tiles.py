@@ -1,0 +1,104 @@
+"""The pictures of a report: small copies of a dataset's images, inside the page itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pipeline.cli import UserError
+from tools.common.image_formats import decode_file
+from tools.common.image_headers import BadImageError
+from tools.crops.quality import crop_gates, picture_gates
+from tools.dataset.sources import SampledImage
+from tools.parallel import ordered_map, progress, quiet_libraries
+
+SIDE = 176  # pixels of a small copy's longer side, and of a part that is shown pixel for pixel
+_MAX_MEGAPIXELS = 300
+_LEAST_SIDE = 8  # below, there is nothing to measure
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image as a report shows it; without pictures where `problem` says why."""
+
+    path: str
+    photo: str
+    where: str = ""    # scale, place and time within the photograph; of a file in no manifest, its size
+    gates: Mapping[str, float] = field(default_factory=dict)
+    whole: str = ""    # data URIs: all of it, made smaller
+    detail: str = ""   # its centre, pixel for pixel
+    problem: str = ""
+
+
+def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iterator[Tile]:
+    """Decode the images and make their small copies, in their order. Measures those that no manifest knows."""
+    images = list({image.path: image for image in images}.values())
+    with quiet_libraries(), progress(len(images), "image") as bar:
+        for tile in ordered_map(lambda image: _tile(root, image), images, threads):
+            bar.update()
+            yield tile
+
+
+def _tile(root: Path, image: SampledImage) -> Tile:
+    record = image.record
+    known = {} if record is None else _numbers(record.gates)
+    tile = Tile(image.path, image.photo, _where(image), known)
+    try:
+        pixels = _decode(root, image.path)
+    except FileNotFoundError:
+        return replace(tile, problem="not there")
+    except OSError as error:
+        return replace(tile, problem=error.strerror or str(error))
+    except (BadImageError, UserError) as error:
+        return replace(tile, problem=getattr(error, "reason", str(error)))
+    tile = replace(tile, where=tile.where or f"{pixels.shape[0]}x{pixels.shape[1]}",
+                   whole=_data_uri(_smaller(pixels), 80), detail=_data_uri(_centre(pixels), 90))
+    if record is None and min(pixels.shape[:2]) >= _LEAST_SIDE:
+        return replace(tile, gates=_numbers({**crop_gates(pixels), **picture_gates(pixels)}))
+    return tile
+
+
+def _decode(root: Path, path: str) -> np.ndarray:
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
+        raise BadImageError("its path leads out of the dataset")
+    return decode_file(root / path, max_megapixels=_MAX_MEGAPIXELS)
+
+
+def _numbers(gates: Mapping[str, object]) -> dict[str, float]:
+    return {name: float(value) for name, value in gates.items() if isinstance(value, (int, float))}
+
+
+def _where(image: SampledImage) -> str:
+    """Which part of its photograph a crop is."""
+    record = image.record
+    if record is None:
+        return ""
+    time = "" if record.time is None else f" at {record.time:.2f} s"
+    return f"1/{record.scale}, at ({record.top}, {record.left}){time}"
+
+
+def _smaller(pixels: np.ndarray) -> np.ndarray:
+    """uint8 RGB with at most `SIDE` pixels a side."""
+    height, width = pixels.shape[:2]
+    factor = min(1.0, SIDE / max(height, width))
+    size = max(round(width * factor), 1), max(round(height * factor), 1)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def _centre(pixels: np.ndarray) -> np.ndarray:
+    """The middle of an image, at most `SIDE` pixels a side, none of them changed."""
+    top, left = (max(side - SIDE, 0) // 2 for side in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[top : top + SIDE, left : left + SIDE])
+
+
+def _data_uri(pixels: np.ndarray, quality: int) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "webp", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

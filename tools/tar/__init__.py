@@ -1,0 +1,1 @@
+"""Read tar archives, hostile ones too, as streams."""

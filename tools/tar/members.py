@@ -1,0 +1,221 @@
+"""Photographs in tar archives, read forwards in bounded memory: plain or compressed, tars in tars, broken, hostile.
+
+The standard library's `TarInfo.frombuf` parses the headers. Its `TarFile` is not used: it takes a corrupt header for
+the end of the archive, reads extended headers of any length into memory, keeps every header, and skips past the end of
+a cut off file for ages. Sources: POSIX.1-2024, `pax`, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.cli import UserError
+from pipeline.data.image_files import QUARANTINE, is_encoded
+from tools.common.tar_headers import BLOCK, DEVICES, LINKS, ZEROS, Header, is_tar, next_header
+from tools.common.tar_names import Names, clean_name
+from tools.tar.streams import COMPRESSED, BombError, File, Growth, Limits, LostError, Window, expanded
+
+DEFAULT_LIMITS = Limits()
+_OTHERS = {b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
+           b"Rar!\x1a\x07": "a rar archive", b"\x04\x22\x4d\x18": "compressed by lz4",
+           b"\x1f\x9d": "compressed by compress (.Z)"}
+_IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\xff\x4f\xff\x51",
+           b"\x00\x00\x00\x0cjP  \r\n\x87\n")
+_TAR_NAME = re.compile(r".+\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
+_NO_FILES = (b"D", b"M", b"N", b"V")  # GNU's folder listings, parts of files of another volume, old names, labels
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive that is a photograph by its content or its name."""
+
+    name: str  # "<inner archive>/<member>": a clean POSIX path, of this member alone
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A member that cannot be had, or an archive whose rest is lost; `name` is empty where it is the outermost one."""
+
+    name: str
+    reason: str
+
+
+class TarReader:
+    """Reads the photographs of one archive. `passed` counts what was passed by: links, devices, hidden, other."""
+
+    def __init__(self, path: Path, limits: Limits = DEFAULT_LIMITS,
+                 wanted: Callable[[str], bool] | None = None) -> None:
+        """Members for whose name `wanted` says no are skipped: in an uncompressed archive without being read."""
+        self._path, self._limits, self._wanted = path, limits, wanted or (lambda name: True)
+        self.passed: Counter[str] = Counter()
+        self._file: File | None = None
+
+    @property
+    def position(self) -> int:
+        """How many bytes of the file are done."""
+        return self._file.position if self._file else 0
+
+    def __iter__(self) -> Iterator[Member | Problem]:
+        """The photographs and the problems, in the archive's order; raises `UserError` as `check_archive` does."""
+        with _opened(self._path) as (file, status):
+            self._file = File(file, status.st_size)
+            self._growth = Growth(self._file, self._limits)
+            try:
+                yield from self._archive(expanded(Window(self._file), self._growth), "", 0)
+            except LostError as error:
+                yield Problem("", f"{error}; the rest of it is not read")
+            after = os.fstat(file.fileno())
+            if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+                yield Problem("", "it changed while it was read; run the same command again")
+
+    def _archive(self, source: Window, prefix: str, depth: int) -> Iterator[Member | Problem]:
+        """All of an archive; `prefix` is its name and a slash."""
+        names, count = Names(self._limits.names), 0
+        try:
+            while (header := next_header(source, self._limits.header_bytes)) is not None:
+                count += 1
+                body = Window(source, header.size)
+                yield from self._member(header, body, names, prefix, depth)
+                if not body.skip_rest():
+                    raise LostError(f"it is cut off within {clean_name(header.name)}")
+                source.skip(-header.size % BLOCK)
+            if not count:
+                yield Problem(prefix[:-1], "an archive without members")
+        except BombError:
+            raise
+        except LostError as error:
+            yield Problem(prefix[:-1], f"{error}; the rest of this archive is lost (after {count} members)")
+
+    def _member(self, header: Header, body: Window, names: Names, prefix: str,
+                depth: int) -> Iterator[Member | Problem]:
+        """One member: a photograph, an archive, or neither."""
+        kind = _passed_by(header)
+        if kind:
+            if kind != "folders":
+                self.passed[kind] += 1
+            return
+        clean = clean_name(header.name)
+        name = names.propose(clean)
+        if header.is_sparse:
+            yield Problem(prefix + name, "stored with holes (tar --sparse), which is not read; pack it without")
+        elif not self._wanted(prefix + name):
+            names.take(name)
+        elif (inner := self._inner(body, clean)) is not None:
+            name = names.propose(clean, is_archive=True)
+            names.take(name, is_archive=True)
+            yield from self._inner_archive(inner, prefix + name, depth)
+        elif _is_image(body.peek(BLOCK)) or is_encoded(clean):
+            names.take(name)
+            yield from self._photograph(body, header.size, prefix + name)
+        else:
+            self.passed["other"] += 1
+
+    def _inner(self, body: Window, name: str) -> Window | Problem | None:
+        """The member as an archive to be read, the reason why it cannot be, or `None` where it is none."""
+        head = body.peek(BLOCK)
+        is_named_tar = _TAR_NAME.fullmatch(name) is not None
+        may_be = is_tar(head) or (is_named_tar and not _is_image(head))  # a tar may begin with BM, as bitmaps do
+        if not may_be and not head.startswith(COMPRESSED):
+            return None
+        try:
+            source = expanded(body, self._growth)
+            return source if is_named_tar or is_tar(source.peek(BLOCK)) else None
+        except BombError:
+            raise
+        except LostError as error:
+            return Problem("", str(error)) if is_named_tar else None
+
+    def _inner_archive(self, inner: Window | Problem, name: str, depth: int) -> Iterator[Member | Problem]:
+        if isinstance(inner, Problem):
+            yield Problem(name, inner.reason)
+        elif depth == self._limits.depth:
+            yield Problem(name, f"an archive within {depth + 1} others; unpack the outermost one first")
+        else:
+            yield from self._archive(inner, name + "/", depth + 1)
+
+    def _photograph(self, body: Window, size: int, name: str) -> Iterator[Member | Problem]:
+        if size > self._limits.member_bytes:
+            yield Problem(name, f"{size} bytes, above the limit of {self._limits.member_bytes}")
+            return
+        data = body.read(size)
+        if len(data) == size:  # else the archive is cut off here, and says so
+            yield Member(name, data)
+
+
+def iter_members(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Member | Problem]:
+    """The photographs in the archive `path` and the problems met, in its order. See `TarReader` for more."""
+    return iter(TarReader(path, limits))
+
+
+def check_archive(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of an archive. Raises `UserError` for what is no tar we can read."""
+    with _opened(path) as (_, status):
+        return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """The file of an archive, at its start. Never waits for a FIFO, never opens a device."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: not a regular file; give a tar archive that lies on a disk")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a tar archive") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; mend its permissions or the disk") from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file any more; give a tar archive that lies on a disk")
+        _check_start(path, file, status.st_size)
+        file.seek(0)
+        yield file, status
+
+
+def _check_start(path: Path, file: BinaryIO, size: int) -> None:
+    """Raise `UserError` unless a tar archive, compressed or not, starts here."""
+    way_out = "give a .tar, .tar.gz, .tar.bz2, .tar.xz or .tar.zst file"
+    source = File(file, size)
+    try:
+        window = Window(source)
+        head = window.peek(BLOCK)
+        other = next((name for start, name in _OTHERS.items() if head.startswith(start)), None)
+        if other:
+            raise UserError(f"{path}: {other}, not a tar; unpack it and give the photographs to images_to_data.py")
+        head = expanded(window, Growth(source, Limits())).peek(BLOCK)
+    except LostError as error:
+        raise UserError(f"{path}: {error}; {way_out}") from None
+    if not is_tar(head) and head != ZEROS:
+        what = f"not a tar archive (its first bytes are {head[:8]!r})" if head else "empty"
+        raise UserError(f"{path}: {what}; {way_out}")
+
+
+def _passed_by(header: Header) -> str:
+    """As what a member is passed by; empty where its data should be looked at."""
+    if header.type in LINKS:
+        return "links"
+    if header.type in DEVICES:
+        return "devices"
+    if header.type == tarfile.DIRTYPE:
+        return "folders"  # which nobody counts
+    parts = header.name.replace("\\", "/").split("/")
+    if any((part.startswith(".") and part.strip(".")) or part in (QUARANTINE, "__MACOSX") for part in parts):
+        return "hidden"
+    return "other" if header.type in _NO_FILES else ""
+
+
+def _is_image(head: bytes) -> bool:
+    """Whether a file that starts so is an image of the kinds that `read_header` knows."""
+    return head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") \
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
