@@ -88,8 +88,8 @@ def main(options: Options) -> int:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # what our runtimes go by
     import torch
 
-    from pipeline.evaluation.models import choose_device, choose_model
     from pipeline.export.onnx_file import quiet
+    from pipeline.inference.choosing import choose_device, choose_model
 
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)

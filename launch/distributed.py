@@ -31,7 +31,7 @@ from launch.doctor.pace import count_parameters, step_seconds_of
 from launch.env_file import ENV_FILE, variables_for_ranks
 from pipeline import cli, interfaces
 from pipeline.cli import RunError, UserError, say
-from pipeline.config.recipe import batch_sizes
+from pipeline.config.ds_config import batch_sizes
 from pipeline.run_folder import checkpoint_steps, has_ended
 from pipeline.training.options import (
     DATASET_DIR,

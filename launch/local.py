@@ -18,7 +18,7 @@ from launch import environment
 from launch.arguments import without
 from pipeline import cli
 from pipeline.cli import UserError, say
-from pipeline.config.recipe import batch_sizes
+from pipeline.config.ds_config import batch_sizes
 from pipeline.run_folder import has_ended
 from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 

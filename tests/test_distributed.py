@@ -19,7 +19,7 @@ from launch.arguments import without
 from launch.cluster.hostfile import world_size
 from launch.hosts_left import answering, share_batch, wait_for_all
 from pipeline.cli import RunError
-from pipeline.config.recipe import batch_sizes
+from pipeline.config.ds_config import batch_sizes
 from pipeline.training.options import overrides_last
 
 ELSEWHERE = "192.0.2.7"

@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT, environment
 from pipeline.cli import UserError
-from pipeline.config.recipe import load_ds_config
+from pipeline.config.ds_config import load_ds_config
 from pipeline.engine.engine import build_optimizer, resolve_ds_config
 from pipeline.models.ema import ExponentialMovingAverage
 

@@ -18,8 +18,8 @@ from conftest import environment
 from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import Place
-from pipeline.evaluation.models import device_at
 from pipeline.evaluation.processes import num_processes
+from pipeline.inference.choosing import device_at
 from pipeline.models.weights import write_network
 
 EVALUATE = str(CHECKOUT / "evaluate.py")

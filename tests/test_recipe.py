@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from pipeline.cli import UserError
+from pipeline.config.ds_config import batch_sizes, ds_differences, load_ds_config
 from pipeline.config.recipe import (
     RECIPES,
     ROOT,
-    batch_sizes,
-    ds_differences,
-    load_ds_config,
     load_recipe,
     load_stages,
     parse_overrides,

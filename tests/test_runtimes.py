@@ -27,8 +27,7 @@ from conftest import ROOT, SMALL, command, environment, run
 from pipeline.checkpoint.engine_state import read_module
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.cli import UserError
-from pipeline.config.ds_config import check_accelerate, choose_runtime
-from pipeline.config.recipe import load_ds_config
+from pipeline.config.ds_config import check_accelerate, choose_runtime, load_ds_config
 from pipeline.distributed.launcher import FIRST_PORT, NUM_PORTS
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from pipeline.warmup_schedules import build_warmup_schedule

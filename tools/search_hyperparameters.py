@@ -17,7 +17,8 @@ import tyro
 
 from launch import environment
 from pipeline.cli import UserError, run
-from pipeline.config.recipe import batch_sizes, ds_differences, parse_overrides, recipe_differences, recipe_of
+from pipeline.config.ds_config import batch_sizes, ds_differences
+from pipeline.config.recipe import parse_overrides, recipe_differences, recipe_of
 from pipeline.files import short, write_atomically
 from pipeline.run_folder import RUNS_DIR
 from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last

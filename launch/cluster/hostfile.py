@@ -114,3 +114,6 @@ def world_size(slots: Mapping[str, Sequence[int]]) -> int:
 def as_filter(slots: Mapping[str, Sequence[int]]) -> str:
     """`slots` in the syntax of --include."""
     return "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+
+
+PORTS = range(20000, 32000)  # below those that kernels give out by themselves

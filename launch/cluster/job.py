@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 from launch import environment
 from launch.cluster import messages
-from launch.cluster.hostfile import Slots, as_filter
+from launch.cluster.hostfile import PORTS, Slots, as_filter
 from launch.cluster.remote import ssh_options
-from launch.doctor.network import PORTS
 from pipeline.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

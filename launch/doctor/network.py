@@ -11,11 +11,11 @@ from fnmatch import fnmatch
 from typing import Any
 
 from launch import shipped
+from launch.cluster.hostfile import PORTS
 from launch.cluster.remote import run_on
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 
 SECONDS = 8  # until a host that cannot connect gives up
-PORTS = range(20000, 32000)  # below those that kernels give out by themselves
 VIRTUAL = ("docker*", "br-*", "virbr*", "veth*", "cni*", "flannel*", "cali*", "lxc*", "lxdbr*", "podman*")
 SLOW_MEGABITS = 1000
 

@@ -1,14 +1,19 @@
-"""Which library drives the ranks, and what of a ds_config and of accelerate's own settings it cannot do. No torch."""
+"""DeepSpeed's configuration file: read it, check it, and choose the runtime, DeepSpeed or Accelerate, that follows it.
+
+No torch is imported here, so that a launcher can check a configuration on a host without a GPU.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.cli import UserError
-from pipeline.config.recipe import zero_stage
+from pipeline.cli import UserError, nearest
+from pipeline.config.recipe import assign, flat
 from pipeline.distributed.launcher import is_from_accelerate
 
 Runtime = Literal["auto", "deepspeed", "accelerate"]
@@ -18,6 +23,111 @@ DEEPSPEEDS_OWN = ("communication_data_type", "prescale_gradients", "gradient_pre
 DEEPSPEEDS_SCHEDULES = ("OneCycle", "LRRangeTest")
 ACCELERATES_MODES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
                      "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism"}
+DS_KEYS = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "steps_per_print",
+    "wall_clock_breakdown", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state",
+})
+"""The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a misspelt key."""
+DS_SECTIONS = frozenset({"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "comms_logger",
+                         "flops_profiler"})
+DS_SECTION_KEYS = {
+    "optimizer": ("type", "params"), "scheduler": ("type", "params"),
+    "fp16": ("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+             "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
+             "bf16_optimizer_states"),
+}
+"""And the keys of those sections in which a misspelt one would be passed over, too."""
+
+
+def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration as written, with `overrides` (dotted keys), checked for what this project relies on."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name DeepSpeed's file with --ds-config") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
+    for key, value in (overrides or {}).items():
+        assign(config, key, value)
+    _check_ds_config(config, path)
+    if not config.get("comms_logger", {}).get("enabled", False):  # DeepSpeed counts wherever the section is there
+        config.pop("comms_logger", None)
+    return config
+
+
+def _check_ds_config(config: dict[str, Any], path: Path) -> None:
+    for key in config:
+        if key not in DS_KEYS:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
+    for section in DS_SECTIONS & config.keys():
+        if not isinstance(config[section], dict):
+            raise UserError(f"{path}: {section} must be a table, not {config[section]!r}; write "
+                            f"ds.{section}.KEY=VALUE, such as ds.fp16.enabled=false")
+        for key in config[section]:
+            if key not in DS_SECTION_KEYS.get(section, (key,)):
+                raise UserError(f"{path}: unknown key '{section}.{key}'{nearest(key, DS_SECTION_KEYS[section])}")
+    for section in {"optimizer", "scheduler"} & config.keys():
+        if not isinstance(config[section].get("params", {}), dict) or not isinstance(config[section].get("type"), str):
+            raise UserError(f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
+                            '"params": {"lr": 0.001}}')
+    clipping = config.get("gradient_clipping", 1.0)
+    if not isinstance(clipping, (int, float)) or clipping < 0:
+        raise UserError(f"{path}: gradient_clipping must be a number, 0 or above, not {clipping!r}")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = config.get(key, None if key == "train_batch_size" else 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            about = ", the global batch," if key == "train_batch_size" else ""
+            raise UserError(f"{path}: {key}{about} must be a whole number above 0, not {value!r}")
+    if zero_stage(config) not in (0, 1, 2):
+        raise UserError(f"{path}: zero_optimization.stage {zero_stage(config)} is not supported; choose 0, 1 or 2")
+    for key in config.get("zero_optimization", {}):
+        if key.startswith("offload"):
+            raise UserError(f"{path}: zero_optimization.{key} is not supported: a super-resolution network fits a GPU")
+    if config.get("comms_logger", {}).get("verbose"):
+        raise UserError(f"{path}: comms_logger.verbose prints a line a call, and DeepSpeed is kept quiet here; leave "
+                        "it out: the sums are in log.jsonl")
+    if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
+    if "optimizer" not in config:
+        raise UserError(f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
+    """(micro-batch per rank, gradient accumulation steps) that make up the global batch on `world_size` ranks.
+
+    Of the two, the one that the file leaves out follows from the other; when both are given they must multiply up.
+    """
+    total = config["train_batch_size"]
+    micro = config.get("train_micro_batch_size_per_gpu")
+    accumulation = config.get("gradient_accumulation_steps", None if micro else 1)
+    micro = micro or total // (accumulation * world_size)
+    accumulation = accumulation or total // max(1, micro * world_size)
+    if not micro or not accumulation or micro * accumulation * world_size != total:
+        unit = world_size * (config.get("train_micro_batch_size_per_gpu") or 1)
+        unit = max(unit, world_size * config.get("gradient_accumulation_steps", 1))
+        below, above = total - total % unit, total - total % unit + unit
+        choices = f"{below} or {above}" if below else str(above)
+        raise UserError(f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
+                        f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); say "
+                        f"ds.train_batch_size={choices}, or use another number of ranks")
+    return micro, accumulation
+
+
+def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may change."""
+    free = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",
+            "comms_logger", "flops_profiler", "scheduler.params.total_num_steps")
+    before, after = dict(flat(old)), dict(flat(new))
+    return [f"ds.{key}: {before.get(key, 'unset')} in the run, {after.get(key, 'unset')} asked for"
+            for key in sorted(before.keys() | after.keys())
+            if not key.startswith(free) and before.get(key) != after.get(key)]
 
 
 def choose_runtime(asked: Runtime, variables: Mapping[str, str] = os.environ) -> str:

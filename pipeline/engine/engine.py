@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
-from pipeline.config.ds_config import check_accelerate
-from pipeline.config.recipe import batch_sizes
+from pipeline.config.ds_config import batch_sizes, check_accelerate
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.accelerate_engine import AccelerateEngine
 from pipeline.engine.deepspeed_engine import deepspeed_engine

@@ -15,7 +15,7 @@ from pipeline.distributed.launcher import Place, find_place
 from pipeline.evaluation import as_json, format_table
 from pipeline.evaluation.crew import Alone, Crew, joined
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
-from pipeline.evaluation.models import Model, choose_models, device_at
+from pipeline.evaluation.models import choose_models
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.page_images import Gallery
 from pipeline.evaluation.processes import num_processes, run_processes
@@ -23,6 +23,7 @@ from pipeline.evaluation.scoring import evaluation_of
 from pipeline.evaluation.significance import LEVEL, RESAMPLES, SEED
 from pipeline.evaluation.spread import Work, check_alike, measure_sets
 from pipeline.evaluation.tables import Measured, csv_text, finite, headline, markdown, set_values, spread
+from pipeline.inference.choosing import Model, device_at
 from pipeline.metrics.lpips import LpipsMetric
 
 RESULTS_DIR = Path("results")

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pipeline.cli import UserError
-from pipeline.distributed.launcher import Place, gpu_of
 from pipeline.evaluation.scoring import BASELINES
-from pipeline.models.weights import SavedNetwork, read_network
-from pipeline.run_folder import find_run, run_network_file
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is evaluated."""
-
-    file: Path
-    title: str
-    saved: SavedNetwork
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of the file, in hexadecimal digits."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
-
-    def describe(self) -> dict[str, Any]:
-        """What tells this model from every other, as JSON values."""
-        return {"file": str(self.file), "sha256": self.sha256,
-                "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
+from pipeline.inference.choosing import Model, choose_model
 
 
 def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
@@ -50,41 +24,6 @@ def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
                             f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate them "
                             "one after the other")
     return _with_titles_that_differ(chosen)
-
-
-def choose_model(model: Path | None) -> Model:
-    """A weights file, or the best averaged weights of a run folder (`None`: of the newest run)."""
-    if model is not None and not model.is_dir():
-        return Model(model, model.stem, read_network(model))
-    run_dir = model if model is not None else find_run()
-    file = run_network_file(run_dir, "best", ema=True)
-    return Model(file, run_dir.resolve().name, read_network(file))
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no device {device!r} here ({reason}); choose from auto, cpu, cuda") from error
-    return place
-
-
-def device_at(place: Place, device: str) -> torch.device:
-    """`choose_device` for one process of several: "auto" and "cuda" are then the GPU of its own."""
-    if place.world_size == 1:
-        return choose_device(device)
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for a GPU each")
-    if device == "cpu" or not torch.cuda.is_available():
-        return choose_device(device)
-    own = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
-    torch.cuda.set_device(own)
-    return own
 
 
 def _with_titles_that_differ(models: list[Model]) -> list[Model]:

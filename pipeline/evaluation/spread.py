@@ -16,11 +16,11 @@ from torch import nn
 from pipeline.cli import UserError
 from pipeline.evaluation.crew import Alone, Crew
 from pipeline.evaluation.image_sets import ImageSet
-from pipeline.evaluation.models import Model
 from pipeline.evaluation.page_images import Gallery
 from pipeline.evaluation.pictures import write_views
 from pipeline.evaluation.scoring import MethodScores, evaluating, measure_image
 from pipeline.evaluation.tables import Measured
+from pipeline.inference.choosing import Model
 from pipeline.metrics.lpips import LpipsMetric
 
 SECONDS_TO_SEE_A_FILE = 10  # on a network's disk

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from pipeline.inference.backends import NetworkFile
 from pipeline.inference.onnx_runtime import TITLE as ONNX_TITLE
 from pipeline.inference.onnx_runtime import OnnxRuntime
 from pipeline.inference.openvino_runtime import TITLE as OPENVINO_TITLE
@@ -58,3 +60,49 @@ RUNTIMES = {kind.name: kind for kind in (
                 on_gpu=False),
     RuntimeKind("onnx", ONNX_TITLE, "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), OnnxRuntime, (".onnx",),
                 on_gpu=True))}
+
+
+DESCRIBED = ("architecture", "scale", "params")
+"""In the metadata of our own files; with them a network can be built."""
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class NetworkFile(Protocol):
+    """A network in a runtime that is not PyTorch."""
+
+    title: str
+    """Name and version of the runtime."""
+    inputs: list[tuple[int | None, ...]]
+    """Their shapes; `None` is any number."""
+    dtype: np.dtype | None
+    """Of the first input: float32, float16 or uint8; `None`: something else."""
+    metadata: dict[str, str]
+    """Of our own files at least `DESCRIBED`."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """One batch as the file takes it -> its first output. `MemoryError`; `RunError` for what it cannot run."""
+
+    def most_elements(self, shape: tuple[int, ...]) -> int:
+        """What the hungriest operator reads and writes for an input of that shape, without its weights."""
+
+
+def usable_threads() -> int:
+    """How many threads a runtime may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said):
+        return int(said)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or no limit in it
+        return cores
+
+
+_SIGNS = ("allocate memory", "out of memory", "DefaultCPUAllocator", "bad_alloc", "bad allocation",
+          "Failed to allocate")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)

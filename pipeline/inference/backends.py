@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-DESCRIBED = ("architecture", "scale", "params")
-"""In the metadata of our own files; with them a network can be built."""
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Backend(Protocol):
@@ -41,39 +35,9 @@ class Backend(Protocol):
         """
 
 
-class NetworkFile(Protocol):
-    """A network in a runtime that is not PyTorch."""
-
-    title: str
-    """Name and version of the runtime."""
-    inputs: list[tuple[int | None, ...]]
-    """Their shapes; `None` is any number."""
-    dtype: np.dtype | None
-    """Of the first input: float32, float16 or uint8; `None`: something else."""
-    metadata: dict[str, str]
-    """Of our own files at least `DESCRIBED`."""
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """One batch as the file takes it -> its first output. `MemoryError`; `RunError` for what it cannot run."""
-
-    def most_elements(self, shape: tuple[int, ...]) -> int:
-        """What the hungriest operator reads and writes for an input of that shape, without its weights."""
-
-
 def dtype_of(precision: str, device: torch.device, *, is_deep: bool) -> torch.dtype:
     """FP16 for "fp16"; for "auto" on a GPU, but not for 16-bit pictures, of which it would keep 11 bits; else FP32."""
     is_half = precision == "fp16" or (precision == "auto" and device.type == "cuda" and not is_deep)
     return torch.float16 if is_half else torch.float32
 
 
-def usable_threads() -> int:
-    """How many threads a runtime may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said):
-        return int(said)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no container, or no limit in it
-        return cores

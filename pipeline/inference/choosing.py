@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.cli import UserError
-from pipeline.evaluation.models import Model, choose_model
+from pipeline.distributed.launcher import Place, gpu_of
 from pipeline.export.parity import SIZES
 from pipeline.export.runtimes import RUNTIMES, RuntimeKind
 from pipeline.files import short
@@ -19,6 +22,8 @@ from pipeline.inference.converted import ROUNDS, TIMED_SECONDS, Conversion, cach
 from pipeline.inference.file_backend import FileBackend
 from pipeline.inference.file_facts import facts_of
 from pipeline.inference.torch_backend import TorchBackend
+from pipeline.models.weights import SavedNetwork, read_network
+from pipeline.run_folder import find_run, run_network_file
 
 Work = Callable[[int], float]
 """How many LR pixels are to be upscaled with a network of that scale."""
@@ -178,3 +183,57 @@ def _kind_for(path: Path, asked: str, device: torch.device) -> RuntimeKind:
                         f"{' or '.join(['auto', *(kind.name for kind in kinds)])}")
     _refuse_missing(RUNTIMES[asked], to_convert=False)
     return RUNTIMES[asked]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is evaluated."""
+
+    file: Path
+    title: str
+    saved: SavedNetwork
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hexadecimal digits."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this model from every other, as JSON values."""
+        return {"file": str(self.file), "sha256": self.sha256,
+                "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
+
+
+def choose_model(model: Path | None) -> Model:
+    """A weights file, or the best averaged weights of a run folder (`None`: of the newest run)."""
+    if model is not None and not model.is_dir():
+        return Model(model, model.stem, read_network(model))
+    run_dir = model if model is not None else find_run()
+    file = run_network_file(run_dir, "best", ema=True)
+    return Model(file, run_dir.resolve().name, read_network(file))
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no device {device!r} here ({reason}); choose from auto, cpu, cuda") from error
+    return place
+
+
+def device_at(place: Place, device: str) -> torch.device:
+    """`choose_device` for one process of several: "auto" and "cuda" are then the GPU of its own."""
+    if place.world_size == 1:
+        return choose_device(device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for a GPU each")
+    if device == "cpu" or not torch.cuda.is_available():
+        return choose_device(device)
+    own = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    torch.cuda.set_device(own)
+    return own

@@ -15,9 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.cli import RunError, bar_options
-from pipeline.evaluation.models import choose_device
 from pipeline.files import write_atomically
-from pipeline.inference.choosing import choose_backend
+from pipeline.inference.choosing import choose_backend, choose_device
 from pipeline.inference.jobs import Job, plan_jobs, without_existing
 from pipeline.inference.picture_writing import encode_picture
 from pipeline.inference.pictures import Picture, picture_size, read_picture

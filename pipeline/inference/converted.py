@@ -19,9 +19,9 @@ import torch
 from pipeline.cli import RunError, UserError
 from pipeline.export.onnx_file import Form, convert, quiet
 from pipeline.export.parity import LIMITS, Check, checks, compare, photographs
-from pipeline.export.runtimes import RuntimeKind
+from pipeline.export.runtimes import NetworkFile, RuntimeKind, usable_threads
 from pipeline.files import write_atomically
-from pipeline.inference.backends import Backend, NetworkFile, dtype_of, usable_threads
+from pipeline.inference.backends import Backend, dtype_of
 from pipeline.inference.file_backend import Facts, FileBackend
 from pipeline.inference.torch_backend import TorchBackend
 from pipeline.models.weights import SavedNetwork

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError
-from pipeline.inference.backends import NetworkFile
+from pipeline.export.runtimes import NetworkFile
 from pipeline.inference.memory import PROBE_SIDE, window_pixels
 
 

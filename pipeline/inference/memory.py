@@ -17,8 +17,6 @@ SHARE = 0.5
 """Of the free memory, for the network's own use."""
 MAX_ELEMENTS = 2**31 - 1
 """Of one tensor: 32-bit indices in many GPU kernels."""
-_SIGNS = ("allocate memory", "out of memory", "DefaultCPUAllocator", "bad_alloc", "bad allocation",
-          "Failed to allocate")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,11 +36,6 @@ def window_pixels(elements: float, device: torch.device, dtype: torch.dtype) -> 
     """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for each of them."""
     by_memory = SHARE * free_bytes(device) / (elements * dtype.itemsize * HELD_AT_ONCE)
     return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not suffice."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)
 
 
 def _free_in_machine() -> int:

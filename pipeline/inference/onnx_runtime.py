@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.cli import RunError, UserError
-from pipeline.inference.backends import usable_threads
-from pipeline.inference.memory import is_out_of_memory
+from pipeline.export.runtimes import is_out_of_memory, usable_threads
 from pipeline.models.common import told
 from pipeline.onnxruntime_import import import_onnxruntime
 

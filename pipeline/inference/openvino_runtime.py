@@ -13,8 +13,7 @@ import torch
 
 from pipeline.cli import RunError, UserError
 from pipeline.export.openvino_file import EXACT, SECTION
-from pipeline.inference.backends import DESCRIBED, usable_threads
-from pipeline.inference.memory import is_out_of_memory
+from pipeline.export.runtimes import DESCRIBED, is_out_of_memory, usable_threads
 from pipeline.models.common import told
 
 TITLE = "OpenVINO"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError, UserError
+from pipeline.export.runtimes import is_out_of_memory
 from pipeline.images import to_bytes
 from pipeline.inference.backends import Backend
-from pipeline.inference.memory import is_out_of_memory
 from pipeline.inference.torch_backend import DEEP
 
 ALIGNMENT = 16

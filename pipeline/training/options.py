@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline.cli import UserError
-from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime
-from pipeline.config.recipe import ROOT, Recipe, load_ds_config, load_stages, parse_overrides
+from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime, load_ds_config
+from pipeline.config.recipe import ROOT, Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.run_folder import RUNS_DIR

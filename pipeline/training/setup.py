@@ -18,7 +18,8 @@ from pipeline.checkpoint import checkpoint, transfer
 from pipeline.checkpoint.checkpoint import Contents, Progress
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.cli import UserError
-from pipeline.config.recipe import Recipe, batch_sizes, ds_differences, recipe_differences, recipe_of
+from pipeline.config.ds_config import batch_sizes, ds_differences
+from pipeline.config.recipe import Recipe, recipe_differences, recipe_of
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.distributed.ranks import Ranks

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from tools.tar.streams import MIB, LostError, Window
 
-BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch.environment import prepare
 from pipeline.cli import RunError, UserError
-from pipeline.config.recipe import batch_sizes
+from pipeline.config.ds_config import batch_sizes
 from pipeline.training.options import TrainOptions, make_plans
 from tools.parallel import progress
 
