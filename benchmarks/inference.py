@@ -187,9 +187,8 @@ def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) ->
 def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
                  folder: Path) -> dict[str, Call]:
     """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by itself."""
-    from pipeline.export.int8 import Int8, gather
+    from pipeline.export.int8 import Int8, as_input, calibration_images, gather, quantize
     from pipeline.export.onnx_file import Form, convert
-    from pipeline.export.quantization import as_input, calibration_images, quantize
 
     if not ways:
         return {}
@@ -212,8 +211,7 @@ def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, devi
 
 
 def _loaded(file: Path, photo: torch.Tensor, device: torch.device, *, by_openvino: bool, hint: str = "f32") -> Call:
-    from pipeline.inference.onnx_runtime import OnnxRuntime
-    from pipeline.inference.openvino_runtime import OpenVinoRuntime
+    from pipeline.export.runtimes import OnnxRuntime, OpenVinoRuntime
 
     network = OpenVinoRuntime(file, device, {"INFERENCE_PRECISION_HINT": hint}) if by_openvino else OnnxRuntime(
         file, device)

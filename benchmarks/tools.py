@@ -32,11 +32,11 @@ from benchmarks import straightforward
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from tools import check_training_data, images_to_data
-from tools.common.image_formats import encode
 from tools.crops.manifest import CropRecord, format_line
 from tools.crops.quality import crop_gates, picture_gates
 from tools.dataset.judging import DaliDecoder
 from tools.files import walk
+from tools.images import encode
 from tools.parallel import quiet_libraries
 
 

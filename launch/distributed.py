@@ -21,17 +21,16 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch import hosts_left
-from launch.arguments import without
 from launch.cluster.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfile, world_size
 from launch.cluster.job import Job, Launcher, check_launcher, choose_port
 from launch.cluster.supervisor import Failure, Supervisor
 from launch.doctor import diagnose
-from launch.doctor.pace import count_parameters, step_seconds_of
-from launch.env_file import ENV_FILE, variables_for_ranks
-from pipeline import cli, interfaces
+from launch.doctor.prediction import count_parameters, step_seconds_of
+from launch.environment import ENV_FILE, variables_for_ranks, without
+from pipeline import cli
 from pipeline.cli import RunError, UserError, say
 from pipeline.config.ds_config import batch_sizes
+from pipeline.distributed import launcher
 from pipeline.run_folder import checkpoint_steps, has_ended
 from pipeline.training.options import (
     DATASET_DIR,
@@ -176,15 +175,15 @@ def _address(options: Options, slots: Slots) -> str:
     first, *others = slots
     if options.master_addr:
         return _own_address(options.master_addr, slots)
-    if interfaces.is_known(first):
+    if launcher.is_known(first):
         _insist_on_first(first, slots)
-    return interfaces.address_towards(others[0]) if others else "127.0.0.1"
+    return launcher.address_towards(others[0]) if others else "127.0.0.1"
 
 
 def _insist_on_first(address: str, slots: Slots) -> None:
     """`UserError` unless `address`, of the first host, is this machine's."""
     first = next(iter(slots))
-    if not address or not interfaces.is_own(address):
+    if not address or not launcher.is_own(address):
         raise UserError(f"{first}, the first host of the hostfile ({address or 'no address found'}), is not this "
                         f"machine; start the run there, or move this machine's line to the top")
 
@@ -192,7 +191,7 @@ def _insist_on_first(address: str, slots: Slots) -> None:
 def _own_address(address: str, slots: Slots) -> str:
     """The IP address behind `address`, a name or an address that must be this machine's and lead here from others."""
     _insist_on_first(address, slots)
-    own = interfaces.outer_addresses(address)
+    own = launcher.outer_addresses(address)
     if len(slots) > 1 and not own:
         raise UserError(f"--master-addr {address} leads to this machine itself alone (a loopback address); give its "
                         "address in the network, such as 10.0.0.1")
@@ -236,11 +235,11 @@ def _for_me_alone(path: str, flags: int) -> int:
 def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int) -> Job:
     """The job as it is started again: on all hosts once they are back, or on those that answer."""
     if not elastic:
-        hosts_left.wait_for_all(slots, RETURN_SECONDS, say)
+        job.wait_for_all(slots, RETURN_SECONDS, say)
         return job
-    left = hosts_left.answering(slots)
+    left = job.answering(slots)
     total = math.gcd(*(plan.ds_config["train_batch_size"] for plan in plans))  # of all stages
-    used, micro = hosts_left.share_batch(left, total, micro_batch)
+    used, micro = job.share_batch(left, total, micro_batch)
     gone = [host for host in slots if host not in used]
     if gone:
         say(f"going on without {', '.join(gone)}")

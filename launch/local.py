@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import environment
-from launch.arguments import without
+from launch.environment import without
 from pipeline import cli
 from pipeline.cli import UserError, say
 from pipeline.config.ds_config import batch_sizes

@@ -9,6 +9,7 @@ the networks and the transforms, all that is used here, are plain PyTorch.
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -45,3 +46,15 @@ def _declare_operators() -> None:
         _library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             _library.define(_SCHEMA.format(operator))
+
+
+# ONNX Runtime, imported so that it stays offline.
+
+
+def import_onnxruntime() -> ModuleType:
+    """The package, without its telemetry: since 1.31 an import gives the machine an id and keeps events in the user's
+    cache, which `ORT_DISABLE_TELEMETRY` of the environment prevents."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime

@@ -55,3 +55,15 @@ def logged(run_dir: Path, event: str = "train", *keys: str) -> list[tuple[Any, .
     """(step, values of `keys`) of a run's log lines, in order."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [(line["step"], *(line[key] for key in keys)) for line in lines if line["event"] == event]
+
+
+BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")
+UNET = ("adversarial={weight: 0.01, discriminator: {name: unet, num_features: 4}}",)
+
+
+def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
+    """Both have come to step 8, the second by way of a stop at step 3."""
+    # Ending at step 3 took a validation that the straight run did not have: it may have set the best.
+    assert [d for d in checkpoint_differences(straight, broken, 8) if d != "state.json"] == []
+    assert logged(straight, "train", "loss", "lr") == logged(broken, "train", "loss", "lr")
+    assert [step for step, *_ in logged(broken)] == list(range(1, 9))

@@ -67,3 +67,11 @@ def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[s
 def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run to the end; output as text."""
     return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr

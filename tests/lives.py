@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from conftest import SMALL
+from conftest import ROOT, SMALL, environment
 
 PRELOAD = ["torch", "deepspeed", "nvidia.dali.fn", "torch.utils.tensorboard", "pipeline.training.run"]
 
@@ -66,3 +71,59 @@ def train(dataset: Path, run_dir: Path, *overrides: str, procs: int = 1) -> str:
     printed = output.read_text()[before:]
     assert [process.exitcode for process in ranks] == [0] * procs, printed
     return printed
+
+
+def in_a_fresh_process(code: str) -> dict:
+    """Run code (a DeepSpeed process can start its group only once) that prints one JSON object."""
+    prelude = """
+        import json, torch
+        from pipeline.engine.engine import (build_engine, descend, gradient_norm, resolve_ds_config, skipped_steps)
+        from pipeline.distributed.ranks import start_distributed
+        ranks = start_distributed()
+        def engine_for(module, **changes):
+            config = {"train_batch_size": 4, "gradient_clipping": 1.0,
+                      "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}} | changes
+            resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=10, device=ranks.device)
+            if "fp16" in changes:  # DeepSpeed refuses FP16 on most CPUs, though it works on all
+                from deepspeed.accelerator import get_accelerator
+                type(get_accelerator()).is_fp16_supported = lambda self: True
+                resolved["fp16"] = changes["fp16"]
+            return build_engine(module, resolved, ranks)
+        torch.manual_seed(0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)], env=environment(),
+                          cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns in each of `procs` ranks, as JSON."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = [context.Process(target=_in_rank, args=(function, folder, rank, procs, port, arguments))
+             for rank in range(procs)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    printed = "".join((folder / f"{rank}.output").read_text() for rank in range(procs))
+    assert [process.exitcode for process in ranks] == [0] * procs, printed
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(procs)]
+
+
+def _in_rank(function: Callable[..., Any], folder: Path, rank: int, procs: int, port: int, arguments: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    with open(folder / f"{rank}.output", "w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    (folder / f"{rank}.json").write_text(json.dumps(function(*arguments)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, command, environment, run
+from conftest import ROOT, assert_one_line, command, environment, run
 from pipeline.run_folder import checkpoint_steps
 
 COMMANDS = ["train.py", "launch/local.py", "evaluate.py", "export_trained_model.py", "tools/images_to_data.py",
@@ -20,14 +20,6 @@ def script(name: str, *arguments: str, home: Path | None = None) -> subprocess.C
     variables = environment() | ({"HOME": str(home)} if home else {})
     return subprocess.run([sys.executable, str(ROOT / name), *arguments], env=variables, cwd=home, capture_output=True,
                           text=True, timeout=60, check=False)
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    for part in parts:
-        assert part in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,93 +1,137 @@
-"""Who may import whom (the architecture section of the README), by reading the imports."""
+"""Who may import whom, read from the imports: the 13 folders of pipeline/, tools/, launch/, and no cycle among them."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, environment
 
-GROUND = {"cli", "files", "image_reading", "images", "run_folder"}  # what everybody may use
-ALLOWED = {  # part of pipeline/ -> the other parts that it may import, besides the ground
-    "cli": set(), "files": set(), "image_reading": set(), "images": set(), "run_folder": set(),
-    "data_spec": set(), "adversarial_spec": {"data_spec"}, "samples_spec": {"data_spec"},
-    "recipe": {"adversarial_spec", "data_spec", "samples_spec"},
-    "run_lock": set(), "data": {"data_spec"}, "outcome": set(), "schedules": set(), "torchvision_import": set(),
-    "metrics": {"losses", "torchvision_import"}, "losses": {"adversarial_spec", "torchvision_import"},
-    "models": {"recipe", "torchvision_import"},
-    "ema": set(), "layout": set(), "monitor": set(), "console": set(), "comms": set(), "gradients": set(),
-    "wandb_tracker": {"random_states"}, "samples": {"data", "recipe", "validation"}, "skips": {"data"},
-    "interfaces": set(), "launched": {"interfaces"}, "ranks": {"launched"}, "runtimes": {"launched", "recipe"},
-    "warmup_schedules": {"schedules"}, "zero_shards": set(), "watchdog": set(), "random_states": set(),
-    "accelerate_engine": {"ranks", "schedules"}, "deepspeed_engine": {"ranks"},
-    "engine": {"accelerate_engine", "deepspeed_engine", "ranks", "recipe", "runtimes", "schedules", "warmup_schedules"},
-    "engine_files": {"engine", "schedules", "zero_shards"},
-    "options": {"recipe", "runtimes", "data"}, "alike": {"options", "ranks"}, "stopping": {"ranks"},
-    "initial_weights": {"engine_files", "models", "options"},
-    "evaluation": {"launched", "metrics", "models"},
-    "onnxruntime_import": set(), "export": {"metrics", "models", "onnxruntime_import", "torchvision_import"},
-    "inference": {"evaluation", "export", "models", "onnxruntime_import"},
-    "meter": {"data", "ranks", "monitor", "outcome"}, "validation": {"data", "ranks", "metrics", "recipe"},
-    "manifest": set(), "run_disk": {"manifest", "ranks"},
-    "checkpoint": {"ema", "engine_files", "manifest", "models", "random_states", "ranks", "run_disk"},
-    "trainers": {"adversarial_spec", "data", "ema", "engine", "losses", "models", "outcome"},
+# Folder -> the folders it may import. The ground floor (the files of pipeline/ itself) is open to all.
+ALLOWED = {
+    "pipeline/distributed": set(),
+    "pipeline/config": {"pipeline/distributed"},
+    "pipeline/data": {"pipeline/config"},
+    "pipeline/models": {"pipeline/config"},
+    "pipeline/losses": {"pipeline/config"},
+    "pipeline/metrics": {"pipeline/losses"},
+    "pipeline/engine": {"pipeline/config", "pipeline/distributed"},
+    "pipeline/checkpoint": {"pipeline/distributed", "pipeline/engine", "pipeline/models"},
+    "pipeline/monitor": {"pipeline/checkpoint"},
+    "pipeline/training": {"pipeline/config", "pipeline/data", "pipeline/models", "pipeline/losses", "pipeline/metrics",
+                          "pipeline/engine", "pipeline/checkpoint", "pipeline/monitor", "pipeline/distributed"},
+    "pipeline/export": {"pipeline/metrics", "pipeline/models"},
+    "pipeline/inference": {"pipeline/distributed", "pipeline/export", "pipeline/models"},
+    "pipeline/evaluation": {"pipeline/distributed", "pipeline/inference", "pipeline/metrics", "pipeline/models"},
+    "tools": {"pipeline/config", "pipeline/data", "pipeline/distributed", "pipeline/models", "pipeline/training",
+              "launch"},
+    "launch": {"pipeline/config", "pipeline/data", "pipeline/distributed", "pipeline/training", "tools"},
 }
-FENCED = {"deepspeed": {"pipeline/engine/deepspeed_engine.py", "pipeline/checkpoint/engine_state.py",
-                       "pipeline/comms.py",
-                        "pipeline/gradients.py"},
-          "wandb": {"pipeline/monitor/wandb_tracker.py"},
-          "accelerate": {"pipeline/engine/accelerate_engine.py"},
-          "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/quantization.py",
-                   "pipeline/inference/openvino_runtime.py"},
-          "onnxruntime": {"pipeline/export/quantization.py", "pipeline/onnxruntime_import.py"},
-          "openvino": {"pipeline/export/openvino_file.py", "pipeline/inference/openvino_runtime.py"},
-          "tensorrt": {"pipeline/export/tensorrt_file.py"},
-          "tensorboard": {"pipeline/monitor/journal.py"}, "torch.utils.tensorboard": {"pipeline/monitor/journal.py"}}
+GROUND = "pipeline"
+FENCED = {  # library -> the only files that import it
+    "deepspeed": {"pipeline/engine/deepspeed_engine.py", "pipeline/engine/engine.py",
+                  "pipeline/checkpoint/engine_state.py"},
+    "wandb": {"pipeline/monitor/wandb_tracker.py"},
+    "accelerate": {"pipeline/engine/accelerate_engine.py"},
+    "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/int8.py", "pipeline/export/runtimes.py"},
+    "onnxruntime": {"pipeline/export/int8.py", "pipeline/libraries.py"},
+    "openvino": {"pipeline/export/openvino_file.py", "pipeline/export/runtimes.py"},
+    "tensorrt": {"pipeline/export/tensorrt_file.py"},
+    "torch.utils.tensorboard": {"pipeline/monitor/journal.py"},
+}
+TORCH_FREE_SCRIPTS = [path for folder in ("tools", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
+    """Every module and name that a file imports, dotted; those inside functions only where not `at_import_time`."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        if not (at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            nodes.extend(ast.iter_child_nodes(node))
     return found
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def unit_of(path: Path) -> str:
+    """The row of `ALLOWED` that a file belongs to."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if parts[0] != "pipeline" or len(parts) == 2 else "/".join(parts[:2])
 
 
-@pytest.mark.parametrize("part", sorted(ALLOWED))
-def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
-    paths = files(f"pipeline/{part}") or [ROOT / "pipeline" / f"{part}.py"]
-    known = {path.stem for path in (ROOT / "pipeline").iterdir() if not path.name.startswith("_")}
-    for path in paths:
-        used = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")} & known
-        assert used <= ALLOWED[part] | GROUND | {part}, f"{path.relative_to(ROOT)} imports {used}"
+def units_of(module: str) -> set[str]:
+    """The row that a dotted name belongs to; none for other people's modules and for names of a package itself."""
+    path = ROOT / module.replace(".", "/")
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+    return {unit_of(file)} if module.split(".")[0] in ("pipeline", "tools", "launch") and file.exists() else set()
+
+
+@functools.cache
+def edges() -> dict[str, dict[str, str]]:
+    """Row -> rows that it imports, each with a file that does."""
+    found: dict[str, dict[str, str]] = {unit: {} for unit in (*ALLOWED, GROUND)}
+    for folder in ("pipeline", "tools", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for module in imports(path):
+                for unit in units_of(module) - {unit_of(path)}:
+                    found[unit_of(path)].setdefault(unit, str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize("unit", sorted(ALLOWED))
+def test_a_folder_imports_only_what_lies_below_it(unit: str) -> None:
+    forbidden = {below: path for below, path in edges()[unit].items() if below not in ALLOWED[unit] | {GROUND}}
+    assert not forbidden
+
+
+def test_the_ground_floor_imports_nothing_of_the_house() -> None:
+    assert edges()[GROUND] == {}
+
+
+def test_every_folder_has_a_row_and_there_is_no_cycle() -> None:
+    folders = {f"pipeline/{path.name}" for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").exists()}
+    assert folders == {unit for unit in ALLOWED if unit.startswith("pipeline/")}
+    assert len(folders) == 13
+    left = {unit: set(below) & folders for unit, below in edges().items() if unit in folders}
+    while left:
+        lowest = {unit for unit, below in left.items() if not below & left.keys()}
+        assert lowest, f"a cycle among {sorted(left)}"
+        left = {unit: below for unit, below in left.items() if unit not in lowest}
 
 
 @pytest.mark.parametrize("library", sorted(FENCED))
-def test_a_runtime_has_one_door(library: str) -> None:
-    for path in [*files("pipeline"), *files("tools"), *files("launch"), *ROOT.glob("*.py")]:
+def test_a_library_has_one_door(library: str) -> None:
+    for path in [*(ROOT / "pipeline").rglob("*.py"), *TORCH_FREE_SCRIPTS, *ROOT.glob("*.py")]:
         if any(name == library or name.startswith(f"{library}.") for name in imports(path)):
             assert str(path.relative_to(ROOT)) in FENCED[library]
 
 
 def test_dali_stays_in_the_data_path() -> None:
-    for path in [*files("pipeline"), *files("launch"), *ROOT.glob("*.py")]:
-        name = str(path.relative_to(ROOT))
+    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py"), *ROOT.glob("*.py")]:
         if any(module.startswith("nvidia.dali") for module in imports(path)):
-            assert name.startswith("pipeline/data/")
+            assert unit_of(path) == "pipeline/data"
 
 
-TORCH_LATE = ("environment.py", "allreduce.py")  # inside functions: where there is a GPU; on a host that has it
-
-
-def test_tools_and_launch_need_no_torch() -> None:
-    for path in [*files("tools"), *files("launch")]:
-        for module in imports(path):
-            assert not module.startswith(("torch", "deepspeed")) or path.name in TORCH_LATE, path
+def test_tools_and_launch_import_no_torch() -> None:
+    """A dataset is built, and ranks are started, on machines without torch: seen by importing all of them."""
+    named = [path for path in TORCH_FREE_SCRIPTS
+             if any(module.split(".")[0] in ("torch", "deepspeed") for module in imports(path, at_import_time=True))]
+    assert named == []
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in TORCH_FREE_SCRIPTS
+               if path.name not in ("__main__.py",)]
+    code = ("import importlib, sys\n"
+            f"for name in {modules!r}:\n"
+            "    importlib.import_module(name)\n"
+            "    assert 'torch' not in sys.modules, name\n")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

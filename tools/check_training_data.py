@@ -16,13 +16,10 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
-from tools.common.check_outcome import Outcome
-from tools.common.pair_sides import other_sides
-from tools.common.twins import Twins
 from tools.crops.manifest import ManifestIndex
 from tools.crops.options import GateOptions, open_benchmark
 from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
-from tools.dataset.judging import Judge, Judgement, Rules, Verdict
+from tools.dataset.judging import Judge, Judgement, Outcome, Rules, Twins, Verdict, other_sides
 from tools.files import IMAGES, Kind, links_note, scan, shown
 from tools.images import prepare_decoders
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count

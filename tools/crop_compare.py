@@ -18,12 +18,21 @@ from PIL import Image, ImageFont
 
 from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
-from tools.common.box_selection import select_boxes
-from tools.common.comparison_images import Result, column_labels, psnr_y, ratio_to_first, read_image
-from tools.common.image_formats import encode
-from tools.compare.boxes import Box, differing_boxes, format_boxes, parse_boxes, read_boxes
-from tools.compare.figure import Column, Style, annotated, figure, magnified, strip
-from tools.images import prepare_decoders
+from tools.compare.boxes import Box, differing_boxes, format_boxes, parse_boxes, read_boxes, select_boxes
+from tools.compare.figure import (
+    Column,
+    Result,
+    Style,
+    annotated,
+    column_labels,
+    figure,
+    magnified,
+    psnr_y,
+    ratio_to_first,
+    read_image,
+    strip,
+)
+from tools.images import encode, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 COORDINATES = "boxes.json"

@@ -18,11 +18,19 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE
-from tools.common.crop_report import Clock
-from tools.common.dataset_files import REJECTS, SETTINGS, parse_reject
 from tools.common.image_headers import BadImageError
-from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
-from tools.crops.dataset import CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
+from tools.crops.cutting import (
+    REJECTS,
+    SETTINGS,
+    CropSettings,
+    Reject,
+    Unit,
+    cut_picture,
+    make_folder,
+    open_picture,
+    parse_reject,
+)
+from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.images import MAX_MEGAPIXELS, prepare_decoders

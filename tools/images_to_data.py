@@ -14,10 +14,9 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_report import Clock
 from tools.common.image_headers import BadImageError
 from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
-from tools.crops.dataset import Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.files import walk

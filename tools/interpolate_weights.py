@@ -125,7 +125,7 @@ def _all_params(saved: SavedNetwork) -> dict[str, Any]:
     defaults = {parameter.name: parameter.default for parameter in parameters
                 if parameter.name != "scale" and parameter.kind is not inspect.Parameter.VAR_KEYWORD}
     if saved.name == "spandrel":
-        from pipeline.models.spandrel_archs import DEFAULTS, class_of, defaults_of, plain
+        from pipeline.models.spandrel import DEFAULTS, class_of, defaults_of, plain
 
         arch = saved.params["arch"]
         own = {**defaults_of(class_of(arch, saved.scale)), **DEFAULTS.get(arch, {})}

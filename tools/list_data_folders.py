@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import run
-from tools.common.dataset_files import shown
+from tools.crops.cutting import shown
 from tools.dataset.sampling import Tally
 from tools.dataset.sources import Source
 from tools.dataset.statistics import Statistics, gather, tally, total, warnings

@@ -16,10 +16,9 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
 from tools import check_training_data, images_to_data, select_training_files
-from tools.common.image_formats import encode
 from tools.common.image_headers import read_header
 from tools.crops.grid import halved
-from tools.images import decode_photo, prepare_decoders
+from tools.images import decode_photo, encode, prepare_decoders
 
 CROP_SIZE = 128
 HELD_OUT_MULTIPLE = 4  # the largest scale that the demo is evaluated at

@@ -17,8 +17,7 @@ import numpy as np
 import tyro
 
 from pipeline.cli import UserError, run
-from tools.common.image_formats import WEBP_MAX_SIDE, encode
-from tools.images import prepare_decoders
+from tools.images import WEBP_MAX_SIDE, encode, prepare_decoders
 from tools.parallel import ordered_map, progress, thread_count
 
 Kind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]

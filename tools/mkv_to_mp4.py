@@ -17,7 +17,7 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition, Stream
 
 from pipeline.cli import UserError, run
-from tools.common.dataset_files import shown
+from tools.crops.cutting import shown
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.probe import BadVideoError, open_video, probe, read_packets
 

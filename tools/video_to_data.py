@@ -18,7 +18,6 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
-from tools.common.crop_report import Clock
 from tools.crops.cutting import (
     CropSettings,
     Picture,
@@ -29,7 +28,7 @@ from tools.crops.cutting import (
     make_folder,
     too_small,
 )
-from tools.crops.dataset import CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.images import prepare_decoders

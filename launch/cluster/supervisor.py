@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launch.cluster import messages
+from launch.cluster.messages import Speaker
 from launch.process_tree import kill_tree
-from launch.speaker import Speaker
 
 START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
 GRACE_SECONDS = 60  # for saving, after CTRL+C

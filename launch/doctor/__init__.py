@@ -10,18 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch import shipped
+from launch.cluster import remote
 from launch.cluster.hostfile import Slots, world_size
 from launch.cluster.remote import run_on
 from launch.doctor import measure
-from launch.doctor.checks import CHECKS, Check, Question, clock, clock_skew
-from launch.doctor.dataset_checks import datasets
+from launch.doctor.checks import CHECKS, Check, Question, clock, clock_skew, datasets, explain, gpus
 from launch.doctor.diagnosis import ROWS, Diagnosis
 from launch.doctor.findings import FAIL, PASS, Finding
-from launch.doctor.gpu_checks import gpus
 from launch.doctor.network import find_route
 from launch.doctor.prediction import Network, all_reduce_seconds, efficiency, prediction
-from launch.doctor.ssh_errors import explain
 from launch.requirements_missing import pins
 from pipeline.cli import UserError
 
@@ -46,8 +43,8 @@ def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, in
     began, python = time.monotonic(), sys.executable
     found = Diagnosis(slots)
     say(f"doctor: asking {', '.join(slots)}")
-    task = {"root": str(shipped.ROOT), "dataset_dirs": [str(path) for path in dataset_dirs],
-            "output_dir": str(output_dir), "packages": [name for name, _ in pins(shipped.ROOT / "requirements.txt")]}
+    task = {"root": str(remote.ROOT), "dataset_dirs": [str(path) for path in dataset_dirs],
+            "output_dir": str(output_dir), "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")]}
     with ThreadPoolExecutor(1) as counting:
         counted = counting.submit(parameters) if parameters else None
         facts = _ask(found, task, timeout, python)
@@ -66,12 +63,12 @@ def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, in
 
 def _ask(found: Diagnosis, task: Mapping[str, Any], timeout: float, python: str) -> dict[str, Any]:
     """The facts of every host that answers, each with its `skew` against our clock."""
-    stdin = shipped.parcel("launch.doctor.probe", task, "launch.doctor.nvidia", "launch.doctor.probe_dataset")
+    stdin = remote.parcel("launch.doctor.probe", task)
 
     def ask(host: str) -> tuple[Finding, Any]:
         began = time.time()
-        done = run_on([host], shipped.command(python, "python3"), timeout=timeout, stdin=stdin)[host]
-        ended, answer = time.time(), shipped.answer(done.stdout)
+        done = run_on([host], remote.command(python, "python3"), timeout=timeout, stdin=stdin)[host]
+        ended, answer = time.time(), remote.answer(done.stdout)
         if done.status in (255, 124):
             cause, remedy = explain(done)
             return Finding(host, "ssh", FAIL, cause, f"{cause}; {remedy}"), None

@@ -15,7 +15,7 @@ import tyro
 
 from launch.cluster.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile, world_size
 from launch.doctor import diagnose
-from launch.doctor.pace import count_parameters, step_seconds_of
+from launch.doctor.prediction import count_parameters, step_seconds_of
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.files import write_atomically

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from launch.cluster.remote import Done
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 
 GIB = 1 << 30
@@ -173,3 +177,158 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 CHECKS: dict[str, Check] = {"checkout": checkout, "python": python, "packages": packages, "cores": cores,
                             "memory": memory, "disk": disk, "limits": limits}
 """Those that need only the two hosts' facts."""
+
+
+# What nvidia-smi's answers mean for a run: the doctor's check of GPUs. Pure.
+
+
+USED_MIB = 1024  # more than this, and others are at work on a GPU
+POWER_SHARE = 0.95  # of the power that the GPU has by default
+Gpu = Mapping[str, Any]
+
+
+def gpus(ask: Question) -> Iterator[Finding]:
+    """Enough, alike, free, and neither slowed nor damaged."""
+    told, first = ask.facts["nvidia"], ask.first_facts["nvidia"]
+    if told["complaint"]:
+        yield ask.say("GPUs", FAIL, "driver silent", f"{told['complaint']}; reboot, or install the NVIDIA driver anew")
+        return
+    found: list[Gpu] = told["gpus"]
+    if not found and not first["gpus"]:
+        yield ask.say("GPUs", PASS, "no GPU: CPU ranks")
+        return
+    if bool(found) != bool(first["gpus"]):
+        has, lacks = (ask.host, ask.first) if found else (ask.first, ask.host)
+        yield ask.say("GPUs", FAIL, f"{len(found)} GPUs", f"{has} has GPUs and {lacks} has none; leave one of them out "
+                      "with --exclude, or install the NVIDIA driver")
+        return
+    missing = sorted({*ask.slots} - {gpu["index"] for gpu in found})
+    if missing:
+        numbers = ", ".join(map(str, missing))
+        yield ask.say("GPUs", FAIL, f"{len(found)} GPUs", f"it has {len(found)} GPUs, and the hostfile wants "
+                      f"{numbers}, too (counted from 0); write slots={len(found)}")
+    used = [gpu for gpu in found if gpu["index"] in ask.slots]
+    yield from _differences(ask, used, first["gpus"])
+    for gpu in used:
+        for trouble in _troubles(gpu):
+            number = f"GPU {gpu['index']}"
+            yield ask.say("GPUs", WARN, f"{number}: see below", f"{number} ({gpu['name']}) {trouble}")
+    yield ask.say("GPUs", PASS, _summary(used))
+
+
+def _differences(ask: Question, used: Sequence[Gpu], first: Sequence[Gpu]) -> Iterator[Finding]:
+    names = {*(gpu["name"] for gpu in used), *(gpu["name"] for gpu in first)}
+    if len(names) > 1:
+        yield ask.say("GPUs", WARN, "mixed GPUs", f"GPUs differ ({', '.join(sorted(map(str, names)))}): every step "
+                      "takes as long as on the slowest, and the batch must fit the smallest")
+    drivers = [{gpu["driver_version"] for gpu in gpus} for gpus in (used, first)]
+    if used and drivers[0] != drivers[1]:
+        theirs, ours = (", ".join(sorted(map(str, some))) for some in drivers)
+        yield ask.say("GPUs", WARN, f"driver {theirs}", f"NVIDIA driver {theirs}, and {ask.first} has {ours}; install "
+                      "the same on all hosts")
+
+
+def _troubles(gpu: Gpu) -> Iterator[str]:
+    busy, total = gpu.get("memory.used"), gpu.get("memory.total")
+    if busy is not None and busy > USED_MIB:
+        yield (f"has {busy / 1024:.1f} of {(total or 0) / 1024:.0f} GiB in use by others; see `nvidia-smi` there, or "
+               "leave it out with --exclude")
+    limit, usual = gpu.get("power.limit"), gpu.get("power.default_limit")
+    if limit and usual and limit < POWER_SHARE * usual:
+        yield f"may take {limit:.0f} W of its usual {usual:.0f}; `nvidia-smi -pl {usual:.0f}` as root ends that"
+    if gpu.get("slowed_by"):
+        warm = gpu.get("temperature.gpu")
+        yield f"is slowed by {', '.join(gpu['slowed_by'])}" + (f" at {warm} C" if warm else "") + \
+            "; look after cooling and power supply"
+    if gpu.get("ecc.errors.uncorrected.volatile.total"):
+        yield (f"has had {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors since its driver "
+               "started; reset it (`nvidia-smi -r`) and, if they come back, have it exchanged")
+    if gpu.get("mig.mode.current") == "Enabled":
+        yield "is cut into MIG slices, of which a rank sees one; `nvidia-smi -mig 0` as root ends that"
+
+
+def _summary(used: Sequence[Gpu]) -> str:
+    kinds = Counter((gpu["name"], round((gpu.get("memory.total") or 0) / 1024)) for gpu in used)
+    states = sorted({gpu["pstate"] for gpu in used if gpu.get("pstate")})
+    told = ", ".join(f"{count} x {str(name).removeprefix('NVIDIA ')} {size} GiB"
+                     for (name, size), count in kinds.items())
+    return f"{told} {'/'.join(states)}".rstrip()
+
+
+# Whether every host has the same dataset: the doctor's check of it. Pure.
+
+
+def datasets(ask: Question) -> Iterator[Finding]:
+    """The lists, the files in them, and the sample, of each dataset folder."""
+    for own, first in zip(ask.facts["datasets"], ask.first_facts["datasets"], strict=True):
+        yield _dataset(ask, own, first)
+
+
+def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Finding:
+    directory = own["directory"]
+    sync = f"{SYNC} --dataset-dir {directory}"
+    for name, found in own["lists"].items():
+        wanted = first["lists"][name]
+        if found["complaint"]:
+            select = f"write it with `python tools/select_training_files.py --data-dir {directory}`"
+            return ask.say("dataset", FAIL, "no list", f"{directory}/{name}: {found['complaint']}; "
+                           f"{select if wanted['complaint'] else sync}")
+        if found["sha256"] != wanted["sha256"]:
+            return ask.say("dataset", FAIL, "other list", f"{directory}/{name} names {found['count']} files, and that "
+                           f"of {ask.first} {wanted['count']}, or others; {sync}")
+    if own["missing"]:
+        way_out = "write the lists anew, or bring the files back" if ask.is_first else sync
+        return ask.say("dataset", FAIL, f"{own['missing']} missing", f"{own['missing']} of the {own['checked']} files "
+                       f"looked for in {directory} are not there ({own['first_missing']}); {way_out}")
+    other = sorted(name for name, digest in own["sample"].items() if first["sample"].get(name, digest) != digest)
+    if other:
+        return ask.say("dataset", FAIL, "other files", f"{len(other)} of {len(own['sample'])} sampled files of "
+                       f"{directory} are not those of {ask.first} ({other[0]}); {sync}")
+    if own["checked"] < own["files"]:
+        seen = f"{own['checked']} of {own['files']}"
+        return ask.say("dataset", WARN, f"{seen} seen", f"only {seen} files of {directory} could be looked for in "
+                       "time: its disk is slow")
+    return ask.say("dataset", PASS, f"{own['files']} files")
+
+
+# What ssh's complaints mean, and what to do about each.
+
+
+_KEYS = ("id_ed25519", "id_rsa", "id_ecdsa", "id_ed25519_sk", "id_ecdsa_sk")
+_CAUSES = (
+    (r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed", "another host key than known",
+     "if the machine was set up anew: `ssh-keygen -R {host}`, then `ssh-keyscan -H {host} >> ~/.ssh/known_hosts`"),
+    (r"Host key verification failed|host key is known for", "unknown host key",
+     "`ssh-keyscan -H {host} >> ~/.ssh/known_hosts`, on a network that you trust"),
+    (r"UNPROTECTED PRIVATE KEY FILE", "private key readable by others", "`chmod 600` on the key that ssh names"),
+    (r"Bad owner or permissions|Bad configuration option|bad configuration options", "~/.ssh/config is refused",
+     "mend what `ssh {host}` complains about"),
+    (r"Permission denied|Too many authentication failures", "permission denied", "{copy_key}"),
+    (r"Could not resolve hostname", "name does not resolve",
+     "write `ADDRESS {host}` into /etc/hosts on every host, or a HostName into ~/.ssh/config"),
+    (r"Connection refused", "connection refused",
+     "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another port: Port in "
+     "~/.ssh/config"),
+    (r"No route to host|Network is unreachable|Host is down", "no route",
+     "is the machine on, its cable in, its address right? try `ping {host}`"),
+    (r"timed out|not responding", "no answer",
+     "is the machine on? does a firewall drop port 22? try `ping {host}`"),
+    (r"kex_exchange_identification|Connection (closed|reset) by|Exceeded MaxStartups", "connection closed by its sshd",
+     "see MaxStartups and AllowUsers in its /etc/ssh/sshd_config, and its log: `journalctl -u ssh`"),
+)
+
+
+def explain(done: Done) -> tuple[str, str]:
+    """(what is wrong, in a few words; what to do) of an ssh that failed: status 255, or 124 if it took too long."""
+    if done.status == 124:  # to connect it would have had only a few seconds: it did
+        return "too slow", (f"{done.complaint}: a disk that hangs (`ssh {done.host} df`), a slow login script? or "
+                            "allow more with --timeout")
+    for pattern, cause, remedy in _CAUSES:
+        if re.search(pattern, done.stderr):
+            return cause, remedy.format(host=done.host, copy_key=_copy_key(done.host))
+    return "ssh failed", f"ssh says: {done.complaint}; try `ssh {done.host} true`"
+
+
+def _copy_key(host: str) -> str:
+    has_key = any((Path.home() / ".ssh" / name).is_file() for name in _KEYS)
+    return ("" if has_key else "`ssh-keygen -t ed25519 -N ''`, then ") + f"`ssh-copy-id {host}`"

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from launch import shipped
+from launch.cluster import remote
 from launch.cluster.hostfile import Slots
 from launch.cluster.remote import ssh
 from launch.doctor.findings import FAIL, PASS, Finding
@@ -36,7 +36,7 @@ def all_reduce(slots: Slots, route: Route, addresses: Mapping[str, str], python:
     `addresses`: address -> host, by which complaints of the network library are made readable.
     """
     tasks = task_of(slots, route, on_gpus=on_gpus)
-    answers = run_together({host: shipped.parcel("launch.doctor.allreduce", task) for host, task in tasks.items()},
+    answers = run_together({host: remote.parcel("launch.doctor.allreduce", task) for host, task in tasks.items()},
                            python)
     measured = Measured()
     host_of = {rank: host for host, task in tasks.items() for rank in task["ranks"]}
@@ -84,7 +84,7 @@ def run_together(parcels: Mapping[str, str], python: str) -> dict[str, Any]:
     with ExitStack() as stack:
         outputs = {host: (stack.enter_context(tempfile.TemporaryFile()), stack.enter_context(tempfile.TemporaryFile()))
                    for host in parcels}
-        processes = {host: subprocess.Popen(ssh(host, shipped.command(python)), stdin=subprocess.PIPE, stdout=out,
+        processes = {host: subprocess.Popen(ssh(host, remote.command(python)), stdin=subprocess.PIPE, stdout=out,
                                             stderr=complaints) for host, (out, complaints) in outputs.items()}
         try:
             for host, process in processes.items():
@@ -132,9 +132,9 @@ def _outcome(process: subprocess.Popen[bytes], out: IO[bytes], complaints: IO[by
     texts = []
     for file in (out, complaints):
         file.seek(0)
-        texts.append(file.read(shipped.MOST_CHARACTERS).decode(errors="replace"))
-    answer = shipped.answer(texts[0])
-    return answer if answer is not None else shipped.last_line(texts[1]) or f"ended with status {process.returncode}"
+        texts.append(file.read(remote.MOST_CHARACTERS).decode(errors="replace"))
+    answer = remote.answer(texts[0])
+    return answer if answer is not None else remote.last_line(texts[1]) or f"ended with status {process.returncode}"
 
 
 def _complaint(answer: Mapping[str, Any]) -> str:

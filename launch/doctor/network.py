@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-from launch import shipped
+from launch.cluster import remote
 from launch.cluster.hostfile import PORTS
 from launch.cluster.remote import run_on
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
@@ -93,9 +93,9 @@ def _meet(first: str, others: Sequence[str], addresses: Sequence[str], sources: 
         is_first = host == first
         task = {**common, "is_first": is_first, "name": host, "source": sources[host],
                 "ports": [*tried, *spare, *wanted_ports] if is_first else tried}
-        done = run_on([host], shipped.command(python, "python3"), timeout=SECONDS + 10,
-                      stdin=shipped.parcel("launch.doctor.reach", task))[host]
-        return shipped.answer(done.stdout)
+        done = run_on([host], remote.command(python, "python3"), timeout=SECONDS + 10,
+                      stdin=remote.parcel("launch.doctor.reach", task))[host]
+        return remote.answer(done.stdout)
 
     with ThreadPoolExecutor(len(others) + 1) as pool:
         return dict(zip((first, *others), pool.map(ask, (first, *others)), strict=True)), spare

@@ -7,7 +7,10 @@ import hashlib
 import json
 import os
 import platform
+import random
+import re
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -17,7 +20,142 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.doctor import nvidia, probe_dataset
+# What one host has of a dataset. Of the standard library alone: the doctor sends it to every host.
+
+
+LISTS = ("training_file_list.txt", "validation_file_list.txt")
+LOOK_SECONDS = 6  # for looking whether files are there: a list of millions on a network disk is not looked through
+SAMPLE = 200
+END_BYTES = 1 << 15  # at both ends of each file of the sample, that are compared
+
+
+def probe_dataset(directory: str) -> dict[str, Any]:
+    """The two lists, how many of their files are missing, and digests of a sample that is the same everywhere."""
+    root = os.path.expanduser(directory)
+    found: dict[str, Any] = {"directory": directory, "lists": {}, "files": 0, "missing": 0, "first_missing": "",
+                             "checked": 0, "sample": {}}
+    listed: set[str] = set()
+    for list_name in LISTS:
+        try:
+            with open(os.path.join(root, list_name), "rb") as file:
+                own = {line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in file} - {""}
+        except OSError as error:
+            found["lists"][list_name] = {"count": 0, "sha256": "", "complaint": error.strerror or str(error)}
+            continue
+        listed |= own
+        digest = hashlib.sha256("\n".join(sorted(own)).encode("utf-8", "replace")).hexdigest()
+        found["lists"][list_name] = {"count": len(own), "sha256": digest, "complaint": ""}
+    names = sorted(listed)
+    found["files"] = len(names)
+    found["sample"] = _sample(root, names)
+    _look(root, names, found)
+    return found
+
+
+def _sample(root: str, names: list[str]) -> dict[str, str]:
+    """`SAMPLE` names, evenly apart -> a digest of size and first bytes; "" for a file that cannot be read."""
+    apart = max(1, len(names) // SAMPLE)
+    deadline = time.monotonic() + LOOK_SECONDS
+    sample: dict[str, str] = {}
+    for name in names[::apart][:SAMPLE]:
+        if time.monotonic() > deadline:
+            break
+        sample[name] = _digest(os.path.join(root, name))
+    return sample
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not keep us waiting
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(END_BYTES)
+            file.seek(max(0, size - END_BYTES))
+            return hashlib.sha256(b"%d " % size + ends + file.read(END_BYTES)).hexdigest()[:12]
+    except OSError:
+        return ""
+
+
+def _look(root: str, names: list[str], found: dict[str, Any]) -> None:
+    """Count the files that are not there, in an order that is the same on every host, as far as the time allows."""
+    order = list(range(len(names)))
+    random.Random(0).shuffle(order)
+    deadline = time.monotonic() + LOOK_SECONDS
+    for position, index in enumerate(order):
+        if position % 256 == 0 and time.monotonic() > deadline:
+            break
+        found["checked"] += 1
+        if not os.path.isfile(os.path.join(root, names[index])):
+            found["missing"] += 1
+            found["first_missing"] = min(found["first_missing"] or names[index], names[index])
+
+
+# What nvidia-smi tells of the GPUs of a machine. Of the standard library alone: the doctor sends it to every host.
+
+
+NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
+GPU_FIELDS = (
+    "index", "name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.limit",
+    "power.default_limit", "ecc.errors.uncorrected.volatile.total", "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active", "mig.mode.current")
+"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees Celsius, W."""
+_WHOLE = {"index", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total"}
+_REAL = {"power.limit", "power.default_limit"}
+_MASK = {"clocks_event_reasons.active", "clocks_throttle_reasons.active"}
+SLOWED_BY = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
+"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do not."""
+
+
+def probe_gpus() -> dict[str, Any]:
+    """{"gpus": [...], "complaint": what keeps nvidia-smi from telling, "" if nothing does}."""
+    if not shutil.which("nvidia-smi"):
+        present = Path("/dev/nvidia0").exists()
+        return {"gpus": [], "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else ""}
+    fields = list(GPU_FIELDS)
+    while True:
+        try:
+            done = subprocess.run(["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return {"gpus": [], "complaint": f"nvidia-smi did not answer within {NVIDIA_SECONDS} s"}
+        output = done.stdout.decode(errors="replace")
+        unknown = re.search(r'Field "([^"]+)" is not a valid field', output)
+        if unknown and unknown.group(1) in fields:
+            fields.remove(unknown.group(1))
+            continue
+        if done.returncode != 0:
+            lines = [line.strip() for line in output.splitlines() if line.strip()]
+            return {"gpus": [], "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}"}
+        return {"gpus": parse_gpus(output, fields), "complaint": ""}
+
+
+def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+    """A dict for each line of the CSV; `None` for what the GPU does not tell ([N/A], [Not Supported], [Unknown …])."""
+    gpus = []
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(fields):
+            gpu: dict[str, Any] = {field: _value(field, cell) for field, cell in zip(fields, cells)}  # noqa: B905 - Python 3.7
+            if gpu["index"] is not None:
+                gpu["slowed_by"] = _slowed_by(gpu)
+                gpus.append(gpu)
+    return gpus
+
+
+def _value(field: str, cell: str) -> str | int | float | None:
+    if re.fullmatch(r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions|GPU requires reset|ERR!)\]?", cell):
+        return None
+    try:
+        if field in _MASK:
+            return int(cell, 16)
+        return int(cell) if field in _WHOLE else float(cell) if field in _REAL else cell
+    except ValueError:
+        return None
+
+
+def _slowed_by(gpu: dict[str, Any]) -> list[str]:
+    active = gpu.get("clocks_event_reasons.active") or gpu.get("clocks_throttle_reasons.active") or 0
+    return [reason for bit, reason in SLOWED_BY.items() if active & bit]
+
 
 SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*.py", "launch/**/*.sh",
            "pipeline/**/*.py", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
@@ -33,8 +171,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     parts = {"python": _python, "checkout": lambda: _checkout(Path(task["root"])),
              "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
              "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
-             "limits": _limits, "nvidia": nvidia.probe,
-             "datasets": lambda: [probe_dataset.probe(directory) for directory in task["dataset_dirs"]]}
+             "limits": _limits, "nvidia": probe_gpus,
+             "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]]}
     for name, part in parts.items():
         try:
             facts[name] = part()

@@ -17,11 +17,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pipeline.adversarial_spec import AdversarialSpec, NetworkSpec, Number
 from pipeline.cli import UserError, nearest
-from pipeline.config.specs import DataSpec, Spec
+from pipeline.config.specs import AdversarialSpec, DataSpec, NetworkSpec, Number, SamplesSpec, Spec
 from pipeline.files import write_atomically
-from pipeline.samples_spec import SamplesSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.pairs import Pair, find_pairs
+from pipeline.evaluation.image_sets import Pair, find_pairs
 from pipeline.evaluation.pictures import write_picture
-from pipeline.evaluation.report import as_json, format_table
-from pipeline.evaluation.scoring import Compared, Evaluation, ImageScore, evaluate, measure_methods
-from pipeline.evaluation.upscaling import upscale
+from pipeline.evaluation.scoring import Compared, Evaluation, ImageScore, evaluate, measure_methods, upscale
+from pipeline.evaluation.tables import as_json, format_table
 
 __all__ = ["Compared", "Evaluation", "ImageScore", "Pair", "as_json", "evaluate", "find_pairs", "format_table",
            "measure_methods", "upscale", "write_picture"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,18 +14,58 @@ import torch
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import Place, find_place
 from pipeline.evaluation import as_json, format_table
-from pipeline.evaluation.crew import Alone, Crew, joined
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
-from pipeline.evaluation.models import choose_models
-from pipeline.evaluation.page import write_page
-from pipeline.evaluation.page_images import Gallery
-from pipeline.evaluation.processes import num_processes, run_processes
-from pipeline.evaluation.scoring import evaluation_of
-from pipeline.evaluation.significance import LEVEL, RESAMPLES, SEED
+from pipeline.evaluation.page import Gallery, write_page
+from pipeline.evaluation.processes import Alone, Crew, joined, num_processes, run_processes
+from pipeline.evaluation.scoring import BASELINES, evaluation_of
 from pipeline.evaluation.spread import Work, check_alike, measure_sets
-from pipeline.evaluation.tables import Measured, csv_text, finite, headline, markdown, set_values, spread
-from pipeline.inference.choosing import Model, device_at
+from pipeline.evaluation.tables import (
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    Measured,
+    csv_text,
+    finite,
+    headline,
+    markdown,
+    set_values,
+    spread,
+)
+from pipeline.inference.choosing import Model, choose_model, device_at
 from pipeline.metrics.lpips import LpipsMetric
+
+# Which models are evaluated, by what names, and where.
+
+
+def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
+    """The models of those paths (none: the newest run's), all of one scale, with titles that differ."""
+    chosen = [choose_model(model) for model in models] or [choose_model(None)]
+    for model in chosen:
+        if scale is not None and scale != model.saved.scale:
+            raise UserError(f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
+                            f"{str(model.file)!r}; leave --scale out or choose another --model")
+        if model.saved.scale != chosen[0].saved.scale:
+            raise UserError(f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
+                            f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate them "
+                            "one after the other")
+    return _with_titles_that_differ(chosen)
+
+
+def _with_titles_that_differ(models: list[Model]) -> list[Model]:
+    """Equal titles get the folder in front, and a number behind where that is not enough."""
+    count = Counter(model.title for model in models)
+    models = [replace(model, title=f"{model.file.resolve().parent.name}/{model.title}") if count[model.title] > 1
+              else model for model in models]
+    taken = set(BASELINES) | {"HR"}
+    titled = []
+    for model in models:
+        title, number = model.title, 2
+        while title in taken:
+            title, number = f"{model.title} ({number})", number + 1
+        taken.add(title)
+        titled.append(replace(model, title=title))
+    return titled
+
 
 RESULTS_DIR = Path("results")
 

@@ -4,21 +4,220 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
 
-from pipeline.evaluation import page_chart
-from pipeline.evaluation.page_images import ORIGINAL, Gallery, Shown, first_model, layers
-from pipeline.evaluation.scoring import BASELINES
-from pipeline.evaluation.significance import LOWER_IS_BETTER, Interval
-from pipeline.evaluation.tables import TITLES, Measured, number
+from pipeline.evaluation.pictures import largest_square
+from pipeline.evaluation.processes import Alone, Crew
+from pipeline.evaluation.scoring import BASELINES, MethodScores, Views
+from pipeline.evaluation.tables import LOWER_IS_BETTER, TITLES, Interval, Measured, number
 from pipeline.files import write_atomically
+
+# The scatter of a page: how much each model gains over bicubic on every image, as places in an SVG.
+
+
+WIDTH, HEIGHT = 800, 360
+LEFT, RIGHT, TOP, BOTTOM = 72, 24, 40, 64
+NUM_MARKS = 6
+"""Colours and shapes that the page's style has; further models repeat them."""
+
+
+def scatter(measured: Measured) -> dict[str, Any]:
+    """PSNR-Y of bicubic to the right, the model's less that upwards; images with an infinite PSNR are left out."""
+    models = [method for method in measured.methods if method not in BASELINES]
+    points = []
+    for image in measured.images:
+        bicubic = image.methods["bicubic"]["psnr_y"]
+        for index, model in enumerate(models):
+            gain = image.methods[model]["psnr_y"] - bicubic
+            if math.isfinite(bicubic) and math.isfinite(gain):
+                points.append((bicubic, gain, index % NUM_MARKS, f"{image.name}: {model} {bicubic + gain:.3f} dB, "
+                               f"bicubic {bicubic:.3f} dB, {gain:+.3f} dB"))
+    across, upwards = _Axis([point[0] for point in points]), _Axis([0.0, *(point[1] for point in points)])
+    return {
+        "points": [{"x": _across(across.share(x)), "y": _up(upwards.share(y)), "mark": mark, "text": text}
+                   for x, y, mark, text in points],
+        "x_ticks": [{"at": _across(across.share(tick)), "text": across.text(tick)} for tick in across.ticks],
+        "y_ticks": [{"at": _up(upwards.share(tick)), "text": upwards.text(tick, "+"), "is_zero": abs(tick) < 1e-9}
+                    for tick in upwards.ticks],
+        "legend": [{"mark": index % NUM_MARKS, "text": model} for index, model in enumerate(models)],
+        "num_missing": len(measured.images) * len(models) - len(points),
+    }
+
+
+class _Axis:
+    """An axis over all of some values, with round ticks."""
+
+    def __init__(self, values: list[float]) -> None:
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        if high - low < 1e-6:
+            low, high = low - 0.5, high + 0.5
+        step = 10 ** math.floor(math.log10((high - low) / 4))
+        self.step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+        first, last = math.floor(low / self.step), math.ceil(high / self.step)
+        self.ticks = [index * self.step for index in range(first, last + 1)]
+
+    def share(self, value: float) -> float:
+        """How far along the axis a value is, 0 to 1."""
+        return (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+
+    def text(self, tick: float, sign: str = "") -> str:
+        """The tick with as many digits as the step has."""
+        digits = max(0, -math.floor(math.log10(self.step) + 1e-9))
+        return f"{0.0 if abs(tick) < 1e-9 else tick:{sign if abs(tick) > 1e-9 else ''}.{digits}f}"
+
+
+def _across(share: float) -> float:
+    return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+
+def _up(share: float) -> float:
+    return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+# The pictures of an evaluation's page: which images it shows, cut out while they are in memory.
+
+
+STAGE = 384
+"""Pixels a side of what a slider shows, at most."""
+CROP = 64
+"""Pixels a side of a magnified crop."""
+KINDS = ("best", "worst")
+ORIGINAL = "HR"
+
+
+class Place(NamedTuple):
+    """An image's place among the best or the worst of its set; the smallest comes first."""
+
+    name: str
+    """The set's."""
+    kind: str
+    """One of `KINDS`."""
+    order: float
+    index: int
+    """In the set."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of the page: a large part of it for the slider, and a small one that is magnified."""
+
+    scores: MethodScores
+    gain: float
+    """PSNR-Y of the first model less bicubic's."""
+    stage: dict[str, Tensor]
+    crop: dict[str, Tensor]
+    """By method, HR being the last, uint8 1 x 3 x H x W."""
+    place: tuple[int, int]
+    """Top and left of the crop in the image."""
+
+
+class Gallery:
+    """Keeps of every image set the images in which the first model gains most and least over bicubic.
+
+    Of equal gains the earlier image counts, in whatever order they are seen.
+    """
+
+    def __init__(self, num_sets: int) -> None:
+        self._num_shown = 3 if num_sets == 1 else 2 if num_sets <= 3 else 1
+        self._kept: dict[Place, Shown] = {}
+
+    def visit(self, name: str, index: int, views: Views) -> None:
+        """Look at the image of that index in the set `name`, and keep what the page needs of it, if anything."""
+        model = first_model(views.scores)
+        gain = _gain(views.scores, model)
+        for kind in KINDS:
+            place = Place(name, kind, -gain if kind == "best" else gain, index)
+            if place in _foremost([*self._kept, place], self._num_shown):
+                self._kept[place] = _cut(views, gain, _errors(views, model, kind))
+        self.keep(_foremost(self._kept, self._num_shown))
+
+    def keep(self, places: Iterable[Place]) -> None:
+        """Let go of all others."""
+        self._kept = {place: self._kept[place] for place in places if place in self._kept}
+
+    def best(self, name: str) -> list[Shown]:
+        """Those with the largest gain, falling; the crop is where bicubic's error is most above the model's."""
+        return [self._kept[place] for place in self._of(name, "best")]
+
+    def worst(self, name: str) -> list[Shown]:
+        """Those with the smallest gain, rising, not in `best`; the crop is where the model's error is largest."""
+        best = {place.index for place in self._of(name, "best")}
+        return [self._kept[place] for place in self._of(name, "worst") if place.index not in best]
+
+    def united(self, crew: Alone | Crew) -> None:
+        """Have in the first process what all processes together would have kept; in the others, nothing of use."""
+        everywhere = [place for places in crew.gather(list(self._kept)) for place in places]
+        self.keep(crew.agree(_foremost(everywhere, self._num_shown)))  # few: they hold the pictures
+        self._kept = {place: shown for kept in crew.gather(self._kept) for place, shown in kept.items()}
+
+    def _of(self, name: str, kind: str) -> list[Place]:
+        return sorted(place for place in self._kept if (place.name, place.kind) == (name, kind))
+
+
+def _foremost(places: Iterable[Place], count: int) -> list[Place]:
+    """The first `count` of every set and kind."""
+    ordered = sorted(places)
+    return [place for _, group in groupby(ordered, key=lambda place: (place.name, place.kind))
+            for place in islice(group, count)]
+
+
+def _errors(views: Views, model: str, kind: str) -> Tensor:
+    """Where to look for a crop: 1 x 1 x H x W, large where bicubic errs more than the model, or where the model errs.
+    """
+    errors = {method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
+              for method in (model, "bicubic")}
+    return errors["bicubic"] - errors[model] if kind == "best" else errors[model]
+
+
+def first_model(scores: MethodScores) -> str:
+    """The title of the first method that is a model."""
+    return next(method for method in scores.methods if method not in BASELINES)
+
+
+def data_uri(pixels: Tensor) -> str:
+    """uint8 1 x 3 x H x W as a lossless WebP in a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())).save(file, "webp", lossless=True)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def layers(pixels: dict[str, Tensor], methods: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """The methods' pictures for the template."""
+    chosen: Iterable[str] = pixels if methods is None else methods
+    return [{"method": method, "uri": data_uri(pixels[method])} for method in chosen]
+
+
+def _gain(scores: MethodScores, model: str) -> float:
+    first, second = scores.methods[model]["psnr_y"], scores.methods["bicubic"]["psnr_y"]
+    return 0.0 if first == second else first - second
+
+
+def _cut(views: Views, gain: float, where: Tensor) -> Shown:
+    """The square of `CROP` where a map is largest, and about it the part of the image for the slider."""
+    height, width = views.hr.shape[-2:]
+    side = min(CROP, height, width)
+    top, left = largest_square(where, side)
+    first_row = min(max(0, top + side // 2 - STAGE // 2), max(0, height - STAGE))
+    first_column = min(max(0, left + side // 2 - STAGE // 2), max(0, width - STAGE))
+    pixels = {method: image for method, image in views.pixels.items() if method != "nearest"} | {ORIGINAL: views.hr}
+    stage = {method: image[..., first_row : first_row + STAGE, first_column : first_column + STAGE].clone()
+             for method, image in pixels.items()}
+    crop = {method: image[..., top : top + side, left : left + side].clone() for method, image in pixels.items()}
+    return Shown(views.scores, gain, stage, crop, (top, left))
+
 
 _HERE = Path(__file__).parent
 SHOWN = ("recipe", "step", "weights", "dtype", "license")
@@ -36,8 +235,8 @@ def render(sets: Sequence[Measured], gallery: Gallery, report: dict[str, Any]) -
                                      undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["place"] = lambda value: f"{value:.5g}"
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    names = {"width": page_chart.WIDTH, "height": page_chart.HEIGHT, "left": page_chart.LEFT,
-             "right": page_chart.RIGHT, "top": page_chart.TOP, "bottom": page_chart.BOTTOM}
+    names = {"width": WIDTH, "height": HEIGHT, "left": LEFT,
+             "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     context = {**names, **_head(sets, report), "script": Markup(script), "script_hash": _sha256(script),
                "metrics": [TITLES[metric] for metric in _metrics(sets)],
                "sets": [_set(measured, gallery) for measured in sets]}
@@ -86,7 +285,7 @@ def _set(measured: Measured, gallery: Gallery) -> dict[str, Any]:
                "beside them" if data.lr is None else f"from {data.lr}"),
         "rows": _rows(measured), "columns": [TITLES[metric] for metric in measured.metrics],
         "differences": _differences(measured),
-        "chart": page_chart.scatter(measured), "first": first_model(measured.images[0]),
+        "chart": scatter(measured), "first": first_model(measured.images[0]),
         "crops": [group for group in crops if group["shown"]],
         "sliders": [_slider(shown) for shown in (*best, *worst)],
         "images": [{"name": image.name, "cells": [" / ".join(number(scores[metric], metric) for metric in _metrics([

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from pipeline.cli import UserError
-from pipeline.evaluation.crew import Alone, Crew
 from pipeline.evaluation.image_sets import ImageSet
-from pipeline.evaluation.page_images import Gallery
+from pipeline.evaluation.page import Gallery
 from pipeline.evaluation.pictures import write_views
+from pipeline.evaluation.processes import Alone, Crew
 from pipeline.evaluation.scoring import MethodScores, evaluating, measure_image
 from pipeline.evaluation.tables import Measured
 from pipeline.inference.choosing import Model

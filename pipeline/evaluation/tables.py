@@ -5,24 +5,106 @@ from __future__ import annotations
 import csv
 import io
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import combinations
 from typing import Any
 
+import numpy as np
+import torch
+
 from pipeline.evaluation.image_sets import ImageSet
-from pipeline.evaluation.scoring import DRIFTS, MethodScores, means
-from pipeline.evaluation.significance import (
-    FEW_IMAGES,
-    LEVEL,
-    RESAMPLES,
-    SEED,
-    Difference,
-    Interval,
-    differences,
-    interval,
-)
-from pipeline.metrics.psnr_ssim import METRICS
+from pipeline.evaluation.scoring import BASELINES, DRIFTS, Evaluation, MethodScores, means
+from pipeline.metrics.psnr_ssim import CONVENTION, METRICS
+
+# How sure a mean over few images is: bootstrap intervals, seeded, with all methods drawn on the same images.
+
+
+RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
+FEW_IMAGES = 10
+LOWER_IS_BETTER = frozenset({"lpips"})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its bootstrap interval; the ends are NaN for a single image and where a PSNR is infinite."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much `method` is above `against` in a metric, paired by image."""
+
+    method: str
+    against: str
+    metric: str
+    interval: Interval
+    num_images: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is an interval at all."""
+        return math.isfinite(self.interval.low)
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.is_known and not self.interval.low <= 0 <= self.interval.high
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it."""
+        if not self.is_known:
+            return "no interval: one image" if self.num_images < 2 else "no interval: infinite PSNR"
+        if not self.is_significant:
+            return "difference not significant"
+        is_better = (self.interval.mean > 0) != (self.metric in LOWER_IS_BETTER)
+        few = f" (on {self.num_images} images only)" if self.num_images < FEW_IMAGES else ""
+        return f"{'better' if is_better else 'worse'}{few}"
+
+
+def interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """The mean of `values` and its percentile bootstrap interval of `LEVEL`.
+
+    The images that are drawn depend on their number and the seed alone, so that intervals of several methods or metrics
+    on one benchmark are paired.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    mean = sum(values) / len(values)
+    if len(array) < 2 or not np.isfinite(array).all():
+        return Interval(mean, math.nan, math.nan)
+    means = np.einsum("ij,j->i", _draws(len(array), resamples, seed), array)  # BLAS would round by its threads
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _draws(num_images: int, resamples: int, seed: int) -> np.ndarray:
+    """The weight of every image in every draw, as resamples x images; each row sums to 1."""
+    shares = np.full(num_images, 1 / num_images)
+    return np.random.default_rng(seed).multinomial(num_images, shares, size=resamples) / num_images
+
+
+def difference(images: Sequence[MethodScores], method: str, against: str, metric: str) -> Difference:
+    """`method` less `against`, image by image; equal values, infinite ones too, differ by 0."""
+    pairs = [(image.methods[method][metric], image.methods[against][metric]) for image in images]
+    values = [0.0 if first == second else first - second for first, second in pairs]
+    return Difference(method, against, metric, interval(values), len(images))
+
+
+def differences(images: Sequence[MethodScores]) -> list[Difference]:
+    """Every model against bicubic and against the models after it, in PSNR-Y, SSIM-Y and, if measured, LPIPS."""
+    methods = images[0].methods
+    models = [name for name in methods if name not in BASELINES]
+    metrics = [metric for metric in ("psnr_y", "ssim_y", "lpips") if metric in methods[models[0]]]
+    pairs = [*((model, "bicubic") for model in models), *((second, first) for first, second in combinations(models, 2))]
+    return [difference(images, method, against, metric) for method, against in pairs for metric in metrics]
+
 
 TITLES = {"psnr_y": "PSNR-Y", "ssim_y": "SSIM-Y", "psnr_y_float": "PSNR-Y float", "ssim_y_float": "SSIM-Y float",
           "psnr_rgb": "PSNR-RGB", "ssim_rgb": "SSIM-RGB", "lpips": "LPIPS"}
@@ -167,3 +249,71 @@ def finite(metrics: dict[str, float]) -> dict[str, float | None]:
 
 def _ends(found: Interval) -> list[float] | None:
     return None if math.isnan(found.low) else [found.low, found.high]
+
+
+# An evaluation as a table to read and as JSON to keep.
+
+
+# "+12.345" must fit below "gain".
+COLUMNS = ("PSNR-Y bicubic", "PSNR-Y model", "   gain", "SSIM-Y bicubic", "SSIM-Y model")
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """A row per image and their mean, then the convention, and the means in the other conventions."""
+    width = max(len("image"), *(len(image.name) for image in evaluation.images))
+    rule = "-" * (width + sum(len(column) + 2 for column in COLUMNS))
+
+    def row(name: str, cells: tuple[str, ...]) -> str:
+        return f"{name:<{width}}" + "".join(f"  {cell:>{len(column)}}"
+                                            for cell, column in zip(cells, COLUMNS, strict=True))
+
+    return "\n".join([
+        row("image", COLUMNS), rule,
+        *(row(image.name, _cells(image.model, image.bicubic)) for image in evaluation.images), rule,
+        row("mean", _cells(evaluation.model, evaluation.bicubic)), "",
+        *_other_conventions(evaluation)])
+
+
+def as_json(evaluation: Evaluation, model: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation as plain JSON values: `model` (what was evaluated), every image, the means, the versions.
+
+    An infinite PSNR (equal images) is null, because JSON has no infinity.
+    """
+    images = [{"name": image.name, "model": finite(image.model), "bicubic": finite(image.bicubic)}
+              for image in evaluation.images]
+    return {
+        "model": model,
+        "scale": evaluation.scale,
+        "convention": CONVENTION,
+        "mean": {"model": finite(evaluation.model), "bicubic": finite(evaluation.bicubic)},
+        "images": images,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...]:
+    """What stands under `COLUMNS`."""
+    gain = model["psnr_y"] - bicubic["psnr_y"]
+    return (f"{bicubic['psnr_y']:.3f}", f"{model['psnr_y']:.3f}", f"{gain:+.3f}", f"{bicubic['ssim_y']:.4f}",
+            f"{model['ssim_y']:.4f}")
+
+
+def _other_conventions(evaluation: Evaluation) -> list[str]:
+    model, bicubic = evaluation.model, evaluation.bicubic
+
+    def means(title: str, key: str) -> str:
+        return (f"  {title:<29} bicubic {bicubic[f'psnr_{key}']:.3f} dB / {bicubic[f'ssim_{key}']:.4f}   "
+                f"model {model[f'psnr_{key}']:.3f} dB / {model[f'ssim_{key}']:.4f}")
+
+    return [f"Y is BT.601 luma rounded to uint8, as in the papers; {evaluation.scale} pixels cut from every border; "
+            "PSNR in dB.",
+            "Means in other conventions:",
+            means("Y not rounded, as in BasicSR", "y_float"),
+            means("RGB", "rgb"),
+            *([f"  {'LPIPS, lower is better':<29} bicubic {bicubic['lpips']:.4f}   model {model['lpips']:.4f}"]
+              if "lpips" in model else []),
+            f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}"]
+
+
+def _drift(means: dict[str, float]) -> str:
+    return " ".join(f"{means[key]:+.2f}" for key in DRIFTS)

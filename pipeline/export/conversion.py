@@ -16,8 +16,8 @@ from pipeline.cli import RunError, UserError
 from pipeline.export import openvino_file, tensorrt_file
 from pipeline.export.int8 import Int8, gather, write_int8
 from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
-from pipeline.export.onnx_runtime import onnx_runtime
 from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, photographs
+from pipeline.export.runtimes import onnx_runtime
 from pipeline.files import flush, write_atomically
 from pipeline.models.common import told
 from pipeline.models.weights import SavedNetwork, read_network

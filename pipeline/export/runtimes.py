@@ -4,19 +4,206 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import math
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.inference.onnx_runtime import TITLE as ONNX_TITLE
-from pipeline.inference.onnx_runtime import OnnxRuntime
-from pipeline.inference.openvino_runtime import TITLE as OPENVINO_TITLE
-from pipeline.inference.openvino_runtime import OpenVinoRuntime
+from pipeline.cli import RunError, UserError
+from pipeline.export.onnx_file import INPUT, OUTPUT
+from pipeline.export.openvino_file import EXACT, SECTION
+from pipeline.export.parity import Runtime
+from pipeline.libraries import import_onnxruntime
+from pipeline.models.common import told
+
+# An ONNX file in ONNX Runtime, on the CPU or on a CUDA GPU.
+
+
+ONNX_TITLE = "ONNX Runtime"
+_ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_SILENT = 4  # what goes wrong it raises, too
+
+
+class OnnxRuntime:
+    """One network; see `NetworkFile`.
+
+    Args:
+        source: an .onnx file, or its content.
+        device: "cpu", or a CUDA device for ONNX Runtime's CUDA provider. `UserError` where that is not installed.
+    """
+
+    def __init__(self, source: Path | bytes, device: torch.device) -> None:
+        onnxruntime = import_onnxruntime()
+        self.title = f"{ONNX_TITLE} {'.'.join(onnxruntime.__version__.split('.')[:2])}"
+        self._source, self._providers = source, _providers(device)
+        self._session = self._opened(onnxruntime.SessionOptions())
+        if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UserError(f"{self.title} has a CUDA provider that does not start; do CUDA and cuDNN fit? "
+                            "say --backend torch")
+        found = self._session.get_modelmeta()
+        self.metadata = dict(found.custom_metadata_map)
+        self.inputs = [tuple(side if isinstance(side, int) else None for side in one.shape)
+                       for one in self._session.get_inputs()]
+        first = self._session.get_inputs()[0]
+        self.dtype = np.dtype(_ONNX_TYPES[first.type]) if first.type in _ONNX_TYPES else None
+        self._names = [self._session.get_outputs()[0].name], first.name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """See `NetworkFile`."""
+        outputs, name = self._names
+        try:
+            return self._session.run(outputs, {name: images})[0]
+        except Exception as error:  # it has many of its own, none of which is a RuntimeError
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise RunError(f"{self.title} cannot run the network on {images.shape} ({told(error)})") from error
+
+    def most_elements(self, shape: tuple[int, ...]) -> int:
+        """See `NetworkFile`: as the profile of a run says, of the network as it is run."""
+        onnxruntime = import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "run")
+            session = self._opened(options)
+            session.run(self._names[0], {self._names[1]: np.zeros(shape, self.dtype)})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        made = {shape}
+        return max([1, *_onnx_elements(events, made)])
+
+    def _opened(self, options: Any) -> Any:
+        onnxruntime = import_onnxruntime()
+        options.log_severity_level = _SILENT
+        options.intra_op_num_threads, options.inter_op_num_threads = usable_threads(), 1
+        options.enable_mem_pattern = False  # it takes the memory of a second run at every new size
+        source = self._source if isinstance(self._source, bytes) else str(self._source)
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=self._providers)
+        except Exception as error:
+            what = repr(str(self._source)) if isinstance(self._source, Path) else "the network"
+            raise UserError(f"{self.title} cannot load {what} ({told(error)}); is it whole, and ONNX?") from error
+
+
+def _providers(device: torch.device) -> list[Any]:
+    onnxruntime = import_onnxruntime()
+    if device.type == "cpu":
+        return ["CPUExecutionProvider"]
+    if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UserError(f"the installed ONNX Runtime does not run on {device}; do: pip install onnxruntime-gpu, or say "
+                        "--device cpu or --backend torch")
+    cuda = {"device_id": str(device.index or 0), "use_tf32": "0",  # TF32 keeps 11 bits
+            "cudnn_conv_algo_search": "HEURISTIC"}  # others search anew for every size of tile
+    return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+
+
+def _onnx_elements(events: list[dict[str, Any]], made: set[tuple[int, ...]]) -> Iterator[int]:
+    """What each operator of a profile read and wrote, in elements, without its weights: inputs that nothing made."""
+    for event in events:
+        told_of = event.get("args", {})
+        if event.get("cat") != "Node" or "output_type_shape" not in told_of:
+            continue
+        inputs, outputs = ([tuple(shape) for one in told_of[key] for shape in one.values()]
+                           for key in ("input_type_shape", "output_type_shape"))
+        made |= set(outputs)
+        yield sum(math.prod(shape) for shape in (*outputs, *(one for one in inputs if one in made)))
+
+
+# An ONNX or OpenVINO file in OpenVINO, on the CPU.
+
+
+OPENVINO_TITLE = "OpenVINO"
+_OPENVINO_TYPES = {"f32": np.float32, "f16": np.float16, "u8": np.uint8}
+_NO_WORK = ("Parameter", "Constant", "Result")
+
+
+class OpenVinoRuntime:
+    """One network; see `NetworkFile`.
+
+    Args:
+        source: an .xml file with its .bin beside it, an .onnx file, or the content of one.
+        device: "cpu"; `UserError` for another.
+        hint: OpenVINO's options that decide in what it computes.
+    """
+
+    def __init__(self, source: Path | bytes, device: torch.device, hint: Mapping[str, str] = EXACT) -> None:
+        import openvino
+
+        self.title = f"{OPENVINO_TITLE} {'.'.join(openvino.__version__.split('.')[:2])}"
+        if device.type != "cpu":
+            raise UserError(f"OpenVINO runs on the CPU here, not on {device}; say --device cpu or --backend torch")
+        options = {**hint, "INFERENCE_NUM_THREADS": usable_threads(), "ENABLE_CPU_PINNING": False}
+        try:
+            self._model = openvino.Core().read_model(source)
+            self._network = openvino.Core().compile_model(self._model, "CPU", options)
+        except RuntimeError as error:
+            what = repr(str(source)) if isinstance(source, Path) else "the network"
+            raise UserError(f"{self.title} cannot load {what} ({told(error)}); is it whole?") from error
+        self.metadata = _metadata(self._model, source)
+        self.inputs = [_sides(one) for one in self._model.inputs]
+        name = self._model.inputs[0].get_element_type().get_type_name()
+        self.dtype = np.dtype(_OPENVINO_TYPES[name]) if name in _OPENVINO_TYPES else None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """See `NetworkFile`."""
+        try:
+            return self._network(images)[0].copy()  # the next run writes into the same memory
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise RunError(f"{self.title} cannot run the network on {images.shape} ({told(error)})") from error
+
+    def most_elements(self, shape: tuple[int, ...]) -> int:
+        """See `NetworkFile`: of the network as it lies in the file."""
+        model = self._model.clone()
+        model.reshape(list(shape))
+        return max([1, *(_openvino_elements(node) for node in model.get_ops() if node.get_type_name() not in _NO_WORK)])
+
+
+def _openvino_elements(node: Any) -> int:
+    """What an operator reads and writes, in elements, without its weights."""
+    read = [one.get_shape() for one in node.inputs()
+            if one.get_source_output().get_node().get_type_name() != "Constant"]
+    shapes = (*read, *(one.get_shape() for one in node.outputs()))
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _sides(one: Any) -> tuple[int | None, ...]:
+    shape = one.get_partial_shape()
+    return () if shape.rank.is_dynamic else tuple(side.get_length() if side.is_static else None for side in shape)
+
+
+def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
+    """What our files say of themselves: .xml in a section, .onnx in its properties, which OpenVINO leaves out."""
+    if isinstance(source, Path) and source.suffix.lower() == ".onnx" and importlib.util.find_spec("onnx"):
+        import onnx
+
+        found = onnx.load(source, load_external_data=False)
+        return {one.key: one.value for one in found.metadata_props}
+    return {key: model.get_rt_info([SECTION, key]).astype(str) for key in DESCRIBED
+            if model.has_rt_info([SECTION, key])}
+
+
+# ONNX files run by ONNX Runtime.
+
+
+def onnx_runtime(path: Path) -> Runtime:
+    """Runs an ONNX file by ONNX Runtime, on the CPU."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong it raises, too
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run([OUTPUT], {INPUT: images})[0]
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline.cli import RunError
+from pipeline.export.runtimes import NetworkFile
 
 
 class Backend(Protocol):
@@ -41,3 +49,239 @@ def dtype_of(precision: str, device: torch.device, *, is_deep: bool) -> torch.dt
     return torch.float16 if is_half else torch.float32
 
 
+# How much memory is free, and how much a network takes for a pixel: what the size of tiles is chosen from.
+
+
+PROBE_SIDE = 64
+HELD_AT_ONCE = 3
+"""A network holds at most about so many times what its hungriest layer reads and writes. Measured on a CPU: PyTorch 1.3
+to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet, MSRResNet, Compact, RRDBNet)."""
+SHARE = 0.5
+"""Of the free memory, for the network's own use."""
+MAX_ELEMENTS = 2**31 - 1
+"""Of one tensor: 32-bit indices in many GPU kernels."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device now; on a CPU those that the container may still take, if it is in one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_free_in_machine(), _free_in_container())
+
+
+def max_window_pixels(network: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """How many LR pixels the network can take at once, by its largest layer on a small image and the free memory."""
+    return window_pixels(_elements_per_pixel(network, device, dtype), device, dtype)
+
+
+def window_pixels(elements: float, device: torch.device, dtype: torch.dtype) -> int:
+    """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for each of them."""
+    by_memory = SHARE * free_bytes(device) / (elements * dtype.itemsize * HELD_AT_ONCE)
+    return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
+
+
+def _free_in_machine() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def _free_in_container() -> int:
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        cached = [line.split()[1] for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+                  if line.startswith("inactive_file ")]
+        return (int(limit) if limit != "max" else 1 << 62) - used + int(cached[0])
+    except (OSError, ValueError, IndexError):
+        return 1 << 62  # no limit that can be read
+
+
+@torch.inference_mode()
+def _elements_per_pixel(network: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+    """What the layer that reads and writes most reads and writes, in elements for every pixel of the LR image."""
+    largest = 0
+
+    def measure(_: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
+        largest = max(largest, sum(tensor.numel() for tensor in tensors))
+
+    hooks = [module.register_forward_hook(measure) for module in network.modules()]
+    try:
+        network(torch.zeros((1, 3, PROBE_SIDE, PROBE_SIDE), dtype=dtype, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(1, largest / PROBE_SIDE**2)
+
+
+# A network of `pipeline.models` by PyTorch, channels last.
+
+
+DEEP = np.dtype(np.uint16)
+
+
+class TorchBackend:
+    """Any generator, in eval mode.
+
+    Args:
+        network: it stays as it is; copies of it go to the device.
+        device: where it computes.
+        precision: "auto", "fp16" or "fp32"; see `dtype_of`.
+    """
+
+    window = None
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
+        self.scale: int = network.scale
+        self.halo: int = network.receptive_radius
+        self.device = device
+        self.network = network
+        self._precision = precision
+        self._ready: dict[torch.dtype, nn.Module] = {}
+        self._max_pixels: dict[torch.dtype, int] = {}
+
+    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
+        """See `Backend`."""
+        return dtype_of(self._precision, self.device, is_deep=is_deep)
+
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """See `Backend`."""
+        return dtype == torch.float32
+
+    def max_pixels(self, dtype: torch.dtype) -> int:
+        """See `Backend`."""
+        if dtype not in self._max_pixels:
+            self._max_pixels[dtype] = max_window_pixels(self._in(dtype), self.device, dtype)
+        return self._max_pixels[dtype]
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """See `Backend`."""
+        if images.dtype == DEEP:
+            images = images.astype(np.float32) / 65535
+        lr = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
+        lr = lr.contiguous(memory_format=torch.channels_last)
+        # TF32 keeps 11 bits; benchmark mode searches anew for every size of tile.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            return self._in(dtype)(lr)
+
+    def _in(self, dtype: torch.dtype) -> nn.Module:
+        """The network in this precision on the device; made once."""
+        if dtype not in self._ready:
+            network = copy.deepcopy(self.network)
+            self._ready[dtype] = network.to(self.device, dtype, memory_format=torch.channels_last).eval()
+        return self._ready[dtype]
+
+
+# A network in a file, in a runtime that is not PyTorch: images in the layout, type and sizes that it takes.
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file does not always say by itself."""
+
+    scale: int
+    halo: int
+    """How many LR pixels away an output pixel still sees."""
+    layout: str = "nchw"
+    white: int = 1
+    """The value of white: 1 or 255."""
+    multiple: int = 1
+    """Height and width must be a multiple of it."""
+    batch: int | None = None
+    window: tuple[int, int] | None = None
+    """Height and width, of a file that takes one size only."""
+
+
+class FileBackend:
+    """One network in up to two files, of FP32 and of FP16.
+
+    Args:
+        load: gives the file for a precision; called once for each.
+        dtype: the precision for 16-bit pictures (`True`) and for others.
+        exact: the best precision there is.
+        device: where the files run.
+    """
+
+    def __init__(self, load: Callable[[torch.dtype], NetworkFile], facts: Facts, device: torch.device,
+                 dtype: Callable[[bool], torch.dtype], exact: torch.dtype) -> None:
+        self.scale, self.halo, self.window, self.device = facts.scale, facts.halo, facts.window, device
+        self._load, self._facts, self._dtype, self._exact = load, facts, dtype, exact
+        self._files: dict[torch.dtype, NetworkFile] = {}
+        self._max_pixels: dict[torch.dtype, int] = {}
+
+    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
+        """See `Backend`."""
+        return self._dtype(is_deep)
+
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """See `Backend`."""
+        return dtype == self._exact
+
+    def max_pixels(self, dtype: torch.dtype) -> int:
+        """See `Backend`."""
+        if dtype not in self._max_pixels:
+            height, width = self.window or (PROBE_SIDE, PROBE_SIDE)
+            probe = np.zeros((self._facts.batch or 1, height, width, 3), np.uint8)
+            file = self._file(dtype)
+            elements = file.most_elements(fed(probe, self._facts, file.dtype).shape) / (probe.size / 3)
+            self._max_pixels[dtype] = window_pixels(elements, self.device, dtype)
+        return self._max_pixels[dtype]
+
+    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """See `Backend`."""
+        count, height, width, _ = images.shape
+        step = self._facts.batch or count
+        images = _continued(images, self._sizes(height, width), -(-count // step) * step)
+        file = self._file(dtype)
+        pieces = [taken(file(fed(images[start : start + step], self._facts, file.dtype)), self._facts)
+                  for start in range(0, len(images), step)]
+        sr = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
+        if sr.shape != expected:
+            raise RunError(f"the network makes {tuple(sr.shape)} of {images.shape} where {expected} is right")
+        return sr[:count, :, : height * self.scale, : width * self.scale]
+
+    def _sizes(self, height: int, width: int) -> tuple[int, int]:
+        multiple = self._facts.multiple
+        return self.window or (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+
+    def _file(self, dtype: torch.dtype) -> NetworkFile:
+        if dtype not in self._files:
+            self._files[dtype] = self._load(dtype)
+        return self._files[dtype]
+
+
+def fed(images: np.ndarray, facts: Facts, kind: np.dtype) -> np.ndarray:
+    """RGB images (N, height, width, 3), uint8 or uint16, as an input of the type `kind`."""
+    highest = np.iinfo(images.dtype).max
+    if kind == np.uint8:
+        images = images if highest == 255 else ((images + np.uint32(128)) // 257).astype(np.uint8)
+    else:
+        images = (images.astype(np.float32) * np.float32(facts.white / highest)).astype(kind)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if facts.layout == "nchw" else images)
+
+
+def taken(output: np.ndarray, facts: Facts) -> Tensor:
+    """An output as floats (N, 3, height, width), white is 1."""
+    images = torch.from_numpy(output)
+    images = images if facts.layout == "nchw" else images.permute(0, 3, 1, 2)
+    return images / facts.white if facts.white != 1 else images
+
+
+def _continued(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
+    """`count` images of at least that size: mirrored at the bottom and the right, the last one repeated."""
+    below, right = (wanted - side for wanted, side in zip(size, images.shape[1:3], strict=True))
+    if below or right:
+        images = np.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), "reflect")
+    return np.pad(images, ((0, count - len(images)), (0, 0), (0, 0), (0, 0)), "edge") if count > len(images) else images

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cli import RunError, UserError
 from pipeline.export.parity import photographs
 from pipeline.export.runtimes import DESCRIBED, NetworkFile
-from pipeline.inference.file_backend import Facts, fed, taken
+from pipeline.inference.backends import Facts, fed, taken
 from pipeline.inference.tiles import ALIGNMENT
 from pipeline.models import build_generator
 

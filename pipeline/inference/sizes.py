@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cli import UserError
 from pipeline.images import cubic_resize
-from pipeline.inference.memory import free_bytes
+from pipeline.inference.backends import free_bytes
 from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import DEEP, Advance, Upscaler
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from pipeline.cli import RunError, UserError
 from pipeline.export.runtimes import is_out_of_memory
 from pipeline.images import to_bytes
-from pipeline.inference.backends import Backend
-from pipeline.inference.torch_backend import DEEP
+from pipeline.inference.backends import DEEP, Backend
 
 ALIGNMENT = 16
 """Tiles begin at multiples of it, so that the windows of attention lie as in the whole image."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
 from pipeline.losses.perceptual import Lpips, VggFeature
-from pipeline.losses.pixel import Charbonnier, l1, mse
-from pipeline.losses.structure import FourierL1, MsSsim, TotalVariation
+from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
 
 # A function f(sr, hr, **params), or a class that is built with its params and then called with (sr, hr).
 LOSSES: dict[str, Callable[..., Any]] = {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.adversarial_spec import LabelsSpec
+from pipeline.config.specs import LabelsSpec
 
 RELATIVISTIC = ("relativistic_average", "relativistic")
 """Losses in which the generator, too, is judged against real images."""

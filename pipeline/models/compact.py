@@ -58,8 +58,8 @@ class SRVGGNetCompact(nn.Module):
         """He's initial values for PReLU (He et al., ICCV 2015), and an output near the nearest upscale.
 
         With PyTorch's own, as published, each layer shrinks the signal by more than half: after 200 steps on eight
-        crops (tests/test_overfit.py) a network of 16 convolutions stands at 22 dB, with these at 44 to 56, at rates of
-        5e-4 to 2e-3.
+        crops (tests/training/test_overfit.py) a network of 16 convolutions stands at 22 dB, with these at 44 to 56, at
+        rates of 5e-4 to 2e-3.
         """
         convolutions = [layer for layer in self.body if isinstance(layer, nn.Conv2d)]
         for convolution in convolutions:

@@ -24,8 +24,7 @@ from pipeline.config.recipe import Recipe, load_recipe, parse_overrides
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.spandrel import SpandrelNetwork
-from pipeline.models.state_files import SUFFIXES
-from pipeline.models.weights import read_network
+from pipeline.models.weights import SUFFIXES, read_network
 from pipeline.run_folder import run_network_file
 
 LARGEST_PROBE = 1024

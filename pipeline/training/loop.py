@@ -12,21 +12,18 @@ from torch import Tensor
 from pipeline.checkpoint import checkpoint
 from pipeline.checkpoint.checkpoint import SaveError
 from pipeline.cli import RunError
-from pipeline.comms import read_comms
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
-from pipeline.distributed.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals
-from pipeline.engine.engine import observe, step_was_skipped
+from pipeline.distributed.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals, Watchdog
+from pipeline.engine.deepspeed_engine import read_comms
+from pipeline.engine.engine import gradients_of_update, observe, step_was_skipped
 from pipeline.files import short
-from pipeline.gradients import gradients_of_update
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
-from pipeline.skips import SkippedFiles
-from pipeline.training.meter import Meter
+from pipeline.training.meter import Meter, SkippedFiles
 from pipeline.training.reporting import Reporter, text_of
 from pipeline.training.setup import Run
 from pipeline.training.validation import Scores, is_better
-from pipeline.watchdog import Watchdog
 
 
 class Training:

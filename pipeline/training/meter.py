@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loader import Loader
+from pipeline.data.source import Skip
 from pipeline.distributed.ranks import Ranks
 from pipeline.monitor.journal import duration
-from pipeline.outcome import Outcome
+from pipeline.training.trainers import Outcome
 
 BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
 SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
@@ -119,3 +120,28 @@ class Meter:
         self._sums, self._counts = {}, Counter()
         self._began, self._waited, self._step, self._worst_wait = now, loader.waited_seconds, step, 0.0
         return reading
+
+
+# Files that training passed over because they are bad: counted over all ranks, named once.
+
+
+NUM_NAMED = 20  # bad files named in a report
+
+
+class SkippedFiles:
+    """What all ranks have passed over in this process, the same on every rank."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        """Path -> why it cannot be trained on."""
+
+    def add(self, skips: Iterable[Skip]) -> tuple[dict[str, int], str]:
+        """Count what all ranks have skipped since the last time: numbers for the log, and a line for people."""
+        skips = list(skips)
+        new = {skip.path: skip.reason for skip in skips if skip.path not in self.reasons}
+        self.reasons |= new
+        samples = len({skip.sample for skip in skips})  # what stands in may have been bad, too
+        named = "".join(f"\n  {path}: {reason}" for path, reason in list(new.items())[:NUM_NAMED])
+        return ({"samples": samples, "bad_files": len(self.reasons)},
+                f"samples replaced since the last report, for files that are bad: {samples}; such files so far: "
+                f"{len(self.reasons)}{named}")

@@ -23,10 +23,17 @@ from pipeline.config.recipe import Recipe, recipe_differences, recipe_of
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.distributed.ranks import Ranks
-from pipeline.engine.engine import build_engine, build_optimizer, compile_module, resolve_ds_config, why_not_compiled
+from pipeline.engine.engine import (
+    LAYOUTS,
+    build_engine,
+    build_optimizer,
+    compile_module,
+    faster_layout,
+    resolve_ds_config,
+    why_not_compiled,
+)
 from pipeline.engine.schedules import validate_schedule
 from pipeline.files import short
-from pipeline.layout import LAYOUTS, faster_layout
 from pipeline.losses import Criterion
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
@@ -37,11 +44,10 @@ from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
 from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
-from pipeline.trainers.adversarial import AdversarialTrainer
 from pipeline.training.options import Plan
 from pipeline.training.previews import SAMPLES_DIR, read_samples
 from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
-from pipeline.training.trainers import ReconstructionTrainer
+from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import Pair, ValidationSet
 
 

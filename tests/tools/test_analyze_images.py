@@ -12,7 +12,7 @@ from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograp
 from PIL import Image
 
 from tools import analyze_images
-from tools.common.level_statistics import histograms, moments, percentile
+from tools.analyze_images import histograms, moments, percentile
 
 
 def corpus() -> dict[str, np.ndarray]:

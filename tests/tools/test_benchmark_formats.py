@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, stamped_tree, write_files
 
-from tools.common import format_measuring
-from tools.common.format_measuring import LoaderSettings, Meter, Sample
-from tools.common.image_formats import FORMATS, encode
+from tools import benchmark_formats
+from tools.benchmark_formats import LoaderSettings, Meter, Sample
+from tools.images import FORMATS, encode
 
 FAST = ("--seconds", 0, "--skip-loader")
 
@@ -72,17 +72,17 @@ def test_the_loader_counts_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def pipeline(source: object, index: int, **settings: object) -> Pipeline:
         assert (source.crop, source.position.micro_batch, index) == (32, 5, 0)
-        assert settings == {"device_id": None, "threads": 2, "prefetch": format_measuring.PREFETCH}
+        assert settings == {"device_id": None, "threads": 2, "prefetch": benchmark_formats.PREFETCH}
         return Pipeline()
 
     clock = iter(np.arange(0, 100, 0.5))
     monkeypatch.setattr(reader, "training_pipeline", pipeline)
-    monkeypatch.setattr(format_measuring.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(format_measuring.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(benchmark_formats.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(benchmark_formats.time, "process_time", lambda: 0.0)
     (tmp_path / "a.npy").write_bytes(npy(photograph(40, 40)))
     meter = Meter(Sample([tmp_path / "a.npy"], [photograph(40, 40)]), tmp_path, 2, 2.0, LoaderSettings(32, 5, None))
     speed = meter._loader_speed([tmp_path / "a.npy"])
-    measured = len(seen) - format_measuring.WARM_UP - format_measuring.PREFETCH
+    measured = len(seen) - benchmark_formats.WARM_UP - benchmark_formats.PREFETCH
     assert measured == 4  # the clock goes half a second on with every look at it
     assert speed.wall == pytest.approx(measured * 5 / 2.5)
 
@@ -112,7 +112,7 @@ def test_a_format_that_changes_a_pixel_is_no_measurement(tmp_path: Path, monkeyp
     image = photograph(40, 40)
     meter = Meter(Sample([tmp_path / "a.npy"], [image]), tmp_path, 1, 0, None)
     meter.format("png")
-    monkeypatch.setattr(format_measuring, "encode", lambda pixels, form: encode(pixels ^ 1, form))
+    monkeypatch.setattr(benchmark_formats, "encode", lambda pixels, form: encode(pixels ^ 1, form))
     with pytest.raises(RunError, match="same pixels"):
         meter.format("png")
 

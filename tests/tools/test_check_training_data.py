@@ -30,8 +30,8 @@ from dataset_corpus import (
 from PIL import Image, PngImagePlugin
 
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
-from tools.common.dataset_files import parse_reject
 from tools.common.image_headers import BadImageError, read_header
+from tools.crops.cutting import parse_reject
 from tools.dataset.cleaning import Cleaner
 from tools.dataset.judging import DaliDecoder, Judgement, Verdict
 from tools.images import decode_plain

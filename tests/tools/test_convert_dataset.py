@@ -32,8 +32,8 @@ from dataset_corpus import (
 from PIL import Image
 
 from pipeline.data.image_files import read_file_list
-from tools.common.image_formats import decode_file, encode
 from tools.crops.manifest import CropRecord, format_lines, iterate_lines
+from tools.images import decode_file, encode
 
 
 def record(path: str, pixels: np.ndarray, size: int, **more: object) -> CropRecord:

@@ -23,9 +23,8 @@ from PIL import Image
 
 from pipeline.cli import run as run_command
 from pipeline.metrics.psnr_ssim import measure
-from tools.common.comparison_images import psnr_y
 from tools.compare.boxes import COLOURS, Box, differing_boxes, parse_boxes
-from tools.compare.figure import Style, annotated, magnified
+from tools.compare.figure import Style, annotated, magnified, psnr_y
 from tools.crop_compare import Options, main
 
 HEIGHT, WIDTH = 96, 160

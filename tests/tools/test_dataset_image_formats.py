@@ -14,9 +14,9 @@ from PIL import Image
 
 from fabricate import shared
 from pipeline.data.image_files import BadNpyError
-from tools.common.image_formats import FORMATS, WEBP_MAX_SIDE, decode, decode_file, encode
 from tools.common.image_headers import BadImageError, read_header
 from tools.common.image_streams import check_complete
+from tools.images import FORMATS, WEBP_MAX_SIDE, decode, decode_file, encode
 
 
 def contents() -> dict[str, np.ndarray]:

@@ -31,8 +31,8 @@ from dataset_corpus import (
 from PIL import Image
 
 from pipeline.data.image_files import npy_layout
-from tools.common.image_formats import encode
 from tools.crops.grid import halved
+from tools.images import encode
 
 
 @pytest.fixture(scope="module")

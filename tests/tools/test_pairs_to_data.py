@@ -16,8 +16,8 @@ from fabricate import shared
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list
 from pipeline.data.pair_matching import Pair, match_pairs
-from tools.common.pair_fitting import correlation, has_swapped_colors, shift
 from tools.crops.leakage import BenchmarkIndex
+from tools.pairs_to_data import correlation, has_swapped_colors, shift
 
 SCALE = 4
 

@@ -30,10 +30,9 @@ from pipeline.cli import UserError
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import parse_overrides, read_recipe
 from pipeline.training.options import TrainOptions, make_plans, overrides_last
-from tools.common.search_best import write_best
 from tools.search import trial as trial_module
 from tools.search.report import importances, short_names, trial_table
-from tools.search.run import Budget, Machine, Search, Target
+from tools.search.run import Budget, Machine, Search, Target, write_best
 from tools.search.space import override, read_space, space_of
 from tools.search.study import StudyFolder, next_trial, open_study, pruner_of, read_study
 from tools.search.trial import LogTail, TrialRun

@@ -22,9 +22,8 @@ from pipeline.config.recipe import write_recipe
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
 from pipeline.training.options import TrainOptions, make_plan
-from tools.common import batch_sheet
-from tools.common.batch_sheet import GAP, Pair, describe, side_by_side
-from tools.show_batch import Options, main, make_pairs, positionals_last
+from tools import show_batch
+from tools.show_batch import GAP, Options, Pair, describe, main, make_pairs, positionals_last, side_by_side
 
 CROP = 32
 SMALL = "data.crop=32"
@@ -123,7 +122,7 @@ def test_single_samples_are_large_and_replay_exactly(data: Path) -> None:
 
 def test_words_and_json_tell_what_was_drawn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(batch_sheet, "_write", lambda draw, left, top, lines, letters: written.extend(lines))
+    monkeypatch.setattr(show_batch, "_write", lambda draw, left, top, lines, letters: written.extend(lines))
     done = show(data, "--sample", 4, "--sample", 11, "--json", *DEGRADED)
     assert done.returncode == 0
     assert "samples 4, 11" in done.stderr

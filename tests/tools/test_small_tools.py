@@ -16,7 +16,7 @@ import pytest
 from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree, write_files
 
 from tools import monitor_folder
-from tools.common.image_formats import decode_file
+from tools.images import decode_file
 from tools.make_test_images import KINDS, make_image
 from tools.monitor_folder import Sample, line, measure
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from pipeline.cli import UserError
-from tools.common.image_formats import encode
 from tools.common.image_headers import ImageHeader, read_header
 from tools.common.image_streams import check_file_size
 from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
@@ -21,7 +21,7 @@ from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import shown
-from tools.images import check_megapixels, decode_photo, decoder_name
+from tools.images import check_megapixels, decode_photo, decoder_name, encode
 
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 
@@ -264,3 +264,43 @@ def remove_crops(folder: Path) -> None:
     for entry in list(os.scandir(folder)):
         if _OURS.fullmatch(entry.name):
             os.unlink(entry.path)
+
+
+# The files beside the crops of a dataset: what they are called, and the lines of rejects.jsonl.
+
+
+SETTINGS = "dataset.json"
+REJECTS = "rejects.jsonl"
+# Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
+# that is damage, may be mended.
+FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
+
+
+def reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
+    values = {"photo": unit.photo, "folder": unit.folder, **asdict(reject), "photo_bytes": unit.bytes,
+              "photo_mtime_ns": unit.mtime_ns, "whole": is_whole}
+    return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False) + "\n"
+
+
+def parse_reject(line: bytes | str) -> dict | None:
+    """A line of rejects.jsonl, or `None` where it is torn or foreign."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    needed = {"photo": str, "folder": str, "gate": str, "reason": str, "photo_bytes": int, "photo_mtime_ns": int,
+              "whole": bool}
+    is_ours = isinstance(values, dict) and all(type(values.get(name)) is kind for name, kind in needed.items())
+    return values if is_ours else None
+
+
+def reject_groups(lines: Iterable[bytes]) -> Iterator[tuple[str, list[dict]]]:
+    """The rejects of each unit, in their order in the file."""
+    group: list[dict] = []
+    for values in filter(None, map(parse_reject, lines)):
+        if group and values["folder"] != group[0]["folder"]:
+            yield group[0]["folder"], group
+            group = []
+        group.append(values)
+    if group:
+        yield group[0]["folder"], group

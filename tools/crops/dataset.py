@@ -6,6 +6,8 @@ import fcntl
 import filecmp
 import json
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +16,84 @@ from typing import IO
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
-from tools.common.crop_report import Totals
-from tools.common.dataset_files import FINAL_GATES, REJECTS, SETTINGS, parse_reject, reject_groups, reject_line
-from tools.crops.cutting import CropSettings, CutPicture, Reject, Unit, discard
+from tools.crops.cutting import (
+    FINAL_GATES,
+    REJECTS,
+    SETTINGS,
+    CropSettings,
+    CutPicture,
+    Reject,
+    Unit,
+    discard,
+    parse_reject,
+    reject_groups,
+    reject_line,
+    shown,
+)
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
 from tools.parallel import ordered_map, progress, quiet_libraries
+
+# What a run of a cutting tool did, and how it is said.
+
+
+NUM_SHOWN = 20
+
+
+@dataclass
+class Totals:
+    """What a run did, for its report."""
+
+    units: int = 0
+    already: int = 0
+    crops: int = 0
+    pixels: int = 0
+    bad: int = 0  # units that could not be decoded or read, in part or as a whole
+    rejects: Counter[str] = field(default_factory=Counter)
+    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
+    reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    num_reasons: int = 0
+
+    def count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
+        """Take in what became of a unit."""
+        self.crops += crops
+        self.units += crops > 0
+        self.bad += any(reject.gate not in FINAL_GATES for reject in rejects)
+        for reject in rejects:
+            self.rejects[reject.gate] += 1
+            if reject.top is not None:
+                continue
+            self.num_reasons += 1
+            reasons = self.reasons[reject.gate in FINAL_GATES]
+            if len(reasons) < NUM_SHOWN:
+                at = f" at {reject.time:.3f} s" if reject.time is not None else ""
+                reasons.append(f"{shown(unit.photo)}{at}: {reject.reason}")
+
+
+class Clock:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def report(self, totals: Totals, out: Path, name: str) -> None:
+        """Say what was done, how fast, and what was turned away."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
+              "already")
+        if totals.crops:
+            megapixels = totals.pixels / 1e6
+            print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
+                  f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
+        if totals.rejects:
+            print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
+                  f"{out / REJECTS} says what and why")
+        for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
+            print(f"rejected {line}")
+        if totals.num_reasons > NUM_SHOWN:
+            print(f"... and {totals.num_reasons - NUM_SHOWN} more in {out / REJECTS}")
+
 
 # A change of what the same settings produce must raise this, so that one dataset never holds both.
 LAYOUT_VERSION = 2

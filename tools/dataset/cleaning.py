@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE
-from tools.common.dataset_files import REJECTS, SETTINGS, parse_reject, reject_line
-from tools.crops.cutting import Reject, Unit
+from tools.crops.cutting import REJECTS, SETTINGS, Reject, Unit, parse_reject, reject_line
 from tools.crops.manifest import CropRecord, ManifestIndex, iterate_lines
 from tools.dataset.judging import Judgement
 

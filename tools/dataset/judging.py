@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
+import filecmp
 import hashlib
 import os
+import posixpath
+import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +19,11 @@ import numpy as np
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
 from tools.common.image_streams import check_complete, check_file_size
+from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
-from tools.crops.manifest import CropRecord, ManifestIndex
+from tools.crops.manifest import CropRecord, DatasetHash, ManifestIndex, iterate_records
 from tools.crops.quality import file_gates, is_flat, is_soft
+from tools.files import shown
 from tools.images import check_megapixels, decode_photo, decode_plain
 
 
@@ -229,3 +234,135 @@ class _GateError(Exception):
 def _check_pixels(record: CropRecord, pixels: bytes | np.ndarray) -> None:
     if hashlib.sha256(pixels).hexdigest() != record.sha256:
         raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")
+
+
+# Copies within a dataset: files that are the same as an earlier one, or nearly so.
+
+
+class Twins:
+    """Takes the judgements on all files of a dataset, in order, and finds the good ones that repeat an earlier one.
+
+    Files are remembered by their number in that order, not by name, so that millions need little memory.
+    """
+
+    def __init__(self, root: Path, max_distance: int) -> None:
+        """`max_distance` is of perceptual hashes, in bits: up to it two images count as the same."""
+        self._root = root
+        self._hashes = NearDuplicates(max_distance)
+        self._count = 0
+        self._found: list[tuple[Judgement, int]] = []
+
+    def is_twin(self, judgement: Judgement) -> bool:
+        """Whether an earlier file shows the same; every judgement must be asked for, in order."""
+        number, self._count = self._count, self._count + 1
+        if judgement.verdict is not Verdict.GOOD or not judgement.perceptual_hash:
+            return False
+        earlier = self._hashes.add(number, bytes.fromhex(judgement.perceptual_hash))
+        if earlier is None:
+            return False
+        self._found.append((judgement, int(earlier)))
+        return True
+
+    def verdicts(self, names: Iterable[str]) -> tuple[list[Judgement], list[Judgement]]:
+        """(Judgements on the twins, judgements on earlier files that were called good and are not).
+
+        The latter are links to a twin: the file stays, not the link. `names` are those of all files, in the same order
+        as before.
+        """
+        wanted = {earlier for _, earlier in self._found}
+        named = {number: name for number, name in enumerate(names) if number in wanted} if wanted else {}
+        targets: dict[int, str] = {}  # the file that stays in place of an earlier link to it
+        for judgement, earlier in self._found:
+            if earlier not in targets and self._is_link_to(named[earlier], judgement.path):
+                targets[earlier] = judgement.path
+        twins, links = [], []
+        for judgement, earlier in self._found:
+            if targets.get(earlier) == judgement.path:
+                twins.append(judgement)
+                links.append(self._verdict(replace(judgement, path=named[earlier], bytes=0), judgement.path))
+            else:
+                twins.append(self._verdict(judgement, targets.get(earlier, named[earlier])))
+        return twins, links
+
+    def _is_link_to(self, name: str, other: str) -> bool:
+        """Whether `name` is a symbolic link that leads to the file `other`, and that one is none."""
+        try:
+            return ((self._root / name).is_symlink() and not (self._root / other).is_symlink()
+                    and os.path.samefile(self._root / name, self._root / other))
+        except OSError:  # one of them went while we looked
+            return False
+
+    def _verdict(self, judgement: Judgement, earlier: str) -> Judgement:
+        path, other = self._root / judgement.path, self._root / earlier
+        what, gate = "nearly the same image as", "near-duplicate"
+        try:
+            if os.path.samefile(path, other):
+                what, gate = ("a link to" if path.is_symlink() or other.is_symlink() else "a hard link of"), "duplicate"
+            elif filecmp.cmp(path, other, shallow=False):
+                what, gate = "the same file as", "duplicate"
+        except OSError:  # one of them went while we looked
+            pass
+        return replace(judgement, verdict=Verdict.BAD, gate=gate, reason=f"{what} {shown(earlier)} (--keep-duplicates)")
+
+
+# The other side of HR and LR crops: neither can be trained on without it.
+
+
+_SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
+
+
+def other_sides(root: Path, crops: ManifestIndex, manifests: Iterable[str], names: Collection[str]) -> dict[str, str]:
+    """Other side -> name, for those of `names` (relative to `root`) that are a side of a pair.
+
+    The manifests tell; of crops that no manifest knows, the names (`x1_000_000_lr4.npy` beside `x1_000_000.npy`). Only
+    files that are there.
+    """
+    sides: dict[str, str] = {}
+    lr_names: set[str] = set()
+    listings: dict[str, list[str]] = {}
+    for name in names:
+        record = crops.get(name)
+        if record is None:
+            sides |= dict.fromkeys(_sides_by_name(root, name, listings), name)
+        elif record.lr:
+            sides[record.lr] = name
+        elif record.role == "lr":
+            lr_names.add(name)
+    if lr_names:
+        sides |= {record.path: record.lr for record in iterate_records(root, manifests) if record.lr in lr_names}
+    return {other: name for other, name in sides.items() if os.path.lexists(root / other)}
+
+
+def _sides_by_name(root: Path, name: str, listings: dict[str, list[str]]) -> list[str]:
+    """The files beside `name` that are the other side of it; `listings` remembers folders that were looked into."""
+    folder, base = posixpath.split(name)
+    side = _SIDE.fullmatch(base)
+    if side is None:
+        return []
+    if side[2]:
+        return [posixpath.join(folder, f"{side[1]}{side[3]}")]
+    if folder not in listings:
+        listings[folder] = [entry for entry in os.listdir(root / folder) if "_lr" in entry]
+    lr = re.compile(rf"{re.escape(side[1])}_lr\d+{re.escape(side[3])}")
+    return [posixpath.join(folder, entry) for entry in listings[folder] if lr.fullmatch(entry)]
+
+
+# What a check of a dataset found.
+
+
+@dataclass
+class Outcome:
+    """What a check found, good files only as numbers: a dataset may have millions."""
+
+    good: int = 0
+    bytes: int = 0
+    seconds: float = 0
+    bad: list[Judgement] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    recorded: DatasetHash = field(default_factory=DatasetHash)  # of the good files that a manifest knows
+
+    def take_back(self, judgement: Judgement, sha256: str) -> None:
+        """What was counted as good is not: somebody must count it anew."""
+        self.good -= 1
+        if sha256:
+            self.recorded.remove(judgement.path, sha256)

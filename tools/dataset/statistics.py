@@ -9,10 +9,9 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
-from tools.common.dataset_files import REJECTS, shown
-from tools.common.dataset_lists import hash_of_lists, read_list
+from tools.crops.cutting import REJECTS, shown
 from tools.crops.manifest import DatasetHash
-from tools.dataset.rejects import Rejects, read_quarantine, read_rejects
+from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
 from tools.dataset.sampling import Tally, path_key
 from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, Samples, Source
 from tools.files import IMAGES, Kind, links_note, scan

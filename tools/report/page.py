@@ -10,10 +10,9 @@ from pathlib import Path
 import jinja2
 
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
-from tools.common.dataset_files import shown
-from tools.common.dataset_lists import FileList
+from tools.crops.cutting import shown
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
-from tools.dataset.rejects import MEANINGS, Rejects
+from tools.dataset.rejects import MEANINGS, FileList, Rejects
 from tools.dataset.sampling import Histogram, Tally
 from tools.dataset.sources import Source, new_histograms
 from tools.dataset.statistics import Statistics, tally, total, warnings

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.cli import UserError
-from tools.common.image_formats import decode_file
 from tools.common.image_headers import BadImageError
 from tools.crops.quality import crop_gates, picture_gates
 from tools.dataset.sources import SampledImage
+from tools.images import decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 SIDE = 176  # pixels of a small copy's longer side, and of a part that is shown pixel for pixel

@@ -18,9 +18,8 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from tools.common.video_picture import square_size
 from tools.video.choice import FrameChooser, Sampling, thumbnail
-from tools.video.probe import BadVideoError, Segment, VideoInfo, open_video, read_packets
+from tools.video.probe import BadVideoError, Segment, VideoInfo, open_video, read_packets, square_size
 
 # No video has more; a hostile file could hold millions of frames, a byte each
 MAX_FRAMES_A_SECOND = 1000

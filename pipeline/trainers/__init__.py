@@ -1,1 +1,0 @@
-"""Ways of training: each turns micro-batches into updates of its engines."""

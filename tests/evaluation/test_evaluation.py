@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
+from pipeline.cli import UserError
+from pipeline.evaluation import (
+    Evaluation,
+    ImageScore,
+    as_json,
+    evaluate,
+    find_pairs,
+    format_table,
+    scoring,
+    upscale,
+    write_picture,
+)
+from pipeline.evaluation.scoring import DRIFTS
+from pipeline.image_reading import read_image
+from pipeline.images import cubic_resize, to_bytes
+from pipeline.metrics.lpips import LpipsMetric
+from pipeline.metrics.psnr_ssim import METRICS, measure
+from pipeline.models.vapsr import VapSR
+from pipeline.models.weights import read_network, write_network
+
+
+def evaluate_py(*arguments, cwd):
+    return subprocess.run([sys.executable, str(CHECKOUT / "evaluate.py"), *map(str, arguments)], cwd=cwd, timeout=120,
+                          capture_output=True, text=True)
+
+
+def names(pairs):
+    return [(pair.name, pair.hr.name, pair.lr and pair.lr.name) for pair in pairs]
+
+
+def test_pairs_side_by_side(tmp_path):
+    image = picture(8, 8)
+    write_images(tmp_path, dict.fromkeys(("b_HR.png", "b_LR.png", "a_HR.png", "a_LR.png", "a_other.png"), image))
+    assert names(find_pairs(tmp_path, None, 2)) == [("a", "a_HR.png", "a_LR.png"), ("b", "b_HR.png", "b_LR.png")]
+    (tmp_path / "b_LR.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 HR images in .* no LR image beside them, the first being 'b_HR.png'"):
+        find_pairs(tmp_path, None, 2)
+    (tmp_path / "a_LR.png").unlink()
+    assert names(find_pairs(tmp_path, None, 2)) == [("a", "a_HR.png", None), ("b", "b_HR.png", None)]
+
+
+@pytest.mark.parametrize("lr_name", ["a.png", "a.jpg", "ax3.png", "a_x3.png", "aX3.png", "a_LR.png"])
+def test_pairs_in_two_folders(tmp_path, lr_name):
+    hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9), "b.png": picture(9, 9)})
+    lr = write_images(tmp_path / "lr", {lr_name: picture(3, 3), "b.png": picture(3, 3), "c.png": picture(3, 3)})
+    assert names(find_pairs(hr, lr, 3)) == [("a", "a.png", lr_name), ("b", "b.png", "b.png")]
+
+
+def test_what_does_not_pair_is_named(tmp_path):
+    hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9)})
+    lr = write_images(tmp_path / "lr", {"ax2.png": picture(3, 3)})
+    with pytest.raises(UserError, match=r"1 of 1 HR images have no LR image in .*, the first being 'a.png' \(looked"):
+        find_pairs(hr, lr, 3)
+    write_images(hr, {"a.bmp": picture(9, 9)})
+    with pytest.raises(UserError, match=r"holds both 'a.bmp' and 'a.png'"):
+        find_pairs(hr, None, 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no HR images"):
+        find_pairs(tmp_path / "empty", None, 3)
+    with pytest.raises(UserError, match="no folder of LR images"):
+        find_pairs(lr, tmp_path / "nowhere", 3)
+
+
+def test_sizes_must_agree_and_odd_ones_are_cut(tmp_path):
+    folder = write_images(tmp_path, {"a_HR.png": picture(13, 18), "a_LR.png": picture(6, 9)})
+    hr, lr = find_pairs(folder, None, 2)[0].load(2)
+    assert (tuple(hr.shape), tuple(lr.shape)) == ((1, 3, 12, 18), (1, 3, 6, 9))
+    with pytest.raises(UserError, match=r"a_LR.png' is 9x6 .* 3 its HR image must be 27x18, but .*a_HR.png' is 18x12"):
+        find_pairs(folder, None, 3)[0].load(3)
+
+
+def test_a_missing_lr_image_is_the_bicubic_one_rounded(tmp_path):
+    pixels = picture(25, 31)
+    hr, lr = find_pairs(write_images(tmp_path, {"a.png": pixels}), None, 3)[0].load(3)
+    cut = torch.from_numpy(pixels[:24, :30].copy()).permute(2, 0, 1)[None]
+    assert torch.equal(hr, cut)
+    assert torch.equal(lr, to_bytes(cubic_resize(cut / 255, (8, 10))))
+
+
+def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
+    pixels = picture(12, 10)
+    gray = pixels[..., 0]
+    gray16 = (gray.astype(int) * 257 + 128 * (gray < 255)).astype(np.uint16)  # just nearer to `gray` than to the next
+    expected_gray = np.repeat(gray[..., None], 3, axis=2)
+    alpha = np.concatenate([pixels, np.full_like(pixels[..., :1], 7)], axis=2)
+    palette = Image.fromarray(pixels).quantize(16)
+    images = {
+        "gray.png": (Image.fromarray(gray), expected_gray),
+        "gray16.png": (Image.fromarray(gray16), expected_gray),
+        "alpha.png": (Image.fromarray(alpha), pixels),
+        "palette.png": (palette, np.asarray(palette.convert("RGB"))),
+        "bits.png": (Image.fromarray(gray > 127), expected_gray // 128 * 255),
+    }
+    for name, (image, expected) in images.items():
+        image.save(tmp_path / name)
+        found = read_image(tmp_path / name)
+        assert found.dtype == torch.uint8
+        np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected, err_msg=name)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "alpha.png").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut.png' cannot be read"):
+        read_image(tmp_path / "cut.png")
+
+
+def test_evaluate_measures_the_network_and_bicubic(tmp_path):
+    folder = write_images(tmp_path, {"a.png": picture(40, 48, 1), "b.png": picture(50, 33, 2)})
+    network = tiny_network(scale=2).train()
+    pairs = find_pairs(folder, None, 2)
+    shown = []
+    result = evaluate(network, pairs, 2, "cpu", visit=shown.append)
+    assert network.training
+    network.eval()
+    for pair, image, compared in zip(pairs, result.images, shown, strict=True):
+        hr, lr = pair.load(2)
+        with torch.inference_mode():
+            sr = to_bytes(network(lr))
+        bicubic = to_bytes(cubic_resize(lr / 255, tuple(hr.shape[-2:])))
+        assert image.name == pair.name
+        drift = (bicubic[..., 2:-2, 2:-2].double() - hr[..., 2:-2, 2:-2]).mean(dim=(0, 2, 3)).tolist()
+        assert image.bicubic == {**measure(bicubic, hr, 2), **dict(zip(DRIFTS, drift, strict=True))}
+        assert {name: image.model[name] for name in METRICS} == pytest.approx(
+            measure(sr, hr, 2), abs=1e-3)  # layouts round differently
+        assert torch.equal(compared.hr, hr)
+        assert torch.equal(compared.bicubic, bicubic)
+        assert (compared.sr.int() - sr.int()).abs().max() <= 1
+    for metric in (*METRICS, *DRIFTS):
+        assert result.model[metric] == pytest.approx(np.mean([image.model[metric] for image in result.images]))
+        assert result.bicubic[metric] == pytest.approx(np.mean([image.bicubic[metric] for image in result.images]))
+    assert result.gain == pytest.approx(result.model["psnr_y"] - result.bicubic["psnr_y"])
+
+
+def test_an_untrained_residual_network_gains_nothing(tmp_path):
+    folder = write_images(tmp_path, {"a.png": picture(64, 64)})
+    network = VapSR(scale=2, num_blocks=1, global_residual="bicubic")
+    assert abs(evaluate(network, find_pairs(folder, None, 2), 2, "cpu").gain) < 0.02  # their borders differ a little
+
+
+def test_too_small_images_and_none_are_refused(tmp_path):
+    folder = write_images(tmp_path, {"a.png": picture(12, 40)})
+    with pytest.raises(UserError, match=r"a.png': an image of 12x40 .* smaller than SSIM's 11x11 window"):
+        evaluate(tiny_network(), find_pairs(folder, None, 2), 2, "cpu")
+    with pytest.raises(UserError, match="no images to evaluate on"):
+        evaluate(tiny_network(), [], 2, "cpu")
+
+
+@pytest.mark.parametrize("residual", ["none", "bicubic"])
+def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
+    network = tiny_network(scale=2, global_residual=residual)
+    lr = torch.from_numpy(picture(90, 131)).permute(2, 0, 1)[None]
+    whole = upscale(network, lr, 2, "cpu")
+    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 70 * 70)
+    pieces = []
+    original = scoring._upscale_piece
+    monkeypatch.setattr(scoring, "_upscale_piece", lambda *args: pieces.append(args[1].shape) or original(*args))
+    tiled = upscale(network, lr, 2, "cpu")
+    assert len(pieces) > 4
+    assert max(shape[-2] * shape[-1] for shape in pieces) <= 70 * 70
+    differences = (tiled.int() - whole.int()).abs()
+    assert differences.max() <= 1  # rounding of sums in another order
+    assert (differences > 0).float().mean() < 1e-3
+
+
+def scores(value):
+    return dict.fromkeys((*METRICS, *DRIFTS), value)
+
+
+def test_the_table_says_what_was_measured():
+    result = Evaluation(3, [ImageScore("a", scores(32.0), scores(30.0)),
+                            ImageScore("long_name", scores(33.0), scores(32.5))])
+    lines = format_table(result).splitlines()
+    assert lines[0].split() == ["image", "PSNR-Y", "bicubic", "PSNR-Y", "model", "gain", "SSIM-Y", "bicubic", "SSIM-Y",
+                                "model"]
+    assert lines[2].split() == ["a", "30.000", "32.000", "+2.000", "30.0000", "32.0000"]
+    assert lines[5].split() == ["mean", "31.250", "32.500", "+1.250", "31.2500", "32.5000"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert "BT.601 luma rounded to uint8, as in the papers; 3 pixels cut from every border" in lines[7]
+    assert re.search(r"Y not rounded, as in BasicSR +bicubic 31\.250 dB", lines[9])
+    assert re.search(r"RGB +bicubic 31\.250 dB", lines[10])
+
+
+def test_json_has_null_for_infinity():
+    report = as_json(Evaluation(2, [ImageScore("a", scores(math.inf), scores(30.0))]), {"file": "x"})
+    assert json.loads(json.dumps(report, allow_nan=False))["mean"]["model"]["psnr_y"] is None
+    assert report["images"][0]["bicubic"] == scores(30.0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 20), (24, 24), (1000, 700)])
+def test_pictures_of_any_shape(tmp_path, height, width):
+    folder = write_images(tmp_path / "hr", {"a_very_long_name_that_does_not_fit_below_a_column_of_the_sheet.png":
+                                            picture(height, width)})
+    written = []
+    network = VapSR(scale=2, num_features=4, num_attention_features=4, num_blocks=1)
+    evaluate(network, find_pairs(folder, None, 2), 2, "cpu",
+             visit=lambda compared: written.append(write_picture(compared, tmp_path / "out", "model")))
+    with Image.open(written[0]) as sheet:
+        assert sheet.width == 3 * 448 + 4 * 16
+        assert np.asarray(sheet).std() > 20
+
+
+def test_the_magnified_square_is_where_bicubic_fails(tmp_path):
+    pixels = np.full((256, 256, 3), 128, dtype=np.uint8)
+    pixels[128:240, 112:224] = np.where(np.indices((112, 112)).sum(0) % 2, 255, 0)[..., None]
+    write_images(tmp_path / "hr", {"a.png": pixels})
+    written = []
+    evaluate(tiny_network(), find_pairs(tmp_path / "hr", None, 2), 2, "cpu",
+             visit=lambda compared: written.append(write_picture(compared, tmp_path / "out", "model")))
+    sheet = np.asarray(Image.open(written[0]))
+    magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][:448, :448]  # the lower panel of the HR column
+    np.testing.assert_array_equal(magnified[::4, ::4], pixels[126:238, 112:224])
+
+
+def test_the_command_on_the_newest_run(tmp_path):
+    run = make_run(tmp_path / "runs", "demo", best=100)
+    hr = write_images(tmp_path / "hr", {"a.png": picture(40, 48, 1), "b.png": picture(50, 33, 2)})
+    done = evaluate_py("--hr", hr, "--scale", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # under two seconds: no progress bar
+    file = run / "checkpoints" / "step-00000100" / "generator_ema.safetensors"
+    report = json.loads((tmp_path / "results" / "demo" / "evaluation.json").read_text())
+    assert report["model"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert report["model"]["metadata"] == {"recipe": "demo", "step": "100"}
+    assert (report["scale"], report["data"]["lr_made_by"]) == (2, "bicubic")
+    assert {path.name for path in (tmp_path / "results" / "demo").iterdir()} == {
+        "a.png", "b.png", "evaluation.csv", "evaluation.json", "evaluation.md"}
+    result = evaluate(read_network(file).build(), find_pairs(hr, None, 2), 2, "cpu")
+    assert report["mean"]["model"] == pytest.approx(result.model, abs=1e-3)
+    assert report["mean"]["bicubic"] == pytest.approx(result.bicubic)
+    assert re.search(rf"^mean +{result.bicubic['psnr_y']:.3f} ", done.stdout, flags=re.MULTILINE)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    hr = write_images(tmp_path / "hr", {"a.png": picture(40, 48)})
+    write_network(tmp_path / "x3.pth", tiny_saved(scale=3))
+    (tmp_path / "file").write_text("")
+    cases = {
+        "no run with a checkpoint in 'runs'; train one first": ("--hr", hr),
+        "--scale 2 contradicts the model, which is x3": ("--hr", hr, "--model", "x3.pth", "--scale", 2),
+        "no folder of HR images 'nowhere'": ("--hr", "nowhere", "--model", "x3.pth"),
+        "no device 'abacus' here": ("--hr", hr, "--model", "x3.pth", "--device", "abacus"),
+        "cannot make the folder 'file": ("--hr", hr, "--model", "x3.pth", "--out", "file/deeper"),
+    }
+    for message, arguments in cases.items():
+        done = evaluate_py(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+
+
+def test_lpips_and_colour_drift_are_measured(tmp_path):
+    trunk = str(shared("weights/lpips_alex_trunk.pth"))
+    hr = picture(64, 64)
+    write_images(tmp_path / "hr", {"a.png": hr})
+    metric = LpipsMetric("alex", trunk)
+    redder = ReddishTwin()
+    result = evaluate(redder, find_pairs(tmp_path / "hr", None, 2), 2, "cpu", metric)
+    lr = find_pairs(tmp_path / "hr", None, 2)[0].load(2)[1]
+    sr, original = to_bytes(redder(lr)), torch.from_numpy(hr).permute(2, 0, 1)[None]
+    assert result.model["lpips"] == pytest.approx(metric(sr[..., 2:-2, 2:-2], original[..., 2:-2, 2:-2])[0], abs=1e-6)
+    assert result.model["drift_red"] - result.bicubic["drift_red"] > 5
+    assert abs(result.model["drift_blue"] - result.bicubic["drift_blue"]) < 1
+    table = format_table(result)
+    assert f"bicubic {result.bicubic['lpips']:.4f}   model {result.model['lpips']:.4f}" in table
+    write_network(tmp_path / "a.pth", tiny_saved(scale=2))
+    done = evaluate_py("--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "without --lpips; say --lpips alex, squeeze or vgg" in done.stderr
+
+
+class ReddishTwin(torch.nn.Module):
+    """The nearest upscale, with ten levels more of red."""
+
+    def forward(self, lr):
+        return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255 + torch.tensor([10 / 255, 0, 0]).view(3, 1, 1)
+
+
+def test_set5_x4_gives_the_published_numbers():
+    folder = shared("data/set5/x4")
+    network = read_network(shared("weights/VapSR_X4.pth"), "params_ema").build()
+    result = evaluate(network, find_pairs(folder, None, 4), 4, "cpu")
+    assert len(result.images) == 5
+    assert result.bicubic["psnr_y"] == pytest.approx(28.4189, abs=0.005)
+    assert result.bicubic["ssim_y"] == pytest.approx(0.81021, abs=0.0002)
+    assert result.bicubic["psnr_y_float"] == pytest.approx(28.4318, abs=0.005)
+    assert result.bicubic["ssim_y_float"] == pytest.approx(0.81126, abs=0.0002)
+    assert result.model["psnr_y"] == pytest.approx(32.380, abs=0.005)
+    assert result.model["psnr_y_float"] == pytest.approx(32.402, abs=0.005)
+    assert result.model["ssim_y"] == pytest.approx(0.8963, abs=0.0002)
+    assert result.model["ssim_y_float"] == pytest.approx(0.8974, abs=0.0002)
