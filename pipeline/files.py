@@ -32,7 +32,7 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """A path as a person would write it."""
     for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
         with contextlib.suppress(ValueError):

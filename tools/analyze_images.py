@@ -26,7 +26,7 @@ from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
 from pipeline.files import write_atomically
 from tools.common.image_headers import BadImageError
-from tools.files import walk
+from tools.files import printable, walk
 from tools.images import MAX_MEGAPIXELS, decode_file, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -196,7 +196,7 @@ def main(options: Options) -> int:
             if image.reason:
                 failed += 1
                 if failed <= NUM_SHOWN:
-                    print(f"could not be read: {_shown(image.name)}: {image.reason}")
+                    print(f"could not be read: {printable(image.name)}: {image.reason}")
             else:
                 analysis.add(image)
             bar.update()
@@ -262,8 +262,8 @@ def _print(numbers: dict, seconds: float, failed: int) -> None:
     print(f"\nin [0, 1]: mean {[round(row['mean_01'], 6) for row in channels.values()]}, "
           f"std {[round(row['std_01'], 6) for row in channels.values()]}")
     print(f"mean luma {numbers['mean_luma']:.2f}, of the images {numbers['darkest']['mean_luma']:.2f} "
-          f"({_shown(numbers['darkest']['name'])}) to {numbers['brightest']['mean_luma']:.2f} "
-          f"({_shown(numbers['brightest']['name'])})")
+          f"({printable(numbers['darkest']['name'])}) to {numbers['brightest']['mean_luma']:.2f} "
+          f"({printable(numbers['brightest']['name'])})")
 
 
 def _write_json(path: Path, numbers: dict[str, object]) -> None:
@@ -272,11 +272,6 @@ def _write_json(path: Path, numbers: dict[str, object]) -> None:
             "utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}; choose another file") from error
-
-
-def _shown(name: str) -> str:
-    """A file name that any terminal can show."""
-    return name if name.isprintable() else ascii(name)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tools.crops.manifest import ManifestIndex
 from tools.crops.options import GateOptions, open_benchmark
 from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
 from tools.dataset.judging import Judge, Judgement, Outcome, Rules, Twins, Verdict, other_sides
-from tools.files import IMAGES, Kind, links_note, scan, shown
+from tools.files import IMAGES, Kind, links_note, printable, scan
 from tools.images import prepare_decoders
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
@@ -181,7 +181,7 @@ def _take_in(outcome: Outcome, judgement: Judgement, bar: tqdm) -> None:
         outcome.bad.append(judgement)
     else:
         outcome.unreadable.append(judgement.path)
-    bar.write(f"{judgement.verdict.value}: {shown(judgement.path)}: {judgement.reason}", file=sys.stdout)
+    bar.write(f"{judgement.verdict.value}: {printable(judgement.path)}: {judgement.reason}", file=sys.stdout)
 
 
 def _sha256(crops: ManifestIndex, name: str) -> str:
@@ -197,10 +197,10 @@ def _add_other_sides(root: Path, survey: Survey, crops: ManifestIndex, outcome: 
     for path, bad_side in sorted(sides.items()):
         if path in passed or not survey.has_looked_at(path):
             continue
-        side = Judgement(path, Verdict.BAD, f"the other side of its pair is bad: {shown(bad_side)}", gate="pair")
+        side = Judgement(path, Verdict.BAD, f"the other side of its pair is bad: {printable(bad_side)}", gate="pair")
         outcome.take_back(side, _sha256(crops, path))
         outcome.bad.append(side)
-        print(f"bad: {shown(path)}: {side.reason}")
+        print(f"bad: {printable(path)}: {side.reason}")
         if bad_side in made_again:
             made_again.add(path)
     return made_again
@@ -216,7 +216,7 @@ def _summarize(survey: Survey, outcome: Outcome) -> None:
         counts = Counter(judgement.gate for judgement in outcome.bad)
         print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
     if survey.linked_folders:
-        print(f"links to folders were not followed: {', '.join(map(shown, survey.linked_folders))}")
+        print(f"links to folders were not followed: {', '.join(map(printable, survey.linked_folders))}")
     if outcome.recorded.count:
         print(f"hash of the {outcome.recorded.count} good images that manifests know (the same on every node): "
               f"{outcome.recorded.hexdigest()}")
@@ -232,7 +232,7 @@ def _refuse_too_many(bad: int, total: int, force: bool) -> None:
 def _say_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -> None:
     """What was taken away, and how to go on."""
     for path, reason in cleaner.failed:
-        print(f"could not be {'deleted' if delete else 'moved'}: {shown(path)}: {reason}")
+        print(f"could not be {'deleted' if delete else 'moved'}: {printable(path)}: {reason}")
     if delete:
         print(f"deleted {cleaner.taken} files")
     else:

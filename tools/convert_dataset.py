@@ -36,10 +36,10 @@ from pipeline.data.image_files import (
 )
 from pipeline.files import flush, write_atomically
 from tools.common.image_headers import BadImageError
-from tools.crops.cutting import REJECTS, SETTINGS, shown
+from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
-from tools.files import IMAGES, Files, scan, walk
+from tools.files import IMAGES, Files, printable, scan, walk
 from tools.images import MAX_MEGAPIXELS, decode, decode_file, is_stored_as, parallel_encoder, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -358,8 +358,8 @@ def _refuse_collisions(names: list[str], form: str) -> None:
     for name in names:
         other = seen.setdefault(converted_name(name, form), name)
         if other is not name:
-            raise UserError(f"{shown(other)} and {shown(name)} would both become {shown(converted_name(name, form))}; "
-                            "rename or move one of them; nothing was written")
+            raise UserError(f"{printable(other)} and {printable(name)} would both become "
+                            f"{printable(converted_name(name, form))}; rename or move one of them; nothing was written")
 
 
 @contextmanager
@@ -412,7 +412,7 @@ def _convert_all(converter: Converter, names: list[str], threads: int) -> Totals
             if result.reason:
                 totals.failed += 1
                 if totals.failed <= NUM_SHOWN:
-                    print(f"not converted: {shown(result.name)}: {result.reason}")
+                    print(f"not converted: {printable(result.name)}: {result.reason}")
             else:
                 totals.files += result.is_new
                 totals.already += not result.is_new
@@ -444,7 +444,7 @@ def _report(totals: Totals, files: Files, out: Path, wall: float, cpu: float) ->
         print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
               f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second")
     if files.linked_folders:
-        print(f"links to folders were not followed: {', '.join(map(shown, files.linked_folders))}")
+        print(f"links to folders were not followed: {', '.join(map(printable, files.linked_folders))}")
 
 
 def _report_surplus(sources: list[str], out: Path, form: str) -> None:
@@ -455,7 +455,7 @@ def _report_surplus(sources: list[str], out: Path, form: str) -> None:
         if kind in IMAGES and name.endswith(f".{form}") and name not in expected:
             count += 1
             if count <= NUM_SHOWN:
-                print(f"no source any more: {shown(name)}")
+                print(f"no source any more: {printable(name)}")
     if count > NUM_SHOWN:
         print(f"... and {count - NUM_SHOWN} more without a source")
     if count:

@@ -125,7 +125,7 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file name that any terminal and any UTF-8 file can hold."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8") if name.isprintable() else ascii(name)
 

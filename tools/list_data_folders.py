@@ -10,10 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import run
-from tools.crops.cutting import shown
 from tools.dataset.sampling import Tally
 from tools.dataset.sources import Source
 from tools.dataset.statistics import Statistics, gather, tally, total, warnings
+from tools.files import printable
 
 _HEAD = ("source", "made by", "photos", "images", "by scale", "pixels a side", "GB", "format", "rejected", "training",
          "validation", "hash")
@@ -56,7 +56,7 @@ def _line(source: Source) -> tuple[str, ...]:
     """The cells of a source; "-": not known, or no such thing."""
     rejects = str(source.rejects.total) if source.is_recorded else "-"
     digest = source.hash.hexdigest()[:12] if source.is_recorded else "-"
-    return (shown(source.folder), shown(source.tool), str(source.photos.photographs), str(source.images),
+    return (printable(source.folder), printable(source.tool), str(source.photos.photographs), str(source.images),
             _kinds(source.scales, numeric=True), source.sides, f"{source.bytes / 1e9:.3f}", _names(source.formats),
             rejects, str(source.training), str(source.validation), digest)
 
@@ -81,7 +81,7 @@ def _kinds(counts: Tally, numeric: bool = False) -> str:
 
 
 def _names(counts: Tally) -> str:
-    return "+".join(shown(kind) for kind, _ in counts.by_count()[:_NUM_KINDS]) or "-"
+    return "+".join(printable(kind) for kind, _ in counts.by_count()[:_NUM_KINDS]) or "-"
 
 
 def _table(lines: list[tuple[str, ...]]) -> str:
@@ -93,10 +93,10 @@ def _table(lines: list[tuple[str, ...]]) -> str:
 
 def _sentences(statistics: Statistics) -> list[str]:
     """The hashes, and what a person should look at."""
-    sentences = [f"{source.lr_images} LR images belong to the images of {shown(source.folder)}"
+    sentences = [f"{source.lr_images} LR images belong to the images of {printable(source.folder)}"
                  for source in statistics.sources if source.lr_images]
     if statistics.linked_folders:
-        sentences.append(f"links to folders were not followed: {', '.join(map(shown, statistics.linked_folders))}")
+        sentences.append(f"links to folders were not followed: {', '.join(map(printable, statistics.linked_folders))}")
     if statistics.quarantine.total:
         sentences.append(f"{statistics.quarantine.total} files lie in quarantine; they do not count")
     sentences += [f"warning: {warning}" for warning in warnings(statistics)]

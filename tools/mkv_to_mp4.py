@@ -17,7 +17,7 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition, Stream
 
 from pipeline.cli import UserError, run
-from tools.crops.cutting import shown
+from tools.files import printable
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
@@ -62,7 +62,7 @@ def main(options: Options) -> int:
           f"{len(failed)} left out")
     for outcome in outcomes:
         if outcome.problem or outcome.left_behind:
-            print(f"{shown(str(outcome.path))}: {outcome.problem or outcome.left_behind}")
+            print(f"{printable(str(outcome.path))}: {outcome.problem or outcome.left_behind}")
     return 1 if failed else 0
 
 

@@ -42,7 +42,7 @@ from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.options import CropOptions, open_benchmark
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
-from tools.files import shown, walk
+from tools.files import printable, walk
 from tools.images import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
 from tools.parallel import thread_count
 
@@ -160,7 +160,7 @@ def main(options: Options) -> int:
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
     clock.report(dataset.totals, out, "pairs")
     for name in lonely[:20]:
-        print(f"no partner: {shown(name)}")
+        print(f"no partner: {printable(name)}")
     if lonely:
         print(f"{len(lonely)} files have no partner of their name and were left out")
     return 1 if dataset.totals.bad or lonely or dataset.is_empty else 0
@@ -315,7 +315,7 @@ def _decode(path: Path, max_megapixels: float) -> Picture:
             check_megapixels(header, max_megapixels)
             return read_picture(file, header)
         except BadImageError as error:
-            raise BadImageError(f"{shown(path.name)}: {error}") from None
+            raise BadImageError(f"{printable(path.name)}: {error}") from None
 
 
 if __name__ == "__main__":

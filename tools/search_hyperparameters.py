@@ -19,7 +19,7 @@ from launch import environment
 from pipeline.cli import UserError, run
 from pipeline.config.ds_config import batch_sizes, ds_differences
 from pipeline.config.recipe import parse_overrides, recipe_differences, recipe_of
-from pipeline.files import short, write_atomically
+from pipeline.files import short_path, write_atomically
 from pipeline.run_folder import RUNS_DIR
 from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
 from tools.search import report
@@ -106,7 +106,7 @@ def main(options: Options) -> int:
         _check_values(target, machine)  # before anything is made or moved
     with folder.entered(reset=options.reset) as kept:
         if kept:
-            print(f"the old study is kept in {short(kept)}")
+            print(f"the old study is kept in {short_path(kept)}")
         direction = "maximize" if options.metric == "psnr" else "minimize"
         study = open_study(folder, direction, pruner_of(options.pruner, options.steps, budget.prune_after))
         with folder.alone():
@@ -235,10 +235,10 @@ def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
         print(report.importance_lines(shares))
     with contextlib.suppress(OSError):
         write_atomically(folder.path / PICTURE_FILE, report.draw(study, space, metric))
-        print(f"\npicture: {short(folder.path / PICTURE_FILE)}")
+        print(f"\npicture: {short_path(folder.path / PICTURE_FILE)}")
     best = folder.path / "best.yaml"
     if best.is_file():
-        print(f"train the best for as long as its recipe says: ./launch_local_train.sh --recipe {short(best)}")
+        print(f"train the best for as long as its recipe says: ./launch_local_train.sh --recipe {short_path(best)}")
 
 
 if __name__ == "__main__":

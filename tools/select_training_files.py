@@ -24,7 +24,7 @@ from pipeline.data.image_files import (
 )
 from tools.common.image_headers import BadImageError, read_header
 from tools.crops.manifest import iterate_records
-from tools.files import shown, walk
+from tools.files import printable, walk
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _without_strays(images: list[str], photo_of: Mapping[str, str], manifests: I
         known = set(kept)
         stray = next(name for name in images if name not in known)
         print(f"left out {len(images) - len(kept)} files that the manifest of their folder does not name, such as "
-              f"{shown(stray)}: the tool that made them was stopped; run it again")
+              f"{printable(stray)}: the tool that made them was stopped; run it again")
     return kept
 
 

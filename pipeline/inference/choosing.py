@@ -23,7 +23,7 @@ from pipeline.distributed.launcher import Place, gpu_of
 from pipeline.export.onnx_file import Form, convert, quiet
 from pipeline.export.parity import LIMITS, SIZES, Check, checks, compare, photographs
 from pipeline.export.runtimes import RUNTIMES, NetworkFile, RuntimeKind, usable_threads
-from pipeline.files import short, write_atomically
+from pipeline.files import short_path, write_atomically
 from pipeline.inference.backends import Backend, Facts, FileBackend, TorchBackend, dtype_of
 from pipeline.inference.file_facts import facts_of
 from pipeline.models.weights import SavedNetwork, read_network
@@ -321,7 +321,7 @@ def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence
 
 
 def _announce(chosen: Model, kinds: Sequence[RuntimeKind]) -> None:
-    print(f"converting {short(chosen.file)} for {_titles(kinds)}, comparing and timing it against PyTorch ...",
+    print(f"converting {short_path(chosen.file)} for {_titles(kinds)}, comparing and timing it against PyTorch ...",
           flush=True)
 
 
@@ -331,7 +331,7 @@ def _titles(kinds: Sequence[RuntimeKind]) -> str:
 
 def _converted(conversion: Conversion, kind: RuntimeKind, chosen: Model, why: str) -> Chosen:
     backend = conversion.backend(kind)
-    folder = short(cache_folder())
+    folder = short_path(cache_folder())
     where = f"kept in {folder}" if conversion.is_kept else f"for this time only: {folder} cannot be written"
     return Chosen(chosen.file, f"{chosen.saved.name} x{backend.scale}", backend,
                   f"{conversion.device} by {conversion.title(kind)} (converted, {where}{why})")

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.checkpoint.random_states import random_states, restore_random_states
 from pipeline.cli import UserError
-from pipeline.files import short
+from pipeline.files import short_path
 
 WANDB_DIR = "wandb"
 ID_FILE = "run_id"
@@ -82,7 +82,7 @@ class WandbTracker:
         if self._run is None:
             return "W&B: not used"
         if self._mode != "online":
-            return f"W&B: {short(self._folder)} ({self._why})"
+            return f"W&B: {short_path(self._folder)} ({self._why})"
         return f"W&B: {self._run.url}"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,9 +114,9 @@ class WandbTracker:
         thread.start()
         thread.join(FINISH_SECONDS + 10)
         if self._mode == "offline":
-            self._warn(f"W&B: this is not sent yet; `wandb login` and `wandb sync {short(folder)}` send it")
+            self._warn(f"W&B: this is not sent yet; `wandb login` and `wandb sync {short_path(folder)}` send it")
         elif self._mode == "online" and not ended.is_set():
-            self._warn(f"warning: W&B: not all could be sent in time; `wandb sync {short(folder)}` sends the rest")
+            self._warn(f"warning: W&B: not all could be sent in time; `wandb sync {short_path(folder)}` sends the rest")
 
     def _log(self, step: int, values: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]) -> None:
         if self._run is None:

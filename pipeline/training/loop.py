@@ -17,7 +17,7 @@ from pipeline.data.source import Skip, refuse_too_many
 from pipeline.distributed.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals, Watchdog
 from pipeline.engine.deepspeed_engine import read_comms
 from pipeline.engine.engine import gradients_of_update, observe, step_was_skipped
-from pipeline.files import short
+from pipeline.files import short_path
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
 from pipeline.training.meter import Meter, SkippedFiles
@@ -107,7 +107,7 @@ class Training:
             self.reporter.show_samples()
         best = text_of(Scores(progress.best_psnr or math.nan, progress.best_lpips))
         self.console.say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best {best} at "
-                         f"step {progress.best_step}; run folder {short(self.plan.run_dir)}")
+                         f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}")
         return 0
 
     def _foretell(self, step: int) -> None:

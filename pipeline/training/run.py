@@ -19,7 +19,7 @@ from pipeline.cli import RunError, UserError
 from pipeline.distributed.launcher import GUARDED, find_place
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
-from pipeline.files import short
+from pipeline.files import short_path
 from pipeline.monitor.console import Console
 from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import run_lock
@@ -176,4 +176,4 @@ def _take_run_folder(plan: Plan, ranks: Ranks, console: Console, stack: contextl
     stack.enter_context(run_lock(plan.home, console.say))
     kept = move_aside(plan) if plan.reset else None
     if kept:
-        console.say(f"the old run is kept in {short(kept)}")
+        console.say(f"the old run is kept in {short_path(kept)}")

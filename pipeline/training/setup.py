@@ -33,7 +33,7 @@ from pipeline.engine.engine import (
     why_not_compiled,
 )
 from pipeline.engine.schedules import validate_schedule
-from pipeline.files import short
+from pipeline.files import short_path
 from pipeline.losses import Criterion
 from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
@@ -132,7 +132,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
                 "are the same, sums are rounded differently")
     if began != newest and began is not None:
         say(f"note: stage {recipe.stage} began with step {began} of the stage before, which has step {newest} now; to "
-            f"begin it anew, move {short(plan.run_dir)} away")
+            f"begin it anew, move {short_path(plan.run_dir)} away")
     identity["began_with_step"] = began
     micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
                                                             "gradient_accumulation_steps"))
@@ -277,7 +277,7 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
         + (f", network interface {ranks.interface}" if ranks.interface else ""),
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
         f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "
-        f"validation files in {', '.join(short(folder.root) for folder in plan.dataset.folders)}; run folder "
-        f"{short(plan.run_dir)}",
+        f"validation files in {', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
+        f"{short_path(plan.run_dir)}",
     ]
     return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]

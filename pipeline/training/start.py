@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.checkpoint.engine_state import read_module
 from pipeline.cli import UserError
-from pipeline.files import short
+from pipeline.files import short_path
 from pipeline.models import GENERATORS
 from pipeline.models.weights import read_network
 from pipeline.run_folder import Step, checkpoint_dir, checkpoint_steps, choose_step, newest_stage, run_network_file
@@ -49,7 +49,7 @@ def begin_with(generator: nn.Module, plan: Plan) -> str:
     of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
     other = _other_params(name, saved.params, recipe.generator.params)
     note = f"; note: trained with {', '.join(other)}" if other else ""
-    return f"beginning with the weights of {short(file)}{of}{note}"
+    return f"beginning with the weights of {short_path(file)}{of}{note}"
 
 
 def begin_discriminator(network: nn.Module, start: str, plan: Plan) -> str:
@@ -61,15 +61,15 @@ def begin_discriminator(network: nn.Module, start: str, plan: Plan) -> str:
     try:
         found = read_module(checkpoint_folder, "discriminator")
     except OSError as error:
-        raise UserError(f"adversarial.start: {short(checkpoint_folder)} holds no discriminator; name the folder of a "
-                        "GAN's run, or leave it out") from error
+        raise UserError(f"adversarial.start: {short_path(checkpoint_folder)} holds no discriminator; name the folder "
+                        "of a GAN's run, or leave it out") from error
     own = network.state_dict()
     tensors = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
     if not any(name in tensors for name, _ in network.named_parameters()):
-        raise UserError(f"adversarial.start: the discriminator in {short(checkpoint_folder)} is another one; leave "
-                        "it out, or choose that one with adversarial.discriminator")
+        raise UserError(f"adversarial.start: the discriminator in {short_path(checkpoint_folder)} is another one; "
+                        "leave it out, or choose that one with adversarial.discriminator")
     network.load_state_dict({**own, **tensors})
-    return f"its discriminator begins with {len(tensors)} of {len(own)} tensors of {short(checkpoint_folder)}"
+    return f"its discriminator begins with {len(tensors)} of {len(own)} tensors of {short_path(checkpoint_folder)}"
 
 
 def _other_params(name: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:

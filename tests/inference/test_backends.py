@@ -172,7 +172,7 @@ def test_much_work_is_worth_a_conversion_which_measures_both(work, alone, expect
         monkeypatch.setattr(choosing, name, 0)
     found, told = upscaled(capsys, work, tmp_path / "out")
     assert_near(found, expected)
-    assert told.startswith(f"converting {choosing.short(work / 'tiny.safetensors')} for OpenVINO and ONNX Runtime, ")
+    assert told.startswith(f"converting {choosing.short_path(work / 'tiny.safetensors')} for OpenVINO and ONNX Runtime")
     verdicts = [conversion_of(work).verdict(kind) for kind in RUNTIMES.values()]
     assert all(not verdict.reason and 0.02 < verdict.share < 50 for verdict in verdicts)
     shares = {kind.title: verdict.share for kind, verdict in zip(RUNTIMES.values(), verdicts, strict=True)}

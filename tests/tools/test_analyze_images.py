@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, write_files
 from PIL import Image
 
+from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, write_files
 from tools import analyze_images
 from tools.analyze_images import histograms, moments, percentile
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from dataset_corpus import CHECKOUT, UNGATED, encoded, npy, photograph, run_tool, tree, write_files
 
 SIZE = 48

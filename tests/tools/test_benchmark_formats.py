@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, stamped_tree, write_files
 
+from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from tools import benchmark_formats
 from tools.benchmark_formats import LoaderSettings, Meter, Sample
 from tools.images import FORMATS, encode

@@ -12,6 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
+
 from dataset_corpus import (
     UNGATED,
     assert_user_error,
@@ -27,8 +29,6 @@ from dataset_corpus import (
     tree,
     write_files,
 )
-from PIL import Image, PngImagePlugin
-
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
 from tools.common.image_headers import BadImageError, read_header
 from tools.crops.cutting import parse_reject

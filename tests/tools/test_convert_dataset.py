@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -29,8 +31,6 @@ from dataset_corpus import (
     tree,
     write_files,
 )
-from PIL import Image
-
 from pipeline.data.image_files import read_file_list
 from tools.crops.manifest import CropRecord, format_lines, iterate_lines
 from tools.images import decode_file, encode

@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from dataset_corpus import CHECKOUT, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
 from PIL import Image
 
+from dataset_corpus import CHECKOUT, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
 from pipeline.cli import run as run_command
 from pipeline.metrics.psnr_ssim import measure
 from tools.compare.boxes import COLOURS, Box, differing_boxes, parse_boxes

@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from dataset_corpus import bad_files, bad_npy_files, deep_png, encoded, exif, good_files, photograph
 from PIL import Image
 
+from dataset_corpus import bad_files, bad_npy_files, deep_png, encoded, exif, good_files, photograph
 from fabricate import shared
 from pipeline.data.image_files import BadNpyError
 from tools.common.image_headers import BadImageError, read_header

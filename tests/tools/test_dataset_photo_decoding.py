@@ -9,9 +9,9 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from dataset_corpus import bad_files, deep_png, encoded, exif, good_files, photograph
 from PIL import Image, ImageOps
 
+from dataset_corpus import bad_files, deep_png, encoded, exif, good_files, photograph
 from tools import images
 from tools.common.image_headers import BadImageError, ImageHeader, read_header
 from tools.images import check_megapixels, decode_photo, prepare_decoders

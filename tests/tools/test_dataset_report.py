@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import UNGATED, assert_user_error, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from PIL import Image
 
+from dataset_corpus import UNGATED, assert_user_error, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST
 from tools.crops.manifest import CropRecord, dataset_hash, format_lines, iterate_records
 from tools.crops.quality import crop_gates, picture_gates

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from dataset_corpus import (
     CHECKOUT,
     assert_user_error,
@@ -28,8 +30,6 @@ from dataset_corpus import (
     tree,
     write_files,
 )
-from PIL import Image
-
 from pipeline.cli import UserError
 from tools.crops.grid import halved
 from tools.imagenet_to_data import Options, main

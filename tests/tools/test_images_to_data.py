@@ -15,6 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -28,8 +30,6 @@ from dataset_corpus import (
     tree,
     write_files,
 )
-from PIL import Image
-
 from pipeline.data.image_files import npy_layout
 from tools.crops.grid import halved
 from tools.images import encode

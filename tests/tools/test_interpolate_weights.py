@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from dataset_corpus import run_tool
 
+from dataset_corpus import run_tool
 from fabricate import TINY, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.models.weights import SavedNetwork, read_network, write_network

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -22,7 +23,6 @@ from dataset_corpus import (
     stamped_tree,
     write_files,
 )
-
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
 from tools.crops.manifest import CropRecord, dataset_hash, format_lines, iterate_records
 

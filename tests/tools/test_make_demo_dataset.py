@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import assert_user_error, run_tool, stamped_tree
 from PIL import Image
 
+from dataset_corpus import assert_user_error, run_tool, stamped_tree
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, npy_layout, read_file_list
 from tools import make_demo_dataset as demo

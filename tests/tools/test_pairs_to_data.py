@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
 from dataset_corpus import UNGATED, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
 from dataset_photographs import blurred, photographs, recompressed
-
 from fabricate import shared
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import assert_user_error
 from PIL import Image
 
+from dataset_corpus import assert_user_error
 from pipeline.cli import run as run_command
 from tools.plot_run import PANELS, Options, draw, find_logs, main, moving_mean, points, read_log
 

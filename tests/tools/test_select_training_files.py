@@ -7,10 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
-from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
 from tools.crops.manifest import CropRecord, format_lines

@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, write_files
 from PIL import Image
 
+from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, write_files
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import write_recipe
 from pipeline.data.reader import training_pipeline

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree, write_files
 
+from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree, write_files
 from tools import monitor_folder
 from tools.images import decode_file
 from tools.make_test_images import KINDS, make_image

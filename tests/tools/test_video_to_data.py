@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree
-from video_corpus import H264, H265, MOVING, TESTSRC, VP9, ffmpeg, from_pixels, pan, still
 
+from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree
 from tools.crops.grid import halved
 from tools.video.choice import Sampling
 from tools.video.frames import Tally, sample_frames, segment_frames
 from tools.video.probe import Segment, open_video, probe, segments
+from video_corpus import H264, H265, MOVING, TESTSRC, VP9, ffmpeg, from_pixels, pan, still
 
 GATES_OFF = ["--min-sharpness", 0, "--min-gradient", 0, "--keep-duplicates"]
 SMALL = ["--size", 96, *GATES_OFF]

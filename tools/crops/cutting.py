@@ -20,7 +20,7 @@ from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
-from tools.files import shown
+from tools.files import printable
 from tools.images import check_megapixels, decode_photo, decoder_name, encode
 
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
@@ -133,7 +133,7 @@ def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what:
 def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
     """Why a picture or a crop that the network will be measured with is not written."""
     name = benchmark.find(pixels) if benchmark else None
-    return Reject("leak", f"near-identical to the benchmark image {shown(name)} (--against)") if name else None
+    return Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)") if name else None
 
 
 def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:

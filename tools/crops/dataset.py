@@ -28,11 +28,11 @@ from tools.crops.cutting import (
     parse_reject,
     reject_groups,
     reject_line,
-    shown,
 )
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
+from tools.files import printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 # What a run of a cutting tool did, and how it is said.
@@ -68,7 +68,7 @@ class Totals:
             reasons = self.reasons[reject.gate in FINAL_GATES]
             if len(reasons) < NUM_SHOWN:
                 at = f" at {reject.time:.3f} s" if reject.time is not None else ""
-                reasons.append(f"{shown(unit.photo)}{at}: {reject.reason}")
+                reasons.append(f"{printable(unit.photo)}{at}: {reject.reason}")
 
 
 class Clock:

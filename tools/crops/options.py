@@ -14,7 +14,7 @@ from tools.crops.cutting import CropSettings
 from tools.crops.duplicates import MAX_DISTANCE
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
-from tools.files import shown, walk
+from tools.files import printable, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ def open_benchmark(folders: tuple[str, ...]) -> BenchmarkIndex | None:
         return None
     index = BenchmarkIndex([Path(folder) for folder in folders])
     if index.skipped:
-        raise UserError(f"--against: {shown(index.skipped[0])}: {len(index.skipped)} benchmark images cannot be read, "
-                        "so what leaks from them would not be seen; mend them or take them away")
+        raise UserError(f"--against: {printable(index.skipped[0])}: {len(index.skipped)} benchmark images cannot be "
+                        "read, so that leaks from them would not be seen; repair or remove them")
     return index
 
 

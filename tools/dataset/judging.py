@@ -23,7 +23,7 @@ from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord, DatasetHash, ManifestIndex, iterate_records
 from tools.crops.quality import file_gates, is_flat, is_soft
-from tools.files import shown
+from tools.files import printable
 from tools.images import check_megapixels, decode_photo, decode_plain
 
 
@@ -302,7 +302,8 @@ class Twins:
                 what, gate = "the same file as", "duplicate"
         except OSError:  # one of them went while we looked
             pass
-        return replace(judgement, verdict=Verdict.BAD, gate=gate, reason=f"{what} {shown(earlier)} (--keep-duplicates)")
+        return replace(judgement, verdict=Verdict.BAD, gate=gate,
+                       reason=f"{what} {printable(earlier)} (--keep-duplicates)")
 
 
 # The other side of HR and LR crops: neither can be trained on without it.

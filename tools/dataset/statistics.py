@@ -9,12 +9,12 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
-from tools.crops.cutting import REJECTS, shown
+from tools.crops.cutting import REJECTS
 from tools.crops.manifest import DatasetHash
 from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
 from tools.dataset.sampling import Tally, path_key
 from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, Samples, Source
-from tools.files import IMAGES, Kind, links_note, scan
+from tools.files import IMAGES, Kind, links_note, printable, scan
 from tools.parallel import progress
 
 
@@ -169,7 +169,7 @@ def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
 
 def warnings(statistics: Statistics) -> list[str]:
     """What will go wrong in training, or go unused: a line each."""
-    lines = [f"{shown(source.folder)}: {source.missing} of its files are not there; the tool that made them "
+    lines = [f"{printable(source.folder)}: {source.missing} of its files are not there; the tool that made them "
              "makes them again" for source in statistics.recorded if source.missing]
     lists = statistics.lists
     if lists.training is None or lists.validation is None:
@@ -177,7 +177,7 @@ def warnings(statistics: Statistics) -> list[str]:
                  if names is None]
         return [*lines, f"no {' and no '.join(names)}; write both with "
                         f"`python tools/select_training_files.py --data-dir {statistics.root}`"]
-    lines += [f"{shown(source.folder)}: {source.unlisted} of its {source.images} images stand in neither list"
+    lines += [f"{printable(source.folder)}: {source.unlisted} of its {source.images} images stand in neither list"
               for source in statistics.sources if source.unlisted]
     for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
         if len(names.keys) > names.found:

@@ -10,12 +10,12 @@ from pathlib import Path
 import jinja2
 
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
-from tools.crops.cutting import shown
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
 from tools.dataset.rejects import MEANINGS, FileList, Rejects
 from tools.dataset.sampling import Histogram, Tally
 from tools.dataset.sources import Source, new_histograms
 from tools.dataset.statistics import Statistics, tally, total, warnings
+from tools.files import printable
 from tools.report import charts, tiles
 from tools.report.charts import GATES, gate_chart, photos_chart
 from tools.report.tiles import Tile
@@ -60,7 +60,7 @@ def _printable(value: object) -> object:
     """What others named, made printable: every expression of the template goes through here, and is then escaped."""
     if not isinstance(value, str) or hasattr(value, "__html__") or value.startswith("data:image/"):
         return value
-    return shown(value if len(value) <= _MAX_CHARACTERS else f"{value[:_MAX_CHARACTERS]}...")
+    return printable(value if len(value) <= _MAX_CHARACTERS else f"{value[:_MAX_CHARACTERS]}...")
 
 
 def _geometry() -> dict[str, object]:
@@ -104,7 +104,7 @@ def _imbalance(statistics: Statistics) -> list[str]:
     crops, photographs = total(statistics.recorded, "images"), total(statistics.recorded, "photographs")
     if photographs < _MANY_PHOTOS:
         return []
-    return [f"{shown(name)} alone gave {count / crops:.0%} of the crops" for count, name in _largest(statistics)
+    return [f"{printable(name)} alone gave {count / crops:.0%} of the crops" for count, name in _largest(statistics)
             if count > _DOMINANT_PHOTO * crops]
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError
 from pipeline.config.recipe import ROOT
-from pipeline.files import short, write_atomically
+from pipeline.files import short_path, write_atomically
 from pipeline.training.options import Plan, TrainOptions, make_plans
 from tools.search.report import TITLES, ranked, score_text, short_names
 from tools.search.space import Space, override
@@ -271,7 +271,7 @@ class Search:
                 self._study.tell(number, state=TrialState.FAIL)
                 if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
                     self._failures.append(reason)
-                text = f"failed: {reason} (all of it: {short(run.folder / OUTPUT_FILE)})"
+                text = f"failed: {reason} (all of it: {short_path(run.folder / OUTPUT_FILE)})"
         self._finished_here += 1
         self._say(bar, f"trial {number}: {text}; {self._left()}")
         with self._folder.alone():
