@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.cluster.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfile, world_size
-from launch.cluster.job import Job, Launcher, check_launcher, choose_port
+from launch.cluster.job import Job, Launcher, answering, check_launcher, choose_port, share_batch, wait_for_all
 from launch.cluster.supervisor import Failure, Supervisor
 from launch.doctor import diagnose
 from launch.doctor.prediction import count_parameters, step_seconds_of
@@ -235,11 +235,11 @@ def _for_me_alone(path: str, flags: int) -> int:
 def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int) -> Job:
     """The job as it is started again: on all hosts once they are back, or on those that answer."""
     if not elastic:
-        job.wait_for_all(slots, RETURN_SECONDS, say)
+        wait_for_all(slots, RETURN_SECONDS, say)
         return job
-    left = job.answering(slots)
+    left = answering(slots)
     total = math.gcd(*(plan.ds_config["train_batch_size"] for plan in plans))  # of all stages
-    used, micro = job.share_batch(left, total, micro_batch)
+    used, micro = share_batch(left, total, micro_batch)
     gone = [host for host in slots if host not in used]
     if gone:
         say(f"going on without {', '.join(gone)}")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import environment
 from launch.cluster import messages
 from launch.cluster.hostfile import PORTS, Slots, as_filter, world_size
 from launch.cluster.remote import CONNECT_SECONDS, run_on, ssh_options
+from launch.environment import may_have_gpu
 from pipeline.cli import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ class Job:
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", str(hostfile),
                 *chosen, "--launcher", self.launcher, f"--launcher_args={arguments}", "--master_addr", self.address,
                 "--master_port", str(self.port), "--no_ssh_check", "--no_local_rank",
-                str(ROOT / "launch" / "guard.py"), word]
+                str(ROOT / "launch" / "cluster" / "guard.py"), word]
 
     def _own_launcher_args(self) -> str:
         if self.launcher == "openmpi":
@@ -90,7 +90,7 @@ class Job:
         own = {} if self.launcher == "slurm" else {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         file.write_text("".join(f"{name}={value}\n" for name, value in own.items()))
         variables["DS_ENV_FILE"] = str(file)
-        if not environment.may_have_gpu():
+        if not may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
         # The guards notice a host that is gone; ssh must not be quicker, for a short break is none.
         words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))
