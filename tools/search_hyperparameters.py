@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro
 
-from launch import environment
+from launch.environment import num_gpus
 from pipeline.cli import UserError, run
 from pipeline.config.ds_config import batch_sizes, ds_differences
 from pipeline.config.recipe import parse_overrides, recipe_differences, recipe_of
@@ -164,14 +164,14 @@ def _with(training: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
 
 def _machine(options: Options, plans: Sequence[Plan]) -> Machine:
     """How many trials run at once, and on which GPUs."""
-    num_gpus = environment.num_gpus()
-    jobs = options.jobs or (num_gpus // options.procs if num_gpus else 1)
-    if num_gpus and (jobs < 1 or jobs * options.procs > num_gpus):
+    gpus = num_gpus()
+    jobs = options.jobs or (gpus // options.procs if gpus else 1)
+    if gpus and (jobs < 1 or jobs * options.procs > gpus):
         raise UserError(f"--jobs {max(1, jobs)} with --procs {options.procs} takes {max(1, jobs) * options.procs} GPUs;"
-                        f" this machine has {num_gpus}")
+                        f" this machine has {gpus}")
     for plan in plans:
         batch_sizes(plan.ds_config, options.procs)
-    return Machine(jobs, options.procs, num_gpus)
+    return Machine(jobs, options.procs, gpus)
 
 
 def _check_values(target: Target, machine: Machine) -> None:

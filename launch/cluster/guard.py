@@ -26,8 +26,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch import environment
 from launch.cluster import messages
+from launch.environment import may_have_gpu, prepare
 from pipeline.distributed import launcher
 
 CONNECT_SECONDS = 30
@@ -127,7 +127,7 @@ class Guard:
 
     def _start(self) -> subprocess.Popen[bytes]:
         os.environ.update(self._task["environment"])
-        variables = environment.prepare(self._place.local_size or 1, on_gpu=environment.may_have_gpu())
+        variables = prepare(self._place.local_size or 1, on_gpu=may_have_gpu())
         directory = self._task["directory"]
         return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
                                 env={**variables, launcher.GUARDED: "1"}, stdin=subprocess.DEVNULL,

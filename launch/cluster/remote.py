@@ -14,6 +14,8 @@ from typing import Any
 CONNECT_SECONDS = 5
 ALIVE_SECONDS = 5
 """ssh asks so often whether the other host is there."""
+SYNCED = ".synced_from.json"
+"""In a checkout that `launch/sync.sh`, which copies no .git, has made: the commit."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from launch.cluster.hostfile import HOSTFILE, choose, find_hostfile, read_hostfile
-from launch.cluster.remote import run_on, ssh_options
-from launch.doctor.probe import SYNCED
+from launch.cluster.remote import SYNCED, run_on, ssh_options
 from pipeline import cli
 from pipeline.cli import UserError, say
 from pipeline.data.image_files import TRAINING_LIST

@@ -43,7 +43,7 @@ def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, in
     began, python = time.monotonic(), sys.executable
     found = Diagnosis(slots)
     say(f"doctor: asking {', '.join(slots)}")
-    task = {"root": str(remote.ROOT), "dataset_dirs": [str(path) for path in dataset_dirs],
+    task = {"root": str(remote.ROOT), "synced": remote.SYNCED, "dataset_dirs": [str(path) for path in dataset_dirs],
             "output_dir": str(output_dir), "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")]}
     with ThreadPoolExecutor(1) as counting:
         counted = counting.submit(parameters) if parameters else None

@@ -161,14 +161,12 @@ SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*
            "pipeline/**/*.py", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
 """What a run depends on, whether git knows of it or not."""
 MOST_SOURCES = 5000
-SYNCED = ".synced_from.json"
-"""Where `launch/sync.sh`, which copies no .git, leaves the commit."""
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Facts by name. What could not be found out is {"error": why} in place of its value."""
     facts: dict[str, Any] = {"began": time.time()}
-    parts = {"python": _python, "checkout": lambda: _checkout(Path(task["root"])),
+    parts = {"python": _python, "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
              "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
              "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
              "limits": _limits, "nvidia": probe_gpus,
@@ -187,16 +185,16 @@ def _python() -> dict[str, str]:
     return {"version": platform.python_version(), "executable": sys.executable}
 
 
-def _checkout(root: Path) -> dict[str, Any]:
+def _checkout(root: Path, synced: str) -> dict[str, Any]:
     if not root.is_dir():
         return {"exists": False, "commit": "", "files": {}}
     paths = sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()})[:MOST_SOURCES]
     files = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
-    return {"exists": True, "commit": _commit(root), "files": files}
+    return {"exists": True, "commit": _commit(root, synced), "files": files}
 
 
-def _commit(root: Path) -> str:
-    """The commit that is checked out, or that the files came from; "" where nothing tells."""
+def _commit(root: Path, synced: str) -> str:
+    """The commit that is checked out, or that the file `synced` names; "" where nothing tells."""
     if (root / ".git").exists():
         try:
             done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
@@ -205,7 +203,7 @@ def _commit(root: Path) -> str:
         except (OSError, subprocess.TimeoutExpired):
             return ""
     try:
-        return str(json.loads((root / SYNCED).read_text())["commit"])
+        return str(json.loads((root / synced).read_text())["commit"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -501,8 +501,8 @@ def through_a_shell(stdin: str, *pythons: str, folder: Path) -> subprocess.Compl
 
 
 def probe_task(folder: Path, *dataset_dirs: Path) -> dict[str, Any]:
-    return {"root": str(ROOT), "dataset_dirs": list(map(str, dataset_dirs)), "output_dir": str(folder / "runs" / "new"),
-            "packages": ["numpy", "no-such-package"]}
+    return {"root": str(ROOT), "synced": remote.SYNCED, "dataset_dirs": list(map(str, dataset_dirs)),
+            "output_dir": str(folder / "runs" / "new"), "packages": ["numpy", "no-such-package"]}
 
 
 def test_a_program_arrives_and_answers(tmp_path: Path, dataset: Path) -> None:
@@ -588,9 +588,9 @@ def test_the_commit_of_a_checkout_with_and_without_git(tmp_path: Path) -> None:
         return probe.answer({**probe_task(tmp_path), "root": str(tmp_path)})["checkout"]["commit"]
 
     assert commit() == ""
-    (tmp_path / probe.SYNCED).write_text('{"commit": "0123456789"}')  # of launch/sync.sh
+    (tmp_path / remote.SYNCED).write_text('{"commit": "0123456789"}')  # of launch/sync.sh
     assert commit() == "0123456789"
-    (tmp_path / probe.SYNCED).write_text("[]")
+    (tmp_path / remote.SYNCED).write_text("[]")
     assert commit() == ""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
