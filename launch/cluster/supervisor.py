@@ -18,9 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+import psutil
+
 from launch.cluster import messages
 from launch.cluster.messages import Speaker
-from launch.process_tree import kill_tree
 
 START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
 GRACE_SECONDS = 60  # for saving, after CTRL+C
@@ -121,7 +122,7 @@ class Supervisor:
             await self._end_launcher(launcher)
         finally:
             reading.cancel()
-            kill_tree(launcher.pid)
+            _kill_tree(launcher.pid)
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
@@ -321,6 +322,15 @@ class Supervisor:
             names = ", ".join(map(str, mute[:3])) + (f" and {len(mute) - 3} more" if len(mute) > 3 else "")
             return f"made no step for too long (--watchdog-minutes); {names} did not answer: stopped or stuck"
         return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started. A signal to its group misses some: pdsh gives each ssh its own."""
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        for process in (launcher, *launcher.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _is_signal(status: int) -> bool:

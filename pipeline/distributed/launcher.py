@@ -1,119 +1,41 @@
-"""Who started this process, and where it stands among the others: read from the environment. Needs no torch."""
+"""Where this process stands among those that train together, read from its launcher's environment.
+
+torchrun, accelerate, deepspeed, Open MPI's mpirun and Slurm's srun each describe it with variables of
+their own; `find_place` reads them all. `gpu_of` and `choose_interface` then give the process its GPU
+and the network interface that leads to the other hosts. Linux; needs no torch.
+"""
 
 from __future__ import annotations
 
-import array
 import ctypes
-import fcntl
 import ipaddress
 import os
 import re
+import shutil
 import signal
 import socket
-import struct
+import subprocess
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from pipeline.cli import UserError
 
-# The network interfaces of this host, and the one that leads to another. Linux; needs no torch.
-
-
-SIOCGIFCONF = 0x8912  # netdevice(7): all IPv4 addresses, also an interface's second
-SIZEOF_IFREQ = 40  # on 64 bits
-ANY_PORT = 9  # nothing is sent
-
-
-def interface_towards(address: str) -> str:
-    """The interface through which this host reaches `address`, an IP address or a host's name.
-
-    For an address of this host's own it is the interface that has it. `UserError` where there is no way.
-    """
-    own = address_towards(address)
-    for name, one in own_addresses():
-        if one == own:
-            return name
-    raise UserError(f"no network interface of this host has the address {own}, from which it reaches {address}; set "
-                    "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
-
-
-def address_towards(address: str) -> str:
-    """The IP address with which this host speaks to `address`: its own on the route there. Sends nothing."""
-    try:
-        found = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "no name is like that"
-        raise UserError(f"this host cannot resolve {address!r} ({why}); give its IP address, or name it in "
-                        "/etc/hosts") from error
-    failure: OSError | None = None
-    for family, kind, protocol, _, target in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.connect(target)
-            except OSError as error:
-                failure = error
-                continue
-            return str(ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]))
-    raise UserError(f"this host has no route to {address} ({failure and failure.strerror}); connect it to the network "
-                    "of the others")
-
-
-def is_own(address: str) -> bool:
-    """Whether `address`, an IP address or a host's name, is this host's, as far as its name service knows."""
-    own = {one for _, one in own_addresses()}
-    return any(one in own or ipaddress.ip_address(one).is_loopback for one in _addresses(address))
-
-
-def is_known(name: str) -> bool:
-    """Whether this host's name service knows `name`."""
-    return bool(_addresses(name))
-
-
-def outer_addresses(name: str) -> list[str]:
-    """Those of the addresses behind `name` that other hosts can reach: all but loopback."""
-    return sorted(one for one in _addresses(name) if not ipaddress.ip_address(one).is_loopback)
-
-
-def _addresses(name: str) -> set[str]:
-    """The IP addresses of a name; none where it is not known."""
-    try:
-        found = socket.getaddrinfo(name, ANY_PORT, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError):  # the latter for labels that no name has
-        return set()
-    return {str(target[0]).partition("%")[0] for *_, target in found}
-
-
-def own_addresses() -> Iterator[tuple[str, str]]:
-    """(interface, IP address) of all that are up, IPv4 first."""
-    size = 64 * SIZEOF_IFREQ
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        while True:
-            buffer = array.array("B", bytes(size))
-            request = struct.pack("iP", size, buffer.buffer_info()[0])
-            filled = struct.unpack("iP", fcntl.ioctl(handle, SIOCGIFCONF, request))[0]
-            if filled < size:
-                break
-            size *= 2
-    for start in range(0, filled, SIZEOF_IFREQ):
-        label, _, address = struct.unpack_from("16sI4s", buffer, start)  # the address's family and port between
-        yield label.partition(b"\0")[0].decode().partition(":")[0], socket.inet_ntoa(address)  # eth0:1 is eth0's
-    table = Path("/proc/net/if_inet6")
-    for line in table.read_text().splitlines() if table.exists() else ():
-        digits, *_, name = line.split()
-        yield name, str(ipaddress.IPv6Address(bytes.fromhex(digits)))
-
-
-MAX_HOSTS, MAX_RANGES = 1 << 16, 256  # of one Slurm list
-FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers what is no srun of ours (batch script, salloc's shell, …) from here on
 GUARDED = "VASTSCALE_GUARDED"
 """Environment variable of a rank whose output a guard keeps, and that ends with its guard."""
 BY_HAND = "RANK and WORLD_SIZE"
 """The launcher's name where somebody set the variables himself."""
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below what Linux gives to outgoing connections
-INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # with "=" NCCL takes no longer name, too
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers batch scripts, salloc's shell etc. from here on
+MAX_HOSTS, MAX_RANGES = 1 << 16, 256  # of one Slurm host list
+SCONTROL_SECONDS = 20
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
+"""Variable -> what goes before the interface's name: with "=" NCCL takes no longer name, too."""
+ANY_PORT = 9  # nothing is sent
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -123,46 +45,47 @@ class Place:
     rank: int
     world_size: int
     local_rank: int  # among the processes of this host
-    launcher: str  # that started it, for people; empty: none
+    launcher: str  # its name for people; empty: none
     master_addr: str = "127.0.0.1"  # of rank 0
     master_port: int = 0  # 0: any free one, for a process alone
     spans_hosts: bool | None = False  # None: not known
-    hosts: tuple[str, ...] = ()  # in order of their ranks, where the launcher tells
+    hosts: tuple[str, ...] = ()  # in order of their ranks, where the launcher names them
     local_size: int | None = None  # processes of this host, where that is known
 
     def variables(self) -> dict[str, str]:
         """What torch.distributed and DeepSpeed read in the environment."""
-        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
-                "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size),
+                "LOCAL_RANK": str(self.local_rank), "MASTER_ADDR": self.master_addr,
+                "MASTER_PORT": str(self.master_port)}
 
 
 def find_place(variables: Mapping[str, str] = os.environ) -> Place:
     """The place that a launcher's environment variables describe; alone where there are none.
 
-    RANK and WORLD_SIZE come first: torchrun, accelerate and deepspeed set them, also under Slurm. Open MPI comes before
-    Slurm, for its mpirun may start processes as Slurm's. `UserError` for an environment that is set by halves.
+    RANK and WORLD_SIZE come first: torchrun, accelerate and deepspeed set them, also under Slurm. Open
+    MPI comes before Slurm, for its mpirun may start processes as Slurm's. `UserError` for a partially
+    set environment.
     """
-    place = _by_rank(variables) if "RANK" in variables else _by_openmpi(variables) or _by_slurm(variables)
+    if "RANK" in variables:
+        place = _by_rank(variables)
+    else:
+        place = _by_openmpi(variables) or _by_slurm(variables)
     # A batch script may export the size alone.
-    if "WORLD_SIZE" in variables and (place is None or place.world_size != _number(variables, "WORLD_SIZE")):
-        raise UserError(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but RANK is not set; start the processes with "
-                        "torchrun, srun or mpirun, or unset WORLD_SIZE to train alone")
+    size_is_set = "WORLD_SIZE" in variables
+    if size_is_set and (place is None or place.world_size != _number(variables, "WORLD_SIZE")):
+        raise UserError(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but RANK is not set; start the "
+                        "processes with torchrun, srun or mpirun, or unset WORLD_SIZE to train alone")
     if place is not None:
         return place
     if "LOCAL_RANK" in variables:
-        raise UserError("LOCAL_RANK is set, but RANK and WORLD_SIZE are not; set all three, or none to train alone")
+        raise UserError("LOCAL_RANK is set, but RANK and WORLD_SIZE are not; set all three, or none to "
+                        "train alone")
     if is_from_accelerate(variables) and "MASTER_PORT" in variables:
-        raise UserError("`accelerate launch` was asked for several processes and started one: without GPUs it leaves "
-                        "that to mpirun; add --mpirun_hostfile FILE, or use `torchrun --nproc_per_node N train.py "
-                        "--runtime accelerate`, or ask for --num_processes 1 (and unset MASTER_PORT)")
+        raise UserError("`accelerate launch` was asked for several processes and started one: without "
+                        "GPUs it leaves that to mpirun; add --mpirun_hostfile FILE, or use `torchrun "
+                        "--nproc_per_node N train.py --runtime accelerate`, or ask for --num_processes 1 "
+                        "(and unset MASTER_PORT)")
     return Place(0, 1, 0, "accelerate launch" if is_from_accelerate(variables) else "")
-
-
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux for a signal to this process when the one that started it is gone, so that none is left an orphan."""
-    pr_set_pdeathsig = 1
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:
@@ -170,42 +93,14 @@ def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in variables
 
 
-def gpu_of(place: Place, num_gpus: int) -> int:
-    """Which of the `num_gpus` GPUs that this process sees is its own."""
-    if place.local_rank < num_gpus:
-        return place.local_rank
-    if num_gpus == 1 and place.hosts:  # srun --gpus-per-task=1 shows each process its own alone
-        return 0
-    raise UserError(f"LOCAL_RANK is {place.local_rank}, but this process sees {num_gpus} GPUs; start at most one "
-                    "process a GPU on each host")
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux to send this process a signal when its parent ends, so that no orphan is left."""
+    pr_set_pdeathsig = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
-def choose_interface(place: Place, variables: MutableMapping[str, str] = os.environ) -> str:
-    """Tell Gloo and NCCL, unless the user has, by which network interface to find ranks on other hosts.
-
-    Left alone, Gloo takes the address of the host's name, on Debian a loopback address; NCCL may take a bridge of
-    Docker. Returns the interface; empty where nothing was to be told.
-    """
-    missing = [name for name in INTERFACE_VARIABLES if not variables.get(name)]
-    if place.spans_hosts is False or not missing:
-        return ""
-    towards = place.master_addr
-    if ipaddress.ip_address(address_towards(towards)).is_loopback:
-        if place.spans_hosts is None:
-            return ""
-        towards = _peer(place)
-    interface = interface_towards(towards)
-    variables.update({name: INTERFACE_VARIABLES[name] + interface for name in missing})
-    return interface
-
-
-def _peer(place: Place) -> str:
-    """Another host, for the one whose own name leads to itself alone."""
-    if place.rank == 0 and len(place.hosts) > 1:
-        return place.hosts[1]
-    raise UserError(f"MASTER_ADDR {place.master_addr} is a loopback address on this host, where other hosts cannot "
-                    "come in; give the first host's address in the network, or set GLOO_SOCKET_IFNAME and "
-                    "NCCL_SOCKET_IFNAME")
+# --- One function per launcher ---
 
 
 def _by_rank(variables: Mapping[str, str]) -> Place:
@@ -216,20 +111,22 @@ def _by_rank(variables: Mapping[str, str]) -> Place:
     if world_size > 1:
         for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not variables.get(name):
-                raise UserError(f"RANK and WORLD_SIZE {world_size} are set, but {name} is not; set it, or use torchrun")
-    name = BY_HAND
+                raise UserError(f"RANK and WORLD_SIZE {world_size} are set, but {name} is not; set it, or "
+                                "use torchrun")
+    launcher = BY_HAND
     if is_from_accelerate(variables):
-        name = "accelerate launch"
+        launcher = "accelerate launch"
     elif "TORCHELASTIC_RUN_ID" in variables:
-        name = "torchrun"
+        launcher = "torchrun"
     elif "CROSS_SIZE" in variables:
-        name = "deepspeed"
-    named = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if variables.get(name)), None)
-    local_size = _number(variables, named) if named else None
+        launcher = "deepspeed"
+    sizes = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if variables.get(name)]
+    local_size = _number(variables, sizes[0]) if sizes else None
     spans_hosts = local_size < world_size if local_size is not None else None if world_size > 1 else False
     local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else 0
-    return _checked(Place(rank, world_size, local_rank, name, variables.get("MASTER_ADDR") or "127.0.0.1",
-                          _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else 0, spans_hosts,
+    port = _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else 0
+    return _checked(Place(rank, world_size, local_rank, launcher,
+                          variables.get("MASTER_ADDR") or "127.0.0.1", port, spans_hosts,
                           local_size=local_size))
 
 
@@ -237,13 +134,14 @@ def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
     """Open MPI's mpirun, by hand or under `deepspeed --launcher openmpi`."""
     if "OMPI_COMM_WORLD_RANK" not in variables:
         return None
-    rank, world_size, local_rank, local_size = (
-        _number(variables, f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    rank, world_size, local_rank, local_size = (_number(variables, f"OMPI_COMM_WORLD_{name}")
+                                                for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     address = variables.get("MASTER_ADDR") or ("" if local_size < world_size else "127.0.0.1")
     if not address:
-        raise UserError("mpirun started ranks on several hosts, but MASTER_ADDR is not set; add `-x MASTER_ADDR=` and "
-                        "the first host's address")
-    job = variables.get("PMIX_NAMESPACE") or variables.get("OMPI_MCA_ess_base_jobid") or ""  # the same on all ranks
+        raise UserError("mpirun started ranks on several hosts, but MASTER_ADDR is not set; add `-x "
+                        "MASTER_ADDR=` and the first host's address")
+    # The job's name is the same on all ranks.
+    job = variables.get("PMIX_NAMESPACE") or variables.get("OMPI_MCA_ess_base_jobid") or ""
     return _checked(Place(rank, world_size, local_rank, "mpirun of Open MPI", address,
                           _port(variables, zlib.crc32(job.encode())), local_size < world_size,
                           local_size=local_size))
@@ -252,17 +150,18 @@ def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
 def _by_slurm(variables: Mapping[str, str]) -> Place | None:
     """Slurm's srun, by hand or under `deepspeed --launcher slurm`.
 
-    The shell of sbatch or salloc has SLURM_PROCID and SLURM_NTASKS, too, and nobody beside it: it is no step, or one of
-    the special ones.
+    The shell of sbatch or salloc has SLURM_PROCID and SLURM_NTASKS, too, but is alone: it is no step, or
+    one of the special ones.
     """
     step = variables.get("SLURM_STEP_ID", "")
-    if "SLURM_PROCID" not in variables or not re.fullmatch(r"[0-9]{1,10}", step) or int(step) >= FIRST_SPECIAL_STEP:
+    if "SLURM_PROCID" not in variables or not variables.get("SLURM_STEP_NODELIST"):
         return None
-    if not variables.get("SLURM_STEP_NODELIST"):
+    if not re.fullmatch(r"[0-9]{1,10}", step) or int(step) >= FIRST_SPECIAL_STEP:
         return None
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
     hosts = tuple(expand_hosts(variables["SLURM_STEP_NODELIST"]))
-    # Not SLURM_LAUNCH_NODE_IPADDR: there srun was typed, maybe on a login node. Rank 0 runs on the first host.
+    # Not SLURM_LAUNCH_NODE_IPADDR: it names where srun was typed, maybe a login node. Rank 0 runs on the
+    # first host.
     address = variables.get("MASTER_ADDR") or (hosts[0] if len(hosts) > 1 else "127.0.0.1")
     job, world_size = _number(variables, "SLURM_JOB_ID"), _number(variables, tasks)
     local_size = world_size // len(hosts) if world_size % len(hosts) == 0 else None
@@ -271,22 +170,76 @@ def _by_slurm(variables: Mapping[str, str]) -> Place | None:
                           _port(variables, job + 1009 * int(step)), len(hosts) > 1, hosts, local_size))
 
 
+def _checked(place: Place) -> Place:
+    if place.rank >= place.world_size:
+        raise UserError(f"rank {place.rank} of {place.world_size} ranks ({place.launcher}): ranks count "
+                        "from 0")
+    if place.local_rank >= place.world_size:
+        raise UserError(f"rank {place.rank} cannot be number {place.local_rank} of its host: there are "
+                        f"{place.world_size} ranks in all ({place.launcher})")
+    if place.world_size > 1 and place.master_port == 0:
+        raise UserError("MASTER_PORT 0 does not say where the ranks meet; choose one from 1024 to 65535")
+    if place.master_port > 65535:
+        raise UserError(f"MASTER_PORT {place.master_port} is not a port; choose one from 1024 to 65535")
+    return place
+
+
+def _port(variables: Mapping[str, str], number: int) -> int:
+    """MASTER_PORT, or the port that every rank of the job `number` derives from it."""
+    if variables.get("MASTER_PORT"):
+        return _number(variables, "MASTER_PORT")
+    return FIRST_PORT + number % NUM_PORTS
+
+
+def _number(variables: Mapping[str, str], name: str) -> int:
+    text = variables.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,10}", text):
+        raise UserError(f"the environment variable {name} must be a whole number, not {text!r}")
+    return int(text)
+
+
+# --- Slurm's host lists ---
+
+
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login."""
-    hosts: list[str] = []
+    """The hosts of a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login.
+
+    Slurm's own `scontrol` expands it where it is installed. Containers rarely hold Slurm's client, while
+    srun's variables reach into them, so without it the list is parsed here.
+    """
     if text.count("[") > MAX_RANGES:
-        raise UserError(f"Slurm's host list {text[:80]!r}… has more than {MAX_RANGES} ranges; it looks like "
+        raise UserError(f"Slurm's host list {text[:80]!r}… has more than {MAX_RANGES} ranges; expected e.g. "
                         "node[01-03,07]")
-    items = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)
-    for item in items:
-        for host in _expand(item, text):
+    hosts = _by_scontrol(text)
+    if hosts is None:
+        hosts = []
+        items = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)
+        for host in (host for item in items for host in _expand(item, text)):
             hosts.append(host)
             if len(hosts) > MAX_HOSTS:
-                raise UserError(f"Slurm's host list {text!r} names more than {MAX_HOSTS} hosts")
-    are_names = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host) for host in hosts)
-    if ",".join(items) != text or not are_names:
-        raise UserError(f"Slurm's host list {text!r} is none; it looks like node[01-03,07]")
+                break
+        if len(hosts) <= MAX_HOSTS and ",".join(items) != text:
+            raise _no_host_list(text)
+    if len(hosts) > MAX_HOSTS:
+        raise UserError(f"Slurm's host list {text!r} names more than {MAX_HOSTS} hosts")
+    if not all(_HOST.fullmatch(host) for host in hosts):
+        raise _no_host_list(text)
     return hosts
+
+
+def _by_scontrol(text: str) -> list[str] | None:
+    """What `scontrol show hostnames` makes of a list; None where it is not installed or refuses it.
+
+    It reads no configuration and asks no server. Only what could be a host list is handed to it.
+    """
+    if not shutil.which("scontrol") or not re.fullmatch(r"[A-Za-z0-9][\w.,\[\]-]*", text, re.ASCII):
+        return None
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", text], capture_output=True, text=True,
+                              timeout=SCONTROL_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split() or None if done.returncode == 0 else None
 
 
 def _expand(item: str, text: str) -> Iterator[str]:
@@ -299,32 +252,123 @@ def _expand(item: str, text: str) -> Iterator[str]:
     for one in ranges.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", one)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"Slurm's host list {text!r} is none: {one!r} is not a number or a range")
+            raise UserError(f"{text!r} is not a valid Slurm host list: {one!r} is not a number or a range")
         low, high = match[1], match[2] or match[1]
         for number in range(int(low), int(high) + 1):
             yield from (f"{head}{number:0{len(low)}d}{end}" for end in _expand(tail, text))
 
 
-def _port(variables: Mapping[str, str], number: int) -> int:
-    """MASTER_PORT, or one that all ranks of the job `number` come to alike."""
-    return _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else FIRST_PORT + number % NUM_PORTS
+def _no_host_list(text: str) -> UserError:
+    return UserError(f"{text!r} is not a valid Slurm host list; expected e.g. node[01-03,07]")
 
 
-def _number(variables: Mapping[str, str], name: str) -> int:
-    text = variables.get(name, "")
-    if not re.fullmatch(r"[0-9]{1,10}", text):
-        raise UserError(f"the environment variable {name} must be a whole number, not {text!r}")
-    return int(text)
+# --- This process's GPU, and its network ---
 
 
-def _checked(place: Place) -> Place:
-    if place.rank >= place.world_size:
-        raise UserError(f"rank {place.rank} of {place.world_size} ranks ({place.launcher}): ranks count from 0")
-    if place.local_rank >= place.world_size:
-        raise UserError(f"rank {place.rank} cannot be number {place.local_rank} of its host: there are "
-                        f"{place.world_size} ranks in all ({place.launcher})")
-    if place.world_size > 1 and place.master_port == 0:
-        raise UserError("MASTER_PORT 0 tells ranks nothing of where to meet; choose one from 1024 to 65535")
-    if place.master_port > 65535:
-        raise UserError(f"MASTER_PORT {place.master_port} is not a port; choose one from 1024 to 65535")
-    return place
+def gpu_of(place: Place, num_gpus: int) -> int:
+    """Which of the `num_gpus` GPUs that this process sees is its own."""
+    if place.local_rank < num_gpus:
+        return place.local_rank
+    if num_gpus == 1 and place.hosts:  # srun --gpus-per-task=1 shows each process its own alone
+        return 0
+    raise UserError(f"LOCAL_RANK is {place.local_rank}, but this process sees {num_gpus} GPUs; start at "
+                    "most one process per GPU on each host")
+
+
+def choose_interface(place: Place, variables: MutableMapping[str, str] = os.environ) -> str:
+    """Tell Gloo and NCCL, unless the user has, which network interface leads to ranks on other hosts.
+
+    Left alone, Gloo takes the address of the host's name, on Debian a loopback address; NCCL may take a
+    bridge of Docker. Returns the interface; empty where nothing had to be set.
+    """
+    missing = [name for name in INTERFACE_VARIABLES if not variables.get(name)]
+    if place.spans_hosts is False or not missing:
+        return ""
+    towards = place.master_addr
+    if ipaddress.ip_address(address_towards(towards)).is_loopback:
+        if place.spans_hosts is None:
+            return ""
+        # The first host's own name may lead to itself alone; the second host then shows the way out.
+        if place.rank != 0 or len(place.hosts) < 2:
+            raise UserError(f"MASTER_ADDR {place.master_addr} is a loopback address on this host, where "
+                            "other hosts cannot connect; give the first host's address in the network, or "
+                            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+        towards = place.hosts[1]
+    interface = interface_towards(towards)
+    variables.update({name: INTERFACE_VARIABLES[name] + interface for name in missing})
+    return interface
+
+
+def interface_towards(address: str) -> str:
+    """The interface through which this host reaches `address`, an IP address or a host's name.
+
+    For an address of this host's own it is the interface that has it. `UserError` where there is no way.
+    """
+    own = address_towards(address)
+    for name, one in own_addresses():
+        if one == own:
+            return name
+    raise UserError(f"no network interface of this host has the address {own}, from which it reaches "
+                    f"{address}; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+
+
+def address_towards(address: str) -> str:
+    """The IP address of this host on its route to `address`. Sends nothing. `UserError` without a route."""
+    try:
+        found = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "invalid host name"
+        raise UserError(f"this host cannot resolve {address!r} ({why}); give its IP address, or name it in "
+                        "/etc/hosts") from error
+    failure: OSError | None = None
+    for family, kind, protocol, _, target in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(target)
+            except OSError as error:
+                failure = error
+                continue
+            return str(ipaddress.ip_address(_without_scope(probe.getsockname()[0])))
+    raise UserError(f"this host has no route to {address} ({failure and failure.strerror}); connect it to "
+                    "the network of the others")
+
+
+def own_addresses() -> Iterator[tuple[str, str]]:
+    """(interface, IP address) of all interfaces that are up, IPv4 first."""
+    states = psutil.net_if_stats()
+    addresses = psutil.net_if_addrs()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for label, found in addresses.items():
+            name = label.partition(":")[0]  # eth0:1 is a second address of eth0
+            if name in states and states[name].isup:
+                yield from ((name, _without_scope(one.address)) for one in found if one.family == family)
+
+
+def is_own(address: str) -> bool:
+    """Whether `address`, an IP address or a host's name, is this host's, as far as it can resolve it."""
+    own = {one for _, one in own_addresses()}
+    return any(one in own or ipaddress.ip_address(one).is_loopback for one in _addresses(address))
+
+
+def is_known(name: str) -> bool:
+    """Whether this host's name service knows `name`."""
+    return bool(_addresses(name))
+
+
+def outer_addresses(name: str) -> list[str]:
+    """The addresses behind `name` that other hosts can reach: all but loopback."""
+    return sorted(one for one in _addresses(name) if not ipaddress.ip_address(one).is_loopback)
+
+
+def _addresses(name: str) -> set[str]:
+    """The IP addresses of a name; empty where it is not known."""
+    try:
+        found = socket.getaddrinfo(name, ANY_PORT, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):  # the latter for labels that no name has
+        return set()
+    return {_without_scope(str(target[0])) for *_, target in found}
+
+
+def _without_scope(address: str) -> str:
+    """fe80::1%eth0 -> fe80::1."""
+    return address.partition("%")[0]

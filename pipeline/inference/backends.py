@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that are free on the device now; on a CPU those that the container may still take, if it is in one."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_in_machine(), _free_in_container())
+    return min(psutil.virtual_memory().available, _free_in_container())
 
 
 def max_window_pixels(network: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
@@ -79,19 +79,6 @@ def window_pixels(elements: float, device: torch.device, dtype: torch.dtype) -> 
     """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for each of them."""
     by_memory = SHARE * free_bytes(device) / (elements * dtype.itemsize * HELD_AT_ONCE)
     return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
-
-
-def _free_in_machine() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
 
 
 def _free_in_container() -> int:

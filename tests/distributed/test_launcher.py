@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.cli import UserError
@@ -160,7 +165,7 @@ def test_a_place_goes_through_the_environment_unchanged() -> None:
         3, 4, 1, "node07", 24711)
 
 
-# --- Environments set by halves ---------------------------------------------------------------------------------------
+# --- Partially set environments ---------------------------------------------------------------------------------------
 
 ALONE = "or neither to train alone"
 
@@ -195,7 +200,7 @@ ALONE = "or neither to train alone"
     ({"RANK": "0", "WORLD_SIZE": "0"}, ["rank 0 of 0 ranks", "count from 0"]),
     ({**TORCHRUN, "LOCAL_RANK": "4"}, ["rank 3 cannot be number 4 of its host", "4 ranks in all"]),
 ])
-def test_what_is_set_by_halves_is_named_with_the_way_out(variables: dict[str, str], parts: list[str]) -> None:
+def test_what_is_partially_set_is_named_with_the_way_out(variables: dict[str, str], parts: list[str]) -> None:
     said = complaint(find_place, variables)
     for part in parts:
         assert part in said
@@ -222,8 +227,8 @@ def test_host_lists_are_expanded_in_order(text: str, hosts: list[str]) -> None:
 def test_what_is_no_host_list_is_refused_at_once(text: str) -> None:
     began = time.monotonic()
     said = complaint(expand_hosts, text)
-    assert said.startswith("Slurm's host list ")
-    assert re.search(r"it looks like node\[01-03,07\]|is not a number or a range", said)
+    assert re.search("valid Slurm host list|Slurm's host list .* has more than 256 ranges", said)
+    assert re.search(r"expected e\.g\. node\[01-03,07\]|is not a number or a range", said)
     assert time.monotonic() - began < 2
 
 
@@ -243,7 +248,28 @@ def test_as_many_hosts_as_allowed_are_taken() -> None:
 
 @pytest.mark.parametrize("text", ["n[3-1]", "n[3-1],n[9-8]", "n" + "[1]" * 3000], ids=["backwards", "twice", "deep"])
 def test_a_list_that_names_no_host_or_never_ends_is_refused(text: str) -> None:
-    assert "Slurm's host list" in complaint(find_place, srun(0, SLURM_STEP_NODELIST=text))
+    assert re.search("Slurm('s)? host list", complaint(find_place, srun(0, SLURM_STEP_NODELIST=text)))
+
+
+SCONTROL = """#!/bin/sh
+[ "$1 $2" = "show hostnames" ] && [ $# = 3 ] || exit 1
+echo "$3" >> "$0.asked"
+case "$3" in refused*) exit 1;; many) seq -f n%.0f 65537;; *) printf 'a1\na2\n';; esac
+"""
+
+
+def test_slurms_own_scontrol_expands_host_lists_where_it_is_installed(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(SCONTROL)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert expand_hosts("anything[1-2]") == ["a1", "a2"]
+    assert expand_hosts("refused[1-2]") == ["refused1", "refused2"], "then the list is parsed here"
+    assert complaint(expand_hosts, "many").endswith("names more than 65536 hosts")
+    for text in ("--help", "a b", "$(id)"):
+        assert "not a valid Slurm host list" in complaint(expand_hosts, text)
+    assert (tmp_path / "scontrol.asked").read_text().split() == ["anything[1-2]", "refused[1-2]", "many"]
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------
@@ -261,7 +287,7 @@ def test_more_processes_than_gpus_are_refused() -> None:
     for place, gpus in ((find_place(TORCHRUN), 1), (find_place(srun(3, 4, 1)), 2), (find_place(srun(1)), 0)):
         said = complaint(gpu_of, place, gpus)
         assert f"LOCAL_RANK is {place.local_rank}, but this process sees {gpus} GPUs" in said
-        assert "at most one process a GPU" in said
+        assert "at most one process per GPU" in said
 
 
 # --- The network interface --------------------------------------------------------------------------------------------
@@ -286,6 +312,19 @@ def towards(address: str, **more: Any) -> Place:
 
 def test_loopback_has_all_its_addresses() -> None:
     assert ("lo", "127.0.0.1") in list(own_addresses())
+
+
+def test_a_second_address_is_its_interfaces_and_what_is_down_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(family: int, text: str) -> SimpleNamespace:
+        return SimpleNamespace(family=family, address=text)
+
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {"eth0": SimpleNamespace(isup=True),
+                                                         "eth1": SimpleNamespace(isup=False)})
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {
+        "eth0": [address(socket.AF_INET6, "fe80::1%eth0"), address(socket.AF_INET, "10.0.0.1"),
+                 address(socket.AF_PACKET, "02:00:00:00:00:01")],
+        "eth0:1": [address(socket.AF_INET, "10.0.0.2")], "eth1": [address(socket.AF_INET, "10.1.0.1")]})
+    assert list(own_addresses()) == [("eth0", "10.0.0.1"), ("eth0", "10.0.0.2"), ("eth0", "fe80::1")]
 
 
 def test_both_libraries_are_told_the_interface(outward: tuple[str, str]) -> None:
@@ -356,6 +395,6 @@ def test_a_name_that_leads_nowhere_is_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["node..7", "n" * 64])
-def test_a_name_that_can_be_none_is_refused(address: str) -> None:
+def test_an_invalid_host_name_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="cannot resolve"):
         choose_interface(towards(address), {})

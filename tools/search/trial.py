@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.process_tree import kill_tree
+import psutil
+
 from pipeline.distributed.launcher import end_with_parent
 
 OUTPUT_FILE = "output.txt"
@@ -105,7 +106,11 @@ class TrialRun:
         """The exit status once the run has ended, as a shell gives it. One that does not stop when told is killed."""
         assert self._process is not None
         if self._told_at is not None and time.monotonic() - self._told_at > GRACE_SECONDS:
-            kill_tree(self._process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                run = psutil.Process(self._process.pid)
+                for process in (run, *run.children(recursive=True)):  # DeepSpeed gives each rank its own session
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
         status = self._process.poll()
         return 128 - status if status is not None and status < 0 else status
 
