@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from pipeline.cli import UserError, nearest
+from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, DataSpec, NetworkSpec, Number, SamplesSpec, Spec
 from pipeline.files import write_atomically
 
@@ -107,6 +108,19 @@ class Recipe(Spec):
     @classmethod
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("generator")
+    @classmethod
+    def _know_generator(cls, spec: NetworkSpec) -> NetworkSpec:
+        names.NETWORKS.check(spec.name, spec.params)
+        return spec
+
+    @field_validator("losses")
+    @classmethod
+    def _know_losses(cls, terms: dict[str, Any]) -> dict[str, Any]:
+        for name, term in terms.items():
+            names.LOSSES.check(name, term if isinstance(term, dict) else ())
+        return terms
 
     @field_validator("stage")
     @classmethod

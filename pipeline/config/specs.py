@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.cli import nearest
+from pipeline.config import names
 
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 
@@ -191,10 +192,6 @@ class DataSpec(Spec):
 # The recipe's `adversarial` part: a discriminator and how it is trained. Needs no torch.
 
 
-WITH_LABELS = ("vanilla", "least_squares", "relativistic_average", "relativistic")
-"""Losses with a target for every sample, which smoothing and noise can move. Hinge has none."""
-
-
 def _no_switch(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"{str(value).lower()} is not a number")
@@ -247,7 +244,7 @@ class AdversarialSpec(Spec):
     """A discriminator against the generator."""
 
     weight: Number = Field(gt=0, description="of the adversarial term among the generator's losses")
-    loss: Literal["vanilla", "least_squares", "hinge", "relativistic_average", "relativistic"] = "vanilla"
+    loss: str = Field("vanilla", description="a name in pipeline/losses/adversarial.py")
     discriminator: NetworkSpec = NetworkSpec(name="vgg")
     ds_config: str | None = Field(None, description="DeepSpeed's file for the discriminator: optimizer, schedule, "
                                                     "clipping; default: the generator's")
@@ -258,9 +255,22 @@ class AdversarialSpec(Spec):
     labels: LabelsSpec = LabelsSpec()
     instance_noise: InstanceNoiseSpec = InstanceNoiseSpec()
 
+    @field_validator("loss")
+    @classmethod
+    def _know_loss(cls, name: str) -> str:
+        names.ADVERSARIAL_LOSSES.check(name)
+        return name
+
+    @field_validator("discriminator")
+    @classmethod
+    def _know_discriminator(cls, spec: NetworkSpec) -> NetworkSpec:
+        names.DISCRIMINATORS.check(spec.name, spec.params)
+        return spec
+
     @model_validator(mode="after")
     def _fit(self) -> AdversarialSpec:
-        if self.loss not in WITH_LABELS and (self.labels.smoothing or self.labels.noise):
+        takes_labels = names.ADVERSARIAL_LOSSES.check(self.loss).flags["takes_labels"]
+        if not takes_labels and (self.labels.smoothing or self.labels.noise):
             raise ValueError(f"loss {self.loss} has no targets to smooth or to move; leave labels.smoothing and "
                              "labels.noise out")
         if self.discriminator_every > 1 and self.generator_every > 1:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
+from pipeline.cli import UserError
+from pipeline.config import names
 from pipeline.images import unit_range
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
@@ -69,9 +70,8 @@ class Criterion:
 
 def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """The weight and the parameters of one entry of a recipe's `losses`."""
-    if name not in LOSSES:
-        raise UserError(f"no loss named {name!r}{nearest(str(name), LOSSES)}")
     params = dict(term) if isinstance(term, Mapping) else {"weight": term}
+    names.LOSSES.check(name, params)
     if "weight" not in params:
         raise UserError(f"the loss {name!r} has no weight; give it one, such as weight: 1.0")
     weight = params.pop("weight")
@@ -83,13 +83,7 @@ def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str,
 
 def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     loss = LOSSES[name]
-    is_class = inspect.isclass(loss)
-    known = [parameter for parameter in inspect.signature(loss).parameters if parameter not in ("sr", "hr")]
-    for parameter in params:
-        if parameter not in known:
-            raise UserError(f"the loss {name!r} has no parameter {parameter!r}"
-                            + (nearest(str(parameter), known) if known else "; it has none but its weight"))
-    if not is_class:
+    if not inspect.isclass(loss):
         return functools.partial(loss, **params)
     try:
         built: nn.Module = loss(**params)

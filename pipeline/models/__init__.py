@@ -18,12 +18,12 @@ holds:
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from pipeline.cli import UserError, nearest
+from pipeline.cli import UserError
+from pipeline.config.names import NETWORKS
 from pipeline.models.colour import in_colour_space
 from pipeline.models.common import NOT_ALLOCATED, told
 from pipeline.models.compact import SRVGGNetCompact
@@ -41,8 +41,6 @@ GENERATORS: dict[str, type[nn.Module]] = {
     "compact": SRVGGNetCompact,
     "spandrel": SpandrelNetwork,
 }
-RESERVED = ("self", "cls", "scale")
-"""What no parameter can be named."""
 
 
 def build_generator(name: str, scale: int, /, *, colour_space: str = "rgb", **params: Any) -> nn.Module:
@@ -52,20 +50,7 @@ def build_generator(name: str, scale: int, /, *, colour_space: str = "rgb", **pa
     whatever its class. `UserError` for an unknown network, an unknown parameter (with the nearest real one) or a value
     that the network refuses.
     """
-    if name not in GENERATORS:
-        raise UserError(f"no network named {name!r}{nearest(name, GENERATORS)}")
-    parameters = inspect.signature(GENERATORS[name].__init__).parameters.values()
-    own = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-           and parameter.name != "scale"]
-    known = [*(parameter.name for parameter in own), "colour_space"]
-    # A class that takes any judges by itself.
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    for parameter in params:
-        if parameter not in known and (not takes_any or parameter in RESERVED):
-            raise UserError(f"network {name!r} has no parameter {parameter!r}{nearest(parameter, known)}")
-    for parameter in own:
-        if parameter.default is inspect.Parameter.empty and parameter.name not in params:
-            raise UserError(f"network {name!r} needs the parameter {parameter.name!r}")
+    NETWORKS.check(name, params)
     try:
         return in_colour_space(GENERATORS[name](scale=scale, **params), colour_space, scale)
     except ValueError as error:

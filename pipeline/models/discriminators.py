@@ -10,7 +10,6 @@ otherwise): batch norm statistics and spectral norms are computed in float32 wha
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
+from pipeline.cli import UserError
+from pipeline.config import names
 from pipeline.images import unit_range
 from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes, told
 
@@ -235,12 +235,7 @@ def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
     `params` are the keyword arguments of the network's class. `UserError` for an unknown network, an unknown
     parameter (with the nearest real one) or a value that the network refuses.
     """
-    if name not in DISCRIMINATORS:
-        raise UserError(f"no discriminator named {name!r}{nearest(name, DISCRIMINATORS)}")
-    known = [parameter for parameter in inspect.signature(DISCRIMINATORS[name]).parameters if parameter != "crop"]
-    for parameter in params:
-        if parameter not in known:
-            raise UserError(f"discriminator {name!r} has no parameter {parameter!r}{nearest(parameter, known)}")
+    names.DISCRIMINATORS.check(name, params)
     try:
         return DISCRIMINATORS[name](crop=crop, **params)
     except ValueError as error:

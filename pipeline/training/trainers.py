@@ -13,7 +13,7 @@ from pipeline.data.loader import Batch
 from pipeline.engine.engine import descend
 from pipeline.images import unit_range
 from pipeline.losses import Criterion
-from pipeline.losses.adversarial import RELATIVISTIC, discriminator_loss, draw_labels, generator_loss
+from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, draw_labels
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
 
@@ -69,7 +69,7 @@ class AdversarialTrainer:
     def __init__(self, generator: Any, discriminator: Any, criterion: Criterion, ema: ExponentialMovingAverage,
                  spec: AdversarialSpec, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.generator, self.discriminator, self.criterion, self.ema = generator, discriminator, criterion, ema
-        self.spec, self.memory_format = spec, memory_format
+        self.spec, self.loss, self.memory_format = spec, ADVERSARIAL_LOSSES[spec.loss], memory_format
         self._noise = 0.0  # standard deviation of the instance noise, at this step
         self.logits: dict[str, Tensor] = {}  # the last micro-batch's, of the discriminator's own part
 
@@ -103,10 +103,10 @@ class AdversarialTrainer:
         with frozen(self.discriminator.module):
             fake = self._judge(self.discriminator.module, sr)
             real = None
-            if self.spec.loss in RELATIVISTIC:
+            if self.loss.sees_real:
                 with torch.no_grad():
                     real = self._judge(self.discriminator.module, hr)
-            losses["adversarial"] = self.spec.weight * generator_loss(self.spec.loss, fake, real)
+            losses["adversarial"] = self.spec.weight * self.loss.generator(fake, real)
             at_boundary = self.generator.is_gradient_accumulation_boundary()
             descend(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
@@ -115,7 +115,7 @@ class AdversarialTrainer:
 
     def _improve_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         real, fake = self._judge(self.discriminator, hr), self._judge(self.discriminator, sr)
-        loss = discriminator_loss(self.spec.loss, real, fake, draw_labels(self.spec.labels, real))
+        loss = discriminator_loss(self.loss, real, fake, draw_labels(self.spec.labels, real))
         descend(self.discriminator, loss)
         self.logits = {"real": real.detach(), "fake": fake.detach()}
         return {"discriminator": loss.detach(), "d_real": self.logits["real"].mean(),

@@ -101,7 +101,7 @@ def test_floats_must_be_in_the_unit_range() -> None:
     ({"ms_ssim": {"weight": 1, "scales": [1]}}, "'ms_ssim': scales [1] is not a whole number from 1 to 5"),
     ({"vgg_feature": {"weight": 1, "weights": 5}}, "'vgg19' are 5, which is not the path of a file"),
     ({"lpips": {"weight": 1, "network": ["alex"]}}, "'lpips': network ['alex'] is none of alex, squeeze, vgg"),
-    ({"l1": {"weight": 1, "sr": 2}}, "'l1' has no parameter 'sr'; it has none but its weight"),
+    ({"l1": {"weight": 1, "sr": 2}}, "'l1' has no parameter 'sr'; choose from weight"),
     ({"fft": {"weight": 1, "norm": "forward"}}, "'fft': norm 'forward' is neither 'backward' nor 'ortho'"),
     ({"tv": {"weight": 1, "distance": "l3"}}, "'tv': distance 'l3' is neither"),
     ({"ms_ssim": {"weight": 1, "scales": 6}}, "'ms_ssim': scales 6 is not a whole number from 1 to 5"),

@@ -12,16 +12,20 @@ from lives import in_a_fresh_process
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe
 from pipeline.config.specs import AdversarialSpec, LabelsSpec
-from pipeline.losses.adversarial import discriminator_loss, draw_labels, generator_loss
+from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, discriminator_loss, draw_labels
 
-KINDS = ("vanilla", "least_squares", "hinge", "relativistic_average", "relativistic")
+KINDS = tuple(ADVERSARIAL_LOSSES)
 TRAINER = """
     import copy
     from pipeline.config.specs import AdversarialSpec
     from pipeline.data.loader import Batch
     from pipeline.models.ema import ExponentialMovingAverage
     from pipeline.losses import Criterion
-    from pipeline.losses.adversarial import discriminator_loss, draw_labels, generator_loss
+    from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, discriminator_loss, draw_labels
+    # A loss that is added: this row, and two functions of logits.
+    ADVERSARIAL_LOSSES["added"] = AdversarialLoss(lambda fake, real: (real.mean() - fake).abs().mean(),
+                                                  lambda real, fake, labels: (fake - real).tanh().mean(),
+                                                  takes_labels=False, sees_real=True)
     from pipeline.models.discriminators import build_discriminator
     from pipeline.training.trainers import AdversarialTrainer
 
@@ -59,7 +63,7 @@ TRAINER = """
 def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) -> None:
     found = in_a_fresh_process(TRAINER + f"""
     found = {{}}
-    for kind in {KINDS!r}:
+    for kind in {(*KINDS, "added")!r}:
         for accumulation in (1, 2):
             spec = AdversarialSpec(weight=0.7, loss=kind, discriminator_every=2)
             trainer, (generator, discriminator) = trainer_for(spec, {stage}, accumulation, {{"l1": 0.5}})
@@ -69,8 +73,8 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
             pieces = list(zip(lr.chunk(accumulation), hr.chunk(accumulation)))
             for small, large in pieces:
                 sr, real = generator(small), large / 255
-                loss = 0.5 * (sr - real).abs().mean() + 0.7 * generator_loss(
-                    kind, discriminator(sr), discriminator(real).detach())
+                loss = 0.5 * (sr - real).abs().mean() + 0.7 * ADVERSARIAL_LOSSES[kind].generator(
+                    discriminator(sr), discriminator(real).detach())
                 grads = torch.autograd.grad(loss / accumulation, generator.parameters())
                 for p, g in zip(generator.parameters(), grads):
                     p.grad = g if p.grad is None else p.grad + g
@@ -85,14 +89,14 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
             generator.load_state_dict(middle)
             for small, large in pieces:
                 fake, real = discriminator(generator(small).detach()), discriminator(large / 255)
-                loss = discriminator_loss(kind, real, fake, draw_labels(spec.labels, real))
+                loss = discriminator_loss(ADVERSARIAL_LOSSES[kind], real, fake, draw_labels(spec.labels, real))
                 (loss / accumulation).backward()
             wanted_d = {{name: p.grad for name, p in discriminator.named_parameters()}}
             off_d = error(moved(trainer.discriminator.module, before[1]), wanted_d)
             found[f"{{kind}} {{accumulation}}"] = [scale, off, untouched and clean, off_d]
     print(json.dumps(found))
     """)
-    assert len(found) == 2 * len(KINDS)
+    assert len(found) == 2 * (len(KINDS) + 1)
     for case, (scale, off, is_untouched, off_discriminator) in found.items():
         assert scale > 1e-4, case
         assert off < 1e-5, case
@@ -184,19 +188,22 @@ def test_losses_are_those_of_the_papers() -> None:
         "relativistic": (-np.log(sigmoid(f - r)).mean(), -np.log(sigmoid(r - f)).mean()),
     }
     for kind, (generators, discriminators) in expected.items():
-        assert generator_loss(kind, fake, real).item() == pytest.approx(generators, rel=1e-5), kind
-        assert discriminator_loss(kind, real, fake, plain).item() == pytest.approx(discriminators, rel=1e-5), kind
+        loss = ADVERSARIAL_LOSSES[kind]
+        assert loss.generator(fake, real).item() == pytest.approx(generators, rel=1e-5), kind
+        assert discriminator_loss(loss, real, fake, plain).item() == pytest.approx(discriminators, rel=1e-5), kind
+    assert expected.keys() == ADVERSARIAL_LOSSES.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pull_in_the_right_direction(kind: str) -> None:
     real, fake = logits(3).requires_grad_(), logits(4).requires_grad_()
     fake.grad = None
-    generator_loss(kind, fake, real.detach()).backward()
+    ADVERSARIAL_LOSSES[kind].generator(fake, real.detach()).backward()
     assert fake.grad is not None
     assert (fake.grad.mean() < 0) or kind == "least_squares"  # descending makes fakes more real
     fake.grad = real.grad = None
-    discriminator_loss(kind, 0.1 * real, 0.1 * fake, draw_labels(LabelsSpec(), real)).backward()
+    labels = draw_labels(LabelsSpec(), real)
+    discriminator_loss(ADVERSARIAL_LOSSES[kind], 0.1 * real, 0.1 * fake, labels).backward()
     assert fake.grad.mean() > 0
     assert real.grad.mean() < 0
 
@@ -223,8 +230,22 @@ def test_a_flipped_sample_counts_as_its_opposite() -> None:
     real, fake = logits(5), logits(6)
     plain = draw_labels(LabelsSpec(), real)
     all_flipped = plain._replace(flipped=torch.ones_like(plain.flipped))
-    for kind in KINDS:
-        assert discriminator_loss(kind, real, fake, all_flipped) == discriminator_loss(kind, fake, real, plain)
+    for loss in ADVERSARIAL_LOSSES.values():
+        assert discriminator_loss(loss, real, fake, all_flipped) == discriminator_loss(loss, fake, real, plain)
+
+
+def test_a_row_makes_a_loss_known_to_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it trains, too, is seen with the others above, under the name `added`."""
+    with pytest.raises(UserError, match="no adversarial loss named 'wasserstein'; choose from hinge"):
+        load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
+    row = AdversarialLoss(lambda fake, real: -fake.mean(), lambda real, fake, labels: fake.mean() - real.mean(),
+                          takes_labels=False, sees_real=False)
+    monkeypatch.setitem(ADVERSARIAL_LOSSES, "wasserstein", row)
+    recipe = load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
+    assert recipe.adversarial is not None
+    assert recipe.adversarial.loss == "wasserstein"
+    with pytest.raises(UserError, match="loss wasserstein has no targets to smooth or to move"):
+        load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein", "labels": {"noise": 0.1}}})
 
 
 def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
@@ -252,7 +273,9 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
 @pytest.mark.parametrize(("adversarial", "message"), [
     ({}, "adversarial.weight: field required"),
     ({"weight": 0}, "adversarial.weight: input should be greater than 0"),
-    ({"weight": 1, "loss": "wgan"}, "adversarial.loss: input should be 'vanilla', "),
+    ({"weight": 1, "loss": "hing"}, "adversarial.loss: no adversarial loss named 'hing'; did you mean 'hinge'?"),
+    ({"weight": 1, "discriminator": "unett"}, "no discriminator named 'unett'; did you mean 'unet'?"),
+    ({"weight": 1, "discriminator": {"name": "vgg", "num_feature": 4}}, "'num_feature'; did you mean 'num_features'?"),
     ({"weight": 1, "loss": "hinge", "labels": {"smoothing": 0.1}}, "hinge has no targets to smooth"),
     ({"weight": 1, "generator_every": 2, "discriminator_every": 2}, "must be 1: every step updates something"),
     ({"weight": 1, "instance_noize": {}}, "adversarial.instance_noize: unknown key; did you mean 'instance_noise'?"),

@@ -1,7 +1,7 @@
 """Runs saved by an earlier version of the code go on as that version went on, and every command reads them.
 
-`tests/fixtures/runs-before-the-house/` holds three run folders, stopped at step 3 of 8, as version 86232c9 wrote them: a
-GAN under DeepSpeed, Accelerate, and two ranks at ZeRO stage 1. Beside each lies what that version made of it without
+`tests/fixtures/runs-before-the-house/` holds three run folders, stopped at step 3 of 8, as version 86232c9 wrote them:
+a GAN under DeepSpeed, Accelerate, and two ranks at ZeRO stage 1. Beside each lies what that version made of it without
 the stop: the weights of step 8, and in `straight.json` the losses, rates and PSNR of the steps in between.
 """
 
@@ -59,7 +59,7 @@ def old_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ], ids=["gan", "zero", "accelerate"])
 def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, name: str, procs: int,
                                              extra: tuple[str, ...]) -> None:
-    """Weights, moments, schedule, averaged weights, random states and place in the data, or the numbers would differ."""
+    """Weights, moments, schedule and random states must all come back, or the numbers would differ."""
     run_dir = tmp_path / name
     shutil.copytree(RUNS / name, run_dir)
     if name == "accelerate":
@@ -69,7 +69,7 @@ def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, 
     else:
         printed = train(old_dataset, run_dir, *RECIPE, *extra, procs=procs)
     assert "continuing from step 3 of 8" in printed
-    expected, got = STRAIGHT[name], dict((step, values) for step, *values in logged(run_dir, "train", "loss", "lr"))
+    expected, got = STRAIGHT[name], {step: values for step, *values in logged(run_dir, "train", "loss", "lr")}
     assert sorted(got) == list(range(1, 9))
     for line in expected["train"]:
         loss, rate = got[line["step"]]
