@@ -19,6 +19,7 @@ from launch.environment import without
 from pipeline import cli
 from pipeline.cli import UserError, say
 from pipeline.config.ds_config import batch_sizes
+from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import has_ended
 from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
 
@@ -61,7 +62,7 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
         chosen = on_gpu and bool(variables.get("CUDA_VISIBLE_DEVICES"))
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--hostfile",
                    os.devnull, *([] if chosen else ["--num_gpus", str(processes)]), "--master_port",
-                   str(_free_port()), script, *arguments]
+                   str(free_port()), script, *arguments]
     # In a session of their own, so that CTRL+C reaches only this process, which then tells all of them at once: a
     # launcher that is interrupted itself tells one rank after another and prints a traceback.
     received: list[int] = []
@@ -102,14 +103,6 @@ def _wait_for_group(group: int) -> None:
     while _signal_group(group, 0) and time.monotonic() < deadline:
         time.sleep(0.1)
     _signal_group(group, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:

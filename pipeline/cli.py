@@ -25,8 +25,8 @@ class RunError(Exception):
 
 
 def bar_options() -> dict[str, Any]:
-    """Of tqdm's bars: none for work of two seconds, none where nobody looks, and few lines in a log file."""
-    return {"delay": 2, "disable": None, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    """For tqdm: no bar for work of two seconds or where nobody looks, and few lines in a log file."""
+    return {"delay": 2, "disable": None, "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

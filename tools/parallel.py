@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, bar_options
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +53,7 @@ def batched(items: Iterable[Item], count: int = 16) -> Iterator[list[Item]]:
 
 def progress(total: int | None, unit: str) -> tqdm:
     """A bar with rate and ETA (where the total is known) on stderr, for people only, after two seconds of work."""
-    return tqdm(total=total, unit=unit, delay=2, disable=None, dynamic_ncols=True, file=sys.stderr)
+    return tqdm(total=total, unit=unit, file=sys.stderr, **bar_options())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import tyro
 from launch.environment import num_gpus
 from pipeline.cli import UserError, run
 from pipeline.config.ds_config import batch_sizes, ds_differences
-from pipeline.config.recipe import parse_overrides, recipe_differences, recipe_of
+from pipeline.config.recipe import changes, parse_overrides, recipe_differences, recipe_of
 from pipeline.files import short_path, write_atomically
 from pipeline.run_folder import RUNS_DIR
 from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
@@ -193,24 +193,21 @@ def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Targ
     """Raise `UserError` naming what differs between the study on disk and what is asked for."""
     wanted = _identity(target)
     found = target.space.differences(held["space"])
-    if held["metric"] != wanted["metric"]:
-        found.append(f"--metric: {held['metric']} in the study, {wanted['metric']} asked for")
-    if len(held["recipes"]) != len(wanted["recipes"]):
-        found.append(f"stages: {len(held['recipes'])} in the study, {len(wanted['recipes'])} asked for")
-    else:
+    names = {"metric": "--metric", "steps": "--steps"}
+    found += changes({names["metric"]: held["metric"]}, {names["metric"]: wanted["metric"]}, owner="study")
+    stages = changes({"stages": len(held["recipes"])}, {"stages": len(wanted["recipes"])}, owner="study")
+    found += stages
+    if not stages:
         for old, plan in zip(held["recipes"], target.plans, strict=True):
             before = recipe_of(old, str(folder.path))
-            found += [line.replace(" in the run,", " in the study,")
-                      for line in recipe_differences(before, plan.recipe)]
-            for key in ("steps", "validate_every", "validation_images", "patience"):  # training lets these change
-                was, asked = getattr(before, key), getattr(plan.recipe, key)
-                if was != asked:
-                    name = "--steps" if key == "steps" else key
-                    found.append(f"{name}: {was} in the study, {asked} asked for")
+            found += recipe_differences(before, plan.recipe, "study")
+            free = ("steps", "validate_every", "validation_images", "patience")  # training lets these change
+            found += changes(*({names.get(key, key): getattr(recipe, key) for key in free}
+                               for recipe in (before, plan.recipe)), owner="study")
         for old_ds, plan in zip(held["ds_configs"], target.plans, strict=True):
-            found += [line.replace(" in the run,", " in the study,") for line in ds_differences(old_ds, plan.ds_config)]
-    found += [f"dataset {key}: {value} in the study, {wanted['dataset'][key]} asked for"
-              for key, value in held["dataset"].items() if value != wanted["dataset"][key]]
+            found += ds_differences(old_ds, plan.ds_config, "study")
+    known = {key: wanted["dataset"][key] for key in held["dataset"]}
+    found += changes(held["dataset"], known, "dataset ", owner="study")
     if found:
         raise UserError(f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with what it was "
                         "begun with, give --output-dir, or begin anew with --reset (the old study is kept)")

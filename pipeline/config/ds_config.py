@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cli import UserError, nearest
-from pipeline.config.recipe import assign, flat
+from pipeline.config.recipe import assign, changes, flat
 from pipeline.distributed.launcher import is_from_accelerate
 
 Runtime = Literal["auto", "deepspeed", "accelerate"]
@@ -120,14 +120,12 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     return micro, accumulation
 
 
-def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = "run") -> list[str]:
     """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may change."""
     free = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",
             "comms_logger", "flops_profiler", "scheduler.params.total_num_steps")
-    before, after = dict(flat(old)), dict(flat(new))
-    return [f"ds.{key}: {before.get(key, 'unset')} in the run, {after.get(key, 'unset')} asked for"
-            for key in sorted(before.keys() | after.keys())
-            if not key.startswith(free) and before.get(key) != after.get(key)]
+    before, after = ({key: value for key, value in flat(values) if not key.startswith(free)} for values in (old, new))
+    return changes(before, after, "ds.", owner=owner)
 
 
 def choose_runtime(asked: Runtime, variables: Mapping[str, str] = os.environ) -> str:

@@ -209,13 +209,17 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str]:
     """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a run."""
-    before, after = (dict(flat(_with_loss_tables(recipe.model_dump(mode="json")))) for recipe in (old, new))
-    unset = "unset"
-    return [f"{key}: {before.get(key, unset)} in the run, {after.get(key, unset)} asked for"
-            for key in sorted(before.keys() | after.keys())
-            if not FREE_FIELDS & {key, key.split(".")[0]} and before.get(key, unset) != after.get(key, unset)]
+    before, after = ({key: value for key, value in flat(_with_loss_tables(recipe.model_dump(mode="json")))
+                      if not FREE_FIELDS & {key, key.split(".")[0]}} for recipe in (old, new))
+    return changes(before, after, owner=owner)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, owner: str = "run") -> list[str]:
+    """A line for each key, after `prefix`, on which the run on disk (the `owner`) and the command line disagree."""
+    return [f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
+            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
 def _with_loss_tables(values: dict[str, Any]) -> dict[str, Any]:

@@ -344,6 +344,13 @@ def own_addresses() -> Iterator[tuple[str, str]]:
                 yield from ((name, _without_scope(one.address)) for one in found if one.family == family)
 
 
+def free_port() -> int:
+    """A TCP port of this host's loopback interface that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def is_own(address: str) -> bool:
     """Whether `address`, an IP address or a host's name, is this host's, as far as it can resolve it."""
     own = {one for _, one in own_addresses()}

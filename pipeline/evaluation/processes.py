@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
-from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent
+from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent, free_port
 
 # The processes that evaluate together: they take images from one queue, and the first one has it all in the end.
 
@@ -220,7 +219,7 @@ def run_processes(count: int, command: Sequence[str]) -> int:
 
     `RunError` where one of them was killed. All are ended before this returns or raises.
     """
-    port = _free_port()
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
@@ -276,7 +275,3 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -124,7 +124,7 @@ class _Reader:
     """Hands calibration images to ONNX Runtime, and shows how far it is."""
 
     def __init__(self, images: Sequence[np.ndarray]) -> None:
-        self._bar = iter(tqdm(images, desc="calibrating", unit="image", dynamic_ncols=True, **bar_options()))
+        self._bar = iter(tqdm(images, desc="calibrating", unit="image", **bar_options()))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next input, `None` after the last."""
@@ -171,7 +171,7 @@ def measure(fp32: Runtime, int8: Runtime, photos: Sequence[Photograph], scale: i
     PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a network fails.
     """
     scores = []
-    for photo in tqdm(photos, desc="measuring the drop", unit="image", dynamic_ncols=True, **bar_options()):
+    for photo in tqdm(photos, desc="measuring the drop", unit="image", **bar_options()):
         hr = crop_to_multiple(_middle(photo.pixels), scale)
         size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
         lr = as_input(to_bytes(cubic_resize(unit_range(hr, torch.float32), size)), form)

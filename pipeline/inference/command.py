@@ -197,7 +197,7 @@ def _run_all(jobs: Sequence[Job], target: Target, upscaler: Upscaler,
 
 
 def _bar(pixels: float) -> tqdm:
-    return tqdm(total=pixels / 1e6, unit="MP", desc="upscaling", **bar_options(), dynamic_ncols=True,
+    return tqdm(total=pixels / 1e6, unit="MP", desc="upscaling", **bar_options(),
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} MP "
                            "[{elapsed}<{remaining}, {rate_fmt}]")
 

@@ -19,7 +19,7 @@ from pipeline.checkpoint.checkpoint import Contents, Progress
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.cli import UserError
 from pipeline.config.ds_config import batch_sizes, ds_differences
-from pipeline.config.recipe import Recipe, recipe_differences, recipe_of
+from pipeline.config.recipe import Recipe, changes, recipe_differences, recipe_of
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.distributed.ranks import Ranks
@@ -196,10 +196,9 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
     differences += ds_differences(found["ds_config"], plan.ds_config)
     differences += [f"discriminator's {line}" for line in ds_differences(found.get("discriminator_ds_config", {}),
                                                                         plan.discriminator_ds_config or {})]
-    if found["precision"] != wanted["precision"]:
-        differences.append(f"precision: {found['precision']} in the run, {wanted['precision']} asked for")
-    old, new = found["dataset"], wanted["dataset"]
-    changed = [f"dataset {key}: {old[key]} in the run, {new[key]} asked for" for key in old if old[key] != new[key]]
+    differences += changes({"precision": found["precision"]}, {"precision": wanted["precision"]})
+    known = {key: wanted["dataset"][key] for key in found["dataset"]}  # a run of an earlier version may hold fewer
+    changed = changes(found["dataset"], known, "dataset ")
     if changed:
         named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
         differences += named + [line for line in changed if not (named and "lists_sha256" in line)]

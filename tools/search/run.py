@@ -21,7 +21,7 @@ import yaml
 from optuna.trial import FixedTrial, Trial, TrialState
 from tqdm import tqdm
 
-from pipeline.cli import RunError
+from pipeline.cli import RunError, bar_options
 from pipeline.config.recipe import ROOT
 from pipeline.files import short_path, write_atomically
 from pipeline.training.options import Plan, TrainOptions, make_plans
@@ -323,9 +323,9 @@ class Search:
     # Telling
 
     def _bar(self) -> tqdm:
-        return tqdm(total=self._budget.trials, initial=self._done(), unit="trial", disable=None, file=sys.stderr,
-                    dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {n:.1f}/{total} trials "
-                                                   "[{elapsed}<{remaining}]{postfix}")
+        bar = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} trials [{elapsed}<{remaining}]{postfix}"
+        return tqdm(total=self._budget.trials, initial=self._done(), unit="trial", file=sys.stderr, bar_format=bar,
+                    **bar_options())
 
     def _show(self, bar: tqdm) -> None:
         """The bar moves with the steps of the trials that run."""
