@@ -13,10 +13,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.data.image_files import MANIFEST
+from tools.crops.manifest import DatasetHash, iterate_records
+
 # For tests that are not about the quality gates: their pictures repeat themselves, and are made, not photographed.
 UNGATED = ("--min-gradient", "0", "--min-sharpness", "0", "--keep-duplicates")
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(CHECKOUT))  # so that `pytest` works like `python -m pytest`
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -32,6 +34,14 @@ def assert_user_error(result: subprocess.CompletedProcess[str], *words: str) -> 
     assert result.stderr.count("\n") == 1, result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
+
+
+def dataset_hash(root: Path, *folders: str) -> str:
+    """The hash of all crops that the manifests of `folders` in `root`, by default its own, record."""
+    total = DatasetHash()
+    for record in iterate_records(root, [f"{folder}/{MANIFEST}" for folder in folders] or [MANIFEST]):
+        total.add(record.path, record.sha256)
+    return total.hexdigest()
 
 
 def tree(folder: Path) -> dict[str, str]:

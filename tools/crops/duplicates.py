@@ -60,11 +60,6 @@ def has_structure(hash: bytes) -> bool:
     return int.from_bytes(hash, "big").bit_count() >= _MIN_ONES
 
 
-def hash_distance(one: bytes, other: bytes) -> int:
-    """In how many of the 256 bits two hashes differ."""
-    return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
-
-
 class NearDuplicates:
     """Remembers pictures by hash and finds the earlier one that a new picture is a copy of.
 

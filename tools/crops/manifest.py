@@ -143,14 +143,6 @@ class DatasetHash:
         return hashlib.sha256(f"{self.count} {self._sum:064x}".encode()).hexdigest()
 
 
-def dataset_hash(root: Path, manifests: Iterable[str]) -> DatasetHash:
-    """The hash of all crops that the manifests record."""
-    total = DatasetHash()
-    for record in iterate_records(root, manifests):
-        total.add(record.path, record.sha256)
-    return total
-
-
 class ManifestIndex:
     """The records of many manifests, looked up by path; 16 bytes of memory a crop, whatever a line holds."""
 

@@ -243,11 +243,6 @@ class TarReader:
             yield Member(name, data)
 
 
-def iter_members(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Member | Problem]:
-    """The photographs in the archive `path` and the problems met, in its order. See `TarReader` for more."""
-    return iter(TarReader(path, limits))
-
-
 def check_archive(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time in ns of an archive. Raises `UserError` for what is no tar we can read."""
     with _opened(path) as (_, status):

@@ -19,7 +19,7 @@ import pytest
 
 from dataset_corpus import CHECKOUT, encoded, photograph
 from pipeline.cli import UserError
-from tools.tar.members import Member, Problem, TarReader, check_archive, clean_name, iter_members
+from tools.tar.members import Member, Problem, TarReader, check_archive, clean_name
 from tools.tar.streams import Limits
 
 JPEG = encoded(photograph(40, 60), "jpeg")
@@ -239,7 +239,7 @@ def test_sparse_members_as_gnu_tar_writes_them(tmp_path, form):
     command = ["tar", "-S", *style, "-cf", tmp_path / "gnu.tar", "-C", tmp_path, "s.bmp", "a.jpg"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no GNU tar here")
-    items = list(iter_members(tmp_path / "gnu.tar"))
+    items = list(TarReader(tmp_path / "gnu.tar"))
     assert items[1:] == [Member("a.jpg", JPEG)]
     assert isinstance(items[0], Problem)
     assert "holes" in items[0].reason
@@ -350,7 +350,7 @@ def test_a_hole_in_place_of_members_is_noticed(tmp_path):
     assert "unfinished download" in problems[0].reason
     with open(tmp_path / "zeros.tar", "wb") as file:
         file.truncate(1 << 40)
-    assert ["zero bytes" in item.reason for item in iter_members(tmp_path / "zeros.tar")] == [True]
+    assert ["zero bytes" in item.reason for item in TarReader(tmp_path / "zeros.tar")] == [True]
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"])
@@ -420,7 +420,7 @@ def test_what_is_no_archive_on_a_disk_is_refused_at_once(tmp_path):
         with pytest.raises(UserError, match=word):
             check_archive(path)
         with pytest.raises(UserError, match=word):
-            list(iter_members(path))
+            list(TarReader(path))
     contents = {b"": "empty", b"PK\3\4" + bytes(600): "a zip archive", b"text" * 300: "not a tar archive",
                 gzip.compress(b"text" * 300): "not a tar archive", gzip.compress(b"")[:12]: "cut off",
                 JPEG: "not a tar", b"7z\xbc\xaf\x27\x1c" + bytes(600): "7-zip", _BAD_GZIP: "damaged"}
@@ -435,7 +435,7 @@ def test_what_is_no_archive_on_a_disk_is_refused_at_once(tmp_path):
 def test_an_archive_that_changes_meanwhile_is_reported(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(tar({"a.jpg": JPEG, "b.jpg": JPEG}))
-    items = iter_members(path)
+    items = iter(TarReader(path))
     assert next(items) == Member("a.jpg", JPEG)
     os.utime(path, ns=(0, 0))
     assert list(items)[-1] == Problem("", "it changed while it was read; run the same command again")
@@ -461,7 +461,7 @@ def test_any_bytes_are_survived(tmp_path):
         path = tmp_path / "a.tar"
         path.write_bytes(gzip.compress(bytes(content), 1) if rng.integers(2) else bytes(content))
         try:
-            names = [item.name for item in iter_members(path) if isinstance(item, Member)]
+            names = [item.name for item in TarReader(path) if isinstance(item, Member)]
         except UserError:
             continue  # damaged from the first block on
         assert len(names) == len(set(names))
