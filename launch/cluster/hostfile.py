@@ -19,6 +19,7 @@ from pipeline.cli import UserError, nearest
 ROOT = Path(__file__).resolve().parents[2]
 HOSTFILE = "hostfile"
 MOST_SLOTS = 64
+PORTS = range(20000, 32000)  # below those that kernels give out by themselves
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,4})(?:\s*#.*)?")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9._-]{1,253}")
 _EXAMPLE = "write lines like `node1 slots=8`"
@@ -34,11 +35,11 @@ def find_hostfile(path: Path) -> Path:
 
 
 def read_hostfile(path: Path) -> Slots:
-    """The hosts of a hostfile with all their slots. `UserError` names the line that is none."""
+    """The hosts of a hostfile with all their slots. `UserError` names the line that is not one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no hostfile {path}; {_EXAMPLE}, one a machine, or train on this one with "
+        raise UserError(f"no hostfile {path}; {_EXAMPLE}, one per machine, or train on this one with "
                         "./launch_local_train.sh") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -48,20 +49,20 @@ def read_hostfile(path: Path) -> Slots:
         if line and not line.startswith("#"):
             host, slots = _parse(line, f"{path}:{number}")
             if host.lower() in {known.lower() for known in found}:
-                raise UserError(f"{path}:{number}: {host} is there twice; give each host one line with all its slots")
+                raise UserError(f"{path}:{number}: {host} occurs twice; give each host one line with all its slots")
             found[host] = tuple(range(slots))
     if not found:
-        raise UserError(f"{path} names no host; {_EXAMPLE}, one a machine")
+        raise UserError(f"{path} names no host; {_EXAMPLE}, one per machine")
     return found
 
 
 def _parse(line: str, where: str) -> tuple[str, int]:
     match = _LINE.fullmatch(line)
     if not match:
-        raise UserError(f"{where}: {line!r} is no `HOST slots=N`; {_EXAMPLE}")
+        raise UserError(f"{where}: {line!r} is not `HOST slots=N`; {_EXAMPLE}")
     host, slots = match["host"], int(match["slots"])
     if not is_host(host):
-        raise UserError(f"{where}: {host!r} is no host's name (letters, digits, dot, dash; user and port go into "
+        raise UserError(f"{where}: {host!r} is not a host's name (letters, digits, dot, dash; user and port go into "
                         "~/.ssh/config)")
     if not 1 <= slots <= MOST_SLOTS:
         raise UserError(f"{where}: slots={slots} must be between 1 and {MOST_SLOTS}: the GPUs of {host}")
@@ -69,7 +70,7 @@ def _parse(line: str, where: str) -> tuple[str, int]:
 
 
 def is_host(name: str) -> bool:
-    """Whether `name` can be a host's name or IPv4 address, and nothing that ssh or a shell would read otherwise."""
+    """Whether `name` can only be a host's name or IPv4 address: nothing that ssh or a shell would interpret."""
     return _HOST.fullmatch(name) is not None
 
 
@@ -98,7 +99,7 @@ def _filter(text: str, flag: str, hosts: Mapping[str, Sequence[int]]) -> dict[st
             close = nearest(host, hosts) if difflib.get_close_matches(host, hosts, 1, 0.5) else ""
             raise UserError(f"{flag} {text}: no host {host!r} in the hostfile{close or '; it has ' + ', '.join(hosts)}")
         if colon and not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise UserError(f"{flag} {text}: {numbers!r} is no list of slots; write {host}:0,1")
+            raise UserError(f"{flag} {text}: {numbers!r} is not a list of slots; write {host}:0,1")
         slots = {int(number) for number in numbers.split(",")} if colon else set(hosts[host])
         if not slots <= set(hosts[host]):
             raise UserError(f"{flag} {text}: {host} has the slots {', '.join(map(str, hosts[host]))}, and not "
@@ -114,6 +115,3 @@ def world_size(slots: Mapping[str, Sequence[int]]) -> int:
 def as_filter(slots: Mapping[str, Sequence[int]]) -> str:
     """`slots` in the syntax of --include."""
     return "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
-
-
-PORTS = range(20000, 32000)  # below those that kernels give out by themselves

@@ -1,4 +1,8 @@
-"""One launch of all ranks: what DeepSpeed's launcher is told, and nothing else of this shell's environment."""
+"""One launch of all ranks, as a command line and an environment for DeepSpeed's launcher; and what a restart may use.
+
+DeepSpeed passes much of its shell's environment on to a shell of every host. Here it gets an environment without
+those variables, and each rank's guard gets its own as data, in one word.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,15 @@ from launch.environment import may_have_gpu
 from pipeline.cli import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+PORT_SECONDS = 15  # for one that should become free again
+POLL_SECONDS = 5
 Launcher = Literal["pdsh", "openmpi", "slurm"]
 PROGRAMS = {"pdsh": ("pdsh", "pdsh"), "openmpi": ("ompi_info", "openmpi-bin"), "slurm": ("srun", "slurm-client")}
-"""Of each launcher: the program it cannot do without, and Debian's package."""
+"""Launcher -> the program it cannot do without, and the Debian package that has it."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Beginnings of names that DeepSpeed pastes into the command line of every host; ours travel as data."""
 _PDSHS = ("WCOLL", "DSHPATH", "PDSH_RCMD_TYPE")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
-PORT_SECONDS = 15  # for one that was wanted to be free again
 
 
 @dataclass(frozen=True)
@@ -52,47 +57,45 @@ class Job:
         return [host for host, slots in self.slots.items() for _ in slots]
 
     def word(self, run: str, supervisor_port: int) -> str:
-        """What each rank's guard needs to know to find the supervisor, as one word."""
+        """What each rank's guard needs to find the supervisor, as one word."""
         return messages.pack({"run": run, "supervisor": [self.address, supervisor_port]})
 
     @property
     def task(self) -> dict[str, Any]:
-        """What the supervisor tells each guard to run."""
+        """What the supervisor makes each guard run."""
         return {"logs": str(self.logs), "arguments": list(self.arguments), "environment": dict(self.variables),
                 "directory": self.directory}
 
     def command(self, folder: Path, word: str) -> list[str]:
-        """DeepSpeed's launcher, whose files go into `folder`, with a guard for each rank, which is told `word`."""
+        """DeepSpeed's launcher, whose files go into `folder`, starting a guard with `word` for each rank."""
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{host} slots={1 + max(numbers)}\n" for host, numbers in self.slots.items()))
         chosen = ["--include", as_filter(self.slots)] if self.launcher == "pdsh" else []
-        arguments = " ".join(filter(None, (self._own_launcher_args(), self.launcher_args)))
+        own = ""
+        if self.launcher == "openmpi":
+            # The ranks never speak MPI: its network must only not be looked for. DeepSpeed would say eth0.
+            own = "--mca btl_tcp_if_include lo" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
+        elif self.launcher == "slurm":
+            per_node = len(next(iter(self.slots.values())))
+            own = f"--nodes={len(self.slots)} --ntasks-per-node={per_node} --nodelist={','.join(self.slots)}"
+        arguments = " ".join(filter(None, (own, self.launcher_args)))
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", str(hostfile),
                 *chosen, "--launcher", self.launcher, f"--launcher_args={arguments}", "--master_addr", self.address,
                 "--master_port", str(self.port), "--no_ssh_check", "--no_local_rank",
                 str(ROOT / "launch" / "cluster" / "guard.py"), word]
-
-    def _own_launcher_args(self) -> str:
-        if self.launcher == "openmpi":
-            # The ranks never speak MPI: its network must only not be looked for. DeepSpeed would say eth0.
-            return "--mca btl_tcp_if_include lo" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
-        if self.launcher == "slurm":
-            per_node = len(next(iter(self.slots.values())))
-            return f"--nodes={len(self.slots)} --ntasks-per-node={per_node} --nodelist={','.join(self.slots)}"
-        return ""
 
     def launcher_variables(self, folder: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
         """The launcher's own environment: this one, but for what would end in a shell on other hosts."""
         variables = {name: value for name, value in base.items() if not name.startswith((*_EXPORTED, "OMPI_", "PMIX_"))
                      and name not in _PDSHS}
         file = folder / "deepspeed_env"
-        # Slurm tells its ranks where the first of them is, which need not be here; the others are told here.
+        # Slurm itself says where rank 0 is, which need not be here; with the others it is this machine.
         own = {} if self.launcher == "slurm" else {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         file.write_text("".join(f"{name}={value}\n" for name, value in own.items()))
         variables["DS_ENV_FILE"] = str(file)
         if not may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
-        # The guards notice a host that is gone; ssh must not be quicker, for a short break is none.
+        # The guards notice a host that is gone; ssh must not give up sooner, over a short break of the network.
         words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))
         variables["PDSH_SSH_ARGS_APPEND"] = " ".join(words).strip()
         return variables
@@ -123,12 +126,12 @@ def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None
             raise UserError(f"--launcher {launcher} cannot leave out single slots (of {host} it would be "
                             f"{','.join(map(str, numbers))}); choose pdsh, or whole hosts")
     if launcher == "slurm" and len({len(numbers) for numbers in slots.values()}) > 1:
-        raise UserError("--launcher slurm needs as many slots on every host; make them alike in the hostfile, or "
-                        "choose pdsh")
+        raise UserError("--launcher slurm needs the same number of slots on every host; change the hostfile, or choose "
+                        "pdsh")
 
 
 def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
-    """`wanted`, or a free port of `address` where it is 0. `UserError` if it cannot be had, with `wait` not at once."""
+    """`wanted`, or a free port of `address` where it is 0. `UserError` if it is taken, with `wait` for a while."""
     if not 0 <= wanted <= 65535:
         raise UserError(f"--master-port {wanted} must be between 1 and 65535, or 0 for a free one")
     deadline = time.monotonic() + (PORT_SECONDS if wait else 0)
@@ -148,14 +151,11 @@ def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
         time.sleep(0.5)
 
 
-# What a run goes on with after a failure: the hosts that answer, as many ranks as share the global batch.
-
-
-POLL_SECONDS = 5
+# --- What a run can continue with after a failure ---
 
 
 def answering(slots: Slots, *, timeout: float = 2 * CONNECT_SECONDS) -> Slots:
-    """Those of the hosts that run a command now. The first is this machine."""
+    """The hosts that run a command now. The first is this machine."""
     first, *others = slots
     done = run_on(others, ["true"], timeout=timeout)
     return {host: numbers for host, numbers in slots.items() if host == first or done[host].status == 0}
@@ -163,7 +163,7 @@ def answering(slots: Slots, *, timeout: float = 2 * CONNECT_SECONDS) -> Slots:
 
 def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> None:
     """Return when every host answers. `RunError` names those that still do not after so many seconds."""
-    deadline, told = time.monotonic() + seconds, False
+    deadline, has_said = time.monotonic() + seconds, False
     while True:
         there = answering(slots)
         missing = [host for host in slots if host not in there]
@@ -171,11 +171,11 @@ def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> No
             return
         names = ", ".join(missing)
         if time.monotonic() > deadline:
-            raise RunError(f"{names} did not come back within {seconds:.0f} s; mend that, or go on without: --exclude "
-                           f"{'@'.join(missing)}, or --elastic")
-        if not told:
+            raise RunError(f"{names} did not come back within {seconds:.0f} s; repair them, or go on without them: "
+                           f"--exclude {'@'.join(missing)}, or --elastic")
+        if not has_said:
             say(f"waiting up to {seconds:.0f} s for {names} (--elastic goes on without)")
-            told = True
+            has_said = True
         time.sleep(POLL_SECONDS)
 
 

@@ -2,15 +2,17 @@
 
 DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the others met it, for a
 host that fell off the network, and for one that hangs, and its own way to stop kills other people's runs (deepspeed
-issue 6807). So each rank has a guard (`guard.py`) that reports here, and whatever ends one rank ends all of them.
+issue 6807). So each rank has a guard (`guard.py`) that reports here, and if one rank ends early, all are stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import re
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -21,7 +23,6 @@ from typing import IO, Any
 import psutil
 
 from launch.cluster import messages
-from launch.cluster.messages import Speaker
 
 START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
 GRACE_SECONDS = 60  # for saving, after CTRL+C
@@ -29,6 +30,7 @@ END_SECONDS = 10  # for the others, once a rank has failed
 TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
 LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
 MOST_LINES = 100  # kept of what the launcher says
+MOST_WAITING = 10_000  # texts for a terminal that does not take them; what comes on top is lost
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
@@ -86,7 +88,7 @@ class Supervisor:
     _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))  # on whichever host
     _launcher_status: int | None = None
     _ssh_ended: str = ""  # the first host whose part of the launcher ended while its ranks were there
-    _speaker: Speaker = field(default_factory=Speaker)
+    _speaker: _Speaker = field(default_factory=lambda: _Speaker())
     _labels: dict[str, str] = field(default_factory=dict)  # by which the launcher names hosts
     _began: float = field(default_factory=time.monotonic)
     _failed_at: float | None = None
@@ -322,6 +324,36 @@ class Supervisor:
             names = ", ".join(map(str, mute[:3])) + (f" and {len(mute) - 3} more" if len(mute) > 3 else "")
             return f"made no step for too long (--watchdog-minutes); {names} did not answer: stopped or stuck"
         return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
+
+
+class _Speaker:
+    """Writes texts to streams that may be slow, stopped or full, without making anybody wait for them.
+
+    A thread of its own writes them in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[tuple[IO[str], str]] = queue.Queue(MOST_WAITING)
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def say(self, stream: IO[str], text: str) -> None:
+        """Write `text`, later. Where nobody reads the stream any more (CTRL+S, `| less`), it waits, or is lost."""
+        with suppress(queue.Full):
+            self._waiting.put_nowait((stream, text))
+
+    def finish(self, seconds: float) -> None:
+        """Return when all is written, or after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _write(self) -> None:
+        while True:
+            stream, text = self._waiting.get()
+            with suppress(Exception):  # a full disk or a closed terminal must not end the job
+                stream.write(text)
+                stream.flush()
+            self._waiting.task_done()
 
 
 def _kill_tree(pid: int) -> None:

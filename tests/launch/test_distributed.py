@@ -53,7 +53,8 @@ ONE, TWO = "localhost slots=1\n", f"localhost slots=1\n{ELSEWHERE} slots=1\n"
 @pytest.mark.parametrize(("hostfile", "arguments", "parts"), [
     (None, (), ("no hostfile hosts; write lines like `node1 slots=8`", "./launch_local_train.sh")),
     ("# node1 slots=8\n", (), ("hosts names no host; write lines like `node1 slots=8`",)),
-    ("localhost slots=1\n-oProxyCommand=reboot slots=1\n", (), ("hosts:2: '-oProxyCommand=reboot' is no host's name",)),
+    ("localhost slots=1\n-oProxyCommand=reboot slots=1\n", (),
+     ("hosts:2: '-oProxyCommand=reboot' is not a host's name",)),
     (TWO, ("--include", "node3"), ("--include node3: no host 'node3' in the hostfile; it has localhost, 192.0.2.7",)),
     (ONE, ("--procs", "2"), ("--procs 2 is for one machine; here slots= in the hostfile says how many",)),
     (ONE, ("--elastic",), ("--elastic says with which hosts a restart goes on", "--max-restarts 3")),
@@ -203,8 +204,8 @@ def test_the_hosts_that_answer_are_told_apart(ssh: Path) -> None:
 def test_hosts_that_do_not_come_back_are_named(ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "POLL_SECONDS", 0.05)
     said: list[str] = []
-    with pytest.raises(RunError, match="node3 did not come back within 0 s; mend that, or go on without: --exclude "
-                                       "node3, or --elastic"):
+    with pytest.raises(RunError, match="node3 did not come back within 0 s; repair them, or go on without them: "
+                                       "--exclude node3, or --elastic"):
         wait_for_all(THREE, 0.3, said.append)
     assert said == ["waiting up to 0 s for node3 (--elastic goes on without)"]
     wait_for_all({"node1": (0,), "node2": (0, 1)}, 0, said.append)

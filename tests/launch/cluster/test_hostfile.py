@@ -65,8 +65,8 @@ def test_a_hostfile_says_which_hosts_in_which_order(tmp_path: Path, text: str, s
     assert world_size(found) == sum(map(len, slots.values()))
 
 
-NO_HOST = "is no host's name (letters, digits, dot, dash; user and port go into ~/.ssh/config)"
-NO_LINE = "is no `HOST slots=N`; write lines like `node1 slots=8`"
+NO_HOST = "is not a host's name (letters, digits, dot, dash; user and port go into ~/.ssh/config)"
+NO_LINE = "is not `HOST slots=N`; write lines like `node1 slots=8`"
 NO_NUMBER = "must be between 1 and 64: the GPUs of node2"
 BAD_LINES = [
     ("-oProxyCommand=touch${IFS}CANARY slots=1", NO_HOST),
@@ -112,7 +112,7 @@ BAD_LINES = [
     ("slots=2", NO_LINE),
     ("node2 slots=0", NO_NUMBER),
     ("node2 slots=65", NO_NUMBER),
-    ("node1 slots=8", "node1 is there twice; give each host one line with all its slots"),
+    ("node1 slots=8", "node1 occurs twice; give each host one line with all its slots"),
 ]
 
 
@@ -129,22 +129,22 @@ def test_a_wrong_line_is_refused_where_it_stands(tmp_path: Path, canary: Path, l
 def test_a_comment_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
     """What some programs take for the end of a line ends it here, so that the rest is read as strictly."""
     path = hostfile(tmp_path, f"node1 slots=1 # spare:{end}-oProxyCommand=x slots=1\n")
-    assert refused(read_hostfile, path).startswith(f"{path}:2: '-oProxyCommand=x' is no host's name")
+    assert refused(read_hostfile, path).startswith(f"{path}:2: '-oProxyCommand=x' is not a host's name")
 
 
 def test_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
     path = hostfile(tmp_path, "\ufeffnode1 slots=1\n")
-    assert refused(read_hostfile, path).startswith(f"{path}:1: '\\ufeffnode1' is no host's name")
+    assert refused(read_hostfile, path).startswith(f"{path}:1: '\\ufeffnode1' is not a host's name")
 
 
 def test_a_host_in_capitals_is_the_same_host(tmp_path: Path) -> None:
-    assert "is there twice" in refused(read_hostfile, hostfile(tmp_path, "node1 slots=1\nNode1 slots=1\n"))
+    assert "occurs twice" in refused(read_hostfile, hostfile(tmp_path, "node1 slots=1\nNode1 slots=1\n"))
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# node1 slots=8\n"])
 def test_a_file_without_hosts_is_refused(tmp_path: Path, text: str) -> None:
     path = hostfile(tmp_path, text)
-    assert refused(read_hostfile, path) == f"{path} names no host; write lines like `node1 slots=8`, one a machine"
+    assert refused(read_hostfile, path) == f"{path} names no host; write lines like `node1 slots=8`, one per machine"
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_hosts_and_slots_are_chosen(include: str, exclude: str, chosen: dict) ->
     ("nod1", "", "--include nod1: no host 'nod1' in the hostfile; did you mean 'node1'?"),
     ("xyz", "", "--include xyz: no host 'xyz' in the hostfile; it has node1, node2, node3"),
     ("", "node1;reboot", "--exclude node1;reboot: no host 'node1;reboot' in the hostfile; did you mean 'node1'?"),
-    ("node1:", "", "--include node1:: '' is no list of slots; write node1:0,1"),
-    ("node1:0-3", "", "--include node1:0-3: '0-3' is no list of slots; write node1:0,1"),
-    ("node1:$(reboot)", "", "--include node1:$(reboot): '$(reboot)' is no list of slots; write node1:0,1"),
+    ("node1:", "", "--include node1:: '' is not a list of slots; write node1:0,1"),
+    ("node1:0-3", "", "--include node1:0-3: '0-3' is not a list of slots; write node1:0,1"),
+    ("node1:$(reboot)", "", "--include node1:$(reboot): '$(reboot)' is not a list of slots; write node1:0,1"),
     ("node2:0,2,7", "", "--include node2:0,2,7: node2 has the slots 0, 1, and not 2, 7"),
     ("", "node1@node2@node3", "--exclude node1@node2@node3 leaves no host"),
 ])
@@ -240,10 +240,10 @@ def test_variables_are_read_as_they_stand(tmp_path: Path) -> None:
     assert read_env_file(tmp_path / "missing") == {}
 
 
-NO_VARIABLE = "this is no NAME=value; write lines like NCCL_DEBUG=WARN"
+NO_VARIABLE = "this is not a NAME=value; write lines like NCCL_DEBUG=WARN"
 NO_VALUE = "has characters that shells read"
 NO_PROGRAMS = "decides which programs run, and is not taken from a file"
-OURS = "is the launcher's to set; for the first host's address and port say --master-addr and --master-port"
+OURS = "is the launcher's to set; for the first host's address and port use --master-addr and --master-port"
 BAD_VARIABLES = [
     ("A=$(touch CANARY)", NO_VALUE),
     ("A=`touch CANARY`", NO_VALUE),
@@ -525,7 +525,8 @@ def test_what_launchers_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest
     assert refused(check_launcher, "pdsh", both, "") == (
         "--launcher pdsh needs pdsh, which is not installed here; `apt install pdsh`, or choose another --launcher")
     assert "of node2 it would be 1" in refused(check_launcher, "openmpi", {"node1": (0, 1), "node2": (1,)}, "")
-    assert "as many slots on every host" in refused(check_launcher, "slurm", {"node1": (0, 1), "node2": (0,)}, "")
+    uneven = {"node1": (0, 1), "node2": (0,)}
+    assert "the same number of slots on every host" in refused(check_launcher, "slurm", uneven, "")
     assert refused(check_launcher, "openmpi", both, "'") == "--launcher-args \"'\": No closing quotation"
     monkeypatch.setattr("launch.cluster.job.ROOT", Path("/data/my $(reboot)"))
     assert "move the checkout to a path of letters, digits and ./_-" in refused(check_launcher, "pdsh", both, "")
