@@ -31,7 +31,7 @@ GRACE_SECONDS = 60  # for ranks that still save after their launcher has ended
 def main(options: TrainOptions) -> int:
     """Train as `options` say. Exit status as `train.py`'s, and 1 for a run that ended early without saying why."""
     if options.procs < 0:
-        raise UserError(f"--procs {options.procs} must be 1 or more, or 0 for one a GPU")
+        raise UserError(f"--procs {options.procs} must be 1 or more, or 0 for one per GPU")
     arguments = sys.argv[1:]
     held_out = None
     if not has_lists(options):
@@ -39,7 +39,7 @@ def main(options: TrainOptions) -> int:
     plan = make_plan(options)  # bad input is refused here, once, before any process starts
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
-        raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; one process a GPU is the most")
+        raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process per GPU")
     processes = options.procs or num_gpus or 1
     batch_sizes(plan.ds_config, processes)
     began = time.time()

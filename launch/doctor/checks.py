@@ -1,4 +1,8 @@
-"""What the facts of a host (`probe.py`) mean: the doctor's checks, each against the first host. Pure."""
+"""What the facts of a host (`probe.py`) mean for a run: the doctor's checks, each against the first host. Pure.
+
+Most checks are in `CHECKS`, by their row of the table. GPUs and datasets have checks of their own, the clock is judged
+by when the answers came, and `explain` says what ssh's complaints mean.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from typing import Any
 from launch.cluster.remote import Done
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 
+Facts = Mapping[str, Any]
+Gpu = Mapping[str, Any]
 GIB = 1 << 30
 MOST_SKEW_SECONDS = 2.0
 LEAST_DISK_BYTES, LOW_DISK_BYTES = GIB // 2, 10 * GIB
@@ -19,7 +25,30 @@ LOW_MEMORY_BYTES_A_RANK = 2 * GIB
 LEAST_OPEN_FILES = 1024
 LEAST_SHM_BYTES = GIB
 SYNC = "run launch/sync.sh"
-Facts = Mapping[str, Any]
+USED_MIB = 1024  # more than this, and others are at work on a GPU
+POWER_SHARE = 0.95  # of the power that the GPU has by default
+_KEYS = ("id_ed25519", "id_rsa", "id_ecdsa", "id_ed25519_sk", "id_ecdsa_sk")
+_CAUSES = (
+    (r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed", "another host key than known",
+     "if the machine was reinstalled: `ssh-keygen -R {host}`, then `ssh-keyscan -H {host} >> ~/.ssh/known_hosts`"),
+    (r"Host key verification failed|host key is known for", "unknown host key",
+     "`ssh-keyscan -H {host} >> ~/.ssh/known_hosts`, on a network that you trust"),
+    (r"UNPROTECTED PRIVATE KEY FILE", "private key readable by others", "`chmod 600` on the key that ssh names"),
+    (r"Bad owner or permissions|Bad configuration option|bad configuration options", "~/.ssh/config is refused",
+     "repair what `ssh {host}` complains about"),
+    (r"Permission denied|Too many authentication failures", "permission denied", "{copy_key}"),
+    (r"Could not resolve hostname", "name does not resolve",
+     "write `ADDRESS {host}` into /etc/hosts on every host, or a HostName into ~/.ssh/config"),
+    (r"Connection refused", "connection refused",
+     "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another port: Port in "
+     "~/.ssh/config"),
+    (r"No route to host|Network is unreachable|Host is down", "no route",
+     "is the machine on, its cable in, its address right? try `ping {host}`"),
+    (r"timed out|not responding", "no answer",
+     "is the machine on? does a firewall drop port 22? try `ping {host}`"),
+    (r"kex_exchange_identification|Connection (closed|reset) by|Exceeded MaxStartups", "connection closed by its sshd",
+     "see MaxStartups and AllowUsers in its /etc/ssh/sshd_config, and its log: `journalctl -u ssh`"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +98,8 @@ def python(ask: Question) -> Iterator[Finding]:
         yield ask.say("python", FAIL, "not there", f"there is no {ask.python}; {SYNC}, which makes .venv there, or "
                       "make an environment at that path")
     elif ours.split(".")[:2] != theirs.split(".")[:2]:
-        yield ask.say("python", FAIL, theirs, f"Python {theirs}, and {ask.first} has {ours}; make the environment anew "
-                      f"with {ours.rpartition('.')[0]}: remove .venv there and {SYNC} with VASTSCALE_PYTHON")
+        yield ask.say("python", FAIL, theirs, f"Python {theirs}, and {ask.first} has {ours}; make the environment "
+                      f"again with {ours.rpartition('.')[0]}: remove .venv there and {SYNC} with VASTSCALE_PYTHON")
     elif ours != theirs:
         yield ask.say("python", WARN, theirs, f"Python {theirs}, and {ask.first} has {ours}; likely harmless")
     else:
@@ -143,6 +172,10 @@ def limits(ask: Question) -> Iterator[Finding]:
                       "container: --shm-size=8g or --ipc=host")
     yield ask.say("limits", PASS, f"{facts['open_files']} open files")
 
+CHECKS: dict[str, Check] = {"checkout": checkout, "python": python, "packages": packages, "cores": cores,
+                            "memory": memory, "disk": disk, "limits": limits}
+"""Those that need only the two hosts' facts."""
+
 
 def clock_skew(began: float, ended: float, facts: Facts) -> tuple[float, float]:
     """(Seconds that a host's clock is ahead of ours, how wrong that may be), after RFC 5905.
@@ -164,34 +197,14 @@ def clock(host: str, first: str, skew: tuple[float, float], first_skew: tuple[fl
     return Finding(host, "clock", PASS, told if host != first else "reference")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """`a, b, c and 4 more`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-CHECKS: dict[str, Check] = {"checkout": checkout, "python": python, "packages": packages, "cores": cores,
-                            "memory": memory, "disk": disk, "limits": limits}
-"""Those that need only the two hosts' facts."""
-
-
-# What nvidia-smi's answers mean for a run: the doctor's check of GPUs. Pure.
-
-
-USED_MIB = 1024  # more than this, and others are at work on a GPU
-POWER_SHARE = 0.95  # of the power that the GPU has by default
-Gpu = Mapping[str, Any]
+# --- GPUs ---
 
 
 def gpus(ask: Question) -> Iterator[Finding]:
-    """Enough, alike, free, and neither slowed nor damaged."""
+    """Enough GPUs of one kind, free, and neither slowed nor damaged."""
     told, first = ask.facts["nvidia"], ask.first_facts["nvidia"]
     if told["complaint"]:
-        yield ask.say("GPUs", FAIL, "driver silent", f"{told['complaint']}; reboot, or install the NVIDIA driver anew")
+        yield ask.say("GPUs", FAIL, "driver silent", f"{told['complaint']}; reboot, or reinstall the NVIDIA driver")
         return
     found: list[Gpu] = told["gpus"]
     if not found and not first["gpus"]:
@@ -255,7 +268,7 @@ def _summary(used: Sequence[Gpu]) -> str:
     return f"{told} {'/'.join(states)}".rstrip()
 
 
-# Whether every host has the same dataset: the doctor's check of it. Pure.
+# --- Datasets ---
 
 
 def datasets(ask: Question) -> Iterator[Finding]:
@@ -277,7 +290,7 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
             return ask.say("dataset", FAIL, "other list", f"{directory}/{name} names {found['count']} files, and that "
                            f"of {ask.first} {wanted['count']}, or others; {sync}")
     if own["missing"]:
-        way_out = "write the lists anew, or bring the files back" if ask.is_first else sync
+        way_out = "write the lists again, or bring the files back" if ask.is_first else sync
         return ask.say("dataset", FAIL, f"{own['missing']} missing", f"{own['missing']} of the {own['checked']} files "
                        f"looked for in {directory} are not there ({own['first_missing']}); {way_out}")
     other = sorted(name for name, digest in own["sample"].items() if first["sample"].get(name, digest) != digest)
@@ -291,31 +304,7 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
     return ask.say("dataset", PASS, f"{own['files']} files")
 
 
-# What ssh's complaints mean, and what to do about each.
-
-
-_KEYS = ("id_ed25519", "id_rsa", "id_ecdsa", "id_ed25519_sk", "id_ecdsa_sk")
-_CAUSES = (
-    (r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed", "another host key than known",
-     "if the machine was set up anew: `ssh-keygen -R {host}`, then `ssh-keyscan -H {host} >> ~/.ssh/known_hosts`"),
-    (r"Host key verification failed|host key is known for", "unknown host key",
-     "`ssh-keyscan -H {host} >> ~/.ssh/known_hosts`, on a network that you trust"),
-    (r"UNPROTECTED PRIVATE KEY FILE", "private key readable by others", "`chmod 600` on the key that ssh names"),
-    (r"Bad owner or permissions|Bad configuration option|bad configuration options", "~/.ssh/config is refused",
-     "mend what `ssh {host}` complains about"),
-    (r"Permission denied|Too many authentication failures", "permission denied", "{copy_key}"),
-    (r"Could not resolve hostname", "name does not resolve",
-     "write `ADDRESS {host}` into /etc/hosts on every host, or a HostName into ~/.ssh/config"),
-    (r"Connection refused", "connection refused",
-     "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another port: Port in "
-     "~/.ssh/config"),
-    (r"No route to host|Network is unreachable|Host is down", "no route",
-     "is the machine on, its cable in, its address right? try `ping {host}`"),
-    (r"timed out|not responding", "no answer",
-     "is the machine on? does a firewall drop port 22? try `ping {host}`"),
-    (r"kex_exchange_identification|Connection (closed|reset) by|Exceeded MaxStartups", "connection closed by its sshd",
-     "see MaxStartups and AllowUsers in its /etc/ssh/sshd_config, and its log: `journalctl -u ssh`"),
-)
+# --- ssh ---
 
 
 def explain(done: Done) -> tuple[str, str]:
@@ -332,3 +321,13 @@ def explain(done: Done) -> tuple[str, str]:
 def _copy_key(host: str) -> str:
     has_key = any((Path.home() / ".ssh" / name).is_file() for name in _KEYS)
     return ("" if has_key else "`ssh-keygen -t ed25519 -N ''`, then ") + f"`ssh-copy-id {host}`"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -25,20 +25,22 @@ _ENDED = "ended"
 
 
 @dataclass
-class Measured:
+class AllReduce:
+    """What was measured: `network` is None where it failed, which `findings` say."""
+
     network: Network | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
-def all_reduce(slots: Slots, route: Route, addresses: Mapping[str, str], python: str, *, on_gpus: bool) -> Measured:
-    """Measure it between the hosts of `slots`: one rank a slot over NCCL on GPUs, else one a host over Gloo.
+def all_reduce(slots: Slots, route: Route, addresses: Mapping[str, str], python: str, *, on_gpus: bool) -> AllReduce:
+    """Measure it between the hosts of `slots`: one rank per slot over NCCL on GPUs, else one per host over Gloo.
 
     `addresses`: address -> host, by which complaints of the network library are made readable.
     """
     tasks = task_of(slots, route, on_gpus=on_gpus)
     answers = run_together({host: remote.parcel("launch.doctor.allreduce", task) for host, task in tasks.items()},
                            python)
-    measured = Measured()
+    measured = AllReduce()
     host_of = {rank: host for host, task in tasks.items() for rank in task["ranks"]}
     for host, answer in answers.items():
         complaint = answer if isinstance(answer, str) else _complaint(answer)
@@ -144,7 +146,7 @@ def _complaint(answer: Mapping[str, Any]) -> str:
             return f"rank {rank}: {said['error']}"
         if said.get("is_right") is False:
             return (f"rank {rank}: a wrong sum: network, its driver or memory corrupts data; do not train before this "
-                    "is mended (--exclude shows which host it is)")
+                    "is repaired (--exclude shows which host it is)")
     return ""
 
 

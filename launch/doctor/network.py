@@ -128,7 +128,7 @@ def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Findin
     for what, unit in (("speed", "Mb/s"), ("mtu", "bytes of MTU")):
         if own[what] and of_first[what] and own[what] != of_first[what]:
             return Finding(host, "network", WARN, told, f"{own['name']} has {own[what]} {unit}, and "
-                           f"{of_first['name']} of {first} {of_first[what]}; set both alike")
+                           f"{of_first['name']} of {first} {of_first[what]}; set both to the same")
     return Finding(host, "network", PASS, told)
 
 

@@ -5,10 +5,11 @@ A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which s
 
     T = 2(N-1)/N * S / B + 2(N-1) * a
 
-B is the bus bandwidth in bytes a second as nccl-tests counts it (2(n-1)/n * size / time, doc/PERFORMANCE.md there), a
-the latency of one step in seconds: the time of a 4-byte all-reduce between n ranks is 2(n-1) * a. Of a training step of
-C seconds of work a rank and nothing of T hidden behind it, C / (C + T) is left: the worst case, for communication may
-overlap with the backward pass.
+B is the bus bandwidth in bytes per second as nccl-tests counts it (2(n-1)/n * size / time, doc/PERFORMANCE.md there),
+a the latency of one step in seconds: the time of a 4-byte all-reduce between n ranks is 2(n-1) * a. Of a training step
+with C seconds of work per rank and nothing of T hidden behind it, C / (C + T) is left: the worst case, for
+communication may overlap with the backward pass. S comes from the recipe's networks (`count_parameters`), C from the
+log of an earlier run (`step_seconds_of`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,21 @@ from pipeline import run_folder
 from pipeline.cli import UserError
 
 GOOD = 0.9
+_COUNT = """
+import sys
+sys.path[:] = [path for path in sys.path if path]  # without the current folder
+import torch
+from pipeline.models import build_generator
+from pipeline.models.discriminators import build_discriminator
+from pipeline.config.recipe import load_recipe, parse_overrides
+recipe = load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])[0])
+with torch.device("meta"):
+    networks = [build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)]
+    if recipe.adversarial:
+        spec = recipe.adversarial.discriminator
+        networks.append(build_discriminator(spec.name, recipe.data.crop, **spec.params))
+print(sum(parameter.numel() for network in networks for parameter in network.parameters()))
+"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +74,6 @@ class Network:
                 "(bus bandwidth)")
 
 
-def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
-    """T of the module's formula, for another number of ranks than was measured, too."""
-    steps = 2 * (ranks - 1)
-    return steps / ranks * num_bytes / network.best_known + steps * network.latency / (2 * (network.ranks - 1))
-
-
-def efficiency(step_seconds: float, communication_seconds: float) -> float:
-    return step_seconds / (step_seconds + communication_seconds)
-
-
 def prediction(network: Network, ranks: int, parameters: int, step_seconds: float | None) -> str:
     """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in FP32."""
     lines = [f"prediction for {ranks} ranks and {parameters:,} parameters, after "
@@ -82,34 +88,24 @@ def prediction(network: Network, ranks: int, parameters: int, step_seconds: floa
     return "\n".join(lines)
 
 
+def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
+    """T of the module's formula, for another number of ranks than was measured, too."""
+    steps = 2 * (ranks - 1)
+    return steps / ranks * num_bytes / network.best_known + steps * network.latency / (2 * (network.ranks - 1))
+
+
+def efficiency(step_seconds: float, communication_seconds: float) -> float:
+    return step_seconds / (step_seconds + communication_seconds)
+
+
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-# How much there is to send and how long a step takes: what a prediction of the network's cost needs to know.
-
-
-_COUNT = """
-import sys
-sys.path[:] = [path for path in sys.path if path]  # without the current folder
-import torch
-from pipeline.models import build_generator
-from pipeline.models.discriminators import build_discriminator
-from pipeline.config.recipe import load_recipe, parse_overrides
-recipe = load_recipe(sys.argv[1], parse_overrides(sys.argv[2:])[0])
-with torch.device("meta"):
-    networks = [build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)]
-    if recipe.adversarial:
-        spec = recipe.adversarial.discriminator
-        networks.append(build_discriminator(spec.name, recipe.data.crop, **spec.params))
-print(sum(parameter.numel() for network in networks for parameter in network.parameters()))
-"""
 
 
 def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
     """The parameters that a recipe (of its stages the last) trains, its discriminator's among them.
 
-    Networks are torch's, so another process counts them. `UserError` for a recipe that is none.
+    Networks are torch's, so another process counts them. `UserError` for an invalid recipe.
     """
     done = subprocess.run([sys.executable, "-c", _COUNT, recipe, *overrides], capture_output=True, text=True,
                           check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -120,7 +116,7 @@ def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 
 def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
-    """Seconds that each of `ranks` ranks will work on a step, after the speed that a run's log tells; `None` if none.
+    """Seconds that each of `ranks` ranks will work on a step, by the speed in a run's log; `None` without one.
 
     What its own ranks spent on communication counts as work. The global batch stays, so its time goes down with ranks.
     """

@@ -1,4 +1,8 @@
-"""What the doctor wants to know of a host. Of the standard library alone: it is sent to every host, and runs there."""
+"""What the doctor wants to know of a host: facts about its checkout, packages, network, GPUs and datasets.
+
+This file is sent as source to every host, whatever is installed there, and runs in its python3: it uses the standard
+library alone and imports nothing of the checkout. What a fact means is judged on the first host, by `checks.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,208 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What one host has of a dataset. Of the standard library alone: the doctor sends it to every host.
-
-
+SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*.py", "launch/**/*.sh",
+           "pipeline/**/*.py", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
+"""What a run depends on, whether git knows of it or not."""
+MOST_SOURCES = 5000
 LISTS = ("training_file_list.txt", "validation_file_list.txt")
 LOOK_SECONDS = 6  # for looking whether files are there: a list of millions on a network disk is not looked through
 SAMPLE = 200
 END_BYTES = 1 << 15  # at both ends of each file of the sample, that are compared
+NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
+GPU_FIELDS = (
+    "index", "name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.limit",
+    "power.default_limit", "ecc.errors.uncorrected.volatile.total", "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active", "mig.mode.current")
+"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees Celsius, W."""
+_WHOLE = {"index", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total"}
+_REAL = {"power.limit", "power.default_limit"}
+_MASK = {"clocks_event_reasons.active", "clocks_throttle_reasons.active"}
+SLOWED_BY = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
+"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do not."""
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Facts by name. What could not be found out is {"error": why} in place of its value."""
+    facts: dict[str, Any] = {"began": time.time()}
+    parts = {"python": lambda: {"version": platform.python_version(), "executable": sys.executable},
+             "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
+             "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
+             "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
+             "limits": _limits, "nvidia": probe_gpus,
+             "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]]}
+    for name, part in parts.items():
+        try:
+            facts[name] = part()
+        except Exception as error:  # a part that fails must not keep the others from answering
+            facts[name] = {"error": f"{type(error).__name__}: {error}"}
+    facts["hostname"] = socket.gethostname()
+    facts["ended"] = time.time()
+    return facts
+
+
+def _checkout(root: Path, synced: str) -> dict[str, Any]:
+    if not root.is_dir():
+        return {"exists": False, "commit": "", "files": {}}
+    paths = sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()})[:MOST_SOURCES]
+    files = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+    return {"exists": True, "commit": _commit(root, synced), "files": files}
+
+
+def _commit(root: Path, synced: str) -> str:
+    """The commit that is checked out, or that the file `synced` names; "" where that is unknown."""
+    if (root / ".git").exists():
+        try:
+            done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5, check=False)
+            return done.stdout.decode().strip() if done.returncode == 0 else ""
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    try:
+        return str(json.loads((root / synced).read_text())["commit"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _packages(names: list[str]) -> dict[str, str]:
+    """Versions of the packages `names`, and of every build of DALI and NCCL that is there."""
+    from importlib.metadata import PackageNotFoundError, distributions, version
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    for distribution in distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        if name.startswith(("nvidia-dali-cuda", "nvidia-nccl-")):
+            found[name] = distribution.version
+    return found
+
+
+def _memory() -> dict[str, int]:
+    """Bytes: of the machine, and free of them; a container's limit counts where it is lower."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    try:
+        most = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        total, free = min(total, most), min(free, max(0, most - used))
+    except (OSError, ValueError):  # no such limit
+        pass
+    return {"total": total, "free": free}
+
+
+def _output(directory: str) -> dict[str, Any]:
+    """Free bytes where the run folder is or would be made, and whether something can be written there."""
+    path = Path(os.path.expanduser(directory))
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    found = {"at": str(path), "free": os.statvfs(str(path)).f_bavail * os.statvfs(str(path)).f_frsize, "complaint": ""}
+    try:
+        with tempfile.TemporaryFile(dir=str(path)) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        found["complaint"] = error.strerror or str(error)
+    return found
+
+
+def _interfaces() -> list[dict[str, Any]]:
+    """Those that are up and have an IPv4 address. `speed` in Mb/s and `mtu` in bytes, 0 where unknown."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            address, flags = _ask(any_socket, 0x8915, name), _ask(any_socket, 0x8913, name)  # SIOCGIFADDR, SIOCGIFFLAGS
+            if address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41:  # IFF_UP, IFF_RUNNING
+                found.append({"name": name, "address": socket.inet_ntoa(address[20:24]),
+                              "speed": max(0, _number(f"/sys/class/net/{name}/speed")),
+                              "mtu": _number(f"/sys/class/net/{name}/mtu")})
+    return found
+
+
+def _ask(any_socket: socket.socket, request: int, name: str) -> bytes | None:
+    try:
+        return fcntl.ioctl(any_socket.fileno(), request, struct.pack("256s", name.encode()[:15]))
+    except OSError:
+        return None
+
+
+def _number(path: str) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _limits() -> dict[str, int]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        disk = os.statvfs("/dev/shm")
+        shm = disk.f_blocks * disk.f_frsize
+    except OSError:
+        shm = 0
+    soft, hard = (1 << 20 if number == resource.RLIM_INFINITY else number for number in (soft, hard))
+    return {"open_files": soft, "most_open_files": hard, "shm": shm}
+
+
+# --- GPUs, as nvidia-smi describes them ---
+
+
+def probe_gpus() -> dict[str, Any]:
+    """{"gpus": [...], "complaint": why nvidia-smi gives no answer, "" if it does}."""
+    if not shutil.which("nvidia-smi"):
+        present = Path("/dev/nvidia0").exists()
+        return {"gpus": [], "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else ""}
+    fields = list(GPU_FIELDS)
+    while True:
+        try:
+            done = subprocess.run(["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return {"gpus": [], "complaint": f"nvidia-smi did not answer within {NVIDIA_SECONDS} s"}
+        output = done.stdout.decode(errors="replace")
+        unknown = re.search(r'Field "([^"]+)" is not a valid field', output)
+        if unknown and unknown.group(1) in fields:
+            fields.remove(unknown.group(1))
+            continue
+        if done.returncode != 0:
+            lines = [line.strip() for line in output.splitlines() if line.strip()]
+            return {"gpus": [], "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}"}
+        return {"gpus": parse_gpus(output, fields), "complaint": ""}
+
+
+def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+    """A dict for each line of the CSV; `None` for what the GPU leaves out ([N/A], [Not Supported], [Unknown …])."""
+    gpus = []
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(fields):
+            gpu: dict[str, Any] = {field: _value(field, cell) for field, cell in zip(fields, cells)}  # noqa: B905 - Python 3.7
+            if gpu["index"] is not None:
+                gpu["slowed_by"] = _slowed_by(gpu)
+                gpus.append(gpu)
+    return gpus
+
+
+def _value(field: str, cell: str) -> str | int | float | None:
+    if re.fullmatch(r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions|GPU requires reset|ERR!)\]?", cell):
+        return None
+    try:
+        if field in _MASK:
+            return int(cell, 16)
+        return int(cell) if field in _WHOLE else float(cell) if field in _REAL else cell
+    except ValueError:
+        return None
+
+
+def _slowed_by(gpu: dict[str, Any]) -> list[str]:
+    active = gpu.get("clocks_event_reasons.active") or gpu.get("clocks_throttle_reasons.active") or 0
+    return [reason for bit, reason in SLOWED_BY.items() if active & bit]
+
+
+# --- What a host has of a dataset ---
 
 
 def probe_dataset(directory: str) -> dict[str, Any]:
@@ -87,205 +286,3 @@ def _look(root: str, names: list[str], found: dict[str, Any]) -> None:
         if not os.path.isfile(os.path.join(root, names[index])):
             found["missing"] += 1
             found["first_missing"] = min(found["first_missing"] or names[index], names[index])
-
-
-# What nvidia-smi tells of the GPUs of a machine. Of the standard library alone: the doctor sends it to every host.
-
-
-NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
-GPU_FIELDS = (
-    "index", "name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.limit",
-    "power.default_limit", "ecc.errors.uncorrected.volatile.total", "clocks_event_reasons.active",
-    "clocks_throttle_reasons.active", "mig.mode.current")
-"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees Celsius, W."""
-_WHOLE = {"index", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total"}
-_REAL = {"power.limit", "power.default_limit"}
-_MASK = {"clocks_event_reasons.active", "clocks_throttle_reasons.active"}
-SLOWED_BY = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
-"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do not."""
-
-
-def probe_gpus() -> dict[str, Any]:
-    """{"gpus": [...], "complaint": what keeps nvidia-smi from telling, "" if nothing does}."""
-    if not shutil.which("nvidia-smi"):
-        present = Path("/dev/nvidia0").exists()
-        return {"gpus": [], "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else ""}
-    fields = list(GPU_FIELDS)
-    while True:
-        try:
-            done = subprocess.run(["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            return {"gpus": [], "complaint": f"nvidia-smi did not answer within {NVIDIA_SECONDS} s"}
-        output = done.stdout.decode(errors="replace")
-        unknown = re.search(r'Field "([^"]+)" is not a valid field', output)
-        if unknown and unknown.group(1) in fields:
-            fields.remove(unknown.group(1))
-            continue
-        if done.returncode != 0:
-            lines = [line.strip() for line in output.splitlines() if line.strip()]
-            return {"gpus": [], "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}"}
-        return {"gpus": parse_gpus(output, fields), "complaint": ""}
-
-
-def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
-    """A dict for each line of the CSV; `None` for what the GPU does not tell ([N/A], [Not Supported], [Unknown …])."""
-    gpus = []
-    for line in output.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == len(fields):
-            gpu: dict[str, Any] = {field: _value(field, cell) for field, cell in zip(fields, cells)}  # noqa: B905 - Python 3.7
-            if gpu["index"] is not None:
-                gpu["slowed_by"] = _slowed_by(gpu)
-                gpus.append(gpu)
-    return gpus
-
-
-def _value(field: str, cell: str) -> str | int | float | None:
-    if re.fullmatch(r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions|GPU requires reset|ERR!)\]?", cell):
-        return None
-    try:
-        if field in _MASK:
-            return int(cell, 16)
-        return int(cell) if field in _WHOLE else float(cell) if field in _REAL else cell
-    except ValueError:
-        return None
-
-
-def _slowed_by(gpu: dict[str, Any]) -> list[str]:
-    active = gpu.get("clocks_event_reasons.active") or gpu.get("clocks_throttle_reasons.active") or 0
-    return [reason for bit, reason in SLOWED_BY.items() if active & bit]
-
-
-SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*.py", "launch/**/*.sh",
-           "pipeline/**/*.py", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
-"""What a run depends on, whether git knows of it or not."""
-MOST_SOURCES = 5000
-
-
-def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Facts by name. What could not be found out is {"error": why} in place of its value."""
-    facts: dict[str, Any] = {"began": time.time()}
-    parts = {"python": _python, "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
-             "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
-             "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
-             "limits": _limits, "nvidia": probe_gpus,
-             "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]]}
-    for name, part in parts.items():
-        try:
-            facts[name] = part()
-        except Exception as error:  # whatever one part meets, the others shall tell what they can
-            facts[name] = {"error": f"{type(error).__name__}: {error}"}
-    facts["hostname"] = socket.gethostname()
-    facts["ended"] = time.time()
-    return facts
-
-
-def _python() -> dict[str, str]:
-    return {"version": platform.python_version(), "executable": sys.executable}
-
-
-def _checkout(root: Path, synced: str) -> dict[str, Any]:
-    if not root.is_dir():
-        return {"exists": False, "commit": "", "files": {}}
-    paths = sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()})[:MOST_SOURCES]
-    files = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
-    return {"exists": True, "commit": _commit(root, synced), "files": files}
-
-
-def _commit(root: Path, synced: str) -> str:
-    """The commit that is checked out, or that the file `synced` names; "" where nothing tells."""
-    if (root / ".git").exists():
-        try:
-            done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5, check=False)
-            return done.stdout.decode().strip() if done.returncode == 0 else ""
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-    try:
-        return str(json.loads((root / synced).read_text())["commit"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _packages(names: list[str]) -> dict[str, str]:
-    """Versions of the packages `names`, and of every build of DALI and NCCL that is there."""
-    from importlib.metadata import PackageNotFoundError, distributions, version
-
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    for distribution in distributions():
-        name = (distribution.metadata["Name"] or "").lower()
-        if name.startswith(("nvidia-dali-cuda", "nvidia-nccl-")):
-            found[name] = distribution.version
-    return found
-
-
-def _memory() -> dict[str, int]:
-    """Bytes: of the machine, and free of them; a container's limit counts where it is lower."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    try:
-        most = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        total, free = min(total, most), min(free, max(0, most - used))
-    except (OSError, ValueError):  # no such limit
-        pass
-    return {"total": total, "free": free}
-
-
-def _output(directory: str) -> dict[str, Any]:
-    """Free bytes where the run folder is or would be made, and whether something can be written there."""
-    path = Path(os.path.expanduser(directory))
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    found = {"at": str(path), "free": os.statvfs(str(path)).f_bavail * os.statvfs(str(path)).f_frsize, "complaint": ""}
-    try:
-        with tempfile.TemporaryFile(dir=str(path)) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        found["complaint"] = error.strerror or str(error)
-    return found
-
-
-def _interfaces() -> list[dict[str, Any]]:
-    """Those that are up and have an IPv4 address. `speed` in Mb/s and `mtu` in bytes, 0 where they are not told."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            address, flags = _ask(any_socket, 0x8915, name), _ask(any_socket, 0x8913, name)  # SIOCGIFADDR, SIOCGIFFLAGS
-            if address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41:  # IFF_UP, IFF_RUNNING
-                found.append({"name": name, "address": socket.inet_ntoa(address[20:24]),
-                              "speed": max(0, _number(f"/sys/class/net/{name}/speed")),
-                              "mtu": _number(f"/sys/class/net/{name}/mtu")})
-    return found
-
-
-def _ask(any_socket: socket.socket, request: int, name: str) -> bytes | None:
-    try:
-        return fcntl.ioctl(any_socket.fileno(), request, struct.pack("256s", name.encode()[:15]))
-    except OSError:
-        return None
-
-
-def _number(path: str) -> int:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def _limits() -> dict[str, int]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        disk = os.statvfs("/dev/shm")
-        shm = disk.f_blocks * disk.f_frsize
-    except OSError:
-        shm = 0
-    soft, hard = (1 << 20 if number == resource.RLIM_INFINITY else number for number in (soft, hard))
-    return {"open_files": soft, "most_open_files": hard, "shm": shm}

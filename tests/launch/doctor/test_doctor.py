@@ -118,7 +118,7 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
     ("python", {"python/executable": "/usr/bin/python3"}, FAIL, "not there",
      f"there is no {PYTHON}; run launch/sync.sh"),
     ("python", {"python/version": "3.12.1"}, FAIL, "3.12.1",
-     "Python 3.12.1, and node1 has 3.11.7; make the environment anew with 3.11"),
+     "Python 3.12.1, and node1 has 3.11.7; make the environment again with 3.11"),
     ("python", {"python/version": "3.11.9"}, WARN, "3.11.9", "likely harmless"),
     ("packages", {"packages/torch": "2.12.0"}, FAIL, "1 package other", "torch 2.12.0 (2.13.0 on node1); run "
      "launch/sync.sh, or `pip install -r requirements.txt` there"),
@@ -139,7 +139,7 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
      "say `* - nofile 1024` in /etc/security/limits.conf there"),
     ("limits", {"limits/shm": 64 << 20}, WARN, "/dev/shm 67 MB", "is too small; in a container: --shm-size=8g"),
     ("GPUs", {"nvidia/complaint": "nvidia-smi did not answer within 15 s"}, FAIL, "driver silent",
-     "nvidia-smi did not answer within 15 s; reboot, or install the NVIDIA driver anew"),
+     "nvidia-smi did not answer within 15 s; reboot, or reinstall the NVIDIA driver"),
     ("GPUs", {"nvidia/gpus": []}, FAIL, "0 GPUs", "node1 has GPUs and node2 has none; leave one of them out"),
     ("GPUs", {"nvidia/gpus": [gpu(0)]}, FAIL, "1 GPUs",
      "it has 1 GPUs, and the hostfile wants 1, too (counted from 0); write slots=1"),
@@ -182,7 +182,7 @@ def test_a_difference_is_told_with_a_way_out(check: str, own: dict[str, Any], ve
     ("GPUs", {"nvidia/gpus": []}, PASS, ""),
     ("dataset", {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"}, FAIL,
      "write it with `python tools/select_training_files.py --data-dir /data`"),
-    ("dataset", {"datasets/0/missing": 2}, FAIL, "write the lists anew, or bring the files back"),
+    ("dataset", {"datasets/0/missing": 2}, FAIL, "write the lists again, or bring the files back"),
 ])
 def test_the_first_host_is_told_what_it_needs_itself(check: str, facts: dict[str, Any], verdict: str,
                                                      advice: str) -> None:
