@@ -1,22 +1,23 @@
-"""What the pixels of a dataset are like: exact mean and standard deviation of each channel, clipping, brightness."""
+"""What the pixels of a dataset are like: exact mean and standard deviation of each channel, clipping, brightness.
+
+Each image becomes one histogram per channel (`histograms`), these are added up in whole numbers (`Analysis`), and
+moments and percentiles come from the sums (`summary`).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import math
-import sys
-from dataclasses import field
-from fractions import Fraction
-from itertools import accumulate
 
 import cv2
 import numpy as np
@@ -30,13 +31,105 @@ from tools.files import printable, walk
 from tools.images import MAX_MEGAPIXELS, decode_file, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
-# What histograms tell of many images: exact moments, percentiles, clipping, the spread between images.
-
-
 CHANNELS = ("red", "green", "blue")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 PERCENTILES = (1, 50, 99)
 MAX_COUNT = 1 << 24  # cv2.calcHist counts in float32, which holds whole numbers exactly up to here
+NUM_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Mean and standard deviation of each channel over all pixels of a dataset, exactly, and what else a look at the
+    histograms tells: range, clipping, and how much brightness differs between images.
+
+    The standard deviation is that of all pixels (population). Each image becomes one histogram a channel and these are
+    added up in whole numbers, so that a million images need no more memory than one. Images are read as
+    images_to_data.py reads photographs: 8 bits, upright, gray as RGB, transparency over white.
+
+    Example: python tools/analyze_images.py --data-dir ~/dataset
+    """
+
+    data_dir: Path | None = None
+    """Folder of the images (searched in depth), or, with --list, the folder that the list's names are relative to; by
+    default ~/dataset, or the folder of the list."""
+    file_list: Annotated[Path | None, tyro.conf.arg(name="list")] = None
+    """Analyze the images of this file list only, such as ~/dataset/training_file_list.txt."""
+    sample: int | None = None
+    """Analyze this many images, drawn at random, instead of all."""
+    seed: int = 0
+    """Another seed draws another sample."""
+    json: Path | None = None
+    """Write all numbers, with the histograms, to this file too."""
+    max_megapixels: float = 300
+    """Skip larger images before they are decoded: they could fill the memory."""
+    threads: int = 0
+    """Number of threads; 0 is one per core."""
+
+
+def main(options: Options) -> int:
+    """Analyze and print. 0: good; 1: some images could not be read."""
+    root, names = _images(options)
+    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
+        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+    prepare_decoders()
+    started = time.monotonic()
+    analysis, failed = Analysis(), 0
+    with quiet_libraries(), progress(len(names), "file") as bar:
+        def count(name: str) -> ImageCounts:
+            return count_levels(root, name, options.max_megapixels)
+
+        for image in ordered_map(count, names, thread_count(options.threads)):
+            if image.reason:
+                failed += 1
+                if failed <= NUM_SHOWN:
+                    print(f"could not be read: {printable(image.name)}: {image.reason}")
+            else:
+                analysis.add(image)
+            bar.update()
+    if failed > NUM_SHOWN:
+        print(f"... and {failed - NUM_SHOWN} more could not be read")
+    if not analysis.luma.count:
+        raise RunError(f"none of the {len(names)} images could be read; look into them with "
+                       "`python tools/check_training_data.py`")
+    numbers = summary(analysis)
+    _print(numbers, time.monotonic() - started, failed)
+    if options.json:
+        _write_json(options.json.expanduser(), {**numbers, "unreadable": failed, "histograms": dict(
+            zip(CHANNELS, analysis.counts, strict=True))})
+    return 1 if failed else 0
+
+
+def _images(options: Options) -> tuple[Path, list[str]]:
+    """(Folder, names relative to it) of the images to analyze."""
+    if options.file_list is not None:
+        path = options.file_list.expanduser()
+        root = (options.data_dir or path.parent).expanduser()
+        names = read_file_list(path, root)
+    else:
+        root = (options.data_dir or Path("~/dataset")).expanduser()
+        files = walk(root, MANIFEST)
+        names = files.images
+        if not names:
+            raise UserError(f"{root}: no images below this folder{files.links_note()}; give another --data-dir")
+    if options.sample is not None:
+        if options.sample < 1:
+            raise UserError(f"--sample {options.sample}: must be at least 1; omit it for all images")
+        if options.sample < len(names):
+            print(f"a sample of {options.sample} of {len(names)} images (seed {options.seed})")
+            names = sorted(random.Random(options.seed).sample(names, options.sample))
+    return root, names
+
+
+def count_levels(root: Path, name: str, max_megapixels: float) -> ImageCounts:
+    """The histograms of one image. Bad images are a result, not an exception."""
+    try:
+        pixels = decode_file(root / name, max_megapixels=max_megapixels)
+    except (BadImageError, BadNpyError) as error:
+        return ImageCounts(name, reason=getattr(error, "reason", str(error)))
+    except OSError as error:
+        return ImageCounts(name, reason=error.strerror or str(error))
+    return ImageCounts(name, *pixels.shape[:2], histograms(pixels))
 
 
 @dataclass(frozen=True)
@@ -48,6 +141,18 @@ class ImageCounts:
     width: int = 0
     counts: np.ndarray | None = None
     reason: str = ""
+
+
+def histograms(pixels: np.ndarray) -> np.ndarray:
+    """How often each level occurs in each channel of uint8 (height, width, channels): int64 (channels, 256), exact."""
+    height, width, channels = pixels.shape
+    rows = max(1, MAX_COUNT // width)
+    counts = np.zeros((channels, 256), np.int64)
+    for top in range(0, height, rows):
+        band = pixels[top : top + rows]
+        for channel in range(channels):
+            counts[channel] += cv2.calcHist([band], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+    return counts
 
 
 @dataclass
@@ -102,32 +207,6 @@ class Analysis:
         return sum(self.counts[0])
 
 
-def histograms(pixels: np.ndarray) -> np.ndarray:
-    """How often each level occurs in each channel of uint8 (height, width, channels): int64 (channels, 256), exact."""
-    height, width, channels = pixels.shape
-    rows = max(1, MAX_COUNT // width)
-    counts = np.zeros((channels, 256), np.int64)
-    for top in range(0, height, rows):
-        band = pixels[top : top + rows]
-        for channel in range(channels):
-            counts[channel] += cv2.calcHist([band], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-    return counts
-
-
-def moments(counts: list[int]) -> tuple[float, float]:
-    """(Mean, population standard deviation) of the levels that a histogram counts; rounded only at the very end."""
-    total = sum(counts)
-    first = sum(level * count for level, count in enumerate(counts))
-    second = sum(level * level * count for level, count in enumerate(counts))
-    return float(Fraction(first, total)), math.sqrt(Fraction(second * total - first * first, total * total))
-
-
-def percentile(counts: list[int], percent: int) -> int:
-    """The lowest level that at least `percent` % of the pixels do not exceed."""
-    total = sum(counts)
-    return next(level for level, below in enumerate(accumulate(counts)) if below * 100 >= percent * total)
-
-
 def summary(analysis: Analysis) -> dict[str, object]:
     """All that is reported, as JSON holds it. Levels are 0..255 except where a name ends with _01."""
     channels = {}
@@ -148,101 +227,18 @@ def summary(analysis: Analysis) -> dict[str, object]:
             "brightest": {"name": luma.greatest[1], "mean_luma": luma.greatest[0]}}
 
 
-NUM_SHOWN = 20
+def moments(counts: list[int]) -> tuple[float, float]:
+    """(Mean, population standard deviation) of the levels that a histogram counts; rounded only at the very end."""
+    total = sum(counts)
+    first = sum(level * count for level, count in enumerate(counts))
+    second = sum(level * level * count for level, count in enumerate(counts))
+    return float(Fraction(first, total)), math.sqrt(Fraction(second * total - first * first, total * total))
 
 
-@dataclass(frozen=True)
-class Options:
-    """Mean and standard deviation of each channel over all pixels of a dataset, exactly, and what else a look at the
-    histograms tells: range, clipping, and how much brightness differs between images.
-
-    The standard deviation is that of all pixels (population). Each image becomes one histogram a channel and these are
-    added up in whole numbers, so that a million images need no more memory than one. Images are read as
-    images_to_data.py reads photographs: 8 bits, upright, gray as RGB, transparency over white.
-
-    Example: python tools/analyze_images.py --data-dir ~/dataset
-    """
-
-    data_dir: Path | None = None
-    """Folder of the images (searched in depth), or, with --list, the folder that the list's names are relative to; by
-    default ~/dataset, or the folder of the list."""
-    file_list: Annotated[Path | None, tyro.conf.arg(name="list")] = None
-    """Analyze the images of this file list only, such as ~/dataset/training_file_list.txt."""
-    sample: int | None = None
-    """Analyze so many images, drawn at random, instead of all."""
-    seed: int = 0
-    """Another seed draws another sample."""
-    json: Path | None = None
-    """Write all numbers, with the histograms, to this file too."""
-    max_megapixels: float = 300
-    """Skip larger images before they are decoded: they could fill the memory."""
-    threads: int = 0
-    """Number of threads; 0 is one a core."""
-
-
-def main(options: Options) -> int:
-    """Analyze and print. 0: good; 1: some images could not be read."""
-    root, names = _images(options)
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
-    prepare_decoders()
-    started = time.monotonic()
-    analysis, failed = Analysis(), 0
-    with quiet_libraries(), progress(len(names), "file") as bar:
-        def count(name: str) -> ImageCounts:
-            return count_levels(root, name, options.max_megapixels)
-
-        for image in ordered_map(count, names, thread_count(options.threads)):
-            if image.reason:
-                failed += 1
-                if failed <= NUM_SHOWN:
-                    print(f"could not be read: {printable(image.name)}: {image.reason}")
-            else:
-                analysis.add(image)
-            bar.update()
-    if failed > NUM_SHOWN:
-        print(f"... and {failed - NUM_SHOWN} more could not be read")
-    if not analysis.luma.count:
-        raise RunError(f"none of the {len(names)} images could be read; look into them with "
-                       "`python tools/check_training_data.py`")
-    numbers = summary(analysis)
-    _print(numbers, time.monotonic() - started, failed)
-    if options.json:
-        _write_json(options.json.expanduser(), {**numbers, "unreadable": failed, "histograms": dict(
-            zip(CHANNELS, analysis.counts, strict=True))})
-    return 1 if failed else 0
-
-
-def _images(options: Options) -> tuple[Path, list[str]]:
-    """(Folder, names relative to it) of the images to analyze."""
-    if options.file_list is not None:
-        path = options.file_list.expanduser()
-        root = (options.data_dir or path.parent).expanduser()
-        names = read_file_list(path, root)
-    else:
-        root = (options.data_dir or Path("~/dataset")).expanduser()
-        files = walk(root, MANIFEST)
-        names = files.images
-        if not names:
-            raise UserError(f"{root}: no images below this folder{files.links_note()}; give another --data-dir")
-    if options.sample is not None:
-        if options.sample < 1:
-            raise UserError(f"--sample {options.sample}: must be at least 1; leave it away for all images")
-        if options.sample < len(names):
-            print(f"a sample of {options.sample} of {len(names)} images (seed {options.seed})")
-            names = sorted(random.Random(options.seed).sample(names, options.sample))
-    return root, names
-
-
-def count_levels(root: Path, name: str, max_megapixels: float) -> ImageCounts:
-    """The histograms of one image. Bad images are a result, not an exception."""
-    try:
-        pixels = decode_file(root / name, max_megapixels=max_megapixels)
-    except (BadImageError, BadNpyError) as error:
-        return ImageCounts(name, reason=getattr(error, "reason", str(error)))
-    except OSError as error:
-        return ImageCounts(name, reason=error.strerror or str(error))
-    return ImageCounts(name, *pixels.shape[:2], histograms(pixels))
+def percentile(counts: list[int], percent: int) -> int:
+    """The lowest level that at least `percent` % of the pixels do not exceed."""
+    total = sum(counts)
+    return next(level for level, below in enumerate(accumulate(counts)) if below * 100 >= percent * total)
 
 
 def _print(numbers: dict, seconds: float, failed: int) -> None:

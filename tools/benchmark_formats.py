@@ -1,25 +1,21 @@
-"""Which storage format suits your images and your machine: size, encoding, decoding, what training reads a second."""
+"""Which storage format suits your images and your machine: size, encoding, decoding, crops per second in training."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tyro
@@ -32,130 +28,9 @@ from tools.files import walk
 from tools.images import FORMATS, decode, decode_file, encode, parallel_encoder, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
-# How large images are in a storage format, how fast they are written and read, and how fast training reads them.
-
-
 WARM_UP = 3  # batches of the loader before the clock starts
 PREFETCH = 2
 SCALE = 2    # of the low-resolution side that the loader makes
-
-
-class Speed(NamedTuple):
-    """Units (megapixels, crops) a second of wall time, and per second of CPU time of all threads together."""
-
-    wall: float
-    core: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """The measurements of one format; `None`: not measured."""
-
-    format: str
-    megabytes: float
-    of_raw: float         # size relative to that of the bare pixels
-    encode: Speed | None  # megapixels
-    decode: Speed         # megapixels
-    loader: Speed | None  # crops
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The images that everything is measured on; pixels are uint8 RGB (height, width, 3)."""
-
-    files: list[Path]
-    pixels: list[np.ndarray]
-
-    @property
-    def megapixels(self) -> float:
-        """Of all images together."""
-        return sum(image.shape[0] * image.shape[1] for image in self.pixels) / 1e6
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How the training's loader is driven; `device_id` is that of a GPU, `None` for the CPU."""
-
-    crop: int
-    micro_batch: int
-    device_id: int | None
-
-
-class Meter:
-    """Measures formats on a sample, with so many threads, each number for at least `seconds`."""
-
-    def __init__(self, sample: Sample, folder: Path, threads: int, seconds: float,
-                 loader: LoaderSettings | None) -> None:
-        """`folder` takes the encoded files; without `loader` the loader is not measured."""
-        self._sample, self._folder, self._threads, self._seconds = sample, folder, threads, seconds
-        self._loader = loader
-
-    def as_it_is(self) -> Row:
-        """The user's own files: nothing is encoded."""
-        files = self._sample.files
-        size = sum(file.stat().st_size for file in files) / 1e6
-        return Row("as it is", size, size / self._sample.megapixels / 3, None,
-                   self._speed(lambda index: decode_file(files[index])), self._loader_speed(files))
-
-    def format(self, form: str) -> Row:
-        """The sample in the format `form`. Raises `RunError` where it does not come back bit by bit."""
-        pixels = self._sample.pixels
-        contents = list(ordered_map(lambda image: encode(image, form), pixels, self._threads))
-        files = [self._folder / f"{index:05d}.{form}" for index in range(len(contents))]
-        for file, content, image in zip(files, contents, pixels, strict=True):
-            file.write_bytes(content)
-            if not np.array_equal(decode(content, form), image):
-                raise RunError(f"{form} does not give the same pixels back; do not use it with these library versions")
-        size = sum(map(len, contents)) / 1e6
-        row = Row(form, size, size / self._sample.megapixels / 3, self._encoding_speed(form),
-                  self._speed(lambda index: decode(files[index].read_bytes(), form)), self._loader_speed(files))
-        for file in files:
-            file.unlink()
-        return row
-
-    def _encoding_speed(self, form: str) -> Speed:
-        """As `_speed`. The CPU time of processes cannot be seen from here: it is measured without them."""
-        pixels = self._sample.pixels
-        speed = self._speed(lambda index: encode(pixels[index], form))
-        with parallel_encoder(form, self._threads) as parallel:
-            if isinstance(parallel, partial):  # the same as above
-                return speed
-            list(ordered_map(parallel, pixels[: 2 * self._threads], self._threads))  # the processes have started
-            return Speed(self._speed(lambda index: parallel(pixels[index])).wall, speed.core)
-
-    def _speed(self, work: Callable[[int], object]) -> Speed:
-        """Megapixels a second of `work` on each image of the sample, on all threads, as often as the time allows."""
-        rounds, started, cpu = 0, time.perf_counter(), time.process_time()
-        while not rounds or time.perf_counter() - started < self._seconds:
-            for _ in ordered_map(work, range(len(self._sample.pixels)), self._threads):
-                pass
-            rounds += 1
-        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-        return Speed(rounds * self._sample.megapixels / wall, rounds * self._sample.megapixels / max(cpu, 1e-6))
-
-    def _loader_speed(self, files: Sequence[Path]) -> Speed | None:
-        """Random training crops a second out of `files`, through the graph that training uses."""
-        if self._loader is None:
-            return None
-        from pipeline.config.specs import DataSpec
-        from pipeline.data.reader import training_pipeline  # needs DALI; not torch
-        from pipeline.data.sampling import Sampler
-        from pipeline.data.source import CropSource, Position
-
-        settings = self._loader
-        source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),
-                            DataSpec(crop=settings.crop), scale=SCALE, position=Position(0, 1, settings.micro_batch))
-        pipeline = training_pipeline(source, 0, device_id=settings.device_id, threads=self._threads, prefetch=PREFETCH)
-        for _ in range(WARM_UP + PREFETCH):
-            pipeline.run()
-        batches, started, cpu = 0, time.perf_counter(), time.process_time()
-        while not batches or time.perf_counter() - started < self._seconds:
-            pipeline.run()
-            batches += 1
-        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-        return Speed(batches * settings.micro_batch / wall, batches * settings.micro_batch / max(cpu, 1e-6))
-
-
 MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
 
 
@@ -180,7 +55,7 @@ class Options:
     formats: tuple[Literal["npy", "png", "webp", "jp2"], ...] = FORMATS
     """The formats to measure."""
     seconds: float = 2.0
-    """At least so long is each of the numbers measured."""
+    """Each number is measured for at least this long."""
     crop: int = 256
     """HR crop of the training in pixels; smaller where an image is."""
     micro_batch: int = 16
@@ -192,7 +67,7 @@ class Options:
     json: Path | None = None
     """Write the numbers to this file too."""
     threads: int = 0
-    """Number of threads; 0 is one a core."""
+    """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
@@ -209,7 +84,7 @@ def main(options: Options) -> int:
     rows = []
     with quiet_libraries(), progress(len(options.formats) + 1, "format") as bar, \
             tempfile.TemporaryDirectory(prefix="formats-") as folder:
-        meter = Meter(sample, Path(folder), threads, options.seconds, loader)
+        meter = FormatMeter(sample, Path(folder), threads, options.seconds, loader)
         rows.append(meter.as_it_is())
         bar.update()
         for form in options.formats:
@@ -250,10 +125,10 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return list(files)
 
 
-def _read_sample(files: list[Path], options: Options) -> tuple[Sample, int]:
+def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, int]:
     """The images to measure on, drawn at random, and how many of the drawn ones could not be read."""
     drawn = random.Random(options.seed).sample(files, min(options.count, len(files)))
-    sample, unreadable = Sample([], []), 0
+    sample, unreadable = BenchmarkImages([], []), 0
     for path in drawn:
         try:
             pixels = decode_file(path)
@@ -272,7 +147,7 @@ def _read_sample(files: list[Path], options: Options) -> tuple[Sample, int]:
     return sample, unreadable
 
 
-def _loader_settings(sample: Sample, options: Options) -> LoaderSettings | None:
+def _loader_settings(sample: BenchmarkImages, options: Options) -> LoaderSettings | None:
     """How the loader is driven; its crop must fit into the smallest image."""
     if options.skip_loader:
         return None
@@ -281,6 +156,124 @@ def _loader_settings(sample: Sample, options: Options) -> LoaderSettings | None:
         raise UserError(f"--crop {options.crop}, and the shortest side of the images: no training crop of at least "
                         f"{SCALE} pixels fits; give other images, a larger --crop, or --skip-loader")
     return LoaderSettings(crop, options.micro_batch, 0 if options.device == "cuda" else None)
+
+
+@dataclass(frozen=True)
+class BenchmarkImages:
+    """The images that everything is measured on; pixels are uint8 RGB (height, width, 3)."""
+
+    files: list[Path]
+    pixels: list[np.ndarray]
+
+    @property
+    def megapixels(self) -> float:
+        """Of all images together."""
+        return sum(image.shape[0] * image.shape[1] for image in self.pixels) / 1e6
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How the training's loader is driven; `device_id` is that of a GPU, `None` for the CPU."""
+
+    crop: int
+    micro_batch: int
+    device_id: int | None
+
+
+class Speed(NamedTuple):
+    """Units (megapixels, crops) a second of wall time, and per second of CPU time of all threads together."""
+
+    wall: float
+    core: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of one format; `None`: not measured."""
+
+    format: str
+    megabytes: float
+    of_raw: float         # size relative to that of the bare pixels
+    encode: Speed | None  # megapixels
+    decode: Speed         # megapixels
+    loader: Speed | None  # crops
+
+
+class FormatMeter:
+    """Measures formats on a sample, with so many threads, each number for at least `seconds`."""
+
+    def __init__(self, sample: BenchmarkImages, folder: Path, threads: int, seconds: float,
+                 loader: LoaderSettings | None) -> None:
+        """`folder` takes the encoded files; without `loader` the loader is not measured."""
+        self._sample, self._folder, self._threads, self._seconds = sample, folder, threads, seconds
+        self._loader = loader
+
+    def as_it_is(self) -> Row:
+        """The user's own files: nothing is encoded."""
+        files = self._sample.files
+        size = sum(file.stat().st_size for file in files) / 1e6
+        return Row("as it is", size, size / self._sample.megapixels / 3, None,
+                   self._speed(lambda index: decode_file(files[index])), self._loader_speed(files))
+
+    def format(self, form: str) -> Row:
+        """The sample in the format `form`. Raises `RunError` where it does not come back bit by bit."""
+        pixels = self._sample.pixels
+        contents = list(ordered_map(lambda image: encode(image, form), pixels, self._threads))
+        files = [self._folder / f"{index:05d}.{form}" for index in range(len(contents))]
+        for file, content, image in zip(files, contents, pixels, strict=True):
+            file.write_bytes(content)
+            if not np.array_equal(decode(content, form), image):
+                raise RunError(f"{form} does not give the same pixels back; do not use it with these library versions")
+        size = sum(map(len, contents)) / 1e6
+        row = Row(form, size, size / self._sample.megapixels / 3, self._encoding_speed(form),
+                  self._speed(lambda index: decode(files[index].read_bytes(), form)), self._loader_speed(files))
+        for file in files:
+            file.unlink()
+        return row
+
+    def _encoding_speed(self, form: str) -> Speed:
+        """As `_speed`. The CPU time of processes cannot be seen from here: it is measured without them."""
+        pixels = self._sample.pixels
+        speed = self._speed(lambda index: encode(pixels[index], form))
+        with parallel_encoder(form, self._threads) as parallel:
+            if isinstance(parallel, partial):  # the same as above
+                return speed
+            list(ordered_map(parallel, pixels[: 2 * self._threads], self._threads))  # the processes have started
+            return Speed(self._speed(lambda index: parallel(pixels[index])).wall, speed.core)
+
+    def _speed(self, work: Callable[[int], object]) -> Speed:
+        """Megapixels a second of `work` on each image of the sample, on all threads, as often as the time allows."""
+        def round_of_all() -> None:
+            for _ in ordered_map(work, range(len(self._sample.pixels)), self._threads):
+                pass
+
+        return self._timed(round_of_all, self._sample.megapixels)
+
+    def _loader_speed(self, files: Sequence[Path]) -> Speed | None:
+        """Random training crops a second out of `files`, through the graph that training uses."""
+        if self._loader is None:
+            return None
+        from pipeline.config.specs import DataSpec
+        from pipeline.data.reader import training_pipeline  # needs DALI; not torch
+        from pipeline.data.sampling import Sampler
+        from pipeline.data.source import CropSource, Position
+
+        settings = self._loader
+        source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),
+                            DataSpec(crop=settings.crop), scale=SCALE, position=Position(0, 1, settings.micro_batch))
+        pipeline = training_pipeline(source, 0, device_id=settings.device_id, threads=self._threads, prefetch=PREFETCH)
+        for _ in range(WARM_UP + PREFETCH):
+            pipeline.run()
+        return self._timed(pipeline.run, settings.micro_batch)
+
+    def _timed(self, work: Callable[[], object], units: float) -> Speed:
+        """Repeat `work`, which handles `units` each time, until the time is up."""
+        rounds, started, cpu = 0, time.perf_counter(), time.process_time()
+        while not rounds or time.perf_counter() - started < self._seconds:
+            work()
+            rounds += 1
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        return Speed(rounds * units / wall, rounds * units / max(cpu, 1e-6))
 
 
 def _print(rows: list[Row]) -> None:
@@ -300,7 +293,8 @@ def _print(rows: list[Row]) -> None:
         print(f"fastest to train from, with the files in memory: {best.format} ({best.loader.wall:.0f} crops/s)")
 
 
-def _write_json(path: Path, rows: list[Row], sample: Sample, loader: LoaderSettings | None, threads: int) -> None:
+def _write_json(path: Path, rows: list[Row], sample: BenchmarkImages, loader: LoaderSettings | None,
+                threads: int) -> None:
     numbers = {"images": len(sample.files), "megapixels": sample.megapixels, "threads": threads,
                "loader": asdict(loader) if loader else None, "formats": [
                    {**asdict(row), **{name: speed._asdict() if speed else None for name, speed in

@@ -1,19 +1,20 @@
-"""A contact sheet of the LR/HR pairs that training sees, and any one of them again from its number."""
+"""A contact sheet of the LR/HR pairs that training sees, with what was drawn for each in words.
+
+The samples come from training's own source and reader, on the CPU: any one of them can be made again from its number.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import math
-from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -33,17 +34,20 @@ from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
 from tools.parallel import progress, quiet_libraries
 
-# A sheet of LR/HR pairs as training sees them, with what was drawn for each in words.
-
-
 GAP, BETWEEN = 14, 4  # pixels around a cell; between LR and HR
 TEXT_WIDTH = 380  # at least, so that small crops have room for their words
 LETTERS, LINE = 12, 16
 MOST_LINES = 12  # of a cell, for the estimate of a sheet's size
 ASPECT = 1.4  # of a sheet: a screen's, about
+DEFAULT_OUT = "show_batch.png"
+DEFAULT_COUNT = 16
+PANEL, LARGE_PANEL = 256, 768
+MOST_PIXELS = 100_000_000  # of a sheet
+END_OF_SAMPLES = 10**15
+FLAGS = ("--json", "--help", "-h")  # options without a value
 
 
-class Pair(NamedTuple):
+class DrawnPair(NamedTuple):
     """One sample: what was drawn, under which name its file goes, and its pixels, uint8 RGB (height, width, 3)."""
 
     sample: Sample
@@ -70,131 +74,6 @@ class Cell:
     def sheet_pixels(self, count: int) -> int:
         """About how many pixels a sheet of `count` cells has; it will hardly have more."""
         return count * (self.width + GAP) * (self.side + GAP + MOST_LINES * LINE)
-
-
-def sheet(title: str, pairs: Sequence[Pair], spec: DataSpec, scale: int, panel: int) -> Image.Image:
-    """All pairs under a title: LR in blocks of the HR pixels' size, HR right of it, words below them."""
-    cell, letters = Cell(spec.crop, panel), ImageFont.load_default(LETTERS)
-    texts = [_wrapped(describe(pair, spec, scale), cell.width, letters) for pair in pairs]
-    height = cell.side + GAP + LINE * max(map(len, texts))
-    columns = min(len(pairs), max(1, round(math.sqrt(ASPECT * len(pairs) * height / (cell.width + GAP)))))
-    rows = [range(first, min(first + columns, len(pairs))) for first in range(0, len(pairs), columns)]
-    heights = [cell.side + 2 * GAP + LINE * max(len(texts[i]) for i in row) for row in rows]
-    head = _wrapped([title], columns * (cell.width + GAP) - GAP, letters)
-    size = columns * (cell.width + GAP) + GAP, 2 * GAP + LINE * len(head) + sum(heights)
-    picture = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    _write(draw, GAP, GAP, head, letters)
-    top = 2 * GAP + LINE * len(head)
-    for row, row_height in zip(rows, heights, strict=True):
-        for column, i in enumerate(row):
-            left = GAP + column * (cell.width + GAP)
-            picture.paste(Image.fromarray(side_by_side(pairs[i], scale, panel)), (left, top))
-            _write(draw, left, top + cell.side + BETWEEN, texts[i], letters)
-        top += row_height
-    return picture
-
-
-def side_by_side(pair: Pair, scale: int, panel: int) -> np.ndarray:
-    """LR | HR, uint8 RGB, each pixel of either a block of whole pixels."""
-    lr = pair.lr.repeat(scale, 0).repeat(scale, 1)
-    left, right = (magnified(image, panel, smooth=False) for image in (lr, pair.hr))
-    space = np.full((len(left), BETWEEN, 3), BACKGROUND, np.uint8)
-    return np.concatenate([left, space, right], 1)
-
-
-def describe(pair: Pair, spec: DataSpec, scale: int) -> list[str]:
-    """Everything drawn for a sample, in words: which file first, then how it was turned and degraded."""
-    sample = pair.sample
-    turns = [word for is_so, word in ((sample.flip_vertical, "flipped vertically"),
-                                      (sample.flip_horizontal, "flipped horizontally"),
-                                      (sample.transpose, "transposed")) if is_so]
-    crop = f"row {sample.top}, column {sample.left} | {', '.join(turns) or 'not turned'}"
-    if sample.brightness != 1:
-        crop += f" | brightness x{sample.brightness:.3f}"
-    lines = [f"sample {sample.number}: {_ascii(pair.name)}", crop]
-    if spec.degradation.name == "realesrgan":
-        lines += _second_order_words(sample.degradation, scale)
-    elif spec.degradation.name == "paired":
-        lines.append(f"LR: {_ascii(str(sample.lr_path))}")
-    else:
-        numbers = "".join(f", {name} {_number(value)}" for name, value in sample.degradation.items())
-        lines.append(f"{spec.degradation.name} to 1/{scale}{numbers}")
-    if sample.noise_sigma:
-        lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
-    return lines + [f"instead of {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
-
-
-def _second_order_words(drawn: Parameters, scale: int) -> list[str]:
-    """A line for each round, in the order in which its steps were taken."""
-    first, second, final = drawn["first"], drawn["second"], drawn["final"]
-    end = f"{final['mode']} to 1/{scale}"
-    if "sinc" in final:
-        end += ", sinc {} px, cutoff {:.2f}".format(*final["sinc"])
-    jpeg = f"JPEG {second['jpeg']}"
-    return [f"1: {_round_words(first)} | JPEG {first['jpeg']}", f"2: {_round_words(second)}",
-            "3: " + " | ".join([end, jpeg] if final["sinc_first"] else [jpeg, end])]
-
-
-def _round_words(drawn: Parameters) -> str:
-    height, width = drawn["size"]
-    resize = "keep" if drawn["resize"] == "keep" else f"{drawn['resize']} to {drawn['factor']:.2f}"
-    noise = {"gaussian": "Gaussian sigma", "poisson": "Poisson"}[drawn["noise"]]
-    return " | ".join([_blur_words(drawn["blur"]), f"{resize}, {drawn['mode']}, {height}x{width}",
-                       f"{noise} {drawn['level']:.2f}{', gray' if drawn['gray'] else ''}"])
-
-
-def _blur_words(blur: Parameters) -> str:
-    if blur["shape"] == "none":
-        return "no blur"
-    words = f"{'' if blur['shape'] == 'sinc' else 'blur '}{blur['shape']} {blur['size']} px"
-    if "cutoff" in blur:
-        return f"{words}, cutoff {blur['cutoff']:.2f}"
-    words += f", sigma {blur['sigma'][0]:.2f}"
-    if "theta" in blur:
-        words += f"/{blur['sigma'][1]:.2f} at {math.degrees(blur['theta']):.0f} deg"
-    return words + (f", beta {blur['beta']:.2f}" if "beta" in blur else "")
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _ascii(text: str) -> str:
-    """What the built-in font can show."""
-    return text.encode("ascii", "backslashreplace").decode()
-
-
-def _wrapped(lines: Sequence[str], width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines no wider than `width` pixels, broken at spaces, or within a word that is wider; the rest is indented."""
-    wrapped: list[str] = []
-    for line in lines:
-        begun = ""
-        for word in line.split(" "):
-            if begun.strip() and letters.getlength(f"{begun} {word}") > width:
-                wrapped.append(begun)
-                begun = "   "
-            begun = f"{begun} {word}" if begun else word
-            while letters.getlength(begun) > width:
-                fits = next(end for end in range(len(begun) - 1, 0, -1) if letters.getlength(begun[:end]) <= width)
-                wrapped.append(begun[:fits])
-                begun = f"    {begun[fits:]}"
-        wrapped.append(begun)
-    return wrapped
-
-
-def _write(draw: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[str],
-           letters: ImageFont.FreeTypeFont) -> None:
-    for number, line in enumerate(lines):
-        draw.text((left, top + number * LINE), line, fill=FAINT if number else TEXT, font=letters)
-
-
-DEFAULT_OUT = "show_batch.png"
-DEFAULT_COUNT = 16
-PANEL, LARGE_PANEL = 256, 768
-MOST_PIXELS = 100_000_000  # of a sheet
-END_OF_SAMPLES = 10**15
-FLAGS = ("--json", "--help", "-h")  # options without a value
 
 
 @dataclass(frozen=True)
@@ -270,43 +149,6 @@ def positionals_last(arguments: Sequence[str]) -> list[str]:
     return options + positionals
 
 
-def make_pairs(plan: Plan, numbers: Sequence[int]) -> list[Pair]:
-    """The samples of these numbers as training makes them, on the CPU.
-
-    Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as training does.
-    """
-    recipe = plan.recipe
-    source = ChosenSource.of_dataset(plan.dataset, recipe.data, scale=recipe.scale, seed=recipe.seed,
-                                     position=Position(0, 1, 1))
-    source.numbers, source.end = numbers, len(numbers)
-    several = len(plan.dataset.folders) > 1
-    names = {folder.path(name): f"{folder.root.name}/{name}" if several else name
-             for folder in plan.dataset.folders for name in folder.training}
-    pairs = []
-    try:
-        with quiet_libraries(), progress(len(numbers), "sample") as bar:
-            for place, *outputs in batches(source, 0, device_id=None, threads=recipe.data.threads, prefetch=1):
-                sample, = source.samples(numbers[place], 1)
-                hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
-                pairs.append(Pair(sample, names[sample.path], hr, lr))
-                bar.update()
-    except OSError as error:
-        raise RunError(f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the network failed, "
-                       "try again") from error
-    finally:
-        source.close()
-    return pairs
-
-
-class ChosenSource(CropSource):
-    """A source of the samples `numbers` alone, each a micro-batch of its own."""
-
-    numbers: Sequence[int] = ()
-
-    def first_sample(self, index: int) -> int:
-        return self.numbers[index]
-
-
 def _out_and_overrides(words: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
     overrides = tuple(word for word in words if re.match(r"[A-Za-z_][\w.]*=", word))
     outs = [word for word in words if word not in overrides] or [DEFAULT_OUT]
@@ -329,7 +171,7 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> Plan:
         training.recipe = options.recipe or training.recipe
         return make_plan(training)
     if options.recipe is not None:
-        raise UserError(f"--recipe {options.recipe} and --run {options.run}: a run has its own recipe; leave one away")
+        raise UserError(f"--recipe {options.recipe} and --run {options.run}: a run has its own recipe; give only one")
     run_dir = options.run.expanduser()
     for name in (RECIPE_FILE, DS_CONFIG_FILE, FILE_LISTS_DIR):
         if not (run_dir / name).exists():
@@ -357,9 +199,9 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     given = [f"--{name} {getattr(options, name)}" for name in ("first", "step", "count")
              if getattr(options, name) is not None]
     if options.sample and given:
-        raise UserError(f"--sample and {given[0]}: single samples, or a part of the stream; leave one away")
+        raise UserError(f"--sample and {given[0]}: single samples, or a part of the stream; give only one")
     if options.step is not None and options.first is not None:
-        raise UserError(f"{given[0]} and {given[1]}: two places to begin at; leave one away")
+        raise UserError(f"{given[0]} and {given[1]}: two places to begin at; give only one")
     if options.step is not None and options.step < 1:
         raise UserError(f"--step {options.step}: must be at least 1, the first step of a run")
     if options.count is not None and options.count < 1:
@@ -373,12 +215,6 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     return numbers
 
 
-def _told(numbers: Sequence[int]) -> str:
-    if isinstance(numbers, range) and len(numbers) > 1:
-        return f"samples {numbers[0]} to {numbers[-1]}"
-    return f"sample{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
 def _refuse_large(cell: Cell, count: int) -> None:
     pixels = cell.sheet_pixels(count)
     if pixels > MOST_PIXELS:
@@ -387,6 +223,169 @@ def _refuse_large(cell: Cell, count: int) -> None:
         raise UserError(f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, make a sheet of "
                         f"{pixels / 1e6:.0f} megapixels, more than the {MOST_PIXELS // 10**6} that can be looked at; "
                         f"{way_out}, or give a smaller --panel")
+
+
+def _told(numbers: Sequence[int]) -> str:
+    if isinstance(numbers, range) and len(numbers) > 1:
+        return f"samples {numbers[0]} to {numbers[-1]}"
+    return f"sample{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def make_pairs(plan: Plan, numbers: Sequence[int]) -> list[DrawnPair]:
+    """The samples of these numbers as training makes them, on the CPU.
+
+    Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as training does.
+    """
+    recipe = plan.recipe
+    source = ChosenSource.of_dataset(plan.dataset, recipe.data, scale=recipe.scale, seed=recipe.seed,
+                                     position=Position(0, 1, 1))
+    source.numbers, source.end = numbers, len(numbers)
+    several = len(plan.dataset.folders) > 1
+    names = {folder.path(name): f"{folder.root.name}/{name}" if several else name
+             for folder in plan.dataset.folders for name in folder.training}
+    pairs = []
+    try:
+        with quiet_libraries(), progress(len(numbers), "sample") as bar:
+            for place, *outputs in batches(source, 0, device_id=None, threads=recipe.data.threads, prefetch=1):
+                sample, = source.samples(numbers[place], 1)
+                hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
+                pairs.append(DrawnPair(sample, names[sample.path], hr, lr))
+                bar.update()
+    except OSError as error:
+        raise RunError(f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the network failed, "
+                       "try again") from error
+    finally:
+        source.close()
+    return pairs
+
+
+class ChosenSource(CropSource):
+    """A source of the samples `numbers` alone, each a micro-batch of its own."""
+
+    numbers: Sequence[int] = ()
+
+    def first_sample(self, index: int) -> int:
+        return self.numbers[index]
+
+
+# --- The sheet ---
+
+
+def sheet(title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int) -> Image.Image:
+    """All pairs under a title: LR in blocks of the HR pixels' size, HR right of it, words below them."""
+    cell, letters = Cell(spec.crop, panel), ImageFont.load_default(LETTERS)
+    texts = [_wrapped(describe(pair, spec, scale), cell.width, letters) for pair in pairs]
+    height = cell.side + GAP + LINE * max(map(len, texts))
+    columns = min(len(pairs), max(1, round(math.sqrt(ASPECT * len(pairs) * height / (cell.width + GAP)))))
+    rows = [range(first, min(first + columns, len(pairs))) for first in range(0, len(pairs), columns)]
+    heights = [cell.side + 2 * GAP + LINE * max(len(texts[i]) for i in row) for row in rows]
+    head = _wrapped([title], columns * (cell.width + GAP) - GAP, letters)
+    size = columns * (cell.width + GAP) + GAP, 2 * GAP + LINE * len(head) + sum(heights)
+    picture = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    _write(draw, GAP, GAP, head, letters)
+    top = 2 * GAP + LINE * len(head)
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            left = GAP + column * (cell.width + GAP)
+            picture.paste(Image.fromarray(side_by_side(pairs[i], scale, panel)), (left, top))
+            _write(draw, left, top + cell.side + BETWEEN, texts[i], letters)
+        top += row_height
+    return picture
+
+
+def side_by_side(pair: DrawnPair, scale: int, panel: int) -> np.ndarray:
+    """LR | HR, uint8 RGB, each pixel of either a block of whole pixels."""
+    lr = pair.lr.repeat(scale, 0).repeat(scale, 1)
+    left, right = (magnified(image, panel, smooth=False) for image in (lr, pair.hr))
+    space = np.full((len(left), BETWEEN, 3), BACKGROUND, np.uint8)
+    return np.concatenate([left, space, right], 1)
+
+
+def _wrapped(lines: Sequence[str], width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
+    """Lines no wider than `width` pixels, broken at spaces, or within a word that is wider; the rest is indented."""
+    wrapped: list[str] = []
+    for line in lines:
+        begun = ""
+        for word in line.split(" "):
+            if begun.strip() and letters.getlength(f"{begun} {word}") > width:
+                wrapped.append(begun)
+                begun = "   "
+            begun = f"{begun} {word}" if begun else word
+            while letters.getlength(begun) > width:
+                fits = next(end for end in range(len(begun) - 1, 0, -1) if letters.getlength(begun[:end]) <= width)
+                wrapped.append(begun[:fits])
+                begun = f"    {begun[fits:]}"
+        wrapped.append(begun)
+    return wrapped
+
+
+def _write(draw: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[str],
+           letters: ImageFont.FreeTypeFont) -> None:
+    for number, line in enumerate(lines):
+        draw.text((left, top + number * LINE), line, fill=FAINT if number else TEXT, font=letters)
+
+
+def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
+    """Everything drawn for a sample, in words: which file first, then how it was turned and degraded."""
+    sample = pair.sample
+    turns = [word for is_so, word in ((sample.flip_vertical, "flipped vertically"),
+                                      (sample.flip_horizontal, "flipped horizontally"),
+                                      (sample.transpose, "transposed")) if is_so]
+    crop = f"row {sample.top}, column {sample.left} | {', '.join(turns) or 'not turned'}"
+    if sample.brightness != 1:
+        crop += f" | brightness x{sample.brightness:.3f}"
+    lines = [f"sample {sample.number}: {_ascii(pair.name)}", crop]
+    if spec.degradation.name == "realesrgan":
+        lines += _second_order_words(sample.degradation, scale)
+    elif spec.degradation.name == "paired":
+        lines.append(f"LR: {_ascii(str(sample.lr_path))}")
+    else:
+        numbers = "".join(f", {name} {_number(value)}" for name, value in sample.degradation.items())
+        lines.append(f"{spec.degradation.name} to 1/{scale}{numbers}")
+    if sample.noise_sigma:
+        lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
+    return lines + [f"instead of {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
+
+
+def _second_order_words(drawn: Parameters, scale: int) -> list[str]:
+    """A line for each round, in the order in which its steps were taken."""
+    first, second, final = drawn["first"], drawn["second"], drawn["final"]
+    end = f"{final['mode']} to 1/{scale}"
+    if "sinc" in final:
+        end += ", sinc {} px, cutoff {:.2f}".format(*final["sinc"])
+    jpeg = f"JPEG {second['jpeg']}"
+    return [f"1: {_round_words(first)} | JPEG {first['jpeg']}", f"2: {_round_words(second)}",
+            "3: " + " | ".join([end, jpeg] if final["sinc_first"] else [jpeg, end])]
+
+
+def _round_words(drawn: Parameters) -> str:
+    height, width = drawn["size"]
+    resize = "keep" if drawn["resize"] == "keep" else f"{drawn['resize']} to {drawn['factor']:.2f}"
+    noise = {"gaussian": "Gaussian sigma", "poisson": "Poisson"}[drawn["noise"]]
+    return " | ".join([_blur_words(drawn["blur"]), f"{resize}, {drawn['mode']}, {height}x{width}",
+                       f"{noise} {drawn['level']:.2f}{', gray' if drawn['gray'] else ''}"])
+
+
+def _blur_words(blur: Parameters) -> str:
+    if blur["shape"] == "none":
+        return "no blur"
+    words = f"{'' if blur['shape'] == 'sinc' else 'blur '}{blur['shape']} {blur['size']} px"
+    if "cutoff" in blur:
+        return f"{words}, cutoff {blur['cutoff']:.2f}"
+    words += f", sigma {blur['sigma'][0]:.2f}"
+    if "theta" in blur:
+        words += f"/{blur['sigma'][1]:.2f} at {math.degrees(blur['theta']):.0f} deg"
+    return words + (f", beta {blur['beta']:.2f}" if "beta" in blur else "")
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _ascii(text: str) -> str:
+    """What the built-in font can show."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

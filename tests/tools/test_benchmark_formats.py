@@ -11,7 +11,7 @@ import pytest
 
 from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, stamped_tree, write_files
 from tools import benchmark_formats
-from tools.benchmark_formats import LoaderSettings, Meter, Sample
+from tools.benchmark_formats import BenchmarkImages, FormatMeter, LoaderSettings
 from tools.images import FORMATS, encode
 
 FAST = ("--seconds", 0, "--skip-loader")
@@ -80,7 +80,8 @@ def test_the_loader_counts_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(benchmark_formats.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(benchmark_formats.time, "process_time", lambda: 0.0)
     (tmp_path / "a.npy").write_bytes(npy(photograph(40, 40)))
-    meter = Meter(Sample([tmp_path / "a.npy"], [photograph(40, 40)]), tmp_path, 2, 2.0, LoaderSettings(32, 5, None))
+    images = BenchmarkImages([tmp_path / "a.npy"], [photograph(40, 40)])
+    meter = FormatMeter(images, tmp_path, 2, 2.0, LoaderSettings(32, 5, None))
     speed = meter._loader_speed([tmp_path / "a.npy"])
     measured = len(seen) - benchmark_formats.WARM_UP - benchmark_formats.PREFETCH
     assert measured == 4  # the clock goes half a second on with every look at it
@@ -110,7 +111,7 @@ def test_a_format_that_changes_a_pixel_is_no_measurement(tmp_path: Path, monkeyp
     from pipeline.cli import RunError
 
     image = photograph(40, 40)
-    meter = Meter(Sample([tmp_path / "a.npy"], [image]), tmp_path, 1, 0, None)
+    meter = FormatMeter(BenchmarkImages([tmp_path / "a.npy"], [image]), tmp_path, 1, 0, None)
     meter.format("png")
     monkeypatch.setattr(benchmark_formats, "encode", lambda pixels, form: encode(pixels ^ 1, form))
     with pytest.raises(RunError, match="same pixels"):

@@ -23,7 +23,7 @@ from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
 from pipeline.training.options import TrainOptions, make_plan
 from tools import show_batch
-from tools.show_batch import GAP, Options, Pair, describe, main, make_pairs, positionals_last, side_by_side
+from tools.show_batch import GAP, DrawnPair, Options, describe, main, make_pairs, positionals_last, side_by_side
 
 CROP = 32
 SMALL = "data.crop=32"
@@ -59,7 +59,7 @@ def show(data: Path, *words: object, out: str = "sheet.png") -> subprocess.Compl
     return subprocess.CompletedProcess(line, stop.value.code, stdout.getvalue(), stderr.getvalue())
 
 
-def pairs_of(data: Path, numbers: list[int] | range, *overrides: str) -> list[Pair]:
+def pairs_of(data: Path, numbers: list[int] | range, *overrides: str) -> list[DrawnPair]:
     return make_pairs(make_plan(TrainOptions(overrides, dataset_dir=(data,))), numbers)
 
 
@@ -207,7 +207,7 @@ def _png(width: int, height: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def pairs_of_others(data: Path, bad: Path) -> list[Pair]:
+def pairs_of_others(data: Path, bad: Path) -> list[DrawnPair]:
     """Those samples of the first epoch that are not of the bad file."""
     plan = make_plan(TrainOptions((SMALL,), dataset_dir=(data,)))
     source = CropSource.of_dataset(plan.dataset, plan.recipe.data, scale=2, seed=plan.recipe.seed,
