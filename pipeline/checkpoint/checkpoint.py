@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +30,7 @@ from pipeline.checkpoint.transfer import collect, local_copy, private_folder
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
 from pipeline.files import flush
+from pipeline.metrics import METRICS
 from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
@@ -51,12 +52,30 @@ class Progress:
     """How far a run has come; with the weights and the seed all that continuing takes."""
 
     step: int = 0  # optimizer updates done
-    best_psnr: float | None = None  # of the best validation, dB
-    best_lpips: float | None = None  # likewise, if it is measured
+    best_scores: dict[str, float] | None = None  # of the best validation, by metric
     best_step: int | None = None
     stale_validations: int = 0  # since the best
     validated_step: int | None = None  # the last validation
     layout: str = ""  # of the activations: channels_last or contiguous; it decides the rounding
+
+    def as_state(self) -> dict[str, Any]:
+        """As plain values. Each best score has a key of its own; `best_psnr` and `best_lpips` are always there."""
+        state: dict[str, Any] = {}
+        for field in fields(self):
+            if field.name == "best_scores":
+                scores = {"psnr_y": None, "lpips": None, **(self.best_scores or {})}
+                state |= {f"best_{METRICS[name].key}": value for name, value in scores.items()}
+            else:
+                state[field.name] = getattr(self, field.name)
+        return state
+
+    @staticmethod
+    def of_state(state: Mapping[str, Any]) -> Progress:
+        """From plain values, of any version. Scores of metrics that are not in the table any more are left out."""
+        known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
+        scores = {name: state[f"best_{metric.key}"] for name, metric in METRICS.items()
+                  if state.get(f"best_{metric.key}") is not None}
+        return Progress(**known, best_scores=scores or None)
 
 
 class SaveError(Exception):
@@ -151,7 +170,7 @@ def _write_own_files(own: Path, progress: Progress, contents: Contents, ranks: R
     generator = contents.engines["generator"].module
     for file, network in ((GENERATOR_FILE, generator), (GENERATOR_EMA_FILE, contents.ema.network)):
         _write_generator(own / file, network, progress.step, contents)
-    state = asdict(progress) | {"ema_updates": contents.ema.num_updates, "world_size": ranks.world_size}
+    state = progress.as_state() | {"ema_updates": contents.ema.num_updates, "world_size": ranks.world_size}
     (own / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
 
 
@@ -210,12 +229,12 @@ def newest_whole(run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bo
     Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next save. Raises
     `UserError` where there are checkpoints but all are damaged.
     """
-    ranks.together(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
+    ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
     steps = ranks.agree(checkpoint_steps(run_dir))
     damaged = []
     for step in reversed(steps):
         folder = checkpoint_dir(run_dir, step)
-        fault = ranks.together(lambda folder=folder: damage(folder) if sees_run_dir else "")
+        fault = ranks.on_all_ranks(lambda folder=folder: damage(folder) if sees_run_dir else "")
         faults = [fault for fault in ranks.gather(fault) if fault]
         if not faults:
             for other in damaged if ranks.is_first else ():
@@ -247,8 +266,7 @@ def read_progress(run_dir: Path, step: int) -> Progress:
 
 
 def _read_progress(folder: Path) -> Progress:
-    state = json.loads((folder / STATE_FILE).read_text())
-    return Progress(**{field.name: state[field.name] for field in fields(Progress) if field.name in state})
+    return Progress.of_state(json.loads((folder / STATE_FILE).read_text()))
 
 
 def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress:

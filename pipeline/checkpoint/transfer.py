@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import socket
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,24 +29,10 @@ PIECE = 1 << 24  # bytes
 def sees_run_dir(run_dir: Path, ranks: Ranks) -> bool:
     """Whether this rank sees the first rank's `run_dir`, which need not exist yet.
 
-    A file that the first rank makes for a moment decides: the names of hosts, paths and mounts tell nothing.
+    What decides is the folder where checkpoints go or will go. See `Ranks.sees_folder`.
     """
-    if ranks.world_size == 1:
-        return True
-    mark = ranks.agree(ranks.together(lambda: _make_mark(run_dir) if ranks.is_first else None))
-    is_seen = os.path.exists(mark)
-    ranks.gather(None)  # all have looked
-    if ranks.is_first:
-        mark.unlink()
-    return is_seen
-
-
-def _make_mark(run_dir: Path) -> Path:
-    """A new file where checkpoints go or will go; a name that was never asked for is in no cache of a shared disk."""
-    place = next(folder for folder in (run_dir / CHECKPOINTS_DIR, run_dir, *run_dir.parents) if folder.is_dir())
-    mark = place / f".vastscale-{uuid.uuid4().hex}"
-    mark.touch()
-    return mark
+    folder = next(folder for folder in (run_dir / CHECKPOINTS_DIR, run_dir, *run_dir.parents) if folder.is_dir())
+    return ranks.sees_folder(folder)
 
 
 def private_folder(stack: contextlib.ExitStack) -> Path:
@@ -89,7 +73,7 @@ def local_copy(folder: Path, files: Mapping[str, Mapping[str, Any]], sees: bool,
         yield folder
         return
     with contextlib.ExitStack() as stack:
-        own = ranks.together(lambda: None if sees else private_folder(stack))
+        own = ranks.on_all_ranks(lambda: None if sees else private_folder(stack))
         places = [place for place in ranks.gather(own) if place is not None]
         mine = folder if sees else next(place for place in places if place.is_dir())  # its host's first
         keepers = [rank for rank, keeps in enumerate(ranks.gather(mine == own)) if keeps]
@@ -120,7 +104,7 @@ def _raise_together(failure: str, ranks: Ranks) -> None:
         if failure:
             raise UserError(f"the checkpoint could not be copied: {failure}; make room there, or set TMPDIR")
 
-    ranks.together(complain)
+    ranks.on_all_ranks(complain)
 
 
 class _Disk:

@@ -21,6 +21,7 @@ from pipeline.cli import UserError, nearest
 from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, DataSpec, NetworkSpec, Number, SamplesSpec, Spec
 from pipeline.files import write_atomically
+from pipeline.metrics import METRICS, metric_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -61,13 +62,24 @@ LossTerm = Annotated[Any, BeforeValidator(_loss_term)]
 class BestSpec(Spec):
     """Which validated step is the best, what `best` means to export and to patience."""
 
-    metric: Literal["psnr", "lpips"] = Field("psnr", description="highest PSNR-Y, or lowest LPIPS")
-    psnr_floor: Number | None = Field(None, description="dB; with lpips: steps below it count only while none is above")
+    metric: str = Field("psnr", description="highest PSNR-Y (psnr), lowest LPIPS (lpips), or another metric of "
+                                            "pipeline/metrics")
+    psnr_floor: Number | None = Field(None, description="dB; with other metrics than psnr: steps below it count only "
+                                                        "while none is above")
+
+    @field_validator("metric")
+    @classmethod
+    def _know_metric(cls, key: str) -> str:
+        try:
+            return metric_of(key).key
+        except KeyError:
+            raise ValueError(f"no metric {key!r}{nearest(key, [metric.key for metric in METRICS.values()])}") from None
 
     @model_validator(mode="after")
     def _fit(self) -> BestSpec:
         if self.metric == "psnr" and self.psnr_floor is not None:
-            raise ValueError("psnr_floor is for metric lpips: the highest PSNR needs none; leave it out, or say null")
+            raise ValueError("psnr_floor is for metric lpips and others: the highest PSNR needs none; leave it out, or "
+                             "say null")
         return self
 
 
@@ -136,8 +148,10 @@ class Recipe(Spec):
                              f"use {self.data.crop - self.data.crop % self.scale}")
         if not self.losses:
             raise ValueError("at least one loss is needed, such as losses.l1=1")
-        if self.best.metric == "lpips" and self.validation_lpips == "off":
-            raise ValueError("best.metric lpips needs validation_lpips: alex, squeeze or vgg")
+        needed = metric_of(self.best.metric)
+        if needed.trunks and getattr(self, f"validation_{needed.name}") == "off":
+            raise ValueError(f"best.metric {needed.key} needs validation_{needed.name}: "
+                             f"{', '.join(needed.trunks[:-1])} or {needed.trunks[-1]}")
         return self
 
     def ds_config_path(self) -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,15 +25,19 @@ LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 Result = TypeVar("Result")
 
 
+class RankLostError(RunError, RuntimeError):
+    """Another rank has ended while this one waited for it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process among the others. By default it is alone and needs no process group."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-    control: dist.ProcessGroup  # over Gloo: flags between hosts, never a synchronisation with the GPU
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None  # over Gloo: flags between hosts, never a synchronisation with the GPU
     launcher: str = ""  # that started the ranks, for people
     interface: str = ""  # of the network to other hosts, where it was chosen here
 
@@ -40,17 +47,21 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` (any picklable object) of every rank, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        reach_ranks(lambda: dist.all_gather_object(values, value, group=self.control))
         return values
 
     def agree(self, value: Any) -> Any:
         """The first rank's `value`, on every rank."""
+        if self.control is None:
+            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
+        reach_ranks(lambda: dist.broadcast_object_list(values, src=0, group=self.control))
         return values[0]
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def on_all_ranks(self, action: Callable[[], Result]) -> Result:
         """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
 
         Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a disk's) or `RunError`
@@ -70,6 +81,35 @@ class Ranks:
                 raise UserError(text) if is_input else RunError(text)
             sys.exit(2 if is_input else 1)
         return cast(Result, result)
+
+    def sees_folder(self, folder: Path, seconds: float = 0) -> bool:
+        """Whether this rank sees the `folder` of the first rank, where it exists; all ranks call it together.
+
+        A file that the first rank makes for a moment decides: the names of hosts, paths and mounts tell nothing, and a
+        name that was never asked for is in no cache of a shared disk. Others look for it for up to `seconds`.
+        """
+        if self.world_size == 1:
+            return True
+        mark = self.agree(folder / f".vastscale-{uuid.uuid4().hex}")
+        self.on_all_ranks(lambda: mark.touch() if self.is_first else None)
+        try:
+            deadline = time.monotonic() + seconds
+            while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self.gather(None)  # all have looked
+        finally:
+            if self.is_first:
+                mark.unlink(missing_ok=True)
+        return is_seen
+
+
+def reach_ranks(action: Callable[[], Result]) -> Result:
+    """The value of `action`, which talks to other ranks; `RankLostError` where one is gone."""
+    try:
+        return action()
+    except RuntimeError as error:  # DistError is one; Gloo's own are nothing else
+        raise RankLostError("another rank has ended or does not answer; see what it reported "
+                            f"({str(error).splitlines()[0]})") from error
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
@@ -115,5 +155,3 @@ def _device(place: Place) -> torch.device:
 def stop_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.image_sets import Pair, find_pairs
-from pipeline.evaluation.pictures import write_picture
-from pipeline.evaluation.scoring import Compared, Evaluation, ImageScore, evaluate, measure_methods, upscale
-from pipeline.evaluation.tables import as_json, format_table
+from pipeline.evaluation.image_sets import find_folder, find_pairs
+from pipeline.evaluation.scoring import upscaler_of
+from pipeline.evaluation.spread import Work, measure_sets
+from pipeline.evaluation.tables import format_table
 
-__all__ = ["Compared", "Evaluation", "ImageScore", "Pair", "as_json", "evaluate", "find_pairs", "format_table",
-           "measure_methods", "upscale", "write_picture"]
+__all__ = ["Work", "find_folder", "find_pairs", "format_table", "measure_sets", "upscaler_of"]

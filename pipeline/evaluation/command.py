@@ -13,26 +13,26 @@ import torch
 
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import Place, find_place
-from pipeline.evaluation import as_json, format_table
+from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
 from pipeline.evaluation.page import Gallery, write_page
-from pipeline.evaluation.processes import Alone, Crew, joined, num_processes, run_processes
-from pipeline.evaluation.scoring import BASELINES, evaluation_of
-from pipeline.evaluation.spread import Work, check_alike, measure_sets
+from pipeline.evaluation.processes import TaskQueue, joined, num_processes, run_processes
+from pipeline.evaluation.scoring import BASELINES, upscaler_of
+from pipeline.evaluation.spread import Work, check_same_files, measure_sets
 from pipeline.evaluation.tables import (
     LEVEL,
     RESAMPLES,
     SEED,
-    Measured,
+    SetScores,
+    as_json,
     csv_text,
-    finite,
+    format_table,
     headline,
+    interval_text,
     markdown,
-    set_values,
-    spread,
 )
 from pipeline.inference.choosing import Model, choose_model, device_at
-from pipeline.metrics.lpips import LpipsMetric
+from pipeline.metrics import METRICS, Measure, Trunk, load_measures
 
 # Which models are evaluated, by what names, and where.
 
@@ -99,11 +99,12 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Evaluation:
     """What one process knows before it begins."""
 
     models: list[Model]
     work: Work
+    device: torch.device
     outputs: Outputs
 
 
@@ -114,46 +115,57 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
     """
     place = find_place()
     if place.world_size > 1:
-        with joined(place) as crew:
-            return _evaluate(options, crew, place)
+        with joined(place) as queue:
+            return _evaluate(options, queue, place)
     count = num_processes(options.procs, options.device) if command else 1
-    return run_processes(count, command) if count > 1 else _evaluate(options, Alone(), place)
+    return run_processes(count, command) if count > 1 else _evaluate(options, TaskQueue(Ranks()), place)
 
 
-def _evaluate(options: Options, crew: Alone | Crew, place: Place) -> int:
-    plan = crew.together(lambda: _prepare(options, place))
-    work, outputs = plan.work, plan.outputs
-    check_alike(plan.models, work.sets, work.pictures, crew)
-    if crew.is_first:
-        _announce(plan.models, work, crew.size)
+def _evaluate(options: Options, queue: TaskQueue, place: Place) -> int:
+    ranks = queue.ranks
+    evaluation = ranks.on_all_ranks(lambda: _prepare(options, place))
+    work, outputs = evaluation.work, evaluation.outputs
+    check_same_files(evaluation.models, work.sets, outputs.pictures, ranks)
+    if ranks.is_first:
+        _announce(evaluation, ranks.world_size, is_ensemble=options.self_ensemble)
     gallery = Gallery(len(work.sets)) if outputs.page else None
-    measured = measure_sets(work, crew, gallery)
+    measured = measure_sets(work, queue, gallery)
 
     def finish() -> None:
-        report = _numbers(measured, plan.models, work, options)
-        _print_tables(measured, plan.models, work.scale)
+        report = as_json(measured, [{"title": model.title, **model.describe()} for model in evaluation.models],
+                         work.scale, device=evaluation.device.type if options.device == "auto" else options.device,
+                         self_ensemble=options.self_ensemble)
+        _print_tables(measured, evaluation.models, work.scale)
         _write(measured, outputs, report)
         if gallery is not None and outputs.page is not None:
             write_page(outputs.page, measured, gallery, report)
             print(f"page:     {outputs.page}")
 
-    crew.together(lambda: finish() if crew.is_first else None)
+    ranks.on_all_ranks(lambda: finish() if ranks.is_first else None)
     return 0
 
 
-def _prepare(options: Options, place: Place) -> Plan:
+def _prepare(options: Options, place: Place) -> Evaluation:
     """All that can be refused is refused here, before the work."""
     if options.procs > 1 and options.procs != place.world_size and place.world_size > 1:
         raise UserError(f"--procs {options.procs}, but {place.launcher} has started {place.world_size} processes; "
                         "leave --procs out")
     models = choose_models(options.model, options.scale)
-    scale = models[0].saved.scale
-    sets = choose_images(options, scale)
+    sets = choose_images(options, models[0].saved.scale)
     device = device_at(place, options.device)
-    networks = {model.title: model.saved.build().to(device, memory_format=torch.channels_last) for model in models}
+    upscalers = {model.title: upscaler_of(model.saved.build(), device, self_ensemble=options.self_ensemble)
+                 for model in models}
     outputs = _make_folders(options, models)
-    return Plan(models, Work(sets, networks, scale, device, _lpips(options, device), options.self_ensemble,
-                             outputs.pictures), outputs)
+    return Evaluation(models, Work(sets, upscalers, _measures(options, device), outputs.pictures), device, outputs)
+
+
+def _measures(options: Options, device: torch.device) -> list[Measure]:
+    """All metrics that need no trunk, and those for which one was chosen."""
+    weights = None if options.lpips_weights is None else str(options.lpips_weights)
+    if options.lpips == "off" and weights is not None:
+        raise UserError(f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg")
+    trunks = {} if options.lpips == "off" else {"lpips": Trunk(options.lpips, weights)}
+    return load_measures(METRICS.values(), trunks, device)
 
 
 def choose_images(options: Options, scale: int) -> list[ImageSet]:
@@ -186,11 +198,11 @@ def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
     return Outputs(pictures, numbers, page)
 
 
-def _announce(models: Sequence[Model], work: Work, num_processes: int) -> None:
-    place = work.device.type if num_processes > 1 else str(work.device)
-    where = f"on {place}{', self-ensemble of eight' if work.self_ensemble else ''}"
+def _announce(evaluation: Evaluation, num_processes: int, *, is_ensemble: bool) -> None:
+    models, device = evaluation.models, evaluation.device
+    where = f"on {device.type if num_processes > 1 else device}{', self-ensemble of eight' if is_ensemble else ''}"
     where += f", in {num_processes} processes" if num_processes > 1 else ""
-    sets = work.sets
+    sets = evaluation.work.sets
     if len(sets) == 1 and len(models) == 1:
         saved = models[0].saved
         print(f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
@@ -207,20 +219,9 @@ def _announce(models: Sequence[Model], work: Work, num_processes: int) -> None:
             print(f"note: {data.note}")
 
 
-def _lpips(options: Options, place: torch.device) -> LpipsMetric | None:
-    weights = options.lpips_weights
-    if options.lpips != "off":
-        return LpipsMetric(options.lpips, None if weights is None else str(weights), place)
-    if weights is not None:
-        raise UserError(f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg")
-    return None
-
-
-def _print_tables(sets: Sequence[Measured], models: Sequence[Model], scale: int) -> None:
+def _print_tables(sets: Sequence[SetScores], models: Sequence[Model], scale: int) -> None:
     if len(sets) == 1 and len(models) == 1:
-        print(f"\n{format_table(evaluation_of(sets[0].images, models[0].title, scale))}")
-        nearest = sets[0].mean("nearest")
-        print(f"  {'nearest, Y as in the papers':<29} {nearest['psnr_y']:.3f} dB / {nearest['ssim_y']:.4f}")
+        print(f"\n{format_table(sets[0], models[0].title, scale)}")
     else:
         print("\n" + "\n".join(headline(sets)))
     print(f"\nDifferences in PSNR-Y, {LEVEL:.0%} intervals (bootstrap over images, {RESAMPLES:,} draws, seed {SEED}):")
@@ -228,29 +229,11 @@ def _print_tables(sets: Sequence[Measured], models: Sequence[Model], scale: int)
         for entry in measured.differences:
             if entry.metric == "psnr_y":
                 print(f"  {measured.name}: {entry.method} over {entry.against} "
-                      f"{spread(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}")
+                      f"{interval_text(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}")
     print()
 
 
-def _numbers(sets: Sequence[Measured], models: Sequence[Model], work: Work, options: Options) -> dict[str, Any]:
-    """The first model on the first set as always, then everything."""
-    first = sets[0]
-    report = as_json(evaluation_of(first.images, models[0].title, work.scale), models[0].describe())
-    report["mean"]["nearest"] = finite(first.mean("nearest"))
-    for entry, image in zip(report["images"], first.images, strict=True):
-        entry["nearest"] = finite(image.methods["nearest"])
-    data = first.data
-    report["data"] = {"hr": str(data.hr), "lr": None if data.lr is None else str(data.lr),
-                      "lr_made_by": data.lr_made_by,
-                      "device": work.device.type if options.device == "auto" else options.device}
-    report["self_ensemble"] = options.self_ensemble
-    report["models"] = [{"title": model.title, **model.describe()} for model in models]
-    report["bootstrap"] = {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED}
-    report["benchmarks"] = [set_values(measured) for measured in sets]
-    return report
-
-
-def _write(sets: Sequence[Measured], outputs: Outputs, report: dict[str, Any]) -> None:
+def _write(sets: Sequence[SetScores], outputs: Outputs, report: dict[str, Any]) -> None:
     files = {outputs.numbers: dumps(report, indent=2, allow_nan=False) + "\n",
              outputs.numbers.with_suffix(".csv"): csv_text(sets),
              outputs.numbers.with_suffix(".md"): markdown(sets, report["scale"])}

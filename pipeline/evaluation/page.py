@@ -19,11 +19,12 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.pictures import largest_square
-from pipeline.evaluation.processes import Alone, Crew
-from pipeline.evaluation.scoring import BASELINES, MethodScores, Views
-from pipeline.evaluation.tables import LOWER_IS_BETTER, TITLES, Interval, Measured, number
+from pipeline.evaluation.scoring import BASELINES, ImageScores, Views
+from pipeline.evaluation.tables import Interval, SetScores, main_metrics, number
 from pipeline.files import write_atomically
+from pipeline.metrics import METRICS
 
 # The scatter of a page: how much each model gains over bicubic on every image, as places in an SVG.
 
@@ -34,7 +35,7 @@ NUM_MARKS = 6
 """Colours and shapes that the page's style has; further models repeat them."""
 
 
-def scatter(measured: Measured) -> dict[str, Any]:
+def scatter(measured: SetScores) -> dict[str, Any]:
     """PSNR-Y of bicubic to the right, the model's less that upwards; images with an infinite PSNR are left out."""
     models = [method for method in measured.methods if method not in BASELINES]
     points = []
@@ -98,7 +99,7 @@ KINDS = ("best", "worst")
 ORIGINAL = "HR"
 
 
-class Place(NamedTuple):
+class GalleryPlace(NamedTuple):
     """An image's place among the best or the worst of its set; the smallest comes first."""
 
     name: str
@@ -114,7 +115,7 @@ class Place(NamedTuple):
 class Shown:
     """An image of the page: a large part of it for the slider, and a small one that is magnified."""
 
-    scores: MethodScores
+    scores: ImageScores
     gain: float
     """PSNR-Y of the first model less bicubic's."""
     stage: dict[str, Tensor]
@@ -132,19 +133,19 @@ class Gallery:
 
     def __init__(self, num_sets: int) -> None:
         self._num_shown = 3 if num_sets == 1 else 2 if num_sets <= 3 else 1
-        self._kept: dict[Place, Shown] = {}
+        self._kept: dict[GalleryPlace, Shown] = {}
 
     def visit(self, name: str, index: int, views: Views) -> None:
         """Look at the image of that index in the set `name`, and keep what the page needs of it, if anything."""
         model = first_model(views.scores)
         gain = _gain(views.scores, model)
         for kind in KINDS:
-            place = Place(name, kind, -gain if kind == "best" else gain, index)
+            place = GalleryPlace(name, kind, -gain if kind == "best" else gain, index)
             if place in _foremost([*self._kept, place], self._num_shown):
                 self._kept[place] = _cut(views, gain, _errors(views, model, kind))
         self.keep(_foremost(self._kept, self._num_shown))
 
-    def keep(self, places: Iterable[Place]) -> None:
+    def keep(self, places: Iterable[GalleryPlace]) -> None:
         """Let go of all others."""
         self._kept = {place: self._kept[place] for place in places if place in self._kept}
 
@@ -157,17 +158,17 @@ class Gallery:
         best = {place.index for place in self._of(name, "best")}
         return [self._kept[place] for place in self._of(name, "worst") if place.index not in best]
 
-    def united(self, crew: Alone | Crew) -> None:
-        """Have in the first process what all processes together would have kept; in the others, nothing of use."""
-        everywhere = [place for places in crew.gather(list(self._kept)) for place in places]
-        self.keep(crew.agree(_foremost(everywhere, self._num_shown)))  # few: they hold the pictures
-        self._kept = {place: shown for kept in crew.gather(self._kept) for place, shown in kept.items()}
+    def unite(self, ranks: Ranks) -> None:
+        """Have on the first rank what all ranks together would have kept; on the others, nothing of use."""
+        everywhere = [place for places in ranks.gather(list(self._kept)) for place in places]
+        self.keep(_foremost(everywhere, self._num_shown))  # few: they hold the pictures
+        self._kept = {place: shown for kept in ranks.gather(self._kept) for place, shown in kept.items()}
 
-    def _of(self, name: str, kind: str) -> list[Place]:
+    def _of(self, name: str, kind: str) -> list[GalleryPlace]:
         return sorted(place for place in self._kept if (place.name, place.kind) == (name, kind))
 
 
-def _foremost(places: Iterable[Place], count: int) -> list[Place]:
+def _foremost(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
     """The first `count` of every set and kind."""
     ordered = sorted(places)
     return [place for _, group in groupby(ordered, key=lambda place: (place.name, place.kind))
@@ -182,7 +183,7 @@ def _errors(views: Views, model: str, kind: str) -> Tensor:
     return errors["bicubic"] - errors[model] if kind == "best" else errors[model]
 
 
-def first_model(scores: MethodScores) -> str:
+def first_model(scores: ImageScores) -> str:
     """The title of the first method that is a model."""
     return next(method for method in scores.methods if method not in BASELINES)
 
@@ -200,7 +201,7 @@ def layers(pixels: dict[str, Tensor], methods: Sequence[str] | None = None) -> l
     return [{"method": method, "uri": data_uri(pixels[method])} for method in chosen]
 
 
-def _gain(scores: MethodScores, model: str) -> float:
+def _gain(scores: ImageScores, model: str) -> float:
     first, second = scores.methods[model]["psnr_y"], scores.methods["bicubic"]["psnr_y"]
     return 0.0 if first == second else first - second
 
@@ -224,12 +225,12 @@ SHOWN = ("recipe", "step", "weights", "dtype", "license")
 """Of what a model file says of itself; the JSON file has it all."""
 
 
-def write_page(path: Path, sets: Sequence[Measured], gallery: Gallery, report: dict[str, Any]) -> None:
+def write_page(path: Path, sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) -> None:
     """Write the page of what was measured; `report` is what goes into evaluation.json."""
     write_atomically(path, render(sets, gallery, report))
 
 
-def render(sets: Sequence[Measured], gallery: Gallery, report: dict[str, Any]) -> bytes:
+def render(sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) -> bytes:
     """The page, in UTF-8."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, finalize=_printable,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -238,7 +239,7 @@ def render(sets: Sequence[Measured], gallery: Gallery, report: dict[str, Any]) -
     names = {"width": WIDTH, "height": HEIGHT, "left": LEFT,
              "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     context = {**names, **_head(sets, report), "script": Markup(script), "script_hash": _sha256(script),
-               "metrics": [TITLES[metric] for metric in _metrics(sets)],
+               "metrics": [METRICS[metric].title for metric in main_metrics(sets[0].metrics)],
                "sets": [_set(measured, gallery) for measured in sets]}
     return environment.get_template("page.html.j2").render(context).encode("utf-8")
 
@@ -255,11 +256,7 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _metrics(sets: Sequence[Measured]) -> list[str]:
-    return [metric for metric in ("psnr_y", "ssim_y", "lpips") if metric in sets[0].metrics]
-
-
-def _head(sets: Sequence[Measured], report: dict[str, Any]) -> dict[str, Any]:
+def _head(sets: Sequence[SetScores], report: dict[str, Any]) -> dict[str, Any]:
     models = [{"title": model["title"], "file": model["file"], "sha256": model["sha256"], "network": model["name"],
                "metadata": ", ".join(f"{key} {model['metadata'][key]}" for key in SHOWN if key in model["metadata"])}
               for model in report["models"]]
@@ -271,7 +268,7 @@ def _head(sets: Sequence[Measured], report: dict[str, Any]) -> dict[str, Any]:
             "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
 
 
-def _set(measured: Measured, gallery: Gallery) -> dict[str, Any]:
+def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
     """Everything of one image set."""
     best, worst = gallery.best(measured.name), gallery.worst(measured.name)
     data = measured.data
@@ -283,18 +280,19 @@ def _set(measured: Measured, gallery: Gallery) -> dict[str, Any]:
         "name": measured.name, "num_images": len(measured.images), "hr": str(data.hr),
         "lr": ("made by bicubic downscaling" if data.lr_made_by else
                "beside them" if data.lr is None else f"from {data.lr}"),
-        "rows": _rows(measured), "columns": [TITLES[metric] for metric in measured.metrics],
+        "rows": _rows(measured), "columns": [METRICS[metric].title for metric in measured.metrics],
         "differences": _differences(measured),
         "chart": scatter(measured), "first": first_model(measured.images[0]),
         "crops": [group for group in crops if group["shown"]],
         "sliders": [_slider(shown) for shown in (*best, *worst)],
-        "images": [{"name": image.name, "cells": [" / ".join(number(scores[metric], metric) for metric in _metrics([
-            measured])) for scores in image.methods.values()]} for image in measured.images],
+        "images": [{"name": image.name, "cells": [
+            " / ".join(number(scores[metric], metric) for metric in main_metrics(scores))
+            for scores in image.methods.values()]} for image in measured.images],
         "methods": measured.methods,
     }
 
 
-def _rows(measured: Measured) -> list[dict[str, Any]]:
+def _rows(measured: SetScores) -> list[dict[str, Any]]:
     """The table of means: a row for every method, with the intervals, and which model is best in what."""
     best = {metric: _best(measured.intervals, metric) for metric in measured.metrics}
     return [{"method": method, "is_baseline": method in BASELINES,
@@ -303,7 +301,7 @@ def _rows(measured: Measured) -> list[dict[str, Any]]:
             for method, of_method in measured.intervals.items()]
 
 
-def _differences(measured: Measured) -> list[dict[str, Any]]:
+def _differences(measured: SetScores) -> list[dict[str, Any]]:
     """A row for every two methods, with a cell for every metric."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in measured.differences:
@@ -314,7 +312,7 @@ def _differences(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _best(intervals: dict[str, dict[str, Interval]], metric: str) -> float:
-    return (min if metric in LOWER_IS_BETTER else max)(of_method[metric].mean for of_method in intervals.values())
+    return (min if METRICS[metric].lower_is_better else max)(of_method[metric].mean for of_method in intervals.values())
 
 
 def _range(found: Interval, metric: str, sign: str = "") -> str:

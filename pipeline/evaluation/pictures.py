@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.evaluation.scoring import Compared, Views
+from pipeline.evaluation.scoring import Views
 
 PANEL = 448
 """Width of a column, in pixels."""
@@ -30,29 +29,17 @@ class Column:
     caption: str
 
 
-def write_picture(compared: Compared, folder: str | Path, model_name: str) -> Path:
-    """Write `<folder>/<image name>.png` with columns bicubic, `model_name` and HR; return where it is."""
-    score = compared.score
-    columns = [Column(compared.bicubic, "bicubic", _caption(score.bicubic)),
-               Column(compared.sr, model_name, _caption(score.model)),
-               Column(compared.hr, "HR (original)", score.name)]
-    return _write_sheet(columns, Path(folder) / f"{score.name}.png")
-
-
 def write_views(views: Views, folder: str | Path) -> Path:
-    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it is."""
-    scores = views.scores
-    columns = [Column(pixels, method, _caption(scores.methods[method])) for method, pixels in views.pixels.items()
-               if method != "nearest"]
-    return _write_sheet([*columns, Column(views.hr, "HR (original)", scores.name)], Path(folder) / f"{scores.name}.png")
-
-
-def _write_sheet(columns: Sequence[Column], path: Path) -> Path:
-    """The columns side by side, the first being bicubic, the last HR.
+    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it is.
 
     Top: the whole images. Below: the square where bicubic is furthest from HR, framed red above, magnified without
     smoothing. Under each its PSNR-Y and SSIM-Y.
     """
+    scores = views.scores
+    columns = [Column(pixels, method, _caption(scores.methods[method])) for method, pixels in views.pixels.items()
+               if method != "nearest"]
+    columns.append(Column(views.hr, "HR (original)", scores.name))
+    path = Path(folder) / f"{scores.name}.png"
     height, width = columns[-1].pixels.shape[-2:]
     side = min(PANEL // ZOOM, height, width)
     top, left = most_different(columns[-1].pixels, columns[0].pixels, side)

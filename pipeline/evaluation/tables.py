@@ -6,25 +6,25 @@ import csv
 import io
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.evaluation.image_sets import ImageSet
-from pipeline.evaluation.scoring import BASELINES, DRIFTS, Evaluation, MethodScores, means
-from pipeline.metrics.psnr_ssim import CONVENTION, METRICS
+from pipeline.evaluation.scoring import BASELINES, DRIFTS, ImageScores
+from pipeline.metrics import METRICS, Metric, means
+from pipeline.metrics.psnr_ssim import CONVENTION
 
 # How sure a mean over few images is: bootstrap intervals, seeded, with all methods drawn on the same images.
 
 
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 FEW_IMAGES = 10
-LOWER_IS_BETTER = frozenset({"lpips"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Difference:
             return "no interval: one image" if self.num_images < 2 else "no interval: infinite PSNR"
         if not self.is_significant:
             return "difference not significant"
-        is_better = (self.interval.mean > 0) != (self.metric in LOWER_IS_BETTER)
+        is_better = METRICS[self.metric].is_better(self.interval.mean, 0)
         few = f" (on {self.num_images} images only)" if self.num_images < FEW_IMAGES else ""
         return f"{'better' if is_better else 'worse'}{few}"
 
@@ -90,32 +90,33 @@ def _draws(num_images: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(num_images, shares, size=resamples) / num_images
 
 
-def difference(images: Sequence[MethodScores], method: str, against: str, metric: str) -> Difference:
+def difference(images: Sequence[ImageScores], method: str, against: str, metric: str) -> Difference:
     """`method` less `against`, image by image; equal values, infinite ones too, differ by 0."""
     pairs = [(image.methods[method][metric], image.methods[against][metric]) for image in images]
     values = [0.0 if first == second else first - second for first, second in pairs]
     return Difference(method, against, metric, interval(values), len(images))
 
 
-def differences(images: Sequence[MethodScores]) -> list[Difference]:
-    """Every model against bicubic and against the models after it, in PSNR-Y, SSIM-Y and, if measured, LPIPS."""
+def differences(images: Sequence[ImageScores]) -> list[Difference]:
+    """Every model against bicubic and against the models after it, in the main metrics that were measured."""
     methods = images[0].methods
     models = [name for name in methods if name not in BASELINES]
-    metrics = [metric for metric in ("psnr_y", "ssim_y", "lpips") if metric in methods[models[0]]]
+    metrics = main_metrics(methods[models[0]])
     pairs = [*((model, "bicubic") for model in models), *((second, first) for first, second in combinations(models, 2))]
     return [difference(images, method, against, metric) for method, against in pairs for metric in metrics]
 
 
-TITLES = {"psnr_y": "PSNR-Y", "ssim_y": "SSIM-Y", "psnr_y_float": "PSNR-Y float", "ssim_y_float": "SSIM-Y float",
-          "psnr_rgb": "PSNR-RGB", "ssim_rgb": "SSIM-RGB", "lpips": "LPIPS"}
+def main_metrics(measured: Container[str]) -> list[str]:
+    """The metrics of the papers' table and of comparisons, of those that were `measured`."""
+    return [name for name, metric in METRICS.items() if metric.is_main and name in measured]
 
 
 @dataclass(frozen=True)
-class Measured:
+class SetScores:
     """An image set and what every method scored on it."""
 
     data: ImageSet
-    images: list[MethodScores]
+    images: list[ImageScores]
 
     @property
     def name(self) -> str:
@@ -130,7 +131,7 @@ class Measured:
     @property
     def metrics(self) -> list[str]:
         """What was measured, colour drift left out."""
-        return [metric for metric in (*METRICS, "lpips") if metric in self.images[0].methods["bicubic"]]
+        return [metric for metric in METRICS if metric in self.images[0].methods["bicubic"]]
 
     def mean(self, method: str) -> dict[str, float]:
         """A method's mean of every metric."""
@@ -149,17 +150,17 @@ class Measured:
 
 
 def number(value: float, metric: str, sign: str = "") -> str:
-    """dB with three digits, the rest with four; with the sign "+", positive ones have it, too."""
-    return f"{value:{sign}.3f}" if metric.startswith("psnr") else f"{value:{sign}.4f}"
+    """A value of `metric` with its digits; with the sign "+", positive ones have it, too."""
+    return METRICS[metric].text(value, sign)
 
 
-def spread(found: Interval, metric: str, sign: str = "") -> str:
+def interval_text(found: Interval, metric: str, sign: str = "") -> str:
     """An interval in words: "28.419 (26.1 to 30.9)", each number as `number` writes it."""
     mean, low, high = (number(value, metric, sign) for value in (found.mean, found.low, found.high))
     return mean if math.isnan(found.low) else f"{mean} ({low} to {high})"
 
 
-def csv_text(sets: Sequence[Measured]) -> str:
+def csv_text(sets: Sequence[SetScores]) -> str:
     """A line for every image and method, unrounded; an infinite PSNR is "inf"."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -172,15 +173,15 @@ def csv_text(sets: Sequence[Measured]) -> str:
     return text.getvalue()
 
 
-def markdown(sets: Sequence[Measured], scale: int) -> str:
+def markdown(sets: Sequence[SetScores], scale: int) -> str:
     """The table of means that papers print, the other conventions, the intervals, and what differs."""
     return "\n".join([*headline(sets), "", _convention(scale), "", *_conventions(sets), "", *_differences(sets), ""])
 
 
-def headline(sets: Sequence[Measured]) -> list[str]:
+def headline(sets: Sequence[SetScores]) -> list[str]:
     """A row for every method, PSNR-Y / SSIM-Y of every set in a column, as papers print it."""
-    metrics = [metric for metric in ("psnr_y", "ssim_y", "lpips") if metric in sets[0].metrics]
-    what = " / ".join(TITLES[metric] for metric in metrics)
+    metrics = main_metrics(sets[0].metrics)
+    what = " / ".join(METRICS[metric].title for metric in metrics)
     rows = [[f"{what}", *(f"{measured.name} ({len(measured.images)})" for measured in sets)]]
     for method in sets[0].methods:
         rows.append([method, *(" / ".join(number(measured.mean(method)[metric], metric) for metric in metrics)
@@ -202,20 +203,20 @@ def _convention(scale: int) -> str:
             "the images, whose number is in parentheses. Float: Y not rounded, as in BasicSR.")
 
 
-def _conventions(sets: Sequence[Measured]) -> list[str]:
+def _conventions(sets: Sequence[SetScores]) -> list[str]:
     lines = [f"Means with {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} draws of the images, seed {SEED}.", ""]
-    rows = [["Benchmark", "Method", *(TITLES[metric] for metric in sets[0].metrics)]]
+    rows = [["Benchmark", "Method", *(METRICS[metric].title for metric in sets[0].metrics)]]
     rows += [[measured.name, method,
-              *(spread(measured.intervals[method][metric], metric) for metric in measured.metrics)]
+              *(interval_text(measured.intervals[method][metric], metric) for metric in measured.metrics)]
              for measured in sets for method in measured.methods]
     return [*lines, *table(rows), *(f"\n{measured.name}: {measured.data.note}." for measured in sets
                                     if measured.data.note)]
 
 
-def _differences(sets: Sequence[Measured]) -> list[str]:
+def _differences(sets: Sequence[SetScores]) -> list[str]:
     rows = [["Benchmark", "Method", "Against", "Metric", "Difference, paired by image", "Verdict"]]
-    rows += [[measured.name, entry.method, entry.against, TITLES[entry.metric],
-              spread(entry.interval, entry.metric, "+"), entry.verdict]
+    rows += [[measured.name, entry.method, entry.against, METRICS[entry.metric].title,
+              interval_text(entry.interval, entry.metric, "+"), entry.verdict]
              for measured in sets for entry in measured.differences]
     few = [measured.name for measured in sets if len(measured.images) < FEW_IMAGES]
     if few:
@@ -224,7 +225,7 @@ def _differences(sets: Sequence[Measured]) -> list[str]:
     return table(rows)
 
 
-def set_values(measured: Measured) -> dict[str, Any]:
+def set_values(measured: SetScores) -> dict[str, Any]:
     """A set as plain JSON values; what is not finite is null."""
     data = measured.data
     return {
@@ -251,69 +252,83 @@ def _ends(found: Interval) -> list[float] | None:
     return None if math.isnan(found.low) else [found.low, found.high]
 
 
-# An evaluation as a table to read and as JSON to keep.
+# One model on one set as a table to read, and everything as JSON to keep.
 
 
-# "+12.345" must fit below "gain".
-COLUMNS = ("PSNR-Y bicubic", "PSNR-Y model", "   gain", "SSIM-Y bicubic", "SSIM-Y model")
+PAPERS = METRICS["psnr_y"].convention
+COLUMNS = ("PSNR-Y bicubic", "PSNR-Y model", "   gain", "SSIM-Y bicubic", "SSIM-Y model")  # "+12.345" must fit
 
 
-def format_table(evaluation: Evaluation) -> str:
-    """A row per image and their mean, then the convention, and the means in the other conventions."""
-    width = max(len("image"), *(len(image.name) for image in evaluation.images))
+def format_table(scores: SetScores, title: str, scale: int) -> str:
+    """The model `title` beside bicubic: a row per image and their mean, then the means in the other conventions."""
+    width = max(len("image"), *(len(image.name) for image in scores.images))
     rule = "-" * (width + sum(len(column) + 2 for column in COLUMNS))
 
-    def row(name: str, cells: tuple[str, ...]) -> str:
-        return f"{name:<{width}}" + "".join(f"  {cell:>{len(column)}}"
-                                            for cell, column in zip(cells, COLUMNS, strict=True))
+    def row(name: str, methods: dict[str, dict[str, float]]) -> str:
+        return f"{name:<{width}}" + "".join(f"  {cell:>{len(column)}}" for cell, column in zip(
+            _cells(methods[title], methods["bicubic"]), COLUMNS, strict=True))
 
+    means = {method: scores.mean(method) for method in scores.methods}
     return "\n".join([
-        row("image", COLUMNS), rule,
-        *(row(image.name, _cells(image.model, image.bicubic)) for image in evaluation.images), rule,
-        row("mean", _cells(evaluation.model, evaluation.bicubic)), "",
-        *_other_conventions(evaluation)])
-
-
-def as_json(evaluation: Evaluation, model: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation as plain JSON values: `model` (what was evaluated), every image, the means, the versions.
-
-    An infinite PSNR (equal images) is null, because JSON has no infinity.
-    """
-    images = [{"name": image.name, "model": finite(image.model), "bicubic": finite(image.bicubic)}
-              for image in evaluation.images]
-    return {
-        "model": model,
-        "scale": evaluation.scale,
-        "convention": CONVENTION,
-        "mean": {"model": finite(evaluation.model), "bicubic": finite(evaluation.bicubic)},
-        "images": images,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+        f"{'image':<{width}}" + "".join(f"  {column}" for column in COLUMNS), rule,
+        *(row(image.name, image.methods) for image in scores.images), rule, row("mean", means), "",
+        *_other_conventions(means, means[title], scale)])
 
 
 def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...]:
     """What stands under `COLUMNS`."""
     gain = model["psnr_y"] - bicubic["psnr_y"]
-    return (f"{bicubic['psnr_y']:.3f}", f"{model['psnr_y']:.3f}", f"{gain:+.3f}", f"{bicubic['ssim_y']:.4f}",
-            f"{model['ssim_y']:.4f}")
+    return (number(bicubic["psnr_y"], "psnr_y"), number(model["psnr_y"], "psnr_y"), number(gain, "psnr_y", "+"),
+            number(bicubic["ssim_y"], "ssim_y"), number(model["ssim_y"], "ssim_y"))
 
 
-def _other_conventions(evaluation: Evaluation) -> list[str]:
-    model, bicubic = evaluation.model, evaluation.bicubic
+def _other_conventions(means: dict[str, dict[str, float]], model: dict[str, float], scale: int) -> list[str]:
+    """Lines for the metrics that the table has no columns for: those of one convention on one line."""
+    bicubic = means["bicubic"]
+    metrics = [metric for name, metric in METRICS.items() if name in model and metric.convention != PAPERS]
+    lines = [f"  {title:<29} bicubic {_values(group, bicubic)}   model {_values(group, model)}"
+             for title, group in ((title, list(group)) for title, group in groupby(metrics, _convention_of))]
+    papers = [METRICS["psnr_y"], METRICS["ssim_y"]]
+    return [f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every border; PSNR in dB.",
+            "Means in other conventions:", *lines,
+            f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}",
+            f"  {f'nearest, {PAPERS}':<29} {_values(papers, means['nearest'])}"]
 
-    def means(title: str, key: str) -> str:
-        return (f"  {title:<29} bicubic {bicubic[f'psnr_{key}']:.3f} dB / {bicubic[f'ssim_{key}']:.4f}   "
-                f"model {model[f'psnr_{key}']:.3f} dB / {model[f'ssim_{key}']:.4f}")
 
-    return [f"Y is BT.601 luma rounded to uint8, as in the papers; {evaluation.scale} pixels cut from every border; "
-            "PSNR in dB.",
-            "Means in other conventions:",
-            means("Y not rounded, as in BasicSR", "y_float"),
-            means("RGB", "rgb"),
-            *([f"  {'LPIPS, lower is better':<29} bicubic {bicubic['lpips']:.4f}   model {model['lpips']:.4f}"]
-              if "lpips" in model else []),
-            f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}"]
+def _convention_of(metric: Metric) -> str:
+    return metric.convention or f"{metric.title}, {'lower' if metric.lower_is_better else 'higher'} is better"
+
+
+def _values(metrics: Sequence[Metric], scores: dict[str, float]) -> str:
+    return " / ".join(metric.text(scores[metric.name]) + (metric.unit and f" {metric.unit}") for metric in metrics)
 
 
 def _drift(means: dict[str, float]) -> str:
     return " ".join(f"{means[key]:+.2f}" for key in DRIFTS)
+
+
+def as_json(sets: Sequence[SetScores], models: Sequence[dict[str, Any]], scale: int, *, device: str,
+            self_ensemble: bool) -> dict[str, Any]:
+    """Everything as plain JSON values. At the top the first model on the first set, which scripts read; then all.
+
+    `models` describes each model, with its "title". An infinite PSNR (equal images) is null, because JSON has no
+    infinity.
+    """
+    first = sets[0]
+    columns = {"model": models[0]["title"], "bicubic": "bicubic", "nearest": "nearest"}
+    data = {"hr": str(first.data.hr), "lr": None if first.data.lr is None else str(first.data.lr),
+            "lr_made_by": first.data.lr_made_by, "device": device}
+    return {
+        "model": {key: value for key, value in models[0].items() if key != "title"},
+        "scale": scale,
+        "convention": CONVENTION,
+        "mean": {column: finite(first.mean(method)) for column, method in columns.items()},
+        "images": [{"name": image.name, **{column: finite(image.methods[method])
+                                           for column, method in columns.items()}} for image in first.images],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "data": data,
+        "self_ensemble": self_ensemble,
+        "models": list(models),
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED},
+        "benchmarks": [set_values(scores) for scores in sets],
+    }

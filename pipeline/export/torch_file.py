@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.metrics import METRICS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
@@ -76,9 +77,9 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, float]:
-    """PSNR-Y in dB, and LPIPS where it was measured; from the checkpoint, or else from the log in the run folder."""
+    """The metrics that were measured, by name; from the checkpoint, or else from the log in the run folder."""
     if state.get("best_step") == step:
-        scores = {"psnr_y": state.get("best_psnr"), "lpips": state.get("best_lpips")}
+        scores = {name: state.get(f"best_{metric.key}") for name, metric in METRICS.items()}
         return {key: value for key, value in scores.items() if value is not None}
     log = run_dir / LOG_FILE
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
@@ -89,7 +90,7 @@ def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, flo
             except ValueError:  # cut short by a kill
                 continue
             if values.get("event") == "validation" and values.get("step") == step:
-                return {key: values[key] for key in ("psnr_y", "lpips") if values.get(key) is not None}
+                return {name: values[name] for name in METRICS if values.get(name) is not None}
     return {}
 
 

@@ -170,6 +170,32 @@ class TorchBackend:
         return self._ready[dtype]
 
 
+class SelfEnsemble:
+    """A network's mean over the image turned and mirrored in all eight ways ("+" in papers): eight times the work.
+
+    The mean is of floats, so that whoever rounds it rounds once. See `Backend` for the methods.
+    """
+
+    window = None
+
+    def __init__(self, backend: TorchBackend) -> None:
+        self.scale, self.halo, self.device = backend.scale, backend.halo, backend.device
+        self.dtype_for, self.is_exact, self.max_pixels = backend.dtype_for, backend.is_exact, backend.max_pixels
+        self._backend = backend
+
+    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """See `Backend`; always float32."""
+        total: Tensor | None = None
+        for is_mirrored in (False, True):
+            for turns in range(4):
+                turned = np.rot90(images[:, :, ::-1] if is_mirrored else images, turns, (1, 2))
+                output = self._backend(np.ascontiguousarray(turned), dtype).float()
+                output = torch.rot90(output, -turns, (-2, -1))
+                output = output.flip(-1) if is_mirrored else output
+                total = output if total is None else total + output
+        return total / 8
+
+
 # A network in a file, in a runtime that is not PyTorch: images in the layout, type and sizes that it takes.
 
 

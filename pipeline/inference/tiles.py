@@ -109,9 +109,11 @@ class Upscaler:
         backend: the network and what computes it.
         tile: LR pixels that a tile fills at most, along a side; 0 chooses from the free memory. `UserError` for less
             than `ALIGNMENT`, and where the network takes images of one size only.
+        most_pixels: without `tile`, how many LR pixels the network is shown at once, whatever memory is free; fewer
+            only after the memory did not suffice. 0 asks the free memory.
     """
 
-    def __init__(self, backend: Backend, tile: int = 0) -> None:
+    def __init__(self, backend: Backend, tile: int = 0, most_pixels: int = 0) -> None:
         if tile and tile < ALIGNMENT:
             raise UserError(f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free memory")
         if tile and backend.window:
@@ -119,7 +121,7 @@ class Upscaler:
                             "so tiles have that size; leave --tile out")
         self.scale = backend.scale
         self._backend = backend
-        self._tile = tile
+        self._tile, self._most_pixels = tile, most_pixels
         self._reduced: dict[torch.dtype, int] = {}  # after the memory did not suffice
 
     def dtype_for(self, *, is_deep: bool) -> torch.dtype:
@@ -130,7 +132,7 @@ class Upscaler:
         """How many LR pixels the network is shown at once, over all tiles of a batch."""
         if self._tile:
             return (self._tile + 2 * _aligned(self._backend.halo)) ** 2
-        return self._reduced.get(dtype) or self._backend.max_pixels(dtype)
+        return self._reduced.get(dtype) or self._most_pixels or self._backend.max_pixels(dtype)
 
     def __call__(self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance) -> np.ndarray:
         """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one of these types.
@@ -192,8 +194,9 @@ class Upscaler:
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
         smallest = (SMALLEST_TILE + 2 * _aligned(self._backend.halo)) ** 2
         if self._tile or self._backend.window or largest <= smallest:
-            raise RunError("the memory does not suffice for one tile; choose a smaller --tile, a smaller network or "
-                           "--device cpu") from error
+            tile = "" if self._most_pixels else "a smaller --tile, "
+            raise RunError(f"the memory does not suffice for one tile; choose {tile}a smaller network or --device cpu"
+                           ) from error
         if self._backend.device.type == "cuda":
             torch.cuda.empty_cache()
         self._reduced[dtype] = min(largest, self.max_pixels(dtype)) // 2

@@ -11,13 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.specs import LabelsSpec
+
+class LabelNoise(Protocol):
+    """How labels differ from 1 for real and 0 for fake samples: `adversarial.labels` of a recipe."""
+
+    smoothing: float
+    noise: float
+    flip: float
 
 
 class Labels(NamedTuple):
@@ -41,7 +47,7 @@ class AdversarialLoss:
     sees_real: bool  # whether the generator, too, is judged against real images
 
 
-def draw_labels(spec: LabelsSpec, logits: Tensor) -> Labels:
+def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
     """One target for each sample of `logits`, drawn with torch's generator of its device where there is chance."""
     shape = (len(logits), *[1] * (logits.dim() - 1))
     real = logits.new_full(shape, 1 - spec.smoothing)

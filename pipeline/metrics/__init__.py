@@ -1,1 +1,151 @@
-"""Measures of how near SR is to HR."""
+"""The metrics: how near SR is to HR. Adding one takes a file in this folder and a row in `METRICS`.
+
+Evaluation, validation and a recipe's `best:` read this table: names, titles, digits, and which way is better. A row is
+light: its function is imported when it first measures, so recipes, options and tools check names without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Trunk(NamedTuple):
+    """The pretrained network that a metric compares features of."""
+
+    network: str
+    weights: str | None = None
+    """File of its weights; `None`: torchvision's cache."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row: a metric's names, how it is written, and where its code is."""
+
+    name: str
+    """In JSON, CSV and log lines."""
+    title: str
+    """For people."""
+    code: str
+    """`module:function` of (SR, HR), uint8 RGB 1 x 3 x H x W without their borders, to a float. A metric with `trunks`
+    names a class instead, of (network, weights, device), whose objects are such functions."""
+    decimals: int
+    unit: str = ""
+    lower_is_better: bool = False
+    convention: str = ""
+    """The metrics that share one are reported on one line."""
+    is_main: bool = True
+    """Part of the table that papers print, and of the comparison of models."""
+    smallest_side: int = 1
+    """Pixels of height and width, without borders, that it needs; a trunk may need more."""
+    trunks: tuple[str, ...] = ()
+    """The trunks it may use. A metric with trunks is measured only where one is chosen."""
+    limit: float | None = None
+    """The most that an image counts in a run's validation, where an infinite value would make the mean infinite."""
+    recipe_name: str = ""
+    """In `best.metric` of recipes and in checkpoints, where it differs from `name`."""
+
+    def text(self, value: float, sign: str = "") -> str:
+        """The value with the metric's digits; with the sign "+", positive ones have it, too."""
+        return f"{value:{sign}.{self.decimals}f}"
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether `value` is to be preferred to `other`."""
+        return value < other if self.lower_is_better else value > other
+
+    def limited(self, value: float) -> float:
+        """The value as a run's validation counts it."""
+        return value if self.limit is None else min(value, self.limit)
+
+    @property
+    def key(self) -> str:
+        """In `best.metric` of recipes and, with `best_` in front, in checkpoints."""
+        return self.recipe_name or self.name
+
+
+_PSNR_SSIM = "pipeline.metrics.psnr_ssim:"
+_PAPERS, _BASICSR = "Y as in the papers", "Y not rounded, as in BasicSR"
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (
+    Metric("psnr_y", "PSNR-Y", f"{_PSNR_SSIM}psnr_y", 3, "dB", convention=_PAPERS, limit=100.0, recipe_name="psnr"),
+    Metric("ssim_y", "SSIM-Y", f"{_PSNR_SSIM}ssim_y", 4, convention=_PAPERS, smallest_side=11),
+    Metric("psnr_y_float", "PSNR-Y float", f"{_PSNR_SSIM}psnr_y_float", 3, "dB", convention=_BASICSR, is_main=False,
+           limit=100.0),
+    Metric("ssim_y_float", "SSIM-Y float", f"{_PSNR_SSIM}ssim_y_float", 4, convention=_BASICSR, is_main=False,
+           smallest_side=11),
+    Metric("psnr_rgb", "PSNR-RGB", f"{_PSNR_SSIM}psnr_rgb", 3, "dB", convention="RGB", is_main=False, limit=100.0),
+    Metric("ssim_rgb", "SSIM-RGB", f"{_PSNR_SSIM}ssim_rgb", 4, convention="RGB", is_main=False, smallest_side=11),
+    Metric("lpips", "LPIPS", "pipeline.metrics.lpips:LpipsMetric", 4, lower_is_better=True,
+           trunks=("alex", "squeeze", "vgg")),
+)}
+
+
+def metric_of(key: str) -> Metric:
+    """The metric that a recipe calls `key`; `KeyError` for one that is not in the table."""
+    return next((metric for metric in METRICS.values() if metric.key == key), None) or METRICS[key]
+
+
+class Measure(NamedTuple):
+    """A metric that is ready to measure."""
+
+    metric: Metric
+    function: Callable[[Tensor, Tensor], float]
+    smallest_side: int
+
+
+def load_measures(metrics: Iterable[Metric], trunks: Mapping[str, Trunk] | None = None,
+                  device: torch.device | str = "cpu") -> list[Measure]:
+    """The code of `metrics`, in that order; those that need a trunk only where `trunks` (by name) has one for them.
+
+    Trunks are loaded onto `device`. `UserError` for weights that are not there or do not fit.
+    """
+    measures = []
+    for metric in metrics:
+        module, _, name = metric.code.partition(":")
+        function: Any = None
+        if not metric.trunks:
+            function = getattr(import_module(module), name)
+        elif trunks and metric.name in trunks:
+            function = getattr(import_module(module), name)(*trunks[metric.name], device)
+        if function is not None:
+            smallest = max(metric.smallest_side, getattr(function, "smallest_side", 1))
+            measures.append(Measure(metric, function, smallest))
+    return measures
+
+
+def measure(sr: Tensor, hr: Tensor, border: int, measures: Sequence[Measure] | None = None) -> dict[str, float]:
+    """Metric name -> value for uint8 RGB N3HW `sr` against `hr`, with `border` pixels cut off on every side.
+
+    Without `measures`: all metrics that need no trunk. `ValueError` for other images, and for ones that are too small.
+    """
+    import torch
+
+    if sr.dtype != torch.uint8 or hr.dtype != torch.uint8 or sr.shape != hr.shape or sr.shape[1] != 3:
+        raise ValueError(f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 RGB of "
+                         "one shape")
+    measures = load_measures(METRICS.values()) if measures is None else measures
+    height, width = hr.shape[-2] - 2 * border, hr.shape[-1] - 2 * border
+    for one in measures:
+        if min(height, width) < one.smallest_side:
+            raise ValueError(f"an image of {hr.shape[-2]}x{hr.shape[-1]} (height x width) less {border} pixels of "
+                             f"border is smaller than the {one.smallest_side}x{one.smallest_side} pixels that "
+                             f"{one.metric.title} needs")
+    sr, hr = (images[..., border : border + height, border : border + width] for images in (sr, hr))
+    return {one.metric.name: one.function(sr, hr) for one in measures}
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every value over images."""
+    return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+
+
+def text_of(scores: Mapping[str, float]) -> str:
+    """`PSNR-Y 28.123 dB, LPIPS 0.1234`."""
+    rows = [(METRICS[name], value) for name, value in scores.items()]
+    return ", ".join(f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}" for row, value in rows)

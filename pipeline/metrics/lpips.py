@@ -14,8 +14,8 @@ from pipeline.losses.perceptual import LpipsDistance
 class LpipsMetric:
     """LPIPS 0.1 with the trunk `network` ("alex" is what papers report), on RGB.
 
-    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU it uses one thread:
-    the last digits would depend on their number.
+    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU it uses one thread,
+    because the last digits would depend on their number.
     """
 
     def __init__(self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu") -> None:
@@ -23,8 +23,13 @@ class LpipsMetric:
         self._distance = LpipsDistance(network, weights).to(self.device)
         self.smallest_side = self._distance.smallest_side  # pixels; `ValueError` for smaller images
 
+    def __call__(self, sr: Tensor, hr: Tensor) -> float:
+        """The mean over the images; see `each`."""
+        distances = self.each(sr, hr)
+        return sum(distances) / len(distances)
+
     @torch.inference_mode()
-    def __call__(self, sr: Tensor, hr: Tensor) -> list[float]:
+    def each(self, sr: Tensor, hr: Tensor) -> list[float]:
         """One number per image, for two RGB N3HW tensors of one shape, each uint8 0..255 or float in [0, 1].
 
         `ValueError` for other shapes, dtypes and ranges: clamp SR first, as everything that is written to a file is.

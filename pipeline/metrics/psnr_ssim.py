@@ -15,11 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-METRICS = ("psnr_y", "ssim_y", "psnr_y_float", "ssim_y_float", "psnr_rgb", "ssim_rgb")
 CONVENTION = ("PSNR and SSIM on BT.601 studio-range Y rounded to uint8, as in the papers; "
               "*_float on unrounded Y, as in BasicSR; `scale` pixels cut from every border")
 DATA_RANGE = 255.0
 WINDOW, SIGMA = 11, 1.5
+BAND = 256
+"""Rows that PSNR-Y looks at together."""
 
 
 def luma(images: Tensor, rounded: bool) -> Tensor:
@@ -50,23 +51,36 @@ def ssim(first: Tensor, second: Tensor) -> float:
                  / (first.shape[0] * first.shape[1]))
 
 
-def measure(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
-    """All of `METRICS` for uint8 RGB N3HW `sr` against `hr`, with `border` pixels cut off on every side."""
-    if sr.dtype != torch.uint8 or hr.dtype != torch.uint8 or sr.shape != hr.shape or sr.shape[1] != 3:
-        raise ValueError(f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 RGB of "
-                         "one shape")
-    height, width = hr.shape[-2] - 2 * border, hr.shape[-1] - 2 * border
-    if min(height, width) < WINDOW:
-        raise ValueError(f"an image of {hr.shape[-2]}x{hr.shape[-1]} (height x width) less {border} pixels of border "
-                         f"is smaller than SSIM's {WINDOW}x{WINDOW} window")
-    sr, hr = (images[..., border : border + height, border : border + width] for images in (sr, hr))
-    sr_y, hr_y = luma(sr, rounded=True), luma(hr, rounded=True)
-    sr_y_float, hr_y_float = luma(sr, rounded=False), luma(hr, rounded=False)
-    return {
-        "psnr_y": psnr(sr_y, hr_y), "ssim_y": ssim(sr_y, hr_y),
-        "psnr_y_float": psnr(sr_y_float, hr_y_float), "ssim_y_float": ssim(sr_y_float, hr_y_float),
-        "psnr_rgb": psnr(sr, hr), "ssim_rgb": ssim(sr, hr),
-    }
+def psnr_y(sr: Tensor, hr: Tensor) -> float:
+    """PSNR in dB on Y rounded to uint8, of uint8 RGB N3HW images of one shape; infinite where they are equal.
+
+    A band of rows at a time: planes of int32 and float64 of a whole photograph would fill the memory. Sums of squares
+    of whole numbers are exact in float64, so the bands do not change the value.
+    """
+    total = 0.0
+    for top in range(0, sr.shape[-2], BAND):
+        first, second = (luma(images[..., top : top + BAND, :], rounded=True) for images in (sr, hr))
+        total += float((first - second).square().sum())
+    error = total / (sr.shape[0] * sr.shape[-2] * sr.shape[-1])
+    return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
+
+
+def ssim_y(sr: Tensor, hr: Tensor) -> float:
+    """SSIM on Y rounded to uint8."""
+    return ssim(luma(sr, rounded=True), luma(hr, rounded=True))
+
+
+def psnr_y_float(sr: Tensor, hr: Tensor) -> float:
+    """PSNR in dB on Y not rounded."""
+    return psnr(luma(sr, rounded=False), luma(hr, rounded=False))
+
+
+def ssim_y_float(sr: Tensor, hr: Tensor) -> float:
+    """SSIM on Y not rounded."""
+    return ssim(luma(sr, rounded=False), luma(hr, rounded=False))
+
+
+psnr_rgb, ssim_rgb = psnr, ssim
 
 
 def _ssim_of_plane(a: Tensor, b: Tensor) -> float:

@@ -18,12 +18,13 @@ from pipeline.distributed.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, St
 from pipeline.engine.deepspeed_engine import read_comms
 from pipeline.engine.engine import gradients_of_update, observe, step_was_skipped
 from pipeline.files import short_path
+from pipeline.metrics import text_of
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
 from pipeline.training.meter import Meter, SkippedFiles
-from pipeline.training.reporting import Reporter, text_of
+from pipeline.training.reporting import Reporter
 from pipeline.training.setup import Run
-from pipeline.training.validation import Scores, is_better
+from pipeline.training.validation import is_better
 
 
 class Training:
@@ -105,7 +106,7 @@ class Training:
             return 128 + agreed - STOP
         if self.reporter:
             self.reporter.show_samples()
-        best = text_of(Scores(progress.best_psnr or math.nan, progress.best_lpips))
+        best = text_of(progress.best_scores or {"psnr_y": math.nan})
         self.console.say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best {best} at "
                          f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}")
         return 0
@@ -149,7 +150,7 @@ class Training:
             self.reporter.journal.log("skipped", self.progress.step, values)
         self.console.say(text)
         num_files = sum(self.plan.dataset.folder_sizes)
-        self.ranks.together(lambda: refuse_too_many(self._skipped_files.reasons, num_files, data))
+        self.ranks.on_all_ranks(lambda: refuse_too_many(self._skipped_files.reasons, num_files, data))
 
     def _is_supplied(self, loader: Loader) -> bool:
         """Whether this rank has the batches of two steps, or of all that are left.
@@ -176,7 +177,7 @@ class Training:
             if failure:
                 raise failure
 
-        self.ranks.together(complain)
+        self.ranks.on_all_ranks(complain)
 
     def _is_finished(self) -> bool:
         """All steps done and measured, or out of patience."""
@@ -216,13 +217,12 @@ class Training:
             return False
         progress = self.progress
         progress.validated_step = progress.step
-        best = None if progress.best_psnr is None else Scores(progress.best_psnr, progress.best_lpips)
-        is_best = is_better(scores, best, self.recipe.best)
+        is_best = is_better(scores, progress.best_scores, self.recipe.best)
         if is_best:
-            progress.best_psnr, progress.best_lpips, progress.best_step = *scores, progress.step
+            progress.best_scores, progress.best_step = scores, progress.step
         progress.stale_validations = 0 if is_best else progress.stale_validations + 1
         for engine in self.run.trainer.engines.values():
-            observe(engine, scores.psnr)
+            observe(engine, scores["psnr_y"])
         if self.reporter:
             self.reporter.validated(scores, is_best=is_best)
         return is_best

@@ -22,7 +22,8 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.dataset import Image as ImageFile
 from pipeline.data.image_files import is_encoded, is_npy
 from pipeline.files import write_atomically
-from pipeline.training.validation import Pair, bicubic, psnr_y, read_pair
+from pipeline.metrics import METRICS, load_measures, measure
+from pipeline.training.validation import Pair, bicubic, read_pair
 
 SAMPLES_DIR = "samples"
 ENLARGED = 320  # pixels, to which a smaller picture is brought by whole factors
@@ -104,7 +105,8 @@ class Samples:
             write_atomically(folder / f"step-{step:08d}.png", _sheet(panels))
 
     def _captioned(self, image: Tensor, pair: Pair, name: str) -> tuple[Tensor, str]:
-        return image, f"{name}  {psnr_y(image, pair.hr, self._scale):.2f} dB"
+        score = measure(image, pair.hr, self._scale, load_measures([METRICS["psnr_y"]]))["psnr_y"]
+        return image, f"{name}  {METRICS['psnr_y'].limited(score):.2f} dB"
 
 
 def _folders(root: Path, names: Sequence[str]) -> list[Path]:

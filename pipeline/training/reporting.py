@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config.recipe import write_recipe
 from pipeline.engine.engine import gradient_norm, skipped_steps
 from pipeline.files import write_atomically
+from pipeline.metrics import text_of
 from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.monitor.journal import Journal
 from pipeline.monitor.wandb_tracker import WandbTracker
@@ -18,14 +19,9 @@ from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.training.meter import Reading
 from pipeline.training.previews import SAMPLES_DIR, Samples, every_nth
 from pipeline.training.setup import Run, move_logs_aside
-from pipeline.training.validation import Scores, bicubic
+from pipeline.training.validation import bicubic
 
 TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for samples at the ends of epochs
-
-
-def text_of(scores: Scores) -> str:
-    """`PSNR-Y 28.123 dB, LPIPS 0.1234`."""
-    return f"PSNR-Y {scores.psnr:.3f} dB" + ("" if scores.lpips is None else f", LPIPS {scores.lpips:.4f}")
 
 
 class Reporter:
@@ -84,15 +80,15 @@ class Reporter:
         self._console.progress(f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
                                step / total)
 
-    def validated(self, scores: Scores, *, is_best: bool) -> None:
+    def validated(self, scores: Mapping[str, float], *, is_best: bool) -> None:
         """What a validation has measured, beside the best so far."""
         progress = self._progress
-        values = {"psnr_y": scores.psnr, "best_psnr_y": progress.best_psnr}
-        if scores.lpips is not None:
-            values |= {"lpips": scores.lpips, "best_lpips": progress.best_lpips}
+        best = progress.best_scores or {}
+        values: dict[str, float | None] = {}
+        for name, value in scores.items():
+            values |= {name: value, f"best_{name}": best.get(name)}
         self.journal.log("validation", progress.step, values | {"stale_validations": progress.stale_validations})
-        assert progress.best_psnr is not None
-        before = f"best {text_of(Scores(progress.best_psnr, progress.best_lpips))} at step {progress.best_step}"
+        before = f"best {text_of(best)} at step {progress.best_step}"
         self._console.say(f"validation at step {progress.step}: {text_of(scores)} "
                           f"({'best so far' if is_best else before})", is_good=is_best)
 

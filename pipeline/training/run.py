@@ -116,7 +116,7 @@ def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
     console = Console(is_mute=not ranks.is_first)
     with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
         refuse_other_hosts(plans, ranks)
-        ranks.together(lambda: _take_run_folder(plans[0], ranks, console, stack))
+        ranks.on_all_ranks(lambda: _take_run_folder(plans[0], ranks, console, stack))
         check_stages(plans, ranks)
         for plan in plans:
             signals.is_patient = False
@@ -153,7 +153,7 @@ def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
 def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> int:
     """One stage from where it stands to its end."""
     run = set_up(plan, ranks, console.say)
-    reporter = ranks.together(lambda: Reporter(run, console) if ranks.is_first else None)
+    reporter = ranks.on_all_ranks(lambda: Reporter(run, console) if ranks.is_first else None)
     training = Training(run, reporter, console, signals)
     try:
         return training.train()

@@ -35,7 +35,6 @@ from pipeline.engine.engine import (
 from pipeline.engine.schedules import validate_schedule
 from pipeline.files import short_path
 from pipeline.losses import Criterion
-from pipeline.metrics.lpips import LpipsMetric
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.ema import ExponentialMovingAverage
@@ -48,7 +47,7 @@ from pipeline.training.options import Plan
 from pipeline.training.previews import SAMPLES_DIR, read_samples
 from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
-from pipeline.training.validation import Pair, ValidationSet
+from pipeline.training.validation import Pair, ValidationSet, validation_measures
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Run:
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
     """Raise `UserError` now for what a later stage would stumble over after days."""
-    ranks.together(lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)])
+    ranks.on_all_ranks(lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)])
 
 
 def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
@@ -105,8 +104,7 @@ def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
         if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
             raise UserError(f"stage {recipe.stage}: adversarial.start: previous, but stage {before.recipe.stage} has "
                             "no discriminator; leave it out")
-    if recipe.validation_lpips != "off":
-        LpipsMetric(recipe.validation_lpips, recipe.lpips_weights)
+    validation_measures(recipe)
 
 
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
@@ -125,7 +123,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:
         manifest = ranks.agree(read_manifest(plan.run_dir, step) if ranks.is_first else None)
-        ranks.together(lambda: refuse_strangers(plan, identity, manifest))
+        ranks.on_all_ranks(lambda: refuse_strangers(plan, identity, manifest))
         began = manifest["identity"].get("began_with_step")
         if manifest["world_size"] != ranks.world_size:
             say(f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} continue: the samples "
@@ -152,8 +150,8 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
     progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
     progress.layout = layout
-    validation = ranks.together(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
-    samples = ranks.together(lambda: read_samples(recipe, plan.dataset) if ranks.is_first else [])
+    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
+    samples = ranks.on_all_ranks(lambda: read_samples(recipe, plan.dataset) if ranks.is_first else [])
     introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
                                  (micro_batch, accumulation), step)
     return Run(plan, ranks, trainer, contents, progress, validation, samples, micro_batch, accumulation,
@@ -164,7 +162,7 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
              begin: Callable[[str], None] | None) -> ReconstructionTrainer | AdversarialTrainer:
     """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
     recipe, spec = plan.recipe, plan.recipe.adversarial
-    criterion = ranks.together(lambda: Criterion(recipe.losses, ranks.device))
+    criterion = ranks.on_all_ranks(lambda: Criterion(recipe.losses, ranks.device))
     if spec is None:
         return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
     assert plan.discriminator_ds_config is not None
@@ -182,7 +180,7 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
 
 def _begin(network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]) -> None:
     """Let the first rank give its `network` weights, which only its host may have, and all have the same."""
-    say(ranks.together(lambda: give_weights() if ranks.is_first else ""))
+    say(ranks.on_all_ranks(lambda: give_weights() if ranks.is_first else ""))
     network.load_state_dict(ranks.agree(network.state_dict()))
 
 

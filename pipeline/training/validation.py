@@ -1,10 +1,10 @@
-"""PSNR and LPIPS of the network in training on the validation list, the same for any number of ranks."""
+"""The scores of the network in training on the validation list, the same for any number of ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
 from pipeline.distributed.ranks import Ranks
 from pipeline.images import cubic_resize, to_bytes, unit_range
-from pipeline.metrics.lpips import LpipsMetric
-from pipeline.metrics.psnr_ssim import luma, psnr
+from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
-PSNR_LIMIT = 100.0  # dB; an image reproduced without any error must not make the mean infinite
 
 
 class Pair(NamedTuple):
@@ -33,23 +31,30 @@ class Pair(NamedTuple):
     lr: Tensor
 
 
-class Scores(NamedTuple):
-    """Means over the validation images."""
+def validation_measures(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
+    """What a validation measures: PSNR-Y, the metrics whose trunk the recipe names, and that of `best`.
 
-    psnr: float  # of luma, dB
-    lpips: float | None  # if it is measured
+    `UserError` for a trunk's weights that are not there or do not fit.
+    """
+    trunks = {} if recipe.validation_lpips == "off" else {
+        "lpips": Trunk(recipe.validation_lpips, recipe.lpips_weights)}
+    wanted = {"psnr_y", *trunks, metric_of(recipe.best.metric).name}
+    return load_measures([metric for name, metric in METRICS.items() if name in wanted], trunks, device)
 
 
-def is_better(new: Scores, best: Scores | None, spec: BestSpec) -> bool:
-    """Whether `new` is to be preferred to the `best` so far, after the recipe's rule."""
+def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: BestSpec) -> bool:
+    """Whether the scores `new` are to be preferred to the `best` so far, after the recipe's rule."""
     if best is None:
         return True
-    if spec.metric == "psnr" or new.lpips is None or best.lpips is None:
-        return new.psnr > best.psnr
+    metric, psnr_y = metric_of(spec.metric), METRICS["psnr_y"]
+    if metric.name not in new or metric.name not in best:
+        metric = psnr_y
     floor = -math.inf if spec.psnr_floor is None else spec.psnr_floor
-    if (new.psnr >= floor) != (best.psnr >= floor):
-        return new.psnr >= floor
-    return new.lpips < best.lpips if new.psnr >= floor else new.psnr > best.psnr
+    is_above, was_above = (scores["psnr_y"] >= floor for scores in (new, best))
+    if is_above != was_above:
+        return is_above
+    metric = metric if is_above else psnr_y  # both below: the one nearer to the floor
+    return metric.is_better(new[metric.name], best[metric.name])
 
 
 class ValidationSet:
@@ -65,9 +70,7 @@ class ValidationSet:
         self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
         self.ranks, self.memory_format = ranks, memory_format
         self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
-        self._lpips = None
-        if recipe.validation_lpips != "off":
-            self._lpips = LpipsMetric(recipe.validation_lpips, recipe.lpips_weights, ranks.device)
+        self._measures = validation_measures(recipe, ranks.device)
         self._kept: dict[int, Pair] = {}
         room = KEPT_BYTES
         for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
@@ -88,55 +91,46 @@ class ValidationSet:
     def _checked_pair(self, image: Image, number: int) -> Pair:
         pair = read_pair(image, number, self.recipe)
         height, width = pair.hr.shape[-2:]
-        if self._lpips and min(height, width) < self._lpips.smallest_side + 2 * self.scale:
-            raise UserError(f"{image.path}: {height}x{width} is too small for validation_lpips: "
-                            f"{self.recipe.validation_lpips}, which takes {self._lpips.smallest_side} pixels within "
-                            f"borders of {self.scale}; take it off the validation list, or say validation_lpips=off")
+        for metric, _, smallest in self._measures:
+            if min(height, width) < smallest + 2 * self.scale:
+                trunk = getattr(self.recipe, f"validation_{metric.name}", "")
+                option = f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
+                raise UserError(f"{image.path}: {height}x{width} is too small for {option}, which takes {smallest} "
+                                f"pixels within borders of {self.scale}; take it off the validation list, or say "
+                                f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}")
         return pair
 
     @torch.inference_mode()
     def measure(self, network: nn.Module,
-                go_on: Callable[[int, int], bool] = lambda done, share: True) -> Scores | None:
-        """Mean scores of `network` over all ranks' images: PSNR-Y (luma rounded, borders of `scale` pixels cut), LPIPS.
+                go_on: Callable[[int, int], bool] = lambda done, share: True) -> dict[str, float] | None:
+        """Mean scores of `network` over all ranks' images, by metric; borders of `scale` pixels are cut off.
 
         Before each image of this rank's share `go_on(images done, share)` is asked; None if some rank's said no. All
         ranks call it together.
         """
-        scores: list[tuple[float, float]] | None = []
+        scores: list[dict[str, float]] | None = []
         for place in range(len(self)):
             if not go_on(place, len(self)):
                 scores = None
                 break
             pair = self.pair(place)
-            scores.append(self._score(self.upscale(network, pair), pair.hr.to(self.ranks.device)))
+            scores.append(self.score(self.upscale(network, pair), pair))
         shares = self.ranks.gather(scores)
         if any(share is None for share in shares):
             return None
         # In the order of the list, so that rounding does not depend on how the images were shared out.
-        ordered = [shares[i % len(shares)][i // len(shares)] for i in range(self.count)]
-        psnrs, distances = zip(*ordered, strict=True)
-        return Scores(sum(psnrs) / self.count, sum(distances) / self.count if self._lpips else None)
+        return means([shares[i % len(shares)][i // len(shares)] for i in range(self.count)])
 
-    def _score(self, sr: Tensor, hr: Tensor) -> tuple[float, float]:
-        """(PSNR-Y, LPIPS, or 0 where it is not measured) of one image."""
-        inner = _inner(self.scale)
-        return psnr_y(sr, hr, self.scale), self._lpips(sr[inner], hr[inner])[0] if self._lpips else 0.0
+    def score(self, sr: Tensor, pair: Pair) -> dict[str, float]:
+        """The scores of one image; infinite ones are limited, because they would make the mean infinite."""
+        scores = measure(sr, pair.hr.to(sr.device), self.scale, self._measures)
+        return {name: METRICS[name].limited(value) for name, value in scores.items()}
 
     @torch.inference_mode()
     def upscale(self, network: nn.Module, pair: Pair) -> Tensor:
         """The network's output for a pair, as bytes on the device."""
         lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
         return to_bytes(network(lr)).contiguous()
-
-
-def psnr_y(sr: Tensor, hr: Tensor, scale: int) -> float:
-    """PSNR of two byte images in dB, of rounded luma within borders of `scale` pixels; `PSNR_LIMIT` is the most."""
-    inner = _inner(scale)
-    return min(psnr(luma(sr[inner], rounded=True), luma(hr[inner], rounded=True)), PSNR_LIMIT)
-
-
-def _inner(border: int) -> tuple[Any, ...]:
-    return (..., slice(border, -border), slice(border, -border))
 
 
 def bicubic(pair: Pair) -> Tensor:
@@ -153,7 +147,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> P
     pixels, scale = _read(image.path), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
-        way_out = way_out or "select anew after `python tools/check_training_data.py --clean`"
+        way_out = way_out or "select again after `python tools/check_training_data.py --clean`"
         raise UserError(f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
                         f"{way_out}")
     pixels = np.ascontiguousarray(pixels[:height, :width])
@@ -163,7 +157,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> P
         lr = _read(image.lr_path)
         if lr.shape[:2] != (height // scale, width // scale):
             raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
-                            f"size of {image.path}; make the pairs anew with `python tools/pairs_to_data.py`")
+                            f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`")
     return Pair(image.name, _nchw(pixels), _nchw(lr))
 
 

@@ -14,22 +14,14 @@ from PIL import Image
 
 from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
-from pipeline.evaluation import (
-    Evaluation,
-    ImageScore,
-    as_json,
-    evaluate,
-    find_pairs,
-    format_table,
-    scoring,
-    upscale,
-    write_picture,
-)
-from pipeline.evaluation.scoring import DRIFTS
+from pipeline.evaluation import Work, find_folder, find_pairs, format_table, measure_sets, scoring, upscaler_of
+from pipeline.evaluation.pictures import write_views
+from pipeline.evaluation.scoring import DRIFTS, ImageScores, measure_image, upscale
+from pipeline.evaluation.tables import SetScores, as_json
 from pipeline.image_reading import read_image
 from pipeline.images import cubic_resize, to_bytes
-from pipeline.metrics.lpips import LpipsMetric
-from pipeline.metrics.psnr_ssim import METRICS, measure
+from pipeline.inference.backends import TorchBackend
+from pipeline.metrics import METRICS, Trunk, load_measures, measure
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import read_network, write_network
 
@@ -116,97 +108,112 @@ def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
         read_image(tmp_path / "cut.png")
 
 
-def test_evaluate_measures_the_network_and_bicubic(tmp_path):
+def scores_of(network, folder, scale=2, trunks=None):
+    """What a network scores on a folder."""
+    work = Work([find_folder(folder, None, scale)], {"net": upscaler_of(network)},
+                load_measures(METRICS.values(), trunks))
+    return measure_sets(work)[0]
+
+
+def views_of(network, folder, scale=2):
+    """Every image of a folder as measured."""
+    measures = load_measures(METRICS.values())
+    return [measure_image({"net": upscaler_of(network)}, pair, scale, measures)
+            for pair in find_pairs(folder, None, scale)]
+
+
+def test_the_network_and_bicubic_are_measured(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(40, 48, 1), "b.png": picture(50, 33, 2)})
-    network = tiny_network(scale=2).train()
-    pairs = find_pairs(folder, None, 2)
-    shown = []
-    result = evaluate(network, pairs, 2, "cpu", visit=shown.append)
-    assert network.training
-    network.eval()
-    for pair, image, compared in zip(pairs, result.images, shown, strict=True):
+    network = tiny_network(scale=2)
+    result, views = scores_of(network, folder), views_of(network, folder)
+    for pair, image, shown in zip(find_pairs(folder, None, 2), result.images, views, strict=True):
         hr, lr = pair.load(2)
         with torch.inference_mode():
             sr = to_bytes(network(lr))
         bicubic = to_bytes(cubic_resize(lr / 255, tuple(hr.shape[-2:])))
+        assert image == shown.scores
         assert image.name == pair.name
         drift = (bicubic[..., 2:-2, 2:-2].double() - hr[..., 2:-2, 2:-2]).mean(dim=(0, 2, 3)).tolist()
-        assert image.bicubic == {**measure(bicubic, hr, 2), **dict(zip(DRIFTS, drift, strict=True))}
-        assert {name: image.model[name] for name in METRICS} == pytest.approx(
-            measure(sr, hr, 2), abs=1e-3)  # layouts round differently
-        assert torch.equal(compared.hr, hr)
-        assert torch.equal(compared.bicubic, bicubic)
-        assert (compared.sr.int() - sr.int()).abs().max() <= 1
-    for metric in (*METRICS, *DRIFTS):
-        assert result.model[metric] == pytest.approx(np.mean([image.model[metric] for image in result.images]))
-        assert result.bicubic[metric] == pytest.approx(np.mean([image.bicubic[metric] for image in result.images]))
-    assert result.gain == pytest.approx(result.model["psnr_y"] - result.bicubic["psnr_y"])
+        assert image.methods["bicubic"] == {**measure(bicubic, hr, 2), **dict(zip(DRIFTS, drift, strict=True))}
+        expected = measure(sr, hr, 2)
+        assert {name: image.methods["net"][name] for name in expected} == pytest.approx(
+            expected, abs=1e-3)  # layouts round differently
+        assert torch.equal(shown.hr, hr)
+        assert torch.equal(shown.pixels["bicubic"], bicubic)
+        assert (shown.pixels["net"].int() - sr.int()).abs().max() <= 1
+    for method in ("bicubic", "net"):
+        for metric, mean in result.mean(method).items():
+            assert mean == pytest.approx(np.mean([image.methods[method][metric] for image in result.images]))
 
 
 def test_an_untrained_residual_network_gains_nothing(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(64, 64)})
-    network = VapSR(scale=2, num_blocks=1, global_residual="bicubic")
-    assert abs(evaluate(network, find_pairs(folder, None, 2), 2, "cpu").gain) < 0.02  # their borders differ a little
+    result = scores_of(VapSR(scale=2, num_blocks=1, global_residual="bicubic"), folder)
+    assert abs(result.mean("net")["psnr_y"] - result.mean("bicubic")["psnr_y"]) < 0.02  # their borders differ a little
 
 
-def test_too_small_images_and_none_are_refused(tmp_path):
+def test_too_small_images_are_refused(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(12, 40)})
-    with pytest.raises(UserError, match=r"a.png': an image of 12x40 .* smaller than SSIM's 11x11 window"):
-        evaluate(tiny_network(), find_pairs(folder, None, 2), 2, "cpu")
-    with pytest.raises(UserError, match="no images to evaluate on"):
-        evaluate(tiny_network(), [], 2, "cpu")
+    with pytest.raises(UserError, match=r"a.png': an image of 12x40 .* than the 11x11 pixels that SSIM-Y needs"):
+        scores_of(tiny_network(), folder)
 
 
 @pytest.mark.parametrize("residual", ["none", "bicubic"])
 def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
     network = tiny_network(scale=2, global_residual=residual)
-    lr = torch.from_numpy(picture(90, 131)).permute(2, 0, 1)[None]
-    whole = upscale(network, lr, 2, "cpu")
-    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 70 * 70)
+    lr = torch.from_numpy(picture(200, 231)).permute(2, 0, 1)[None]
+    whole = upscale(upscaler_of(network), lr)
+    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 128 * 128)
+    upscaler = upscaler_of(network)
     pieces = []
-    original = scoring._upscale_piece
-    monkeypatch.setattr(scoring, "_upscale_piece", lambda *args: pieces.append(args[1].shape) or original(*args))
-    tiled = upscale(network, lr, 2, "cpu")
-    assert len(pieces) > 4
-    assert max(shape[-2] * shape[-1] for shape in pieces) <= 70 * 70
+    monkeypatch.setattr(TorchBackend, "__call__", lambda self, images, dtype, call=TorchBackend.__call__:
+                        pieces.append(images.shape) or call(self, images, dtype))
+    tiled = upscale(upscaler, lr)
+    assert len(pieces) > 3
+    assert max(count * height * width for count, height, width, _ in pieces) <= 128 * 128
     differences = (tiled.int() - whole.int()).abs()
     assert differences.max() <= 1  # rounding of sums in another order
     assert (differences > 0).float().mean() < 1e-3
 
 
-def scores(value):
-    return dict.fromkeys((*METRICS, *DRIFTS), value)
+def image_scores(name, model, bicubic):
+    names = [metric.name for metric, _, _ in load_measures(METRICS.values())]
+    return ImageScores(name, {method: dict.fromkeys((*names, *DRIFTS), value)
+                              for method, value in (("nearest", 1.0), ("bicubic", bicubic), ("net", model))})
 
 
 def test_the_table_says_what_was_measured():
-    result = Evaluation(3, [ImageScore("a", scores(32.0), scores(30.0)),
-                            ImageScore("long_name", scores(33.0), scores(32.5))])
-    lines = format_table(result).splitlines()
+    result = SetScores(None, [image_scores("a", 32.0, 30.0), image_scores("long_name", 33.0, 32.5)])
+    lines = format_table(result, "net", 3).splitlines()
     assert lines[0].split() == ["image", "PSNR-Y", "bicubic", "PSNR-Y", "model", "gain", "SSIM-Y", "bicubic", "SSIM-Y",
                                 "model"]
     assert lines[2].split() == ["a", "30.000", "32.000", "+2.000", "30.0000", "32.0000"]
     assert lines[5].split() == ["mean", "31.250", "32.500", "+1.250", "31.2500", "32.5000"]
     assert len({len(line) for line in lines[:6]}) == 1
     assert "BT.601 luma rounded to uint8, as in the papers; 3 pixels cut from every border" in lines[7]
-    assert re.search(r"Y not rounded, as in BasicSR +bicubic 31\.250 dB", lines[9])
-    assert re.search(r"RGB +bicubic 31\.250 dB", lines[10])
+    assert lines[9:] == [
+        "  Y not rounded, as in BasicSR  bicubic 31.250 dB / 31.2500   model 32.500 dB / 32.5000",
+        "  RGB                           bicubic 31.250 dB / 31.2500   model 32.500 dB / 32.5000",
+        "  colour drift, levels R G B    bicubic +31.25 +31.25 +31.25   model +32.50 +32.50 +32.50",
+        "  nearest, Y as in the papers   1.000 dB / 1.0000"]
 
 
-def test_json_has_null_for_infinity():
-    report = as_json(Evaluation(2, [ImageScore("a", scores(math.inf), scores(30.0))]), {"file": "x"})
+def test_json_has_null_for_infinity(tmp_path):
+    data = find_folder(write_images(tmp_path, {"a.png": picture(24, 24)}), None, 2)
+    report = as_json([SetScores(data, [image_scores("a", math.inf, 30.0)])], [{"title": "net", "file": "x"}], 2,
+                     device="cpu", self_ensemble=False)
     assert json.loads(json.dumps(report, allow_nan=False))["mean"]["model"]["psnr_y"] is None
-    assert report["images"][0]["bicubic"] == scores(30.0)
+    assert report["images"][0]["bicubic"]["psnr_y"] == 30.0
+    assert report["model"] == {"file": "x"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 20), (24, 24), (1000, 700)])
 def test_pictures_of_any_shape(tmp_path, height, width):
     folder = write_images(tmp_path / "hr", {"a_very_long_name_that_does_not_fit_below_a_column_of_the_sheet.png":
                                             picture(height, width)})
-    written = []
     network = VapSR(scale=2, num_features=4, num_attention_features=4, num_blocks=1)
-    evaluate(network, find_pairs(folder, None, 2), 2, "cpu",
-             visit=lambda compared: written.append(write_picture(compared, tmp_path / "out", "model")))
-    with Image.open(written[0]) as sheet:
+    written = write_views(views_of(network, folder)[0], tmp_path / "out")
+    with Image.open(written) as sheet:
         assert sheet.width == 3 * 448 + 4 * 16
         assert np.asarray(sheet).std() > 20
 
@@ -215,10 +222,7 @@ def test_the_magnified_square_is_where_bicubic_fails(tmp_path):
     pixels = np.full((256, 256, 3), 128, dtype=np.uint8)
     pixels[128:240, 112:224] = np.where(np.indices((112, 112)).sum(0) % 2, 255, 0)[..., None]
     write_images(tmp_path / "hr", {"a.png": pixels})
-    written = []
-    evaluate(tiny_network(), find_pairs(tmp_path / "hr", None, 2), 2, "cpu",
-             visit=lambda compared: written.append(write_picture(compared, tmp_path / "out", "model")))
-    sheet = np.asarray(Image.open(written[0]))
+    sheet = np.asarray(Image.open(write_views(views_of(tiny_network(), tmp_path / "hr")[0], tmp_path / "out")))
     magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][:448, :448]  # the lower panel of the HR column
     np.testing.assert_array_equal(magnified[::4, ::4], pixels[126:238, 112:224])
 
@@ -236,10 +240,10 @@ def test_the_command_on_the_newest_run(tmp_path):
     assert (report["scale"], report["data"]["lr_made_by"]) == (2, "bicubic")
     assert {path.name for path in (tmp_path / "results" / "demo").iterdir()} == {
         "a.png", "b.png", "evaluation.csv", "evaluation.json", "evaluation.md"}
-    result = evaluate(read_network(file).build(), find_pairs(hr, None, 2), 2, "cpu")
-    assert report["mean"]["model"] == pytest.approx(result.model, abs=1e-3)
-    assert report["mean"]["bicubic"] == pytest.approx(result.bicubic)
-    assert re.search(rf"^mean +{result.bicubic['psnr_y']:.3f} ", done.stdout, flags=re.MULTILINE)
+    result = scores_of(read_network(file).build(), hr)
+    assert report["mean"]["model"] == pytest.approx(result.mean("net"), abs=1e-3)
+    assert report["mean"]["bicubic"] == pytest.approx(result.mean("bicubic"))
+    assert re.search(rf"^mean +{result.mean('bicubic')['psnr_y']:.3f} ", done.stdout, flags=re.MULTILINE)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
@@ -264,16 +268,18 @@ def test_lpips_and_colour_drift_are_measured(tmp_path):
     trunk = str(shared("weights/lpips_alex_trunk.pth"))
     hr = picture(64, 64)
     write_images(tmp_path / "hr", {"a.png": hr})
-    metric = LpipsMetric("alex", trunk)
+    trunks = {"lpips": Trunk("alex", trunk)}
     redder = ReddishTwin()
-    result = evaluate(redder, find_pairs(tmp_path / "hr", None, 2), 2, "cpu", metric)
+    result = scores_of(redder, tmp_path / "hr", trunks=trunks)
     lr = find_pairs(tmp_path / "hr", None, 2)[0].load(2)[1]
     sr, original = to_bytes(redder(lr)), torch.from_numpy(hr).permute(2, 0, 1)[None]
-    assert result.model["lpips"] == pytest.approx(metric(sr[..., 2:-2, 2:-2], original[..., 2:-2, 2:-2])[0], abs=1e-6)
-    assert result.model["drift_red"] - result.bicubic["drift_red"] > 5
-    assert abs(result.model["drift_blue"] - result.bicubic["drift_blue"]) < 1
-    table = format_table(result)
-    assert f"bicubic {result.bicubic['lpips']:.4f}   model {result.model['lpips']:.4f}" in table
+    model, bicubic = result.mean("net"), result.mean("bicubic")
+    lpips = measure(sr, original, 2, load_measures([METRICS["lpips"]], trunks))["lpips"]
+    assert model["lpips"] == pytest.approx(lpips, abs=1e-6)
+    assert model["drift_red"] - bicubic["drift_red"] > 5
+    assert abs(model["drift_blue"] - bicubic["drift_blue"]) < 1
+    line = f"  LPIPS, lower is better        bicubic {bicubic['lpips']:.4f}   model {model['lpips']:.4f}\n"
+    assert line in format_table(result, "net", 2)
     write_network(tmp_path / "a.pth", tiny_saved(scale=2))
     done = evaluate_py("--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path)
     assert done.returncode == 2
@@ -283,6 +289,8 @@ def test_lpips_and_colour_drift_are_measured(tmp_path):
 class ReddishTwin(torch.nn.Module):
     """The nearest upscale, with ten levels more of red."""
 
+    scale, receptive_radius = 2, 1
+
     def forward(self, lr):
         return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255 + torch.tensor([10 / 255, 0, 0]).view(3, 1, 1)
 
@@ -290,13 +298,14 @@ class ReddishTwin(torch.nn.Module):
 def test_set5_x4_gives_the_published_numbers():
     folder = shared("data/set5/x4")
     network = read_network(shared("weights/VapSR_X4.pth"), "params_ema").build()
-    result = evaluate(network, find_pairs(folder, None, 4), 4, "cpu")
+    result = scores_of(network, folder, 4)
     assert len(result.images) == 5
-    assert result.bicubic["psnr_y"] == pytest.approx(28.4189, abs=0.005)
-    assert result.bicubic["ssim_y"] == pytest.approx(0.81021, abs=0.0002)
-    assert result.bicubic["psnr_y_float"] == pytest.approx(28.4318, abs=0.005)
-    assert result.bicubic["ssim_y_float"] == pytest.approx(0.81126, abs=0.0002)
-    assert result.model["psnr_y"] == pytest.approx(32.380, abs=0.005)
-    assert result.model["psnr_y_float"] == pytest.approx(32.402, abs=0.005)
-    assert result.model["ssim_y"] == pytest.approx(0.8963, abs=0.0002)
-    assert result.model["ssim_y_float"] == pytest.approx(0.8974, abs=0.0002)
+    model, bicubic = result.mean("net"), result.mean("bicubic")
+    assert bicubic["psnr_y"] == pytest.approx(28.4189, abs=0.005)
+    assert bicubic["ssim_y"] == pytest.approx(0.81021, abs=0.0002)
+    assert bicubic["psnr_y_float"] == pytest.approx(28.4318, abs=0.005)
+    assert bicubic["ssim_y_float"] == pytest.approx(0.81126, abs=0.0002)
+    assert model["psnr_y"] == pytest.approx(32.380, abs=0.005)
+    assert model["psnr_y_float"] == pytest.approx(32.402, abs=0.005)
+    assert model["ssim_y"] == pytest.approx(0.8963, abs=0.0002)
+    assert model["ssim_y_float"] == pytest.approx(0.8974, abs=0.0002)

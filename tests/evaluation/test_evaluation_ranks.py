@@ -114,7 +114,7 @@ def test_bad_options_are_refused_once(work):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no folder of HR images 'nowhere'\n"
     done = evaluate([sys.executable, EVALUATE, *arguments("--procs", "-1")], work)
-    assert (done.returncode, done.stderr) == (2, "error: --procs -1 must be 1 or more; leave it out for one a GPU\n")
+    assert (done.returncode, done.stderr) == (2, "error: --procs -1 must be 1 or more; leave it out for one per GPU\n")
 
 
 def start_slow(work, tmp_path):
@@ -172,7 +172,7 @@ def test_a_gpu_each_and_no_more(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert [num_processes(0, "auto"), num_processes(2, "cuda"), num_processes(0, "cpu"), num_processes(3, "cpu"),
             num_processes(0, "cuda:1")] == [4, 2, 1, 3, 1]
-    with pytest.raises(UserError, match="--procs 5: this machine has 4 GPUs; one process a GPU is the most"):
+    with pytest.raises(UserError, match="--procs 5: this machine has 4 GPUs; one process per GPU is the most"):
         num_processes(5, "auto")
     with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is one device"):
         num_processes(2, "cuda:1")
@@ -183,8 +183,8 @@ def test_a_gpu_each_and_no_more(monkeypatch):
 
 
 def test_the_numbers_do_not_depend_on_the_number_of_threads():
+    from pipeline.metrics import measure
     from pipeline.metrics.lpips import LpipsMetric
-    from pipeline.metrics.psnr_ssim import measure
 
     metric = LpipsMetric("squeeze", str(shared("weights/lpips_squeeze_trunk.pth")))
     sr, hr = (torch.from_numpy(picture(300, 400, seed)).permute(2, 0, 1)[None] for seed in (1, 2))

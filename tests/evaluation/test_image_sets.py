@@ -15,13 +15,12 @@ import torch
 
 from evaluate import Options
 from fabricate import CHECKOUT, picture, shared, tiny_network, tiny_saved, write_images
-from pipeline.cli import UserError
-from pipeline.evaluation import measure_methods, scoring, upscale
+from pipeline.cli import RunError, UserError
+from pipeline.evaluation import Work, measure_sets, scoring, upscaler_of
 from pipeline.evaluation.command import choose_models, run_evaluation
 from pipeline.evaluation.image_sets import find_benchmark, find_folder
-from pipeline.evaluation.scoring import MethodScores
+from pipeline.evaluation.scoring import ImageScores, measure_image, upscale
 from pipeline.evaluation.tables import (
-    Measured,
     csv_text,
     difference,
     differences,
@@ -32,6 +31,9 @@ from pipeline.evaluation.tables import (
     table,
 )
 from pipeline.images import to_bytes
+from pipeline.inference.backends import SelfEnsemble, TorchBackend
+from pipeline.inference.tiles import Upscaler
+from pipeline.metrics import METRICS, load_measures
 from pipeline.models.weights import write_network
 
 LAYOUTS = {  # the files of an image each; the preset, where its HR and LR images are then found
@@ -80,6 +82,12 @@ def test_a_benchmark_is_found_in_every_usual_layout(tmp_path, layout):
     assert "not comparable" in found.note
 
 
+def scores_of(networks, data):
+    """What networks score on a set of images."""
+    upscalers = {title: upscaler_of(network) for title, network in networks.items()}
+    return measure_sets(Work([data], upscalers, load_measures(METRICS.values())))[0]
+
+
 def test_a_benchmark_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no folder of benchmarks .*nowhere'; say where they are with --benchmarks"):
         find_benchmark(tmp_path / "nowhere", "set5", 4)
@@ -96,31 +104,31 @@ def test_set5_in_the_literature():
     shared("data/set5/x4")
     found = find_benchmark(shared("data"), "set5", 4)
     assert found.note == ""
-    means = Measured(found, measure_methods({}, found.pairs, 4, "cpu", baselines=("bicubic",))).mean("bicubic")
+    means = scores_of({"net": tiny_network(scale=4)}, found).mean("bicubic")
     assert (means["psnr_y"], means["ssim_y"]) == (pytest.approx(28.4189, abs=5e-4), pytest.approx(0.81021, abs=2e-5))
     assert (means["psnr_y_float"], means["ssim_y_float"]) == (pytest.approx(28.4318, abs=5e-4),
                                                               pytest.approx(0.81126, abs=2e-5))
 
 
 def test_several_models_nearest_and_bicubic_on_the_same_images(tmp_path):
-    pairs = find_folder(write_images(tmp_path, {"a.png": picture(41, 48, 1)}), None, 2).pairs
-    shown = []
+    data = find_folder(write_images(tmp_path, {"a.png": picture(41, 48, 1)}), None, 2)
     networks = {"A": tiny_network(1).train(), "B": tiny_network(2)}
-    images = measure_methods(networks, pairs, 2, "cpu", visit=shown.append)
+    scores = scores_of(networks, data)
     assert networks["A"].training
     assert not networks["B"].training
-    assert list(images[0].methods) == ["nearest", "bicubic", "A", "B"]
-    lr = pairs[0].load(2)[1]
-    assert torch.equal(shown[0].pixels["nearest"], lr[..., np.arange(40) // 2, :][..., np.arange(48) // 2])
-    assert torch.equal(shown[0].pixels["B"], upscale(networks["B"], lr, 2, "cpu"))
-    alone = measure_methods({"B": networks["B"]}, pairs, 2, "cpu")
-    assert alone[0].methods["B"] == images[0].methods["B"]
+    assert scores.methods == ["nearest", "bicubic", "A", "B"]
+    lr = data.pairs[0].load(2)[1]
+    upscaler = upscaler_of(networks["B"])
+    shown = measure_image({"B": upscaler}, data.pairs[0], 2, load_measures(METRICS.values()))
+    assert torch.equal(shown.pixels["nearest"], lr[..., np.arange(40) // 2, :][..., np.arange(48) // 2])
+    assert torch.equal(shown.pixels["B"], upscale(upscaler, lr))
+    assert scores_of({"B": networks["B"]}, data).images[0].methods["B"] == scores.images[0].methods["B"]
 
 
 class Marked(torch.nn.Module):
     """Nearest x2, with a row that tells where the top is and a column that tells where the left is."""
 
-    receptive_radius = 1
+    scale, receptive_radius = 2, 1
 
     def forward(self, lr):
         sr = lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255
@@ -134,60 +142,72 @@ def test_the_self_ensemble_is_the_mean_over_eight_symmetries():
         for turns in range(4):
             output = torch.rot90(network(torch.rot90(array, turns, (2, 3))), -turns, (2, 3))
             parts.append(output.flip(-1) if len(parts) >= 4 else output)
-    found = upscale(network, lr, 2, "cpu", self_ensemble=True)
+    upscaler = upscaler_of(network, self_ensemble=True)
+    found = upscale(upscaler, lr)
     assert torch.equal(found, to_bytes(sum(parts) / 8))
-    assert not torch.equal(found, upscale(network, lr, 2, "cpu"))
+    assert not torch.equal(found, upscale(upscaler_of(network), lr))
     assert (to_bytes(torch.stack(parts).std(0)) > 0).any()
-    for symmetry, (mirrored, turns) in scoring.symmetries(lr):  # whatever way the image lies
-        assert torch.equal(scoring.undo(symmetry, (mirrored, turns)), lr)
-        turned = scoring.undo(upscale(network, symmetry, 2, "cpu", self_ensemble=True), (mirrored, turns))
-        assert (turned.int() - found.int()).abs().max() <= 1
+    for turns in range(4):  # whatever way the image lies
+        for array in (lr, lr.flip(-1)):
+            turned = torch.rot90(upscale(upscaler, torch.rot90(array, turns, (2, 3))), -turns, (2, 3))
+            turned = turned if array is lr else turned.flip(-1)
+            assert (turned.int() - found.int()).abs().max() <= 1
 
 
 def test_the_self_ensemble_in_tiles_is_that_of_the_whole(monkeypatch):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 5, padding=2), torch.nn.PixelShuffle(2))
-    network.receptive_radius = 2
+    network.scale, network.receptive_radius = 2, 2
     network.register_forward_pre_hook(lambda _, images: images[0] / 255)
-    lr = torch.from_numpy(picture(64, 90)).permute(2, 0, 1)[None]
-    whole = upscale(network, lr, 2, "cpu", self_ensemble=True)
-    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 60 * 60)
-    assert (upscale(network, lr, 2, "cpu", self_ensemble=True).int() - whole.int()).abs().max() <= 1
+    lr = torch.from_numpy(picture(164, 190)).permute(2, 0, 1)[None]
+    whole = upscale(upscaler_of(network, self_ensemble=True), lr)
+    monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 120 * 120)
+    sizes = []
+    monkeypatch.setattr(SelfEnsemble, "__call__", lambda self, images, dtype, call=SelfEnsemble.__call__:
+                        sizes.append(images.shape) or call(self, images, dtype))
+    assert (upscale(upscaler_of(network, self_ensemble=True), lr).int() - whole.int()).abs().max() <= 1
+    assert len(sizes) > 2
 
 
 class Cramped(torch.nn.Module):
     """Nearest x2 on a machine with room for so many pixels."""
 
-    receptive_radius = 1
+    scale, receptive_radius = 2, 1
 
-    def __init__(self, room):
+    def __init__(self, room, sizes):
         super().__init__()
-        self.room = room
-        self.sizes = []
+        self.room, self.sizes = room, sizes
+
+    def __deepcopy__(self, _):
+        return self
 
     def forward(self, lr):
-        self.sizes.append(lr.shape[-2] * lr.shape[-1])
+        self.sizes.append(lr.shape[0] * lr.shape[-2] * lr.shape[-1])
         if self.sizes[-1] > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255
 
 
 def test_what_does_not_fit_goes_in_tiles():
-    lr = torch.from_numpy(picture(40, 50)).permute(2, 0, 1)[None]
-    network = Cramped(room=300)
-    found = upscale(network, lr, 2, "cpu")
+    lr = torch.from_numpy(picture(200, 250)).permute(2, 0, 1)[None]
+    sizes = []
+    found = upscale(upscaler_of(Cramped(room=13_000, sizes=sizes)), lr)
     assert torch.equal(found, lr.repeat_interleave(2, -1).repeat_interleave(2, -2))
-    assert network.sizes[0] == 2000
-    assert network.sizes[-1] <= 300
-    with pytest.raises(UserError, match="no memory on cpu for an image of 50x40 LR pixels, in tiles either"):
-        upscale(Cramped(room=3), lr, 2, "cpu")
-    with pytest.raises(RuntimeError, match="expected"):
-        upscale(torch.nn.Conv2d(4, 4, 1), lr.float(), 2, "cpu")
+    assert sizes[0] == 50_000
+    assert sizes[-1] <= 13_000
+    with pytest.raises(RunError, match="for one tile; choose a smaller network or --device cpu"):
+        upscale(upscaler_of(Cramped(room=3, sizes=[])), lr)
+    with pytest.raises(RunError, match="for one tile; choose a smaller --tile, a smaller network or --device cpu"):
+        upscale(Upscaler(TorchBackend(Cramped(room=3, sizes=[]), torch.device("cpu")), tile=64), lr)
+    network = torch.nn.Conv2d(4, 4, 1)
+    network.scale, network.receptive_radius = 2, 1
+    with pytest.raises(RuntimeError, match="should be the same"):
+        upscale(upscaler_of(network), lr)
 
 
 def scored(**columns):
     """Images with a PSNR-Y and SSIM-Y of every method."""
-    return [MethodScores(f"image {index}", {method: {"psnr_y": value, "ssim_y": value / 100}
+    return [ImageScores(f"image {index}", {method: {"psnr_y": value, "ssim_y": value / 100}
                                             for method, value in zip(columns, values, strict=True)})
             for index, values in enumerate(zip(*columns.values(), strict=True))]
 
@@ -223,14 +243,14 @@ def test_what_is_not_significant_is_said_to_be_so():
     assert (same.interval.mean, same.verdict) == (0.0, "difference not significant")
     assert difference(scored(A=[math.inf, 30.0], B=[31.0, 30.0]), "A", "B", "psnr_y").verdict == (
         "no interval: infinite PSNR")
-    lower = [MethodScores(str(index), {"A": {"lpips": 0.1}, "B": {"lpips": 0.2 + index / 100}}) for index in range(12)]
+    lower = [ImageScores(str(index), {"A": {"lpips": 0.1}, "B": {"lpips": 0.2 + index / 100}}) for index in range(12)]
     assert difference(lower, "A", "B", "lpips").verdict == "better"
 
 
 def test_tables_in_csv_markdown_and_json(tmp_path):
     data = find_folder(write_images(tmp_path / "a|b", {"x.png": picture(40, 48, 1), "y.png": picture(40, 48, 2)}),
                        None, 2)
-    measured = Measured(data, measure_methods({"one": tiny_network()}, data.pairs, 2, "cpu"))
+    measured = scores_of({"one": tiny_network()}, data)
     rows = list(csv.DictReader(csv_text([measured]).splitlines()))
     assert [(row["benchmark"], row["image"], row["method"]) for row in rows] == [
         ("a|b", image, method) for image in ("x", "y") for method in ("nearest", "bicubic", "one")]

@@ -15,7 +15,7 @@ from evaluate import Options
 from fabricate import picture, tiny_saved, write_images
 from pipeline.evaluation.command import run_evaluation
 from pipeline.evaluation.page import STAGE, Gallery, _Axis, data_uri
-from pipeline.evaluation.scoring import MethodScores, Views
+from pipeline.evaluation.scoring import ImageScores, Views
 from pipeline.models.weights import write_network
 
 HOSTILE = "<script>alert(1)</script>&'"
@@ -71,7 +71,7 @@ def test_the_gallery_keeps_the_best_and_the_worst_where_they_differ(order):
         bicubic[..., 400:460, 500:560] = 160  # where the model gains
         model[..., 20:80, 30:90] = 150        # where it errs most
         scores = {"bicubic": {"psnr_y": 30.0}, "model": {"psnr_y": 30.0 + gains[index]}}
-        gallery.visit("set", index, Views(MethodScores(str(index), scores), hr, {"bicubic": bicubic, "model": model}))
+        gallery.visit("set", index, Views(ImageScores(str(index), scores), hr, {"bicubic": bicubic, "model": model}))
     assert [shown.scores.name for shown in gallery.best("set")] == ["2", "3", "5"]  # of two equal ones the first
     assert [shown.scores.name for shown in gallery.worst("set")] == ["6", "1", "4"]
     best, worst = gallery.best("set")[0], gallery.worst("set")[0]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dataset_corpus import CHECKOUT, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
 from pipeline.cli import run as run_command
-from pipeline.metrics.psnr_ssim import measure
+from pipeline.metrics import measure
 from tools.compare.boxes import COLOURS, Box, differing_boxes, parse_boxes
 from tools.compare.figure import Style, annotated, magnified, psnr_y
 from tools.crop_compare import Options, main

@@ -18,7 +18,7 @@ from pipeline.config.recipe import BestSpec, load_recipe
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.metrics.psnr_ssim import luma
-from pipeline.training.validation import Scores, ValidationSet, is_better
+from pipeline.training.validation import ValidationSet, is_better
 
 
 class FakeRanks:
@@ -44,10 +44,10 @@ def psnr_of(root: Path, names: list[str], world_size: int, limit: int = 100) -> 
     network = tiny_network(global_residual="bicubic")
     shares = []
     for rank in range(world_size):
-        ranks = FakeRanks(rank, world_size, [[(0.0, 0.0)] * len(names)] * world_size)
+        ranks = FakeRanks(rank, world_size, [[{"psnr_y": 0.0}] * len(names)] * world_size)
         validation_set(root, names, limit, ranks).measure(network)
         shares.append(ranks.given)
-    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).measure(network).psnr
+    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).measure(network)["psnr_y"]
                for rank in range(world_size)}
     assert len(results) == 1
     return results.pop()
@@ -81,7 +81,7 @@ def test_it_is_the_papers_psnr(tmp_path: Path, images: list[str]) -> None:
             sr = to_bytes(network(pair.lr))
         inner = [luma(image[..., 2:-2, 2:-2], rounded=True).numpy() for image in (pair.hr, sr)]
         expected.append(peak_signal_noise_ratio(*inner, data_range=255))
-    assert validation.measure(network).psnr == pytest.approx(np.mean(expected), abs=1e-9)
+    assert validation.measure(network)["psnr_y"] == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 def test_lr_is_made_as_in_training(tmp_path: Path, images: list[str]) -> None:
@@ -151,4 +151,6 @@ def test_lr_is_read_where_pairs_are_trained(tmp_path: Path, images: list[str]) -
 def test_the_best_step_is_chosen_by_the_recipes_rule(new: tuple, best: tuple | None, metric: str, floor: float | None,
                                                      expected: bool) -> None:
     spec = BestSpec(metric=metric, psnr_floor=floor)
-    assert is_better(Scores(*new), Scores(*best) if best else None, spec) is expected
+    found, before = (scores and {name: score for name, score in zip(("psnr_y", "lpips"), scores, strict=True)
+                                 if score is not None} for scores in (new, best))
+    assert is_better(found, before, spec) is expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,9 +159,6 @@ def _write(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, text: str
 # The images of a comparison: read, held against the first, cut and scored.
 
 
-_ROWS = 256  # scored at once: whole photographs of int32 would fill the memory
-
-
 @dataclass(frozen=True)
 class Result:
     """An image (uint8 RGB) under its label; `ratio` is how many times smaller it is than the first."""
@@ -226,18 +222,10 @@ def ratio_to_first(path: Path, image: np.ndarray, first: np.ndarray) -> int:
 
 
 def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
-    """PSNR in dB of two uint8 RGB images on rounded BT.601 luma, as evaluate.py's `psnr_y`; infinite where equal."""
-    error = 0
-    for top in range(0, len(one), _ROWS):
-        difference = _luma(one[top : top + _ROWS]) - _luma(other[top : top + _ROWS])
-        error += int(np.square(difference).sum(dtype=np.int64))
-    return math.inf if error == 0 else 10 * math.log10(255**2 * one.shape[0] * one.shape[1] / error)
+    """evaluate.py's `psnr_y` of two uint8 RGB images, in dB; infinite where they are equal."""
+    import torch
 
+    from pipeline.metrics import psnr_ssim
 
-def _luma(image: np.ndarray) -> np.ndarray:
-    """BT.601 studio-range Y, 16 + (65.481 R + 128.553 G + 24.966 B) / 255, rounded, halves up: int32, exact.
-
-    evaluate.py computes it in float64, which rounds 39 of the 2^24 colours, all of them halves, to the other side.
-    """
-    red, green, blue = (image[..., channel].astype(np.int32) for channel in range(3))
-    return (65481 * red + 128553 * green + 24966 * blue + 127500) // 255000 + 16
+    return psnr_ssim.psnr_y(*(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+                              for image in (one, other)))
