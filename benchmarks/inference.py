@@ -211,9 +211,9 @@ def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, devi
 
 
 def _loaded(file: Path, photo: torch.Tensor, device: torch.device, *, by_openvino: bool, hint: str = "f32") -> Call:
-    from pipeline.export.runtimes import OnnxRuntime, OpenVinoRuntime
+    from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 
-    network = OpenVinoRuntime(file, device, {"INFERENCE_PRECISION_HINT": hint}) if by_openvino else OnnxRuntime(
+    network = OpenVinoNetwork(file, device, {"INFERENCE_PRECISION_HINT": hint}) if by_openvino else OnnxNetwork(
         file, device)
     images = photo.numpy()
     return lambda: network(images)

@@ -49,9 +49,9 @@ FENCED = {  # library -> the only files that import it
                   "pipeline/checkpoint/engine_state.py"},
     "wandb": {"pipeline/monitor/wandb_tracker.py"},
     "accelerate": {"pipeline/engine/accelerate_engine.py"},
-    "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/int8.py", "pipeline/export/runtimes.py"},
+    "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/int8.py", "pipeline/export/network_files.py"},
     "onnxruntime": {"pipeline/export/int8.py", "pipeline/libraries.py"},
-    "openvino": {"pipeline/export/openvino_file.py", "pipeline/export/runtimes.py"},
+    "openvino": {"pipeline/export/openvino_file.py", "pipeline/export/network_files.py"},
     "tensorrt": {"pipeline/export/tensorrt_file.py"},
     "torch.utils.tensorboard": {"pipeline/monitor/journal.py"},
 }

@@ -1,4 +1,4 @@
-"""What `convert_to_onnx.py` does: choose the network, write it for other runtimes, compare, and only then name it."""
+"""What `convert_to_onnx.py` does: choose the network, write it for other backends, compare, and only then name it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.cli import RunError, UserError
 from pipeline.export import openvino_file, tensorrt_file
 from pipeline.export.int8 import Int8, gather, write_int8
+from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
-from pipeline.export.parity import LIMITS, Check, Runtime, checks, compare, photographs
-from pipeline.export.runtimes import onnx_runtime
+from pipeline.export.parity import LIMITS, Check, RunBatch, checks, compare, photographs
 from pipeline.files import flush, write_atomically
-from pipeline.models.common import told
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import network_file
 
+CPU = torch.device("cpu")
 FAILED = ".failed"
 """In the name of a file until it is proven, and of one that is not for good."""
 
@@ -66,7 +67,7 @@ def _write_onnx(path: Path, saved: SavedNetwork, network: nn.Module, form: Form,
     write_atomically(path, content)
     with quiet():
         batches = checks(network, form, photos)
-    print(_compared("ONNX Runtime", lambda: onnx_runtime(path), batches, form.io, form.half, path))
+    print(_compared("ONNX Runtime", lambda: OnnxNetwork(path, CPU), batches, form.io, form.half, path))
     return batches
 
 
@@ -74,7 +75,7 @@ def _write_openvino(onnx_file: Path, saved: SavedNetwork, form: Form, batches: l
     xml = onnx_file.with_suffix(".xml")
     failed = xml.with_name(f"{xml.stem}{FAILED}.xml")
     openvino_file.write_openvino(onnx_file, failed, describe(saved, form))
-    print(_compared("OpenVINO (FP16 weights)", lambda: openvino_file.openvino_runtime(failed), batches, form.io, True,
+    print(_compared("OpenVINO (FP16 weights)", lambda: OpenVinoNetwork(failed, CPU), batches, form.io, True,
                     failed))
     openvino_file.rename(failed, xml)
     size = sum(path.stat().st_size for path in openvino_file.parts(xml))
@@ -92,14 +93,10 @@ def _write_tensorrt(onnx_file: Path, form: Form) -> None:
     print(f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; it was not compared")
 
 
-def _compared(title: str, load: Callable[[], Runtime], batches: list[Check], io: str, half: bool, file: Path) -> str:
+def _compared(title: str, load: Callable[[], RunBatch], batches: list[Check], io: str, half: bool, file: Path) -> str:
     try:
-        try:
-            run = load()
-        except Exception as error:  # each runtime has its own
-            raise RunError(f"{title} cannot load the network ({told(error)})") from error
-        return compare(title, run, batches, LIMITS[io, half])
-    except RunError as error:
+        return compare(title, load(), batches, LIMITS[io, half])
+    except (UserError, RunError) as error:
         raise RunError(f"{error}. The file is {str(file)!r}; do not use it") from error
 
 

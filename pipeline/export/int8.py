@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
 from pipeline.export import openvino_file
+from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFile
 from pipeline.export.onnx_file import INPUT, Form, describe, quiet
-from pipeline.export.parity import MOST_PHOTOGRAPHS, Check, Limit, Photograph, Runtime, compare, read_photographs
-from pipeline.export.runtimes import onnx_runtime
+from pipeline.export.parity import MOST_PHOTOGRAPHS, Check, Limit, Photograph, RunBatch, compare, read_photographs
 from pipeline.files import flush
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.libraries import import_onnxruntime
@@ -165,7 +165,7 @@ class Score:
         return 0.0 if self.fp32 == self.int8 else self.fp32 - self.int8
 
 
-def measure(fp32: Runtime, int8: Runtime, photos: Sequence[Photograph], scale: int, form: Form) -> list[Score]:
+def measure(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int, form: Form) -> list[Score]:
     """Both networks on the exact cubic LR of every photograph.
 
     PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a network fails.
@@ -177,7 +177,7 @@ def measure(fp32: Runtime, int8: Runtime, photos: Sequence[Photograph], scale: i
         lr = as_input(to_bytes(cubic_resize(unit_range(hr, torch.float32), size)), form)
         try:
             expected, found = as_bytes(fp32(lr), form), as_bytes(int8(lr), form)
-        except Exception as error:  # each runtime has its own
+        except Exception as error:  # each backend has its own
             raise RunError(f"the network cannot be run on {photo.name!r} ({told(error)})") from error
         hr_y, expected_y, found_y = (luma(images, rounded=True)[..., scale:-scale, scale:-scale]
                                      for images in (hr, expected, found))
@@ -271,23 +271,23 @@ def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Mater
     """
     images = [as_input(crop, form) for crop in calibration_images(
         material.calibrating, saved.scale, material.int8.calibration_images, material.int8.seed)]
-    runtime = "OpenVINO" if for_openvino else "ONNX Runtime"
+    kind = FILE_BACKENDS["openvino" if for_openvino else "onnx"]
     final = onnx_file.with_name(f"{onnx_file.stem}_int8{'.xml' if for_openvino else '.onnx'}")
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         quantised = Path(folder, "int8.onnx")
-        print(f"quantising for {runtime} by {len(images)} images of {len(material.calibrating)} photographs ...",
+        print(f"quantising for {kind.title} by {len(images)} images of {len(material.calibrating)} photographs ...",
               flush=True)
         count = quantize(onnx_file, quantised, images, material.int8.keep_last,
                          has_int8_outputs=not for_openvino)
-        file, load = quantised, onnx_runtime
+        file = quantised
         if for_openvino:
-            file, load = quantised.with_suffix(".xml"), openvino_file.openvino_runtime
+            file = quantised.with_suffix(".xml")
             openvino_file.write_openvino(quantised, file, {})
-        fp32, int8 = _loaded(load, onnx_file, runtime), _loaded(load, file, runtime)
+        fp32, int8 = _loaded(kind, onnx_file), _loaded(kind, file)
         scores = measure(fp32, int8, material.measuring, saved.scale, form)
-        print(table(f"{runtime} in INT8", scores))
+        print(table(f"{kind.title} in INT8", scores))
         _judge(scores, material.int8)
-        print(compare(f"{runtime} in INT8", int8, batches, LIMITS[form.io]))
+        print(compare(f"{kind.title} in INT8", int8, batches, LIMITS[form.io]))
         description = {**describe(saved, form), "dtype": "int8", **_told(material, scores)}
         if for_openvino:
             openvino_file.write_openvino(quantised, file, description)
@@ -296,7 +296,7 @@ def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Mater
             describe_file(quantised, description)
             flush(quantised)
             parts = (quantised,), (final,)
-        _report_speed(runtime, fp32, int8, form)
+        _report_speed(kind.title, fp32, int8, form)
         for source, target in zip(*parts, strict=True):
             os.replace(source, target)
         flush(final.parent)
@@ -325,14 +325,14 @@ def _told(material: Material, scores: list[Score]) -> dict[str, str]:
             "max_psnr_y_drop": f"{max(score.drop for score in scores):.4f}"}
 
 
-def _report_speed(runtime: str, fp32: Runtime, int8: Runtime, form: Form) -> None:
+def _report_speed(title: str, fp32: RunBatch, int8: RunBatch, form: Form) -> None:
     images = np.zeros(form.shape(*TIMED), np.uint8 if form.io == "uint8" else np.float32)
     before, after = _seconds(fp32, images), _seconds(int8, images)
     verdict = f"{before / after:.1f} times as fast" if after < 0.95 * before else "not faster on this processor"
-    print(f"{TIMED[2]}x{TIMED[1]} pixels by {runtime}: {before:.3f} s in FP32, {after:.3f} s in INT8: {verdict}")
+    print(f"{TIMED[2]}x{TIMED[1]} pixels by {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: {verdict}")
 
 
-def _seconds(run: Runtime, images: np.ndarray) -> float:
+def _seconds(run: RunBatch, images: np.ndarray) -> float:
     """Of the fastest of three calls, after one that sets up."""
     run(images)
     times = []
@@ -343,11 +343,11 @@ def _seconds(run: Runtime, images: np.ndarray) -> float:
     return min(times)
 
 
-def _loaded(load: Callable[[Path], Runtime], file: Path, runtime: str) -> Runtime:
+def _loaded(kind: BackendKind, file: Path) -> NetworkFile:
     try:
-        return load(file)
-    except Exception as error:  # each runtime has its own
-        raise RunError(f"{runtime} cannot load the network ({told(error)})") from error
+        return kind.load(file, torch.device("cpu"))
+    except UserError as error:
+        raise RunError(str(error)) from error
 
 
 def _digest(photo: Photograph) -> bytes:

@@ -6,10 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.cli import RunError
-from pipeline.export.parity import Runtime
 from pipeline.files import flush
 from pipeline.models.common import told
 
@@ -31,18 +28,6 @@ def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -
         raise RunError(f"OpenVINO cannot convert {str(onnx_file)!r} ({told(error)})") from error
     for path in parts(xml):
         flush(path)
-
-
-def openvino_runtime(xml: Path) -> Runtime:
-    """Runs the file on the CPU, in FP32."""
-    import openvino
-
-    network = openvino.Core().compile_model(xml, "CPU", EXACT)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        return network(images)[0]
-
-    return run
 
 
 def parts(xml: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Whether another runtime makes the images that PyTorch makes: measured on photographs, at several sizes."""
+"""Whether another backend makes the images that PyTorch makes: measured on photographs, at several sizes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _paths_within_packages(names: Sequence[str], option: str) -> list[Path]:
     return found
 
 
-Runtime = Callable[[np.ndarray], np.ndarray]
+RunBatch = Callable[[np.ndarray], np.ndarray]
 """Runs a converted network on one batch."""
 
 SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
@@ -123,7 +123,7 @@ def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
     raise AssertionError("a cycle has no end")
 
 
-def compare(title: str, run: Runtime, batches: list[Check], limit: Limit) -> str:
+def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> str:
     """A table of how near `run` comes to what is expected; `RunError` that names the first batch beyond `limit`."""
     rows, failed = [f"{title} against PyTorch: batch, LR width x height, PSNR, largest difference"], ""
     for check in batches:
@@ -131,7 +131,7 @@ def compare(title: str, run: Runtime, batches: list[Check], limit: Limit) -> str
         name = f"{batch} x {width}x{height}"
         try:
             found = run(check.images)
-        except Exception as error:  # each runtime has its own
+        except Exception as error:  # each backend has its own
             raise RunError(f"{title} cannot run the network on {name} ({told(error)})") from error
         if found.shape != check.expected.shape:
             raise RunError(f"{title} makes {found.shape} of {name} where PyTorch makes {check.expected.shape}")

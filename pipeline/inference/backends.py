@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import RunError
-from pipeline.export.runtimes import NetworkFile
+from pipeline.export.network_files import NetworkFile
 
 
 class Backend(Protocol):
@@ -196,7 +196,7 @@ class SelfEnsemble:
         return total / 8
 
 
-# A network in a file, in a runtime that is not PyTorch: images in the layout, type and sizes that it takes.
+# A network in a file, in a backend that is not PyTorch: images in the layout, type and sizes that it takes.
 
 
 @dataclass(frozen=True)

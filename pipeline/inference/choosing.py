@@ -20,22 +20,22 @@ import torch
 
 from pipeline.cli import RunError, UserError
 from pipeline.distributed.launcher import Place, gpu_of
+from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFile, usable_threads
 from pipeline.export.onnx_file import Form, convert, quiet
 from pipeline.export.parity import LIMITS, SIZES, Check, checks, compare, photographs
-from pipeline.export.runtimes import RUNTIMES, NetworkFile, RuntimeKind, usable_threads
 from pipeline.files import short_path, write_atomically
 from pipeline.inference.backends import Backend, Facts, FileBackend, TorchBackend, dtype_of
 from pipeline.inference.file_facts import facts_of
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
-# Networks converted for other runtimes, compared and timed against PyTorch, and kept in a folder of the user's.
+# Networks converted for other backends, compared and timed against PyTorch, and kept in a folder of the user's.
 
 
 FORMAT = 1
-"""Of the files. NAME.onnx: the SHA-256 of an ONNX file, and that file. NAME-RUNTIME-….json: a `Verdict`."""
+"""Of the files. NAME.onnx: the SHA-256 of an ONNX file, and that file. NAME-BACKEND-….json: a `Verdict`."""
 TIMED_SECONDS = 0.5
-"""That PyTorch should take for the image on which runtimes are timed."""
+"""That PyTorch should take for the image on which backends are timed."""
 TIMED_SIDES = (64, 256)
 """The image's side, at least and at most."""
 ROUNDS = 3
@@ -46,7 +46,7 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out for one network in one runtime on this machine."""
+    """What came out for one network in one backend on this machine."""
 
     reason: str = ""
     """Why it is not used: it fails, or makes other images than PyTorch; empty: it makes the same."""
@@ -79,7 +79,7 @@ class Conversion:
         """Whether there is an ONNX file already, perhaps a broken one."""
         return self._path(self._is_half()).is_file()
 
-    def verdict(self, kind: RuntimeKind) -> Verdict | None:
+    def verdict(self, kind: BackendKind) -> Verdict | None:
         """That of an earlier time; `None` where there is none, or a broken one."""
         try:
             found = json.loads(self._verdict_path(kind).read_bytes())
@@ -87,7 +87,7 @@ class Conversion:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def judge(self, kind: RuntimeKind) -> Verdict:
+    def judge(self, kind: BackendKind) -> Verdict:
         """Convert, compare with PyTorch at several sizes and batches of photographs, and take the time."""
         try:
             self._load(kind, self._is_half(), is_new=True)
@@ -97,18 +97,18 @@ class Conversion:
         self._keep(self._verdict_path(kind), json.dumps(vars(verdict)).encode())
         return verdict
 
-    def backend(self, kind: RuntimeKind) -> FileBackend:
-        """The network in that runtime; FP32 where FP16 overflows, for which it is converted then."""
+    def backend(self, kind: BackendKind) -> FileBackend:
+        """The network in that backend; FP32 where FP16 overflows, for which it is converted then."""
         network = self._by_torch.network
         return FileBackend(lambda dtype: self._load(kind, dtype == torch.float16), Facts(
             network.scale, network.receptive_radius), self.device,
             lambda is_deep: dtype_of(self._precision, self.device, is_deep=is_deep), torch.float32)
 
-    def title(self, kind: RuntimeKind) -> str:
-        """Name and version of the runtime."""
+    def title(self, kind: BackendKind) -> str:
+        """Name and version of the backend."""
         return self._load(kind, self._is_half()).title
 
-    def _load(self, kind: RuntimeKind, half: bool, *, is_new: bool = False) -> NetworkFile:
+    def _load(self, kind: BackendKind, half: bool, *, is_new: bool = False) -> NetworkFile:
         """`UserError` for a network that cannot be converted or loaded, `RunError` for one with other images."""
         if (kind.name, half) not in self._files:
             content = self._kept(half)
@@ -120,7 +120,7 @@ class Conversion:
             self._files[kind.name, half] = file
         return self._files[kind.name, half]
 
-    def _share(self, kind: RuntimeKind) -> float:
+    def _share(self, kind: BackendKind) -> float:
         """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in turns, the fastest of
         `ROUNDS`."""
         side = int(np.clip((TIMED_SECONDS / self.seconds_per_pixel) ** 0.5, *TIMED_SIDES)) // 16 * 16
@@ -134,7 +134,7 @@ class Conversion:
         return min(_seconds([self._by_torch], side, rounds=1)) / side**2
 
     def _checks(self, half: bool) -> list[Check]:
-        """What PyTorch makes of photographs; computed once for all runtimes."""
+        """What PyTorch makes of photographs; computed once for all backends."""
         if half not in self._compared_with:
             self._compared_with[half] = checks(self._by_torch.network, Form(half=half), photographs(None))
         return self._compared_with[half]
@@ -168,7 +168,7 @@ class Conversion:
         """The name changes with whatever could change the file: weights, code, packages."""
         return cache_folder() / f"{self._saved.name}-x{self._saved.scale}-{self._digest}{'-half' if half else ''}.onnx"
 
-    def _verdict_path(self, kind: RuntimeKind) -> Path:
+    def _verdict_path(self, kind: BackendKind) -> Path:
         """The name changes with whatever could change the verdict: versions, processor, number of threads."""
         where = _digest(kind.version(), self.device.type, _processor(), usable_threads(), torch.get_num_threads())[:8]
         file = self._path(self._is_half())
@@ -217,16 +217,16 @@ def _processor() -> str:
 Work = Callable[[int], float]
 """How many LR pixels are to be upscaled with a network of that scale."""
 
-BACKENDS = ("auto", "torch", *RUNTIMES)
-FILES = tuple(sorted({suffix for kind in RUNTIMES.values() for suffix in kind.suffixes}))
+BACKENDS = ("auto", "torch", *FILE_BACKENDS)
+FILES = tuple(sorted({suffix for kind in FILE_BACKENDS.values() for suffix in kind.suffixes}))
 """What a file ends in that is no weights file, but a whole network."""
 EXPORT_SECONDS = 12.0
 """That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take longer."""
 CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
-"""LR pixels that PyTorch and every runtime are shown to compare them."""
+"""LR pixels that PyTorch and every backend are shown to compare them."""
 TIMING_SECONDS = 2 * (1 + ROUNDS) * TIMED_SECONDS
 USUAL_SHARE = 0.8
-"""Of PyTorch's time, by `benchmarks/inference.py`: the fastest runtime takes 0.65 to 1 for networks of this project."""
+"""Of PyTorch's time, by `benchmarks/inference.py`: the fastest backend takes 0.65 to 1 for networks of this project."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Chosen:
 
 
 def is_network_file(model: Path | None) -> bool:
-    """Whether it is a file for a runtime, rather than weights or a run folder (`None`: the newest)."""
+    """Whether it is a file for a backend, rather than weights or a run folder (`None`: the newest)."""
     return model is not None and model.suffix.lower() in FILES and not model.is_dir()
 
 
@@ -255,16 +255,16 @@ def choose_backend(model: Path | None, asked: str, device: torch.device, precisi
         return _of_file(model, asked, device, precision)
     chosen = choose_model(model)
     by_torch = TorchBackend(chosen.saved.build(), device, precision)
-    if asked in RUNTIMES:
-        kind = RUNTIMES[asked]
+    if asked in FILE_BACKENDS:
+        kind = FILE_BACKENDS[asked]
         _refuse_missing(kind, to_convert=True)
-        return _by_runtime(chosen, by_torch, kind, precision)
+        return _by_file_backend(chosen, by_torch, kind, precision)
     if asked == "torch" or device.type != "cpu" or precision == "fp16":
         return _by_torch(chosen, by_torch)
     return _fastest(chosen, by_torch, precision, work)
 
 
-def _refuse_missing(kind: RuntimeKind, *, to_convert: bool) -> None:
+def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
     if missing := kind.missing(to_convert=to_convert):
         raise UserError(f"--backend {kind.name} needs a package that is not installed; do: pip install {missing}, or "
                         "leave --backend out")
@@ -275,7 +275,7 @@ def _by_torch(chosen: Model, by_torch: TorchBackend, why: str = "") -> Chosen:
     return Chosen(chosen.file, f"{chosen.saved.name} x{by_torch.scale}", by_torch, f"{title}{why and f' ({why})'}")
 
 
-def _by_runtime(chosen: Model, by_torch: TorchBackend, kind: RuntimeKind, precision: str) -> Chosen:
+def _by_file_backend(chosen: Model, by_torch: TorchBackend, kind: BackendKind, precision: str) -> Chosen:
     """As asked for. `UserError` where it cannot be converted, or does not make PyTorch's images."""
     conversion = Conversion(chosen.file, chosen.saved, by_torch, precision)
     verdict = conversion.verdict(kind)
@@ -289,9 +289,9 @@ def _by_runtime(chosen: Model, by_torch: TorchBackend, kind: RuntimeKind, precis
 
 def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) -> Chosen:
     """What takes the least time, as measured on this machine, if finding out is worth it."""
-    kinds = [kind for kind in RUNTIMES.values() if not kind.missing(to_convert=True)]
+    kinds = [kind for kind in FILE_BACKENDS.values() if not kind.missing(to_convert=True)]
     if not kinds:
-        lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in RUNTIMES.values())
+        lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in FILE_BACKENDS.values())
         return _by_torch(chosen, by_torch, f"other back-ends need {' or '.join(lacking)}, not installed")
     conversion = Conversion(chosen.file, chosen.saved, by_torch, precision)
     verdicts = {kind: conversion.verdict(kind) for kind in kinds}
@@ -311,7 +311,7 @@ def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) 
         verdict.reason for verdict in verdicts.values() if verdict)))
 
 
-def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence[RuntimeKind], work: Work) -> bool:
+def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence[BackendKind], work: Work) -> bool:
     """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the conversion costs."""
     seconds = conversion.seconds_per_pixel
     params = sum(parameter.numel() for parameter in by_torch.network.parameters())
@@ -320,16 +320,16 @@ def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence
     return work(by_torch.scale) * seconds * (1 - USUAL_SHARE) > export + judging
 
 
-def _announce(chosen: Model, kinds: Sequence[RuntimeKind]) -> None:
+def _announce(chosen: Model, kinds: Sequence[BackendKind]) -> None:
     print(f"converting {short_path(chosen.file)} for {_titles(kinds)}, comparing and timing it against PyTorch ...",
           flush=True)
 
 
-def _titles(kinds: Sequence[RuntimeKind]) -> str:
+def _titles(kinds: Sequence[BackendKind]) -> str:
     return " and ".join(kind.title for kind in kinds)
 
 
-def _converted(conversion: Conversion, kind: RuntimeKind, chosen: Model, why: str) -> Chosen:
+def _converted(conversion: Conversion, kind: BackendKind, chosen: Model, why: str) -> Chosen:
     backend = conversion.backend(kind)
     folder = short_path(cache_folder())
     where = f"kept in {folder}" if conversion.is_kept else f"for this time only: {folder} cannot be written"
@@ -338,7 +338,7 @@ def _converted(conversion: Conversion, kind: RuntimeKind, chosen: Model, why: st
 
 
 def _of_file(path: Path, asked: str, device: torch.device, precision: str) -> Chosen:
-    """A network in a file of its own, by a runtime that reads it."""
+    """A network in a file of its own, by a backend that reads it."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r} of --model")
     if precision != "auto":
@@ -354,9 +354,9 @@ def _of_file(path: Path, asked: str, device: torch.device, precision: str) -> Ch
     return Chosen(path, f"{name} x{facts.scale}", backend, f"{device} by {file.title} (the file as it is{note})")
 
 
-def _kind_for(path: Path, asked: str, device: torch.device) -> RuntimeKind:
+def _kind_for(path: Path, asked: str, device: torch.device) -> BackendKind:
     suffix = path.suffix.lower()
-    kinds = [kind for kind in RUNTIMES.values() if suffix in kind.suffixes]
+    kinds = [kind for kind in FILE_BACKENDS.values() if suffix in kind.suffixes]
     if asked == "auto":
         if device.type != "cpu":
             kinds = [kind for kind in kinds if kind.on_gpu]
@@ -370,8 +370,8 @@ def _kind_for(path: Path, asked: str, device: torch.device) -> RuntimeKind:
     if asked not in [kind.name for kind in kinds]:
         raise UserError(f"--backend {asked} does not read {suffix} files; choose "
                         f"{' or '.join(['auto', *(kind.name for kind in kinds)])}")
-    _refuse_missing(RUNTIMES[asked], to_convert=False)
-    return RUNTIMES[asked]
+    _refuse_missing(FILE_BACKENDS[asked], to_convert=False)
+    return FILE_BACKENDS[asked]
 
 
 @dataclass(frozen=True)

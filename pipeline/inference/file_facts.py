@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError, UserError
+from pipeline.export.network_files import DESCRIBED, NetworkFile
 from pipeline.export.parity import photographs
-from pipeline.export.runtimes import DESCRIBED, NetworkFile
 from pipeline.inference.backends import Facts, fed, taken
 from pipeline.inference.tiles import ALIGNMENT
 from pipeline.models import build_generator

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError, UserError
-from pipeline.export.runtimes import is_out_of_memory
+from pipeline.export.network_files import is_out_of_memory
 from pipeline.images import to_bytes
 from pipeline.inference.backends import DEEP, Backend
 

@@ -50,7 +50,7 @@ def test_threads_reach_pytorch_and_the_runtimes(weights, tmp_path, monkeypatch):
     seen = {}
 
     def look(*_):
-        from pipeline.export.runtimes import usable_threads
+        from pipeline.export.network_files import usable_threads
 
         seen.update(torch=torch.get_num_threads(), runtimes=usable_threads())
         return {"eager": lambda: torch.zeros(1, 3, 48, 64)}

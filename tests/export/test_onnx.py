@@ -19,7 +19,8 @@ import convert_to_onnx
 from fabricate import CHECKOUT, make_run, picture, tiny_network, tiny_saved, write_images
 from pipeline import cli
 from pipeline.cli import RunError, UserError
-from pipeline.export import conversion, openvino_file, parity, tensorrt_file
+from pipeline.export import conversion, parity, tensorrt_file
+from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 from pipeline.export.onnx_file import INPUT, Form, convert, with_form
 from pipeline.export.parity import LIMITS, Limit
 from pipeline.models import build_generator
@@ -27,6 +28,7 @@ from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import run_network_file
 
+CPU = torch.device("cpu")
 SMALL = {"num_features": 8, "num_blocks": 1}
 ALL = [  # every network of the table; among them every form
     ("vapsr", 4, {**SMALL, "num_attention_features": 12}, Form(io="uint8", layout="nhwc")),
@@ -83,7 +85,7 @@ def test_every_network_at_any_size(tmp_path, photos, index):
     saved, content = converted(index)
     path = tmp_path / "net.onnx"
     path.write_bytes(content)
-    run = conversion.onnx_runtime(path)
+    run = OnnxNetwork(path, CPU)
     batches = parity.checks(saved.build(), form, photos)
     assert {check.size[0] for check in batches} == {1, 2, 3}
     assert any(check.size[1] % 2 and check.size[2] % 2 for check in batches)
@@ -105,7 +107,7 @@ def test_every_network_at_any_size(tmp_path, photos, index):
 def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, other):
     saved, content = other
     (tmp_path / "net.onnx").write_bytes(content)
-    run = conversion.onnx_runtime(tmp_path / "net.onnx")
+    run = OnnxNetwork(tmp_path / "net.onnx", CPU)
     parity.compare("it", run, parity.checks(saved.build(), Form(), photos), Limit(90))
     wrong = parity.checks(tiny_network(0), Form(), photos)
     with pytest.raises(RunError, match=r"it differs from PyTorch on 1 x 64x64: .* dB .*; 90 dB are asked for"):
@@ -187,10 +189,10 @@ def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
     assert ("--minShapes=input:1x16x16x3" in out) is not tensorrt_file.is_installed()
     names = {"net.pth", "net.onnx", "net.xml", "net.bin", "photos"}
     assert {path.name for path in tmp_path.iterdir()} - {"net.engine"} == names
-    run = openvino_file.openvino_runtime(tmp_path / "net.xml")
+    run = OpenVinoNetwork(tmp_path / "net.xml", CPU)
     parity.compare("OpenVINO", run, parity.checks(saved.build(), form, photos), LIMITS["uint8", True])
     assert b'<architecture value="vapsr"' in (tmp_path / "net.xml").read_bytes()
-    monkeypatch.setattr(openvino_file, "openvino_runtime", lambda xml: lambda batch: np.zeros(1, np.uint8))
+    monkeypatch.setattr(conversion, "OpenVinoNetwork", lambda xml, device: lambda batch: np.zeros(1, np.uint8))
     (tmp_path / "net.xml").write_text("an older one")
     with pytest.raises(RunError, match=r"net\.failed\.xml'; do not use it"):
         convert_command(output, **options)
@@ -212,7 +214,7 @@ def test_the_command_converts_the_newest_run(tmp_path):
     assert (props["recipe"], props["step"], props["dtype"]) == ("demo", "100", "float16")
     expected = read_network(run_network_file(run, 100, ema=True)).build()
     lr = torch.rand(1, 3, 21, 34)
-    found = conversion.onnx_runtime(tmp_path / "demo.onnx")(lr.half().numpy())
+    found = OnnxNetwork(tmp_path / "demo.onnx", CPU)(lr.half().numpy())
     with torch.inference_mode():
         assert np.abs(found - expected(lr).numpy()).max() < 0.01
 

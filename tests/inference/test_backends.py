@@ -20,9 +20,9 @@ import convert_to_onnx
 import upscale
 from fabricate import picture, run_command, tiny_saved
 from pipeline import cli
+from pipeline.export.network_files import FILE_BACKENDS
 from pipeline.export.onnx_file import Form, convert, describe
 from pipeline.export.openvino_file import write_openvino
-from pipeline.export.runtimes import RUNTIMES
 from pipeline.inference import choosing
 from pipeline.inference.backends import TorchBackend
 from pipeline.inference.choosing import Conversion, Verdict
@@ -105,13 +105,13 @@ def assert_near(found, expected, levels=1, deep_levels=1):
     assert found[-1].std() > 1000  # 16 bits, and a picture
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("backend", FILE_BACKENDS)
 @pytest.mark.parametrize("tile", [0, 32])
 def test_every_backend_makes_the_images_of_pytorch(work, kept, expected, capsys, tmp_path, backend, tile):
     found, told = upscaled(capsys, work, tmp_path, "--backend", backend, "--tile", tile)
     assert_near(found, expected)
-    assert re.search(rf"\(vapsr x2\) on cpu by {RUNTIMES[backend].title} [\d.]+ \(converted, kept in .*converted\); "
-                     "4 files", told)
+    title = FILE_BACKENDS[backend].title
+    assert re.search(rf"\(vapsr x2\) on cpu by {title} [\d.]+ \(converted, kept in .*converted\); 4 files", told)
 
 
 def test_a_network_is_converted_once_and_a_broken_file_is_made_anew(work, alone, expected, capsys, tmp_path,
@@ -148,7 +148,7 @@ def conversion_of(work):
 
 def judged(conversion, **verdicts):
     for name, verdict in verdicts.items():
-        conversion._keep(conversion._verdict_path(RUNTIMES[name]), json.dumps(vars(verdict)).encode())
+        conversion._keep(conversion._verdict_path(FILE_BACKENDS[name]), json.dumps(vars(verdict)).encode())
 
 
 @pytest.mark.parametrize(("openvino", "onnx_runtime", "line"), [
@@ -173,21 +173,21 @@ def test_much_work_is_worth_a_conversion_which_measures_both(work, alone, expect
     found, told = upscaled(capsys, work, tmp_path / "out")
     assert_near(found, expected)
     assert told.startswith(f"converting {choosing.short_path(work / 'tiny.safetensors')} for OpenVINO and ONNX Runtime")
-    verdicts = [conversion_of(work).verdict(kind) for kind in RUNTIMES.values()]
+    verdicts = [conversion_of(work).verdict(kind) for kind in FILE_BACKENDS.values()]
     assert all(not verdict.reason and 0.02 < verdict.share < 50 for verdict in verdicts)
-    shares = {kind.title: verdict.share for kind, verdict in zip(RUNTIMES.values(), verdicts, strict=True)}
+    shares = {kind.title: verdict.share for kind, verdict in zip(FILE_BACKENDS.values(), verdicts, strict=True)}
     fastest = min({**shares, "PyTorch": 1.0}.items(), key=lambda item: item[1])[0]
     assert f"on cpu by {fastest} " in told
 
 
 def test_a_runtime_with_other_images_is_refused_and_not_tried_again(work, alone, expected, capsys, tmp_path,
                                                                     monkeypatch):
-    class Wrong(RUNTIMES["onnx"].load):
+    class Wrong(FILE_BACKENDS["onnx"].load):
         def __call__(self, images):
             return super().__call__(images) * 0.99
 
-    kind = choosing.RuntimeKind(**{**vars(RUNTIMES["onnx"]), "load": Wrong})
-    monkeypatch.setattr(choosing, "RUNTIMES", {"onnx": kind})
+    kind = choosing.BackendKind(**{**vars(FILE_BACKENDS["onnx"]), "load": Wrong})
+    monkeypatch.setattr(choosing, "FILE_BACKENDS", {"onnx": kind})
     for name in ("EXPORT_SECONDS", "CHECKED_PIXELS", "TIMING_SECONDS"):
         monkeypatch.setattr(choosing, name, 0)
     found, told = upscaled(capsys, work, tmp_path / "1")
@@ -263,7 +263,7 @@ def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **ch
     return path
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("backend", FILE_BACKENDS)
 @pytest.mark.parametrize("form", [{}, {"multiple": 4}, {"height": 48, "width": 80}])
 def test_a_foreign_file_shows_its_scale_and_sizes_by_running(work, capsys, tmp_path, form, backend):
     file = foreign(tmp_path / "foreign.onnx", **form)

@@ -1,4 +1,7 @@
-"""The runtimes besides PyTorch, and which of them are installed."""
+"""Networks in files, run by ONNX Runtime (.onnx) or OpenVINO (.onnx, .xml), and which of the two is installed.
+
+A converted file is compared with PyTorch by the very classes that later run it, with the same options.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.cli import RunError, UserError
-from pipeline.export.onnx_file import INPUT, OUTPUT
 from pipeline.export.openvino_file import EXACT, SECTION
-from pipeline.export.parity import Runtime
 from pipeline.libraries import import_onnxruntime
 from pipeline.models.common import told
 
@@ -31,7 +32,7 @@ _ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tens
 _SILENT = 4  # what goes wrong it raises, too
 
 
-class OnnxRuntime:
+class OnnxNetwork:
     """One network; see `NetworkFile`.
 
     Args:
@@ -123,7 +124,7 @@ _OPENVINO_TYPES = {"f32": np.float32, "f16": np.float16, "u8": np.uint8}
 _NO_WORK = ("Parameter", "Constant", "Result")
 
 
-class OpenVinoRuntime:
+class OpenVinoNetwork:
     """One network; see `NetworkFile`.
 
     Args:
@@ -190,25 +191,12 @@ def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
             if model.has_rt_info([SECTION, key])}
 
 
-# ONNX files run by ONNX Runtime.
-
-
-def onnx_runtime(path: Path) -> Runtime:
-    """Runs an ONNX file by ONNX Runtime, on the CPU."""
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong it raises, too
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: np.ndarray) -> np.ndarray:
-        return session.run([OUTPUT], {INPUT: images})[0]
-
-    return run
+# The backends that read network files, and which of them are installed.
 
 
 @dataclass(frozen=True)
-class RuntimeKind:
-    """One runtime."""
+class BackendKind:
+    """A backend that runs network files."""
 
     name: str
     """As `--backend` has it."""
@@ -227,7 +215,7 @@ class RuntimeKind:
         return f"{found} {importlib.metadata.version(found)}"
 
     def missing(self, *, to_convert: bool) -> str | None:
-        """The name, for pip, of the first package that is not installed: of the runtime, and of the exporter."""
+        """The name, for pip, of the first package that is not installed: of the backend, and of the exporter."""
         wanted = {self.package: self.distributions[0]}
         if to_convert:
             wanted |= {"onnx": "onnx", "onnxscript": "onnxscript", "skimage": "scikit-image"}
@@ -242,10 +230,10 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-RUNTIMES = {kind.name: kind for kind in (
-    RuntimeKind("openvino", OPENVINO_TITLE, "openvino", ("openvino",), OpenVinoRuntime, (".onnx", ".xml"),
+FILE_BACKENDS = {kind.name: kind for kind in (
+    BackendKind("openvino", OPENVINO_TITLE, "openvino", ("openvino",), OpenVinoNetwork, (".onnx", ".xml"),
                 on_gpu=False),
-    RuntimeKind("onnx", ONNX_TITLE, "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), OnnxRuntime, (".onnx",),
+    BackendKind("onnx", ONNX_TITLE, "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), OnnxNetwork, (".onnx",),
                 on_gpu=True))}
 
 
@@ -255,10 +243,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NetworkFile(Protocol):
-    """A network in a runtime that is not PyTorch."""
+    """A network in a backend that is not PyTorch."""
 
     title: str
-    """Name and version of the runtime."""
+    """Name and version of the backend."""
     inputs: list[tuple[int | None, ...]]
     """Their shapes; `None` is any number."""
     dtype: np.dtype | None
@@ -274,7 +262,7 @@ class NetworkFile(Protocol):
 
 
 def usable_threads() -> int:
-    """How many threads a runtime may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
+    """How many threads a backend may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said):
         return int(said)
