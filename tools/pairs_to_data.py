@@ -22,7 +22,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from pipeline.data.pair_matching import Pair, match_pairs, outside, split_marked
+from pipeline.data.pair_matching import NamePair, match_pairs, outside, split_marked
 from tools.common.image_headers import BadImageError, read_header
 from tools.crops.cutting import (
     CropSettings,
@@ -130,7 +130,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
 
 
-def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[Pair], list[str]]:
+def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[str]]:
     """(Pairs, files without a partner); `UserError` where there is not a single pair."""
     hr_names, lr_names = _images(hr), _images(lr)
     first, second = hr.resolve(), lr.resolve()
@@ -163,7 +163,7 @@ class PairCutter:
     """Decodes and cuts pairs, on any number of threads."""
 
     def __init__(self, hr: Path, lr: Path, out: Path, settings: CropSettings, options: Options,
-                 pairs: dict[str, Pair]) -> None:
+                 pairs: dict[str, NamePair]) -> None:
         self._hr, self._lr, self._out, self._settings, self._options = hr, lr, out, settings, options
         self._pairs = pairs
         self._benchmark: BenchmarkIndex | None = open_benchmark(settings.against)

@@ -14,7 +14,7 @@ _HR_MARK = re.compile(r"[_-]?(hr|gt)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Pair:
+class NamePair:
     """Two files that belong together, relative to their folders."""
 
     hr: str
@@ -38,7 +38,7 @@ def outside(names: list[str], folder: str) -> list[str]:
     return [name for name in names if not name.startswith(f"{folder}/")]
 
 
-def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[list[Pair], list[str]]:
+def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[list[NamePair], list[str]]:
     """(Pairs in the order of their HR names, names without a partner).
 
     Partners are, in this order of preference, files of the same path but for its suffix; the same but for the marks of
@@ -63,7 +63,7 @@ def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[l
             elif number == len(stages) - 1:
                 _refuse(key, hr_group if len(hr_group) > 1 else lr_group)
     lonely = [name for name in hr_names if name not in partners] + [name for name in lr_names if name not in taken]
-    return [Pair(name, partners[name]) for name in sorted(partners)], lonely
+    return [NamePair(name, partners[name]) for name in sorted(partners)], lonely
 
 
 def _refuse(key: str, names: list[str]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.data.pair_matching import match_pairs
 from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
 
@@ -25,7 +26,7 @@ COMMON_MULTIPLE = 12
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """An HR image and its LR image, on the disk."""
 
     name: str
@@ -60,42 +61,34 @@ def _fits(large: int, small: int, scale: int) -> bool:
     return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(COMMON_MULTIPLE, scale)
 
 
-def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[Pair]:
-    """Pair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming what does not pair.
+def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImagePair]:
+    """ImagePair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming what does not pair.
 
     Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there are left alone),
-    otherwise every image is HR and its LR image is made. With `lr`: equal names, or the LR one's with `_LR`, `xS` or
-    `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this one's count.
+    otherwise every image is HR and its LR image is made. With `lr`: names match as `match_pairs` says, so LR may have
+    `_LR`, `xS` or `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this
+    one's count.
     """
     images = _images_by_stem(Path(hr), "HR")
-    marked = {stem[:-3]: path for stem, path in images.items() if stem.lower().endswith("_hr")}
-    marked = {name: path for name, path in marked.items() if name.lower().endswith(f"_srf_{scale}")} or marked
+    marked = {stem: path for stem, path in images.items() if stem.lower().endswith("_hr")}
+    marked = {stem: path for stem, path in marked.items() if stem.lower().endswith(f"_srf_{scale}_hr")} or marked
     if lr is not None:
-        return _pair_folders(marked or images, Path(lr), scale)
-    if not marked:
-        return [Pair(name, path, None) for name, path in sorted(images.items())]
-    partners = {name: images.get(f"{name}_LR", images.get(f"{name}_lr")) for name in marked}
-    missing = [name for name, partner in partners.items() if partner is None]
-    if missing and len(missing) < len(marked):
-        raise UserError(f"{len(missing)} of {len(marked)} HR images in {str(hr)!r} have no LR image beside them, the "
-                        f"first being {marked[missing[0]].name!r}; add it or give the LR images with --lr")
-    return [Pair(name, marked[name], partners[name]) for name in sorted(marked)]
-
-
-def _pair_folders(hr_images: dict[str, Path], lr: Path, scale: int) -> list[Pair]:
-    lr_images = _images_by_stem(lr, "LR")
-    pairs, missing = [], []
-    for name, path in sorted(hr_images.items()):
-        wanted = (name, f"{name}_LR", f"{name}x{scale}", f"{name}_x{scale}", f"{name}X{scale}", f"{name}_X{scale}")
-        found = [lr_images[stem] for stem in wanted if stem in lr_images]
-        if found:
-            pairs.append(Pair(name, path, found[0]))
-        else:
-            missing.append(path)
-    if missing:
-        raise UserError(f"{len(missing)} of {len(hr_images)} HR images have no LR image in {str(lr)!r}, the first "
-                        f"being {missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})")
-    return pairs
+        lr_images = _images_by_stem(Path(lr), "LR")
+    else:
+        lr_images = {stem: path for stem, path in images.items() if marked and stem.lower().endswith("_lr")}
+    lr_files = {path.name: path for path in lr_images.values()}
+    matched, _ = match_pairs([path.name for path in (marked or images).values()], list(lr_files), scale)
+    partners = {pair.hr: lr_files[pair.lr] for pair in matched}
+    pairs = [ImagePair(stem[:-3] if marked else stem, path, partners.get(path.name))
+             for stem, path in (marked or images).items()]
+    missing = [pair.hr for pair in pairs if pair.lr is None]
+    if missing and lr is not None:
+        raise UserError(f"{len(missing)} of {len(pairs)} HR images have no LR image in {str(lr)!r}, the first being "
+                        f"{missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})")
+    if missing and partners:
+        raise UserError(f"{len(missing)} of {len(pairs)} HR images in {str(hr)!r} have no LR image beside them, the "
+                        f"first being {missing[0].name!r}; add it or give the LR images with --lr")
+    return sorted(pairs, key=lambda pair: pair.name)
 
 
 def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
@@ -146,7 +139,7 @@ class ImageSet:
     """Images to measure on, under one name."""
 
     name: str
-    pairs: list[Pair]
+    pairs: list[ImagePair]
     hr: Path
     lr: Path | None = None
     """Folder of the LR images; None where they lie beside the HR ones or are made."""
@@ -229,7 +222,7 @@ def _inside(folder: Path, relative: str) -> list[Path]:
     return [folder]
 
 
-def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pair]] | None:
+def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[ImagePair]] | None:
     """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none, made."""
     for pattern in SIDE_BY_SIDE:
         for place in _inside(folder, pattern.format(s=scale)):
@@ -238,7 +231,7 @@ def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pai
     return None
 
 
-def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pair]] | None:
+def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[ImagePair]] | None:
     """HR images in a folder, LR images in another one, or none of those."""
     for pattern in HR_FOLDERS:
         for hr in _inside(folder, pattern.format(s=scale)):
@@ -247,7 +240,7 @@ def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Pair
     return None
 
 
-def _with_lr(folder: Path, hr: Path, pairs: list[Pair], scale: int) -> tuple[Path, Path | None, list[Pair]]:
+def _with_lr(folder: Path, hr: Path, pairs: list[ImagePair], scale: int) -> tuple[Path, Path | None, list[ImagePair]]:
     """The pairs with the benchmark's LR images, where it has any of this scale."""
     for lr in _lr_folders(folder, hr, scale):
         return hr, lr, find_pairs(hr, lr, scale)
@@ -268,7 +261,7 @@ def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
             yield from _inside(folder.parent, pattern.format(name=folder.name[:-3], s=scale))
 
 
-def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[Pair]:
+def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[ImagePair]:
     """The pairs of two folders where the first has sizes that fit the scale; empty where they do not pair or fit."""
     try:
         pairs = find_pairs(hr, lr, scale)
@@ -279,7 +272,7 @@ def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[Pair]:
     return pairs if fits else []
 
 
-def _note(preset: Preset, pairs: list[Pair], hr: Path) -> str:
+def _note(preset: Preset, pairs: list[ImagePair], hr: Path) -> str:
     """What differs from the benchmark as published."""
     if len(pairs) != preset.num_images:
         return (f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "

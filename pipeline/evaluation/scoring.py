@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
-from pipeline.evaluation.image_sets import Pair
+from pipeline.evaluation.image_sets import ImagePair
 from pipeline.images import cubic_resize, to_bytes, unit_range
 from pipeline.inference.backends import SelfEnsemble, TorchBackend
 from pipeline.inference.tiles import Upscaler
@@ -61,7 +61,7 @@ def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
     return torch.from_numpy(large).permute(0, 3, 1, 2).contiguous()
 
 
-def measure_image(upscalers: Mapping[str, Upscaler], pair: Pair, scale: int, measures: Sequence[Measure]) -> Views:
+def measure_image(upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]) -> Views:
     """Measure networks, by their titles, and `BASELINES` on one pair. `UserError` for images that do not fit."""
     hr, lr = pair.load(scale)
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)

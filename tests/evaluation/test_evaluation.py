@@ -46,11 +46,19 @@ def test_pairs_side_by_side(tmp_path):
     assert names(find_pairs(tmp_path, None, 2)) == [("a", "a_HR.png", None), ("b", "b_HR.png", None)]
 
 
-@pytest.mark.parametrize("lr_name", ["a.png", "a.jpg", "ax3.png", "a_x3.png", "aX3.png", "a_LR.png"])
+@pytest.mark.parametrize("lr_name", ["a.png", "a.jpg", "ax3.png", "a_x3.png", "aX3.png", "a_LR.png", "a-lq.png"])
 def test_pairs_in_two_folders(tmp_path, lr_name):
     hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9), "b.png": picture(9, 9)})
     lr = write_images(tmp_path / "lr", {lr_name: picture(3, 3), "b.png": picture(3, 3), "c.png": picture(3, 3)})
     assert names(find_pairs(hr, lr, 3)) == [("a", "a.png", lr_name), ("b", "b.png", "b.png")]
+
+
+def test_names_with_dots_and_in_any_order_pair(tmp_path):
+    hr = write_images(tmp_path / "hr", dict.fromkeys(("b.v1.png", "b.v2.png", "b-c.png", "b.png"), picture(9, 9)))
+    lr = write_images(tmp_path / "lr", dict.fromkeys(("b.v2x3.png", "b.v1x3.png", "b-c.png", "b.png"), picture(3, 3)))
+    assert names(find_pairs(hr, lr, 3)) == [
+        ("b", "b.png", "b.png"), ("b-c", "b-c.png", "b-c.png"), ("b.v1", "b.v1.png", "b.v1x3.png"),
+        ("b.v2", "b.v2.png", "b.v2x3.png")]
 
 
 def test_what_does_not_pair_is_named(tmp_path):

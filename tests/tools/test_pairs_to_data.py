@@ -15,7 +15,7 @@ from dataset_photographs import blurred, photographs, recompressed
 from fabricate import shared
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list
-from pipeline.data.pair_matching import Pair, match_pairs
+from pipeline.data.pair_matching import NamePair, match_pairs
 from tools.crops.leakage import BenchmarkIndex
 from tools.pairs_to_data import correlation, has_swapped_colors, shift
 
@@ -115,8 +115,8 @@ def test_what_is_no_pair_is_turned_away(tmp_path):
 def test_names():
     hr = ["a/0001.png", "img_2_HR.png", "c.webp"]
     lr = ["0001x4.png", "b/img_2_LR.png", "c_x4.png", "d.png"]
-    assert match_pairs(hr, lr, 4) == ([Pair("a/0001.png", "0001x4.png"), Pair("c.webp", "c_x4.png"),
-                                       Pair("img_2_HR.png", "b/img_2_LR.png")], ["d.png"])
+    assert match_pairs(hr, lr, 4) == ([NamePair("a/0001.png", "0001x4.png"), NamePair("c.webp", "c_x4.png"),
+                                       NamePair("img_2_HR.png", "b/img_2_LR.png")], ["d.png"])
     for mark in ("x4", "x4m", "x4w", "x4d", "_x4", "-X4", "_LR", "_lq"):
         assert match_pairs(["0001.png"], [f"0001{mark}.png"], 4)[0], mark
     assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # of another scale
@@ -135,7 +135,7 @@ def test_names():
     (["deep/1.png"], ["X4/1.png", "X4/2x4.png"], {"deep/1.png": "X4/1.png"}, ["X4/2x4.png"])])
 def test_the_most_alike_names_are_partners(hr, lr, pairs, lonely):
     """The marks of a side count only where the whole name does not fit, and the folders where names repeat."""
-    assert match_pairs(hr, lr, 4) == ([Pair(name, pairs[name]) for name in sorted(pairs)], lonely)
+    assert match_pairs(hr, lr, 4) == ([NamePair(name, pairs[name]) for name in sorted(pairs)], lonely)
 
 
 def test_one_folder_may_hold_both_sides(tmp_path):
