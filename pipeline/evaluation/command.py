@@ -1,4 +1,8 @@
-"""What `evaluate.py` does: choose the models and the images, measure, print, write."""
+"""What `evaluate.py` does: choose the models and the images, measure, print, write.
+
+`run_evaluation` starts processes, or is one of them. Every process prepares the whole evaluation, so that each refuses
+what can be refused before the work; they then share the images, and the first prints and writes.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +37,6 @@ from pipeline.evaluation.tables import (
 )
 from pipeline.inference.choosing import Model, choose_model, device_at
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures
-
-# Which models are evaluated, by what names, and where.
 
 
 def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:

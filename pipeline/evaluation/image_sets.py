@@ -1,4 +1,8 @@
-"""The benchmarks that papers report, found in the folder layouts that people have them in."""
+"""The images to evaluate on: pairs of HR and LR in any folder, and the benchmarks that papers report.
+
+`find_folder` pairs the images of a folder by name. `find_benchmark` looks for a benchmark in the folder layouts that
+people have them in. Both give an `ImageSet` of `ImagePair`s, which are read when they are measured.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,6 @@ from pipeline.cli import UserError
 from pipeline.data.pair_matching import match_pairs
 from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
-
-# Which LR image belongs to which HR image, and reading them.
-
 
 COMMON_MULTIPLE = 12
 """HR images are often cut to multiples of it, for x2, x3 and x4 at once."""

@@ -1,4 +1,8 @@
-"""An evaluation as one HTML file that needs nothing else: tables, scatter, crops, and sliders between the images."""
+"""An evaluation as one HTML file that needs nothing else: tables, scatter, crops, and sliders between the images.
+
+A `Gallery` sees every image while it is in memory and keeps those with the largest and the smallest gain, `scatter`
+places the gains in an SVG, and `write_page` puts all into the template `page.html.j2`.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,7 @@ from pipeline.evaluation.tables import Interval, SetScores, main_metrics, number
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS
 
-# The scatter of a page: how much each model gains over bicubic on every image, as places in an SVG.
-
+# The scatter: how much each model gains over bicubic on every image, as places in an SVG.
 
 WIDTH, HEIGHT = 800, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 40, 64
@@ -88,8 +91,7 @@ def _up(share: float) -> float:
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-# The pictures of an evaluation's page: which images it shows, cut out while they are in memory.
-
+# The gallery: which images the page shows, cut out while they are in memory.
 
 STAGE = 384
 """Pixels a side of what a slider shows, at most."""
@@ -219,6 +221,8 @@ def _cut(views: Views, gain: float, where: Tensor) -> Shown:
     crop = {method: image[..., top : top + side, left : left + side].clone() for method, image in pixels.items()}
     return Shown(views.scores, gain, stage, crop, (top, left))
 
+
+# The page.
 
 _HERE = Path(__file__).parent
 SHOWN = ("recipe", "step", "weights", "dtype", "license")

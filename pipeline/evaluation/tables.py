@@ -1,4 +1,8 @@
-"""What was measured on several image sets with several methods: CSV, Markdown and JSON values."""
+"""What was measured on several image sets with several methods: how sure it is, and as CSV, Markdown and JSON.
+
+A mean over few images says little by itself, so each comes with its bootstrap interval. The draws are seeded and the
+same for all methods, so that the difference between two methods is paired by image.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,6 @@ from pipeline.evaluation.image_sets import ImageSet
 from pipeline.evaluation.scoring import BASELINES, DRIFTS, ImageScores
 from pipeline.metrics import METRICS, Metric, means
 from pipeline.metrics.psnr_ssim import CONVENTION
-
-# How sure a mean over few images is: bootstrap intervals, seeded, with all methods drawn on the same images.
-
 
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 FEW_IMAGES = 10
@@ -253,7 +254,6 @@ def _ends(found: Interval) -> list[float] | None:
 
 
 # One model on one set as a table to read, and everything as JSON to keep.
-
 
 PAPERS = METRICS["psnr_y"].convention
 COLUMNS = ("PSNR-Y bicubic", "PSNR-Y model", "   gain", "SSIM-Y bicubic", "SSIM-Y model")  # "+12.345" must fit

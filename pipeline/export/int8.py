@@ -1,4 +1,11 @@
-"""A proven FP32 ONNX file as an INT8 file for ONNX Runtime or OpenVINO, which is refused where it loses too much."""
+"""A proven FP32 ONNX file as an INT8 file for ONNX Runtime or OpenVINO, which is refused where it loses too much.
+
+Static quantisation (QDQ) by ranges taken from photographs; other photographs then measure the drop in PSNR-Y beside the
+FP32 network. Weights are INT8 by output channel, activations UINT8 by tensor, between the smallest and the largest
+value that the photographs gave. Cutting outliers off, as percentiles and averages do, turns highlights grey: it costs a
+whole dB on single images. Convolutions in groups stay in FP32, because a depthwise one gains no speed from INT8. So do
+the last ones, whose rounding nothing behind them evens out.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,25 +31,16 @@ from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFil
 from pipeline.export.onnx_file import INPUT, Form, describe, quiet
 from pipeline.export.parity import MOST_PHOTOGRAPHS, Check, Limit, Photograph, RunBatch, compare, read_photographs
 from pipeline.files import flush
-from pipeline.images import cubic_resize, to_bytes, unit_range
+from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
 from pipeline.libraries import import_onnxruntime
-from pipeline.models.common import told
+from pipeline.metrics.psnr_ssim import psnr, psnr_y
+from pipeline.models.common import one_line
 from pipeline.models.weights import SavedNetwork
 
 if TYPE_CHECKING:
     import onnx
-from statistics import fmean
 
-from pipeline.images import crop_to_multiple
-from pipeline.metrics.psnr_ssim import luma, psnr
-
-# An ONNX file with its convolutions in INT8, their ranges taken from photographs (static quantization, QDQ).
-#
-# Weights are INT8 by output channel, activations UINT8 by tensor, between the smallest and the largest value that the
-# photographs gave. What cuts outliers off, as percentiles and averages do, turns highlights grey: it costs a whole dB
-# on single images. Convolutions in groups stay in FP32: a depthwise one gains no speed from INT8. So do the last
-# ones, whose rounding nothing behind them evens out.
-
+# Quantising.
 
 CALIBRATION_SIDE = 96
 """Of a calibration image, in LR pixels."""
@@ -139,8 +138,7 @@ def _dense_convolutions(model: onnx.ModelProto) -> list[str]:
             and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)]
 
 
-# How much a quantised network loses: PSNR-Y against HR photographs, beside that of the FP32 network.
-
+# Measuring the loss: PSNR-Y against HR photographs, beside that of the FP32 network.
 
 MEASURED_SIDE = 1024
 """Of a photograph at most; of a larger one the middle is measured."""
@@ -149,7 +147,7 @@ SMALLEST = 64
 
 
 @dataclass(frozen=True)
-class Score:
+class PhotographScore:
     """One photograph."""
 
     name: str
@@ -165,7 +163,8 @@ class Score:
         return 0.0 if self.fp32 == self.int8 else self.fp32 - self.int8
 
 
-def measure(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int, form: Form) -> list[Score]:
+def measure_drop(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int,
+                 form: Form) -> list[PhotographScore]:
     """Both networks on the exact cubic LR of every photograph.
 
     PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a network fails.
@@ -178,19 +177,20 @@ def measure(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale:
         try:
             expected, found = as_bytes(fp32(lr), form), as_bytes(int8(lr), form)
         except Exception as error:  # each backend has its own
-            raise RunError(f"the network cannot be run on {photo.name!r} ({told(error)})") from error
-        hr_y, expected_y, found_y = (luma(images, rounded=True)[..., scale:-scale, scale:-scale]
-                                     for images in (hr, expected, found))
-        scores.append(Score(photo.name, psnr(expected_y, hr_y), psnr(found_y, hr_y), psnr(found, expected)))
+            raise RunError(f"the network cannot be run on {photo.name!r} ({one_line(error)})") from error
+        hr_inner, expected_inner, found_inner = (images[..., scale:-scale, scale:-scale]
+                                                 for images in (hr, expected, found))
+        scores.append(PhotographScore(photo.name, psnr_y(expected_inner, hr_inner), psnr_y(found_inner, hr_inner),
+                                      psnr(found, expected)))
     return scores
 
 
-def mean_drop(scores: Sequence[Score]) -> float:
+def mean_drop(scores: Sequence[PhotographScore]) -> float:
     """In dB."""
     return fmean(score.drop for score in scores)
 
 
-def table(title: str, scores: Sequence[Score]) -> str:
+def table(title: str, scores: Sequence[PhotographScore]) -> str:
     """A line for each photograph and one for the mean."""
     mean = [fmean(values) for values in zip(*((score.fp32, score.int8, score.drop, score.agreement)
                                               for score in scores), strict=True)]
@@ -205,6 +205,8 @@ def _middle(images: torch.Tensor) -> torch.Tensor:
     top, left = (max(0, (side - MEASURED_SIDE) // 2) for side in images.shape[-2:])
     return images[..., top : top + MEASURED_SIDE, left : left + MEASURED_SIDE]
 
+
+# The INT8 file: photographs that calibrate and others that measure, the limits, writing.
 
 CALIBRATING = ("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg", "skimage/data/rocket.jpg")
 MEASURING = ("skimage/data/astronaut.png", "skimage/data/coffee.png", "skimage/data/chelsea.png")
@@ -284,11 +286,11 @@ def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Mater
             file = quantised.with_suffix(".xml")
             openvino_file.write_openvino(quantised, file, {})
         fp32, int8 = _loaded(kind, onnx_file), _loaded(kind, file)
-        scores = measure(fp32, int8, material.measuring, saved.scale, form)
+        scores = measure_drop(fp32, int8, material.measuring, saved.scale, form)
         print(table(f"{kind.title} in INT8", scores))
         _judge(scores, material.int8)
         print(compare(f"{kind.title} in INT8", int8, batches, LIMITS[form.io]))
-        description = {**describe(saved, form), "dtype": "int8", **_told(material, scores)}
+        description = {**describe(saved, form), "dtype": "int8", **_calibration(material, scores)}
         if for_openvino:
             openvino_file.write_openvino(quantised, file, description)
             parts = openvino_file.parts(file), openvino_file.parts(final)
@@ -305,7 +307,7 @@ def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Mater
           f"drop {mean_drop(scores):+.3f} dB")
 
 
-def _judge(scores: list[Score], int8: Int8) -> None:
+def _judge(scores: list[PhotographScore], int8: Int8) -> None:
     drop = mean_drop(scores)
     if not drop <= int8.max_drop:
         allowed = math.ceil(drop * 100) / 100 if math.isfinite(drop) else drop
@@ -315,7 +317,7 @@ def _judge(scores: list[Score], int8: Int8) -> None:
                        f"--max-drop {allowed:g}")
 
 
-def _told(material: Material, scores: list[Score]) -> dict[str, str]:
+def _calibration(material: Material, scores: list[PhotographScore]) -> dict[str, str]:
     """What the file says of its calibration and its loss."""
     int8 = material.int8
     return {"float32_last_convolutions": str(int8.keep_last),

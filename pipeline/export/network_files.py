@@ -22,7 +22,7 @@ import torch
 from pipeline.cli import RunError, UserError
 from pipeline.export.openvino_file import EXACT, SECTION
 from pipeline.libraries import import_onnxruntime
-from pipeline.models.common import told
+from pipeline.models.common import one_line
 
 # An ONNX file in ONNX Runtime, on the CPU or on a CUDA GPU.
 
@@ -64,7 +64,7 @@ class OnnxNetwork:
         except Exception as error:  # it has many of its own, none of which is a RuntimeError
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            raise RunError(f"{self.title} cannot run the network on {images.shape} ({told(error)})") from error
+            raise RunError(f"{self.title} cannot run the network on {images.shape} ({one_line(error)})") from error
 
     def most_elements(self, shape: tuple[int, ...]) -> int:
         """See `NetworkFile`: as the profile of a run says, of the network as it is run."""
@@ -89,7 +89,7 @@ class OnnxNetwork:
             return onnxruntime.InferenceSession(source, options, providers=self._providers)
         except Exception as error:
             what = repr(str(self._source)) if isinstance(self._source, Path) else "the network"
-            raise UserError(f"{self.title} cannot load {what} ({told(error)}); is it whole, and ONNX?") from error
+            raise UserError(f"{self.title} cannot load {what} ({one_line(error)}); is it whole, and ONNX?") from error
 
 
 def _providers(device: torch.device) -> list[Any]:
@@ -145,7 +145,7 @@ class OpenVinoNetwork:
             self._network = openvino.Core().compile_model(self._model, "CPU", options)
         except RuntimeError as error:
             what = repr(str(source)) if isinstance(source, Path) else "the network"
-            raise UserError(f"{self.title} cannot load {what} ({told(error)}); is it whole?") from error
+            raise UserError(f"{self.title} cannot load {what} ({one_line(error)}); is it whole?") from error
         self.metadata = _metadata(self._model, source)
         self.inputs = [_sides(one) for one in self._model.inputs]
         name = self._model.inputs[0].get_element_type().get_type_name()
@@ -158,7 +158,7 @@ class OpenVinoNetwork:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            raise RunError(f"{self.title} cannot run the network on {images.shape} ({told(error)})") from error
+            raise RunError(f"{self.title} cannot run the network on {images.shape} ({one_line(error)})") from error
 
     def most_elements(self, shape: tuple[int, ...]) -> int:
         """See `NetworkFile`: of the network as it lies in the file."""

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.cli import RunError, UserError
-from pipeline.models.common import COLOURS, told
+from pipeline.models.common import COLOURS, one_line
 from pipeline.models.weights import SavedNetwork
 
 if TYPE_CHECKING:
     import onnx
 
 from pipeline.images import to_bytes
-
-# Bytes in, bytes out: a network as other programs want to run it.
-
 
 LAYOUTS = ("nchw", "nhwc")
 
@@ -165,7 +162,7 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise RunError(f"PyTorch's exporter wrote a file that ONNX refuses: {told(error)}"
+        raise RunError(f"PyTorch's exporter wrote a file that ONNX refuses: {one_line(error)}"
                        f"{'; leave --half out' if form.half else ''}") from error
     return model.SerializeToString()
 
@@ -211,7 +208,7 @@ def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelP
             return program.model_proto
     except Exception as error:  # the exporter has many ways to fail, and none of them is the user's
         raise UserError(f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
-                        f"exporter says {told(error.__cause__ or error)}") from error
+                        f"exporter says {one_line(error.__cause__ or error)}") from error
 
 
 def _name(saved: SavedNetwork) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.cli import RunError
 from pipeline.files import flush
-from pipeline.models.common import told
+from pipeline.models.common import one_line
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """By itself OpenVINO computes in BF16 where the processor can: 52 dB of the released VapSR."""
@@ -25,7 +25,7 @@ def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -
             model.set_rt_info(value, [SECTION, key])
         openvino.save_model(model, xml, compress_to_fp16=True)
     except RuntimeError as error:
-        raise RunError(f"OpenVINO cannot convert {str(onnx_file)!r} ({told(error)})") from error
+        raise RunError(f"OpenVINO cannot convert {str(onnx_file)!r} ({one_line(error)})") from error
     for path in parts(xml):
         flush(path)
 

@@ -17,10 +17,9 @@ from pipeline.cli import RunError, UserError
 from pipeline.export.onnx_file import Form, with_form
 from pipeline.image_reading import SUFFIXES, read_image
 from pipeline.images import unit_range
-from pipeline.models.common import told
+from pipeline.models.common import one_line
 
 # The photographs that a converted network is compared, calibrated and measured on.
-
 
 @dataclass(frozen=True)
 class Photograph:
@@ -63,6 +62,8 @@ def _paths_within_packages(names: Sequence[str], option: str) -> list[Path]:
         found.append(path)
     return found
 
+
+# The comparison.
 
 RunBatch = Callable[[np.ndarray], np.ndarray]
 """Runs a converted network on one batch."""
@@ -132,7 +133,7 @@ def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> st
         try:
             found = run(check.images)
         except Exception as error:  # each backend has its own
-            raise RunError(f"{title} cannot run the network on {name} ({told(error)})") from error
+            raise RunError(f"{title} cannot run the network on {name} ({one_line(error)})") from error
         if found.shape != check.expected.shape:
             raise RunError(f"{title} makes {found.shape} of {name} where PyTorch makes {check.expected.shape}")
         psnr, largest, is_good = _measure(found, check.expected, limit)

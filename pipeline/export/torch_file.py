@@ -29,8 +29,7 @@ from pipeline.run_folder import (
     run_network_file,
 )
 
-# Where a run's weights come from and what was measured of them, as an exported file tells it.
-
+# Where a run's weights come from and what was measured of them, as an exported file says it.
 
 DATASET_KEYS = ("lists_sha256", "contents_sha256", "training_files", "validation_files")
 """Of the dataset's identity in a checkpoint's manifest; `contents_sha256` is of the dataset tools' manifests."""
@@ -104,6 +103,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {str(path)!r} (it holds no keys and values)")
     return values
 
+
+# Writing and reading back.
 
 EXPORT_DIR = "export"
 FORMATS = (".pth", ".safetensors")

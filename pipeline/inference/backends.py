@@ -1,4 +1,9 @@
-"""What the tiler needs of whatever computes: PyTorch, or a file in ONNX Runtime or OpenVINO."""
+"""What computes: a network by PyTorch, or in a file by ONNX Runtime or OpenVINO, behind one interface for the tiler.
+
+`Backend` is the interface. `TorchBackend` runs any generator, `SelfEnsemble` one in all eight symmetries, `FileBackend`
+a network file. How much they may be shown at once follows from the free memory and from what their hungriest layer
+reads and writes.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +55,6 @@ def dtype_of(precision: str, device: torch.device, *, is_deep: bool) -> torch.dt
 
 
 # How much memory is free, and how much a network takes for a pixel: what the size of tiles is chosen from.
-
 
 PROBE_SIDE = 64
 HELD_AT_ONCE = 3
@@ -112,7 +116,6 @@ def _elements_per_pixel(network: nn.Module, device: torch.device, dtype: torch.d
 
 
 # A network of `pipeline.models` by PyTorch, channels last.
-
 
 DEEP = np.dtype(np.uint16)
 
@@ -198,9 +201,8 @@ class SelfEnsemble:
 
 # A network in a file, in a backend that is not PyTorch: images in the layout, type and sizes that it takes.
 
-
 @dataclass(frozen=True)
-class Facts:
+class FileFacts:
     """What a file does not always say by itself."""
 
     scale: int
@@ -226,7 +228,7 @@ class FileBackend:
         device: where the files run.
     """
 
-    def __init__(self, load: Callable[[torch.dtype], NetworkFile], facts: Facts, device: torch.device,
+    def __init__(self, load: Callable[[torch.dtype], NetworkFile], facts: FileFacts, device: torch.device,
                  dtype: Callable[[bool], torch.dtype], exact: torch.dtype) -> None:
         self.scale, self.halo, self.window, self.device = facts.scale, facts.halo, facts.window, device
         self._load, self._facts, self._dtype, self._exact = load, facts, dtype, exact
@@ -247,7 +249,7 @@ class FileBackend:
             height, width = self.window or (PROBE_SIDE, PROBE_SIDE)
             probe = np.zeros((self._facts.batch or 1, height, width, 3), np.uint8)
             file = self._file(dtype)
-            elements = file.most_elements(fed(probe, self._facts, file.dtype).shape) / (probe.size / 3)
+            elements = file.most_elements(to_input(probe, self._facts, file.dtype).shape) / (probe.size / 3)
             self._max_pixels[dtype] = window_pixels(elements, self.device, dtype)
         return self._max_pixels[dtype]
 
@@ -257,7 +259,7 @@ class FileBackend:
         step = self._facts.batch or count
         images = _continued(images, self._sizes(height, width), -(-count // step) * step)
         file = self._file(dtype)
-        pieces = [taken(file(fed(images[start : start + step], self._facts, file.dtype)), self._facts)
+        pieces = [from_output(file(to_input(images[start : start + step], self._facts, file.dtype)), self._facts)
                   for start in range(0, len(images), step)]
         sr = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
@@ -275,7 +277,7 @@ class FileBackend:
         return self._files[dtype]
 
 
-def fed(images: np.ndarray, facts: Facts, kind: np.dtype) -> np.ndarray:
+def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray:
     """RGB images (N, height, width, 3), uint8 or uint16, as an input of the type `kind`."""
     highest = np.iinfo(images.dtype).max
     if kind == np.uint8:
@@ -285,7 +287,7 @@ def fed(images: np.ndarray, facts: Facts, kind: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if facts.layout == "nchw" else images)
 
 
-def taken(output: np.ndarray, facts: Facts) -> Tensor:
+def from_output(output: np.ndarray, facts: FileFacts) -> Tensor:
     """An output as floats (N, 3, height, width), white is 1."""
     images = torch.from_numpy(output)
     images = images if facts.layout == "nchw" else images.permute(0, 3, 1, 2)

@@ -1,4 +1,8 @@
-"""Which network, and what computes it: as asked, or the fastest that is installed and worth its conversion."""
+"""Which network, and what computes it: as asked, or the fastest that is installed and worth its conversion.
+
+`choose_model` finds the weights, `choose_device` the device, `choose_backend` what computes there. A `ConversionCache`
+keeps networks converted for other backends than PyTorch, compared and timed against it, in a folder of the user's.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,15 @@ from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFil
 from pipeline.export.onnx_file import Form, convert, quiet
 from pipeline.export.parity import LIMITS, SIZES, Check, checks, compare, photographs
 from pipeline.files import short_path, write_atomically
-from pipeline.inference.backends import Backend, Facts, FileBackend, TorchBackend, dtype_of
+from pipeline.inference.backends import Backend, FileBackend, FileFacts, TorchBackend, dtype_of
 from pipeline.inference.file_facts import facts_of
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
-# Networks converted for other backends, compared and timed against PyTorch, and kept in a folder of the user's.
-
+# The cache of converted networks.
 
 FORMAT = 1
-"""Of the files. NAME.onnx: the SHA-256 of an ONNX file, and that file. NAME-BACKEND-….json: a `Verdict`."""
+"""Of the files. NAME.onnx: the SHA-256 of an ONNX file, and that file. NAME-BACKEND-….json: a `BackendVerdict`."""
 TIMED_SECONDS = 0.5
 """That PyTorch should take for the image on which backends are timed."""
 TIMED_SIDES = (64, 256)
@@ -45,7 +48,7 @@ _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BackendVerdict:
     """What came out for one network in one backend on this machine."""
 
     reason: str = ""
@@ -54,7 +57,7 @@ class Verdict:
     """Its time, as a share of PyTorch's."""
 
 
-class Conversion:
+class ConversionCache:
     """A network as an ONNX file on one device, made when it is first needed.
 
     Args:
@@ -79,28 +82,28 @@ class Conversion:
         """Whether there is an ONNX file already, perhaps a broken one."""
         return self._path(self._is_half()).is_file()
 
-    def verdict(self, kind: BackendKind) -> Verdict | None:
+    def verdict(self, kind: BackendKind) -> BackendVerdict | None:
         """That of an earlier time; `None` where there is none, or a broken one."""
         try:
             found = json.loads(self._verdict_path(kind).read_bytes())
-            return Verdict(str(found["reason"]), float(found["share"]))
+            return BackendVerdict(str(found["reason"]), float(found["share"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def judge(self, kind: BackendKind) -> Verdict:
+    def judge(self, kind: BackendKind) -> BackendVerdict:
         """Convert, compare with PyTorch at several sizes and batches of photographs, and take the time."""
         try:
             self._load(kind, self._is_half(), is_new=True)
-            verdict = Verdict(share=self._share(kind))
+            verdict = BackendVerdict(share=self._share(kind))
         except (UserError, RunError) as error:
-            verdict = Verdict(reason=str(error))
+            verdict = BackendVerdict(reason=str(error))
         self._keep(self._verdict_path(kind), json.dumps(vars(verdict)).encode())
         return verdict
 
     def backend(self, kind: BackendKind) -> FileBackend:
         """The network in that backend; FP32 where FP16 overflows, for which it is converted then."""
         network = self._by_torch.network
-        return FileBackend(lambda dtype: self._load(kind, dtype == torch.float16), Facts(
+        return FileBackend(lambda dtype: self._load(kind, dtype == torch.float16), FileFacts(
             network.scale, network.receptive_radius), self.device,
             lambda is_deep: dtype_of(self._precision, self.device, is_deep=is_deep), torch.float32)
 
@@ -214,7 +217,9 @@ def _processor() -> str:
         return platform.processor()
 
 
-Work = Callable[[int], float]
+# The choice.
+
+PixelCount = Callable[[int], float]
 """How many LR pixels are to be upscaled with a network of that scale."""
 
 BACKENDS = ("auto", "torch", *FILE_BACKENDS)
@@ -246,7 +251,7 @@ def is_network_file(model: Path | None) -> bool:
     return model is not None and model.suffix.lower() in FILES and not model.is_dir()
 
 
-def choose_backend(model: Path | None, asked: str, device: torch.device, precision: str, work: Work) -> Chosen:
+def choose_backend(model: Path | None, asked: str, device: torch.device, precision: str, work: PixelCount) -> Chosen:
     """`asked` is one of `BACKENDS`; `model` as the command line has it: weights, a run folder, or a network file.
 
     `UserError` for what cannot be had. A conversion that takes long, as all do, is told of on stdout.
@@ -277,23 +282,23 @@ def _by_torch(chosen: Model, by_torch: TorchBackend, why: str = "") -> Chosen:
 
 def _by_file_backend(chosen: Model, by_torch: TorchBackend, kind: BackendKind, precision: str) -> Chosen:
     """As asked for. `UserError` where it cannot be converted, or does not make PyTorch's images."""
-    conversion = Conversion(chosen.file, chosen.saved, by_torch, precision)
+    conversion = ConversionCache(chosen.file, chosen.saved, by_torch, precision)
     verdict = conversion.verdict(kind)
     if verdict is None or verdict.reason:
         _announce(chosen, [kind])
         verdict = conversion.judge(kind)
     if verdict.reason:
         raise UserError(f"--backend {kind.name} cannot be used: {verdict.reason}; leave --backend out")
-    return _converted(conversion, kind, chosen, "")
+    return _by_conversion(conversion, kind, chosen, "")
 
 
-def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) -> Chosen:
+def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: PixelCount) -> Chosen:
     """What takes the least time, as measured on this machine, if finding out is worth it."""
     kinds = [kind for kind in FILE_BACKENDS.values() if not kind.missing(to_convert=True)]
     if not kinds:
         lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in FILE_BACKENDS.values())
         return _by_torch(chosen, by_torch, f"other back-ends need {' or '.join(lacking)}, not installed")
-    conversion = Conversion(chosen.file, chosen.saved, by_torch, precision)
+    conversion = ConversionCache(chosen.file, chosen.saved, by_torch, precision)
     verdicts = {kind: conversion.verdict(kind) for kind in kinds}
     unknown = [kind for kind, verdict in verdicts.items() if verdict is None]
     if unknown and _is_worth_it(conversion, by_torch, unknown, work):
@@ -302,7 +307,7 @@ def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) 
         unknown = []
     good = {kind: verdict.share for kind, verdict in verdicts.items() if verdict and not verdict.reason}
     if good and (best := min(good, key=good.__getitem__)) and good[best] < 1:
-        return _converted(conversion, best, chosen, f", {1 / good[best]:.1f} times as fast as PyTorch")
+        return _by_conversion(conversion, best, chosen, f", {1 / good[best]:.1f} times as fast as PyTorch")
     if unknown:
         return _by_torch(chosen, by_torch, f"{_titles(unknown)} would not save what the conversion takes")
     if good:
@@ -311,7 +316,8 @@ def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: Work) 
         verdict.reason for verdict in verdicts.values() if verdict)))
 
 
-def _is_worth_it(conversion: Conversion, by_torch: TorchBackend, kinds: Sequence[BackendKind], work: Work) -> bool:
+def _is_worth_it(conversion: ConversionCache, by_torch: TorchBackend, kinds: Sequence[BackendKind],
+                 work: PixelCount) -> bool:
     """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the conversion costs."""
     seconds = conversion.seconds_per_pixel
     params = sum(parameter.numel() for parameter in by_torch.network.parameters())
@@ -329,7 +335,7 @@ def _titles(kinds: Sequence[BackendKind]) -> str:
     return " and ".join(kind.title for kind in kinds)
 
 
-def _converted(conversion: Conversion, kind: BackendKind, chosen: Model, why: str) -> Chosen:
+def _by_conversion(conversion: ConversionCache, kind: BackendKind, chosen: Model, why: str) -> Chosen:
     backend = conversion.backend(kind)
     folder = short_path(cache_folder())
     where = f"kept in {folder}" if conversion.is_kept else f"for this time only: {folder} cannot be written"

@@ -1,4 +1,7 @@
-"""What `upscale.py` does: choose the network, go through the files, tell which did not work."""
+"""What `upscale.py` does: choose the network, go through the files, report which did not work.
+
+`plan_jobs` finds the files and where their results go; `run_upscaling` reads, upscales and writes at the same time.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,14 @@ from pipeline.files import write_atomically
 from pipeline.inference import pictures, video
 from pipeline.inference.choosing import choose_backend, choose_device
 from pipeline.inference.pictures import WRITTEN, Picture, encode_picture, picture_size, read_picture
-from pipeline.inference.sizes import Target, upscale_picture
+from pipeline.inference.sizes import TargetSize, upscale_picture
 from pipeline.inference.tiles import Upscaler
 from pipeline.inference.video import upscale_video, video_size
 
 # Which files are upscaled, and where the results go. Nothing is decoded here.
 
-
 @dataclass(frozen=True)
-class Job:
+class UpscalingJob:
     """One file to upscale."""
 
     source: Path
@@ -40,7 +42,7 @@ class Job:
         return self.source.suffix.lower() in video.SUFFIXES
 
 
-def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[Job]:
+def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJob]:
     """What to do for files and folders (all images and videos below them, hidden ones left alone), in order.
 
     `out` is a folder, which keeps the structure of the input folders; or a file, by its suffix, for one input file.
@@ -57,7 +59,7 @@ def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[Job]:
     names = defaultdict(list)
     for source, folder in found:
         names[folder / _result_name(source, suffix)].append(source)
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path, UpscalingJob] = {}
     for source, folder in found:
         target = folder / _result_name(source, suffix)
         if len(names[target]) > 1:  # photo.jpg beside photo.png
@@ -65,11 +67,11 @@ def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[Job]:
         if target in jobs and jobs[target].source.resolve() != source.resolve():
             raise UserError(f"{str(jobs[target].source)!r} and {str(source)!r} would both become {str(target)!r}; "
                             "upscale them into different folders")
-        jobs[target] = Job(source, target)
+        jobs[target] = UpscalingJob(source, target)
     return list(jobs.values())
 
 
-def without_existing(jobs: Sequence[Job], *, force: bool, skip_existing: bool) -> list[Job]:
+def without_existing(jobs: Sequence[UpscalingJob], *, force: bool, skip_existing: bool) -> list[UpscalingJob]:
     """The jobs to do, given what is on the disk. `UserError` where something would be overwritten without `force`, or
     an input by its own result."""
     for job in jobs:
@@ -91,10 +93,10 @@ def _is_file_name(out: Path) -> bool:
     return out.suffix.lower() in known and not out.is_dir()
 
 
-def _single(inputs: Sequence[Path], out: Path) -> Job:
+def _single(inputs: Sequence[Path], out: Path) -> UpscalingJob:
     if len(inputs) != 1 or inputs[0].is_dir():
         raise UserError(f"-o {str(out)!r} names a file, but there is more than one input; give a folder")
-    job = Job(_checked(inputs[0]), out)
+    job = UpscalingJob(_checked(inputs[0]), out)
     kinds, choices = ("video", video.WRITTEN) if job.is_video else ("picture", WRITTEN)
     if out.suffix.lower() not in choices:
         raise UserError(f"cannot write a {kinds} as {out.suffix!r}; choose from {', '.join(sorted(choices))}")
@@ -136,6 +138,8 @@ def _result_name(source: Path, suffix: str) -> str:
     return f"{source.stem}{suffix}"
 
 
+# Upscaling them.
+
 THREADS = min(4, os.cpu_count() or 1)
 """That read and write pictures while the network is at work; also how many results wait to be written."""
 
@@ -145,7 +149,7 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
                   backend: str, device: str) -> int:
     """See `upscale.py --help`. Returns the exit status: 1 where a file did not work."""
     Image.MAX_IMAGE_PIXELS = None  # `upscale_images` asks the memory instead
-    target = Target.of(scale, size, pre_downsample)
+    target = TargetSize.of(scale, size, pre_downsample)
     planned = plan_jobs(inputs, out, f".{format}")
     jobs = without_existing(planned, force=force, skip_existing=skip_existing)
     if len(jobs) < len(planned):
@@ -168,13 +172,13 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
     return 1 if failures else 0
 
 
-def _run_all(jobs: Sequence[Job], target: Target, upscaler: Upscaler,
-             expected: Sequence[float]) -> list[tuple[Job, str]]:
+def _run_all(jobs: Sequence[UpscalingJob], target: TargetSize, upscaler: Upscaler,
+             expected: Sequence[float]) -> list[tuple[UpscalingJob, str]]:
     """Do the jobs; those that did not work, and why. The next picture is read and the last ones are written meanwhile.
 
     The bar counts the pixels that the network is shown, of which `expected` is known beforehand for each job.
     """
-    reasons: dict[Job, str] = {}
+    reasons: dict[UpscalingJob, str] = {}
     done, writing = 0.0, deque()
     with _bar(sum(expected)) as bar, ThreadPoolExecutor(THREADS) as pool:
         for (job, reading), work in zip(_read_ahead(jobs, pool), expected, strict=True):
@@ -202,9 +206,9 @@ def _bar(pixels: float) -> tqdm:
                            "[{elapsed}<{remaining}, {rate_fmt}]")
 
 
-def _read_ahead(jobs: Sequence[Job], pool: Executor) -> Iterator[tuple[Job, Future[Picture] | None]]:
+def _read_ahead(jobs: Sequence[UpscalingJob], pool: Executor) -> Iterator[tuple[UpscalingJob, Future[Picture] | None]]:
     """Each job with its picture, or `None` for a video; the next one's is read while this one's is at work."""
-    waiting: deque[tuple[Job, Future[Picture] | None]] = deque()
+    waiting: deque[tuple[UpscalingJob, Future[Picture] | None]] = deque()
     for job in jobs:
         waiting.append((job, None if job.is_video else pool.submit(read_picture, job.source)))
         if len(waiting) > 1:
@@ -212,7 +216,7 @@ def _read_ahead(jobs: Sequence[Job], pool: Executor) -> Iterator[tuple[Job, Futu
     yield from waiting
 
 
-def _first_of(job: Job, picture: Picture) -> Picture:
+def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
     if picture.num_frames > 1:
         tqdm.write(f"note: {job.source} holds {picture.num_frames} pictures; the first is upscaled", file=sys.stderr)
     return picture
@@ -222,13 +226,13 @@ def _write(picture: Picture, target: Path) -> None:
     write_atomically(target, encode_picture(picture, target.suffix))
 
 
-def _finish(job: Job, written: Future[None], reasons: dict[Job, str]) -> None:
+def _finish(job: UpscalingJob, written: Future[None], reasons: dict[UpscalingJob, str]) -> None:
     with _noting(job, reasons):
         written.result()
 
 
 @contextmanager
-def _noting(job: Job, reasons: dict[Job, str]) -> Iterator[None]:
+def _noting(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[None]:
     """Within, what is wrong with a file, the disk or the memory is noted as the reason why `job` failed.
 
     `ValueError` and `RuntimeError` are those of encoders, and of networks that refuse an image of this size.
@@ -239,7 +243,7 @@ def _noting(job: Job, reasons: dict[Job, str]) -> Iterator[None]:
         reasons[job] = " ".join(str(error).split())[:500] or "not enough memory"
 
 
-def _work(job: Job, target: Target, scale: int) -> float:
+def _work(job: UpscalingJob, target: TargetSize, scale: int) -> float:
     """How many pixels the network will be shown; 0 for a file whose header does not tell."""
     try:
         if job.is_video:

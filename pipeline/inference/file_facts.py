@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cli import RunError, UserError
 from pipeline.export.network_files import DESCRIBED, NetworkFile
 from pipeline.export.parity import photographs
-from pipeline.inference.backends import Facts, fed, taken
+from pipeline.inference.backends import FileFacts, from_output, to_input
 from pipeline.inference.tiles import ALIGNMENT
 from pipeline.models import build_generator
 
@@ -26,7 +26,7 @@ UNKNOWN_HALO = 64
 """Of networks that look at the whole image: tiles are near, not equal."""
 
 
-def facts_of(file: NetworkFile, name: str) -> Facts:
+def facts_of(file: NetworkFile, name: str) -> FileFacts:
     """The facts of a file called `name` in messages.
 
     `UserError` for what is no network from one RGB image to a larger one, with float or byte values.
@@ -50,7 +50,7 @@ def facts_of(file: NetworkFile, name: str) -> Facts:
     return replace(facts, halo=_halo(file, facts, photo))
 
 
-def _from_input(file: NetworkFile, name: str) -> Facts:
+def _from_input(file: NetworkFile, name: str) -> FileFacts:
     """Layout, type, batch and sizes, which every file says."""
     if len(file.inputs) != 1:
         raise UserError(f"{name} takes {len(file.inputs)} inputs, where a network from image to image takes one")
@@ -64,11 +64,11 @@ def _from_input(file: NetworkFile, name: str) -> Facts:
     height, width = shape[2:] if layout == "nchw" else shape[1:3]
     if (height is None) != (width is None):
         raise UserError(f"{name} fixes one side of images and not the other; convert it for images of any size")
-    return Facts(scale=0, halo=0, layout=layout, white=255 if file.dtype == np.uint8 else 1, batch=shape[0],
+    return FileFacts(scale=0, halo=0, layout=layout, white=255 if file.dtype == np.uint8 else 1, batch=shape[0],
                  window=None if height is None else (height, width))
 
 
-def _with_scale(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -> Facts:
+def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> FileFacts:
     """Scale, and the value of white: that with which the result looks like what it was made from."""
     image = _cut(photo, *(facts.window or (64, 128)))
     reason = ""
@@ -91,7 +91,7 @@ def _with_scale(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -
     raise UserError(f"{name} does not enlarge an RGB photograph ({reason}); does it take other values or colours?")
 
 
-def _multiple(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -> int:
+def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> int:
     """The least number of which height and width must be multiples."""
     for multiple in MULTIPLES:
         height, width = (multiple * (64 // multiple + more) for more in (1, 3))
@@ -104,7 +104,7 @@ def _multiple(file: NetworkFile, facts: Facts, photo: np.ndarray, name: str) -> 
     raise UserError(f"{name} takes images of some sizes only, and not of multiples of up to {MULTIPLES[-1]} pixels")
 
 
-def _halo(file: NetworkFile, facts: Facts, photo: np.ndarray) -> int:
+def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
     """How far from its edge a window differs from another one that shows the same place further inside.
 
     Half a level of 255 does not count. A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size
@@ -132,5 +132,5 @@ def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.pad(photo, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
 
-def _run(file: NetworkFile, facts: Facts, image: np.ndarray) -> Tensor:
-    return taken(file(fed(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts)
+def _run(file: NetworkFile, facts: FileFacts, image: np.ndarray) -> Tensor:
+    return from_output(file(to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts)

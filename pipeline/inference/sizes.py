@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetSize:
     """The size that is wanted: `scale` or `size` (height, width), or what the network gives; made from a smaller image
     where `pre_downsample` is above 1."""
 
@@ -32,7 +32,7 @@ class Target:
     pre_downsample: int = 1
 
     @staticmethod
-    def of(scale: float | None, size: str | None, pre_downsample: int) -> Target:
+    def of(scale: float | None, size: str | None, pre_downsample: int) -> TargetSize:
         """From the command line's values; `UserError` for those that make no sense."""
         if scale is not None and size is not None:
             raise UserError("--scale and --size contradict each other; choose one")
@@ -41,12 +41,12 @@ class Target:
         if not 1 <= pre_downsample <= LARGEST_SCALE:
             raise UserError(f"--pre-downsample {pre_downsample} is not from 1 to {LARGEST_SCALE}")
         if size is None:
-            return Target(scale, None, pre_downsample)
+            return TargetSize(scale, None, pre_downsample)
         found = re.fullmatch(r"(\d{1,7})[xX](\d{1,7})", size)
         width, height = (int(side) for side in found.groups()) if found else (0, 0)
         if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
             raise UserError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 1920x1080")
-        return Target(None, (height, width), pre_downsample)
+        return TargetSize(None, (height, width), pre_downsample)
 
     def start(self, height: int, width: int) -> tuple[int, int]:
         """The size that the network begins with. `UserError` where nothing is left."""
@@ -80,7 +80,7 @@ class Target:
         return height * width * sum(network_scale ** (2 * number) for number in range(passes))
 
 
-def upscale_images(images: np.ndarray, target: Target, upscaler: Upscaler, advance: Advance) -> np.ndarray:
+def upscale_images(images: np.ndarray, target: TargetSize, upscaler: Upscaler, advance: Advance) -> np.ndarray:
     """RGB images (N, height, width, 3), uint8 or uint16, in the size of `target`, in their own type.
 
     Between two passes, and before a resize, they have 16 bits. `UserError` where the memory cannot hold the result.
@@ -104,7 +104,7 @@ def upscale_images(images: np.ndarray, target: Target, upscaler: Upscaler, advan
     return images if exact else _resized(images, end, own)
 
 
-def upscale_picture(picture: Picture, target: Target, upscaler: Upscaler, advance: Advance) -> Picture:
+def upscale_picture(picture: Picture, target: TargetSize, upscaler: Upscaler, advance: Advance) -> Picture:
     """The picture in the size of `target`: of the same mode, bits, profile and EXIF. Alpha goes through the network as
     a gray image of its own; where it is the same all around, it stays exactly what it is."""
     pixels = picture.pixels

@@ -26,7 +26,7 @@ Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Tile:
+class ImageTile:
     """A piece of the image `image`: rows and columns of the LR image that it fills, and those that it looks at."""
 
     image: int
@@ -46,7 +46,7 @@ class Tile:
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
-def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[Tile]:
+def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[ImageTile]:
     """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further; equal sizes together.
 
     One tile an image if that has no more than `max_pixels`; otherwise about square ones that look at no more, as far
@@ -57,12 +57,12 @@ def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[T
     side = max(SMALLEST_TILE, (math.isqrt(max_pixels) - 2 * halo) // ALIGNMENT * ALIGNMENT)
     if height * width <= max_pixels:
         side = max(height, width)
-    tiles = [Tile(image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width))
+    tiles = [ImageTile(image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width))
              for image in range(count) for rows in _pieces(height, side) for columns in _pieces(width, side)]
     return sorted(tiles, key=lambda tile: tile.seen_shape)
 
 
-def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[Tile]:
+def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[ImageTile]:
     """Tiles that fill `shape` once and look at exactly `window` (height, width) each, or at the whole of a shorter
     side. `RunError` where a window is no larger than what the network sees around a pixel."""
     count, height, width = shape
@@ -71,7 +71,7 @@ def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int])
     except ValueError as error:
         raise RunError(f"{width}x{height} pixels need tiles, but the network takes images of {window[1]}x{window[0]} "
                        f"only and sees {halo} pixels far; convert it for images of any size") from error
-    return sorted((Tile(image, row[0], column[0], row[1], column[1])
+    return sorted((ImageTile(image, row[0], column[0], row[1], column[1])
                    for image in range(count) for row in rows for column in columns), key=lambda tile: tile.seen_shape)
 
 
@@ -153,12 +153,12 @@ class Upscaler:
                 waiting = self._laid_smaller(waiting, (count, height, width), dtype, error)
         return large
 
-    def _laid(self, shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tile]:
+    def _laid(self, shape: tuple[int, int, int], dtype: torch.dtype) -> list[ImageTile]:
         if self._backend.window:
             return lay_windows(shape, self._backend.halo, self._backend.window)
         return lay_tiles(shape, self._backend.halo, self.max_pixels(dtype))
 
-    def _batches(self, tiles: list[Tile], dtype: torch.dtype) -> Iterator[list[Tile]]:
+    def _batches(self, tiles: list[ImageTile], dtype: torch.dtype) -> Iterator[list[ImageTile]]:
         """Tiles of one size, as many at once as the memory allows."""
         for (rows, columns), equal in groupby(tiles, key=lambda tile: tile.seen_shape):
             alike = list(equal)
@@ -166,7 +166,7 @@ class Upscaler:
             for start in range(0, len(alike), step):
                 yield alike[start : start + step]
 
-    def _fill(self, large: np.ndarray, images: np.ndarray, tiles: list[Tile], dtype: torch.dtype) -> None:
+    def _fill(self, large: np.ndarray, images: np.ndarray, tiles: list[ImageTile], dtype: torch.dtype) -> None:
         seen = np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])
         pieces = self._run(seen, large.dtype, dtype)
         for tile, piece in zip(tiles, pieces, strict=True):
@@ -186,8 +186,8 @@ class Upscaler:
             raise RunError("the network gives NaN or infinity; its weights are broken")
         return _levels(sr, result).permute(0, 2, 3, 1).cpu().numpy().astype(result, copy=False)
 
-    def _laid_smaller(self, waiting: list[Tile], shape: tuple[int, int, int], dtype: torch.dtype,
-                      error: Exception) -> list[Tile]:
+    def _laid_smaller(self, waiting: list[ImageTile], shape: tuple[int, int, int], dtype: torch.dtype,
+                      error: Exception) -> list[ImageTile]:
         """All tiles anew, of half the pixels, after the memory did not suffice; raises any other error again."""
         if not is_out_of_memory(error):
             raise error

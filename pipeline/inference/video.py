@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from pipeline.cli import UserError
 from pipeline.files import flush
-from pipeline.inference.sizes import Target, upscale_images
+from pipeline.inference.sizes import TargetSize, upscale_images
 from pipeline.inference.tiles import Advance, Upscaler
 
 SUFFIXES = frozenset({
@@ -57,7 +57,7 @@ def video_size(path: Path) -> tuple[int, int, int]:
         return frames, stream.height, stream.width
 
 
-def upscale_video(source: Path, result: Path, target: Target, upscaler: Upscaler, advance: Advance) -> None:
+def upscale_video(source: Path, result: Path, target: TargetSize, upscaler: Upscaler, advance: Advance) -> None:
     """Write the video `source` in the size of `target` to `result`, which appears whole or not at all.
 
     Frames keep their times, upright as players show them; sides are made even by a row or column less. `UserError`
@@ -96,7 +96,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, max(streams, key=lambda stream: stream.width * stream.height)
 
 
-def _transcode(container: InputContainer, stream: VideoStream, output: OutputContainer, target: Target,
+def _transcode(container: InputContainer, stream: VideoStream, output: OutputContainer, target: TargetSize,
                upscaler: Upscaler, advance: Advance) -> None:
     """All packets in the order of the file: the video's through the network, the sound's as they are."""
     sounds = {sound.index: _copy_of(sound, output) for sound in container.streams.audio
@@ -124,7 +124,7 @@ def _copy_of(sound: AudioStream, output: OutputContainer) -> AudioStream:
 class _Writer:
     """Frames in, packets out; the encoder is made for the first frame."""
 
-    def __init__(self, source: VideoStream, output: OutputContainer, target: Target, upscaler: Upscaler,
+    def __init__(self, source: VideoStream, output: OutputContainer, target: TargetSize, upscaler: Upscaler,
                  advance: Advance) -> None:
         self._source, self._output, self._target = source, output, target
         self._upscaler, self._advance = upscaler, advance

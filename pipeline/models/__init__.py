@@ -25,7 +25,7 @@ from torch import nn
 from pipeline.cli import UserError
 from pipeline.config.names import NETWORKS
 from pipeline.models.colour import in_colour_space
-from pipeline.models.common import NOT_ALLOCATED, told
+from pipeline.models.common import NOT_ALLOCATED, one_line
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.msrresnet import MSRResNet
 from pipeline.models.rrdbnet import RRDBNet
@@ -56,4 +56,5 @@ def build_generator(name: str, scale: int, /, *, colour_space: str = "rgb", **pa
     except ValueError as error:
         raise UserError(f"network {name!r}: {error}") from error
     except NOT_ALLOCATED as error:
-        raise UserError(f"network {name!r} cannot be built with {params}, is it too large? ({told(error)})") from error
+        raise UserError(f"network {name!r} cannot be built with {params}, is it too large? "
+                        f"({one_line(error)})") from error

@@ -68,7 +68,7 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} {size} is above {LARGEST_SIZE}, which no memory holds")
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An exception of a library in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 

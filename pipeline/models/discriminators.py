@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.config import names
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes, told
+from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes, one_line
 
 SMALLEST_CROP = 32
 LARGEST_WIDENING = 8
@@ -241,7 +241,7 @@ def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
     except ValueError as error:
         raise UserError(f"discriminator {name!r}: {error}") from error
     except NOT_ALLOCATED as error:
-        raise UserError(f"discriminator {name!r} cannot be built with {params}, is it too large? ({told(error)})"
+        raise UserError(f"discriminator {name!r} cannot be built with {params}, is it too large? ({one_line(error)})"
                         ) from error
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
 from pipeline.libraries import import_torchvision
-from pipeline.models.common import COLOURS, BatchNorm2d, check_sizes, told
+from pipeline.models.common import COLOURS, BatchNorm2d, check_sizes, one_line
 
 # The architectures of spandrel that can be trained here: their classes, and what has to be known of each.
 
@@ -270,7 +270,7 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
             ours, theirs = network(images), found.model.eval()(images.clone())
     except Exception as error:  # each class has its own way to refuse
         raise ValueError(f"arch {arch!r} built with these parameters cannot run on images of {width}x{height} pixels "
-                         f"({told(error)})") from error
+                         f"({one_line(error)})") from error
     if found.scale != scale or ours.shape != (1, COLOURS, height * scale, width * scale):
         raise ValueError(f"with these parameters {arch!r} does not upscale by {scale}; choose its upsampler")
     is_same = ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
@@ -317,7 +317,7 @@ class SpandrelNetwork(nn.Module):
         try:
             super().__init__(**arguments)
         except Exception as error:  # each class has its own way to refuse
-            raise ValueError(f"arch {arch!r} cannot be built with {params} ({told(error)})") from error
+            raise ValueError(f"arch {arch!r} cannot be built with {params} ({one_line(error)})") from error
         for name, parameter in self.named_parameters():
             if arch in CONSTANT and re.search(CONSTANT[arch], name):
                 parameter.requires_grad_(False)

@@ -23,7 +23,7 @@ from pipeline.data.dataset import Image as ImageFile
 from pipeline.data.image_files import is_encoded, is_npy
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS, load_measures, measure
-from pipeline.training.validation import Pair, bicubic, read_pair
+from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
 SAMPLES_DIR = "samples"
 ENLARGED = 320  # pixels, to which a smaller picture is brought by whole factors
@@ -34,7 +34,7 @@ FROM_LIST, MOST_NAMED = 3, 16  # pictures, where samples.count says nothing
 TOO_SMALL = "name a larger picture in samples.files"
 
 
-def read_samples(recipe: Recipe, dataset: Dataset) -> list[Pair]:
+def read_samples(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
     """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than `samples.side`.
 
     Raises `UserError` for one that cannot be read, is too small, or has no LR.
@@ -71,19 +71,19 @@ def _named(names: Sequence[str]) -> list[ImageFile]:
     return [ImageFile(path.name, str(path), None) for path in found]
 
 
-def _middle(pair: Pair, side: int, scale: int) -> Pair:
+def _middle(pair: ValidationPair, side: int, scale: int) -> ValidationPair:
     height, width = pair.lr.shape[-2:]
     most = max(1, side // scale)
     top, left = (max(0, whole - most) // 2 for whole in (height, width))
     inside = (..., slice(top, top + most), slice(left, left + most))
     large = (..., slice(top * scale, (top + most) * scale), slice(left * scale, (left + most) * scale))
-    return Pair(pair.name, pair.hr[large].contiguous(), pair.lr[inside].contiguous())
+    return ValidationPair(pair.name, pair.hr[large].contiguous(), pair.lr[inside].contiguous())
 
 
 class Samples:
     """The sheets of a run. Those after `step` belong to lost work, and are removed."""
 
-    def __init__(self, folder: Path, pairs: Sequence[Pair], scale: int, step: int) -> None:
+    def __init__(self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int) -> None:
         self.pairs = list(pairs)
         self._scale = scale
         self._folders = _folders(folder, [pair.name for pair in pairs])
@@ -104,7 +104,7 @@ class Samples:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"step-{step:08d}.png", _sheet(panels))
 
-    def _captioned(self, image: Tensor, pair: Pair, name: str) -> tuple[Tensor, str]:
+    def _captioned(self, image: Tensor, pair: ValidationPair, name: str) -> tuple[Tensor, str]:
         score = measure(image, pair.hr, self._scale, load_measures([METRICS["psnr_y"]]))["psnr_y"]
         return image, f"{name}  {METRICS['psnr_y'].limited(score):.2f} dB"
 

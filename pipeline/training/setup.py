@@ -47,7 +47,7 @@ from pipeline.training.options import Plan
 from pipeline.training.previews import SAMPLES_DIR, read_samples
 from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
-from pipeline.training.validation import Pair, ValidationSet, validation_measures
+from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Run:
     contents: Contents  # of its checkpoints
     progress: Progress
     validation: ValidationSet
-    samples: list[Pair]  # the first rank's
+    samples: list[ValidationPair]  # the first rank's
     micro_batch: int
     accumulation: int
     introduction: list[str]  # lines for people

@@ -23,7 +23,7 @@ from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, meas
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
 
 
-class Pair(NamedTuple):
+class ValidationPair(NamedTuple):
     """A validation image, bytes, (1, 3, height, width) each, in host memory."""
 
     name: str
@@ -71,7 +71,7 @@ class ValidationSet:
         self.ranks, self.memory_format = ranks, memory_format
         self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
         self._measures = validation_measures(recipe, ranks.device)
-        self._kept: dict[int, Pair] = {}
+        self._kept: dict[int, ValidationPair] = {}
         room = KEPT_BYTES
         for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
             pair = self.pair(place)
@@ -83,12 +83,12 @@ class ValidationSet:
         """Images in this rank's share."""
         return len(self._images)
 
-    def pair(self, place: int) -> Pair:
+    def pair(self, place: int) -> ValidationPair:
         """The image at `place` in this rank's share."""
         number, image = self._images[place]
         return self._kept.get(place) or self._checked_pair(image, number)
 
-    def _checked_pair(self, image: Image, number: int) -> Pair:
+    def _checked_pair(self, image: Image, number: int) -> ValidationPair:
         pair = read_pair(image, number, self.recipe)
         height, width = pair.hr.shape[-2:]
         for metric, _, smallest in self._measures:
@@ -121,25 +121,25 @@ class ValidationSet:
         # In the order of the list, so that rounding does not depend on how the images were shared out.
         return means([shares[i % len(shares)][i // len(shares)] for i in range(self.count)])
 
-    def score(self, sr: Tensor, pair: Pair) -> dict[str, float]:
+    def score(self, sr: Tensor, pair: ValidationPair) -> dict[str, float]:
         """The scores of one image; infinite ones are limited, because they would make the mean infinite."""
         scores = measure(sr, pair.hr.to(sr.device), self.scale, self._measures)
         return {name: METRICS[name].limited(value) for name, value in scores.items()}
 
     @torch.inference_mode()
-    def upscale(self, network: nn.Module, pair: Pair) -> Tensor:
+    def upscale(self, network: nn.Module, pair: ValidationPair) -> Tensor:
         """The network's output for a pair, as bytes on the device."""
         lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
         return to_bytes(network(lr)).contiguous()
 
 
-def bicubic(pair: Pair) -> Tensor:
+def bicubic(pair: ValidationPair) -> Tensor:
     """A pair's LR made large by the cubic alone, as bytes."""
     size = (pair.hr.shape[-2], pair.hr.shape[-1])
     return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
 
 
-def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> Pair:
+def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> ValidationPair:
     """HR and LR of the image at place `number` of a list, which decides what is random in its LR.
 
     Raises `UserError` naming a file that cannot be read, or is too small, with the `way_out`.
@@ -158,7 +158,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> P
         if lr.shape[:2] != (height // scale, width // scale):
             raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
                             f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`")
-    return Pair(image.name, _nchw(pixels), _nchw(lr))
+    return ValidationPair(image.name, _nchw(pixels), _nchw(lr))
 
 
 def _nchw(pixels: np.ndarray) -> Tensor:

@@ -25,7 +25,8 @@ from pipeline.export.onnx_file import Form, convert, describe
 from pipeline.export.openvino_file import write_openvino
 from pipeline.inference import choosing
 from pipeline.inference.backends import TorchBackend
-from pipeline.inference.choosing import Conversion, Verdict
+from pipeline.inference.choosing import BackendVerdict as Verdict
+from pipeline.inference.choosing import ConversionCache
 from pipeline.models.weights import read_network, write_network
 
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(work, expected, capsys, tmp_
 
 def conversion_of(work):
     saved = read_network(work / "tiny.safetensors")
-    return Conversion(work / "tiny.safetensors", saved, TorchBackend(saved.build(), CPU), "auto")
+    return ConversionCache(work / "tiny.safetensors", saved, TorchBackend(saved.build(), CPU), "auto")
 
 
 def judged(conversion, **verdicts):

@@ -20,7 +20,7 @@ import upscale
 from fabricate import TINY, make_run, picture, run_command, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.images import cubic_resize
-from pipeline.inference import Target, Upscaler, backends, encode_picture, read_picture, upscale_picture
+from pipeline.inference import TargetSize, Upscaler, backends, encode_picture, read_picture, upscale_picture
 from pipeline.inference.backends import TorchBackend
 from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import lay_tiles
@@ -238,13 +238,13 @@ def test_alpha_is_upscaled_with_it(tmp_path, capsys, cubic):
 def test_opaque_stays_opaque_and_hidden_colours_do_not_show():
     made = on_cpu(tiny_network(4))
     pixels = np.dstack([picture(40, 40), np.full((40, 40), 255, np.uint8)])
-    assert (upscale_picture(Picture(pixels), Target(), made, nothing).pixels[..., 3] == 255).all()
+    assert (upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels[..., 3] == 255).all()
     pixels[:20, :, 3] = 0
-    large = upscale_picture(Picture(pixels), Target(), made, nothing).pixels
+    large = upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels
     assert (large[44:, :, 3] == 255).all()
     assert (large[:36, :, 3] == 0).all()
     pixels[:20, :, :3] = (255, 0, 255)  # garbage below alpha 0
-    np.testing.assert_array_equal(upscale_picture(Picture(pixels), Target(), made, nothing).pixels, large)
+    np.testing.assert_array_equal(upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels, large)
 
 
 def test_transparency_of_a_palette_and_of_a_colour(tmp_path):
@@ -465,7 +465,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_one_pixel(channels):
     made, pixels = on_cpu(tiny_network(0)), np.full((1, 1, channels), 77, np.uint8)
-    for target, shape in ((Target(), (2, 2)), (Target(scale=5), (5, 5)), (Target(size=(3, 1)), (3, 1))):
+    for target, shape in ((TargetSize(), (2, 2)), (TargetSize(scale=5), (5, 5)), (TargetSize(size=(3, 1)), (3, 1))):
         large = upscale_picture(Picture(pixels), target, made, nothing).pixels
         assert large.shape == (*shape, channels)
         if channels in (2, 4):

@@ -22,7 +22,7 @@ from pipeline.models import build_generator
 from pipeline.models.weights import read_network
 from pipeline.run_folder import checkpoint_dir
 from pipeline.training.previews import CAPTION, GAP, Samples, every_nth, read_samples
-from pipeline.training.validation import Pair, bicubic, read_pair
+from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
 
 def panels(sheet: Path, size: tuple[int, int], zoom: int) -> list[np.ndarray]:
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(dataset: Path, tmp_path: 
     assert "finished at step 4" in printed
 
 
-def chosen(dataset: Dataset, *overrides: str) -> list[Pair]:
+def chosen(dataset: Dataset, *overrides: str) -> list[ValidationPair]:
     return read_samples(load_recipe("demo", parse_overrides(overrides)[0]), dataset)
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(listed: Dataset, tmp_path: Pat
 
 def test_pictures_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    pairs = [Pair(name, image, image[..., ::2, ::2]) for name in ("a/1.png", "a 1.jpg", "../..")]
+    pairs = [ValidationPair(name, image, image[..., ::2, ::2]) for name in ("a/1.png", "a 1.jpg", "../..")]
     Samples(tmp_path, pairs, 2, 0).write(5, [image] * 3)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == [
         "a-1-2/step-00000005.png", "a-1/step-00000005.png", "picture/step-00000005.png"]
