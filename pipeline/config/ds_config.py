@@ -20,7 +20,6 @@ Runtime = Literal["auto", "deepspeed", "accelerate"]
 DEEPSPEEDS_FP16 = ("loss_scale", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
                    "fp16_master_weights_and_grads")
 DEEPSPEEDS_OWN = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
-DEEPSPEEDS_SCHEDULES = ("OneCycle", "LRRangeTest")
 ACCELERATES_MODES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
                      "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism"}
 DS_KEYS = frozenset({
@@ -40,6 +39,62 @@ DS_SECTION_KEYS = {
              "bf16_optimizer_states"),
 }
 """And the keys of those sections in which a misspelt one would be passed over, too."""
+
+_ADAM = ("lr", "betas", "eps", "weight_decay", "foreach", "maximize", "capturable", "differentiable")
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "Adam": (*_ADAM, "amsgrad", "decoupled_weight_decay", "fused"),
+    "AdamW": (*_ADAM, "amsgrad", "fused"),
+    "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable",
+            "fused"),
+    "RAdam": (*_ADAM, "decoupled_weight_decay"),
+    "NAdam": (*_ADAM, "decoupled_weight_decay", "momentum_decay"),
+}
+"""torch's optimizers that a ds_config may name -> their parameters. Adding one is one row."""
+_RAMP = ("warmup_num_steps", "warmup_min_ratio")  # the linear warm-up that any of torch's schedules may have
+_WARMUP_LR = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type")
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "MultiStepLR": ("milestones", "gamma", *_RAMP),
+    "StepLR": ("step_size", "gamma", *_RAMP),
+    "ExponentialLR": ("gamma", *_RAMP),
+    "PolynomialLR": ("total_iters", "power", *_RAMP),
+    "CosineAnnealingLR": ("T_max", "eta_min", *_RAMP),
+    "CosineAnnealingWarmRestarts": ("T_0", "T_mult", "eta_min", *_RAMP),
+    "CyclicLR": ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "cycle_momentum",
+                 "base_momentum", "max_momentum", *_RAMP),
+    "ConstantLR": ("factor", "total_iters", *_RAMP),
+    "ReduceLROnPlateau": ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps",
+                          *_RAMP),
+    "WarmupLR": _WARMUP_LR,
+    "WarmupDecayLR": ("total_num_steps", *_WARMUP_LR),
+    "WarmupCosineLR": ("total_num_steps", "warmup_min_ratio", "warmup_num_steps", "cos_min_ratio", "warmup_type"),
+    "OneCycle": ("cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_first_step_size", "cycle_second_step_size",
+                 "cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size", "cycle_momentum",
+                 "cycle_min_mom", "cycle_max_mom", "decay_mom_rate", "last_batch_iteration"),
+    "LRRangeTest": ("lr_range_test_min_lr", "lr_range_test_step_size", "lr_range_test_step_rate",
+                    "lr_range_test_staircase", "last_batch_iteration"),
+}
+"""torch's and DeepSpeed's learning rate schedules that a ds_config may name -> their parameters."""
+LEFT_TO_DEEPSPEED = ("OneCycle", "LRRangeTest")
+"""Schedules that DeepSpeed builds itself; of the others `pipeline.engine.schedules` knows the rates."""
+
+
+def check_optimizer(section: Mapping[str, Any], where: str = "ds_config") -> None:
+    """Raise `UserError` for an `optimizer` section with an unknown type or parameter, naming the nearest real one."""
+    _check_names("optimizer", section, {name: (*params, "torch_adam") for name, params in OPTIMIZERS.items()}, where)
+
+
+def check_schedule(section: Mapping[str, Any], where: str = "ds_config") -> None:
+    """Likewise, for a `scheduler` section."""
+    _check_names("schedule", section, SCHEDULES, where)
+
+
+def _check_names(kind: str, section: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], where: str) -> None:
+    name = section["type"]
+    if name not in table:
+        raise UserError(f"{where}: no {kind} {name!r}{nearest(name, table)}")
+    for key in section.get("params", {}):
+        if key not in table[name]:
+            raise UserError(f"{where}: {kind} {name} has no parameter {key!r}{nearest(key, table[name])}")
 
 
 def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -73,6 +128,10 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
         if not isinstance(config[section].get("params", {}), dict) or not isinstance(config[section].get("type"), str):
             raise UserError(f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
                             '"params": {"lr": 0.001}}')
+    if "optimizer" in config:
+        check_optimizer(config["optimizer"], str(path))
+    if "scheduler" in config:
+        check_schedule(config["scheduler"], str(path))
     clipping = config.get("gradient_clipping", 1.0)
     if not isinstance(clipping, (int, float)) or clipping < 0:
         raise UserError(f"{path}: gradient_clipping must be a number, 0 or above, not {clipping!r}")
@@ -154,7 +213,7 @@ def check_accelerate(ds_config: Mapping[str, Any], variables: Mapping[str, str] 
         raise UserError(f"ds_config: {own[0]} is DeepSpeed's, and the runtime is accelerate; leave it out or say "
                         "--runtime deepspeed")
     schedule = ds_config.get("scheduler", {}).get("type")
-    if schedule in DEEPSPEEDS_SCHEDULES:
+    if schedule in LEFT_TO_DEEPSPEED:
         raise UserError(f"ds_config: schedule {schedule} is DeepSpeed's, and the runtime is accelerate; choose "
                         "another, such as CyclicLR, or say --runtime deepspeed")
     _check_settings(ds_config, variables)

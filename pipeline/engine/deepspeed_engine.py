@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine.schedules import DEEPSPEED_WARMUPS
 
 Schedule = Callable[[torch.optim.Optimizer], Any]
 
@@ -33,8 +34,8 @@ def deepspeed_engine(module: nn.Module, optimizer: torch.optim.Optimizer, schedu
     config = {"zero_allow_untested_optimizer": True,  # all of ours work element by element, as ZeRO needs it
               **copy.deepcopy(dict(ds_config))}
     config.pop("optimizer")
-    if schedule is not None:
-        config.pop("scheduler")
+    if schedule is not None and config["scheduler"]["type"] not in DEEPSPEED_WARMUPS:
+        config.pop("scheduler")  # DeepSpeed knows none of torch's; of its own it keeps a note in its files
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, lr_scheduler=schedule,
                                           dist_init_required=False)

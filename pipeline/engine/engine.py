@@ -20,17 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
-from pipeline.config.ds_config import batch_sizes, check_accelerate
+from pipeline.cli import UserError
+from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, batch_sizes, check_accelerate, check_optimizer
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.accelerate_engine import AccelerateEngine
 from pipeline.engine.deepspeed_engine import deepspeed_engine
-from pipeline.engine.schedules import AUTO, SCHEDULES, Schedule, build_schedule, build_warmup_schedule, check_schedule
+from pipeline.engine.schedules import AUTO, Schedule, build_schedule
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "RAdam": torch.optim.RAdam,
-    "NAdam": torch.optim.NAdam,
-}
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
 
 
@@ -83,16 +79,14 @@ def _schedule(section: Mapping[str, Any] | None, runtime: str) -> Callable[[torc
     """What builds the schedule for an optimizer; None where there is none, or where it is left to DeepSpeed."""
     if section is None:
         return None
-    check_schedule(section)
-    if section["type"] in SCHEDULES:
-        return partial(build_schedule, section)
-    return partial(build_warmup_schedule, section) if runtime == "accelerate" else None
+    if section["type"] in LEFT_TO_DEEPSPEED:
+        return None
+    return partial(build_schedule, section, writes_as_deepspeed=runtime == "deepspeed")
 
 
 def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    check_optimizer(section)
     name = section["type"]
-    if name not in OPTIMIZERS:
-        raise UserError(f"ds_config: no optimizer {name!r}{nearest(name, OPTIMIZERS)}")
     params = dict(section.get("params", {}))
     for key in ("torch_adam", "fused", "foreach"):  # how, not what: chosen here
         params.pop(key, None)
@@ -101,7 +95,7 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Paramete
     if name in FUSED:
         params["fused"] = True
     try:
-        return OPTIMIZERS[name](parameters, **params)
+        return getattr(torch.optim, name)(parameters, **params)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"ds_config: optimizer {name}: {error}") from error
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, environment
+from conftest import ROOT, assert_one_line, command, environment, run
 from pipeline import losses, models
 from pipeline.cli import UserError
 from pipeline.config import names
+from pipeline.config.ds_config import OPTIMIZERS, SCHEDULES
 from pipeline.config.recipe import load_recipe, load_stages
 from pipeline.losses import adversarial
 from pipeline.models import discriminators
@@ -45,6 +48,70 @@ def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
     assert found["NETWORKS"]["spandrel"]["takes_any"]
     assert found["NETWORKS"]["spandrel"]["required"] == ["arch"]
     assert found["ADVERSARIAL_LOSSES"]["hinge"]["flags"] == {"takes_labels": False, "sees_real": False}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizers_parameters_are_torchs(name: str) -> None:
+    assert set(OPTIMIZERS[name]) == set(inspect.signature(getattr(torch.optim, name)).parameters) - {"params"}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_a_schedules_parameters_are_torchs_or_deepspeeds(name: str) -> None:
+    from deepspeed.runtime import lr_schedules
+
+    ours = set(SCHEDULES[name])
+    if hasattr(torch.optim.lr_scheduler, name):
+        theirs = set(inspect.signature(getattr(torch.optim.lr_scheduler, name)).parameters)
+        assert ours - {"warmup_num_steps", "warmup_min_ratio"} == theirs - {"optimizer", "last_epoch", "scale_fn",
+                                                                           "scale_mode"}
+    else:
+        theirs = set(inspect.signature(getattr(lr_schedules, name)).parameters)
+        assert ours | {"last_batch_iteration"} == theirs - {"optimizer"}
+
+
+WRONG = {
+    ("ds.optimizer.type=AdmaW",): "no optimizer 'AdmaW'; did you mean 'AdamW'?",
+    ("ds.optimizer.params.weigth_decay=0",): "AdamW has no parameter 'weigth_decay'; did you mean 'weight_decay'?",
+    ("ds.scheduler.type=WarmupCosine",): "no schedule 'WarmupCosine'; did you mean 'WarmupCosineLR'?",
+    ("ds.scheduler.params.cos_min_ration=0",): "has no parameter 'cos_min_ration'; did you mean 'cos_min_ratio'?",
+    ("generator.num_blokcs=1",): "has no parameter 'num_blokcs'; did you mean 'num_blocks'?",
+    ("losses={charbonnier: {weight: 1, epsilom: 1}}",): "no parameter 'epsilom'; did you mean 'epsilon'?",
+    ("adversarial={weight: 1, loss: hing}",): "no adversarial loss named 'hing'; did you mean 'hinge'?",
+    ("adversarial={weight: 1, discriminator: {name: vgg, norn: none}}",): "no parameter 'norn'; did you mean 'norm'?",
+    ("data.degradation=gausian",): "no degradation named 'gausian'; did you mean 'gaussian'?",
+    ("best.metric=lpisp",): "best.metric",
+}
+
+
+def test_every_wrong_name_is_found_before_a_process_starts_and_without_torch(dataset: Path) -> None:
+    """As both launchers do it: on the recipe's own stage, and so on each of several."""
+    code = f"""
+        import json, sys
+        from pathlib import Path
+        from pipeline.cli import UserError
+        from pipeline.training.options import TrainOptions, make_plans
+        found = []
+        for overrides in {list(WRONG)!r}:
+            try:
+                make_plans(TrainOptions(overrides=overrides, recipe="vapsr_x2", dataset_dir=(Path({str(dataset)!r}),)))
+                found.append("nothing")
+            except UserError as error:
+                found.append(str(error))
+        assert "torch" not in sys.modules
+        print(json.dumps(found))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), cwd=ROOT,
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for found, message in zip(json.loads(done.stdout), WRONG.values(), strict=True):
+        assert message in found
+        assert "\n" not in found
+
+
+def test_a_launcher_says_it_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    done = run(command(dataset, tmp_path / "run", "ds.optimizer.type=AdmaW", procs=2))
+    assert_one_line(done, "no optimizer 'AdmaW'; did you mean 'AdamW'?")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_row_that_is_added_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.cli import UserError
 from pipeline.config.ds_config import check_accelerate, choose_runtime, load_ds_config
 from pipeline.distributed.launcher import FIRST_PORT, NUM_PORTS
-from pipeline.engine.schedules import build_warmup_schedule
+from pipeline.engine.schedules import build_schedule
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 ACCELERATE = ("--runtime", "accelerate")
@@ -502,13 +502,44 @@ def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dic
     return found
 
 
-def test_warmups_are_deepspeeds_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", range(len(WARMUPS)))
+def test_warmups_are_deepspeeds_own_to_the_last_bit(case: int) -> None:
+    """And their states: either takes the other's, so that runs go on which DeepSpeed's objects have led."""
+    from deepspeed.runtime import lr_schedules
+
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+
+    name, params = WARMUPS[case]
+    optimizers = [optimizer(), optimizer()]
+    theirs = getattr(lr_schedules, name)(optimizers[0], **params)
+    ours = build_schedule({"type": name, "params": params}, optimizers[1], writes_as_deepspeed=True)
+    found: list[list[float]] = [[], []]
+    for update in range(40):
+        for rates, schedule, stepped in zip(found, (theirs, ours), optimizers, strict=True):
+            rates.append(stepped.param_groups[0]["lr"])
+            stepped.step()
+            schedule.step()
+        assert ours.state_dict() == theirs.state_dict()
+        if update == 4:
+            kept = theirs.state_dict()
+    assert found[0] == found[1]
+    assert len(set(found[1])) > 1
+    assert "initial_lr" not in optimizers[1].param_groups[0]
+    plain = {"count": 5, "rates": [found[0][5]], "inner": {"last_epoch": 5}}
+    for state in (kept, plain):  # DeepSpeed's form, and the one that Accelerate's runs have
+        later = build_schedule({"type": name, "params": params}, optimizer())
+        later.load_state_dict(state)
+        assert later.get_last_lr() == [found[0][5]]
+
+
+def test_both_runtimes_follow_a_warmup(tmp_path: Path) -> None:
     found, = in_ranks(_rates, tmp_path, 1, WARMUPS, {"gradient_clipping": 0.0})
     for case, ours, theirs in zip(WARMUPS, found["accelerate"], found["deepspeed"], strict=True):
-        assert ours[1] == pytest.approx(theirs[1], rel=1e-12, abs=1e-15), case
-        assert ours[0][1:] == pytest.approx(ours[1][:-1], rel=1e-4, abs=1e-6), case
-        assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-6), case
-        assert len(set(ours[1])) > 1
+        assert ours[1] == theirs[1], case
+        for moves, rates in (ours, theirs):
+            assert moves[1:] == pytest.approx(rates[:-1], rel=1e-4, abs=1e-6), case
+            assert len(set(rates)) > 1
 
 
 def test_without_a_word_on_clipping_both_do_the_same(tmp_path: Path) -> None:
@@ -531,5 +562,5 @@ def test_without_a_word_on_clipping_both_do_the_same(tmp_path: Path) -> None:
 def test_a_warmup_that_cannot_be_is_refused(name: str, params: dict[str, Any], message: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(UserError) as caught:
-        build_warmup_schedule({"type": name, "params": params}, optimizer)
+        build_schedule({"type": name, "params": params}, optimizer)
     assert message in str(caught.value)

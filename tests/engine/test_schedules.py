@@ -11,7 +11,8 @@ from torch.optim import lr_scheduler
 
 from lives import in_a_fresh_process
 from pipeline.cli import UserError
-from pipeline.engine.schedules import SCHEDULES, build_schedule, validate_schedule
+from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, SCHEDULES
+from pipeline.engine.schedules import DEEPSPEED_WARMUPS, build_schedule, validate_schedule
 
 PARAMS: dict[str, dict[str, Any]] = {
     "MultiStepLR": {"milestones": [3, 7, 11], "gamma": 0.5}, "StepLR": {"step_size": 4, "gamma": 0.3},
@@ -39,7 +40,7 @@ def rates(of: Any, count: int) -> list[float]:
 
 
 def test_every_schedule_is_tried_here() -> None:
-    assert PARAMS.keys() == SCHEDULES.keys()
+    assert {*PARAMS, *DEEPSPEED_WARMUPS, *LEFT_TO_DEEPSPEED} == SCHEDULES.keys()
 
 
 @pytest.mark.parametrize("name", sorted(set(PARAMS) - {"ReduceLROnPlateau"}))
@@ -165,6 +166,10 @@ def test_a_right_schedule_is_let_through(name: str) -> None:
 
 
 def test_deepspeeds_own_are_left_to_it() -> None:
+    validate_schedule({"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": "DeepSpeed will see"}})
+
+
+def test_a_length_that_is_not_known_yet_is_let_through() -> None:
     validate_schedule({"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"}})
 
 
