@@ -20,7 +20,7 @@ from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
 from tools.compare.boxes import Box, differing_boxes, format_boxes, parse_boxes, read_boxes, select_boxes
 from tools.compare.figure import (
-    Column,
+    FigureColumn,
     Result,
     Style,
     annotated,
@@ -148,7 +148,7 @@ def _boxes(options: Options, results: Sequence[Result], style: Style) -> list[Bo
         return read_boxes(options.coords.expanduser(), height, width)
 
     def preview(box: Box) -> np.ndarray:
-        crops = [Column(result.label, "", [magnified(result.crop(box), PREVIEW_PANEL, smooth=False)], [""])
+        crops = [FigureColumn(result.label, "", [magnified(result.crop(box), PREVIEW_PANEL, smooth=False)], [""])
                  for result in results]
         return np.asarray(strip([box], crops, Style(PREVIEW_PANEL, style.font)))
 
@@ -174,7 +174,7 @@ def _scores(results: Sequence[Result], boxes: Sequence[Box], border: int) -> lis
 
 
 def _columns(results: Sequence[Result], boxes: Sequence[Box], scores: Sequence[list[float] | None] | None,
-             options: Options) -> list[Column]:
+             options: Options) -> list[FigureColumn]:
     """What is shown of every result."""
     largest = max(max(box.width, box.height) for box in boxes)
     panel = max(options.panel, largest)  # the small boxes are magnified to about the size of a large one
@@ -190,7 +190,7 @@ def _columns(results: Sequence[Result], boxes: Sequence[Box], scores: Sequence[l
                 note = "PSNR-Y"
             else:
                 note = f"1/{result.ratio} size"
-        columns.append(Column(result.label, note, crops, captions))
+        columns.append(FigureColumn(result.label, note, crops, captions))
     return columns
 
 
@@ -198,7 +198,7 @@ def _decibels(value: float) -> str:
     return f"{value:.2f} dB" if math.isfinite(value) else "identical"
 
 
-def _write(options: Options, results: Sequence[Result], boxes: Sequence[Box], columns: Sequence[Column],
+def _write(options: Options, results: Sequence[Result], boxes: Sequence[Box], columns: Sequence[FigureColumn],
            picture: Image.Image) -> None:
     """Write everything, and take away the crops of an earlier run that this one has not."""
     out = options.out.expanduser()

@@ -17,7 +17,7 @@ from tools.dataset.statistics import Statistics, gather, total
 from tools.images import prepare_decoders
 from tools.parallel import thread_count
 from tools.report.page import PlainImages, View, render
-from tools.report.tiles import SIDE, Tile, make_tiles
+from tools.report.tiles import SIDE, Thumbnail, make_tiles
 
 MAX_SAMPLES = 500
 
@@ -100,13 +100,13 @@ def make_page(statistics: Statistics, threads: int) -> bytes:
                   PlainImages(plain, total(statistics.plain, "images")))
 
 
-def _random_view(images: Iterable[SampledImage], tiles: dict[str, Tile]) -> View:
+def _random_view(images: Iterable[SampledImage], tiles: dict[str, Thumbnail]) -> View:
     entries: list[dict[str, object]] = [{"tile": tiles[image.path], "value": ""} for image in images]
     return View("Drawn at random", f"{len(entries)} of all images, each as likely as any other, made smaller.", entries,
                 is_detail=False)
 
 
-def _lowest_view(name: str, images: list[tuple[float, SampledImage]], tiles: dict[str, Tile]) -> View:
+def _lowest_view(name: str, images: list[tuple[float, SampledImage]], tiles: dict[str, Thumbnail]) -> View:
     title, explanation, is_detail = _LOWEST[name]
     return View(title, explanation, [{"tile": tiles[image.path], "value": f"{value:.3g}"} for value, image in images],
                 is_detail)

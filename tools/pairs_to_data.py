@@ -27,8 +27,8 @@ from tools.common.image_headers import BadImageError, read_header
 from tools.crops.cutting import (
     CropSettings,
     CutPicture,
-    Picture,
     Reject,
+    SourcePicture,
     Unit,
     crop_places,
     discard,
@@ -230,7 +230,8 @@ class PairCutter:
             return soft_picture(gates, self._settings, "HR")
         return find_leak(hr, self._benchmark)
 
-    def _cut(self, unit: Unit, hr_picture: Picture, lr_picture: Picture, source: dict[str, float | str]) -> CutPicture:
+    def _cut(self, unit: Unit, hr_picture: SourcePicture, lr_picture: SourcePicture,
+             source: dict[str, float | str]) -> CutPicture:
         hr, lr = hr_picture.pixels, lr_picture.pixels
         scale, size, result = self._options.scale, self._settings.size, CutPicture(pixels=hr.shape[0] * hr.shape[1])
         for crop in crop_places(*lr.shape[:2], size // scale, self._settings, f"1/{unit.photo}"):
@@ -258,7 +259,7 @@ class PairCutter:
                           hashlib.sha256(window).hexdigest(), decoder, {}, unit.bytes, unit.mtime_ns, 0)
 
 
-def _decode(path: Path, max_megapixels: float) -> Picture:
+def _decode(path: Path, max_megapixels: float) -> SourcePicture:
     """One side of a pair; raises `BadImageError`, which names the file, or `OSError`."""
     with open(path, "rb") as file:
         try:

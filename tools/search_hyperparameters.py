@@ -24,7 +24,7 @@ from pipeline.run_folder import RUNS_DIR
 from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
 from tools.search import report
 from tools.search.check import Candidate, check
-from tools.search.run import Budget, Machine, Search, Target
+from tools.search.run import Budget, Machine, Objective, Search
 from tools.search.space import Space, read_space, space_of
 from tools.search.study import IDENTITY, Pruner, StudyFolder, open_study, pruner_of, read_study
 
@@ -135,7 +135,7 @@ def _budget(options: Options) -> Budget:
     return Budget(options.trials, options.steps, after, options.timeout * 60 or math.inf, options.keep, options.seed)
 
 
-def _target(options: Options, space: Space, training: TrainOptions, budget: Budget) -> Target:
+def _target(options: Options, space: Space, training: TrainOptions, budget: Budget) -> Objective:
     """What is searched for. From one validation to the next it is a tenth of the steps, unless that is given."""
     given: dict[str, Any] = {}
     for word in options.overrides:
@@ -155,7 +155,7 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
                                             if not word.startswith("validate_every="))))
     if options.metric == "lpips" and plans[-1].recipe.validation_lpips == "off":
         raise UserError("--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg")
-    return Target(space, training, fixed, options.metric, plans, base)
+    return Objective(space, training, fixed, options.metric, plans, base)
 
 
 def _with(training: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
@@ -174,14 +174,14 @@ def _machine(options: Options, plans: Sequence[Plan]) -> Machine:
     return Machine(jobs, options.procs, gpus)
 
 
-def _check_values(target: Target, machine: Machine) -> None:
+def _check_values(target: Objective, machine: Machine) -> None:
     """Refuse values that training would not take, both ends of each range and each choice, before the first trial."""
     candidates = [Candidate("", target.fixed)]
     candidates += [Candidate(shown, target.overrides(values)) for shown, values in target.space.checked()]
     check(target.training, candidates, machine.procs)
 
 
-def _identity(target: Target) -> dict[str, Any]:
+def _identity(target: Objective) -> dict[str, Any]:
     """What a study is a study of."""
     return {"space": target.space.source, "metric": target.metric,
             "recipes": [plan.recipe.model_dump(mode="json") for plan in target.plans],
@@ -189,7 +189,7 @@ def _identity(target: Target) -> dict[str, Any]:
             "dataset": target.plans[-1].dataset.identity()}
 
 
-def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Target) -> None:
+def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Objective) -> None:
     """Raise `UserError` naming what differs between the study on disk and what is asked for."""
     wanted = _identity(target)
     found = target.space.differences(held["space"])

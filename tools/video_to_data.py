@@ -20,8 +20,8 @@ from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
 from tools.crops.cutting import (
     CropSettings,
-    Picture,
     Reject,
+    SourcePicture,
     Unit,
     cut_picture,
     first_reduction,
@@ -34,7 +34,7 @@ from tools.crops.options import CropOptions, open_benchmark
 from tools.images import prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.choice import Sampling
-from tools.video.frames import DamagedError, Tally, sample_frames
+from tools.video.frames import DamagedError, FrameCounts, sample_frames
 from tools.video.probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
 
 MAX_CODEC_THREADS = 16  # more give nothing
@@ -212,7 +212,7 @@ class PieceCutter:
         self._benchmark = benchmark
         self.codec_threads = 1
         self._lock = threading.Lock()
-        self._total, self._stored = Tally(), 0
+        self._total, self._stored = FrameCounts(), 0
 
     def __call__(self, piece: Piece) -> UnitResult:
         """Decode a piece and write its crops. A bad one is a result, not an exception."""
@@ -226,13 +226,13 @@ class PieceCutter:
     def _cut(self, piece: Piece, codec_threads: int) -> UnitResult:
         unit, info, segment, settings = piece.unit, piece.info, piece.segment, self._settings
         make_folder(self._out, unit.folder)
-        result, tally = UnitResult(unit), Tally()
+        result, tally = UnitResult(unit), FrameCounts()
         key = f"{settings.seed}/{unit.photo}/{segment.start_s}"
         frames = sample_frames(self._root / unit.photo, info, segment, self._sampling, key, tally, codec_threads)
         try:
             for frame in frames:
-                picture = Picture(frame.pixels, info.is_lossy, f"pyav {av.__version__}", time=round(frame.time_s, 6),
-                                  prefix=f"f{frame.index:06d}_")
+                picture = SourcePicture(frame.pixels, info.is_lossy, f"pyav {av.__version__}",
+                                        time=round(frame.time_s, 6), prefix=f"f{frame.index:06d}_")
                 result.pictures.append(cut_picture(picture, unit, self._out, settings, self._benchmark))
         except BadVideoError as error:
             result.rejects.append(Reject("decode", str(error), time=segment.start_s))
@@ -256,7 +256,7 @@ class PieceCutter:
             print(f"{total.decoded} frames decoded, {self._stored} cut; drawn but left out: {dropped}")
 
 
-def _complaints(piece: Piece, tally: Tally, has_outcome: bool) -> list[Reject]:
+def _complaints(piece: Piece, tally: FrameCounts, has_outcome: bool) -> list[Reject]:
     """What is wrong with a piece as a whole."""
     start, complaints = piece.segment.start_s, []
     if tally.errors or tally.lost:

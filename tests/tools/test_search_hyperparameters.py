@@ -32,7 +32,7 @@ from pipeline.config.recipe import parse_overrides, read_recipe
 from pipeline.training.options import TrainOptions, make_plans, overrides_last
 from tools.search import trial as trial_module
 from tools.search.report import importances, short_names, trial_table
-from tools.search.run import Budget, Machine, Search, Target, write_best
+from tools.search.run import Budget, Machine, Objective, Search, write_best
 from tools.search.space import override, read_space, space_of
 from tools.search.study import StudyFolder, next_trial, open_study, pruner_of, read_study
 from tools.search.trial import LogTail, TrialRun
@@ -368,7 +368,7 @@ def is_running(process: int) -> bool:
         return False
 
 
-class Failing(Target):
+class Failing(Objective):
     """Trials that end at once."""
 
     def command(self, values: dict[str, Any], run_dir: Path, procs: int) -> list[str]:
@@ -376,18 +376,18 @@ class Failing(Target):
 
 
 @pytest.fixture
-def target(dataset: Path) -> Target:
+def target(dataset: Path) -> Objective:
     training = TrainOptions(recipe="demo", dataset_dir=(dataset,))
     fixed = (*SMALL, "steps=8", "validate_every=4")
     plans = make_plans(replace(training, overrides=fixed))
-    return Target(space_of({"ema_decay": [0.5, 0.9]}), training, fixed, "psnr", plans, plans)
+    return Objective(space_of({"ema_decay": [0.5, 0.9]}), training, fixed, "psnr", plans, plans)
 
 
 def budget(**changes: Any) -> Budget:
     return replace(Budget(trials=9, steps=8, prune_after=2, seconds=60, keep=1, seed=0), **changes)
 
 
-def test_trials_that_fail_from_the_start_end_the_search_with_the_reason(target: Target, tmp_path: Path) -> None:
+def test_trials_that_fail_from_the_start_end_the_search_with_the_reason(target: Objective, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     failing = Failing(**vars(target))
     with folder.entered(reset=False):
@@ -398,7 +398,7 @@ def test_trials_that_fail_from_the_start_end_the_search_with_the_reason(target: 
     assert {trial.user_attrs["reason"] for trial in study.trials} == {"training has diverged"}
 
 
-def test_a_single_failure_is_written_down_and_the_search_goes_on(target: Target, tmp_path: Path) -> None:
+def test_a_single_failure_is_written_down_and_the_search_goes_on(target: Objective, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     with folder.entered(reset=False):
         study = open_study(folder, "maximize", pruner_of("none", 8, 2))

@@ -18,7 +18,7 @@ import pytest
 from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, tree
 from tools.crops.grid import halved
 from tools.video.choice import Sampling
-from tools.video.frames import Tally, sample_frames, segment_frames
+from tools.video.frames import FrameCounts, sample_frames, segment_frames
 from tools.video.probe import Segment, open_video, probe, segments
 from video_corpus import H264, H265, MOVING, TESTSRC, VP9, ffmpeg, from_pixels, pan, still
 
@@ -245,7 +245,7 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
 def frames(path: Path) -> list[tuple[float, str]]:
     """(Second, digest of the pixels) of every frame."""
     info, found = probe(path), []
-    for frame in segment_frames(path, info, Segment(0, None, None), Tally()):
+    for frame in segment_frames(path, info, Segment(0, None, None), FrameCounts()):
         seconds = float((frame.pts - info.start) * info.time_base)
         found.append((round(seconds, 2), hashlib.sha256(frame.to_ndarray(format="rgb24").tobytes()).hexdigest()))
     return found

@@ -1,4 +1,8 @@
-"""The boxes of a comparison picture: from the command line, from a coordinates file, or where results differ most."""
+"""The boxes of a comparison picture: from the command line, from a coordinates file, where results differ, or drawn.
+
+`select_boxes` lets the user draw them with the mouse: the one window of the dataset tools, whose tkinter is imported
+only then.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,14 @@ import numpy as np
 
 from pipeline.cli import UserError
 
-if TYPE_CHECKING:
-    import tkinter
-
-
 # Okabe and Ito, "Color Universal Design", 2008: told apart with every common kind of colour blindness.
 COLOURS = ("#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#000000")
 MAX_BOXES = len(COLOURS)
 MIN_SIDE = 4
 _WAY_OUT = "choose the boxes anew with --box, --auto or the mouse, and save them to another --coords file"
+_HELP = "drag a box   -   Enter: save   -   Backspace or u: take the last back   -   Escape: cancel"
+_SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
+_IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)  # of the screen's width and height; bars need the rest
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,7 @@ def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
     return sums[: height - side + 1, : width - side + 1].copy()
 
 
-# Draw boxes on an image with the mouse. The one window of the dataset tools: tkinter, loaded only when asked for.
-
-
-_HELP = "drag a box   -   Enter: save   -   Backspace or u: take the last back   -   Escape: cancel"
-_SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
-_IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)  # of the screen's width and height; bars need the rest
+# --- With the mouse ---
 
 
 def select_boxes(image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> list[Box] | None:
@@ -295,3 +293,7 @@ def _photo(root: tkinter.Tk, image: np.ndarray) -> tkinter.PhotoImage:
 
     header = f"P6 {image.shape[1]} {image.shape[0]} 255\n".encode()
     return PhotoImage(master=root, data=header + np.ascontiguousarray(image).tobytes(), format="PPM")
+
+
+if TYPE_CHECKING:
+    import tkinter

@@ -1,4 +1,8 @@
-"""Pictures as in papers: a photograph with coloured boxes, and magnified crops of many results beside one another."""
+"""Pictures as in papers: a photograph with coloured boxes, and magnified crops of many results beside one another.
+
+The results are read (`read_image`), named, held against the first (`ratio_to_first`) and scored (`psnr_y`); `figure`
+puts the picture together.
+"""
 
 from __future__ import annotations
 
@@ -20,143 +24,7 @@ BACKGROUND, TEXT, FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 ELLIPSIS = "…"
 
 
-@dataclass(frozen=True)
-class Style:
-    """Measures of a comparison picture in pixels, and its font (None: the one that comes with Pillow)."""
-
-    panel: int = 240  # longest side of a magnified crop
-    font: Path | None = None
-
-    @property
-    def frame(self) -> int:
-        """Width of the coloured frame around a crop."""
-        return max(2, self.panel // 60)
-
-    @property
-    def gap(self) -> int:
-        """Distance between crops."""
-        return max(4, self.panel // 24)
-
-    def letters(self, scale: float = 1.0) -> ImageFont.FreeTypeFont:
-        """The font in a size that suits the crops."""
-        size = max(10, round(self.panel / 11 * scale))
-        return ImageFont.truetype(str(self.font), size) if self.font else ImageFont.load_default(size)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One result: its name, a line below it ("" for none), and per box a magnified crop and a caption."""
-
-    label: str
-    note: str
-    crops: Sequence[np.ndarray]  # uint8 RGB
-    captions: Sequence[str]
-
-
-def magnified(crop: np.ndarray, panel: int, smooth: bool) -> np.ndarray:
-    """A crop by the largest whole factor with which its longest side still fits `panel` (at least 1).
-
-    Every pixel becomes a block of one size; with `smooth`, cubic interpolation instead of blocks.
-    """
-    factor = max(1, panel // max(crop.shape[:2]))
-    size = crop.shape[1] * factor, crop.shape[0] * factor
-    return cv2.resize(crop, size, interpolation=cv2.INTER_CUBIC if smooth and factor > 1 else cv2.INTER_NEAREST)
-
-
-def annotated(image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line: int | None = None) -> Image.Image:
-    """The photograph (uint8 RGB), resized by `scale`, with the boxes drawn around their pixels.
-
-    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline around them that parts
-    them from a background of the same colour. They lie outside of the box, except at the image's own edge.
-    """
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    picture = Image.fromarray(image)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    line = line or max(2, round(max(height, width) / 200))
-    draw = ImageDraw.Draw(picture)
-    for box in boxes:
-        left, top, right, bottom = (round(edge * scale) for edge in box.edges)
-        for grown, colour, thickness in ((line + 1, (255, 255, 255), 1), (line, box.rgb, line)):
-            outer = (max(0, left - grown), max(0, top - grown),
-                     min(width, right + grown) - 1, min(height, bottom + grown) - 1)
-            draw.rectangle(outer, outline=colour, width=thickness)
-    return picture
-
-
-def strip(boxes: Sequence[Box], columns: Sequence[Column], style: Style, wrap: int | None = None) -> Image.Image:
-    """Crops in a grid: a row for each box, a column for each result; after `wrap` columns the grid begins again."""
-    wrap = min(wrap or len(columns), len(columns))
-    grids = [_grid(boxes, columns[start : start + wrap], style) for start in range(0, len(columns), wrap)]
-    height = sum(grid.height for grid in grids) + style.gap * (len(grids) - 1)
-    sheet = Image.new("RGB", (max(grid.width for grid in grids), height), BACKGROUND)
-    top = 0
-    for grid in grids:
-        sheet.paste(grid, (0, top))
-        top += grid.height + style.gap
-    return sheet
-
-
-def _grid(boxes: Sequence[Box], columns: Sequence[Column], style: Style) -> Image.Image:
-    """The labels, and below them the crops of every box in its colour's frame with their captions."""
-    frame, gap, letters, small = style.frame, style.gap, style.letters(), style.letters(0.8)
-    cell = max(crop.shape[1] for column in columns for crop in column.crops) + 2 * frame
-    head = _line_height(letters) + (_line_height(small) if any(column.note for column in columns) else 0)
-    foot = _line_height(small) if any(any(column.captions) for column in columns) else 0
-    rows = [max(column.crops[row].shape[0] for column in columns) + 2 * frame + foot for row in range(len(boxes))]
-    size = len(columns) * (cell + gap) + gap, gap + head + sum(rows) + len(rows) * gap
-    sheet = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for index, column in enumerate(columns):
-        left, top = gap + index * (cell + gap), gap
-        _write(draw, left, top, cell, column.label, letters, TEXT)
-        if column.note:
-            _write(draw, left, top + _line_height(letters), cell, column.note, small, FAINT)
-        top += head
-        for box, crop, caption, row in zip(boxes, column.crops, column.captions, rows, strict=True):
-            framed = cv2.copyMakeBorder(crop, frame, frame, frame, frame, cv2.BORDER_CONSTANT, value=box.rgb)
-            sheet.paste(Image.fromarray(framed), (left + (cell - framed.shape[1]) // 2, top))
-            if caption:
-                _write(draw, left, top + framed.shape[0], cell, caption, small, TEXT)
-            top += row + gap
-    return sheet
-
-
-def figure(image: np.ndarray, boxes: Sequence[Box], columns: Sequence[Column], style: Style,
-           wrap: int | None = None) -> Image.Image:
-    """The annotated photograph on the left, as high as the grid of crops on the right.
-
-    With one box the crops stand in two rows (three results and more), as papers like it; `wrap` overrules this.
-    """
-    if wrap is None and len(boxes) == 1 and len(columns) > 2:
-        wrap = -(-len(columns) // 2)
-    crops = strip(boxes, columns, style, wrap)
-    room = crops.height - 2 * style.gap
-    scale = min(room / image.shape[0], 2 * crops.width / image.shape[1])
-    photo = annotated(image, boxes, scale, line=style.frame)
-    sheet = Image.new("RGB", (style.gap + photo.width + crops.width, crops.height), BACKGROUND)
-    sheet.paste(photo, (style.gap, style.gap + (room - photo.height) // 2))
-    sheet.paste(crops, (style.gap + photo.width, 0))
-    return sheet
-
-
-def _line_height(letters: ImageFont.FreeTypeFont) -> int:
-    ascent, descent = letters.getmetrics()
-    return round((ascent + descent) * 1.15)
-
-
-def _write(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, text: str, letters: ImageFont.FreeTypeFont,
-           colour: tuple[int, int, int]) -> None:
-    """A line of text in the middle of a cell; one that is too long loses its middle."""
-    kept = len(text)
-    shown = text
-    while kept > 2 and draw.textlength(shown, font=letters) > width:
-        kept -= 1
-        shown = text[: -(-kept // 2)] + ELLIPSIS + text[len(text) - kept // 2 :]
-    draw.text((left + width / 2, top), shown, fill=colour, font=letters, anchor="ma")
-
-
-# The images of a comparison: read, held against the first, cut and scored.
+# --- The images of a comparison ---
 
 
 @dataclass(frozen=True)
@@ -175,7 +43,7 @@ class Result:
 
 
 def column_labels(paths: Sequence[Path], given: Sequence[str], is_ascii: bool) -> list[str]:
-    """`given`, or else the files' names, with those of their folders where files are called alike."""
+    """`given`, or else the files' names, with those of their folders where files have the same name."""
     if given and len(given) != len(paths):
         raise UserError(f"--labels: {len(given)} names for {len(paths)} images; give one each")
     labels = list(given) or _distinct_names(paths)
@@ -229,3 +97,142 @@ def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
 
     return psnr_ssim.psnr_y(*(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
                               for image in (one, other)))
+
+
+# --- The picture ---
+
+
+@dataclass(frozen=True)
+class Style:
+    """Measures of a comparison picture in pixels, and its font (None: the one that comes with Pillow)."""
+
+    panel: int = 240  # longest side of a magnified crop
+    font: Path | None = None
+
+    @property
+    def frame(self) -> int:
+        """Width of the coloured frame around a crop."""
+        return max(2, self.panel // 60)
+
+    @property
+    def gap(self) -> int:
+        """Distance between crops."""
+        return max(4, self.panel // 24)
+
+    def letters(self, scale: float = 1.0) -> ImageFont.FreeTypeFont:
+        """The font in a size that suits the crops."""
+        size = max(10, round(self.panel / 11 * scale))
+        return ImageFont.truetype(str(self.font), size) if self.font else ImageFont.load_default(size)
+
+
+@dataclass(frozen=True)
+class FigureColumn:
+    """One result: its name, a line below it ("" for none), and per box a magnified crop and a caption."""
+
+    label: str
+    note: str
+    crops: Sequence[np.ndarray]  # uint8 RGB
+    captions: Sequence[str]
+
+
+def figure(image: np.ndarray, boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style,
+           wrap: int | None = None) -> Image.Image:
+    """The annotated photograph on the left, as high as the grid of crops on the right.
+
+    With one box the crops stand in two rows (three results and more), as papers like it; `wrap` overrules this.
+    """
+    if wrap is None and len(boxes) == 1 and len(columns) > 2:
+        wrap = -(-len(columns) // 2)
+    crops = strip(boxes, columns, style, wrap)
+    room = crops.height - 2 * style.gap
+    scale = min(room / image.shape[0], 2 * crops.width / image.shape[1])
+    photo = annotated(image, boxes, scale, line=style.frame)
+    sheet = Image.new("RGB", (style.gap + photo.width + crops.width, crops.height), BACKGROUND)
+    sheet.paste(photo, (style.gap, style.gap + (room - photo.height) // 2))
+    sheet.paste(crops, (style.gap + photo.width, 0))
+    return sheet
+
+
+def magnified(crop: np.ndarray, panel: int, smooth: bool) -> np.ndarray:
+    """A crop by the largest whole factor with which its longest side still fits `panel` (at least 1).
+
+    Every pixel becomes a block of one size; with `smooth`, cubic interpolation instead of blocks.
+    """
+    factor = max(1, panel // max(crop.shape[:2]))
+    size = crop.shape[1] * factor, crop.shape[0] * factor
+    return cv2.resize(crop, size, interpolation=cv2.INTER_CUBIC if smooth and factor > 1 else cv2.INTER_NEAREST)
+
+
+def annotated(image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line: int | None = None) -> Image.Image:
+    """The photograph (uint8 RGB), resized by `scale`, with the boxes drawn around their pixels.
+
+    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline around them that parts
+    them from a background of the same colour. They lie outside of the box, except at the image's own edge.
+    """
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    picture = Image.fromarray(image)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    line = line or max(2, round(max(height, width) / 200))
+    draw = ImageDraw.Draw(picture)
+    for box in boxes:
+        left, top, right, bottom = (round(edge * scale) for edge in box.edges)
+        for grown, colour, thickness in ((line + 1, (255, 255, 255), 1), (line, box.rgb, line)):
+            outer = (max(0, left - grown), max(0, top - grown),
+                     min(width, right + grown) - 1, min(height, bottom + grown) - 1)
+            draw.rectangle(outer, outline=colour, width=thickness)
+    return picture
+
+
+def strip(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style, wrap: int | None = None) -> Image.Image:
+    """Crops in a grid: a row for each box, a column for each result; after `wrap` columns the grid begins again."""
+    wrap = min(wrap or len(columns), len(columns))
+    grids = [_grid(boxes, columns[start : start + wrap], style) for start in range(0, len(columns), wrap)]
+    height = sum(grid.height for grid in grids) + style.gap * (len(grids) - 1)
+    sheet = Image.new("RGB", (max(grid.width for grid in grids), height), BACKGROUND)
+    top = 0
+    for grid in grids:
+        sheet.paste(grid, (0, top))
+        top += grid.height + style.gap
+    return sheet
+
+
+def _grid(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style) -> Image.Image:
+    """The labels, and below them the crops of every box in its colour's frame with their captions."""
+    frame, gap, letters, small = style.frame, style.gap, style.letters(), style.letters(0.8)
+    cell = max(crop.shape[1] for column in columns for crop in column.crops) + 2 * frame
+    head = _line_height(letters) + (_line_height(small) if any(column.note for column in columns) else 0)
+    foot = _line_height(small) if any(any(column.captions) for column in columns) else 0
+    rows = [max(column.crops[row].shape[0] for column in columns) + 2 * frame + foot for row in range(len(boxes))]
+    size = len(columns) * (cell + gap) + gap, gap + head + sum(rows) + len(rows) * gap
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index, column in enumerate(columns):
+        left, top = gap + index * (cell + gap), gap
+        _write(draw, left, top, cell, column.label, letters, TEXT)
+        if column.note:
+            _write(draw, left, top + _line_height(letters), cell, column.note, small, FAINT)
+        top += head
+        for box, crop, caption, row in zip(boxes, column.crops, column.captions, rows, strict=True):
+            framed = cv2.copyMakeBorder(crop, frame, frame, frame, frame, cv2.BORDER_CONSTANT, value=box.rgb)
+            sheet.paste(Image.fromarray(framed), (left + (cell - framed.shape[1]) // 2, top))
+            if caption:
+                _write(draw, left, top + framed.shape[0], cell, caption, small, TEXT)
+            top += row + gap
+    return sheet
+
+
+def _line_height(letters: ImageFont.FreeTypeFont) -> int:
+    ascent, descent = letters.getmetrics()
+    return round((ascent + descent) * 1.15)
+
+
+def _write(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, text: str, letters: ImageFont.FreeTypeFont,
+           colour: tuple[int, int, int]) -> None:
+    """A line of text in the middle of a cell; one that is too long loses its middle."""
+    kept = len(text)
+    shown = text
+    while kept > 2 and draw.textlength(shown, font=letters) > width:
+        kept -= 1
+        shown = text[: -(-kept // 2)] + ELLIPSIS + text[len(text) - kept // 2 :]
+    draw.text((left + width / 2, top), shown, fill=colour, font=letters, anchor="ma")

@@ -1,4 +1,8 @@
-"""One picture to its crops on disk: what the tools that make datasets do on every thread."""
+"""One picture to its crops on disk: what the tools that make datasets do on every thread.
+
+`open_picture` or `read_picture` decode it, the gates judge it, `cut_picture` cuts it at every scale and writes the
+crops. What a gate rejects is a line of rejects.jsonl (`reject_line`) beside them.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,11 @@ from tools.files import printable
 from tools.images import check_megapixels, decode_photo, decoder_name, encode
 
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
+SETTINGS = "dataset.json"
+REJECTS = "rejects.jsonl"
+# Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
+# that is damage, may be mended.
+FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Unit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourcePicture:
     """A decoded picture that is to be cut: uint8 RGB (height, width, 3), upright."""
 
     pixels: np.ndarray
@@ -85,18 +94,7 @@ class CutPicture:
     pixels: int = 0
 
 
-def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
-    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless asked otherwise."""
-    return 2 if is_lossy and not settings.keep_lossy_size else 1
-
-
-def too_small(height: int, width: int, first: int, size: int) -> Reject:
-    """Why a picture of this size gives no crop, at 1/`first` of it and below."""
-    halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
-    return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
-
-
-def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> Picture | Reject:
+def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> SourcePicture | Reject:
     """Decode the photograph in `file`, unless its header tells already that it holds no crop.
 
     Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it cannot be read.
@@ -109,31 +107,18 @@ def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) 
     return read_picture(file, header)
 
 
-def read_picture(file: BinaryIO, header: ImageHeader) -> Picture:
+def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
     """Decode the photograph in `file`, whose header was read and found good; raises as `open_picture` does."""
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
-    return Picture(decode_photo(data, header), header.is_lossy, decoder_name(header), hashlib.sha256(data).hexdigest())
+    return SourcePicture(decode_photo(data, header), header.is_lossy, decoder_name(header),
+                         hashlib.sha256(data).hexdigest())
 
 
-def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:
-    """Why a crop with too little detail is not written."""
-    reason = f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
-    return Reject("flat", reason, scale, top, left)
-
-
-def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
-    """Why a picture without a finest octave is not cut (at this size)."""
-    sharpness = gates["source_sharpness"]
-    return Reject("soft", f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below {settings.min_sharpness:g} "
-                          "(--min-sharpness)")
-
-
-def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
-    """Why a picture or a crop that the network will be measured with is not written."""
-    name = benchmark.find(pixels) if benchmark else None
-    return Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)") if name else None
+def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
+    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless asked otherwise."""
+    return 2 if is_lossy and not settings.keep_lossy_size else 1
 
 
 def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:
@@ -143,7 +128,7 @@ def crop_places(height: int, width: int, size: int, settings: CropSettings, key:
     return crop_grid(height, width, size, f"{settings.seed}/{key}")
 
 
-def cut_picture(picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+def cut_picture(picture: SourcePicture, unit: Unit, out: Path, settings: CropSettings,
                 benchmark: BenchmarkIndex | None) -> CutPicture:
     """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away is not written.
 
@@ -176,7 +161,7 @@ class _LeakError(Exception):
 class _Cutter:
     """The cutting of one picture."""
 
-    def __init__(self, picture: Picture, unit: Unit, out: Path, settings: CropSettings,
+    def __init__(self, picture: SourcePicture, unit: Unit, out: Path, settings: CropSettings,
                  benchmark: BenchmarkIndex | None) -> None:
         self._picture, self._unit, self._out = picture, unit, out
         self._settings, self._benchmark = settings, benchmark
@@ -223,6 +208,16 @@ class _Cutter:
                           unit.mtime_ns, 0, picture.time)
 
 
+def make_folder(out: Path, folder: str) -> None:
+    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that was killed there."""
+    try:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        remove_crops(out / folder)
+    except OSError as error:
+        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or mend the permissions, then "
+                        "run the same command again: it goes on where it stopped") from error
+
+
 def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
     """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run checks what is there.
 
@@ -249,16 +244,6 @@ def discard(records: Iterable[CropRecord], out: Path) -> None:
         (out / record.path).unlink(missing_ok=True)
 
 
-def make_folder(out: Path, folder: str) -> None:
-    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that was killed there."""
-    try:
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        remove_crops(out / folder)
-    except OSError as error:
-        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or mend the permissions, then "
-                        "run the same command again: it goes on where it stopped") from error
-
-
 def remove_crops(folder: Path) -> None:
     """Delete the crops and half-written crops in a unit's folder, and nothing else."""
     for entry in list(os.scandir(folder)):
@@ -266,14 +251,32 @@ def remove_crops(folder: Path) -> None:
             os.unlink(entry.path)
 
 
-# The files beside the crops of a dataset: what they are called, and the lines of rejects.jsonl.
+# --- What the gates reject ---
 
 
-SETTINGS = "dataset.json"
-REJECTS = "rejects.jsonl"
-# Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
-# that is damage, may be mended.
-FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
+def too_small(height: int, width: int, first: int, size: int) -> Reject:
+    """Why a picture of this size gives no crop, at 1/`first` of it and below."""
+    halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
+    return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
+
+
+def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:
+    """Why a crop with too little detail is not written."""
+    reason = f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
+    return Reject("flat", reason, scale, top, left)
+
+
+def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
+    """Why a picture without a finest octave is not cut (at this size)."""
+    sharpness = gates["source_sharpness"]
+    return Reject("soft", f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below {settings.min_sharpness:g} "
+                          "(--min-sharpness)")
+
+
+def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
+    """Why a picture or a crop that the network will be measured with is not written."""
+    name = benchmark.find(pixels) if benchmark else None
+    return Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)") if name else None
 
 
 def reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:

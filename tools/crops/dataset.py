@@ -1,4 +1,8 @@
-"""The folder that crops are written to: claimed, held to its settings, mended after a kill, its manifest kept."""
+"""The folder that crops are written to: claimed, held to its settings, repaired after a kill, its manifest kept.
+
+`open_dataset` gives a `CropDataset` to one process alone; `cut_all` feeds it the units that are not finished yet, on
+threads; a `Clock` reports what was done and how fast.
+"""
 
 from __future__ import annotations
 
@@ -35,70 +39,84 @@ from tools.crops.options import benchmark_fingerprint
 from tools.files import printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
-# What a run of a cutting tool did, and how it is said.
-
-
 NUM_SHOWN = 20
-
-
-@dataclass
-class Totals:
-    """What a run did, for its report."""
-
-    units: int = 0
-    already: int = 0
-    crops: int = 0
-    pixels: int = 0
-    bad: int = 0  # units that could not be decoded or read, in part or as a whole
-    rejects: Counter[str] = field(default_factory=Counter)
-    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
-    reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
-    num_reasons: int = 0
-
-    def count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
-        """Take in what became of a unit."""
-        self.crops += crops
-        self.units += crops > 0
-        self.bad += any(reject.gate not in FINAL_GATES for reject in rejects)
-        for reject in rejects:
-            self.rejects[reject.gate] += 1
-            if reject.top is not None:
-                continue
-            self.num_reasons += 1
-            reasons = self.reasons[reject.gate in FINAL_GATES]
-            if len(reasons) < NUM_SHOWN:
-                at = f" at {reject.time:.3f} s" if reject.time is not None else ""
-                reasons.append(f"{printable(unit.photo)}{at}: {reject.reason}")
-
-
-class Clock:
-    """Wall and CPU seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    def report(self, totals: Totals, out: Path, name: str) -> None:
-        """Say what was done, how fast, and what was turned away."""
-        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
-              "already")
-        if totals.crops:
-            megapixels = totals.pixels / 1e6
-            print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
-                  f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
-        if totals.rejects:
-            print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
-                  f"{out / REJECTS} says what and why")
-        for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
-            print(f"rejected {line}")
-        if totals.num_reasons > NUM_SHOWN:
-            print(f"... and {totals.num_reasons - NUM_SHOWN} more in {out / REJECTS}")
-
-
 # A change of what the same settings produce must raise this, so that one dataset never holds both.
 LAYOUT_VERSION = 2
 
 Stamp = tuple[int, int]  # size and modification time of a source's file
+
+
+@contextmanager
+def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None], tool: str,
+                 **more: object) -> Iterator[CropDataset]:
+    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it was begun with."""
+    recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
+    recorded["against"] = list(settings.against)
+    recorded["against_files"] = benchmark_fingerprint(settings.against)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / SETTINGS, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another {tool}.py is writing there; wait for it or stop it") from None
+        _agree(file, out, recorded)
+        dataset = CropDataset(out, settings, stamp_of)
+        try:
+            yield dataset
+        except BaseException:
+            with suppress(UserError):  # what happened first is what is said
+                dataset.close()
+            raise
+        dataset.close()
+
+
+def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
+    """Write the settings into a new dataset.json; refuse others than an existing one holds."""
+    text = file.read()
+    if not text:
+        if (out / MANIFEST).exists():
+            raise UserError(f"{out / SETTINGS}: missing or empty beside a {MANIFEST}; restore it or choose another OUT")
+        file.write(json.dumps(settings, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return
+    try:
+        recorded = json.loads(text)
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UserError(f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT")
+    for name in sorted({*recorded, *settings}):
+        old, new = recorded.get(name), settings.get(name)
+        if old != new:
+            is_place = name in ("photos", "videos", "lr", "against")
+            moved = f", or mend {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
+            raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
+                            f"use the same settings or another OUT{moved}")
+
+
+def refuse_nested(source: Path, out: Path, why: str = "crops and sources must not lie in one another, or a second run "
+                  "would cut its own crops; choose an OUT beside the sources") -> None:
+    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no folder."""
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise UserError(f"{out} and {source}: {why}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; choose another OUT")
+
+
+def cut_all(dataset: CropDataset, units: Iterable[Unit], cut: Callable[[Unit], UnitResult], threads: int,
+            total: int | None, name: str) -> None:
+    """Cut the units on threads, write the results down in their order, and show how it goes."""
+    with quiet_libraries(), progress(total, name) as bar:
+        for result in ordered_map(cut, units, threads):
+            dataset.add(result)
+            bar.update()
+            bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)
 
 
 @dataclass
@@ -115,7 +133,7 @@ class CropDataset:
 
     def __init__(self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]) -> None:
         """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand (its crops stay)."""
-        self.out, self.settings, self.totals = out, settings, Totals()
+        self.out, self.settings, self.totals = out, settings, CuttingTotals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
         self._film_crops = None if distance is None else NearDuplicates(distance)  # still corners of moving pictures
@@ -371,74 +389,55 @@ def _remove_empty(out: Path, folder: str) -> None:
         path = path.parent
 
 
-def refuse_nested(source: Path, out: Path, why: str = "crops and sources must not lie in one another, or a second run "
-                  "would cut its own crops; choose an OUT beside the sources") -> None:
-    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no folder."""
-    inner, outer = source.resolve(), out.resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{out} and {source}: {why}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: not a folder; choose another OUT")
+@dataclass
+class CuttingTotals:
+    """What a run did, for its report."""
+
+    units: int = 0
+    already: int = 0
+    crops: int = 0
+    pixels: int = 0
+    bad: int = 0  # units that could not be decoded or read, in part or as a whole
+    rejects: Counter[str] = field(default_factory=Counter)
+    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
+    reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    num_reasons: int = 0
+
+    def count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
+        """Take in what became of a unit."""
+        self.crops += crops
+        self.units += crops > 0
+        self.bad += any(reject.gate not in FINAL_GATES for reject in rejects)
+        for reject in rejects:
+            self.rejects[reject.gate] += 1
+            if reject.top is not None:
+                continue
+            self.num_reasons += 1
+            reasons = self.reasons[reject.gate in FINAL_GATES]
+            if len(reasons) < NUM_SHOWN:
+                at = f" at {reject.time:.3f} s" if reject.time is not None else ""
+                reasons.append(f"{printable(unit.photo)}{at}: {reject.reason}")
 
 
-@contextmanager
-def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None], tool: str,
-                 **more: object) -> Iterator[CropDataset]:
-    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it was begun with."""
-    recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
-    recorded["against"] = list(settings.against)
-    recorded["against_files"] = benchmark_fingerprint(settings.against)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / SETTINGS, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another {tool}.py is writing there; wait for it or stop it") from None
-        _agree(file, out, recorded)
-        dataset = CropDataset(out, settings, stamp_of)
-        try:
-            yield dataset
-        except BaseException:
-            with suppress(UserError):  # what happened first is what is said
-                dataset.close()
-            raise
-        dataset.close()
+class Clock:
+    """Wall and CPU seconds since it was made."""
 
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
 
-def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
-    """Write the settings into a new dataset.json; refuse others than an existing one holds."""
-    text = file.read()
-    if not text:
-        if (out / MANIFEST).exists():
-            raise UserError(f"{out / SETTINGS}: missing or empty beside a {MANIFEST}; restore it or choose another OUT")
-        file.write(json.dumps(settings, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-        return
-    try:
-        recorded = json.loads(text)
-    except ValueError:
-        recorded = None
-    if not isinstance(recorded, dict):
-        raise UserError(f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT")
-    for name in sorted({*recorded, *settings}):
-        old, new = recorded.get(name), settings.get(name)
-        if old != new:
-            is_place = name in ("photos", "videos", "lr", "against")
-            moved = f", or mend {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
-            raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
-                            f"use the same settings or another OUT{moved}")
-
-
-def cut_all(dataset: CropDataset, units: Iterable[Unit], cut: Callable[[Unit], UnitResult], threads: int,
-            total: int | None, name: str) -> None:
-    """Cut the units on threads, write the results down in their order, and show how it goes."""
-    with quiet_libraries(), progress(total, name) as bar:
-        for result in ordered_map(cut, units, threads):
-            dataset.add(result)
-            bar.update()
-            bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)
+    def report(self, totals: CuttingTotals, out: Path, name: str) -> None:
+        """Say what was done, how fast, and what was turned away."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
+              "already")
+        if totals.crops:
+            megapixels = totals.pixels / 1e6
+            print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
+                  f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
+        if totals.rejects:
+            print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
+                  f"{out / REJECTS} says what and why")
+        for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
+            print(f"rejected {line}")
+        if totals.num_reasons > NUM_SHOWN:
+            print(f"... and {totals.num_reasons - NUM_SHOWN} more in {out / REJECTS}")

@@ -1,4 +1,8 @@
-"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed anew."""
+"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed again.
+
+`BenchmarkIndex.find` compares in two steps. Anchors, points of a picture that are found again in its copies and parts,
+propose places (`AnchorTable`); where several agree, pixels are compared.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +23,20 @@ from tools.files import walk
 from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
-# Anchors: points of a picture that are found again in its copies and parts, and a table to look them up in.
-
-
 RADIUS = 16  # of the patch around an anchor, in pixels: 33 x 33
-
 _CELLS, _FREQUENCIES = 11, 8  # the patch is reduced to 11x11 means of 3x3 pixels; its 8x8 lowest frequencies count
 _MAX_BITS = 10                # of 63, that the hashes of two patches may differ in
 _NUM_CHUNKS = 4               # of a hash, 16 bits each: one of them must be equal
 _MIN_STRENGTH = 1.0           # grey levels
 _NEIGHBOURS = np.ones((13, 13), np.uint8)
-
-
-def _basis() -> np.ndarray:
-    """DCT-II of a patch's row of 33 pixels, each 3 of them being one cell: float32 (8, 33)."""
-    frequency, cell = np.arange(_FREQUENCIES)[:, None], np.arange(_CELLS).repeat(3)[None]
-    return np.cos(np.pi * (2 * cell + 1) * frequency / (2 * _CELLS)).astype(np.float32)
-
-
-def _order() -> np.ndarray:
-    """Coefficients from the lowest frequencies to the highest: int (64,)."""
-    row, column = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
-    return np.lexsort((row, np.maximum(row, column)))
-
-
-_BASIS, _ORDER = _basis(), _order()
-# A mirrored patch has the opposite sign at odd horizontal frequencies.
-_MIRROR = np.packbits((np.arange(_FREQUENCIES**2) % 2)[_ORDER]).view(np.uint64)[0]
-
-
-class Anchors(NamedTuple):
-    """Rows and columns, int32 (count,), and uint64 (count,) hashes of what lies around."""
-
-    rows: np.ndarray
-    columns: np.ndarray
-    hashes: np.ndarray
-
-
-NO_ANCHORS = Anchors(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
+MIN_PART = 64  # pixels a side that a part must have in common with a benchmark picture
+_NUM_REDUCTIONS = 3  # 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
+_NUM_ANCHORS = 32    # of the picture in question, at each reduction
+_NUM_CHECKED = 12    # of the places that the anchors point at, at each reduction
+# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated places with a similar
+# edge reach 0.68, parts that went through JPEG of quality 75 or a shift by half a pixel have 0.80 or more.
+_CHECKS = ((96, 0.6), (256, 0.76))
+_MIN_DETAIL = 0.25   # root mean square of the structure: less says nothing
 
 
 class Match(NamedTuple):
@@ -68,115 +48,6 @@ class Match(NamedTuple):
     left: int
     row: int  # of the anchor, in the picture in question (mirrored where the match is)
     column: int
-
-
-def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
-    """The points of uint8 luma (height, width) where a spot differs most from what surrounds it, the `count` strongest.
-
-    Found by content alone, so a crop has the same anchors as the picture it was cut from, apart from its borders.
-    """
-    height, width = luma.shape
-    if min(height, width) <= 2 * RADIUS:
-        return NO_ANCHORS
-    spot, around = cv2.boxFilter(luma, cv2.CV_32F, (5, 5)), cv2.boxFilter(luma, cv2.CV_32F, (13, 13))
-    strength = cv2.absdiff(spot, around)
-    is_peak = (strength == cv2.dilate(strength, _NEIGHBOURS)) & (strength > _MIN_STRENGTH)
-    inner = is_peak[RADIUS : height - RADIUS, RADIUS : width - RADIUS]
-    rows, columns = np.divmod(np.flatnonzero(inner), inner.shape[1])
-    rows, columns = rows + RADIUS, columns + RADIUS
-    if count is not None and len(rows) > count:
-        strongest = np.argsort(-strength[rows, columns], kind="stable")[:count]
-        rows, columns = rows[strongest], columns[strongest]
-    return Anchors(rows.astype(np.int32), columns.astype(np.int32), _patch_hashes(luma, rows, columns))
-
-
-def _patch_hashes(luma: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The signs of the 63 lowest frequencies (but the mean) of the patch around each point: uint64 (count,)."""
-    patches = np.lib.stride_tricks.sliding_window_view(luma, (2 * RADIUS + 1, 2 * RADIUS + 1))
-    bits = np.empty((len(rows), _FREQUENCIES**2), bool)
-    for start in range(0, len(rows), 1024):
-        part = slice(start, start + 1024)
-        pixels = patches[rows[part] - RADIUS, columns[part] - RADIUS].astype(np.float32)
-        bits[part] = (_BASIS @ pixels @ _BASIS.T).reshape(-1, _FREQUENCIES**2)[:, _ORDER] > 0
-    bits[:, 0] = False  # the mean
-    return np.packbits(bits, axis=1).view(np.uint64).ravel()
-
-
-class AnchorTable:
-    """The anchors of many pictures, looked up by hash. Read-only, so any number of threads may use it."""
-
-    def __init__(self, anchors: Sequence[Anchors]) -> None:
-        """`anchors[i]` belong to the picture number i."""
-        self._picture = np.repeat(np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors])
-        self._rows, self._columns, self._hashes = map(np.concatenate, zip(NO_ANCHORS, *anchors, strict=True))
-        chunks = np.ascontiguousarray(_chunks(self._hashes).T)
-        self._places = [np.argsort(chunk, kind="stable").astype(np.int32) for chunk in chunks]
-        self._bounds = [np.cumsum(np.bincount(chunk.astype(np.int32) + 1, minlength=65537)) for chunk in chunks]
-
-    def matches(self, anchors: Anchors, width: int) -> list[Match]:
-        """Where a picture of that width, with those anchors, may lie: what most anchors agree on comes first."""
-        ours, theirs, is_mirrored, bits = self._pairs(anchors.hashes)
-        if not len(ours):
-            return []
-        rows = anchors.rows[ours]
-        columns = np.where(is_mirrored, width - 1 - anchors.columns[ours], anchors.columns[ours])
-        picture, top, left = self._picture[theirs], self._rows[theirs] - rows, self._columns[theirs] - columns
-        place = 2 * picture.astype(np.int64) + is_mirrored
-        for shift in (top, left):  # whole pixels in +-2^17; to 4 pixels, as an anchor may move a little
-            place = (place << 16) + ((shift + (1 << 17)) >> 2)
-        _, group, votes = np.unique(place, return_inverse=True, return_counts=True)
-        order = np.lexsort((group, bits, -votes[group]))
-        _, firsts = np.unique(group[order], return_index=True)
-        best = order[np.sort(firsts)]
-        columns_of_best = (values[best].tolist() for values in (picture, is_mirrored, top, left, rows, columns))
-        return [Match(*match) for match in zip(*columns_of_best, strict=True)]
-
-    def _pairs(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(Our anchor, theirs, whether mirrored, bits that differ) of all pairs that look alike, each pair once."""
-        hashes, count, total = np.concatenate([hashes, hashes ^ _MIRROR]), len(hashes), len(self._hashes)
-        pairs = []
-        for chunks, places, bounds in zip(_chunks(hashes).T.astype(np.int32), self._places, self._bounds, strict=True):
-            firsts, lasts = bounds[chunks], bounds[chunks + 1]
-            ends = np.cumsum(lasts - firsts)  # of each hash's share in the list of candidates
-            found = np.arange(ends[-1] if count else 0) + np.repeat(lasts - ends, lasts - firsts)
-            pairs.append(np.repeat(np.arange(2 * count) * total, lasts - firsts) + places[found])
-        pairs = np.concatenate(pairs)
-        ours, theirs = np.divmod(pairs, total)
-        alike = np.bitwise_count(hashes[ours] ^ self._hashes[theirs]) <= _MAX_BITS
-        ours, theirs = np.divmod(np.unique(pairs[alike]), total)
-        return ours % max(count, 1), theirs, ours >= count, np.bitwise_count(hashes[ours] ^ self._hashes[theirs])
-
-
-def _chunks(hashes: np.ndarray) -> np.ndarray:
-    """uint64 (count,) as uint16 (count, 4)."""
-    return hashes.view(np.uint16).reshape(-1, _NUM_CHUNKS)
-
-
-MIN_PART = 64  # pixels a side that a part must have in common with a benchmark picture
-
-_NUM_REDUCTIONS = 3  # 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
-_NUM_ANCHORS = 32    # of the picture in question, at each reduction
-_NUM_CHECKED = 12    # of the places that the anchors point at, at each reduction
-# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated places with a similar
-# edge reach 0.68, parts that went through JPEG of quality 75 or a shift by half a pixel have 0.80 or more.
-_CHECKS = ((96, 0.6), (256, 0.76))
-_MIN_DETAIL = 0.25   # root mean square of the structure: less says nothing
-
-
-class _Level(NamedTuple):
-    """A benchmark picture at one reduction."""
-
-    height: int
-    width: int
-    half: np.ndarray  # its luma, halved once more
-    anchors: Anchors
-
-
-class _Image(NamedTuple):
-    """What is taken from a benchmark picture."""
-
-    hash: bytes
-    levels: list[_Level]
 
 
 class BenchmarkIndex:
@@ -196,7 +67,7 @@ class BenchmarkIndex:
         """Read all images below `folders`. `skipped` says which could not be read; `UserError` where there are none."""
         self.names: list[str] = []
         self.skipped: list[str] = []
-        self._levels: list[_Level] = []
+        self._levels: list[_Reduction] = []
         self._image_of_level: list[int] = []
         hashes = []
         files = [(folder, name) for folder in folders for name in _images(folder)]
@@ -272,6 +143,22 @@ class BenchmarkIndex:
         return float(cv2.matchTemplate(theirs, inner, cv2.TM_CCORR_NORMED).max())
 
 
+class _Reduction(NamedTuple):
+    """A benchmark picture at one reduction."""
+
+    height: int
+    width: int
+    half: np.ndarray  # its luma, halved once more
+    anchors: Anchors
+
+
+class _Image(NamedTuple):
+    """What is taken from a benchmark picture."""
+
+    hash: bytes
+    levels: list[_Reduction]
+
+
 def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -> slice:
     """The rows (or columns) of our picture around the anchor that the level has too; both ends even in the level."""
     first = max(0, -offset, anchor - window // 2)
@@ -308,6 +195,118 @@ def _read(file: tuple[Path, str]) -> _Image | str:
         return error.strerror or str(error)
     hash, levels = perceptual_hash(luma), []
     while len(levels) < _NUM_REDUCTIONS and min(luma.shape) >= MIN_PART:
-        levels.append(_Level(*luma.shape, halved(luma), find_anchors(luma)))
+        levels.append(_Reduction(*luma.shape, halved(luma), find_anchors(luma)))
         luma = levels[-1].half
     return _Image(hash, levels)
+
+
+# --- Anchors ---
+
+
+class Anchors(NamedTuple):
+    """Rows and columns, int32 (count,), and uint64 (count,) hashes of what lies around."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    hashes: np.ndarray
+
+NO_ANCHORS = Anchors(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
+
+
+def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
+    """The points of uint8 luma (height, width) where a spot differs most from what surrounds it, the `count` strongest.
+
+    Found by content alone, so a crop has the same anchors as the picture it was cut from, apart from its borders.
+    """
+    height, width = luma.shape
+    if min(height, width) <= 2 * RADIUS:
+        return NO_ANCHORS
+    spot, around = cv2.boxFilter(luma, cv2.CV_32F, (5, 5)), cv2.boxFilter(luma, cv2.CV_32F, (13, 13))
+    strength = cv2.absdiff(spot, around)
+    is_peak = (strength == cv2.dilate(strength, _NEIGHBOURS)) & (strength > _MIN_STRENGTH)
+    inner = is_peak[RADIUS : height - RADIUS, RADIUS : width - RADIUS]
+    rows, columns = np.divmod(np.flatnonzero(inner), inner.shape[1])
+    rows, columns = rows + RADIUS, columns + RADIUS
+    if count is not None and len(rows) > count:
+        strongest = np.argsort(-strength[rows, columns], kind="stable")[:count]
+        rows, columns = rows[strongest], columns[strongest]
+    return Anchors(rows.astype(np.int32), columns.astype(np.int32), _patch_hashes(luma, rows, columns))
+
+
+class AnchorTable:
+    """The anchors of many pictures, looked up by hash. Read-only, so any number of threads may use it."""
+
+    def __init__(self, anchors: Sequence[Anchors]) -> None:
+        """`anchors[i]` belong to the picture number i."""
+        self._picture = np.repeat(np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors])
+        self._rows, self._columns, self._hashes = map(np.concatenate, zip(NO_ANCHORS, *anchors, strict=True))
+        chunks = np.ascontiguousarray(_chunks(self._hashes).T)
+        self._places = [np.argsort(chunk, kind="stable").astype(np.int32) for chunk in chunks]
+        self._bounds = [np.cumsum(np.bincount(chunk.astype(np.int32) + 1, minlength=65537)) for chunk in chunks]
+
+    def matches(self, anchors: Anchors, width: int) -> list[Match]:
+        """Where a picture of that width, with those anchors, may lie: what most anchors agree on comes first."""
+        ours, theirs, is_mirrored, bits = self._pairs(anchors.hashes)
+        if not len(ours):
+            return []
+        rows = anchors.rows[ours]
+        columns = np.where(is_mirrored, width - 1 - anchors.columns[ours], anchors.columns[ours])
+        picture, top, left = self._picture[theirs], self._rows[theirs] - rows, self._columns[theirs] - columns
+        place = 2 * picture.astype(np.int64) + is_mirrored
+        for shift in (top, left):  # whole pixels in +-2^17; to 4 pixels, as an anchor may move a little
+            place = (place << 16) + ((shift + (1 << 17)) >> 2)
+        _, group, votes = np.unique(place, return_inverse=True, return_counts=True)
+        order = np.lexsort((group, bits, -votes[group]))
+        _, firsts = np.unique(group[order], return_index=True)
+        best = order[np.sort(firsts)]
+        columns_of_best = (values[best].tolist() for values in (picture, is_mirrored, top, left, rows, columns))
+        return [Match(*match) for match in zip(*columns_of_best, strict=True)]
+
+    def _pairs(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(Our anchor, theirs, whether mirrored, bits that differ) of all pairs that look alike, each pair once."""
+        hashes, count, total = np.concatenate([hashes, hashes ^ _MIRROR]), len(hashes), len(self._hashes)
+        pairs = []
+        for chunks, places, bounds in zip(_chunks(hashes).T.astype(np.int32), self._places, self._bounds, strict=True):
+            firsts, lasts = bounds[chunks], bounds[chunks + 1]
+            ends = np.cumsum(lasts - firsts)  # of each hash's share in the list of candidates
+            found = np.arange(ends[-1] if count else 0) + np.repeat(lasts - ends, lasts - firsts)
+            pairs.append(np.repeat(np.arange(2 * count) * total, lasts - firsts) + places[found])
+        pairs = np.concatenate(pairs)
+        ours, theirs = np.divmod(pairs, total)
+        alike = np.bitwise_count(hashes[ours] ^ self._hashes[theirs]) <= _MAX_BITS
+        ours, theirs = np.divmod(np.unique(pairs[alike]), total)
+        return ours % max(count, 1), theirs, ours >= count, np.bitwise_count(hashes[ours] ^ self._hashes[theirs])
+
+
+def _patch_hashes(luma: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The signs of the 63 lowest frequencies (but the mean) of the patch around each point: uint64 (count,)."""
+    patches = np.lib.stride_tricks.sliding_window_view(luma, (2 * RADIUS + 1, 2 * RADIUS + 1))
+    bits = np.empty((len(rows), _FREQUENCIES**2), bool)
+    for start in range(0, len(rows), 1024):
+        part = slice(start, start + 1024)
+        pixels = patches[rows[part] - RADIUS, columns[part] - RADIUS].astype(np.float32)
+        bits[part] = (_BASIS @ pixels @ _BASIS.T).reshape(-1, _FREQUENCIES**2)[:, _ORDER] > 0
+    bits[:, 0] = False  # the mean
+    return np.packbits(bits, axis=1).view(np.uint64).ravel()
+
+
+def _chunks(hashes: np.ndarray) -> np.ndarray:
+    """uint64 (count,) as uint16 (count, 4)."""
+    return hashes.view(np.uint16).reshape(-1, _NUM_CHUNKS)
+
+
+def _basis() -> np.ndarray:
+    """DCT-II of a patch's row of 33 pixels, each 3 of them being one cell: float32 (8, 33)."""
+    frequency, cell = np.arange(_FREQUENCIES)[:, None], np.arange(_CELLS).repeat(3)[None]
+    return np.cos(np.pi * (2 * cell + 1) * frequency / (2 * _CELLS)).astype(np.float32)
+
+
+def _order() -> np.ndarray:
+    """Coefficients from the lowest frequencies to the highest: int (64,)."""
+    row, column = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
+    return np.lexsort((row, np.maximum(row, column)))
+
+_BASIS, _ORDER = _basis(), _order()
+
+# A mirrored patch has the opposite sign at odd horizontal frequencies.
+_MIRROR = np.packbits((np.arange(_FREQUENCIES**2) % 2)[_ORDER]).view(np.uint64)[0]

@@ -1,4 +1,7 @@
-"""What was turned away, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl of the check."""
+"""What was rejected, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl of the check.
+
+And what the training and the validation list name, as a set of keys: 8 bytes per line.
+"""
 
 from __future__ import annotations
 
@@ -121,9 +124,6 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
     except FileNotFoundError:
         return
-
-
-# The training and the validation list of a dataset, as a set of keys: 8 bytes a line.
 
 
 @dataclass

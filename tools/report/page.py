@@ -18,7 +18,7 @@ from tools.dataset.statistics import Statistics, tally, total, warnings
 from tools.files import printable
 from tools.report import charts, tiles
 from tools.report.charts import GATES, gate_chart, photos_chart
-from tools.report.tiles import Tile
+from tools.report.tiles import Thumbnail
 
 NUM_SOURCES = 200          # rows of the table; a dataset with more of them has the largest shown
 _MAX_CHARACTERS = 500      # of a name or a reason that others wrote
@@ -41,7 +41,7 @@ class View:
 class PlainImages:
     """What is known of the images in no manifest: those that were drawn, and measured now."""
 
-    tiles: list[Tile]
+    tiles: list[Thumbnail]
     num_images: int
 
 

@@ -25,7 +25,7 @@ _LEAST_SIDE = 8  # below, there is nothing to measure
 
 
 @dataclass(frozen=True)
-class Tile:
+class Thumbnail:
     """An image as a report shows it; without pictures where `problem` says why."""
 
     path: str
@@ -37,7 +37,7 @@ class Tile:
     problem: str = ""
 
 
-def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iterator[Tile]:
+def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iterator[Thumbnail]:
     """Decode the images and make their small copies, in their order. Measures those that no manifest knows."""
     images = list({image.path: image for image in images}.values())
     with quiet_libraries(), progress(len(images), "image") as bar:
@@ -46,10 +46,10 @@ def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iter
             yield tile
 
 
-def _tile(root: Path, image: SampledImage) -> Tile:
+def _tile(root: Path, image: SampledImage) -> Thumbnail:
     record = image.record
     known = {} if record is None else _numbers(record.gates)
-    tile = Tile(image.path, image.photo, _where(image), known)
+    tile = Thumbnail(image.path, image.photo, _where(image), known)
     try:
         pixels = _decode(root, image.path)
     except FileNotFoundError:

@@ -23,7 +23,7 @@ MEASURE = ("scale", "steps", "validate_every", "validation_images", "validation_
 """What trials are compared by: the same in all of them."""
 
 
-class Sampler(Protocol):
+class TrialLike(Protocol):
     """What Optuna's trials and its `FixedTrial` are asked for."""
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
@@ -46,7 +46,7 @@ class Range:
     def is_whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-    def suggest(self, sampler: Sampler, key: str) -> float:
+    def suggest(self, sampler: TrialLike, key: str) -> float:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return sampler.suggest_int(key, self.low, self.high, step=int(self.step or 1), log=self.log)
         return sampler.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
@@ -66,7 +66,7 @@ class Choices:
 
     values: tuple[Any, ...]
 
-    def suggest(self, sampler: Sampler, key: str) -> Any:
+    def suggest(self, sampler: TrialLike, key: str) -> Any:
         if len(self.values) == 1:
             return self.values[0]
         if all(value is None or isinstance(value, (bool, int, float, str)) for value in self.values):
@@ -101,7 +101,7 @@ class Space:
     parameters: tuple[Parameter, ...]
     source: dict[str, Any]
 
-    def suggest(self, sampler: Sampler) -> dict[str, Any]:
+    def suggest(self, sampler: TrialLike) -> dict[str, Any]:
         """Key -> value of the overrides of one trial."""
         values: dict[str, Any] = {}
         for parameter in self.parameters:

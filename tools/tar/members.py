@@ -1,8 +1,7 @@
 """Photographs in tar archives, read forwards in bounded memory: plain or compressed, tars in tars, broken, hostile.
 
-The standard library's `TarInfo.frombuf` parses the headers. Its `TarFile` is not used: it takes a corrupt header for
-the end of the archive, reads extended headers of any length into memory, keeps every header, and skips past the end of
-a cut off file for ages. Sources: POSIX.1-2024, `pax`, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
+`TarReader` gives the photographs and the problems of an archive in its order. Each has a name that is clean, so that
+crops can lie in folders of these names, and its own (`Names`).
 """
 
 from __future__ import annotations
@@ -30,91 +29,17 @@ from tools.tar.streams import (
     BombError,
     File,
     Growth,
-    Header,
     Limits,
     LostError,
+    TarHeader,
     Window,
     expanded,
     is_tar,
     next_header,
 )
 
-# Names of members of archives: cleaned, so that crops can lie in folders of these names, and unique.
-
-
 _MAX_PART, _MAX_NAME = 200, 1000  # bytes of a part of a path and of a path; file systems end at 255 and 4096
 _CROP_NAME = re.compile(r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?")  # a folder of such a name would stand in a crop's way
-
-
-
-def clean_name(name: str) -> str:
-    """`name` as a relative POSIX path that leads nowhere but down, printable, in UTF-8, short enough for a disk."""
-    parts = []
-    for part in re.sub(r"^/*[A-Za-z]:", "", name.replace("\\", "/")).split("/"):
-        part = "".join(letter if letter.isprintable() else "_" for letter in part)
-        if part.strip("."):
-            parts.append(_short(part + "_" if _CROP_NAME.fullmatch(part) else part))
-    if not parts:
-        return "unnamed"
-    if len("/".join(parts).encode()) > _MAX_NAME:
-        return f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}/{parts[-1]}"
-    return "/".join(parts)
-
-
-def _short(part: str) -> str:
-    content = part.encode()
-    if len(content) <= _MAX_PART:
-        return part
-    return f"{content[: _MAX_PART - 20].decode(errors='ignore')}~{hashlib.sha256(content).hexdigest()[:16]}"
-
-
-class Names:
-    """Gives every photograph and archive within one archive a name of its own: the second `a.jpg` becomes `a.jpg~2`."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken: set[int] = set()      # hashes: a million names take 80 MB less
-        self._folders: set[int] = set()    # which a taken name lies in
-        self._archives: set[int] = set()
-        self._numbers: dict[int, int] = {}  # where to go on counting, or a million equal names would take a day
-
-    def propose(self, name: str, is_archive: bool = False) -> str:
-        """`name`, changed if it is taken; the same until `take` is called."""
-        if self._archives and any(name_hash(folder) in self._archives for folder in _folders_of(name)):
-            name = name.replace("/", "~")  # or it would look like a member of that archive
-        key = name_hash(name)
-        number, candidate = self._numbers.get(key, 1), name
-        while True:
-            candidate = name if number == 1 else f"{name}~{number}"
-            at = name_hash(candidate)
-            if at not in self._taken and not (is_archive and at in self._folders):
-                break
-            number += 1
-        if number > 1:
-            self._numbers[key] = number
-        return candidate
-
-    def take(self, name: str, is_archive: bool = False) -> None:
-        """Never propose `name` again."""
-        self._taken.add(name_hash(name))
-        self._folders.update(map(name_hash, _folders_of(name)))
-        if is_archive:
-            self._archives.add(name_hash(name))
-        if len(self._taken) + len(self._folders) > self._limit:
-            raise LostError(f"more than {self._limit} names")
-
-
-def name_hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def _folders_of(name: str) -> Iterator[str]:
-    """The folders that a path lies in, from the innermost."""
-    while "/" in name:
-        name = name.rpartition("/")[0]
-        yield name
-
-
 DEFAULT_LIMITS = Limits()
 _OTHERS = {b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
            b"Rar!\x1a\x07": "a rar archive", b"\x04\x22\x4d\x18": "compressed by lz4",
@@ -187,7 +112,7 @@ class TarReader:
         except LostError as error:
             yield Problem(prefix[:-1], f"{error}; the rest of this archive is lost (after {count} members)")
 
-    def _member(self, header: Header, body: Window, names: Names, prefix: str,
+    def _member(self, header: TarHeader, body: Window, names: Names, prefix: str,
                 depth: int) -> Iterator[Member | Problem]:
         """One member: a photograph, an archive, or neither."""
         kind = _passed_by(header)
@@ -287,7 +212,7 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
         raise UserError(f"{path}: {what}; {way_out}")
 
 
-def _passed_by(header: Header) -> str:
+def _passed_by(header: TarHeader) -> str:
     """As what a member is passed by; empty where its data should be looked at."""
     if header.type in LINKS:
         return "links"
@@ -305,3 +230,74 @@ def _is_image(head: bytes) -> bool:
     """Whether a file that starts so is an image of the kinds that `read_header` knows."""
     return head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") \
         or (head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+# --- Names ---
+
+
+def clean_name(name: str) -> str:
+    """`name` as a relative POSIX path that leads nowhere but down, printable, in UTF-8, short enough for a disk."""
+    parts = []
+    for part in re.sub(r"^/*[A-Za-z]:", "", name.replace("\\", "/")).split("/"):
+        part = "".join(letter if letter.isprintable() else "_" for letter in part)
+        if part.strip("."):
+            parts.append(_short(part + "_" if _CROP_NAME.fullmatch(part) else part))
+    if not parts:
+        return "unnamed"
+    if len("/".join(parts).encode()) > _MAX_NAME:
+        return f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}/{parts[-1]}"
+    return "/".join(parts)
+
+
+def _short(part: str) -> str:
+    content = part.encode()
+    if len(content) <= _MAX_PART:
+        return part
+    return f"{content[: _MAX_PART - 20].decode(errors='ignore')}~{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+class Names:
+    """Gives every photograph and archive within one archive a name of its own: the second `a.jpg` becomes `a.jpg~2`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken: set[int] = set()      # hashes: a million names take 80 MB less
+        self._folders: set[int] = set()    # which a taken name lies in
+        self._archives: set[int] = set()
+        self._numbers: dict[int, int] = {}  # where to go on counting, or a million equal names would take a day
+
+    def propose(self, name: str, is_archive: bool = False) -> str:
+        """`name`, changed if it is taken; the same until `take` is called."""
+        if self._archives and any(name_hash(folder) in self._archives for folder in _folders_of(name)):
+            name = name.replace("/", "~")  # or it would look like a member of that archive
+        key = name_hash(name)
+        number, candidate = self._numbers.get(key, 1), name
+        while True:
+            candidate = name if number == 1 else f"{name}~{number}"
+            at = name_hash(candidate)
+            if at not in self._taken and not (is_archive and at in self._folders):
+                break
+            number += 1
+        if number > 1:
+            self._numbers[key] = number
+        return candidate
+
+    def take(self, name: str, is_archive: bool = False) -> None:
+        """Never propose `name` again."""
+        self._taken.add(name_hash(name))
+        self._folders.update(map(name_hash, _folders_of(name)))
+        if is_archive:
+            self._archives.add(name_hash(name))
+        if len(self._taken) + len(self._folders) > self._limit:
+            raise LostError(f"more than {self._limit} names")
+
+
+def name_hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _folders_of(name: str) -> Iterator[str]:
+    """The folders that a path lies in, from the innermost."""
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name

@@ -1,4 +1,8 @@
-"""The bytes of an archive, read forwards: of a file, of a part of another, decompressed; bounded whatever they say."""
+"""The bytes of an archive, read forwards and bounded whatever they say; and the headers of tar archives among them.
+
+A `File` is the archive on disk, a `Window` a part of another stream, `expanded` a decompressed one. `next_header` reads
+a tar header with the long names and large sizes of whoever wrote it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ from typing import BinaryIO, NamedTuple
 MIB = 1 << 20
 BLOCK = tarfile.BLOCKSIZE
 _XZ_MEMORY = 512 * MIB        # what `xz -9` and all usual settings stay below
-
 COMPRESSED = _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
-
+ZEROS = bytes(BLOCK)
+LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_MAX_TAIL = 4 * MIB           # zero bytes after an archive's end: more are a hole, as unfinished downloads have
 
 
 @dataclass(frozen=True)
@@ -200,24 +206,17 @@ def expanded(source: Window, growth: Growth) -> Window:
     return Window(_Expanded(file, growth))
 
 
-# The headers of a tar archive, long names and large sizes included, of whoever wrote them.
+# --- Headers ---
 
 
-ZEROS = bytes(BLOCK)
-LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_MAX_TAIL = 4 * MIB           # zero bytes after an archive's end: more are a hole, as unfinished downloads have
-
-
-
-class Header(NamedTuple):
+class TarHeader(NamedTuple):
     name: str
     type: bytes
     size: int  # of the data that follows, in bytes
     is_sparse: bool
 
 
-def next_header(source: Window, limit: int) -> Header | None:
+def next_header(source: Window, limit: int) -> TarHeader | None:
     """The header of the next member, long names and sizes included; `None` at the end of the archive."""
     extended: dict[str, bytes] = {}
     while True:
@@ -243,7 +242,7 @@ def next_header(source: Window, limit: int) -> Header | None:
             return _with_extended(header, extended)
 
 
-def _parsed(block: bytes, source: Window) -> Header:
+def _parsed(block: bytes, source: Window) -> TarHeader:
     """A header block alone, its size that of the data that follows in the archive."""
     if len(block) < BLOCK:
         raise LostError("it is cut off within a header")
@@ -261,7 +260,7 @@ def _parsed(block: bytes, source: Window) -> Header:
             raise LostError("it is cut off within a header")
         more = block[504]
     has_data = info.type not in (*LINKS, *DEVICES, tarfile.DIRTYPE)  # the others' sizes mean something else
-    return Header(info.name, info.type, info.size if has_data else 0, is_sparse)
+    return TarHeader(info.name, info.type, info.size if has_data else 0, is_sparse)
 
 
 def _payload(source: Window, size: int, limit: int) -> bytes:
@@ -291,7 +290,7 @@ def _pax_records(data: bytes) -> dict[str, bytes]:
     return records
 
 
-def _with_extended(header: Header, extended: dict[str, bytes]) -> Header:
+def _with_extended(header: TarHeader, extended: dict[str, bytes]) -> TarHeader:
     """`header` with what the extended headers before it say instead."""
     name, size = header.name, header.size
     if "path" in extended:
@@ -300,7 +299,7 @@ def _with_extended(header: Header, extended: dict[str, bytes]) -> Header:
         if not re.fullmatch(rb"\d{1,20}", extended["size"]):
             raise LostError("a corrupt size in an extended header")
         size = int(extended["size"])
-    return Header(name, header.type, size, header.is_sparse or "sparse" in extended)
+    return TarHeader(name, header.type, size, header.is_sparse or "sparse" in extended)
 
 
 def after_end(source: Window) -> bytes:

@@ -48,7 +48,7 @@ class Sampling:
     min_change: float = 4.0   # mean absolute difference of luma thumbnails to every stored frame, in grey levels
 
 
-class Candidate(NamedTuple, Generic[Item]):
+class FrameCandidate(NamedTuple, Generic[Item]):
     """A frame that was drawn: its number within the segment, the frame, and its thumbnail."""
 
     index: int
@@ -93,7 +93,7 @@ class FrameChooser(Generic[Item]):
         self._next = 0 if is_beginning else next(self._draws) % sampling.frame_interval
         self._index = 0
         self._recent: deque[np.ndarray] = deque(maxlen=2 * BLEND_REACH + 1)
-        self._waiting: deque[Candidate[Item]] = deque()
+        self._waiting: deque[FrameCandidate[Item]] = deque()
         self._stored = np.empty((0, *THUMBNAIL[::-1]), np.uint8)
         self.dropped: Counter[str] = Counter()  # why candidates were not chosen
 
@@ -102,7 +102,7 @@ class FrameChooser(Generic[Item]):
         is_cut = bool(self._recent) and difference(self._recent[-1], small) >= CUT_DIFFERENCE
         self._recent.append(small)
         if is_cut or self._index == self._next:
-            self._waiting.append(Candidate(self._index, item, small))
+            self._waiting.append(FrameCandidate(self._index, item, small))
             self._next = self._index + self._gap()
         self._index += 1
         if self._waiting and self._waiting[0].index + BLEND_REACH < self._index:
@@ -113,7 +113,7 @@ class FrameChooser(Generic[Item]):
         while self._waiting:
             yield from self._judge(self._waiting.popleft())
 
-    def _judge(self, candidate: Candidate[Item]) -> Iterator[tuple[int, Item]]:
+    def _judge(self, candidate: FrameCandidate[Item]) -> Iterator[tuple[int, Item]]:
         small = candidate.thumbnail
         if small.std() < MIN_CONTRAST:
             self.dropped["blank"] += 1
@@ -125,7 +125,7 @@ class FrameChooser(Generic[Item]):
             self._stored = np.concatenate([self._stored[-MAX_REMEMBERED + 1 :], small[None]])
             yield candidate.index, candidate.item
 
-    def _is_blended(self, candidate: Candidate[Item]) -> bool:
+    def _is_blended(self, candidate: FrameCandidate[Item]) -> bool:
         last = len(self._recent) - 1
         at = last - (self._index - 1 - candidate.index)  # its place in `recent`
         reach = min(BLEND_REACH, at, last - at)

@@ -39,7 +39,7 @@ class Frame(NamedTuple):
 
 
 @dataclass
-class Tally:
+class FrameCounts:
     """What happened to the frames of a segment."""
 
     decoded: int = 0
@@ -49,13 +49,13 @@ class Tally:
 
 
 def sample_frames(path: Path, info: VideoInfo, segment: Segment, sampling: Sampling, key: str,
-                  tally: Tally | None = None, codec_threads: int = 1) -> Iterator[Frame]:
-    """The frames of `segment` that are worth storing (see frame_choice.py); `key` decides the random draws.
+                  tally: FrameCounts | None = None, codec_threads: int = 1) -> Iterator[Frame]:
+    """The frames of `segment` that are worth storing (see choice.py); `key` decides the random draws.
 
     The same file, segment, sampling and key give the same frames. Raises `BadVideoError` or `OSError` where the file
     cannot be read; damage within it is counted in `tally`, and `DamagedError` with several `codec_threads`.
     """
-    tally = Tally() if tally is None else tally
+    tally = FrameCounts() if tally is None else tally
     chooser: FrameChooser[VideoFrame] = FrameChooser(sampling, key, segment.first is None)
     converter = _Converter(info)
     try:
@@ -97,7 +97,7 @@ def _samples(plane: VideoPlane) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
 
 
-def segment_frames(path: Path, info: VideoInfo, segment: Segment, tally: Tally,
+def segment_frames(path: Path, info: VideoInfo, segment: Segment, tally: FrameCounts,
                    codec_threads: int = 1) -> Iterator[VideoFrame]:
     """All good frames with segment.first <= pts < segment.end, deinterlaced where they need it, in their order.
 
@@ -133,7 +133,7 @@ def _seek(container: InputContainer, stream: VideoStream, time: int) -> bool:
 
 
 def _within(first: VideoFrame | None, others: Iterator[VideoFrame], info: VideoInfo, segment: Segment,
-            tally: Tally) -> Iterator[VideoFrame]:
+            tally: FrameCounts) -> Iterator[VideoFrame]:
     """The frames that lie within the segment, counted."""
     length = float(((segment.end or info.end) - (segment.first or info.start)) * info.time_base)
     frame = first
@@ -146,7 +146,7 @@ def _within(first: VideoFrame | None, others: Iterator[VideoFrame], info: VideoI
         frame = next(others, None)
 
 
-def _decoded(container: InputContainer, stream: VideoStream, segment: Segment, tally: Tally,
+def _decoded(container: InputContainer, stream: VideoStream, segment: Segment, tally: FrameCounts,
              from_start: bool) -> Iterator[VideoFrame | None]:
     """Good frames from here on, a little beyond the end of the segment; `None` where some are missing.
 
@@ -202,7 +202,7 @@ def _lies_in(segment: Segment, pts: int | None) -> bool:
     return (segment.first is None or pts >= segment.first) and (segment.end is None or pts < segment.end)
 
 
-def _without_fields(frames: Iterable[VideoFrame | None], info: VideoInfo, tally: Tally) -> Iterator[VideoFrame]:
+def _without_fields(frames: Iterable[VideoFrame | None], info: VideoInfo, tally: FrameCounts) -> Iterator[VideoFrame]:
     """Deinterlace, one frame for a frame; progressive frames come out as they are."""
     if not info.is_interlaced:
         for frame in frames:

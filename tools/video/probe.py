@@ -1,4 +1,8 @@
-"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it cannot."""
+"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it cannot.
+
+`probe` reads it from the header and the first frames: colour tags, display matrix and the shape of the pixels say how
+stored samples become a picture.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,6 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
-# How stored samples become a picture: colour tags, display matrix, shape of the pixels; and what must be refused.
-
-
 # AVColorSpace -> the matrix for swscale; RGB (0) needs none
 _MATRICES = {0: Colorspace.DEFAULT, 1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601,
              6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
@@ -29,65 +30,6 @@ _UNKNOWN_MATRIX = 2
 _TONE_MAP = ("zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
              "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 _GAMUT_MAP = "zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
-
-
-class Orientation(NamedTuple):
-    """How a stored frame becomes upright: transposed first, then its rows, then its columns in reverse."""
-
-    transpose: bool = False
-    flip_rows: bool = False
-    flip_columns: bool = False
-
-
-def square_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
-    """(Height, width) with square pixels. Only ever shrunk: stretching would invent pixels."""
-    if aspect >= 1:
-        return max(1, round(height / aspect)), width
-    return height, max(1, round(width * aspect))
-
-
-def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool, tuple[str, ...]]:
-    """(Transfer characteristic, matrix, full range?, refusals), by the tags; untagged, as players take them."""
-    transfer, primaries, matrix = frame.color_trc, frame.color_primaries, frame.colorspace
-    name = _enum_name(ColorTrc, transfer)
-    refusals: tuple[str, ...] = ()
-    if transfer in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
-        refusals = (f"HDR: its transfer characteristic is {name}, which needs tone-mapping to taste first, such as "
-                    f"`ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",)
-    elif primaries == ColorPrimaries.BT2020 or matrix in (9, 10):
-        refusals = (f"wide gamut: BT.2020 colours (transfer characteristic {name}); map them to BT.709 first, such as "
-                    f"`ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",)
-    elif transfer == ColorTrc.UNSPECIFIED and any(data.type.name.startswith("DOVI") for data in frame.side_data):
-        refusals = ("Dolby Vision without a layer for ordinary screens; tone-map it with an editor first",)
-    elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
-        refusals = (f"its colour matrix (number {matrix} of H.273) is not one of BT.601, BT.709, FCC, SMPTE 240M and "
-                    "RGB; convert it with ffmpeg",)
-    elif frame.format.is_rgb is False and matrix == 0:
-        matrix = _UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
-    # mpv's and others' rule where a file does not say
-    default = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-    is_full = (frame.color_range or header_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    return name, _MATRICES.get(matrix, default), is_full or frame.format.is_rgb, refusals
-
-
-def _enum_name(kind: type[ColorTrc], value: int) -> str:
-    names = {2: "unknown", 16: "SMPTE ST 2084 (PQ)", 18: "ARIB STD-B67 (HLG)"}
-    return names.get(value) or (kind(value).name if value in {*kind} else str(value))
-
-
-def orientation(frame: VideoFrame) -> Orientation | None:
-    """From the display matrix, which maps a stored point (x right, y down) to where it is shown."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return Orientation()
-    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])  # (x, y) -> (a x + c y, b x + d y)
-    if not (b or c) and a and d:
-        return Orientation(False, d < 0, a < 0)
-    if not (a or d) and b and c:
-        return Orientation(True, b < 0, c < 0)
-    return None
-
-
 VIDEO_SUFFIXES = frozenset({
     ".3gp", ".avi", ".flv", ".m2t", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm",
     ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"})
@@ -155,6 +97,41 @@ def segments(info: VideoInfo, segment_time: float) -> list[Segment]:
     return [Segment(int(index * segment_time), borders[index], borders[index + 1]) for index in range(count)]
 
 
+def probe(path: Path) -> VideoInfo:
+    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where the file cannot."""
+    with open_video(path) as (container, stream):
+        frames = _first_frames(container, stream)
+        transfer, matrix, is_full_range, refusals = colours(frames[0], stream.codec_context.color_range)
+        is_interlaced = stream.codec_context.field_order in _INTERLACED_ORDERS or any(
+            frame.interlaced_frame for frame in frames)
+        turn = orientation(frames[0])
+        aspect = _pixel_aspect(stream)
+        time_base = stream.time_base
+        codec, rate = stream.codec_context.codec, stream.average_rate
+        kind = frames[0].format
+        is_rgb = kind.is_rgb
+        is_halved = not is_rgb and len(kind.components) > 2 and kind.components[1].width < frames[0].width
+    with open_video(path) as (container, stream):
+        start, end, missing_s = _span(container, stream)
+    height, width = square_size(frames[0].height, frames[0].width, aspect)
+    if turn and turn.transpose:
+        height, width = width, height
+    if is_interlaced and codec.canonical_name == "hevc":
+        refusals += ("interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
+                     "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",)
+    if turn is None:
+        refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
+    if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
+        refusals += (f"its pixels have an aspect of {aspect}; mend it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
+    if (end - start) * time_base > MAX_HOURS * 3600:
+        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it anew with ffmpeg",)
+    return VideoInfo(height, width, frames[0].height, frames[0].width, start, end, time_base,
+                     float(rate) if rate else None, codec.canonical_name, kind.name, kind.components[0].bits, transfer,
+                     matrix, is_full_range, is_interlaced, aspect, turn or Orientation(),
+                     codec.lossy or not codec.lossless or is_halved, refusals,
+                     f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "")
+
+
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The open file and its video stream (of several: the largest; cover art is none). Raises `BadVideoError`."""
@@ -190,41 +167,6 @@ def _main_stream(container: InputContainer) -> VideoStream:
 
 def _area(stream: VideoStream) -> int:
     return (stream.width or 0) * (stream.height or 0)
-
-
-def probe(path: Path) -> VideoInfo:
-    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where the file cannot."""
-    with open_video(path) as (container, stream):
-        frames = _first_frames(container, stream)
-        transfer, matrix, is_full_range, refusals = colours(frames[0], stream.codec_context.color_range)
-        is_interlaced = stream.codec_context.field_order in _INTERLACED_ORDERS or any(
-            frame.interlaced_frame for frame in frames)
-        turn = orientation(frames[0])
-        aspect = _pixel_aspect(stream)
-        time_base = stream.time_base
-        codec, rate = stream.codec_context.codec, stream.average_rate
-        kind = frames[0].format
-        is_rgb = kind.is_rgb
-        is_halved = not is_rgb and len(kind.components) > 2 and kind.components[1].width < frames[0].width
-    with open_video(path) as (container, stream):
-        start, end, missing_s = _span(container, stream)
-    height, width = square_size(frames[0].height, frames[0].width, aspect)
-    if turn and turn.transpose:
-        height, width = width, height
-    if is_interlaced and codec.canonical_name == "hevc":
-        refusals += ("interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
-                     "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",)
-    if turn is None:
-        refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
-    if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
-        refusals += (f"its pixels have an aspect of {aspect}; mend it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
-    if (end - start) * time_base > MAX_HOURS * 3600:
-        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it anew with ffmpeg",)
-    return VideoInfo(height, width, frames[0].height, frames[0].width, start, end, time_base,
-                     float(rate) if rate else None, codec.canonical_name, kind.name, kind.components[0].bits, transfer,
-                     matrix, is_full_range, is_interlaced, aspect, turn or Orientation(),
-                     codec.lossy or not codec.lossless or is_halved, refusals,
-                     f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "")
 
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:
@@ -310,3 +252,63 @@ def _read_times(container: InputContainer, stream: VideoStream) -> tuple[int | N
             first = packet.pts if first is None else min(first, packet.pts)
             end = max(end or packet.pts, packet.pts + (packet.duration or 1))
     return first, end, reached_s
+
+
+# --- How stored samples become a picture ---
+
+
+class Orientation(NamedTuple):
+    """How a stored frame becomes upright: transposed first, then its rows, then its columns in reverse."""
+
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+
+def orientation(frame: VideoFrame) -> Orientation | None:
+    """From the display matrix, which maps a stored point (x right, y down) to where it is shown."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return Orientation()
+    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])  # (x, y) -> (a x + c y, b x + d y)
+    if not (b or c) and a and d:
+        return Orientation(False, d < 0, a < 0)
+    if not (a or d) and b and c:
+        return Orientation(True, b < 0, c < 0)
+    return None
+
+
+def square_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
+    """(Height, width) with square pixels. Only ever shrunk: stretching would invent pixels."""
+    if aspect >= 1:
+        return max(1, round(height / aspect)), width
+    return height, max(1, round(width * aspect))
+
+
+def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool, tuple[str, ...]]:
+    """(Transfer characteristic, matrix, full range?, refusals), by the tags; untagged, as players take them."""
+    transfer, primaries, matrix = frame.color_trc, frame.color_primaries, frame.colorspace
+    name = _enum_name(ColorTrc, transfer)
+    refusals: tuple[str, ...] = ()
+    if transfer in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
+        refusals = (f"HDR: its transfer characteristic is {name}, which needs tone-mapping to taste first, such as "
+                    f"`ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",)
+    elif primaries == ColorPrimaries.BT2020 or matrix in (9, 10):
+        refusals = (f"wide gamut: BT.2020 colours (transfer characteristic {name}); map them to BT.709 first, such as "
+                    f"`ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",)
+    elif transfer == ColorTrc.UNSPECIFIED and any(data.type.name.startswith("DOVI") for data in frame.side_data):
+        refusals = ("Dolby Vision without a layer for ordinary screens; tone-map it with an editor first",)
+    elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
+        refusals = (f"its colour matrix (number {matrix} of H.273) is not one of BT.601, BT.709, FCC, SMPTE 240M and "
+                    "RGB; convert it with ffmpeg",)
+    elif frame.format.is_rgb is False and matrix == 0:
+        matrix = _UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
+    # mpv's and others' rule where a file does not say
+    default = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
+    is_full = (frame.color_range or header_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    return name, _MATRICES.get(matrix, default), is_full or frame.format.is_rgb, refusals
+
+
+def _enum_name(kind: type[ColorTrc], value: int) -> str:
+    names = {2: "unknown", 16: "SMPTE ST 2084 (PQ)", 18: "ARIB STD-B67 (HLG)"}
+    return names.get(value) or (kind(value).name if value in {*kind} else str(value))

@@ -14,7 +14,7 @@ import pytest
 
 from dataset_corpus import CHECKOUT, encoded, photograph
 from tools.video.choice import FrameChooser, Sampling
-from tools.video.frames import DamagedError, Frame, Tally, sample_frames, segment_frames
+from tools.video.frames import DamagedError, Frame, FrameCounts, sample_frames, segment_frames
 from tools.video.probe import BadVideoError, Segment, VideoInfo, open_video, probe, segments
 from video_corpus import (
     H264,
@@ -78,7 +78,7 @@ def test_segments_together_are_the_whole_video(name: str, tmp_path: Path) -> Non
     assert len(pieces) in (3, 4)
     seen: list[int] = []
     for piece in pieces:
-        for frame in segment_frames(path, info, piece, Tally()):
+        for frame in segment_frames(path, info, piece, FrameCounts()):
             assert np.array_equal(frame.to_ndarray(format="rgb24"), expected[frame.pts])
             seen.append(frame.pts)
     assert seen == sorted(expected)
@@ -95,7 +95,8 @@ def test_edit_list_and_unknown_duration(tmp_path: Path) -> None:
         expected, info = straight(path), probe(path)
         assert not info.truncated
         assert info.duration_s == pytest.approx(len(expected) / 25, abs=0.1)
-        seen = [frame.pts for piece in segments(info, 0.9) for frame in segment_frames(path, info, piece, Tally())]
+        seen = [frame.pts for piece in segments(info, 0.9)
+                for frame in segment_frames(path, info, piece, FrameCounts())]
         assert seen == sorted(expected)
 
 
@@ -151,7 +152,7 @@ def sample_frames_raw(path: Path, info: VideoInfo) -> list[np.ndarray]:
     """The first frame, converted, flat though it is."""
     from tools.video.frames import _Converter
 
-    return [_Converter(info)(frame, 0).pixels for frame in segment_frames(path, info, WHOLE, Tally())][:1]
+    return [_Converter(info)(frame, 0).pixels for frame in segment_frames(path, info, WHOLE, FrameCounts())][:1]
 
 
 @pytest.mark.parametrize("turn", [["-display_rotation", 90], ["-display_rotation", 180], ["-display_rotation", 270],
@@ -258,14 +259,14 @@ def test_damage_costs_the_frames_around_it_and_is_counted(tmp_path: Path) -> Non
     data[middle : middle + 4000] = bytes(4000)
     path = tmp_path / "bad.ts"
     path.write_bytes(data)
-    info, tally = probe(path), Tally()
+    info, tally = probe(path), FrameCounts()
     frames = list(segment_frames(path, info, WHOLE, tally))
     assert all(np.array_equal(frame.to_ndarray(format="rgb24"), good[frame.pts]) for frame in frames)
     assert 60 < len(frames) < len(good) == 100
     assert frames[-1].pts == max(good)  # it went on after the damage
     assert tally.errors + tally.lost > 0
     with pytest.raises(DamagedError):  # several threads would lose others
-        list(segment_frames(path, info, WHOLE, Tally(), codec_threads=2))
+        list(segment_frames(path, info, WHOLE, FrameCounts(), codec_threads=2))
 
 
 def test_truncated_videos_give_what_is_there(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_truncated_videos_give_what_is_there(tmp_path: Path) -> None:
         info = probe(tmp_path / name)
         assert info.truncated.startswith("cut off")
         assert 1 < info.duration_s < 4
-        assert 25 < len(list(segment_frames(tmp_path / name, info, WHOLE, Tally()))) < 100
+        assert 25 < len(list(segment_frames(tmp_path / name, info, WHOLE, FrameCounts()))) < 100
     with pytest.raises(BadVideoError, match="its header is damaged or cut off"):
         probe(tmp_path / "last.mp4")  # its index stood at the end
 
@@ -324,7 +325,7 @@ def test_hostile_files_end(kind: str, tmp_path: Path) -> None:
 def test_one_frame_of_a_still_and_one_after_each_cut(tmp_path: Path) -> None:
     frames = [still(1)] * 60 + [still(2)] * 40 + [np.full((360, 640, 3), 16, np.uint8)] * 20 + [still(3)] * 40
     path = from_pixels(tmp_path / "a.mp4", frames + [still(1)] * 30, *H264)
-    tally = Tally()
+    tally = FrameCounts()
     assert [frame.index for frame in sampled(path, Sampling(), tally=tally)] == [0, 60, 120]  # not still(1) again
     assert tally.dropped["blank"] >= 1
     assert tally.dropped["similar"] >= 5
@@ -352,7 +353,7 @@ def test_gaps_have_the_mean_that_was_asked_for() -> None:
 
 def test_cross_fades_are_avoided(tmp_path: Path) -> None:
     path = from_pixels(tmp_path / "a.mp4", [still(5)] * 30 + fade(still(5), still(6), 25) + [still(6)] * 30, *H264)
-    tally = Tally()
+    tally = FrameCounts()
     frames = sampled(path, Sampling(4, 4, 4), tally=tally)
     for frame in frames:
         assert min(np.abs(frame.pixels.astype(int) - still(seed)).mean() for seed in (5, 6)) < 8
