@@ -1,4 +1,4 @@
-"""What every command of the project does with its arguments and its errors. Needs no torch."""
+"""Shared command-line entry point: parse options, run, map errors to exit codes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Options = TypeVar("Options")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the thing, the rule and the way out, in one line."""
+    """Something the user can put right. The message names the thing, the rule and the way out, in one line."""
 
 
 class RunError(Exception):
@@ -43,8 +43,8 @@ def run(options: Callable[..., Options], main: Callable[[Options], int | None],
 
     Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or an
     argument that does not parse; 1 with one line for a `RunError`, and with the traceback for our own mistakes; 130
-    after CTRL+C. Where the reader of stdout goes away (`command | head`) the work goes on to its end, unheard, and
-    gives its own status; with `ends_with_reader`, for commands whose output is all they do, it ends with status 0.
+    after CTRL+C. Where the reader of stdout goes away (`command | head`) the work continues to its end and gives its
+    own status; with `ends_with_reader`, for commands whose output is all they do, it ends with status 0.
     """
     with _stdout_outliving_its_reader(ends_with_reader):
         try:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their names for people. Needs no torch."""
+"""Atomic writes, and paths as people write them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file `path` by `content`: a reader, or a power cut, sees the old or the new file, never a mixture."""
+    """Replace the file `path` by `content`: a reader or a power cut finds the old or the new one, never a mixture."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

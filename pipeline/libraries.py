@@ -1,4 +1,4 @@
-"""The one door to torchvision, and to the libraries that import it (lpips, spandrel).
+"""Libraries that must be imported in a certain way: torchvision, with those that import it, and ONNX Runtime.
 
 torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its compiled operators
 cannot load, and torchvision 0.28.0 then fails while it is imported: it gives two of these operators ("nms", "qnms") a
@@ -47,13 +47,12 @@ def _declare_operators() -> None:
         for operator in ("nms", "qnms"):
             _library.define(_SCHEMA.format(operator))
 
-
-# ONNX Runtime, imported so that it stays offline.
-
-
 def import_onnxruntime() -> ModuleType:
-    """The package, without its telemetry: since 1.31 an import gives the machine an id and keeps events in the user's
-    cache, which `ORT_DISABLE_TELEMETRY` of the environment prevents."""
+    """Import ONNX Runtime without its telemetry.
+
+    Since 1.31 an import gives the machine an id and keeps events in the user's cache, unless `ORT_DISABLE_TELEMETRY`
+    is set in the environment.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 

@@ -3,7 +3,8 @@
     runs/<name>/recipe.yaml, ds_config.json, file_lists/    (of a recipe with stages: runs/<name>/<stage>/…)
     runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json, generator.safetensors, generator_ema.safetensors}
 
-A checkpoint exists if and only if its MANIFEST.json does: that is written last.
+A checkpoint exists if and only if its MANIFEST.json does, which is written last. `find_run`, `choose_step` and
+`network_file` find the weights that a command asks for; `run_lock` holds the folder for one run alone.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def find_run(root: Path = RUNS_DIR) -> Path:
 
 
 def newest_stage(run_dir: Path) -> Path:
-    """Of a run with stages the folder of the one that has the newest checkpoint; `run_dir` itself if there is none."""
+    """The stage folder with the newest checkpoint; `run_dir` itself if the run has no stages or no checkpoint."""
     if (run_dir / CHECKPOINTS_DIR).is_dir():
         return run_dir
     manifests = run_dir.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
@@ -83,8 +84,8 @@ def newest_stage(run_dir: Path) -> Path:
 def choose_step(run_dir: Path, step: Step) -> int:
     """The step number meant by `step` among the complete checkpoints of the run; `UserError` where there is none.
 
-    "best" is the best validation PSNR so far; where none was measured yet or its checkpoint is gone, that is said on
-    stderr and the newest is taken.
+    "best" is the best validation so far; where none was measured yet or its checkpoint is gone, a note on stderr says
+    so and the newest is taken.
     """
     run_dir = newest_stage(Path(run_dir))
     if not run_dir.is_dir():
@@ -129,11 +130,8 @@ def _best_step(run_dir: Path, newest: int) -> int | None:
         best = json.loads(path.read_text(encoding="utf-8"))["best_step"]
         return None if best is None else int(best)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} does not tell the best step ({type(error).__name__}: {error}); "
+        raise UserError(f"{str(path)!r} does not say which step is best ({type(error).__name__}: {error}); "
                         "choose --step newest") from error
-
-
-# One run folder, one run. Needs no torch.
 
 
 @contextlib.contextmanager
@@ -146,7 +144,7 @@ def run_lock(run_dir: Path, say: Callable[[str], None], wait_seconds: float = 60
     path = run_dir.parent / f".{run_dir.name}.lock"
     with open(path, "a+") as file:
         deadline = time.monotonic() + wait_seconds
-        told = False
+        has_said = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,9 +154,9 @@ def run_lock(run_dir: Path, say: Callable[[str], None], wait_seconds: float = 60
                 if time.monotonic() > deadline:
                     raise UserError(f"{run_dir} is in use by process {holder}; stop it, or give this run another "
                                     "--output-dir") from None
-                if not told:
+                if not has_said:
                     say(f"{run_dir} is in use by process {holder}; waiting up to {wait_seconds:.0f} s for it to finish")
-                    told = True
+                    has_said = True
                 time.sleep(0.2)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
