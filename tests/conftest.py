@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests run on the CPU, on every machine
@@ -60,7 +62,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[str]:
     """The command line of a small training run."""
-    return [sys.executable, str(ROOT / "launch" / "local.py"), "--procs", str(procs), "--recipe", "demo",
+    return [warm.python(), str(ROOT / "launch" / "local.py"), "--procs", str(procs), "--recipe", "demo",
             "--dataset-dir", str(dataset), "--output-dir", str(run_dir), *SMALL, *extra]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline.data.image_files import MANIFEST
 from tools.crops.manifest import DatasetHash, iterate_records
+import warm
 
 # For tests that are not about the quality gates: their pictures repeat themselves, and are made, not photographed.
 UNGATED = ("--min-gradient", "0", "--min-sharpness", "0", "--keep-duplicates")
@@ -23,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `python tools/<name>.py` as a user does, from another folder."""
-    command = [sys.executable, str(CHECKOUT / "tools" / f"{name}.py"), *map(str, arguments)]
+    command = [warm.python(), str(CHECKOUT / "tools" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False)
 
 

@@ -14,9 +14,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import warm
 from conftest import ROOT, SMALL, environment
 
-PRELOAD = ["torch", "deepspeed", "nvidia.dali.fn", "torch.utils.tensorboard", "pipeline.training.run"]
+PRELOAD = list(warm.PRELOAD)
 
 
 def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, world_size: int, port: int) -> None:
@@ -91,8 +92,9 @@ def in_a_fresh_process(code: str) -> dict:
             return build_engine(module, resolved, ranks)
         torch.manual_seed(0)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)], env=environment(),
-                          cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    code = warm.MARK + textwrap.dedent(prelude) + textwrap.dedent(code)
+    done = subprocess.run([warm.python(), "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 

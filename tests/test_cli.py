@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from conftest import ROOT, assert_one_line, command, environment, run
 from pipeline.run_folder import checkpoint_steps
 
@@ -18,7 +19,7 @@ COMMANDS = ["train.py", "launch/local.py", "evaluate.py", "export_trained_model.
 
 def script(name: str, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     variables = environment() | ({"HOME": str(home)} if home else {})
-    return subprocess.run([sys.executable, str(ROOT / name), *arguments], env=variables, cwd=home, capture_output=True,
+    return subprocess.run([warm.python(), str(ROOT / name), *arguments], env=variables, cwd=home, capture_output=True,
                           text=True, timeout=60, check=False)
 
 
@@ -37,7 +38,7 @@ def unread(name: str | Path, *arguments: str, **variables: str) -> subprocess.Co
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        return subprocess.run([sys.executable, str(ROOT / name), *arguments], env={**environment(), **variables},
+        return subprocess.run([warm.python(), str(ROOT / name), *arguments], env={**environment(), **variables},
                               stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     finally:
         os.close(writer)

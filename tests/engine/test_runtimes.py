@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import lives
+import warm
 from comparison import BF16, UNET, assert_resumed_is_straight, checkpoint_differences, differences, logged
 from conftest import ROOT, SMALL, assert_one_line, command, environment, run
 from lives import in_ranks
@@ -78,7 +79,7 @@ def started(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "srun": (["train.py"], [{**slurms, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]),
         "accelerate": (["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train.py"], [{}])}
     run_dirs = {name: tmp_path_factory.mktemp(name) / "run" for name in starts}
-    processes = {name: [subprocess.Popen([sys.executable, *start, *arguments(dataset, run_dirs[name], "steps=4")],
+    processes = {name: [subprocess.Popen([warm.python(), *start, *arguments(dataset, run_dirs[name], "steps=4")],
                                          env={**environment(), **more}, cwd=ROOT, stdout=subprocess.PIPE,
                                          stderr=subprocess.STDOUT, text=True) for more in environments]
                  for name, (start, environments) in starts.items()}

@@ -5,13 +5,13 @@ import json
 import math
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import warm
 from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.evaluation import Work, find_folder, find_pairs, format_table, measure_sets, scoring, upscaler_of
@@ -27,7 +27,7 @@ from pipeline.models.weights import read_network, write_network
 
 
 def evaluate_py(*arguments, cwd):
-    return subprocess.run([sys.executable, str(CHECKOUT / "evaluate.py"), *map(str, arguments)], cwd=cwd, timeout=120,
+    return subprocess.run([warm.python(), str(CHECKOUT / "evaluate.py"), *map(str, arguments)], cwd=cwd, timeout=120,
                           capture_output=True, text=True)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import warm
 from conftest import environment
 from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
@@ -58,7 +58,7 @@ def evaluate(command: list[str], cwd, **more):
 def alone(work):
     """What one process writes and prints."""
     lpips = ["--lpips", "squeeze", "--lpips-weights", str(shared("weights/lpips_squeeze_trunk.pth"))]
-    done = evaluate([sys.executable, EVALUATE, *arguments("--out", "alone", *lpips)], work)
+    done = evaluate([warm.python(), EVALUATE, *arguments("--out", "alone", *lpips)], work)
     assert done.returncode == 0, done.stderr
     (work / "page" / "index.html").rename(work / "alone" / "index.html")
     return lpips, outputs(work / "alone"), done.stdout
@@ -66,10 +66,10 @@ def alone(work):
 
 def launched(count: int, launcher: str) -> list[str]:
     if launcher == "--procs":
-        return [sys.executable, EVALUATE, "--procs", str(count)]
+        return [warm.python(), EVALUATE, "--procs", str(count)]
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), EVALUATE]
-    return [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
+        return [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), EVALUATE]
+    return [warm.python(), "-m", "deepspeed.launcher.launch", "--world_info", "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
             "--master_addr", "127.0.0.1", "--master_port", "29417", EVALUATE]  # {"localhost": [0, 1]}
 
 
@@ -113,7 +113,7 @@ def test_bad_options_are_refused_once(work):
     done = evaluate([*launched(2, "--procs"), "--hr", "nowhere", "--model", "net1.pth"], work)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no folder of HR images 'nowhere'\n"
-    done = evaluate([sys.executable, EVALUATE, *arguments("--procs", "-1")], work)
+    done = evaluate([warm.python(), EVALUATE, *arguments("--procs", "-1")], work)
     assert (done.returncode, done.stderr) == (2, "error: --procs -1 must be 1 or more; leave it out for one per GPU\n")
 
 

@@ -7,12 +7,12 @@ import json
 import math
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+import warm
 from evaluate import Options
 from fabricate import CHECKOUT, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import RunError, UserError
@@ -315,7 +315,7 @@ def test_the_command_line_takes_lists(tmp_path):
              ("--model", "a.pth"): "nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark",
              ("--model", "a.pth", "--benchmark", "set6"): "set6"}
     for arguments, message in cases.items():
-        done = subprocess.run([sys.executable, str(CHECKOUT / "evaluate.py"), *arguments], cwd=tmp_path, timeout=120,
+        done = subprocess.run([warm.python(), str(CHECKOUT / "evaluate.py"), *arguments], cwd=tmp_path, timeout=120,
                               capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert message in done.stderr

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convert_to_onnx
+import warm
 from fabricate import CHECKOUT, make_run, picture, tiny_network, tiny_saved, write_images
 from pipeline import cli
 from pipeline.cli import RunError, UserError
@@ -202,7 +203,7 @@ def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
 
 def test_the_command_converts_the_newest_run(tmp_path):
     run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
-    done = subprocess.run([sys.executable, str(CHECKOUT / "convert_to_onnx.py"), "--output", "demo.onnx", "--half"],
+    done = subprocess.run([warm.python(), str(CHECKOUT / "convert_to_onnx.py"), "--output", "demo.onnx", "--half"],
                           cwd=tmp_path, timeout=120, capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -3,13 +3,13 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 from test_spandrel import tiny as tiny_spandrel
 from torch import nn
 
+import warm
 from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.models import build_generator
@@ -162,7 +162,7 @@ def test_layers_that_never_run_are_said_to():
 
 
 def test_the_command_prints_an_aligned_table():
-    command = [sys.executable, "-m", "pipeline.models.info", "vapsr_x4", "generator.global_residual=none"]
+    command = [warm.python(), "-m", "pipeline.models.info", "vapsr_x4", "generator.global_residual=none"]
     result = subprocess.run(command, cwd=CHECKOUT, timeout=120, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()

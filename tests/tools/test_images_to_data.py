@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import warm
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -319,6 +320,6 @@ def test_the_tools_need_no_torch(photos, tmp_path):
     for arguments in (["images_to_data", photos, out, "--size", "48", *UNGATED],
                       ["check_training_data", "--data-dir", out, "--min-size", "48", *UNGATED],
                       ["select_training_files", "--data-dir", out]):
-        command = [sys.executable, str(CHECKOUT / f"tools/{arguments[0]}.py"), *map(str, arguments[1:])]
+        command = [warm.python(), str(CHECKOUT / f"tools/{arguments[0]}.py"), *map(str, arguments[1:])]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert result.returncode == 0, result.stderr

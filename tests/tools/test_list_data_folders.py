@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import warm
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -202,6 +202,6 @@ def test_user_errors(tmp_path, dataset, changed):
 
 def test_default_is_dataset_in_the_home_folder(dataset, tmp_path):
     (tmp_path / "dataset").symlink_to(dataset)
-    result = subprocess.run([sys.executable, str(CHECKOUT / "tools/list_data_folders.py"), "--json"], check=True,
+    result = subprocess.run([warm.python(), str(CHECKOUT / "tools/list_data_folders.py"), "--json"], check=True,
                             capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)})
     assert json.loads(result.stdout)["hash"] == listed(dataset)["hash"]

@@ -25,6 +25,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from PIL import Image
 
 import lives
+import warm
 from conftest import ROOT, SMALL, environment
 from pipeline.cli import UserError
 from pipeline.cli import run as run_command
@@ -112,7 +113,7 @@ def lived(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
     words = (str(folder / "space.yaml"), "--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir", str(study),
              "--steps", str(STEPS), "--trials", str(TRIALS), "--pruner", "hyperband", "--prune-after",
              str(PRUNE_AFTER), "--keep", "1", "--seed", "1", *SMALL)
-    command = [sys.executable, str(ROOT / "tools/search_hyperparameters.py"), *words]
+    command = [warm.python(), str(ROOT / "tools/search_hyperparameters.py"), *words]
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -201,7 +202,7 @@ def test_the_best_recipe_trains_as_its_trial_did(lived: Lived, dataset: Path, tm
     text = (lived.path / "best.yaml").read_text()
     advice = text.splitlines()[2].removeprefix("# Say ").removesuffix(" to train as long as the trial.")
     assert yaml.safe_load(text)["steps"] == 1400, "as the demo's recipe says"
-    done = subprocess.run([sys.executable, str(ROOT / "launch/local.py"), "--recipe", str(lived.path / "best.yaml"),
+    done = subprocess.run([warm.python(), str(ROOT / "launch/local.py"), "--recipe", str(lived.path / "best.yaml"),
                            "--dataset-dir", str(dataset), "--output-dir", str(tmp_path / "best"), *shlex.split(advice)],
                           env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import warm
 from comparison import checkpoint_differences
 from conftest import ROOT, assert_one_line, command, environment, run
 from pipeline.checkpoint.engine_state import read_module
@@ -71,7 +71,7 @@ def test_one_command_trains_stage_after_stage(recipe: Path, dataset: Path, tmp_p
     # What comes after training finds the stage that was trained last.
     assert find_run(tmp_path / "runs") == home / "gan"
     assert run_network_file(home, "newest", ema=True) == checkpoint_dir(home / "gan", 4) / "generator_ema.safetensors"
-    exported = subprocess.run([sys.executable, str(ROOT / "export_trained_model.py"), str(home)], env=environment(),
+    exported = subprocess.run([warm.python(), str(ROOT / "export_trained_model.py"), str(home)], env=environment(),
                               capture_output=True, text=True, timeout=60, check=False)
     assert exported.returncode == 0, exported.stderr
     again = train(recipe, dataset, home)

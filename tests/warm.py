@@ -1,0 +1,268 @@
+"""A Python interpreter that has imported torch, DeepSpeed and DALI already, for the many processes that tests start.
+
+Importing them takes two seconds of a core, a small run's own work half a second. So each pytest process keeps a server
+with all imports done, and `warm.python()` is an executable to use in place of `sys.executable`: it asks the server to
+fork, and the fork runs the script as a fresh interpreter would, with the caller's arguments, environment, folder and
+open stdin, stdout and stderr. The executable waits for it, hands signals on to it, and ends as it ended. Where it is
+killed, the fork is killed, too. Processes that the script starts with `sys.executable` come about in the same way.
+
+What a fork cannot show is left to a real interpreter: options of Python, scripts outside this checkout, other modules
+than `MODULES`, and code that does not begin with `MARK`. A test
+about imports, about a parent that is killed, or about variables that are read while libraries load, says
+`sys.executable` itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import io
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run", "launch.doctor",
+           "pipeline.models.info")
+"""What `-m` may name."""
+WATCHED = "VASTSCALE_EVALUATION_PARENT"
+MARK = "# warm\n"
+"""The beginning of code that `-c` may run."""
+PRELOAD = ("torch", "torch._dynamo", "torch.utils.cpp_extension", "torch.utils.tensorboard", "torch.profiler",
+           "deepspeed", "deepspeed.module_inject", "deepspeed.moe.layer", "deepspeed.ops.adam", "accelerate",
+           "nvidia.dali.fn", "nvidia.dali.pipeline", "nvidia.dali._autograph", "cv2", "numpy.ma", "PIL.PngImagePlugin",
+           "PIL.JpegImagePlugin", "PIL.ImageSequence", "pydantic", "typeguard", "tyro.extras", "tyro._backends",
+           "packaging.requirements", "launch.environment", "pipeline.training.run", "pipeline.evaluation.command",
+           "pipeline.inference.command")
+"""Also what these import late: torch's optimizers take torch._dynamo along, 950 modules."""
+HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+_LENGTH = struct.Struct("!I")
+
+CLIENT = """\
+#!{python} -ISE
+import json, os, signal, socket, struct, sys
+words = sys.argv[1:]
+while words and words[0] == "-u":
+    words = words[1:]
+script = os.path.realpath(words[0]) if words else ""
+known = (words[1] in {modules!r} if words[:1] == ["-m"] and len(words) > 1 else
+         words[1].startswith({mark!r}) if words[:1] == ["-c"] and len(words) > 1 else
+         script.startswith({root!r}) and script.endswith(".py"))
+if {watched!r} in os.environ:  # a process of an evaluation looks whether its parent still is who it was
+    known = False
+server = socket.socket(socket.AF_UNIX)
+try:
+    for number in range(3):
+        os.fstat(number)
+    known and server.connect({address!r})
+except OSError:
+    known = False
+if not known:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+child, waiting = 0, []
+def hand_on(number, frame):
+    os.kill(child, number) if child else waiting.append(number)
+for number in {handed_on!r}:
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, hand_on)
+request = json.dumps(dict(words=words, folder=os.getcwd(), environment=dict(os.environ),
+                          umask=os.umask(0o22), unbuffered=words is not sys.argv[1:] and "-u" in sys.argv[1:2],
+                          ignored=[n for n in {handed_on!r} if signal.getsignal(n) == signal.SIG_IGN])).encode()
+socket.send_fds(server, [struct.pack("!I", len(request))], [0, 1, 2])
+server.sendall(request)
+for number in range(3):
+    os.close(number)
+child = int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big")
+for number in waiting:
+    os.kill(child, number)
+status = int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big")
+if os.WIFSIGNALED(status):
+    signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
+    os.kill(os.getpid(), os.WTERMSIG(status))
+os._exit(os.WEXITSTATUS(status))
+"""
+
+
+@functools.cache
+def python() -> str:
+    """The executable; the server behind it starts with the first call, and ends with this process."""
+    folder = tempfile.mkdtemp(prefix="warm-")
+    address, executable = f"{folder}/socket", Path(folder) / "python"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    executable.write_text(CLIENT.format(python=sys.executable, modules=MODULES, mark=MARK, watched=WATCHED, root=f"{ROOT}{os.sep}",
+                                        address=address, handed_on=tuple(map(int, HANDED_ON))))
+    executable.chmod(0o755)
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(executable)], env=variables,
+                              pass_fds=[listener.fileno()], stdin=subprocess.PIPE, start_new_session=True)
+    listener.close()
+    atexit.register(_end, server, Path(folder), os.getpid())
+    return str(executable)
+
+
+def _end(server: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        server.kill()
+        server.wait()
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def _serve(listener: socket.socket) -> dict[str, Any]:
+    """Fork for each request; returns in the forks alone, with the request. Ends with the process at the other end of
+    stdin."""
+    children: dict[int, socket.socket] = {}
+    woken, wake = socket.socketpair()
+    for end in (woken, wake):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno())
+    selector = selectors.DefaultSelector()
+    for source in (listener, woken, sys.stdin):
+        selector.register(source, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is sys.stdin:
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            elif key.fileobj is woken:
+                with suppress(BlockingIOError):
+                    woken.recv(4096)
+                _report_the_ended(children, selector)
+            elif key.fileobj is listener:
+                connection, _ = listener.accept()
+                if request := _read(connection):
+                    pid = os.fork()
+                    if pid == 0:
+                        signal.set_wakeup_fd(-1)
+                        selector.close()
+                        for other in (connection, woken, wake, listener, *children.values()):
+                            other.close()
+                        return request
+                    children[pid] = connection
+                    for number in request["files"]:
+                        os.close(number)
+                    selector.register(connection, selectors.EVENT_READ, pid)
+                    with suppress(OSError):
+                        connection.sendall(_LENGTH.pack(pid))
+            else:  # the executable is gone before its fork
+                selector.unregister(key.fileobj)
+                if key.data in children:
+                    os.kill(key.data, signal.SIGKILL)
+
+
+def _report_the_ended(children: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        connection = children.pop(pid)
+        with suppress(KeyError):
+            selector.unregister(connection)
+        with suppress(OSError):
+            connection.sendall(_LENGTH.pack(status))
+        connection.close()
+
+
+def _read(connection: socket.socket) -> dict[str, Any] | None:
+    head, files, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
+    if len(head) != _LENGTH.size:
+        return None
+    size, parts = _LENGTH.unpack(head)[0], []
+    while size and (part := connection.recv(size)):
+        parts.append(part)
+        size -= len(part)
+    return None if size else {**json.loads(b"".join(parts)), "files": files}
+
+
+def _become(request: dict[str, Any]) -> tuple[str, str]:
+    """Make this fork what a fresh interpreter would be. Returns the code to run as `__main__`, and its file."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in HANDED_ON:
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else
+                      signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number, file in enumerate(request["files"]):
+        os.dup2(file, number)
+        os.close(file)
+    os.umask(request["umask"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    unbuffered = request["unbuffered"] or bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(open(number, mode, closefd=False), encoding="utf-8")  # noqa: SIM115
+                                         for number, mode in enumerate(("rb", "wb", "wb")))
+    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)
+    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.executable = sys.argv[2]
+
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed()
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)))
+    words = request["words"]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kept = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[:] = ["", *paths, *kept]
+        return words[1], "<string>"
+    if words[0] == "-m":
+        import importlib.util
+
+        name = words[1]
+        sys.path[:] = [os.getcwd(), *paths, *kept]
+        spec = importlib.util.find_spec(name)
+        if spec.submodule_search_locations is not None:
+            name = f"{name}.__main__"
+            spec = importlib.util.find_spec(name)
+        sys.argv = [spec.origin, *words[2:]]
+        globals()["__package__"] = name.rpartition(".")[0]
+        globals()["__spec__"] = spec
+        file = spec.origin
+    else:
+        sys.argv, file = words, words[0]
+        sys.path[:] = [os.path.dirname(os.path.realpath(file)), *paths, *kept]
+    return Path(file).read_text(encoding="utf-8"), file
+
+
+if __name__ == "__main__":
+    for _name in PRELOAD:
+        __import__(_name)
+    # DALI rewrites the graph's functions when it builds the first one, which takes longer than all else in a short run.
+    _reader = sys.modules["pipeline.data.reader"]
+    _spec = sys.modules["pipeline.config.specs"].BicubicSpec()
+    _reader._whole_image_graph(type(_spec), _spec.model_dump_json(), 2, (8, 8))
+    _reader._whole_image_graph.cache_clear()
+    gc.collect()
+    gc.freeze()  # else the first collection in a fork copies every page that it visits
+    _code, __file__ = _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    _main = sys.modules["__main__"].__dict__
+    for _key in [key for key in _main if not key.startswith("__") and key not in ("_main", "_code")]:
+        del _main[_key]
+    del _key
+    exec(compile(_code, __file__, "exec"), _main)
