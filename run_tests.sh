@@ -1,12 +1,27 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them all, on any machine: ./run_tests.sh [pytest's own options]
+# Run the tests: ./run_tests.sh [fast] [pytest's own options]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case ${1:-} in -h|--help)
+    cat <<'TEXT'
+usage: ./run_tests.sh                    every test, on all cores; no GPU needed
+       ./run_tests.sh fast               those of a second or less each, for use while you work
+       ./run_tests.sh [OPTIONS] [FILES]  what pytest is asked for, such as: ./run_tests.sh tests/data -k loader -x
+
+The first run installs the packages of requirements-dev.txt into .venv, or into the active environment. Tests that need
+a program that is not installed (pdsh, sshd, rsync, Open MPI, Chromium, g++) are skipped, and pytest -rs says why.
+TEXT
+    exit ;;
+esac
 source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements-dev.txt
 cd "$root"
-if [ $# = 0 ]; then  # all of them: a few files at once, for most of their time is other processes'
-    cores=$(nproc)
-    set -- --numprocesses $((cores < 4 ? cores : 4)) --dist loadfile
+# More processes than cores: many tests wait for others' time limits, sockets and disks.
+parallel=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile)
+if [ $# = 0 ]; then
+    set -- "${parallel[@]}"
+elif [ "$1" = fast ]; then
+    shift
+    set -- "${parallel[@]}" -m "not slow" "$@"
 fi
 exec "$PYTHON" -m pytest "$@"

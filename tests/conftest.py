@@ -20,6 +20,19 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # mo
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
+SLOW = ROOT / "tests" / "slow.txt"
+"""Tests of more than a second, one `file::function` a line; `./run_tests.sh fast` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `SLOW`."""
+    listed = set(SLOW.read_text(encoding="utf-8").split())
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if f"{item.path.relative_to(ROOT).as_posix()}::{name}" in listed:
+            item.add_marker(pytest.mark.slow)
+
+
 def photograph(seed: int, height: int, width: int) -> np.ndarray:
     """A picture with edges and texture: HWC uint8."""
     import cv2

@@ -6,16 +6,15 @@ import hashlib
 import importlib.util
 import io
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+import warm
 from pipeline.data.image_files import MANIFEST
 from tools.crops.manifest import DatasetHash, iterate_records
-import warm
 
 # For tests that are not about the quality gates: their pictures repeat themselves, and are made, not photographed.
 UNGATED = ("--min-gradient", "0", "--min-sharpness", "0", "--keep-duplicates")

@@ -218,7 +218,7 @@ def test_two_runs_do_not_share_a_folder(dataset: Path, tmp_path: Path) -> None:
     long = command(dataset, tmp_path / "run", "steps=100000", "validate_every=100000")
     with subprocess.Popen(long, env=environment(), stdout=subprocess.DEVNULL) as first:
         log = tmp_path / "run" / "log.jsonl"
-        while not log.is_file():
+        while not log.is_file() or '"event": "train"' not in log.read_text():
             assert first.poll() is None
             time.sleep(0.05)
         with subprocess.Popen(command(dataset, tmp_path / "run", "steps=100000"), env=environment(), text=True,

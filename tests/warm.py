@@ -101,10 +101,12 @@ def python() -> str:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    executable.write_text(CLIENT.format(python=sys.executable, modules=MODULES, mark=MARK, watched=WATCHED, root=f"{ROOT}{os.sep}",
-                                        address=address, handed_on=tuple(map(int, HANDED_ON))))
+    executable.write_text(CLIENT.format(python=sys.executable, modules=MODULES, mark=MARK, watched=WATCHED,
+                                        root=f"{ROOT}{os.sep}", address=address,
+                                        handed_on=tuple(map(int, HANDED_ON))))
     executable.chmod(0o755)
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                 "TORCH_CPP_LOG_LEVEL": "ERROR",  # as train.py has it before torch is loaded
                  "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(executable)], env=variables,
                               pass_fds=[listener.fileno()], stdin=subprocess.PIPE, start_new_session=True)

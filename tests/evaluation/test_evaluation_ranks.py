@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -120,8 +121,8 @@ def test_bad_options_are_refused_once(work):
 def start_slow(work, tmp_path):
     """An evaluation of large images in two processes, once both are at work; and the ids of the two."""
     hr = write_images(tmp_path / "hr", {f"{index}.png": picture(700, 700, index) for index in range(40)})
-    running = subprocess.Popen([*launched(2, "--procs"), "--hr", str(hr), "--model", "net1.pth", "--self-ensemble",
-                                "--out", str(tmp_path / "out")], cwd=work, env=environment(), text=True,
+    command = [sys.executable, EVALUATE, "--procs", "2", "--hr", str(hr), "--model", "net1.pth", "--self-ensemble"]
+    running = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=work, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out").glob("*.png"))) < 2:
