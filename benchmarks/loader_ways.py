@@ -15,12 +15,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline.config.specs import DataSpec
 from pipeline.data.degradations.base import Degradation
 from pipeline.data.image_access import Part
 from pipeline.data.reader import training_pipeline, turned_crops
 from pipeline.data.sampling import Sampler
 from pipeline.data.source import CropSource, Position
+from pipeline.data.spec import DataSpec
 
 PREFETCH = 3  # batches made ahead, wherever it can be said
 

@@ -253,10 +253,10 @@ class FormatMeter:
         """Random training crops a second out of `files`, through the graph that training uses."""
         if self._loader is None:
             return None
-        from pipeline.config.specs import DataSpec
         from pipeline.data.reader import training_pipeline  # needs DALI; not torch
         from pipeline.data.sampling import Sampler
         from pipeline.data.source import CropSource, Position
+        from pipeline.data.spec import DataSpec
 
         settings = self._loader
         source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),

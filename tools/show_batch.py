@@ -21,12 +21,12 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import RunError, UserError, run
-from pipeline.config.specs import DataSpec
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations.base import Parameters
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
+from pipeline.data.spec import DataSpec
 from pipeline.files import write_atomically
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.training.options import Plan, TrainOptions, make_plan

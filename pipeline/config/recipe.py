@@ -19,9 +19,11 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
-from pipeline.config.specs import AdversarialSpec, DataSpec, NetworkSpec, Number, SamplesSpec, Spec
+from pipeline.config.specs import AdversarialSpec, NetworkSpec, SamplesSpec
+from pipeline.data.spec import DataSpec
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS, metric_of
+from pipeline.spec import Number, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"

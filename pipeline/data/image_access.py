@@ -56,7 +56,9 @@ class ImageFiles:
         any_encoded = bool(self.encoded.any()) and cache is None
         all_encoded = any_encoded and bool(self.encoded.all())
         self.has_pixels, self.has_streams = not all_encoded, any_encoded
-        self.columns = [name] * self.has_pixels + [f"{name}_{of}" for of in ("stream", "corner", "shape")] * any_encoded
+        self.columns = [name] if self.has_pixels else []
+        if any_encoded:
+            self.columns += [f"{name}_{of}" for of in ("stream", "corner", "shape")]
         if self.has_pixels and self.has_streams:
             self.columns.append(f"{name}_is_pixels")
         self._rows = bytearray()  # those of a region, before its columns are cut

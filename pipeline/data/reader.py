@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from pydantic import BaseModel
 
 from pipeline.cli import UserError
-from pipeline.config.specs import DegradationSpec
 from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation
-from pipeline.data.degradations.base import KEYS, WORDS, Degradation
+from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
 from pipeline.data.source import CropSource
@@ -74,85 +72,108 @@ def training_pipeline(source: CropSource, index: int, *, device_id: int | None, 
 
     hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale).
     """
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
 
-    size = source.crop, source.crop
-    # On a CPU, DALI takes several times as long as OpenCV to cut the crop out of its region, to turn it and to lay it
-    # out.
-    turns_on_host = device_id is None and source.has_margin and not source.hr.has_streams
-    columns = (*source.columns, *["crop"] * turns_on_host)
-    layouts = [{"hr": "HWC", "lr": "HWC", "crop": "CHW"}.get(column, "") for column in columns]
-
-    def host_arrays() -> Iterator[tuple[Any, ...]]:
-        room = np.empty((source.position.micro_batch, 3, *size), np.uint8)
-        for arrays in source.micro_batches(index):
-            yield (*arrays, turned_crops(source, arrays, room)) if turns_on_host else arrays
+    parts = _TrainingGraph(source, device_id)
 
     @pipeline_def(batch_size=source.position.micro_batch, num_threads=threads, device_id=device_id,
                   prefetch_queue_depth=prefetch, enable_conditionals=True)
     def graph() -> Any:
-        arrays = fn.external_source(host_arrays(), num_outputs=len(columns), layout=layouts, batch=True)
-        nodes = {column: arrays[i] for i, column in enumerate(columns)}
-        region = prepared(source.hr, "hr", nodes)
-        if source.lr:
-            nodes["lr"] = prepared(source.lr, "lr", nodes)
-        # LR is made of HWC bytes (twice as fast as of CHW) and before the symmetry: so both sides are turned exactly
-        # alike, whatever the degradation.
-        lr = source.degradation.lr(nodes, region, size, on_device, as_float=source.lr_noise is not None)
-        if source.lr_noise:
-            lr = source.lr_noise.add(nodes, lr, on_device)
-        if turns_on_host:
-            # Brightness refuses CHW, though it is all the same to it.
-            hr = brightened(fn.reinterpret(nodes["crop"], layout="HWC"), nodes)
-        else:
-            crop = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1]) if source.has_margin else region
-            hr = turned(crop, nodes)
-        return hr, turned(lr, nodes)
+        arrays = fn.external_source(parts.host_arrays(index), num_outputs=len(parts.columns), layout=parts.layouts,
+                                    batch=True)
+        return parts.hr_and_lr({column: arrays[i] for i, column in enumerate(parts.columns)})
 
-    def turned(image: Any, nodes: dict[str, Any]) -> Any:
-        """Flipped, then transposed, and CHW."""
+    return graph()
+
+
+class _TrainingGraph:
+    """The parts of the training graph, from the host's arrays to HR and LR. Their order is measured, step by step.
+
+    Nodes are DALI's. Where an `if` asks a node, DALI makes it a branch of the graph, which each sample takes or not.
+    """
+
+    def __init__(self, source: CropSource, device_id: int | None) -> None:
+        self.source, self.device_id = source, device_id
+        self.size = source.crop, source.crop
+        # On a CPU, DALI takes several times as long as OpenCV to cut the crop out of its region, to turn it and to lay
+        # it out.
+        self.turns_on_host = device_id is None and source.has_margin and not source.hr.has_streams
+        self.columns = (*source.columns, "crop") if self.turns_on_host else source.columns
+        self.layouts = [{"hr": "HWC", "lr": "HWC", "crop": "CHW"}.get(column, "") for column in self.columns]
+        # Where bad files are passed over, which of them are bad must not depend on where crops were cut.
+        self.decodes_whole = source.spec.on_error == "skip"
+
+    def host_arrays(self, index: int) -> Iterator[tuple[Any, ...]]:
+        """The arrays of `columns`, micro-batch by micro-batch, from `index` on."""
+        room = np.empty((self.source.position.micro_batch, 3, *self.size), np.uint8)
+        for arrays in self.source.micro_batches(index):
+            yield (*arrays, turned_crops(self.source, arrays, room)) if self.turns_on_host else arrays
+
+    def hr_and_lr(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
+        """The graph's outputs, of the nodes of `columns`."""
+        source = self.source
+        region = self.brightened(self.pixels(source.hr, "hr", nodes), nodes)
+        if source.lr:
+            nodes["lr"] = self.brightened(self.pixels(source.lr, "lr", nodes), nodes)
+        # LR is made of HWC bytes (twice as fast as of CHW) and before the symmetry: so both sides are turned in exactly
+        # the same way, whatever the degradation.
+        lr = source.degradation.lr(nodes, region, self.size, self.on_device, as_float=source.lr_noise is not None)
+        if source.lr_noise:
+            lr = source.lr_noise.add(nodes, lr, self.on_device)
+        return self.hr(nodes, region), self.turned(lr, nodes)
+
+    def hr(self, nodes: dict[str, Any], region: Any) -> Any:
+        """The crop of a region that is HR already; where the host has turned it, brightness alone is missing."""
+        from nvidia.dali import fn
+
+        if self.turns_on_host:
+            # Brightness refuses CHW, though it is all the same to it.
+            hr = self.brightened(fn.reinterpret(nodes["crop"], layout="HWC"), nodes)
+        else:
+            crop = region
+            if self.source.has_margin:
+                crop = fn.slice(region, start=nodes["start"], shape=self.size, axes=[0, 1])
+            hr = self.turned(crop, nodes)
+        return hr
+
+    def pixels(self, side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
+        """What was read of one side's file, HWC bytes on the device: decoded, where it is encoded."""
+        if not side.has_streams:
+            return self.on_device(nodes[name])
+        part = nodes[f"{name}_stream"], nodes[f"{name}_corner"], nodes[f"{name}_shape"], self.device_id
+        if not side.has_pixels:
+            return decoded(*part, whole=self.decodes_whole)
+        is_pixels = nodes[f"{name}_is_pixels"]
+        if is_pixels:
+            image = self.on_device(nodes[name])
+        else:
+            image = decoded(*part, whole=self.decodes_whole)
+        return image
+
+    def brightened(self, image: Any, nodes: dict[str, Any]) -> Any:
+        from nvidia.dali import fn
+
+        return fn.brightness(image, brightness=nodes["brightness"]) if self.source.has_brightness else image
+
+    def turned(self, image: Any, nodes: dict[str, Any]) -> Any:
+        """Flipped, then transposed, and CHW.
+
+        Flipping rows is cheap, mirroring them is not. So columns are mirrored by the operator that changes to CHW
+        anyway, or after the transpose, when they have become rows.
+        """
+        from nvidia.dali import fn, types
+
         is_transposed, horizontal = nodes["transpose"], nodes["flip_horizontal"]
         rows = fn.flip(image, horizontal=0, vertical=nodes["flip_vertical"])
         if is_transposed:
-            planes = transposed(rows, horizontal)
+            columns = fn.transpose(rows, perm=[2, 1, 0], transpose_layout=False, output_layout="CHW")
+            planes = fn.flip(columns, horizontal=0, vertical=horizontal)
         else:
-            planes = channels_first(rows, horizontal)
+            planes = fn.crop_mirror_normalize(rows, mirror=horizontal, dtype=types.UINT8, output_layout="CHW")
         return planes
 
-    # Flipping rows is cheap, mirroring them is not: here the operator does it that changes to CHW anyway, and there,
-    # after the transpose, columns have become rows.
-    def channels_first(image: Any, mirror: Any) -> Any:
-        return fn.crop_mirror_normalize(image, mirror=mirror, dtype=types.UINT8, output_layout="CHW")
-
-    def transposed(image: Any, horizontal: Any) -> Any:
-        turned = fn.transpose(image, perm=[2, 1, 0], transpose_layout=False, output_layout="CHW")
-        return fn.flip(turned, horizontal=0, vertical=horizontal)
-
-    is_skipping = source.spec.on_error == "skip"  # then which files are bad must not depend on where crops were cut
-
-    def prepared(side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
-        return brightened(pixels_of(side, name, nodes), nodes)
-
-    def brightened(image: Any, nodes: dict[str, Any]) -> Any:
-        return fn.brightness(image, brightness=nodes["brightness"]) if source.has_brightness else image
-
-    def pixels_of(side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
-        if not side.has_streams:
-            return on_device(nodes[name])
-        part = nodes[f"{name}_stream"], nodes[f"{name}_corner"], nodes[f"{name}_shape"], device_id
-        if not side.has_pixels:
-            return decoded(*part, whole=is_skipping)
-        is_pixels = nodes[f"{name}_is_pixels"]
-        if is_pixels:
-            image = on_device(nodes[name])
-        else:
-            image = decoded(*part, whole=is_skipping)
-        return image
-
-    def on_device(node: Any) -> Any:
-        return node if device_id is None else node.gpu()
-
-    return graph()
+    def on_device(self, node: Any) -> Any:
+        return node if self.device_id is None else node.gpu()
 
 
 def turned_crops(source: CropSource, arrays: tuple[Any, ...], room: np.ndarray) -> np.ndarray:
@@ -210,18 +231,18 @@ class _WholeImageGraph(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _whole_image_graph(kind: type[BaseModel], spec: str, scale: int, size: tuple[int, int]) -> _WholeImageGraph:
+def _whole_image_graph(kind: type[DegradationSpec], spec: str, scale: int, size: tuple[int, int]) -> _WholeImageGraph:
     """The graph for images of one size: building one takes longer than running it."""
     from nvidia.dali import fn, pipeline_def
 
-    degradation = build_degradation(cast("DegradationSpec", kind.model_validate_json(spec)), scale)
+    degradation = build_degradation(kind.model_validate_json(spec), scale)
     feed: list[np.ndarray] = []
     columns = ("region", "start", *degradation.columns)
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True)
     def graph() -> Any:
         made = fn.external_source(lambda: [[array] for array in feed], num_outputs=len(columns),
-                                  layout=["HWC", *[""] * (len(columns) - 1)], batch=True)
+                                  layout=["HWC" if column == "region" else "" for column in columns], batch=True)
         nodes = {column: made[i] for i, column in enumerate(columns)}
         return degradation.lr(nodes, nodes["region"], size, lambda node: node, as_float=False)
 

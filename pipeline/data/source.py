@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cli import UserError
-from pipeline.config.specs import DataSpec
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
 from pipeline.data.image_access import NOTHING, ImageCache, ImageFiles, Opened, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
+from pipeline.data.spec import DataSpec
 
 MOST_ATTEMPTS = 100  # bad files in a row for one sample
 
@@ -79,9 +79,10 @@ class CropSource:
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
         self.has_margin = self.lr is None  # LR that is made needs more of the photograph than the crop
-        self.columns = (*self.hr.columns, *(self.lr.columns if self.lr else ()), *["start"] * self.has_margin,
-                        "flip_vertical", "flip_horizontal", "transpose", *["brightness"] * self.has_brightness,
-                        *self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
+        self.columns = (*self.hr.columns, *(self.lr.columns if self.lr else ()),
+                        *(("start",) if self.has_margin else ()), "flip_vertical", "flip_horizontal", "transpose",
+                        *(("brightness",) if self.has_brightness else ()), *self.degradation.columns,
+                        *(LrNoise.columns if self.lr_noise else ()))
         self.bad: dict[str, str] = {}  # files that were passed over, with the reason
         self.end: int | None = None  # there are no micro-batches from this one on
         self.failure: Exception | None = None  # why
@@ -93,9 +94,8 @@ class CropSource:
         images = dataset.training
         sampler = Sampler(dataset.folder_sizes, seed, multiplier=spec.multiplier, weights=spec.weights,
                           augment=spec.augment)
-        is_paired = spec.degradation.name == "paired"
         return cls([image.path for image in images], sampler, spec, scale=scale, position=position,
-                   lr_paths=[str(image.lr_path) for image in images] if is_paired else None)
+                   lr_paths=[str(image.lr_path) for image in images] if spec.degradation.reads_lr else None)
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
         """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a `failure`."""

@@ -9,15 +9,36 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from pipeline.distributed.ranks import LAUNCHER, Ranks
 
-GO_ON, SAVE, STOP, FAIL = 0, 1, 1000, 2000
-"""Requests; the larger one wins. STOP + n: stop for signal n. FAIL: save and end, some rank cannot go on."""
+NUM_SIGNALS = 128  # more than Linux has: ranks send kind and signal as one whole number
+
+
+class Kind(IntEnum):
+    """What a rank may ask of all, the most urgent last."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2  # save and end
+    FAIL = 3  # likewise: some rank cannot go on
+
+
+class Request(NamedTuple):
+    """What a rank would have all of them do. Of two requests the larger one wins."""
+
+    kind: Kind = Kind.GO_ON
+    signal: int = 0  # that a STOP is for
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether training ends with this step."""
+        return self.kind >= Kind.STOP
 
 
 class StopSignals:
@@ -66,23 +87,24 @@ class Agreement:
         self._ranks = ranks
         self._pending: tuple[Any, torch.Tensor] | None = None
 
-    def exchange(self, request: int) -> int:
+    def exchange(self, request: Request) -> Request:
         """Send this step's request; returns what was agreed of the step before. Every rank calls it every step."""
         if self._ranks.world_size == 1:
             return request
         agreed = self.finish()
-        value = torch.tensor(request)
+        value = torch.tensor(request.kind * NUM_SIGNALS + request.signal)
         self._pending = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True), value
         return agreed
 
-    def finish(self) -> int:
+    def finish(self) -> Request:
         """What was agreed of the request sent last; every rank calls it, before it leaves the loop."""
         if self._pending is None:
-            return GO_ON
+            return Request()
         work, value = self._pending
         work.wait()
         self._pending = None
-        return int(value)
+        kind, number = divmod(int(value), NUM_SIGNALS)
+        return Request(Kind(kind), number)
 
 
 # Ends a process that makes no progress any more. Needs no torch.

@@ -14,7 +14,7 @@ from pipeline.checkpoint.checkpoint import SaveError
 from pipeline.cli import RunError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
-from pipeline.distributed.stopping import FAIL, GO_ON, SAVE, STOP, Agreement, StopSignals, Watchdog
+from pipeline.distributed.stopping import Agreement, Kind, Request, StopSignals, Watchdog
 from pipeline.engine.deepspeed_engine import read_comms
 from pipeline.engine.engine import gradients_of_update, observe, step_was_skipped
 from pipeline.files import short_path
@@ -59,7 +59,7 @@ class Training:
             return 0
         if self.reporter:
             self.reporter.begin()
-        began, agreed = time.perf_counter(), GO_ON
+        began, agreed = time.perf_counter(), Request()
         agreement = Agreement(self.ranks)
         meter = Meter(self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"])
         if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
@@ -68,7 +68,7 @@ class Training:
         self.loader = loader = self.run.open_loader()
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
-        while agreed <= SAVE and progress.step < self.plan.total_steps and not self._is_out_of_patience():
+        while not agreed.is_to_end and progress.step < self.plan.total_steps and not self._is_out_of_patience():
             with self._gradients() as gradients:
                 for _ in range(self.run.accumulation):
                     self._watchdog.feed(only_if_armed=True)
@@ -88,22 +88,22 @@ class Training:
             with meter.paused():
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
-                is_best = agreed <= SAVE and self._validation_is_due() and self._validate()
-                if is_best or agreed == SAVE or progress.step % recipe.save_every == 0:
+                is_best = not agreed.is_to_end and self._validation_is_due() and self._validate()
+                if is_best or agreed.kind == Kind.SAVE or progress.step % recipe.save_every == 0:
                     self._save()
-                if agreed <= SAVE:
+                if not agreed.is_to_end:
                     self._show_samples()
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
         self._report_skips()
-        if agreed >= FAIL:
+        if agreed.kind == Kind.FAIL:
             self._raise_failure(loader)
         if not self._is_finished():
-            if agreed < STOP:  # the signal came in the last validation
-                agreed = STOP + max(self.ranks.gather(self.signals.received))
+            # Without an agreement to stop, the signal came in the last validation.
+            signal = agreed.signal or max(self.ranks.gather(self.signals.received))
             self.console.say(f"stopped and saved at step {progress.step}; the same command without --reset continues "
                              "there")
-            return 128 + agreed - STOP
+            return 128 + signal
         if self.reporter:
             self.reporter.show_samples()
         best = text_of(progress.best_scores or {"psnr_y": math.nan})
@@ -159,17 +159,17 @@ class Training:
         """
         return loader.is_ahead(min(2, self.plan.total_steps - self.progress.step) * self.run.accumulation)
 
-    def _request(self, loader: Loader) -> int:
+    def _request(self, loader: Loader) -> Request:
         """What this rank would have all of them do."""
         if not self._is_supplied(loader):
-            return FAIL
+            return Request(Kind.FAIL)
         if self.signals.received:
-            return STOP + self.signals.received
+            return Request(Kind.STOP, self.signals.received)
         # One rank's clock, and not twice while the first request is under way.
         if self.ranks.is_first and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60:
             self.last_save = time.perf_counter()
-            return SAVE
-        return GO_ON
+            return Request(Kind.SAVE)
+        return Request()
 
     def _raise_failure(self, loader: Loader) -> None:
         def complain() -> None:

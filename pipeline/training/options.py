@@ -187,9 +187,8 @@ def _discriminator_ds_config(recipe: Recipe, ds_config: dict[str, Any],
 
 
 def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:
-    is_paired = recipe.data.degradation.name == "paired"
     dataset = read_dataset(dataset_dirs(options), lr_roots=[path.expanduser() for path in options.lr_dir],
-                           paired_scale=recipe.scale if is_paired else None)
+                           paired_scale=recipe.scale if recipe.data.degradation.reads_lr else None)
     if recipe.data.weights and len(recipe.data.weights) != len(dataset.folders):
         raise UserError(f"data.weights has {len(recipe.data.weights)} numbers for {len(dataset.folders)} dataset "
                         "folders; give one for each --dataset-dir, or none")

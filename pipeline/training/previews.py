@@ -43,7 +43,7 @@ def read_samples(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
     if spec.count == 0:
         return []
     if spec.files:
-        if recipe.data.degradation.name == "paired":
+        if recipe.data.degradation.reads_lr:
             raise UserError("samples.files: where LR is read and not made, samples are of the validation list; leave "
                             "it out")
         images = _named(spec.files)[:spec.count]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +20,14 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import photograph
-from pipeline.config.specs import DataSpec, NoiseSpec, RealEsrganSpec
+from conftest import ROOT, SMALL, environment, photograph
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.data.degradations import build_degradation, kernels
-from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
-from pipeline.data.degradations.realesrgan import RealEsrgan
+from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, NoiseSpec, Parameters
+from pipeline.data.degradations.realesrgan import RealEsrgan, RealEsrganSpec
 from pipeline.data.reader import low_resolution, training_pipeline
 from pipeline.data.source import CropSource, Position, Sample
+from pipeline.data.spec import DataSpec
 
 CROP = 48
 NUMBERS = 2 * (WORDS - KEYS)  # uniform numbers that a sample has
@@ -706,3 +709,61 @@ def test_no_two_noises_of_a_sample_share_their_keys(tmp_path: Path) -> None:
     for i, field in enumerate(fields):
         for other in fields[:i]:
             assert len(field & other) < 3  # of 2^31 keys
+
+
+def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> None:
+    """One that takes the pixel at the corner of each LR pixel: known to recipes, made as it says, and trained with."""
+    (tmp_path / "corner.py").write_text(textwrap.dedent('''
+        """LR by taking one pixel in `scale`, without a filter."""
+        from typing import Literal
+
+        from pipeline.data.degradations.base import Degradation, DegradationSpec
+
+
+        class CornerSpec(DegradationSpec):
+            name: Literal["corner"] = "corner"
+            darker: int = 0
+
+
+        class Corner(Degradation):
+            Spec = CornerSpec
+            surroundings = 0
+
+            def lr(self, nodes, region, size, on_device, *, as_float):
+                from nvidia.dali import fn, types
+
+                crop = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1])
+                picked = fn.resize(crop, size=[side // self.scale for side in size], interp_type=types.INTERP_NN,
+                                   antialias=False)
+                return fn.cast(picked - self.spec.darker, dtype=types.FLOAT if as_float else types.UINT8)
+    '''))
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from pathlib import Path
+        import numpy as np
+        import corner
+        from pipeline.data import degradations
+        degradations.KINDS.append(corner.Corner)
+        from pipeline.cli import UserError
+        from pipeline.config.recipe import load_recipe
+        from pipeline.data.reader import low_resolution
+        from pipeline.training.options import TrainOptions
+        from pipeline.training.run import main
+
+        pixels = np.random.default_rng(0).integers(16, 256, (32, 48, 3)).astype(np.uint8)
+        spec = load_recipe("demo", {{"data.degradation": {{"name": "corner", "darker": 3}}}}).data.degradation
+        lr = low_resolution(pixels, spec, 2, seed=0, number=0)
+        assert (lr.astype(int) + 3 == pixels[1::2, 1::2]).all() or (lr.astype(int) + 3 == pixels[::2, ::2]).all()
+        try:
+            load_recipe("demo", {{"data.degradation": {{"name": "corner", "drker": 3}}}})
+        except UserError as error:
+            assert "data.degradation.drker: unknown key; did you mean 'darker'?" in str(error), error
+        overrides = (*{SMALL!r}, "steps=2", "data.degradation=corner")
+        sys.exit(main(TrainOptions(overrides=overrides, recipe="demo", dataset_dir=(Path({str(dataset)!r}),),
+                                   output_dir=Path({str(tmp_path / "run")!r}))))
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment(), cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished at step 2" in done.stdout

@@ -16,11 +16,11 @@ import torch
 
 from conftest import photograph
 from pipeline.cli import RunError, UserError
-from pipeline.config.specs import DataSpec
 from pipeline.data.dataset import Dataset, Folder, read_dataset
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.sampling import anchor
 from pipeline.data.source import CropSource, Position
+from pipeline.data.spec import DataSpec
 from pipeline.images import cubic_resize
 
 CPU = torch.device("cpu")

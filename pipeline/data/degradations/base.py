@@ -1,4 +1,4 @@
-"""LR of HR as DALI operators: what all degradations share, and the simple ones.
+"""LR of HR as DALI operators: what all degradations share, and the noise that may follow each of them.
 
 A degradation has a host side, which says how much of the photograph around a crop it must see and turns a sample's
 uniform numbers into parameters and arrays, and a device side, which is a few DALI nodes.
@@ -6,15 +6,15 @@ uniform numbers into parameters and arrays, and a device side, which is a few DA
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from pipeline.config.specs import GaussianSpec, NoiseSpec, PairedSpec
-from pipeline.data.degradations import kernels, noise
+from pipeline.data.degradations import noise
+from pipeline.spec import Levels, Probability, Spec
 
 Nodes = Mapping[str, Any]
 Parameters = dict[str, Any]
@@ -25,9 +25,17 @@ WORDS = 40  # random words of a sample's degradation: 2 x 32 uniform numbers and
 KEYS = 8
 
 
-class Degradation:
-    """LR of a crop: what all ways of making it have in common. This one needs no draws: the antialiased cubic."""
+class DegradationSpec(Spec):
+    """How a recipe asks for a degradation: a subclass has its parameters, and `name: Literal[...]` with a default."""
 
+    reads_lr: ClassVar[bool] = False  # whether LR lies on disk beside HR and is not made of it
+    name: str
+
+
+class Degradation:
+    """LR of a crop: what all ways of making it have in common. Without a `draw` of its own nothing in it is random."""
+
+    Spec: ClassVar[type[DegradationSpec]]  # its part of a recipe
     columns: tuple[str, ...] = ()  # arrays of a sample that the nodes use
 
     def __init__(self, spec: Any, scale: int) -> None:
@@ -36,8 +44,7 @@ class Degradation:
     @property
     def surroundings(self) -> int:
         """HR pixels more than the crop's that are read in each direction, where the photograph has them."""
-        # An LR pixel sees 2 x scale HR pixels to either side of its centre.
-        return 4 * self.scale
+        raise NotImplementedError
 
     def place(self, chances: Iterator[float]) -> tuple[int, int]:
         """How many of the `surroundings` lie above and left of the crop, multiples of the scale."""
@@ -56,60 +63,16 @@ class Degradation:
 
         `size`: (height, width) of that part in HR pixels, multiples of the scale.
         """
-        from nvidia.dali import fn, types
-
-        start = fn.cast(nodes["start"], dtype=types.FLOAT)
-        end = fn.cast(nodes["start"] + np.array(size, np.int32), dtype=types.FLOAT)
-        return fn.resize(region, roi_start=start, roi_end=end, resize_y=size[0] // self.scale,
-                         resize_x=size[1] // self.scale, interp_type=types.INTERP_CUBIC, antialias=True,
-                         dtype=types.FLOAT if as_float else types.UINT8)
+        raise NotImplementedError
 
 
-class Gaussian(Degradation):
-    """Blur and decimate."""
-
-    columns = ("gaussian_x", "gaussian_y")
-    spec: GaussianSpec
-
-    @property
-    def surroundings(self) -> int:
-        reach = kernels.offset_gaussian(self.spec.sigma[1], self.scale).shape[0] // 2
-        return 2 * self.scale * math.ceil(reach / self.scale)
-
-    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
-        return {"sigma": between(self.spec.sigma, next(chances))}
-
-    def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
-        line = kernels.offset_gaussian(parameters["sigma"], self.scale).sum(axis=0)
-        return {"gaussian_x": line[None], "gaussian_y": line[:, None]}
-
-    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
-        from nvidia.dali import fn, types
-
-        start = fn.cast(nodes["start"], dtype=types.FLOAT)
-        end = fn.cast(nodes["start"] + np.array(size, np.int32), dtype=types.FLOAT)
-        # Two lines instead of a square: a third of the time, and no Fourier transform (OpenCV's, for kernels of more
-        # than 49 taps on bytes and 129 on floats), whose rounding errors depend on where in the region a pixel lies.
-        levels = fn.cast(region, dtype=types.FLOAT)
-        blurred = filtered(filtered(levels, on_device(nodes["gaussian_x"])), on_device(nodes["gaussian_y"]))
-        lr = fn.resize(blurred, roi_start=start, roi_end=end, resize_y=size[0] // self.scale,
-                       resize_x=size[1] // self.scale, interp_type=types.INTERP_NN, antialias=False)
-        return lr if as_float else fn.cast(lr, dtype=types.UINT8)
 
 
-class Paired(Degradation):
-    """LR is read, not made."""
+class NoiseSpec(Spec):
+    """White Gaussian noise on LR, added before it is rounded to bytes."""
 
-    spec: PairedSpec
-
-    @property
-    def surroundings(self) -> int:
-        return 0
-
-    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
-        from nvidia.dali import fn, types
-
-        return fn.cast(nodes["lr"], dtype=types.FLOAT) if as_float else nodes["lr"]
+    probability: Probability = Field(0.0, description="of a sample to be changed")
+    sigma: Levels = Field((0.0, 10.0), description="of the standard deviation, in levels, evenly")
 
 
 class LrNoise:

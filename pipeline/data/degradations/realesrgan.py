@@ -1,19 +1,108 @@
-"""The second-order degradation of Real-ESRGAN (Wang et al., ICCVW 2021)."""
+"""The second-order degradation of Real-ESRGAN.
+
+Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", ICCVW 2021. The
+defaults are the published ones (options/train_realesrnet_x4plus.yml), under the same names.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
-from pipeline.config.specs import FirstRound, RealEsrganSpec
+from pipeline.cli import nearest
 from pipeline.data.degradations import kernels, noise
-from pipeline.data.degradations.base import Degradation, Nodes, OnDevice, Parameters, between, filtered, through_jpeg
+from pipeline.data.degradations.base import (
+    Degradation,
+    DegradationSpec,
+    Nodes,
+    OnDevice,
+    Parameters,
+    between,
+    filtered,
+    through_jpeg,
+)
+from pipeline.spec import Exponent, Factor, Levels, Probability, Quality, Range, Sigma, Spec
 
 MODES = ("area", "linear", "cubic")
+KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
+
+
+class FirstRound(Spec):
+    """One round of blur, resizing, noise and JPEG. Probabilities of a list are shares: they need not add up to 1."""
+
+    blur_prob: Probability = Field(1.0, description="of blurring at all")
+    blur_kernel_size: int = Field(21, ge=7, le=31, description="largest side of the kernel; odd sizes from 7 on")
+    kernel_prob: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        dict(zip(KERNELS, (0.45, 0.25, 0.12, 0.03, 0.12, 0.03), strict=True)), description="share of each shape")
+    sinc_prob: Probability = Field(0.1, description="of a sinc kernel instead (ringing)")
+    blur_sigma: Sigma = Field((0.2, 3.0), description="along each axis of the kernel, in pixels")
+    betag_range: Exponent = Field((0.5, 4.0), description="exponent of the generalized kernels; half are below 1")
+    betap_range: Exponent = Field((1.0, 2.0), description="exponent of the plateau kernels; half are below 1")
+    resize_prob: tuple[float, float, float] = Field((0.2, 0.7, 0.1), description="shares of up, down, keep")
+    resize_range: Range = Field((0.15, 1.5), description="of the factor: down from its low end, up to its high end")
+    gaussian_noise_prob: Probability = Field(0.5, description="of Gaussian noise; Poisson noise otherwise")
+    noise_range: Levels = Field((1.0, 30.0), description="sigma of Gaussian noise, in levels")
+    poisson_scale_range: Factor = Field((0.05, 3.0), description="factor of Poisson noise")
+    gray_noise_prob: Probability = Field(0.4, description="of the same noise in all channels")
+    jpeg_range: Quality = Field((30.0, 95.0), description="JPEG quality")
+
+    @field_validator("blur_kernel_size")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"{value} must be odd; use {value + 1}")
+        return value
+
+    @field_validator("kernel_prob")
+    @classmethod
+    def _know_kernels(cls, shares: dict[str, float]) -> dict[str, float]:
+        for name in shares:
+            if name not in KERNELS:
+                raise ValueError(f"no kernel named {name!r}{nearest(name, KERNELS)}")
+        if not sum(shares.values()) > 0:
+            raise ValueError(f"at least one of {', '.join(KERNELS)} needs a share above 0")
+        return {name: shares.get(name, 0.0) for name in KERNELS}
+
+    @field_validator("resize_prob")
+    @classmethod
+    def _shares(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not (min(shares) >= 0 and 0 < sum(shares) < math.inf):
+            raise ValueError(f"{list(shares)} must be three shares (up, down, keep), none below 0, not all 0")
+        return shares
+
+    @field_validator("resize_range")
+    @classmethod
+    def _around_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.05 <= value[0] <= 1 <= value[1] <= 4:
+            raise ValueError(f"{list(value)} must be [low, high] with low in 0.05..1 and high in 1..4")
+        return value
+
+
+class SecondRound(FirstRound):
+    """As the first, with the published defaults of the second."""
+
+    blur_prob: Probability = 0.8
+    blur_sigma: Sigma = (0.2, 1.5)
+    resize_prob: tuple[float, float, float] = (0.3, 0.4, 0.3)
+    resize_range: Range = (0.3, 1.2)
+    noise_range: Levels = (1.0, 25.0)
+    poisson_scale_range: Factor = (0.05, 2.5)
+
+
+class RealEsrganSpec(DegradationSpec):
+    """LR by the second-order chain of Real-ESRGAN."""
+
+    name: Literal["realesrgan"] = "realesrgan"
+    first: FirstRound = FirstRound()
+    second: SecondRound = SecondRound()
+    final_sinc_prob: Probability = Field(0.8, description="of a sinc filter at the end, before or after the last JPEG")
+    surroundings: int = Field(144, ge=0, le=1024, description="HR pixels more that are degraded than the crop has, so "
+                              "that blocks and borders fall anywhere in it; 256 + 144 = 400 as published")
 
 
 class RealEsrgan(Degradation):
@@ -24,6 +113,7 @@ class RealEsrgan(Degradation):
     Poisson noise counts 256 levels in every image; HR is not sharpened.
     """
 
+    Spec = RealEsrganSpec
     spec: RealEsrganSpec
 
     def __init__(self, spec: RealEsrganSpec, scale: int) -> None:
@@ -32,7 +122,7 @@ class RealEsrgan(Degradation):
         self.has_final_box = spec.second.resize_range[1] > math.sqrt(3)
         self.columns = (*(f"{part}_{name}" for part in ("first", "second") for name in
                           ("kernel", "size", "mode", "poisson", "gray", *noise.NoiseKeys._fields, "level", "jpeg")),
-                        "final_kernel", "final_mode", "sinc_first", *["final_box"] * self.has_final_box)
+                        "final_kernel", "final_mode", "sinc_first", *(("final_box",) if self.has_final_box else ()))
 
     @property
     def surroundings(self) -> int:

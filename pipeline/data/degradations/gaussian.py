@@ -1,0 +1,63 @@
+"""LR by a Gaussian blur and decimation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.data.degradations import kernels
+from pipeline.data.degradations.base import (
+    Degradation,
+    DegradationSpec,
+    Nodes,
+    OnDevice,
+    Parameters,
+    between,
+    filtered,
+)
+from pipeline.spec import Sigma
+
+
+class GaussianSpec(DegradationSpec):
+    """LR by a Gaussian blur and taking one pixel in `scale` ("BD"), at the centre of each LR pixel."""
+
+    name: Literal["gaussian"] = "gaussian"
+    sigma: Sigma = Field((1.6, 1.6), description="of the standard deviation, in HR pixels, evenly")
+
+
+class Gaussian(Degradation):
+    """Blur and decimate."""
+
+    Spec = GaussianSpec
+    columns = ("gaussian_x", "gaussian_y")
+    spec: GaussianSpec
+
+    @property
+    def surroundings(self) -> int:
+        reach = kernels.offset_gaussian(self.spec.sigma[1], self.scale).shape[0] // 2
+        return 2 * self.scale * math.ceil(reach / self.scale)
+
+    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
+        return {"sigma": between(self.spec.sigma, next(chances))}
+
+    def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
+        line = kernels.offset_gaussian(parameters["sigma"], self.scale).sum(axis=0)
+        return {"gaussian_x": line[None], "gaussian_y": line[:, None]}
+
+    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
+        from nvidia.dali import fn, types
+
+        start = fn.cast(nodes["start"], dtype=types.FLOAT)
+        end = fn.cast(nodes["start"] + np.array(size, np.int32), dtype=types.FLOAT)
+        # Two lines instead of a square: a third of the time, and no Fourier transform (OpenCV's, for kernels of more
+        # than 49 taps on bytes and 129 on floats), whose rounding errors depend on where in the region a pixel lies.
+        levels = fn.cast(region, dtype=types.FLOAT)
+        blurred = filtered(filtered(levels, on_device(nodes["gaussian_x"])), on_device(nodes["gaussian_y"]))
+        lr = fn.resize(blurred, roi_start=start, roi_end=end, resize_y=size[0] // self.scale,
+                       resize_x=size[1] // self.scale, interp_type=types.INTERP_NN, antialias=False)
+        return lr if as_float else fn.cast(lr, dtype=types.UINT8)
