@@ -2,14 +2,14 @@
 
 Importing them takes two seconds of a core, a small run's own work half a second. So each pytest process keeps a server
 with all imports done, and `warm.python()` is an executable to use in place of `sys.executable`: it asks the server to
-fork, and the fork runs the script as a fresh interpreter would, with the caller's arguments, environment, folder and
-open stdin, stdout and stderr. The executable waits for it, hands signals on to it, and ends as it ended. Where it is
-killed, the fork is killed, too. Processes that the script starts with `sys.executable` come about in the same way.
+fork, and the fork runs the script as a fresh interpreter would, with the caller's arguments, environment, folder,
+limits and open stdin, stdout and stderr. The executable waits for it, hands signals on to it, and ends as it ended.
+Where the executable is killed, the fork is killed, too. What the script starts with `sys.executable` comes about in the
+same way.
 
 What a fork cannot show is left to a real interpreter: options of Python, scripts outside this checkout, other modules
-than `MODULES`, and code that does not begin with `MARK`. A test
-about imports, about a parent that is killed, or about variables that are read while libraries load, says
-`sys.executable` itself.
+than `MODULES`, and code that does not begin with `MARK`. A test about imports, about a parent that is killed, or about
+variables that are read while libraries load, says `sys.executable` itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import gc
 import io
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -46,11 +47,12 @@ PRELOAD = ("torch", "torch._dynamo", "torch.utils.cpp_extension", "torch.utils.t
            "pipeline.inference.command")
 """Also what these import late: torch's optimizers take torch._dynamo along, 950 modules."""
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 _LENGTH = struct.Struct("!I")
 
 CLIENT = """\
 #!{python} -ISE
-import json, os, signal, socket, struct, sys
+import json, os, resource, signal, socket, struct, sys
 words = sys.argv[1:]
 while words and words[0] == "-u":
     words = words[1:]
@@ -75,7 +77,8 @@ def hand_on(number, frame):
 for number in {handed_on!r}:
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, hand_on)
-request = json.dumps(dict(words=words, folder=os.getcwd(), environment=dict(os.environ),
+limits = {{number: resource.getrlimit(number) for number in {limits!r}}}
+request = json.dumps(dict(words=words, limits=limits, folder=os.getcwd(), environment=dict(os.environ),
                           umask=os.umask(0o22), unbuffered=words is not sys.argv[1:] and "-u" in sys.argv[1:2],
                           ignored=[n for n in {handed_on!r} if signal.getsignal(n) == signal.SIG_IGN])).encode()
 socket.send_fds(server, [struct.pack("!I", len(request))], [0, 1, 2])
@@ -102,7 +105,7 @@ def python() -> str:
     listener.bind(address)
     listener.listen(64)
     executable.write_text(CLIENT.format(python=sys.executable, modules=MODULES, mark=MARK, watched=WATCHED,
-                                        root=f"{ROOT}{os.sep}", address=address,
+                                        root=f"{ROOT}{os.sep}", address=address, limits=LIMITS,
                                         handed_on=tuple(map(int, HANDED_ON))))
     executable.chmod(0o755)
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
@@ -206,6 +209,8 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
         os.dup2(file, number)
         os.close(file)
     os.umask(request["umask"])
+    for limit, value in request["limits"].items():
+        resource.setrlimit(int(limit), tuple(value))
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
