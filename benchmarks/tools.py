@@ -30,11 +30,11 @@ import tyro
 
 from benchmarks import straightforward
 from pipeline.cli import UserError, run
+from pipeline.data.decoding import HostDecoder
 from pipeline.data.image_files import MANIFEST
 from tools import check_training_data, images_to_data
 from tools.crops.manifest import CropRecord, format_line
 from tools.crops.quality import crop_gates, picture_gates
-from tools.dataset.judging import DaliDecoder
 from tools.files import walk
 from tools.images import encode
 from tools.parallel import quiet_libraries
@@ -159,8 +159,8 @@ def _bare_loop(folder: Path, _: Path, __: int, ___: str) -> None:
             np.load(folder / name)
             return
         if not hasattr(of_thread, "decoder"):
-            of_thread.decoder = DaliDecoder()
-        of_thread.decoder.decode((folder / name).read_bytes())
+            of_thread.decoder = HostDecoder(threads=1, batch=1)
+        of_thread.decoder.decode([str(folder / name)])
 
     with quiet_libraries(), ThreadPoolExecutor(straightforward.core_count()) as pool:
         list(pool.map(decode, walk(folder, MANIFEST).images))

@@ -5,9 +5,15 @@ Bytes are uint8 RGB 0..255, floats are RGB in [0, 1]. Tensors are NCHW, arrays a
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (height, width, channels) -> uint8 1 x channels x height x width."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from tools.common.image_headers import read_header
+from pipeline.data.image_headers import read_header
+from pipeline.data.image_pixels import decode_rgb
 from tools.crops.grid import halved
-from tools.images import decode_photo
 from tools.make_demo_dataset import DATASET, HELD_OUT, _read
 
 
@@ -22,7 +22,7 @@ def photographs() -> dict[str, np.ndarray]:
     for photograph in DATASET + HELD_OUT:
         data = _read(photograph)
         header = read_header(io.BytesIO(data))
-        pixels = decode_photo(data, header)
+        pixels = decode_rgb(data, header)
         pictures[photograph.name] = halved(pixels) if header.is_lossy else pixels
         pictures[photograph.name].setflags(write=False)
     return pictures

@@ -25,10 +25,11 @@ import tyro
 
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
+from pipeline.data.image_headers import BadImageError
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from pipeline.files import write_atomically
-from tools.common.image_headers import BadImageError
 from tools.files import printable, walk
-from tools.images import MAX_MEGAPIXELS, decode_file, prepare_decoders
+from tools.images import decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 CHANNELS = ("red", "green", "blue")

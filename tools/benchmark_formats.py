@@ -22,10 +22,11 @@ import tyro
 
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, is_encoded, is_npy
+from pipeline.data.image_headers import BadImageError
+from pipeline.data.image_pixels import prepare_decoders
 from pipeline.files import write_atomically
-from tools.common.image_headers import BadImageError
 from tools.files import walk
-from tools.images import FORMATS, decode, decode_file, encode, parallel_encoder, prepare_decoders
+from tools.images import FORMATS, decode, decode_file, encode, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 WARM_UP = 3  # batches of the loader before the clock starts

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE, TRAINING_LIST, VALIDATION_LIST, read_file_list
+from pipeline.data.image_headers import unread_note
+from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.manifest import ManifestIndex
 from tools.crops.options import GateOptions, open_benchmark
 from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
 from tools.dataset.judging import Judge, Judgement, Outcome, Rules, Twins, Verdict, other_sides
-from tools.files import IMAGES, Kind, links_note, printable, scan
-from tools.images import prepare_decoders
+from tools.files import IMAGES, Kind, converted_note, links_note, printable, scan
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
 MAX_BAD_FRACTION = 0.05  # more than this is rather a wrong option or a broken disk than so many bad files
@@ -123,6 +124,7 @@ class Survey:
     images: int = 0
     foreign: int = 0
     manifests: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     linked_folders: list[str] = field(default_factory=list)
 
     def has_looked_at(self, name: str) -> bool:
@@ -139,6 +141,8 @@ def _survey(root: Path) -> Survey:
         survey.foreign += kind is Kind.FOREIGN
         if kind is Kind.MANIFEST:
             survey.manifests.append(name)
+        elif kind is Kind.UNREAD:
+            survey.unread.append(name)
         elif kind is Kind.LINKED_FOLDER:
             survey.linked_folders.append(name)
     return survey
@@ -174,6 +178,8 @@ def _take_in(outcome: Outcome, judgement: Judgement, bar: tqdm) -> None:
     """Count a judgement, and print it unless it is good."""
     if judgement.verdict is Verdict.GOOD:
         outcome.good += 1
+        if judgement.profile:
+            outcome.converted[judgement.profile] += 1
         if judgement.sha256:
             outcome.recorded.add(judgement.path, judgement.sha256)
         return
@@ -215,6 +221,10 @@ def _summarize(survey: Survey, outcome: Outcome) -> None:
     if outcome.bad:
         counts = Counter(judgement.gate for judgement in outcome.bad)
         print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
+    if outcome.converted:
+        print(converted_note(outcome.converted, "images", "training converts them to sRGB"))
+    if survey.unread:
+        print(unread_note(survey.unread))
     if survey.linked_folders:
         print(f"links to folders were not followed: {', '.join(map(printable, survey.linked_folders))}")
     if outcome.recorded.count:

@@ -34,13 +34,14 @@ from pipeline.data.image_files import (
     read_file_list,
     write_file_list,
 )
+from pipeline.data.image_headers import BadImageError, unread_note
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from pipeline.files import flush, write_atomically
-from tools.common.image_headers import BadImageError
 from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
 from tools.files import IMAGES, Files, printable, scan, walk
-from tools.images import MAX_MEGAPIXELS, decode, decode_file, is_stored_as, parallel_encoder, prepare_decoders
+from tools.images import decode, decode_file, is_stored_as, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 PLACES = ("photos", "lr", "videos")
@@ -56,8 +57,9 @@ class Options:
     Every image below SOURCE becomes an image of the same name, but for the suffix, below OUT. Each new file is written,
     read back from the disk, decoded, and compared with the pixels of its source (and those with the manifest's
     checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists are carried over
-    with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, animations)
-    are refused and reported, never reduced. SOURCE stays as it is, unless --remove-source says otherwise.
+    with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, other colours
+    than sRGB's, animations) are refused and reported, never reduced. SOURCE stays as it is, unless --remove-source says
+    otherwise.
     A run that was stopped or killed goes on where it was when started again; what is there already is compared once
     more, and made again where it is damaged. The tool that made the dataset can go on in OUT, given the new --format;
     not in JPEG 2000, which those tools do not write. Images of OUT whose source is gone by now are named, and stay.
@@ -225,6 +227,8 @@ def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu:
         wall, cpu = max(wall, 0.01), max(cpu, 0.01)  # the system counts CPU time in hundredths of a second
         print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
               f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second")
+    if files.unread:
+        print(unread_note(files.unread))
     if files.linked_folders:
         print(f"links to folders were not followed: {', '.join(map(printable, files.linked_folders))}")
 

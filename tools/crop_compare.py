@@ -17,6 +17,7 @@ import tyro
 from PIL import Image, ImageFont
 
 from pipeline.cli import UserError, run
+from pipeline.data.image_pixels import prepare_decoders, read_rgb
 from pipeline.files import write_atomically
 from tools.compare.boxes import Box, differing_boxes, format_boxes, parse_boxes, read_boxes, select_boxes
 from tools.compare.figure import (
@@ -29,10 +30,9 @@ from tools.compare.figure import (
     magnified,
     psnr_y,
     ratio_to_first,
-    read_image,
     strip,
 )
-from tools.images import encode, prepare_decoders
+from tools.images import encode
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 COORDINATES = "boxes.json"
@@ -88,7 +88,7 @@ def main(options: Options) -> int:
     labels = column_labels(options.images, options.labels, is_ascii=options.font is None)
     pixels = []
     with quiet_libraries(), progress(len(options.images), "image") as bar:
-        for image in ordered_map(read_image, options.images, thread_count(0)):
+        for image in ordered_map(read_rgb, [path.expanduser() for path in options.images], thread_count(0)):
             pixels.append(image)
             bar.update()
     results = [Result(label, image, ratio_to_first(path, image, pixels[0]))

@@ -10,11 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import UserError, run
+from pipeline.data.image_pixels import prepare_decoders
 from pipeline.files import write_atomically
 from tools.dataset.sampling import HashSample
 from tools.dataset.sources import SampledImage
 from tools.dataset.statistics import Statistics, gather, total
-from tools.images import prepare_decoders
 from tools.parallel import thread_count
 from tools.report.page import PlainImages, View, render
 from tools.report.tiles import SIDE, Thumbnail, make_tiles

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE, is_encoded, is_npy
+from pipeline.data.image_headers import UNREAD_SUFFIXES, suffix_of, unread_note
 
 
 class Kind(enum.Enum):
@@ -18,6 +20,7 @@ class Kind(enum.Enum):
     NPY = enum.auto()
     ENCODED = enum.auto()
     MANIFEST = enum.auto()
+    UNREAD = enum.auto()         # an image of a format that is not read
     FOREIGN = enum.auto()        # everything else, hidden files included
     LINKED_FOLDER = enum.auto()  # not followed
     QUARANTINE = enum.auto()     # a folder of that name, passed by
@@ -34,6 +37,7 @@ class Files:
     npy: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     manifests: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # images of formats that are not read
     linked_folders: list[str] = field(default_factory=list)
 
     @property
@@ -42,8 +46,9 @@ class Files:
         return sorted(self.npy + self.encoded)
 
     def links_note(self) -> str:
-        """A half-sentence on linked folders, for an error about files that were expected but not found."""
-        return links_note(self.linked_folders)
+        """A half-sentence on linked folders, and on images of other formats, for an error about missing files."""
+        note = unread_note(self.unread)
+        return links_note(self.linked_folders) + (f" ({note})" if note else "")
 
 
 def links_note(linked_folders: list[str]) -> str:
@@ -53,6 +58,12 @@ def links_note(linked_folders: list[str]) -> str:
     return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
 
 
+def converted_note(profiles: Counter[str], what: str, done: str = "they were converted to sRGB") -> str:
+    """A line on images whose colours are not sRGB's, by the names of their profiles."""
+    names = ", ".join(f"{count} {name}" for name, count in profiles.most_common(5))
+    return f"{profiles.total()} {what} have another colour profile than sRGB ({names}); {done}"
+
+
 def walk(root: Path, manifest_name: str) -> Files:
     """Sort everything below `root` into its kinds. Links to folders are not followed, `quarantine` is passed by.
 
@@ -60,7 +71,7 @@ def walk(root: Path, manifest_name: str) -> Files:
     """
     files = Files(root)
     lists = {Kind.NPY: files.npy, Kind.ENCODED: files.encoded, Kind.MANIFEST: files.manifests,
-             Kind.LINKED_FOLDER: files.linked_folders}
+             Kind.UNREAD: files.unread, Kind.LINKED_FOLDER: files.linked_folders}
     for kind, name in scan(root, manifest_name):
         if kind in lists:
             lists[kind].append(name)
@@ -114,7 +125,9 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> Kind | None:
         return Kind.FOREIGN
     if is_npy(entry.name):
         return Kind.NPY
-    return Kind.ENCODED if is_encoded(entry.name) else Kind.FOREIGN
+    if is_encoded(entry.name):
+        return Kind.ENCODED
+    return Kind.UNREAD if suffix_of(entry.name) in UNREAD_SUFFIXES else Kind.FOREIGN
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:

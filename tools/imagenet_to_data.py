@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE
-from tools.common.image_headers import BadImageError
+from pipeline.data.image_headers import BadImageError
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from tools.crops.cutting import (
     REJECTS,
     SETTINGS,
@@ -33,7 +34,6 @@ from tools.crops.cutting import (
 from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
-from tools.images import MAX_MEGAPIXELS, prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.tar.members import Member, Problem, TarReader, check_archive
 from tools.tar.streams import Limits

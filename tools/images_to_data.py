@@ -14,13 +14,13 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
-from tools.common.image_headers import BadImageError
+from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, unread_note
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.files import walk
-from tools.images import MAX_MEGAPIXELS, prepare_decoders
 from tools.parallel import thread_count
 
 
@@ -28,9 +28,10 @@ from tools.parallel import thread_count
 class Options(CropOptions):
     """Cut photographs into training crops of one size.
 
-    PNG, JPEG, WebP, BMP, TIFF and JPEG 2000 files below PHOTOS become OUT/<photo>/x<scale>_<row>_<column>.npy: uint8
-    RGB, upright, transparency over white. Crops do not overlap; they are cut from the photo at full size, at 1/2,
-    1/4... while one fits. Lossy photos (JPEG, lossy WebP and JPEG 2000) start at 1/2, which hides their artefacts.
+    PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, AVIF, JPEG XL and PNM files below PHOTOS become
+    OUT/<photo>/x<scale>_<row>_<column>.npy: uint8 RGB, upright, sRGB, transparency over white. Crops do not overlap;
+    they are cut from the photo at full size, at 1/2, 1/4... while one fits. Lossy photos (JPEG, AVIF, lossy WebP, JPEG
+    2000 and JPEG XL) start at 1/2, which hides their artefacts.
     Flat crops, blurred or upscaled sizes, and photos nearly the same as an earlier one are left out; OUT/rejects.jsonl
     names each. A run that was stopped or killed goes on where it was when started again; finished photos are not
     touched.
@@ -48,7 +49,7 @@ class Options(CropOptions):
 
 def main(options: Options) -> int:
     """Make the crops. 0: done; 1: done, but some photos could not be decoded, or there is no crop at all."""
-    photos, names = _photographs(options)
+    photos, names, unread = _photographs(options)
     out = options.out.expanduser()
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
         raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
@@ -65,23 +66,25 @@ def main(options: Options) -> int:
         cut_all(dataset, todo, cutter, threads, len(todo), "photo")
         gone = dataset.num_finished - dataset.totals.already
     clock.report(dataset.totals, out, "photos")
+    if unread:
+        print(unread_note(unread))
     if gone and options.photos.expanduser().is_dir():
         print(f"{gone} photos of earlier runs are no longer in {photos}; their crops in {out} stay")
     return 1 if dataset.totals.bad or dataset.is_empty else 0
 
 
-def _photographs(options: Options) -> tuple[Path, list[str]]:
-    """(Folder, names relative to it) of the photographs to cut."""
+def _photographs(options: Options) -> tuple[Path, list[str], list[str]]:
+    """(Folder, names relative to it of the photographs to cut, and of images that are not read)."""
     source = options.photos.expanduser()
     if source.is_file():
-        return source.parent, [source.name]
+        return source.parent, [source.name], []
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or file; give the folder of the photographs")
     files = walk(source, MANIFEST)
     if not files.encoded:
-        raise UserError(f"{source}: no PNG, JPEG, WebP, BMP, TIFF or JPEG 2000 files below this folder"
-                        f"{files.links_note()}; give the folder of the photographs")
-    return source, files.encoded
+        raise UserError(f"{source}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}; give the folder "
+                        "of the photographs")
+    return source, files.encoded, files.unread
 
 
 class PhotoCutter:

@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from pipeline.cli import UserError, run
+from pipeline.data.image_headers import read_header
+from pipeline.data.image_pixels import decode_rgb, prepare_decoders
 from pipeline.files import write_atomically
 from tools import check_training_data, images_to_data, select_training_files
-from tools.common.image_headers import read_header
 from tools.crops.grid import halved
-from tools.images import decode_photo, encode, prepare_decoders
+from tools.images import encode
 
 CROP_SIZE = 128
 HELD_OUT_MULTIPLE = 4  # the largest scale that the demo is evaluated at
@@ -140,7 +141,7 @@ def _write(path: Path, content: bytes) -> None:
 def _held_out_png(content: bytes) -> bytes:
     """A photograph as PNG: halved where it was lossy, as for training, and cut to a multiple of 4 each way."""
     header = read_header(io.BytesIO(content))
-    pixels = decode_photo(content, header)
+    pixels = decode_rgb(content, header)
     if header.is_lossy:
         pixels = halved(pixels)
     height, width = (side - side % HELD_OUT_MULTIPLE for side in pixels.shape[:2])

@@ -17,7 +17,8 @@ import numpy as np
 import tyro
 
 from pipeline.cli import UserError, run
-from tools.images import WEBP_MAX_SIDE, encode, prepare_decoders
+from pipeline.data.image_pixels import prepare_decoders
+from tools.images import WEBP_MAX_SIDE, encode
 from tools.parallel import ordered_map, progress, thread_count
 
 Kind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]

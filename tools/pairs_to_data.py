@@ -22,8 +22,9 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
+from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, read_header, unread_note
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
 from pipeline.data.pair_matching import NamePair, match_pairs, outside, split_marked
-from tools.common.image_headers import BadImageError, read_header
 from tools.crops.cutting import (
     CropSettings,
     CutPicture,
@@ -46,7 +47,6 @@ from tools.crops.manifest import CropRecord
 from tools.crops.options import CropOptions, open_benchmark
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import printable, walk
-from tools.images import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
 from tools.parallel import thread_count
 
 MAX_SHIFT = 4        # LR pixels that LR may be found shifted by
@@ -154,8 +154,9 @@ def _images(folder: Path) -> list[str]:
         raise UserError(f"{folder}: no such folder; give the folders of the HR and of the LR photographs")
     files = walk(folder, MANIFEST)
     if not files.encoded:
-        raise UserError(f"{folder}: no PNG, JPEG, WebP, BMP, TIFF or JPEG 2000 files below this folder"
-                        f"{files.links_note()}")
+        raise UserError(f"{folder}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}")
+    if files.unread:
+        print(f"{folder}: {unread_note(files.unread)}")
     return files.encoded
 
 
@@ -233,7 +234,8 @@ class PairCutter:
     def _cut(self, unit: Unit, hr_picture: SourcePicture, lr_picture: SourcePicture,
              source: dict[str, float | str]) -> CutPicture:
         hr, lr = hr_picture.pixels, lr_picture.pixels
-        scale, size, result = self._options.scale, self._settings.size, CutPicture(pixels=hr.shape[0] * hr.shape[1])
+        scale, size = self._options.scale, self._settings.size
+        result = CutPicture(pixels=hr.shape[0] * hr.shape[1], profile=hr_picture.profile or lr_picture.profile)
         for crop in crop_places(*lr.shape[:2], size // scale, self._settings, f"1/{unit.photo}"):
             top, left = crop.top * scale, crop.left * scale
             hr_window = np.ascontiguousarray(hr[top : top + size, left : left + size])

@@ -22,7 +22,7 @@ from pipeline.data.image_files import (
     npy_layout,
     write_file_list,
 )
-from tools.common.image_headers import BadImageError, read_header
+from pipeline.data.image_headers import BadImageError, read_header, unread_note
 from tools.crops.manifest import iterate_records
 from tools.files import printable, walk
 
@@ -82,6 +82,8 @@ def main(options: Options) -> int:
     print(f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} files in "
           f"{root / TRAINING_LIST}")
     print(f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in {root / VALIDATION_LIST}")
+    if files.unread:
+        print(unread_note(files.unread))
     if files.linked_folders:
         print(f"links to folders were not followed: {', '.join(files.linked_folders)}")
     print(f"hash of the lists (the same on every node): {lists_hash(lists[TRAINING_LIST], lists[VALIDATION_LIST])}")

@@ -256,6 +256,8 @@ def make_pairs(plan: Plan, numbers: Sequence[int]) -> list[DrawnPair]:
                        "try again") from error
     finally:
         source.close()
+    if note := source.profile_note():
+        print(f"note: {note}", file=sys.stderr)
     return pairs
 
 

@@ -18,6 +18,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
+from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.cutting import (
     CropSettings,
     Reject,
@@ -31,7 +32,6 @@ from tools.crops.cutting import (
 from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
-from tools.images import prepare_decoders
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.choice import Sampling
 from tools.video.frames import DamagedError, FrameCounts, sample_frames

@@ -1,7 +1,11 @@
 """Encoded images on the host: read with the checks that need no decoding, decoded by DALI on the CPU, judged.
 
 DALI raises for a whole batch and names no file, and of some damage it says nothing at all. So every stream is checked
-as it is read (`encoded_streams`), and where a batch fails its files are decoded one by one to find the culprit.
+as it is read, and where a batch fails its files are decoded one by one to find the culprit.
+
+Of unusual kinds (16 bits, transparency, CMYK, other colours than sRGB's...) DALI makes other pixels than the tools and
+the evaluation, or wrong ones. Those are decoded here by the one decoder of all commands (`image_pixels`), and DALI is
+given the pixels.
 """
 
 from __future__ import annotations
@@ -16,9 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encoded_streams import check_complete, make_readable
 from pipeline.data.image_files import BadFileError, MissingFileError, is_npy, npy_layout
-from pipeline.data.image_headers import BrokenStreamError, Header, read_header
+from pipeline.data.image_headers import (
+    BadImageError,
+    NoEndError,
+    check_complete,
+    check_max_pixels,
+    make_readable,
+    read_header,
+)
+from pipeline.data.image_pixels import decode_rgb, foreign_profile
 
 MAX_BYTES = 1 << 31  # of a file: more than `MAX_PIXELS` need; a sparse file is not worth the memory
 
@@ -26,12 +37,13 @@ Bytes = NDArray[np.uint8]
 
 
 class EncodedImage(NamedTuple):
-    """All bytes of an encoded file, its format, and the sides in pixels that it decodes to, its EXIF applied."""
+    """An encoded image for DALI, its file's format, and the sides in pixels that it decodes to, its EXIF applied."""
 
-    stream: Bytes
+    stream: Bytes  # all bytes of the file; or a pixmap (PPM) of what the one decoder made of it
     format: str
     height: int
     width: int
+    profile: str = ""  # that the pixels were converted to sRGB from; empty where they were not
 
 
 def encoded_size(path: str) -> tuple[int, int]:
@@ -41,28 +53,25 @@ def encoded_size(path: str) -> tuple[int, int]:
     permissions stand in the way, since that says nothing about the file.
     """
     with _opened(path) as (descriptor, size):
-        return read_header(lambda at, count: os.pread(descriptor, min(count, size - at), at) if at < size else b"").size
+        header = read_header(lambda at, count: os.pread(descriptor, min(count, size - at), at) if at < size else b"")
+        check_max_pixels(header)
+    return header.size
 
 
 def read_encoded(path: str) -> EncodedImage:
-    """The file's bytes, and the size of what they decode to, after all checks that need no decoding.
+    """The file for DALI, and the size of what it decodes to, after all checks that need no decoding.
 
-    Raises as `encoded_size` does, `BadFileError` also where the file is cut short (see `check_complete`). Of some WebP
-    files the lengths of chunks are changed, not the pixels (see `make_readable`).
+    Raises as `encoded_size` does, `BadFileError` also where the file is cut short (see `check_complete`), and where an
+    image of an unusual kind cannot be decoded. Of some WebP files the lengths of chunks are changed, not the pixels
+    (see `make_readable`).
     """
     with _opened(path) as (descriptor, size):
-        stream, header = _checked(descriptor, size)
-    return EncodedImage(stream, header.format, *header.size)
-
-
-def read_stream(path: str) -> Bytes:
-    """The bytes of `read_encoded`: uint8 of shape (length,), in memory of their own."""
-    return read_encoded(path).stream
+        return _for_dali(_whole(descriptor, size))
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[int, int]]:
-    """(Descriptor, size in bytes) of a plain file; a `BrokenStreamError` within becomes a `BadFileError`."""
+    """(Descriptor, size in bytes) of a plain file; a `BadImageError` within becomes a `BadFileError`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not keep us waiting
     except FileNotFoundError:
@@ -70,9 +79,9 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BrokenStreamError("not a plain file")
+            raise BadImageError("not a plain file")
         yield descriptor, status.st_size
-    except BrokenStreamError as error:
+    except BadImageError as error:
         raise BadFileError(path, str(error)) from None
     except OSError as error:
         error.filename = error.filename or path  # reading from a descriptor does not name it
@@ -81,19 +90,40 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
-def _checked(descriptor: int, size: int) -> tuple[Bytes, Header]:
-    """All bytes of a file, found complete, and its header."""
+def _whole(descriptor: int, size: int) -> Bytes:
+    """All bytes of a file."""
     if size > MAX_BYTES:
-        raise BrokenStreamError(f"a file of {size} bytes, more than the {MAX_BYTES} that are read")
+        raise BadImageError(f"a file of {size} bytes, more than the {MAX_BYTES} that are read")
     stream, length = np.empty(size, np.uint8), 0  # numpy's memory comes in huge pages, at half the cost of bytes'
     while length < size and (count := os.readv(descriptor, [stream[length:]])):
         length += count
-    stream = stream[:length]  # somebody may have made it shorter meanwhile
+    return stream[:length]  # somebody may have made it shorter meanwhile
+
+
+def _for_dali(stream: Bytes) -> EncodedImage:
+    """The content of a file, found complete, as DALI decodes it to the right pixels. Raises `BadImageError`."""
     data = memoryview(stream)
-    header = read_header(lambda at, count: bytes(data[at : at + count]))
-    check_complete(data, header)
-    make_readable(data, header)
-    return stream, header
+    header = read_header(data)
+    check_max_pixels(header)
+    is_for_dali, profile = header.is_for_dali, foreign_profile(header)
+    try:
+        check_complete(data, header, thorough=False)
+    except NoEndError:
+        is_for_dali = False  # DALI would not notice missing pixels
+    if is_for_dali and not profile:
+        make_readable(data, header)
+        return EncodedImage(stream, header.title, *header.size)
+    pixels = decode_rgb(data.tobytes(), header)
+    return EncodedImage(_pixmap(pixels), header.title, *pixels.shape[:2], profile)
+
+
+def _pixmap(pixels: Bytes) -> Bytes:
+    """uint8 RGB (height, width, 3) as the content of a PPM file, which DALI decodes by copying."""
+    start = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
+    stream = np.empty(len(start) + pixels.size, np.uint8)
+    stream[: len(start)] = np.frombuffer(start, np.uint8)
+    stream[len(start) :] = pixels.reshape(-1)
+    return stream
 
 
 def decoding_fault(path: str) -> str:
@@ -121,6 +151,7 @@ class HostDecoder:
 
     def __init__(self, threads: int, batch: int) -> None:
         self._threads, self._batch = threads, batch
+        self.profiles: dict[str, str] = {}  # path -> profile that its colours were converted to sRGB from
         self._pipeline: Any = None
         self._closed = False
 
@@ -143,6 +174,14 @@ class HostDecoder:
             images += self._decode_batch(paths[first : first + self._batch])
         return images
 
+    def decode_content(self, data: bytes) -> Bytes:
+        """The image of a file's content; raises `BadImageError`, and `MemoryError` where it does not fit."""
+        file = _for_dali(np.frombuffer(bytearray(data), np.uint8))
+        image = _judged("", file, (self._run([file]) or [None])[0])
+        if isinstance(image, BadFileError):
+            raise BadImageError(image.reason)
+        return image
+
     def close(self) -> None:
         """End the threads and free the buffers. Closing twice does nothing."""
         self._pipeline = None
@@ -150,6 +189,8 @@ class HostDecoder:
 
     def _decode_batch(self, paths: Sequence[str]) -> list[Bytes | BadFileError]:
         files = [_read_or_error(path) for path in paths]
+        self.profiles |= {path: file.profile for path, file in zip(paths, files, strict=True)
+                          if isinstance(file, EncodedImage) and file.profile}
         whole = [file for file in files if isinstance(file, EncodedImage)]
         images: Sequence[Bytes | None] | None = self._run(whole)
         if images is None:

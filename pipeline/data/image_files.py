@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cli import UserError
+from pipeline.data.image_headers import IMAGE_SUFFIXES, suffix_of
 from pipeline.files import write_atomically
 
 NPY_SUFFIX = ".npy"
-ENCODED_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".jp2"})
 TRAINING_LIST = "training_file_list.txt"
 VALIDATION_LIST = "validation_file_list.txt"
 QUARANTINE = "quarantine"
@@ -73,8 +73,8 @@ def is_npy(name: str | os.PathLike[str]) -> bool:
 
 
 def is_encoded(name: str | os.PathLike[str]) -> bool:
-    """Whether the file's suffix, in any letter case, is one of an encoded image (`ENCODED_SUFFIXES`)."""
-    return os.path.splitext(os.fspath(name))[1].lower() in ENCODED_SUFFIXES
+    """Whether the file's suffix, in any letter case, is one of an encoded image (`IMAGE_SUFFIXES`)."""
+    return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:

@@ -83,6 +83,7 @@ class CropSource:
                         *(("start",) if self.has_margin else ()), "flip_vertical", "flip_horizontal", "transpose",
                         *(("brightness",) if self.has_brightness else ()), *self.degradation.columns,
                         *(LrNoise.columns if self.lr_noise else ()))
+        self.profiles: dict[str, str] = {}  # files whose colours are converted to sRGB, with the name of their profile
         self.bad: dict[str, str] = {}  # files that were passed over, with the reason
         self.end: int | None = None  # there are no micro-batches from this one on
         self.failure: Exception | None = None  # why
@@ -122,7 +123,7 @@ class CropSource:
         first, count = self.first_sample(index), self.position.micro_batch
         if self.cache:
             self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
-                             for file in self.sampler.draw(first, count).files.tolist() if side.encoded[file]])
+                             for file in self.sampler.draw(first, count).files.tolist() if side.is_cached(file)])
         keys = self.sampler.degradation_words(first, count, WORDS)[:, -KEYS:].tolist()
         made = [*self._samples(first, count, is_read=True)]
         self._made[index] = samples = [sample for sample, _, _ in made]
@@ -169,6 +170,14 @@ class CropSource:
             raise UserError(f"{error}{f' (sample {numbers[0]})' if numbers else ''}") from error
         self.bad.setdefault(error.path, error.reason)
         refuse_too_many(self.bad, self.sampler.num_files, self.spec)
+
+    def profile_note(self) -> str:
+        """A line on files whose colours are converted to sRGB; empty as long as there are none."""
+        if not self.profiles:
+            return ""
+        path, profile = next(iter(self.profiles.items()))
+        return (f"{path} has the colour profile {profile}: files with another profile than sRGB are converted to sRGB "
+                "(`python tools/check_training_data.py` counts them)")
 
     def close(self) -> None:
         if self.cache:
@@ -219,14 +228,16 @@ class CropSource:
         if not is_read:
             return sample, NOTHING, NOTHING
         y, x, rows, columns = (side // scale for side in region)
-        return (sample, self.hr.part(file, hr, region, i),
-                self.lr.part(file, lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING)
+        return (sample, self.hr.part(hr, region, i),
+                self.lr.part(lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING)
 
     def _open_pair(self, file: int) -> tuple[Opened, Opened | None]:
         for side in (self.hr, self.lr):
             if side and side.paths[file] in self.bad:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
         hr = self.hr.open(file)
+        if hr.profile:
+            self.profiles[self.hr.paths[file]] = hr.profile
         if min(hr.height, hr.width) < self.crop:
             raise BadFileError(self.hr.paths[file], f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
                                "lower data.crop, or remove such files with `python tools/check_training_data.py "
@@ -234,6 +245,8 @@ class CropSource:
         if self.lr is None:
             return hr, None
         lr = self.lr.open(file)
+        if lr.profile:
+            self.profiles[self.lr.paths[file]] = lr.profile
         if (lr.height, lr.width) != (hr.height // self.scale, hr.width // self.scale):
             raise BadFileError(self.lr.paths[file], f"{lr.height}x{lr.width} is not 1/{self.scale} of "
                                f"{hr.height}x{hr.width}, the size of {self.hr.paths[file]}")

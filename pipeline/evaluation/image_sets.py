@@ -11,16 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.data.image_headers import IMAGE_SUFFIXES, suffix_of, unread_note
+from pipeline.data.image_pixels import read_profile, read_rgb, read_size
 from pipeline.data.pair_matching import match_pairs
-from pipeline.image_reading import SUFFIXES, read_image
-from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
+from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, to_tensor, unit_range
 
 COMMON_MULTIPLE = 12
 """HR images are often cut to multiples of it, for x2, x3 and x4 at once."""
@@ -42,14 +40,14 @@ class ImagePair:
         image cut to a multiple of another number (as `GTmod12` of every x2, x3 and x4): HR is then cut as it was. It
         may also be of the whole HR image, and so have a part of a pixel more than the cut one.
         """
-        whole = _read(self.hr)
+        whole = to_tensor(read_rgb(self.hr))
         hr = crop_to_multiple(whole, scale)
         height, width = hr.shape[-2:]
         if self.lr is None:
             if min(height, width) < scale:
                 raise UserError(f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}; remove it")
             return hr, to_bytes(cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale)))
-        lr = _read(self.lr)
+        lr = to_tensor(read_rgb(self.lr))
         if not all(_fits(large, small, scale) for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)):
             raise UserError(f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so at scale "
                             f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
@@ -95,9 +93,9 @@ def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImageP
 def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"no folder of {title} images {str(folder)!r}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if suffix_of(path) in IMAGE_SUFFIXES and path.is_file())
     if not paths:
-        raise UserError(f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     images: dict[str, Path] = {}
     for path in paths:
         if path.stem in images:
@@ -105,25 +103,6 @@ def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
                             "image names must differ before the dot")
         images[path.stem] = path
     return images
-
-
-def _read(path: Path) -> Tensor:
-    """`read_image`, but for colours of 16 bits, which Pillow would cut off to 8 bits and not round."""
-    try:
-        with Image.open(path) as image:
-            is_float, is_deep = image.mode == "F", ";16" in str(image.tile) and not image.mode.startswith("I")
-    except Exception:  # decoders raise whatever they like; `read_image` then says what is wrong
-        is_float = is_deep = False
-    if is_float:
-        raise UserError(f"image {str(path)!r} holds floating point numbers, whose white is not known; save it with 8 "
-                        "or 16 bits")
-    if not is_deep:
-        return read_image(path)
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
-    if pixels is None or pixels.dtype != np.uint16:
-        raise UserError(f"image {str(path)!r} of 16 bits cannot be read; save it as PNG of 8 bits")
-    rounded = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return torch.from_numpy(rounded).permute(2, 0, 1)[None].contiguous()
 
 
 @dataclass(frozen=True)
@@ -193,7 +172,8 @@ def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
 
 def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
     """Any folder of images, by the rules of `find_pairs`."""
-    return ImageSet(hr.resolve().name or str(hr), find_pairs(hr, lr, scale), hr, lr)
+    pairs = find_pairs(hr, lr, scale)
+    return ImageSet(hr.resolve().name or str(hr), pairs, hr, lr, _note(None, pairs, hr))
 
 
 def _folders(root: Path, preset: Preset) -> Iterator[Path]:
@@ -236,7 +216,7 @@ def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Imag
     """HR images in a folder, LR images in another one, or none of those."""
     for pattern in HR_FOLDERS:
         for hr in _inside(folder, pattern.format(s=scale)):
-            if any(path.suffix.lower() in SUFFIXES and path.is_file() for path in hr.iterdir()):
+            if any(suffix_of(path) in IMAGE_SUFFIXES and path.is_file() for path in hr.iterdir()):
                 return _with_lr(folder, hr, find_pairs(hr, None, scale), scale)
     return None
 
@@ -266,16 +246,25 @@ def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[ImagePair]:
     """The pairs of two folders where the first has sizes that fit the scale; empty where they do not pair or fit."""
     try:
         pairs = find_pairs(hr, lr, scale)
-        with Image.open(pairs[0].hr) as large, Image.open(pairs[0].lr) as small:
-            fits = all(whole // scale == part for whole, part in zip(large.size, small.size, strict=True))
-    except (UserError, OSError):
+        sizes = zip(read_size(pairs[0].hr), read_size(pairs[0].lr), strict=True)
+        fits = all(whole // scale == part for whole, part in sizes)
+    except UserError:
         return []
     return pairs if fits else []
 
 
-def _note(preset: Preset, pairs: list[ImagePair], hr: Path) -> str:
-    """What differs from the benchmark as published."""
-    if len(pairs) != preset.num_images:
-        return (f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
-                "the means are not comparable with published ones")
-    return ""
+def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
+    """What differs from the benchmark as published, and what became of the images of the folder."""
+    notes = []
+    if preset is not None and len(pairs) != preset.num_images:
+        notes.append(f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
+                     "the means are not comparable with published ones")
+    profiles = {path: profile for pair in pairs for path in (pair.hr, pair.lr)
+                if path is not None and (profile := read_profile(path))}
+    if profiles:
+        path, profile = next(iter(profiles.items()))
+        notes.append(f"{len(profiles)} images have another colour profile than sRGB (such as {path.name!r}: "
+                     f"{profile}); they are converted to sRGB")
+    if unread := unread_note(sorted(path.name for path in hr.iterdir())):
+        notes.append(unread)
+    return "; ".join(notes)

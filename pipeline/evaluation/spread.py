@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from pipeline.cli import UserError
+from pipeline.data.image_pixels import read_size
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet
 from pipeline.evaluation.page import Gallery
@@ -83,9 +83,8 @@ def _order(sets: Sequence[ImageSet], ranks: Ranks) -> list[int]:
 def _num_pixels(file: Path) -> int:
     """By the file's header; a broken one counts as large, for the process that reads it says what is wrong with it."""
     try:
-        with Image.open(file) as image:
-            return image.width * image.height
-    except Exception:  # decoders raise whatever they like
+        return math.prod(read_size(file))
+    except UserError:
         return 1 << 62
 
 

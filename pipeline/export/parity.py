@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import RunError, UserError
+from pipeline.data.image_headers import IMAGE_SUFFIXES
+from pipeline.data.image_pixels import read_rgb
 from pipeline.export.onnx_file import Form, with_form
-from pipeline.image_reading import SUFFIXES, read_image
-from pipeline.images import unit_range
+from pipeline.images import to_tensor, unit_range
 from pipeline.models.common import one_line
 
 # The photographs that a converted network is compared, calibrated and measured on.
@@ -36,15 +37,16 @@ def read_photographs(folder: Path | None, option: str, most: int, shipped: Seque
     `UserError`, which names `option`, for a folder that is missing or holds no images.
     """
     if folder is None:
-        return [Photograph(path.name, read_image(path)) for path in _paths_within_packages(shipped, option)]
+        return [Photograph(path.name, to_tensor(read_rgb(path))) for path in _paths_within_packages(shipped, option)]
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r} of {option}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"no images in {str(folder)!r} of {option}; their names end in {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no images in {str(folder)!r} of {option}; their names end in "
+                        f"{', '.join(sorted(IMAGE_SUFFIXES))}")
     count = min(len(paths), most)
     chosen = [paths[number * len(paths) // count] for number in range(count)]
-    return [Photograph(str(path.relative_to(folder)), read_image(path)) for path in chosen]
+    return [Photograph(str(path.relative_to(folder)), to_tensor(read_rgb(path))) for path in chosen]
 
 
 def _paths_within_packages(names: Sequence[str], option: str) -> list[Path]:

@@ -19,8 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
+from pipeline.data.image_headers import UPSCALED_SUFFIXES, unread_note
 from pipeline.files import write_atomically
-from pipeline.inference import pictures, video
+from pipeline.inference import video
 from pipeline.inference.choosing import choose_backend, choose_device
 from pipeline.inference.pictures import WRITTEN, Picture, encode_picture, picture_size, read_picture
 from pipeline.inference.sizes import TargetSize, upscale_picture
@@ -89,7 +90,7 @@ def without_existing(jobs: Sequence[UpscalingJob], *, force: bool, skip_existing
 
 
 def _is_file_name(out: Path) -> bool:
-    known = pictures.SUFFIXES | video.SUFFIXES | video.WRITTEN
+    known = UPSCALED_SUFFIXES | video.SUFFIXES | video.WRITTEN
     return out.suffix.lower() in known and not out.is_dir()
 
 
@@ -106,9 +107,9 @@ def _single(inputs: Sequence[Path], out: Path) -> UpscalingJob:
 def _checked(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"no file or folder {str(path)!r}")
-    if path.suffix.lower() not in pictures.SUFFIXES | video.SUFFIXES:
+    if path.suffix.lower() not in UPSCALED_SUFFIXES | video.SUFFIXES:
         raise UserError(f"{str(path)!r} is no image or video by its name; known are "
-                        f"{' '.join(sorted(pictures.SUFFIXES | video.SUFFIXES))}")
+                        f"{' '.join(sorted(UPSCALED_SUFFIXES | video.SUFFIXES))}")
     return path
 
 
@@ -124,12 +125,20 @@ def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
                             if not name.startswith(".") and (Path(folder) / name).resolve() != results)
         for name in sorted(names):
             source = Path(folder) / name
-            is_known = source.suffix.lower() in pictures.SUFFIXES | video.SUFFIXES
+            is_known = source.suffix.lower() in UPSCALED_SUFFIXES | video.SUFFIXES
             if is_known and not name.startswith(".") and source.is_file():
                 is_empty = False
                 yield source, out / source.parent.relative_to(path)
     if is_empty:
         raise UserError(f"folder {str(path)!r} holds no images or videos")
+
+
+def _unread(inputs: Sequence[Path], out: Path) -> str:
+    """A line on images of other formats in the folders among `inputs`; empty where there are none."""
+    results = out.resolve()
+    names = [os.path.relpath(os.path.join(folder, name), path) for path in inputs if path.is_dir()
+             for folder, _, names in os.walk(path) if Path(folder).resolve() != results for name in sorted(names)]
+    return unread_note(names, but=UPSCALED_SUFFIXES)
 
 
 def _result_name(source: Path, suffix: str) -> str:
@@ -152,6 +161,8 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
     target = TargetSize.of(scale, size, pre_downsample)
     planned = plan_jobs(inputs, out, f".{format}")
     jobs = without_existing(planned, force=force, skip_existing=skip_existing)
+    if unread := _unread(inputs, out):
+        print(unread)
     if len(jobs) < len(planned):
         print(f"left alone: {len(planned) - len(jobs)} results that exist already")
     if not jobs:

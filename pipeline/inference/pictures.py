@@ -12,9 +12,11 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import torch
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from pipeline.cli import UserError
+from pipeline.data.image_headers import BadImageError, ImageHeader, read_header
+from pipeline.data.image_pixels import decode_picture, over_white, to_8_bits
 from pipeline.inference.backends import free_bytes
 
 # EXIF bytes: taken out of any picture, made upright, as the tags of a TIFF file. Always from the TIFF header on.
@@ -33,7 +35,7 @@ def exif_of(image: Image.Image) -> bytes | None:
     """The EXIF of an open picture as it lies in the file; of a TIFF file, whose tags are EXIF, what describes it."""
     if image.format == "TIFF":
         tags = descriptive_tags(image.getexif())
-        return _exif_as_bytes(tags) if tags else None
+        return _exifto_8_bits(tags) if tags else None
     exif = image.info.get("exif")
     if exif is None and "Raw profile type exif" in image.info:  # ImageMagick's way in PNG
         exif = image.getexif().tobytes()
@@ -74,20 +76,11 @@ def upright(exif: bytes) -> bytes:
         return exif
 
 
-def _exif_as_bytes(tags: dict[int, Any]) -> bytes:
+def _exifto_8_bits(tags: dict[int, Any]) -> bytes:
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
     return exif.tobytes().removeprefix(PREFIX)
-
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".gif",
-                      ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"})
-_PROFILE_SPACES = {1: b"GRAY", 2: b"GRAY", 3: b"RGB ", 4: b"RGB "}
-_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
-_TURNS = {2: (0, False, True), 3: (2, False, False), 4: (0, True, False), 5: (1, False, True),
-          6: (3, False, False), 7: (3, False, True), 8: (1, False, False)}
-"""EXIF orientation -> quarter turns to the left, then whether rows and columns are reversed."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +97,9 @@ class Picture:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width as stored, from the header. Raises what Pillow does where there is none."""
-    with Image.open(path) as image:
-        return image.height, image.width
+    """Height and width, upright, from the header. Raises `BadImageError` where there is none, or `OSError`."""
+    with open(path, "rb") as file:
+        return read_header(file, any_format=True).size
 
 
 def read_picture(path: Path) -> Picture:
@@ -114,112 +107,31 @@ def read_picture(path: Path) -> Picture:
     """
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            _check_size(image)
-            turn = _orientation(image)
-            profile, exif = image.info.get("icc_profile"), exif_of(image)
-            pixels = _deep_pixels(image, data) if _is_deep(image, data) else _byte_pixels(image)
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's JPEG and its preview
-    except UserError:
-        raise
-    except Exception as error:  # decoders meet hostile bytes and raise whatever they like
-        reason = "not enough memory to decode it" if isinstance(error, MemoryError) else " ".join(str(error).split())
-        raise UserError(f"cannot be read: {reason[:200] or type(error).__name__}") from error
-    if profile is not None and profile[16:20] != _PROFILE_SPACES[pixels.shape[2]]:
-        profile = None  # of CMYK, say, of which nothing is left
-    return Picture(_turned(pixels, turn), profile, None if exif is None else upright(exif), frames)
+        header = read_header(data, any_format=True)
+        _check_memory(header)
+        image = decode_picture(data, header)
+    except (BadImageError, OSError) as error:
+        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return Picture(image.pixels, image.profile, *_beside_pixels(data))
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_memory(header: ImageHeader) -> None:
     """Refuse what would fill the memory before anything of it is decoded."""
-    needed = 2 * 8 * image.width * image.height  # up to 4 channels of 16 bits, and a copy
+    needed = 2 * 8 * header.width * header.height  # up to 4 channels of 16 bits, and a copy
     if needed > free_bytes(torch.device("cpu")):
-        raise UserError(f"{image.width}x{image.height} pixels need {needed / 2**30:.1f} GiB of memory to decode, more "
-                        "than is free; cut it up")
+        raise UserError(f"{header.width}x{header.height} pixels need {needed / 2**30:.1f} GiB of memory to decode, "
+                        "more than is free; cut it up")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's, or XMP's. The pixels of a TIFF come turned already: by Pillow, and by `_deep_tiff`."""
-    return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
-
-
-def _is_deep(image: Image.Image, data: bytes) -> bool:
-    if image.format == "PNG":
-        return data[24] == 16
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (1,))) == 16
-    return image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
-
-
-def _deep_pixels(image: Image.Image, data: bytes) -> np.ndarray:
-    """16 bits a sample, all of them: Pillow has no such colours."""
-    if image.format == "PNG":
-        pixels = imagecodecs.png_decode(data)
-    elif image.format == "TIFF":
-        pixels = _deep_tiff(image, data)
-    else:
-        pixels = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if pixels.dtype != np.uint16 or pixels.shape[:2] != (image.height, image.width) or pixels.shape[2] > 4:
-        raise UserError(f"16 bits a sample are read as gray or RGB, with or without alpha; this is {pixels.dtype} "
-                        f"{pixels.shape}")
-    clear = image.info.get("transparency")
-    if image.format == "PNG" and clear is not None and pixels.shape[2] in (1, 3):
-        is_clear = (pixels == np.array(clear)).all(axis=2, keepdims=True)
-        pixels = np.concatenate([pixels, np.where(is_clear, 0, 65535).astype(np.uint16)], axis=2)
-    return pixels
-
-
-def _deep_tiff(image: Image.Image, data: bytes) -> np.ndarray:
-    tags = image.tag_v2
-    kind, planes = tags.get(262), tags.get(284, 1)
-    if kind not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB) or tags.get(339, (1,))[0] != 1:
-        raise UserError("16 bits a sample are read as unsigned gray or RGB only, with or without alpha")
-    pixels = imagecodecs.tiff_decode(data)
-    if planes == 2 and pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    if kind == _MIN_IS_WHITE:
-        pixels = 65535 - pixels
-    if tags.get(338, (0,))[0] == 1 and pixels.ndim == 3 and pixels.shape[2] == 4:  # multiplied by alpha
-        alpha = pixels[..., 3:].astype(np.float32)
-        colours = pixels[..., :3] * (65535 / np.maximum(alpha, 1))
-        pixels = np.concatenate([np.clip(np.rint(colours), 0, 65535).astype(np.uint16), pixels[..., 3:]], axis=2)
-    return _turned(pixels, tags.get(ORIENTATION, 1))
-
-
-def _byte_pixels(image: Image.Image) -> np.ndarray:
-    """8 bits a sample, with the fewest channels that hold all of it."""
-    image.load()  # raises where it is cut off
-    has_alpha = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if image.mode in ("1", "L", "LA", "La"):
-        mode = "LA" if has_alpha else "L"
-        if image.mode == "La" or "transparency" in image.info:
-            image = image.convert("RGBA")
-    elif image.mode in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
-        mode = "RGBA" if has_alpha else "RGB"
-    else:
-        raise UserError(f"pixels of mode {image.mode!r} are not read; convert it to 8 or 16 bits")
-    if image.mode == "CMYK" and image.info.get("icc_profile"):
-        image = _by_profile(image)
-    pixels = np.array(image if image.mode == mode else image.convert(mode))
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _by_profile(image: Image.Image) -> Image.Image:
-    """Inks to sRGB as their profile says; a broken profile is passed over."""
+def _beside_pixels(data: bytes) -> tuple[bytes | None, int]:
+    """(EXIF, number of pictures) of a file whose first picture was read; of a JPEG XL, which Pillow lacks, nothing."""
     try:
-        inks = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        return ImageCms.profileToProfile(image, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return image
-
-
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply an EXIF orientation (1..8; others mean upright)."""
-    turns, rows, columns = _TURNS.get(orientation, (0, False, False))
-    if rows or columns:
-        pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
-    return np.ascontiguousarray(np.rot90(pixels, turns))
+        with Image.open(io.BytesIO(data)) as image:
+            exif = exif_of(image)
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's JPEG and its preview
+    except Exception:  # broken metadata, in whatever way: the pixels are whole
+        return None, 1
+    return None if exif is None else upright(exif), frames
 
 
 # Pictures into files of the format that the name says, with their profile and EXIF.
@@ -238,10 +150,10 @@ def encode_picture(picture: Picture, suffix: str) -> bytes:
         return _png(picture)
     if suffix in (".tif", ".tiff"):
         return _tiff(picture)
-    pixels = _as_bytes(picture.pixels)
+    pixels = to_8_bits(picture.pixels)
     options = {"icc_profile": picture.icc_profile} if picture.icc_profile else {}
     if suffix in (".jpg", ".jpeg"):
-        image = Image.fromarray(_over_white(pixels))
+        image = Image.fromarray(_without_alpha(pixels))
         options |= {"format": "JPEG", "quality": QUALITY, "subsampling": 0, "optimize": True}
     elif suffix == ".webp":
         image = Image.fromarray(_squeezed(pixels)).convert("RGBA" if pixels.shape[2] in (2, 4) else "RGB")
@@ -304,13 +216,6 @@ def _squeezed(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 
 
-def _as_bytes(pixels: np.ndarray) -> np.ndarray:
-    return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _over_white(pixels: np.ndarray) -> np.ndarray:
-    """Without alpha: composited over white."""
-    if pixels.shape[2] in (1, 3):
-        return _squeezed(pixels)
-    alpha = pixels[..., -1:].astype(np.uint32)
-    return _squeezed(((pixels[..., :-1] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
+def _without_alpha(pixels: np.ndarray) -> np.ndarray:
+    """Composited over white."""
+    return _squeezed(pixels if pixels.shape[2] in (1, 3) else over_white(pixels[..., :-1], pixels[..., -1:]))

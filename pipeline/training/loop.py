@@ -39,6 +39,7 @@ class Training:
         self._step_ends: deque[float] = deque(maxlen=4)
         self._skips: list[Skip] = []  # of this rank, since they were reported
         self._skipped_files = SkippedFiles()
+        self._profiles_are_named = False
 
     def close(self) -> None:
         self._watchdog.stop()
@@ -77,6 +78,7 @@ class Training:
                     meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
+            self._name_profiles(loader)
             self._watchdog.feed()
             self.signals.is_patient = True  # from now on there is something to save
             self._foretell(progress.step)
@@ -151,6 +153,12 @@ class Training:
         self.console.say(text)
         num_files = sum(self.plan.dataset.folder_sizes)
         self.ranks.on_all_ranks(lambda: refuse_too_many(self._skipped_files.reasons, num_files, data))
+
+    def _name_profiles(self, loader: Loader) -> None:
+        """Say once that files have other colours than sRGB's, as soon as this rank has met one."""
+        if not self._profiles_are_named and (note := loader.source.profile_note()):
+            self._profiles_are_named = True
+            self.console.say(f"note: {note}")
 
     def _is_supplied(self, loader: Loader) -> bool:
         """Whether this rank has the batches of two steps, or of all that are left.

@@ -17,7 +17,7 @@ from pipeline.data.decoding import BadFileError, HostDecoder
 from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
 from pipeline.distributed.ranks import Ranks
-from pipeline.images import cubic_resize, to_bytes, unit_range
+from pipeline.images import cubic_resize, to_bytes, to_tensor, unit_range
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
@@ -158,11 +158,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
         if lr.shape[:2] != (height // scale, width // scale):
             raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
                             f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`")
-    return ValidationPair(image.name, _nchw(pixels), _nchw(lr))
-
-
-def _nchw(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return ValidationPair(image.name, to_tensor(pixels), to_tensor(lr))
 
 
 def _read(path: str) -> np.ndarray:

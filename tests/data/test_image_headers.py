@@ -1,4 +1,4 @@
-"""tools.common.image_headers and image_streams: sizes without decoding, and streams that are all there."""
+"""pipeline.data.image_headers and image_streams: sizes without decoding, and streams that are all there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from dataset_corpus import bad_files, encoded, exif, good_files, photograph
-from tools.common.image_headers import BadImageError, read_header
-from tools.common.image_streams import check_complete
+from pipeline.data.image_headers import BadImageError, check_complete, read_header
 
 GOOD, BAD = good_files(), bad_files()
 

@@ -11,17 +11,22 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from conftest import photograph
 from pipeline.cli import RunError, UserError
+from pipeline.data import image_access
 from pipeline.data.dataset import Dataset, Folder, read_dataset
+from pipeline.data.image_access import Part
+from pipeline.data.image_pixels import read_rgb
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.sampling import anchor
 from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import DataSpec
 from pipeline.images import cubic_resize
+from reading_corpus import profile as made_profile
 
 CPU = torch.device("cpu")
 CROP = 32
@@ -436,3 +441,59 @@ def test_a_sample_says_where_it_came_from(tmp_path: Path) -> None:
     assert sample == crops.samples(15, 4)[2]
     assert sample.number == 17
     json.dumps(sample.as_dict())
+
+
+class FlatReader:
+    """A kind of file that the loader does not know: its text says height, width and one level."""
+
+    is_decoded_in_graph = False
+
+    def reads(self, path: str) -> bool:
+        return path.endswith(".flat")
+
+    def open(self, path: str) -> FlatImage:
+        return FlatImage(*map(int, Path(path).read_text().split()))
+
+
+class FlatImage:
+    profile = ""
+
+    def __init__(self, height: int, width: int, level: int) -> None:
+        self.height, self.width, self.level = height, width, level
+
+    def part(self, region: tuple[int, int, int, int]) -> Part:
+        return Part(region, pixels=np.full((*region[2:], 3), self.level, np.uint8))
+
+
+def test_a_kind_of_file_is_one_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_access, "READERS", (FlatReader, *image_access.READERS))
+    names = images(tmp_path, ".png", 2) + images(tmp_path, ".npy", 2)
+    for level in (7, 99):
+        (tmp_path / f"{level}.flat").write_text(f"60 70 {level}")
+        names.append(f"{level}.flat")
+    crops = source(tmp_path, names)
+    samples = crops.samples(0, 12)
+    assert len({sample.path for sample in samples}) == 6
+    for batch, first in zip(batches(crops, 0, 3), (0, 4, 8), strict=True):
+        for hr, sample in zip(batch.hr, samples[first : first + 4], strict=True):
+            if sample.path.endswith(".flat"):
+                assert (hr == int(Path(sample.path).stem)).all()
+            else:
+                assert hr.float().std() > 1
+
+
+def test_another_colour_profile_is_named(tmp_path: Path) -> None:
+    """By a file as it is, from the cache, and in LR; the pixels are those that every command reads."""
+    profile = made_profile(b"RGB ", 1.4)
+    names = images(tmp_path, ".png", 3)
+    with PIL.Image.open(tmp_path / "1.png") as image:
+        image.save(tmp_path / "1.png", icc_profile=profile)
+    for options in ({}, {"cache_gb": 1}):
+        crops = source(tmp_path, names, augment=False, **options)
+        assert crops.profile_note() == ""
+        made, = batches(crops, 0, 1)
+        assert "1.png has the colour profile Wide test: files with another profile" in crops.profile_note()
+        assert [*crops.profiles] == [str(tmp_path / "1.png")]
+        for hr, sample in zip(made.hr, crops.samples(0, 4), strict=True):
+            whole = read_rgb(sample.path)[sample.top : sample.top + CROP, sample.left : sample.left + CROP]
+            np.testing.assert_array_equal(hr.permute(1, 2, 0).numpy(), whole)

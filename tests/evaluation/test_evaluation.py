@@ -14,11 +14,11 @@ from PIL import Image
 import warm
 from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
+from pipeline.data.image_pixels import read_rgb
 from pipeline.evaluation import Work, find_folder, find_pairs, format_table, measure_sets, scoring, upscaler_of
 from pipeline.evaluation.pictures import write_views
 from pipeline.evaluation.scoring import DRIFTS, ImageScores, measure_image, upscale
 from pipeline.evaluation.tables import SetScores, as_json
-from pipeline.image_reading import read_image
 from pipeline.images import cubic_resize, to_bytes
 from pipeline.inference.backends import TorchBackend
 from pipeline.metrics import METRICS, Trunk, load_measures, measure
@@ -102,18 +102,18 @@ def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
     images = {
         "gray.png": (Image.fromarray(gray), expected_gray),
         "gray16.png": (Image.fromarray(gray16), expected_gray),
-        "alpha.png": (Image.fromarray(alpha), pixels),
+        "alpha.png": (Image.fromarray(alpha), np.rint((pixels * 7.0 + 255 * 248) / 255)),  # over white, as in the tools
         "palette.png": (palette, np.asarray(palette.convert("RGB"))),
         "bits.png": (Image.fromarray(gray > 127), expected_gray // 128 * 255),
     }
     for name, (image, expected) in images.items():
         image.save(tmp_path / name)
-        found = read_image(tmp_path / name)
-        assert found.dtype == torch.uint8
-        np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected, err_msg=name)
+        found = read_rgb(tmp_path / name)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, expected, err_msg=name)
     (tmp_path / "cut.png").write_bytes((tmp_path / "alpha.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"cut.png' cannot be read"):
-        read_image(tmp_path / "cut.png")
+        read_rgb(tmp_path / "cut.png")
 
 
 def scores_of(network, folder, scale=2, trunks=None):

@@ -347,11 +347,13 @@ def test_folders_keep_their_structure(tmp_path, capsys, cubic):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(8, 9)).save(folder / name)
     (folder / "notes.txt").write_text("none of ours")
+    (folder / "deep/photo.heic").write_bytes(b"not opened")
     out = folder / "out"  # inside: must not be upscaled itself, the second time either
     for extra in ((), ("--force",)):
         status, told, err = run(capsys, folder, "-o", out, "--model", cubic, "--format", "webp", *extra)
         assert (status, err) == (0, "")
         assert "5 of 5" in told
+        assert "not read: 1 HEIC (deep/photo.heic); save them as PNG to use them" in told
         assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
             "a.webp", "deep/a.webp", "deep/er/b.webp", "same.jpg.webp", "same.png.webp"]
 

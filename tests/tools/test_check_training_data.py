@@ -29,12 +29,13 @@ from dataset_corpus import (
     tree,
     write_files,
 )
+from pipeline.data.decoding import HostDecoder
 from pipeline.data.image_files import TRAINING_LIST, write_file_list
-from tools.common.image_headers import BadImageError, read_header
+from pipeline.data.image_headers import BadImageError, read_header
+from pipeline.data.image_pixels import decode_plain
 from tools.crops.cutting import parse_reject
 from tools.dataset.cleaning import Cleaner
-from tools.dataset.judging import DaliDecoder, Judgement, Verdict
-from tools.images import decode_plain
+from tools.dataset.judging import Judgement, Verdict
 from tools.parallel import quiet_libraries
 
 OTHERS = {"notes.txt": b"not an image", "training_file_list.txt": b"good/plain.png\n", "dataset.json": b"{}",
@@ -440,16 +441,16 @@ def test_fast_decoders_give_dalis_pixels(name):
     content = plain_files()[name]
     header = read_header(io.BytesIO(content))
     assert header.is_plain
-    assert np.array_equal(decode_plain(content, header), DaliDecoder().decode(content))
+    assert np.array_equal(decode_plain(content, header), HostDecoder(threads=1, batch=1).decode_content(content))
 
 
 def test_dali_decodes_after_it_refused():
     """One bad file must not spoil the verdict on the next, whatever DALI says about its pipeline."""
-    decoder, pixels = DaliDecoder(), photograph(64, 80)
+    decoder, pixels = HostDecoder(threads=1, batch=1), photograph(64, 80)
     with quiet_libraries():
         for content in bad_files().values():
             if content[:2] != b"\xff\xd8" and content and not content.startswith(b"GIF"):
                 with pytest.raises(BadImageError):
-                    decoder.decode(content)
-            assert np.array_equal(decoder.decode(encoded(pixels, "png")), pixels)
-        assert decoder.decode(encoded(pixels, "jpeg", exif=exif(6))).shape == (80, 64, 3)
+                    decoder.decode_content(content)
+            assert np.array_equal(decoder.decode_content(encoded(pixels, "png")), pixels)
+        assert decoder.decode_content(encoded(pixels, "jpeg", exif=exif(6))).shape == (80, 64, 3)

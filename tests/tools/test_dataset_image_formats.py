@@ -14,8 +14,7 @@ from PIL import Image
 from dataset_corpus import bad_files, bad_npy_files, deep_png, encoded, exif, good_files, photograph
 from fabricate import shared
 from pipeline.data.image_files import BadNpyError
-from tools.common.image_headers import BadImageError, read_header
-from tools.common.image_streams import check_complete
+from pipeline.data.image_headers import BadImageError, check_complete, read_header
 from tools.images import FORMATS, WEBP_MAX_SIDE, decode, decode_file, encode
 
 

@@ -1,4 +1,4 @@
-"""tools.images: any photograph to upright RGB bytes."""
+"""pipeline.data.image_pixels: any photograph to upright RGB bytes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from dataset_corpus import bad_files, deep_png, encoded, exif, good_files, photograph
-from tools import images
-from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.images import check_megapixels, decode_photo, prepare_decoders
+from pipeline.data import image_pixels
+from pipeline.data.image_headers import BadImageError, ImageHeader, read_header
+from pipeline.data.image_pixels import check_megapixels, decode_rgb, prepare_decoders
 from tools.parallel import quiet_libraries
 
 PIXELS = photograph(60, 80)
@@ -33,7 +33,7 @@ def _decoders(monkeypatch):
 
 def decode(content: bytes) -> np.ndarray:
     """Header, then pixels, as the tools do it."""
-    pixels = decode_photo(content, read_header(io.BytesIO(content)))
+    pixels = decode_rgb(content, read_header(io.BytesIO(content)))
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     return pixels
@@ -142,9 +142,21 @@ def test_bad_files_raise_a_reason(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_jpeg_whose_end_marker_alone_is_missing_is_read(cut):
+    content = encoded(PIXELS, "jpeg")
+    assert np.array_equal(decode(content[:-cut]), decode(content))
+
+
+@pytest.mark.parametrize("cut", [3, 4, 13, 400])
+def test_a_jpeg_with_missing_pixels_is_an_error(cut):
+    with pytest.raises(BadImageError, match="pixels are missing"):
+        decode(encoded(PIXELS, "jpeg")[:-cut])
+
+
 @pytest.mark.parametrize("cut", [1, 2, 13, 400])
 @pytest.mark.parametrize(("form", "options"), [
-    ("png", {}), ("jpeg", {}), ("jpeg", {"progressive": True}), ("webp", {}), ("jpeg2000", {}), ("tiff", {}),
+    ("png", {}), ("jpeg", {"progressive": True}), ("webp", {}), ("jpeg2000", {}), ("tiff", {}),
     ("bmp", {}),
 ])
 def test_a_missing_tail_is_an_error(form, options, cut):
@@ -155,9 +167,9 @@ def test_a_missing_tail_is_an_error(form, options, cut):
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
-    """OpenCV 4 fills what is missing of a JPEG with gray and reports success; whichever is installed, we notice."""
-    monkeypatch.setattr(images, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
-    content = encoded(PIXELS, form)
+    """A decoder may fill what is missing with gray and report success; whichever is installed, we notice."""
+    monkeypatch.setattr(image_pixels, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
+    content = encoded(PIXELS, form, **({"progressive": True} if form == "jpeg" else {}))
     assert (decode(content) == 128).all()
     with pytest.raises(BadImageError):
         decode(content[: len(content) // 2])

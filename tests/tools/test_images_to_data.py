@@ -276,7 +276,7 @@ def test_bad_usage(photos, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     assert_user_error(cut(tmp_path / "gone", out), "gone: no such folder")
-    assert_user_error(cut(tmp_path / "empty", out), "no PNG, JPEG")
+    assert_user_error(cut(tmp_path / "empty", out), "no images (PNG, JPEG")
     assert_user_error(cut(photos, out, "--size", 31), "--size 31", "32 to 8192")
     assert_user_error(cut(photos, out, "--max-megapixels", 0), "--max-megapixels")
     assert_user_error(cut(photos, out, "--num-scales", 0), "--num-scales")

@@ -16,9 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import UserError
-from tools.common.image_headers import BadImageError, read_header
 from tools.compare.boxes import Box
-from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
 
 BACKGROUND, TEXT, FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 ELLIPSIS = "…"
@@ -63,20 +61,6 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         return folders
     counts = Counter(names)
     return [f"{folder}/{name}" if counts[name] > 1 else name for folder, name in zip(folders, names, strict=True)]
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as uint8 RGB (height, width, 3)."""
-    path = path.expanduser()
-    try:
-        with open(path, "rb") as file:
-            header = read_header(file)
-            check_megapixels(header, MAX_MEGAPIXELS)
-            file.seek(0)
-            return decode_photo(file.read(), header)
-    except (OSError, BadImageError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: {reason}; give image files, such as hr.png bicubic.png vapsr.png") from error
 
 
 def ratio_to_first(path: Path, image: np.ndarray, first: np.ndarray) -> int:

@@ -18,14 +18,14 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pipeline.cli import UserError
-from tools.common.image_headers import ImageHeader, read_header
-from tools.common.image_streams import check_file_size
+from pipeline.data.image_headers import ImageHeader, check_file_size, read_header
+from pipeline.data.image_pixels import check_megapixels, decode_rgb, decoder_name, foreign_profile
 from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import printable
-from tools.images import check_megapixels, decode_photo, decoder_name, encode
+from tools.images import encode
 
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 SETTINGS = "dataset.json"
@@ -68,6 +68,7 @@ class SourcePicture:
     is_lossy: bool
     decoder: str
     sha256: str = ""           # of the source's bytes, where it is a file of its own
+    profile: str = ""          # of the source's colours, where they were converted to sRGB
     time: float | None = None  # of a frame in its video, in seconds
     prefix: str = ""           # of its crops' file names, where a folder holds several pictures
 
@@ -92,6 +93,7 @@ class CutPicture:
     records: list[CropRecord] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     pixels: int = 0
+    profile: str = ""  # see `SourcePicture`
 
 
 def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> SourcePicture | Reject:
@@ -112,8 +114,8 @@ def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
-    return SourcePicture(decode_photo(data, header), header.is_lossy, decoder_name(header),
-                         hashlib.sha256(data).hexdigest())
+    return SourcePicture(decode_rgb(data, header), header.is_lossy, decoder_name(header),
+                         hashlib.sha256(data).hexdigest(), foreign_profile(header))
 
 
 def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
@@ -144,7 +146,7 @@ def cut_picture(picture: SourcePicture, unit: Unit, out: Path, settings: CropSet
     except _LeakError as leak:
         discard(cutter.result.records, out)
         cutter.result = CutPicture(rejects=[leak.reject])
-    cutter.result.pixels = height * width
+    cutter.result.pixels, cutter.result.profile = height * width, picture.profile
     if picture.time is not None:
         cutter.result.rejects = [replace(reject, time=picture.time) for reject in cutter.result.rejects]
     return cutter.result

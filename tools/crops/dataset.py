@@ -36,7 +36,7 @@ from tools.crops.cutting import (
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
-from tools.files import printable
+from tools.files import converted_note, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
@@ -194,6 +194,8 @@ class CropDataset:
         rejects = list(result.rejects)
         for picture in result.pictures:
             self.totals.pixels += picture.pixels
+            if picture.profile and picture.records:
+                self.totals.converted[picture.profile] += 1
             twin = self._refuse_twin(picture)
             rejects += [twin] if twin else picture.rejects
             rejects += self._drop_seen_crops(picture)
@@ -399,6 +401,7 @@ class CuttingTotals:
     pixels: int = 0
     bad: int = 0  # units that could not be decoded or read, in part or as a whole
     rejects: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)  # pictures by the profile of their colours, if not sRGB
     # The first ones of pictures (not of single crops): damage, and what is merely not fit.
     reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     num_reasons: int = 0
@@ -434,6 +437,8 @@ class Clock:
             megapixels = totals.pixels / 1e6
             print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
                   f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
+        if totals.converted:
+            print(converted_note(totals.converted, name))
         if totals.rejects:
             print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
                   f"{out / REJECTS} says what and why")

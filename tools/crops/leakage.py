@@ -16,11 +16,11 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
-from tools.common.image_headers import BadImageError, read_header
+from pipeline.data.image_headers import BadImageError, read_header
+from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, decode_rgb
 from tools.crops.duplicates import MAX_DISTANCE, has_structure, perceptual_hash
 from tools.crops.grid import halved
 from tools.files import walk
-from tools.images import MAX_MEGAPIXELS, check_megapixels, decode_photo
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 RADIUS = 16  # of the patch around an anchor, in pixels: 33 x 33
@@ -188,7 +188,7 @@ def _read(file: tuple[Path, str]) -> _Image | str:
         data = (folder / name).read_bytes()
         header = read_header(io.BytesIO(data))
         check_megapixels(header, MAX_MEGAPIXELS)
-        luma = cv2.cvtColor(decode_photo(data, header), cv2.COLOR_RGB2GRAY)
+        luma = cv2.cvtColor(decode_rgb(data, header), cv2.COLOR_RGB2GRAY)
     except BadImageError as error:
         return str(error)
     except OSError as error:

@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +17,23 @@ from typing import BinaryIO
 
 import numpy as np
 
+from pipeline.data.decoding import HostDecoder
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
-from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_streams import check_complete, check_file_size
+from pipeline.data.image_headers import (
+    BadImageError,
+    ImageHeader,
+    NoEndError,
+    can_check,
+    check_complete,
+    check_file_size,
+    read_header,
+)
+from pipeline.data.image_pixels import check_megapixels, decode_rgb, foreign_profile, has_fast_decoder
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord, DatasetHash, ManifestIndex, iterate_records
 from tools.crops.quality import file_gates, is_flat, is_soft
 from tools.files import printable
-from tools.images import check_megapixels, decode_photo, decode_plain
 
 
 class Verdict(enum.Enum):
@@ -46,6 +55,7 @@ class Judgement:
     gate: str = ""             # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
     perceptual_hash: str = ""  # of a good file, in hexadecimal, where it is known
     sha256: str = ""           # of its pixels, where a manifest knows it
+    profile: str = ""          # of a good file's colours, where training converts them to sRGB
 
 
 @dataclass(frozen=True)
@@ -60,45 +70,6 @@ class Rules:
     min_sharpness: float = 0
 
 
-class DaliDecoder:
-    """DALI's CPU image decoder, one file at a time: the decoder that training uses. For all that is not plain.
-
-    One file a batch, since DALI raises for the whole batch and does not say which file it was. Not for several threads.
-    """
-
-    def __init__(self) -> None:
-        self._pipeline = None
-
-    def decode(self, data: bytes) -> np.ndarray:
-        """uint8 RGB (height, width, 3), EXIF orientation applied; raises `BadImageError` where DALI refuses."""
-        if self._pipeline is None:
-            self._pipeline = _build_pipeline()
-        try:
-            self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8)])
-            (images,) = self._pipeline.run()
-            return np.array(images.at(0))
-        except Exception as error:  # RuntimeError for most files, IndexError or MemoryError for some
-            self._pipeline = None  # "Current pipeline object is no longer valid"
-            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
-                raise OSError(None, "not enough memory to decode it") from error
-            raise BadImageError("DALI, which training reads images with, cannot decode it") from error
-
-
-def _build_pipeline():  # DALI has no public type that could be named here without importing it
-    """A pipeline of one decoder, run in the calling thread so that errors come out where they belong."""
-    from nvidia.dali import fn, pipeline_def, types  # not at the top: an .npy dataset is checked without DALI
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False,
-                  exec_pipelined=False)
-    def decoder():
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-
-    pipeline = decoder()
-    pipeline.build()
-    return pipeline
-
-
 class Judge:
     """Judges files on any number of threads."""
 
@@ -110,8 +81,11 @@ class Judge:
         """The judgement on the file `name`, relative to the dataset. Raises nothing that a file could cause."""
         path, record = self._root / name, self._crops.get(name)
         try:
-            judge = self._judge_npy if is_npy(name) else self._judge_encoded
-            size, pixels = judge(path, record)
+            profile = ""
+            if is_npy(name):
+                size, pixels = self._judge_npy(path, record)
+            else:
+                size, pixels, profile = self._judge_encoded(path, record)
             gates = self._gates(record, pixels)
             self._check_gates(gates)
             self._refuse_leak(pixels, record)
@@ -126,7 +100,7 @@ class Judge:
         except OSError as error:  # FileNotFoundError too: a link into nowhere, or a file that went while we looked
             return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
         return Judgement(name, Verdict.GOOD, "", size, perceptual_hash=str(gates.get("hash", "")),
-                         sha256=record.sha256 if record else "")
+                         sha256=record.sha256 if record else "", profile=profile)
 
     def _judge_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
         """(Bytes read, pixels or `None` where only the header was read)."""
@@ -144,25 +118,27 @@ class Judge:
             _check_pixels(record, data)
         return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(layout.height, layout.width, 3)
 
-    def _judge_encoded(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
+    def _judge_encoded(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None, str]:
+        """(Bytes read, pixels or `None` where they need not be decoded, profile that they are converted from)."""
         with open(path, "rb") as file:
             header = read_header(file)
             self._check_size(header.height, header.width, record)
             check_megapixels(header, self._rules.max_megapixels)
             check_file_size(header, os.fstat(file.fileno()).st_size)
             file.seek(0)
-            if not self._rules.decode and header.format in ("png", "jpeg", "webp"):
+            if not self._rules.decode and can_check(header):
                 data = self._read_into_buffer(file)
-                check_complete(data, header)
-                return len(data), None
-            data = file.read()
-        check_complete(data, header)
-        if not self._rules.decode:
-            return len(data), None
+                try:
+                    check_complete(data, header)
+                    return len(data), None, foreign_profile(header)
+                except NoEndError:  # only decoding tells whether pixels are missing
+                    data = bytes(data)
+            else:
+                data = file.read()
         pixels = self._decode(data, header)
-        if record:
+        if record and self._rules.decode:
             _check_pixels(record, pixels)
-        return len(data), pixels
+        return len(data), pixels if self._rules.decode else None, foreign_profile(header)
 
     def _read_into_buffer(self, file: BinaryIO) -> memoryview:
         """All of a file, in memory that the next call uses again: to get new memory costs as much as to read."""
@@ -176,18 +152,17 @@ class Judge:
         return view[:length]
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
-        """The pixels that training would read. Raises `BadImageError` also where only `decode_photo` sees damage."""
-        if header.is_plain and header.format in ("png", "jpeg", "webp"):
-            return decode_plain(data, header)
+        """The pixels that training would read. Raises `BadImageError` also where only `decode_rgb` sees damage."""
+        if not header.is_for_dali or (has_fast_decoder(header) and header.format != "jp2"):
+            return decode_rgb(data, header)  # the pixels that DALI gives, or is given
         if header.format in ("tiff", "jpeg"):  # DALI takes damaged ones that the tools which cut crops turn away
-            decode_photo(data, header)
+            decode_rgb(data, header)
+        else:
+            check_complete(data, header)
         decoder = getattr(self._of_thread, "decoder", None)
         if decoder is None:
-            decoder = self._of_thread.decoder = DaliDecoder()
-        pixels = decoder.decode(data)
-        if {*pixels.shape[:2]} != {header.height, header.width} or pixels.shape[2:] != (3,):
-            raise BadImageError(f"decoded to {pixels.shape} where its header says {header.height}x{header.width}")
-        return pixels
+            decoder = self._of_thread.decoder = HostDecoder(threads=1, batch=1)
+        return decoder.decode_content(data)
 
     def _check_size(self, height: int, width: int, record: CropRecord | None) -> None:
         rules = self._rules
@@ -360,6 +335,7 @@ class Outcome:
     seconds: float = 0
     bad: list[Judgement] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    converted: Counter[str] = field(default_factory=Counter)  # good files by the profile of their colours, if not sRGB
     recorded: DatasetHash = field(default_factory=DatasetHash)  # of the good files that a manifest knows
 
     def take_back(self, judgement: Judgement, sha256: str) -> None:

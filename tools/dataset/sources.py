@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
-from tools.common.image_headers import BadImageError, read_header
+from pipeline.data.image_headers import BadImageError, read_header
 from tools.crops.cutting import SETTINGS
 from tools.crops.manifest import CropRecord, DatasetHash, iterate_lines
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS

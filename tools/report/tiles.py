@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.cli import UserError
-from tools.common.image_headers import BadImageError
+from pipeline.data.image_headers import BadImageError
 from tools.crops.quality import crop_gates, picture_gates
 from tools.dataset.sources import SampledImage
 from tools.images import decode_file

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE, is_encoded
+from pipeline.data.image_headers import starts_as_image
 from tools.tar.streams import (
     BLOCK,
     COMPRESSED,
@@ -44,8 +45,6 @@ DEFAULT_LIMITS = Limits()
 _OTHERS = {b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
            b"Rar!\x1a\x07": "a rar archive", b"\x04\x22\x4d\x18": "compressed by lz4",
            b"\x1f\x9d": "compressed by compress (.Z)"}
-_IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\xff\x4f\xff\x51",
-           b"\x00\x00\x00\x0cjP  \r\n\x87\n")
 _TAR_NAME = re.compile(r".+\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
 _NO_FILES = (b"D", b"M", b"N", b"V")  # GNU's folder listings, parts of files of another volume, old names, labels
 
@@ -227,9 +226,8 @@ def _passed_by(header: TarHeader) -> str:
 
 
 def _is_image(head: bytes) -> bool:
-    """Whether a file that starts so is an image of the kinds that `read_header` knows."""
-    return head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") \
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+    """Whether a file that starts so is an image, whatever its name says."""
+    return starts_as_image(head) and (head[:2] != b"BM" or head[6:10] == bytes(4))
 
 
 # --- Names ---

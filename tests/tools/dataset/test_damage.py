@@ -15,11 +15,18 @@ import simplejpeg
 from PIL import Image
 
 from dataset_corpus import CHECKOUT, UNGATED, encoded, npy, photograph, run_tool, write_files
-from tools.common.image_headers import BadImageError, ImageHeader, read_header
-from tools.common.image_streams import check_complete, check_file_size, without_sloppiness
+from pipeline.data.decoding import HostDecoder
+from pipeline.data.image_headers import (
+    BadImageError,
+    ImageHeader,
+    check_complete,
+    check_file_size,
+    read_header,
+    without_sloppiness,
+)
+from pipeline.data.image_pixels import decode_plain, decode_rgb, decoder_name, prepare_decoders
 from tools.crops.manifest import ManifestIndex
-from tools.dataset.judging import DaliDecoder, Judge, Rules, Verdict
-from tools.images import decode_photo, decode_plain, decoder_name, prepare_decoders
+from tools.dataset.judging import Judge, Rules, Verdict
 
 PIXELS = photograph(301, 403)
 KINDS = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2},
@@ -36,7 +43,7 @@ def _decoders(monkeypatch):
 
 
 def decode(content: bytes) -> np.ndarray:
-    return decode_photo(content, read_header(io.BytesIO(content)))
+    return decode_rgb(content, read_header(io.BytesIO(content)))
 
 
 def reason_against(content: bytes) -> str:
@@ -44,7 +51,7 @@ def reason_against(content: bytes) -> str:
     try:
         header = read_header(io.BytesIO(content))
         if header.height * header.width < 1e6:  # not the giants that flipped bits make
-            assert decode_photo(content, header).shape[2] == 3
+            assert decode_rgb(content, header).shape[2] == 3
     except BadImageError as error:
         return str(error)
     return ""
@@ -115,7 +122,7 @@ def test_the_tools_agree_on_damage(tmp_path):
 
 def test_lzw_tiff_that_dali_takes_is_bad(tmp_path):
     broken = damaged(encoded(PIXELS, "tiff", compression="tiff_lzw"), "random")
-    assert DaliDecoder().decode(broken).shape == PIXELS.shape
+    assert HostDecoder(threads=1, batch=1).decode_content(broken).shape == PIXELS.shape
     write_files(tmp_path, {"broken.tif": broken})
     result = judge(tmp_path)("broken.tif")
     assert (result.verdict, result.gate) == (Verdict.BAD, "file")
@@ -184,7 +191,7 @@ def sloppy_files() -> dict[str, bytes]:
 def test_sloppy_jpegs_are_good(name):
     content = sloppy_files()[name]
     assert np.array_equal(decode(content), decode(jpeg()))
-    assert np.array_equal(DaliDecoder().decode(content), decode(content))
+    assert np.array_equal(HostDecoder(threads=1, batch=1).decode_content(content), decode(content))
 
 
 @pytest.mark.parametrize("name", ["strange JFIF", "strange scan", "strange Adobe", "zeros before the end"])

@@ -1,0 +1,229 @@
+"""Every kind of image file against every command that reads images: the right pixels, or one refusal, the same words.
+
+All files of `reading_corpus` lie in one folder, and each command is run over it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_corpus import UNGATED, run_tool
+from pipeline.cli import UserError
+from pipeline.data.decoding import HostDecoder, decoding_fault
+from pipeline.data.image_pixels import DecodedImage, read_rgb, to_rgb
+from pipeline.evaluation.image_sets import find_folder
+from pipeline.inference.pictures import read_picture
+from pipeline.training.options import TrainOptions, make_plan
+from pipeline.training.validation import read_pair
+from reading_corpus import BAD, CASES, GOOD, HEIGHT, PHOTO, WIDTH, Case, opened
+from tools import show_batch
+
+SCALE = 2
+UNREAD = {"a.heic": b"x", "b.gif": b"x", "c.GIF": b"x"}
+SAID = "not read: 2 GIF (b.gif, c.GIF), 1 HEIC (a.heic); save them as PNG to use them"
+
+
+@dataclass
+class Outcome:
+    """What a command made of all files."""
+
+    pixels: dict[str, np.ndarray]  # of those that it read
+    reasons: dict[str, str]        # of those that it refused
+    said: str = ""                 # of the folder as a whole
+
+    def mistakes(self, reads: Callable[[str, Case], bool] = lambda name, case: case.expected is not None) -> list[str]:
+        """What is not as it should be, a line each; `reads`: whether the command should read a file."""
+        found = []
+        for name, case in CASES.items():
+            pixels, reason = self.pixels.get(name), self.reasons.get(name)
+            if not reads(name, case):
+                word = case.refusal or case.inexact
+                if reason is None or pixels is not None:
+                    found.append(f"{name}: not refused")
+                elif word not in reason or "BytesIO" in reason or "\n" in reason:
+                    found.append(f"{name}: refused with {reason!r}, without {word!r}")
+            elif pixels is None:
+                found.append(f"{name}: refused: {reason}")
+            elif pixels.shape != case.expected.shape:
+                found.append(f"{name}: {pixels.shape}")
+            elif np.abs(pixels.astype(int) - case.expected).max() > case.tolerance:
+                found.append(f"{name}: off by {np.abs(pixels.astype(int) - case.expected).max()} levels")
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files, and the lists of a dataset: the good ones train, a few of them validate."""
+    root = tmp_path_factory.mktemp("files")
+    for name, content in {**{name: case.content for name, case in CASES.items()}, **UNREAD}.items():
+        (root / name).write_bytes(content)
+    (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in GOOD))
+    (root / "validation_file_list.txt").write_text("".join(f"{name}\n" for name in list(GOOD)[::40]))
+    return root
+
+
+def crops_of(out: Path) -> tuple[dict[str, tuple[int, int, np.ndarray]], dict[str, str]]:
+    """(Photo -> its HR crop's corner and pixels, photo -> why it was turned away) of a folder of crops."""
+    records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    return ({record["photo"]: (record["top"], record["left"], np.load(out / record["path"])) for record in records
+             if record.get("role") != "lr"}, {reject["photo"]: reject["reason"] for reject in rejects})
+
+
+def with_crops(found: dict[str, tuple[int, int, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What was expected with the crops pasted in."""
+    pixels = {}
+    for name, (top, left, crop) in found.items():
+        pixels[name] = np.array(CASES[name].expected)
+        pixels[name][top : top + HEIGHT, left : left + HEIGHT] = crop
+    return pixels
+
+
+def images_to_data(folder: Path, out: Path) -> Outcome:
+    done = run_tool("images_to_data", folder, out, "--size", HEIGHT, "--keep-lossy-size", "--num-scales", 1, *UNGATED)
+    assert done.returncode == 1, done.stderr
+    found, reasons = crops_of(out)
+    return Outcome(with_crops(found), reasons, done.stdout)
+
+
+def pairs_to_data(folder: Path, out: Path) -> Outcome:
+    lr = out.with_name("lr")
+    lr.mkdir()
+    for name, case in CASES.items():
+        Image.fromarray(PHOTO[::2, ::2] if case.expected is None else case.expected[::2, ::2]).save(
+            lr / f"{Path(name).stem}.png")
+    done = run_tool("pairs_to_data", folder, lr, "--scale", SCALE, "--out", out, "--size", HEIGHT,
+                    "--min-correlation", -1, *UNGATED)
+    assert done.returncode == 1, done.stderr
+    found, reasons = crops_of(out)
+    for name, reason in reasons.items():
+        assert reason.startswith(f"{name}: "), reason  # of two files, the one that is meant
+    return Outcome(with_crops(found), reasons, done.stdout)
+
+
+def convert_dataset(folder: Path, out: Path) -> Outcome:
+    from tools import convert_dataset as command
+
+    options = command.Options(folder, out, "npy")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "NUM_SHOWN", len(CASES))
+        assert command.main(options) == 1
+    lines = [line.removeprefix("not converted: ").split(": ", 1) for line in said.getvalue().splitlines()
+             if line.startswith("not converted: ")]
+    by_stem = {path.stem: np.load(path) for path in out.glob("*.npy")}
+    return Outcome({name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem}, dict(lines),
+                   said.getvalue())
+
+
+def training(folder: Path, out: Path) -> Outcome:
+    """Training, as show_batch.py makes its samples: of every good file one crop."""
+    overrides = (f"data.crop={HEIGHT}", "data.augment=false", "data.threads=1", "ds.train_batch_size=4")
+    plan = make_plan(TrainOptions(overrides, recipe="demo", dataset_dir=(folder,)))
+    pairs = show_batch.make_pairs(plan, range(len(GOOD)))
+    found = {pair.name: (pair.sample.top, pair.sample.left, pair.hr) for pair in pairs}
+    return Outcome(with_crops(found), {name: decoding_fault(str(folder / name)) for name in BAD})
+
+
+def cached_training(folder: Path, out: Path) -> Outcome:
+    """What a cache (data.cache_gb) decodes; validation reads by the same decoder."""
+    with HostDecoder(threads=1, batch=8) as decoder:
+        images = dict(zip(CASES, decoder.decode([str(folder / name) for name in CASES]), strict=True))
+    return Outcome({name: image for name, image in images.items() if isinstance(image, np.ndarray)},
+                   {name: image.reason for name, image in images.items() if not isinstance(image, np.ndarray)})
+
+
+def evaluate(folder: Path, out: Path) -> Outcome:
+    images = find_folder(folder, None, SCALE)
+    outcome = Outcome({}, {}, images.note)
+    for pair in images.pairs:
+        try:
+            outcome.pixels[pair.hr.name] = pair.load(SCALE)[0][0].permute(1, 2, 0).numpy()
+        except UserError as error:
+            outcome.reasons[pair.hr.name] = str(error)
+    assert all(f"image {str(folder / name)!r} cannot be read (" in reason for name, reason in outcome.reasons.items())
+    return outcome
+
+
+def upscale(folder: Path, out: Path) -> Outcome:
+    """Which keeps bits, alpha and profile: reduced here to what the others make of them."""
+    outcome = Outcome({}, {})
+    for name in CASES:
+        try:
+            picture = read_picture(folder / name)
+            outcome.pixels[name] = to_rgb(DecodedImage(picture.pixels, picture.icc_profile))
+        except UserError as error:
+            outcome.reasons[name] = str(error)
+    return outcome
+
+
+def crop_compare(folder: Path, out: Path) -> Outcome:
+    done = run_tool("crop_compare", *(folder / name for name in GOOD), "--box", f"0,0,{WIDTH},{HEIGHT}", "--panel", 72,
+                    "--out", out)
+    assert done.returncode == 0, done.stderr
+    pixels = {}
+    for number, name in enumerate(GOOD, 1):
+        path, = out.glob(f"crops/box1_{number}_*.png")
+        pixels[name] = opened(path.read_bytes())
+    outcome = Outcome(pixels, {})
+    for name in BAD:
+        try:
+            read_rgb(folder / name)
+        except UserError as error:
+            outcome.reasons[name] = str(error)
+    return outcome
+
+
+COMMANDS = {command.__name__: command for command in (
+    images_to_data, pairs_to_data, training, cached_training, evaluate, upscale, crop_compare)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_file_is_read_right_or_refused(folder: Path, tmp_path: Path, command: str) -> None:
+    outcome = COMMANDS[command](folder, tmp_path / "out")
+    if command == "upscale":  # the one that reads GIF
+        assert np.abs(outcome.pixels.pop("foreign-gif.png").astype(int) - PHOTO).max() < 90
+        outcome.reasons["foreign-gif.png"] = "GIF"
+    assert outcome.mistakes() == []
+    if command in ("images_to_data", "pairs_to_data"):
+        assert SAID in outcome.said
+        assert "have another colour profile than sRGB" in outcome.said
+        assert "Wide test" in outcome.said
+    if command == "evaluate":
+        assert "images have another colour profile than sRGB" in outcome.said
+        assert SAID in outcome.said
+
+
+def test_a_conversion_keeps_every_bit_or_refuses(folder: Path, tmp_path: Path) -> None:
+    outcome = convert_dataset(folder, tmp_path / "out")
+    assert outcome.mistakes(lambda name, case: case.expected is not None and not case.inexact) == []
+    assert SAID in outcome.said
+
+
+@pytest.mark.parametrize("options", [(), ("--fast",)])
+def test_the_checker_calls_bad_what_is_refused_and_nothing_else(folder: Path, options: tuple[str, ...]) -> None:
+    done = run_tool("check_training_data", "--data-dir", folder, "--min-size", HEIGHT, *UNGATED, *options)
+    assert done.returncode == 1, done.stderr
+    lines = [line.removeprefix("bad: ").split(": ", 1) for line in done.stdout.splitlines() if line.startswith("bad: ")]
+    bad = dict(lines)
+    outcome = Outcome({name: case.expected for name, case in GOOD.items() if name not in bad}, bad)
+    assert outcome.mistakes() == []
+    assert SAID in done.stdout
+    assert "have another colour profile than sRGB" in done.stdout
+
+
+def test_validation_reads_as_training_does(folder: Path) -> None:
+    overrides = (f"data.crop={HEIGHT}", "data.threads=1", "ds.train_batch_size=4")
+    plan = make_plan(TrainOptions(overrides, recipe="demo", dataset_dir=(folder,)))
+    for number, image in enumerate(plan.dataset.validation):
+        found = read_pair(image, number, plan.recipe).hr[0].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - CASES[image.name].expected).max() <= CASES[image.name].tolerance, image.name
