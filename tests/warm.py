@@ -262,7 +262,7 @@ if __name__ == "__main__":
         __import__(_name)
     # DALI rewrites the graph's functions when it builds the first one, which takes longer than all else in a short run.
     _reader = sys.modules["pipeline.data.reader"]
-    _spec = sys.modules["pipeline.config.specs"].BicubicSpec()
+    _spec = sys.modules["pipeline.data.degradations.bicubic"].BicubicSpec()
     _reader._whole_image_graph(type(_spec), _spec.model_dump_json(), 2, (8, 8))
     _reader._whole_image_graph.cache_clear()
     gc.collect()
