@@ -66,11 +66,11 @@ server = socket.socket(socket.AF_UNIX)
 try:
     for number in range(3):
         os.fstat(number)
-    known and server.connect({address!r})
-except OSError:
+except OSError:  # one of stdin, stdout and stderr is closed
     known = False
 if not known:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server.connect({address!r})
 child, waiting = 0, []
 def hand_on(number, frame):
     os.kill(child, number) if child else waiting.append(number)
@@ -261,10 +261,9 @@ if __name__ == "__main__":
     for _name in PRELOAD:
         __import__(_name)
     # DALI rewrites the graph's functions when it builds the first one, which takes longer than all else in a short run.
-    _reader = sys.modules["pipeline.data.reader"]
-    _spec = sys.modules["pipeline.data.degradations.bicubic"].BicubicSpec()
-    _reader._whole_image_graph(type(_spec), _spec.model_dump_json(), 2, (8, 8))
-    _reader._whole_image_graph.cache_clear()
+    _make_graph = sys.modules["pipeline.data.reader"]._whole_image_graph
+    _make_graph(__import__("pipeline.data.degradations.bicubic", fromlist=["BicubicSpec"]).BicubicSpec, "{}", 2, (8, 8))
+    _make_graph.cache_clear()
     gc.collect()
     gc.freeze()  # else the first collection in a fork copies every page that it visits
     _code, __file__ = _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
