@@ -78,7 +78,7 @@ def in_a_fresh_process(code: str) -> dict:
     """Run code (a DeepSpeed process can start its group only once) that prints one JSON object."""
     prelude = """
         import json, torch
-        from pipeline.engine.engine import (build_engine, descend, gradient_norm, resolve_ds_config, skipped_steps)
+        from pipeline.engine.engine import (build_engine, backward_and_step, resolve_ds_config)
         from pipeline.distributed.ranks import start_distributed
         ranks = start_distributed()
         def engine_for(module, **changes):

@@ -29,6 +29,7 @@ from pipeline.checkpoint.random_states import random_states, restore_random_stat
 from pipeline.checkpoint.transfer import collect, local_copy, private_folder
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine.engine import Engine
 from pipeline.files import flush
 from pipeline.metrics import METRICS
 from pipeline.models.ema import ExponentialMovingAverage
@@ -86,7 +87,7 @@ class SaveError(Exception):
 class Contents:
     """Everything that goes into a checkpoint besides `Progress`."""
 
-    engines: Mapping[str, Any]
+    engines: Mapping[str, Engine]
     ema: ExponentialMovingAverage
     generator: SavedNetwork  # describes the network; its state_dict is filled in here
     identity: Mapping[str, Any]  # of the run: recipe, ds_config, dataset; what a continuation must agree on

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.engine.engine import quiet
-from pipeline.engine.schedules import Schedule
+from pipeline.engine.engine import Engine, quiet
 
 # ZeRO's optimizer states, written by one number of ranks, cut anew for another.
 #
@@ -129,28 +128,22 @@ SHARD = re.compile(r"((?:bf16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt
 """The name of a rank's optimizer states at ZeRO stages 1 and 2."""
 
 
-def save_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> str:
+def save_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) -> str:
     """Write the engine's part of a checkpoint to `directory`/`name`. On return every rank is done.
 
     Returns why this rank could not write; empty if it did. (Raising in between would leave the other ranks waiting.)
     """
-    engine.checkpoint_engine = files = _CheckpointFiles()
+    files = _CheckpointFiles()
     with quiet():
-        engine.save_checkpoint(str(directory), tag=name, save_latest=False)
+        engine.save(str(directory), name, files)
     return files.failure
 
 
-def load_engine(engine: Any, directory: os.PathLike[str] | str, name: str) -> None:
+def load_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) -> None:
     """Put back what `save_engine` wrote, on this or another number of ranks."""
-    engine.checkpoint_engine = _CheckpointFiles(engine)
     with quiet():
-        path, _ = engine.load_checkpoint(str(directory), tag=name)
-    if path is None:
-        raise RuntimeError(f"{directory}/{name} could not be loaded")
-    schedule = engine.lr_scheduler
-    if schedule is not None and not isinstance(schedule, Schedule):  # its length may be another one now
-        for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
-            group["lr"] = rate
+        if not engine.load(str(directory), name, _CheckpointFiles(engine)):
+            raise RuntimeError(f"{directory}/{name} could not be loaded")
 
 
 def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
@@ -199,7 +192,7 @@ class _CheckpointFiles:
                 yield _read(os.path.join(folder, f"{wanted[1]}{rank}{wanted[3]}"), "cpu")["optimizer_state_dict"]
 
         return recut(shards(), self._shapes, self._engine.optimizer.state_dict(),
-                     self._engine._get_zero_param_shapes(), int(wanted[2]))
+                     self._engine.zero_shapes(), int(wanted[2]))
 
     def commit(self, info: Any) -> bool:
         return True

@@ -1,14 +1,13 @@
 """An engine of Hugging Face Accelerate: plain PyTorch, DistributedDataParallel between ranks, no DeepSpeed.
 
-It has what the project uses of a DeepSpeed engine; `pipeline.engine.engine` names it. Weights and optimizer are FP32 in
-every precision; BF16 and FP16 are autocast, FP16 with torch's loss scaling.
+Weights and optimizer are FP32 in every precision; BF16 and FP16 are autocast, FP16 with torch's loss scaling.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,21 +27,18 @@ DEFAULT_CLIPPING = 1.0  # likewise for the gradient's norm
 class AccelerateEngine:
     """A module, its optimizer and schedule, as `accelerate` prepares them for these ranks.
 
-    Calling it runs the module. Then `backward` once for each micro-batch, `check_gradient` at an accumulation boundary,
-    and `step` after every `backward`.
+    It is an `Engine` as `pipeline.engine.engine` describes one.
     """
 
-    loss_scaling = None  # autocast's is Accelerator's own affair
-    skipped_steps = 0  # they are counted on the device, in `nonfinite_steps`
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule | None,
-                 ds_config: Mapping[str, Any], ranks: Ranks) -> None:
-        self.module, self.lr_scheduler = module, schedule
-        self.checkpoint_engine: Any = None  # reads and writes files; set by pipeline.checkpoint.engine_state
-        self.own_gradient_norm: Tensor | float = float("nan")
-        self.found_nonfinite = torch.zeros((), device=ranks.device)
-        self.nonfinite_steps = torch.zeros((), device=ranks.device)
-        self.statistics: list[Tensor] = []
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer,
+                 build_schedule: Callable[[torch.optim.Optimizer], Schedule] | None, ds_config: Mapping[str, Any],
+                 ranks: Ranks) -> None:
+        self.module = module
+        self.lr_scheduler = build_schedule(optimizer) if build_schedule else None
+        self.before_update: list[Callable[[], None]] = []
+        self.gradient_norm: Tensor | float = float("nan")
+        self.was_skipped = torch.zeros((), device=ranks.device)
+        self._nonfinite_steps = torch.zeros((), device=ranks.device)
         self._ranks, self._inner = ranks, optimizer
         self._accumulation = ds_config["gradient_accumulation_steps"]
         self._max_norm = ds_config.get("gradient_clipping", DEFAULT_CLIPPING) or float("inf")
@@ -53,7 +49,7 @@ class AccelerateEngine:
         # Fused optimizers leave everything alone where `found_inf` is set; a scaler sets its own.
         self._guards_itself = self._accelerator.scaler is not None or bool(optimizer.defaults.get("fused"))
         if self._accelerator.scaler is None and self._guards_itself:
-            optimizer.found_inf = self.found_nonfinite
+            optimizer.found_inf = self.was_skipped
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the module; ranks exchange gradients in the backward of an accumulation boundary alone."""
@@ -61,18 +57,18 @@ class AccelerateEngine:
         with nullcontext() if is_exchanging else self._accelerator.no_sync(self._replica):
             return self._replica(*inputs)
 
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._nonfinite_steps)
 
-    def eval(self) -> None:
-        self.module.eval()
+    @property
+    def loss_scale(self) -> float:
+        scaler = self._accelerator.scaler  # at FP16
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way completes an update."""
         return (self._micro_steps + 1) % self._accumulation == 0
-
-    def zero_optimization(self) -> bool:
-        return False
 
     def get_lr(self) -> list[float]:
         return [group["lr"] for group in self._inner.param_groups]
@@ -84,11 +80,16 @@ class AccelerateEngine:
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # of channels_last
             self._accelerator.backward(loss)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
     def check_gradient(self) -> None:
         """Clip the gradient of an update and note its norm, and whether all of it is finite."""
-        self.own_gradient_norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._max_norm)
-        self.found_nonfinite.copy_(~torch.isfinite(self.own_gradient_norm))
-        self.nonfinite_steps += self.found_nonfinite
+        self.gradient_norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._max_norm)
+        self.was_skipped.copy_(~torch.isfinite(self.gradient_norm))
+        self._nonfinite_steps += self.was_skipped
 
     def step(self) -> None:
         """After a micro-batch; at a boundary the update, unless its gradient is not finite."""
@@ -96,40 +97,38 @@ class AccelerateEngine:
         self._micro_steps += 1
         if not is_update:
             return
-        if self._guards_itself or not bool(self.found_nonfinite):
+        if self._guards_itself or not bool(self.was_skipped):
             self.optimizer.step()
         self.optimizer.zero_grad()
         overflowed = self._accelerator.scaler is not None and self.optimizer.step_was_skipped
         if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed's at FP16
             self.lr_scheduler.step()
 
-    def save_checkpoint(self, directory: str, tag: str, *, save_latest: bool = False) -> None:
+    def save(self, directory: str, name: str, files: Any) -> None:
         """Write weights, moments, schedule and loss scale, the same on all ranks, from the first."""
-        assert not save_latest, "a mutable pointer to the newest checkpoint is not kept here"
-        files, folder = self.checkpoint_engine, os.path.join(directory, tag)
+        folder = os.path.join(directory, name)
         if self._ranks.is_first:
             scaler = self._accelerator.scaler
             files.makedirs(folder, exist_ok=True)
             files.save({"module": self.module.state_dict(), "optimizer": self._inner.state_dict(),
                         "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
                         "loss_scale": scaler.state_dict() if scaler else None}, os.path.join(folder, STATES_FILE))
-        files.commit(tag)
+        files.commit(name)
         dist.barrier(group=self._ranks.control)
 
-    def load_checkpoint(self, directory: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        """Put back what `save_checkpoint` wrote; (its file, nothing), or (None, nothing) where there is none."""
-        path = os.path.join(directory, tag, STATES_FILE)
+    def load(self, directory: str, name: str, files: Any) -> bool:
+        """Put back what `save` wrote; False where there is nothing."""
         try:
-            states = self.checkpoint_engine.load(path, map_location="cpu")
+            states = files.load(os.path.join(directory, name, STATES_FILE), map_location="cpu")
         except FileNotFoundError:
-            return None, {}
+            return False
         self.module.load_state_dict(states["module"])
         self._inner.load_state_dict(states["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(states["lr_scheduler"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(states["loss_scale"])
-        return path, {}
+        return True
 
     def destroy(self) -> None:
         """Let go of memory, and of the process's precision: the next stage may have another."""

@@ -1,4 +1,7 @@
-"""DeepSpeed's engine, mended where 0.19.8 lets a gradient that is not finite through or scales FP16's loss wrongly."""
+"""DeepSpeed's engine behind the project's, without two faults of 0.19.8.
+
+At FP32 and ZeRO stage 0 it lets a gradient that is not finite through; at FP16 and stage 0 it scales the loss wrongly.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,161 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.engine.schedules import DEEPSPEED_WARMUPS
+from pipeline.engine.schedules import DEEPSPEED_WARMUPS, Schedule
 
-Schedule = Callable[[torch.optim.Optimizer], Any]
+BuildSchedule = Callable[[torch.optim.Optimizer], Schedule]
 
 
-def deepspeed_engine(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule | None,
-                     ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
-    """DeepSpeed's engine for a resolved ds_config, with what `pipeline.engine.engine` needs of every engine.
+class DeepSpeedEngine:
+    """DeepSpeed's engine for a resolved ds_config, as `pipeline.engine.engine.Engine` describes one.
 
-    `schedule` builds the learning rate schedule; None: what the ds_config says is left to DeepSpeed.
+    `build_schedule` makes the learning rate schedule; None: what the ds_config says is left to DeepSpeed.
     """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, build_schedule: BuildSchedule | None,
+                 ds_config: Mapping[str, Any], ranks: Ranks) -> None:
+        self._inner = inner = _initialise(module, optimizer, build_schedule, ds_config, ranks)
+        self.before_update: list[Callable[[], None]] = []
+        self._norm: Tensor | float = float("nan")  # of the last update, where DeepSpeed does not know it
+        self._found_nonfinite: Tensor | None = None  # 1 where the last update was left out, if we guard it
+        self._nonfinite_steps: Tensor | None = None
+        self._scaling = None
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        if isinstance(inner.optimizer, FP16_UnfusedOptimizer):
+            inner.optimizer.overflow_checker.has_overflow_serial = _overflows
+            self._scaling = LossScaling(inner.optimizer)
+        # FP32 at ZeRO stage 0, where DeepSpeed would write a NaN into weights and moments for good.
+        if not inner.zero_optimization() and isinstance(inner.optimizer, torch.optim.Optimizer):
+            if not inner.optimizer.defaults.get("fused"):
+                raise UserError(f"optimizer {type(inner.optimizer).__name__} at FP32 and ZeRO stage 0 has no guard "
+                                "against NaN; choose one of Adam, AdamW, SGD, or zero_optimization.stage 1, or "
+                                "--runtime accelerate")
+            self._found_nonfinite = torch.zeros((), device=ranks.device)
+            self._nonfinite_steps = torch.zeros((), device=ranks.device)
+            inner.optimizer.found_inf = self._found_nonfinite  # fused optimizers change nothing where it is set
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._inner(*inputs)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._inner.module
+
+    @property
+    def optimizer(self) -> Any:
+        return self._inner.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        return self._inner.lr_scheduler
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        if self._found_nonfinite is not None or self._scaling is not None:
+            return self._norm
+        norm = self._inner.get_global_grad_norm()
+        return float("nan") if norm is None else norm
+
+    @property
+    def was_skipped(self) -> Tensor | bool:
+        return not self._inner.was_step_applied() if self._found_nonfinite is None else self._found_nonfinite
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._inner.skipped_steps + (0 if self._nonfinite_steps is None else int(self._nonfinite_steps))
+
+    @property
+    def loss_scale(self) -> float:
+        if self._scaling is not None:
+            return self._scaling.scale
+        return float(getattr(self._inner.optimizer, "loss_scale", 1.0))  # ZeRO's optimizers have one
+
+    def get_lr(self) -> list[float]:
+        return self._inner.get_lr()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return self._inner.is_gradient_accumulation_boundary()
+
+    def backward(self, loss: Tensor) -> None:
+        self._inner.backward(loss if self._scaling is None else loss * self._scaling.scale)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Collected from all ranks where ZeRO has spread them; all ranks call it together."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                is_plain = parameter.grad is not None and getattr(parameter, "_hp_grad", None) is None
+                gradient = parameter.grad if is_plain else safe_get_full_grad(parameter)
+                if gradient is not None:
+                    yield name, gradient
+
+    def check_gradient(self) -> None:
+        """Elsewhere than at FP32 and ZeRO stage 0 DeepSpeed checks it itself, in `step`."""
+        if self._found_nonfinite is None or self._nonfinite_steps is None:
+            return
+        norms = torch._foreach_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._norm = torch.stack(norms).norm()
+        self._found_nonfinite.copy_(~torch.isfinite(self._norm))
+        self._nonfinite_steps += self._found_nonfinite
+
+    def step(self) -> None:
+        is_update = self.is_gradient_accumulation_boundary()
+        self._inner.step()
+        if self._scaling is not None and is_update:
+            self._norm = self._scaling.finish()
+
+    def save(self, directory: str, name: str, files: Any) -> None:
+        self._inner.checkpoint_engine = files
+        self._inner.save_checkpoint(directory, tag=name, save_latest=False)
+
+    def load(self, directory: str, name: str, files: Any) -> bool:
+        self._inner.checkpoint_engine = files
+        path, _ = self._inner.load_checkpoint(directory, tag=name)
+        schedule = self.lr_scheduler
+        if path is not None and schedule is not None and not isinstance(schedule, Schedule):
+            # DeepSpeed's own: its length may be another one now.
+            for group, rate in zip(self.optimizer.param_groups, schedule.get_lr(), strict=True):
+                group["lr"] = rate
+        return path is not None
+
+    def zero_shapes(self) -> Any:
+        """Shapes of the parameters by name, group by group, in the order in which ZeRO lays them out."""
+        return self._inner._get_zero_param_shapes()
+
+    def destroy(self) -> None:
+        self._inner.destroy()
+
+
+def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, build_schedule: BuildSchedule | None,
+                ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
+    """DeepSpeed's own engine. `UserError` for what it refuses of the ds_config."""
     deepspeed = _import_deepspeed(ranks)
     from deepspeed.runtime.config import DeepSpeedConfigError
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     config = {"zero_allow_untested_optimizer": True,  # all of ours work element by element, as ZeRO needs it
               **copy.deepcopy(dict(ds_config))}
     config.pop("optimizer")
-    if schedule is not None and config["scheduler"]["type"] not in DEEPSPEED_WARMUPS:
+    if build_schedule is not None and config["scheduler"]["type"] not in DEEPSPEED_WARMUPS:
         config.pop("scheduler")  # DeepSpeed knows none of torch's; of its own it keeps a note in its files
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, lr_scheduler=schedule,
-                                          dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config,
+                                          lr_scheduler=build_schedule, dist_init_required=False)
     except UserError:
         raise
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}") from error
     engine._copy_recovery_script = lambda *_: None  # a script beside every checkpoint, written past our error handling
-    engine.found_nonfinite = engine.nonfinite_steps = engine.loss_scaling = None
-    engine.own_gradient_norm = float("nan")
-    engine.check_gradient = lambda: None  # DeepSpeed does, but in the one mode below
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        engine.optimizer.overflow_checker.has_overflow_serial = _overflows
-        engine.loss_scaling = LossScaling(engine.optimizer)
-    if not engine.zero_optimization() and isinstance(engine.optimizer, torch.optim.Optimizer):
-        _guard(engine, ranks)
     return engine
 
 
@@ -70,24 +182,6 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
-
-
-def _guard(engine: Any, ranks: Ranks) -> None:
-    """For FP32 at ZeRO stage 0, where DeepSpeed would write a NaN into weights and moments for good."""
-    if not engine.optimizer.defaults.get("fused"):
-        raise UserError(f"optimizer {type(engine.optimizer).__name__} at FP32 and ZeRO stage 0 has no guard against "
-                        "NaN; choose one of Adam, AdamW, SGD, or zero_optimization.stage 1, or --runtime accelerate")
-    engine.found_nonfinite = torch.zeros((), device=ranks.device)
-    engine.nonfinite_steps = torch.zeros((), device=ranks.device)
-    engine.optimizer.found_inf = engine.found_nonfinite  # fused optimizers leave everything alone where it is set
-    engine.check_gradient = partial(_check_gradient, engine)
-
-
-def _check_gradient(engine: Any) -> None:
-    norms = torch._foreach_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.own_gradient_norm = torch.stack(norms).norm()
-    engine.found_nonfinite.copy_(~torch.isfinite(engine.own_gradient_norm))
-    engine.nonfinite_steps += engine.found_nonfinite
 
 
 class LossScaling:

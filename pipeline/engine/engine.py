@@ -1,9 +1,4 @@
-"""The one door to the two runtimes, DeepSpeed and Accelerate. The project sees an engine and not whose it is.
-
-What the rest of the project uses of an engine is: calling it, `module`, `optimizer`, `lr_scheduler`, `get_lr`,
-`backward`, `step`, `is_gradient_accumulation_boundary`, `save_checkpoint`, `load_checkpoint` and `destroy`; `descend`
-is one micro-batch of it.
-"""
+"""The one door to the two runtimes, DeepSpeed and Accelerate. The project sees an `Engine` and not whose it is."""
 
 from __future__ import annotations
 
@@ -11,10 +6,10 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,7 +19,7 @@ from pipeline.cli import UserError
 from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, batch_sizes, check_accelerate, check_optimizer
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.accelerate_engine import AccelerateEngine
-from pipeline.engine.deepspeed_engine import deepspeed_engine
+from pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.engine.schedules import AUTO, Schedule, build_schedule
 
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
@@ -56,7 +51,55 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
     return resolved, precision, why
 
 
-def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, runtime: str = "deepspeed") -> Any:
+class Engine(Protocol):
+    """A network that is trained on these ranks: its weights, its optimizer, its learning rate.
+
+    Calling it runs the network. Then come `backward` for each micro-batch, `check_gradient` at the end of an
+    accumulation, and `step` after every `backward`: see `backward_and_step`.
+    """
+
+    before_update: list[Callable[[], None]]  # called between the last backward of an update and the update
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def optimizer(self) -> Any:
+        """torch's, or the runtime's around it; both have `param_groups` and `state_dict`."""
+    @property
+    def lr_scheduler(self) -> Any: ...
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """L2 norm of the last update's gradient, over all ranks and before clipping; NaN before the first."""
+    @property
+    def was_skipped(self) -> Tensor | bool:
+        """Whether the last update was left out because its gradient was not finite."""
+    @property
+    def skipped_steps(self) -> int:
+        """How many were; at FP32 those of this process. Waits for the device."""
+    @property
+    def loss_scale(self) -> float:
+        """The factor of gradients between backward and update; 1 but for FP16."""
+
+    def __call__(self, *inputs: Any) -> Any: ...
+    def get_lr(self) -> list[float]: ...
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch under way completes an update."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over ranks."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's whole gradient before the update, times `loss_scale`. All ranks call it together."""
+    def check_gradient(self) -> None:
+        """Look whether the update's gradient is finite, unless `step` does."""
+    def step(self) -> None:
+        """After a micro-batch; at a boundary the update, unless its gradient is not finite."""
+    def save(self, directory: str, name: str, files: Any) -> None:
+        """Write all of it to `directory`/`name` through `files`. On return every rank is done."""
+    def load(self, directory: str, name: str, files: Any) -> bool:
+        """Put back what `save` wrote, on this or another number of ranks; False where there is nothing."""
+    def destroy(self) -> None: ...
+
+
+def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, runtime: str = "deepspeed") -> Engine:
     """An engine of `runtime` (deepspeed or accelerate) around `module` for a resolved ds_config.
 
     The optimizer is torch's own, built from the optimizer section: the same on every device, and nothing to compile.
@@ -67,12 +110,8 @@ def build_engine(module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, 
     with quiet():
         if runtime == "accelerate":
             check_accelerate(ds_config)
-            engine: Any = AccelerateEngine(module, optimizer, schedule and schedule(optimizer), ds_config, ranks)
-        else:
-            engine = deepspeed_engine(module, optimizer, schedule, ds_config, ranks)
-    engine.statistics = [buffer for module in engine.module.modules() if isinstance(module, nn.BatchNorm2d)
-                         for buffer in (module.running_mean, module.running_var) if buffer is not None]
-    return engine
+            return AccelerateEngine(module, optimizer, schedule, ds_config, ranks)
+        return DeepSpeedEngine(module, optimizer, schedule, ds_config, ranks)
 
 
 def _schedule(section: Mapping[str, Any] | None, runtime: str) -> Callable[[torch.optim.Optimizer], Schedule] | None:
@@ -100,26 +139,30 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[nn.Paramete
         raise UserError(f"ds_config: optimizer {name}: {error}") from error
 
 
-def descend(engine: Any, loss: Tensor) -> None:
+def backward_and_step(engine: Engine, loss: Tensor) -> None:
     """Backward and, at an accumulation boundary, one update. Gradients that are not finite change nothing.
 
     Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
     waits for the device; at FP16 loss scaling does, once an update.
     """
-    scaling, at_boundary = engine.loss_scaling, engine.is_gradient_accumulation_boundary()
-    engine.backward(loss if scaling is None else loss * scaling.scale)
+    at_boundary = engine.is_gradient_accumulation_boundary()
+    engine.backward(loss)
     if at_boundary:
+        for look in engine.before_update:
+            look()
         engine.check_gradient()
     engine.step()
-    if scaling is not None and at_boundary:
-        engine.own_gradient_norm = scaling.finish()
     if at_boundary:
-        _average(engine.statistics)
+        _average_statistics(engine.module)
 
 
-def _average(statistics: list[Tensor]) -> None:
+def _average_statistics(module: nn.Module) -> None:
     """The mean over ranks of batch norm's running statistics, in place: each rank has seen its own samples only."""
-    if not statistics or dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
+        return
+    statistics = [buffer for part in module.modules() if isinstance(part, nn.BatchNorm2d)
+                  for buffer in (part.running_mean, part.running_var) if buffer is not None]
+    if not statistics:
         return
     flat = torch.cat([buffer.flatten() for buffer in statistics]) / dist.get_world_size()
     dist.all_reduce(flat)
@@ -127,32 +170,18 @@ def _average(statistics: list[Tensor]) -> None:
         flat.split([buffer.numel() for buffer in statistics]), statistics, strict=True)])
 
 
-def gradient_norm(engine: Any) -> Tensor | float:
-    """L2 norm of the last update's gradient over all parameters and ranks, before clipping; NaN before the first."""
-    if engine.found_nonfinite is not None or engine.loss_scaling is not None:
-        return engine.own_gradient_norm
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else norm
-
-
-def step_was_skipped(engines: Iterable[Any]) -> Tensor | bool:
+def step_was_skipped(engines: Iterable[Engine]) -> Tensor | bool:
     """Whether the update that one of `engines` just made was left out because a gradient was not finite."""
-    flags = [engine.found_nonfinite if engine.found_nonfinite is not None else not engine.was_step_applied()
-             for engine in engines]
+    flags = [engine.was_skipped for engine in engines]
     if all(isinstance(flag, bool) for flag in flags):
         return any(flags)
     return torch.stack([torch.as_tensor(flag).bool() for flag in flags]).any()
 
 
-def observe(engine: Any, psnr: float) -> None:
+def observe(engine: Engine, psnr: float) -> None:
     """Tell a validation's PSNR to the schedule that lowers the rate where it no longer rises."""
     if isinstance(engine.lr_scheduler, Schedule):
         engine.lr_scheduler.observe(psnr)
-
-
-def skipped_steps(engine: Any) -> int:
-    """Updates left out because a gradient was not finite; at FP32 those of this process. Waits for the device."""
-    return engine.skipped_steps + (int(engine.nonfinite_steps) if engine.nonfinite_steps is not None else 0)
 
 
 def compile_module(module: nn.Module, *, channels_last: bool) -> None:
@@ -242,58 +271,23 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def gradients_of_update(engines: Mapping[str, Any]) -> Iterator[dict[str, dict[str, Tensor]]]:
+def gradients_of_update(engines: Mapping[str, Engine]) -> Iterator[dict[str, dict[str, Tensor]]]:
     """In here each of `engines` makes one update, or none; its gradients are then in the table that is given.
 
     Engine's name -> parameter's name -> gradient. All ranks call it together, for with ZeRO each has a part of them;
     the table is the same on all. The update is what it would have been without.
     """
-    taken: dict[str, dict[str, Tensor]] = {}
-    with ExitStack() as stack:
-        for name, engine in engines.items():
-            stack.enter_context(_watched(name, engine, taken))
-        yield taken
+    found: dict[str, dict[str, Tensor]] = {}
 
+    def look(name: str, engine: Engine) -> None:
+        scale = engine.loss_scale
+        found[name] = {parameter: gradient.detach().float() / scale for parameter, gradient in engine.gradients()}
 
-@contextmanager
-def _watched(name: str, engine: Any, taken: dict[str, dict[str, Tensor]]) -> Iterator[None]:
-    """`descend` checks the gradient between the last backward of an update and the update: then it is read."""
-    check = engine.check_gradient
-
-    def read_and_check() -> None:
-        scale = _loss_scale(engine)
-        taken[name] = {parameter: gradient / scale for parameter, gradient in _gradients(engine)}
-        check()
-
-    engine.check_gradient = read_and_check
+    looks = [(engine, partial(look, name, engine)) for name, engine in engines.items()]
+    for engine, own in looks:
+        engine.before_update.append(own)
     try:
-        yield
+        yield found
     finally:
-        engine.check_gradient = check
-
-
-def _loss_scale(engine: Any) -> float:
-    if engine.loss_scaling is not None:  # FP16 without ZeRO
-        return engine.loss_scaling.scale
-    scaler = getattr(getattr(engine, "_accelerator", None), "scaler", None)  # at FP16
-    if scaler is not None:
-        return float(scaler.get_scale())
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))  # ZeRO
-
-
-def _gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in engine.module.named_parameters():
-        gradient = _full(parameter)
-        if gradient is not None:
-            yield name, gradient.detach().float()
-
-
-def _full(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient, collected from all ranks where DeepSpeed has spread it over them; None where there is none."""
-    if not parameter.requires_grad:
-        return None
-    if parameter.grad is not None and getattr(parameter, "_hp_grad", None) is None:
-        return parameter.grad
-    from deepspeed.utils import safe_get_full_grad
-
-    return safe_get_full_grad(parameter)
+        for engine, own in looks:
+            engine.before_update.remove(own)

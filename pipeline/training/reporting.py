@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline.config.recipe import write_recipe
-from pipeline.engine.engine import gradient_norm, skipped_steps
 from pipeline.files import write_atomically
 from pipeline.metrics import text_of
 from pipeline.monitor.console import RUN_LOG_FILE, Console
@@ -72,8 +71,8 @@ class Reporter:
                   "lr": learning_rate, "epoch": round(epoch, 4)}
         for name, engine in trainer.engines.items():
             prefix = "" if name == "generator" else f"{name}_"
-            values[f"{prefix}skipped_steps"] = skipped_steps(engine)
-            values[f"{prefix}gradient_norm"] = float(gradient_norm(engine))
+            values[f"{prefix}skipped_steps"] = engine.skipped_steps
+            values[f"{prefix}gradient_norm"] = float(engine.gradient_norm)
         self.journal.log("train", step, values)
         for name, logits in getattr(trainer, "logits", {}).items():
             self.journal.distribution(step, f"discriminator/{name}", logits)

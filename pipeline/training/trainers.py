@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config.specs import AdversarialSpec
 from pipeline.data.loader import Batch
-from pipeline.engine.engine import descend
+from pipeline.engine.engine import Engine, backward_and_step
 from pipeline.images import unit_range
 from pipeline.losses import Criterion
 from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, draw_labels
@@ -31,16 +31,16 @@ class Outcome:
 class ReconstructionTrainer:
     """A generator that learns from what its output is beside the HR image."""
 
-    def __init__(self, generator: Any, criterion: Criterion, ema: ExponentialMovingAverage,
+    def __init__(self, generator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
                  memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.generator, self.criterion, self.ema, self.memory_format = generator, criterion, ema, memory_format
 
     @property
-    def engines(self) -> dict[str, Any]:
-        """Name -> DeepSpeed engine: what a checkpoint must hold."""
+    def engines(self) -> dict[str, Engine]:
+        """Name -> engine: what a checkpoint must hold."""
         return {"generator": self.generator}
 
-    def learners(self, number: int) -> list[Any]:
+    def learners(self, number: int) -> list[Engine]:
         """The engines that learn in update `number` of the run."""
         return [self.generator]
 
@@ -49,7 +49,7 @@ class ReconstructionTrainer:
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         losses = self.criterion(self.generator(lr), batch.hr)
         at_boundary = self.generator.is_gradient_accumulation_boundary()
-        descend(self.generator, torch.stack(list(losses.values())).sum())
+        backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
             self.ema.update(self.generator.module)
         return Outcome({name: loss.detach() for name, loss in losses.items()})
@@ -66,7 +66,7 @@ class AdversarialTrainer:
     Each engine scales its own FP16 loss and skips its own overflows.
     """
 
-    def __init__(self, generator: Any, discriminator: Any, criterion: Criterion, ema: ExponentialMovingAverage,
+    def __init__(self, generator: Engine, discriminator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
                  spec: AdversarialSpec, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.generator, self.discriminator, self.criterion, self.ema = generator, discriminator, criterion, ema
         self.spec, self.loss, self.memory_format = spec, ADVERSARIAL_LOSSES[spec.loss], memory_format
@@ -74,11 +74,11 @@ class AdversarialTrainer:
         self.logits: dict[str, Tensor] = {}  # the last micro-batch's, of the discriminator's own part
 
     @property
-    def engines(self) -> dict[str, Any]:
-        """Name -> DeepSpeed engine: what a checkpoint must hold."""
+    def engines(self) -> dict[str, Engine]:
+        """Name -> engine: what a checkpoint must hold."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
-    def learners(self, number: int) -> list[Any]:
+    def learners(self, number: int) -> list[Engine]:
         """The engines that learn in update `number` of the run."""
         turns = ((self.generator, self.spec.generator_every), (self.discriminator, self.spec.discriminator_every))
         return [engine for engine, every in turns if number % every == 0]
@@ -108,7 +108,7 @@ class AdversarialTrainer:
                     real = self._judge(self.discriminator.module, hr)
             losses["adversarial"] = self.spec.weight * self.loss.generator(fake, real)
             at_boundary = self.generator.is_gradient_accumulation_boundary()
-            descend(self.generator, torch.stack(list(losses.values())).sum())
+            backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
             self.ema.update(self.generator.module)
         return {name: loss.detach() for name, loss in losses.items()}
@@ -116,7 +116,7 @@ class AdversarialTrainer:
     def _improve_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         real, fake = self._judge(self.discriminator, hr), self._judge(self.discriminator, sr)
         loss = discriminator_loss(self.loss, real, fake, draw_labels(self.spec.labels, real))
-        descend(self.discriminator, loss)
+        backward_and_step(self.discriminator, loss)
         self.logits = {"real": real.detach(), "fake": fake.detach()}
         return {"discriminator": loss.detach(), "d_real": self.logits["real"].mean(),
                 "d_fake": self.logits["fake"].mean()}

@@ -115,7 +115,7 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
 
     from pipeline.checkpoint.engine_state import load_engine, save_engine
     from pipeline.distributed.ranks import start_distributed, stop_distributed
-    from pipeline.engine.engine import build_engine, descend
+    from pipeline.engine.engine import backward_and_step, build_engine
 
     ranks = start_distributed()
     type(get_accelerator()).is_fp16_supported = lambda self: True  # refused on most CPUs, though it works on all
@@ -125,7 +125,7 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
                                    {"type": "AdamW", "params": {"lr": 0.01}}, **extra}, ranks)
     for number in range(3 if come_from is None else 0):
         images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(10 * number + ranks.rank))
-        descend(engine, engine(images.to(next(module.parameters()).dtype)).float().square().mean())
+        backward_and_step(engine, engine(images.to(next(module.parameters()).dtype)).float().square().mean())
     if come_from is not None:
         load_engine(engine, come_from, "net")
     if ranks.is_first:

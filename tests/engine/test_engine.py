@@ -26,13 +26,13 @@ def test_a_nan_changes_neither_weights_nor_moments(changes: dict) -> None:
         dtype = next(module.parameters()).dtype
         images = torch.randn(4, 3, 8, 8).to(dtype)
         for _ in range(2):
-            descend(engine, engine(images).float().square().mean())
+            backward_and_step(engine, engine(images).float().square().mean())
         before = [p.clone() for p in module.parameters()]
         for _ in range(3):
-            descend(engine, engine(images * float("nan")).float().square().mean())
+            backward_and_step(engine, engine(images * float("nan")).float().square().mean())
         same = all(torch.equal(p, q) for p, q in zip(module.parameters(), before))
-        skipped = skipped_steps(engine)
-        descend(engine, engine(images).float().square().mean())
+        skipped = engine.skipped_steps
+        backward_and_step(engine, engine(images).float().square().mean())
         moved = not all(torch.equal(p, q) for p, q in zip(module.parameters(), before))
         finite = all(bool(torch.isfinite(p).all()) for p in module.parameters())
         print(json.dumps(dict(same=same, moved=moved, finite=finite, skipped=skipped)))
@@ -50,7 +50,7 @@ def test_accumulation_equals_one_large_batch() -> None:
             engine = engine_for(module, gradient_accumulation_steps=accumulation)
             for _ in range(3):
                 for part in images.chunk(accumulation):
-                    descend(engine, engine(part).square().mean())
+                    backward_and_step(engine, engine(part).square().mean())
             weights.append(module.weight.detach().clone())
         print(json.dumps(dict(two=(weights[0] - weights[1]).abs().max().item(),
                               four=(weights[0] - weights[2]).abs().max().item())))
@@ -75,9 +75,9 @@ def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int
         scales, norms, wanted = [], [], []
         for _ in range(4):
             for part in images.chunk({accumulation}):
-                descend(engine, engine(part.half()).float().square().mean())
+                backward_and_step(engine, engine(part.half()).float().square().mean())
             scales.append(float(engine.optimizer.loss_scale))
-            norms.append(float(gradient_norm(engine)))
+            norms.append(float(engine.gradient_norm))
             reference(images).square().mean().backward()
             wanted.append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)))
             optimizer.step()
@@ -98,9 +98,9 @@ def test_fp16_halves_the_scale_where_a_gradient_overflows(stage: int) -> None:
                             fp16={{"enabled": True, "initial_scale_power": 24, "hysteresis": 1}})
         images, scales = torch.randn(4, 3, 8, 8).half(), []
         for _ in range(12):
-            descend(engine, engine(images).float().square().mean() * 1000)
+            backward_and_step(engine, engine(images).float().square().mean() * 1000)
             scales.append(float(engine.optimizer.loss_scale))
-        print(json.dumps(dict(scales=scales, skipped=skipped_steps(engine))))
+        print(json.dumps(dict(scales=scales, skipped=engine.skipped_steps)))
     """)
     assert found["skipped"] > 3, "2^24 is too much for FP16"
     assert found["scales"][-1] == 2.0 ** (24 - found["skipped"])
@@ -114,7 +114,7 @@ def test_one_step_is_what_torch_alone_does() -> None:
         engine = engine_for(ours)
         optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01)
         for _ in range(5):
-            descend(engine, engine(images).square().mean())
+            backward_and_step(engine, engine(images).square().mean())
             reference(images).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
             optimizer.step()

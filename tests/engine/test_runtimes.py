@@ -367,7 +367,7 @@ def _loss(network: Any, images: torch.Tensor) -> torch.Tensor:
 
 def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: float) -> dict[str, Any]:
     """Three updates of accumulation 2 beside plain PyTorch's of all ranks' samples, then one with a NaN on one rank."""
-    from pipeline.engine.engine import build_engine, descend, gradient_norm, skipped_steps, step_was_skipped
+    from pipeline.engine.engine import backward_and_step, build_engine, step_was_skipped
 
     torch.manual_seed(0)
     network, reference = TwoHeads(), TwoHeads()
@@ -389,8 +389,8 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
     norms, wanted, rest = [], [], []
     for update in range(3):
         for part in range(2):
-            descend(engine, _loss(engine, _images(update, part, ranks.rank)))
-        norms.append(float(gradient_norm(engine)))
+            backward_and_step(engine, _loss(engine, _images(update, part, ranks.rank)))
+        norms.append(float(engine.gradient_norm))
         for part in range(2):
             for rank in range(ranks.world_size):
                 (_loss(judge, _images(update, part, rank)) / (2 * ranks.world_size)).backward()
@@ -403,14 +403,14 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
     before = deepcopy((network.state_dict(), engine.optimizer.state_dict()))
     for part in range(2):  # a NaN in the first micro-batch of the second rank, where there is one
         broken = math.nan if part == 0 and ranks.rank == ranks.world_size - 1 else 1.0
-        descend(engine, _loss(engine, _images(9, part, ranks.rank) * broken))
+        backward_and_step(engine, _loss(engine, _images(9, part, ranks.rank) * broken))
     after = deepcopy((network.state_dict(), engine.optimizer.state_dict()))
     was_skipped = step_was_skipped([engine]).item()
     for part in range(2):
-        descend(engine, _loss(engine, _images(3, part, ranks.rank)))
+        backward_and_step(engine, _loss(engine, _images(3, part, ranks.rank)))
     found = {"error": ((moved - target).norm() / target.norm()).item(), "norms": norms, "wanted": wanted,
              "idle": bool(torch.equal(network.other.weight, begun["other.weight"])), "rest": rest,
-             "nan": differences(before, after), "was_skipped": was_skipped, "skipped": skipped_steps(engine),
+             "nan": differences(before, after), "was_skipped": was_skipped, "skipped": engine.skipped_steps,
              "goes_on": bool(differences(after[0], network.state_dict())), "dtypes": sorted(dtypes),
              "finite": all(bool(torch.isfinite(tensor).all()) for tensor in network.parameters()),
              "sum": [tensor.double().sum().item() for tensor in network.parameters()],
@@ -482,7 +482,7 @@ WARMUPS: list[tuple[str, dict[str, Any]]] = [
 def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dict[str, list[list[list[float]]]]:
     """Runtime -> of each schedule, for each update by how much it moved the weights, and the rate after it."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
-    from pipeline.engine.engine import build_engine, descend
+    from pipeline.engine.engine import backward_and_step, build_engine
 
     ranks = start_distributed()
     found: dict[str, list[list[list[float]]]] = {"deepspeed": [], "accelerate": []}
@@ -494,7 +494,7 @@ def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dic
             engine, moves, rates = build_engine(torch.nn.Linear(2, 1), config, ranks, runtime), [], []
             for _ in range(16):
                 before = engine.module.bias.item()
-                descend(engine, engine(torch.ones(1, 2)).sum())  # each of three gradients is 1
+                backward_and_step(engine, engine(torch.ones(1, 2)).sum())  # each of three gradients is 1
                 moves.append(before - engine.module.bias.item())
                 rates.append(engine.get_lr()[0])
             all_rates.append([moves, rates])

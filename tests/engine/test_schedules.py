@@ -187,7 +187,7 @@ def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
             rates = []
             for _ in range(count):
                 rates.append(engine.get_lr()[0])
-                descend(engine, engine(images).square().mean())
+                backward_and_step(engine, engine(images).square().mean())
             return rates
         settings = dict(milestones=[4, 6], gamma=0.1, warmup_num_steps=2)
         straight = steps(build("MultiStepLR", **settings), 8)
