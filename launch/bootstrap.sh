@@ -28,7 +28,7 @@ vastscale_pip() {
     local quiet=(--quiet)
     [ -t 1 ] && quiet=()
     "$PYTHON" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input "$@" \
-        || vastscale_die "pip could not install the packages (its message is above); once that is mended, the same command continues"
+        || vastscale_die "pip could not install the packages (its message is above); once that is repaired, the same command continues"
 }
 
 vastscale_bootstrap() {  # usage: vastscale_bootstrap REQUIREMENTS_FILE

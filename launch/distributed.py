@@ -77,7 +77,7 @@ class Options(TrainOptions):
     no_doctor: bool = False
     """Start at once, without looking at the hosts."""
     max_restarts: int = 0
-    """Start again so many times from the newest whole checkpoint when a rank or a host has failed."""
+    """Start again up to this many times from the newest whole checkpoint when a rank or a host has failed."""
     elastic: bool = False
     """Then go on with the hosts that still answer; the global batch stays, by accumulation."""
 

@@ -201,7 +201,7 @@ class Row:
 
 
 class FormatMeter:
-    """Measures formats on a sample, with so many threads, each number for at least `seconds`."""
+    """Measures formats on a sample, on `threads` threads, each number for at least `seconds`."""
 
     def __init__(self, sample: BenchmarkImages, folder: Path, threads: int, seconds: float,
                  loader: LoaderSettings | None) -> None:

@@ -249,7 +249,7 @@ def _say_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -
         print(f"moved {cleaner.taken} files to {root / QUARANTINE}; to undo, move a file back: it lies there under its "
               f"old path ({REPORT} lists all, with reasons)")
     if are_listed:
-        print("the file lists name some of them: write the lists anew with "
+        print("the file lists name some of them: write the lists again with "
               f"`python tools/select_training_files.py --data-dir {root}` (and the same options as before)")
 
 

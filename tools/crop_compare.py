@@ -58,7 +58,7 @@ class Options:
     box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A box as X,Y,W,H: left, top, width and height in pixels of the first image. Repeat it for more boxes."""
     auto: int = 0
-    """Take so many boxes where the images of full size differ most."""
+    """Take this many boxes where the images of full size differ most."""
     auto_size: int | None = None
     """Side of these boxes in pixels; by default 1/8 of the image's shorter side."""
     out: Path = Path("comparison")
@@ -72,7 +72,7 @@ class Options:
     panel: int = 240
     """Longest side of a magnified crop in pixels; the factor is a whole number, at least 1."""
     columns: int | None = None
-    """Begin a new row of results after so many; by default one row, in a figure with a single box two."""
+    """Begin a new row of results after this many; by default one row, in a figure with a single box two."""
     reference: bool = False
     """Write the PSNR-Y against the first image below every crop, and that of the whole images above."""
     border: int = 0

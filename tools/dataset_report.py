@@ -1,4 +1,4 @@
-"""One page that shows what a dataset is made of: numbers, histograms, a contact sheet, what was turned away."""
+"""One page that shows what a dataset is made of: numbers, histograms, a contact sheet, what was rejected."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LOWEST = {  # of the contact sheet, by gate: title, explanation, whether the pi
 class Options:
     """Write one HTML page that shows what a dataset holds: numbers by source, histograms of what the quality gates
     measured with their thresholds, crops drawn at random, the softest and the flattest ones that were kept, how evenly
-    photographs and films are represented, what was turned away and why, what the training and validation lists name.
+    photographs and films are represented, what was rejected and why, what the training and validation lists name.
 
     The page is one file with its pictures inside; it needs no network and no JavaScript, and can be mailed. Images in
     no manifest are measured now, --samples of them. The dataset is not changed.
@@ -57,7 +57,7 @@ class Options:
     seed: int = 0
     """Another seed draws other images."""
     threads: int = 0
-    """Number of threads that decode images; 0 is one a core."""
+    """Number of threads that decode images; 0 is one per core."""
 
 
 def main(options: Options) -> int:

@@ -64,11 +64,11 @@ class Options(CropOptions):
     """Height and width of a crop in pixels. ImageNet's photographs are JPEGs of about 500x375, which are halved before
     they are cut: 128 fits once into what is left, 96 twice, 64 six times; 192 only with --keep-lossy-size."""
     max_megapixels: float = 300
-    """Turn larger photos away before they are decoded: they could fill the memory."""
+    """Reject larger photos before they are decoded: they could fill the memory."""
     max_member_mb: int = 256
-    """Turn larger files in an archive away before they are read: each thread holds up to two of them in memory."""
+    """Reject larger files in an archive before they are read: each thread holds up to two of them in memory."""
     max_expansion: int = 100
-    """Give up a compressed archive that becomes more than so many times as large as it is (and 256 MiB)."""
+    """Give up a compressed archive that expands to more than this many times its size (and 256 MiB)."""
 
 
 class Archive(NamedTuple):

@@ -44,7 +44,7 @@ class Options(CropOptions):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the crops, one for each source of photographs, such as ~/dataset/DIV2K."""
     max_megapixels: float = 300
-    """Turn larger photos away before they are decoded: they could fill the memory."""
+    """Reject larger photos before they are decoded: they could fill the memory."""
 
 
 def main(options: Options) -> int:

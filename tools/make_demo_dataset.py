@@ -27,7 +27,7 @@ VALIDATION_PHOTO = "chelsea.png"
 
 
 @dataclass(frozen=True)
-class Photograph:
+class DemoPhotograph:
     """A photograph inside an installed package, and under which terms it may be used."""
 
     package: str      # as imported
@@ -41,12 +41,12 @@ class Photograph:
         return self.path.rpartition("/")[2]
 
 
-def _skimage(name: str, licence: str) -> Photograph:
-    return Photograph("skimage", "scikit-image", f"data/{name}", licence)
+def _skimage(name: str, licence: str) -> DemoPhotograph:
+    return DemoPhotograph("skimage", "scikit-image", f"data/{name}", licence)
 
 
-def _sklearn(name: str) -> Photograph:
-    return Photograph("sklearn", "scikit-learn", f"datasets/images/{name}", "CC BY 2.0")
+def _sklearn(name: str) -> DemoPhotograph:
+    return DemoPhotograph("sklearn", "scikit-learn", f"datasets/images/{name}", "CC BY 2.0")
 
 
 # Licences as the docstrings of skimage.data and sklearn/datasets/images/README.txt state them.
@@ -115,7 +115,7 @@ def make_demo_dataset(out: Path) -> DemoDataset:
     return DemoDataset(dataset, held_out)
 
 
-def _read(photograph: Photograph) -> bytes:
+def _read(photograph: DemoPhotograph) -> bytes:
     """The bytes of a photograph in an installed package, which is found but not imported."""
     spec = importlib.util.find_spec(photograph.package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
@@ -158,7 +158,7 @@ def _succeed(tool: str, status: int) -> None:
     """Stop where one of the tools reported that something failed."""
     if status:
         raise UserError(f"{tool} did not succeed on the demo's photographs (see above); delete the demo's folder and "
-                        "make it anew")
+                        "make it again")
 
 
 if __name__ == "__main__":

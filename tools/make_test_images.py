@@ -52,7 +52,7 @@ class Options:
     seed: int = 0
     """Another seed gives other images; image k does not depend on how many there are."""
     threads: int = 0
-    """Number of threads; 0 is one a core."""
+    """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:

@@ -26,7 +26,7 @@ from tools.video.probe import BadVideoError, open_video, probe, read_packets
 class Options:
     """Write each .mkv file below FOLDER as an .mp4 file beside it, its picture and sound copied bit by bit.
 
-    Nothing is encoded anew, so nothing is lost. A file whose codecs MP4 cannot hold is left out, with the reason;
+    Nothing is encoded again, so nothing is lost. A file whose codecs MP4 cannot hold is left out, with the reason;
     subtitles and attachments are left behind. An .mp4 file that is there already is never overwritten, the .mkv files
     stay, and no half-written .mp4 file is ever left. (video_to_data.py reads .mkv files as they are.)
 
@@ -36,11 +36,11 @@ class Options:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of the .mkv files (searched in depth; links to folders are not followed), or one .mkv file."""
     threads: int = 0
-    """How many files at a time; 0 is one a core."""
+    """How many files at a time; 0 is one per core."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Remuxed:
     """What became of one file."""
 
     path: Path
@@ -84,7 +84,7 @@ def _sources(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def _remux_one(path: Path) -> Outcome:
+def _remux_one(path: Path) -> Remuxed:
     """Remux a file; a bad one is an outcome, not an exception."""
     target = path.with_suffix(".mp4")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -92,18 +92,18 @@ def _remux_one(path: Path) -> Outcome:
         left_behind = _remux(path, temporary)
         _check(path, temporary)
         _put(temporary, target)
-        return Outcome(path, left_behind=left_behind)
+        return Remuxed(path, left_behind=left_behind)
     except BadVideoError as error:
-        return Outcome(path, str(error))
+        return Remuxed(path, str(error))
     except FileExistsError:
-        return Outcome(path, f"{target.name} appeared meanwhile and was not overwritten")
+        return Remuxed(path, f"{target.name} appeared meanwhile and was not overwritten")
     except OSError as error:  # av.FFmpegError is mostly one, too
         if error.errno == errno.ENOSPC:
             raise UserError(f"{target}: cannot be written: {error.strerror}; make room, then run the same command "
                             "again: it goes on where it stopped") from error
-        return Outcome(path, f"could not be read or written: {error.strerror or error}")
+        return Remuxed(path, f"could not be read or written: {error.strerror or error}")
     except ValueError as error:
-        return Outcome(path, f"MP4 cannot hold it: {error}")
+        return Remuxed(path, f"MP4 cannot hold it: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,7 +136,7 @@ def _copies(source: InputContainer, video: Stream, result: OutputContainer) -> t
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "an unknown codec"
         if codec not in result.supported_codecs:
             raise BadVideoError(f"MP4 cannot hold its {stream.type} codec, {codec}; "
-                                f"leave it as it is, or encode it anew: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`")
+                                f"leave it as it is, or encode it again: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`")
         copy = result.add_stream_from_template(stream, opaque=True)  # needs no encoder
         copy.metadata.update({key: value for key, value in stream.metadata.items() if key in ("language", "title")})
         if codec == "hevc":
@@ -153,7 +153,7 @@ def _check(path: Path, temporary: Path) -> None:
     same = (before.coded_height, before.coded_width, before.codec, before.orientation, before.pixel_aspect)
     if same != (after.coded_height, after.coded_width, after.codec, after.orientation, after.pixel_aspect) \
             or abs(before.duration_s - after.duration_s) > 0.5:
-        raise BadVideoError("its copy as MP4 came out different (size, turn, pixel aspect or duration); encode it anew")
+        raise BadVideoError("its copy as MP4 differs (size, turn, pixel aspect or duration); encode it again")
 
 
 def _put(temporary: Path, target: Path) -> None:

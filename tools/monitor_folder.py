@@ -40,14 +40,14 @@ class Options:
     interval: float = 2.0
     """Seconds from one look to the next."""
     until: int | None = None
-    """Stop once there are so many files, and say how long that will take."""
+    """Stop once there are this many files, and say how long that will take."""
     count: int | None = None
-    """Stop after so many lines."""
+    """Stop after this many lines."""
     pattern: str = "*"
     """Count only files whose name matches, such as '*.npy'."""
 
 
-class Sample(NamedTuple):
+class FolderState(NamedTuple):
     """What lay in the folder at one time (seconds of a monotonic clock)."""
 
     seconds: float
@@ -59,7 +59,7 @@ def main(options: Options) -> int:
     """Watch, a line a look. 0: stopped as asked."""
     folder = options.folder.expanduser()
     _check_options(options, folder)
-    recent: deque[Sample] = deque(maxlen=WINDOW + 1)
+    recent: deque[FolderState] = deque(maxlen=WINDOW + 1)
     lines = 0
     try:
         while True:
@@ -87,7 +87,7 @@ def _check_options(options: Options, folder: Path) -> None:
             raise UserError(f"{flag} {value}: must be at least 1")
 
 
-def measure(folder: Path, pattern: str) -> Sample:
+def measure(folder: Path, pattern: str) -> FolderState:
     """Number and total size of the files below `folder`. Raises `FileNotFoundError` where `folder` itself is gone."""
     files = size = 0
     os.stat(folder)
@@ -99,7 +99,7 @@ def measure(folder: Path, pattern: str) -> Sample:
         except FileNotFoundError:  # renamed or deleted while we looked
             continue
         files += 1
-    return Sample(time.monotonic(), files, size)
+    return FolderState(time.monotonic(), files, size)
 
 
 def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
@@ -114,11 +114,11 @@ def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
     except (FileNotFoundError, NotADirectoryError):  # removed while we looked
         return
     except PermissionError as error:
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); mend its "
+        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
                         "permissions") from None
 
 
-def line(recent: deque[Sample], free: int, until: int | None) -> str:
+def line(recent: deque[FolderState], free: int, until: int | None) -> str:
     """One line on the newest sample; rates are means from the oldest sample in `recent` on."""
     old, new = recent[0], recent[-1]
     text = f"{time.strftime('%H:%M:%S')}  {new.files} files  {new.bytes / 1e6:.1f} MB"
@@ -132,7 +132,7 @@ def line(recent: deque[Sample], free: int, until: int | None) -> str:
 
 
 def _to_go(files: int, rate: float) -> str:
-    """When the last of so many more files will be there."""
+    """When this many more files will be there."""
     if files <= 0:
         return "done"
     if rate <= 0:

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def thread_count(asked: int) -> int:
-    """`asked` threads, or one a core that this process may use where `asked` is 0."""
+    """`asked` threads, or one per core that this process may use where `asked` is 0."""
     if asked < 0:
         raise UserError(f"--threads {asked}: must be above 0, or 0 for one thread a core")
     if asked:

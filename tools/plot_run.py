@@ -82,7 +82,7 @@ class Options:
     names: tuple[str, ...] = ()
     """What to call the runs in the picture, one for each. Default: their folders' names."""
     smooth: int | None = None
-    """Draw the mean of so many log lines around each (of training; the single lines stay, pale); 1: the lines alone.
+    """Draw the mean of this many log lines around each (of training; the single lines stay, pale); 1: the lines alone.
     Default: a fifteenth of them."""
 
 
@@ -140,7 +140,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
             int(entry["step"]), str(entry["event"])
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {number} is none that training writes; give the {LOG_FILE} of a run"
+            raise UserError(f"{path}: line {number} is not one that training writes; give the {LOG_FILE} of a run"
                             ) from None
         lines.append(entry)
     return lines

@@ -64,7 +64,7 @@ class Options:
     steps: int = 2000
     """Optimizer updates of a trial, the same for all; a schedule whose length is auto ends with them."""
     trials: int = 20
-    """So many trials in all, those of earlier calls and other machines included."""
+    """Number of trials in all, including those of earlier calls and other machines."""
     timeout: float = 0
     """Minutes after which this call saves what runs and ends; 0: none. The same command goes on."""
     metric: Literal["psnr", "lpips"] = "psnr"
@@ -73,7 +73,7 @@ class Options:
     """What ends trials early. median: worse than the median of the finished ones at that step, from the sixth on;
     hyperband: many short ones, few long ones; for some 30 trials or more."""
     prune_after: int | None = None
-    """No trial is ended before so many steps. Default: a quarter of --steps."""
+    """No trial is ended before this many steps. Default: a quarter of --steps."""
     seed: int = 0
     """Of the search. The trials' own is the recipe's seed."""
     jobs: int = 0
@@ -81,7 +81,7 @@ class Options:
     procs: int = 1
     """Ranks of a trial: GPUs, or processes on a CPU."""
     keep: int = 3
-    """Keep the checkpoints of so many best trials; those of others are removed, their logs stay."""
+    """Keep the checkpoints of this many best trials; those of others are removed, their logs stay."""
     show: bool = False
     """Only show what the study has found so far, also while it runs."""
     reset: bool = False
@@ -210,7 +210,7 @@ def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Obje
     found += changes(held["dataset"], known, "dataset ", owner="study")
     if found:
         raise UserError(f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with what it was "
-                        "begun with, give --output-dir, or begin anew with --reset (the old study is kept)")
+                        "begun with, give --output-dir, or begin again with --reset (the old study is kept)")
 
 
 def _show(folder: StudyFolder) -> int:

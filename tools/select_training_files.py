@@ -77,8 +77,8 @@ def main(options: Options) -> int:
         try:
             write_file_list(root / file_name, chosen)
         except OSError as error:
-            raise UserError(f"{root / file_name}: cannot be written: {error.strerror}; make room or mend the "
-                            "permissions") from error
+            raise UserError(f"{root / file_name}: cannot be written: {error.strerror}; make room or repair "
+                            "its permissions") from error
     print(f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} files in "
           f"{root / TRAINING_LIST}")
     print(f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in {root / VALIDATION_LIST}")

@@ -106,7 +106,7 @@ class Options:
     sample: Annotated[tuple[int, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NUMBER")] = ()
     """Just this sample, large, such as the one that a message names. May be repeated."""
     panel: int | None = None
-    """Crops are magnified by the largest whole factor with which they fit so many pixels (at least 1). Default: 256,
+    """Crops are magnified by the largest whole factor with which they fit this many pixels (at least 1). Default: 256,
     with --sample 768."""
     json: bool = False
     """Print everything drawn for each sample, a line of JSON each."""

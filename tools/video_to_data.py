@@ -67,7 +67,7 @@ class Options(CropOptions):
     max_interval: int = 15
     """Greatest number of frames from one candidate to the next."""
     min_change: float = 4
-    """Leave out a frame that differs from one that was stored of the same piece by less than so many grey levels on
+    """Leave out a frame that differs from one that was stored of the same piece by fewer than this many grey levels on
     average (of 64x36 thumbnails): still scenes give one frame. 0 keeps all."""
 
     def sampling(self) -> Sampling:
@@ -141,7 +141,7 @@ def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
 def _search(root: Path) -> Iterator[Path]:
     """The videos below a folder, by their suffixes; hidden files and folders, and quarantines, are passed by."""
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); mend its permissions or "
+        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); repair its permissions or "
                         "move it away") from None
 
     for folder, folders, files in os.walk(root, onerror=refuse):

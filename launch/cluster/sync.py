@@ -67,7 +67,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Part:
+class SyncedFolder:
     """Something that a host shall have."""
 
     name: str
@@ -79,8 +79,8 @@ def main(options: Options) -> int:
     if not shutil.which("rsync"):
         raise UserError("rsync is not installed here; `apt install rsync` on every host")
     hosts = list(choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude))
-    parts = [] if options.no_checkout else [Part("checkout", ROOT)]
-    parts += [] if options.no_dataset else [Part("dataset", folder) for folder in _datasets(options)]
+    parts = [] if options.no_checkout else [SyncedFolder("checkout", ROOT)]
+    parts += [] if options.no_dataset else [SyncedFolder("dataset", folder) for folder in _datasets(options)]
     with ThreadPoolExecutor(len(hosts)) as pool:
         complaints = list(pool.map(lambda host: _bring(host, parts, options), hosts))
     failed = [complaint for complaint in complaints if complaint]
@@ -99,7 +99,7 @@ def _datasets(options: Options) -> list[Path]:
     return folders
 
 
-def _bring(host: str, parts: Sequence[Part], options: Options) -> str:
+def _bring(host: str, parts: Sequence[SyncedFolder], options: Options) -> str:
     """All of it to one host; why it failed, empty if it did not."""
     for part in parts:
         seen = _sees(host, part.folder)
@@ -129,7 +129,7 @@ def _sees(host: str, folder: Path) -> bool | str:
     return done.status == 0 if done.status in (0, 1) else done.complaint
 
 
-def _copy(host: str, part: Part, options: Options) -> str:
+def _copy(host: str, part: SyncedFolder, options: Options) -> str:
     made = run_on([host], ["mkdir", "-p", "--", str(part.folder)], timeout=30)[host]
     if made.status:
         return made.complaint

@@ -56,7 +56,7 @@ class Options:
     recipe: str = ""
     """Predict the cost of the network for this recipe."""
     parameters: int | None = None
-    """Predict it for so many parameters."""
+    """Predict it for this many parameters."""
     step_seconds: float | None = None
     """Seconds that a rank works on a step. Default: from the log of the run in --output-dir."""
 

@@ -203,7 +203,7 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
     assert "3 were there already" in again.stdout
     assert {name: stamp for name, stamp in stamped_tree(tmp_path / "out").items() if name.endswith(".png")} == images
     assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "webp"), "begun as")
-    # a source that changed is converted anew
+    # a source that changed is converted again
     write_files(tmp_path / "data", {"new.npy": npy(photograph(50, 50, 9))})
     changed = tmp_path / "data/new.npy"
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0

@@ -98,7 +98,7 @@ def report(folder: Path, out: Path, *arguments: object) -> Page:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Two sources (a broken photograph, a copy, and flat crops turned away), loose images, lists, a quarantine."""
+    """Two sources (a broken photograph, a copy, and flat crops rejected), loose images, lists, a quarantine."""
     folder = tmp_path_factory.mktemp("report")
     files = {f"{number}.png": encoded(photograph(130, 260, seed=number), "png") for number in range(6)}
     flat = photograph(130, 260, seed=9)

@@ -90,9 +90,9 @@ def test_a_damaged_demo_is_completed(tmp_path):
 
 def test_a_missing_package_is_named():
     with pytest.raises(UserError, match="in pictures, which is not installed; `pip install --upgrade pictures`"):
-        demo._read(demo.Photograph("no_such_package", "pictures", "data/a.png", "CC0"))
+        demo._read(demo.DemoPhotograph("no_such_package", "pictures", "data/a.png", "CC0"))
     with pytest.raises(UserError, match=r"scikit-image, which has no data/a\.png"):
-        demo._read(demo.Photograph("skimage", "scikit-image", "data/a.png", "CC0"))
+        demo._read(demo.DemoPhotograph("skimage", "scikit-image", "data/a.png", "CC0"))
 
 
 def test_an_unwritable_place_is_one_line(tmp_path):

@@ -18,7 +18,7 @@ from dataset_corpus import CHECKOUT, assert_user_error, run_tool, stamped_tree, 
 from tools import monitor_folder
 from tools.images import decode_file
 from tools.make_test_images import KINDS, make_image
-from tools.monitor_folder import Sample, line, measure
+from tools.monitor_folder import FolderState, line, measure
 
 
 def test_images_of_every_kind_in_any_format(tmp_path: Path) -> None:
@@ -112,13 +112,14 @@ def test_the_folder_is_counted(tmp_path: Path) -> None:
 
 
 def test_rates_and_time_to_go() -> None:
-    recent = deque([Sample(100.0, 1000, 10_000_000), Sample(102.0, 1100, 12_000_000), Sample(104.0, 1400, 20_000_000)])
+    recent = deque([FolderState(100.0, 1000, 10_000_000), FolderState(102.0, 1100, 12_000_000),
+                    FolderState(104.0, 1400, 20_000_000)])
     text = line(recent, 5_000_000_000, 2000)
     assert "1400 files  20.0 MB  +100.0 files/s  +2.50 MB/s  600 to go, ETA 0:00:06  5.0 GB free" in text
     assert "398600 to go, ETA 1:06:26" in line(recent, 1, 400_000)
     assert "done" in line(recent, 1, 1400)
-    assert "no growth" in line(deque([Sample(0, 9, 9), Sample(1, 5, 5)]), 1, 10)
-    assert "-4.0 files/s" in line(deque([Sample(0, 9, 9), Sample(1, 5, 5)]), 1, None)
+    assert "no growth" in line(deque([FolderState(0, 9, 9), FolderState(1, 5, 5)]), 1, 10)
+    assert "-4.0 files/s" in line(deque([FolderState(0, 9, 9), FolderState(1, 5, 5)]), 1, None)
 
 
 def test_it_stops_when_the_files_are_there(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.cli import UserError
 COLOURS = ("#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#000000")
 MAX_BOXES = len(COLOURS)
 MIN_SIDE = 4
-_WAY_OUT = "choose the boxes anew with --box, --auto or the mouse, and save them to another --coords file"
+_WAY_OUT = "choose the boxes again with --box, --auto or the mouse, and save them to another --coords file"
 _HELP = "drag a box   -   Enter: save   -   Backspace or u: take the last back   -   Escape: cancel"
 _SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
 _IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)  # of the screen's width and height; bars need the rest

@@ -31,7 +31,7 @@ _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 SETTINGS = "dataset.json"
 REJECTS = "rejects.jsonl"
 # Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
-# that is damage, may be mended.
+# that is damage, may be repaired.
 FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 
@@ -75,7 +75,7 @@ class SourcePicture:
 
 @dataclass(frozen=True)
 class Reject:
-    """A picture or a crop that a gate turned away, and why."""
+    """A picture or a crop that a gate rejected, and why."""
 
     gate: str    # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
     reason: str
@@ -88,7 +88,7 @@ class Reject:
 
 @dataclass
 class CutPicture:
-    """What became of a picture: crops on disk, and what was turned away."""
+    """What became of a picture: crops on disk, and what was rejected."""
 
     records: list[CropRecord] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -216,8 +216,8 @@ def make_folder(out: Path, folder: str) -> None:
         (out / folder).mkdir(parents=True, exist_ok=True)
         remove_crops(out / folder)
     except OSError as error:
-        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or mend the permissions, then "
-                        "run the same command again: it goes on where it stopped") from error
+        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or repair its permissions, "
+                        "then run the same command again: it goes on where it stopped") from error
 
 
 def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
@@ -234,7 +234,7 @@ def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) 
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
-                            "mend the permissions, then run the same command again: it goes on where it "
+                            "repair its permissions, then run the same command again: it goes on where it "
                             "stopped") from error
         raise
     return len(content)

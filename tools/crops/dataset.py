@@ -40,6 +40,8 @@ from tools.files import converted_note, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
+GATE_WORDS = {"size": "too small", "decode": "unreadable", "pair": "not matching", "leak": "in a benchmark"}
+"""Gate -> what it says of a picture, where its name alone would not."""
 # A change of what the same settings produce must raise this, so that one dataset never holds both.
 LAYOUT_VERSION = 2
 
@@ -94,7 +96,7 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
         old, new = recorded.get(name), settings.get(name)
         if old != new:
             is_place = name in ("photos", "videos", "lr", "against")
-            moved = f", or mend {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
+            moved = f", or correct {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
             raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
                             f"use the same settings or another OUT{moved}")
 
@@ -139,7 +141,7 @@ class CropDataset:
         self._film_crops = None if distance is None else NearDuplicates(distance)  # still corners of moving pictures
         self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
-        self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut anew
+        self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut again
         self._is_empty = True
         self._stamp_of = stamp_of
         self._mend_manifest(_cleaned(out / REJECTS))
@@ -265,7 +267,7 @@ class CropDataset:
         Torn lines, missing or shortened crops, and sources that changed since are all found here. Of a source that is
         gone, what is there is kept.
         """
-        with _mending(self.out / MANIFEST) as (old, new):
+        with _repairing(self.out / MANIFEST) as (old, new):
             for folder, records in _by_folder(old):
                 if folder in self._finished or folder in self._stale:
                     continue  # a line that a killed run left behind
@@ -303,7 +305,7 @@ class CropDataset:
     def _mend_rejects(self) -> None:
         """Keep the rejects of finished units and those that stand until their source, or its twin, changes."""
         settled = set()
-        with _mending(self.out / REJECTS) as (old, new):
+        with _repairing(self.out / REJECTS) as (old, new):
             for folder, lines in reject_groups(old):
                 if folder in self._finished or self._is_settled(lines):
                     settled.add(folder)
@@ -327,23 +329,23 @@ def _cleaned(rejects: Path) -> set[str]:
 
 
 @contextmanager
-def _mending(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
-    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be mended."""
-    mended = path.with_name(f".{path.name}.tmp")
+def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
+    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be repaired."""
+    repaired = path.with_name(f".{path.name}.tmp")
     try:
         if not path.exists():
             path.touch()
-        with open(path, "rb") as old, open(mended, "w", encoding="utf-8") as new:
+        with open(path, "rb") as old, open(repaired, "w", encoding="utf-8") as new:
             yield old, new
             new.flush()
             os.fsync(new.fileno())
-        if not filecmp.cmp(path, mended, shallow=False):
-            os.replace(mended, path)
+        if not filecmp.cmp(path, repaired, shallow=False):
+            os.replace(repaired, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be mended: {error.strerror or error}; make room or mend the permissions, then "
-                        "run the same command again") from error
+        raise UserError(f"{path}: cannot be repaired: {error.strerror or error}; make room or repair its "
+                        "permissions, then run the same command again") from error
     finally:
-        mended.unlink(missing_ok=True)
+        repaired.unlink(missing_ok=True)
 
 
 def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]:
@@ -429,7 +431,7 @@ class Clock:
         self._wall, self._cpu = time.monotonic(), time.process_time()
 
     def report(self, totals: CuttingTotals, out: Path, name: str) -> None:
-        """Say what was done, how fast, and what was turned away."""
+        """Say what was done, how fast, and what was rejected."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
         print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
               "already")
@@ -440,8 +442,8 @@ class Clock:
         if totals.converted:
             print(converted_note(totals.converted, name))
         if totals.rejects:
-            print(f"turned away: {', '.join(f'{count} {gate}' for gate, count in sorted(totals.rejects.items()))}; "
-                  f"{out / REJECTS} says what and why")
+            counts = (f"{count} {GATE_WORDS.get(gate, gate)}" for gate, count in sorted(totals.rejects.items()))
+            print(f"rejected: {', '.join(counts)}; {out / REJECTS} says what and why")
         for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
             print(f"rejected {line}")
         if totals.num_reasons > NUM_SHOWN:

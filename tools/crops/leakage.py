@@ -55,7 +55,7 @@ class BenchmarkIndex:
 
     Found are copies of whole pictures at any size, and parts: at the size of the benchmark's picture, at 1/2 or 1/4 of
     it, and where the benchmark's picture is 1/2 or 1/4 of the part; also mirrored (left to right), brightened and
-    compressed anew. A part must have texture, and 64 pixels a side in common with the benchmark picture at the size
+    compressed again. A part must have texture, and 64 pixels a side in common with the benchmark picture at the size
     where both match (of parts so small one in ten is missed, from 128 pixels on one in 500). Rotations, parts at other
     scales, heavy changes of colour and overlays are not found.
 

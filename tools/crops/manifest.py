@@ -97,7 +97,7 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
         else:
             return
     raise UserError(f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset with the "
-                    "same arguments again, it mends the file")
+                    "same arguments again, it repairs the file")
 
 
 def iterate_records(root: Path, manifests: Iterable[str]) -> Iterator[CropRecord]:

@@ -31,9 +31,9 @@ class GateOptions:
     """Keep pictures that are identical or nearly so (re-encoded, resized) to one that came before."""
     against: tuple[Path, ...] = ()
     """Folders of benchmark images (Set5, Urban100...): what is near-identical to one of them, or to a part of one, is
-    reported and turned away, since a network must not be trained on what it is measured with."""
+    reported and rejected, since a network must not be trained on what it is measured with."""
     threads: int = 0
-    """Number of threads; 0 is one a core."""
+    """Number of threads; 0 is one per core."""
 
     def check_gates(self) -> None:
         """Raise `UserError` for thresholds out of range."""
@@ -65,7 +65,7 @@ class CropOptions(GateOptions):
     keep_lossy_size: bool = False
     """Cut lossy sources at full size too, with their compression artefacts; by default they are halved first."""
     num_scales: int | None = None
-    """At most so many sizes of each picture (1: only the largest); by default as many as hold a crop."""
+    """At most this many sizes of each picture (1: only the largest); by default as many as hold a crop."""
 
     def settings(self) -> CropSettings:
         """What decides the bytes of the dataset. Raises `UserError` for values out of range."""
@@ -90,7 +90,7 @@ def open_benchmark(folders: tuple[str, ...]) -> BenchmarkIndex | None:
 
 
 def benchmark_fingerprint(folders: tuple[str, ...]) -> str | None:
-    """A hash of the names and sizes of the benchmark images: a set that grew must be looked for anew."""
+    """A hash of the names and sizes of the benchmark images: a set that grew must be searched for again."""
     if not folders:
         return None
     digest = hashlib.sha256()

@@ -28,7 +28,7 @@ def check_can_clean(root: Path) -> None:
         raise UserError(f"{quarantine}: not a folder, so bad files cannot be moved there; rename it")
     folder = quarantine if quarantine.is_dir() else root
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written, so bad files cannot be moved; mend the permissions, or leave "
+        raise UserError(f"{folder}: cannot be written, so bad files cannot be moved; repair its permissions, or leave "
                         "--clean away")
 
 
@@ -147,7 +147,7 @@ def _open_rejects(folder: Path, stack: ExitStack) -> BinaryIO:
         raise UserError(f"{folder}: a tool is writing there; wait for it or stop it, then clean; nothing was "
                         "changed") from None
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}; mend the permissions; "
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}; repair its permissions; "
                         "nothing was changed") from error
 
 

@@ -21,7 +21,7 @@ MEANINGS = {
     "size": "too small for one crop, or not of the size that was asked for",
     "decode": "could not be decoded or read",
     "file": "broken, cut short, or not what was written",
-    "pair": "HR and LR that do not fit, or whose other side was turned away",
+    "pair": "HR and LR that do not fit, or whose other side was rejected",
     "flat": "next to no detail: clear sky, a plain wall, black bars",
     "soft": "blurred, or enlarged from something smaller",
     "duplicate": "the same file as an earlier one",
@@ -34,7 +34,7 @@ _NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Example:
-    """One thing that was turned away, and why."""
+    """One thing that was rejected, and why."""
 
     name: str
     reason: str
@@ -51,11 +51,11 @@ class Rejects:
 
     @property
     def total(self) -> int:
-        """How many were turned away."""
+        """How many were rejected."""
         return sum(self.pictures.values()) + sum(self.crops.values())
 
     def gates(self) -> list[str]:
-        """The gates, the one that turned away most first."""
+        """The gates, the one that rejected most first."""
         names = {*self.pictures, *self.crops}
         return sorted(names, key=lambda gate: (-self.pictures.get(gate, 0) - self.crops.get(gate, 0), gate))
 

@@ -155,7 +155,7 @@ def _folders_above(name: str) -> Iterator[str]:
 
 
 def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
-    """What was turned away while cutting, and what lies in quarantine."""
+    """What was rejected while cutting, and what lies in quarantine."""
     by_folder = {source.folder: source for source in statistics.recorded}
     for name in sorted(survey.rejects):
         folder = posixpath.dirname(name)
@@ -182,7 +182,7 @@ def warnings(statistics: Statistics) -> list[str]:
     for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
         if len(names.keys) > names.found:
             lines.append(f"{name} names {len(names.keys) - names.found} files that are not there; write the "
-                         f"lists anew with `python tools/select_training_files.py --data-dir {statistics.root}`")
+                         f"lists again with `python tools/select_training_files.py --data-dir {statistics.root}`")
     in_both = total(statistics.sources, "in_both")
     if in_both:
         lines.append(f"{in_both} photographs stand in both lists: validation sees what was trained on")

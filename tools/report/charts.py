@@ -60,12 +60,12 @@ class Gate:
 GATES = {
     "gradient": Gate("Gradient", "mean luma gradient, grey levels a pixel (log scale)",
                      [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64],
-                     "How much there is to see in a crop. Flat crops, below the line, are turned away.",
+                     "How much there is to see in a crop. Flat crops, below the line, are rejected.",
                      "--min-gradient", is_log=True),
     "source_sharpness": Gate("Sharpness of the picture", "finest octave over the next one, a ratio",
                              [0, 0.5, 1, 1.5, 2],
                              "Of the photograph or frame that a crop was cut from, at its sharpest place; counted once "
-                             "a crop. Blurred or enlarged ones, below the line, are turned away.",
+                             "a crop. Blurred or enlarged ones, below the line, are rejected.",
                              "--min-sharpness"),
     "sharpness": Gate("Sharpness as a whole", "finest octave over the next one, a ratio", [0, 0.5, 1, 1.5, 2],
                       "Of the crop itself, all of it. No gate: a sharp photograph has parts that are out of focus."),

@@ -215,7 +215,7 @@ def _photos(statistics: Statistics) -> dict[str, object]:
 
 
 def _rejects(statistics: Statistics) -> dict[str, object]:
-    """What was turned away while cutting, and what was moved to quarantine since."""
+    """What was rejected while cutting, and what was moved to quarantine since."""
     cut, moved = statistics.rejects, statistics.quarantine
     note = f"{moved.gone:,} more in its report are no longer there: moved back, or deleted." if moved.gone else ""
     return {"rejects": [

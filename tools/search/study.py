@@ -127,7 +127,7 @@ def _reading(folder: StudyFolder, read: Callable[[], optuna.Study]) -> optuna.St
     try:
         return read()
     except ValueError as error:  # Optuna's for a line that is no JSON
-        raise UserError(f"{folder.journal} cannot be read ({error}); search anew with --reset, which keeps the old "
+        raise UserError(f"{folder.journal} cannot be read ({error}); search again with --reset, which keeps the old "
                         "study, or give another --output-dir") from error
 
 

@@ -23,7 +23,7 @@ GRACE_SECONDS = 180  # for saving, once told to stop; longer than launch/local.p
 
 
 class LogTail:
-    """The lines of a log.jsonl, as they are written. A continued run writes its log anew: it is read again then."""
+    """The lines of a log.jsonl, as they are written. A continued run writes its log again, which is then read again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -183,7 +183,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a tar archive") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; mend its permissions or the disk") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; repair its permissions or the disk") from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

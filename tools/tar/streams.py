@@ -32,7 +32,7 @@ class Limits:
     """What an archive may ask for, so that a hostile one fills neither memory nor the day."""
 
     member_bytes: int = 256 * MIB  # a photograph, since it is held in memory
-    expansion: int = 100           # a compressed archive may become so many times as large as it is (gzip ends at 1032)
+    expansion: int = 100           # a compressed archive may expand to this many times its size (gzip ends at 1032)
     free_bytes: int = 256 * MIB    # ... and so much larger on top
     names: int = 10_000_000        # photographs in one archive: their names are remembered, 80 bytes each
     header_bytes: int = MIB        # an extended header: long names, attributes

@@ -122,9 +122,9 @@ def probe(path: Path) -> VideoInfo:
     if turn is None:
         refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
     if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
-        refusals += (f"its pixels have an aspect of {aspect}; mend it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
+        refusals += (f"its pixels have an aspect of {aspect}; correct it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
     if (end - start) * time_base > MAX_HOURS * 3600:
-        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it anew with ffmpeg",)
+        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it again with ffmpeg",)
     return VideoInfo(height, width, frames[0].height, frames[0].width, start, end, time_base,
                      float(rate) if rate else None, codec.canonical_name, kind.name, kind.components[0].bits, transfer,
                      matrix, is_full_range, is_interlaced, aspect, turn or Orientation(),
@@ -230,7 +230,7 @@ def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, flo
         first, end, reached_s = _read_all_times(container, stream)
         start = first if start is None else start
     if start is None or end is None:
-        raise BadVideoError("its frames have no times; write it anew with `ffmpeg -i IN -c copy OUT.mkv`")
+        raise BadVideoError("its frames have no times; write it again with `ffmpeg -i IN -c copy OUT.mkv`")
     missing_s = claimed_s + min(origin_s, 0) - reached_s  # Matroska counts from 0, wherever the first frame lies
     return start, max(end, start + 1), missing_s if missing_s > max(1.0, claimed_s / 50) else 0.0
 

@@ -47,7 +47,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def reason_against(content: bytes) -> str:
-    """Why a file is turned away, or an empty string."""
+    """Why a file is rejected, or an empty string."""
     try:
         header = read_header(io.BytesIO(content))
         if header.height * header.width < 1e6:  # not the giants that flipped bits make
