@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def start(folder: Path, hostfile: str | None, *arguments: str, **variables: str)
     """`launch/distributed.py`, as `./launch_distributed_train.sh` runs it, in a folder of its own."""
     if hostfile is not None:
         (folder / "hosts").write_text(hostfile)
+    if not shutil.which("pdsh"):  # only looked for: nothing here comes as far as to run it
+        programs = folder.with_name(f"{folder.name}-programs")
+        programs.mkdir(exist_ok=True)
+        (programs / "pdsh").write_text("#!/bin/sh\nexit 99\n")
+        (programs / "pdsh").chmod(0o755)
+        variables = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", **variables}
     command = [sys.executable, str(ROOT / "launch" / "distributed.py"), "-H", "hosts", "--no-doctor", "--recipe",
                "demo", "--output-dir", "run", *arguments, *SMALL]
     return subprocess.run(command, env={**environment(), "HOME": str(folder), **variables}, cwd=folder,
