@@ -189,7 +189,7 @@ class Speed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class FormatRow:
     """The measurements of one format; `None`: not measured."""
 
     format: str
@@ -209,14 +209,14 @@ class FormatMeter:
         self._sample, self._folder, self._threads, self._seconds = sample, folder, threads, seconds
         self._loader = loader
 
-    def as_it_is(self) -> Row:
+    def as_it_is(self) -> FormatRow:
         """The user's own files: nothing is encoded."""
         files = self._sample.files
         size = sum(file.stat().st_size for file in files) / 1e6
-        return Row("as it is", size, size / self._sample.megapixels / 3, None,
+        return FormatRow("as it is", size, size / self._sample.megapixels / 3, None,
                    self._speed(lambda index: decode_file(files[index])), self._loader_speed(files))
 
-    def format(self, form: str) -> Row:
+    def format(self, form: str) -> FormatRow:
         """The sample in the format `form`. Raises `RunError` where it does not come back bit by bit."""
         pixels = self._sample.pixels
         contents = list(ordered_map(lambda image: encode(image, form), pixels, self._threads))
@@ -226,7 +226,7 @@ class FormatMeter:
             if not np.array_equal(decode(content, form), image):
                 raise RunError(f"{form} does not give the same pixels back; do not use it with these library versions")
         size = sum(map(len, contents)) / 1e6
-        row = Row(form, size, size / self._sample.megapixels / 3, self._encoding_speed(form),
+        row = FormatRow(form, size, size / self._sample.megapixels / 3, self._encoding_speed(form),
                   self._speed(lambda index: decode(files[index].read_bytes(), form)), self._loader_speed(files))
         for file in files:
             file.unlink()
@@ -277,7 +277,7 @@ class FormatMeter:
         return Speed(rounds * units / wall, rounds * units / max(cpu, 1e-6))
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[FormatRow]) -> None:
     """The table, and what is best for what."""
     print(f"\n{'':10}{'size':>18}{'encode, MPix/s':>20}{'decode, MPix/s':>20}{'loader, crops/s':>20}")
     print(f"{'format':10}{'MB':>10}{'of raw':>8}" + f"{'all':>10}{'a core':>10}" * 3)
@@ -294,7 +294,7 @@ def _print(rows: list[Row]) -> None:
         print(f"fastest to train from, with the files in memory: {best.format} ({best.loader.wall:.0f} crops/s)")
 
 
-def _write_json(path: Path, rows: list[Row], sample: BenchmarkImages, loader: LoaderSettings | None,
+def _write_json(path: Path, rows: list[FormatRow], sample: BenchmarkImages, loader: LoaderSettings | None,
                 threads: int) -> None:
     numbers = {"images": len(sample.files), "megapixels": sample.megapixels, "threads": threads,
                "loader": asdict(loader) if loader else None, "formats": [

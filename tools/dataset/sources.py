@@ -105,7 +105,7 @@ class SampledImage:
     record: CropRecord | None
 
 
-class Samples:
+class SampledImages:
     """The images that a report shows."""
 
     def __init__(self, size: int, seed: int) -> None:
@@ -148,7 +148,7 @@ class Lists:
 class ManifestReader:
     """Reads one manifest into a `Source` and remembers the keys of its files."""
 
-    def __init__(self, root: Path, manifest: str, lists: Lists, samples: Samples, total: DatasetHash) -> None:
+    def __init__(self, root: Path, manifest: str, lists: Lists, samples: SampledImages, total: DatasetHash) -> None:
         self._path, self._lists, self._samples, self._total = root / manifest, lists, samples, total
         self._prefix = posixpath.dirname(manifest)
         settings = _read_settings(self._path.with_name(SETTINGS))

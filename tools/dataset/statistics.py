@@ -13,7 +13,7 @@ from tools.crops.cutting import REJECTS
 from tools.crops.manifest import DatasetHash
 from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
 from tools.dataset.sampling import Tally, path_key
-from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, Samples, Source
+from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, SampledImages, Source
 from tools.files import IMAGES, Kind, links_note, printable, scan
 from tools.parallel import progress
 
@@ -24,7 +24,7 @@ class Statistics:
 
     root: Path
     lists: Lists
-    samples: Samples
+    samples: SampledImages
     sources: list[Source] = field(default_factory=list)
     hash: DatasetHash = field(default_factory=DatasetHash)  # of everything that a manifest knows
     rejects: Rejects = field(default_factory=Rejects)
@@ -68,7 +68,7 @@ def gather(root: Path, samples: int = 0, seed: int = 0) -> Statistics:
     """
     survey = _survey(root)
     lists = Lists(read_list(root / TRAINING_LIST), read_list(root / VALIDATION_LIST))
-    statistics = Statistics(root, lists, Samples(samples, seed), linked_folders=survey.linked_folders)
+    statistics = Statistics(root, lists, SampledImages(samples, seed), linked_folders=survey.linked_folders)
     readers = _read_manifests(statistics, survey.manifests)
     plain = _find_files(statistics, readers, survey.images)
     statistics.sources = [*(reader.source for reader in readers.values()), *plain]

@@ -152,7 +152,7 @@ def read_space(name: str) -> Space:
         known = [file.stem for file in SEARCHES.glob("*.yaml")]
         raise UserError(f"no search space {name!r}{nearest(name, known)} (or give the path of a .yaml file)")
     try:
-        source = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        source = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -163,7 +163,7 @@ def read_space(name: str) -> Space:
         raise UserError(f"{path}: {error}") from error
 
 
-class _Loader(recipe._Loader):
+class _UniqueKeys(recipe._Loader):
     """As recipes are read, and a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
