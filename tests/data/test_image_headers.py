@@ -1,4 +1,4 @@
-"""pipeline.data.image_headers and image_streams: sizes without decoding, and streams that are all there."""
+"""pipeline.data.image_headers: sizes without decoding, and streams that are all there."""
 
 from __future__ import annotations
 
