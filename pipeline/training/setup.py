@@ -112,11 +112,32 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
 
     Raises `UserError` if the run on disk is another one.
     """
-    recipe = plan.recipe
-    every = recipe.adversarial.generator_every if recipe.adversarial else 1
+    every = plan.recipe.adversarial.generator_every if plan.recipe.adversarial else 1
     ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
                                                   total_steps=-(-plan.total_steps // every), device=ranks.device,
                                                   runtime=plan.runtime)
+    saved = _find_run(plan, precision, ranks, say)
+    trainer, layout, compiled = _build_networks(plan, ds_config, saved.step, ranks, say)
+    contents, progress = _restore(plan, saved, trainer, layout, ranks)
+    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks, LAYOUTS[layout]))
+    samples = ranks.on_all_ranks(lambda: read_samples(plan.recipe, plan.dataset) if ranks.is_first else [])
+    batch = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    introduction = _introduction(plan, ranks, trainer.generator.module, f"{layout}, {compiled}", precision + why, batch,
+                                 saved.step)
+    return Run(plan, ranks, trainer, contents, progress, validation, samples, *batch, introduction)
+
+
+@dataclass(frozen=True)
+class _SavedRun:
+    """What is on disk of the run that a plan asks for."""
+
+    step: int | None  # of the newest whole checkpoint; None: the run begins
+    identity: dict[str, Any]  # what its checkpoints belong to
+    sees_run_dir: bool  # whether this rank sees the first rank's run folder
+
+
+def _find_run(plan: Plan, precision: str, ranks: Ranks, say: Callable[[str], None]) -> _SavedRun:
+    """Look for the run on disk and refuse another one."""
     identity = {**plan.identity, "precision": precision}
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
@@ -129,33 +150,42 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
             say(f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} continue: the samples "
                 "are the same, sums are rounded differently")
     if began != newest and began is not None:
-        say(f"note: stage {recipe.stage} began with step {began} of the stage before, which has step {newest} now; to "
-            f"begin it anew, move {short_path(plan.run_dir)} away")
-    identity["began_with_step"] = began
-    micro_batch, accumulation = (ds_config[key] for key in ("train_micro_batch_size_per_gpu",
-                                                            "gradient_accumulation_steps"))
+        say(f"note: stage {plan.recipe.stage} began with step {began} of the stage before, which has step {newest} "
+            f"now; to begin it again, move {short_path(plan.run_dir)} away")
+    return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
+
+
+def _build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks,
+                    say: Callable[[str], None]) -> tuple[ReconstructionTrainer | AdversarialTrainer, str, str]:
+    """The trainer with its networks in their engines, the memory layout, and how they are compiled, for people.
+
+    `step`: of the checkpoint that will be restored into them; None for a run that begins.
+    """
+    recipe = plan.recipe
     _seed(recipe.seed)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if step is None and recipe.start is not None:
         _begin(generator, lambda: begin_with(generator, plan), ranks, say)
-    layout = _layout(plan, generator, micro_batch, step, ranks)
+    layout = _layout(plan, generator, ds_config["train_micro_batch_size_per_gpu"], step, ranks)
+    # The average copies the weights before the engine takes them: it may cast them to half precision.
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
     compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
-    trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
+    return _trainer(plan, engine, ema, ranks, layout, say if step is None else None), layout, compiled
+
+
+def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | AdversarialTrainer, layout: str,
+             ranks: Ranks) -> tuple[Contents, Progress]:
+    """What checkpoints will hold, with the saved one's state in it, and how far the run has come."""
+    recipe = plan.recipe
     described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
                              {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
-    contents = Contents(trainer.engines, ema, described, identity, sees_run_dir)
+    contents = Contents(trainer.engines, trainer.ema, described, saved.identity, saved.sees_run_dir)
     _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
-    progress = Progress() if step is None else checkpoint.load(plan.run_dir, step, contents, ranks)
+    progress = Progress() if saved.step is None else checkpoint.load(plan.run_dir, saved.step, contents, ranks)
     progress.layout = layout
-    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, recipe, ranks, LAYOUTS[layout]))
-    samples = ranks.on_all_ranks(lambda: read_samples(recipe, plan.dataset) if ranks.is_first else [])
-    introduction = _introduction(plan, ranks, engine.module, f"{layout}, {compiled}", precision + why,
-                                 (micro_batch, accumulation), step)
-    return Run(plan, ranks, trainer, contents, progress, validation, samples, micro_batch, accumulation,
-               introduction)
+    return contents, progress
 
 
 def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str,
