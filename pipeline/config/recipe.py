@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
-from pipeline.config.specs import AdversarialSpec, NetworkSpec, SamplesSpec
+from pipeline.config.specs import AdversarialSpec, NetworkSpec, PreviewsSpec
 from pipeline.data.spec import DataSpec
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS, metric_of
@@ -28,7 +28,7 @@ from pipeline.spec import Number, Spec
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_images", "save_every", "save_minutes",
-                         "log_every", "keep", "samples", "histograms", "data.threads", "data.prefetch",
+                         "log_every", "keep", "previews", "histograms", "data.threads", "data.prefetch",
                          "data.on_error", "data.max_bad_files", "lpips_weights", "losses.vgg_feature.weights",
                          "losses.lpips.weights"})
 """Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
@@ -114,7 +114,7 @@ class Recipe(Spec):
     save_minutes: float = Field(10, gt=0, description="and at least this often")
     keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
-    samples: SamplesSpec = SamplesSpec()
+    previews: PreviewsSpec = PreviewsSpec()
     histograms: int = Field(0, ge=0, description="steps between histograms of each layer's weights and gradients; "
                                                  "0: none")
 
@@ -176,7 +176,7 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     """
     values = _with_bases(_recipe_path(name), ())
     _check_stages(values.get("stages"), f"recipe {name}")
-    overrides = dict(overrides or {})
+    overrides = _renamed(overrides or {})
     for key in ("base", "stages", *(["stage"] if values.get("stages") else [])):
         if key in overrides:
             raise UserError(f"{key}: that is said in a recipe's file, not on the command line")
@@ -191,7 +191,7 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     recipes: list[Recipe] = []
     for stage, change in (stages or {"": {}}).items():
         start = {"start": "previous"} if recipes else {}
-        own = _merged(values, {**start, **change, **({"stage": stage} if stage else {})})
+        own = _merged(values, {**start, **_renamed(change), **({"stage": stage} if stage else {})})
         for key, value in overrides.items():
             assign(own, key, value)
         recipes.append(recipe_of(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
@@ -285,7 +285,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"recipe {path} is its own base: {' -> '.join(p.stem for p in (*seen, path))}")
-    values = _read_yaml(path)
+    values = _renamed(_read_yaml(path))
     base = values.pop("base", None)
     values.setdefault("name", path.stem)
     if base is None:
@@ -306,12 +306,25 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+OLD_KEYS = {"samples": "previews"}
+"""Keys of recipes as they once were -> as they are. Old recipes and command lines are read as before."""
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's table, or a stage's, with today's keys; a key in dots is renamed at its beginning."""
+    renamed = {}
+    for key, value in values.items():
+        first, dot, rest = str(key).partition(".")
+        renamed[OLD_KEYS[first] + dot + rest if first in OLD_KEYS else key] = value
+    return renamed
+
+
 def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
         if parent == "degradation" and isinstance(values.get(parent), str):
             values[parent] = {"name": values[parent]}
-        if parent == "samples" and isinstance(values.get(parent), (str, list)):
+        if parent == "previews" and isinstance(values.get(parent), (str, list)):
             values[parent] = {"files": values[parent]}
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
@@ -322,7 +335,7 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 def recipe_of(values: dict[str, Any], where: str) -> Recipe:
     """The recipe of plain values. Raises `UserError` that begins with `where` and names each wrong one."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_renamed(values))
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())) from error
 

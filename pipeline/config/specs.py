@@ -89,10 +89,10 @@ class AdversarialSpec(Spec):
         return self
 
 
-# The recipe's `samples` part: which pictures show how far the network is. Needs no torch.
+# The recipe's `previews` part: which pictures show how far the network is. Needs no torch.
 
 
-class SamplesSpec(Spec):
+class PreviewsSpec(Spec):
     """Pictures that are upscaled again and again while the network learns."""
 
     files: tuple[str, ...] = Field((), description="HR images, or folders of them, seen from the current folder; none: "

@@ -65,7 +65,7 @@ class Training:
         meter = Meter(self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"])
         if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
             self._validate()
-            self._show_samples()
+            self._show_previews()
         self.loader = loader = self.run.open_loader()
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
@@ -94,7 +94,7 @@ class Training:
                 if is_best or agreed.kind == Kind.SAVE or progress.step % recipe.save_every == 0:
                     self._save()
                 if not agreed.is_to_end:
-                    self._show_samples()
+                    self._show_previews()
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
         self._report_skips()
@@ -107,7 +107,7 @@ class Training:
                              "there")
             return 128 + signal
         if self.reporter:
-            self.reporter.show_samples()
+            self.reporter.show_previews()
         best = text_of(progress.best_scores or {"psnr_y": math.nan})
         self.console.say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best {best} at "
                          f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}")
@@ -129,10 +129,10 @@ class Training:
             return gradients_of_update(self.run.trainer.engines)
         return contextlib.nullcontext({})
 
-    def _show_samples(self) -> None:
+    def _show_previews(self) -> None:
         if self.reporter:
             step, total = self.progress.step, self.plan.total_steps
-            self.reporter.show_samples_if_due(self._epoch(step - 1), self._epoch(step), self._epoch(total))
+            self.reporter.show_previews_if_due(self._epoch(step - 1), self._epoch(step), self._epoch(total))
 
     def _epoch(self, step: int) -> int:
         """Whole epochs that lie behind after `step` updates."""

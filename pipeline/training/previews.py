@@ -25,31 +25,31 @@ from pipeline.files import write_atomically
 from pipeline.metrics import METRICS, load_measures, measure
 from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
-SAMPLES_DIR = "samples"
+PREVIEWS_DIR = "samples"  # as it has always been called on disk
 ENLARGED = 320  # pixels, to which a smaller picture is brought by whole factors
 GAP, CAPTION = 8, 28  # pixels between and around panels, and for the line below them
 BACKGROUND, TEXT = (250, 250, 250), (24, 24, 24)
 FONT_SIZES = range(16, 7, -1)  # the largest that fits
-FROM_LIST, MOST_NAMED = 3, 16  # pictures, where samples.count says nothing
-TOO_SMALL = "name a larger picture in samples.files"
+FROM_LIST, MOST_NAMED = 3, 16  # pictures, where previews.count says nothing
+TOO_SMALL = "name a larger picture in previews.files"
 
 
-def read_samples(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
-    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than `samples.side`.
+def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
+    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than `previews.side`.
 
     Raises `UserError` for one that cannot be read, is too small, or has no LR.
     """
-    spec = recipe.samples
+    spec = recipe.previews
     if spec.count == 0:
         return []
     if spec.files:
         if recipe.data.degradation.reads_lr:
-            raise UserError("samples.files: where LR is read and not made, samples are of the validation list; leave "
+            raise UserError("previews.files: where LR is read and not made, previews are of the validation list; leave "
                             "it out")
         images = _named(spec.files)[:spec.count]
         if spec.count is None and len(images) > MOST_NAMED:
-            raise UserError(f"samples.files: {len(images)} images are many to upscale again and again; name at most "
-                            f"{MOST_NAMED}, or say samples.count")
+            raise UserError(f"previews.files: {len(images)} images are many to upscale again and again; name at most "
+                            f"{MOST_NAMED}, or say previews.count")
         chosen = list(range(len(images)))
     else:
         images = dataset.validation
@@ -66,7 +66,7 @@ def _named(names: Sequence[str]) -> list[ImageFile]:
         images = [file for file in inside if is_npy(file) or is_encoded(file)]
         if not images or not images[0].is_file():
             what = "there is no such file" if not path.exists() else "no image that training could read"
-            raise UserError(f"samples.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of them")
+            raise UserError(f"previews.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of them")
         found += images
     return [ImageFile(path.name, str(path), None) for path in found]
 
@@ -80,7 +80,7 @@ def _middle(pair: ValidationPair, side: int, scale: int) -> ValidationPair:
     return ValidationPair(pair.name, pair.hr[large].contiguous(), pair.lr[inside].contiguous())
 
 
-class Samples:
+class Previews:
     """The sheets of a run. Those after `step` belong to lost work, and are removed."""
 
     def __init__(self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int) -> None:

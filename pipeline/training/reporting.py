@@ -16,11 +16,11 @@ from pipeline.monitor.journal import Journal
 from pipeline.monitor.wandb_tracker import WandbTracker
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.training.meter import Reading
-from pipeline.training.previews import SAMPLES_DIR, Samples, every_nth
+from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
 from pipeline.training.validation import bicubic
 
-TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for samples at the ends of epochs
+TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for previews at the ends of epochs
 
 
 class Reporter:
@@ -38,9 +38,9 @@ class Reporter:
         console.keep_in(plan.log_dir / RUN_LOG_FILE)
         self._tracker = self._start_tracker() if plan.wandb else None
         self.journal = Journal(plan.log_dir, run.progress.step, console.say, self._tracker)
-        self._samples = Samples(plan.log_dir / SAMPLES_DIR, run.samples, plan.recipe.scale, run.progress.step)
-        self._shown: int | None = None  # the step of the last set of samples
-        self._began, self._seconds = time.perf_counter(), 0.0  # that samples have taken since then
+        self._previews = Previews(plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step)
+        self._shown: int | None = None  # the step of the last set of previews
+        self._began, self._seconds = time.perf_counter(), 0.0  # that previews have taken since then
         for line in run.introduction:
             console.say(line)
         if self._tracker:
@@ -56,12 +56,12 @@ class Reporter:
         return WandbTracker(plan.log_dir, plan.wandb, name, config, self._console.say)
 
     def begin(self) -> None:
-        """Show what the samples are made of, and of a run that begins what its network makes of them."""
-        for pair in self._samples.pairs:
+        """Show what the previews are made of, and of a run that begins what its network makes of them."""
+        for pair in self._previews.pairs:
             self.journal.picture(self._progress.step, f"{pair.name}/input", bicubic(pair))
             self.journal.picture(self._progress.step, f"{pair.name}/target", pair.hr)
         if self._progress.step == 0:
-            self.show_samples()
+            self.show_previews()
 
     def log(self, reading: Reading, epoch: float) -> None:
         """Means over a log interval, and the state of the engines."""
@@ -91,33 +91,33 @@ class Reporter:
         self._console.say(f"validation at step {progress.step}: {text_of(scores)} "
                           f"({'best so far' if is_best else before})", is_good=is_best)
 
-    def show_samples_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
-        """At the end of an epoch and after a validation, or of every n-th, as `samples.keep` says.
+    def show_previews_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
+        """At the end of an epoch and after a validation, or of every n-th, as `previews.keep` says.
 
-        An epoch is passed over once the samples have taken more than `TIME_SHARE` of the time.
+        An epoch is passed over once the previews have taken more than `TIME_SHARE` of the time.
         """
         step, recipe = self._progress.step, self._plan.recipe
-        nth = every_nth(all_epochs, recipe.samples.keep)
+        nth = every_nth(all_epochs, recipe.previews.keep)
         has_time = self._seconds <= FREE_SECONDS + TIME_SHARE * (time.perf_counter() - self._began)
         is_due = has_time and epochs // nth > epochs_before // nth
         if self._progress.validated_step == step:
-            nth = every_nth(self._plan.total_steps // recipe.validate_every, recipe.samples.keep)
+            nth = every_nth(self._plan.total_steps // recipe.validate_every, recipe.previews.keep)
             is_due |= step // recipe.validate_every % nth == 0 or step >= self._plan.total_steps
         if is_due:
-            self.show_samples()
+            self.show_previews()
 
-    def show_samples(self) -> None:
-        """What the averaged weights make of the samples, as sheets and in TensorBoard; once a step."""
+    def show_previews(self) -> None:
+        """What the averaged weights make of the previews, as sheets and in TensorBoard; once a step."""
         step = self._progress.step
         if self._shown == step:
             return
         self._shown, began = step, time.perf_counter()
         validation, averaged = self._run.validation, self._run.averaged
-        outputs = [validation.upscale(averaged, pair).cpu() for pair in self._samples.pairs]
-        for pair, output in zip(self._samples.pairs, outputs, strict=True):
+        outputs = [validation.upscale(averaged, pair).cpu() for pair in self._previews.pairs]
+        for pair, output in zip(self._previews.pairs, outputs, strict=True):
             self.journal.picture(step, f"{pair.name}/output", output)
-        with self.journal.unstoppable(SAMPLES_DIR):
-            self._samples.write(step, outputs)
+        with self.journal.unstoppable(PREVIEWS_DIR):
+            self._previews.write(step, outputs)
         self._seconds += time.perf_counter() - began
 
     def histograms(self, gradients: Mapping[str, Mapping[str, Tensor]]) -> None:

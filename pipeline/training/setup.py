@@ -44,7 +44,7 @@ from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
 from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
 from pipeline.training.options import Plan
-from pipeline.training.previews import SAMPLES_DIR, read_samples
+from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
@@ -60,7 +60,7 @@ class Run:
     contents: Contents  # of its checkpoints
     progress: Progress
     validation: ValidationSet
-    samples: list[ValidationPair]  # the first rank's
+    previews: list[ValidationPair]  # the first rank's
     micro_batch: int
     accumulation: int
     introduction: list[str]  # lines for people
@@ -120,11 +120,11 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     trainer, layout, compiled = _build_networks(plan, ds_config, saved.step, ranks, say)
     contents, progress = _restore(plan, saved, trainer, layout, ranks)
     validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks, LAYOUTS[layout]))
-    samples = ranks.on_all_ranks(lambda: read_samples(plan.recipe, plan.dataset) if ranks.is_first else [])
+    previews = ranks.on_all_ranks(lambda: read_previews(plan.recipe, plan.dataset) if ranks.is_first else [])
     batch = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
     introduction = _introduction(plan, ranks, trainer.generator.module, f"{layout}, {compiled}", precision + why, batch,
                                  saved.step)
-    return Run(plan, ranks, trainer, contents, progress, validation, samples, *batch, introduction)
+    return Run(plan, ranks, trainer, contents, progress, validation, previews, *batch, introduction)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def move_aside(plan: Plan) -> Path | None:
 def move_logs_aside(plan: Plan) -> None:
     """In a --log-dir of its own, keep what an earlier run has written there: a new log begins."""
     if plan.log_dir != plan.run_dir:
-        for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, SAMPLES_DIR, WANDB_DIR):
+        for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, PREVIEWS_DIR, WANDB_DIR):
             if (plan.log_dir / name).exists():
                 kept = _unused(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
                 (plan.log_dir / name).rename(kept)

@@ -18,6 +18,7 @@ from pipeline.config.recipe import (
     parse_overrides,
     read_recipe,
     recipe_differences,
+    recipe_of,
     write_recipe,
 )
 from pipeline.engine.engine import build_optimizer
@@ -270,3 +271,15 @@ def test_wrong_stages_are_named(text: str, message: str, tmp_path: Path) -> None
             load_stages(str(path), overrides)
         assert overrides or message in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_previews_may_be_called_samples_as_they_once_were(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("base: demo\nsamples: {count: 2}\n"
+                    "stages: {psnr: {samples: {side: 64}}, gan: {previews: {count: 0}}}\n")
+    psnr, gan = load_stages(str(path), {"samples.keep": 7})
+    assert (psnr.previews.count, psnr.previews.side, psnr.previews.keep) == (2, 64, 7)
+    assert (gan.previews.count, gan.previews.keep) == (0, 7)
+    assert load_recipe("demo", {"previews.count": 1}).previews.count == 1
+    old = recipe_of(load_recipe("demo").model_dump(mode="json", exclude={"previews"}) | {"samples": {"count": 3}}, "x")
+    assert old.previews.count == 3

@@ -21,7 +21,7 @@ from pipeline.images import to_bytes
 from pipeline.models import build_generator
 from pipeline.models.weights import read_network
 from pipeline.run_folder import checkpoint_dir
-from pipeline.training.previews import CAPTION, GAP, Samples, every_nth, read_samples
+from pipeline.training.previews import CAPTION, GAP, Previews, every_nth, read_previews
 from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
 
@@ -59,7 +59,7 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(da
     for image, wanted in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(image, as_array(wanted))
 
-    train(dataset, tmp_path / "plain", "steps=8", "keep=9", "samples=off")
+    train(dataset, tmp_path / "plain", "steps=8", "keep=9", "samples=off")  # as the key was once called
     assert not (tmp_path / "plain" / "samples").exists()
     assert checkpoint_differences(tmp_path / "plain", run_dir, 8) == []
 
@@ -75,7 +75,7 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(da
 def test_named_photographs_are_shown_by_the_first_of_two_ranks(dataset: Path, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), photograph(30, 200, 150)[..., ::-1])
     run_dir = tmp_path / "run"
-    train(dataset, run_dir, "steps=3", f"samples={{files: [{tmp_path / 'a.png'}], side: 64, keep: 1}}", procs=2)
+    train(dataset, run_dir, "steps=3", f"previews={{files: [{tmp_path / 'a.png'}], side: 64, keep: 1}}", procs=2)
     assert sorted(sets(run_dir)) == [f"samples/a/step-{step:08d}.png" for step in (0, 3)]
     hr = panels(run_dir / "samples/a/step-00000003.png", (64, 64), 5)[2]
     np.testing.assert_array_equal(hr, photograph(30, 200, 150)[68:132, 42:106])  # the middle, even on LR's grid
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(dataset: Path, tmp_path: 
 
 
 def chosen(dataset: Dataset, *overrides: str) -> list[ValidationPair]:
-    return read_samples(load_recipe("demo", parse_overrides(overrides)[0]), dataset)
+    return read_previews(load_recipe("demo", parse_overrides(overrides)[0]), dataset)
 
 
 @pytest.fixture
@@ -102,23 +102,24 @@ def listed(tmp_path: Path) -> Dataset:
 
 def test_which_pictures_are_shown(listed: Dataset, tmp_path: Path) -> None:
     assert [pair.name for pair in chosen(listed)] == ["0.npy", "1.npy", "3.npy"]
-    assert [pair.name for pair in chosen(listed, "samples.count=1")] == ["0.npy"]
-    assert chosen(listed, "samples=off") == []
-    assert [pair.name for pair in chosen(listed, f"samples={tmp_path}", "samples.count=4")] == [
+    assert [pair.name for pair in chosen(listed, "previews.count=1")] == ["0.npy"]
+    assert chosen(listed, "previews=off") == []
+    assert [pair.name for pair in chosen(listed, f"previews={tmp_path}", "previews.count=4")] == [
         f"{i}.npy" for i in range(4)]
-    pair = chosen(listed, f"samples=[{tmp_path / '4.npy'}]", "samples.side=64")[0]
+    pair = chosen(listed, f"previews=[{tmp_path / '4.npy'}]", "previews.side=64")[0]
     whole = read_pair(listed.validation[4], 0, load_recipe("demo"))
     assert pair.hr.shape[-2:] == (64, 64)
     assert torch.equal(pair.lr, whole.lr[..., 2:34, 6:38])  # LR is made of the whole picture, and cut
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (("samples=nowhere.png",), "samples.files: nowhere.png: there is no such file"),
-    (("samples={here}/text.txt",), "text.txt: no image that training could read"),
-    (("samples={here}/small.npy",), "small.npy: 20x20 is too small to validate at scale 2; name a larger picture"),
-    (("samples={here}", "data.degradation=paired"), "where LR is read and not made, samples are of"),
-    (("samples={here}/many",), "17 images are many to upscale again and again; name at most 16, or say samples.count"),
-    (("samples.cuont=2",), "samples.cuont: unknown key; did you mean 'count'?"),
+    (("previews=nowhere.png",), "previews.files: nowhere.png: there is no such file"),
+    (("previews={here}/text.txt",), "text.txt: no image that training could read"),
+    (("previews={here}/small.npy",), "small.npy: 20x20 is too small to validate at scale 2; name a larger picture"),
+    (("previews={here}", "data.degradation=paired"), "where LR is read and not made, previews are of"),
+    (("previews={here}/many",), "17 images are many to upscale again and again; name at most 16, or say "
+                                 "previews.count"),
+    (("previews.cuont=2",), "previews.cuont: unknown key; did you mean 'count'?"),
 ])
 def test_what_cannot_be_shown_is_said_in_one_line(listed: Dataset, tmp_path: Path, overrides: tuple[str, ...],
                                                   message: str) -> None:
@@ -136,7 +137,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(listed: Dataset, tmp_path: Pat
 def test_pictures_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     pairs = [ValidationPair(name, image, image[..., ::2, ::2]) for name in ("a/1.png", "a 1.jpg", "../..")]
-    Samples(tmp_path, pairs, 2, 0).write(5, [image] * 3)
+    Previews(tmp_path, pairs, 2, 0).write(5, [image] * 3)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == [
         "a-1-2/step-00000005.png", "a-1/step-00000005.png", "picture/step-00000005.png"]
 
