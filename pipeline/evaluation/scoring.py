@@ -58,7 +58,7 @@ def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
     """uint8 RGB 1 x 3 x H x W -> uint8 RGB 1 x 3 x scale*H x scale*W on the CPU, whatever the size."""
     images = np.ascontiguousarray(lr.permute(0, 2, 3, 1).numpy())
     large = upscaler(images, np.dtype(np.uint8), is_deep=False, advance=lambda _: None)
-    return torch.from_numpy(large).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(large).permute(0, 3, 1, 2)  # channels last: LPIPS's last digits depend on the layout
 
 
 def measure_image(upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]) -> Views:
