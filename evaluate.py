@@ -42,7 +42,7 @@ class Options:
     """File of that trunk's weights."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
-    procs: Annotated[int, arg(help_behavior_hint="(default: one a GPU)")] = 0
+    procs: Annotated[int, arg(help_behavior_hint="(default: one per GPU)")] = 0
     """Processes that share the images. On a CPU one is the default, and each gets its part of the cores."""
 
 

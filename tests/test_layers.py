@@ -42,8 +42,10 @@ ALLOWED = {
     "launch/doctor": {"launch/cluster", "launch/requirements_missing", "pipeline/data", "pipeline/training"},
     "launch": {"launch/cluster", "launch/doctor", "launch/environment", "pipeline/config", "pipeline/distributed",
                "pipeline/training", "tools"},
-    "tools/search": {"launch/environment", "pipeline/config", "pipeline/distributed", "pipeline/training", "tools"},
-    "tools/search_hyperparameters": {"launch/environment", "pipeline/config", "pipeline/training", "tools/search"},
+    "tools/search": {"launch/environment", "pipeline/config", "pipeline/distributed", "pipeline/metrics",
+                     "pipeline/training", "tools"},
+    "tools/search_hyperparameters": {"launch/environment", "pipeline/config", "pipeline/metrics", "pipeline/training",
+                                     "tools/search"},
 }
 GROUND = "pipeline"
 FENCED = {  # library -> the only files that import it

@@ -16,6 +16,7 @@ import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.files import write_atomically
+from pipeline.metrics import METRICS
 from pipeline.run_folder import LOG_FILE, find_run
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("training loss", "train", (Curve("loss"),)),
-    Panel("validation PSNR-Y, dB", "validation", (Curve("psnr_y"),), is_noisy=False, best=max, unit=" dB"),
-    Panel("validation LPIPS", "validation", (Curve("lpips"),), is_noisy=False, best=min),
+    *(Panel(f"validation {metric.title}{metric.unit and f', {metric.unit}'}", "validation", (Curve(name),),
+            is_noisy=False, best=min if metric.lower_is_better else max, unit=metric.unit and f" {metric.unit}")
+      for name, metric in METRICS.items()),
     Panel("throughput, images/s", "train", (Curve("images_per_second"),), from_zero=True),
     Panel("time of a step, s", "train", (Curve("step_seconds", "all"), Curve("data_seconds", "waiting for data", ":")),
           from_zero=True),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,6 +20,7 @@ from pipeline.cli import UserError, run
 from pipeline.config.ds_config import batch_sizes, ds_differences
 from pipeline.config.recipe import changes, parse_overrides, recipe_differences, recipe_of
 from pipeline.files import short_path, write_atomically
+from pipeline.metrics import metric_of
 from pipeline.run_folder import RUNS_DIR
 from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
 from tools.search import report
@@ -67,8 +68,9 @@ class Options:
     """Number of trials in all, including those of earlier calls and other machines."""
     timeout: float = 0
     """Minutes after which this call saves what runs and ends; 0: none. The same command goes on."""
-    metric: Literal["psnr", "lpips"] = "psnr"
-    """The best validation of a trial: highest PSNR-Y, or lowest LPIPS (needs validation_lpips=alex or another)."""
+    metric: str = "psnr"
+    """The best validation of a trial: highest PSNR-Y (psnr), lowest LPIPS (lpips, which needs validation_lpips=alex or
+    another), or another metric of pipeline/metrics, which best.metric must measure."""
     pruner: Pruner = "median"
     """What ends trials early. median: worse than the median of the finished ones at that step, from the sixth on;
     hyperband: many short ones, few long ones; for some 30 trials or more."""
@@ -107,7 +109,7 @@ def main(options: Options) -> int:
     with folder.entered(reset=options.reset) as kept:
         if kept:
             print(f"the old study is kept in {short_path(kept)}")
-        direction = "maximize" if options.metric == "psnr" else "minimize"
+        direction = "minimize" if metric_of(options.metric).lower_is_better else "maximize"
         study = open_study(folder, direction, pruner_of(options.pruner, options.steps, budget.prune_after))
         with folder.alone():
             if IDENTITY in study.user_attrs:
@@ -128,6 +130,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--timeout {options.timeout:g} must be above 0 minutes, or 0 for none")
     if options.prune_after is not None and not 0 <= options.prune_after <= options.steps:
         raise UserError(f"--prune-after {options.prune_after} must be from 0 to --steps {options.steps}")
+    metric_of(options.metric)  # refuses another than the table's
 
 
 def _budget(options: Options) -> Budget:
@@ -153,8 +156,11 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
     plans = make_plans(_with(training, fixed))
     base = make_plans(_with(training, tuple(word for word in options.overrides
                                             if not word.startswith("validate_every="))))
-    if options.metric == "lpips" and plans[-1].recipe.validation_lpips == "off":
+    recipe = plans[-1].recipe
+    if options.metric == "lpips" and recipe.validation_lpips == "off":
         raise UserError("--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg")
+    if options.metric not in ("psnr", "lpips", recipe.best.metric):
+        raise UserError(f"--metric {options.metric} is not measured in validation; say best.metric={options.metric}")
     return Objective(space, training, fixed, options.metric, plans, base)
 
 
@@ -228,7 +234,7 @@ def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
     print(report.trial_table(study, space, metric))
     shares = report.importances(study, space)
     if shares:
-        print(f"\nshare of the variance of the {report.TITLES[metric]} of complete trials (fANOVA):")
+        print(f"\nshare of the variance of the {metric_of(metric).title} of complete trials (fANOVA):")
         print(report.importance_lines(shares))
     with contextlib.suppress(OSError):
         write_atomically(folder.path / PICTURE_FILE, report.draw(study, space, metric))

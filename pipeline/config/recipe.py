@@ -22,7 +22,7 @@ from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, NetworkSpec, PreviewsSpec
 from pipeline.data.spec import DataSpec
 from pipeline.files import write_atomically
-from pipeline.metrics import METRICS, metric_of
+from pipeline.metrics import metric_of
 from pipeline.spec import Number, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,10 +72,7 @@ class BestSpec(Spec):
     @field_validator("metric")
     @classmethod
     def _know_metric(cls, key: str) -> str:
-        try:
-            return metric_of(key).key
-        except KeyError:
-            raise ValueError(f"no metric {key!r}{nearest(key, [metric.key for metric in METRICS.values()])}") from None
+        return metric_of(key).key
 
     @model_validator(mode="after")
     def _fit(self) -> BestSpec:

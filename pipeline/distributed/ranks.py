@@ -108,15 +108,16 @@ def reach_ranks(action: Callable[[], Result]) -> Result:
     try:
         return action()
     except RuntimeError as error:  # DistError is one; Gloo's own are nothing else
+        # The supervisor knows by these words that another rank is the cause.
         raise RankLostError("another rank has ended or does not answer; see what it reported "
-                            f"({str(error).splitlines()[0]})") from error
+                            f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
     """Join the process group that the launcher's environment describes; alone where there is none.
 
-    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process is told to stop (SIGTERM). `UserError`
-    for an environment that is set by halves, `RunError` if the ranks do not find each other.
+    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process gets SIGTERM. `UserError`
+    for an environment that is partially set, `RunError` if the ranks do not find each other.
     """
     place = find_place()
     os.environ.update(place.variables())

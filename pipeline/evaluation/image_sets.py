@@ -51,7 +51,7 @@ class ImagePair:
         if not all(_fits(large, small, scale) for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)):
             raise UserError(f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so at scale "
                             f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
-                            f"{str(self.hr)!r} is {width}x{height}; is it another scale's?")
+                            f"{str(self.hr)!r} is {width}x{height}; was it made for another scale?")
         return hr[..., : lr.shape[-2] * scale, : lr.shape[-1] * scale], lr
 
 
@@ -63,7 +63,7 @@ def _fits(large: int, small: int, scale: int) -> bool:
 def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImagePair]:
     """ImagePair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming what does not pair.
 
-    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there are left alone),
+    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there do not count),
     otherwise every image is HR and its LR image is made. With `lr`: names match as `match_pairs` says, so LR may have
     `_LR`, `xS` or `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this
     one's count.
@@ -165,7 +165,8 @@ def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
                 hr, lr, pairs = found
                 return ImageSet(preset.title, pairs, hr, lr, _note(preset, pairs, hr))
     except OSError as error:
-        raise UserError(f"folder {error.filename!r} cannot be read ({error.strerror}); mend its permissions") from error
+        raise UserError(f"folder {error.filename!r} cannot be read ({error.strerror}); repair its permissions"
+                        ) from error
     raise UserError(f"no benchmark {key} in {str(root)!r} (looked for a folder {' or '.join(preset.folders)} with "
                     f"images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md")
 
@@ -178,7 +179,7 @@ def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
 
 def _folders(root: Path, preset: Preset) -> Iterator[Path]:
     """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it), benchmark/Set5; or
-    `root` itself, if it is called so."""
+    `root` itself, if it has such a name."""
     if root.resolve().name.lower() in {name.lower() for name in preset.folders}:
         yield root
     for place in (root, *_inside(root, "benchmark"), *_inside(root, "benchmarks")):
@@ -234,7 +235,7 @@ def _with_lr(folder: Path, hr: Path, pairs: list[ImagePair], scale: int) -> tupl
 
 
 def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
-    """The folders of LR images that name the scale: in the benchmark's own, and beside one that is called NAME_HR."""
+    """The folders of LR images that name the scale: in the benchmark's own, and beside one named NAME_HR."""
     for pattern in LR_FOLDERS:
         yield from _inside(folder, pattern.format(s=scale))
     if hr == folder and folder.name.lower().endswith("_hr"):

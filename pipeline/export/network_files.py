@@ -24,8 +24,55 @@ from pipeline.export.openvino_file import EXACT, SECTION
 from pipeline.libraries import import_onnxruntime
 from pipeline.models.common import one_line
 
-# An ONNX file in ONNX Runtime, on the CPU or on a CUDA GPU.
+# The interface, and what both backends share.
 
+DESCRIBED = ("architecture", "scale", "params")
+"""In the metadata of our own files; with them a network can be built."""
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class NetworkFile(Protocol):
+    """A network in a backend that is not PyTorch."""
+
+    title: str
+    """Name and version of the backend."""
+    inputs: list[tuple[int | None, ...]]
+    """Their shapes; `None` is any number."""
+    dtype: np.dtype | None
+    """Of the first input: float32, float16 or uint8; `None`: something else."""
+    metadata: dict[str, str]
+    """Of our own files at least `DESCRIBED`."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """One batch as the file takes it -> its first output. `MemoryError`; `RunError` for what it cannot run."""
+
+    def most_elements(self, shape: tuple[int, ...]) -> int:
+        """What the hungriest operator reads and writes for an input of that shape, without its weights."""
+
+
+def usable_threads() -> int:
+    """How many threads a backend may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said):
+        return int(said)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or no limit in it
+        return cores
+
+
+_SIGNS = ("allocate memory", "out of memory", "DefaultCPUAllocator", "bad_alloc", "bad allocation",
+          "Failed to allocate")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)
+
+
+# An ONNX file in ONNX Runtime, on the CPU or on a CUDA GPU.
 
 ONNX_TITLE = "ONNX Runtime"
 _ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -100,7 +147,7 @@ def _providers(device: torch.device) -> list[Any]:
         raise UserError(f"the installed ONNX Runtime does not run on {device}; do: pip install onnxruntime-gpu, or say "
                         "--device cpu or --backend torch")
     cuda = {"device_id": str(device.index or 0), "use_tf32": "0",  # TF32 keeps 11 bits
-            "cudnn_conv_algo_search": "HEURISTIC"}  # others search anew for every size of tile
+            "cudnn_conv_algo_search": "HEURISTIC"}  # others search again for every size of tile
     return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
 
@@ -117,7 +164,6 @@ def _onnx_elements(events: list[dict[str, Any]], made: set[tuple[int, ...]]) -> 
 
 
 # An ONNX or OpenVINO file in OpenVINO, on the CPU.
-
 
 OPENVINO_TITLE = "OpenVINO"
 _OPENVINO_TYPES = {"f32": np.float32, "f16": np.float16, "u8": np.uint8}
@@ -191,8 +237,7 @@ def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
             if model.has_rt_info([SECTION, key])}
 
 
-# The backends that read network files, and which of them are installed.
-
+# The table of backends, and which of them are installed.
 
 @dataclass(frozen=True)
 class BackendKind:
@@ -235,49 +280,3 @@ FILE_BACKENDS = {kind.name: kind for kind in (
                 on_gpu=False),
     BackendKind("onnx", ONNX_TITLE, "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), OnnxNetwork, (".onnx",),
                 on_gpu=True))}
-
-
-DESCRIBED = ("architecture", "scale", "params")
-"""In the metadata of our own files; with them a network can be built."""
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-class NetworkFile(Protocol):
-    """A network in a backend that is not PyTorch."""
-
-    title: str
-    """Name and version of the backend."""
-    inputs: list[tuple[int | None, ...]]
-    """Their shapes; `None` is any number."""
-    dtype: np.dtype | None
-    """Of the first input: float32, float16 or uint8; `None`: something else."""
-    metadata: dict[str, str]
-    """Of our own files at least `DESCRIBED`."""
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """One batch as the file takes it -> its first output. `MemoryError`; `RunError` for what it cannot run."""
-
-    def most_elements(self, shape: tuple[int, ...]) -> int:
-        """What the hungriest operator reads and writes for an input of that shape, without its weights."""
-
-
-def usable_threads() -> int:
-    """How many threads a backend may start: `OMP_NUM_THREADS`, else the cores that process and container may use."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said):
-        return int(said)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no container, or no limit in it
-        return cores
-
-
-_SIGNS = ("allocate memory", "out of memory", "DefaultCPUAllocator", "bad_alloc", "bad allocation",
-          "Failed to allocate")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not suffice."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)

@@ -137,7 +137,7 @@ def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> st
         except Exception as error:  # each backend has its own
             raise RunError(f"{title} cannot run the network on {name} ({one_line(error)})") from error
         if found.shape != check.expected.shape:
-            raise RunError(f"{title} makes {found.shape} of {name} where PyTorch makes {check.expected.shape}")
+            raise RunError(f"{title} turns {name} into {found.shape}, and PyTorch into {check.expected.shape}")
         psnr, largest, is_good = _measure(found, check.expected, limit)
         shown = f"{psnr:6.1f} dB  {largest:.1e}" if limit.levels is None else f"{psnr:6.1f} dB  {largest:.0f} of 255"
         rows.append(f"  {name:<14}{shown}")

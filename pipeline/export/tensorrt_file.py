@@ -1,4 +1,4 @@
-"""An ONNX file as a TensorRT engine: built where TensorRT's package is installed, else by the command that is told."""
+"""An ONNX file as a TensorRT engine: built where TensorRT is installed, else by the command that is printed."""
 
 from __future__ import annotations
 

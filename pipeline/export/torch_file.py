@@ -43,17 +43,17 @@ def provenance(run_dir: Path, step: int, license_name: str, *, is_averaged: bool
     """
     folder = checkpoint_dir(run_dir, step)
     dataset = _read(folder / MANIFEST_FILE).get("identity", {}).get("dataset", {})
-    told = {"license": license_name} if license_name else {}
-    told |= {f"dataset_{key}": str(dataset[key]) for key in DATASET_KEYS if dataset.get(key) not in (None, "")}
+    found = {"license": license_name} if license_name else {}
+    found |= {f"dataset_{key}": str(dataset[key]) for key in DATASET_KEYS if dataset.get(key) not in (None, "")}
     if is_averaged and (scores := _validated(run_dir, step, _read(folder / STATE_FILE))):
-        told["validation"] = json.dumps(scores, sort_keys=True)
-    return told
+        found["validation"] = json.dumps(scores, sort_keys=True)
+    return found
 
 
 def evaluation_of(report: Path, weights: Path) -> str:
     """The mean scores of `weights` in a report of evaluate.py, as JSON: by benchmark, with the number of images.
 
-    `UserError` for a file that is no such report, or that is of other weights (told by their SHA-256).
+    `UserError` for a file that is no such report, or that is of other weights (by their SHA-256).
     """
     found = _read(report)
     try:
@@ -65,7 +65,7 @@ def evaluation_of(report: Path, weights: Path) -> str:
         means = {entry["name"]: {"images": len(entry["images"]), **_numbers(entry["mean"][title])}
                  for entry in found["benchmarks"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(report)!r} is no report of evaluate.py ({type(error).__name__}: {error}); "
+        raise UserError(f"{str(report)!r} is not a report of evaluate.py ({type(error).__name__}: {error}); "
                         "give its evaluation.json") from error
     return json.dumps({"scale": found["scale"], "self_ensemble": found["self_ensemble"], "benchmarks": means},
                       sort_keys=True)

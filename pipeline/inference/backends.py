@@ -58,8 +58,8 @@ def dtype_of(precision: str, device: torch.device, *, is_deep: bool) -> torch.dt
 
 PROBE_SIDE = 64
 HELD_AT_ONCE = 3
-"""A network holds at most about so many times what its hungriest layer reads and writes. Measured on a CPU: PyTorch 1.3
-to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet, MSRResNet, Compact, RRDBNet)."""
+"""A network holds at most about this many times what its hungriest layer reads and writes. Measured on a CPU: PyTorch
+1.3 to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet, MSRResNet, Compact, RRDBNet)."""
 SHARE = 0.5
 """Of the free memory, for the network's own use."""
 MAX_ELEMENTS = 2**31 - 1
@@ -161,7 +161,7 @@ class TorchBackend:
             images = images.astype(np.float32) / 65535
         lr = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
         lr = lr.contiguous(memory_format=torch.channels_last)
-        # TF32 keeps 11 bits; benchmark mode searches anew for every size of tile.
+        # TF32 keeps 11 bits; benchmark mode searches again for every size of tile.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
             return self._in(dtype)(lr)
 
@@ -264,7 +264,7 @@ class FileBackend:
         sr = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
         if sr.shape != expected:
-            raise RunError(f"the network makes {tuple(sr.shape)} of {images.shape} where {expected} is right")
+            raise RunError(f"the network turns {images.shape} into {tuple(sr.shape)}, and {expected} is right")
         return sr[:count, :, : height * self.scale, : width * self.scale]
 
     def _sizes(self, height: int, width: int) -> tuple[int, int]:

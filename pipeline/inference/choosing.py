@@ -83,7 +83,7 @@ class ConversionCache:
         return self._path(self._is_half()).is_file()
 
     def verdict(self, kind: BackendKind) -> BackendVerdict | None:
-        """That of an earlier time; `None` where there is none, or a broken one."""
+        """The verdict of an earlier time; `None` where there is none, or a broken one."""
         try:
             found = json.loads(self._verdict_path(kind).read_bytes())
             return BackendVerdict(str(found["reason"]), float(found["share"]))
@@ -224,7 +224,7 @@ PixelCount = Callable[[int], float]
 
 BACKENDS = ("auto", "torch", *FILE_BACKENDS)
 FILES = tuple(sorted({suffix for kind in FILE_BACKENDS.values() for suffix in kind.suffixes}))
-"""What a file ends in that is no weights file, but a whole network."""
+"""Suffixes of files that hold a whole network, rather than weights."""
 EXPORT_SECONDS = 12.0
 """That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take longer."""
 CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
@@ -254,7 +254,7 @@ def is_network_file(model: Path | None) -> bool:
 def choose_backend(model: Path | None, asked: str, device: torch.device, precision: str, work: PixelCount) -> Chosen:
     """`asked` is one of `BACKENDS`; `model` as the command line has it: weights, a run folder, or a network file.
 
-    `UserError` for what cannot be had. A conversion that takes long, as all do, is told of on stdout.
+    `UserError` for what cannot be had. A conversion that takes long, as all do, is reported on stdout.
     """
     if is_network_file(model):
         return _of_file(model, asked, device, precision)
@@ -309,7 +309,7 @@ def _fastest(chosen: Model, by_torch: TorchBackend, precision: str, work: PixelC
     if good and (best := min(good, key=good.__getitem__)) and good[best] < 1:
         return _by_conversion(conversion, best, chosen, f", {1 / good[best]:.1f} times as fast as PyTorch")
     if unknown:
-        return _by_torch(chosen, by_torch, f"{_titles(unknown)} would not save what the conversion takes")
+        return _by_torch(chosen, by_torch, f"{_titles(unknown)}: conversion would take longer than it saves")
     if good:
         return _by_torch(chosen, by_torch, f"{_titles(list(good))} measured slower here")
     return _by_torch(chosen, by_torch, "; ".join(dict.fromkeys(
@@ -426,7 +426,8 @@ def device_at(place: Place, device: str) -> torch.device:
     if place.world_size == 1:
         return choose_device(device)
     if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for a GPU each")
+        raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for one GPU "
+                        "per process")
     if device == "cpu" or not torch.cuda.is_available():
         return choose_device(device)
     own = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))

@@ -44,7 +44,7 @@ class UpscalingJob:
 
 
 def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJob]:
-    """What to do for files and folders (all images and videos below them, hidden ones left alone), in order.
+    """What to do for files and folders (all images and videos below them, without hidden ones), in order.
 
     `out` is a folder, which keeps the structure of the input folders; or a file, by its suffix, for one input file.
     Pictures get `suffix`, unless `out` is a file. `UserError` for inputs that are not there, hold nothing, or whose
@@ -108,7 +108,7 @@ def _checked(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"no file or folder {str(path)!r}")
     if path.suffix.lower() not in UPSCALED_SUFFIXES | video.SUFFIXES:
-        raise UserError(f"{str(path)!r} is no image or video by its name; known are "
+        raise UserError(f"{str(path)!r}: unsupported file type; supported: "
                         f"{' '.join(sorted(UPSCALED_SUFFIXES | video.SUFFIXES))}")
     return path
 
@@ -164,7 +164,7 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
     if unread := _unread(inputs, out):
         print(unread)
     if len(jobs) < len(planned):
-        print(f"left alone: {len(planned) - len(jobs)} results that exist already")
+        print(f"skipped: {len(planned) - len(jobs)} results that exist already")
     if not jobs:
         return 0
 

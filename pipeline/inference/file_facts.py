@@ -27,9 +27,9 @@ UNKNOWN_HALO = 64
 
 
 def facts_of(file: NetworkFile, name: str) -> FileFacts:
-    """The facts of a file called `name` in messages.
+    """The facts of a file, which messages call `name`.
 
-    `UserError` for what is no network from one RGB image to a larger one, with float or byte values.
+    `UserError` for what is not a network from one RGB image to a larger one, with float or byte values.
     """
     facts = _from_input(file, name)
     said = file.metadata
@@ -81,8 +81,8 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
                             ) from error
         scale = sr.shape[-2] // image.shape[0] if sr.ndim == 4 else 0
         if scale < 1 or sr.shape[1:] != (3, image.shape[0] * scale, image.shape[1] * scale):
-            raise UserError(f"{name} makes {tuple(sr.shape)} of an RGB image of {image.shape[1]}x{image.shape[0]}, "
-                            "which is no RGB image so many times larger")
+            raise UserError(f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {tuple(sr.shape)}, "
+                            "which is not an RGB image a whole number of times larger")
         reduced = torch.nn.functional.avg_pool2d(sr.float(), scale)[0].permute(1, 2, 0).numpy()
         psnr = -10 * np.log10(np.square(reduced - image / 255).mean() + 1e-12)
         if psnr >= LIKE_ITS_INPUT:

@@ -22,7 +22,7 @@ SMALLEST_TILE = 64
 MAX_BATCH = 64
 
 Advance = Callable[[float], None]
-"""Told how many LR pixels were upscaled since it was last called."""
+"""Called with the number of LR pixels upscaled since the last call."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Upscaler:
     def _batches(self, tiles: list[ImageTile], dtype: torch.dtype) -> Iterator[list[ImageTile]]:
         """Tiles of one size, as many at once as the memory allows."""
         for (rows, columns), equal in groupby(tiles, key=lambda tile: tile.seen_shape):
-            alike = list(equal)
+            same_size = list(equal)
             step = max(1, min(MAX_BATCH, self.max_pixels(dtype) // (rows * columns)))
-            for start in range(0, len(alike), step):
-                yield alike[start : start + step]
+            for start in range(0, len(same_size), step):
+                yield same_size[start : start + step]
 
     def _fill(self, large: np.ndarray, images: np.ndarray, tiles: list[ImageTile], dtype: torch.dtype) -> None:
         seen = np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])
@@ -188,7 +188,7 @@ class Upscaler:
 
     def _laid_smaller(self, waiting: list[ImageTile], shape: tuple[int, int, int], dtype: torch.dtype,
                       error: Exception) -> list[ImageTile]:
-        """All tiles anew, of half the pixels, after the memory did not suffice; raises any other error again."""
+        """All tiles again, of half the pixels, after the memory did not suffice; raises any other error again."""
         if not is_out_of_memory(error):
             raise error
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))

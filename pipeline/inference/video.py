@@ -1,4 +1,4 @@
-"""Videos: decoded, upscaled a few frames at a time, encoded anew; sound is copied as it lies in the file."""
+"""Videos: decoded, upscaled a few frames at a time, encoded again; sound is copied as it lies in the file."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def upscale_video(source: Path, result: Path, target: TargetSize, upscaler: Upsc
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The open file and its largest video stream (cover art is none)."""
+    """The open file and its largest video stream (cover art does not count)."""
     try:
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.cli import UserError, nearest
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -87,8 +89,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
 
 
 def metric_of(key: str) -> Metric:
-    """The metric that a recipe calls `key`; `KeyError` for one that is not in the table."""
-    return next((metric for metric in METRICS.values() if metric.key == key), None) or METRICS[key]
+    """The metric that a recipe calls `key`; its `name` does as well. `UserError` for one that is not in the table."""
+    keys = {metric.key: metric for metric in METRICS.values()}
+    if key not in keys and key not in METRICS:
+        raise UserError(f"no metric {key!r}{nearest(key, keys)}")
+    return keys.get(key) or METRICS[key]
 
 
 class Measure(NamedTuple):

@@ -179,7 +179,7 @@ def test_a_gpu_each_and_no_more(monkeypatch):
         num_processes(2, "cuda:1")
     place = Place(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
     assert device_at(place, "auto") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="--device cuda:1 for 8 processes; leave --device out for a GPU each"):
+    with pytest.raises(UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"):
         device_at(place, "cuda:1")
 
 

@@ -115,7 +115,7 @@ def test_a_report_of_these_very_weights_goes_into_the_files(tmp_path):
     assert told["benchmarks"]["hr"]["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-5)
     with pytest.raises(UserError, match=r"is of other weights than .*evaluate these first"):
         export_run(run, 200, evaluation=report)
-    with pytest.raises(UserError, match=r"is no report of evaluate.py"):
+    with pytest.raises(UserError, match=r"is not a report of evaluate.py"):
         export_run(run, 200, evaluation=run / "checkpoints" / "step-00000200" / "state.json")
 
 

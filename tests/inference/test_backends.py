@@ -158,8 +158,8 @@ def judged(conversion, **verdicts):
     (Verdict(reason="it broke"), Verdict(share=0.8), r"by ONNX Runtime [\d.]+ \("),
     (Verdict(share=1.1), Verdict(share=1.3), r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime measured slower here\)"),
     (Verdict(reason="it broke"), Verdict(reason="it broke"), r"by PyTorch [\d.]+ \(it broke\)"),
-    (None, Verdict(share=1.3), r"by PyTorch [\d.]+ \(OpenVINO would not save what the conversion takes\)"),
-    (None, None, r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime would not save what the conversion takes\)"),
+    (None, Verdict(share=1.3), r"by PyTorch [\d.]+ \(OpenVINO: conversion would take longer than it saves\)"),
+    (None, None, r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)"),
 ])
 def test_the_fastest_as_measured_is_chosen(work, alone, capsys, tmp_path, openvino, onnx_runtime, line):
     verdicts = {"openvino": openvino, "onnx": onnx_runtime}

@@ -372,7 +372,7 @@ def test_nothing_is_overwritten(tmp_path, capsys, cubic):
     assert not (out / "b.png").exists()
     status, told, _ = run(capsys, folder, "-o", out, "--model", cubic, "--skip-existing")
     assert (status, (out / "a.png").read_bytes()) == (0, b"precious")
-    assert "left alone: 1 results" in told
+    assert "skipped: 1 results" in told
     assert (out / "b.png").exists()
     assert run(capsys, folder, "-o", out, "--model", cubic, "--force")[0] == 0
     assert Image.open(out / "a.png").size == (18, 16)

@@ -103,3 +103,20 @@ def test_names_are_checked_without_torch() -> None:
 def test_scores_in_words() -> None:
     assert text_of({"psnr_y": 28.1234, "lpips": 0.12345}) == "PSNR-Y 28.123 dB, LPIPS 0.1235"
     assert metric_of("psnr") is metric_of("psnr_y") is METRICS["psnr_y"]
+
+
+def test_the_tools_draw_and_search_by_every_metric(dummy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from tools import plot_run
+    from tools.search import report
+
+    try:
+        panel = next(panel for panel in importlib.reload(plot_run).PANELS if panel.curves[0].key == "dummy")
+        assert (panel.title, panel.best, panel.unit) == ("validation Dummy, levels", min, " levels")
+    finally:
+        monkeypatch.undo()
+        importlib.reload(plot_run)
+    monkeypatch.setitem(METRICS, "dummy", ROW)
+    assert (report.score_text(1.234, "dummy"), report.sign_of("dummy")) == ("1.23 levels", 1)
+    assert (report.score_text(30.1234, "psnr"), report.sign_of("psnr")) == ("30.123 dB", -1)

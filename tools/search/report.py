@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from pipeline.metrics import metric_of
 from tools.search.space import Range, Space
 
 if TYPE_CHECKING:
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
 
 STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
           TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
-TITLES = {"psnr": "PSNR-Y", "lpips": "LPIPS"}
 MOST_ROWS = 20
 LEAST_FOR_IMPORTANCE = 8  # complete trials
 PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.3  # inches, of 110 pixels
 
 
 def score_text(score: float, metric: str) -> str:
-    return f"{score:.3f} dB" if metric == "psnr" else f"{score:.4f}"
+    row = metric_of(metric)
+    return row.text(score) + (row.unit and f" {row.unit}")
+
+
+def sign_of(metric: str) -> int:
+    """-1 where the highest score is the best, 1 where the lowest is."""
+    return 1 if metric_of(metric).lower_is_better else -1
 
 
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
@@ -63,15 +69,15 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def trial_table(study: optuna.Study, space: Space, metric: str) -> str:
     """A row for each trial, the best first, at most `MOST_ROWS`."""
     keys = [parameter.key for parameter in space.parameters if parameter.is_searched]
-    names, sign = short_names(keys), -1 if metric == "psnr" else 1
-    rows = [["trial", "state", TITLES[metric], "at step", *(names[key] for key in keys)]]
+    names, sign = short_names(keys), sign_of(metric)
+    rows = [["trial", "state", metric_of(metric).title, "at step", *(names[key] for key in keys)]]
     trials = ranked(study)
     for trial in trials[:MOST_ROWS]:
         score = best_score(trial, sign)
         step = next((step for step, value in trial.intermediate_values.items() if value == score), None)
         values = trial_values(trial, space)
         rows.append([str(trial.number), STATES[trial.state],
-                     "-" if score is None else score_text(score, metric).removesuffix(" dB"),
+                     "-" if score is None else metric_of(metric).text(score),
                      "-" if step is None else str(step),
                      *(_number(values[key]) if key in values else "-" for key in keys)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,8 +147,7 @@ def draw(study: optuna.Study, space: Space, metric: str) -> bytes:
 
 
 def _points(study: optuna.Study, metric: str) -> list[tuple[FrozenTrial, float]]:
-    sign = -1 if metric == "psnr" else 1
-    scores = [(trial, best_score(trial, sign)) for trial in study.trials]
+    scores = [(trial, best_score(trial, sign_of(metric))) for trial in study.trials]
     return [(trial, score) for trial, score in scores if score is not None]
 
 
@@ -152,7 +157,7 @@ def _draw_history(axes: Axes, study: optuna.Study, metric: str) -> None:
         own = [(trial.number, score) for trial, score in points if trial.state == state]
         if own:
             axes.plot(*zip(*own, strict=True), "o", color=colour, markersize=4, label=STATES[state])
-    better = max if metric == "psnr" else min
+    better = min if metric_of(metric).lower_is_better else max
     complete = [(trial.number, score) for trial, score in points if trial.state == TrialState.COMPLETE]
     best = [(number, better(score for _, score in complete[:i + 1])) for i, (number, _) in enumerate(complete)]
     if best:
@@ -191,6 +196,7 @@ def _draw_parameter(axes: Axes, study: optuna.Study, space: Space, key: str, met
 def _finish(axes: Axes, title: str, below: str, metric: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(below, fontsize=8)
-    axes.set_ylabel(TITLES[metric] + (", dB" if metric == "psnr" else ""), fontsize=8)
+    row = metric_of(metric)
+    axes.set_ylabel(row.title + (row.unit and f", {row.unit}"), fontsize=8)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3)

@@ -28,15 +28,15 @@ from tqdm import tqdm
 from pipeline.cli import RunError, bar_options
 from pipeline.config.recipe import ROOT
 from pipeline.files import short_path, write_atomically
+from pipeline.metrics import metric_of
 from pipeline.training.options import Plan, TrainOptions, make_plans
-from tools.search.report import TITLES, ranked, score_text, short_names
+from tools.search.report import ranked, score_text, short_names
 from tools.search.space import Space, override
 from tools.search.study import StudyFolder, next_trial, waits_for_others
 from tools.search.trial import OUTPUT_FILE, TrialRun
 
 BEST_FILE = "best.yaml"
 NOT_OF_A_STAGE = ("name", "stage")
-KEYS = {"psnr": "psnr_y", "lpips": "lpips"}  # metric -> its name in the lines of a validation
 POLL_SECONDS = 0.2
 MOST_FAILURES = 3  # in a row, before any trial went well
 
@@ -183,7 +183,7 @@ class Search:
         values = self._target.space.suggest(trial)
         run_dir = self._folder.trial_dir(trial.number)
         stage = self._target.plans[-1].recipe.stage
-        run = TrialRun(trial.number, run_dir, run_dir / stage / "log.jsonl", KEYS[self._target.metric])
+        run = TrialRun(trial.number, run_dir, run_dir / stage / "log.jsonl", metric_of(self._target.metric).name)
         slot = min(set(range(self._machine.jobs)) - {other.slot for other in self._running.values()})
         names = short_names(list(values))
         told = ", ".join(f"{names[key]} {value:.4g}" if isinstance(value, float) else f"{names[key]} {value}"
@@ -214,7 +214,7 @@ class Search:
         """Write down a trial's end, unless it was interrupted: then it stays to be gone on with."""
         run, number = running.run, running.trial.number
         scores = run.scores.values()
-        best = (max if self._target.metric == "psnr" else min)(scores, default=None)
+        best = (min if metric_of(self._target.metric).lower_is_better else max)(scores, default=None)
         del self._running[number]
         with contextlib.closing(running.lock):
             if run.is_pruned:
@@ -252,7 +252,7 @@ class Search:
 
     def _result(self, number: int, best: float) -> str:
         """A complete trial in a line; of the best so far the recipe is written."""
-        title = TITLES[self._target.metric]
+        title = metric_of(self._target.metric).title
         text = f"{title} {score_text(best, self._target.metric)}"
         if self._study.best_trial.number != number:
             before = self._study.best_trial
@@ -275,7 +275,7 @@ class Search:
         assert best.value is not None
         values = self._target.space.suggest(FixedTrial(best.params))
         plans = make_plans(replace(self._target.training, overrides=self._target.overrides(values)))
-        said = (f"Trial {best.number} of {self._folder.path.name}: {TITLES[self._target.metric]} "
+        said = (f"Trial {best.number} of {self._folder.path.name}: {metric_of(self._target.metric).title} "
                 f"{score_text(best.value, self._target.metric)} in {self._budget.steps} steps of recipe "
                 f"{self._target.training.recipe}, with\n"
                 f"{' '.join(override(key, value) for key, value in values.items())}\n"
