@@ -420,7 +420,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
 @pytest.mark.parametrize(("arguments", "reason"), [
     ((), "nothing to upscale"),
     (("nowhere.png",), "no file or folder 'nowhere.png'"),
-    (("text.txt",), "'text.txt' is no image or video by its name"),
+    (("text.txt",), "'text.txt': unsupported file type; supported: "),
     (("empty",), "folder 'empty' holds no images or videos"),
     (("a.png", "--scale", "2", "--size", "3x3"), "--scale and --size contradict each other"),
     (("a.png", "--scale", "0"), "--scale 0 is not above 0"),

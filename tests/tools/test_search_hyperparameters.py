@@ -286,7 +286,8 @@ def test_a_space_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, text
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("generator.num_blokcs: [1, 2]", "with generator.num_blokcs=1: network 'vapsr' has no parameter 'num_blokcs'"),
+    ("generator.num_blokcs: [1, 2]", "with generator.num_blokcs=1: recipe demo: generator: network 'vapsr' has no "
+     "parameter 'num_blokcs'"),
     ("ema_decay: {low: 0.5, high: 1.5}", "with ema_decay=1.5: recipe demo: ema_decay"),
 ])
 def test_what_training_would_refuse_is_refused_before_the_first_trial(dataset: Path, tmp_path: Path, text: str,
