@@ -213,11 +213,6 @@ def _check_stages(stages: Any, where: str) -> None:
                 raise UserError(f"{where}, stage {stage}: {key} belongs at the top of the recipe, not in a stage")
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe that a run folder keeps."""
-    return recipe_of(_read_yaml(path), str(path))
-
-
 def write_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
 

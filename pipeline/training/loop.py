@@ -81,7 +81,7 @@ class Training:
             self._name_profiles(loader)
             self._watchdog.feed()
             self.signals.is_patient = True  # from now on there is something to save
-            self._foretell(progress.step)
+            self._log_eta(progress.step)
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
             agreed = agreement.exchange(self._request(loader))
@@ -113,7 +113,7 @@ class Training:
                          f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}")
         return 0
 
-    def _foretell(self, step: int) -> None:
+    def _log_eta(self, step: int) -> None:
         """How long it will take, as soon as that can be known: after the third step of this process."""
         self._step_ends.append(time.perf_counter())
         if len(self._step_ends) == 3:

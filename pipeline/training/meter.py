@@ -17,7 +17,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.source import Skip
 from pipeline.distributed.ranks import Ranks
 from pipeline.monitor.journal import duration
-from pipeline.training.trainers import Outcome
+from pipeline.training.trainers import StepResult
 
 BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
 SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
@@ -68,7 +68,7 @@ class Meter:
         self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._began: float | None = None
 
-    def add(self, outcome: Outcome, index: int) -> None:
+    def add(self, outcome: StepResult, index: int) -> None:
         """Count one micro-batch."""
         values = {("loss", name): loss for name, loss in outcome.losses.items()}
         values |= {("statistic", name): value for name, value in outcome.statistics.items()}

@@ -17,11 +17,11 @@ from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, 
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
 
-# What a trainer tells of one micro-batch.
+# What a trainer returns of one micro-batch.
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """Scalars, detached, on the device."""
 
     losses: dict[str, Tensor]  # the generator's terms, weighted; their sum is what it minimises
@@ -44,7 +44,7 @@ class ReconstructionTrainer:
         """The engines that learn in update `number` of the run."""
         return [self.generator]
 
-    def step(self, batch: Batch, number: int) -> Outcome:
+    def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         losses = self.criterion(self.generator(lr), batch.hr)
@@ -52,7 +52,7 @@ class ReconstructionTrainer:
         backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
             self.ema.update(self.generator.module)
-        return Outcome({name: loss.detach() for name, loss in losses.items()})
+        return StepResult({name: loss.detach() for name, loss in losses.items()})
 
 
 # Training of a generator against a discriminator: two engines, two optimizers, one batch.
@@ -83,7 +83,7 @@ class AdversarialTrainer:
         turns = ((self.generator, self.spec.generator_every), (self.discriminator, self.spec.discriminator_every))
         return [engine for engine, every in turns if number % every == 0]
 
-    def step(self, batch: Batch, number: int) -> Outcome:
+    def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
         spec = self.spec
         self._noise = spec.instance_noise.sigma * max(0.0, 1 - number / spec.instance_noise.steps)
@@ -96,7 +96,7 @@ class AdversarialTrainer:
         statistics = _colour_drift(sr.detach(), hr)
         if self.discriminator in learners:
             statistics |= self._improve_discriminator(sr.detach(), hr)
-        return Outcome(losses, statistics)
+        return StepResult(losses, statistics)
 
     def _improve_generator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         losses = self.criterion(sr, hr)

@@ -29,7 +29,7 @@ import warm
 from conftest import ROOT, SMALL, environment
 from pipeline.cli import UserError
 from pipeline.cli import run as run_command
-from pipeline.config.recipe import parse_overrides, read_recipe
+from pipeline.config.recipe import parse_overrides, recipe_of
 from pipeline.training.options import TrainOptions, make_plans, overrides_last
 from tools.search import trial as trial_module
 from tools.search.report import importances, short_names, trial_table
@@ -166,7 +166,7 @@ def test_an_interrupted_trial_is_bit_for_bit_the_run_started_by_hand(lived: Live
 def test_what_was_drawn_is_what_was_trained_with(lived: Lived) -> None:
     rates, first = set(), set()
     for trial in lived.trials:
-        recipe = read_recipe(lived.run_dir(trial.number) / "recipe.yaml")
+        recipe = recipe_of(yaml.safe_load((lived.run_dir(trial.number) / "recipe.yaml").read_text()), "run")
         ds_config = json.loads((lived.run_dir(trial.number) / "ds_config.json").read_text())
         assert ds_config["optimizer"]["params"]["lr"] == trial.params["ds.optimizer.params.lr"]
         assert recipe.ema_decay == trial.params["ema_decay"]
