@@ -115,7 +115,7 @@ def test_the_command_draws_what_there_is(tmp_path: Path) -> None:
     (("run", "--names", "a", "b"), "--names has 2 names for 1 runs; give one for each"),
     (("run", "run"), "two runs would be called 'run'; tell them apart with --names"),
     (("run", "--smooth", "0"), "--smooth 0: must be 1 or more log lines"),
-    (("other.json",), "other.json: line 1 is none that training writes"),
+    (("other.json",), "other.json: line 1 is not one that training writes"),
     (("empty",), "nothing to draw yet"),
 ])
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
