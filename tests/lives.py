@@ -70,7 +70,8 @@ def train(dataset: Path, run_dir: Path, *overrides: str, procs: int = 1) -> str:
     for process in ranks:
         process.join(120)
     printed = output.read_text()[before:]
-    assert [process.exitcode for process in ranks] == [0] * procs, printed
+    statuses = [process.exitcode for process in ranks]
+    assert statuses == [0] * procs, f"the ranks ended with {statuses}: {printed}"
     return printed
 
 
@@ -115,7 +116,8 @@ def in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments:
         process.join(120)
         process.kill()
     printed = "".join((folder / f"{rank}.output").read_text() for rank in range(procs))
-    assert [process.exitcode for process in ranks] == [0] * procs, printed
+    statuses = [process.exitcode for process in ranks]
+    assert statuses == [0] * procs, f"the ranks ended with {statuses}: {printed}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(procs)]
 
 
