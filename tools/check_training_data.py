@@ -21,8 +21,8 @@ from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.manifest import ManifestIndex
 from tools.crops.options import GateOptions, open_benchmark
 from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
-from tools.dataset.judging import Judge, Judgement, Outcome, Rules, Twins, Verdict, other_sides
-from tools.files import IMAGES, Kind, converted_note, links_note, printable, scan
+from tools.dataset.judging import Findings, Judge, Judgement, Rules, Twins, Verdict, other_sides
+from tools.files import IMAGES, EntryKind, converted_note, links_note, printable, scan
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
 MAX_BAD_FRACTION = 0.05  # more than this is rather a wrong option or a broken disk than so many bad files
@@ -81,23 +81,23 @@ def main(options: Options) -> int:
                   options.min_sharpness)
     prepare_decoders()
     judge = Judge(root, rules, crops, open_benchmark(options.benchmark_folders()))
-    outcome = _judge_all(root, judge, survey.images, options, crops)
-    made_again = _add_other_sides(root, survey, crops, outcome)
-    _summarize(survey, outcome)
+    findings = _judge_all(root, judge, survey.images, options, crops)
+    made_again = _add_other_sides(root, survey, crops, findings)
+    _summarize(survey, findings)
     if cleaned := cleaned_away(root, survey.manifests, crops):
         print(f"{cleaned} crops that a manifest names were taken away by --clean and are not made again")
     if crops.missing():
         print(f"{crops.missing()} crops that a manifest names are not there; the tool that made them makes them again")
-    if outcome.bad and options.clean:
-        _refuse_too_many(len(outcome.bad), survey.images, options.force)
+    if findings.bad and options.clean:
+        _refuse_too_many(len(findings.bad), survey.images, options.force)
         named = _names_in_lists(root)  # before anything moves: a broken list must not stop us halfway
-        with Cleaner(root, survey.manifests, made_again, outcome.bad, options.delete) as cleaner:
-            for judgement in outcome.bad:
+        with Cleaner(root, survey.manifests, made_again, findings.bad, options.delete) as cleaner:
+            for judgement in findings.bad:
                 cleaner.take(judgement)
-        _say_cleaned(root, cleaner, options.delete, any(judgement.path in named for judgement in outcome.bad))
-    elif outcome.bad:
+        _say_cleaned(root, cleaner, options.delete, any(judgement.path in named for judgement in findings.bad))
+    elif findings.bad:
         print(f"nothing was changed; --clean moves the bad files to {root / QUARANTINE}")
-    return 1 if outcome.bad or outcome.unreadable else 0
+    return 1 if findings.bad or findings.unreadable else 0
 
 
 def _check_options(options: Options) -> None:
@@ -138,12 +138,12 @@ def _survey(root: Path) -> Survey:
     survey = Survey()
     for kind, name in scan(root, MANIFEST):
         survey.images += kind in IMAGES
-        survey.foreign += kind is Kind.FOREIGN
-        if kind is Kind.MANIFEST:
+        survey.foreign += kind is EntryKind.FOREIGN
+        if kind is EntryKind.MANIFEST:
             survey.manifests.append(name)
-        elif kind is Kind.UNREAD:
+        elif kind is EntryKind.UNREAD:
             survey.unread.append(name)
-        elif kind is Kind.LINKED_FOLDER:
+        elif kind is EntryKind.LINKED_FOLDER:
             survey.linked_folders.append(name)
     return survey
 
@@ -152,41 +152,41 @@ def _images(root: Path) -> Iterator[str]:
     return (name for kind, name in scan(root, MANIFEST) if kind in IMAGES)
 
 
-def _judge_all(root: Path, judge: Judge, total: int, options: Options, crops: ManifestIndex) -> Outcome:
+def _judge_all(root: Path, judge: Judge, total: int, options: Options, crops: ManifestIndex) -> Findings:
     """Judge all files, in their order, and print the bad ones as they are found."""
-    outcome, started, threads = Outcome(), time.monotonic(), thread_count(options.threads)
+    findings, started, threads = Findings(), time.monotonic(), thread_count(options.threads)
     distance = options.max_hash_distance()
     twins = None if distance is None else Twins(root, distance)
     with quiet_libraries(), progress(total, "file") as bar:
         for judgements in ordered_map(lambda names: [judge(name) for name in names], batched(_images(root)), threads):
             for judgement in judgements:
-                outcome.bytes += judgement.bytes
+                findings.bytes += judgement.bytes
                 if twins is None or not twins.is_twin(judgement):
-                    _take_in(outcome, judgement, bar)
+                    _take_in(findings, judgement, bar)
             bar.update(len(judgements))
-            bar.set_postfix(MB=outcome.bytes // 1_000_000, bad=len(outcome.bad), refresh=False)
+            bar.set_postfix(MB=findings.bytes // 1_000_000, bad=len(findings.bad), refresh=False)
         found, links = twins.verdicts(_images(root)) if twins else ([], [])
         for link in links:
-            outcome.take_back(link, _sha256(crops, link.path))
+            findings.take_back(link, _sha256(crops, link.path))
         for judgement in [*found, *links]:
-            _take_in(outcome, judgement, bar)
-    outcome.seconds = time.monotonic() - started
-    return outcome
+            _take_in(findings, judgement, bar)
+    findings.seconds = time.monotonic() - started
+    return findings
 
 
-def _take_in(outcome: Outcome, judgement: Judgement, bar: tqdm) -> None:
+def _take_in(findings: Findings, judgement: Judgement, bar: tqdm) -> None:
     """Count a judgement, and print it unless it is good."""
     if judgement.verdict is Verdict.GOOD:
-        outcome.good += 1
+        findings.good += 1
         if judgement.profile:
-            outcome.converted[judgement.profile] += 1
+            findings.converted[judgement.profile] += 1
         if judgement.sha256:
-            outcome.recorded.add(judgement.path, judgement.sha256)
+            findings.recorded.add(judgement.path, judgement.sha256)
         return
     if judgement.verdict is Verdict.BAD:
-        outcome.bad.append(judgement)
+        findings.bad.append(judgement)
     else:
-        outcome.unreadable.append(judgement.path)
+        findings.unreadable.append(judgement.path)
     bar.write(f"{judgement.verdict.value}: {printable(judgement.path)}: {judgement.reason}", file=sys.stdout)
 
 
@@ -195,41 +195,41 @@ def _sha256(crops: ManifestIndex, name: str) -> str:
     return record.sha256 if record else ""
 
 
-def _add_other_sides(root: Path, survey: Survey, crops: ManifestIndex, outcome: Outcome) -> set[str]:
+def _add_other_sides(root: Path, survey: Survey, crops: ManifestIndex, findings: Findings) -> set[str]:
     """Call bad what cannot be trained on without its other side; returns the bad files that are to be made again."""
-    made_again = {judgement.path for judgement in outcome.bad if judgement.gate == "file"}
-    passed = {judgement.path for judgement in outcome.bad}.union(outcome.unreadable)
-    sides = other_sides(root, crops, survey.manifests, [judgement.path for judgement in outcome.bad])
+    made_again = {judgement.path for judgement in findings.bad if judgement.gate == "file"}
+    passed = {judgement.path for judgement in findings.bad}.union(findings.unreadable)
+    sides = other_sides(root, crops, survey.manifests, [judgement.path for judgement in findings.bad])
     for path, bad_side in sorted(sides.items()):
         if path in passed or not survey.has_looked_at(path):
             continue
         side = Judgement(path, Verdict.BAD, f"the other side of its pair is bad: {printable(bad_side)}", gate="pair")
-        outcome.take_back(side, _sha256(crops, path))
-        outcome.bad.append(side)
+        findings.take_back(side, _sha256(crops, path))
+        findings.bad.append(side)
         print(f"bad: {printable(path)}: {side.reason}")
         if bad_side in made_again:
             made_again.add(path)
     return made_again
 
 
-def _summarize(survey: Survey, outcome: Outcome) -> None:
+def _summarize(survey: Survey, findings: Findings) -> None:
     """What was looked at, and what was found."""
-    num_bad, seconds = len(outcome.bad), max(outcome.seconds, 1e-3)
+    num_bad, seconds = len(findings.bad), max(findings.seconds, 1e-3)
     print(f"{survey.images} images judged in {seconds:.1f} s ({survey.images / seconds:.0f} files/s, "
-          f"{outcome.bytes / 1e6:.0f} MB read): {outcome.good} good, {num_bad} bad, "
-          f"{len(outcome.unreadable)} could not be read; {survey.foreign} other files left alone")
-    if outcome.bad:
-        counts = Counter(judgement.gate for judgement in outcome.bad)
+          f"{findings.bytes / 1e6:.0f} MB read): {findings.good} good, {num_bad} bad, "
+          f"{len(findings.unreadable)} could not be read; {survey.foreign} other files left alone")
+    if findings.bad:
+        counts = Counter(judgement.gate for judgement in findings.bad)
         print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
-    if outcome.converted:
-        print(converted_note(outcome.converted, "images", "training converts them to sRGB"))
+    if findings.converted:
+        print(converted_note(findings.converted, "images", "training converts them to sRGB"))
     if survey.unread:
         print(unread_note(survey.unread))
     if survey.linked_folders:
         print(f"links to folders were not followed: {', '.join(map(printable, survey.linked_folders))}")
-    if outcome.recorded.count:
-        print(f"hash of the {outcome.recorded.count} good images that manifests know (the same on every node): "
-              f"{outcome.recorded.hexdigest()}")
+    if findings.recorded.count:
+        print(f"hash of the {findings.recorded.count} good images that manifests know (the same on every node): "
+              f"{findings.recorded.hexdigest()}")
 
 
 def _refuse_too_many(bad: int, total: int, force: bool) -> None:

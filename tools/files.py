@@ -14,7 +14,7 @@ from pipeline.data.image_files import QUARANTINE, is_encoded, is_npy
 from pipeline.data.image_headers import UNREAD_SUFFIXES, suffix_of, unread_note
 
 
-class Kind(enum.Enum):
+class EntryKind(enum.Enum):
     """What a directory entry is to a dataset."""
 
     NPY = enum.auto()
@@ -26,7 +26,7 @@ class Kind(enum.Enum):
     QUARANTINE = enum.auto()     # a folder of that name, passed by
 
 
-IMAGES = frozenset({Kind.NPY, Kind.ENCODED})
+IMAGES = frozenset({EntryKind.NPY, EntryKind.ENCODED})
 
 
 @dataclass
@@ -70,8 +70,8 @@ def walk(root: Path, manifest_name: str) -> Files:
     Hidden files and folders (`.git`, macOS's `._photo.jpg`, half-written files of our own) count as foreign.
     """
     files = Files(root)
-    lists = {Kind.NPY: files.npy, Kind.ENCODED: files.encoded, Kind.MANIFEST: files.manifests,
-             Kind.UNREAD: files.unread, Kind.LINKED_FOLDER: files.linked_folders}
+    lists = {EntryKind.NPY: files.npy, EntryKind.ENCODED: files.encoded, EntryKind.MANIFEST: files.manifests,
+             EntryKind.UNREAD: files.unread, EntryKind.LINKED_FOLDER: files.linked_folders}
     for kind, name in scan(root, manifest_name):
         if kind in lists:
             lists[kind].append(name)
@@ -80,7 +80,7 @@ def walk(root: Path, manifest_name: str) -> Files:
     return files
 
 
-def scan(root: Path, manifest_name: str) -> Iterator[tuple[Kind, str]]:
+def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:
     """`walk` one by one, in the order of the names within each folder; holds no more than the open folders' names."""
     if not root.is_dir():
         if root.exists():
@@ -98,8 +98,8 @@ def scan(root: Path, manifest_name: str) -> Iterator[tuple[Kind, str]]:
             open_folders.pop()
 
 
-def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[Kind | None, str]]:
-    """(Kind, path) of what lies in one folder, by name; the kind of a folder to look into is `None`."""
+def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[EntryKind | None, str]]:
+    """(kind, path) of what lies in one folder, by name; the kind of a folder to look into is `None`."""
     try:
         with os.scandir(root / prefix) as entries:
             return sorted(((_kind(entry, manifest_name), prefix + entry.name) for entry in entries),
@@ -109,25 +109,25 @@ def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[Kind | N
                         "or move it out of the dataset") from None
 
 
-def _kind(entry: os.DirEntry[str], manifest_name: str) -> Kind | None:
+def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
     """What a directory entry is; `None` for a folder that is looked into."""
     if entry.is_dir(follow_symlinks=False):
         if entry.name == QUARANTINE:
-            return Kind.QUARANTINE
-        return Kind.FOREIGN if entry.name.startswith(".") else None
+            return EntryKind.QUARANTINE
+        return EntryKind.FOREIGN if entry.name.startswith(".") else None
     if entry.is_symlink() and _leads_to_folder(entry):
-        return Kind.LINKED_FOLDER
+        return EntryKind.LINKED_FOLDER
     if _is_special(entry):
-        return Kind.FOREIGN
+        return EntryKind.FOREIGN
     if entry.name == manifest_name:
-        return Kind.MANIFEST
+        return EntryKind.MANIFEST
     if entry.name.startswith("."):
-        return Kind.FOREIGN
+        return EntryKind.FOREIGN
     if is_npy(entry.name):
-        return Kind.NPY
+        return EntryKind.NPY
     if is_encoded(entry.name):
-        return Kind.ENCODED
-    return Kind.UNREAD if suffix_of(entry.name) in UNREAD_SUFFIXES else Kind.FOREIGN
+        return EntryKind.ENCODED
+    return EntryKind.UNREAD if suffix_of(entry.name) in UNREAD_SUFFIXES else EntryKind.FOREIGN
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:

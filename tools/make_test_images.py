@@ -21,7 +21,7 @@ from pipeline.data.image_pixels import prepare_decoders
 from tools.images import WEBP_MAX_SIDE, encode
 from tools.parallel import ordered_map, progress, thread_count
 
-Kind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]
+ImageKind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]
 MAX_SIDE = 16384
 MAX_LEAVES = 200_000  # a second's work
 FONTS = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX, cv2.FONT_HERSHEY_COMPLEX)
@@ -45,7 +45,7 @@ class Options:
     """Number of images."""
     size: tuple[int, int] = (512, 512)
     """Height and width in pixels."""
-    kinds: tuple[Kind, ...] = ("noise", "gradient", "edges", "text", "texture", "leaves", "zone")
+    kinds: tuple[ImageKind, ...] = ("noise", "gradient", "edges", "text", "texture", "leaves", "zone")
     """The kinds, one after another."""
     format: Literal["npy", "png", "webp", "jp2"] = "png"
     """File format, always lossless."""

@@ -20,7 +20,7 @@ from pipeline.distributed.ranks import LAUNCHER, Ranks
 NUM_SIGNALS = 128  # more than Linux has: ranks send kind and signal as one whole number
 
 
-class Kind(IntEnum):
+class RequestKind(IntEnum):
     """What a rank may ask of all, the most urgent last."""
 
     GO_ON = 0
@@ -32,13 +32,13 @@ class Kind(IntEnum):
 class Request(NamedTuple):
     """What a rank would have all of them do. Of two requests the larger one wins."""
 
-    kind: Kind = Kind.GO_ON
+    kind: RequestKind = RequestKind.GO_ON
     signal: int = 0  # that a STOP is for
 
     @property
     def is_to_end(self) -> bool:
         """Whether training ends with this step."""
-        return self.kind >= Kind.STOP
+        return self.kind >= RequestKind.STOP
 
 
 class StopSignals:
@@ -104,7 +104,7 @@ class Agreement:
         work.wait()
         self._pending = None
         kind, number = divmod(int(value), NUM_SIGNALS)
-        return Request(Kind(kind), number)
+        return Request(RequestKind(kind), number)
 
 
 # Ends a process that makes no progress any more. Needs no torch.

@@ -14,7 +14,7 @@ from pipeline.checkpoint.checkpoint import SaveError
 from pipeline.cli import RunError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
-from pipeline.distributed.stopping import Agreement, Kind, Request, StopSignals, Watchdog
+from pipeline.distributed.stopping import Agreement, Request, RequestKind, StopSignals, Watchdog
 from pipeline.engine.deepspeed_engine import read_comms
 from pipeline.engine.engine import gradients_of_update, observe, step_was_skipped
 from pipeline.files import short_path
@@ -91,14 +91,14 @@ class Training:
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
                 is_best = not agreed.is_to_end and self._validation_is_due() and self._validate()
-                if is_best or agreed.kind == Kind.SAVE or progress.step % recipe.save_every == 0:
+                if is_best or agreed.kind == RequestKind.SAVE or progress.step % recipe.save_every == 0:
                     self._save()
                 if not agreed.is_to_end:
                     self._show_previews()
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
         self._report_skips()
-        if agreed.kind == Kind.FAIL:
+        if agreed.kind == RequestKind.FAIL:
             self._raise_failure(loader)
         if not self._is_finished():
             # Without an agreement to stop, the signal came in the last validation.
@@ -170,13 +170,13 @@ class Training:
     def _request(self, loader: Loader) -> Request:
         """What this rank would have all of them do."""
         if not self._is_supplied(loader):
-            return Request(Kind.FAIL)
+            return Request(RequestKind.FAIL)
         if self.signals.received:
-            return Request(Kind.STOP, self.signals.received)
+            return Request(RequestKind.STOP, self.signals.received)
         # One rank's clock, and not twice while the first request is under way.
         if self.ranks.is_first and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60:
             self.last_save = time.perf_counter()
-            return Request(Kind.SAVE)
+            return Request(RequestKind.SAVE)
         return Request()
 
     def _raise_failure(self, loader: Loader) -> None:

@@ -35,7 +35,7 @@ SAID = "not read: 2 GIF (b.gif, c.GIF), 1 HEIC (a.heic); save them as PNG to use
 
 
 @dataclass
-class Outcome:
+class FolderReading:
     """What a command made of all files."""
 
     pixels: dict[str, np.ndarray]  # of those that it read
@@ -90,14 +90,14 @@ def with_crops(found: dict[str, tuple[int, int, np.ndarray]]) -> dict[str, np.nd
     return pixels
 
 
-def images_to_data(folder: Path, out: Path) -> Outcome:
+def images_to_data(folder: Path, out: Path) -> FolderReading:
     done = run_tool("images_to_data", folder, out, "--size", HEIGHT, "--keep-lossy-size", "--num-scales", 1, *UNGATED)
     assert done.returncode == 1, done.stderr
     found, reasons = crops_of(out)
-    return Outcome(with_crops(found), reasons, done.stdout)
+    return FolderReading(with_crops(found), reasons, done.stdout)
 
 
-def pairs_to_data(folder: Path, out: Path) -> Outcome:
+def pairs_to_data(folder: Path, out: Path) -> FolderReading:
     lr = out.with_name("lr")
     lr.mkdir()
     for name, case in CASES.items():
@@ -109,10 +109,10 @@ def pairs_to_data(folder: Path, out: Path) -> Outcome:
     found, reasons = crops_of(out)
     for name, reason in reasons.items():
         assert reason.startswith(f"{name}: "), reason  # of two files, the one that is meant
-    return Outcome(with_crops(found), reasons, done.stdout)
+    return FolderReading(with_crops(found), reasons, done.stdout)
 
 
-def convert_dataset(folder: Path, out: Path) -> Outcome:
+def convert_dataset(folder: Path, out: Path) -> FolderReading:
     from tools import convert_dataset as command
 
     options = command.Options(folder, out, "npy")
@@ -123,52 +123,52 @@ def convert_dataset(folder: Path, out: Path) -> Outcome:
     lines = [line.removeprefix("not converted: ").split(": ", 1) for line in said.getvalue().splitlines()
              if line.startswith("not converted: ")]
     by_stem = {path.stem: np.load(path) for path in out.glob("*.npy")}
-    return Outcome({name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem}, dict(lines),
-                   said.getvalue())
+    return FolderReading({name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem}, dict(lines),
+                         said.getvalue())
 
 
-def training(folder: Path, out: Path) -> Outcome:
+def training(folder: Path, out: Path) -> FolderReading:
     """Training, as show_batch.py makes its samples: of every good file one crop."""
     overrides = (f"data.crop={HEIGHT}", "data.augment=false", "data.threads=1", "ds.train_batch_size=4")
     plan = make_plan(TrainOptions(overrides, recipe="demo", dataset_dir=(folder,)))
     pairs = show_batch.make_pairs(plan, range(len(GOOD)))
     found = {pair.name: (pair.sample.top, pair.sample.left, pair.hr) for pair in pairs}
-    return Outcome(with_crops(found), {name: decoding_fault(str(folder / name)) for name in BAD})
+    return FolderReading(with_crops(found), {name: decoding_fault(str(folder / name)) for name in BAD})
 
 
-def cached_training(folder: Path, out: Path) -> Outcome:
+def cached_training(folder: Path, out: Path) -> FolderReading:
     """What a cache (data.cache_gb) decodes; validation reads by the same decoder."""
     with HostDecoder(threads=1, batch=8) as decoder:
         images = dict(zip(CASES, decoder.decode([str(folder / name) for name in CASES]), strict=True))
-    return Outcome({name: image for name, image in images.items() if isinstance(image, np.ndarray)},
-                   {name: image.reason for name, image in images.items() if not isinstance(image, np.ndarray)})
+    return FolderReading({name: image for name, image in images.items() if isinstance(image, np.ndarray)},
+                         {name: image.reason for name, image in images.items() if not isinstance(image, np.ndarray)})
 
 
-def evaluate(folder: Path, out: Path) -> Outcome:
+def evaluate(folder: Path, out: Path) -> FolderReading:
     images = find_folder(folder, None, SCALE)
-    outcome = Outcome({}, {}, images.note)
+    reading = FolderReading({}, {}, images.note)
     for pair in images.pairs:
         try:
-            outcome.pixels[pair.hr.name] = pair.load(SCALE)[0][0].permute(1, 2, 0).numpy()
+            reading.pixels[pair.hr.name] = pair.load(SCALE)[0][0].permute(1, 2, 0).numpy()
         except UserError as error:
-            outcome.reasons[pair.hr.name] = str(error)
-    assert all(f"image {str(folder / name)!r} cannot be read (" in reason for name, reason in outcome.reasons.items())
-    return outcome
+            reading.reasons[pair.hr.name] = str(error)
+    assert all(f"image {str(folder / name)!r} cannot be read (" in reason for name, reason in reading.reasons.items())
+    return reading
 
 
-def upscale(folder: Path, out: Path) -> Outcome:
+def upscale(folder: Path, out: Path) -> FolderReading:
     """Which keeps bits, alpha and profile: reduced here to what the others make of them."""
-    outcome = Outcome({}, {})
+    reading = FolderReading({}, {})
     for name in CASES:
         try:
             picture = read_picture(folder / name)
-            outcome.pixels[name] = to_rgb(DecodedImage(picture.pixels, picture.icc_profile))
+            reading.pixels[name] = to_rgb(DecodedImage(picture.pixels, picture.icc_profile))
         except UserError as error:
-            outcome.reasons[name] = str(error)
-    return outcome
+            reading.reasons[name] = str(error)
+    return reading
 
 
-def crop_compare(folder: Path, out: Path) -> Outcome:
+def crop_compare(folder: Path, out: Path) -> FolderReading:
     done = run_tool("crop_compare", *(folder / name for name in GOOD), "--box", f"0,0,{WIDTH},{HEIGHT}", "--panel", 72,
                     "--out", out)
     assert done.returncode == 0, done.stderr
@@ -176,13 +176,13 @@ def crop_compare(folder: Path, out: Path) -> Outcome:
     for number, name in enumerate(GOOD, 1):
         path, = out.glob(f"crops/box1_{number}_*.png")
         pixels[name] = opened(path.read_bytes())
-    outcome = Outcome(pixels, {})
+    reading = FolderReading(pixels, {})
     for name in BAD:
         try:
             read_rgb(folder / name)
         except UserError as error:
-            outcome.reasons[name] = str(error)
-    return outcome
+            reading.reasons[name] = str(error)
+    return reading
 
 
 COMMANDS = {command.__name__: command for command in (
@@ -191,24 +191,24 @@ COMMANDS = {command.__name__: command for command in (
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_file_is_read_right_or_refused(folder: Path, tmp_path: Path, command: str) -> None:
-    outcome = COMMANDS[command](folder, tmp_path / "out")
+    reading = COMMANDS[command](folder, tmp_path / "out")
     if command == "upscale":  # the one that reads GIF
-        assert np.abs(outcome.pixels.pop("foreign-gif.png").astype(int) - PHOTO).max() < 90
-        outcome.reasons["foreign-gif.png"] = "GIF"
-    assert outcome.mistakes() == []
+        assert np.abs(reading.pixels.pop("foreign-gif.png").astype(int) - PHOTO).max() < 90
+        reading.reasons["foreign-gif.png"] = "GIF"
+    assert reading.mistakes() == []
     if command in ("images_to_data", "pairs_to_data"):
-        assert SAID in outcome.said
-        assert "have another colour profile than sRGB" in outcome.said
-        assert "Wide test" in outcome.said
+        assert SAID in reading.said
+        assert "have another colour profile than sRGB" in reading.said
+        assert "Wide test" in reading.said
     if command == "evaluate":
-        assert "images have another colour profile than sRGB" in outcome.said
-        assert SAID in outcome.said
+        assert "images have another colour profile than sRGB" in reading.said
+        assert SAID in reading.said
 
 
 def test_a_conversion_keeps_every_bit_or_refuses(folder: Path, tmp_path: Path) -> None:
-    outcome = convert_dataset(folder, tmp_path / "out")
-    assert outcome.mistakes(lambda name, case: case.expected is not None and not case.inexact) == []
-    assert SAID in outcome.said
+    reading = convert_dataset(folder, tmp_path / "out")
+    assert reading.mistakes(lambda name, case: case.expected is not None and not case.inexact) == []
+    assert SAID in reading.said
 
 
 @pytest.mark.parametrize("options", [(), ("--fast",)])
@@ -217,8 +217,8 @@ def test_the_checker_calls_bad_what_is_refused_and_nothing_else(folder: Path, op
     assert done.returncode == 1, done.stderr
     lines = [line.removeprefix("bad: ").split(": ", 1) for line in done.stdout.splitlines() if line.startswith("bad: ")]
     bad = dict(lines)
-    outcome = Outcome({name: case.expected for name, case in GOOD.items() if name not in bad}, bad)
-    assert outcome.mistakes() == []
+    reading = FolderReading({name: case.expected for name, case in GOOD.items() if name not in bad}, bad)
+    assert reading.mistakes() == []
     assert SAID in done.stdout
     assert "have another colour profile than sRGB" in done.stdout
 

@@ -327,7 +327,7 @@ def _sides_by_name(root: Path, name: str, listings: dict[str, list[str]]) -> lis
 
 
 @dataclass
-class Outcome:
+class Findings:
     """What a check found, good files only as numbers: a dataset may have millions."""
 
     good: int = 0

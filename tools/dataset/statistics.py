@@ -14,7 +14,7 @@ from tools.crops.manifest import DatasetHash
 from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
 from tools.dataset.sampling import Tally, path_key
 from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, SampledImages, Source
-from tools.files import IMAGES, Kind, links_note, printable, scan
+from tools.files import IMAGES, EntryKind, links_note, printable, scan
 from tools.parallel import progress
 
 
@@ -90,13 +90,13 @@ class _Survey:
 
 def _survey(root: Path) -> _Survey:
     survey = _Survey()
-    names = {Kind.MANIFEST: survey.manifests, Kind.QUARANTINE: survey.quarantines,
-             Kind.LINKED_FOLDER: survey.linked_folders}
+    names = {EntryKind.MANIFEST: survey.manifests, EntryKind.QUARANTINE: survey.quarantines,
+             EntryKind.LINKED_FOLDER: survey.linked_folders}
     for kind, name in scan(root, MANIFEST):
         survey.images += kind in IMAGES
         if kind in names:
             names[kind].append(name)
-        elif kind is Kind.FOREIGN and posixpath.basename(name) == REJECTS:
+        elif kind is EntryKind.FOREIGN and posixpath.basename(name) == REJECTS:
             survey.rejects.append(name)
     if not (survey.images or survey.manifests):
         raise UserError(f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops with "

@@ -129,7 +129,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job ended, and what a user has seen of it."""
 
     stopped_by: int
@@ -187,16 +187,16 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
-    def finish(self, seconds: float = 60) -> Outcome:
+    def finish(self, seconds: float = 60) -> JobOutcome:
         """The end; no rank, guard or launcher may be left."""
         assert self.process is not None
         assert self.process.wait(seconds) == 0, self.printed("stderr")
         self.assert_nothing_left()
         told = json.loads(self.read("outcome"))
         failure = told["failure"] or {"cause": "", "tail": "", "status": 0}
-        return Outcome(told["stopped_by"], **failure, stdout=self.printed("stdout"), stderr=self.printed("stderr"))
+        return JobOutcome(told["stopped_by"], **failure, stdout=self.printed("stdout"), stderr=self.printed("stderr"))
 
-    def run(self, *ranks: str, **options: Any) -> Outcome:
+    def run(self, *ranks: str, **options: Any) -> JobOutcome:
         self.start(*ranks, **options)
         return self.finish()
 
@@ -242,7 +242,7 @@ def test_a_job_that_ends_well(run: Run) -> None:
     say = "print('out of', rank, os.environ['NCCL_X'], os.getcwd()); print('err of', rank, file=sys.stderr)\n"
     for _ in range(2):
         outcome = run.run(say, say, variables={"NCCL_X": "$(a) 'b'"})
-        assert outcome == Outcome(0, "", "", 0, f"out of 0 $(a) 'b' {run.folder}\n", "err of 0\n")
+        assert outcome == JobOutcome(0, "", "", 0, f"out of 0 $(a) 'b' {run.folder}\n", "err of 0\n")
     for rank in (0, 1):
         lines = (run.logs / f"rank-0000{rank}.log").read_text().splitlines()
         assert len(lines) == 6  # the second job's behind the first's
@@ -434,7 +434,7 @@ def test_strangers_are_no_ranks(run: Run) -> None:
             assert is_closed(stack.enter_context(run.connect(said)))
         run.go()
         outcome = run.finish()
-    assert outcome == Outcome(0, "", "", 0, "well\n", "")
+    assert outcome == JobOutcome(0, "", "", 0, "well\n", "")
 
 
 # --- Guards and launchers that go -------------------------------------------------------------------------------------
