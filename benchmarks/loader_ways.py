@@ -84,8 +84,7 @@ def _our_arrays(setting: Setting, *, has_margin: bool = True, cut: str = "",
     if read != "rows":
         whole = {"kept maps": lru_cache(partial(np.load, mmap_mode="r")), "new maps": partial(np.load, mmap_mode="r"),
                  "whole files": np.load}[read]
-        source.hr.part = lambda file, _, region, place: Part(
-            region, pixels=_region(whole(source.hr.paths[file]), region))
+        source.hr.part = lambda opened, region, _: Part(region, pixels=_region(whole(opened._path), region))
     kept = [i for i, column in enumerate(source.columns) if has_margin or column != "start"]
     columns = (*(source.columns[i] for i in kept), *["crop"] * bool(cut))
     size = setting.crop, setting.crop

@@ -24,16 +24,19 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # mo
 
 
 SLOW = ROOT / "tests" / "slow.txt"
-"""Tests of more than a second, one `file::function` a line; `./run_tests.sh fast` leaves them out."""
+"""Tests of more than a second: `seconds file::function` a line. `./run_tests.sh fast` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`."""
-    listed = set(SLOW.read_text(encoding="utf-8").split())
+    """Mark the tests of `SLOW`, and begin with the files that take longest, so that no process is left with one."""
+    listed = {name: float(seconds) for seconds, name in map(str.split, SLOW.read_text(encoding="utf-8").splitlines())}
+    files: dict[Path, float] = {}
     for item in items:
-        name = getattr(item, "originalname", item.name)
-        if f"{item.path.relative_to(ROOT).as_posix()}::{name}" in listed:
+        name = f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
+        if name in listed:
             item.add_marker(pytest.mark.slow)
+        files[item.path] = files.get(item.path, 0.0) + listed.get(name, 0.0)
+    items.sort(key=lambda item: -files[item.path])
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:

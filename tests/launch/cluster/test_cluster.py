@@ -388,11 +388,11 @@ def verdicts(found: dict, host: str) -> dict[str, str]:
 def test_the_doctor_names_what_is_wrong_and_where(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """node2: another file in the checkout and another crop in the dataset. node3: out of reach."""
     changed, crop = tmp_path / "ema.py", tmp_path / "crop.npy"
-    changed.write_text((ROOT / "pipeline" / "ema.py").read_text() + "# changed\n")
+    changed.write_text((ROOT / "pipeline" / "models" / "ema.py").read_text() + "# changed\n")
     crop.write_bytes((dataset / "photos" / "03.npy").read_bytes()[:-1] + b"\x01")
     cluster.cut("node3")
     try:
-        with replaced(cluster, "node2", changed, ROOT / "pipeline" / "ema.py"), \
+        with replaced(cluster, "node2", changed, ROOT / "pipeline" / "models" / "ema.py"), \
                 replaced(cluster, "node2", crop, dataset / "photos" / "03.npy"):
             began = time.monotonic()
             status, printed, found = diagnose(cluster, tmp_path, "node1 slots=1\nnode2 slots=3\nnode3 slots=1\n",
