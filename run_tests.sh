@@ -17,7 +17,7 @@ source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements-dev.txt
 cd "$root"
 # More processes than cores: many tests wait for others' time limits, sockets and disks.
-parallel=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+parallel=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile)
 if [ $# = 0 ]; then
     set -- "${parallel[@]}"
 elif [ "$1" = fast ]; then

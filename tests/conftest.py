@@ -28,15 +28,12 @@ SLOW = ROOT / "tests" / "slow.txt"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`, and begin with the files that take longest, so that no process is left with one."""
-    listed = {name: float(seconds) for seconds, name in map(str.split, SLOW.read_text(encoding="utf-8").splitlines())}
-    files: dict[Path, float] = {}
+    """Mark the tests of `SLOW`."""
+    listed = {name for _, name in map(str.split, SLOW.read_text(encoding="utf-8").splitlines())}
     for item in items:
         name = f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
         if name in listed:
             item.add_marker(pytest.mark.slow)
-        files[item.path] = files.get(item.path, 0.0) + listed.get(name, 0.0)
-    items.sort(key=lambda item: -files[item.path])
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:
