@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def test_ranks_may_come_and_go(dataset: Path, tmp_path: Path) -> None:
 
 def interrupted(arguments: list[str], run_dir: Path, numbers: list[int], after_step: int) -> tuple[int, str, float]:
     """Start, wait for a log line of `after_step`, send the signals; (exit status, output, seconds it took to end)."""
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    # A real interpreter: DeepSpeed's launcher, forked, would have DALI to unload when the second signal comes.
+    process = subprocess.Popen([sys.executable, *arguments[1:]], env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 90
     log = run_dir / "log.jsonl"
     while not (log.is_file() and f'"step": {after_step},' in log.read_text()):

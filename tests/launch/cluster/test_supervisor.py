@@ -239,7 +239,9 @@ def run(checkout: Path, tmp_path: Path) -> Iterator[Run]:
 
 def test_a_job_that_ends_well(run: Run) -> None:
     """The first rank's output is the job's; each rank's own lies in a file."""
-    say = "print('out of', rank, os.environ['NCCL_X'], os.getcwd()); print('err of', rank, file=sys.stderr)\n"
+    # Each line in one write: print() on an unbuffered stream makes several, between which the other's may come.
+    say = ("sys.stdout.write(f\"out of {rank} {os.environ['NCCL_X']} {os.getcwd()}\\n\"); "
+           "sys.stderr.write(f'err of {rank}\\n')\n")
     for _ in range(2):
         outcome = run.run(say, say, variables={"NCCL_X": "$(a) 'b'"})
         assert outcome == JobOutcome(0, "", "", 0, f"out of 0 $(a) 'b' {run.folder}\n", "err of 0\n")
