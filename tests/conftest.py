@@ -24,12 +24,12 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # mo
 
 
 SLOW = ROOT / "tests" / "slow.txt"
-"""Tests of more than a second: `seconds file::function` a line. `./run_tests.sh fast` leaves them out."""
+"""Tests of more than a second: one `file::function` a line. `./run_tests.sh fast` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `SLOW`."""
-    listed = {name for _, name in map(str.split, SLOW.read_text(encoding="utf-8").splitlines())}
+    listed = set(SLOW.read_text(encoding="utf-8").split())
     for item in items:
         name = f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
         if name in listed:
