@@ -9,10 +9,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to it
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
+from pipeline.distributed.gpus import settle
 from pipeline.training.options import TrainOptions, overrides_last
 
 
 def main(options: TrainOptions) -> int:
+    settle(options.device)
     from pipeline.training.run import main as train  # torch and DeepSpeed take seconds to import; --help need not wait
 
     return train(options)

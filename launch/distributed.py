@@ -31,6 +31,7 @@ from pipeline import cli
 from pipeline.cli import RunError, UserError, say
 from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import launcher
+from pipeline.distributed.gpus import CPU, VISIBLE, is_cpu_wanted
 from pipeline.run_folder import checkpoint_steps, has_ended
 from pipeline.training.options import (
     DATASET_DIR,
@@ -90,8 +91,13 @@ def main(options: Options) -> int:
     plans = make_plans(options)  # bad input is refused here, once, before any process starts
     plan = plans[-1]
     micro_batch = min(batch_sizes(one.ds_config, world_size(slots))[0] for one in plans)
-    address = _address(options, slots) if options.no_doctor else _ask_doctor(options, slots, plan)
+    is_on_cpu = options.device == "cpu" or is_cpu_wanted()
+    address = _address(options, slots) if options.no_doctor else _ask_doctor(options, slots, plan, is_on_cpu)
     variables = variables_for_ranks([Path.home() / ENV_FILE, ROOT / ENV_FILE], os.environ)
+    if is_on_cpu:
+        variables |= {CPU: "1"}
+    elif os.environ.get(VISIBLE):
+        say(f"note: {VISIBLE} is for one machine and is not looked at here; --include HOST:0,1 chooses GPUs")
     if options.interface:
         variables |= {"GLOO_SOCKET_IFNAME": options.interface, "NCCL_SOCKET_IFNAME": f"={options.interface}"}
     arguments = overrides_last(without(sys.argv[1:], _VALUES, _FLAGS), _FLAGS)
@@ -152,13 +158,13 @@ def _check(options: Options, slots: Slots) -> None:
     check_launcher(options.launcher, slots, options.launcher_args)
 
 
-def _ask_doctor(options: Options, slots: Slots, plan: Plan) -> str:
+def _ask_doctor(options: Options, slots: Slots, plan: Plan, is_on_cpu: bool) -> str:
     """This machine's address for the others, if all is well with all of them."""
     folders = [path.absolute() for path in dataset_dirs(options)] + [path.absolute() for path in options.lr_dir]
     if not options.dataset_dir:
         folders[0] = DATASET_DIR  # each host's own
     found = diagnose(slots, dataset_dirs=folders, output_dir=plan.home, interface=options.interface,
-                     master_address=options.master_addr, say=say,
+                     master_address=options.master_addr, say=say, is_on_cpu=is_on_cpu,
                      ports=[options.master_port] if options.master_port else (),
                      parameters=lambda: count_parameters(options.recipe, options.overrides),
                      step_seconds=step_seconds_of(plan.run_dir, world_size(slots)))

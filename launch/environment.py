@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.cli import UserError
+from pipeline.distributed.gpus import CPU, count_gpus
 
 STALE_LOCK_SECONDS = 600
 ENV_FILE = ".deepspeed_env"
@@ -51,25 +51,24 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers GPUs as nvidia-smi does
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
+        environment[CPU] = "1"  # what the ranks go by: DeepSpeed's launcher refuses an empty list of GPUs, and fills it
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    elif environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others
+        return environment
+    # Blocks of memory that grow: validation's images of all sizes, DALI's pool and the steps leave fewer gaps that way.
+    if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others
         gpus = environment["CUDA_VISIBLE_DEVICES"].split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:num_processes])
     return environment
 
 
-def may_have_gpu() -> bool:
-    """Whether there are signs of a GPU on this machine."""
-    return bool(shutil.which("nvidia-smi")) or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
-
-
 def num_gpus() -> int:
-    """GPUs that torch can use here. Torch, whose import takes seconds, is asked only where there may be one."""
-    if not may_have_gpu():
-        return 0
-    import torch
+    """GPUs (or MIG devices) that torch can use here. Torch, which takes seconds, is asked only where there may be one.
 
-    return torch.cuda.device_count()
+    `UserError` where the machine has GPUs that torch cannot use, unless the CPU is insisted on.
+    """
+    return count_gpus()
 
 
 def variables_for_ranks(files: Sequence[Path], shell: Mapping[str, str]) -> dict[str, str]:

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +22,7 @@ from launch.environment import without
 from pipeline import cli
 from pipeline.cli import UserError, say
 from pipeline.config.ds_config import batch_sizes
+from pipeline.distributed import gpus
 from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import has_ended
 from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
@@ -37,11 +41,13 @@ def main(options: TrainOptions) -> int:
     if not has_lists(options):
         options, arguments, held_out = _demo(options, arguments)
     plan = make_plan(options)  # bad input is refused here, once, before any process starts
+    if options.device == "cpu":
+        os.environ[gpus.CPU] = "1"
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
         raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process per GPU")
     processes = options.procs or num_gpus or 1
-    batch_sizes(plan.ds_config, processes)
+    _check_batch(plan, processes, is_chosen=options.procs > 0)
     began = time.time()
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
     if status == 0 and not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
@@ -52,17 +58,37 @@ def main(options: TrainOptions) -> int:
     return status
 
 
+def _check_batch(plan: Plan, processes: int, *, is_chosen: bool) -> None:
+    """`UserError` for a global batch that the processes cannot share, with the most that can where nobody chose."""
+    try:
+        batch_sizes(plan.ds_config, processes)
+    except UserError as error:
+        most = 0 if is_chosen else largest_share(plan.ds_config, processes)
+        if not most:
+            raise
+        raise UserError(f"{error}, such as --procs {most}, the most of this machine's {processes} GPUs that can share "
+                        "it") from error
+
+
+def largest_share(ds_config: Mapping[str, Any], processes: int) -> int:
+    """The greatest number of ranks below `processes` that can share the global batch; 0 if there is none."""
+    for number in range(processes - 1, 0, -1):
+        with suppress(UserError):
+            batch_sizes(ds_config, number)
+            return number
+    return 0
+
+
 def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
     """Run the ranks to their end, handing on signals to stop. Returns a shell's exit status."""
     variables = environment.prepare(processes, on_gpu=on_gpu)
     script = str(ROOT / "train.py")
-    command = [sys.executable, script, *arguments]
-    if processes > 1 or on_gpu:
+    command = [sys.executable, script, *arguments]  # one process needs no launcher, which takes seconds to start
+    if processes > 1:
         # Without --num_gpus the launcher takes the GPUs of CUDA_VISIBLE_DEVICES; with it, it would ignore them.
-        chosen = on_gpu and bool(variables.get("CUDA_VISIBLE_DEVICES"))
+        count = ["--num_gpus", str(processes)] if not on_gpu or gpus.share_out(variables, processes) else []
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--hostfile",
-                   os.devnull, *([] if chosen else ["--num_gpus", str(processes)]), "--master_port",
-                   str(free_port()), script, *arguments]
+                   os.devnull, *count, "--master_port", str(free_port()), script, *arguments]
     # In a session of their own, so that CTRL+C reaches only this process, which then tells all of them at once: a
     # launcher that is interrupted itself tells one rank after another and prints a traceback.
     received: list[int] = []

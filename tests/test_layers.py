@@ -36,7 +36,7 @@ ALLOWED = {
                             "pipeline/models"},
     "tools": {"pipeline/config", "pipeline/data", "pipeline/distributed", "pipeline/metrics", "pipeline/models",
               "pipeline/training"},
-    "launch/environment": set(),
+    "launch/environment": {"pipeline/distributed"},
     "launch/requirements_missing": set(),
     "launch/cluster": {"launch/environment", "pipeline/data", "pipeline/distributed", "pipeline/training"},
     "launch/doctor": {"launch/cluster", "launch/requirements_missing", "pipeline/data", "pipeline/training"},

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from launch.cluster import messages
-from launch.environment import may_have_gpu, prepare
-from pipeline.distributed import launcher
+from launch.environment import prepare
+from pipeline.distributed import gpus, launcher
 
 CONNECT_SECONDS = 30
 GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, where nobody waits for a checkpoint
@@ -127,7 +127,7 @@ class Guard:
 
     def _start(self) -> subprocess.Popen[bytes]:
         os.environ.update(self._task["environment"])
-        variables = prepare(self._place.local_size or 1, on_gpu=may_have_gpu())
+        variables = prepare(self._place.local_size or 1, on_gpu=gpus.may_have_gpu() and not gpus.is_cpu_wanted())
         directory = self._task["directory"]
         return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
                                 env={**variables, launcher.GUARDED: "1"}, stdin=subprocess.DEVNULL,

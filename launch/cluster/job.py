@@ -22,8 +22,8 @@ from typing import Any, Literal
 from launch.cluster import messages
 from launch.cluster.hostfile import PORTS, Slots, as_filter, world_size
 from launch.cluster.remote import CONNECT_SECONDS, run_on, ssh_options
-from launch.environment import may_have_gpu
 from pipeline.cli import RunError, UserError
+from pipeline.distributed.gpus import CPU, may_have_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT_SECONDS = 15  # for one that should become free again
@@ -93,7 +93,7 @@ class Job:
         own = {} if self.launcher == "slurm" else {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         file.write_text("".join(f"{name}={value}\n" for name, value in own.items()))
         variables["DS_ENV_FILE"] = str(file)
-        if not may_have_gpu():
+        if CPU in self.variables or not may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
         # The guards notice a host that is gone; ssh must not give up sooner, over a short break of the network.
         words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))

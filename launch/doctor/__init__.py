@@ -29,14 +29,14 @@ _FACT_CHECKS: dict[str, tuple[str, Check]] = {**{name: (name, check) for name, c
 
 
 def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, interface: str = "",
-             timeout: float = 30, parameters: Callable[[], int] | None = None, step_seconds: float | None = None,
+             timeout: float = 90, parameters: Callable[[], int] | None = None, step_seconds: float | None = None,
              say: Callable[[str], None] = print, master_address: str = "", ports: Sequence[int] = (),
-             with_all_reduce: bool = True) -> Diagnosis:
+             with_all_reduce: bool = True, is_on_cpu: bool = False) -> Diagnosis:
     """Look at every host of `slots` at once. A host that does not answer costs `timeout` seconds, once.
 
     `~` in a folder is each host's own. `ports` must be free on the first host. How many `parameters` a run trains,
-    asked for while the hosts answer, and the seconds of work in a step of one rank are for the prediction. `UserError`
-    where there is no ssh.
+    asked for while the hosts answer, and the seconds of work in a step of one rank are for the prediction. GPUs are
+    not looked at where the run `is_on_cpu`. `UserError` where there is no ssh.
     """
     if not shutil.which("ssh"):
         raise UserError("there is no ssh on this machine; `apt install openssh-client`")
@@ -44,7 +44,8 @@ def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, in
     found = Diagnosis(slots)
     say(f"doctor: asking {', '.join(slots)}")
     task = {"root": str(remote.ROOT), "synced": remote.SYNCED, "dataset_dirs": [str(path) for path in dataset_dirs],
-            "output_dir": str(output_dir), "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")]}
+            "output_dir": str(output_dir), "is_on_cpu": is_on_cpu,
+            "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")]}
     with ThreadPoolExecutor(1) as counting:
         counted = counting.submit(parameters) if parameters else None
         facts = _ask(found, task, timeout, python)

@@ -47,7 +47,7 @@ class Options:
     """Name of the network interface, on every host. Default: whichever leads to the first host."""
     master_addr: str = ""
     """The first host's address. Default: of its addresses that all hosts reach, the one on its fastest interface."""
-    timeout: float = 30
+    timeout: float = 90
     """Seconds for a host's answer."""
     json: Path | None = None
     """Write the diagnosis to this file, too."""

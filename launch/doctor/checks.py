@@ -220,6 +220,7 @@ def gpus(ask: Question) -> Iterator[Finding]:
         numbers = ", ".join(map(str, missing))
         yield ask.say("GPUs", FAIL, f"{len(found)} GPUs", f"it has {len(found)} GPUs, and the hostfile wants "
                       f"{numbers}, too (counted from 0); write slots={len(found)}")
+    yield from _torch(ask)
     used = [gpu for gpu in found if gpu["index"] in ask.slots]
     yield from _differences(ask, used, first["gpus"])
     for gpu in used:
@@ -227,6 +228,25 @@ def gpus(ask: Question) -> Iterator[Finding]:
             number = f"GPU {gpu['index']}"
             yield ask.say("GPUs", WARN, f"{number}: see below", f"{number} ({gpu['name']}) {trouble}")
     yield ask.say("GPUs", PASS, _summary(used))
+
+
+def _torch(ask: Question) -> Iterator[Finding]:
+    """Whether torch can use what nvidia-smi has counted, and compile for it: the driver's word alone says neither."""
+    told = ask.facts.get("torch")
+    if not told or ask.facts["python"]["executable"] != ask.python:  # another Python's torch is not the run's
+        return
+    if "error" in told:
+        yield ask.say("GPUs", WARN, "torch silent",
+                      f"what torch makes of the GPUs could not be found out: {told['error']}")
+        return
+    if told["complaint"]:
+        yield ask.say("GPUs", FAIL, "not usable", told["complaint"])
+    elif not told["gpus"]:
+        yield ask.say("GPUs", FAIL, "not usable", f"nvidia-smi lists GPUs, and torch {told['torch']} sees none; is "
+                      "CUDA_VISIBLE_DEVICES set in the login shell there?")
+    elif told["uncompiled"]:
+        yield ask.say("GPUs", WARN, "not compiled", f"torch.compile will not work, and training be slower: "
+                      f"{told['uncompiled']}")
 
 
 def _differences(ask: Question, used: Sequence[Gpu], first: Sequence[Gpu]) -> Iterator[Finding]:

@@ -33,11 +33,13 @@ LOOK_SECONDS = 6  # for looking whether files are there: a list of millions on a
 SAMPLE = 200
 END_BYTES = 1 << 15  # at both ends of each file of the sample, that are compared
 NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
+TORCH_SECONDS = 40  # to import torch, from a slow disk too, and to compile a small kernel
 GPU_FIELDS = (
     "index", "name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.limit",
     "power.default_limit", "ecc.errors.uncorrected.volatile.total", "clocks_event_reasons.active",
     "clocks_throttle_reasons.active", "mig.mode.current")
 """As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees Celsius, W."""
+_NO_GPUS = {"gpus": [], "complaint": ""}
 _WHOLE = {"index", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total"}
 _REAL = {"power.limit", "power.default_limit"}
 _MASK = {"clocks_event_reasons.active", "clocks_throttle_reasons.active"}
@@ -52,7 +54,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
              "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
              "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
              "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
-             "limits": _limits, "nvidia": probe_gpus,
+             "limits": _limits, "nvidia": lambda: _NO_GPUS if task.get("is_on_cpu") else probe_gpus(),
+             "torch": lambda: _torch(Path(task["root"]), facts["nvidia"]),
              "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]]}
     for name, part in parts.items():
         try:
@@ -194,6 +197,22 @@ def probe_gpus() -> dict[str, Any]:
             lines = [line.strip() for line in output.splitlines() if line.strip()]
             return {"gpus": [], "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}"}
         return {"gpus": parse_gpus(output, fields), "complaint": ""}
+
+
+def _torch(root: Path, nvidia: dict[str, Any]) -> dict[str, Any] | None:
+    """What this Python's torch makes of the GPUs, as `pipeline.engine.triton_check` reports it; None without GPUs."""
+    if not nvidia.get("gpus"):
+        return None
+    try:
+        done = subprocess.run([sys.executable, "-m", "pipeline.engine.triton_check"], cwd=str(root),
+                              capture_output=True, timeout=TORCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"torch did not answer within {TORCH_SECONDS} s"}
+    lines = done.stdout.decode(errors="replace").splitlines()
+    if done.returncode or not lines:
+        said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        return {"error": said[-1] if said else f"ended with status {done.returncode}"}
+    return json.loads(lines[-1])
 
 
 def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:

@@ -265,11 +265,12 @@ def _no_host_list(text: str) -> UserError:
 # --- This process's GPU, and its network ---
 
 
-def gpu_of(place: Place, num_gpus: int) -> int:
+def gpu_of(place: Place, num_gpus: int, variables: Mapping[str, str] = os.environ) -> int:
     """Which of the `num_gpus` GPUs that this process sees is its own."""
     if place.local_rank < num_gpus:
         return place.local_rank
-    if num_gpus == 1 and place.hosts:  # srun --gpus-per-task=1 shows each process its own alone
+    shows_one = place.hosts or variables.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+    if num_gpus == 1 and shows_one:  # srun --gpus-per-task=1 and MIG show each process its own alone
         return 0
     raise UserError(f"LOCAL_RANK is {place.local_rank}, but this process sees {num_gpus} GPUs; start at "
                     "most one process per GPU on each host")

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cli import RunError, UserError
+from pipeline.distributed.affinity import bind_to_cores
+from pipeline.distributed.gpus import has_slice, is_cpu_wanted, refuse_old_gpu, torch_gpus
 from pipeline.distributed.launcher import BY_HAND, GUARDED, Place, choose_interface, end_with_parent, find_place, gpu_of
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
@@ -117,7 +119,8 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     """Join the process group that the launcher's environment describes; alone where there is none.
 
     NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process gets SIGTERM. `UserError`
-    for an environment that is partially set, `RunError` if the ranks do not find each other.
+    for an environment that is partially set and for a GPU that cannot be used, `RunError` if the ranks do not find
+    each other.
     """
     place = find_place()
     os.environ.update(place.variables())
@@ -128,11 +131,17 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     device = _device(place)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        bind_to_cores(place, device.index, torch.cuda.device_count())
+        if place.world_size == 1:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # alone, in a sandbox perhaps without any other
     timeout = timedelta(minutes=timeout_minutes)
     # Bound to its GPU, NCCL fails here and not in the first step. Alone there is no one to reach.
-    bound = device if device.type == "cuda" and place.world_size > 1 else None
+    # NCCL takes two MIG devices of a GPU for the same one and refuses (NVIDIA/nccl #1716).
+    by_nccl = device.type == "cuda" and not (has_slice() and place.world_size > 1)
+    bound = device if by_nccl and place.world_size > 1 else None
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, device_id=bound)
+        dist.init_process_group("nccl" if by_nccl else "gloo", timeout=timeout, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except dist.DistError as error:
         raise RunError(f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join the "
@@ -143,9 +152,19 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
 
 
 def _device(place: Place) -> torch.device:
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    """This rank's GPU, or the CPU where the machine has none or it is insisted on; never silently instead of a GPU."""
+    if is_cpu_wanted() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
-    device = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    try:
+        count = torch_gpus()
+    except UserError:
+        if place.local_rank == 0:  # one of each host says it
+            raise
+        sys.exit(2)
+    if not count:
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_of(place, count))
+    refuse_old_gpu(device.index)
     torch.cuda.set_device(device)
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # by which DeepSpeed would choose another one
         if name in os.environ:

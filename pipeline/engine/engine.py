@@ -21,6 +21,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.engine.accelerate_engine import AccelerateEngine
 from pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.engine.schedules import AUTO, Schedule, build_schedule
+from pipeline.engine.triton_check import why_no_triton
 
 FUSED = ("Adam", "AdamW", "SGD")  # have one kernel for all parameters, and leave them alone where `found_inf` is set
 
@@ -197,11 +198,10 @@ def compile_module(module: nn.Module, *, channels_last: bool) -> None:
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Empty if Inductor can work here, else what it lacks."""
+    """Empty if Inductor can work here, else what it lacks. On a GPU a small kernel is compiled, within a second or two.
+    """
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return "" if has_triton() else "Triton is missing"
+        return why_no_triton(device)
     import sysconfig
 
     from torch._inductor.cpp_builder import get_cpp_compiler

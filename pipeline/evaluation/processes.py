@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
+from pipeline.distributed.gpus import count_gpus, take_slice
 from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent, free_port
 from pipeline.distributed.ranks import RankLostError, Ranks, reach_ranks
 
@@ -147,7 +148,7 @@ def num_processes(wanted: int, device: str) -> int:
             raise UserError(f"--procs {wanted} on --device {device}, which is one device; leave --device out for a GPU "
                             "each")
         return wanted or 1
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = count_gpus()
     if num_gpus and wanted > num_gpus:
         raise UserError(f"--procs {wanted}: this machine has {num_gpus} GPU{'s' if num_gpus > 1 else ''}; one process "
                         "per GPU is the most")
@@ -179,6 +180,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
+    take_slice(rank, variables)
     place = Place(rank, count, rank, "", "127.0.0.1", port)
     return {**variables, **place.variables(), "LOCAL_WORLD_SIZE": str(count), WATCHED: str(os.getpid())}
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from pipeline.cli import RunError, UserError
+from pipeline.distributed.gpus import torch_gpus
 from pipeline.distributed.launcher import Place, gpu_of
 from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFile, usable_threads
 from pipeline.export.onnx_file import Form, convert, quiet
@@ -409,9 +410,9 @@ def choose_model(model: Path | None) -> Model:
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that is not there."""
+    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that cannot be used."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch_gpus() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
@@ -428,8 +429,9 @@ def device_at(place: Place, device: str) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device} for {place.world_size} processes; leave --device out for one GPU "
                         "per process")
-    if device == "cpu" or not torch.cuda.is_available():
+    count = torch_gpus() if device != "cpu" else 0
+    if not count:
         return choose_device(device)
-    own = torch.device("cuda", gpu_of(place, torch.cuda.device_count()))
+    own = torch.device("cuda", gpu_of(place, count))
     torch.cuda.set_device(own)
     return own

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -61,6 +61,8 @@ class TrainOptions:
     """Stop after so many validations in a row without a better PSNR (0: never). Default: the recipe's."""
     procs: int = 0
     """Processes on this machine; 0: one a GPU, or a single one on the CPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: this machine's GPUs, and a CPU where there are none; cpu: the CPU all the same (also VASTSCALE_CPU=1)."""
     runtime: Runtime = "auto"
     """What drives the ranks: DeepSpeed, or Accelerate's plain PyTorch. auto: Accelerate under `accelerate launch` and
     where DeepSpeed is not installed."""

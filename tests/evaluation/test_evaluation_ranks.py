@@ -168,6 +168,7 @@ def test_all_end_with_the_one_that_was_started(work, tmp_path, number, status, l
 
 
 def test_a_gpu_each_and_no_more(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,6 +127,76 @@ def test_chosen_gpus_reach_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert launch_environment.prepare(2, on_gpu=True)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "CUDA_VISIBLE_DEVICES" not in launch_environment.prepare(2, on_gpu=True)
+
+
+def test_ranks_on_a_cpu_are_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSpeed's launcher fills the list of GPUs, where the empty one was how somebody insisted on the CPU."""
+    from launch import environment as launch_environment
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = launch_environment.prepare(2, on_gpu=False)
+    assert (found["VASTSCALE_CPU"], found["DS_ACCELERATOR"]) == ("1", "cpu")
+    assert "CUDA_VISIBLE_DEVICES" not in found
+    assert "PYTORCH_ALLOC_CONF" not in found
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"},
+                                 {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}])
+def test_memory_of_gpus_grows_in_place_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                             own: dict[str, str]) -> None:
+    from launch import environment as launch_environment
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+        if name in own:
+            monkeypatch.setenv(name, own[name])
+    found = launch_environment.prepare(1, on_gpu=True)
+    assert {name: value for name, value in found.items() if name.endswith("_ALLOC_CONF")} == (
+        own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+@pytest.mark.parametrize(("batch", "gpus", "most"), [
+    ({"train_batch_size": 64}, 7, 4), ({"train_batch_size": 64}, 3, 2), ({"train_batch_size": 48}, 5, 4),
+    ({"train_batch_size": 64, "gradient_accumulation_steps": 4}, 6, 4),
+    ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}, 8, 4)])
+def test_a_batch_that_all_gpus_cannot_share_names_how_many_can(batch: dict[str, int], gpus: int, most: int) -> None:
+    from launch.local import _check_batch, largest_share
+    from pipeline.cli import UserError
+
+    assert largest_share(batch, gpus) == most
+    plan = SimpleNamespace(ds_config=batch)
+    with pytest.raises(UserError, match=rf"or use another number of ranks, such as --procs {most}, the most of this "
+                                        rf"machine's {gpus} GPUs that can share it$"):
+        _check_batch(plan, gpus, is_chosen=False)
+    with pytest.raises(UserError, match=r"or use another number of ranks$"):
+        _check_batch(plan, gpus, is_chosen=True)
+    _check_batch(plan, most, is_chosen=False)
+
+
+@pytest.mark.parametrize(("processes", "visible", "by_launcher", "seen"), [
+    (1, "GPU-1111", False, "GPU-1111"), (1, "2,3", False, "2"), (2, "3,1", True, "3,1"), (2, None, True, None)])
+def test_one_gpu_needs_no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int,
+                                   visible: str | None, by_launcher: bool, seen: str | None) -> None:
+    from launch import local
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started = {}
+
+    def start(command: list[str], *, env: dict[str, str], **_more: object) -> SimpleNamespace:
+        started.update(command=command, visible=env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # above what Linux gives out
+
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start))
+    assert local._launch(processes, on_gpu=True, arguments=["--reset"]) == 0
+    assert ("deepspeed.launcher.runner" in started["command"]) == by_launcher
+    assert ("--num_gpus" in started["command"]) == (by_launcher and visible is None)
+    assert started["visible"] == seen
+    assert started["command"][-2:] == [str(ROOT / "train.py"), "--reset"]
 
 
 def test_the_demo_from_nothing_to_an_exported_network(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ FACTS: dict[str, Any] = {
 }
 
 
+TORCH = {"torch": "2.13.0", "cuda": "13.0", "driver": "580.65.06", "complaint": "", "uncompiled": "",
+         "gpus": [{"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}] * 2}
+
+
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
     """`FACTS` with other values at dotted keys; numbers are positions in lists, `None` takes a key away."""
     facts = copy.deepcopy(FACTS)
@@ -154,6 +158,16 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
     ("GPUs", {"nvidia/gpus/1/ecc.errors.uncorrected.volatile.total": 2}, WARN, "GPU 1: see below",
      "has had 2 uncorrected memory errors"),
     ("GPUs", {"nvidia/gpus/1/mig.mode.current": "Enabled"}, WARN, "GPU 1: see below", "is cut into MIG slices"),
+    ("GPUs", {"torch": {"error": "torch did not answer within 40 s"}}, WARN, "torch silent",
+     "what torch makes of the GPUs could not be found out: torch did not answer within 40 s"),
+    ("GPUs", {"torch": TORCH | {"complaint": "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old"}},
+     FAIL, "not usable", "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old"),
+    ("GPUs", {"torch": TORCH | {"gpus": []}}, FAIL, "not usable", "nvidia-smi lists GPUs, and torch 2.13.0 sees none"),
+    ("GPUs", {"torch": TORCH | {"uncompiled": "there is no C compiler (Debian: apt install gcc)"}}, WARN,
+     "not compiled", "torch.compile will not work, and training be slower: there is no C compiler (Debian: apt"),
+    ("GPUs", {"torch": TORCH}, PASS, "2 x H100 80GB HBM3 80 GiB P0", ""),
+    ("GPUs", {"torch": TORCH | {"gpus": []}, "python/executable": "/usr/bin/python3"}, PASS,
+     "2 x H100 80GB HBM3 80 GiB P0", ""),  # the packages of another Python say nothing
     ("GPUs", {"nvidia/gpus": [gpu(0), gpu(1), gpu(2, **{"memory.used": 70000})]}, PASS, "2 x H100 80GB HBM3 80 GiB P0",
      ""),  # the third is nobody's
     ("dataset", {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"}, FAIL, "no list",
@@ -256,6 +270,30 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     return tmp_path / "nvidia-smi"
+
+
+def test_torch_is_asked_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the checkout's own module, in a process of its own, which may fail or hang."""
+    found = {"gpus": [gpu(0)]}
+    assert probe._torch(tmp_path, {"gpus": []}) is None
+    assert probe._torch(tmp_path, {"error": "nvidia-smi is broken"}) is None
+    assert "No module named" in probe._torch(tmp_path, found)["error"]
+    (tmp_path / "pipeline/engine").mkdir(parents=True)
+    module = tmp_path / "pipeline/engine/triton_check.py"
+    module.write_text("import json\nprint('a note')\nprint(json.dumps({'torch': '2.13.0', 'gpus': []}))\n")
+    assert probe._torch(tmp_path, found) == {"torch": "2.13.0", "gpus": []}
+    module.write_text("raise MemoryError('no memory')\n")
+    assert probe._torch(tmp_path, found) == {"error": "MemoryError: no memory"}
+    module.write_text("import time\ntime.sleep(20)\n")
+    monkeypatch.setattr(probe, "TORCH_SECONDS", 0.3)
+    assert probe._torch(tmp_path, found) == {"error": "torch did not answer within 0.3 s"}
+
+
+def test_gpus_of_a_run_on_the_cpu_are_not_asked(smi: Path) -> None:
+    task = {"root": "/nowhere", "synced": "x", "packages": [], "output_dir": "/tmp", "dataset_dirs": []}
+    assert probe.answer(task)["nvidia"]["complaint"] == "nvidia-smi: status 9"
+    facts = probe.answer({**task, "is_on_cpu": True})
+    assert (facts["nvidia"], facts["torch"]) == ({"gpus": [], "complaint": ""}, None)
 
 
 def test_a_driver_that_does_not_know_a_field_is_asked_without(smi: Path) -> None:
