@@ -16,8 +16,8 @@ esac
 source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements-dev.txt
 cd "$root"
-# More processes than cores: many tests wait for others' time limits, sockets and disks.
-parallel=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile)
+# More processes than cores: many tests wait for others' time limits, sockets and disks. tests/conftest.py orders them.
+parallel=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 if [ $# = 0 ]; then
     set -- "${parallel[@]}"
 elif [ "$1" = fast ]; then

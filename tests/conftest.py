@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,20 @@ SLOW = ROOT / "tests" / "slow.txt"
 """Tests of more than a second: one `file::function` a line. `./run_tests.sh fast` leaves them out."""
 
 
+FIRST = ("launch/cluster/test_cluster.py", "checkpoint/test_kill.py", "training/test_overfit.py")
+"""Files with few tests that take minutes, the longest first. Then come the files with the most tests."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`."""
+    """Mark the tests of `SLOW`, and put the files in the order that keeps all processes at work to the end."""
     listed = set(SLOW.read_text(encoding="utf-8").split())
     for item in items:
         name = f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
         if name in listed:
             item.add_marker(pytest.mark.slow)
+    tests = Counter(item.path for item in items)
+    first = {ROOT / "tests" / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), -tests[item.path], item.path))
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import warm
 from conftest import ROOT, SMALL, environment
-
-PRELOAD = list(warm.PRELOAD)
 
 
 def _rank(dataset: str, run_dir: str, overrides: tuple[str, ...], rank: int, world_size: int, port: int) -> None:
@@ -47,19 +43,13 @@ def output_of(run_dir: Path) -> Path:
     return run_dir.parent / f"{run_dir.name}.output"
 
 
-def start(dataset: Path, run_dir: Path, *overrides: str, procs: int = 1) -> list[BaseProcess]:
+def start(dataset: Path, run_dir: Path, *overrides: str, procs: int = 1) -> list[warm.Fork]:
     """Start the ranks of a small run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = [context.Process(target=_rank, args=(str(dataset), str(run_dir), overrides, rank, procs, port))
-             for rank in range(procs)]
-    for process in ranks:
-        process.start()
-    return ranks
+    return [warm.Fork(_rank, str(dataset), str(run_dir), overrides, rank, procs, port) for rank in range(procs)]
 
 
 def train(dataset: Path, run_dir: Path, *overrides: str, procs: int = 1) -> str:
@@ -102,16 +92,11 @@ def in_a_fresh_process(code: str) -> dict:
 
 def in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns in each of `procs` ranks, as JSON."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = [context.Process(target=_in_rank, args=(function, folder, rank, procs, port, arguments))
-             for rank in range(procs)]
-    for process in ranks:
-        process.start()
+    ranks = [warm.Fork(_in_rank, function, folder, rank, procs, port, arguments) for rank in range(procs)]
     for process in ranks:
         process.join(120)
         process.kill()

@@ -5,7 +5,7 @@ with all imports done, and `warm.python()` is an executable to use in place of `
 fork, and the fork runs the script as a fresh interpreter would, with the caller's arguments, environment, folder,
 limits and open stdin, stdout and stderr. The executable waits for it, hands signals on to it, and ends as it ended.
 Where the executable is killed, the fork is killed, too. What the script starts with `sys.executable` comes about in the
-same way.
+same way. `warm.Fork` calls a function in such a fork, without the executable between.
 
 What a fork cannot show is left to a real interpreter: options of Python, scripts outside this checkout, other modules
 than `MODULES`, and code that does not begin with `MARK`. A test about imports, about a parent that is killed, or about
@@ -15,12 +15,15 @@ variables that are read while libraries load, says `sys.executable` itself.
 from __future__ import annotations
 
 import atexit
+import base64
 import functools
 import gc
 import io
 import json
 import os
+import pickle
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -28,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,6 +120,59 @@ def python() -> str:
     listener.close()
     atexit.register(_end, server, Path(folder), os.getpid())
     return str(executable)
+
+
+CALL = """\
+import base64, os, pickle, sys, traceback
+sys.path[:] = {path!r}
+status = 0
+try:
+    function, arguments = pickle.loads(base64.b64decode({call!r}))
+    function(*arguments)
+except SystemExit as error:
+    status = error.code if isinstance(error.code, int) else error.code is not None
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
+"""
+
+
+class Fork:
+    """A process that calls `function(*arguments)`, with the methods of `multiprocessing.Process`; `function` is found
+    again by its module and name. It is killed where this process ends before it."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        code = CALL.format(path=sys.path, call=base64.b64encode(pickle.dumps((function, arguments))))
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(Path(python()).with_name("socket")))
+        request = json.dumps({
+            "words": ["-c", MARK + code], "limits": {number: resource.getrlimit(number) for number in LIMITS},
+            "folder": os.getcwd(), "environment": dict(os.environ), "umask": 0o22, "unbuffered": False, "ignored": []})
+        socket.send_fds(self._connection, [_LENGTH.pack(len(request.encode()))], [0, 1, 2])
+        self._connection.sendall(request.encode())
+        self.pid, = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
+        self.exitcode: int | None = None
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end; `exitcode` stays None where it does not come in `timeout` seconds."""
+        if self.exitcode is None and select.select([self._connection], [], [], timeout)[0]:
+            status, = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
+            self.exitcode = os.waitstatus_to_exitcode(status)
+            self._connection.close()
+
+    def is_alive(self) -> bool:
+        self.join(0)
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        """End it with SIGKILL, unless it has ended."""
+        if self.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.join()
 
 
 def _end(server: subprocess.Popen[bytes], folder: Path, owner: int) -> None:

@@ -7,20 +7,20 @@ import os
 import random
 import signal
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from comparison import checkpoint_differences
 from lives import start, train
 from pipeline.checkpoint.checkpoint import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
+from warm import Fork
 
 KILLS = 20
 STEPS = 700
 OVERRIDES = (f"steps={STEPS}", "save_every=2", "validate_every=50", "log_every=20")
 
 
-def wait_for_step(run_dir: Path, process: BaseProcess, step: int) -> None:
+def wait_for_step(run_dir: Path, process: Fork, step: int) -> None:
     deadline = time.monotonic() + 60
     while process.is_alive() and max(checkpoint_steps(run_dir), default=0) < step:
         assert time.monotonic() < deadline, f"step {step} did not come"
@@ -36,7 +36,7 @@ def saves_under_way(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
-def wait_for_a_save(run_dir: Path, process: BaseProcess, before: set[tuple[str, int]], delay: float) -> None:
+def wait_for_a_save(run_dir: Path, process: Fork, before: set[tuple[str, int]], delay: float) -> None:
     """Return in the middle of a save, `delay` seconds after its folder has appeared."""
     deadline = time.monotonic() + 60
     while process.is_alive() and not saves_under_way(run_dir) - before:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import socket
@@ -21,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import lives
 import warm
 from comparison import BF16, UNET, assert_resumed_is_straight, checkpoint_differences, differences, logged
 from conftest import ROOT, SMALL, assert_one_line, command, environment, run
@@ -153,15 +151,11 @@ def _live(words: list[str], output: Path, variables: dict[str, str], missing: tu
 
 def live(words: list[str], folder: Path, procs: int = 1, missing: tuple[str, ...] = ()) -> tuple[list[int | None], str]:
     """Exit statuses of the ranks, and what they printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*lives.PRELOAD, "torch._dynamo"])  # DistributedDataParallel imports it
     folder.mkdir(parents=True, exist_ok=True)
     output, port = folder / f"output-{len(list(folder.glob('output-*')))}", str(free_port())
-    ranks = [context.Process(target=_live, args=(words, output, {
+    ranks = [warm.Fork(_live, words, output, {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port}, missing)) for rank in range(procs)]
-    for process in ranks:
-        process.start()
+        "MASTER_PORT": port}, missing) for rank in range(procs)]
     for process in ranks:
         process.join(120)
         process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 
-import lives
+import warm
 from conftest import ROOT, SMALL, environment
 from lives import in_ranks
 from pipeline.checkpoint.manifest import damage
@@ -309,11 +308,8 @@ def _hang_in_the_third_step(dataset: str, run_dir: str, output: str) -> None:
 
 
 def test_training_that_hangs_is_ended_and_keeps_what_it_saved(dataset: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(lives.PRELOAD)
     output = tmp_path / "output"
-    process = context.Process(target=_hang_in_the_third_step, args=(str(dataset), str(tmp_path / "run"), str(output)))
-    process.start()
+    process = warm.Fork(_hang_in_the_third_step, str(dataset), str(tmp_path / "run"), str(output))
     process.join(50)
     assert process.exitcode == 1
     assert "Timeout (0:00:01.2" in output.read_text()
