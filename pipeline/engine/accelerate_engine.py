@@ -34,6 +34,7 @@ class AccelerateEngine:
                  build_schedule: Callable[[torch.optim.Optimizer], Schedule] | None, ds_config: Mapping[str, Any],
                  ranks: Ranks) -> None:
         self.module = module
+        self.weights: list[Tensor] = list(module.parameters())
         self.lr_scheduler = build_schedule(optimizer) if build_schedule else None
         self.before_update: list[Callable[[], None]] = []
         self.gradient_norm: Tensor | float = float("nan")

@@ -60,6 +60,9 @@ class Engine(Protocol):
     """
 
     before_update: list[Callable[[], None]]  # called between the last backward of an update and the update
+    weights: list[Tensor]
+    """In the order of `module.parameters()`: what the optimizer updates, FP32 where the network itself has 16 bits, or
+    the parameters themselves where no rank has all of it."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -144,7 +147,7 @@ def backward_and_step(engine: Engine, loss: Tensor) -> None:
     """Backward and, at an accumulation boundary, one update. Gradients that are not finite change nothing.
 
     Gradients are already summed over ranks when they are judged, so every rank judges the same. At FP32 nothing here
-    waits for the device; at FP16 loss scaling does, once an update.
+    waits for the device; with weights of 16 bits the gradient's norm is waited for, once an update.
     """
     at_boundary = engine.is_gradient_accumulation_boundary()
     engine.backward(loss)

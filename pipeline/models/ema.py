@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,22 @@ class ExponentialMovingAverage:
         self.decay = decay
         self.num_updates = 0
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
-        self._averaged = list(self.network.parameters())
+        self._current: list[Tensor] = []  # a float32 copy of the network's, where it has no float32 weights
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Move towards `network`'s weights; call once after each optimizer step. Does not wait for the device."""
+    def update(self, network: nn.Module, weights: Sequence[Tensor] | None = None) -> None:
+        """Move towards `network`'s weights; call once after each optimizer step. Does not wait for the device.
+
+        `weights`: its parameters in float32, in their order, where somebody keeps them.
+        """
         self.num_updates += 1
         keep = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.decay else 0.0
-        current: list[Tensor] = [parameter.detach().float() for parameter in network.parameters()]
-        torch._foreach_lerp_(self._averaged, current, 1 - keep)
-        for averaged, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
-            averaged.copy_(buffer)
+        averaged = list(self.network.parameters())
+        current = [weight.detach() for weight in (network.parameters() if weights is None else weights)]
+        if any(weight.dtype != torch.float32 for weight in current):
+            self._current = self._current or [torch.empty_like(weight) for weight in averaged]
+            torch._foreach_copy_(self._current, current)  # one kernel; `.float()` would be one for each of them
+            current = self._current
+        torch._foreach_lerp_(averaged, current, 1 - keep)
+        if buffers := list(network.buffers()):
+            torch._foreach_copy_(list(self.network.buffers()), buffers)

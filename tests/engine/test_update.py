@@ -1,0 +1,174 @@
+"""One update as a GPU would meet it: how many operations it is given, and how often it must wait. Counted on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from lives import in_a_fresh_process
+
+COUNTING = """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    FREE = ("empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias", "is_same_size", "sym_")
+
+    class Counting(TorchDispatchMode):
+        # Operations that a device would run, and those whose result the host looks at.
+        def __init__(self):
+            super().__init__()
+            self.operations, self.looks = 0, 0
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.split("::")[1]
+            self.looks += name == "_local_scalar_dense"
+            self.operations += not (function.is_view or name.startswith(FREE) or name == "_local_scalar_dense")
+            return function(*args, **(kwargs or {}))
+"""
+
+ONE_UPDATE = """
+    from deepspeed.accelerator import get_accelerator
+    from pipeline.data.loader import Batch
+    from pipeline.losses import Criterion
+    from pipeline.models import build_generator
+    from pipeline.models.ema import ExponentialMovingAverage
+    from pipeline.training.trainers import ReconstructionTrainer
+
+    waits = []
+    type(get_accelerator()).synchronize = lambda self, *_: waits.append(1)
+    for name in ("cpu", "numpy", "tolist"):
+        setattr(torch.Tensor, name, lambda self, *_, kind=name: waits.append(kind))
+    network = build_generator({name!r}, 4, **{params!r})
+    ema = ExponentialMovingAverage(network, 0.999)
+    engine = engine_for(network, train_batch_size=1, zero_optimization={{"stage": {stage}}}, **{changes!r})
+    trainer = ReconstructionTrainer(engine, Criterion({{"l1": 1.0}}, ranks.device), ema)
+    lr = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    batch = Batch(hr=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), lr=lr, index=0, skipped=[])
+    trainer.step(batch, 0)
+    waits.clear()
+    with Counting() as counting:
+        trainer.step(batch, 1)
+    print(json.dumps(dict(operations=counting.operations, looks=counting.looks, waits=waits)))
+"""
+
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(("name", "changes", "most", "looks"), [
+    ("vapsr", FP16, 600, 1), ("vapsr", BF16, 600, 1), ("vapsr", {}, 600, 0), ("rrdbnet", FP16, 2400, 1),
+], ids=["vapsr-fp16", "vapsr-bf16", "vapsr-fp32", "rrdbnet-fp16"])
+def test_an_update_is_few_operations_and_waits_once(name: str, changes: dict, most: int, looks: int) -> None:
+    """With the published sizes: the GPU has nothing to do while the host launches what comes after a wait."""
+    code = COUNTING + ONE_UPDATE.format(name=name, params={}, stage=0, changes=changes)
+    found = in_a_fresh_process(code)
+    assert found["waits"] == []
+    assert found["looks"] == looks
+    assert 100 < found["operations"] <= most
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_no_step_waits_for_the_whole_device(stage: int, accumulation: int) -> None:
+    """DeepSpeed does, twice a micro-batch, to measure its own speed."""
+    found = in_a_fresh_process(f"""
+        from deepspeed.accelerator import get_accelerator
+
+        waits = []
+        type(get_accelerator()).synchronize = lambda self, *_: waits.append(1)
+        engine = engine_for(torch.nn.Conv2d(3, 4, 3), gradient_accumulation_steps={accumulation},
+                            zero_optimization={{"stage": {stage}}})
+        waits.clear()
+        for _ in range(3 * {accumulation}):
+            backward_and_step(engine, engine(torch.randn(4, 3, 8, 8)).square().mean())
+        print(json.dumps(dict(waits=len(waits))))
+    """)
+    assert found["waits"] == 0
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.1])
+@pytest.mark.parametrize(("changes", "power"), [("fp16", 30), ("fp16", 8), ("bf16", 0)])
+def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float) -> None:
+    """Over 50 updates, overflows among them: the same are skipped, at the same loss scales, to the same weights.
+
+    From 2^30 the scale comes down by many overflows. Without clipping every bit is the same. With it the norm, whose
+    sum is rounded in another order, is a factor of the gradient.
+    """
+    found = in_a_fresh_process(f"""
+        from pipeline.engine import deepspeed_engine
+
+        torch.set_num_threads(1)
+        lives = []
+        own = deepspeed_engine.ForeachUpdate
+        for is_ours in (True, False):
+            deepspeed_engine.ForeachUpdate = own if is_ours else lambda optimizer: optimizer.step
+            torch.manual_seed(3)
+            network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.PReLU(),
+                                          torch.nn.Conv2d(8, 3, 3, padding=1))
+            section = {{"enabled": True}} | ({{"initial_scale_power": {power}, "loss_scale_window": 7, "hysteresis": 1}}
+                                            if {changes!r} == "fp16" else {{}})
+            engine = engine_for(network, gradient_clipping={clipping}, **{{{changes!r}: section}})
+            dtype, scales, skips, norms = next(network.parameters()).dtype, [], [], []
+            for number in range(50):
+                images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number)).to(dtype)
+                factor = float("inf") if number == 20 else 3e4 if number == 30 else 1.0
+                backward_and_step(engine, (engine(images).float() - 1).square().mean() * factor)
+                scales.append(engine.loss_scale)
+                skips.append(bool(engine.was_skipped))
+                norms.append(float(engine.gradient_norm))
+            masters = torch.cat([p.flatten() for group in engine.optimizer.fp32_groups for p in group])
+            lives.append((scales, skips, norms, masters.detach(), torch.cat([p.detach().float().flatten()
+                                                                          for p in network.parameters()])))
+        ours, theirs = lives
+        distance = ((ours[3] - theirs[3]).norm() / theirs[3].norm()).item()
+        print(json.dumps(dict(scales=ours[0] == theirs[0], skips=ours[1] == theirs[1], skipped=sum(ours[1]),
+                              distance=distance, halves=(ours[4] - ours[3]).abs().max().item(),
+                              norms=[(a, b) for a, b in zip(ours[2], theirs[2]) if a < 1e30])))
+    """)
+    assert found["scales"]
+    assert found["skips"]
+    assert found["skipped"] >= {30: 8, 8: 1, 0: 1}[power]
+    assert found["distance"] == 0 if clipping == 0 else found["distance"] < 5e-3
+    assert found["halves"] < 0.01, "the network's weights are the masters', rounded"
+    for ours, theirs in found["norms"]:
+        assert ours == pytest.approx(theirs, rel=1e-6 if clipping == 0 else 1e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) -> None:
+    """With a rate so small that weights of 16 bits do not feel it, the FP32 weights move, and the average with them."""
+    found = in_a_fresh_process(f"""
+        from pipeline.models.ema import ExponentialMovingAverage
+
+        network = torch.nn.Conv2d(3, 4, 3)
+        ema = ExponentialMovingAverage(network, 0.0)
+        engine = engine_for(network, zero_optimization={{"stage": {stage}}}, bf16={{"enabled": True}},
+                            optimizer={{"type": "SGD", "params": {{"lr": 1e-6}}}})
+        before = network.weight.detach().clone()
+        for _ in range(3):
+            backward_and_step(engine, engine(torch.randn(4, 3, 8, 8).bfloat16()).float().square().mean())
+            ema.update(engine.module, engine.weights)
+        weights = [weight.detach() for weight in engine.weights]
+        print(json.dumps(dict(halves=torch.equal(before, network.weight), dtype=str(weights[0].dtype),
+                              same=torch.equal(ema.network.weight, weights[0].float()),
+                              moved=(ema.network.weight - before.float()).abs().max().item())))
+    """)
+    assert found["halves"]
+    assert found["same"]
+    assert found["dtype"] == ("torch.float32" if stage == 0 else "torch.bfloat16")
+    assert (found["moved"] > 1e-8) == (stage == 0)
+
+
+def test_a_parameter_without_a_gradient_decays_as_under_several_ranks() -> None:
+    """A lone rank exchanges nothing; what the exchange makes of a missing gradient, zeros, must come all the same."""
+    found = in_a_fresh_process("""
+        class Half(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.idle = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            def forward(self, images):
+                return self.used(images)
+        network = Half()
+        engine = engine_for(network, optimizer={"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}})
+        before = network.idle.weight.detach().clone()
+        backward_and_step(engine, engine(torch.randn(4, 3)).square().mean())
+        print(json.dumps(dict(ratio=(network.idle.weight / before).mean().item())))
+    """)
+    assert found["ratio"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-5)
