@@ -5,6 +5,9 @@ Bytes are uint8 RGB 0..255, floats are RGB in [0, 1]. Tensors are NCHW, arrays a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,17 @@ def cubic_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     Agrees with it on Set5 but for +-1 grey level after rounding. Values may leave [0, 1]; `to_bytes` clamps them.
     """
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """In here cuDNN convolves float32 in float32: its default, TF32, keeps 11 bits, which shows in a PSNR's digits.
+
+    Benchmark mode is off, too: it would search again for every size of image.
+    """
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=torch.backends.cudnn.deterministic,
+                                    allow_tf32=False):
+        yield
 
 
 def crop_to_multiple(images: Tensor, scale: int) -> Tensor:

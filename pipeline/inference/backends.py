@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import RunError
 from pipeline.export.network_files import NetworkFile
+from pipeline.images import without_tf32
 
 
 class Backend(Protocol):
@@ -161,8 +162,7 @@ class TorchBackend:
             images = images.astype(np.float32) / 65535
         lr = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
         lr = lr.contiguous(memory_format=torch.channels_last)
-        # TF32 keeps 11 bits; benchmark mode searches again for every size of tile.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        with without_tf32():
             return self._in(dtype)(lr)
 
     def _in(self, dtype: torch.dtype) -> nn.Module:

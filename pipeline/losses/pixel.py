@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
+from pipeline.images import without_tf32
 
 
 def l1(sr: Tensor, hr: Tensor) -> Tensor:
@@ -184,12 +185,12 @@ def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
 def _blur(planes: Tensor) -> Tensor:
     """The Gaussian window over NCHW, one axis after the other, where it fits wholly.
 
-    Contiguous and depthwise, because cuDNN would otherwise take TF32 for it, whose rounding is as large as the
-    variances that are differences of these means.
+    Never in TF32, whose rounding is as large as the variances that are differences of these means.
     """
     channels = planes.shape[1]
     offsets = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * SIGMA**2))
     window = (window / window.sum()).expand(channels, 1, WINDOW)
-    down = F.conv2d(planes.contiguous(), window[..., None].contiguous(), groups=channels)
-    return F.conv2d(down, window[..., None, :].contiguous(), groups=channels)
+    with without_tf32():
+        down = F.conv2d(planes.contiguous(), window[..., None].contiguous(), groups=channels)
+        return F.conv2d(down, window[..., None, :].contiguous(), groups=channels)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pipeline.images import without_tf32
 from pipeline.losses.perceptual import LpipsDistance
 
 
@@ -38,9 +39,7 @@ class LpipsMetric:
             raise ValueError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of one shape")
         _check_range("SR", sr)
         _check_range("HR", hr)
-        # TF32 would cost digits that papers report.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False), \
-                _one_thread():
+        with without_tf32(), _one_thread():
             return self._distance(sr.to(self.device), hr.to(self.device)).tolist()
 
 

@@ -17,7 +17,7 @@ from pipeline.data.decoding import BadFileError, HostDecoder
 from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
 from pipeline.distributed.ranks import Ranks
-from pipeline.images import cubic_resize, to_bytes, to_tensor, unit_range
+from pipeline.images import cubic_resize, to_bytes, to_tensor, unit_range, without_tf32
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
 
 KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
@@ -130,7 +130,8 @@ class ValidationSet:
     def upscale(self, network: nn.Module, pair: ValidationPair) -> Tensor:
         """The network's output for a pair, as bytes on the device."""
         lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
-        return to_bytes(network(lr)).contiguous()
+        with without_tf32():
+            return to_bytes(network(lr)).contiguous()
 
 
 def bicubic(pair: ValidationPair) -> Tensor:

@@ -16,7 +16,14 @@ from fabricate import CHECKOUT
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
-from pipeline.losses.perceptual import TRUNK_FILES, VggFeature, find_trunk, vgg19_features, vgg19_places
+from pipeline.losses.perceptual import (
+    TRUNK_FILES,
+    VggFeature,
+    find_trunk,
+    trunk_dtype,
+    vgg19_features,
+    vgg19_places,
+)
 
 NUMBER_OF_CONVOLUTIONS = 16
 
@@ -311,3 +318,31 @@ def test_torchvision_imports_with_any_build_of_torch() -> None:
 def test_losses_do_not_import_torchvision_until_it_is_needed() -> None:
     code = "import sys, pipeline.losses; sys.exit('torchvision' in sys.modules or 'lpips' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9])
+def test_a_trunk_in_16_bits_gives_nearly_the_same_loss_and_gradient(weights, scale: float) -> None:
+    """Whatever training multiplies the loss by: a loss scale, or a small weight."""
+    found = []
+    for precision in ("float32", "float16"):
+        criterion = Criterion({"vgg_feature": {"weight": 1.0, "weights": weights, "precision": precision,
+                                               "layers": {"conv2_2": 0.5, "conv5_4": 1.0}}})
+        sr, hr = pictures(side=32)
+        sr.requires_grad_()
+        loss = criterion(sr, hr)["vgg_feature"]
+        assert loss.dtype == torch.float32
+        (loss * scale).backward()
+        found.append((loss.item(), sr.grad / scale))
+    (exact, gradient), (near, other) = found
+    assert near == pytest.approx(exact, rel=1e-3)
+    assert near != exact, "or it was not computed in 16 bits"
+    assert F.cosine_similarity(gradient.flatten(), other.flatten(), dim=0) > 0.97
+    assert other.norm().item() == pytest.approx(gradient.norm().item(), rel=0.03)
+
+
+def test_what_a_trunk_computes_in() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [trunk_dtype("auto", device) for device in (cpu, gpu)] == [torch.float32, torch.float16]
+    assert [trunk_dtype("float32", gpu), trunk_dtype("bfloat16", cpu)] == [torch.float32, torch.bfloat16]
+    with pytest.raises(UserError, match="precision 'fp8' is none of auto, float32, float16, bfloat16"):
+        Criterion({"vgg_feature": {"weight": 1.0, "precision": "fp8"}})
