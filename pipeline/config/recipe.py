@@ -28,7 +28,8 @@ from pipeline.spec import Number, Spec
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_images", "save_every", "save_minutes",
-                         "log_every", "keep", "previews", "histograms", "data.threads", "data.prefetch",
+                         "log_every", "keep", "previews", "histograms", "activation_checkpointing",
+                         "data.threads", "data.prefetch",
                          "data.on_error", "data.max_bad_files", "lpips_weights", "losses.vgg_feature.weights",
                          "losses.lpips.weights"})
 """Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
@@ -99,7 +100,12 @@ class Recipe(Spec):
     steps: int = Field(gt=0, description="optimizer updates in all")
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights and of sampling")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off")
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile with Inductor; auto: if it can")
+    compile: Literal["auto", "on", "off", "reduce-overhead"] = Field(
+        "auto", description="torch.compile with Inductor; auto: if it can; reduce-overhead: also CUDA graphs")
+    deterministic: Literal["off", "on"] = Field("off", description="on: the same bits in every run on the same GPU, "
+                                                                   "slower; CPUs give them anyway")
+    activation_checkpointing: Literal["off", "on"] = Field(
+        "off", description="on: compute the blocks' activations twice instead of keeping them, for less memory")
     channels_last: Literal["auto", "on", "off"] = Field("auto", description="auto: the faster layout, measured")
     validate_every: int = Field(1000, gt=0, description="steps")
     validation_images: int = Field(200, gt=0, description="at most so many, spread evenly over the validation list")
@@ -115,7 +121,8 @@ class Recipe(Spec):
     histograms: int = Field(0, ge=0, description="steps between histograms of each layer's weights and gradients; "
                                                  "0: none")
 
-    @field_validator("compile", "channels_last", "validation_lpips", mode="before")
+    @field_validator("compile", "channels_last", "deterministic", "activation_checkpointing", "validation_lpips",
+                     mode="before")
     @classmethod
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -188,16 +189,34 @@ def observe(engine: Engine, psnr: float) -> None:
         engine.lr_scheduler.observe(psnr)
 
 
-def compile_module(module: nn.Module, *, channels_last: bool) -> None:
+def compile_module(module: nn.Module, *, channels_last: bool, mode: str | None = None) -> None:
     """torch.compile with Inductor, in place: names in the state dict stay as they are.
 
     Inductor gives up channels_last in backward graphs (pytorch #188236); told to keep it, it is 1.5 times faster on a
-    CPU.
+    CPU. Told to keep contiguous, it would still choose channels_last for wide convolutions, but for the second switch.
+    `mode`: "reduce-overhead" replays CUDA graphs: what the module returned is then overwritten by its next call.
     """
     import torch._inductor.config
 
     torch._inductor.config.force_layout_optimization = channels_last
-    module.compile(backend="inductor", dynamic=False)
+    torch._inductor.config.layout_optimization = channels_last
+    module.compile(backend="inductor", dynamic=False, mode=mode)
+
+
+def be_deterministic(is_on: bool) -> None:
+    """Ask torch, cuDNN, cuBLAS and Inductor for the same bits in every run on the same device, or not.
+
+    cuBLAS reads its variable when it is first used. Operators that cannot give the same bits warn.
+    """
+    if not is_on and not torch.are_deterministic_algorithms_enabled():
+        return
+    from torch._inductor import config as inductor
+
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_on, warn_only=True)
+    torch.backends.cudnn.deterministic = is_on
+    inductor.deterministic = is_on
 
 
 def why_not_compiled(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from pipeline.files import short_path
 from pipeline.metrics import text_of
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
+from pipeline.training.memory import enough_memory
 from pipeline.training.meter import Meter, SkippedFiles
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import Run
@@ -75,7 +76,8 @@ class Training:
                     self._watchdog.feed(only_if_armed=True)
                     batch = next(loader)
                     self._skips += batch.skipped
-                    meter.add(trainer.step(batch, progress.step), batch.index)
+                    with enough_memory(self.plan, self.ranks):
+                        meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
             meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
             self._name_profiles(loader)

@@ -24,6 +24,7 @@ from pipeline.monitor.console import Console
 from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import run_lock
 from pipeline.training.loop import Training
+from pipeline.training.memory import MemoryShortageError, rehearse
 from pipeline.training.options import Plan, TrainOptions, make_plans
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import check_stages, move_aside, set_up
@@ -118,6 +119,7 @@ def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
         refuse_other_hosts(plans, ranks)
         ranks.on_all_ranks(lambda: _take_run_folder(plans[0], ranks, console, stack))
         check_stages(plans, ranks)
+        rehearse(plans, ranks, console.say)
         for plan in plans:
             signals.is_patient = False
             watchdog.begin()
@@ -133,14 +135,14 @@ def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
     Of one rank alone, because threads of its libraries may not survive the interpreter's own end: now and then that
     aborted, with status 134 in place of 2. Of several, because the others may wait for this one in a collective, and to
     close the group in an orderly way it would wait for them (pytorch issue 180611). What all ranks raise alike the
-    first one says, or each in its log where a guard keeps it.
+    first one says, or each in its log where a guard keeps it. A rank without memory speaks for itself.
     """
     status = 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else 1
     elif isinstance(error, (UserError, RunError)):
         status = 2 if isinstance(error, UserError) else 1
-        if ranks.is_first or GUARDED in os.environ:
+        if ranks.is_first or GUARDED in os.environ or isinstance(error, MemoryShortageError):
             print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -25,6 +25,7 @@ from pipeline.data.source import CropSource, Position
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import (
     LAYOUTS,
+    be_deterministic,
     build_engine,
     build_optimizer,
     compile_module,
@@ -36,6 +37,7 @@ from pipeline.engine.schedules import validate_schedule
 from pipeline.files import short_path
 from pipeline.losses import Criterion
 from pipeline.models import build_generator
+from pipeline.models.common import checkpoint_activations
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.models.weights import SavedNetwork
@@ -116,8 +118,9 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
                                                   total_steps=-(-plan.total_steps // every), device=ranks.device,
                                                   runtime=plan.runtime)
+    be_deterministic(plan.recipe.deterministic == "on")
     saved = _find_run(plan, precision, ranks, say)
-    trainer, layout, compiled = _build_networks(plan, ds_config, saved.step, ranks, say)
+    trainer, layout, compiled = build_networks(plan, ds_config, saved.step, ranks, say)
     contents, progress = _restore(plan, saved, trainer, layout, ranks)
     validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks, LAYOUTS[layout]))
     previews = ranks.on_all_ranks(lambda: read_previews(plan.recipe, plan.dataset) if ranks.is_first else [])
@@ -155,7 +158,7 @@ def _find_run(plan: Plan, precision: str, ranks: Ranks, say: Callable[[str], Non
     return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
 
 
-def _build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks,
+def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks,
                     say: Callable[[str], None]) -> tuple[ReconstructionTrainer | AdversarialTrainer, str, str]:
     """The trainer with its networks in their engines, the memory layout, and how they are compiled, for people.
 
@@ -171,8 +174,13 @@ def _build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ran
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
+    if recipe.activation_checkpointing == "on" and not checkpoint_activations(engine.module):
+        raise UserError(f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without batch norm, "
+                        "whose activations could be computed twice; leave it out")
     compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
-    return _trainer(plan, engine, ema, ranks, layout, say if step is None else None), layout, compiled
+    trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
+    trainer.uses_cuda_graphs = _uses_cuda_graphs(recipe, ranks)
+    return trainer, layout, compiled
 
 
 def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | AdversarialTrainer, layout: str,
@@ -279,17 +287,22 @@ def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None
     return ranks.agree(measured)
 
 
+def _uses_cuda_graphs(recipe: Recipe, ranks: Ranks) -> bool:
+    return recipe.compile == "reduce-overhead" and ranks.device.type == "cuda"
+
+
 def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, *, channels_last: bool) -> str:
     """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
     if recipe.compile == "off":
         return "not compiled (compile: off)"
     lacking = next((reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), "")
-    if lacking and recipe.compile == "on":
-        raise UserError(f"compile: on, but {lacking}; install it or say compile=auto")
+    if lacking and recipe.compile != "auto":
+        raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or say compile=auto")
     if lacking:
         return f"NOT compiled, slower: {lacking}"
-    compile_module(module, channels_last=channels_last)
-    return "compiled with Inductor (the first step takes longer)"
+    graphs = _uses_cuda_graphs(recipe, ranks)
+    compile_module(module, channels_last=channels_last, mode="reduce-overhead" if graphs else None)
+    return f"compiled with Inductor{' and CUDA graphs' if graphs else ''} (the first step takes longer)"
 
 
 def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precision: str, batch: tuple[int, int],

@@ -31,6 +31,8 @@ class StepResult:
 class ReconstructionTrainer:
     """A generator that learns from what its output is beside the HR image."""
 
+    uses_cuda_graphs = False  # they must be told where a step begins
+
     def __init__(self, generator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
                  memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.generator, self.criterion, self.ema, self.memory_format = generator, criterion, ema, memory_format
@@ -46,12 +48,14 @@ class ReconstructionTrainer:
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
+        if self.uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         losses = self.criterion(self.generator(lr), batch.hr)
         at_boundary = self.generator.is_gradient_accumulation_boundary()
         backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
-            self.ema.update(self.generator.module)
+            self.ema.update(self.generator.module, self.generator.weights)
         return StepResult({name: loss.detach() for name, loss in losses.items()})
 
 
@@ -65,6 +69,8 @@ class AdversarialTrainer:
     engine: nothing of the discriminator changes in the generator's part. The discriminator sees the output detached.
     Each engine scales its own FP16 loss and skips its own overflows.
     """
+
+    uses_cuda_graphs = False  # they must be told where a step begins
 
     def __init__(self, generator: Engine, discriminator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
                  spec: AdversarialSpec, memory_format: torch.memory_format = torch.contiguous_format) -> None:
@@ -85,6 +91,8 @@ class AdversarialTrainer:
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
+        if self.uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         spec = self.spec
         self._noise = spec.instance_noise.sigma * max(0.0, 1 - number / spec.instance_noise.steps)
         lr = batch.lr.contiguous(memory_format=self.memory_format)
@@ -110,7 +118,7 @@ class AdversarialTrainer:
             at_boundary = self.generator.is_gradient_accumulation_boundary()
             backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
-            self.ema.update(self.generator.module)
+            self.ema.update(self.generator.module, self.generator.weights)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _improve_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
@@ -122,10 +130,13 @@ class AdversarialTrainer:
                 "d_fake": self.logits["fake"].mean()}
 
     def _judge(self, discriminator: Any, images: Tensor) -> Tensor:
-        """Float32 logits of float images in [0, 1], with the instance noise of this step."""
+        """Float32 logits of float images in [0, 1], with the instance noise of this step.
+
+        A copy: with CUDA graphs the discriminator's next pass writes over what this one returned.
+        """
         if self._noise:
             images = images + self._noise * torch.randn_like(images)
-        return discriminator(images).float()
+        return discriminator(images).to(torch.float32, copy=True)
 
 
 def _colour_drift(sr: Tensor, hr: Tensor) -> dict[str, Tensor]:

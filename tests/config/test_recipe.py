@@ -88,7 +88,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     ("data.crop=65", "data.crop 65 is not a multiple of scale 2; use 64"),
     ("steps=0", "steps: input should be greater than 0, not 0"),
     ("steps=many", "steps: input should be a valid integer"),
-    ("compile=maybe", "compile: input should be 'auto', 'on' or 'off', not 'maybe'"),
+    ("compile=maybe", "compile: input should be 'auto', 'on', 'off' or 'reduce-overhead', not 'maybe'"),
     ("steps", "'steps' is not an override; write key=value"),
     ("scale.x=1", "scale has no keys of its own"),
     ("base=demo", "base: that is said in a recipe's file"),
