@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.dataset import Made
 from pipeline.data.decoding import BadFileError, EncodedImage, HostDecoder, read_encoded
 from pipeline.data.image_files import NpyLayout, is_npy, npy_layout, read_npy
 
@@ -51,7 +52,7 @@ class Reader(Protocol):
     """Whether its parts are streams, which the graph decodes."""
 
     def reads(self, path: str) -> bool:
-        """Whether a file is of this kind, by its name."""
+        """Whether a file is of this kind, by its name's suffix."""
 
     def open(self, path: str) -> Opened:
         """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
@@ -147,9 +148,8 @@ class ImageFiles:
     def __init__(self, name: str, paths: Sequence[str], cache: ImageCache | None) -> None:
         self.paths = paths
         self.readers = [CachedReader(cache) if cache and kind.is_decoded_in_graph else kind() for kind in READERS]
-        kinds = [next(i for i, reader in enumerate(self.readers) if reader.reads(path)) for path in paths]
-        self._kinds = np.array(kinds, np.uint8)
-        streamed = [self.readers[kind].is_decoded_in_graph for kind in {*kinds}]
+        suffixes = paths.suffixes() if isinstance(paths, Made) else {path[path.rfind("."):] for path in paths}
+        streamed = [reader.is_decoded_in_graph for reader in {*map(self._reader, suffixes)}]
         self.has_pixels, self.has_streams = not streamed or not all(streamed), any(streamed)
         self.columns = [name] if self.has_pixels else []
         if self.has_streams:
@@ -160,18 +160,21 @@ class ImageFiles:
 
     def is_cached(self, file: int) -> bool:
         """Whether a file's pixels come from the cache."""
-        return isinstance(self.readers[self._kinds[file]], CachedReader)
+        return isinstance(self._reader(self.paths[file]), CachedReader)
 
     def open(self, file: int) -> Opened:
         """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
         path = self.paths[file]
         try:
-            return self.readers[self._kinds[file]].open(path)
+            return self._reader(path).open(path)
         except OSError as error:
             if error.errno in FAULTS_OF_A_FILE:
                 raise BadFileError(path, str(error.strerror)) from error
             error.filename = error.filename or path
             raise
+
+    def _reader(self, path: str) -> Reader:
+        return next(reader for reader in self.readers if reader.reads(path))
 
     def part(self, opened: Opened, region: Region, place: int) -> Part:
         """What is fed of the file for a region of it; its pixels are good until the next one for that place."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
+import operator
 import os
 import re
 import stat
 import struct
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -186,24 +188,34 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
         raise UserError(f"{os.fspath(path)}: a folder, not a file list; {way_out}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}; {way_out}") from None
-    names: set[str] = set()
-    for number, line in enumerate(text.split("\n"), 1):
-        name = line.rstrip("\r")
-        if not name:
-            continue
+    lines = text.split("\n") if "\r" not in text else [line.rstrip("\r") for line in text.split("\n")]
+    names = sorted(filter(None, lines))
+    if not _may_leave(text) and not any(map(operator.eq, names, itertools.islice(names, 1, None))):
+        if not names:
+            raise UserError(f"{os.fspath(path)}: the list names no file; {way_out}")
+        return names
+    seen: set[str] = set()  # to name the line
+    for number, name in enumerate(lines, 1):
         where = f"{os.fspath(path)}, line {number}"
         _check_name(name, where, way_out)
-        if name in names:
+        if name and name in seen:
             raise UserError(f"{where}: {name!r} is in the list twice; {way_out}")
-        names.add(name)
-    if not names:
-        raise UserError(f"{os.fspath(path)}: the list names no file; {way_out}")
-    return sorted(names)
+        seen.add(name)
+    return names
+
+
+# Lists hold millions of names, and every start reads and hashes them several times. Whether any name is bad is asked of
+# the whole text at once; only where one may be are they looked at one by one.
+
+
+def _may_leave(text: str) -> bool:
+    """Whether a name in `text`, one a line, might lead out of the dataset. If not, `_check_name` accepts them all."""
+    return text.startswith("/") or "\n/" in text or "\0" in text or ".." in text
 
 
 def _check_name(name: str, where: str, way_out: str) -> None:
     """Refuse a name that could lead out of the dataset."""
-    if name.startswith("/") or "\0" in name or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise UserError(f"{where}: {name!r} must be a path inside the dataset folder (relative, no '..'); {way_out}")
 
 
@@ -226,12 +238,15 @@ def lists_hash(*lists: Iterable[str]) -> str:
 def _list_bytes(names: Iterable[str]) -> bytes:
     """What a file list holds: the names sorted, one a line."""
     names = sorted(names)
-    for name in names:
-        _check_name(name, "file list", "rename or move the file")
-        if "\n" in name or "\r" in name or not name:
-            raise UserError(f"{name!r}: a file name with a line break cannot stand in a list; rename the file")
+    text = "".join(f"{name}\n" for name in names)
+    # An empty name makes an empty line, one with a line break one line too many.
+    if _may_leave(text) or "\r" in text or text.startswith("\n") or "\n\n" in text or text.count("\n") != len(names):
+        for name in names:
+            _check_name(name, "file list", "rename or move the file")
+            if "\n" in name or "\r" in name or not name:
+                raise UserError(f"{name!r}: a file name with a line break cannot stand in a list; rename the file")
     try:
-        return "".join(f"{name}\n" for name in names).encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a list; "
                         "rename the file") from None

@@ -92,11 +92,10 @@ class CropSource:
     @classmethod
     def of_dataset(cls, dataset: Dataset, spec: DataSpec, *, scale: int, seed: int, position: Position) -> CropSource:
         """The source that a recipe asks for."""
-        images = dataset.training
         sampler = Sampler(dataset.folder_sizes, seed, multiplier=spec.multiplier, weights=spec.weights,
                           augment=spec.augment)
-        return cls([image.path for image in images], sampler, spec, scale=scale, position=position,
-                   lr_paths=[str(image.lr_path) for image in images] if spec.degradation.reads_lr else None)
+        return cls(dataset.training_paths, sampler, spec, scale=scale, position=position,
+                   lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None)
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
         """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a `failure`."""
