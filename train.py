@@ -10,14 +10,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
 from pipeline.distributed.gpus import settle
-from pipeline.training.options import TrainOptions, overrides_last
+from pipeline.training.options import TrainOptions, overrides_last, plans_of_rank
+from pipeline.training.saved_run import says_finished
 
 
 def main(options: TrainOptions) -> int:
     settle(options.device)
-    from pipeline.training.run import main as train  # torch and DeepSpeed take seconds to import; --help need not wait
+    plans = plans_of_rank(options)
+    if plans is None:
+        return 2
+    if says_finished(plans):
+        return 0
+    # torch and DeepSpeed take seconds to import: --help and a finished run need not wait for them.
+    from pipeline.training.run import train
 
-    return train(options)
+    return train(options, plans)
 
 
 if __name__ == "__main__":

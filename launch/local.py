@@ -25,7 +25,8 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import gpus
 from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import has_ended
-from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plan, overrides_last
+from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plans, overrides_last
+from pipeline.training.saved_run import says_finished
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
@@ -40,15 +41,17 @@ def main(options: TrainOptions) -> int:
     held_out = None
     if not has_lists(options):
         options, arguments, held_out = _demo(options, arguments)
-    plan = make_plan(options)  # bad input is refused here, once, before any process starts
+    plans = make_plans(options)  # bad input is refused here, once, before any process starts
+    plan, began = plans[-1], time.time()
     if options.device == "cpu":
         os.environ[gpus.CPU] = "1"
+    if says_finished(plans):  # before GPUs are counted, which may take torch
+        return 0 if held_out is None else _show_demo(plan, held_out, began)
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
         raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process per GPU")
     processes = options.procs or num_gpus or 1
     _check_batch(plan, processes, is_chosen=options.procs > 0)
-    began = time.time()
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
     if status == 0 and not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
         print("error: training ended before its last step and left no message; see above", file=sys.stderr)

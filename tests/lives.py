@@ -92,11 +92,7 @@ def in_a_fresh_process(code: str) -> dict:
 
 def in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns in each of `procs` ranks, as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ranks = [warm.Fork(_in_rank, function, folder, rank, procs, port, arguments) for rank in range(procs)]
+    ranks = start_in_ranks(function, folder, procs, *arguments)
     for process in ranks:
         process.join(120)
         process.kill()
@@ -104,6 +100,15 @@ def in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments:
     statuses = [process.exitcode for process in ranks]
     assert statuses == [0] * procs, f"the ranks ended with {statuses}: {printed}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(procs)]
+
+
+def start_in_ranks(function: Callable[..., Any], folder: Path, procs: int, *arguments: Any) -> list[warm.Fork]:
+    """Start ranks that run `function(*arguments)`, and write what it returns to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return [warm.Fork(_in_rank, function, folder, rank, procs, port, arguments) for rank in range(procs)]
 
 
 def _in_rank(function: Callable[..., Any], folder: Path, rank: int, procs: int, port: int, arguments: tuple) -> None:

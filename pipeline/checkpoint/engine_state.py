@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.checkpoint.snapshot import Frozen, Snapshot
 from pipeline.engine.engine import Engine, quiet
 
 # ZeRO's optimizer states, written by one number of ranks, cut anew for another.
@@ -128,51 +129,84 @@ SHARD = re.compile(r"((?:bf16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt
 """The name of a rank's optimizer states at ZeRO stages 1 and 2."""
 
 
-def save_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) -> str:
-    """Write the engine's part of a checkpoint to `directory`/`name`. On return every rank is done.
+def capture_engine(engine: Engine, name: str, snapshot: Snapshot) -> dict[str, Frozen]:
+    """Add to `snapshot` what this rank saves of the engine; all ranks call it together.
 
-    Returns why this rank could not write; empty if it did. (Raising in between would leave the other ranks waiting.)
+    Returns it by its file's path in a checkpoint, `name`/FILE, where torch.save puts what `Frozen.thaw` gives back.
     """
-    files = _CheckpointFiles()
+    files = _CapturedFiles(snapshot)
     with quiet():
-        engine.save(str(directory), name, files)
-    return files.failure
+        engine.save(_CapturedFiles.FOLDER, name, files)
+    return files.states
 
 
 def load_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) -> None:
-    """Put back what `save_engine` wrote, on this or another number of ranks."""
+    """Put back what was written of `capture_engine`, on this or another number of ranks."""
     with quiet():
-        if not engine.load(str(directory), name, _CheckpointFiles(engine)):
+        if not engine.load(str(directory), name, _ShownFiles(engine)):
             raise RuntimeError(f"{directory}/{name} could not be loaded")
 
 
 def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
-    """The weights of a network, by name, that `save_engine` wrote as `name`, on the CPU. `OSError` if it did not."""
+    """The weights by name, on the CPU, of the network that was captured as `name`. `OSError` if there is none."""
     weights = _read(os.path.join(directory, name, "mp_rank_00_model_states.pt"), "cpu")
     return dict(weights["module"])
 
 
 class _CheckpointFiles:
-    """DeepSpeed's `CheckpointEngine` that keeps a failure for later and never runs code that a file brings.
-
-    To load into `engine` it shows a checkpoint as if this number of ranks had written it.
-    """
+    """DeepSpeed's `CheckpointEngine`, without what its two uses here put in: it neither saves nor loads."""
 
     name = "vastscale"
 
-    def __init__(self, engine: Any = None) -> None:
-        self.failure = ""
+    def create(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        raise NotImplementedError
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def set_commit_info(self, info: Any) -> None: ...
+
+    def get_commit_info(self) -> None: ...
+
+    def cleanup(self) -> None: ...
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+class _CapturedFiles(_CheckpointFiles):
+    """Keeps in memory what an engine would have written: the disk is not for the training thread."""
+
+    FOLDER = "checkpoint"  # which DeepSpeed believes to write into
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.states: dict[str, Frozen] = {}
+        self._snapshot = snapshot
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.states[os.path.relpath(path, self.FOLDER)] = self._snapshot.add(state_dict)
+
+
+class _ShownFiles(_CheckpointFiles):
+    """Shows `engine` a checkpoint as if this number of ranks had written it, and never runs code that a file brings."""
+
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._num_shards = 0  # of the checkpoint; known when the weights have been read, which come first
         self._shapes: Shapes = []
-
-    def create(self, info: Any) -> None: ...
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self._try(lambda: os.makedirs(path, exist_ok=exist_ok))
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._try(lambda: torch.save(state_dict, path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         folder, name = os.path.split(path)
@@ -193,30 +227,6 @@ class _CheckpointFiles:
 
         return recut(shards(), self._shapes, self._engine.optimizer.state_dict(),
                      self._engine.zero_shapes(), int(wanted[2]))
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def set_commit_info(self, info: Any) -> None: ...
-
-    def get_commit_info(self) -> None: ...
-
-    def cleanup(self) -> None: ...
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-    def _try(self, action: Any) -> None:
-        try:
-            action()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failure = self.failure or str(error) or type(error).__name__
 
 
 def _read(path: str, map_location: Any) -> Any:

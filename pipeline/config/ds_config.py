@@ -179,6 +179,18 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
     return micro, accumulation
 
 
+def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> str:
+    """The precision of training with `config`: FP32, BF16 or FP16, which a CPU does in FP32.
+
+    It names another runtime than DeepSpeed, whose rounding and checkpoints are its own.
+    """
+    names = ("bf16",) if on_cpu else ("bf16", "fp16")
+    precision = next((name.upper() for name in names if config.get(name, {}).get("enabled")), "FP32")
+    if runtime == "accelerate":
+        precision += " (Accelerate)" if precision == "FP32" else " autocast (Accelerate)"
+    return precision
+
+
 def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = "run") -> list[str]:
     """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may change."""
     free = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",

@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,10 +42,19 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # over Gloo: flags between hosts, never a synchronisation with the GPU
     launcher: str = ""  # that started the ranks, for people
     interface: str = ""  # of the network to other hosts, where it was chosen here
+    timeout: timedelta = timedelta(minutes=10)  # of `control`
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def apart(self) -> Ranks:
+        """The same ranks with a control group of their own, for a thread beside the main one; all make it together.
+
+        A group's collectives must come in the same order on every rank, so two threads cannot share one.
+        """
+        control = None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=self.timeout)
+        return replace(self, control=control)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` (any picklable object) of every rank, in rank order, on every rank."""
@@ -148,7 +157,8 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
                        f"others at {place.master_addr} port {place.master_port}: {str(error).splitlines()[0]}; see "
                        "that rank 0 runs there, that no other program has the port, and that no firewall is between") \
             from error
-    return Ranks(place.rank, place.world_size, place.local_rank, device, control, place.launcher, interface)
+    return Ranks(place.rank, place.world_size, place.local_rank, device, control, place.launcher, interface,
+                 timeout)
 
 
 def _device(place: Place) -> torch.device:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
-from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, batch_sizes, check_accelerate, check_optimizer
+from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, batch_sizes, check_accelerate, check_optimizer, precision_of
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.accelerate_engine import AccelerateEngine
 from pipeline.engine.deepspeed_engine import DeepSpeedEngine
@@ -31,7 +31,7 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
                       runtime: str = "deepspeed") -> tuple[dict[str, Any], str, str]:
     """ds_config.json as the runtime will get it on these ranks, the precision, and why it is another than asked for.
 
-    The precision names another runtime than DeepSpeed, whose rounding and checkpoints are its own. Fills in the
+    The precision is as `precision_of` names it. Fills in the
     micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of this network,
     and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
     """
@@ -47,10 +47,7 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
     why = ""
     if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
         why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
-    precision = next((name.upper() for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled")), "FP32")
-    if runtime == "accelerate":
-        precision += " (Accelerate)" if precision == "FP32" else " autocast (Accelerate)"
-    return resolved, precision, why
+    return resolved, precision_of(config, on_cpu=device.type == "cpu", runtime=runtime), why
 
 
 class Engine(Protocol):

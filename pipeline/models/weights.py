@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
-from pipeline.files import write_atomically
+from pipeline.files import write_atomically, write_pieces_atomically
 from pipeline.models import GENERATORS, build_generator, spandrel
 
 # State dicts in files: .safetensors and what torch.save writes, read without running anything, and made plain.
@@ -246,31 +246,46 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
     The file appears whole or not at all: it is written aside, flushed to the disk and renamed.
     """
     path = Path(path)
+    if path.suffix.lower() not in (".safetensors", ".pth"):
+        raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
     description = json.dumps({"name": saved.name, "scale": saved.scale, "params": saved.params,
                               "metadata": saved.metadata}, sort_keys=True)
-    # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels_last).
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".safetensors":
         shown = {"architecture": saved.name, "scale": str(saved.scale), **saved.metadata, METADATA_KEY: description}
-        content = _in_order(safetensors.torch.save(tensors, metadata=shown))
-    elif path.suffix.lower() == ".pth":
+        write_pieces_atomically(path, _safetensors(saved.state_dict, shown))
+    else:
+        # Cloned: torch.save writes all of the memory that a tensor is a part of.
+        tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in saved.state_dict.items()}
         buffer = io.BytesIO()
         torch.save({"params_ema": tensors, METADATA_KEY: description}, buffer)
-        content = buffer.getvalue()
-    else:
-        raise UserError(f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+        write_atomically(path, buffer.getvalue())
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata in alphabetical order, which safetensors itself leaves to chance."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+# The kinds of tensor in a .safetensors file, in the order in which the library lays them down: those of one kind come
+# together, by their names. It can write a file only from a whole copy of it, and leaves the order of the metadata to
+# chance; here bytes go from the tensors to the disk, and the same weights make the same file.
+SAFETENSORS_KINDS = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+                     torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+                     torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The content of a .safetensors file, piece by piece: its header, then each tensor."""
+    ranks = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_KINDS)}
+    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": SAFETENSORS_KINDS[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
     written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8
-    return len(written).to_bytes(8, "little") + written + content[end:]
+    yield len(written).to_bytes(8, "little") + written
+    for name in names:
+        yield memoryview(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:

@@ -9,8 +9,7 @@ from collections import deque
 
 from torch import Tensor
 
-from pipeline.checkpoint import checkpoint
-from pipeline.checkpoint.checkpoint import SaveError
+from pipeline.checkpoint.saving import SaveError, Saver
 from pipeline.cli import RunError
 from pipeline.data.loader import Loader
 from pipeline.data.source import Skip, refuse_too_many
@@ -24,6 +23,7 @@ from pipeline.monitor.journal import duration
 from pipeline.training.memory import enough_memory
 from pipeline.training.meter import Meter, SkippedFiles
 from pipeline.training.reporting import Reporter
+from pipeline.training.saved_run import nothing_left
 from pipeline.training.setup import Run
 from pipeline.training.validation import is_better
 
@@ -36,6 +36,7 @@ class Training:
         self.plan, self.recipe, self.progress, self.ranks = run.plan, run.plan.recipe, run.progress, run.ranks
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
+        self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
         self._watchdog = Watchdog(self.plan.watchdog_minutes * 60)
         self._step_ends: deque[float] = deque(maxlen=4)
         self._skips: list[Skip] = []  # of this rank, since they were reported
@@ -44,6 +45,7 @@ class Training:
 
     def close(self) -> None:
         self._watchdog.stop()
+        self._saver.close()
         if self.loader:
             self.loader.close()
         if self.reporter:
@@ -54,10 +56,7 @@ class Training:
         """Steps, validations and saves until the end, patience or a signal. Returns the exit status."""
         recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
         if self._is_finished():
-            what = f"stage {recipe.stage}" if recipe.stage else "this run"
-            self.console.say(f"nothing left to do: {what} is finished at step {progress.step} of "
-                             f"{self.plan.total_steps} (--reset starts afresh; for a longer one say steps=N, or "
-                             "--patience N)")
+            self.console.say(nothing_left(self.plan, progress.step))
             return 0
         if self.reporter:
             self.reporter.begin()
@@ -70,7 +69,8 @@ class Training:
         self.loader = loader = self.run.open_loader()
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
-        while not agreed.is_to_end and progress.step < self.plan.total_steps and not self._is_out_of_patience():
+        while (not agreed.is_to_end and progress.step < self.plan.total_steps
+               and not progress.is_out_of_patience(recipe.patience)):
             with self._gradients() as gradients:
                 for _ in range(self.run.accumulation):
                     self._watchdog.feed(only_if_armed=True)
@@ -87,6 +87,7 @@ class Training:
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
             agreed = agreement.exchange(self._request(loader))
+            self._warn_of(self._saver.poll())
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
             with meter.paused():
@@ -190,18 +191,12 @@ class Training:
         self.ranks.on_all_ranks(complain)
 
     def _is_finished(self) -> bool:
-        """All steps done and measured, or out of patience."""
-        if self.progress.step >= self.plan.total_steps:
-            return self.progress.validated_step == self.progress.step
-        return self._is_out_of_patience()
+        return self.progress.is_finished(self.plan.total_steps, self.recipe.patience)
 
     def _validation_is_due(self) -> bool:
         step = self.progress.step
         is_point = step % self.recipe.validate_every == 0 or step >= self.plan.total_steps
         return is_point and self.progress.validated_step != step
-
-    def _is_out_of_patience(self) -> bool:
-        return 0 < self.recipe.patience <= self.progress.stale_validations
 
     def _log(self, meter: Meter, loader: Loader) -> None:
         values = meter.read(self.progress.step, loader)
@@ -244,18 +239,22 @@ class Training:
         return not self.signals.received
 
     def _save(self, *, must: bool = False) -> None:
+        """Save in the background. If it `must` be, wait until it is done, and raise `RunError` where it fails."""
         if self.progress.step == 0:
             return
         self._watchdog.feed(only_if_armed=True)
+        self._warn_of(self._saver.wait())
         try:
-            checkpoint.save(self.plan.run_dir, self.progress, self.run.contents, self.ranks)
+            self._saver.begin(self.progress)
+            failure = self._saver.wait() if must else None
         except SaveError as error:
-            message = f"the checkpoint of step {self.progress.step} could not be written: {error}"
-            if must:
-                raise RunError(f"{message}; the one before is untouched in {self.plan.run_dir}") from error
-            self.console.say(f"warning: {message}; training goes on and will try again")
-        else:
-            if self.ranks.is_first:
-                checkpoint.prune(self.plan.run_dir, self.recipe.keep, self.progress.best_step)
+            failure = error
+        if failure and must:
+            raise RunError(f"{failure}; the one before is untouched in {self.plan.run_dir}") from failure
+        self._warn_of(failure)
         self.last_save = time.perf_counter()
         self._watchdog.feed(only_if_armed=True)
+
+    def _warn_of(self, failure: SaveError | None) -> None:
+        if failure:
+            self.console.say(f"warning: {failure}; training goes on and will try again")

@@ -15,6 +15,7 @@ from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime,
 from pipeline.config.recipe import ROOT, Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
+from pipeline.distributed.launcher import find_place
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
@@ -140,6 +141,19 @@ def make_plans(options: TrainOptions) -> list[Plan]:
     for recipe in recipes:
         plans.append(_stage_plan(options, recipe, ds_overrides, plans[-1] if plans else None))
     return plans
+
+
+def plans_of_rank(options: TrainOptions) -> list[Plan] | None:
+    """As `make_plans`. None on a host's other ranks for what its first one has a `UserError` for.
+
+    One rank of every host speaks, for a host may lack what another has.
+    """
+    try:
+        return make_plans(options)
+    except UserError:
+        if find_place().local_rank == 0:
+            raise
+        return None
 
 
 def _with_vgg_weights(recipe: Recipe, file: Path) -> Recipe:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.cli import RunError, UserError
-from pipeline.distributed.launcher import GUARDED, find_place
+from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
 from pipeline.files import short_path
@@ -25,7 +25,7 @@ from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import run_lock
 from pipeline.training.loop import Training
 from pipeline.training.memory import MemoryShortageError, rehearse
-from pipeline.training.options import Plan, TrainOptions, make_plans
+from pipeline.training.options import Plan, TrainOptions, plans_of_rank
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import check_stages, move_aside, set_up
 
@@ -92,13 +92,13 @@ def _digest(path: Path) -> str:
 
 
 def main(options: TrainOptions) -> int:
+    """Read and check what `options` name, and `train`."""
+    plans = plans_of_rank(options)
+    return 2 if plans is None else train(options, plans)
+
+
+def train(options: TrainOptions, plans: Sequence[Plan]) -> int:
     """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 anything else."""
-    try:
-        plans = make_plans(options)
-    except UserError:
-        if find_place().local_rank == 0:  # another host may lack what this one has
-            raise
-        return 2
     watchdog = Watchdog(options.watchdog_minutes * 60)
     watchdog.begin()
     patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import checkpoint, transfer
-from pipeline.checkpoint.checkpoint import Contents, Progress
+from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.cli import UserError
-from pipeline.config.ds_config import batch_sizes, ds_differences
-from pipeline.config.recipe import Recipe, changes, recipe_differences, recipe_of
+from pipeline.config.ds_config import batch_sizes
+from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.distributed.ranks import Ranks
@@ -44,10 +45,11 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
-from pipeline.run_folder import FILE_LISTS_DIR, LOG_FILE, checkpoint_steps
+from pipeline.run_folder import LOG_FILE, checkpoint_steps
 from pipeline.training.options import Plan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
-from pipeline.training.start import begin_discriminator, begin_with, newest_of_previous
+from pipeline.training.saved_run import newest_of_previous, refuse_strangers
+from pipeline.training.start import begin_discriminator, begin_with
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
@@ -222,27 +224,6 @@ def _begin(network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, sa
     network.load_state_dict(ranks.agree(network.state_dict()))
 
 
-def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for.
-
-    The number of ranks may differ: a global batch that it does not divide is refused by `batch_sizes`.
-    """
-    found, step = manifest["identity"], manifest["step"]
-    differences = recipe_differences(recipe_of(found["recipe"], f"the run in {plan.run_dir}"), plan.recipe)
-    differences += ds_differences(found["ds_config"], plan.ds_config)
-    differences += [f"discriminator's {line}" for line in ds_differences(found.get("discriminator_ds_config", {}),
-                                                                        plan.discriminator_ds_config or {})]
-    differences += changes({"precision": found["precision"]}, {"precision": wanted["precision"]})
-    known = {key: wanted["dataset"][key] for key in found["dataset"]}  # a run of an earlier version may hold fewer
-    changed = changes(found["dataset"], known, "dataset ")
-    if changed:
-        named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
-        differences += named + [line for line in changed if not (named and "lists_sha256" in line)]
-    if differences:
-        raise UserError(f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue with what "
-                        "it was begun with, give --output-dir, or start afresh with --reset (the old run is kept)")
-
-
 def move_aside(plan: Plan) -> Path | None:
     """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
     suffix = time.strftime("bak-%Y%m%d-%H%M%S")
@@ -279,7 +260,7 @@ def _seed(seed: int) -> None:
 
 def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None, ranks: Ranks) -> str:
     if step is not None:  # rounding depends on it, so a continuation keeps what the run began with
-        return ranks.agree(checkpoint.read_progress(plan.run_dir, step).layout if ranks.is_first else None)
+        return ranks.agree(read_progress(plan.run_dir, step).layout if ranks.is_first else None)
     if plan.recipe.channels_last != "auto":
         return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
     patch = plan.recipe.data.crop // plan.recipe.scale

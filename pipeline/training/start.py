@@ -13,15 +13,8 @@ from pipeline.cli import UserError
 from pipeline.files import short_path
 from pipeline.models import GENERATORS
 from pipeline.models.weights import read_network
-from pipeline.run_folder import Step, checkpoint_dir, checkpoint_steps, choose_step, newest_stage, run_network_file
+from pipeline.run_folder import Step, checkpoint_dir, choose_step, newest_stage, run_network_file
 from pipeline.training.options import Plan
-
-
-def newest_of_previous(plan: Plan) -> int | None:
-    """The step of the stage before that this one begins with, if it does."""
-    if plan.previous is None or plan.recipe.start != "previous":
-        return None
-    return max(checkpoint_steps(plan.previous), default=None)
 
 
 def begin_with(generator: nn.Module, plan: Plan) -> str:

@@ -113,7 +113,8 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
     """An engine that takes three steps, or takes over what another has saved, and saves."""
     from deepspeed.accelerator import get_accelerator
 
-    from pipeline.checkpoint.engine_state import load_engine, save_engine
+    from pipeline.checkpoint.engine_state import capture_engine, load_engine
+    from pipeline.checkpoint.snapshot import HostMemory, Snapshot
     from pipeline.distributed.ranks import start_distributed, stop_distributed
     from pipeline.engine.engine import backward_and_step, build_engine
 
@@ -131,7 +132,11 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
     if ranks.is_first:
         (go_to / "net").mkdir(parents=True)
     ranks.gather(None)
-    assert save_engine(engine, go_to, "net") == ""
+    snapshot = Snapshot(HostMemory())
+    files = capture_engine(engine, "net", snapshot)
+    snapshot.copy()
+    for path, state in files.items():
+        torch.save(state.thaw(), go_to / path)
     stop_distributed()
 
 

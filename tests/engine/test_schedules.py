@@ -176,9 +176,17 @@ def test_a_length_that_is_not_known_yet_is_let_through() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
     found = in_a_fresh_process(f"""
-        import tempfile
+        import os, tempfile
         from pipeline.engine.engine import observe
-        from pipeline.checkpoint.engine_state import load_engine, save_engine
+        from pipeline.checkpoint.engine_state import capture_engine, load_engine
+        from pipeline.checkpoint.snapshot import HostMemory, Snapshot
+        def save(engine, folder):
+            snapshot = Snapshot(HostMemory())
+            files = capture_engine(engine, "x", snapshot)
+            snapshot.copy()
+            os.mkdir(f"{{folder}}/x")
+            for path, state in files.items():
+                torch.save(state.thaw(), f"{{folder}}/{{path}}")
         images = torch.randn(4, 3, 8, 8)
         def build(kind, **params):
             return engine_for(torch.nn.Conv2d(3, 4, 3), zero_optimization={{"stage": {stage}}},
@@ -194,7 +202,7 @@ def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
         first, second = build("MultiStepLR", **settings), build("MultiStepLR", **settings)
         begun = steps(first, 5)
         with tempfile.TemporaryDirectory() as folder:
-            save_engine(first, folder, "x")
+            save(first, folder)
             load_engine(second, folder, "x")
         plateau = build("ReduceLROnPlateau", patience=0, factor=0.5)
         for psnr in (30, 29):
@@ -204,7 +212,7 @@ def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
         short, longer = build("CosineAnnealingLR", T_max=4), build("CosineAnnealingLR", T_max="auto")
         steps(short, 4)
         with tempfile.TemporaryDirectory() as folder:
-            save_engine(short, folder, "x")
+            save(short, folder)
             load_engine(longer, folder, "x")
         of_auto = steps(auto, 11)
         print(json.dumps([straight, begun + steps(second, 3), steps(plateau, 1), of_auto, steps(longer, 7)]))

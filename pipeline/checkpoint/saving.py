@@ -1,0 +1,250 @@
+"""Write checkpoints while training goes on. A checkpoint is a folder that exists whole or not at all.
+
+`Saver.begin` keeps the training thread for a copy to host memory (see `snapshot.py`); a thread does the rest. Written
+beside (`.tmp-step-N`), flushed, hashed, agreed on by all ranks, then renamed to `step-N`, whose MANIFEST.json names
+every file with its size and SHA-256. A kill or a full disk costs the checkpoint in the making, never one that was made:
+what looks for the newest or the best, and what is removed to make room, are committed ones alone. Ranks on hosts that
+do not see the run folder send their files to the first rank.
+
+Ranks write together, so the threads have to agree several times: whether all have written, what a network disk must
+show, whether the first rank has committed. They do it over a process group of their own. Collectives of one group must
+come in the same order on every rank, and where a thread stands beside its training thread differs from rank to rank:
+over the control group, or over that of the gradients, its messages would be taken for training's. Within the threads'
+group there is one thread a rank and one save after the other, begun by all ranks at the same step, which is an order.
+The other way, agreeing on the training thread at the following steps, would send files from hosts without the run
+folder while training waits, and could leave a save uncommitted when a run ends between two of those steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+from pipeline.checkpoint.checkpoint import Contents, prune
+from pipeline.checkpoint.engine_state import capture_engine
+from pipeline.checkpoint.manifest import describe
+from pipeline.checkpoint.progress import Progress, progress_in
+from pipeline.checkpoint.random_states import random_states
+from pipeline.checkpoint.snapshot import Frozen, HostMemory, Snapshot
+from pipeline.checkpoint.transfer import collect, private_folder
+from pipeline.distributed.ranks import Ranks
+from pipeline.files import flush
+from pipeline.models.weights import SavedNetwork, write_network
+from pipeline.run_folder import GENERATOR_EMA_FILE, GENERATOR_FILE, MANIFEST_FILE, STATE_FILE, checkpoint_dir
+
+Result = TypeVar("Result")
+VISIBLE_SECONDS = 90  # longer than NFS keeps what it knows of a folder
+LAST_SECONDS = 60  # for a save that is under way when the run ends with an error
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written, and why; the ones before are untouched."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What this rank has to write of one step, in host memory."""
+
+    progress: Progress
+    snapshot: Snapshot
+    states: Mapping[str, Frozen]  # of the engines, by their paths in the checkpoint
+    networks: Mapping[str, Frozen]  # the first rank's: the generator's weights, by file
+    random: Mapping[str, Any]
+    ema_updates: int
+
+
+class Saver:
+    """Saves a run at one step after the other. All ranks make one, and call its methods together, but for `poll`.
+
+    `keep`: of the newest checkpoints, so many stay after a save, and the best.
+    """
+
+    def __init__(self, run_dir: Path, contents: Contents, keep: int, ranks: Ranks) -> None:
+        self._run_dir, self._contents, self._keep, self._ranks = run_dir, contents, keep, ranks
+        self._writers = ranks.apart()
+        self._memory = HostMemory()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def begin(self, progress: Progress) -> None:
+        """Copy the run as it is now, and write that as the checkpoint of `progress.step` from now on.
+
+        Call `wait` first: there is one save at a time. Nothing is done where the disk holds all of `progress` already.
+        Raises `SaveError` on every rank where a host has no memory for the copy.
+        """
+        assert self._thread is None, "the save before was not waited for"
+        final = checkpoint_dir(self._run_dir, progress.step)
+        if self._ranks.agree(self._ranks.is_first and _is_saved(final, progress)):
+            return
+        moment = self._capture(progress)  # the engines' own collectives are in there
+        _insist(moment.snapshot.copy, self._ranks, progress.step)
+        self._thread = threading.Thread(target=self._write, args=(moment,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> SaveError | None:
+        """Wait for the save under way, if there is one. Returns why it failed, once; other errors are raised."""
+        if self._thread is not None:
+            self._thread.join()
+        return self.poll()
+
+    def poll(self) -> SaveError | None:
+        """As `wait`, but only of a save that has ended since it was begun: nothing is waited for."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None and not isinstance(failure, SaveError):
+            raise failure
+        return failure
+
+    def close(self) -> None:
+        """Give a save that is under way, where a run ends with an error, time to come to its end."""
+        if self._thread is not None:
+            self._thread.join(LAST_SECONDS)
+
+    def _capture(self, progress: Progress) -> _Moment:
+        contents, snapshot = self._contents, Snapshot(self._memory)
+        states: dict[str, Frozen] = {}
+        for name, engine in contents.engines.items():
+            states |= capture_engine(engine, name, snapshot)
+        networks = {}
+        if self._ranks.is_first:
+            modules = {GENERATOR_FILE: contents.engines["generator"].module, GENERATOR_EMA_FILE: contents.ema.network}
+            networks = {file: snapshot.add(module.state_dict()) for file, module in modules.items()}
+        return _Moment(progress.as_of_now(), snapshot, states, networks, random_states(), contents.ema.num_updates)
+
+    def _write(self, moment: _Moment) -> None:
+        try:
+            moment.snapshot.wait()
+            self._write_together(moment)
+        except BaseException as error:  # which the training thread raises
+            self._failure = error
+
+    def _write_together(self, moment: _Moment) -> None:
+        """Commit the checkpoint of `moment`; the threads of all ranks do it together.
+
+        Raises `SaveError` on every rank, the half-written folder gone, when any rank could not write.
+        """
+        writers, contents, step = self._writers, self._contents, moment.progress.step
+        final = checkpoint_dir(self._run_dir, step)
+        aside = final.with_name(f".tmp-{final.name}")
+        try:
+            with ExitStack() as stack:
+                own = _insist(lambda: _make_folders(aside, contents, writers, stack), writers, step)
+                _insist(lambda: _write_own_files(own, moment, contents, writers), writers, step)
+                _refuse(collect(own, aside, contents.sees_run_dir, writers), writers, step)
+                written = set().union(*writers.gather(_names(aside) if contents.sees_run_dir else set()))
+                commit = partial(_commit, aside, final, moment.progress, contents, writers, written)
+                _insist(commit if writers.is_first else lambda: None, writers, step)
+        except SaveError:
+            if writers.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if writers.is_first:
+            prune(self._run_dir, self._keep, moment.progress.best_step)
+
+
+def _insist(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:
+    """Run `action`, which waits for no other rank, on every rank; `SaveError` on all if disk or memory refused one."""
+    failure, result = "", None
+    try:
+        result = action()
+    except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full disk, or memory, as RuntimeError
+        failure = str(error) or type(error).__name__
+    _refuse(failure, ranks, step)
+    return cast(Result, result)
+
+
+def _refuse(failure: str, ranks: Ranks, step: int) -> None:
+    """Raise `SaveError` on every rank if one has a `failure` to tell."""
+    failures = [failure for failure in ranks.gather(failure) if failure]
+    if failures:
+        raise SaveError(f"the checkpoint of step {step} could not be written: {failures[0]}")
+
+
+def _is_saved(final: Path, progress: Progress) -> bool:
+    """Whether `final` is a checkpoint that says all of `progress` (a validation may have come after it)."""
+    return (final / MANIFEST_FILE).is_file() and progress_in(final) == progress
+
+
+def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack) -> Path:
+    """The folder that this rank writes into: `aside`, or one of its own where that is not seen."""
+    if ranks.is_first:
+        _clear_away(aside.parent)
+    own = aside if contents.sees_run_dir else private_folder(stack)
+    for name in contents.engines:
+        if ranks.is_first or not contents.sees_run_dir:
+            (own / name).mkdir(parents=True)
+    return own
+
+
+def _clear_away(checkpoints: Path) -> None:
+    """Remove what was never committed, or removed by half."""
+    for stale in checkpoints.glob(".tmp-step-*"):
+        shutil.rmtree(stale)
+    for half_removed in checkpoints.glob("step-*"):
+        if not (half_removed / MANIFEST_FILE).exists():
+            shutil.rmtree(half_removed)
+
+
+def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Ranks) -> None:
+    """This rank's share, flushed here: another host cannot flush what this one has written."""
+    for path, state in moment.states.items():
+        _save(state.thaw(), own / path)
+    _save(moment.random, own / f"random-rank-{ranks.rank:05d}.pt")
+    if not ranks.is_first:
+        return
+    described, step = contents.generator, moment.progress.step
+    for file, weights in moment.networks.items():
+        metadata = {**described.metadata, "step": str(step)}
+        write_network(own / file, SavedNetwork(described.name, described.scale, described.params, weights.thaw(),
+                                               metadata))
+    state = moment.progress.as_state() | {"ema_updates": moment.ema_updates, "world_size": ranks.world_size}
+    (own / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+
+
+def _save(state: Any, path: Path) -> None:
+    torch.save(state, path)
+    flush(path)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _wait_for(folder: Path, names: set[str]) -> None:
+    """Until this host sees what others have written: a network disk may show it late."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while missing := names - _names(folder):
+        if time.monotonic() > deadline:
+            raise OSError(f"{folder} does not show {min(missing)}, which another host has written; see how that disk "
+                          "is mounted")
+        time.sleep(0.5)
+
+
+def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ranks: Ranks, written: set[str]) -> None:
+    _wait_for(aside, written)
+    for path in (p for p in aside.rglob("*") if p.is_file()):
+        flush(path)
+    manifest = {"step": progress.step, "world_size": ranks.world_size, "identity": contents.identity,
+                "files": describe(aside)}
+    (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    flush(aside / MANIFEST_FILE)
+    for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:
+        flush(folder)
+    replaced = final.with_name(f".old-{final.name}")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(aside, final)
+    flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""A moment of a run in host memory: what a checkpoint is written from while training goes on.
+
+A training thread may be kept waiting only for a copy. What engines hand over, nested structures of tensors and plain
+values, is noted with `Snapshot.add`; `Snapshot.copy` then copies the memory behind all tensors at once; and whoever
+writes takes the structures back with `Frozen.thaw`, in which every tensor is the copy. Memory that tensors share is
+copied once and stays shared, so that torch.save writes the very file that it would have written of the originals.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64  # bytes: a cache line, and more than any element has
+
+
+class HostMemory:
+    """Room for one snapshot after the other. It stays allocated: fresh pages cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._room, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
+
+    def room(self, size: int, *, is_pinned: bool) -> Tensor:
+        """At least `size` bytes, uint8, whose content does not count any more; pinned for copies from a GPU.
+
+        Raises `OSError` or `RuntimeError` where there is not so much memory.
+        """
+        if len(self._room) < size or is_pinned != self._is_pinned:
+            self._room = torch.empty(0, dtype=torch.uint8)  # let go of the old before there is the new
+            self._room = torch.empty(size, dtype=torch.uint8, pin_memory=True) if is_pinned else _huge_pages(size)
+            self._is_pinned = is_pinned
+        return self._room
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Zeroed memory of the kernel's, in pages of 2 MiB where it has them: faults for small ones take longer than the
+    copy."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class Frozen:
+    """A structure that was added to a snapshot."""
+
+    def __init__(self, pickled: bytes, snapshot: Snapshot, tensors: list[int]) -> None:
+        self._pickled, self._snapshot, self._tensors = pickled, snapshot, tensors
+
+    def thaw(self) -> Any:
+        """The structure as it was, its tensors on the CPU. They are good until the memory's next snapshot."""
+        return _Thawer(io.BytesIO(self._pickled), [self._snapshot.copies[number] for number in self._tensors]).load()
+
+
+class Snapshot:
+    """All tensors of the structures that are added, as they are when `copy` is called."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self.copies: list[Tensor] = []  # of the tensors, in the order in which they were met
+        self._memory = memory
+        self._tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}  # id of a tensor -> its place in the list, which keeps it alive
+        self._copied: torch.cuda.Event | None = None
+
+    def add(self, state: Any) -> Frozen:
+        """Note a structure of tensors and of what else can be pickled. All but the tensors' content is kept as of now.
+
+        That content must not change until `copy`.
+        """
+        file, used = io.BytesIO(), []
+        _Freezer(file, self, used).dump(state)
+        return Frozen(file.getvalue(), self, used)
+
+    def number_of(self, tensor: Tensor) -> int:
+        """The place of `tensor` among those of this snapshot, which it joins."""
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self._tensors)
+            self._tensors.append(tensor)
+        return self._numbers[id(tensor)]
+
+    def copy(self) -> None:
+        """Copy what the tensors hold. Of a GPU's it is asked for alone, behind the work that is in its stream.
+
+        Raises `OSError` or `RuntimeError` where the host has not enough memory for it.
+        """
+        places, size = self._places()
+        is_pinned = any(tensor.device.type == "cuda" for tensor in self._tensors)
+        room = self._memory.room(size, is_pinned=is_pinned) if size else None
+        storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
+        for key, (source, start) in places.items():
+            target = room[start:start + len(source)]
+            target.copy_(source, non_blocking=True)
+            # A storage of just these bytes: torch.save writes all of a storage, whatever a tensor shows of it.
+            storages[key] = torch.frombuffer(memoryview(target.numpy()), dtype=torch.uint8).untyped_storage()
+        if is_pinned:
+            # Later work in the stream, such as the next update, finds the copies done; whoever reads waits for this.
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self.copies = [_like(tensor, storages.get(_key(tensor.untyped_storage()), torch.UntypedStorage(0)))
+                       for tensor in self._tensors]
+        self._tensors, self._numbers = [], {}
+
+    def wait(self) -> None:
+        """Until the copies are there. Not for the training thread."""
+        if self._copied is not None:
+            with torch.cuda.device(self._copied.device):  # a thread begins with the first GPU, which may be another's
+                self._copied.synchronize()
+
+    def _places(self) -> tuple[dict[tuple[torch.device, int, int], tuple[Tensor, int]], int]:
+        """(of each piece of memory its bytes as a tensor, and where they go; how many bytes that takes)."""
+        places: dict[tuple[torch.device, int, int], tuple[Tensor, int]] = {}
+        size = 0
+        for tensor in self._tensors:
+            storage = tensor.untyped_storage()
+            key = _key(storage)
+            if storage.nbytes() and key not in places:
+                places[key] = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), size
+                size += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        return places, size
+
+
+def _key(storage: torch.UntypedStorage) -> tuple[torch.device, int, int]:
+    return storage.device, storage.data_ptr(), storage.nbytes()
+
+
+def _like(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """`tensor` over another storage of the same content."""
+    copy = torch.empty(0, dtype=tensor.dtype)
+    copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copy, tensor.requires_grad)
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+class _Freezer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, snapshot: Snapshot, used: list[int]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._snapshot, self._used = snapshot, used
+
+    def persistent_id(self, value: Any) -> int | None:
+        """The tensor's place among those of the structure; None for all else, which is pickled."""
+        if not isinstance(value, Tensor):
+            return None
+        self._used.append(self._snapshot.number_of(value))
+        return len(self._used) - 1
+
+
+class _Thawer(pickle.Unpickler):
+    """Reads what this process has pickled a moment ago, and nothing else."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
