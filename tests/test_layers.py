@@ -40,6 +40,9 @@ ALLOWED = {
     "launch/requirements_missing": set(),
     "launch/cluster": {"launch/environment", "pipeline/data", "pipeline/distributed", "pipeline/training"},
     "launch/doctor": {"launch/cluster", "launch/requirements_missing", "pipeline/data", "pipeline/training"},
+    "launch/selfcheck": {"launch/cluster", "launch/doctor", "launch/requirements_missing", "pipeline/config",
+                         "pipeline/data", "pipeline/distributed", "pipeline/engine", "pipeline/inference",
+                         "pipeline/losses", "pipeline/metrics", "pipeline/models", "tools"},
     "launch": {"launch/cluster", "launch/doctor", "launch/environment", "pipeline/config", "pipeline/distributed",
                "pipeline/training", "tools"},
     "tools/search": {"launch/environment", "pipeline/config", "pipeline/distributed", "pipeline/metrics",
@@ -71,7 +74,8 @@ def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        if not (at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        if not (at_import_time and (is_for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))):
             nodes.extend(ast.iter_child_nodes(node))
     return found
 

@@ -1,0 +1,159 @@
+"""Whether the device computes what the CPU does: networks, gradients, losses, metrics, rounding, TF32's switch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from launch.selfcheck.report import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NETWORKS: dict[str, dict[str, int]] = {
+    "vapsr": {"num_features": 16, "num_attention_features": 16, "num_blocks": 2},
+    "srresnet": {"num_features": 16, "num_blocks": 2},
+    "msrresnet": {"num_features": 16, "num_blocks": 2},
+    "rrdbnet": {"num_features": 16, "num_grow_ch": 8, "num_blocks": 1},
+    "compact": {"num_features": 16, "num_conv": 4},
+}
+LOSSES = ("l1", "mse", "charbonnier", "ms_ssim", "fft", "tv")
+EXACT, HALF_PSNR, GRADIENT_COSINE = 1e-4, 45.0, 0.98
+SIDE = 48
+
+
+def run(report: Report) -> None:
+    """Every network, then what is measured and minimised."""
+    import torch
+
+    torch.manual_seed(0)
+    for name, params in NETWORKS.items():
+        with report.guarded(f"network.{name}"), exact():
+            _network(report, name, params)
+    with exact():
+        _losses(report)
+    with report.guarded("metrics"):
+        _metrics(report)
+    with report.guarded("rounding"):
+        _rounding(report)
+    if report.is_on_gpu:
+        with report.guarded("tf32"):
+            _tf32(report)
+    else:
+        report.skip("tf32", "no GPU")
+
+
+def exact() -> AbstractContextManager[Any]:
+    """In here convolutions in float32 are computed in float32."""
+    import torch
+
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _network(report: Report, name: str, params: dict[str, int]) -> None:
+    """Output and gradient against float64 on the CPU; FP16's output and BF16's gradient against float32's."""
+    import torch
+
+    from pipeline.models import build_generator
+
+    network = build_generator(name, 4, **params)
+    with torch.no_grad():
+        for parameter in network.parameters():  # some begin at zero, which hides mistakes
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    images = torch.rand(2, 3, SIDE, SIDE)
+    reference, wanted = _output_and_gradient(copy.deepcopy(network).double(), images.double())
+    found, gradient = _output_and_gradient(copy.deepcopy(network).to(report.device), images.to(report.device))
+    span = float(reference.max() - reference.min())
+    report.at_most(f"network.{name}", float((found - reference).abs().max()) / span, EXACT, note="FP32, of its range")
+    report.at_most(f"gradient.{name}", float((gradient - wanted).norm() / wanted.norm()), 1e-3, note="FP32, relative")
+    if report.is_on_gpu:
+        half, _ = _output_and_gradient(copy.deepcopy(network).to(report.device).half(), images.to(report.device).half())
+        report.at_least(f"half.{name}", psnr(half, reference, span), HALF_PSNR, "dB", note="FP16")
+    layout = torch.channels_last
+    coarse = copy.deepcopy(network).to(report.device, torch.bfloat16)
+    _, gradient = _output_and_gradient(coarse, images.to(report.device, torch.bfloat16).to(memory_format=layout))
+    cosine = float(torch.dot(gradient, wanted) / (gradient.norm() * wanted.norm()))
+    report.at_least(f"bf16_gradient.{name}", cosine, GRADIENT_COSINE, note="BF16, channels last; cosine")
+
+
+def _output_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What it makes of images, and the gradient of all weights towards the mean of squares; float64 on the CPU."""
+    import torch
+
+    output = network(images)
+    output.float().square().mean().backward() if output.dtype != torch.float64 else output.square().mean().backward()
+    gradient = torch.cat([parameter.grad.flatten().double().cpu() for parameter in network.parameters()
+                          if parameter.grad is not None])
+    return output.detach().double().cpu(), gradient
+
+
+def psnr(found: Tensor, reference: Tensor, span: float) -> float:
+    error = float((found.double() - reference.double()).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error) if math.isfinite(error) else -math.inf
+
+
+def _losses(report: Report) -> None:
+    import torch
+
+    from pipeline.losses import LOSSES as TABLE
+    from pipeline.losses import Criterion
+
+    hr = torch.rand(2, 3, 192, 192)
+    sr = (hr + 0.1 * torch.randn_like(hr)).clamp(0, 1)
+    for name in LOSSES:
+        with report.guarded(f"loss.{name}"):
+            own = sr.clone().to(report.device).requires_grad_()
+            value = Criterion({name: 1.0}, report.device)(own, hr.to(report.device))[name]
+            value.backward()
+            loss = TABLE[name]() if inspect.isclass(TABLE[name]) else TABLE[name]
+            exactly = sr.double().requires_grad_()
+            wanted = loss(exactly, hr.double())
+            wanted.backward()
+            error = (own.grad.double().cpu() - exactly.grad).norm() / exactly.grad.norm()
+            error = max(float(error), abs(float(value) - float(wanted)) / abs(float(wanted)))
+            report.at_most(f"loss.{name}", error, 1e-3, note="value and gradient against float64, relative")
+
+
+def _metrics(report: Report) -> None:
+    """PSNR and SSIM of the same bytes on both."""
+    import torch
+
+    from pipeline.metrics import measure
+
+    hr = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
+    sr = (hr.int() + torch.randint(-9, 10, hr.shape)).clamp(0, 255).to(torch.uint8)
+    ours, wanted = measure(sr.to(report.device), hr.to(report.device), 4), measure(sr, hr, 4)
+    error = max(abs(ours[name] - value) / abs(value) for name, value in wanted.items())
+    report.at_most("metrics", error, 1e-9, note="PSNR and SSIM, relative")
+
+
+def _rounding(report: Report) -> None:
+    """`to_bytes` gives the CPU's bytes, halves and overshoot too."""
+    import torch
+
+    from pipeline.images import to_bytes, unit_range
+
+    values = torch.cat([torch.linspace(-0.1, 1.1, 100_001), (torch.arange(511) / 2) / 255])
+    same = torch.equal(to_bytes(values.to(report.device)).cpu(), to_bytes(values))
+    levels = torch.arange(256, dtype=torch.uint8)
+    same = same and torch.equal(to_bytes(unit_range(levels.to(report.device), torch.float32)).cpu(), levels)
+    report.fact("rounding", same, note="floats to bytes, byte for byte the CPU's")
+
+
+def _tf32(report: Report) -> None:
+    """That the switch does what metrics and validation rely on."""
+    import torch
+
+    images, weights = torch.rand(1, 64, 64, 64), torch.rand(64, 64, 3, 3) - 0.5
+    wanted = torch.nn.functional.conv2d(images.double(), weights.double())
+
+    def error() -> float:
+        found = torch.nn.functional.conv2d(images.to(report.device), weights.to(report.device))
+        return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
+
+    with exact():
+        report.at_most("tf32", error(), 1e-5, note="a convolution with allow_tf32=False, relative")
+    report.number("tf32_default", error(), "", note="the same with torch's default")

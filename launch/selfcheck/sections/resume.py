@@ -1,0 +1,52 @@
+"""A run that is killed with -9 and continued, against one that is not: the same bits on this device?"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from launch.selfcheck.report import Report
+from launch.selfcheck.runs import TrainingRun
+from pipeline.config.recipe import Recipe
+from tools.make_demo_dataset import make_demo_dataset
+
+STEPS, KILLED_AT = 12, 6
+COMMON = (f"steps={STEPS}", f"save_every={KILLED_AT // 2}", "save_minutes=1000", "validate_every=1000", "log_every=1",
+          "validation_images=1", "previews=[]", "channels_last=on", "keep=10")
+SMALL = ("generator.num_blocks=1", "generator.num_features=8", "generator.num_attention_features=8", "data.crop=32",
+         "ds.train_batch_size=4")
+
+
+def run(report: Report) -> None:
+    """As ds_config.json and the recipe have it, compiled too, and with the recipe's key `deterministic`."""
+    dataset = make_demo_dataset(report.scratch / "demo").dataset_dir
+    ways = {"default": ("compile=off",)}
+    if "deterministic" in Recipe.model_fields:
+        ways["deterministic"] = ("compile=off", "deterministic=on")
+    if not report.is_small:
+        ways["compiled"] = ("compile=auto",)
+    for name, overrides in ways.items():
+        if report.left < 5 and name != "default":
+            report.skip(name, "the time of this section is over")
+            continue
+        with report.guarded(name):
+            own = (*COMMON, *(SMALL if report.is_small else ()), *overrides)
+            same = _is_exact(report, dataset, report.scratch / name, own)
+            # By default a GPU promises nothing: cuDNN's gradients and atomics may differ from run to run.
+            must = not report.is_on_gpu or name == "deterministic"
+            report.fact(name, same if must else None, "the same bits" if same else "other bits",
+                        limit="same bits" if must else "", note=f"{STEPS} steps, against {KILLED_AT} + kill -9 + rest")
+
+
+def _is_exact(report: Report, dataset: Path, folder: Path, overrides: tuple[str, ...]) -> bool:
+    patience = max(60.0, report.left)
+    straight = TrainingRun(folder / "straight", dataset, overrides)
+    straight.finish(patience)
+    killed = TrainingRun(folder / "killed", dataset, (*overrides,))
+    process = killed.start()
+    try:
+        killed.wait_for_step(process, KILLED_AT, patience)
+    finally:
+        killed.kill(process, signal.SIGKILL)
+    killed.finish(patience)
+    return killed.digest(STEPS) == straight.digest(STEPS)
