@@ -16,6 +16,7 @@ esac
 source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements-dev.txt
 cd "$root"
+unset PYTHONDONTWRITEBYTECODE  # hundreds of interpreters start here, and each would compile the code again
 # More processes than cores: many tests wait for others' time limits, sockets and disks. tests/conftest.py orders them.
 parallel=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 if [ $# = 0 ]; then

@@ -156,3 +156,14 @@ def test_tools_and_launch_import_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True,
                           timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_name_in_the_list_of_slow_tests_is_a_test() -> None:
+    """A test that is renamed would leave `./run_tests.sh fast` to wait for it."""
+    listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
+    functions = {file: {node.name for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+                        if isinstance(node, ast.FunctionDef)}
+                 for file in {line.partition("::")[0] for line in listed} if (ROOT / file).is_file()}
+    gone = [line for line in listed if line.partition("::")[2] not in functions.get(line.partition("::")[0], ())]
+    assert gone == []
+    assert len(listed) == len(set(listed))

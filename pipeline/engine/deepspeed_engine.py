@@ -211,10 +211,10 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for handler in deepspeed.utils.logger.handlers:
         handler.setLevel(logging.ERROR)
-    # Its shared-memory collectives between CPU ranks are C++ built on first use, under a lock that a killed process
-    # leaves behind for ever. Gloo does the same work without. (On a GPU this line would look for compilers.)
-    if ranks.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Nothing of its own C++ is used here. Asked what it could build, it would start compilers and query GPUs; and its
+    # shared-memory collectives between CPU ranks would be built on first use, under a lock that a killed process leaves
+    # behind for ever.
+    deepspeed.ops.__compatible_ops__ = {}
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed

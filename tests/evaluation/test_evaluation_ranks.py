@@ -118,10 +118,18 @@ def test_bad_options_are_refused_once(work):
     assert (done.returncode, done.stderr) == (2, "error: --procs -1 must be 1 or more; leave it out for one per GPU\n")
 
 
-def start_slow(work, tmp_path):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Images whose evaluation takes long enough to be ended in its middle: one, under many names."""
+    hr = write_images(tmp_path_factory.mktemp("large") / "hr", {"0.png": picture(700, 700)})
+    for index in range(1, 60):
+        (hr / f"{index}.png").hardlink_to(hr / "0.png")
+    return hr
+
+
+def start_slow(work, large, tmp_path):
     """An evaluation of large images in two processes, once both are at work; and the ids of the two."""
-    hr = write_images(tmp_path / "hr", {f"{index}.png": picture(700, 700, index) for index in range(40)})
-    command = [sys.executable, EVALUATE, "--procs", "2", "--hr", str(hr), "--model", "net1.pth", "--self-ensemble"]
+    command = [sys.executable, EVALUATE, "--procs", "2", "--hr", str(large), "--model", "net1.pth", "--self-ensemble"]
     running = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=work, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -142,8 +150,8 @@ def is_gone(process: int) -> bool:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others_and_is_named(work, tmp_path, rank):
-    running, children = start_slow(work, tmp_path)
+def test_a_killed_process_ends_the_others_and_is_named(work, large, tmp_path, rank):
+    running, children = start_slow(work, large, tmp_path)
     assert len(children) == 2
     os.kill(children[rank], signal.SIGKILL)
     _, errors = running.communicate(timeout=30)
@@ -156,8 +164,8 @@ def test_a_killed_process_ends_the_others_and_is_named(work, tmp_path, rank):
 
 @pytest.mark.parametrize(("number", "status", "line"), [(signal.SIGINT, 130, "stopped\n"),
                                                         (signal.SIGKILL, -signal.SIGKILL, "")])
-def test_all_end_with_the_one_that_was_started(work, tmp_path, number, status, line):
-    running, children = start_slow(work, tmp_path)
+def test_all_end_with_the_one_that_was_started(work, large, tmp_path, number, status, line):
+    running, children = start_slow(work, large, tmp_path)
     running.send_signal(number)
     _, errors = running.communicate(timeout=30)
     assert (running.returncode, errors) == (status, line)

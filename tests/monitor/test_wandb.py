@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import threading
@@ -18,7 +19,8 @@ from conftest import ROOT, command, environment
 from lives import train
 from pipeline.monitor.wandb_tracker import WandbTracker
 
-pytest.importorskip("wandb")
+if importlib.util.find_spec("wandb") is None:  # its import takes seconds, which only the tests here shall spend
+    pytest.skip("wandb is not installed", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,9 @@ def huge_png(side: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    deflate = zlib.compressobj(9)
-    row = bytes(1 + side // 8)
-    data = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
+    deflate = zlib.compressobj(1)
+    rows = bytes(100 * (1 + side // 8))
+    data = b"".join(deflate.compress(rows) for _ in range(side // 100)) + deflate.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 

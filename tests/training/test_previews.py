@@ -44,7 +44,7 @@ def sets(run_dir: Path) -> dict[str, bytes]:
 def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(dataset: Path, tmp_path: Path) -> None:
     """10 files in batches of 4: epochs end in steps 3, 5 and 8; validations are at steps 4 and 8."""
     run_dir = tmp_path / "run"
-    assert "warning" not in train(dataset, run_dir, "steps=8", "keep=9", "histograms=3")
+    assert "warning" not in train(dataset, run_dir, "steps=8", "keep=9", "histograms=3", "previews.count=3")
     first = sets(run_dir)
     assert sorted(first) == [f"samples/photos-{photo}/step-{step:08d}.png" for photo in (10, 11, 12)
                              for step in (0, 3, 4, 5, 8)]
@@ -68,7 +68,7 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(da
         shutil.rmtree(checkpoint_dir(run_dir, step))
     later = run_dir / "samples/photos-12/step-00000007.png"  # of a set that is not made any more
     shutil.copy(run_dir / "samples/photos-12/step-00000008.png", later)
-    assert "continuing from step 3 of 8" in train(dataset, run_dir, "steps=8", "keep=9")
+    assert "continuing from step 3 of 8" in train(dataset, run_dir, "steps=8", "keep=9", "previews.count=3")
     assert sets(run_dir) == first
 
 
@@ -84,7 +84,7 @@ def test_named_photographs_are_shown_by_the_first_of_two_ranks(dataset: Path, tm
 def test_a_folder_that_cannot_be_written_stops_nothing(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("in the way\n")
-    printed = train(dataset, tmp_path / "run", "steps=4")
+    printed = train(dataset, tmp_path / "run", "steps=4", "previews.count=3")
     assert printed.count("warning: samples cannot be written") == 1
     assert "finished at step 4" in printed
 
