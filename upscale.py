@@ -28,21 +28,27 @@ class Options:
     """Shrink the input by this factor first: to try a network on an HR image."""
     format: Literal["png", "jpg", "webp", "tif"] = "png"
     """Of the pictures in a folder of results."""
+    png_level: Annotated[int | None, arg(help_behavior_hint="(default: fast)")] = None
+    """How hard PNG files are compressed, 0 to 12; the default, 2, takes a third of the time of 6."""
     force: bool = False
     """Overwrite what is there."""
     skip_existing: bool = False
     """Leave results alone that are there, and do the others."""
     tile: int = 0
-    """LR pixels along a tile's side; 0: as large as the free memory allows."""
-    precision: Literal["auto", "fp16", "fp32"] = "auto"
+    """LR pixels along a tile's side; 0: by the memory."""
+    exact: bool = False
+    """Let tiles overlap by all that the network sees, and not by what changes the result by half a level at most."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """auto: FP16 on a GPU, but FP32 for 16-bit pictures; FP32 on a CPU."""
     backend: Literal["auto", "torch", "openvino", "onnx"] = "auto"
     """What computes. auto: PyTorch on a GPU, the fastest that is installed and worth its conversion on a CPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
+    compile: bool = False
+    """On a GPU, compile the network for sizes that come often: for long videos."""
 
 
-def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
+def main(options: Options) -> int:  # imports here, so that --help need not wait
     from pipeline.inference.command import run_upscaling
     return run_upscaling(**vars(options))
 

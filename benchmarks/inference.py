@@ -88,11 +88,12 @@ def main(options: Options) -> int:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # what our runtimes go by
     import torch
 
+    from pipeline.evaluation.models import choose_model
     from pipeline.export.onnx_file import quiet
-    from pipeline.inference.choosing import choose_device, choose_model
+    from pipeline.inference.devices import choose_device
 
     torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
+    device = torch.device(str(choose_device(options.device)))
     saved = choose_model(options.model).saved if options.model else _published_vapsr()
     photo = _photograph(height, width)
     with tempfile.TemporaryDirectory() as scratch, quiet(), torch.inference_mode():

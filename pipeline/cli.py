@@ -24,6 +24,11 @@ class RunError(Exception):
     """The work itself went wrong, through no fault of the input. The message says what, and what to do, in one line."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception of a library in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def bar_options() -> dict[str, Any]:
     """For tqdm: no bar for work of two seconds or where nobody looks, and few lines in a log file."""
     return {"delay": 2, "disable": None, "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}

@@ -6,22 +6,20 @@ what can be refused before the work; they then share the images, and the first p
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import Place, find_place
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
+from pipeline.evaluation.models import Model, choose_models
 from pipeline.evaluation.page import Gallery, write_page
 from pipeline.evaluation.processes import TaskQueue, joined, num_processes, run_processes
-from pipeline.evaluation.scoring import BASELINES, upscaler_of
+from pipeline.evaluation.scoring import upscaler_of
 from pipeline.evaluation.spread import Work, check_same_files, measure_sets
 from pipeline.evaluation.tables import (
     LEVEL,
@@ -35,39 +33,8 @@ from pipeline.evaluation.tables import (
     interval_text,
     markdown,
 )
-from pipeline.inference.choosing import Model, choose_model, device_at
+from pipeline.inference.devices import Device, device_at
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures
-
-
-def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
-    """The models of those paths (none: the newest run's), all of one scale, with titles that differ."""
-    chosen = [choose_model(model) for model in models] or [choose_model(None)]
-    for model in chosen:
-        if scale is not None and scale != model.saved.scale:
-            raise UserError(f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
-                            f"{str(model.file)!r}; leave --scale out or choose another --model")
-        if model.saved.scale != chosen[0].saved.scale:
-            raise UserError(f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
-                            f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate them "
-                            "one after the other")
-    return _with_titles_that_differ(chosen)
-
-
-def _with_titles_that_differ(models: list[Model]) -> list[Model]:
-    """Equal titles get the folder in front, and a number behind where that is not enough."""
-    count = Counter(model.title for model in models)
-    models = [replace(model, title=f"{model.file.resolve().parent.name}/{model.title}") if count[model.title] > 1
-              else model for model in models]
-    taken = set(BASELINES) | {"HR"}
-    titled = []
-    for model in models:
-        title, number = model.title, 2
-        while title in taken:
-            title, number = f"{model.title} ({number})", number + 1
-        taken.add(title)
-        titled.append(replace(model, title=title))
-    return titled
-
 
 RESULTS_DIR = Path("results")
 
@@ -106,7 +73,7 @@ class Evaluation:
 
     models: list[Model]
     work: Work
-    device: torch.device
+    device: Device
     outputs: Outputs
 
 
@@ -161,13 +128,13 @@ def _prepare(options: Options, place: Place) -> Evaluation:
     return Evaluation(models, Work(sets, upscalers, _measures(options, device), outputs.pictures), device, outputs)
 
 
-def _measures(options: Options, device: torch.device) -> list[Measure]:
+def _measures(options: Options, device: Device) -> list[Measure]:
     """All metrics that need no trunk, and those for which one was chosen."""
     weights = None if options.lpips_weights is None else str(options.lpips_weights)
     if options.lpips == "off" and weights is not None:
         raise UserError(f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg")
     trunks = {} if options.lpips == "off" else {"lpips": Trunk(options.lpips, weights)}
-    return load_measures(METRICS.values(), trunks, device)
+    return load_measures(METRICS.values(), trunks, str(device))
 
 
 def choose_images(options: Options, scale: int) -> list[ImageSet]:

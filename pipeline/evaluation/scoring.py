@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.evaluation.image_sets import ImagePair
 from pipeline.images import cubic_resize, to_bytes, unit_range
-from pipeline.inference.backends import SelfEnsemble, TorchBackend
+from pipeline.inference.devices import CPU, Device
 from pipeline.inference.tiles import Upscaler
+from pipeline.inference.torch_backend import SelfEnsemble, TorchBackend
 from pipeline.metrics import Measure, measure
 from pipeline.metrics.psnr_ssim import mean_of
 
@@ -45,12 +46,12 @@ class Views:
     pixels: dict[str, Tensor]
 
 
-def upscaler_of(network: nn.Module, device: torch.device | str = "cpu", *, self_ensemble: bool = False) -> Upscaler:
+def upscaler_of(network: nn.Module, device: Device = CPU, *, self_ensemble: bool = False) -> Upscaler:
     """A copy of the network on `device`, ready to be measured in FP32.
 
     With `self_ensemble` its output is the mean over the image turned and mirrored in all eight ways, rounded once.
     """
-    backend = TorchBackend(network, torch.device(device), "fp32")
+    backend = TorchBackend(network, device, "fp32")
     return Upscaler(SelfEnsemble(backend) if self_ensemble else backend, most_pixels=WHOLE_IMAGE_PIXELS)
 
 

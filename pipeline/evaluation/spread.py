@@ -12,12 +12,12 @@ from pipeline.cli import UserError
 from pipeline.data.image_pixels import read_size
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet
+from pipeline.evaluation.models import Model
 from pipeline.evaluation.page import Gallery
 from pipeline.evaluation.pictures import write_views
 from pipeline.evaluation.processes import TaskQueue
 from pipeline.evaluation.scoring import ImageScores, measure_image
 from pipeline.evaluation.tables import SetScores
-from pipeline.inference.choosing import Model
 from pipeline.inference.tiles import Upscaler
 from pipeline.metrics import Measure
 

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.cli import RunError, UserError, bar_options
+from pipeline.cli import RunError, UserError, bar_options, one_line
 from pipeline.export import openvino_file
 from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFile
 from pipeline.export.onnx_file import INPUT, Form, describe, quiet
@@ -34,8 +33,8 @@ from pipeline.files import flush
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
 from pipeline.libraries import import_onnxruntime
 from pipeline.metrics.psnr_ssim import psnr, psnr_y
-from pipeline.models.common import one_line
 from pipeline.models.weights import SavedNetwork
+from pipeline.timing import fastest_seconds
 
 if TYPE_CHECKING:
     import onnx
@@ -329,20 +328,9 @@ def _calibration(material: Material, scores: list[PhotographScore]) -> dict[str,
 
 def _report_speed(title: str, fp32: RunBatch, int8: RunBatch, form: Form) -> None:
     images = np.zeros(form.shape(*TIMED), np.uint8 if form.io == "uint8" else np.float32)
-    before, after = _seconds(fp32, images), _seconds(int8, images)
+    before, after = fastest_seconds([lambda: fp32(images), lambda: int8(images)], rounds=3)
     verdict = f"{before / after:.1f} times as fast" if after < 0.95 * before else "not faster on this processor"
     print(f"{TIMED[2]}x{TIMED[1]} pixels by {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: {verdict}")
-
-
-def _seconds(run: RunBatch, images: np.ndarray) -> float:
-    """Of the fastest of three calls, after one that sets up."""
-    run(images)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run(images)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _loaded(kind: BackendKind, file: Path) -> NetworkFile:

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,14 +18,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from pipeline.cli import RunError, UserError
+from pipeline.cli import RunError, UserError, one_line
 from pipeline.export.openvino_file import EXACT, SECTION
 from pipeline.libraries import import_onnxruntime
-from pipeline.models.common import one_line
 
 # The interface, and what both backends share.
+
+class Device(Protocol):
+    """Where a network runs, as `torch.device` has it, which need not be imported for that."""
+
+    type: str
+    """"cpu", "cuda"…"""
+    index: int | None
+    """Of several; `None`: the current one."""
+
 
 DESCRIBED = ("architecture", "scale", "params")
 """In the metadata of our own files; with them a network can be built."""
@@ -69,7 +77,9 @@ _SIGNS = ("allocate memory", "out of memory", "DefaultCPUAllocator", "bad_alloc"
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not suffice."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)
+    torch = sys.modules.get("torch")  # an error of its own can only come where it was imported
+    is_own = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return is_own or isinstance(error, MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 # An ONNX file in ONNX Runtime, on the CPU or on a CUDA GPU.
@@ -87,7 +97,7 @@ class OnnxNetwork:
         device: "cpu", or a CUDA device for ONNX Runtime's CUDA provider. `UserError` where that is not installed.
     """
 
-    def __init__(self, source: Path | bytes, device: torch.device) -> None:
+    def __init__(self, source: Path | bytes, device: Device) -> None:
         onnxruntime = import_onnxruntime()
         self.title = f"{ONNX_TITLE} {'.'.join(onnxruntime.__version__.split('.')[:2])}"
         self._source, self._providers = source, _providers(device)
@@ -139,13 +149,14 @@ class OnnxNetwork:
             raise UserError(f"{self.title} cannot load {what} ({one_line(error)}); is it whole, and ONNX?") from error
 
 
-def _providers(device: torch.device) -> list[Any]:
+def _providers(device: Device) -> list[Any]:
     onnxruntime = import_onnxruntime()
     if device.type == "cpu":
         return ["CPUExecutionProvider"]
     if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UserError(f"the installed ONNX Runtime does not run on {device}; do: pip install onnxruntime-gpu, or say "
-                        "--device cpu or --backend torch")
+        raise UserError(f"the installed ONNX Runtime does not run on {device}; uninstall onnxruntime first, which "
+                        "onnxruntime-gpu shares its files with (pip uninstall onnxruntime; pip install "
+                        "onnxruntime-gpu), or say --device cpu or --backend torch")
     cuda = {"device_id": str(device.index or 0), "use_tf32": "0",  # TF32 keeps 11 bits
             "cudnn_conv_algo_search": "HEURISTIC"}  # others search again for every size of tile
     return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
@@ -179,7 +190,7 @@ class OpenVinoNetwork:
         hint: OpenVINO's options that decide in what it computes.
     """
 
-    def __init__(self, source: Path | bytes, device: torch.device, hint: Mapping[str, str] = EXACT) -> None:
+    def __init__(self, source: Path | bytes, device: Device, hint: Mapping[str, str] = EXACT) -> None:
         import openvino
 
         self.title = f"{OPENVINO_TITLE} {'.'.join(openvino.__version__.split('.')[:2])}"
@@ -250,7 +261,7 @@ class BackendKind:
     """What is imported."""
     distributions: tuple[str, ...]
     """What is installed: one of these."""
-    load: Callable[[Path | bytes, torch.device], NetworkFile]
+    load: Callable[[Path | bytes, Device], NetworkFile]
     suffixes: tuple[str, ...]
     on_gpu: bool
 

@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.cli import RunError
+from pipeline.cli import RunError, one_line
 from pipeline.files import flush
-from pipeline.models.common import one_line
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """By itself OpenVINO computes in BF16 where the processor can: 52 dB of the released VapSR."""

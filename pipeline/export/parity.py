@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import RunError, UserError
+from pipeline.cli import RunError, UserError, one_line
 from pipeline.data.image_headers import IMAGE_SUFFIXES
 from pipeline.data.image_pixels import read_rgb
 from pipeline.export.onnx_file import Form, with_form
+from pipeline.export.photographs import SHIPPED, SIZES, paths_within_packages
 from pipeline.images import to_tensor, unit_range
-from pipeline.models.common import one_line
 
 # The photographs that a converted network is compared, calibrated and measured on.
 
@@ -37,7 +36,7 @@ def read_photographs(folder: Path | None, option: str, most: int, shipped: Seque
     `UserError`, which names `option`, for a folder that is missing or holds no images.
     """
     if folder is None:
-        return [Photograph(path.name, to_tensor(read_rgb(path))) for path in _paths_within_packages(shipped, option)]
+        return [Photograph(path.name, to_tensor(read_rgb(path))) for path in paths_within_packages(shipped, option)]
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r} of {option}")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -49,32 +48,12 @@ def read_photographs(folder: Path | None, option: str, most: int, shipped: Seque
     return [Photograph(str(path.relative_to(folder)), to_tensor(read_rgb(path))) for path in chosen]
 
 
-def _paths_within_packages(names: Sequence[str], option: str) -> list[Path]:
-    found = []
-    for name in names:
-        package, _, rest = name.partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"the photographs that stand in for {option} are of the package {package!r}, which is not "
-                            f"installed; install requirements.txt, or give a folder with {option}")
-        path = Path(spec.submodule_search_locations[0]) / rest
-        if not path.is_file():
-            raise UserError(f"the installed package {package!r} lacks {rest}; give a folder of photographs with "
-                            f"{option}")
-        found.append(path)
-    return found
-
-
 # The comparison.
 
 RunBatch = Callable[[np.ndarray], np.ndarray]
 """Runs a converted network on one batch."""
 
-SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
-"""(batch, height, width) of the LR images."""
 MOST_PHOTOGRAPHS = 32
-SHIPPED = tuple(f"skimage/data/{name}" for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"))
-"""Photographs within scikit-image's package."""
 
 
 @dataclass(frozen=True)

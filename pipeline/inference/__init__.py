@@ -1,10 +1,25 @@
-"""Inference: pictures of any mode and size, and videos, through a network in tiles."""
+"""Inference: pictures of any mode and size, and videos, through a network in tiles.
+
+`TorchBackend` is imported, and torch with it, when it is asked for: upscaling by another backend needs neither.
+"""
 
 from __future__ import annotations
 
-from pipeline.inference.backends import TorchBackend
+from typing import TYPE_CHECKING, Any
+
 from pipeline.inference.pictures import Picture, encode_picture, read_picture
 from pipeline.inference.sizes import TargetSize, upscale_picture
 from pipeline.inference.tiles import Upscaler
 
+if TYPE_CHECKING:
+    from pipeline.inference.torch_backend import TorchBackend
+
 __all__ = ["Picture", "TargetSize", "TorchBackend", "Upscaler", "encode_picture", "read_picture", "upscale_picture"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "TorchBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.inference.torch_backend import TorchBackend
+
+    return TorchBackend

@@ -1,26 +1,34 @@
-"""What computes: a network by PyTorch, or in a file by ONNX Runtime or OpenVINO, behind one interface for the tiler.
+"""What computes, behind one interface for the tiler; here a network in a file, by ONNX Runtime or OpenVINO.
 
-`Backend` is the interface. `TorchBackend` runs any generator, `SelfEnsemble` one in all eight symmetries, `FileBackend`
-a network file. How much they may be shown at once follows from the free memory and from what their hungriest layer
-reads and writes.
+`Backend` is the interface: arrays of pixels in, arrays of pixels out, whatever lies between. `FileBackend` runs a
+network file and needs no torch; `torch_backend.TorchBackend` runs a network of `pipeline.models`. How much they may be
+shown at once follows from the free memory and from what their hungriest layer reads and writes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import cv2
 import numpy as np
-import psutil
-import torch
-from torch import Tensor, nn
 
 from pipeline.cli import RunError
 from pipeline.export.network_files import NetworkFile
-from pipeline.images import without_tf32
+from pipeline.inference.devices import Device, free_bytes
+from pipeline.inference.measurements import Measurements
+
+DEEP = np.dtype(np.uint16)
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Precisions, and the bytes of one of their numbers."""
+
+Levels = Callable[[], np.ndarray]
+"""Waits for a batch that was begun: its pixels, (N, height, width, 3). May raise `NotFiniteError`; called once."""
+
+
+class NotFiniteError(Exception):
+    """The network gave NaN or infinity."""
 
 
 class Backend(Protocol):
@@ -29,33 +37,45 @@ class Backend(Protocol):
     scale: int
     halo: int
     """How many LR pixels away an output pixel still sees."""
-    device: torch.device
+    device: Device
     window: tuple[int, int] | None
     """Height and width of the only images that it takes; `None`: any."""
+    in_flight: int
+    """How many batches may be begun besides the one whose result is waited for."""
+    step: float
+    """Between two values that it gives: 1/255 for files that give bytes; 0 for floats."""
 
-    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
-        """What it computes in for pictures of 16 bits (`is_deep`), or of 8."""
+    def precision_for(self, *, is_deep: bool) -> str:
+        """What it computes in, one of `ITEM_BYTES`, for pictures of 16 bits (`is_deep`), or of 8."""
 
-    def is_exact(self, dtype: torch.dtype) -> bool:
-        """Whether it has nothing better than `dtype` for what `dtype` cannot hold."""
+    def is_exact(self, precision: str) -> bool:
+        """Whether it has nothing better than `precision` for what that cannot hold; the better one is "fp32"."""
 
-    def max_pixels(self, dtype: torch.dtype) -> int:
+    def pixel_bytes(self, precision: str) -> float:
+        """Bytes that the network holds at most for every LR pixel it is shown, by its hungriest layer."""
+
+    def max_pixels(self, precision: str) -> int:
         """How many LR pixels, over all images of a batch, the free memory is enough for; as asked the first time."""
 
-    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """RGB (N, height, width, 3), uint8 or uint16 -> floats (N, 3, scale * height, scale * width), white is 1.
+    def floats(self, images: np.ndarray) -> np.ndarray:
+        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width), white is 1.
 
-        Not clamped, on any device. `MemoryError` or `torch.OutOfMemoryError` where the memory does not suffice.
+        In the best precision, not clamped.
         """
 
-
-def dtype_of(precision: str, device: torch.device, *, is_deep: bool) -> torch.dtype:
-    """FP16 for "fp16"; for "auto" on a GPU, but not for 16-bit pictures, of which it would keep 11 bits; else FP32."""
-    is_half = precision == "fp16" or (precision == "auto" and device.type == "cuda" and not is_deep)
-    return torch.float16 if is_half else torch.float32
+    def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
+        """Begin a batch: RGB (N, height, width, 3), uint8 or uint16 -> as `result`, `scale` times larger, clamped and
+        rounded. `MemoryError`, or an error of torch, where the memory does not suffice."""
 
 
-# How much memory is free, and how much a network takes for a pixel: what the size of tiles is chosen from.
+def precision_of(asked: str, device: Device, *, is_deep: bool) -> str:
+    """What was asked for; for "auto" FP16 on a GPU, but not for 16-bit pictures, of which it would keep 11 bits."""
+    if asked != "auto":
+        return asked
+    return "fp16" if device.type == "cuda" and not is_deep else "fp32"
+
+
+# How much memory a network takes for a pixel: what the size of tiles is chosen from.
 
 PROBE_SIDE = 64
 HELD_AT_ONCE = 3
@@ -65,141 +85,20 @@ SHARE = 0.5
 """Of the free memory, for the network's own use."""
 MAX_ELEMENTS = 2**31 - 1
 """Of one tensor: 32-bit indices in many GPU kernels."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now; on a CPU those that the container may still take, if it is in one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _free_in_container())
+def held_bytes(elements: float, precision: str) -> float:
+    """Bytes for every LR pixel, where the hungriest layer handles `elements` for each of them."""
+    return elements * ITEM_BYTES[precision] * HELD_AT_ONCE
 
 
-def max_window_pixels(network: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
-    """How many LR pixels the network can take at once, by its largest layer on a small image and the free memory."""
-    return window_pixels(_elements_per_pixel(network, device, dtype), device, dtype)
-
-
-def window_pixels(elements: float, device: torch.device, dtype: torch.dtype) -> int:
+def window_pixels(elements: float, device: Device, precision: str) -> int:
     """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for each of them."""
-    by_memory = SHARE * free_bytes(device) / (elements * dtype.itemsize * HELD_AT_ONCE)
+    by_memory = SHARE * free_bytes(device) / held_bytes(elements, precision)
     return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
 
 
-def _free_in_container() -> int:
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        cached = [line.split()[1] for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-                  if line.startswith("inactive_file ")]
-        return (int(limit) if limit != "max" else 1 << 62) - used + int(cached[0])
-    except (OSError, ValueError, IndexError):
-        return 1 << 62  # no limit that can be read
-
-
-@torch.inference_mode()
-def _elements_per_pixel(network: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-    """What the layer that reads and writes most reads and writes, in elements for every pixel of the LR image."""
-    largest = 0
-
-    def measure(_: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal largest
-        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
-        largest = max(largest, sum(tensor.numel() for tensor in tensors))
-
-    hooks = [module.register_forward_hook(measure) for module in network.modules()]
-    try:
-        network(torch.zeros((1, 3, PROBE_SIDE, PROBE_SIDE), dtype=dtype, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(1, largest / PROBE_SIDE**2)
-
-
-# A network of `pipeline.models` by PyTorch, channels last.
-
-DEEP = np.dtype(np.uint16)
-
-
-class TorchBackend:
-    """Any generator, in eval mode.
-
-    Args:
-        network: it stays as it is; copies of it go to the device.
-        device: where it computes.
-        precision: "auto", "fp16" or "fp32"; see `dtype_of`.
-    """
-
-    window = None
-
-    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
-        self.scale: int = network.scale
-        self.halo: int = network.receptive_radius
-        self.device = device
-        self.network = network
-        self._precision = precision
-        self._ready: dict[torch.dtype, nn.Module] = {}
-        self._max_pixels: dict[torch.dtype, int] = {}
-
-    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
-        """See `Backend`."""
-        return dtype_of(self._precision, self.device, is_deep=is_deep)
-
-    def is_exact(self, dtype: torch.dtype) -> bool:
-        """See `Backend`."""
-        return dtype == torch.float32
-
-    def max_pixels(self, dtype: torch.dtype) -> int:
-        """See `Backend`."""
-        if dtype not in self._max_pixels:
-            self._max_pixels[dtype] = max_window_pixels(self._in(dtype), self.device, dtype)
-        return self._max_pixels[dtype]
-
-    @torch.inference_mode()
-    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """See `Backend`."""
-        if images.dtype == DEEP:
-            images = images.astype(np.float32) / 65535
-        lr = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
-        lr = lr.contiguous(memory_format=torch.channels_last)
-        with without_tf32():
-            return self._in(dtype)(lr)
-
-    def _in(self, dtype: torch.dtype) -> nn.Module:
-        """The network in this precision on the device; made once."""
-        if dtype not in self._ready:
-            network = copy.deepcopy(self.network)
-            self._ready[dtype] = network.to(self.device, dtype, memory_format=torch.channels_last).eval()
-        return self._ready[dtype]
-
-
-class SelfEnsemble:
-    """A network's mean over the image turned and mirrored in all eight ways ("+" in papers): eight times the work.
-
-    The mean is of floats, so that whoever rounds it rounds once. See `Backend` for the methods.
-    """
-
-    window = None
-
-    def __init__(self, backend: TorchBackend) -> None:
-        self.scale, self.halo, self.device = backend.scale, backend.halo, backend.device
-        self.dtype_for, self.is_exact, self.max_pixels = backend.dtype_for, backend.is_exact, backend.max_pixels
-        self._backend = backend
-
-    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """See `Backend`; always float32."""
-        total: Tensor | None = None
-        for is_mirrored in (False, True):
-            for turns in range(4):
-                turned = np.rot90(images[:, :, ::-1] if is_mirrored else images, turns, (1, 2))
-                output = self._backend(np.ascontiguousarray(turned), dtype).float()
-                output = torch.rot90(output, -turns, (-2, -1))
-                output = output.flip(-1) if is_mirrored else output
-                total = output if total is None else total + output
-        return total / 8
-
-
-# A network in a file, in a backend that is not PyTorch: images in the layout, type and sizes that it takes.
+# A network in a file: images in the layout, type and sizes that it takes.
 
 @dataclass(frozen=True)
 class FileFacts:
@@ -219,62 +118,89 @@ class FileFacts:
 
 
 class FileBackend:
-    """One network in up to two files, of FP32 and of FP16.
+    """One network in up to two files, of FP32 and of FP16; see `Backend`.
 
     Args:
         load: gives the file for a precision; called once for each.
-        dtype: the precision for 16-bit pictures (`True`) and for others.
-        exact: the best precision there is.
         device: where the files run.
+        precision: the precision for 16-bit pictures (`True`) and for others.
+        exact: the best precision there is.
+        measured: keeps how much memory the network takes.
     """
 
-    def __init__(self, load: Callable[[torch.dtype], NetworkFile], facts: FileFacts, device: torch.device,
-                 dtype: Callable[[bool], torch.dtype], exact: torch.dtype) -> None:
+    in_flight = 0
+
+    def __init__(self, load: Callable[[str], NetworkFile], facts: FileFacts, device: Device,
+                 precision: Callable[[bool], str], exact: str, measured: Measurements) -> None:
         self.scale, self.halo, self.window, self.device = facts.scale, facts.halo, facts.window, device
-        self._load, self._facts, self._dtype, self._exact = load, facts, dtype, exact
-        self._files: dict[torch.dtype, NetworkFile] = {}
-        self._max_pixels: dict[torch.dtype, int] = {}
+        self._load, self._facts, self._precision, self._exact = load, facts, precision, exact
+        self._files: dict[str, NetworkFile] = {}
+        self._max_pixels: dict[str, int] = {}
+        self._measured = measured
 
-    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
+    @property
+    def step(self) -> float:
         """See `Backend`."""
-        return self._dtype(is_deep)
+        return 1 / 255 if self._file(self._exact).dtype == np.uint8 else 0.0
 
-    def is_exact(self, dtype: torch.dtype) -> bool:
+    def precision_for(self, *, is_deep: bool) -> str:
         """See `Backend`."""
-        return dtype == self._exact
+        return self._precision(is_deep)
 
-    def max_pixels(self, dtype: torch.dtype) -> int:
+    def is_exact(self, precision: str) -> bool:
         """See `Backend`."""
-        if dtype not in self._max_pixels:
-            height, width = self.window or (PROBE_SIDE, PROBE_SIDE)
-            probe = np.zeros((self._facts.batch or 1, height, width, 3), np.uint8)
-            file = self._file(dtype)
-            elements = file.most_elements(to_input(probe, self._facts, file.dtype).shape) / (probe.size / 3)
-            self._max_pixels[dtype] = window_pixels(elements, self.device, dtype)
-        return self._max_pixels[dtype]
+        return precision == self._exact
 
-    def __call__(self, images: np.ndarray, dtype: torch.dtype) -> Tensor:
+    def pixel_bytes(self, precision: str) -> float:
         """See `Backend`."""
+        return held_bytes(self._elements(precision), precision)
+
+    def max_pixels(self, precision: str) -> int:
+        """See `Backend`."""
+        if precision not in self._max_pixels:
+            self._max_pixels[precision] = window_pixels(self._elements(precision), self.device, precision)
+        return self._max_pixels[precision]
+
+    def floats(self, images: np.ndarray) -> np.ndarray:
+        """See `Backend`."""
+        return self._run(images, self._exact)
+
+    def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
+        """See `Backend`. It computes when its result is taken."""
+        return lambda: to_levels(self._run(images, precision), result)
+
+    def _run(self, images: np.ndarray, precision: str) -> np.ndarray:
         count, height, width, _ = images.shape
         step = self._facts.batch or count
         images = _continued(images, self._sizes(height, width), -(-count // step) * step)
-        file = self._file(dtype)
+        file = self._file(precision)
         pieces = [from_output(file(to_input(images[start : start + step], self._facts, file.dtype)), self._facts)
                   for start in range(0, len(images), step)]
-        sr = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        sr = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
         if sr.shape != expected:
-            raise RunError(f"the network turns {images.shape} into {tuple(sr.shape)}, and {expected} is right")
+            raise RunError(f"the network turns {images.shape} into {sr.shape}, and {expected} is right")
         return sr[:count, :, : height * self.scale, : width * self.scale]
+
+    def _elements(self, precision: str) -> float:
+        """What the hungriest operator reads and writes for every LR pixel."""
+        file = self._file(precision)
+
+        def measure() -> float:
+            height, width = self.window or (PROBE_SIDE, PROBE_SIDE)
+            probe = np.zeros((self._facts.batch or 1, height, width, 3), np.uint8)
+            return file.most_elements(to_input(probe, self._facts, file.dtype).shape) / (probe.size / 3)
+
+        return self._measured.once(f"elements of {precision} by {file.title}", measure)
 
     def _sizes(self, height: int, width: int) -> tuple[int, int]:
         multiple = self._facts.multiple
         return self.window or (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
 
-    def _file(self, dtype: torch.dtype) -> NetworkFile:
-        if dtype not in self._files:
-            self._files[dtype] = self._load(dtype)
-        return self._files[dtype]
+    def _file(self, precision: str) -> NetworkFile:
+        if precision not in self._files:
+            self._files[precision] = self._load(precision)
+        return self._files[precision]
 
 
 def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray:
@@ -283,15 +209,38 @@ def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray
     if kind == np.uint8:
         images = images if highest == 255 else ((images + np.uint32(128)) // 257).astype(np.uint8)
     else:
-        images = (images.astype(np.float32) * np.float32(facts.white / highest)).astype(kind)
+        images = (images.astype(np.float32) * np.float32(facts.white / highest)).astype(kind, copy=False)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if facts.layout == "nchw" else images)
 
 
-def from_output(output: np.ndarray, facts: FileFacts) -> Tensor:
+def from_output(output: np.ndarray, facts: FileFacts) -> np.ndarray:
     """An output as floats (N, 3, height, width), white is 1."""
-    images = torch.from_numpy(output)
-    images = images if facts.layout == "nchw" else images.permute(0, 3, 1, 2)
-    return images / facts.white if facts.white != 1 else images
+    images = output if facts.layout == "nchw" else output.transpose(0, 3, 1, 2)
+    return images / np.float32(facts.white) if facts.white != 1 else images
+
+
+_BAND_PIXELS = 1 << 15
+"""Of an image that are worked on together, so that they stay in the processor's cache."""
+
+
+def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
+    """Floats (N, 3, height, width), white is 1, as levels of `result` (N, height, width, 3), clamped and rounded.
+
+    Halves go to the even level, as in `images.to_bytes`. `NotFiniteError` for NaN and infinity.
+    """
+    count, channels, height, width = sr.shape
+    highest = np.float32(np.iinfo(result).max)
+    levels = np.empty((count, height, width, channels), result)
+    rows = max(1, _BAND_PIXELS // width)
+    for image, large in zip(sr, levels, strict=True):
+        for top in range(0, height, rows):
+            band = np.multiply(image[:, top : top + rows], highest, dtype=np.float32)
+            if not np.isfinite(band.sum()) and not np.isfinite(band).all():
+                raise NotFiniteError
+            np.rint(band, out=band)
+            np.clip(band, 0, highest, out=band)
+            cv2.merge(list(band.astype(result)), large[top : top + rows])
+    return levels
 
 
 def _continued(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:

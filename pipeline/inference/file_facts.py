@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.cli import RunError, UserError
+from pipeline.data.image_pixels import read_rgb
 from pipeline.export.network_files import DESCRIBED, NetworkFile
-from pipeline.export.parity import photographs
+from pipeline.export.photographs import SHIPPED, paths_within_packages
 from pipeline.inference.backends import FileFacts, from_output, to_input
-from pipeline.inference.tiles import ALIGNMENT
-from pipeline.models import build_generator
+from pipeline.inference.reach import STRIP, distance_within, edge_changes, shift_of
 
 LIKE_ITS_INPUT = 15.0
 """dB of a result, reduced, against what it was made from, at least."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
-STRIP = (64, 320)
-"""Height and width of what is shown to a network to see how far it looks."""
 UNKNOWN_HALO = 64
 """Of networks that look at the whole image: tiles are near, not equal."""
 
@@ -36,18 +34,37 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
     if said.keys() >= {*DESCRIBED}:
         try:
             scale, params = int(said["scale"]), json.loads(said["params"])
-            with torch.random.fork_rng(devices=[]):
-                halo = build_generator(said["architecture"], scale, **params).receptive_radius
-            return replace(facts, scale=scale, halo=halo)
+            return replace(facts, scale=scale, halo=_own_halo(said["architecture"], scale, params))
         except (ValueError, TypeError):
             pass  # another program's, which has the same keys
     if importlib.util.find_spec("skimage") is None:
         raise UserError(f"{name} does not say what it takes, and scikit-image, with whose photographs that is found "
                         "out, is not installed; do: pip install scikit-image")
-    photo = photographs(None)[0][0].permute(1, 2, 0).numpy()
+    photo = read_rgb(paths_within_packages(SHIPPED[:1], "--images")[0])
     facts = _with_scale(file, facts, photo, name)
     facts = facts if facts.window else replace(facts, multiple=_multiple(file, facts, photo, name))
     return replace(facts, halo=_halo(file, facts, photo))
+
+
+def as_json(facts: FileFacts) -> dict[str, Any]:
+    """The facts as JSON values."""
+    return asdict(facts)
+
+
+def from_json(values: Mapping[str, Any]) -> FileFacts:
+    """What `as_json` gave; `TypeError` for anything else."""
+    window = values.get("window")
+    return FileFacts(**{**values, "window": None if window is None else tuple(window)})
+
+
+def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
+    """The receptive radius of a network of `pipeline.models`; needs torch."""
+    import torch
+
+    from pipeline.models import build_generator
+
+    with torch.random.fork_rng(devices=[]):
+        return build_generator(architecture, scale, **params).receptive_radius
 
 
 def _from_input(file: NetworkFile, name: str) -> FileFacts:
@@ -65,7 +82,7 @@ def _from_input(file: NetworkFile, name: str) -> FileFacts:
     if (height is None) != (width is None):
         raise UserError(f"{name} fixes one side of images and not the other; convert it for images of any size")
     return FileFacts(scale=0, halo=0, layout=layout, white=255 if file.dtype == np.uint8 else 1, batch=shape[0],
-                 window=None if height is None else (height, width))
+                     window=None if height is None else (height, width))
 
 
 def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> FileFacts:
@@ -81,9 +98,10 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
                             ) from error
         scale = sr.shape[-2] // image.shape[0] if sr.ndim == 4 else 0
         if scale < 1 or sr.shape[1:] != (3, image.shape[0] * scale, image.shape[1] * scale):
-            raise UserError(f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {tuple(sr.shape)}, "
+            raise UserError(f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {sr.shape}, "
                             "which is not an RGB image a whole number of times larger")
-        reduced = torch.nn.functional.avg_pool2d(sr.float(), scale)[0].permute(1, 2, 0).numpy()
+        height, width = image.shape[:2]
+        reduced = sr[0].astype(np.float32).reshape(3, height, scale, width, scale).mean((2, 4)).transpose(1, 2, 0)
         psnr = -10 * np.log10(np.square(reduced - image / 255).mean() + 1e-12)
         if psnr >= LIKE_ITS_INPUT:
             return replace(facts, scale=scale)
@@ -105,25 +123,18 @@ def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str)
 
 
 def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
-    """How far from its edge a window differs from another one that shows the same place further inside.
+    """From which distance on an edge changes nothing on a photograph, or half a level where it always changes some.
 
-    Half a level of 255 does not count. A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size
-    only more than there is.
+    A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size only more than there is.
     """
     height, width = facts.window or STRIP
-    shift = ALIGNMENT if width < 128 else 2 * ALIGNMENT
+    shift = shift_of(width)
     photo = _cut(photo, height, width + shift)
     left, right = (_run(file, facts, photo[:, start : start + width]) for start in (0, shift))
-    same = (width - shift) * facts.scale
-    difference = (left[..., -same:].float() - right[..., :same].float()).abs().amax((0, 1, 2))
-    difference = difference.view(-1, facts.scale).amax(1)
-    places = torch.arange(len(difference))
-    distance = torch.minimum(places, len(places) - 1 - places)
-    allowed = (1.01 if file.dtype == np.uint8 else 0.5) / 255
-    for halo in range(ALIGNMENT, len(places) // 2 - ALIGNMENT // 2, ALIGNMENT):
-        if difference[distance >= halo].max() <= allowed:
-            return halo
-    return max(facts.window) if facts.window else UNKNOWN_HALO
+    changes = edge_changes(left, right, shift, facts.scale)
+    half = 1.01 if file.dtype == np.uint8 else 0.5  # what gives bytes rounds
+    found = distance_within(changes, 0.01 / 255) or distance_within(changes, half / 255)
+    return found or (max(facts.window) if facts.window else UNKNOWN_HALO)
 
 
 def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -132,5 +143,5 @@ def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.pad(photo, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
 
-def _run(file: NetworkFile, facts: FileFacts, image: np.ndarray) -> Tensor:
+def _run(file: NetworkFile, facts: FileFacts, image: np.ndarray) -> np.ndarray:
     return from_output(file(to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts)

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
-import torch
 from PIL import Image, TiffImagePlugin
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import BadImageError, ImageHeader, read_header
 from pipeline.data.image_pixels import decode_picture, over_white, to_8_bits
-from pipeline.inference.backends import free_bytes
+from pipeline.inference import png
+from pipeline.inference.devices import free_bytes
 
 # EXIF bytes: taken out of any picture, made upright, as the tags of a TIFF file. Always from the TIFF header on.
 
@@ -118,7 +117,7 @@ def read_picture(path: Path) -> Picture:
 def _check_memory(header: ImageHeader) -> None:
     """Refuse what would fill the memory before anything of it is decoded."""
     needed = 2 * 8 * header.width * header.height  # up to 4 channels of 16 bits, and a copy
-    if needed > free_bytes(torch.device("cpu")):
+    if needed > free_bytes():
         raise UserError(f"{header.width}x{header.height} pixels need {needed / 2**30:.1f} GiB of memory to decode, "
                         "more than is free; cut it up")
 
@@ -139,15 +138,17 @@ def _beside_pixels(data: bytes) -> tuple[bytes | None, int]:
 
 WRITTEN = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"})
 QUALITY = 95
-_PNG_START = 8 + 25  # signature and the chunk IHDR
 _TIFF_LIMIT = 2**32 - 2**20  # offsets have 32 bits; the rest is for tags
 
 
-def encode_picture(picture: Picture, suffix: str) -> bytes:
-    """The file's bytes. PNG and TIFF hold everything; JPEG and WebP have 8 bits, JPEG no alpha (it goes over white)."""
+def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) -> bytes:
+    """The file's bytes. PNG and TIFF hold everything; JPEG and WebP have 8 bits, JPEG no alpha (it goes over white).
+
+    `png_level` is one of `png.LEVELS`; `None` is the fast one.
+    """
     suffix = suffix.lower()
     if suffix == ".png":
-        return _png(picture)
+        return _png(picture, png_level)
     if suffix in (".tif", ".tiff"):
         return _tiff(picture)
     pixels = to_8_bits(picture.pixels)
@@ -169,18 +170,13 @@ def encode_picture(picture: Picture, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def _png(picture: Picture) -> bytes:
-    data = imagecodecs.png_encode(np.ascontiguousarray(_squeezed(picture.pixels)), level=6)
+def _png(picture: Picture, level: int | None) -> bytes:
     chunks = b""
     if picture.icc_profile is not None:
-        chunks += _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc_profile))
+        chunks += png.chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc_profile))
     if picture.exif is not None:
-        chunks += _chunk(b"eXIf", picture.exif)
-    return data[:_PNG_START] + chunks + data[_PNG_START:]
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        chunks += png.chunk(b"eXIf", picture.exif)
+    return png.encode_png(picture.pixels, level, chunks)
 
 
 def _tiff(picture: Picture) -> bytes:

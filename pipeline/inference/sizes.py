@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-import torch
+from PIL import Image
 
 from pipeline.cli import UserError
-from pipeline.images import cubic_resize
-from pipeline.inference.backends import free_bytes
+from pipeline.inference.backends import DEEP
+from pipeline.inference.devices import free_bytes
 from pipeline.inference.pictures import Picture
-from pipeline.inference.tiles import DEEP, Advance, Upscaler
+from pipeline.inference.tiles import Advance, Upscaler
 
 LARGEST_SCALE = 64
 LARGEST_SIDE = 1 << 20
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def upscale_images(images: np.ndarray, target: TargetSize, upscaler: Upscaler, a
     reached = tuple(side * upscaler.scale**passes for side in start)
     exact = reached == end
     needed = count * channels * (math.prod(reached) * (own.itemsize if exact else 6) + math.prod(end) * own.itemsize)
-    if needed > free_bytes(_CPU):
+    if needed > free_bytes():
         raise UserError(f"{end[1]}x{end[0]} pixels, on the way {reached[1]}x{reached[0]}, need "
                         f"{needed / 2**30:.1f} GiB of memory, more than is free; cut it up or ask for less")
     for number in range(1, passes + 1):
@@ -144,14 +143,18 @@ def _as_gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.ndarray:
-    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of `kind`."""
+    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of `kind`.
+
+    Pillow's cubic of floats is `images.cubic_resize` (Keys, a = -0.5), without torch.
+    """
     levels, highest = np.iinfo(images.dtype).max, np.iinfo(kind).max
     result = np.empty((len(images), *size, images.shape[3]), kind)
     for index, image in enumerate(images):
         for channel in range(image.shape[2]):
-            plane = torch.from_numpy(image[..., channel].astype(np.float32))[None, None]
-            resized = cubic_resize(plane, size)[0, 0].mul_(highest / levels).round_().clamp_(0, highest)
-            result[index, ..., channel] = resized.numpy()
+            plane = Image.fromarray(image[..., channel].astype(np.float32))
+            resized = np.array(plane.resize(size[::-1], Image.Resampling.BICUBIC))
+            resized *= np.float32(highest / levels)
+            result[index, ..., channel] = np.clip(np.rint(resized, out=resized), 0, highest, out=resized)
     return result
 
 

@@ -1,28 +1,39 @@
-"""A network over images of any size: in tiles that overlap by all it sees, as large as the memory allows."""
+"""A network over images of any size: in tiles that overlap by what it sees, as large as the memory allows.
+
+Arrays of pixels go in and come out; what computes in between, and where, is the backend's.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.cli import RunError, UserError
 from pipeline.export.network_files import is_out_of_memory
-from pipeline.images import to_bytes
-from pipeline.inference.backends import DEEP, Backend
+from pipeline.inference.backends import Backend, Levels, NotFiniteError
 
 ALIGNMENT = 16
 """Tiles begin at multiples of it, so that the windows of attention lie as in the whole image."""
 SMALLEST_TILE = 64
 MAX_BATCH = 64
+ENOUGH_BYTES = 512 << 20
+"""That the network holds at once on a CPU: larger tiles are no faster there, but for what they overlap by."""
+SIDES_PER_HALO = 16
+"""A tile's side over its halo, where the memory allows it: 1.3 times the work of no overlap."""
+USUAL_HALO = 32
+"""Taken for the measured halo until it is measured."""
 
 Advance = Callable[[float], None]
 """Called with the number of LR pixels upscaled since the last call."""
+MeasuredHalo = Callable[[np.ndarray | None], int | None]
+"""How many LR pixels tiles overlap by, measured with an image (height, width, 3) at hand; without one `None` where it
+was not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +118,14 @@ class Upscaler:
 
     Args:
         backend: the network and what computes it.
-        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the free memory. `UserError` for less
+        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the memory. `UserError` for less
             than `ALIGNMENT`, and where the network takes images of one size only.
         most_pixels: without `tile`, how many LR pixels the network is shown at once, whatever memory is free; fewer
             only after the memory did not suffice. 0 asks the free memory.
+        halo: how far tiles of 8-bit pictures overlap (see `reach.Reach`); `None`: by all that the network sees.
     """
 
-    def __init__(self, backend: Backend, tile: int = 0, most_pixels: int = 0) -> None:
+    def __init__(self, backend: Backend, tile: int = 0, most_pixels: int = 0, halo: MeasuredHalo | None = None) -> None:
         if tile and tile < ALIGNMENT:
             raise UserError(f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free memory")
         if tile and backend.window:
@@ -121,54 +133,110 @@ class Upscaler:
                             "so tiles have that size; leave --tile out")
         self.scale = backend.scale
         self._backend = backend
-        self._tile, self._most_pixels = tile, most_pixels
-        self._reduced: dict[torch.dtype, int] = {}  # after the memory did not suffice
+        self._tile, self._most_pixels, self._measured_halo = tile, most_pixels, halo
+        self._reduced: dict[str, int] = {}  # after the memory did not suffice
 
-    def dtype_for(self, *, is_deep: bool) -> torch.dtype:
+    def precision_for(self, *, is_deep: bool) -> str:
         """The precision of the network for pictures of 16 bits (`is_deep`), or of 8."""
-        return self._backend.dtype_for(is_deep=is_deep)
+        return self._backend.precision_for(is_deep=is_deep)
 
-    def max_pixels(self, dtype: torch.dtype) -> int:
+    def max_pixels(self, precision: str) -> int:
         """How many LR pixels the network is shown at once, over all tiles of a batch."""
-        if self._tile:
-            return (self._tile + 2 * _aligned(self._backend.halo)) ** 2
-        return self._reduced.get(dtype) or self._most_pixels or self._backend.max_pixels(dtype)
+        return self._most(precision, self._expected_halo(is_deep=False))
 
     def __call__(self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance) -> np.ndarray:
         """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one of these types.
 
-        Clamped and rounded. Tiles look at as much around them as the network sees, so it is the same as in one piece.
+        Clamped and rounded. Tiles of pictures of 16 bits (`is_deep`) look at as much around them as the network sees,
+        so that they are the same as in one piece; others as far as was measured to change them by half a level of 255
+        at most.
         """
-        dtype = self.dtype_for(is_deep=is_deep)
+        precision = self.precision_for(is_deep=is_deep)
         count, height, width, _ = images.shape
         large = np.empty((count, height * self.scale, width * self.scale, 3), result)
-        waiting = self._laid((count, height, width), dtype)
+        waiting = self._laid(images, precision, is_deep=is_deep)
         while waiting:
             try:
-                for batch in self._batches(waiting, dtype):
-                    self._fill(large, images, batch, dtype)
-                    waiting = waiting[len(batch):]
-                    advance(sum(tile.pixels for tile in batch) / count)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                waiting = self._laid_smaller(waiting, (count, height, width), dtype, error)
+                self._run(large, images, waiting, precision, advance)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                waiting = self._laid_smaller(waiting, images, precision, error, is_deep=is_deep)
         return large
 
-    def _laid(self, shape: tuple[int, int, int], dtype: torch.dtype) -> list[ImageTile]:
-        if self._backend.window:
-            return lay_windows(shape, self._backend.halo, self._backend.window)
-        return lay_tiles(shape, self._backend.halo, self.max_pixels(dtype))
+    def _laid(self, images: np.ndarray, precision: str, *, is_deep: bool) -> list[ImageTile]:
+        """The tiles of the images. How far they must overlap is not measured where one piece will do."""
+        shape = images.shape[:3]
+        window = self._backend.window
+        if window:
+            is_one = shape[1] <= window[0] and shape[2] <= window[1]
+            return lay_windows(shape, 0 if is_one else self._halo(images, is_deep=is_deep), window)
+        most = self._most(precision, self._expected_halo(is_deep=is_deep))
+        if shape[1] * shape[2] <= most:
+            return lay_tiles(shape, 0, most)
+        halo = self._halo(images, is_deep=is_deep)
+        return lay_tiles(shape, halo, self._most(precision, halo))
 
-    def _batches(self, tiles: list[ImageTile], dtype: torch.dtype) -> Iterator[list[ImageTile]]:
+    def _halo(self, images: np.ndarray, *, is_deep: bool) -> int:
+        """By how many LR pixels tiles of these images overlap."""
+        if is_deep or self._measured_halo is None:
+            return self._backend.halo
+        return min(self._backend.halo, self._measured_halo(images[0]))
+
+    def _expected_halo(self, *, is_deep: bool) -> int:
+        """As `_halo`, before there is an image to measure it with."""
+        if is_deep or self._measured_halo is None:
+            return self._backend.halo
+        return min(self._backend.halo, self._measured_halo(None) or USUAL_HALO)
+
+    def _most(self, precision: str, halo: int) -> int:
+        """How many LR pixels the network is shown at once, in tiles that overlap by `halo`."""
+        if self._tile:
+            return (self._tile + 2 * _aligned(halo)) ** 2
+        if most := self._reduced.get(precision) or self._most_pixels:
+            return most
+        most, least = self._backend.max_pixels(precision), (SIDES_PER_HALO * _aligned(halo)) ** 2
+        if self._backend.device.type != "cpu" or most <= least:
+            return most
+        return min(most, max(least, int(ENOUGH_BYTES / self._backend.pixel_bytes(precision))))
+
+    def _run(self, large: np.ndarray, images: np.ndarray, waiting: list[ImageTile], precision: str,
+             advance: Advance) -> None:
+        """Fill tiles, which leave `waiting` when they are; the next batch may be begun before the last has come."""
+        begun: deque[tuple[list[ImageTile], Levels]] = deque()
+
+        def finish() -> None:
+            batch, levels = begun.popleft()
+            self._fill(large, batch, self._checked(levels, images, batch, precision, large.dtype))
+            del waiting[: len(batch)]
+            advance(sum(tile.pixels for tile in batch) / len(images))
+
+        for batch in self._batches(list(waiting), precision):
+            begun.append((batch, self._backend.start(_seen(images, batch), precision, large.dtype)))
+            if len(begun) > self._backend.in_flight:
+                finish()
+        while begun:
+            finish()
+
+    def _batches(self, tiles: list[ImageTile], precision: str) -> Iterator[list[ImageTile]]:
         """Tiles of one size, as many at once as the memory allows."""
         for (rows, columns), equal in groupby(tiles, key=lambda tile: tile.seen_shape):
             same_size = list(equal)
-            step = max(1, min(MAX_BATCH, self.max_pixels(dtype) // (rows * columns)))
+            step = max(1, min(MAX_BATCH, self.max_pixels(precision) // (rows * columns)))
             for start in range(0, len(same_size), step):
                 yield same_size[start : start + step]
 
-    def _fill(self, large: np.ndarray, images: np.ndarray, tiles: list[ImageTile], dtype: torch.dtype) -> None:
-        seen = np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])
-        pieces = self._run(seen, large.dtype, dtype)
+    def _checked(self, levels: Levels, images: np.ndarray, batch: list[ImageTile], precision: str,
+                 result: np.dtype) -> np.ndarray:
+        """The pixels of a batch; in full precision where `precision` did not hold them."""
+        try:
+            return levels()
+        except NotFiniteError as error:
+            if self._backend.is_exact(precision):
+                raise RunError("the network gives NaN or infinity; its weights are broken") from error
+        return self._checked(self._backend.start(_seen(images, batch), "fp32", result), images, batch, "fp32", result)
+
+    def _fill(self, large: np.ndarray, tiles: list[ImageTile], pieces: np.ndarray) -> None:
         for tile, piece in zip(tiles, pieces, strict=True):
             top = (tile.rows.start - tile.seen_rows.start) * self.scale
             left = (tile.columns.start - tile.seen_columns.start) * self.scale
@@ -177,34 +245,22 @@ class Upscaler:
             large[tile.image, rows, columns] = piece[top : top + rows.stop - rows.start,
                                                      left : left + columns.stop - columns.start]
 
-    @torch.inference_mode()
-    def _run(self, seen: np.ndarray, result: np.dtype, dtype: torch.dtype) -> np.ndarray:
-        sr = self._backend(seen, dtype)
-        if not self._backend.is_exact(dtype) and not torch.isfinite(sr).all():  # beyond FP16's range
-            sr = self._backend(seen, torch.float32)
-        if not torch.isfinite(sr).all():
-            raise RunError("the network gives NaN or infinity; its weights are broken")
-        return _levels(sr, result).permute(0, 2, 3, 1).cpu().numpy().astype(result, copy=False)
-
-    def _laid_smaller(self, waiting: list[ImageTile], shape: tuple[int, int, int], dtype: torch.dtype,
-                      error: Exception) -> list[ImageTile]:
-        """All tiles again, of half the pixels, after the memory did not suffice; raises any other error again."""
-        if not is_out_of_memory(error):
-            raise error
+    def _laid_smaller(self, waiting: list[ImageTile], images: np.ndarray, precision: str, error: Exception, *,
+                      is_deep: bool) -> list[ImageTile]:
+        """All tiles again, of half the pixels, after the memory did not suffice."""
+        halo = self._halo(images, is_deep=is_deep)
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
-        smallest = (SMALLEST_TILE + 2 * _aligned(self._backend.halo)) ** 2
+        smallest = (SMALLEST_TILE + 2 * _aligned(halo)) ** 2
         if self._tile or self._backend.window or largest <= smallest:
             tile = "" if self._most_pixels else "a smaller --tile, "
             raise RunError(f"the memory does not suffice for one tile; choose {tile}a smaller network or --device cpu"
                            ) from error
         if self._backend.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._reduced[dtype] = min(largest, self.max_pixels(dtype)) // 2
-        return lay_tiles(shape, self._backend.halo, self._reduced[dtype])
+            sys.modules["torch"].cuda.empty_cache()
+        self._reduced[precision] = min(largest, self.max_pixels(precision)) // 2
+        return lay_tiles(images.shape[:3], halo, self._reduced[precision])
 
 
-def _levels(sr: Tensor, result: np.dtype) -> Tensor:
-    """Floats in [0, 1] to the levels of `result`, clamped and rounded; of 16 bits as int32, which every device has."""
-    if result != DEEP:
-        return to_bytes(sr)
-    return sr.float().mul(65535).round_().clamp_(0, 65535).to(torch.int32)
+def _seen(images: np.ndarray, tiles: list[ImageTile]) -> np.ndarray:
+    """What the network is shown of tiles of one size: (tiles, height, width, 3)."""
+    return np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])

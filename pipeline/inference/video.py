@@ -19,14 +19,10 @@ from av.video.stream import VideoStream
 
 from pipeline.cli import UserError
 from pipeline.files import flush
+from pipeline.inference.jobs import CONTAINERS
 from pipeline.inference.sizes import TargetSize, upscale_images
 from pipeline.inference.tiles import Advance, Upscaler
 
-SUFFIXES = frozenset({
-    ".3gp", ".avi", ".flv", ".m2t", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm",
-    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"})
-CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-WRITTEN = frozenset(CONTAINERS)
 ENCODER = "libx264"
 ENCODER_OPTIONS = {"crf": "16", "preset": "medium"}  # no loss that eyes see
 LARGEST_GROUP = 8
@@ -40,11 +36,6 @@ _UNKNOWN = 2  # of H.273's matrices, primaries and transfer characteristics
 _MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
              7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-
-def result_suffix(source: Path) -> str:
-    """The container that a result gets where nobody chooses: the same if it is written here, else Matroska."""
-    return source.suffix.lower() if source.suffix.lower() in WRITTEN else ".mkv"
 
 
 def video_size(path: Path) -> tuple[int, int, int]:
@@ -146,7 +137,7 @@ class _Writer:
         if self._waiting and (frame.width, frame.height) != (self._waiting[0].width, self._waiting[0].height):
             self._flush()
         self._waiting.append(frame)
-        pixels = self._upscaler.max_pixels(self._upscaler.dtype_for(is_deep=_is_deep(frame)))
+        pixels = self._upscaler.max_pixels(self._upscaler.precision_for(is_deep=_is_deep(frame)))
         if len(self._waiting) >= max(1, min(LARGEST_GROUP, pixels // (frame.width * frame.height))):
             self._flush()
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.cli import one_line as one_line  # networks and their trainers take it from here
+
 COLOURS = 3
 LARGEST_SIZE = 1 << 16
 """Of numbers of features, blocks and the like."""
@@ -86,11 +88,6 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} {size!r} is not a whole number above 0")
         if size > LARGEST_SIZE:
             raise ValueError(f"{name} {size} is above {LARGEST_SIZE}, which no memory holds")
-
-
-def one_line(error: Exception) -> str:
-    """An exception of a library in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def check_positive(**numbers: float) -> None:

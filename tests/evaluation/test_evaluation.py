@@ -20,7 +20,7 @@ from pipeline.evaluation.pictures import write_views
 from pipeline.evaluation.scoring import DRIFTS, ImageScores, measure_image, upscale
 from pipeline.evaluation.tables import SetScores, as_json
 from pipeline.images import cubic_resize, to_bytes
-from pipeline.inference.backends import TorchBackend
+from pipeline.inference.torch_backend import TorchBackend
 from pipeline.metrics import METRICS, Trunk, load_measures, measure
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import read_network, write_network
@@ -174,8 +174,8 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
     monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 128 * 128)
     upscaler = upscaler_of(network)
     pieces = []
-    monkeypatch.setattr(TorchBackend, "__call__", lambda self, images, dtype, call=TorchBackend.__call__:
-                        pieces.append(images.shape) or call(self, images, dtype))
+    monkeypatch.setattr(TorchBackend, "forward", lambda self, images, precision, call=TorchBackend.forward:
+                        pieces.append(images.shape) or call(self, images, precision))
     tiled = upscale(upscaler, lr)
     assert len(pieces) > 3
     assert max(count * height * width for count, height, width, _ in pieces) <= 128 * 128

@@ -20,7 +20,7 @@ from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import Place
 from pipeline.evaluation.processes import num_processes
-from pipeline.inference.choosing import device_at
+from pipeline.inference.devices import Device, device_at
 from pipeline.models.weights import write_network
 
 EVALUATE = str(CHECKOUT / "evaluate.py")
@@ -187,7 +187,7 @@ def test_a_gpu_each_and_no_more(monkeypatch):
     with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is one device"):
         num_processes(2, "cuda:1")
     place = Place(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
-    assert device_at(place, "auto") == torch.device("cuda", 1)
+    assert device_at(place, "auto") == Device("cuda", 1)
     with pytest.raises(UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"):
         device_at(place, "cuda:1")
 

@@ -17,8 +17,9 @@ from evaluate import Options
 from fabricate import CHECKOUT, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import RunError, UserError
 from pipeline.evaluation import Work, measure_sets, scoring, upscaler_of
-from pipeline.evaluation.command import choose_models, run_evaluation
+from pipeline.evaluation.command import run_evaluation
 from pipeline.evaluation.image_sets import find_benchmark, find_folder
+from pipeline.evaluation.models import choose_models
 from pipeline.evaluation.scoring import ImageScores, measure_image, upscale
 from pipeline.evaluation.tables import (
     csv_text,
@@ -31,8 +32,8 @@ from pipeline.evaluation.tables import (
     table,
 )
 from pipeline.images import to_bytes
-from pipeline.inference.backends import SelfEnsemble, TorchBackend
 from pipeline.inference.tiles import Upscaler
+from pipeline.inference.torch_backend import SelfEnsemble, TorchBackend
 from pipeline.metrics import METRICS, load_measures
 from pipeline.models.weights import write_network
 
@@ -163,8 +164,8 @@ def test_the_self_ensemble_in_tiles_is_that_of_the_whole(monkeypatch):
     whole = upscale(upscaler_of(network, self_ensemble=True), lr)
     monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 120 * 120)
     sizes = []
-    monkeypatch.setattr(SelfEnsemble, "__call__", lambda self, images, dtype, call=SelfEnsemble.__call__:
-                        sizes.append(images.shape) or call(self, images, dtype))
+    monkeypatch.setattr(SelfEnsemble, "forward", lambda self, images, precision, call=SelfEnsemble.forward:
+                        sizes.append(images.shape) or call(self, images, precision))
     assert (upscale(upscaler_of(network, self_ensemble=True), lr).int() - whole.int()).abs().max() <= 1
     assert len(sizes) > 2
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,18 +18,19 @@ from PIL import Image
 
 import convert_to_onnx
 import upscale
+from conftest import environment
 from fabricate import picture, run_command, tiny_saved
 from pipeline import cli
+from pipeline.export import onnx_file
 from pipeline.export.network_files import FILE_BACKENDS
 from pipeline.export.onnx_file import Form, convert, describe
 from pipeline.export.openvino_file import write_openvino
 from pipeline.inference import choosing
-from pipeline.inference.backends import TorchBackend
-from pipeline.inference.choosing import BackendVerdict as Verdict
-from pipeline.inference.choosing import ConversionCache
+from pipeline.inference.conversion_cache import BackendVerdict as Verdict
+from pipeline.inference.conversion_cache import ConversionCache, Original
+from pipeline.inference.devices import CPU
 from pipeline.models.weights import read_network, write_network
 
-CPU = torch.device("cpu")
 NAMES = ("color.png", "alpha.png", "gray.png", "deep.tif")
 
 
@@ -121,7 +122,7 @@ def test_a_network_is_converted_once_and_a_broken_file_is_made_anew(work, alone,
     file, = alone.glob("*.onnx")
     content, when = file.read_bytes(), file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(choosing, "convert", lambda *_: pytest.fail("converted again"))
+        patch.setattr(onnx_file, "convert", lambda *_: pytest.fail("converted again"))
         found, told = upscaled(capsys, work, tmp_path / "2", "--backend", "onnx")
     assert_near(found, expected)
     assert "converting" not in told
@@ -143,13 +144,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(work, expected, capsys, tmp_
 
 
 def conversion_of(work):
-    saved = read_network(work / "tiny.safetensors")
-    return ConversionCache(work / "tiny.safetensors", saved, TorchBackend(saved.build(), CPU), "auto")
+    return ConversionCache(Original(work / "tiny.safetensors", CPU, "auto"))
 
 
 def judged(conversion, **verdicts):
     for name, verdict in verdicts.items():
-        conversion._keep(conversion._verdict_path(FILE_BACKENDS[name]), json.dumps(vars(verdict)).encode())
+        conversion.keep_verdict(FILE_BACKENDS[name], verdict)
 
 
 @pytest.mark.parametrize(("openvino", "onnx_runtime", "line"), [
@@ -243,7 +243,7 @@ def test_a_network_file_is_a_model(files, alone, expected, capsys, tmp_path, nam
     assert_near(found, expected, deep_levels=deep_levels)
     assert "(the file as it is" in told
     assert ("bytes: of 16-bit pictures it sees 8" in told) == (name == "bytes.onnx")
-    assert not alone.exists()
+    assert {path.suffix for path in alone.iterdir()} == {".json"}  # what was found out; nothing was converted
 
 
 def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **change):
@@ -303,3 +303,36 @@ def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
     assert "(vapsr x2) on cpu by OpenVINO" in told
     assert_near(found, expected, deep_levels=60)  # weights are FP16
     assert os.path.getsize(tmp_path / "net.bin") > 0
+
+
+# Without torch
+
+
+@pytest.mark.parametrize("kind", FILE_BACKENDS)
+def test_torch_is_not_imported_where_another_backend_computes(work, alone, expected, tmp_path, kind):
+    """Pictures of every mode, tiles, and a resize, by what an earlier run has converted and measured."""
+    code = ("import sys, upscale\nfrom pipeline import cli\n"
+            "try:\n    cli.run(upscale.Options, upscale.main)\n"
+            "finally:\n    print('imported:', *sorted({'torch', 'torchvision', 'av'} & sys.modules.keys()))\n")
+    common = [str(work / "pictures"), "--model", str(work / "tiny.safetensors"), "--format", "tif", "--force"]
+    for arguments, imported in ((["--backend", kind, "--tile", "32"], " torch"), (["--backend", kind], ""),
+                                (["--backend", kind, "--tile", "32"], ""), (["--backend", kind, "--scale", "3"], "")):
+        out = tmp_path / str(len(arguments))
+        done = subprocess.run([sys.executable, "-c", code, *common, "-o", str(out), *arguments], cwd=tmp_path,
+                              env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1] == f"imported:{imported}"
+        if "--scale" not in arguments:
+            assert_near([tifffile.imread(out / f"{Path(name).stem}.tif") for name in NAMES], expected)
+
+
+def test_a_network_file_needs_torch_once_at_most(files, alone, tmp_path):
+    code = ("import sys, upscale\nfrom pipeline import cli\n"
+            "try:\n    cli.run(upscale.Options, upscale.main)\n"
+            "finally:\n    print('imported:', *sorted({'torch'} & sys.modules.keys()))\n")
+    for imported in (" torch", ""):
+        done = subprocess.run([sys.executable, "-c", code, str(files / "pictures" / "gray.png"), "--model",
+                               str(files / "float.onnx"), "--force", "-o", str(tmp_path / "out")], cwd=tmp_path,
+                              env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1] == f"imported:{imported}"

@@ -20,8 +20,9 @@ import upscale
 from fabricate import TINY, make_run, picture, run_command, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.images import cubic_resize
-from pipeline.inference import TargetSize, Upscaler, backends, encode_picture, read_picture, upscale_picture
-from pipeline.inference.backends import TorchBackend
+from pipeline.inference import TargetSize, TorchBackend, Upscaler, encode_picture, read_picture, upscale_picture
+from pipeline.inference.backends import precision_of
+from pipeline.inference.devices import Device
 from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import lay_tiles
 from pipeline.libraries import import_torchvision
@@ -131,7 +132,7 @@ def test_tiles_fill_the_image_once_and_see_their_halo(shape):
 def test_equal_tiles_go_together_and_no_more_than_fit(monkeypatch):
     network, shapes = tiny_network(0, num_blocks=1), []
     network.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
-    monkeypatch.setattr(backends, "max_window_pixels", lambda *_: 64 * 64)
+    monkeypatch.setattr(TorchBackend, "max_pixels", lambda *_: 64 * 64)
     images = np.stack([picture(25, 20, seed) for seed in range(20)])
     together = on_cpu(network)(images, images.dtype, is_deep=False, advance=nothing)
     assert [shape[0] for shape in shapes] == [8, 8, 4]
@@ -158,12 +159,13 @@ def test_half_precision_is_near_and_what_it_cannot_hold_is_done_in_full():
     network, image = tiny_network(2, num_blocks=1), picture(30, 40)[None]
     full = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
     half = on_cpu(network, "fp16")
-    assert half.dtype_for(is_deep=False) == torch.float16
+    assert half.precision_for(is_deep=False) == "fp16"
     assert_near(half(image, image.dtype, is_deep=False, advance=nothing), full, 2)
     network.register_forward_hook(lambda module, inputs, output: output / (output.dtype != torch.float16))
     np.testing.assert_array_equal(on_cpu(network, "fp16")(image, image.dtype, is_deep=False, advance=nothing), full)
-    assert Upscaler(TorchBackend(network, torch.device("cuda"))).dtype_for(is_deep=False) == torch.float16
-    assert Upscaler(TorchBackend(network, torch.device("cuda"))).dtype_for(is_deep=True) == torch.float32
+    on_gpu = Device("cuda")
+    assert [precision_of("auto", on_gpu, is_deep=is_deep) for is_deep in (False, True)] == ["fp16", "fp32"]
+    assert precision_of("bf16", on_gpu, is_deep=True) == "bf16"
 
 
 # Modes

@@ -1,0 +1,74 @@
+"""The models that are evaluated: the files that were named, or those of run folders, of one scale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import UserError
+from pipeline.evaluation.scoring import BASELINES
+from pipeline.models.weights import SavedNetwork, read_network
+from pipeline.run_folder import find_run, run_network_file
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is evaluated."""
+
+    file: Path
+    title: str
+    saved: SavedNetwork
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hexadecimal digits."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this model from every other, as JSON values."""
+        return {"file": str(self.file), "sha256": self.sha256,
+                "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
+
+
+def choose_model(model: Path | None) -> Model:
+    """A weights file, or the best averaged weights of a run folder (`None`: of the newest run)."""
+    if model is not None and not model.is_dir():
+        return Model(model, model.stem, read_network(model))
+    run_dir = model if model is not None else find_run()
+    file = run_network_file(run_dir, "best", ema=True)
+    return Model(file, run_dir.resolve().name, read_network(file))
+
+
+def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
+    """The models of those paths (none: the newest run's), all of one scale, with titles that differ."""
+    chosen = [choose_model(model) for model in models] or [choose_model(None)]
+    for model in chosen:
+        if scale is not None and scale != model.saved.scale:
+            raise UserError(f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
+                            f"{str(model.file)!r}; leave --scale out or choose another --model")
+        if model.saved.scale != chosen[0].saved.scale:
+            raise UserError(f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
+                            f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate them "
+                            "one after the other")
+    return _with_titles_that_differ(chosen)
+
+
+def _with_titles_that_differ(models: list[Model]) -> list[Model]:
+    """Equal titles get the folder in front, and a number behind where that is not enough."""
+    count = Counter(model.title for model in models)
+    models = [replace(model, title=f"{model.file.resolve().parent.name}/{model.title}") if count[model.title] > 1
+              else model for model in models]
+    taken = set(BASELINES) | {"HR"}
+    titled = []
+    for model in models:
+        title, number = model.title, 2
+        while title in taken:
+            title, number = f"{model.title} ({number})", number + 1
+        taken.add(title)
+        titled.append(replace(model, title=title))
+    return titled
