@@ -62,13 +62,15 @@ class _CropAlone(Degradation):
     surroundings = 0
 
 
-def _our_source(setting: Setting, form: str = "npy", **spec: Any) -> CropSource:
-    """This project's source of crops out of the files of a form; `spec` is more of the recipe's data part."""
+def _our_source(setting: Setting, form: str = "npy", *, on_host: bool = True, **spec: Any) -> CropSource:
+    """This project's source of crops out of the files of a form; `spec` is more of the recipe's data part. On a CPU,
+    LR is made by the host's own chain, where the degradation has one and `on_host` says so."""
     files, is_paired = setting.files(form), spec.get("degradation") == "paired"
     return CropSource([str(file) for file in files], Sampler([len(files)], seed=0),
                       DataSpec(crop=setting.crop, threads=setting.threads, **spec), scale=setting.scale,
                       position=Position(0, 1, setting.micro_batch),
-                      lr_paths=[str(file) for file in setting.files(f"lr_{form}")] if is_paired else None)
+                      lr_paths=[str(file) for file in setting.files(f"lr_{form}")] if is_paired else None,
+                      degrades_on_host=on_host and setting.device_id is None)
 
 
 def _our_arrays(setting: Setting, *, has_margin: bool = True, cut: str = "",
@@ -344,6 +346,7 @@ OUR_WAYS = {
     "this loader, npy, noise on LR": Way(partial(ours, lr_noise={"probability": 1.0}), is_cubic=False),
     "this loader, npy, gaussian": Way(partial(ours, degradation="gaussian"), is_cubic=False),
     "this loader, npy, realesrgan": Way(partial(ours, degradation="realesrgan"), is_cubic=False),
+    "... by DALI alone": Way(partial(ours, degradation="realesrgan", on_host=False), is_cubic=False),
 }
 """They follow `Setting.device_id`; all others stay on the CPU."""
 

@@ -26,9 +26,16 @@ from pipeline.data.degradations.base import Parameters
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
-from pipeline.data.spec import DataSpec
+from pipeline.data.spec import DataSpec, num_threads
 from pipeline.files import write_atomically
-from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
+from pipeline.run_folder import (
+    DS_CONFIG_FILE,
+    FILE_LISTS_DIR,
+    RECIPE_FILE,
+    STATE_FILE,
+    checkpoint_dir,
+    checkpoint_steps,
+)
 from pipeline.training.options import Plan, TrainOptions, make_plan
 from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
@@ -122,7 +129,7 @@ def main(options: Options) -> int:
         raise UserError(f"--panel {options.panel}: must be 32 to 4096 pixels")
     panel = options.panel or (LARGE_PANEL if options.sample else PANEL)
     _refuse_large(Cell(recipe.data.crop, panel), len(numbers))
-    pairs = make_pairs(plan, numbers)
+    pairs = make_pairs(plan, numbers, degrades_on_host=options.run is None or _degrades_on_host(options.run))
     title = (f"{recipe.name}, x{recipe.scale}, {recipe.data.degradation.name}: LR ({recipe.data.crop // recipe.scale} "
              f"pixels) | HR ({recipe.data.crop})")
     picture = encode(np.asarray(sheet(title, pairs, recipe.data, recipe.scale, panel)), "png")
@@ -182,6 +189,15 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> Plan:
     return plan
 
 
+def _degrades_on_host(run_dir: Path) -> bool:
+    """Whether that run makes LR on the host where it can; earlier ones left it to DALI, to other last bits."""
+    steps = checkpoint_steps(run_dir.expanduser())
+    if not steps:
+        return True
+    state = json.loads((checkpoint_dir(run_dir.expanduser(), steps[-1]) / STATE_FILE).read_text())
+    return state.get("cpu_degradation") == "host"
+
+
 def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
     lists = run_dir / FILE_LISTS_DIR
     folders = len(list(lists.glob(f"*_{TRAINING_LIST}")))
@@ -231,22 +247,23 @@ def _told(numbers: Sequence[int]) -> str:
     return f"sample{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def make_pairs(plan: Plan, numbers: Sequence[int]) -> list[DrawnPair]:
-    """The samples of these numbers as training makes them, on the CPU.
+def make_pairs(plan: Plan, numbers: Sequence[int], *, degrades_on_host: bool = True) -> list[DrawnPair]:
+    """The samples of these numbers as training makes them, on the CPU, by DALI alone unless `degrades_on_host`.
 
     Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as training does.
     """
     recipe = plan.recipe
     source = ChosenSource.of_dataset(plan.dataset, recipe.data, scale=recipe.scale, seed=recipe.seed,
-                                     position=Position(0, 1, 1))
+                                     position=Position(0, 1, 1), degrades_on_host=degrades_on_host)
     source.numbers, source.end = numbers, len(numbers)
+    threads = num_threads(recipe.data.threads)
     several = len(plan.dataset.folders) > 1
     names = {folder.path(name): f"{folder.root.name}/{name}" if several else name
              for folder in plan.dataset.folders for name in folder.training}
     pairs = []
     try:
         with quiet_libraries(), progress(len(numbers), "sample") as bar:
-            for place, *outputs in batches(source, 0, device_id=None, threads=recipe.data.threads, prefetch=1):
+            for place, *outputs in batches(source, 0, device_id=None, threads=threads, prefetch=1):
                 sample, = source.samples(numbers[place], 1)
                 hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
                 pairs.append(DrawnPair(sample, names[sample.path], hr, lr))

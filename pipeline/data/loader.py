@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -38,7 +39,7 @@ class Loader:
         self.waited_seconds = 0.0
         self.failed = False  # a batch ahead cannot be made: true some batches before `__next__` raises
         self._made = self._taken = 0  # batches; each is counted by one thread alone
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._ready: queue.Queue[tuple[Batch, Any] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(index, threads, prefetch), daemon=True,
                                         name="loader")
@@ -51,12 +52,15 @@ class Loader:
         if self._closed.is_set():
             raise StopIteration
         began = time.perf_counter()
-        batch = self._ready.get()
+        item = self._ready.get()
         self.waited_seconds += time.perf_counter() - began
-        if isinstance(batch, BaseException):
+        if isinstance(item, BaseException):
             self.close()
-            raise batch
+            raise item
         self._taken += 1
+        batch, copied = item
+        if copied is not None:
+            hand_over(batch, copied)
         return batch
 
     def is_ahead(self, count: int) -> bool:
@@ -87,14 +91,19 @@ class Loader:
 
     def _produce(self, index: int, threads: int, prefetch: int) -> None:
         try:
-            device_id = None
+            device_id, stream = None, None
             if self.device.type == "cuda":
                 device_id = self.device.index or 0
                 torch.cuda.set_device(device_id)
-            for made, *outputs in batches(self.source, index, device_id=device_id, threads=threads, prefetch=prefetch):
-                hr, lr = (to_torch(output.as_tensor(), self.device) for output in outputs)
+                # Of its own: on the training's, DALI would wait for all that is queued there before it could reuse the
+                # memory of a batch, and no degradation would run beside a step.
+                stream = torch.cuda.Stream(self.device)
+            for made, *outputs in batches(self.source, index, device_id=device_id, threads=threads, prefetch=prefetch,
+                                          stream=stream):
+                hr, lr = (to_torch(output.as_tensor(), self.device, stream) for output in outputs)
+                copied = stream.record_event() if stream is not None else None
                 self._made += 1
-                self._put(Batch(lr, hr, made, self.source.take_skips(made)))
+                self._put((Batch(lr, hr, made, self.source.take_skips(made)), copied))
                 if self._closed.is_set():
                     return
         except OSError as error:
@@ -109,7 +118,7 @@ class Loader:
         self.failed = True
         self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> None:
+    def _put(self, item: tuple[Batch, Any] | BaseException) -> None:
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -118,11 +127,20 @@ class Loader:
                 continue
 
 
-def to_torch(dali_tensor: Any, device: torch.device) -> Tensor:
-    """A copy of a DALI tensor of bytes, on `device`, that outlives DALI's own buffer."""
+def hand_over(batch: Batch, copied: Any) -> None:
+    """Let the current stream of the batch's device wait for the event `copied`; the memory is kept until it is done."""
+    current = torch.cuda.current_stream(batch.hr.device)
+    current.wait_event(copied)
+    for side in (batch.lr, batch.hr):
+        side.record_stream(current)
+
+
+def to_torch(dali_tensor: Any, device: torch.device, stream: Any = None) -> Tensor:
+    """A copy of a DALI tensor of bytes, on `device`, that outlives DALI's own buffer. On a GPU it is made, and its
+    memory allotted, on `stream`."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    copy = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dali_tensor, copy, cuda_stream=stream)
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        copy = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)
+        feed_ndarray(dali_tensor, copy, cuda_stream=stream)
     return copy

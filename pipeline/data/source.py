@@ -17,7 +17,7 @@ from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
 from pipeline.data.image_access import NOTHING, ImageCache, ImageFiles, Opened, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
-from pipeline.data.spec import DataSpec
+from pipeline.data.spec import DataSpec, num_threads
 
 MOST_ATTEMPTS = 100  # bad files in a row for one sample
 
@@ -66,23 +66,31 @@ class Sample:
 
 
 class CropSource:
-    """Makes the host side of micro-batches, in order, from any starting point."""
+    """Makes the host side of micro-batches, in order, from any starting point.
+
+    With `degrades_on_host`, for graphs on a CPU, LR is made by the host's own chain where the degradation has one: then
+    `columns` lack what the graph's nodes would need for it, and `degraded` says what was drawn.
+    """
 
     def __init__(self, hr_paths: Sequence[str], sampler: Sampler, spec: DataSpec, *, scale: int, position: Position,
-                 lr_paths: Sequence[str] | None = None) -> None:
+                 lr_paths: Sequence[str] | None = None, degrades_on_host: bool = False) -> None:
         self.sampler, self.spec, self.scale, self.position = sampler, spec, scale, position
-        self.crop = spec.crop
-        self.cache = ImageCache(spec.cache_gb * 2**30, spec.threads, position.micro_batch) if spec.cache_gb else None
+        self.crop, threads = spec.crop, num_threads(spec.threads)
+        self.cache = ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch) if spec.cache_gb else None
         self.hr = ImageFiles("hr", hr_paths, self.cache)
         self.lr = ImageFiles("lr", lr_paths, self.cache) if lr_paths is not None else None
         self.degradation = build_degradation(spec.degradation, scale)
+        self.degrades_on_host = degrades_on_host and self.degradation.has_host_chain
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
         self.has_margin = self.lr is None  # LR that is made needs more of the photograph than the crop
         self.columns = (*self.hr.columns, *(self.lr.columns if self.lr else ()),
                         *(("start",) if self.has_margin else ()), "flip_vertical", "flip_horizontal", "transpose",
-                        *(("brightness",) if self.has_brightness else ()), *self.degradation.columns,
-                        *(LrNoise.columns if self.lr_noise else ()))
+                        *(("brightness",) if self.has_brightness else ()))
+        if not self.degrades_on_host:
+            self.columns += (*self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
+        self.has_streams = any(side.has_streams for side in (self.hr, self.lr) if side)  # the graph decodes
+        self.notes: list[str] = []  # what went otherwise than it should, for people, until somebody takes them away
         self.profiles: dict[str, str] = {}  # files whose colours are converted to sRGB, with the name of their profile
         self.bad: dict[str, str] = {}  # files that were passed over, with the reason
         self.end: int | None = None  # there are no micro-batches from this one on
@@ -90,12 +98,14 @@ class CropSource:
         self._made: dict[int, list[Sample]] = {}  # of micro-batches that were not taken yet
 
     @classmethod
-    def of_dataset(cls, dataset: Dataset, spec: DataSpec, *, scale: int, seed: int, position: Position) -> CropSource:
+    def of_dataset(cls, dataset: Dataset, spec: DataSpec, *, scale: int, seed: int, position: Position,
+                   degrades_on_host: bool = False) -> CropSource:
         """The source that a recipe asks for."""
         sampler = Sampler(dataset.folder_sizes, seed, multiplier=spec.multiplier, weights=spec.weights,
                           augment=spec.augment)
         return cls(dataset.training_paths, sampler, spec, scale=scale, position=position,
-                   lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None)
+                   lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None,
+                   degrades_on_host=degrades_on_host)
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
         """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a `failure`."""
@@ -123,7 +133,6 @@ class CropSource:
         if self.cache:
             self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
                              for file in self.sampler.draw(first, count).files.tolist() if side.is_cached(file)])
-        keys = self.sampler.degradation_words(first, count, WORDS)[:, -KEYS:].tolist()
         made = [*self._samples(first, count, is_read=True)]
         self._made[index] = samples = [sample for sample, _, _ in made]
         arrays = self.hr.arrays([hr for _, hr, _ in made])
@@ -137,7 +146,15 @@ class CropSource:
                    np.array([sample.transpose for sample in samples], bool)]
         if self.has_brightness:
             arrays.append(np.array([sample.brightness for sample in samples], np.float32))
-        return (*arrays, *self._drawn_arrays(samples, keys))
+        return tuple(arrays) if self.degrades_on_host else (*arrays, *self._drawn_arrays(samples, self._keys(index)))
+
+    def degraded(self, index: int) -> list[tuple[Sample, list[int]]]:
+        """The samples of micro-batch `index`, which is made and not yet taken, and the keys of each one's noise."""
+        return list(zip(self._made[index], self._keys(index), strict=True))
+
+    def _keys(self, index: int) -> list[list[int]]:
+        words = self.sampler.degradation_words(self.first_sample(index), self.position.micro_batch, WORDS)
+        return words[:, -KEYS:].tolist()
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """Samples first .. first + count - 1, as they are made, without their pixels."""

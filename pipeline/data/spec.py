@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
@@ -34,6 +35,16 @@ def _named(value: Any) -> Any:
     return value
 
 
+MOST_THREADS, MOST_AUTOMATIC = 64, 16
+
+
+def _threads(value: Any) -> Any:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_THREADS
+    if not is_number and value != "auto":
+        raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to {MOST_THREADS}")
+    return value
+
+
 class DataSpec(Spec):
     """How samples are made of the dataset."""
 
@@ -50,5 +61,14 @@ class DataSpec(Spec):
                             "encoded and decoding is what training waits for")
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: take another sample for one whose file is bad")
     max_bad_files: float = Field(0.001, ge=0, le=1, description="share of the files that skip may meet before it stops")
-    threads: int = Field(2, ge=1, le=64, description="CPU threads of the loader, per rank")
+    threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = Field(
+        "auto", description=f"CPU threads of the loader, per rank; auto: a rank's share of the cores that it may use, "
+                            f"at most {MOST_AUTOMATIC}")
     prefetch: int = Field(3, ge=1, le=16, description="batches made ahead")
+
+
+def num_threads(threads: int | Literal["auto"], cores: int | None = None) -> int:
+    """CPU threads of a rank's loader. `cores`: its share of those that it may use; by default they are its own."""
+    if threads != "auto":
+        return threads
+    return max(1, min(MOST_AUTOMATIC, len(os.sched_getaffinity(0)) if cores is None else cores))

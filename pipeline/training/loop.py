@@ -158,10 +158,12 @@ class Training:
         self.ranks.on_all_ranks(lambda: refuse_too_many(self._skipped_files.reasons, num_files, data))
 
     def _name_profiles(self, loader: Loader) -> None:
-        """Say once that files have other colours than sRGB's, as soon as this rank has met one."""
+        """Say once that files have other colours than sRGB's, as soon as this rank has met one; and the notes."""
         if not self._profiles_are_named and (note := loader.source.profile_note()):
             self._profiles_are_named = True
             self.console.say(f"note: {note}")
+        while loader.source.notes:
+            self.console.say(f"note: {loader.source.notes.pop(0)}")
 
     def _is_supplied(self, loader: Loader) -> bool:
         """Whether this rank has the batches of two steps, or of all that are left.

@@ -20,6 +20,7 @@ from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
 from pipeline.training.validation import bicubic
 
+MOST_WAIT = 0.1  # share of the time that goes into waiting for data, above which the ways out are named
 TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for previews at the ends of epochs
 
 
@@ -39,6 +40,7 @@ class Reporter:
         self._tracker = self._start_tracker() if plan.wandb else None
         self.journal = Journal(plan.log_dir, run.progress.step, console.say, self._tracker)
         self._previews = Previews(plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step)
+        self._names_ways_out = True  # of waiting for data, once
         self._shown: int | None = None  # the step of the last set of previews
         self._began, self._seconds = time.perf_counter(), 0.0  # that previews have taken since then
         for line in run.introduction:
@@ -78,6 +80,11 @@ class Reporter:
             self.journal.distribution(step, f"discriminator/{name}", logits)
         self._console.progress(f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
                                step / total)
+        if self._names_ways_out and reading.data_wait > MOST_WAIT:
+            self._names_ways_out = False
+            self._console.say(f"note: {reading.data_wait:.0%} of the time goes into waiting for data; raise "
+                              f"data.threads (now {self._plan.recipe.data.threads}), or convert encoded files to .npy "
+                              "(tools/convert_dataset.py), which need no decoding")
 
     def validated(self, scores: Mapping[str, float], *, is_best: bool) -> None:
         """What a validation has measured, beside the best so far."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
+from pipeline.data.spec import num_threads
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import (
     LAYOUTS,
@@ -75,12 +78,22 @@ class Run:
         return self.trainer.ema.network
 
     def open_loader(self) -> Loader:
-        """The training data from where the run stands."""
-        data, recipe = self.plan.recipe.data, self.plan.recipe
+        """The training data from where the run stands; all ranks call it together."""
+        recipe, threads = self.plan.recipe, num_threads(self.plan.recipe.data.threads, _cores(self.ranks))
+        data = recipe.data.model_copy(update={"threads": threads})
         position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
-        source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position)
-        return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=data.threads,
+        on_host = self.ranks.device.type == "cpu" and self.progress.cpu_degradation == "host"
+        source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position,
+                                       degrades_on_host=on_host)
+        return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=threads,
                       prefetch=max(data.prefetch, self.accumulation) + self.accumulation)
+
+
+def _cores(ranks: Ranks) -> int:
+    """This rank's share of the cores that it may run on; all ranks call it together."""
+    host, own = socket.gethostname(), os.sched_getaffinity(0)
+    others = [cores for name, cores in ranks.gather((host, own)) if name == host]
+    return int(sum(1 / sum(core in cores for cores in others) for core in own) + 1e-9)
 
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
@@ -193,7 +206,8 @@ def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | Adve
                              {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
     contents = Contents(trainer.engines, trainer.ema, described, saved.identity, saved.sees_run_dir)
     _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
-    progress = Progress() if saved.step is None else checkpoint.load(plan.run_dir, saved.step, contents, ranks)
+    progress = (Progress(cpu_degradation="host") if saved.step is None
+                else checkpoint.load(plan.run_dir, saved.step, contents, ranks))
     progress.layout = layout
     return contents, progress
 

@@ -63,11 +63,12 @@ def pairs_of(data: Path, numbers: list[int] | range, *overrides: str) -> list[Dr
     return make_pairs(make_plan(TrainOptions(overrides, dataset_dir=(data,))), numbers)
 
 
-def trained_on(data: Path, micro_batch: int, batches: int, *overrides: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def trained_on(data: Path, micro_batch: int, batches: int, *overrides: str, degrades_on_host: bool = True
+               ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(HR, LR) of the first samples of a run, HWC, out of its micro-batches."""
     plan = make_plan(TrainOptions(overrides, dataset_dir=(data,)))
     source = CropSource.of_dataset(plan.dataset, plan.recipe.data, scale=plan.recipe.scale, seed=plan.recipe.seed,
-                                   position=Position(0, 1, micro_batch))
+                                   position=Position(0, 1, micro_batch), degrades_on_host=degrades_on_host)
     pipeline = training_pipeline(source, 0, device_id=None, threads=2, prefetch=2)
     made = [[np.array(output.as_tensor()).transpose(0, 2, 3, 1) for output in pipeline.run()] for _ in range(batches)]
     return [pair for hr, lr in made for pair in zip(hr, lr, strict=True)]
@@ -178,6 +179,17 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
     picture = sheet_of(data)
     for hr, _ in trained_on(data, 3, 3, *DEGRADED, "seed=5")[6:]:
         assert holds(picture, hr.repeat(2, 0).repeat(2, 1))
+
+    # A run of before the host made LR goes on by DALI, and is shown so.
+    checkpoint = run_dir / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "MANIFEST.json").write_text("{}")
+    for state, on_host in (({}, False), ({"cpu_degradation": "host"}, True)):
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        assert show(data, "--run", run_dir, "--step", 3, "--panel", 64).returncode == 0
+        shown = sheet_of(data)
+        for _, lr in trained_on(data, 3, 3, *DEGRADED, "seed=5", degrades_on_host=on_host)[6:]:
+            assert any(holds(shown, lr.repeat(factor, 0).repeat(factor, 1)) for factor in (2, 4, 8))
 
     assert_user_error(show(data, "--run", run_dir, "--recipe", "vapsr_x2"), "its own recipe")
     assert_user_error(show(data, "--run", data), "no run folder", "recipe.yaml")

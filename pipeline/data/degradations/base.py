@@ -1,7 +1,8 @@
 """LR of HR as DALI operators: what all degradations share, and the noise that may follow each of them.
 
 A degradation has a host side, which says how much of the photograph around a crop it must see and turns a sample's
-uniform numbers into parameters and arrays, and a device side, which is a few DALI nodes.
+uniform numbers into parameters and arrays, and a device side, which is a few DALI nodes. Where DALI is slow on a CPU it
+may have the same chain a second time, in the operators of `host`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Degradation:
 
     Spec: ClassVar[type[DegradationSpec]]  # its part of a recipe
     columns: tuple[str, ...] = ()  # arrays of a sample that the nodes use
+    has_host_chain: ClassVar[bool] = False  # whether there is `lr_on_host`, faster on a CPU than the nodes
 
     def __init__(self, spec: Any, scale: int) -> None:
         self.spec, self.scale = spec, scale
@@ -65,7 +67,11 @@ class Degradation:
         """
         raise NotImplementedError
 
-
+    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], room: Any
+                   ) -> NDArray[np.uint8]:
+        """LR of the whole `region` (height, width, 3), both multiples of the scale: what `lr` makes of the arrays of
+        the same `parameters` and `keys`, up to rounding. Good until `room`, a `host.Room`, is used again."""
+        raise NotImplementedError
 
 
 class NoiseSpec(Spec):
@@ -105,6 +111,15 @@ class LrNoise:
         else:
             levels = lr
         return fn.cast(levels, dtype=types.UINT8)
+
+    def add_on_host(self, sigma: float, keys: Sequence[int], lr: NDArray[np.uint8], room: Any) -> NDArray[np.uint8]:
+        """`lr` (height, width, 3) with what `add` adds, in memory of the `room`, a `host.Room`."""
+        from pipeline.data.degradations import host
+
+        if not sigma:
+            return lr
+        fields = noise.noise_keys((keys[0], keys[1]), *lr.shape[:2], 3)
+        return host.rounded(host.with_gaussian(lr.astype(np.float32), fields, sigma, room), room)
 
 
 def filtered(image: Any, kernel: Any) -> Any:

@@ -114,6 +114,7 @@ class RealEsrgan(Degradation):
     """
 
     Spec = RealEsrganSpec
+    has_host_chain = True
     spec: RealEsrganSpec
 
     def __init__(self, spec: RealEsrganSpec, scale: int) -> None:
@@ -143,9 +144,9 @@ class RealEsrgan(Degradation):
         return {"region": [height, width], "first": first, "second": second, "final": final}
 
     def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
-        height, width = parameters["region"]
-        arrays = _round_arrays("first", parameters["first"], (height, width), keys[:2])
-        arrays |= _round_arrays("second", parameters["second"], tuple(parameters["first"]["size"]), keys[2:4])
+        height = parameters["region"][0]
+        arrays = _round_arrays("first", parameters["first"], keys[:2])
+        arrays |= _round_arrays("second", parameters["second"], keys[2:4])
         final, sizes = parameters["final"], parameters["second"]["size"]
         arrays["final_kernel"] = (kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel())
         arrays["final_mode"] = _mode(final["mode"])
@@ -169,6 +170,25 @@ class RealEsrgan(Degradation):
         start = nodes["start"] // self.scale
         lr = fn.slice(lr, start=start, shape=[size[0] // self.scale, size[1] // self.scale], axes=[0, 1])
         return fn.cast(lr, dtype=types.FLOAT) if as_float else lr
+
+    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], room: Any
+                   ) -> NDArray[np.uint8]:
+        from pipeline.data.degradations import host
+
+        first, second, final = parameters["first"], parameters["second"], parameters["final"]
+        noisy = _round_on_host(first, region, keys[:2], room)
+        noisy = _round_on_host(second, host.through_jpeg(noisy, first["jpeg"], room), keys[2:4], room)
+        low = region.shape[0] // self.scale, region.shape[1] // self.scale
+        sinc = kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
+
+        def resize_and_sinc(image: NDArray[Any]) -> NDArray[np.float32]:
+            if self.has_final_box:
+                image = host.filtered(image, _area_box(final["mode"], second["size"][0] / low[0]), room)
+            return host.filtered(host.resized(image, low, is_cubic=final["mode"] == "cubic", room=room), sinc, room)
+
+        if final["sinc_first"]:
+            return host.through_jpeg(resize_and_sinc(noisy), second["jpeg"], room)
+        return host.rounded(resize_and_sinc(host.through_jpeg(noisy, second["jpeg"], room)), room)
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
         if self.has_final_box:
@@ -234,12 +254,15 @@ def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
     return make(*numbers, blur["beta"])
 
 
-def _round_arrays(part: str, drawn: Parameters, size: tuple[int, int], keys: Sequence[int]) -> dict[str, NDArray[Any]]:
+def _kernel(drawn: Parameters) -> NDArray[np.float32]:
+    """What a round filters with before its resizing samples."""
     kernel = _blur_kernel(drawn["blur"])
-    if drawn["mode"] == "area":
-        kernel = kernels.with_box(kernel, drawn["ratio"])
+    return kernels.with_box(kernel, drawn["ratio"]) if drawn["mode"] == "area" else kernel
+
+
+def _round_arrays(part: str, drawn: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
     fields = noise.noise_keys(keys, *drawn["size"], 1 if drawn["gray"] else 3)
-    arrays = {"kernel": kernel, "size": np.array(drawn["size"], np.float32), "mode": _mode(drawn["mode"]),
+    arrays = {"kernel": _kernel(drawn), "size": np.array(drawn["size"], np.float32), "mode": _mode(drawn["mode"]),
               "poisson": np.array(drawn["noise"] == "poisson"), "gray": np.array(drawn["gray"]),
               **dict(zip(noise.NoiseKeys._fields, fields, strict=True)),
               "level": np.array(drawn["level"], np.float32), "jpeg": np.array(drawn["jpeg"], np.int32)}
@@ -267,6 +290,18 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
     else:
         noisy = noise.add_gaussian(resized, normal, level)
     return noisy
+
+
+def _round_on_host(drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], room: Any
+                   ) -> NDArray[np.float32]:
+    """(height, width, 3) levels, not clipped, as `_blurred_resized_noisy` makes them."""
+    from pipeline.data.degradations import host
+
+    size = drawn["size"][0], drawn["size"][1]
+    image = host.resized(host.filtered(image, _kernel(drawn), room), size, is_cubic=drawn["mode"] == "cubic", room=room)
+    fields = noise.noise_keys((keys[0], keys[1]), *size, 1 if drawn["gray"] else 3)
+    add = host.with_poisson if drawn["noise"] == "poisson" else host.with_gaussian
+    return add(image, fields, drawn["level"], room)
 
 
 def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:

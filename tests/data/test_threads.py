@@ -1,0 +1,72 @@
+"""How many threads the loader takes, and which chain it takes on which device."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.checkpoint.progress import Progress
+from pipeline.cli import UserError
+from pipeline.config.recipe import load_recipe, recipe_differences
+from pipeline.data.spec import num_threads
+from pipeline.training import setup
+
+
+def test_threads_are_a_number_or_auto() -> None:
+    assert load_recipe("vapsr_x4").data.threads == "auto"
+    assert load_recipe("vapsr_x4", {"data.threads": 5}).data.threads == 5
+    for wrong in (0, 65, True, 2.5, "many"):
+        with pytest.raises(UserError, match=r"data\.threads: .* is neither auto nor a whole number from 1 to 64"):
+            load_recipe("vapsr_x4", {"data.threads": wrong})
+    # They are no part of what a run is: one that was begun with 2 goes on.
+    assert recipe_differences(load_recipe("vapsr_x4", {"data.threads": 2}), load_recipe("vapsr_x4")) == []
+
+
+def test_auto_is_the_cores_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((1, 1), (2, 2), (16, 16), (64, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: {*range(cores)})
+        assert num_threads("auto") == expected
+        assert num_threads(7) == 7
+    assert num_threads("auto", 0) == 1
+    assert num_threads("auto", 3) == 3
+    assert num_threads(2, 40) == 2
+
+
+HERE = socket.gethostname()
+
+
+@pytest.mark.parametrize(("held", "expected"), [
+    ([(HERE, {0, 1, 2, 3})], 4),
+    ([(HERE, {*range(8)})] * 2 + [("elsewhere", {*range(8)})] * 2, 4),  # shared by two of this host
+    ([(HERE, {0, 1, 2}), (HERE, {3, 4, 5})], 3),  # bound to cores of their own
+    ([(HERE, {0, 1, 2}), (HERE, {2, 3})], 2),  # two and a half
+    ([(HERE, {0})] * 3, 0)])
+def test_ranks_of_a_host_share_its_cores(held: Sequence[tuple[str, set[int]]], expected: int,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: held[0][1])
+    given = []
+    ranks = SimpleNamespace(gather=lambda value: given.append(value) or list(held))
+    assert setup._cores(ranks) == expected
+    assert given == [held[0]]
+
+
+@pytest.mark.parametrize(("device", "began", "on_host"), [
+    ("cpu", "host", True), ("cpu", "dali", False), ("cuda", "host", False)])
+def test_the_host_degrades_on_cpus_in_runs_that_began_so(device: str, began: str, on_host: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(setup.CropSource, "of_dataset", lambda _, spec, **more: asked.update(more, spec=spec))
+    monkeypatch.setattr(setup, "Loader", lambda *_, **more: asked.update(more))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device(device), gather=lambda value: [value])
+    run = SimpleNamespace(plan=SimpleNamespace(recipe=load_recipe("realesrgan_x4"), dataset=None), ranks=ranks,
+                          micro_batch=4, accumulation=1, progress=Progress(cpu_degradation=began))
+    setup.Run.open_loader(run)
+    assert asked["degrades_on_host"] == on_host
+    assert asked["threads"] == asked["spec"].threads == 3
