@@ -16,6 +16,8 @@ from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe, recipe_differences
 from pipeline.data.spec import num_threads
 from pipeline.training import setup
+from pipeline.training.meter import Reading
+from pipeline.training.reporting import Reporter
 
 
 def test_threads_are_a_number_or_auto() -> None:
@@ -70,3 +72,17 @@ def test_the_host_degrades_on_cpus_in_runs_that_began_so(device: str, began: str
     setup.Run.open_loader(run)
     assert asked["degrades_on_host"] == on_host
     assert asked["threads"] == asked["spec"].threads == 3
+
+
+def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
+    said: list[str] = []
+    reporter = object.__new__(Reporter)
+    reporter.__dict__.update(
+        _run=SimpleNamespace(trainer=SimpleNamespace(generator=SimpleNamespace(get_lr=lambda: [1e-4]), engines={})),
+        _progress=Progress(step=50), journal=SimpleNamespace(log=lambda *_: None), _names_ways_out=True,
+        _plan=SimpleNamespace(total_steps=99, ds_config={"train_batch_size": 4}, recipe=load_recipe("vapsr_x4")),
+        _console=SimpleNamespace(progress=lambda *_: None, say=said.append))
+    for wait in (0.02, 0.31, 0.5):
+        reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, 0, 0, 0), 1.0)
+    assert said == ["note: 31% of the time goes into waiting for data; raise data.threads (now auto), or convert encoded "
+                    "files to .npy (tools/convert_dataset.py), which need no decoding"]

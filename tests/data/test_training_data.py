@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import assert_one_line, command, photograph, run
+from pipeline.checkpoint.progress import read_progress
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe
 from pipeline.data.dataset import read_dataset
@@ -110,6 +111,7 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"7 training and 2 validation files in {first}, {second}" in done.stdout
     assert events(tmp_path / "run", "train")[-1]["epoch"] == round(2 * 4 / 14, 4)
+    assert read_progress(tmp_path / "run", 2).cpu_degradation == "host"
     for i in range(5):
         np.save(first / f"{i}_lr2.npy", photograph(90 + i, 36, 32))
     done = run(command(first, tmp_path / "pairs", "steps=2", "data.degradation=paired", procs=2))
