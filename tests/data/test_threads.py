@@ -84,5 +84,5 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
         _console=SimpleNamespace(progress=lambda *_: None, say=said.append))
     for wait in (0.02, 0.31, 0.5):
         reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, 0, 0, 0), 1.0)
-    assert said == ["note: 31% of the time goes into waiting for data; raise data.threads (now auto), or convert encoded "
-                    "files to .npy (tools/convert_dataset.py), which need no decoding"]
+    assert said == ["note: 31% of the time goes into waiting for data; raise data.threads (now auto), or convert "
+                    "encoded files to .npy (tools/convert_dataset.py), which need no decoding"]
