@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 UPDATES = 20
 BATCH, SIDE = 8, 16
-TOLERANCES = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
-"""How far the losses may be from autograd's, relative to how far they fell; FP16 and BF16 round weights and gradients.
-"""
+TOLERANCES = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.2}
+"""How far the losses may be from autograd's, relative to how far they fell. FP16 and BF16 round weights and gradients;
+and at ZeRO 0 DeepSpeed has Adam make a step of zeros when it is built, so that its first ones are up to a quarter
+shorter (0.09 here, on a CPU)."""
 MOST_OPERATIONS = 600
 """Of an update of VapSR x4 in FP16, forward, backward, loss and EMA included."""
 CASES = [("deepspeed", precision, stage) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2)]
