@@ -24,6 +24,7 @@ import psutil
 
 from pipeline.cli import UserError
 from pipeline.distributed.gpus import CPU, count_gpus
+from pipeline.libraries import allocator_variables
 
 STALE_LOCK_SECONDS = 600
 ENV_FILE = ".deepspeed_env"
@@ -53,7 +54,7 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
         environment["DS_ACCELERATOR"] = "cpu"
         environment[CPU] = "1"  # what the ranks go by: DeepSpeed's launcher refuses an empty list of GPUs, and fills it
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-        return environment
+        return environment | allocator_variables(environment)
     # Blocks of memory that grow: validation's images of all sizes, DALI's pool and the steps leave fewer gaps that way.
     if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -25,6 +25,7 @@ from pipeline.inference.backends import (
     window_pixels,
 )
 from pipeline.inference.devices import Device
+from pipeline.libraries import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED_AFTER = 64
@@ -110,6 +111,8 @@ class TorchBackend:
     def _in(self, precision: str) -> nn.Module:
         """The network in this precision on the device; made once."""
         if precision not in self._ready:
+            if self.device.type == "cpu":
+                keep_freed_memory()
             network = copy.deepcopy(self.network)
             self._ready[precision] = network.to(self.transfers.device, DTYPES[precision],
                                                 memory_format=torch.channels_last).eval()
