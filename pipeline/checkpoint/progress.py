@@ -22,6 +22,7 @@ class Progress:
     stale_validations: int = 0  # since the best
     validated_step: int | None = None  # the last validation
     layout: str = ""  # of the activations: channels_last or contiguous; it decides the rounding
+    kernel: str = ""  # of the depthwise convolutions: torch or native, which round differently; "" was torch
     cpu_degradation: str = "dali"  # what makes LR on a CPU: host, where it can, or dali, as in runs that do not say it
 
     def is_finished(self, total_steps: int, patience: int) -> bool:

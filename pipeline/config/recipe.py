@@ -31,8 +31,9 @@ FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_imag
                          "log_every", "keep", "previews", "histograms", "activation_checkpointing",
                          "data.threads", "data.prefetch",
                          "data.on_error", "data.max_bad_files", "lpips_weights", "losses.vgg_feature.weights",
-                         "losses.lpips.weights"})
+                         "losses.lpips.weights", "native_kernels"})
 """Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
+A continuation keeps the kernels that the run began with, whatever `native_kernels` says, unless it is switched off.
 
 A loss is a table here, as `recipe_differences` sees it.
 """
@@ -101,7 +102,9 @@ class Recipe(Spec):
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights and of sampling")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off")
     compile: Literal["auto", "on", "off", "reduce-overhead"] = Field(
-        "auto", description="torch.compile with Inductor; auto: if it can; reduce-overhead: also CUDA graphs")
+        "auto", description="torch.compile with Inductor; auto: on a GPU, if it can; reduce-overhead: also CUDA graphs")
+    native_kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="our own C++ kernels, on CPUs at FP32; auto: where measured faster")
     deterministic: Literal["off", "on"] = Field("off", description="on: the same bits in every run on the same GPU, "
                                                                    "slower; CPUs give them anyway")
     activation_checkpointing: Literal["off", "on"] = Field(
@@ -121,8 +124,8 @@ class Recipe(Spec):
     histograms: int = Field(0, ge=0, description="steps between histograms of each layer's weights and gradients; "
                                                  "0: none")
 
-    @field_validator("compile", "channels_last", "deterministic", "activation_checkpointing", "validation_lpips",
-                     mode="before")
+    @field_validator("compile", "native_kernels", "channels_last", "deterministic", "activation_checkpointing",
+                     "validation_lpips", mode="before")
     @classmethod
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

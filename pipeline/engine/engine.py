@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
         schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1000), total_steps // 2))
     why = ""
     if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
-        why = " (there is no GPU, and FP16 is for GPUs; for BF16 say ds.fp16.enabled=false ds.bf16.enabled=true)"
+        why = " (there is no GPU, and FP16 is for GPUs)"
     return resolved, precision_of(config, on_cpu=device.type == "cpu", runtime=runtime), why
 
 
@@ -240,50 +239,6 @@ def quiet() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# Which memory layout of the activations a network trains faster in, measured where it will run.
-#
-# The layout of the input decides: convolutions hand it on. Weights stay contiguous, as DeepSpeed wants to send them.
-
-
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-ROUNDS = 5
-MARGIN = 1.1  # contiguous must be this much faster: other processes on the machine shall not decide
-
-
-def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.device) -> str:
-    """ "channels_last" or "contiguous": whichever takes less time forward and backward on (batch, 3, patch, patch).
-
-    Measured without torch.compile (which keeps the layout it is given), in FP16 on a GPU, in FP32 on a CPU and there
-    with 2 images at most, so that it takes a second or two.
-    """
-    images = torch.rand(batch if device.type == "cuda" else min(batch, 2), 3, patch, patch, device=device)
-    trial = copy.deepcopy(network).to(device)
-    if device.type == "cuda":
-        trial, images = trial.half(), images.half()
-    best = dict.fromkeys(LAYOUTS, float("inf"))
-    try:
-        for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine meets both
-            for name, layout in LAYOUTS.items():
-                best[name] = min(best[name], _step_seconds(trial, images.contiguous(memory_format=layout)))
-    except torch.OutOfMemoryError:  # uncompiled it takes more than the run itself will
-        torch.cuda.empty_cache()
-        return "channels_last"
-    return "contiguous" if best["contiguous"] * MARGIN < best["channels_last"] else "channels_last"
-
-
-def _step_seconds(network: nn.Module, inputs: torch.Tensor) -> float:
-    _wait(inputs.device)
-    began = time.perf_counter()
-    network(inputs).sum().backward()
-    _wait(inputs.device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # The gradient of an update, parameter by parameter: whole, in FP32, as it was before clipping and loss scaling.

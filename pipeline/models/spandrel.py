@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pipeline.cli import UserError, nearest
 from pipeline.images import unit_range
 from pipeline.libraries import import_torchvision
-from pipeline.models.common import COLOURS, BatchNorm2d, check_sizes, one_line
+from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes, one_line
+from pipeline.models.depthwise import DepthwiseConv2d, is_wrong_in_bf16
 
 # The architectures of spandrel that can be trained here: their classes, and what has to be known of each.
 
@@ -324,6 +325,10 @@ class SpandrelNetwork(nn.Module):
         for module in self.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNorm2d
+            elif type(module) is nn.LayerNorm:
+                module.__class__ = LayerNorm
+            elif type(module) is nn.Conv2d and is_wrong_in_bf16(module):
+                module.__class__ = DepthwiseConv2d
             elif (arch, type(module).__name__) in SWAPPED:
                 module.__class__ = SWAPPED[arch, type(module).__name__](type(module))
         if "scale" not in vars(self):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, check_sizes
+from pipeline.models.common import COLOURS, LayerNorm, check_sizes
+from pipeline.models.depthwise import same_size
 
 SCALES = (2, 3, 4)
 RESIDUALS = ("none", "bicubic")
@@ -153,8 +154,8 @@ class PixelAttention(nn.Module):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.pointwise = nn.Conv2d(num_features, num_features, 1)
-        self.depthwise = nn.Conv2d(num_features, num_features, 5, padding=2, groups=num_features)
-        self.depthwise_dilated = nn.Conv2d(num_features, num_features, 5, padding=6, dilation=3, groups=num_features)
+        self.depthwise = same_size(num_features, 5)
+        self.depthwise_dilated = same_size(num_features, 5, dilation=3)
 
     def forward(self, features: Tensor) -> Tensor:
         """NCHW in, the same shape out: the features times their attention."""
@@ -170,7 +171,7 @@ class AttentionBlock(nn.Module):
                                 padding=projection_kernel // 2)
         self.atten_branch = PixelAttention(num_attention_features)
         self.proj_2 = nn.Conv2d(num_attention_features, num_features, 1)
-        self.pixel_norm = nn.LayerNorm(num_features)
+        self.pixel_norm = LayerNorm(num_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """NCHW in, the same shape out."""

@@ -28,20 +28,20 @@ from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import num_threads
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import (
-    LAYOUTS,
     be_deterministic,
     build_engine,
     build_optimizer,
     compile_module,
-    faster_layout,
     resolve_ds_config,
     why_not_compiled,
 )
+from pipeline.engine.layout import LAYOUTS, faster_layout
 from pipeline.engine.schedules import validate_schedule
 from pipeline.files import short_path
 from pipeline.losses import Criterion
-from pipeline.models import build_generator
+from pipeline.models import build_generator, native
 from pipeline.models.common import checkpoint_activations
+from pipeline.models.depthwise import faster_kernel, may_use_native, use_kernel
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.models.weights import SavedNetwork
@@ -135,13 +135,13 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
                                                   runtime=plan.runtime)
     be_deterministic(plan.recipe.deterministic == "on")
     saved = _find_run(plan, precision, ranks, say)
-    trainer, layout, compiled = build_networks(plan, ds_config, saved.step, ranks, say)
-    contents, progress = _restore(plan, saved, trainer, layout, ranks)
-    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks, LAYOUTS[layout]))
+    trainer, execution = build_networks(plan, ds_config, saved.step, ranks, say)
+    contents, progress = _restore(plan, saved, trainer, execution, ranks)
+    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks,
+                                                          LAYOUTS[execution.layout]))
     previews = ranks.on_all_ranks(lambda: read_previews(plan.recipe, plan.dataset) if ranks.is_first else [])
     batch = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
-    introduction = _introduction(plan, ranks, trainer.generator.module, f"{layout}, {compiled}", precision + why, batch,
-                                 saved.step)
+    introduction = _introduction(plan, ranks, trainer.generator.module, execution, precision + why, batch, saved.step)
     return Run(plan, ranks, trainer, contents, progress, validation, previews, *batch, introduction)
 
 
@@ -173,9 +173,19 @@ def _find_run(plan: Plan, precision: str, ranks: Ranks, say: Callable[[str], Non
     return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
 
 
-def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks,
-                    say: Callable[[str], None]) -> tuple[ReconstructionTrainer | AdversarialTrainer, str, str]:
-    """The trainer with its networks in their engines, the memory layout, and how they are compiled, for people.
+@dataclass(frozen=True)
+class _Execution:
+    """How the networks are computed. Layout and kernel decide the rounding: a continuation keeps them."""
+
+    layout: str
+    kernel: str
+    compiled: str  # for people
+    remark: str  # for people, on the kernel; may be empty
+
+
+def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks, say: Callable[[str], None],
+                   ) -> tuple[ReconstructionTrainer | AdversarialTrainer, _Execution]:
+    """The trainer with its networks in their engines, and how they are computed.
 
     `step`: of the checkpoint that will be restored into them; None for a run that begins.
     """
@@ -184,21 +194,28 @@ def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, rank
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if step is None and recipe.start is not None:
         _begin(generator, lambda: begin_with(generator, plan), ranks, say)
-    layout = _layout(plan, generator, ds_config["train_micro_batch_size_per_gpu"], step, ranks)
+    began = None if step is None else ranks.agree(
+        read_progress(plan.run_dir, step) if ranks.is_first else None)
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    is_fp32 = not any(ds_config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
+    kernel, remark = _kernel(plan, generator, micro_batch, began, ranks) if is_fp32 else ("torch", "")
+    use_kernel(generator, kernel)
+    layout = _layout(plan, generator, micro_batch, began, ranks)
     # The average copies the weights before the engine takes them: it may cast them to half precision.
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
+    use_kernel(ema.network, "torch")  # a validation is what evaluate.py will measure, to the bit
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
     if recipe.activation_checkpointing == "on" and not checkpoint_activations(engine.module):
         raise UserError(f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without batch norm, "
                         "whose activations could be computed twice; leave it out")
-    compiled = _compile(engine.module, recipe, ranks, channels_last=layout == "channels_last")
-    trainer = _trainer(plan, engine, ema, ranks, layout, say if step is None else None)
+    compiled = _compile(engine.module, recipe, ranks, began, channels_last=layout == "channels_last")
+    trainer = _trainer(plan, engine, ema, ranks, layout, began, say if step is None else None)
     trainer.uses_cuda_graphs = _uses_cuda_graphs(recipe, ranks)
-    return trainer, layout, compiled
+    return trainer, _Execution(layout, kernel, compiled, remark)
 
 
-def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | AdversarialTrainer, layout: str,
+def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | AdversarialTrainer, execution: _Execution,
              ranks: Ranks) -> tuple[Contents, Progress]:
     """What checkpoints will hold, with the saved one's state in it, and how far the run has come."""
     recipe = plan.recipe
@@ -208,11 +225,11 @@ def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | Adve
     _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
     progress = (Progress(cpu_degradation="host") if saved.step is None
                 else checkpoint.load(plan.run_dir, saved.step, contents, ranks))
-    progress.layout = layout
+    progress.layout, progress.kernel = execution.layout, execution.kernel
     return contents, progress
 
 
-def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str,
+def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str, began: Progress | None,
              begin: Callable[[str], None] | None) -> ReconstructionTrainer | AdversarialTrainer:
     """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
     recipe, spec = plan.recipe, plan.recipe.adversarial
@@ -228,7 +245,7 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
     if begin and spec.start is not None:
         _begin(network, lambda: begin_discriminator(network, str(spec.start), plan), ranks, begin)
     discriminator = build_engine(network, ds_config, ranks, plan.runtime)
-    _compile(discriminator.module, recipe, ranks, channels_last=layout == "channels_last")
+    _compile(discriminator.module, recipe, ranks, began, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
 
 
@@ -272,9 +289,9 @@ def _seed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _layout(plan: Plan, generator: nn.Module, micro_batch: int, step: int | None, ranks: Ranks) -> str:
-    if step is not None:  # rounding depends on it, so a continuation keeps what the run began with
-        return ranks.agree(read_progress(plan.run_dir, step).layout if ranks.is_first else None)
+def _layout(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks) -> str:
+    if began is not None:
+        return began.layout
     if plan.recipe.channels_last != "auto":
         return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
     patch = plan.recipe.data.crop // plan.recipe.scale
@@ -286,10 +303,37 @@ def _uses_cuda_graphs(recipe: Recipe, ranks: Ranks) -> bool:
     return recipe.compile == "reduce-overhead" and ranks.device.type == "cuda"
 
 
-def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, *, channels_last: bool) -> str:
+def _kernel(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None,
+            ranks: Ranks) -> tuple[str, str]:
+    """Which of `depthwise.KERNELS` computes the depthwise convolutions of an FP32 run, and a line about it.
+
+    Runs of earlier versions began with PyTorch's, and did not say so.
+    """
+    asked, is_eager = plan.recipe.native_kernels, plan.recipe.compile in ("auto", "off")
+    if ranks.device.type != "cpu" or asked == "off" or not is_eager or not may_use_native(generator):
+        return "torch", ""
+    if began is not None and began.kernel != "native":
+        return "torch", ""
+    lacking = next((reason for reason in ranks.gather(native.why_not_native()) if reason), "")
+    if lacking and asked == "on":
+        raise UserError(f"native_kernels: on, but {lacking}; install it or say native_kernels=auto")
+    if lacking and began is not None:
+        return "torch", f"depthwise convolutions: PyTorch's from here on, rounded differently from our own: {lacking}"
+    if lacking:
+        return "torch", f"depthwise convolutions: PyTorch's, slower than our own: {lacking}"
+    if began is not None or asked == "on":
+        return "native", "depthwise convolutions: our own C++ kernel"
+    patch = plan.recipe.data.crop // plan.recipe.scale
+    return ranks.agree(faster_kernel(generator, micro_batch, patch) if ranks.is_first else None)
+
+
+def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, began: Progress | None, *, channels_last: bool) -> str:
     """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
     if recipe.compile == "off":
         return "not compiled (compile: off)"
+    # Runs of earlier versions, which name no kernel, were compiled on CPUs too, and go on like that.
+    if recipe.compile == "auto" and ranks.device.type == "cpu" and (began is None or began.kernel):
+        return "not compiled (compile: auto, on a CPU)"
     lacking = next((reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), "")
     if lacking and recipe.compile != "auto":
         raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or say compile=auto")
@@ -300,14 +344,15 @@ def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, *, channels_last: 
     return f"compiled with Inductor{' and CUDA graphs' if graphs else ''} (the first step takes longer)"
 
 
-def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precision: str, batch: tuple[int, int],
-                  resumed: int | None) -> list[str]:
+def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, execution: _Execution, precision: str,
+                  batch: tuple[int, int], resumed: int | None) -> list[str]:
     recipe = plan.recipe
     parameters = sum(parameter.numel() for parameter in module.parameters())
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
     lines = [
-        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {how}",
+        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {execution.layout}, "
+        f"{execution.compiled}",
         f"{ranks.world_size} x {where}, {precision}" + (f"; started by {ranks.launcher}" if ranks.launcher else "")
         + (f", network interface {ranks.interface}" if ranks.interface else ""),
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
@@ -315,4 +360,6 @@ def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, how: str, precisi
         f"validation files in {', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
         f"{short_path(plan.run_dir)}",
     ]
+    if execution.remark:
+        lines.append(execution.remark)
     return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]

@@ -12,7 +12,7 @@ from tools.make_demo_dataset import make_demo_dataset
 
 STEPS, KILLED_AT = 12, 6
 COMMON = (f"steps={STEPS}", f"save_every={KILLED_AT // 2}", "save_minutes=1000", "validate_every=1000", "log_every=1",
-          "validation_images=1", "previews=[]", "channels_last=on", "keep=10")
+          "validation_images=1", "previews=[]", "channels_last=on", "native_kernels=off", "keep=10")
 SMALL = ("generator.num_blocks=1", "generator.num_features=8", "generator.num_attention_features=8", "data.crop=32",
          "ds.train_batch_size=4")
 
