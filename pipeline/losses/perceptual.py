@@ -223,7 +223,8 @@ def trunk_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What a loss's trunk computes in: "auto" is float16 on a GPU and float32 elsewhere.
 
     In float32 VGG19 alone takes a GPU as long as the generator that it judges. Of the two types of 16 bits float16 is
-    the nearer: at a network's first results its gradient has a cosine of 0.98 to float32's, bfloat16's of 0.87 to 0.91.
+    the nearer: of VGG19 with random weights, five layers, bicubic x4 beside HR, its gradient has a cosine of 0.98 to
+    float32's and its value is right to 0.1 %; bfloat16's has 0.87 to 0.91, and near HR its value is 7 % too large.
     """
     if precision == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,233 @@
+"""Training beside the ways that others train: same network, crops, batch and precision, in turns on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import psutil
+import tyro
+
+from benchmarks.loader import cut_photographs
+from benchmarks.loader_ways import Setting
+from benchmarks.peers_loops import BASICSR, LOOPS, NETWORKS
+from pipeline.cli import RunError, UserError, run
+from pipeline.distributed.launcher import free_port
+from pipeline.run_folder import LOG_FILE
+from tools.parallel import progress
+
+SIZE = 480  # HR pixels of the files, BasicSR's sub-images
+OURS, OURS_TWO = "ours", "ours, 2 ranks"
+PATIENCE = 600.0  # seconds that a participant may take for its first window, or for any
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train the same network by this project and by other loops, in turns, and print what each makes of the machine.
+
+    The processes of a participant are stopped (SIGSTOP) while another runs. A window is a number of
+    steps; medians of all windows count. CPU seconds are those of all processes of the participant.
+
+    Example: python benchmarks/peers.py ~/Pictures/Kodak --network msrresnet --basicsr-python ~/basicsr/bin/python
+    """
+
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")]
+    """Folders of photographs of at least 480x480 pixels."""
+    network: str = "vapsr"
+    """vapsr, msrresnet, compact, or rrdbnet (with 6 blocks); x4."""
+    ways: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = "ours,plain,ancestor"
+    """Who takes part: ours, plain (a torch loop with a DataLoader), ancestor (DALI without overlap, on PNG, compiled by
+    the backend "eager", a wait for the device every step), basicsr; and on two ranks: ours2, ddp, lightning."""
+    batch: int = 8
+    """Of all ranks together."""
+    crop: int = 192
+    """HR pixels."""
+    steps: int = 4
+    """Of a window."""
+    rounds: int = 5
+    """Windows of each participant."""
+    threads: int = 2
+    """Of the data: DALI's, and processes of the DataLoader."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """For this project's run, as in training: compile=on."""
+    basicsr_python: Path | None = None
+    """The Python of an environment that has torch and the package basicsr, which takes part as it is."""
+
+
+@dataclass
+class Participant:
+    """A training under way in processes of its own, which are stopped but for its turns."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    file: Path  # to which it adds a line for each window
+    mark: str  # that such a line has in it
+    output: Path
+    walls: list[float]
+    cpus: list[float]
+
+    def windows(self) -> int:
+        """How many it has finished."""
+        with suppress(FileNotFoundError):
+            return sum(self.mark in line for line in self.file.read_text(errors="replace").splitlines())
+        return 0
+
+    def turn(self) -> tuple[float, float]:
+        """Let it run to the end of its next window; wall and CPU seconds of it."""
+        done, before = self.windows(), self._cpu()
+        for process in reversed(self._processes()):
+            process.resume()
+        began = time.perf_counter()
+        while self.windows() == done:
+            if self.process.poll() is not None or time.perf_counter() - began > PATIENCE:
+                words = self.output.read_text(errors="replace").strip().splitlines()[-3:]
+                raise RunError(f"{self.name} has ended, or hangs: {' | '.join(words)}")
+            time.sleep(0.005)
+        wall = time.perf_counter() - began
+        for process in self._processes():
+            process.suspend()
+        return wall, self._cpu() - before
+
+    def peak_mebibytes(self) -> float:
+        """The resident memory of all its processes now."""
+        return sum(process.memory_info().rss for process in self._processes()) / 2**20
+
+    def end(self) -> None:
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def _processes(self) -> list[psutil.Process]:
+        """All of them, parents first: a launcher puts its ranks into groups of their own."""
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def _cpu(self) -> float:
+        total = 0.0
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+
+def main(options: Options) -> int:
+    """Cut the photographs, start everybody, take turns, print the table."""
+    ways = _check(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nobody is left behind, stopped
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(Path(scratch) / "files", options.crop, 4, options.batch, options.threads)
+        setting.folder.mkdir()
+        count = cut_photographs(options.photos, setting, SIZE, 1000)
+        _write_lists(setting)
+        print(f"{options.network} x4, crops of {options.crop}, batch {options.batch}, {count} files of {SIZE}x{SIZE}; "
+              f"windows of {options.steps} steps, {options.rounds} a participant, in turns; "
+              f"{len(os.sched_getaffinity(0))} CPU cores")
+        participants: list[Participant] = []
+        try:
+            with progress(len(ways) * (options.rounds + 1), "window") as bar:
+                for way in ways:
+                    participants.append(_start(way, options, setting, Path(scratch)))
+                    participants[-1].turn()  # starts, compiles, warms up; and is not counted
+                    bar.update()
+                for number in range(options.rounds):
+                    for participant in participants if number % 2 == 0 else reversed(participants):
+                        wall, cpu = participant.turn()
+                        participant.walls.append(wall)
+                        participant.cpus.append(cpu)
+                        bar.update()
+            _print_table(participants, options)
+        finally:
+            for participant in participants:
+                participant.end()
+    return 0
+
+
+def _check(options: Options) -> list[str]:
+    known = {"ours": OURS, "ours2": OURS_TWO, "basicsr": BASICSR, **{name: name for name in LOOPS}}
+    ways = [way.strip() for way in options.ways.split(",")]
+    for way in ways:
+        if way not in known:
+            raise UserError(f"--ways: {way!r} is none of {', '.join(known)}")
+    if options.network not in NETWORKS:
+        raise UserError(f"--network {options.network!r} is none of {', '.join(NETWORKS)}")
+    sizes = options.batch, options.steps, options.rounds, options.threads
+    if min(sizes) < 1 or options.crop % 4 or options.crop > SIZE:
+        raise UserError(f"--batch, --steps, --rounds and --threads must be 1 or more, and --crop a multiple of 4 up to "
+                        f"{SIZE}")
+    if "basicsr" in ways and options.basicsr_python is None:
+        raise UserError("basicsr takes part with --basicsr-python, the Python of an environment that has it "
+                        "(python -m venv DIR; DIR/bin/pip install torch torchvision basicsr)")
+    if not options.photos:
+        raise UserError("no photographs: give folders of photographs of at least 480x480 pixels")
+    return [known[way] for way in ways]
+
+
+def _write_lists(setting: Setting) -> None:
+    """The files as a dataset of this project: all to train on, and one of them again to validate with."""
+    names = [f"npy/{file.name}" for file in setting.files("npy")]
+    (setting.folder / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names))
+    (setting.folder / "validation_file_list.txt").write_text(f"{names[0]}\n")
+
+
+def _start(way: str, options: Options, setting: Setting, scratch: Path) -> Participant:
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    mark, file = "window", folder / "windows"
+    if way in (OURS, OURS_TWO):
+        command, file, mark = _our_command(options, setting, folder, 2 if way == OURS_TWO else 1), \
+            folder / "run" / LOG_FILE, '"event": "train"'
+    else:
+        python = str(options.basicsr_python) if way == BASICSR else sys.executable
+        what = {"loop": way, "network": options.network, "files": str(setting.folder), "crop": options.crop,
+                "batch": options.batch, "steps": options.steps, "threads": options.threads, "out": str(file),
+                "folder": str(folder), "port": free_port()}
+        command = [python, str(ROOT / "benchmarks" / "peers_loops.py"), json.dumps(what)]
+    output = folder / "output.txt"
+    with open(output, "wb") as stream:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+                                   start_new_session=True)
+    return Participant(way, process, file, mark, output, [], [])
+
+
+def _our_command(options: Options, setting: Setting, folder: Path, procs: int) -> list[str]:
+    never = "1000000000"
+    network = json.dumps(NETWORKS[options.network])
+    return [sys.executable, str(ROOT / "train.py") if procs == 1 else str(ROOT / "launch" / "local.py"),
+            *([] if procs == 1 else ["--procs", str(procs)]), "--recipe", "vapsr_x4", "--dataset-dir",
+            str(setting.folder), "--output-dir", str(folder / "run"), f"generator={network}",
+            f"data.crop={options.crop}", f"data.threads={options.threads}", f"ds.train_batch_size={options.batch}",
+            f"steps={never}", f"log_every={options.steps}", f"validate_every={never}", f"save_every={never}",
+            "save_minutes=100000", "previews.count=0", "ds.fp16.enabled=false", *options.overrides]
+
+
+def _print_table(participants: list[Participant], options: Options) -> None:
+    images = options.batch * options.steps
+    rates = {p.name: [images / wall for wall in p.walls] for p in participants}
+    print(f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}{'CPU s an image':>16}{'MiB':>8}")
+    for participant in participants:
+        own, theirs = participant.walls, participants[0].walls
+        ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
+        rate = rates[participant.name]
+        print(f"{participant.name:16}{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
+              f"{statistics.median(participant.cpus) / images:16.3f}{participant.peak_mebibytes():8.0f}")
+    print(f"ratio: to {participants[0].name}, window by window within a round; above 1 is faster")
+
+
+if __name__ == "__main__":
+    run(Options, main)
