@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -273,7 +274,15 @@ def _cpu_seconds() -> float:
 def _in_child(work: Any, way: Way, *arguments: Any) -> Any:
     """`work(way, ...)` in a fresh process, so that nothing of another way is left in it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, way, *arguments).result()
+        return pool.submit(_collected, work, way, *arguments).result()
+
+
+def _collected(work: Any, *arguments: Any) -> Any:
+    """`work(...)`, with nothing left of it: a pipeline of DALI's whose threads live when Python ends may abort the
+    process ("terminate called without an active exception")."""
+    result = work(*arguments)
+    gc.collect()
+    return result
 
 
 def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:

@@ -124,8 +124,12 @@ def _runs(pipeline: Any) -> Iterator[Batch]:
 
 def ours(setting: Setting, form: str = "npy", prefetch: int = PREFETCH, **spec: Any) -> Iterator[Batch]:
     """This project's DALI pipeline, driven by the caller's thread."""
-    return _runs(training_pipeline(_our_source(setting, form, **spec), 0, device_id=setting.device_id,
-                                   threads=setting.threads, prefetch=prefetch))
+    source = _our_source(setting, form, **spec)
+    try:
+        yield from _runs(training_pipeline(source, 0, device_id=setting.device_id, threads=setting.threads,
+                                           prefetch=prefetch))
+    finally:
+        source.close()
 
 
 def ours_in_torch(setting: Setting) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ devices: with `device_id=None` it runs on the CPU, all but the symmetries of HR 
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -301,3 +302,7 @@ def _whole_image_graph(kind: type[DegradationSpec], spec: str, scale: int, size:
         return degradation.lr(nodes, nodes["region"], size, lambda node: node, as_float=False)
 
     return _WholeImageGraph(degradation, feed, without_leftovers(graph))
+
+
+# DALI's threads must have ended before Python does, or the process may be aborted.
+atexit.register(_whole_image_graph.cache_clear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from nvidia.dali.pipeline import Pipeline
 
 from benchmarks import loader
 from benchmarks.loader import Cost, Setting
@@ -78,6 +80,22 @@ def test_all_ways_deliver_the_same_shapes_and_the_cubic_of_their_hr(setting: Set
                                                                     tried: Batches) -> None:
     loader.check(batches, WAYS, setting)
     loader.check(tried, OPERATORS, setting)
+
+
+def test_nothing_of_dalis_is_left_when_a_way_has_ended(setting: Setting) -> None:
+    """Its threads would be alive when the child ends, which aborts it now and then."""
+    def pipelines() -> int:
+        return sum(type(kept) is Pipeline for kept in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = pipelines()
+        for name in ("this loader, PNG, from its cache", "this loader, npy, realesrgan", DALI_PNG):
+            loader.first_batch(WAYS[name], setting)
+            assert pipelines() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("spoil", ["shape", "levels", "bytes", "host"])
