@@ -175,13 +175,14 @@ def cubic_weights(length: int, size: int) -> list[tuple[int, int, Levels]]:
     d = np.abs(centres[:, None] - places)
     weights = np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
     places = places.clip(0, length - 1)
-    step, blocks = 8 if length < 2 * size else 4, []
-    for at in range(0, size, step):
-        some = places[at : at + step]
-        block = np.zeros((len(some), some.max() + 1 - some.min()), np.float32)
-        np.add.at(block, (np.arange(len(some))[:, None], some - some.min()), weights[at : at + step])
-        blocks.append((at, int(some.min()), block))
-    return blocks
+    step, rows = 8 if length < 2 * size else 4, np.arange(size)
+    starts = places[::step, 0]
+    reach = int((places[np.minimum(rows[::step] + step, size) - 1, 3] - starts).max()) + 1
+    starts = np.minimum(starts, length - reach)
+    blocks = np.zeros((len(starts), step, reach), np.float32)
+    for tap in range(4):  # those that are repeated at the border add up
+        blocks[rows // step, rows % step, places[:, tap] - starts[rows // step]] += weights[:, tap]
+    return [(i * step, int(start), blocks[i, : size - i * step]) for i, start in enumerate(starts)]
 
 
 # Noise.
