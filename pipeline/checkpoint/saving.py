@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,21 @@ class Saver:
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._preparing: threading.Thread | None = None
+
+    def prepare(self) -> None:
+        """Get the memory for copies in the background, once the optimizer has its states.
+
+        Without it the first save would wait for fresh pages, several times as long as for the copy.
+        """
+        snapshot = self._capture(Progress()).snapshot
+        self._preparing = threading.Thread(target=_reserve, args=(snapshot,), name="memory", daemon=True)
+        self._preparing.start()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def begin(self, progress: Progress) -> None:
         """Copy the run as it is now, and write that as the checkpoint of `progress.step` from now on.
@@ -87,6 +102,9 @@ class Saver:
         final = checkpoint_dir(self._run_dir, progress.step)
         if self._ranks.agree(self._ranks.is_first and _is_saved(final, progress)):
             return
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         moment = self._capture(progress)  # the engines' own collectives are in there
         _insist(moment.snapshot.copy, self._ranks, progress.step)
         self._thread = threading.Thread(target=self._write, args=(moment,), name="checkpoint", daemon=True)
@@ -100,7 +118,7 @@ class Saver:
 
     def poll(self) -> SaveError | None:
         """As `wait`, but only of a save that has ended since it was begun: nothing is waited for."""
-        if self._thread is None or self._thread.is_alive():
+        if self._thread is None or self.is_writing:
             return None
         self._thread, failure, self._failure = None, self._failure, None
         if failure is not None and not isinstance(failure, SaveError):
@@ -152,6 +170,11 @@ class Saver:
             raise
         if writers.is_first:
             prune(self._run_dir, self._keep, moment.progress.best_step)
+
+
+def _reserve(snapshot: Snapshot) -> None:
+    with suppress(OSError, RuntimeError):  # a save that finds no memory says so
+        snapshot.reserve()
 
 
 def _insist(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:

@@ -8,10 +8,12 @@ copied once and stays shared, so that torch.save writes the very file that it wo
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import pickle
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +63,11 @@ class Snapshot:
     """All tensors of the structures that are added, as they are when `copy` is called."""
 
     def __init__(self, memory: HostMemory) -> None:
-        self.copies: list[Tensor] = []  # of the tensors, in the order in which they were met
         self._memory = memory
         self._tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}  # id of a tensor -> its place in the list, which keeps it alive
+        self._room = torch.empty(0, dtype=torch.uint8)
+        self._places: list[_Place] = []  # where the copies of the tensors are
         self._copied: torch.cuda.Event | None = None
 
     def add(self, state: Any) -> Frozen:
@@ -78,32 +81,59 @@ class Snapshot:
 
     def number_of(self, tensor: Tensor) -> int:
         """The place of `tensor` among those of this snapshot, which it joins."""
-        if id(tensor) not in self._numbers:
-            self._numbers[id(tensor)] = len(self._tensors)
+        number = self._numbers.setdefault(id(tensor), len(self._tensors))
+        if number == len(self._tensors):
             self._tensors.append(tensor)
-        return self._numbers[id(tensor)]
+        return number
+
+    def reserve(self) -> None:
+        """Take the memory for a copy such as this one, and touch it, so that `copy` finds it there."""
+        _, size, is_pinned = self._sources()
+        if size:
+            ctypes.memset(self._memory.room(size, is_pinned=is_pinned).data_ptr(), 0, size)
 
     def copy(self) -> None:
         """Copy what the tensors hold. Of a GPU's it is asked for alone, behind the work that is in its stream.
 
         Raises `OSError` or `RuntimeError` where the host has not enough memory for it.
         """
-        places, size = self._places()
-        is_pinned = any(tensor.device.type == "cuda" for tensor in self._tensors)
-        room = self._memory.room(size, is_pinned=is_pinned) if size else None
-        storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
-        for key, (source, start) in places.items():
-            target = room[start:start + len(source)]
-            target.copy_(source, non_blocking=True)
-            # A storage of just these bytes: torch.save writes all of a storage, whatever a tensor shows of it.
-            storages[key] = torch.frombuffer(memoryview(target.numpy()), dtype=torch.uint8).untyped_storage()
+        sources, size, is_pinned = self._sources()
+        if size:
+            self._room = self._memory.room(size, is_pinned=is_pinned)
+        for tensor, start in sources:
+            storage = tensor.untyped_storage()
+            if tensor.get_device() < 0:
+                # Torch would share each copy among all threads, who would wait for each other longer than it takes.
+                ctypes.memmove(self._room.data_ptr() + start, storage.data_ptr(), storage.nbytes())
+            else:
+                content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                self._room[start:start + len(content)].copy_(content, non_blocking=True)
         if is_pinned:
             # Later work in the stream, such as the next update, finds the copies done; whoever reads waits for this.
             self._copied = torch.cuda.Event()
             self._copied.record()
-        self.copies = [_like(tensor, storages.get(_key(tensor.untyped_storage()), torch.UntypedStorage(0)))
-                       for tensor in self._tensors]
         self._tensors, self._numbers = [], {}
+
+    def _sources(self) -> tuple[list[tuple[Tensor, int]], int, bool]:
+        """(a tensor of each storage, and where its bytes go; how many bytes these are; whether any are on a GPU).
+
+        Thousands of tensors: what need not be done while training waits is left to `copies`.
+        """
+        starts: dict[tuple[int, int, int], int] = {}
+        sources: list[tuple[Tensor, int]] = []
+        size, has_gpus = 0, False
+        self._places = []
+        for tensor in self._tensors:
+            storage = tensor.untyped_storage()
+            length, device = storage.nbytes(), tensor.get_device()
+            start = starts.setdefault((device, storage.data_ptr(), length), size)
+            if start == size and length:
+                sources.append((tensor, start))
+                size += -(-length // ALIGNMENT) * ALIGNMENT
+                has_gpus |= device >= 0
+            self._places.append(_Place(start, length, tensor.dtype, tensor.storage_offset(), tensor.size(),
+                                       tensor.stride(), tensor.requires_grad, isinstance(tensor, nn.Parameter)))
+        return sources, size, has_gpus
 
     def wait(self) -> None:
         """Until the copies are there. Not for the training thread."""
@@ -111,30 +141,34 @@ class Snapshot:
             with torch.cuda.device(self._copied.device):  # a thread begins with the first GPU, which may be another's
                 self._copied.synchronize()
 
-    def _places(self) -> tuple[dict[tuple[torch.device, int, int], tuple[Tensor, int]], int]:
-        """(of each piece of memory its bytes as a tensor, and where they go; how many bytes that takes)."""
-        places: dict[tuple[torch.device, int, int], tuple[Tensor, int]] = {}
-        size = 0
-        for tensor in self._tensors:
-            storage = tensor.untyped_storage()
-            key = _key(storage)
-            if storage.nbytes() and key not in places:
-                places[key] = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), size
-                size += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
-        return places, size
+    @cached_property
+    def copies(self) -> list[Tensor]:
+        """The tensors on the CPU, in the order in which they were met."""
+        storages: dict[int, torch.UntypedStorage] = {}
+        for place in self._places:
+            if place.length and place.start not in storages:
+                # A storage of just these bytes: torch.save writes all of a storage, whatever a tensor shows of it.
+                content = self._room[place.start:place.start + place.length].numpy()
+                storages[place.start] = torch.frombuffer(memoryview(content), dtype=torch.uint8).untyped_storage()
+        return [place.tensor(storages[place.start] if place.length else torch.UntypedStorage(0))
+                for place in self._places]
 
 
-def _key(storage: torch.UntypedStorage) -> tuple[torch.device, int, int]:
-    return storage.device, storage.data_ptr(), storage.nbytes()
+class _Place(NamedTuple):
+    """Where the copy of a tensor is in the room, and how it lies there."""
 
+    start: int  # of its storage, in bytes
+    length: int
+    dtype: torch.dtype
+    offset: int  # in the storage, in elements
+    size: torch.Size
+    stride: tuple[int, ...]
+    requires_grad: bool
+    is_parameter: bool
 
-def _like(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
-    """`tensor` over another storage of the same content."""
-    copy = torch.empty(0, dtype=tensor.dtype)
-    copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(copy, tensor.requires_grad)
-    return copy.requires_grad_(tensor.requires_grad)
+    def tensor(self, storage: torch.UntypedStorage) -> Tensor:
+        copy = torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+        return nn.Parameter(copy, self.requires_grad) if self.is_parameter else copy.requires_grad_(self.requires_grad)
 
 
 class _Freezer(pickle.Pickler):

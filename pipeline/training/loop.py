@@ -60,7 +60,7 @@ class Training:
             return 0
         if self.reporter:
             self.reporter.begin()
-        began, agreed = time.perf_counter(), Request()
+        began, first, agreed = time.perf_counter(), progress.step + 1, Request()
         agreement = Agreement(self.ranks)
         meter = Meter(self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"])
         if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
@@ -84,6 +84,8 @@ class Training:
             self._watchdog.feed()
             self.signals.is_patient = True  # from now on there is something to save
             self._log_eta(progress.step)
+            if progress.step == first:
+                self._saver.prepare()
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
             agreed = agreement.exchange(self._request(loader))

@@ -86,9 +86,12 @@ def io_bytes(content: Any) -> bytes:
     return file.getvalue()
 
 
-def test_memory_is_kept_for_the_next_one() -> None:
+def test_memory_is_reserved_and_kept_for_the_next_one() -> None:
     memory = HostMemory()
-    places = []
+    reserving = Snapshot(memory)
+    reserving.add({"weights": torch.zeros(100_000)})
+    reserving.reserve()
+    places = [memory.room(400_000, is_pinned=False).data_ptr()]
     for number in range(3):
         snapshot, content = Snapshot(memory), {"weights": torch.full((100_000,), float(number))}
         frozen = snapshot.add(content)
