@@ -233,6 +233,8 @@ def contents_hash(folders: Iterable[Folder]) -> str:
             sides.append((root, [os.path.relpath(folder.lr_paths[name], root).replace(os.sep, "/") for name in names]))
         for root, side in sides:
             known = _recorded(root, side)
+            if not known:
+                continue
             pairs = known.items() if len(known) == len(side) else ((name, known.get(name)) for name in side)
             text = "".join([f"{name}\0{sha256}\n" for name, sha256 in pairs if sha256 is not None])
             digest.update(text.encode())
@@ -280,6 +282,7 @@ def _unusual(line: bytes) -> Any:
 
 def _parents(names: Sequence[str]) -> set[str]:
     """The folders that the names lie in."""
-    if any(name[-1] in "/." for name in names):  # where the last part may be another one
+    text = "\n".join([*names, ""])
+    if "/\n" in text or ".\n" in text:  # where a name's last part may be another one
         return {str(PurePosixPath(name).parent) for name in names}
     return {name.rpartition("/")[0] for name in names}

@@ -238,7 +238,7 @@ def lists_hash(*lists: Iterable[str]) -> str:
 def _list_bytes(names: Iterable[str]) -> bytes:
     """What a file list holds: the names sorted, one a line."""
     names = sorted(names)
-    text = "".join(f"{name}\n" for name in names)
+    text = "\n".join([*names, ""])
     # An empty name makes an empty line, one with a line break one line too many.
     if _may_leave(text) or "\r" in text or text.startswith("\n") or "\n\n" in text or text.count("\n") != len(names):
         for name in names:
