@@ -230,3 +230,30 @@ def test_a_host_that_comes_back_is_waited_for(ssh: Path, monkeypatch: pytest.Mon
 def test_each_host_is_asked_once_a_round(ssh: Path) -> None:
     wait_for_all({"node1": (0,), "node2": (0,)}, 0, print)
     assert ssh.read_text().splitlines() == ["node2: true"]
+
+
+@pytest.mark.parametrize(("arguments", "variables", "is_on_cpu"), [
+    (["--device", "cpu"], {}, True), ([], {"VASTSCALE_CPU": "1"}, True), ([], {"CUDA_VISIBLE_DEVICES": ""}, True),
+    ([], {"CUDA_VISIBLE_DEVICES": "GPU-1111"}, False)])
+def test_all_hosts_are_told_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset: Path,
+                                                capsys: pytest.CaptureFixture[str], arguments: list[str],
+                                                variables: dict[str, str], is_on_cpu: bool) -> None:
+    """As data, for the guards of all ranks; which GPUs a shell sees says nothing about other hosts, and is told."""
+    from launch import distributed
+
+    for name in ("VASTSCALE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "hosts").write_text(ONE)
+    jobs = []
+    monkeypatch.setattr(distributed, "_run", lambda job: (jobs.append(job), (0, None))[1])
+    monkeypatch.setattr(distributed, "has_ended", lambda *_: True)
+    monkeypatch.setattr(sys, "argv", ["distributed.py", *arguments])
+    options = distributed.Options(hostfile=tmp_path / "hosts", no_doctor=True, recipe="demo", dataset_dir=(dataset,),
+                                  output_dir=tmp_path / "run", overrides=SMALL,
+                                  device="cpu" if "--device" in arguments else "auto")
+    assert distributed.main(options) == 0
+    assert (jobs[0].variables.get("VASTSCALE_CPU") == "1") == is_on_cpu
+    assert jobs[0].arguments == tuple(arguments)
+    assert ("--include HOST:0,1 chooses GPUs" in capsys.readouterr().out) != is_on_cpu
