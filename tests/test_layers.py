@@ -40,7 +40,7 @@ ALLOWED = {
     "launch/requirements_missing": set(),
     "launch/cluster": {"launch/environment", "pipeline/data", "pipeline/distributed", "pipeline/training"},
     "launch/doctor": {"launch/cluster", "launch/requirements_missing", "pipeline/data", "pipeline/training"},
-    "launch/selfcheck": {"launch/cluster", "launch/doctor", "launch/requirements_missing", "pipeline/config",
+    "launch/selfcheck": {"launch/cluster", "launch/doctor", "launch/requirements_missing",
                          "pipeline/data", "pipeline/distributed", "pipeline/engine", "pipeline/inference",
                          "pipeline/losses", "pipeline/metrics", "pipeline/models", "tools"},
     "launch": {"launch/cluster", "launch/doctor", "launch/environment", "pipeline/config", "pipeline/distributed",

@@ -51,7 +51,7 @@ def run_section(section: Section, *, share: float, most: float, is_small: bool) 
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
         words = [sys.executable, "-m", "launch.selfcheck.child", section.name, str(lines), str(scratch), str(share),
-                 "small" if is_small else "full"]
+                 str(most), "small" if is_small else "full"]
         with open(log, "wb") as output:
             child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                      start_new_session=True)
@@ -97,9 +97,9 @@ def _why(status: int | None, most: float, log: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """The process itself."""
-    name, lines, scratch, share, size = arguments
+    name, lines, scratch, share, most, size = arguments
     with open(lines, "a", encoding="utf-8") as file:
-        report = Report(file, name, Path(scratch), float(share), is_small=size == "small")
+        report = Report(file, name, Path(scratch), float(share), float(most), is_small=size == "small")
         ended, why = PASS, ""
         try:
             importlib.import_module(f"launch.selfcheck.sections.{SECTIONS[name].name}").run(report)

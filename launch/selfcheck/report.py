@@ -52,12 +52,15 @@ class Report:
         file: each check is a line of it, written at once.
         scratch: a folder that is removed afterwards.
         seconds: how long the section shall take.
+        most: after how many seconds it is ended.
         is_small: small networks, images and numbers of steps, for CPUs and for the tests.
     """
 
-    def __init__(self, file: IO[str], section: str, scratch: Path, seconds: float, *, is_small: bool) -> None:
+    def __init__(self, file: IO[str], section: str, scratch: Path, seconds: float, most: float, *,
+                 is_small: bool) -> None:
         self.section, self.scratch, self.is_small = section, scratch, is_small
-        self._file, self._end = file, time.monotonic() + seconds
+        self._file, now = file, time.monotonic()
+        self._end, self._last = now + seconds, now + most
 
     @cached_property
     def device(self) -> torch.device:
@@ -76,6 +79,10 @@ class Report:
     def left(self) -> float:
         """Seconds until the section's time is over."""
         return self._end - time.monotonic()
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether so many seconds are left before the section is ended, whatever its share was."""
+        return self._last - time.monotonic() > 1.3 * seconds
 
     def number(self, name: str, value: float, unit: str, *, note: str = "", command: str = "") -> None:
         """A measured value."""

@@ -268,6 +268,13 @@ def _slices(names: Sequence[str] | None, gpus: Sequence[Gpu]) -> list[str]:
     return [name for name in names if name.startswith("MIG-")]
 
 
+def device_names(variables: Mapping[str, str] = os.environ) -> list[str]:
+    """The names of GPUs or MIG devices in `CUDA_VISIBLE_DEVICES`, or all MIG devices; empty: GPUs by their numbers."""
+    gpus = list_gpus()
+    names = visible_devices(variables, gpus)
+    return names or _slices(names, gpus)
+
+
 def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
     """Prepare the environment of a launcher that starts `processes` and knows GPUs by their indexes alone.
 

@@ -31,7 +31,8 @@ def why_no_triton(device: torch.device) -> str:
     try:
         from pipeline.engine.smallest_kernel import doubled
 
-        return "" if has_triton() and doubled(device) == 2.0 else "Triton does not know this GPU"
+        # In this order: Inductor's own question hides why the answer is no.
+        return "" if doubled(device) == 2.0 and has_triton() else "Triton does not know this GPU"
     except Exception as error:  # a compiler's, a linker's, a disk's: whatever it is, compiling does not work here
         return _explain(error)
 
@@ -43,15 +44,15 @@ def _explain(error: Exception) -> str:
         return "there is no C compiler (Debian: apt install gcc)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Python's headers are missing (Debian: apt install python3-dev)"
-    if "libcuda" in said:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the C compiler failed on Triton's own code: {_one_line(' '.join(map(str, error.cmd)))}"
+    if "libcuda" in said or "ldconfig" in said:
         return ("Triton does not find libcuda.so.1, which it looks for with `ldconfig -p`; run ldconfig as root, or "
                 "set TRITON_LIBCUDA_PATH to its folder")
     if "failed to map segment" in said:
         return "Triton's cache is on a disk mounted noexec; set TRITON_CACHE_DIR to a folder on another"
     if isinstance(error, PermissionError):
         return f"Triton's cache cannot be written ({error.filename}); set TRITON_CACHE_DIR to a folder that can"
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"the C compiler failed on Triton's own code: {_one_line(' '.join(map(str, error.cmd)))}"
     return f"Triton cannot compile a kernel: {type(error).__name__}: {_one_line(said)}"
 
 

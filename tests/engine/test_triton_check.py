@@ -43,9 +43,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("error", "said"), [
     (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig as root, or set TRITON_LIBCUDA_PATH"),
+    (FileNotFoundError(2, "No such file", "/sbin/ldconfig"), "Triton does not find libcuda.so.1"),
     (ImportError("/c/cuda_utils.so: failed to map segment from shared object"), "on a disk mounted noexec; set TRITON"),
     (PermissionError(13, "Permission denied", "/root/.triton"), "cannot be written (/root/.triton); set TRITON_CACHE"),
-    (subprocess.CalledProcessError(1, ["gcc", "/tmp/x/main.c"]), "the C compiler failed on Triton's own code: gcc"),
+    (subprocess.CalledProcessError(1, ["gcc", "main.c", "-l:libcuda.so.1"]), "the C compiler failed on Triton's own"),
     (RuntimeError("PTX was compiled\nwith an unsupported toolchain"), "RuntimeError: PTX was compiled"),
     (ValueError(), "Triton cannot compile a kernel: ValueError: ValueError")])
 def test_what_triton_raises_is_the_reason(triton: SimpleNamespace, error: Exception, said: str,

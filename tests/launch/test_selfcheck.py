@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_values_are_written_for_people(value: float | str | None, text: str) -> 
 def checks_of(folder: Path, action: Any) -> list[Check]:
     file = folder / "checks.jsonl"
     with open(file, "w") as opened:
-        action(Report(opened, "machine", folder, 100, is_small=True))
+        action(Report(opened, "machine", folder, 100, 200, is_small=True))
     return [Check(**json.loads(line)) for line in file.read_text().splitlines()]
 
 
@@ -208,3 +209,49 @@ def test_sections_are_left_out_where_the_time_is_over(monkeypatch: pytest.Monkey
     assert [(name, share, most) for name, share, most in given] == [
         ("machine", 5.0, 65.0), ("arithmetic", 12.5, 95.0), ("engine", 22.5, 40.0)]
     assert "the time is over" in capsys.readouterr().out
+
+
+PARTS = ("machine,arithmetic,engine", "speed", "loader,inference", "resume,training", "several")
+"""All sections, in parts that may run beside each other."""
+NEED_A_GPU = ("engine.fp16", "inference.half", "arithmetic.tf32", "machine.driver", "speed.vapsr_x4")
+
+
+def test_the_parts_are_the_whole() -> None:
+    assert sorted(",".join(PARTS).split(",")) == sorted(SECTIONS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_whole_check_on_this_machine(tmp_path: Path, part: str) -> None:
+    """At its smallest. What needs a GPU says so, every id of the documents is accounted for, and nothing fails."""
+    file = tmp_path / "selfcheck.json"
+    done = command("--only", part, "--small", "--minutes", "30", "--json", str(file), "--docs", timeout=1200)
+    content = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    sections = {section["name"]: section for section in content["sections"]}
+    assert sorted(sections) == sorted(part.split(","))
+    checks = {check["id"]: check for section in sections.values() for check in section["checks"]}
+    assert [check for check in checks.values() if check["ok"] is False] == [], done.stdout
+    assert {section["status"] for section in sections.values()} == {"PASS"}, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name, section in documented().items() if section in sections} <= set(checks)
+    for name in NEED_A_GPU:
+        if name.partition(".")[0] in sections:
+            assert checks[name]["note"].startswith("skipped: "), name
+    assert f"everything is in {file}" in done.stdout
+    if "resume" in sections:
+        assert checks["resume.default"]["value"] == "the same bits"
+    if "several" in sections:
+        assert checks["several.evaluate"]["ok"]
+    if "loader" in sections:
+        assert re.search(r"^README\.md: .*\d images/s <!-- selfcheck: loader\.npy -->", done.stdout, re.MULTILINE)
+
+
+def test_a_report_names_no_host_user_or_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.selfcheck.__main__ import environment_facts
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5c89852c-d268-c3f3,MIG-cba663e8-9bed")
+    told = environment_facts(is_small=True)
+    assert told["variables"]["CUDA_VISIBLE_DEVICES"] == "GPU-…,MIG-…"
+    assert told["packages"]["torch"]
+    text = json.dumps({key: value for key, value in told.items() if key != "system"})
+    for secret in (os.uname().nodename, str(Path.home()), str(ROOT)):
+        assert secret not in text

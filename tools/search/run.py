@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError, bar_options
 from pipeline.config.recipe import ROOT
+from pipeline.distributed.gpus import device_names
 from pipeline.files import short_path, write_atomically
 from pipeline.metrics import metric_of
 from pipeline.training.options import Plan, TrainOptions, make_plans
@@ -65,8 +66,8 @@ class Machine:
         """The environment of the trial in a slot: its own GPUs, or its share of the cores."""
         variables = dict(os.environ)
         if self.num_gpus:
-            seen = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.num_gpus)))
-            own = seen.split(",")[slot * self.procs:(slot + 1) * self.procs]
+            names = device_names(variables) or list(map(str, range(self.num_gpus)))
+            own = names[slot * self.procs:(slot + 1) * self.procs]
             variables.update(CUDA_VISIBLE_DEVICES=",".join(own))
             variables.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         else:
