@@ -146,14 +146,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     step()
     wait(device)
     first_step = time.time() - psutil.Process().create_time()
+    for _ in range(WARM_UP):
+        step()
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     batch = next(loader)
     loops = {"ours": step} | _bare_loops(run, batch, case)
-    for loop in loops.values():
+    for loop in list(loops.values())[1:]:
         for _ in range(WARM_UP):
             loop()
     seconds = _in_turns(loops, case["seconds"], device)
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     parts, steps = _parts(run, step, device), len(seconds["ours"])
     work = _work(run, batch)
     loader.close()

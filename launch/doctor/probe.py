@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*.py", "launch/**/*.sh",
-           "pipeline/**/*.py", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
+           "pipeline/**/*.py", "pipeline/**/*.cpp", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
 """What a run depends on, whether git knows of it or not."""
 MOST_SOURCES = 5000
 LISTS = ("training_file_list.txt", "validation_file_list.txt")

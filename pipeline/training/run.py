@@ -61,7 +61,7 @@ def facts(plans: Sequence[Plan]) -> dict[str, str]:
         found |= {f"{stage}dataset {key}": str(value) for key, value in identity.pop("dataset").items()}
         found |= {f"{stage}{key} {name}": value for key, part in identity.items() for name, value in _flat(part)}
     return found | {f"file pipeline/{path.relative_to(SOURCES).as_posix()}": _digest(path)
-                    for path in sorted(SOURCES.rglob("*.py"))}
+                    for path in sorted([*SOURCES.rglob("*.py"), *SOURCES.rglob("*.cpp")])}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
