@@ -43,7 +43,9 @@ def batches(source: CropSource, index: int, *, device_id: int | None, threads: i
         pipeline = pipeline or training_pipeline(source, index, device_id=device_id, threads=threads, prefetch=prefetch,
                                                  decodes_on_gpu=on_gpu)
         try:
-            hr, lr = pipeline.run(stream) if stream is not None else pipeline.run()
+            # DALI before 2.0 hands over what is ready, to whatever stream.
+            is_async = stream is not None and getattr(pipeline, "exec_dynamic", False)
+            hr, lr = pipeline.run(stream) if is_async else pipeline.run()
         except StopIteration:
             if source.failure:
                 raise source.failure from None

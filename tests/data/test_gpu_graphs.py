@@ -137,7 +137,9 @@ ON_THE_HOST = {"ExternalSource", "Constant", "Stack", "Cast", "_ArithmeticGeneri
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_for_a_gpu_works_on_the_gpu(tmp_path: Path, kind: str, decodes_on_gpu: bool) -> None:
     crops = crops_of(tmp_path, kind)
-    made = operators(training_pipeline(crops, 0, device_id=0, threads=2, prefetch=2, decodes_on_gpu=decodes_on_gpu))
+    pipeline = training_pipeline(crops, 0, device_id=0, threads=2, prefetch=2, decodes_on_gpu=decodes_on_gpu)
+    assert pipeline.exec_dynamic  # so that outputs can be had on a stream, and live as long as they are held
+    made = operators(pipeline)
     decoders = [one for one in made if one.name.startswith("decoders__")]
     sides = 1 + crops.spec.degradation.reads_lr
     assert len(decoders) == (sides if crops.has_streams else 0)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,15 @@ def test_where_the_cpu_fails_as_well_the_error_is_told(tmp_path: Path, monkeypat
         with pytest.raises(RuntimeError, match=r"micro-batch 5, though each of its files decodes alone: out of memory"):
             next(batches(crops, 5, device_id=0, threads=1, prefetch=2))
         assert built == expected
+
+
+@pytest.mark.parametrize("exec_dynamic", [True, False])
+def test_outputs_come_on_the_stream_where_dali_can_do_that(tmp_path: Path, exec_dynamic: bool,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    stand_in = SimpleNamespace(exec_dynamic=exec_dynamic, run=lambda *stream: asked.append(stream) or ("hr", "lr"))
+    monkeypatch.setattr(reader, "training_pipeline", lambda *_, **__: stand_in)
+    crops = source(tmp_path, images(tmp_path, ".npy", 2))
+    assert next(batches(crops, 7, device_id=0, threads=1, prefetch=2, stream="loader")) == (7, "hr", "lr")
+    assert next(batches(crops, 7, device_id=0, threads=1, prefetch=2)) == (7, "hr", "lr")
+    assert asked == [("loader",) if exec_dynamic else (), ()]
