@@ -56,7 +56,7 @@ EDGE = 4  # LR pixels along the border that may differ: a crop's own LR knows no
 class Options:
     """Measure the loader of the training against others on your own photographs, cut into 512x512 files.
 
-    Batches of 32: HR crops of 256x256, the eight symmetries, LR half as large, uint8 NCHW (torch: float32). Before it
+    Batches: HR crops of 256x256, the eight symmetries, LR half as large, uint8 NCHW (torch: float32). Before it
     measures, it makes sure that all ways deliver this. CPU seconds are those of the process and of its children.
 
     Example: python benchmarks/loader.py ~/Pictures/Kodak ~/Pictures/SunHays80
@@ -72,6 +72,12 @@ class Options:
     """How long each is measured each time."""
     threads: int = 2
     """Threads of DALI and processes of the torch DataLoader."""
+    scale: int = SCALE
+    """How many times smaller LR is."""
+    batch: int = MICRO_BATCH
+    """Samples of a batch."""
+    only: tuple[str, ...] = ()
+    """Measure just the ways whose names hold one of these words, such as realesrgan; ratios are to the last one."""
     operators: bool = False
     """Instead: what was tried in the loader's own graph, one change at a time."""
     gpu: bool = False
@@ -101,8 +107,11 @@ def main(options: Options) -> int:
     """Cut, check, measure and print."""
     _check_options(options)
     ways = OPERATORS if options.operators else WAYS
+    ways = {name: way for name, way in ways.items() if not options.only or any(word in name for word in options.only)}
+    if not ways:
+        raise UserError(f"--only {' '.join(options.only)}: no way has that in its name; there are: {', '.join(WAYS)}")
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(Path(scratch), CROP, SCALE, MICRO_BATCH, options.threads)
+        setting = Setting(Path(scratch), CROP, options.scale, options.batch, options.threads)
         cut_photographs(options.photos, setting, SIZE, options.images)
         settings = {name: replace(setting, device_id=0 if options.gpu and name in OUR_WAYS else None) for name in ways}
         check({name: _in_child(first_batch, ways[name], settings[name]) for name in ways}, ways, setting)
@@ -113,8 +122,8 @@ def main(options: Options) -> int:
                     runs.append(_in_child(measure, ways[name], settings[name], options.seconds))
                     bar.update()
         _print_conditions(setting, options)
-    print_table(costs, OURS if options.operators else DALI_PNG)
-    if not options.operators:
+    print_table(costs, [*ways][-1] if options.only else OURS if options.operators else DALI_PNG)
+    if not options.operators and not options.only:
         print_ratios(costs)
     return 0
 
@@ -123,15 +132,17 @@ def _print_conditions(setting: Setting, options: Options) -> None:
     megabytes = {form: sum(file.stat().st_size for file in setting.files(form)) / 1e6 for form in ("npy", "png")}
     print(f"{len(setting.files('npy'))} files of {SIZE}x{SIZE} in the page cache: npy {megabytes['npy']:.0f} MB, "
           f"PNG (OpenCV's default) {megabytes['png']:.0f} MB")
-    print(f"crops of {CROP}, x{SCALE}, micro-batch {MICRO_BATCH}, {options.threads} threads; medians of "
+    print(f"crops of {CROP}, x{setting.scale}, batches of {setting.micro_batch}, {options.threads} threads; medians of "
           f"{options.rounds} rounds of {options.seconds:g} s")
     if options.gpu:
         print("this loader on the GPU, but for its host work; all others on the CPU; CPU seconds are the host's")
 
 
 def _check_options(options: Options) -> None:
-    if min(options.images, options.rounds, options.threads) < 1 or not 0 < options.seconds < math.inf:
-        raise UserError("--images, --rounds and --threads must be at least 1 and --seconds above 0")
+    if min(options.images, options.rounds, options.threads, options.batch) < 1 or not 0 < options.seconds < math.inf:
+        raise UserError("--images, --rounds, --threads and --batch must be at least 1 and --seconds above 0")
+    if not 2 <= options.scale <= 8 or CROP % options.scale:
+        raise UserError(f"--scale {options.scale}: must be 2, 4 or 8, for crops of {CROP}")
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 512x512 pixels")
     if options.gpu and options.operators:
@@ -227,9 +238,9 @@ def check(batches: Mapping[str, list[np.ndarray]], ways: Mapping[str, Way], sett
             off = _levels_off(*batch, setting.scale)
             if off > 1:
                 raise RunError(f"{name}: LR is {off:.2f} levels off the cubic of HR")
-    first = batches[OURS]
+    first = batches.get(OURS)
     for name in (OURS_TORCH, OURS_PNG, WRITTEN_HERE):
-        if name in batches and not all(map(np.array_equal, batches[name], first)):
+        if first and name in batches and not all(map(np.array_equal, batches[name], first)):
             raise RunError(f"{name}: not the bytes of {OURS}")
 
 

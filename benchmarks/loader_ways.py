@@ -350,7 +350,8 @@ OUR_WAYS = {
     "this loader, npy, noise on LR": Way(partial(ours, lr_noise={"probability": 1.0}), is_cubic=False),
     "this loader, npy, gaussian": Way(partial(ours, degradation="gaussian"), is_cubic=False),
     "this loader, npy, realesrgan": Way(partial(ours, degradation="realesrgan"), is_cubic=False),
-    "... by DALI alone": Way(partial(ours, degradation="realesrgan", on_host=False), is_cubic=False),
+    "this loader, npy, realesrgan by DALI alone": Way(partial(ours, degradation="realesrgan", on_host=False),
+                                                      is_cubic=False),
 }
 """They follow `Setting.device_id`; all others stay on the CPU."""
 

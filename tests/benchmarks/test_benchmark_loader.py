@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -198,3 +199,11 @@ def test_too_small_photographs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="48x48"):
         loader.cut_photographs([tmp_path], Setting(tmp_path / "out", CROP, 2, 4, 1), SIZE, 10)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"scale": 3}, "--scale 3: must be 2, 4 or 8"), ({"batch": 0}, "--batch must be at least 1"),
+    ({"only": ("nothing",)}, "--only nothing: no way has that in its name; there are: this loader, npy, ")])
+def test_wrong_options_are_refused(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        loader.main(loader.Options((tmp_path,), **wrong))
