@@ -192,6 +192,7 @@ def test_one_gpu_needs_no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # above what Linux gives out
 
     monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(local.gpus, "list_gpus", list)  # whatever this machine has
     assert local._launch(processes, on_gpu=True, arguments=["--reset"]) == 0
     assert ("deepspeed.launcher.runner" in started["command"]) == by_launcher
     assert ("--num_gpus" in started["command"]) == (by_launcher and visible is None)

@@ -30,6 +30,7 @@ from conftest import ROOT, SMALL, environment
 from pipeline.cli import UserError
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import parse_overrides, recipe_of
+from pipeline.distributed import gpus
 from pipeline.training.options import TrainOptions, make_plans, overrides_last
 from tools.search import trial as trial_module
 from tools.search.report import importances, short_names, trial_table
@@ -472,6 +473,7 @@ def test_a_journal_cut_in_a_line_and_a_lock_left_behind_do_no_harm(tmp_path: Pat
 
 def test_trials_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "list_gpus", list)  # whatever this machine has
     machine = Machine(jobs=3, procs=2, num_gpus=6)
     assert [machine.variables(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0,1", "2,3", "4,5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5")
