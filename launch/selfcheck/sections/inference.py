@@ -79,10 +79,10 @@ def picture(height: int, width: int) -> np.ndarray:
     return np.clip(smooth + random.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
 
 
-def _upscaler(report: Report, network: Any, precision: str = "auto", tile: int = 0) -> Any:
+def _upscaler(report: Report, network: Any, precision: str = "auto", tile: int = 0, *, compiles: bool = False) -> Any:
     from pipeline.inference import TorchBackend, Upscaler
 
-    return Upscaler(TorchBackend(network, report.device, precision), tile)
+    return Upscaler(TorchBackend(network, report.device, precision, compiles=compiles), tile)
 
 
 def _upscale(upscaler: Any, image: np.ndarray) -> np.ndarray:
@@ -111,16 +111,22 @@ def _half(report: Report, network: Any) -> None:
 
 def _rates(report: Report, network: Any) -> None:
     """Megapixels of the result a second, from an array to an array on the host."""
+    from pipeline.inference.torch_backend import COMPILED_AFTER
+
     sizes = SMALL_PICTURES if report.is_small else PICTURES
     best = 0.0
-    for precision in ("fp16", "fp32") if report.is_on_gpu else ("fp32",):
+    for way in ("fp16", "fp32", "bf16", "fp16_compiled") if report.is_on_gpu else ("fp32",):
+        precision, compiled = way[:4], way.endswith("compiled")
         for name, (height, width) in sizes.items():
-            if report.left < 5 and best:
-                report.skip(f"{precision}.{name}", "the time of this section is over")
+            if compiled and name != "720p":  # it would take 64 batches of that shape before it is compiled
                 continue
-            with report.guarded(f"{precision}.{name}"):
-                rate = _rate(_upscaler(report, network, precision), picture(height, width))
-                report.number(f"{precision}.{name}", rate, "MPix/s", note="of the result, copies to and fro included",
+            if report.left < 5 and best:
+                report.skip(f"{way}.{name}", "the time of this section is over")
+                continue
+            with report.guarded(f"{way}.{name}"):
+                upscaler = _upscaler(report, network, precision, compiles=compiled)
+                rate = _rate(upscaler, picture(height, width), warm_ups=COMPILED_AFTER + 2 if compiled else 1)
+                report.number(f"{way}.{name}", rate, "MPix/s", note="of the result, copies to and fro included",
                               command="python benchmarks/inference.py --model VapSR_X4.pth")
                 best = max(best, rate if precision == "fp16" and name == "720p" else 0.0)
     if best:
@@ -129,8 +135,9 @@ def _rates(report: Report, network: Any) -> None:
         report.skip("fp16", "FP16 is for GPUs" if not report.is_on_gpu else "not measured")
 
 
-def _rate(upscaler: Any, image: np.ndarray) -> float:
-    _upscale(upscaler, image)
+def _rate(upscaler: Any, image: np.ndarray, warm_ups: int) -> float:
+    for _ in range(warm_ups):
+        _upscale(upscaler, image)
     count, began = 0, time.perf_counter()
     while not count or time.perf_counter() - began < 1.0:
         result = _upscale(upscaler, image)

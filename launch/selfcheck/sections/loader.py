@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.selfcheck.report import Report, SkippedError
+from launch.selfcheck.report import Report, SkippedError, seconds_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,8 @@ def run(report: Report) -> None:
             report.fact(f"batches.{name}", same, note="the same eight samples in batches of 4 and of 8, byte for byte")
     with report.guarded("aliasing"):
         _aliasing(report, files)
+    with report.guarded("overlap"):
+        _overlap(report, files)
     _speeds(report)
 
 
@@ -149,6 +151,41 @@ def _aliasing(report: Report, files: dict[str, list[str]]) -> None:
     finally:
         loader.close()
     report.fact("aliasing", before == after, note=f"batches keep their bytes while {AHEAD} more are made")
+
+
+def _overlap(report: Report, files: dict[str, list[str]]) -> None:
+    """How much longer a step takes while batches of the most work are made beside it on the same GPU."""
+    if not report.is_on_gpu:
+        report.skip("overlap", "no GPU: the cores do both")
+        return
+    alone, beside = step_seconds(report.device, files, micro_batch=32, side=48)
+    report.number("overlap", beside / alone, "", note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN's batches "
+                                                      "made beside it, against the step alone")
+
+
+def step_seconds(device: torch.device, files: dict[str, list[str]], *, micro_batch: int,
+                 side: int) -> tuple[float, float]:
+    """Of forward and backward of RRDBNet: alone, and with a batch taken from the loader for each."""
+    import torch
+
+    from pipeline.models import build_generator
+
+    network = build_generator("rrdbnet", SCALE, num_blocks=2).to(device)
+    images = torch.rand(micro_batch, 3, side, side, device=device)
+
+    def step() -> None:
+        network(images).mean().backward()
+
+    alone = seconds_of(step, device)
+    loader = _loader(device, files, "realesrgan", micro_batch)
+    try:
+        def both() -> None:
+            next(loader)
+            step()
+
+        return alone, seconds_of(both, device, least=0.6)
+    finally:
+        loader.close()
 
 
 def _speeds(report: Report) -> None:
