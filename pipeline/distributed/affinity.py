@@ -2,9 +2,9 @@
 
 Left alone, the system moves the threads of eight ranks over both sockets, and a batch is decoded in the memory of one
 and sent to a GPU at the other. A rank that is bound keeps to its GPU's node, with as many cores there as each other
-rank of that node. Threads that start later inherit it. Nothing is done on machines of one node, for a process that
-somebody (Slurm, taskset, a container) has bound to one node already, where the GPU's node is not known, or with
-`VASTSCALE_BIND=0`.
+rank of that node. Threads that start later inherit it. Nothing is done on machines of one node, for a rank that is
+alone on its host and may need all cores to decode, for a process that somebody (Slurm, taskset, a container) has bound
+to one node already, where the GPU's node is not known, or with `VASTSCALE_BIND=0`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def bind_to_cores(place: Place, gpu: int, num_gpus: int) -> list[int]:
 
     `gpu`: torch's number of this rank's, of the `num_gpus` that it sees; the ranks of a host have them in their order.
     """
-    if os.environ.get(OPT_OUT) == "0":
+    size = place.local_size or 1  # where it is not known, nobody can say what a share is
+    if os.environ.get(OPT_OUT) == "0" or size == 1:
         return []
     nodes, allowed = node_cores(), os.sched_getaffinity(0)
     if sum(bool(allowed & cores) for cores in nodes.values()) < 2:
         return []
     # A rank that sees its own GPU alone cannot tell at which nodes the others' are, and leaves room for all of them.
-    size = place.local_size or place.local_rank + 1
     homes = [_home_of(index) for index in range(size)] if num_gpus >= size else [_home_of(gpu)] * size
     cores = own_share(place.local_rank, homes, {node: cores & allowed for node, cores in nodes.items()}, siblings())
     with suppress(OSError):  # a sandbox may forbid it; a rank without it is only slower

@@ -83,4 +83,7 @@ def test_nobody_is_bound_against_his_will(two_sockets: list[set[int]], monkeypat
     monkeypatch.delenv(affinity.OPT_OUT)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 3})  # by Slurm, or taskset
     assert bind_to_cores(place, 0, 2) == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
+    for alone in (Place(0, 1, 0, ""), Place(0, 2, 0, "torchrun", local_size=1), Place(0, 2, 0, "RANK and WORLD_SIZE")):
+        assert bind_to_cores(alone, 0, 2) == []
     assert two_sockets == []
