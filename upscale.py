@@ -29,7 +29,7 @@ class Options:
     format: Literal["png", "jpg", "webp", "tif"] = "png"
     """Of the pictures in a folder of results."""
     png_level: Annotated[int | None, arg(help_behavior_hint="(default: fast)")] = None
-    """How hard PNG files are compressed, 0 to 12; the default, 2, takes a third of the time of 6."""
+    """How hard PNG files are compressed, 0 to 12; the default, 2, takes a third of the time that 6 takes."""
     force: bool = False
     """Overwrite what is there."""
     skip_existing: bool = False

@@ -1,4 +1,7 @@
-"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run, measured in turns."""
+"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run, measured in turns.
+
+Calls of one process on one image; with `--folder` whole commands on a folder of pictures, `upscale.py` among them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
+from benchmarks.inference_folder import COMMANDS, FolderRow, folder_table, measure_folder, measure_png
 from pipeline.cli import UserError, run
 from tools.parallel import progress
 
@@ -44,6 +48,8 @@ class Options:
     PSNR is that of the result against PyTorch's in FP32, on a photograph, so that what is fast by being wrong shows.
 
     Example: python benchmarks/inference.py --model VapSR_X4.pth --threads 2
+
+    python benchmarks/inference.py --model VapSR_X4.pth --threads 2 --rounds 3 --folder LR
     """
 
     model: Path | None = None
@@ -61,6 +67,12 @@ class Options:
     """Network files (.onnx for ONNX Runtime, .xml for OpenVINO) of the same network, float NCHW."""
     device: str = "auto"
     """cpu, cuda, cuda:1...; auto is the GPU where there is one."""
+    folder: Path | None = None
+    """PNG pictures: run whole commands on it, on the CPU, and measure time, CPU seconds and memory of their processes.
+    Ways are then bare-onnx (a bare ONNX Runtime loop), plain-torch (a PyTorch script), tile-loop (PyTorch in tiles as
+    chaiNNer has them), and the back-ends of upscale.py: auto, torch, onnx, openvino. Ratios are to the first."""
+    png: Path | None = None
+    """PNG pictures: only measure what they take as PNG files, by libpng, by OpenCV and by every --png-level."""
     json: Path | None = None
     """File for the numbers."""
 
@@ -85,6 +97,11 @@ class Row:
 def main(options: Options) -> int:
     """Build, check, measure and print."""
     height, width = _check_options(options)
+    if options.png is not None:
+        print(measure_png(options.png, options.rounds))
+        return 0
+    if options.folder is not None:
+        return _measure_folder(options, options.folder)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # what our runtimes go by
     import torch
 
@@ -110,9 +127,7 @@ def main(options: Options) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.threads} threads"
     title = f"{saved.name} x{saved.scale}, LR {width}x{height}, {where}; medians of {options.rounds} rounds"
     print(_table(title, rows))
-    if options.json:
-        options.json.write_text(json.dumps({"title": title, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
-                                encoding="utf-8")
+    _write_json(options, title, rows)
     return 0
 
 
@@ -123,13 +138,40 @@ def _check_options(options: Options) -> tuple[int, int]:
     sides = options.size.split("x")
     if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= LARGEST_SIDE for side in sides):
         raise UserError(f"--size {options.size} is no HxW, such as 180x320, of sides from 1 to {LARGEST_SIDE}")
+    known = COMMANDS if options.folder is not None else WAYS
     for way in options.ways:
-        if way not in WAYS:
-            raise UserError(f"no way {way!r}; choose from {', '.join(WAYS)}")
+        if way not in known:
+            raise UserError(f"no way {way!r}; choose from {', '.join(known)}")
     for file in options.files:
         if file.suffix not in (".onnx", ".xml") or not file.is_file():
             raise UserError(f"{str(file)!r} of --files is no .onnx or .xml file that is there")
     return int(sides[0]), int(sides[1])
+
+
+def _measure_folder(options: Options, folder: Path) -> int:
+    """Whole commands, as `--folder` says."""
+    from pipeline.evaluation.models import choose_model
+    from pipeline.export.onnx_file import Form, convert, quiet
+    from pipeline.models.weights import write_network
+
+    saved = choose_model(options.model).saved if options.model else _published_vapsr()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, onnx_file = Path(scratch, "network.safetensors"), Path(scratch, "network.onnx")
+        write_network(model, saved)
+        with quiet():
+            onnx_file.write_bytes(convert(saved, saved.build(), Form()))
+        rows = measure_folder(folder, model, onnx_file, options.ways or COMMANDS, options.rounds, options.threads)
+    title = (f"{saved.name} x{saved.scale}, {len(list(folder.glob('*.png')))} pictures of {folder}, whole processes, "
+             f"CPU, {options.threads} threads; medians of {options.rounds} rounds")
+    print(folder_table(title, rows))
+    _write_json(options, title, rows)
+    return 0
+
+
+def _write_json(options: Options, title: str, rows: Sequence[Row | FolderRow]) -> None:
+    if options.json:
+        options.json.write_text(json.dumps({"title": title, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
+                                encoding="utf-8")
 
 
 def _published_vapsr() -> SavedNetwork:

@@ -52,19 +52,25 @@ def run(options: Callable[..., Options], main: Callable[[Options], int | None],
     own status; with `ends_with_reader`, for commands whose output is all they do, it ends with status 0.
     """
     with _stdout_outliving_its_reader(ends_with_reader):
-        try:
-            status = main(_parse(options, arguments)) or 0
-            sys.stdout.flush()
-        except UserError as error:
-            _tell(f"error: {error}")
-            status = 2
-        except RunError as failure:
-            _tell(f"error: {failure}")
-            status = 1
-        except KeyboardInterrupt:
-            _tell("stopped")
-            status = 130
+        status = exit_status(lambda: main(_parse(options, arguments)))
     sys.exit(status)
+
+
+def exit_status(action: Callable[[], int | None]) -> int:
+    """Call `action` and flush stdout; the exit status, after one line on stderr for the errors that `run` names."""
+    try:
+        status = action() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        _tell(f"error: {error}")
+        status = 2
+    except RunError as failure:
+        _tell(f"error: {failure}")
+        status = 1
+    except KeyboardInterrupt:
+        _tell("stopped")
+        status = 130
+    return status
 
 
 class _Stdout(io.FileIO):

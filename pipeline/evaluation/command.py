@@ -12,13 +12,23 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from pipeline.cli import UserError
+from pipeline.distributed.gpus import count_gpus
 from pipeline.distributed.launcher import Place, find_place
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
 from pipeline.evaluation.models import Model, choose_models
 from pipeline.evaluation.page import Gallery, write_page
-from pipeline.evaluation.processes import TaskQueue, joined, num_processes, run_processes
+from pipeline.evaluation.processes import (
+    TaskQueue,
+    fork_processes,
+    joined,
+    num_processes,
+    run_processes,
+    worth_starting,
+)
 from pipeline.evaluation.scoring import upscaler_of
 from pipeline.evaluation.spread import Work, check_same_files, measure_sets
 from pipeline.evaluation.tables import (
@@ -68,6 +78,14 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and on what."""
+
+    models: list[Model]
+    sets: list[ImageSet]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one process knows before it begins."""
 
@@ -84,15 +102,34 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
     """
     place = find_place()
     if place.world_size > 1:
-        with joined(place) as queue:
-            return _evaluate(options, queue, place)
+        return _evaluate_among_others(options, None)
     count = num_processes(options.procs, options.device) if command else 1
-    return run_processes(count, command) if count > 1 else _evaluate(options, TaskQueue(Ranks()), place)
+    if count > 1 and options.device != "cpu" and count_gpus():
+        return run_processes(count, command)
+    subject = None
+    if count > 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a fork has no threads but one, and would wait for the others for ever
+        subject = choose_subject(options)
+        num_images = sum(len(data.pairs) for data in subject.sets)
+        if (fewer := worth_starting(count, num_images)) < count:
+            print(f"note: {num_images} images are too few for {count} processes; {fewer} will do")
+        if fewer > 1:
+            return fork_processes(fewer, lambda: _evaluate_among_others(options, subject))
+        torch.set_num_threads(threads)
+    return _evaluate(options, subject, TaskQueue(Ranks()), place)
 
 
-def _evaluate(options: Options, queue: TaskQueue, place: Place) -> int:
+def _evaluate_among_others(options: Options, subject: Subject | None) -> int:
+    """As one process of several, which its environment describes."""
+    place = find_place()
+    with joined(place) as queue:
+        return _evaluate(options, subject, queue, place)
+
+
+def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place: Place) -> int:
     ranks = queue.ranks
-    evaluation = ranks.on_all_ranks(lambda: _prepare(options, place))
+    evaluation = ranks.on_all_ranks(lambda: _prepare(options, subject, place))
     work, outputs = evaluation.work, evaluation.outputs
     check_same_files(evaluation.models, work.sets, outputs.pictures, ranks)
     if ranks.is_first:
@@ -114,13 +151,19 @@ def _evaluate(options: Options, queue: TaskQueue, place: Place) -> int:
     return 0
 
 
-def _prepare(options: Options, place: Place) -> Evaluation:
-    """All that can be refused is refused here, before the work."""
-    if options.procs > 1 and options.procs != place.world_size and place.world_size > 1:
+def choose_subject(options: Options) -> Subject:
+    """The models and images that the options name; `UserError` where there is something wrong with them."""
+    models = choose_models(options.model, options.scale)
+    return Subject(models, choose_images(options, models[0].saved.scale))
+
+
+def _prepare(options: Options, subject: Subject | None, place: Place) -> Evaluation:
+    """All that can be refused is refused here, before the work. `subject` where the starting process has chosen it."""
+    if subject is None and options.procs > 1 and options.procs != place.world_size and place.world_size > 1:
         raise UserError(f"--procs {options.procs}, but {place.launcher} has started {place.world_size} processes; "
                         "leave --procs out")
-    models = choose_models(options.model, options.scale)
-    sets = choose_images(options, models[0].saved.scale)
+    subject = subject or choose_subject(options)
+    models, sets = subject.models, subject.sets
     device = device_at(place, options.device)
     upscalers = {model.title: upscaler_of(model.saved.build(), device, self_ensemble=options.self_ensemble)
                  for model in models}

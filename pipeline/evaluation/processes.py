@@ -1,7 +1,7 @@
 """The processes that evaluate together: started and watched by `evaluate.py --procs N`, or by a launcher.
 
-`run_processes` starts them and says why one has ended. `joined` makes one of them a rank among the others. They take
-images from one `TaskQueue`, and the first one has everything in the end.
+`run_processes` starts them for GPUs, `fork_processes` for CPUs, and both say why one has ended. `joined` makes one of
+them a rank among the others. They take images from one `TaskQueue`, and the first one has everything in the end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipeline.cli import RunError, UserError, bar_options
+from pipeline.cli import RunError, UserError, bar_options, exit_status
 from pipeline.distributed.gpus import count_gpus, take_slice
 from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent, free_port
 from pipeline.distributed.ranks import RankLostError, Ranks, reach_ranks
@@ -155,17 +156,87 @@ def num_processes(wanted: int, device: str) -> int:
     return wanted or num_gpus or 1
 
 
+IMAGES_PER_PROCESS = 2
+"""At least, or one process more takes longer to start than it saves."""
+
+
+def worth_starting(wanted: int, num_images: int) -> int:
+    """How many of `wanted` processes are worth their start on a CPU."""
+    return max(1, min(wanted, num_images // IMAGES_PER_PROCESS))
+
+
 def run_processes(count: int, command: Sequence[str]) -> int:
     """Run `command` in `count` processes that find each other, to the end. Returns the exit status.
 
     `RunError` where one of them was killed. All are ended before this returns or raises.
     """
+    # In sessions of their own, so that CTRL+C reaches this process alone.
+    return _watched(count, lambda variables: subprocess.Popen(command, env=variables, start_new_session=True))
+
+
+def fork_processes(count: int, work: Callable[[], int]) -> int:
+    """As `run_processes`, with `work` in forks of this process, which have imported and read what it has.
+
+    For CPUs: CUDA does not live through a fork, and neither do torch's threads, of which this process must not have
+    started any.
+    """
+    sys.stdout.flush()  # or every fork would print what waits there
+    sys.stderr.flush()
+    return _watched(count, lambda variables: _Fork(work, variables))
+
+
+class _Fork:
+    """A fork of this process that does `work`, with what `_watched` asks of a `subprocess.Popen`."""
+
+    def __init__(self, work: Callable[[], int], variables: dict[str, str]) -> None:
+        self._pid = os.fork()
+        self._status: int | None = None
+        if self._pid == 0:
+            os._exit(_work_in_fork(work, variables))
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; `None` while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def kill(self) -> None:
+        """End it, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def _work_in_fork(work: Callable[[], int], variables: dict[str, str]) -> int:
+    """Be what a process started with `variables` would be; the exit status, all output being flushed."""
+    status = 1
+    try:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(variables)
+        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+        status = exit_status(work)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:  # our own mistake: nothing above this frame may go on with the parent's work
+        traceback.print_exc()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    return status
+
+
+def _watched(count: int, start: Callable[[dict[str, str]], subprocess.Popen[bytes] | _Fork]) -> int:
+    """Start `count` processes, by their environments, and watch them to the end."""
     port = free_port()
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[bytes] | _Fork] = []
     try:
         for rank in range(count):
-            # In sessions of their own, so that CTRL+C reaches this process alone.
-            processes.append(subprocess.Popen(command, env=_environment(rank, count, port), start_new_session=True))
+            processes.append(start(_environment(rank, count, port)))
         return _outcome(processes)
     finally:
         for process in processes:
@@ -185,7 +256,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {**variables, **place.variables(), "LOCAL_WORLD_SIZE": str(count), WATCHED: str(os.getpid())}
 
 
-def _outcome(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _outcome(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
     """Wait until all have ended well, or one has not; what it said is on the screen already."""
     while True:
         statuses = [process.poll() for process in processes]
@@ -196,7 +267,7 @@ def _outcome(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
 
 
-def _cause(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _cause(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
     deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
     while time.monotonic() < deadline:
         for rank, process in enumerate(processes):

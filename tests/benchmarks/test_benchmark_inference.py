@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import inference
+from benchmarks import inference, inference_loops
 from benchmarks.inference import Options
-from fabricate import tiny_saved
+from fabricate import picture, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.export.onnx_file import Form, convert
 from pipeline.models.weights import write_network
@@ -80,3 +81,43 @@ def test_a_file_of_another_scale_is_refused(weights, tmp_path):
     with pytest.raises(UserError, match=r"x4.onnx makes \(1, 3, 96, 128\), where the model makes \(1, 3, 48, 64\)"):
         inference.main(Options(model=weights, size="24x32", ways=("eager",), files=(tmp_path / "x4.onnx",),
                                device="cpu"))
+
+
+def test_whole_commands_over_a_folder_make_the_same_pictures(weights, tmp_path, capsys):
+    write_images(tmp_path / "lr", {f"{index}.png": picture(20 + index, 31, index) for index in range(2)})
+    commands = ("tile-loop", "bare-onnx", "onnx")
+    assert inference.main(Options(model=weights, rounds=1, ways=commands, folder=tmp_path / "lr",
+                                  json=tmp_path / "out.json")) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert list(rows) == [*commands]
+    assert (rows["tile-loop"]["ratio"], rows["tile-loop"]["psnr"]) == (1.0, None)
+    for row in rows.values():
+        assert row["psnr"] is None or row["psnr"] > 60
+        assert 0 < row["cpu_seconds"] < 60
+        assert 20e6 < row["peak_bytes"] < 4e9
+    assert "2 pictures of " in capsys.readouterr().out
+
+
+def test_a_tile_loop_joins_its_pieces(monkeypatch):
+    monkeypatch.setattr(inference_loops, "LARGEST_TILE", 50)
+    monkeypatch.setattr(inference_loops, "by_torch", lambda model: lambda image: image.repeat(2, 0).repeat(2, 1))
+    image = picture(170, 90, 0).astype(np.float32) / 255
+    np.testing.assert_array_equal(inference_loops.by_tiles("")(image), image.repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize(("change", "line"), [({"ways": ("eager",)}, "no way 'eager'; choose from bare-onnx, "),
+                                              ({}, "no .png pictures in '.*' of --folder")])
+def test_a_folder_that_cannot_be_measured_is_refused(weights, tmp_path, change, line):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=line):
+        inference.main(Options(model=weights, folder=tmp_path / "empty", **change))
+
+
+def test_png_levels_are_measured_beside_libpng(tmp_path, capsys):
+    write_images(tmp_path, {"0.png": picture(64, 96)})
+    assert inference.main(Options(png=tmp_path, rounds=1)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[2:]] == [
+        "libpng, level 6", "OpenCV", *(f"--png-level {level}" for level in range(1, 13))]
+    assert float(lines[2].split()[-1]) == 1.0
+    assert all(float(line.split()[-2]) > 1 for line in lines[2:])

@@ -20,7 +20,7 @@ from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.distributed import gpus
 from pipeline.distributed.launcher import Place
-from pipeline.evaluation.processes import num_processes
+from pipeline.evaluation.processes import num_processes, worth_starting
 from pipeline.inference.devices import Device, device_at
 from pipeline.models.weights import write_network
 
@@ -217,3 +217,41 @@ def test_a_page_shows_the_same_images_as_of_one_process(work, alone):
     assert page.count('class="compare"') == 8  # two best and two worst of each set
     with Image.open(work / "alone" / "hr" / "3 é,\"x\".png") as sheet:
         assert np.asarray(sheet).std() > 20
+
+
+def test_few_images_are_not_split(work, tmp_path):
+    assert [worth_starting(*numbers) for numbers in ((2, 4), (2, 3), (3, 5), (8, 100), (2, 0))] == [2, 1, 2, 8, 1]
+    hr = write_images(tmp_path / "hr", {f"{index}.png": picture(40, 50, index) for index in range(3)})
+    done = evaluate([warm.python(), EVALUATE, "--procs", "2", "--hr", str(hr), "--model", "net1.pth", "--out",
+                     str(tmp_path / "out")], work)
+    assert (done.returncode, done.stderr) == (0, "")
+    note, model = done.stdout.splitlines()[:2]
+    assert note == "note: 3 images are too few for 2 processes; 1 will do"
+    assert model.endswith("on cpu; 3 images, LR made: bicubic")
+
+
+def test_forks_have_the_imports_and_their_own_environment():
+    """Seen in a process of its own, as this one has started threads."""
+    code = ("import os, sys\nfrom pipeline.cli import UserError\n"
+            "from pipeline.evaluation.processes import fork_processes\n"
+            "import torch\nparent = os.getpid()\ntorch.set_num_threads(1)\nprint('before')\n"
+            "def work():\n"
+            "    assert os.getppid() == parent and os.getsid(0) == os.getpid()\n"
+            "    rank = os.environ['RANK']\n"
+            "    print(f\"rank {rank} of {os.environ['WORLD_SIZE']} on {torch.get_num_threads()}\")\n"
+            "    if rank == sys.argv[1]:\n"
+            "        raise UserError('bad') if sys.argv[2] == 'bad' else RuntimeError('wrong')\n"
+            "    return 0\n"
+            "print('status', fork_processes(2, work))\n")
+
+    def told(rank, how):
+        done = subprocess.run([sys.executable, "-c", code, rank, how], cwd=CHECKOUT, env=environment(threads=1),
+                              capture_output=True, text=True, timeout=60, check=False)
+        return sorted(done.stdout.splitlines()), done.stderr
+
+    assert told("2", "bad") == (["before", "rank 0 of 2 on 1", "rank 1 of 2 on 1", "status 0"], "")
+    lines, errors = told("1", "bad")
+    assert ("status 2" in lines, errors) == (True, "error: bad\n")
+    lines, errors = told("0", "wrong")
+    assert "status 1" in lines
+    assert errors.endswith("RuntimeError: wrong\n")
