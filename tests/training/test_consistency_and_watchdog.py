@@ -66,7 +66,8 @@ def test_facts_hold_the_packages_and_the_files(dataset: Path) -> None:
     assert platform.python_version().startswith(f"{found['python']}.")
     for name in ("torch", "deepspeed", "accelerate", "numpy", "opencv-python-headless"):
         assert found[f"package {name}"] == version(name)
-    sources = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "pipeline").rglob("*.py")}
+    sources = {path.relative_to(ROOT).as_posix(): path for kind in ("*.py", "*.cpp")
+               for path in (ROOT / "pipeline").rglob(kind)}
     assert {name.removeprefix("file ") for name in found if name.startswith("file ")} == sources.keys()
     for name, path in sources.items():
         assert found[f"file {name}"] == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
