@@ -50,10 +50,8 @@ class HostDegraded:
         """Fill `planes`, (3, height, width), with the sample's LR, turned."""
         room = self._rooms.__dict__.setdefault("room", Room())
         source = self._source
-        whole = source.degradation.lr_on_host(sample.degradation, keys, region, room)
-        top, left = ((at - start) // source.scale for at, start in
-                     zip((sample.top, sample.left), sample.region, strict=False))
-        lr = whole[top : top + planes.shape[1], left : left + planes.shape[2]]
+        start = sample.top - sample.region[0], sample.left - sample.region[1]
+        lr = source.degradation.lr_on_host(sample.degradation, keys, region, start, (source.crop, source.crop), room)
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, room)
         turn(lr, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)

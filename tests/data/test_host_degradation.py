@@ -192,9 +192,13 @@ def test_every_draw_can_be_made(tmp_path: Path) -> None:
     region = photograph(1, 96, 104)
     for i, row in enumerate(np.random.default_rng(3).random((150, NUMBERS)).tolist()):
         drawn = degradation.draw(iter(row), 96, 104)
-        lr = degradation.lr_on_host(drawn, [i * 8 + j for j in range(8)], region, room)
+        keys = [i * 8 + j for j in range(8)]
+        lr = degradation.lr_on_host(drawn, keys, region, (0, 0), (96, 104), room).copy()
         assert lr.shape == (24, 26, 3)
         assert lr.dtype == np.uint8
+        # Of a part, no more is filtered than it sees.
+        part = degradation.lr_on_host(drawn, keys, region, (20, 32), (64, 40), room)
+        assert np.abs(part.astype(int) - lr[5:21, 8:18]).max() <= 1
 
 
 def test_runs_that_do_not_say_it_go_on_with_dali() -> None:

@@ -67,10 +67,11 @@ class Degradation:
         """
         raise NotImplementedError
 
-    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], room: Any
-                   ) -> NDArray[np.uint8]:
-        """LR of the whole `region` (height, width, 3), both multiples of the scale: what `lr` makes of the arrays of
-        the same `parameters` and `keys`, up to rounding. Good until `room`, a `host.Room`, is used again."""
+    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], start: tuple[int, int],
+                   size: tuple[int, int], room: Any) -> NDArray[np.uint8]:
+        """LR of the part of `region`, (height, width, 3), that begins at `start` and has `size`, all in HR pixels and
+        multiples of the scale: what `lr` makes of the arrays of the same `parameters` and `keys`, up to rounding. Good
+        until `room`, a `host.Room`, is used again."""
         raise NotImplementedError
 
 

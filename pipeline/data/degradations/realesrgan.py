@@ -171,24 +171,35 @@ class RealEsrgan(Degradation):
         lr = fn.slice(lr, start=start, shape=[size[0] // self.scale, size[1] // self.scale], axes=[0, 1])
         return fn.cast(lr, dtype=types.FLOAT) if as_float else lr
 
-    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], room: Any
-                   ) -> NDArray[np.uint8]:
+    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], start: tuple[int, int],
+                   size: tuple[int, int], room: Any) -> NDArray[np.uint8]:
         from pipeline.data.degradations import host
 
         first, second, final = parameters["first"], parameters["second"], parameters["final"]
+        sinc = kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
+        (top, left), (height, width) = ([side // self.scale for side in place] for place in (start, size))
         noisy = _round_on_host(first, region, keys[:2], room)
         noisy = _round_on_host(second, host.through_jpeg(noisy, first["jpeg"], room), keys[2:4], room)
-        low = region.shape[0] // self.scale, region.shape[1] // self.scale
-        sinc = kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
-
-        def resize_and_sinc(image: NDArray[Any]) -> NDArray[np.float32]:
-            if self.has_final_box:
-                image = host.filtered(image, _area_box(final["mode"], second["size"][0] / low[0]), room)
-            return host.filtered(host.resized(image, low, is_cubic=final["mode"] == "cubic", room=room), sinc, room)
-
         if final["sinc_first"]:
-            return host.through_jpeg(resize_and_sinc(noisy), second["jpeg"], room)
-        return host.rounded(resize_and_sinc(host.through_jpeg(noisy, second["jpeg"], room)), room)
+            lr = host.filtered(self._resized_on_host(parameters, noisy, region.shape, room), sinc, room)
+            return host.through_jpeg(lr, second["jpeg"], room)[top : top + height, left : left + width]
+        lr = self._resized_on_host(parameters, host.through_jpeg(noisy, second["jpeg"], room), region.shape, room)
+        # After the last JPEG nothing but the sinc filter sees what lies around the crop.
+        reach = len(sinc) // 2
+        above, before = min(reach, top), min(reach, left)
+        near = np.ascontiguousarray(lr[top - above : top + height + reach, left - before : left + width + reach])
+        near = host.rounded(host.filtered(near, sinc, room), room)
+        return near[above : above + height, before : before + width]
+
+    def _resized_on_host(self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], room: Any
+                         ) -> NDArray[np.float32]:
+        """`image` in the size of LR of the whole `region` (height, width, 3)."""
+        from pipeline.data.degradations import host
+
+        mode, low = parameters["final"]["mode"], (region[0] // self.scale, region[1] // self.scale)
+        if self.has_final_box:
+            image = host.filtered(image, _area_box(mode, parameters["second"]["size"][0] / low[0]), room)
+        return host.resized(image, low, is_cubic=mode == "cubic", room=room)
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
         if self.has_final_box:
