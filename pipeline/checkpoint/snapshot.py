@@ -12,6 +12,7 @@ import ctypes
 import io
 import mmap
 import pickle
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def _huge_pages(size: int) -> Tensor:
     """Zeroed memory of the kernel's, in pages of 2 MiB where it has them: faults for small ones take longer than the
     copy."""
     memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
@@ -88,18 +89,18 @@ class Snapshot:
 
     def reserve(self) -> None:
         """Take the memory for a copy such as this one, and touch it, so that `copy` finds it there."""
-        _, size, is_pinned = self._sources()
-        if size:
-            ctypes.memset(self._memory.room(size, is_pinned=is_pinned).data_ptr(), 0, size)
+        _, size, gpu = self._sources()
+        with _on(gpu):
+            room = self._memory.room(size, is_pinned=gpu is not None)
+        ctypes.memset(room.data_ptr(), 0, size)
 
     def copy(self) -> None:
         """Copy what the tensors hold. Of a GPU's it is asked for alone, behind the work that is in its stream.
 
         Raises `OSError` or `RuntimeError` where the host has not enough memory for it.
         """
-        sources, size, is_pinned = self._sources()
-        if size:
-            self._room = self._memory.room(size, is_pinned=is_pinned)
+        sources, size, gpu = self._sources()
+        self._room = self._memory.room(size, is_pinned=gpu is not None)
         for tensor, start in sources:
             storage = tensor.untyped_storage()
             if tensor.get_device() < 0:
@@ -108,20 +109,20 @@ class Snapshot:
             else:
                 content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 self._room[start:start + len(content)].copy_(content, non_blocking=True)
-        if is_pinned:
+        if gpu is not None:
             # Later work in the stream, such as the next update, finds the copies done; whoever reads waits for this.
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._tensors, self._numbers = [], {}
 
-    def _sources(self) -> tuple[list[tuple[Tensor, int]], int, bool]:
-        """(a tensor of each storage, and where its bytes go; how many bytes these are; whether any are on a GPU).
+    def _sources(self) -> tuple[list[tuple[Tensor, int]], int, torch.device | None]:
+        """(a tensor of each storage, and where its bytes go; how many bytes these are; the GPU that has some of them).
 
         Thousands of tensors: what need not be done while training waits is left to `copies`.
         """
         starts: dict[tuple[int, int, int], int] = {}
         sources: list[tuple[Tensor, int]] = []
-        size, has_gpus = 0, False
+        size, gpu = 0, None
         self._places = []
         for tensor in self._tensors:
             storage = tensor.untyped_storage()
@@ -130,15 +131,15 @@ class Snapshot:
             if start == size and length:
                 sources.append((tensor, start))
                 size += -(-length // ALIGNMENT) * ALIGNMENT
-                has_gpus |= device >= 0
+                gpu = tensor.device if device >= 0 else gpu
             self._places.append(_Place(start, length, tensor.dtype, tensor.storage_offset(), tensor.size(),
                                        tensor.stride(), tensor.requires_grad, isinstance(tensor, nn.Parameter)))
-        return sources, size, has_gpus
+        return sources, size, gpu
 
     def wait(self) -> None:
         """Until the copies are there. Not for the training thread."""
         if self._copied is not None:
-            with torch.cuda.device(self._copied.device):  # a thread begins with the first GPU, which may be another's
+            with _on(self._copied.device):
                 self._copied.synchronize()
 
     @cached_property
@@ -152,6 +153,11 @@ class Snapshot:
                 storages[place.start] = torch.frombuffer(memoryview(content), dtype=torch.uint8).untyped_storage()
         return [place.tensor(storages[place.start] if place.length else torch.UntypedStorage(0))
                 for place in self._places]
+
+
+def _on(gpu: torch.device | None) -> AbstractContextManager[Any]:
+    """Make it the current one: a thread begins with the first GPU, where another rank may be."""
+    return nullcontext() if gpu is None else torch.cuda.device(gpu)
 
 
 class _Place(NamedTuple):

@@ -48,6 +48,27 @@ def test_the_same_network_gives_the_same_bytes(tmp_path):
         assert opened.get_tensor("a").tolist() == [0.0] * 5
 
 
+def test_tensors_lie_in_a_file_as_the_library_lays_them(tmp_path):
+    """Every kind, in its order; only the metadata is put in order."""
+    torch.manual_seed(0)
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32,
+             torch.float32, torch.float64, torch.int64]
+    tensors = {name: (torch.rand(shape) * 100).to(kind) for kind in kinds for name, shape in (
+        (f"b.{kind}", (2, 3)), (f"a.{kind}", ()), (f"ü.\"{kind}", (5, 1, 7)), (f"empty.{kind}", (0, 4)))}
+    tensors["wide"] = torch.rand(1, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    tensors["part"] = tensors["wide"][:, :, 1:3]
+    write_network(tmp_path / "a.safetensors", SavedNetwork("vapsr", 4, {}, tensors, {"step": "7"}))
+    ours = (tmp_path / "a.safetensors").read_bytes()
+    theirs = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()},
+                                    {"step": "7", "architecture": "vapsr"})
+    ends = [8 + int.from_bytes(content[:8], "little") for content in (ours, theirs)]
+    headers = [json.loads(content[8:end]) for content, end in zip((ours, theirs), ends, strict=True)]
+    assert list(headers[0].pop("__metadata__")) == ["architecture", "scale", "step", "vastscale"]
+    headers[1].pop("__metadata__")
+    assert list(headers[0].items()) == list(headers[1].items())
+    assert ours[ends[0]:] == theirs[ends[1]:]
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
     saved = tiny_saved(scale=3, global_residual="bicubic")
