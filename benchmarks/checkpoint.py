@@ -58,6 +58,8 @@ class Row:
     name: str
     stalls: list[float]
     """That a step was kept waiting."""
+    cpu: list[float]
+    """CPU seconds of the process in that time: a busy machine stretches them less."""
     steps: list[float]
     """That a step took while the write was under way; of the others: with nothing beside it."""
 
@@ -133,43 +135,44 @@ class Bench:
         return time.perf_counter() - began
 
     def measure(self) -> list[Row]:
-        ways = [Row(IN_STEP, [], []), Row(IN_BACKGROUND, [], []), Row(PLAIN, [], [])]
-        methods: list[Callable[[], tuple[float, float]]] = [self.in_step, self.in_background, self.plain]
+        ways = [Row(name, [], [], []) for name in (IN_STEP, IN_BACKGROUND, PLAIN)]
+        methods: list[Callable[[], tuple[float, float, float]]] = [self.in_step, self.in_background, self.plain]
         for number in range(-1, self.rounds):  # the first round makes memory and folders
             for row, method in zip(ways, methods, strict=True):
                 self.step()
-                stall, step = method()
+                stall, cpu, step = method()
                 if number >= 0:
                     row.stalls.append(stall)
+                    row.cpu.append(cpu)
                     row.steps.append(step)
         return ways
 
-    def in_step(self) -> tuple[float, float]:
-        stall = self._seconds(lambda: (self.saver.begin(self.progress), self.saver.wait()))
-        return stall, self.step()
+    def in_step(self) -> tuple[float, float, float]:
+        """Seconds of the stall, its CPU seconds, seconds of the next step."""
+        return *self._seconds(lambda: (self.saver.begin(self.progress), self.saver.wait())), self.step()
 
-    def in_background(self) -> tuple[float, float]:
-        stall, steps = self._seconds(lambda: self.saver.begin(self.progress)), []
+    def in_background(self) -> tuple[float, float, float]:
+        seconds, steps = self._seconds(lambda: self.saver.begin(self.progress)), []
         while self.saver.is_writing:
             steps.append(self.step())
         self.saver.wait()
-        return stall, statistics.mean(steps)
+        return *seconds, statistics.mean(steps)
 
-    def plain(self) -> tuple[float, float]:
+    def plain(self) -> tuple[float, float, float]:
         import torch
 
         def save() -> None:
             torch.save({"weights": self.engine.module.state_dict(), "averages": self.ema.network.state_dict(),
                         "optimizer": self.engine.optimizer.state_dict()}, self.folder / "plain.pth")
 
-        return self._seconds(save), self.step()
+        return *self._seconds(save), self.step()
 
-    def _seconds(self, action: Callable[[], Any]) -> float:
+    def _seconds(self, action: Callable[[], Any]) -> tuple[float, float]:
         self._finish()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         action()
         self._finish()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - cpu
 
     def _finish(self) -> None:
         if self.device.type == "cuda":
@@ -179,11 +182,14 @@ class Bench:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| | stall, ms | range | against the first | a step meanwhile, ms |", "|---|---|---|---|---|"]
+    lines = ["| | stall, ms | range | against the first | CPU ms | against the first | a step meanwhile, ms |",
+             "|---|---|---|---|---|---|---|"]
     for row in rows:
-        ratio = statistics.median(one / first for one, first in zip(row.stalls, rows[0].stalls, strict=True))
+        ratio, cpu = (statistics.median(one / first for one, first in zip(ours, theirs, strict=True))
+                      for ours, theirs in ((row.stalls, rows[0].stalls), (row.cpu, rows[0].cpu)))
         lines.append(f"| {row.name} | {1e3 * row.stall:.0f} | {1e3 * min(row.stalls):.0f} to "
-                     f"{1e3 * max(row.stalls):.0f} | {ratio:.3f} | {1e3 * statistics.median(row.steps):.0f} |")
+                     f"{1e3 * max(row.stalls):.0f} | {ratio:.3f} | {1e3 * statistics.median(row.cpu):.0f} | {cpu:.3f} "
+                     f"| {1e3 * statistics.median(row.steps):.0f} |")
     return "\n".join(lines)
 
 

@@ -32,13 +32,14 @@ def test_every_way_is_measured_in_turns(tmp_path: Path) -> None:
     assert in_ranks(_measure, tmp_path / "ranks", 1, str(tmp_path)) == [[0, [""] * 6]]
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(len(row["stalls"]), len(row["steps"])) for row in report["rows"]] == [(2, 2)] * 3
-    assert all(seconds > 0 for row in report["rows"] for seconds in row["stalls"] + row["steps"])
+    assert all(seconds > 0 for row in report["rows"] for seconds in row["stalls"] + row["cpu"] + row["steps"])
     assert report["bytes"] > 4 * 4 * report["parameters"]
     assert {path.name for path in tmp_path.iterdir()} == {"ranks", "out.json"}  # nothing of what was saved is left
     assert "a checkpoint of 0 MB" in (tmp_path / "ranks" / "0.output").read_text()
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    table = _table([Row("first", [2.0, 4.0, 8.0], [1.0]), Row("other", [1.0, 1.0, 4.0], [0.5])])
-    assert table.splitlines()[2:] == ["| first | 4000 | 2000 to 8000 | 1.000 | 1000 |",
-                                      "| other | 1000 | 1000 to 4000 | 0.500 | 500 |"]
+    table = _table([Row("first", [2.0, 4.0, 8.0], [1.0, 1.0, 2.0], [1.0]),
+                    Row("other", [1.0, 1.0, 4.0], [0.5, 0.25, 0.5], [0.5])])
+    assert table.splitlines()[2:] == ["| first | 4000 | 2000 to 8000 | 1.000 | 1000 | 1.000 | 1000 |",
+                                      "| other | 1000 | 1000 to 4000 | 0.500 | 500 | 0.250 | 500 |"]
