@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +21,15 @@ from tools.parallel import progress
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("bare-onnx", "plain-torch", "tile-loop", "auto", "torch", "onnx", "openvino")
 """What is run: loops of `inference_loops.py`, then `upscale.py --backend`."""
+_WATCH = """\
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+"""Runs a command from a small process: Linux counts the memory of whoever starts a process for its own."""
 _LOOPS = {"bare-onnx": "onnx", "plain-torch": "torch", "tile-loop": "tiles"}
 
 
@@ -51,7 +61,7 @@ class FolderRow:
 
 def measure_folder(folder: Path, model: Path, onnx_file: Path, commands: Sequence[str], rounds: int,
                    threads: int) -> list[FolderRow]:
-    """Run every command `rounds` times in turns, and ours once before: what is converted then is kept.
+    """Run every command `rounds` times in turns, and ours once before: what is converted then is kept in the cache.
 
     `UserError` for a folder without PNG pictures; `RunError` where a command fails.
     """
@@ -60,7 +70,7 @@ def measure_folder(folder: Path, model: Path, onnx_file: Path, commands: Sequenc
     usages: dict[str, list[Usage]] = {name: [] for name in commands}
     ours = [name for name in commands if name not in _LOOPS]
     with tempfile.TemporaryDirectory() as scratch, progress(len(ours) + rounds * len(commands), "run") as bar:
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "XDG_CACHE_HOME": str(Path(scratch, "cache"))}
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         for number, name in [*((0, name) for name in ours), *((1, name) for _ in range(rounds) for name in commands)]:
             usage = _usage(_command(name, folder, model, onnx_file, Path(scratch, name)), variables)
             if number:
@@ -121,17 +131,12 @@ def _command(name: str, folder: Path, model: Path, onnx_file: Path, out: Path) -
 
 def _usage(command: Sequence[str], variables: dict[str, str]) -> Usage:
     """Run a command to its end."""
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines() or [f"status {process.returncode}"]
-            raise RunError(f"{Path(command[1]).name} {command[2]} failed: {lines[-1]}")
-    return Usage(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    done = subprocess.run([sys.executable, "-ISE", "-c", _WATCH, *command], env=variables, capture_output=True,
+                          text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RunError(f"{Path(command[1]).name} {command[2]} failed: {lines[-1]}")
+    return Usage(*json.loads(done.stdout))
 
 
 def _row(name: str, runs: Sequence[Usage], base: Sequence[float], psnr: float | None) -> FolderRow:

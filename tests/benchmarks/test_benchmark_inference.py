@@ -83,7 +83,8 @@ def test_a_file_of_another_scale_is_refused(weights, tmp_path):
                                device="cpu"))
 
 
-def test_whole_commands_over_a_folder_make_the_same_pictures(weights, tmp_path, capsys):
+def test_whole_commands_over_a_folder_make_the_same_pictures(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "lr", {f"{index}.png": picture(20 + index, 31, index) for index in range(2)})
     commands = ("tile-loop", "bare-onnx", "onnx")
     assert inference.main(Options(model=weights, rounds=1, ways=commands, folder=tmp_path / "lr",
