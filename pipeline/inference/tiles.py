@@ -58,7 +58,8 @@ class ImageTile:
 
 
 def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[ImageTile]:
-    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further; equal sizes together.
+    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further; equal sizes together,
+    the largest first: smaller ones then live in memory that these have freed.
 
     One tile an image if that has no more than `max_pixels`; otherwise about square ones that look at no more, as far
     as the halo leaves room: a tile fills at least `SMALLEST_TILE` squared.
@@ -70,7 +71,7 @@ def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[I
         side = max(height, width)
     tiles = [ImageTile(image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width))
              for image in range(count) for rows in _pieces(height, side) for columns in _pieces(width, side)]
-    return sorted(tiles, key=lambda tile: tile.seen_shape)
+    return sorted(tiles, key=lambda tile: tile.seen_shape, reverse=True)
 
 
 def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[ImageTile]:
