@@ -315,8 +315,10 @@ def test_training_that_hangs_is_ended_and_keeps_what_it_saved(dataset: Path, tmp
     assert process.exitcode == 1
     assert "Timeout (0:00:01.2" in output.read_text()
     assert "_hang_in_the_third_step" in output.read_text()
-    assert checkpoint_steps(tmp_path / "run") == [1, 2]
-    assert [damage(checkpoint_dir(tmp_path / "run", step)) for step in (1, 2)] == ["", ""]
+    # That of step 2 was being written while the step hung, with the interpreter's lock in its hands.
+    steps = checkpoint_steps(tmp_path / "run")
+    assert steps in ([1], [1, 2])
+    assert [damage(checkpoint_dir(tmp_path / "run", step)) for step in steps] == [""] * len(steps)
 
 
 def test_a_closed_stderr_stops_no_training(tmp_path: Path) -> None:
