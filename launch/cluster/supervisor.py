@@ -125,6 +125,7 @@ class Supervisor:
         finally:
             reading.cancel()
             _kill_tree(launcher.pid)
+            launcher._transport.close()  # asyncio would do it after the loop's end, and print a traceback last of all
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:

@@ -21,7 +21,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_run_is_in_tensorboard_and_in_the_log(dataset: Path, tmp_path: Path) -> None:
-    done = run(command(dataset, tmp_path / "run", "steps=4"))
+    done = run(command(dataset, tmp_path / "run", "steps=4", "previews.count=3"))
     assert done.returncode == 0
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
     scalars = board.Tags()["scalars"]

@@ -62,7 +62,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_offline_run_has_the_numbers_of_the_log(dataset: Path, tmp_path: Path) -> None:
-    arguments = [*command(dataset, tmp_path / "run", "steps=4", "keep=9"), "--wandb", "vastscale-test"]
+    arguments = [*command(dataset, tmp_path / "run", "steps=4", "keep=9", "previews.count=3"), "--wandb",
+                 "vastscale-test"]
     done = subprocess.run(arguments, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           timeout=120, check=False)
     assert done.returncode == 0, done.stderr

