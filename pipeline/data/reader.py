@@ -120,6 +120,8 @@ def without_leftovers(graph: Callable[[], Any]) -> Any:
     for name in {*sys.modules} - before:
         if name.startswith("__autograph_generated_file") and (file := sys.modules[name].__file__):
             Path(file).unlink(missing_ok=True)
+            if compiled := getattr(sys.modules[name], "__cached__", None):  # bytecode, in a folder beside it
+                Path(compiled).unlink(missing_ok=True)
     return pipeline
 
 

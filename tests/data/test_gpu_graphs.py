@@ -7,6 +7,7 @@ operators have theirs by then. CUDA itself is not touched.
 from __future__ import annotations
 
 import struct
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -212,8 +213,10 @@ def test_no_file_of_dalis_translation_is_left(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "images").mkdir()
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     crops = crops_of(tmp_path / "images", "realesrgan")
     pipeline = training_pipeline(crops, 0, device_id=None, threads=1, prefetch=1)
     pipeline.run()
     reader.low_resolution(photograph(0, 48, 52), crops.spec.degradation, 2, seed=0, number=0)
-    assert not [*(tmp_path / "scratch").iterdir()]
+    left = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+    assert not left
