@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
-from benchmarks.inference_folder import COMMANDS, FolderRow, folder_table, measure_folder, measure_png
+from benchmarks.inference_folder import COMMANDS, FolderRow, folder_table, measure_folder, measure_png, psnr_text
 from pipeline.cli import UserError, run
 from tools.parallel import progress
 
@@ -300,9 +300,8 @@ def _table(title: str, rows: list[Row]) -> str:
     width = max(len(row.name) for row in rows) + 2
     lines = [title, f"{'':{width}}{'ms':>9}{'least':>9}{'greatest':>10}{'MPix/s':>9}{'ratio':>8}{'PSNR':>10}"]
     for row in rows:
-        psnr = "equal" if row.psnr is None else f"{row.psnr:.1f} dB"
         lines.append(f"{row.name:{width}}{row.milliseconds:9.1f}{row.least:9.1f}{row.greatest:10.1f}"
-                     f"{row.megapixels:9.3f}{row.ratio:8.2f}{psnr:>10}")
+                     f"{row.megapixels:9.3f}{row.ratio:8.2f}{psnr_text(row.psnr):>10}")
     return "\n".join(lines)
 
 

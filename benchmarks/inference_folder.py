@@ -110,13 +110,17 @@ def measure_png(folder: Path, rounds: int) -> str:
                         f"{sizes[name] / sizes[first]:8.3f}" for name in ways)])
 
 
+def psnr_text(psnr: float | None) -> str:
+    """How near a result is to the first one's: "equal" for None, else in dB."""
+    return "equal" if psnr is None else f"{psnr:.1f} dB"
+
+
 def folder_table(title: str, rows: Sequence[FolderRow]) -> str:
     """A line for each command."""
     lines = [title, f"{'':14}{'s':>9}{'ratio':>8}{'CPU s':>9}{'peak MiB':>10}{'PSNR':>10}"]
     for row in rows:
-        psnr = "equal" if row.psnr is None else f"{row.psnr:.1f} dB"
         lines.append(f"{row.name:14}{row.seconds:9.2f}{row.ratio:8.2f}{row.cpu_seconds:9.2f}"
-                     f"{row.peak_bytes / 2**20:10.0f}{psnr:>10}")
+                     f"{row.peak_bytes / 2**20:10.0f}{psnr_text(row.psnr):>10}")
     return "\n".join(lines)
 
 

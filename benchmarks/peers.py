@@ -52,15 +52,15 @@ class Options:
     """Who takes part: ours, plain (a torch loop with a DataLoader), ancestor (DALI without overlap, on PNG, compiled by
     the backend "eager", a wait for the device every step), basicsr; and on two ranks: ours2, ddp, lightning."""
     batch: int = 8
-    """Of all ranks together."""
+    """Global batch: the images of a step, over all ranks."""
     crop: int = 192
     """HR pixels."""
     steps: int = 4
-    """Of a window."""
+    """Steps in a window."""
     rounds: int = 5
     """Windows of each participant."""
     threads: int = 2
-    """Of the data: DALI's, and processes of the DataLoader."""
+    """Threads of DALI, and processes of the DataLoader."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """For this project's run, as in training: compile=on."""
     basicsr_python: Path | None = None
@@ -101,7 +101,7 @@ class Participant:
             process.suspend()
         return wall, self._cpu() - before
 
-    def peak_mebibytes(self) -> float:
+    def resident_mebibytes(self) -> float:
         """The resident memory of all its processes now."""
         return sum(process.memory_info().rss for process in self._processes()) / 2**20
 
@@ -225,7 +225,7 @@ def _print_table(participants: list[Participant], options: Options) -> None:
         ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
         rate = rates[participant.name]
         print(f"{participant.name:16}{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
-              f"{statistics.median(participant.cpus) / images:16.3f}{participant.peak_mebibytes():8.0f}")
+              f"{statistics.median(participant.cpus) / images:16.3f}{participant.resident_mebibytes():8.0f}")
     print(f"ratio: to {participants[0].name}, window by window within a round; above 1 is faster")
 
 

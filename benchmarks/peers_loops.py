@@ -6,6 +6,7 @@ its own `train_pipeline`, in an environment that need not have anything of this 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -201,11 +202,11 @@ def basicsr(what: dict[str, Any]) -> None:
     path = Path(what["folder"]) / "options.yml"
     path.write_text(yaml.safe_dump(options))
     # Its loop has no door for an observer but the log, which it writes each `print_freq` steps.
-    told, step = BaseModel.get_current_log, iter(range(1, 1 << 60))
+    current_log, step = BaseModel.get_current_log, itertools.count(1)
 
     def tell(model: Any) -> Any:
         _window(what, next(step) * what["steps"])
-        return told(model)
+        return current_log(model)
 
     BaseModel.get_current_log = tell
     sys.argv = ["train.py", "-opt", str(path)]

@@ -30,9 +30,9 @@ def resolve_ds_config(config: Mapping[str, Any], *, world_size: int, total_steps
                       runtime: str = "deepspeed") -> tuple[dict[str, Any], str, str]:
     """ds_config.json as the runtime will get it on these ranks, the precision, and why it is another than asked for.
 
-    The precision is as `precision_of` names it. Fills in the
-    micro-batch and the accumulation, `"total_num_steps": "auto"` by `total_steps`, which are updates of this network,
-    and FP32 for FP16 where there is no GPU. The optimizer section stays for `build_engine`.
+    The precision is as `precision_of` names it. Fills in the micro-batch and the accumulation, `"total_num_steps":
+    "auto"` by `total_steps`, which are updates of this network, and FP32 for FP16 where there is no GPU. The optimizer
+    section stays for `build_engine`.
     """
     resolved = copy.deepcopy(dict(config))
     micro, accumulation = batch_sizes(config, world_size)

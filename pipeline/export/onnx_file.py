@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.cli import RunError, UserError
-from pipeline.models.common import COLOURS, one_line
+from pipeline.cli import RunError, UserError, one_line
+from pipeline.models.common import COLOURS
 from pipeline.models.weights import SavedNetwork
 
 if TYPE_CHECKING:

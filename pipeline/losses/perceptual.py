@@ -243,37 +243,19 @@ def in_precision(precision: str, loss: Callable[[Tensor, Tensor], Tensor], sr: T
         sr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (sr, hr))
     if dtype == torch.float32:
         return loss(sr, hr)
-    given: list[Tensor] = []
-    begin = sr.numel() / 64
     with torch.autocast(sr.device.type, dtype):
-        return _BeginBackward.apply(loss(_EndBackward.apply(sr, given, begin), hr), given, begin)
+        if not (sr.requires_grad and torch.is_grad_enabled()):
+            return loss(sr, hr)
+        shown, given, begin = sr.clone(), [], sr.numel() / 64
+        value = loss(shown, hr)
 
+    def begin_backward(gradient: Tensor) -> Tensor:
+        given.append(gradient)
+        return torch.full_like(gradient, begin)
 
-class _BeginBackward(torch.autograd.Function):
-    """Keeps the gradient that comes, and hands on the number `begin` in its place."""
-
-    @staticmethod
-    def forward(context: Any, loss: Tensor, given: list[Tensor], begin: float) -> Tensor:
-        context.given, context.begin = given, begin
-        return loss.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        context.given.append(gradient)
-        return torch.full_like(gradient, context.begin), None, None
-
-
-class _EndBackward(torch.autograd.Function):
-    """Multiplies the trunk's result by what `_BeginBackward` kept."""
-
-    @staticmethod
-    def forward(context: Any, images: Tensor, given: list[Tensor], begin: float) -> Tensor:
-        context.given, context.begin = given, begin
-        return images.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient * (context.given.pop() / context.begin), None, None
+    value.register_hook(begin_backward)
+    shown.register_hook(lambda gradient: gradient * (given.pop() / begin))
+    return value
 
 
 def _check_precision(precision: str) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, one_line
 from pipeline.config.names import NETWORKS
 from pipeline.models.colour import in_colour_space
-from pipeline.models.common import NOT_ALLOCATED, one_line
+from pipeline.models.common import NOT_ALLOCATED
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.msrresnet import MSRResNet
 from pipeline.models.rrdbnet import RRDBNet

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.cli import one_line as one_line  # networks and their trainers take it from here
-
 COLOURS = 3
 LARGEST_SIZE = 1 << 16
 """Of numbers of features, blocks and the like."""

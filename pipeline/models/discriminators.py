@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, one_line
 from pipeline.config import names
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes, one_line
+from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_choice, check_sizes
 
 SMALLEST_CROP = 32
 LARGEST_WIDENING = 8

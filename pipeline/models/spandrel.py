@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
+from pipeline.cli import UserError, nearest, one_line
 from pipeline.images import unit_range
 from pipeline.libraries import import_torchvision
-from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes, one_line
+from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes
 from pipeline.models.depthwise import DepthwiseConv2d, is_wrong_in_bf16
 
 # The architectures of spandrel that can be trained here: their classes, and what has to be known of each.

@@ -31,8 +31,7 @@ def enough_memory(plan: Plan, ranks: Ranks) -> Iterator[None]:
     """Turn "out of memory" in here into one line that says what was too large, and what makes it smaller."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # A CPU's allocator raises a plain RuntimeError.
+    except RuntimeError as error:  # a GPU's is a kind of it; a CPU's is a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise MemoryShortageError(_way_out(plan, ranks)) from error

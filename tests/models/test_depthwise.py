@@ -18,11 +18,18 @@ from fabricate import tiny_network
 from pipeline.models import build_generator, depthwise, native
 from pipeline.models.depthwise import DepthwiseConv2d, faster_kernel, may_use_native, same_size, use_kernel
 
-needs_native = pytest.mark.skipif(bool(native.why_not_native()), reason=f"no native kernel: {native.why_not_native()}")
+needs_native = pytest.mark.usefixtures("native_kernel")
 SHAPES = [  # images, channels, height, width, kernel, dilation
     (1, 1, 1, 1, 3, 1), (1, 16, 5, 5, 5, 3), (2, 64, 48, 48, 5, 1), (2, 64, 48, 48, 5, 3), (1, 3, 7, 2, 3, 2),
     (3, 17, 11, 13, 5, 2), (2, 31, 8, 33, 3, 3), (1, 48, 64, 9, 5, 1), (4, 5, 6, 7, 3, 1), (1, 8, 3, 100, 5, 3),
     (2, 33, 70, 21, 5, 3), (1, 40, 40, 300, 3, 2), (1, 16, 30, 1500, 5, 3), (0, 8, 4, 4, 3, 1)]
+
+
+@pytest.fixture
+def native_kernel():
+    """Built by the first test that asks for it, and not while tests are collected."""
+    if lacking := native.why_not_native():
+        pytest.skip(f"no native kernel: {lacking}")
 
 
 def draw(images, channels, height, width, kernel, *, seed=0):
