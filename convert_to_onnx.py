@@ -1,4 +1,5 @@
-"""Convert a network to ONNX, and to OpenVINO and TensorRT, and prove that it makes the same images."""
+"""Convert a network to ONNX, and to OpenVINO and TensorRT, and prove that it makes the same
+images."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from pipeline import cli
 
 @dataclass(frozen=True)
 class Options:
-    """Convert a network to ONNX, for example: python convert_to_onnx.py --input demo_x2.pth --output demo_x2.onnx"""
+    """Convert a network to ONNX, for example: python convert_to_onnx.py --input demo_x2.pth
+    --output demo_x2.onnx"""
+
     output: Path
     """The file to write, NAME.onnx; NAME.onnx.failed where the comparison fails (exit status 1)."""
     input: Annotated[Path | None, arg(help_behavior_hint="(default: newest run)")] = None
@@ -33,20 +36,28 @@ class Options:
     tensorrt: bool = False
     """Build NAME.engine where TensorRT is installed, else print the trtexec line."""
     int8: bool = False
-    """With --openvino NAME_int8.xml and .bin, too, and else NAME_int8.onnx for ONNX Runtime: convolutions in INT8."""
-    calibrate: Annotated[Path | None, arg(help_behavior_hint="(default: three of scikit-learn's and scikit-image's)")] \
-        = None
-    """Folder of photographs that tell --int8 the range of every layer: best such as you train on or upscale."""
+    """With --openvino NAME_int8.xml and .bin, too, and else NAME_int8.onnx for ONNX Runtime:
+    convolutions in INT8."""
+    calibrate: Annotated[
+        Path | None, arg(help_behavior_hint="(default: three of scikit-learn's and scikit-image's)")
+    ] = None
+    """Folder of photographs that tell --int8 the range of every layer: best such as you train on or
+    upscale."""
     calibration_images: int = 32
     """Crops of 96x96 pixels taken from them."""
     seed: int = 0
     """Of the places of the crops."""
-    measure: Annotated[Path | None, arg(help_behavior_hint="(default: three of scikit-image's)")] = None
-    """Folder of sharp photographs, none of --calibrate, on which --int8 is measured: they are HR, reduced to LR."""
+    measure: Annotated[
+        Path | None, arg(help_behavior_hint="(default: three of scikit-image's)")
+    ] = None
+    """Folder of sharp photographs, none of --calibrate, on which --int8 is measured: they are HR,
+    reduced to LR."""
     keep_last: int = 3
-    """So many of the last convolutions stay in FP32: with fewer some networks are faster, and all lose more."""
+    """So many of the last convolutions stay in FP32: with fewer some networks are faster, and all
+    lose more."""
     max_drop: float = 0.1
-    """dB of PSNR-Y that INT8 may lose there, in the mean; a file that loses more is not written (exit status 1)."""
+    """dB of PSNR-Y that INT8 may lose there, in the mean; a file that loses more is not written
+    (exit status 1)."""
 
 
 INT8 = ("calibrate", "calibration_images", "seed", "measure", "keep_last", "max_drop")
@@ -62,7 +73,9 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
     if not values["int8"]:
         for field in fields(Options):
             if field.name in given and given[field.name] != field.default:
-                raise cli.UserError(f"--{field.name.replace('_', '-')} is of --int8; add --int8, or leave it out")
+                raise cli.UserError(
+                    f"--{field.name.replace('_', '-')} is of --int8; add --int8, or leave it out"
+                )
     return run_conversion(**{**values, "int8": Int8(**given) if values["int8"] else None})
 
 

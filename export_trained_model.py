@@ -1,4 +1,5 @@
-"""Export a trained generator from a run folder to .pth and .safetensors. Needs no GPU and no DeepSpeed."""
+"""Export a trained generator from a run folder to .pth and .safetensors. Needs no GPU and no
+DeepSpeed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ class Options:
     Example: python export_trained_model.py runs/demo --half
     """
 
-    run_dir: Annotated[Positional[Path | None], arg(help_behavior_hint="(default: newest run)")] = None
+    run_dir: Annotated[Positional[Path | None], arg(help_behavior_hint="(default: newest run)")] = (
+        None
+    )
     """Run folder, or one of its checkpoints: runs/demo/checkpoints/step-00000400."""
     step: Literal["best", "newest"] | int = "best"
     """Checkpoint: best (by validation PSNR), newest, or the number of a step."""
@@ -27,15 +30,18 @@ class Options:
     half: bool = False
     """Store the parameters in float16: half the size."""
     license: str = ""
-    """Licence of the weights, written into the files: an SPDX identifier such as CC-BY-4.0, or a line of text."""
+    """Licence of the weights, written into the files: an SPDX identifier such as CC-BY-4.0, or a
+    line of text."""
     evaluation: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
-    """evaluation.json that evaluate.py made of these weights; its mean scores are written into the files."""
+    """evaluation.json that evaluate.py made of these weights; its mean scores are written into the
+    files."""
     output_dir: Annotated[Path | None, arg(help_behavior_hint="(default: <run_dir>/export)")] = None
     """Folder for the files."""
 
 
 def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
     from pipeline.export.torch_file import run_export
+
     return run_export(**vars(options))
 
 

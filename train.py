@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Train a super-resolution network. Usually started by ./launch_local_train.sh; `python train.py --help` teaches."""
+"""Train a super-resolution network. Usually started by ./launch_local_train.sh; `python train.py
+--help` teaches."""
 
 import os
 import sys

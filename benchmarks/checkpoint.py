@@ -1,4 +1,5 @@
-"""How long a checkpoint keeps training waiting, beside writing it in the step: ratios within one run, in turns."""
+"""How long a checkpoint keeps training waiting, beside writing it in the step: ratios within one
+run, in turns."""
 
 from __future__ import annotations
 
@@ -20,22 +21,33 @@ import tyro
 
 from pipeline.cli import run
 
-CONFIG = {"train_batch_size": 1, "steps_per_print": 1 << 60,
-          "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.99]}}}
-IN_STEP, IN_BACKGROUND, PLAIN = "written in the step", "copied, written beside", "torch.save, no hash, no flush"
+CONFIG = {
+    "train_batch_size": 1,
+    "steps_per_print": 1 << 60,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.99]}},
+}
+IN_STEP, IN_BACKGROUND, PLAIN = (
+    "written in the step",
+    "copied, written beside",
+    "torch.save, no hash, no flush",
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Save a network with its averages and Adam's moments again and again, in the step and beside the next ones.
+    """Save a network with its averages and Adam's moments again and again, in the step and beside
+    the next ones.
 
-    Written in the step: step and save, one after the other, all of the commit waited for. Beside: the step waits for
-    the copy to host memory. The last way is what many trainers do: one torch.save of weights, averages and moments.
+    Written in the step: step and save, one after the other, all of the commit waited for. Beside:
+    the step waits for the copy to host memory. The last way is what many trainers do: one
+    torch.save of weights, averages and moments.
 
     Example: python benchmarks/checkpoint.py --network rrdbnet num_blocks=23
     """
 
-    params: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=NUMBER ...")] = ()
+    params: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=NUMBER ...")
+    ] = ()
     """The network's parameters."""
     network: str = "rrdbnet"
     """A name in pipeline/models."""
@@ -79,13 +91,26 @@ def main(options: Options) -> int:
         bench = Bench(options, params, Path(folder))
         rows = bench.measure()
         size = bench.size
-    print(f"{options.network} x{options.scale}, {bench.parameters:,} parameters, a checkpoint of {size / 1e6:.0f} MB; "
-          f"torch {torch.__version__} on {bench.device}, {torch.get_num_threads()} threads, medians of "
-          f"{options.rounds} rounds")
+    print(
+        f"{options.network} x{options.scale}, {bench.parameters:,} parameters, a checkpoint of "
+        f"{size / 1e6:.0f} MB; "
+        f"torch {torch.__version__} on {bench.device}, {torch.get_num_threads()} threads, medians "
+        "of "
+        f"{options.rounds} rounds"
+    )
     print(_table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"parameters": bench.parameters, "bytes": size,
-                                            "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {
+                    "parameters": bench.parameters,
+                    "bytes": size,
+                    "rows": [asdict(row) for row in rows],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     return 0
 
 
@@ -110,11 +135,17 @@ class Bench:
         self.device, self.folder, self.rounds = ranks.device, folder, options.rounds
         self.ema = ExponentialMovingAverage(network, 0.999)
         self.ema.network.to(ranks.device)
-        resolved, *_ = resolve_ds_config(CONFIG, world_size=1, total_steps=1 << 20, device=ranks.device)
+        resolved, *_ = resolve_ds_config(
+            CONFIG, world_size=1, total_steps=1 << 20, device=ranks.device
+        )
         self.engine = build_engine(network, resolved, ranks)
         self.images = torch.rand(1, 3, options.patch, options.patch, device=ranks.device)
-        contents = Contents({"generator": self.engine}, self.ema,
-                            SavedNetwork(options.network, options.scale, dict(params), {}), {"recipe": "benchmark"})
+        contents = Contents(
+            {"generator": self.engine},
+            self.ema,
+            SavedNetwork(options.network, options.scale, dict(params), {}),
+            {"recipe": "benchmark"},
+        )
         self.progress, self.saver = Progress(), Saver(folder, contents, 1, ranks)
         self.step()  # makes the moments
         self.saver.prepare()
@@ -122,7 +153,11 @@ class Bench:
     @property
     def size(self) -> int:
         """Bytes of a checkpoint."""
-        return sum(path.stat().st_size for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
+        return sum(
+            path.stat().st_size
+            for path in (self.folder / "checkpoints").rglob("*")
+            if path.is_file()
+        )
 
     def step(self) -> float:
         """Seconds of an update."""
@@ -136,7 +171,11 @@ class Bench:
 
     def measure(self) -> list[Row]:
         ways = [Row(name, [], [], []) for name in (IN_STEP, IN_BACKGROUND, PLAIN)]
-        methods: list[Callable[[], tuple[float, float, float]]] = [self.in_step, self.in_background, self.plain]
+        methods: list[Callable[[], tuple[float, float, float]]] = [
+            self.in_step,
+            self.in_background,
+            self.plain,
+        ]
         for number in range(-1, self.rounds):  # the first round makes memory and folders
             for row, method in zip(ways, methods, strict=True):
                 self.step()
@@ -149,7 +188,9 @@ class Bench:
 
     def in_step(self) -> tuple[float, float, float]:
         """Seconds of the stall, its CPU seconds, seconds of the next step."""
-        return *self._seconds(lambda: (self.saver.begin(self.progress), self.saver.wait())), self.step()
+        return *self._seconds(
+            lambda: (self.saver.begin(self.progress), self.saver.wait())
+        ), self.step()
 
     def in_background(self) -> tuple[float, float, float]:
         seconds, steps = self._seconds(lambda: self.saver.begin(self.progress)), []
@@ -162,8 +203,14 @@ class Bench:
         import torch
 
         def save() -> None:
-            torch.save({"weights": self.engine.module.state_dict(), "averages": self.ema.network.state_dict(),
-                        "optimizer": self.engine.optimizer.state_dict()}, self.folder / "plain.pth")
+            torch.save(
+                {
+                    "weights": self.engine.module.state_dict(),
+                    "averages": self.ema.network.state_dict(),
+                    "optimizer": self.engine.optimizer.state_dict(),
+                },
+                self.folder / "plain.pth",
+            )
 
         return *self._seconds(save), self.step()
 
@@ -182,14 +229,22 @@ class Bench:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| | stall, ms | range | against the first | CPU ms | against the first | a step meanwhile, ms |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | stall, ms | range | against the first | CPU ms | against the first | a step "
+        "meanwhile, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        ratio, cpu = (statistics.median(one / first for one, first in zip(ours, theirs, strict=True))
-                      for ours, theirs in ((row.stalls, rows[0].stalls), (row.cpu, rows[0].cpu)))
-        lines.append(f"| {row.name} | {1e3 * row.stall:.0f} | {1e3 * min(row.stalls):.0f} to "
-                     f"{1e3 * max(row.stalls):.0f} | {ratio:.3f} | {1e3 * statistics.median(row.cpu):.0f} | {cpu:.3f} "
-                     f"| {1e3 * statistics.median(row.steps):.0f} |")
+        ratio, cpu = (
+            statistics.median(one / first for one, first in zip(ours, theirs, strict=True))
+            for ours, theirs in ((row.stalls, rows[0].stalls), (row.cpu, rows[0].cpu))
+        )
+        lines.append(
+            f"| {row.name} | {1e3 * row.stall:.0f} | {1e3 * min(row.stalls):.0f} to "
+            f"{1e3 * max(row.stalls):.0f} | {ratio:.3f} | {1e3 * statistics.median(row.cpu):.0f} | "
+            f"{cpu:.3f} "
+            f"| {1e3 * statistics.median(row.steps):.0f} |"
+        )
     return "\n".join(lines)
 
 

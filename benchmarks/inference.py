@@ -1,6 +1,8 @@
-"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run, measured in turns.
+"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run,
+measured in turns.
 
-Calls of one process on one image; with `--folder` whole commands on a folder of pictures, `upscale.py` among them.
+Calls of one process on one image; with `--folder` whole commands on a folder of pictures,
+`upscale.py` among them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import tyro
 
-from benchmarks.inference_folder import COMMANDS, FolderRow, folder_table, measure_folder, measure_png, psnr_text
+from benchmarks.inference_folder import (
+    COMMANDS,
+    FolderRow,
+    folder_table,
+    measure_folder,
+    measure_png,
+    psnr_text,
+)
 from pipeline.cli import UserError, run
 from tools.parallel import progress
 
@@ -32,8 +41,19 @@ if TYPE_CHECKING:
 
     from pipeline.models.weights import SavedNetwork
 
-WAYS = ("eager", "channels-last", "compile", "bf16", "fp16", "onnx", "onnx-fp16", "onnx-int8", "openvino",
-        "openvino-bf16", "openvino-int8")
+WAYS = (
+    "eager",
+    "channels-last",
+    "compile",
+    "bf16",
+    "fp16",
+    "onnx",
+    "onnx-fp16",
+    "onnx-int8",
+    "openvino",
+    "openvino-bf16",
+    "openvino-int8",
+)
 CALIBRATION_IMAGES = 16
 LARGEST_SIDE = 8192
 
@@ -43,9 +63,11 @@ Call = Callable[[], "np.ndarray | torch.Tensor"]
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what upscales an image fastest. Every round runs every way once; medians count, ratios are to eager.
+    """Measure what upscales an image fastest. Every round runs every way once; medians count,
+    ratios are to eager.
 
-    PSNR is that of the result against PyTorch's in FP32, on a photograph, so that what is fast by being wrong shows.
+    PSNR is that of the result against PyTorch's in FP32, on a photograph, so that what is fast by
+    being wrong shows.
 
     Example: python benchmarks/inference.py --model VapSR_X4.pth --threads 2
 
@@ -53,7 +75,8 @@ class Options:
     """
 
     model: Path | None = None
-    """Weights file or run folder. Default: an untrained VapSR x4 of the published size, which is as fast."""
+    """Weights file or run folder. Default: an untrained VapSR x4 of the published size, which is as
+    fast."""
     size: Annotated[str, tyro.conf.arg(metavar="HxW")] = "180x320"
     """Height and width of the LR image."""
     threads: int = 1
@@ -61,18 +84,21 @@ class Options:
     rounds: int = 5
     """How often each way is measured, in turns."""
     ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = ()
-    """Some of eager, channels-last, compile, bf16, fp16 (by PyTorch), onnx, onnx-fp16, onnx-int8, openvino,
-    openvino-bf16, openvino-int8; files may be given besides. Default: all that run on the device."""
+    """Some of eager, channels-last, compile, bf16, fp16 (by PyTorch), onnx, onnx-fp16, onnx-int8,
+    openvino, openvino-bf16, openvino-int8; files may be given besides. Default: all that run on the
+    device."""
     files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Network files (.onnx for ONNX Runtime, .xml for OpenVINO) of the same network, float NCHW."""
     device: str = "auto"
     """cpu, cuda, cuda:1...; auto is the GPU where there is one."""
     folder: Path | None = None
-    """PNG pictures: run whole commands on it, on the CPU, and measure time, CPU seconds and memory of their processes.
-    Ways are then bare-onnx (a bare ONNX Runtime loop), plain-torch (a PyTorch script), tile-loop (PyTorch in tiles as
-    chaiNNer has them), and the back-ends of upscale.py: auto, torch, onnx, openvino. Ratios are to the first."""
+    """PNG pictures: run whole commands on it, on the CPU, and measure time, CPU seconds and memory
+    of their processes. Ways are then bare-onnx (a bare ONNX Runtime loop), plain-torch (a PyTorch
+    script), tile-loop (PyTorch in tiles as chaiNNer has them), and the back-ends of upscale.py:
+    auto, torch, onnx, openvino. Ratios are to the first."""
     png: Path | None = None
-    """PNG pictures: only measure what they take as PNG files, by libpng, by OpenCV and by every --png-level."""
+    """PNG pictures: only measure what they take as PNG files, by libpng, by OpenCV and by every
+    --png-level."""
     json: Path | None = None
     """File for the numbers."""
 
@@ -123,9 +149,19 @@ def main(options: Options) -> int:
                     seconds[name].append(_seconds(call, device))
                     bar.update()
     pixels = height * width * saved.scale**2
-    rows = [_row(name, times, next(iter(seconds.values())), pixels, psnrs[name]) for name, times in seconds.items()]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.threads} threads"
-    title = f"{saved.name} x{saved.scale}, LR {width}x{height}, {where}; medians of {options.rounds} rounds"
+    rows = [
+        _row(name, times, next(iter(seconds.values())), pixels, psnrs[name])
+        for name, times in seconds.items()
+    ]
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {options.threads} threads"
+    )
+    title = (
+        f"{saved.name} x{saved.scale}, LR {width}x{height}, {where}; medians of "
+        f"{options.rounds} rounds"
+    )
     print(_table(title, rows))
     _write_json(options, title, rows)
     return 0
@@ -136,8 +172,12 @@ def _check_options(options: Options) -> tuple[int, int]:
     if min(options.threads, options.rounds) < 1:
         raise UserError("--threads and --rounds must be at least 1")
     sides = options.size.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and 1 <= int(side) <= LARGEST_SIDE for side in sides):
-        raise UserError(f"--size {options.size} is no HxW, such as 180x320, of sides from 1 to {LARGEST_SIDE}")
+    if len(sides) != 2 or not all(
+        side.isdecimal() and 1 <= int(side) <= LARGEST_SIDE for side in sides
+    ):
+        raise UserError(
+            f"--size {options.size} is no HxW, such as 180x320, of sides from 1 to {LARGEST_SIDE}"
+        )
     known = COMMANDS if options.folder is not None else WAYS
     for way in options.ways:
         if way not in known:
@@ -160,9 +200,14 @@ def _measure_folder(options: Options, folder: Path) -> int:
         write_network(model, saved)
         with quiet():
             onnx_file.write_bytes(convert(saved, saved.build(), Form()))
-        rows = measure_folder(folder, model, onnx_file, options.ways or COMMANDS, options.rounds, options.threads)
-    title = (f"{saved.name} x{saved.scale}, {len(list(folder.glob('*.png')))} pictures of {folder}, whole processes, "
-             f"CPU, {options.threads} threads; medians of {options.rounds} rounds")
+        rows = measure_folder(
+            folder, model, onnx_file, options.ways or COMMANDS, options.rounds, options.threads
+        )
+    title = (
+        f"{saved.name} x{saved.scale}, {len(list(folder.glob('*.png')))} pictures of {folder}, "
+        "whole processes, "
+        f"CPU, {options.threads} threads; medians of {options.rounds} rounds"
+    )
     print(folder_table(title, rows))
     _write_json(options, title, rows)
     return 0
@@ -170,8 +215,10 @@ def _measure_folder(options: Options, folder: Path) -> int:
 
 def _write_json(options: Options, title: str, rows: Sequence[Row | FolderRow]) -> None:
     if options.json:
-        options.json.write_text(json.dumps({"title": title, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
-                                encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"title": title, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 def _published_vapsr() -> SavedNetwork:
@@ -185,7 +232,8 @@ def _published_vapsr() -> SavedNetwork:
 
 
 def _photograph(height: int, width: int) -> torch.Tensor:
-    """The middle of one that is shipped with scikit-image; float 1 x 3 x height x width, mirrored on if too small."""
+    """The middle of one that is shipped with scikit-image; float 1 x 3 x height x width, mirrored
+    on if too small."""
     import torch
 
     from pipeline.export.parity import middle, photographs
@@ -194,13 +242,22 @@ def _photograph(height: int, width: int) -> torch.Tensor:
     return unit_range(middle(photographs(None)[0], height, width), torch.float32)
 
 
-def _calls(options: Options, saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
-           folder: Path) -> dict[str, Call]:
+def _calls(
+    options: Options, saved: SavedNetwork, photo: torch.Tensor, device: torch.device, folder: Path
+) -> dict[str, Call]:
     """What is measured, by name, ready to run."""
     on_gpu = device.type == "cuda"
-    wanted = options.ways or tuple(way for way in WAYS if not on_gpu or not way.startswith("openvino"))
+    wanted = options.ways or tuple(
+        way for way in WAYS if not on_gpu or not way.startswith("openvino")
+    )
     calls = {name: call for name, call in _by_torch(saved, photo, device).items() if name in wanted}
-    calls |= _by_runtimes([way for way in wanted if way.startswith(("onnx", "openvino"))], saved, photo, device, folder)
+    calls |= _by_runtimes(
+        [way for way in wanted if way.startswith(("onnx", "openvino"))],
+        saved,
+        photo,
+        device,
+        folder,
+    )
     for file in options.files:
         name, number = file.name, 2
         while name in calls:
@@ -212,7 +269,9 @@ def _calls(options: Options, saved: SavedNetwork, photo: torch.Tensor, device: t
 def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) -> dict[str, Call]:
     import torch
 
-    def call(network: nn.Module, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Call:
+    def call(
+        network: nn.Module, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32
+    ) -> Call:
         network = network.to(device, dtype, memory_format=memory_format).eval()
         images = photo.to(device, dtype, memory_format=memory_format)
         return lambda: network(images)
@@ -220,16 +279,20 @@ def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) ->
     compiled = saved.build().to(device, memory_format=torch.channels_last).eval()
     images = photo.to(device, memory_format=torch.channels_last)
     fast = torch.compile(compiled)
-    return {"eager": call(saved.build(), torch.contiguous_format),
-            "channels-last": call(saved.build(), torch.channels_last),
-            "compile": lambda: fast(images),
-            "bf16": call(saved.build(), torch.channels_last, torch.bfloat16),
-            "fp16": call(saved.build(), torch.channels_last, torch.float16)}
+    return {
+        "eager": call(saved.build(), torch.contiguous_format),
+        "channels-last": call(saved.build(), torch.channels_last),
+        "compile": lambda: fast(images),
+        "bf16": call(saved.build(), torch.channels_last, torch.bfloat16),
+        "fp16": call(saved.build(), torch.channels_last, torch.float16),
+    }
 
 
-def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device,
-                 folder: Path) -> dict[str, Call]:
-    """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by itself."""
+def _by_runtimes(
+    ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device, folder: Path
+) -> dict[str, Call]:
+    """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by
+    itself."""
     from pipeline.export.int8 import Int8, as_input, calibration_images, gather, quantize
     from pipeline.export.onnx_file import Form, convert
 
@@ -241,29 +304,51 @@ def _by_runtimes(ways: list[str], saved: SavedNetwork, photo: torch.Tensor, devi
     if "onnx-fp16" in ways:
         files["onnx-fp16"] = folder / "fp16.onnx"
         files["onnx-fp16"].write_bytes(convert(saved, saved.build(), Form(half=True)))
-    images = [] if not any("int8" in way for way in ways) else [
-        as_input(crop, Form()) for crop in calibration_images(gather(Int8()).calibrating, saved.scale,
-                                                              CALIBRATION_IMAGES, 0)]
+    images = (
+        []
+        if not any("int8" in way for way in ways)
+        else [
+            as_input(crop, Form())
+            for crop in calibration_images(
+                gather(Int8()).calibrating, saved.scale, CALIBRATION_IMAGES, 0
+            )
+        ]
+    )
     for way in ("onnx-int8", "openvino-int8"):
         if way in ways:
             files[way] = folder / f"{way}.onnx"
             quantize(fp32, files[way], images, Int8.keep_last, has_int8_outputs=way == "onnx-int8")
-    return {way: _loaded(files[way], photo.half() if way.endswith("fp16") else photo, device,
-                         by_openvino=way.startswith("openvino"),
-                         hint="bf16" if way.endswith("bf16") else "f32") for way in ways}
+    return {
+        way: _loaded(
+            files[way],
+            photo.half() if way.endswith("fp16") else photo,
+            device,
+            by_openvino=way.startswith("openvino"),
+            hint="bf16" if way.endswith("bf16") else "f32",
+        )
+        for way in ways
+    }
 
 
-def _loaded(file: Path, photo: torch.Tensor, device: torch.device, *, by_openvino: bool, hint: str = "f32") -> Call:
+def _loaded(
+    file: Path, photo: torch.Tensor, device: torch.device, *, by_openvino: bool, hint: str = "f32"
+) -> Call:
     from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 
-    network = OpenVinoNetwork(file, device, {"INFERENCE_PRECISION_HINT": hint}) if by_openvino else OnnxNetwork(
-        file, device)
+    network = (
+        OpenVinoNetwork(file, device, {"INFERENCE_PRECISION_HINT": hint})
+        if by_openvino
+        else OnnxNetwork(file, device)
+    )
     images = photo.numpy()
     return lambda: network(images)
 
 
-def _check(calls: dict[str, Call], network: nn.Module, photo: torch.Tensor) -> dict[str, float | None]:
-    """Run every way once, which also sets it up; how near its image is to PyTorch's in FP32 on the CPU."""
+def _check(
+    calls: dict[str, Call], network: nn.Module, photo: torch.Tensor
+) -> dict[str, float | None]:
+    """Run every way once, which also sets it up; how near its image is to PyTorch's in FP32 on the
+    CPU."""
     import torch
 
     expected, psnrs = network(photo).double(), {}
@@ -272,8 +357,11 @@ def _check(calls: dict[str, Call], network: nn.Module, photo: torch.Tensor) -> d
             bar.set_description(f"setting up {name}")
             found = torch.as_tensor(call()).cpu().double()
             if found.shape != expected.shape:
-                raise UserError(f"{name} makes {tuple(found.shape)}, where the model makes {tuple(expected.shape)}; "
-                                "give --files of this --model")
+                raise UserError(
+                    f"{name} makes {tuple(found.shape)}, where the model makes "
+                    f"{tuple(expected.shape)}; "
+                    "give --files of this --model"
+                )
             error = float(torch.square(found - expected).mean())
             psnrs[name] = None if error == 0 else -10 * float(np.log10(error))
             bar.update()
@@ -293,15 +381,22 @@ def _seconds(call: Call, device: torch.device) -> float:
 def _row(name: str, times: list[float], base: list[float], pixels: int, psnr: float | None) -> Row:
     median = statistics.median(times)
     ratio = statistics.median(other / own for own, other in zip(times, base, strict=True))
-    return Row(name, 1e3 * median, 1e3 * min(times), 1e3 * max(times), pixels / median / 1e6, ratio, psnr)
+    return Row(
+        name, 1e3 * median, 1e3 * min(times), 1e3 * max(times), pixels / median / 1e6, ratio, psnr
+    )
 
 
 def _table(title: str, rows: list[Row]) -> str:
     width = max(len(row.name) for row in rows) + 2
-    lines = [title, f"{'':{width}}{'ms':>9}{'least':>9}{'greatest':>10}{'MPix/s':>9}{'ratio':>8}{'PSNR':>10}"]
+    lines = [
+        title,
+        f"{'':{width}}{'ms':>9}{'least':>9}{'greatest':>10}{'MPix/s':>9}{'ratio':>8}{'PSNR':>10}",
+    ]
     for row in rows:
-        lines.append(f"{row.name:{width}}{row.milliseconds:9.1f}{row.least:9.1f}{row.greatest:10.1f}"
-                     f"{row.megapixels:9.3f}{row.ratio:8.2f}{psnr_text(row.psnr):>10}")
+        lines.append(
+            f"{row.name:{width}}{row.milliseconds:9.1f}{row.least:9.1f}{row.greatest:10.1f}"
+            f"{row.megapixels:9.3f}{row.ratio:8.2f}{psnr_text(row.psnr):>10}"
+        )
     return "\n".join(lines)
 
 

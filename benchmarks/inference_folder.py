@@ -1,4 +1,5 @@
-"""`inference.py --folder`: whole commands over a folder of pictures, in turns, each in a process of its own."""
+"""`inference.py --folder`: whole commands over a folder of pictures, in turns, each in a process of
+its own."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _, status, used = os.wait4(process.pid, 0)
 print(json.dumps([time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
 sys.exit(os.waitstatus_to_exitcode(status) != 0)
 """
-"""Runs a command from a small process: Linux counts the memory of whoever starts a process for its own."""
+"""Runs a command from a small process: Linux counts the memory of whoever starts a process for its
+own."""
 _LOOPS = {"bare-onnx": "onnx", "plain-torch": "torch", "tile-loop": "tiles"}
 
 
@@ -56,12 +58,15 @@ class FolderRow:
     ratio: float
     """Its time over the first command's, the median of the rounds."""
     psnr: float | None
-    """dB of its pictures against those of the first command, over all of them; `None` where they are equal."""
+    """dB of its pictures against those of the first command, over all of them; `None` where they
+    are equal."""
 
 
-def measure_folder(folder: Path, model: Path, onnx_file: Path, commands: Sequence[str], rounds: int,
-                   threads: int) -> list[FolderRow]:
-    """Run every command `rounds` times in turns, and ours once before: what is converted then is kept in the cache.
+def measure_folder(
+    folder: Path, model: Path, onnx_file: Path, commands: Sequence[str], rounds: int, threads: int
+) -> list[FolderRow]:
+    """Run every command `rounds` times in turns, and ours once before: what is converted then is
+    kept in the cache.
 
     `UserError` for a folder without PNG pictures; `RunError` where a command fails.
     """
@@ -69,9 +74,15 @@ def measure_folder(folder: Path, model: Path, onnx_file: Path, commands: Sequenc
         raise UserError(f"no .png pictures in {str(folder)!r} of --folder")
     usages: dict[str, list[Usage]] = {name: [] for name in commands}
     ours = [name for name in commands if name not in _LOOPS]
-    with tempfile.TemporaryDirectory() as scratch, progress(len(ours) + rounds * len(commands), "run") as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        progress(len(ours) + rounds * len(commands), "run") as bar,
+    ):
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        for number, name in [*((0, name) for name in ours), *((1, name) for _ in range(rounds) for name in commands)]:
+        for number, name in [
+            *((0, name) for name in ours),
+            *((1, name) for _ in range(rounds) for name in commands),
+        ]:
             usage = _usage(_command(name, folder, model, onnx_file, Path(scratch, name)), variables)
             if number:
                 usages[name].append(usage)
@@ -83,7 +94,8 @@ def measure_folder(folder: Path, model: Path, onnx_file: Path, commands: Sequenc
 
 
 def measure_png(folder: Path, rounds: int) -> str:
-    """A table of what the pictures of a folder take as PNG files: CPU ms and kB each, by libpng, OpenCV and here."""
+    """A table of what the pictures of a folder take as PNG files: CPU ms and kB each, by libpng,
+    OpenCV and here."""
     import cv2
     import imagecodecs
 
@@ -93,9 +105,14 @@ def measure_png(folder: Path, rounds: int) -> str:
     if not pictures:
         raise UserError(f"no .png pictures in {str(folder)!r} of --png")
     cv2.setNumThreads(1)
-    ways = {"libpng, level 6": lambda pixels: imagecodecs.png_encode(pixels, level=6),
-            "OpenCV": lambda pixels: cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1]}
-    ways |= {f"--png-level {level}": lambda pixels, level=level: encode_png(pixels, level) for level in range(1, 13)}
+    ways = {
+        "libpng, level 6": lambda pixels: imagecodecs.png_encode(pixels, level=6),
+        "OpenCV": lambda pixels: cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1],
+    }
+    ways |= {
+        f"--png-level {level}": lambda pixels, level=level: encode_png(pixels, level)
+        for level in range(1, 13)
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     sizes: dict[str, int] = {}
     for _ in range(rounds):
@@ -104,10 +121,17 @@ def measure_png(folder: Path, rounds: int) -> str:
             sizes[name] = sum(len(way(pixels)) for pixels in pictures)
             times[name].append((time.process_time() - start) / len(pictures))
     first = next(iter(ways))
-    return "\n".join([f"{len(pictures)} pictures of {folder}, medians of {rounds} rounds",
-                      f"{'':16}{'CPU ms':>9}{'kB':>9}{'size':>8}",
-                      *(f"{name:16}{1e3 * statistics.median(times[name]):9.1f}{sizes[name] / len(pictures) / 1e3:9.1f}"
-                        f"{sizes[name] / sizes[first]:8.3f}" for name in ways)])
+    return "\n".join(
+        [
+            f"{len(pictures)} pictures of {folder}, medians of {rounds} rounds",
+            f"{'':16}{'CPU ms':>9}{'kB':>9}{'size':>8}",
+            *(
+                f"{name:16}{1e3 * statistics.median(times[name]):9.1f}{sizes[name] / len(pictures) / 1e3:9.1f}"
+                f"{sizes[name] / sizes[first]:8.3f}"
+                for name in ways
+            ),
+        ]
+    )
 
 
 def psnr_text(psnr: float | None) -> str:
@@ -119,24 +143,49 @@ def folder_table(title: str, rows: Sequence[FolderRow]) -> str:
     """A line for each command."""
     lines = [title, f"{'':14}{'s':>9}{'ratio':>8}{'CPU s':>9}{'peak MiB':>10}{'PSNR':>10}"]
     for row in rows:
-        lines.append(f"{row.name:14}{row.seconds:9.2f}{row.ratio:8.2f}{row.cpu_seconds:9.2f}"
-                     f"{row.peak_bytes / 2**20:10.0f}{psnr_text(row.psnr):>10}")
+        lines.append(
+            f"{row.name:14}{row.seconds:9.2f}{row.ratio:8.2f}{row.cpu_seconds:9.2f}"
+            f"{row.peak_bytes / 2**20:10.0f}{psnr_text(row.psnr):>10}"
+        )
     return "\n".join(lines)
 
 
 def _command(name: str, folder: Path, model: Path, onnx_file: Path, out: Path) -> list[str]:
     if name in _LOOPS:
         file = onnx_file if name == "bare-onnx" else model
-        return [sys.executable, str(ROOT / "benchmarks" / "inference_loops.py"), _LOOPS[name], str(file), str(folder),
-                str(out)]
-    return [sys.executable, str(ROOT / "upscale.py"), str(folder), "-o", str(out), "--model", str(model), "--force",
-            "--backend", name, "--device", "cpu"]
+        return [
+            sys.executable,
+            str(ROOT / "benchmarks" / "inference_loops.py"),
+            _LOOPS[name],
+            str(file),
+            str(folder),
+            str(out),
+        ]
+    return [
+        sys.executable,
+        str(ROOT / "upscale.py"),
+        str(folder),
+        "-o",
+        str(out),
+        "--model",
+        str(model),
+        "--force",
+        "--backend",
+        name,
+        "--device",
+        "cpu",
+    ]
 
 
 def _usage(command: Sequence[str], variables: dict[str, str]) -> Usage:
     """Run a command to its end."""
-    done = subprocess.run([sys.executable, "-ISE", "-c", _WATCH, *command], env=variables, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-ISE", "-c", _WATCH, *command],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise RunError(f"{Path(command[1]).name} {command[2]} failed: {lines[-1]}")
@@ -144,10 +193,14 @@ def _usage(command: Sequence[str], variables: dict[str, str]) -> Usage:
 
 
 def _row(name: str, runs: Sequence[Usage], base: Sequence[float], psnr: float | None) -> FolderRow:
-    return FolderRow(name, statistics.median(run.seconds for run in runs),
-                     statistics.median(run.cpu_seconds for run in runs),
-                     statistics.median(run.peak_bytes for run in runs),
-                     statistics.median(run.seconds / other for run, other in zip(runs, base, strict=True)), psnr)
+    return FolderRow(
+        name,
+        statistics.median(run.seconds for run in runs),
+        statistics.median(run.cpu_seconds for run in runs),
+        statistics.median(run.peak_bytes for run in runs),
+        statistics.median(run.seconds / other for run, other in zip(runs, base, strict=True)),
+        psnr,
+    )
 
 
 def _pictures(folder: Path) -> list[np.ndarray]:
@@ -157,6 +210,9 @@ def _pictures(folder: Path) -> list[np.ndarray]:
 
 
 def _psnr(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float | None:
-    errors = [np.square(one.astype(np.int32) - other).mean() for one, other in zip(found, expected, strict=True)]
+    errors = [
+        np.square(one.astype(np.int32) - other).mean()
+        for one, other in zip(found, expected, strict=True)
+    ]
     error = float(np.mean(errors))
     return None if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -1,10 +1,12 @@
-"""Loops that upscale a folder of PNG pictures as people write them, each a whole program, to compare `upscale.py` with.
+"""Loops that upscale a folder of PNG pictures as people write them, each a whole program, to
+compare `upscale.py` with.
 
     python benchmarks/inference_loops.py onnx VapSR_X4.onnx FOLDER OUT      a bare ONNX Runtime loop
     python benchmarks/inference_loops.py torch VapSR_X4.pth FOLDER OUT      a plain PyTorch script
     python benchmarks/inference_loops.py tiles VapSR_X4.pth FOLDER OUT      PyTorch in tiles, as chaiNNer's node does it
 
-`torch` and `tiles` take the network from this project, in NCHW as they would have it; nothing else is ours.
+`torch` and `tiles` take the network from this project, in NCHW as they would have it; nothing else
+is ours.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def by_onnx(model: str) -> Run:
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda image: session.run(None, {name: image.transpose(2, 0, 1)[None]})[0][0].transpose(1, 2, 0)
+    return lambda image: session.run(None, {name: image.transpose(2, 0, 1)[None]})[0][0].transpose(
+        1, 2, 0
+    )
 
 
 def by_torch(model: str) -> Run:
@@ -52,8 +56,8 @@ def by_torch(model: str) -> Run:
 
 
 def by_tiles(model: str) -> Run:
-    """`by_torch` in tiles: the picture is halved along its longer side until a piece fits; pieces overlap by
-    `OVERLAP`, and what they share is cut in its middle."""
+    """`by_torch` in tiles: the picture is halved along its longer side until a piece fits; pieces
+    overlap by `OVERLAP`, and what they share is cut in its middle."""
     run = by_torch(model)
 
     def split(image: np.ndarray) -> np.ndarray:

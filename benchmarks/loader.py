@@ -1,4 +1,5 @@
-"""How fast training batches are made, as ratios within one run: same photographs, same cores, measured in turns."""
+"""How fast training batches are made, as ratios within one run: same photographs, same cores,
+measured in turns."""
 
 from __future__ import annotations
 
@@ -49,15 +50,18 @@ from tools.parallel import progress
 
 SIZE = 512  # of the files
 CROP, SCALE, MICRO_BATCH = 256, 2, 32
-EDGE = 4  # LR pixels along the border that may differ: a crop's own LR knows nothing of what lies outside
+# LR pixels along the border that may differ: a crop's own LR knows nothing of what lies outside
+EDGE = 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the loader of the training against others on your own photographs, cut into 512x512 files.
+    """Measure the loader of the training against others on your own photographs, cut into 512x512
+    files.
 
-    Batches: HR crops of 256x256, the eight symmetries, LR half as large, uint8 NCHW (torch: float32). Before it
-    measures, it makes sure that all ways deliver this. CPU seconds are those of the process and of its children.
+    Batches: HR crops of 256x256, the eight symmetries, LR half as large, uint8 NCHW (torch:
+    float32). Before it measures, it makes sure that all ways deliver this. CPU seconds are those of
+    the process and of its children.
 
     Example: python benchmarks/loader.py ~/Pictures/Kodak ~/Pictures/SunHays80
     """
@@ -77,11 +81,13 @@ class Options:
     batch: int = MICRO_BATCH
     """Samples of a batch."""
     only: tuple[str, ...] = ()
-    """Measure just the ways whose names hold one of these words, such as realesrgan; ratios are to the last one."""
+    """Measure just the ways whose names hold one of these words, such as realesrgan; ratios are to
+    the last one."""
     operators: bool = False
     """Instead: what was tried in the loader's own graph, one change at a time."""
     gpu: bool = False
-    """Run this project's loader on the first GPU; its CPU time is the host's. The others stay on the CPU."""
+    """Run this project's loader on the first GPU; its CPU time is the host's. The others stay on
+    the CPU."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +113,28 @@ def main(options: Options) -> int:
     """Cut, check, measure and print."""
     _check_options(options)
     ways = OPERATORS if options.operators else WAYS
-    ways = {name: way for name, way in ways.items() if not options.only or any(word in name for word in options.only)}
+    ways = {
+        name: way
+        for name, way in ways.items()
+        if not options.only or any(word in name for word in options.only)
+    }
     if not ways:
-        raise UserError(f"--only {' '.join(options.only)}: no way has that in its name; there are: {', '.join(WAYS)}")
+        raise UserError(
+            f"--only {' '.join(options.only)}: no way has that in its name; there are: "
+            f"{', '.join(WAYS)}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch), CROP, options.scale, options.batch, options.threads)
         cut_photographs(options.photos, setting, SIZE, options.images)
-        settings = {name: replace(setting, device_id=0 if options.gpu and name in OUR_WAYS else None) for name in ways}
-        check({name: _in_child(first_batch, ways[name], settings[name]) for name in ways}, ways, setting)
+        settings = {
+            name: replace(setting, device_id=0 if options.gpu and name in OUR_WAYS else None)
+            for name in ways
+        }
+        check(
+            {name: _in_child(first_batch, ways[name], settings[name]) for name in ways},
+            ways,
+            setting,
+        )
         costs: dict[str, list[Cost]] = {name: [] for name in ways}
         with progress(options.rounds * len(ways), "measurement") as bar:
             for _ in range(options.rounds):
@@ -129,35 +149,58 @@ def main(options: Options) -> int:
 
 
 def _print_conditions(setting: Setting, options: Options) -> None:
-    megabytes = {form: sum(file.stat().st_size for file in setting.files(form)) / 1e6 for form in ("npy", "png")}
-    print(f"{len(setting.files('npy'))} files of {SIZE}x{SIZE} in the page cache: npy {megabytes['npy']:.0f} MB, "
-          f"PNG (OpenCV's default) {megabytes['png']:.0f} MB")
-    print(f"crops of {CROP}, x{setting.scale}, batches of {setting.micro_batch}, {options.threads} threads; medians of "
-          f"{options.rounds} rounds of {options.seconds:g} s")
+    megabytes = {
+        form: sum(file.stat().st_size for file in setting.files(form)) / 1e6
+        for form in ("npy", "png")
+    }
+    print(
+        f"{len(setting.files('npy'))} files of {SIZE}x{SIZE} in the page cache: npy "
+        f"{megabytes['npy']:.0f} MB, "
+        f"PNG (OpenCV's default) {megabytes['png']:.0f} MB"
+    )
+    print(
+        f"crops of {CROP}, x{setting.scale}, batches of {setting.micro_batch}, {options.threads} "
+        "threads; medians of "
+        f"{options.rounds} rounds of {options.seconds:g} s"
+    )
     if options.gpu:
-        print("this loader on the GPU, but for its host work; all others on the CPU; CPU seconds are the host's")
+        print(
+            "this loader on the GPU, but for its host work; all others on the CPU; CPU seconds are "
+            "the host's"
+        )
 
 
 def _check_options(options: Options) -> None:
-    if min(options.images, options.rounds, options.threads, options.batch) < 1 or not 0 < options.seconds < math.inf:
-        raise UserError("--images, --rounds, --threads and --batch must be at least 1 and --seconds above 0")
+    if (
+        min(options.images, options.rounds, options.threads, options.batch) < 1
+        or not 0 < options.seconds < math.inf
+    ):
+        raise UserError(
+            "--images, --rounds, --threads and --batch must be at least 1 and --seconds above 0"
+        )
     if not 2 <= options.scale <= 8 or CROP % options.scale:
         raise UserError(f"--scale {options.scale}: must be 2, 4 or 8, for crops of {CROP}")
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 512x512 pixels")
     if options.gpu and options.operators:
-        raise UserError("--gpu and --operators: what was tried runs on the CPU only; give one of them")
+        raise UserError(
+            "--gpu and --operators: what was tried runs on the CPU only; give one of them"
+        )
     if options.gpu:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError("--gpu: torch sees no GPU on this machine; leave it out, or install torch for CUDA")
+            raise UserError(
+                "--gpu: torch sees no GPU on this machine; leave it out, or install torch for CUDA"
+            )
 
 
 def cut_photographs(folders: Sequence[Path], setting: Setting, size: int, most: int) -> int:
-    """Cut files of `size` x `size` side by side, with their LR, into the folders of the setting; how many.
+    """Cut files of `size` x `size` side by side, with their LR, into the folders of the setting;
+    how many.
 
-    The photographs come in a random order that is always the same. Raises `UserError` if not one is large enough.
+    The photographs come in a random order that is always the same. Raises `UserError` if not one is
+    large enough.
     """
     photos = [folder / name for folder in folders for name in walk(folder, MANIFEST).encoded]
     random.Random(0).shuffle(photos)
@@ -167,12 +210,18 @@ def cut_photographs(folders: Sequence[Path], setting: Setting, size: int, most: 
     for tile in islice((tile for photo in photos for tile in _tiles(photo, size)), most):
         low = _cubic_lr(tile.transpose(2, 0, 1)[None], setting.scale)[0].transpose(1, 2, 0)
         for prefix, pixels in (("", tile), ("lr_", np.clip(np.rint(low), 0, 255).astype(np.uint8))):
-            np.save(setting.folder / f"{prefix}npy" / f"{count:06d}.npy", np.ascontiguousarray(pixels[..., ::-1]))
+            np.save(
+                setting.folder / f"{prefix}npy" / f"{count:06d}.npy",
+                np.ascontiguousarray(pixels[..., ::-1]),
+            )
             cv2.imwrite(str(setting.folder / f"{prefix}png" / f"{count:06d}.png"), pixels)
         count += 1
     if not count:
-        raise UserError(f"no photograph of at least {size}x{size} pixels in {', '.join(map(str, folders))}; give "
-                        "folders of larger ones")
+        raise UserError(
+            f"no photograph of at least {size}x{size} pixels in {', '.join(map(str, folders))}; "
+            "give "
+            "folders of larger ones"
+        )
     return count
 
 
@@ -181,12 +230,16 @@ def _tiles(photo: Path, size: int) -> list[np.ndarray]:
     image = cv2.imread(str(photo))
     if image is None:
         raise UserError(f"{photo}: cannot be decoded; move it out of the way")
-    return [image[top:top + size, left:left + size] for top in range(0, image.shape[0] - size + 1, size)
-            for left in range(0, image.shape[1] - size + 1, size)]
+    return [
+        image[top : top + size, left : left + size]
+        for top in range(0, image.shape[0] - size + 1, size)
+        for left in range(0, image.shape[1] - size + 1, size)
+    ]
 
 
 def _cubic_lr(images: np.ndarray, scale: int) -> np.ndarray:
-    """NCHW images (any type) made smaller by the antialiased cubic: float32 in the same levels, not clipped."""
+    """NCHW images (any type) made smaller by the antialiased cubic: float32 in the same levels, not
+    clipped."""
     import torch
 
     from pipeline.images import cubic_resize
@@ -217,22 +270,33 @@ def _array(part: Any) -> np.ndarray:
     return np.array(part.cpu().numpy() if hasattr(part, "cpu") else part)
 
 
-def check(batches: Mapping[str, list[np.ndarray]], ways: Mapping[str, Way], setting: Setting) -> None:
+def check(
+    batches: Mapping[str, list[np.ndarray]], ways: Mapping[str, Way], setting: Setting
+) -> None:
     """Raise `RunError` unless the first batches of all ways are what they must be.
 
-    All HR and LR have the same shapes; LR is the cubic of HR within a level, away from the border; the loader gives the
-    same bytes by each of its doors.
+    All HR and LR have the same shapes; LR is the cubic of HR within a level, away from the border;
+    the loader gives the same bytes by each of its doors.
     """
     count, crop, low = setting.micro_batch, setting.crop, setting.crop // setting.scale
     for name, batch in batches.items():
         shapes = [array.shape for array in batch]
         if not ways[name].pairs:
-            if batch[0].ndim != 4 or len(batch[0]) != count or min(shapes[0][1:3]) < crop or shapes[0][3] != 3:
+            if (
+                batch[0].ndim != 4
+                or len(batch[0]) != count
+                or min(shapes[0][1:3]) < crop
+                or shapes[0][3] != 3
+            ):
                 raise RunError(f"{name}: delivers {shapes[0]}, not {count} crops of {crop}x{crop}")
             continue
         if shapes[0] != (count, 3, crop, crop) or shapes[1:] not in ([], [(count, 3, low, low)]):
-            raise RunError(f"{name}: delivers {shapes}, not {count} crops of {crop} and {low} pixels")
-        if {array.dtype for array in batch} != {np.dtype(np.float32 if name == TORCH_PNG else np.uint8)}:
+            raise RunError(
+                f"{name}: delivers {shapes}, not {count} crops of {crop} and {low} pixels"
+            )
+        if {array.dtype for array in batch} != {
+            np.dtype(np.float32 if name == TORCH_PNG else np.uint8)
+        }:
             raise RunError(f"{name}: delivers {batch[0].dtype} and {batch[-1].dtype}")
         if len(batch) == 2 and ways[name].is_cubic:
             off = _levels_off(*batch, setting.scale)
@@ -245,14 +309,16 @@ def check(batches: Mapping[str, list[np.ndarray]], ways: Mapping[str, Way], sett
 
 
 def _levels_off(hr: np.ndarray, lr: np.ndarray, scale: int) -> float:
-    """The greatest difference of LR from the cubic of HR, in levels of 0..255, away from the border."""
+    """The greatest difference of LR from the cubic of HR, in levels of 0..255, away from the
+    border."""
     unit = np.float32(255 if hr.dtype == np.float32 else 1)
     difference = np.clip(_cubic_lr(hr * unit, scale), 0, 255) - lr * unit
     return float(abs(difference[..., EDGE:-EDGE, EDGE:-EDGE]).max())
 
 
 def measure(way: Way, setting: Setting, seconds: float) -> Cost:
-    """Take batches for so long, after a warm-up that fills what is made ahead and, given time, opens every file."""
+    """Take batches for so long, after a warm-up that fills what is made ahead and, given time,
+    opens every file."""
     batches = way.batches(setting)
     epoch, started = math.ceil(len(setting.files("npy")) / setting.micro_batch), time.perf_counter()
     for number in range(PREFETCH + 1 + epoch):
@@ -277,8 +343,12 @@ def _cpu_seconds() -> float:
     running = 0.0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        running += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # of all its threads
-    usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        running += (int(fields[11]) + int(fields[12])) / os.sysconf(
+            "SC_CLK_TCK"
+        )  # of all its threads
+    usages = [
+        resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
     return running + sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
@@ -289,8 +359,8 @@ def _in_child(work: Any, way: Way, *arguments: Any) -> Any:
 
 
 def _collected(work: Any, *arguments: Any) -> Any:
-    """`work(...)`, with nothing left of it: a pipeline of DALI's whose threads live when Python ends may abort the
-    process ("terminate called without an active exception")."""
+    """`work(...)`, with nothing left of it: a pipeline of DALI's whose threads live when Python
+    ends may abort the process ("terminate called without an active exception")."""
     result = work(*arguments)
     gc.collect()
     return result
@@ -299,26 +369,46 @@ def _collected(work: Any, *arguments: Any) -> Any:
 def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
     """A line for each way; the ratios are to `base`, each within its round."""
     width = max(map(len, costs)) + 2
-    print(f"\n{'':{width}}{'images/s':>10}{'ratio':>8}{'images/core-s':>15}{'ratio':>8}{'CPU us/image':>14}")
+    print(
+        f"\n{'':{width}}{'images/s':>10}{'ratio':>8}{'images/core-s':>15}{'ratio':>8}{'CPU us/image':>14}"
+    )
     for name, runs in costs.items():
-        wall, core = (statistics.median(getattr(cost, rate) for cost in runs) for rate in ("wall_rate", "core_rate"))
-        print(f"{name:{width}}{wall:10.0f}{_ratio(runs, costs[base], 'wall_rate')[0]:8.2f}"
-              f"{core:15.0f}{_ratio(runs, costs[base], 'core_rate')[0]:8.2f}{1e6 / core:14.0f}")
+        wall, core = (
+            statistics.median(getattr(cost, rate) for cost in runs)
+            for rate in ("wall_rate", "core_rate")
+        )
+        print(
+            f"{name:{width}}{wall:10.0f}{_ratio(runs, costs[base], 'wall_rate')[0]:8.2f}"
+            f"{core:15.0f}{_ratio(runs, costs[base], 'core_rate')[0]:8.2f}{1e6 / core:14.0f}"
+        )
 
 
 def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
     """What the project aims at."""
     print("\nratios (median, least and greatest of the rounds)")
-    for name, other in ((OURS, DALI_PNG), (OURS, TORCH_PNG), (OURS_PNG, DALI_PNG), (OURS_PNG, TORCH_PNG)):
+    for name, other in (
+        (OURS, DALI_PNG),
+        (OURS, TORCH_PNG),
+        (OURS_PNG, DALI_PNG),
+        (OURS_PNG, TORCH_PNG),
+    ):
         for kind, rate in (("a second", "wall_rate"), ("a core-second", "core_rate")):
-            print(f"images {kind:14}{name} / {other}: {_three(_ratio(costs[name], costs[other], rate))}")
+            print(
+                f"images {kind:14}{name} / {other}: "
+                f"{_three(_ratio(costs[name], costs[other], rate))}"
+            )
     for other in (DALI_PNG, TORCH_PNG, DALI_NUMPY):
-        print(f"CPU an image         {other} / {HOST}: {_three(_ratio(costs[HOST], costs[other], 'core_rate'))}")
+        print(
+            f"CPU an image         {other} / {HOST}: "
+            f"{_three(_ratio(costs[HOST], costs[other], 'core_rate'))}"
+        )
 
 
 def _ratio(runs: Sequence[Cost], others: Sequence[Cost], rate: str) -> tuple[float, float, float]:
     """(Median, least, greatest) ratio of the rates within a round."""
-    ratios = [getattr(one, rate) / getattr(other, rate) for one, other in zip(runs, others, strict=True)]
+    ratios = [
+        getattr(one, rate) / getattr(other, rate) for one, other in zip(runs, others, strict=True)
+    ]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 

@@ -1,6 +1,8 @@
-"""The ways of making training batches that benchmarks/loader.py compares, each a generator of batches without end.
+"""The ways of making training batches that benchmarks/loader.py compares, each a generator of
+batches without end.
 
-The others' ways are written here, straightforwardly, after what the projects do; none of it is their code.
+The others' ways are written here, straightforwardly, after what the projects do; none of it is
+their code.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ WayFunction = Callable[["Setting"], Iterator[Batch]]
 class Setting:
     """What every way is given: the same images in three folders, and what to make of them.
 
-    `folder`/npy: uint8 RGB (height, width, 3); /png: the same; /lr_npy and /lr_png: the same made smaller by `scale`.
+    `folder`/npy: uint8 RGB (height, width, 3); /png: the same; /lr_npy and /lr_png: the same made
+    smaller by `scale`.
     """
 
     folder: Path
@@ -49,7 +52,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Way:
-    """`batches` yields (hr, lr) in NCHW, LR being the cubic of HR; or, without `pairs`, (hr, ...) in NHWC and no LR."""
+    """`batches` yields (hr, lr) in NCHW, LR being the cubic of HR; or, without `pairs`, (hr, ...)
+    in NHWC and no LR."""
 
     batches: WayFunction
     pairs: bool = True
@@ -62,58 +66,80 @@ class _CropAlone(Degradation):
     surroundings = 0
 
 
-def _our_source(setting: Setting, form: str = "npy", *, on_host: bool = True, **spec: Any) -> CropSource:
-    """This project's source of crops out of the files of a form; `spec` is more of the recipe's data part. On a CPU,
-    LR is made by the host's own chain, where the degradation has one and `on_host` says so."""
+def _our_source(
+    setting: Setting, form: str = "npy", *, on_host: bool = True, **spec: Any
+) -> CropSource:
+    """This project's source of crops out of the files of a form; `spec` is more of the recipe's
+    data part. On a CPU, LR is made by the host's own chain, where the degradation has one and
+    `on_host` says so."""
     files, is_paired = setting.files(form), spec.get("degradation") == "paired"
-    return CropSource([str(file) for file in files], Sampler([len(files)], seed=0),
-                      DataSpec(crop=setting.crop, threads=setting.threads, **spec), scale=setting.scale,
-                      position=Position(0, 1, setting.micro_batch),
-                      lr_paths=[str(file) for file in setting.files(f"lr_{form}")] if is_paired else None,
-                      degrades_on_host=on_host and setting.device_id is None)
+    return CropSource(
+        [str(file) for file in files],
+        Sampler([len(files)], seed=0),
+        DataSpec(crop=setting.crop, threads=setting.threads, **spec),
+        scale=setting.scale,
+        position=Position(0, 1, setting.micro_batch),
+        lr_paths=[str(file) for file in setting.files(f"lr_{form}")] if is_paired else None,
+        degrades_on_host=on_host and setting.device_id is None,
+    )
 
 
-def _our_arrays(setting: Setting, *, has_margin: bool = True, cut: str = "",
-                read: str = "rows") -> tuple[tuple[str, ...], Iterator[Batch]]:
+def _our_arrays(
+    setting: Setting, *, has_margin: bool = True, cut: str = "", read: str = "rows"
+) -> tuple[tuple[str, ...], Iterator[Batch]]:
     """What this project's source hands to DALI: the names of the arrays, and the batches of them.
 
-    Without `has_margin` only the crop is read. `cut`: the crop is cut out of its region here, "" not, "plain" or
-    "turned". `read`: the "rows" of a region, or through "kept maps" or "new maps" of the files, or "whole files".
+    Without `has_margin` only the crop is read. `cut`: the crop is cut out of its region here, ""
+    not, "plain" or "turned". `read`: the "rows" of a region, or through "kept maps" or "new maps"
+    of the files, or "whole files".
     """
     source = _our_source(setting)
     if not has_margin:
         source.degradation = _CropAlone(None, setting.scale)
     if read != "rows":
-        whole = {"kept maps": lru_cache(partial(np.load, mmap_mode="r")), "new maps": partial(np.load, mmap_mode="r"),
-                 "whole files": np.load}[read]
-        source.hr.part = lambda opened, region, _: Part(region, pixels=_region(whole(opened._path), region))
+        whole = {
+            "kept maps": lru_cache(partial(np.load, mmap_mode="r")),
+            "new maps": partial(np.load, mmap_mode="r"),
+            "whole files": np.load,
+        }[read]
+        source.hr.part = lambda opened, region, _: Part(
+            region, pixels=_region(whole(opened._path), region)
+        )
     kept = [i for i, column in enumerate(source.columns) if has_margin or column != "start"]
     columns = (*(source.columns[i] for i in kept), *["crop"] * bool(cut))
     size = setting.crop, setting.crop
-    room = np.empty((setting.micro_batch, *((3, *size) if cut == "turned" else (*size, 3))), np.uint8)
+    room = np.empty(
+        (setting.micro_batch, *((3, *size) if cut == "turned" else (*size, 3))), np.uint8
+    )
     crops = {"plain": _crops, "turned": turned_crops}.get(cut)
-    return columns, ((*(batch[i] for i in kept), *([crops(source, batch, room)] if crops else []))
-                     for batch in source.micro_batches(0))
+    return columns, (
+        (*(batch[i] for i in kept), *([crops(source, batch, room)] if crops else []))
+        for batch in source.micro_batches(0)
+    )
 
 
 def _crops(source: CropSource, arrays: Batch, room: np.ndarray) -> np.ndarray:
     size, regions = source.crop, arrays[source.columns.index("hr")]
     for i, (top, left) in enumerate(arrays[source.columns.index("start")]):
-        room[i] = regions[i][top:top + size, left:left + size]
+        room[i] = regions[i][top : top + size, left : left + size]
     return room
 
 
 def _region(image: np.ndarray, region: tuple[int, int, int, int]) -> np.ndarray:
     top, left, height, width = region
-    return np.ascontiguousarray(image[top:top + height, left:left + width])
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _given(columns: tuple[str, ...], batches: Iterator[Batch]) -> dict[str, Any]:
     """DALI nodes of the arrays, by name."""
     from nvidia.dali import fn
 
-    nodes = fn.external_source(batches, num_outputs=len(columns), batch=True,
-                               layout=["HWC" if column in ("hr", "crop") else "" for column in columns])
+    nodes = fn.external_source(
+        batches,
+        num_outputs=len(columns),
+        batch=True,
+        layout=["HWC" if column in ("hr", "crop") else "" for column in columns],
+    )
     return {column: nodes[i] for i, column in enumerate(columns)}
 
 
@@ -122,12 +148,17 @@ def _runs(pipeline: Any) -> Iterator[Batch]:
         yield pipeline.run()
 
 
-def ours(setting: Setting, form: str = "npy", prefetch: int = PREFETCH, **spec: Any) -> Iterator[Batch]:
+def ours(
+    setting: Setting, form: str = "npy", prefetch: int = PREFETCH, **spec: Any
+) -> Iterator[Batch]:
     """This project's DALI pipeline, driven by the caller's thread."""
     source = _our_source(setting, form, **spec)
     try:
-        yield from _runs(training_pipeline(source, 0, device_id=setting.device_id, threads=setting.threads,
-                                           prefetch=prefetch))
+        yield from _runs(
+            training_pipeline(
+                source, 0, device_id=setting.device_id, threads=setting.threads, prefetch=prefetch
+            )
+        )
     finally:
         source.close()
 
@@ -138,7 +169,11 @@ def ours_in_torch(setting: Setting) -> Iterator[Batch]:
 
     from pipeline.data.loader import Loader
 
-    device = torch.device("cpu") if setting.device_id is None else torch.device("cuda", setting.device_id)
+    device = (
+        torch.device("cpu")
+        if setting.device_id is None
+        else torch.device("cuda", setting.device_id)
+    )
     loader = Loader(_our_source(setting), 0, device, threads=setting.threads, prefetch=PREFETCH)
     try:
         for batch in loader:
@@ -148,13 +183,18 @@ def ours_in_torch(setting: Setting) -> Iterator[Batch]:
 
 
 def our_host_work(setting: Setting) -> Iterator[Batch]:
-    """What the CPU does where the GPU turns, resizes and lays out: this project's source and no operator behind it."""
+    """What the CPU does where the GPU turns, resizes and lays out: this project's source and no
+    operator behind it."""
     from nvidia.dali import pipeline_def
 
     arrays = _our_arrays(setting)
 
-    @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None,
-                  prefetch_queue_depth=PREFETCH)
+    @pipeline_def(
+        batch_size=setting.micro_batch,
+        num_threads=setting.threads,
+        device_id=None,
+        prefetch_queue_depth=PREFETCH,
+    )
     def graph() -> Any:
         return tuple(_given(*arrays).values())
 
@@ -162,7 +202,8 @@ def our_host_work(setting: Setting) -> Iterator[Batch]:
 
 
 def dali_of_png(setting: Setting) -> Iterator[Batch]:
-    """The graph of `catid/upsampling` on the CPU: decode, crop and mirror, brightness, rotate, transpose, resize.
+    """The graph of `catid/upsampling` on the CPU: decode, crop and mirror, brightness, rotate,
+    transpose, resize.
 
     Synchronous, as there. Its mirror and its rotation make the eight symmetries, both at random.
     """
@@ -170,14 +211,29 @@ def dali_of_png(setting: Setting) -> Iterator[Batch]:
 
     crop, low = setting.crop, setting.crop // setting.scale
 
-    @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None, seed=1,
-                  exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
+    @pipeline_def(
+        batch_size=setting.micro_batch,
+        num_threads=setting.threads,
+        device_id=None,
+        seed=1,
+        exec_async=False,
+        exec_pipelined=False,
+        prefetch_queue_depth=1,
+    )
     def graph() -> Any:
-        streams, _ = fn.readers.file(files=[str(file) for file in setting.files("png")], random_shuffle=True)
+        streams, _ = fn.readers.file(
+            files=[str(file) for file in setting.files("png")], random_shuffle=True
+        )
         images = fn.decoders.image(streams, device="cpu", output_type=types.RGB)
         images = fn.crop_mirror_normalize(
-            images, dtype=types.UINT8, crop=(crop, crop), crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
-            crop_pos_y=fn.random.uniform(range=(0.0, 1.0)), mirror=fn.random.coin_flip(), output_layout="HWC")
+            images,
+            dtype=types.UINT8,
+            crop=(crop, crop),
+            crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
+            crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
+            mirror=fn.random.coin_flip(),
+            output_layout="HWC",
+        )
         is_changed = fn.random.coin_flip(probability=0.2)
         factor = 1 + is_changed * (fn.random.uniform(range=(0.5, 1.2)) - 1)
         images = fn.brightness(images, brightness=factor)
@@ -196,20 +252,32 @@ def dali_numpy_reader(setting: Setting) -> Iterator[Batch]:
     height, width = np.load(files[0], mmap_mode="r").shape[:2]
     room = [height - setting.crop, width - setting.crop]
 
-    @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None, seed=1,
-                  prefetch_queue_depth=PREFETCH)
+    @pipeline_def(
+        batch_size=setting.micro_batch,
+        num_threads=setting.threads,
+        device_id=None,
+        seed=1,
+        prefetch_queue_depth=PREFETCH,
+    )
     def graph() -> Any:
         corner = fn.stack(*(fn.random.uniform(range=(-0.499, side + 0.499)) for side in room))
         corner = fn.cast(corner, dtype=types.INT32)  # which rounds to the nearest
-        return fn.readers.numpy(files=[str(file) for file in files], random_shuffle=True, dont_use_mmap=False,
-                                cache_header_information=True, roi_start=corner, roi_axes=[0, 1],
-                                roi_shape=[setting.crop, setting.crop])
+        return fn.readers.numpy(
+            files=[str(file) for file in files],
+            random_shuffle=True,
+            dont_use_mmap=False,
+            cache_header_information=True,
+            roi_start=corner,
+            roi_axes=[0, 1],
+            roi_shape=[setting.crop, setting.crop],
+        )
 
     return _runs(graph())
 
 
 class PairedImages:
-    """PNG pairs as BasicSR's PairedImageDataset gives them: float32 in [0, 1], RGB, CHW, cut and turned alike."""
+    """PNG pairs as BasicSR's PairedImageDataset gives them: float32 in [0, 1], RGB, CHW, cut and
+    turned alike."""
 
     def __init__(self, setting: Setting) -> None:
         self.hr, self.lr = setting.files("png"), setting.files("lr_png")
@@ -219,12 +287,14 @@ class PairedImages:
         return len(self.hr)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        hr, lr = (cv2.imread(str(files[index])).astype(np.float32) / 255 for files in (self.hr, self.lr))
+        hr, lr = (
+            cv2.imread(str(files[index])).astype(np.float32) / 255 for files in (self.hr, self.lr)
+        )
         low = self.crop // self.scale
         top, left = random.randint(0, lr.shape[0] - low), random.randint(0, lr.shape[1] - low)
-        lr = lr[top:top + low, left:left + low]
+        lr = lr[top : top + low, left : left + low]
         top, left = top * self.scale, left * self.scale
-        hr = hr[top:top + self.crop, left:left + self.crop]
+        hr = hr[top : top + self.crop, left : left + self.crop]
         turns = [random.random() < 0.5 for _ in range(3)]
         return self._turned(hr, *turns), self._turned(lr, *turns)
 
@@ -243,28 +313,45 @@ class PairedImages:
 
 
 def torch_of_png(setting: Setting) -> Iterator[Batch]:
-    """A torch DataLoader over `PairedImages`, a process for each of the threads, one epoch running into the next."""
+    """A torch DataLoader over `PairedImages`, a process for each of the threads, one epoch running
+    into the next."""
     from torch.utils.data import DataLoader, RandomSampler
 
     images = PairedImages(setting)
     sampler = RandomSampler(images, num_samples=1 << 40)
-    return iter(DataLoader(images, setting.micro_batch, sampler=sampler, num_workers=setting.threads,
-                           worker_init_fn=_one_thread))
+    return iter(
+        DataLoader(
+            images,
+            setting.micro_batch,
+            sampler=sampler,
+            num_workers=setting.threads,
+            worker_init_fn=_one_thread,
+        )
+    )
 
 
 def _one_thread(_: int) -> None:
     cv2.setNumThreads(1)
 
 
-def variant(setting: Setting, *, margin: str = "left out", lr: str = "before", antialias: bool = True,
-            turn: str = "host", read: str = "rows", cut: str = "host") -> Iterator[Batch]:
+def variant(
+    setting: Setting,
+    *,
+    margin: str = "left out",
+    lr: str = "before",
+    antialias: bool = True,
+    turn: str = "host",
+    read: str = "rows",
+    cut: str = "host",
+) -> Iterator[Batch]:
     """This project's graph for `.npy` files, written anew with one thing changed.
 
-    `margin`: the HR pixels around the crop that LR, too, is made of are "left out" of LR by the resize itself, "cut"
-    off its result, or there are "none". `lr`: "before" the transpose to CHW, "after" it, "none". `turn`: HR is turned
-    and laid out by the "host", or as LR is: "rows" are flipped and mirroring left to what follows, "flips" and a
-    transpose, "rotate" or "rotate nearest". `cut`: the crop is cut out of its region by the "host" or by DALI's
-    "slice". `read`: see `_our_arrays`.
+    `margin`: the HR pixels around the crop that LR, too, is made of are "left out" of LR by the
+    resize itself, "cut" off its result, or there are "none". `lr`: "before" the transpose to CHW,
+    "after" it, "none". `turn`: HR is turned and laid out by the "host", or as LR is: "rows" are
+    flipped and mirroring left to what follows, "flips" and a transpose, "rotate" or "rotate
+    nearest". `cut`: the crop is cut out of its region by the "host" or by DALI's "slice". `read`:
+    see `_our_arrays`.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -272,29 +359,43 @@ def variant(setting: Setting, *, margin: str = "left out", lr: str = "before", a
     has_margin = margin != "none"
     is_cut = cut == "host" and (has_margin or turn == "host")
     cut_as = ("turned" if turn == "host" else "plain") if is_cut else ""
-    arrays = _our_arrays(setting, has_margin=has_margin, cut=cut_as, read=read)  # DALI would convert what graph() calls
+    arrays = _our_arrays(
+        setting, has_margin=has_margin, cut=cut_as, read=read
+    )  # DALI would convert what graph() calls
 
-    @pipeline_def(batch_size=setting.micro_batch, num_threads=setting.threads, device_id=None,
-                  prefetch_queue_depth=PREFETCH, enable_conditionals=True)
+    @pipeline_def(
+        batch_size=setting.micro_batch,
+        num_threads=setting.threads,
+        device_id=None,
+        prefetch_queue_depth=PREFETCH,
+        enable_conditionals=True,
+    )
     def graph() -> Any:
         nodes = _given(*arrays)
         region, start = nodes["hr"], nodes.get("start")
         if "crop" in nodes:
             hr = nodes["crop"]
         else:
-            hr = fn.slice(region, start=start, shape=[crop] * 2, axes=[0, 1]) if has_margin else region
+            hr = (
+                fn.slice(region, start=start, shape=[crop] * 2, axes=[0, 1])
+                if has_margin
+                else region
+            )
         planes = hr if turn == "host" else turned(hr, nodes)
         if lr == "before":
             return planes, turned(smaller(region, start), nodes)
         return (planes, smaller(planes, start)) if lr == "after" else planes
 
     def turned(image: Any, nodes: dict[str, Any]) -> Any:
-        vertical, horizontal, is_transposed = (nodes[name] for name in ("flip_vertical", "flip_horizontal",
-                                                                        "transpose"))
+        vertical, horizontal, is_transposed = (
+            nodes[name] for name in ("flip_vertical", "flip_horizontal", "transpose")
+        )
         if turn.startswith("rotate"):
             angle = vertical * 90.0 + fn.cast(is_transposed, dtype=types.FLOAT) * 180.0
             method = types.INTERP_NN if turn == "rotate nearest" else types.INTERP_LINEAR
-            rotated = fn.rotate(fn.flip(image, horizontal=horizontal), angle=angle, interp_type=method)
+            rotated = fn.rotate(
+                fn.flip(image, horizontal=horizontal), angle=angle, interp_type=method
+            )
             return channels_first(rotated, [2, 0, 1])
         is_mirrored_late = turn in {"host", "rows"}
         image = fn.flip(image, vertical=vertical, horizontal=0 if is_mirrored_late else horizontal)
@@ -304,7 +405,9 @@ def variant(setting: Setting, *, margin: str = "left out", lr: str = "before", a
                 planes = fn.flip(planes, horizontal=0, vertical=horizontal)
         else:
             if is_mirrored_late:
-                planes = fn.crop_mirror_normalize(image, mirror=horizontal, dtype=types.UINT8, output_layout="CHW")
+                planes = fn.crop_mirror_normalize(
+                    image, mirror=horizontal, dtype=types.UINT8, output_layout="CHW"
+                )
             else:
                 planes = channels_first(image, [2, 0, 1])
         return planes
@@ -336,8 +439,16 @@ def _source_alone(setting: Setting) -> Iterator[Batch]:
     return _our_arrays(setting)[1]
 
 
-OURS, OURS_TORCH, OURS_PNG = "this loader, npy", "this loader, npy, as torch tensors", "this loader, PNG"
-HOST, DALI_PNG, TORCH_PNG = "this loader's host work", "DALI, PNG, as catid/upsampling", "torch, PNG, as BasicSR"
+OURS, OURS_TORCH, OURS_PNG = (
+    "this loader, npy",
+    "this loader, npy, as torch tensors",
+    "this loader, PNG",
+)
+HOST, DALI_PNG, TORCH_PNG = (
+    "this loader's host work",
+    "DALI, PNG, as catid/upsampling",
+    "torch, PNG, as BasicSR",
+)
 DALI_NUMPY, WRITTEN_HERE = "DALI's numpy reader alone", "its graph, written here"
 
 OUR_WAYS = {
@@ -347,11 +458,14 @@ OUR_WAYS = {
     "this loader, PNG, from its cache": Way(partial(ours, form="png", cache_gb=64)),
     "this loader, npy, paired LR": Way(partial(ours, degradation="paired")),
     "this loader, npy, brightness of 20 %": Way(partial(ours, brightness={"probability": 0.2})),
-    "this loader, npy, noise on LR": Way(partial(ours, lr_noise={"probability": 1.0}), is_cubic=False),
+    "this loader, npy, noise on LR": Way(
+        partial(ours, lr_noise={"probability": 1.0}), is_cubic=False
+    ),
     "this loader, npy, gaussian": Way(partial(ours, degradation="gaussian"), is_cubic=False),
     "this loader, npy, realesrgan": Way(partial(ours, degradation="realesrgan"), is_cubic=False),
-    "this loader, npy, realesrgan by DALI alone": Way(partial(ours, degradation="realesrgan", on_host=False),
-                                                      is_cubic=False),
+    "this loader, npy, realesrgan by DALI alone": Way(
+        partial(ours, degradation="realesrgan", on_host=False), is_cubic=False
+    ),
 }
 """They follow `Setting.device_id`; all others stay on the CPU."""
 
@@ -374,7 +488,9 @@ OPERATORS = {
     "rotate, nearest pixel": Way(partial(variant, turn="rotate nearest")),
     "the margin cut off LR, not left out": Way(partial(variant, margin="cut")),
     "LR without the margin": Way(partial(variant, margin="none")),
-    "... of CHW, after the transpose": Way(partial(variant, margin="none", turn="rows", lr="after")),
+    "... of CHW, after the transpose": Way(
+        partial(variant, margin="none", turn="rows", lr="after")
+    ),
     "LR without antialiasing": Way(partial(variant, antialias=False), is_cubic=False),
     "without LR": Way(partial(variant, margin="none", lr="none")),
     "files mapped, the maps kept": Way(partial(variant, read="kept maps")),

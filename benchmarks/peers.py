@@ -1,4 +1,5 @@
-"""Training beside the ways that others train: same network, crops, batch and precision, in turns on one machine."""
+"""Training beside the ways that others train: same network, crops, batch and precision, in turns on
+one machine."""
 
 from __future__ import annotations
 
@@ -36,12 +37,14 @@ PATIENCE = 600.0  # seconds that a participant may take for its first window, or
 
 @dataclass(frozen=True)
 class Options:
-    """Train the same network by this project and by other loops, in turns, and print what each makes of the machine.
+    """Train the same network by this project and by other loops, in turns, and print what each
+    makes of the machine.
 
     The processes of a participant are stopped (SIGSTOP) while another runs. A window is a number of
     steps; medians of all windows count. CPU seconds are those of all processes of the participant.
 
-    Example: python benchmarks/peers.py ~/Pictures/Kodak --network msrresnet --basicsr-python ~/basicsr/bin/python
+    Example: python benchmarks/peers.py ~/Pictures/Kodak --network msrresnet --basicsr-python
+    ~/basicsr/bin/python
     """
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")]
@@ -49,8 +52,9 @@ class Options:
     network: str = "vapsr"
     """vapsr, msrresnet, compact, or rrdbnet (with 6 blocks); x4."""
     ways: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = "ours,plain,ancestor"
-    """Who takes part: ours, plain (a torch loop with a DataLoader), ancestor (DALI without overlap, on PNG, compiled by
-    the backend "eager", a wait for the device every step), basicsr; and on two ranks: ours2, ddp, lightning."""
+    """Who takes part: ours, plain (a torch loop with a DataLoader), ancestor (DALI without overlap,
+    on PNG, compiled by the backend "eager", a wait for the device every step), basicsr; and on two
+    ranks: ours2, ddp, lightning."""
     batch: int = 8
     """Global batch: the images of a step, over all ranks."""
     crop: int = 192
@@ -64,7 +68,8 @@ class Options:
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """For this project's run, as in training: compile=on."""
     basicsr_python: Path | None = None
-    """The Python of an environment that has torch and the package basicsr, which takes part as it is."""
+    """The Python of an environment that has torch and the package basicsr, which takes part as it
+    is."""
 
 
 @dataclass
@@ -82,7 +87,9 @@ class Participant:
     def windows(self) -> int:
         """How many it has finished."""
         with suppress(FileNotFoundError):
-            return sum(self.mark in line for line in self.file.read_text(errors="replace").splitlines())
+            return sum(
+                self.mark in line for line in self.file.read_text(errors="replace").splitlines()
+            )
         return 0
 
     def turn(self) -> tuple[float, float]:
@@ -130,15 +137,20 @@ class Participant:
 def main(options: Options) -> int:
     """Cut the photographs, start everybody, take turns, print the table."""
     ways = _check(options)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nobody is left behind, stopped
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that nobody is left behind, stopped
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch) / "files", options.crop, 4, options.batch, options.threads)
         setting.folder.mkdir()
         count = cut_photographs(options.photos, setting, SIZE, 1000)
         _write_lists(setting)
-        print(f"{options.network} x4, crops of {options.crop}, batch {options.batch}, {count} files of {SIZE}x{SIZE}; "
-              f"windows of {options.steps} steps, {options.rounds} a participant, in turns; "
-              f"{len(os.sched_getaffinity(0))} CPU cores")
+        print(
+            f"{options.network} x4, crops of {options.crop}, batch {options.batch}, {count} files "
+            f"of {SIZE}x{SIZE}; "
+            f"windows of {options.steps} steps, {options.rounds} a participant, in turns; "
+            f"{len(os.sched_getaffinity(0))} CPU cores"
+        )
         participants: list[Participant] = []
         try:
             with progress(len(ways) * (options.rounds + 1), "window") as bar:
@@ -169,18 +181,24 @@ def _check(options: Options) -> list[str]:
         raise UserError(f"--network {options.network!r} is none of {', '.join(NETWORKS)}")
     sizes = options.batch, options.steps, options.rounds, options.threads
     if min(sizes) < 1 or options.crop % 4 or options.crop > SIZE:
-        raise UserError(f"--batch, --steps, --rounds and --threads must be 1 or more, and --crop a multiple of 4 up to "
-                        f"{SIZE}")
+        raise UserError(
+            "--batch, --steps, --rounds and --threads must be 1 or more, and --crop a multiple of "
+            "4 up to "
+            f"{SIZE}"
+        )
     if "basicsr" in ways and options.basicsr_python is None:
-        raise UserError("basicsr takes part with --basicsr-python, the Python of an environment that has it "
-                        "(python -m venv DIR; DIR/bin/pip install torch torchvision basicsr)")
+        raise UserError(
+            "basicsr takes part with --basicsr-python, the Python of an environment that has it "
+            "(python -m venv DIR; DIR/bin/pip install torch torchvision basicsr)"
+        )
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 480x480 pixels")
     return [known[way] for way in ways]
 
 
 def _write_lists(setting: Setting) -> None:
-    """The files as a dataset of this project: all to train on, and one of them again to validate with."""
+    """The files as a dataset of this project: all to train on, and one of them again to validate
+    with."""
     names = [f"npy/{file.name}" for file in setting.files("npy")]
     (setting.folder / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names))
     (setting.folder / "validation_file_list.txt").write_text(f"{names[0]}\n")
@@ -190,42 +208,76 @@ def _start(way: str, options: Options, setting: Setting, scratch: Path) -> Parti
     folder = Path(tempfile.mkdtemp(dir=scratch))
     mark, file = "window", folder / "windows"
     if way in (OURS, OURS_TWO):
-        command, file, mark = _our_command(options, setting, folder, 2 if way == OURS_TWO else 1), \
-            folder / "run" / LOG_FILE, '"event": "train"'
+        command, file, mark = (
+            _our_command(options, setting, folder, 2 if way == OURS_TWO else 1),
+            folder / "run" / LOG_FILE,
+            '"event": "train"',
+        )
     else:
         python = str(options.basicsr_python) if way == BASICSR else sys.executable
-        what = {"loop": way, "network": options.network, "files": str(setting.folder), "crop": options.crop,
-                "batch": options.batch, "steps": options.steps, "threads": options.threads, "out": str(file),
-                "folder": str(folder), "port": free_port()}
+        what = {
+            "loop": way,
+            "network": options.network,
+            "files": str(setting.folder),
+            "crop": options.crop,
+            "batch": options.batch,
+            "steps": options.steps,
+            "threads": options.threads,
+            "out": str(file),
+            "folder": str(folder),
+            "port": free_port(),
+        }
         command = [python, str(ROOT / "benchmarks" / "peers_loops.py"), json.dumps(what)]
     output = folder / "output.txt"
     with open(output, "wb") as stream:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
     return Participant(way, process, file, mark, output, [], [])
 
 
 def _our_command(options: Options, setting: Setting, folder: Path, procs: int) -> list[str]:
     never = "1000000000"
     network = json.dumps(NETWORKS[options.network])
-    return [sys.executable, str(ROOT / "train.py") if procs == 1 else str(ROOT / "launch" / "local.py"),
-            *([] if procs == 1 else ["--procs", str(procs)]), "--recipe", "vapsr_x4", "--dataset-dir",
-            str(setting.folder), "--output-dir", str(folder / "run"), f"generator={network}",
-            f"data.crop={options.crop}", f"data.threads={options.threads}", f"ds.train_batch_size={options.batch}",
-            f"steps={never}", f"log_every={options.steps}", f"validate_every={never}", f"save_every={never}",
-            "save_minutes=100000", "previews.count=0", "ds.fp16.enabled=false", *options.overrides]
+    return [
+        sys.executable,
+        str(ROOT / "train.py") if procs == 1 else str(ROOT / "launch" / "local.py"),
+        *([] if procs == 1 else ["--procs", str(procs)]),
+        "--recipe",
+        "vapsr_x4",
+        "--dataset-dir",
+        str(setting.folder),
+        "--output-dir",
+        str(folder / "run"),
+        f"generator={network}",
+        f"data.crop={options.crop}",
+        f"data.threads={options.threads}",
+        f"ds.train_batch_size={options.batch}",
+        f"steps={never}",
+        f"log_every={options.steps}",
+        f"validate_every={never}",
+        f"save_every={never}",
+        "save_minutes=100000",
+        "previews.count=0",
+        "ds.fp16.enabled=false",
+        *options.overrides,
+    ]
 
 
 def _print_table(participants: list[Participant], options: Options) -> None:
     images = options.batch * options.steps
     rates = {p.name: [images / wall for wall in p.walls] for p in participants}
-    print(f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}{'CPU s an image':>16}{'MiB':>8}")
+    print(
+        f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}{'CPU s an image':>16}{'MiB':>8}"
+    )
     for participant in participants:
         own, theirs = participant.walls, participants[0].walls
         ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
         rate = rates[participant.name]
-        print(f"{participant.name:16}{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
-              f"{statistics.median(participant.cpus) / images:16.3f}{participant.resident_mebibytes():8.0f}")
+        print(
+            f"{participant.name:16}{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
+            f"{statistics.median(participant.cpus) / images:16.3f}{participant.resident_mebibytes():8.0f}"
+        )
     print(f"ratio: to {participants[0].name}, window by window within a round; above 1 is faster")
 
 

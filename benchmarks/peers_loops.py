@@ -1,7 +1,9 @@
-"""The loops of others that benchmarks/peers.py compares with, each as a process of its own, which it starts itself.
+"""The loops of others that benchmarks/peers.py compares with, each as a process of its own, which
+it starts itself.
 
-Written after what the projects do, straightforwardly; none of it is their code. BasicSR takes part as it is, through
-its own `train_pipeline`, in an environment that need not have anything of this project's but torch.
+Written after what the projects do, straightforwardly; none of it is their code. BasicSR takes part
+as it is, through its own `train_pipeline`, in an environment that need not have anything of this
+project's but torch.
 """
 
 from __future__ import annotations
@@ -26,9 +28,23 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """As a recipe has them, x4."""
 IN_BASICSR = {
-    "msrresnet": {"type": "MSRResNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_block": 16, "upscale": 4},
-    "compact": {"type": "SRVGGNetCompact", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_conv": 16,
-                "upscale": 4, "act_type": "prelu"},
+    "msrresnet": {
+        "type": "MSRResNet",
+        "num_in_ch": 3,
+        "num_out_ch": 3,
+        "num_feat": 64,
+        "num_block": 16,
+        "upscale": 4,
+    },
+    "compact": {
+        "type": "SRVGGNetCompact",
+        "num_in_ch": 3,
+        "num_out_ch": 3,
+        "num_feat": 64,
+        "num_conv": 16,
+        "upscale": 4,
+        "act_type": "prelu",
+    },
     "rrdbnet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_block": 6},
 }
 """BasicSR's own; it has no VapSR, and trains this project's there."""
@@ -81,7 +97,8 @@ def plain(what: dict[str, Any]) -> None:
 
 
 def ancestor(what: dict[str, Any]) -> None:
-    """As `catid/upsampling` trains: DALI without overlap on PNG, torch.compile's backend "eager", a wait every step."""
+    """As `catid/upsampling` trains: DALI without overlap on PNG, torch.compile's backend "eager", a
+    wait every step."""
     import torch
     import torch.nn.functional as F
 
@@ -127,7 +144,8 @@ def ddp(what: dict[str, Any]) -> None:
 
 
 def lightning(what: dict[str, Any]) -> None:
-    """The same as Lightning runs it by default: unused parameters looked for, the loss shared and logged every step."""
+    """The same as Lightning runs it by default: unused parameters looked for, the loss shared and
+    logged every step."""
     _in_two_ranks(what, _train_lightning)
 
 
@@ -139,7 +157,9 @@ def _train_ddp(what: dict[str, Any], rank: int, is_logged: bool = False) -> None
     from benchmarks.loader_ways import torch_of_png
 
     device = torch.device("cuda", rank) if torch.cuda.device_count() > 1 else torch.device("cpu")
-    network = torch.nn.parallel.DistributedDataParallel(_network(what).to(device), find_unused_parameters=is_logged)
+    network = torch.nn.parallel.DistributedDataParallel(
+        _network(what).to(device), find_unused_parameters=is_logged
+    )
     optimizer = torch.optim.Adam(network.parameters(), 2e-4)
     total = 0.0
     for step, (hr, lr) in enumerate(torch_of_png(_setting(what, what["batch"] // 2)), 1):
@@ -161,7 +181,8 @@ def _train_lightning(what: dict[str, Any], rank: int) -> None:
 
 
 def basicsr(what: dict[str, Any]) -> None:
-    """BasicSR's `train_pipeline` on the same PNG files: its dataset, its model class, its EMA and its logger."""
+    """BasicSR's `train_pipeline` on the same PNG files: its dataset, its model class, its EMA and
+    its logger."""
     import types
 
     import torch
@@ -169,7 +190,9 @@ def basicsr(what: dict[str, Any]) -> None:
     from pipeline.libraries import import_torchvision
 
     functional = import_torchvision().transforms.functional
-    renamed = types.ModuleType("torchvision.transforms.functional_tensor")  # as BasicSR still calls it
+    renamed = types.ModuleType(
+        "torchvision.transforms.functional_tensor"
+    )  # as BasicSR still calls it
     renamed.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
     sys.modules.setdefault(renamed.__name__, renamed)
     import yaml
@@ -179,24 +202,52 @@ def basicsr(what: dict[str, Any]) -> None:
 
     network = IN_BASICSR.get(what["network"])
     if network is None:
+
         @ARCH_REGISTRY.register()
         def ThisVapSR() -> Any:  # noqa: N802 - an entry in its table, which it calls like a class
             return _network(what)
+
         network = {"type": "ThisVapSR"}
     files = Path(what["files"])
     options = {
-        "name": "peer", "model_type": "SRModel", "scale": 4, "num_gpu": torch.cuda.device_count() and 1,
+        "name": "peer",
+        "model_type": "SRModel",
+        "scale": 4,
+        "num_gpu": torch.cuda.device_count() and 1,
         "manual_seed": 0,
-        "datasets": {"train": {
-            "name": "crops", "type": "PairedImageDataset", "dataroot_gt": str(files / "png"),
-            "dataroot_lq": str(files / "lr_png"), "filename_tmpl": "{}", "io_backend": {"type": "disk"},
-            "gt_size": what["crop"], "use_hflip": True, "use_rot": True, "num_worker_per_gpu": what["threads"],
-            "batch_size_per_gpu": what["batch"], "dataset_enlarge_ratio": 1000, "prefetch_mode": None}},
-        "network_g": network, "path": {"pretrain_network_g": None, "strict_load_g": True, "resume_state": None},
-        "train": {"ema_decay": 0.999, "optim_g": {"type": "Adam", "lr": 2e-4, "weight_decay": 0, "betas": [0.9, 0.99]},
-                  "scheduler": {"type": "MultiStepLR", "milestones": [10**9], "gamma": 0.5}, "total_iter": 10**9,
-                  "warmup_iter": -1, "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"}},
-        "logger": {"print_freq": what["steps"], "save_checkpoint_freq": 10**9, "use_tb_logger": False, "wandb": None},
+        "datasets": {
+            "train": {
+                "name": "crops",
+                "type": "PairedImageDataset",
+                "dataroot_gt": str(files / "png"),
+                "dataroot_lq": str(files / "lr_png"),
+                "filename_tmpl": "{}",
+                "io_backend": {"type": "disk"},
+                "gt_size": what["crop"],
+                "use_hflip": True,
+                "use_rot": True,
+                "num_worker_per_gpu": what["threads"],
+                "batch_size_per_gpu": what["batch"],
+                "dataset_enlarge_ratio": 1000,
+                "prefetch_mode": None,
+            }
+        },
+        "network_g": network,
+        "path": {"pretrain_network_g": None, "strict_load_g": True, "resume_state": None},
+        "train": {
+            "ema_decay": 0.999,
+            "optim_g": {"type": "Adam", "lr": 2e-4, "weight_decay": 0, "betas": [0.9, 0.99]},
+            "scheduler": {"type": "MultiStepLR", "milestones": [10**9], "gamma": 0.5},
+            "total_iter": 10**9,
+            "warmup_iter": -1,
+            "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+        },
+        "logger": {
+            "print_freq": what["steps"],
+            "save_checkpoint_freq": 10**9,
+            "use_tb_logger": False,
+            "wandb": None,
+        },
         "dist_params": {"backend": "gloo", "port": what["port"]},
     }
     path = Path(what["folder"]) / "options.yml"
@@ -214,8 +265,12 @@ def basicsr(what: dict[str, Any]) -> None:
     train_pipeline(what["folder"])
 
 
-LOOPS: dict[str, Callable[[dict[str, Any]], None]] = {"plain": plain, "ancestor": ancestor, "ddp": ddp,
-                                                     "lightning": lightning}
+LOOPS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "plain": plain,
+    "ancestor": ancestor,
+    "ddp": ddp,
+    "lightning": lightning,
+}
 
 if __name__ == "__main__":
     _what = json.loads(sys.argv[1])

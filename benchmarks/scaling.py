@@ -1,4 +1,5 @@
-"""What more ranks gain: images a second and scaling efficiency, as ratios within one run, measured in turns."""
+"""What more ranks gain: images a second and scaling efficiency, as ratios within one run, measured
+in turns."""
 
 from __future__ import annotations
 
@@ -33,13 +34,16 @@ WARM_UP = 10  # steps that are not counted
 class Options:
     """Train the same recipe for some steps on 1, 2, ... ranks and print what the further ones gain.
 
-    Strong scaling: the global batch stays, each rank's share shrinks. Weak scaling: each rank's share stays, the global
-    batch grows. Every rank gets as many CPU threads, however many ranks there are.
+    Strong scaling: the global batch stays, each rank's share shrinks. Weak scaling: each rank's
+    share stays, the global batch grows. Every rank gets as many CPU threads, however many ranks
+    there are.
 
     Example: python benchmarks/scaling.py --ranks 1,2 --recipe demo
     """
 
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
+    ] = ()
     """As in training: data.crop=64 generator.num_blocks=3."""
     ranks: Annotated[str, tyro.conf.arg(metavar="N,N,...")] = "1,2"
     """Numbers of ranks; the first is what the others are compared with."""
@@ -48,7 +52,8 @@ class Options:
     dataset_dir: Path | None = None
     """Default: the demo's photographs."""
     hostfile: Annotated[Path | None, tyro.conf.arg(aliases=["-H"])] = None
-    """Use the first slots of these hosts, as ./launch_distributed_train.sh does. Default: this machine alone."""
+    """Use the first slots of these hosts, as ./launch_distributed_train.sh does. Default: this
+    machine alone."""
     batch: int = 16
     """Global batch (strong scaling) and batch a rank (weak scaling)."""
     steps: int = 60
@@ -74,7 +79,10 @@ def main(options: Options) -> int:
     ways += [Way("weak", ranks, options.batch * ranks) for ranks in numbers]
     threads = max(1, len(os.sched_getaffinity(0)) // max(numbers))
     speeds: dict[Way, list[float]] = {way: [] for way in ways}
-    with tempfile.TemporaryDirectory() as scratch, progress(options.rounds * len(ways), "run") as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        progress(options.rounds * len(ways), "run") as bar,
+    ):
         dataset = options.dataset_dir or make_demo_dataset(Path(scratch) / "demo").dataset_dir
         for number in range(options.rounds):
             for way, runs in speeds.items():  # in turns
@@ -94,29 +102,65 @@ def _numbers(options: Options, slots: Slots) -> list[int]:
     numbers = list(dict.fromkeys(map(int, options.ranks.split(","))))
     for ranks in numbers:
         if options.batch % ranks:
-            raise UserError(f"--batch {options.batch} cannot be shared by {ranks} ranks; choose a multiple")
+            raise UserError(
+                f"--batch {options.batch} cannot be shared by {ranks} ranks; choose a multiple"
+            )
     most = world_size(slots) if slots else environment.num_gpus()
     if most and max(numbers) > most:
         raise UserError(f"--ranks {max(numbers)}: there are {most} {'slots' if slots else 'GPUs'}")
     return numbers
 
 
-def _measure(way: Way, options: Options, slots: Slots, dataset: Path, run_dir: Path, threads: int) -> float:
+def _measure(
+    way: Way, options: Options, slots: Slots, dataset: Path, run_dir: Path, threads: int
+) -> float:
     """Images a second of all ranks together, once they are warm."""
     script, how = "local.py", ["--procs", str(way.ranks)]
     if slots:
         script = "distributed.py"
-        how = ["-H", str(options.hostfile), "--include", as_filter(_first(slots, way.ranks)), "--no-doctor"]
-    command = [sys.executable, str(ROOT / "launch" / script), *how, "--reset", "--recipe", options.recipe,
-               "--dataset-dir", str(dataset), "--output-dir", str(run_dir), f"steps={WARM_UP + options.steps}",
-               f"log_every={WARM_UP}", "validate_every=1000000", "save_every=1000000", "validation_images=1",
-               f"ds.train_batch_size={way.batch}", *options.overrides]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
-                          check=False)
+        how = [
+            "-H",
+            str(options.hostfile),
+            "--include",
+            as_filter(_first(slots, way.ranks)),
+            "--no-doctor",
+        ]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / script),
+        *how,
+        "--reset",
+        "--recipe",
+        options.recipe,
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(run_dir),
+        f"steps={WARM_UP + options.steps}",
+        f"log_every={WARM_UP}",
+        "validate_every=1000000",
+        "save_every=1000000",
+        "validation_images=1",
+        f"ds.train_batch_size={way.batch}",
+        *options.overrides,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise RunError(f"{way.ranks} ranks: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        raise RunError(
+            f"{way.ranks} ranks: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}"
+        )
     lines = [json.loads(line) for line in (run_dir / LOG_FILE).read_text().splitlines()]
-    speeds = [line["images_per_second"] for line in lines if line["event"] == "train" and line["step"] > WARM_UP]
+    speeds = [
+        line["images_per_second"]
+        for line in lines
+        if line["event"] == "train" and line["step"] > WARM_UP
+    ]
     return len(speeds) / sum(1 / speed for speed in speeds)  # over all of the counted time
 
 
@@ -124,21 +168,31 @@ def _first(slots: Slots, ranks: int) -> Slots:
     """The first `ranks` slots."""
     chosen: Slots = {}
     for host, numbers in slots.items():
-        taken = numbers[:ranks - world_size(chosen)]
+        taken = numbers[: ranks - world_size(chosen)]
         if taken:
             chosen[host] = taken
     return chosen
 
 
 def print_table(speeds: dict[Way, list[float]], options: Options) -> None:
-    """Medians; efficiency is the speed a rank against that of the first number of ranks, in the same round."""
-    print(f"recipe {options.recipe}, {options.steps} steps counted, medians of {options.rounds} rounds")
-    print(f"{'scaling':8}{'ranks':>6}{'global batch':>14}{'images/s':>10}{'speed-up':>10}{'efficiency':>12}")
+    """Medians; efficiency is the speed a rank against that of the first number of ranks, in the
+    same round."""
+    print(
+        f"recipe {options.recipe}, {options.steps} steps counted, medians of {options.rounds} "
+        "rounds"
+    )
+    print(
+        f"{'scaling':8}{'ranks':>6}{'global batch':>14}{'images/s':>10}{'speed-up':>10}{'efficiency':>12}"
+    )
     for way, runs in speeds.items():
         reference = next(other for other in speeds if other.kind == way.kind)
-        gain = statistics.median(speed / base for speed, base in zip(runs, speeds[reference], strict=True))
+        gain = statistics.median(
+            speed / base for speed, base in zip(runs, speeds[reference], strict=True)
+        )
         efficiency = gain * reference.ranks / way.ranks
-        print(f"{way.kind:8}{way.ranks:6}{way.batch:14}{statistics.median(runs):10.1f}{gain:10.2f}{efficiency:12.1%}")
+        print(
+            f"{way.kind:8}{way.ranks:6}{way.batch:14}{statistics.median(runs):10.1f}{gain:10.2f}{efficiency:12.1%}"
+        )
 
 
 if __name__ == "__main__":

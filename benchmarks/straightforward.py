@@ -1,6 +1,8 @@
-"""Crops as they are usually made: Pillow, one process a core, random places tried until they fit, PNG level 6.
+"""Crops as they are usually made: Pillow, one process a core, random places tried until they fit,
+PNG level 6.
 
-What images_to_data.py is compared with in benchmarks/tools.py; written for that, after the way of many SR projects.
+What images_to_data.py is compared with in benchmarks/tools.py; written for that, after the way of
+many SR projects.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ ATTEMPTS = 10_000  # per picture and size, before a place for one more crop is g
 def cut_folder(names: list[Path], out: Path, size: int, processes: int) -> None:
     """Write crops of `size` x `size` of all photographs to `out`, by `processes` processes."""
     out.mkdir(parents=True, exist_ok=True)
-    process_map(partial(cut_photo, out=out, size=size), names, max_workers=processes, chunksize=1, disable=True)
+    process_map(
+        partial(cut_photo, out=out, size=size),
+        names,
+        max_workers=processes,
+        chunksize=1,
+        disable=True,
+    )
 
 
 def cut_photo(name: Path, out: Path, size: int) -> None:
@@ -29,13 +37,16 @@ def cut_photo(name: Path, out: Path, size: int) -> None:
     while min(image.size) >= size:
         for left, top in random_places(image.width, image.height, size):
             crop = image.crop((left, top, left + size, top + size))
-            crop.save(out / f"{name.parent.name}_{name.stem}_{scale}_{left}_{top}.png", compress_level=6)
+            crop.save(
+                out / f"{name.parent.name}_{name.stem}_{scale}_{left}_{top}.png", compress_level=6
+            )
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
         scale *= 2
 
 
 def random_places(width: int, height: int, size: int) -> list[tuple[int, int]]:
-    """Corners of squares that do not overlap, drawn one after another until `ATTEMPTS` draws in a row do not fit."""
+    """Corners of squares that do not overlap, drawn one after another until `ATTEMPTS` draws in a
+    row do not fit."""
     places: list[tuple[int, int]] = []
     failures = 0
     while failures < ATTEMPTS:

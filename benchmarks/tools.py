@@ -1,4 +1,5 @@
-"""How fast the dataset tools are, as ratios within one run: same files, same cores, one after the other in turns."""
+"""How fast the dataset tools are, as ratios within one run: same files, same cores, one after the
+other in turns."""
 
 from __future__ import annotations
 
@@ -42,17 +43,20 @@ from tools.parallel import quiet_libraries
 
 @dataclass(frozen=True)
 class Options:
-    """Measure images_to_data.py and check_training_data.py on your own photographs, and their memory on many files.
+    """Measure images_to_data.py and check_training_data.py on your own photographs, and their
+    memory on many files.
 
-    cut: crops a core-second against the straightforward way (Pillow, a process a core, random places, PNG level 6).
-    check: files a second against a bare loop over the decoder (DALI, a decoder a thread), and --fast against both.
-    memory: the greatest resident size of the tools on a generated tree of many small files.
+    cut: crops a core-second against the straightforward way (Pillow, a process a core, random
+    places, PNG level 6). check: files a second against a bare loop over the decoder (DALI, a
+    decoder a thread), and --fast against both. memory: the greatest resident size of the tools on a
+    generated tree of many small files.
 
     Example: python benchmarks/tools.py ~/Pictures/Kodak ~/Pictures/Urban100
     """
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = ()
-    """Folders of photographs, PNG for the comparison's sake (JPEGs are halved by our tool, not by the other)."""
+    """Folders of photographs, PNG for the comparison's sake (JPEGs are halved by our tool, not by
+    the other)."""
     only: tuple[Literal["cut", "check", "memory"], ...] = ("cut", "check", "memory")
     """What is measured."""
     size: int = 512
@@ -95,8 +99,12 @@ def main(options: Options) -> int:
 
 
 def _measure_cut(photos: Path, scratch: Path, options: Options) -> None:
-    ways = {"straightforward, png": (_cut_straightforward, "png"), "images_to_data, npy": (_cut_ours, "npy"),
-            "images_to_data, webp": (_cut_ours, "webp"), "images_to_data, png": (_cut_ours, "png")}
+    ways = {
+        "straightforward, png": (_cut_straightforward, "png"),
+        "images_to_data, npy": (_cut_ours, "npy"),
+        "images_to_data, webp": (_cut_ours, "webp"),
+        "images_to_data, png": (_cut_ours, "png"),
+    }
     costs: dict[str, list[Cost]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way, (work, form) in ways.items():
@@ -105,12 +113,16 @@ def _measure_cut(photos: Path, scratch: Path, options: Options) -> None:
             shutil.rmtree(out)
     base = _rate(costs["straightforward, png"])
     print(f"\ncut into {options.size}x{options.size} crops (median of {options.rounds})")
-    print(f"{'':24}{'crops':>8}{'MB':>8}{'kB/crop':>9}{'CPU s':>8}{'wall s':>8}{'crops/core-s':>14}{'ratio':>8}")
+    print(
+        f"{'':24}{'crops':>8}{'MB':>8}{'kB/crop':>9}{'CPU s':>8}{'wall s':>8}{'crops/core-s':>14}{'ratio':>8}"
+    )
     for way, runs in costs.items():
         crops, megabytes = runs[0].crops, runs[0].bytes / 1e6
-        print(f"{way:24}{crops:8}{megabytes:8.0f}{megabytes * 1e3 / crops:9.0f}"
-              f"{statistics.median(cost.cpu for cost in runs):8.2f}"
-              f"{statistics.median(cost.wall for cost in runs):8.2f}{_rate(runs):14.1f}{_rate(runs) / base:8.2f}")
+        print(
+            f"{way:24}{crops:8}{megabytes:8.0f}{megabytes * 1e3 / crops:9.0f}"
+            f"{statistics.median(cost.cpu for cost in runs):8.2f}"
+            f"{statistics.median(cost.wall for cost in runs):8.2f}{_rate(runs):14.1f}{_rate(runs) / base:8.2f}"
+        )
     more = costs["images_to_data, npy"][0].crops / costs["straightforward, png"][0].crops
     print(f"crops from the same photographs: {more:.2f} times as many")
 
@@ -125,7 +137,9 @@ def _cut_straightforward(photos: Path, out: Path, size: int, _: str) -> None:
 
 
 def _cut_ours(photos: Path, out: Path, size: int, form: str) -> None:
-    status = images_to_data.main(images_to_data.Options(photos=photos, out=out, size=size, format=form))
+    status = images_to_data.main(
+        images_to_data.Options(photos=photos, out=out, size=size, format=form)
+    )
     if status:
         raise RuntimeError("images_to_data.py failed on these photographs")
 
@@ -135,17 +149,26 @@ def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
     for form in ("npy", "webp"):
         folders[f"{form} crops"] = scratch / form
         _in_child(_cut_ours, photos, scratch / form, options.size, form)
-    print(f"\ncheck (median of {options.rounds}; the share is of the bare loop's rate, a core-second and wall)")
-    print(f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}{'wall':>7}{'--fast s':>10}{'full / fast':>13}")
+    print(
+        f"\ncheck (median of {options.rounds}; the share is of the bare loop's rate, a core-second "
+        "and wall)"
+    )
+    print(
+        f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}{'wall':>7}{'--fast s':>10}{'full / fast':>13}"
+    )
     for what, folder in folders.items():
         runs: dict[str, list[Cost]] = {"bare": [], "full": [], "fast": []}
         for _ in range(options.rounds):
             for name, costs in runs.items():
                 costs.append(_in_child(_CHECKS[name], folder, folder, options.size, ""))
         cpu = {name: statistics.median(cost.cpu for cost in costs) for name, costs in runs.items()}
-        wall = {name: statistics.median(cost.wall for cost in costs) for name, costs in runs.items()}
-        print(f"{what:24}{wall['bare']:12.2f}{wall['full']:9.2f}{cpu['bare'] / cpu['full']:8.2f}"
-              f"{wall['bare'] / wall['full']:7.2f}{wall['fast']:10.3f}{cpu['full'] / cpu['fast']:13.1f}")
+        wall = {
+            name: statistics.median(cost.wall for cost in costs) for name, costs in runs.items()
+        }
+        print(
+            f"{what:24}{wall['bare']:12.2f}{wall['full']:9.2f}{cpu['bare'] / cpu['full']:8.2f}"
+            f"{wall['bare'] / wall['full']:7.2f}{wall['fast']:10.3f}{cpu['full'] / cpu['fast']:13.1f}"
+        )
     for form in ("npy", "webp"):
         shutil.rmtree(scratch / form)
 
@@ -179,19 +202,28 @@ def _fast_check(folder: Path, _: Path, __: int, ___: str) -> None:
 
 
 _CHECKS: dict[str, Callable[[Path, Path, int, str], None]] = {
-    "bare": _bare_loop, "full": _full_check, "fast": _fast_check}
+    "bare": _bare_loop,
+    "full": _full_check,
+    "fast": _fast_check,
+}
 
 
-def _in_child(work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str) -> Cost:
+def _in_child(
+    work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str
+) -> Cost:
     """Do the work in a fresh process; its start and its imports do not count."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_timed, work, photos, out, size, form).result()
 
 
-def _timed(work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str) -> Cost:
+def _timed(
+    work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str
+) -> Cost:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         if work in _CHECKS.values():
-            work(photos, out, size, form)  # loads what is loaded on first use, and fills the page cache
+            work(
+                photos, out, size, form
+            )  # loads what is loaded on first use, and fills the page cache
         before, started = _cpu_seconds(), time.monotonic()
         work(photos, out, size, form)
         wall, cpu = time.monotonic() - started, _cpu_seconds() - before
@@ -218,12 +250,28 @@ def _measure_memory(scratch: Path, num_files: int) -> None:
     for name, (few, many) in sizes.items():
         slope = (many - few) * 1e6 / (num_files - num_files // 10)
         million = many + slope * (1e6 - num_files) / 1e6
-        print(f"{name:32}{few:8.0f}{many:8.0f}   {slope:6.0f} bytes a file: {million:.0f} MB at a million")
+        print(
+            f"{name:32}{few:8.0f}{many:8.0f}   {slope:6.0f} bytes a file: {million:.0f} MB at a "
+            "million"
+        )
 
 
 _MEMORY_RUNS = {
-    "check_training_data": ["check_training_data.py", "--data-dir", "TREE/crops", "--min-size", "32"],
-    "check_training_data --fast": ["check_training_data.py", "--data-dir", "TREE/crops", "--min-size", "32", "--fast"],
+    "check_training_data": [
+        "check_training_data.py",
+        "--data-dir",
+        "TREE/crops",
+        "--min-size",
+        "32",
+    ],
+    "check_training_data --fast": [
+        "check_training_data.py",
+        "--data-dir",
+        "TREE/crops",
+        "--min-size",
+        "32",
+        "--fast",
+    ],
     "select_training_files": ["select_training_files.py", "--data-dir", "TREE/crops"],
     "list_data_folders": ["list_data_folders.py", "--data-dir", "TREE/crops"],
     "images_to_data": ["images_to_data.py", "TREE/photos", "TREE/cut", "--size", "32"],
@@ -245,18 +293,39 @@ def _grow_tree(tree: Path, count: int) -> None:
         photo.write_bytes(cv2.imencode(".bmp", pixels)[1].tobytes())
         content = encode(pixels, "npy")
         crop.write_bytes(content)
-        manifest.write(format_line(CropRecord(crop.name, photo.name, 1, 0, 0, 32, len(content),
-                                              hashlib.sha256(pixels).hexdigest(), "numpy",
-                                              {**crop_gates(pixels), **picture_gates(pixels)}, 1, 1, 1)))
+        manifest.write(
+            format_line(
+                CropRecord(
+                    crop.name,
+                    photo.name,
+                    1,
+                    0,
+                    0,
+                    32,
+                    len(content),
+                    hashlib.sha256(pixels).hexdigest(),
+                    "numpy",
+                    {**crop_gates(pixels), **picture_gates(pixels)},
+                    1,
+                    1,
+                    1,
+                )
+            )
+        )
         if number % 1000 == 999 or number == count - 1:
             manifest.close()
 
 
 def _peak_megabytes(command: list[str]) -> float:
     """The greatest resident size of a command, measured by a process of its own."""
-    code = ("import resource, subprocess, sys, json; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
-            "print(json.dumps([r.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))")
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    code = (
+        "import resource, subprocess, sys, json; r = subprocess.run(sys.argv[1:], "
+        "stdout=subprocess.DEVNULL);"
+        "print(json.dumps([r.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
+    )
     status, kilobytes = json.loads(result.stdout.splitlines()[-1])
     if status > 1:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr}")

@@ -1,4 +1,5 @@
-"""What a training step takes and what it could take: networks, precisions, layouts and ways in one table."""
+"""What a training step takes and what it could take: networks, precisions, layouts and ways in one
+table."""
 
 from __future__ import annotations
 
@@ -40,37 +41,68 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "srgan_x4": ("msrresnet_x4", (VGG % "vanilla",)),
     "esrgan_x4": ("msrresnet_x4", ("generator={name: rrdbnet}", VGG % "relativistic_average")),
 }
-"""Name -> recipe and overrides. The GANs are without their VGG19 loss, whose weights are not here."""
-DEFAULT = ("vapsr_x2", "vapsr_x4", "vapsr_s_x4", "vapsr_3x3_x2", "srresnet_x4", "msrresnet_x4", "rrdbnet_x4",
-           "compact_x4", "srgan_x4", "esrgan_x4")
+"""Name -> recipe and overrides. The GANs are without their VGG19 loss, whose weights are not
+here."""
+DEFAULT = (
+    "vapsr_x2",
+    "vapsr_x4",
+    "vapsr_s_x4",
+    "vapsr_3x3_x2",
+    "srresnet_x4",
+    "msrresnet_x4",
+    "rrdbnet_x4",
+    "compact_x4",
+    "srgan_x4",
+    "esrgan_x4",
+)
 PRECISIONS = {"fp32": (), "bf16": ("ds.bf16.enabled=true",), "fp16": ("ds.fp16.enabled=true",)}
 WAYS = {"eager": "compile=off", "compiled": "compile=on", "reduce-overhead": "compile=off"}
-LAYOUTS = {"auto": "channels_last=auto", "channels_last": "channels_last=on", "contiguous": "channels_last=off"}
-PARTS = ("waiting for data", "forward", "losses", "backward", "communication", "gradient check", "optimizer", "EMA",
-         "metrics", "copy and the rest")
+LAYOUTS = {
+    "auto": "channels_last=auto",
+    "channels_last": "channels_last=on",
+    "contiguous": "channels_last=off",
+}
+PARTS = (
+    "waiting for data",
+    "forward",
+    "losses",
+    "backward",
+    "communication",
+    "gradient check",
+    "optimizer",
+    "EMA",
+    "metrics",
+    "copy and the rest",
+)
 LAUNCH_SECONDS = 5e-6  # of a kernel on a GPU, from Python
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time training steps of real runs, whole and in parts, beside what arithmetic and memory would allow.
+    """Time training steps of real runs, whole and in parts, beside what arithmetic and memory would
+    allow.
 
-    Every case runs in a process of its own, set up as train.py does it, with the loader, on generated photographs.
-    Uncompiled networks are also timed in a bare PyTorch loop, in turns with ours: the table has the ratio to the
-    better of both layouts.
+    Every case runs in a process of its own, set up as train.py does it, with the loader, on
+    generated photographs. Uncompiled networks are also timed in a bare PyTorch loop, in turns with
+    ours: the table has the ratio to the better of both layouts.
 
     Example: python benchmarks/train_step.py --networks vapsr_x4 --batches 8 --ways eager compiled
     """
 
     networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = DEFAULT
     """Of those in NETWORKS at the top of this file."""
-    ways: Annotated[tuple[Literal["eager", "compiled", "reduce-overhead"], ...],
-                    tyro.conf.arg(metavar="eager|compiled|reduce-overhead ...")] = ("eager",)
+    ways: Annotated[
+        tuple[Literal["eager", "compiled", "reduce-overhead"], ...],
+        tyro.conf.arg(metavar="eager|compiled|reduce-overhead ..."),
+    ] = ("eager",)
     """Uncompiled, torch.compile, and torch.compile with CUDA graphs (on a GPU)."""
-    precisions: Annotated[tuple[Literal["fp32", "bf16", "fp16"], ...],
-                          tyro.conf.arg(metavar="fp32|bf16|fp16 ...")] = ("fp32",)
-    layouts: Annotated[tuple[Literal["auto", "channels_last", "contiguous"], ...],
-                       tyro.conf.arg(metavar="auto|channels_last|contiguous ...")] = ("auto",)
+    precisions: Annotated[
+        tuple[Literal["fp32", "bf16", "fp16"], ...], tyro.conf.arg(metavar="fp32|bf16|fp16 ...")
+    ] = ("fp32",)
+    layouts: Annotated[
+        tuple[Literal["auto", "channels_last", "contiguous"], ...],
+        tyro.conf.arg(metavar="auto|channels_last|contiguous ..."),
+    ] = ("auto",)
     batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (8,)
     """Global batch sizes."""
     native_kernels: Literal["auto", "on", "off"] = "auto"
@@ -99,16 +131,28 @@ class Case:
         """As train.py gets them."""
         own = NETWORKS[self.network][1]
         off = [f"ds.{name}.enabled=false" for name in ("fp16", "bf16") if name != self.precision]
-        return [*own, *off, *PRECISIONS[self.precision], WAYS[self.way], LAYOUTS[self.layout],
-                f"ds.train_batch_size={self.batch}", f"native_kernels={native_kernels}", "steps=100000", "previews=[]",
-                "validation_images=1"]
+        return [
+            *own,
+            *off,
+            *PRECISIONS[self.precision],
+            WAYS[self.way],
+            LAYOUTS[self.layout],
+            f"ds.train_batch_size={self.batch}",
+            f"native_kernels={native_kernels}",
+            "steps=100000",
+            "previews=[]",
+            "validation_images=1",
+        ]
 
 
 def main(options: Options) -> int:
     """Measure and print."""
     cases = _cases(options)
     found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
-    with tempfile.TemporaryDirectory() as scratch, progress(options.rounds * len(cases), "case") as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        progress(options.rounds * len(cases), "case") as bar,
+    ):
         dataset = options.dataset_dir or _photographs(Path(scratch) / "photographs")
         for number in range(options.rounds):
             for case, results in found.items():  # in turns
@@ -132,8 +176,12 @@ def _cases(options: Options) -> list[Case]:
     for chosen, words in ((options.precisions, ("fp16",)), (options.ways, ("reduce-overhead",))):
         if not has_gpu and set(chosen) & set(words):
             raise UserError(f"{words[0]} is for GPUs, and there is none")
-    return [Case(*values) for values in itertools.product(options.networks, options.ways, options.precisions,
-                                                          options.layouts, options.batches)]
+    return [
+        Case(*values)
+        for values in itertools.product(
+            options.networks, options.ways, options.precisions, options.layouts, options.batches
+        )
+    ]
 
 
 def _photographs(folder: Path) -> Path:
@@ -143,7 +191,10 @@ def _photographs(folder: Path) -> Path:
     names = [f"photos/{number:02d}.npy" for number in range(17)]
     for name in names:
         coarse = random.integers(0, 256, (32, 32, 3)).repeat(16, axis=0).repeat(16, axis=1)
-        np.save(folder / name, np.clip(coarse + random.normal(0, 8, coarse.shape), 0, 255).astype(np.uint8))
+        np.save(
+            folder / name,
+            np.clip(coarse + random.normal(0, 8, coarse.shape), 0, 255).astype(np.uint8),
+        )
     (folder / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names[:16]))
     (folder / "validation_file_list.txt").write_text(f"{names[16]}\n")
     return folder
@@ -152,12 +203,23 @@ def _photographs(folder: Path) -> Path:
 def _measure(case: Case, options: Options, dataset: Path, output: Path) -> dict[str, Any]:
     """One case in a process of its own."""
     recipe, _ = NETWORKS[case.network]
-    request = {"recipe": recipe, "overrides": case.overrides(options.native_kernels), "dataset": str(dataset),
-               "output": str(output / "-".join(map(str, vars(case).values()))), "way": case.way,
-               "seconds": options.seconds, "is_adversarial": "gan" in case.network}
+    request = {
+        "recipe": recipe,
+        "overrides": case.overrides(options.native_kernels),
+        "dataset": str(dataset),
+        "output": str(output / "-".join(map(str, vars(case).values()))),
+        "way": case.way,
+        "seconds": options.seconds,
+        "is_adversarial": "gan" in case.network,
+    }
     variables = environment.prepare(1, on_gpu=environment.num_gpus() > 0)
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step_case.py"), json.dumps(request)],
-                          env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "train_step_case.py"), json.dumps(request)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RunError(f"{case}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -171,17 +233,37 @@ def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
 def report(rows: dict[Case, dict[str, Any]]) -> str:
     """Both tables and a verdict for each case, as Markdown."""
     threads = os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
-    lines = [f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, torch {version('torch')}", "",
-             "| network | batch | precision, way, layout, kernel | ms a step | images/s | ours / best bare loop | "
-             "ours / PyTorch's kernel | MiB | first step after, s | floor, ms: compute, memory | step / floor |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, torch {version('torch')}",
+        "",
+        "| network | batch | precision, way, layout, kernel | ms a step | images/s | ours / best "
+        "bare loop | "
+        "ours / PyTorch's kernel | MiB | first step after, s | floor, ms: compute, memory | step / "
+        "floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     lines += [_row(case, row) for case, row in rows.items()]
-    lines += ["", "ms of a step:", "", f"| network | {' | '.join(PARTS)} |", f"|---|{'---|' * len(PARTS)}"]
+    lines += [
+        "",
+        "ms of a step:",
+        "",
+        f"| network | {' | '.join(PARTS)} |",
+        f"|---|{'---|' * len(PARTS)}",
+    ]
     for case, row in rows.items():
-        cells = [f"{1000 * row['parts'][name]:.1f}" if name in row["parts"] else "-" for name in PARTS]
-        lines.append(f"| {case.network}, {case.way}, {case.precision}, {case.batch} | {' | '.join(cells)} |")
-    lines += ["", *(f"- {case.network}, {case.way}, {case.precision}, {case.batch}: {verdict(row)}"
-                    for case, row in rows.items())]
+        cells = [
+            f"{1000 * row['parts'][name]:.1f}" if name in row["parts"] else "-" for name in PARTS
+        ]
+        lines.append(
+            f"| {case.network}, {case.way}, {case.precision}, {case.batch} | {' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        *(
+            f"- {case.network}, {case.way}, {case.precision}, {case.batch}: {verdict(row)}"
+            for case, row in rows.items()
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -189,16 +271,25 @@ def _row(case: Case, row: dict[str, Any]) -> str:
     compute, memory = floors(row)
     bare = {name: 1 / ratio for name, ratio in row["ours_in_parts_of_bare"].items()}
     best = min((speed for name, speed in bare.items() if name != "plain"), default=None)
-    cells = [case.network, case.batch, f"{case.precision}, {case.way}, {row['layout']}, {row['kernel']}",
-             f"{1000 * row['step']:.0f}", f"{row['images'] / row['step']:.1f}", "-" if best is None else f"{best:.3f}",
-             f"{bare['plain']:.2f}" if "plain" in bare else "-", f"{row['memory'] / 2**20:.0f}",
-             f"{row['first_step']:.1f}", f"{1000 * compute:.0f}, {1000 * memory:.0f}",
-             f"{row['step'] / max(compute, memory):.1f}"]
+    cells = [
+        case.network,
+        case.batch,
+        f"{case.precision}, {case.way}, {row['layout']}, {row['kernel']}",
+        f"{1000 * row['step']:.0f}",
+        f"{row['images'] / row['step']:.1f}",
+        "-" if best is None else f"{best:.3f}",
+        f"{bare['plain']:.2f}" if "plain" in bare else "-",
+        f"{row['memory'] / 2**20:.0f}",
+        f"{row['first_step']:.1f}",
+        f"{1000 * compute:.0f}, {1000 * memory:.0f}",
+        f"{row['step'] / max(compute, memory):.1f}",
+    ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def floors(row: dict[str, Any]) -> tuple[float, float]:
-    """Seconds that the step's multiply-adds take at the rate of a matrix product, and its bytes at that of a copy."""
+    """Seconds that the step's multiply-adds take at the rate of a matrix product, and its bytes at
+    that of a copy."""
     return row["macs"] / row["macs_per_second"], row["bytes"] / row["bytes_per_second"]
 
 
@@ -215,16 +306,24 @@ def verdict(row: dict[str, Any]) -> str:
         return f"bound by launches ({row['calls']} of them): compile it, or a larger batch"
     name, floor = max((("compute", compute), ("memory", memory)), key=lambda item: item[1])
     if floor > 0.5 * step:
-        return f"bound by {name} ({floor / step:.0%} of the step at the measured rate): nothing left but less work"
+        return (
+            f"bound by {name} ({floor / step:.0%} of the step at the measured rate): nothing "
+            "left but less work"
+        )
     largest = max(parts, key=lambda part: parts[part])
-    return (f"bound by its kernels: {name} would allow {step / floor:.1f} times the speed; {largest} takes "
-            f"{parts[largest] / sum(parts.values()):.0%}")
+    return (
+        f"bound by its kernels: {name} would allow {step / floor:.1f} times the speed; {largest} "
+        "takes "
+        f"{parts[largest] / sum(parts.values()):.0%}"
+    )
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.machine()
 

@@ -1,4 +1,5 @@
-"""One case of `train_step.py`, in a process of its own: a run set up as `train.py` does it, and its steps timed.
+"""One case of `train_step.py`, in a process of its own: a run set up as `train.py` does it, and its
+steps timed.
 
 Started with the case as JSON; the last line that it prints is the result as JSON.
 """
@@ -43,7 +44,8 @@ WINDOWS = 5
 
 
 class Stopwatch:
-    """Seconds of the parts of a step, each for itself: what runs within another part is not counted there."""
+    """Seconds of the parts of a step, each for itself: what runs within another part is not counted
+    there."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -64,6 +66,7 @@ class Stopwatch:
         def call(*arguments: Any, **keywords: Any) -> Any:
             with self.part(name):
                 return function(*arguments, **keywords)
+
         return call
 
 
@@ -85,16 +88,23 @@ class WatchedEngine:
 
 
 class Work(TorchDispatchMode):
-    """Counts what a step has to do at least: multiply-adds of convolutions and products, bytes of tensors, calls."""
+    """Counts what a step has to do at least: multiply-adds of convolutions and products, bytes of
+    tensors, calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.macs = self.bytes = self.calls = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
         out = function(*arguments, **(keywords or {}))
         name = function._schema.name.removeprefix("aten::")
-        results = [item for item in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(item, Tensor)]
+        results = [
+            item
+            for item in (out if isinstance(out, (tuple, list)) else (out,))
+            if isinstance(item, Tensor)
+        ]
         given = [item for item in arguments if isinstance(item, Tensor)]
         if function.is_view or not results:
             return out
@@ -118,8 +128,14 @@ def wait(device: torch.device) -> None:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """All figures of a case; see the fields at the end."""
-    plan = make_plans(TrainOptions(overrides=tuple(case["overrides"]), recipe=case["recipe"],
-                                   dataset_dir=(Path(case["dataset"]),), output_dir=Path(case["output"])))[-1]
+    plan = make_plans(
+        TrainOptions(
+            overrides=tuple(case["overrides"]),
+            recipe=case["recipe"],
+            dataset_dir=(Path(case["dataset"]),),
+            output_dir=Path(case["output"]),
+        )
+    )[-1]
     ranks = start_distributed()
     if ranks.device.type == "cpu":
         keep_freed_memory()
@@ -127,7 +143,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     device, trainer = ranks.device, run.trainer
     if case["way"] == "reduce-overhead":
         trainer.generator.module.compile(mode="reduce-overhead", dynamic=False)
-    loader, meter = run.open_loader(), Meter(ranks, plan.total_steps, plan.ds_config["train_batch_size"])
+    loader, meter = (
+        run.open_loader(),
+        Meter(ranks, plan.total_steps, plan.ds_config["train_batch_size"]),
+    )
     number = 0
 
     def step(watch: Stopwatch | None = None) -> None:
@@ -148,8 +167,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     first_step = time.time() - psutil.Process().create_time()
     for _ in range(WARM_UP):
         step()
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     batch = next(loader)
     loops = {"ours": step} | _bare_loops(run, batch, case)
     for loop in list(loops.values())[1:]:
@@ -160,30 +182,55 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     work = _work(run, batch)
     loader.close()
     images = plan.ds_config["train_batch_size"]
-    bare = {name: statistics.median(one / other for one, other in zip(seconds["ours"], times, strict=True))
-            for name, times in seconds.items() if name != "ours"}
-    return {"step": statistics.median(seconds["ours"]), "least": min(seconds["ours"]), "greatest": max(seconds["ours"]),
-            "images": images, "memory": memory, "first_step": first_step, "parts": parts, "windows": steps,
-            "ours_in_parts_of_bare": bare, "introduction": run.introduction, "layout": run.progress.layout,
-            "kernel": run.progress.kernel, "world_size": ranks.world_size, "device": device.type,
-            "macs": work.macs, "bytes": work.bytes, "calls": work.calls,
-            **_machine(device, next(trainer.generator.module.parameters()).dtype)}
+    bare = {
+        name: statistics.median(
+            one / other for one, other in zip(seconds["ours"], times, strict=True)
+        )
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    return {
+        "step": statistics.median(seconds["ours"]),
+        "least": min(seconds["ours"]),
+        "greatest": max(seconds["ours"]),
+        "images": images,
+        "memory": memory,
+        "first_step": first_step,
+        "parts": parts,
+        "windows": steps,
+        "ours_in_parts_of_bare": bare,
+        "introduction": run.introduction,
+        "layout": run.progress.layout,
+        "kernel": run.progress.kernel,
+        "world_size": ranks.world_size,
+        "device": device.type,
+        "macs": work.macs,
+        "bytes": work.bytes,
+        "calls": work.calls,
+        **_machine(device, next(trainer.generator.module.parameters()).dtype),
+    }
 
 
 def _bare_loops(run: Any, batch: Any, case: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    """Forward, L1, backward and AdamW of the same network on one batch, in PyTorch alone, for each layout.
+    """Forward, L1, backward and AdamW of the same network on one batch, in PyTorch alone, for each
+    layout.
 
-    "plain" is that with PyTorch's own depthwise kernel, in the run's layout, where the run has another.
+    "plain" is that with PyTorch's own depthwise kernel, in the run's layout, where the run has
+    another.
     """
     if case["way"] != "eager" or case["is_adversarial"]:
         return {}
     wanted = [(name, name, run.progress.kernel) for name in LAYOUTS]
     if run.progress.kernel != "torch":
         wanted.append(("plain", run.progress.layout, "torch"))
-    return {name: _bare_loop(run, batch, LAYOUTS[layout], kernel) for name, layout, kernel in wanted}
+    return {
+        name: _bare_loop(run, batch, LAYOUTS[layout], kernel) for name, layout, kernel in wanted
+    }
 
 
-def _bare_loop(run: Any, batch: Any, layout: torch.memory_format, kernel: str) -> Callable[[], None]:
+def _bare_loop(
+    run: Any, batch: Any, layout: torch.memory_format, kernel: str
+) -> Callable[[], None]:
     network = copy.deepcopy(run.trainer.generator.module)
     use_kernel(network, kernel)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
@@ -197,8 +244,11 @@ def _bare_loop(run: Any, batch: Any, layout: torch.memory_format, kernel: str) -
     return step
 
 
-def _in_turns(loops: dict[str, Callable[[], None]], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step of each loop in each of `WINDOWS` windows; the order turns round every time."""
+def _in_turns(
+    loops: dict[str, Callable[[], None]], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of a step of each loop in each of `WINDOWS` windows; the order turns round every
+    time."""
     began = time.perf_counter()
     loops["ours"]()
     wait(device)
@@ -215,10 +265,14 @@ def _in_turns(loops: dict[str, Callable[[], None]], seconds: float, device: torc
 
 
 def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) -> dict[str, float]:
-    """Seconds of each part of a step. Each is waited for on a GPU, where together they take longer than the step."""
+    """Seconds of each part of a step. Each is waited for on a GPU, where together they take longer
+    than the step."""
     trainer, watch, steps = run.trainer, Stopwatch(device), 3
-    own = {name: getattr(trainer, name) for name in ("generator", "discriminator", "criterion", "ema")
-           if hasattr(trainer, name)}
+    own = {
+        name: getattr(trainer, name)
+        for name in ("generator", "discriminator", "criterion", "ema")
+        if hasattr(trainer, name)
+    }
     for name in ("generator", "discriminator"):
         if name in own:
             setattr(trainer, name, WatchedEngine(own[name], watch))
@@ -256,13 +310,16 @@ def _work(run: Any, batch: Any) -> Work:
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Multiply-adds a second of a large matrix product in `dtype`, and bytes a second of a large copy."""
+    """Multiply-adds a second of a large matrix product in `dtype`, and bytes a second of a large
+    copy."""
     side = 1536 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(dtype)
     memory = torch.zeros((1 << 26) if device.type == "cpu" else (1 << 28), device=device)
     other = torch.empty_like(memory)
-    product, copying = (min(_seconds(call, device) for _ in range(5)) for call in (
-        partial(torch.mm, matrix, matrix), partial(other.copy_, memory)))
+    product, copying = (
+        min(_seconds(call, device) for _ in range(5))
+        for call in (partial(torch.mm, matrix, matrix), partial(other.copy_, memory))
+    )
     return {"macs_per_second": side**3 / product, "bytes_per_second": 2 * memory.nbytes / copying}
 
 

@@ -1,4 +1,5 @@
-"""Training on the machines of a hostfile: doctor, launcher, supervisor, restarts, and the truth at the end."""
+"""Training on the machines of a hostfile: doctor, launcher, supervisor, restarts, and the truth at
+the end."""
 
 from __future__ import annotations
 
@@ -21,8 +22,23 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.cluster.hostfile import HOSTFILE, Slots, choose, find_hostfile, read_hostfile, world_size
-from launch.cluster.job import Job, Launcher, answering, check_launcher, choose_port, share_batch, wait_for_all
+from launch.cluster.hostfile import (
+    HOSTFILE,
+    Slots,
+    choose,
+    find_hostfile,
+    read_hostfile,
+    world_size,
+)
+from launch.cluster.job import (
+    Job,
+    Launcher,
+    answering,
+    check_launcher,
+    choose_port,
+    share_batch,
+    wait_for_all,
+)
 from launch.cluster.supervisor import Failure, Supervisor
 from launch.doctor import diagnose
 from launch.doctor.prediction import count_parameters, step_seconds_of
@@ -43,9 +59,21 @@ from pipeline.training.options import (
     overrides_last,
 )
 
-RETURN_SECONDS = 300  # for a host that has failed to be there again, where a run may not go on without it
-_VALUES = ("--hostfile", "-H", "--include", "--exclude", "--launcher", "--launcher-args", "--master-addr",
-           "--master-port", "--interface", "--max-restarts")
+RETURN_SECONDS = (
+    300  # for a host that has failed to be there again, where a run may not go on without it
+)
+_VALUES = (
+    "--hostfile",
+    "-H",
+    "--include",
+    "--exclude",
+    "--launcher",
+    "--launcher-args",
+    "--master-addr",
+    "--master-port",
+    "--interface",
+    "--max-restarts",
+)
 _FLAGS = ("--no-doctor", "--elastic", "--reset")
 
 
@@ -53,14 +81,16 @@ _FLAGS = ("--no-doctor", "--elastic", "--reset")
 class Options(TrainOptions):
     """Train on every machine of a hostfile, one rank a slot, from the first of them.
 
-    Looks at all hosts first (python -m launch.doctor), then starts the ranks and watches over them: what ends one ends
-    all, with the reason last. The options of ./launch_local_train.sh are here, too, with the same meaning.
+    Looks at all hosts first (python -m launch.doctor), then starts the ranks and watches over them:
+    what ends one ends all, with the reason last. The options of ./launch_local_train.sh are here,
+    too, with the same meaning.
 
     Example: ./launch_distributed_train.sh --reset --recipe vapsr_x4 --max-restarts 5 --elastic
     """
 
     hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
-    """Lines such as `node1 slots=8`, this machine's first. Default: hostfile here, or in the checkout."""
+    """Lines such as `node1 slots=8`, this machine's first. Default: hostfile here, or in the
+    checkout."""
     include: str = ""
     """Only these hosts and slots of it: node1@node2:0,2."""
     exclude: str = ""
@@ -70,21 +100,25 @@ class Options(TrainOptions):
     launcher_args: str = ""
     """Further arguments for pdsh, mpirun or srun, in one word: "--partition=gpu"."""
     master_addr: str = ""
-    """This machine's address for the other hosts. Default: the doctor finds the one that all of them reach."""
+    """This machine's address for the other hosts. Default: the doctor finds the one that all of
+    them reach."""
     master_port: int = 0
     """Port of it on which the ranks meet. Default: a free one."""
     interface: str = ""
-    """Name of the network interface on every host. Default: each host's own on the way to the first."""
+    """Name of the network interface on every host. Default: each host's own on the way to the
+    first."""
     no_doctor: bool = False
     """Start at once, without looking at the hosts."""
     max_restarts: int = 0
-    """Start again up to this many times from the newest whole checkpoint when a rank or a host has failed."""
+    """Start again up to this many times from the newest whole checkpoint when a rank or a host has
+    failed."""
     elastic: bool = False
     """Then go on with the hosts that still answer; the global batch stays, by accumulation."""
 
 
 def main(options: Options) -> int:
-    """Train as `options` say. Exit status as `train.py`'s, and 1 for a failure of any rank on any host."""
+    """Train as `options` say. Exit status as `train.py`'s, and 1 for a failure of any rank on any
+    host."""
     began = time.time()
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     _check(options, slots)
@@ -92,18 +126,37 @@ def main(options: Options) -> int:
     plan = plans[-1]
     micro_batch = min(batch_sizes(one.ds_config, world_size(slots))[0] for one in plans)
     is_on_cpu = options.device == "cpu" or is_cpu_wanted()
-    address = _address(options, slots) if options.no_doctor else _ask_doctor(options, slots, plan, is_on_cpu)
+    address = (
+        _address(options, slots)
+        if options.no_doctor
+        else _ask_doctor(options, slots, plan, is_on_cpu)
+    )
     variables = variables_for_ranks([Path.home() / ENV_FILE, ROOT / ENV_FILE], os.environ)
     if is_on_cpu:
         variables |= {CPU: "1"}
     elif os.environ.get(VISIBLE):
-        say(f"note: {VISIBLE} is for one machine and is not looked at here; --include HOST:0,1 chooses GPUs")
+        say(
+            f"note: {VISIBLE} is for one machine and is not looked at here; --include HOST:0,1 "
+            "chooses GPUs"
+        )
     if options.interface:
-        variables |= {"GLOO_SOCKET_IFNAME": options.interface, "NCCL_SOCKET_IFNAME": f"={options.interface}"}
+        variables |= {
+            "GLOO_SOCKET_IFNAME": options.interface,
+            "NCCL_SOCKET_IFNAME": f"={options.interface}",
+        }
     arguments = overrides_last(without(sys.argv[1:], _VALUES, _FLAGS), _FLAGS)
     logs = plan.home.with_name(f"{plan.home.name}.logs")
-    job = Job(slots, address, 0, tuple(arguments), variables, os.getcwd(), logs, options.launcher,
-              options.launcher_args)
+    job = Job(
+        slots,
+        address,
+        0,
+        tuple(arguments),
+        variables,
+        os.getcwd(),
+        logs,
+        options.launcher,
+        options.launcher_args,
+    )
     old_run = _folder_number(plan.home)
     must_reset = options.reset
     for attempt in range(options.max_restarts + 1):
@@ -113,15 +166,18 @@ def main(options: Options) -> int:
         before = _newest_steps(plans)
         say(_introduction(now))
         stopped_by, failure = _run(now)
-        # An attempt that failed early may have left the old run where it was: it must not be continued.
+        # An attempt that failed early may have left the old run where it was: it must not be
+        # continued.
         must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
         if stopped_by or failure is None or attempt == options.max_restarts:
             break
         if failure.status == 2 and _newest_steps(plans) == before:  # bad input, which stays bad
             break
         _tell(failure, now)
-        say(f"restart {attempt + 1} of {options.max_restarts}, from "
-             f"{'the beginning, afresh' if must_reset else _newest(plans)}")
+        say(
+            f"restart {attempt + 1} of {options.max_restarts}, from "
+            f"{'the beginning, afresh' if must_reset else _newest(plans)}"
+        )
         job = _for_restart(job, slots, options.elastic, plans, micro_batch)
     if failure is not None:
         _tell(failure, now)
@@ -129,55 +185,86 @@ def main(options: Options) -> int:
     if stopped_by:
         return 128 + stopped_by
     if not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
-        raise RunError(f"every rank ended well, but {plan.run_dir} holds no checkpoint of the last step; is the run "
-                       "folder on this machine, and is this machine the first of the hostfile?")
+        raise RunError(
+            f"every rank ended well, but {plan.run_dir} holds no checkpoint of the last step; is "
+            "the run "
+            "folder on this machine, and is this machine the first of the hostfile?"
+        )
     say(f"all {world_size(job.slots)} ranks ended well, {time.time() - began:.0f} s")
     return 0
 
 
 def _check(options: Options, slots: Slots) -> None:
     if options.procs:
-        raise UserError(f"--procs {options.procs} is for one machine; here slots= in the hostfile says how many ranks "
-                        "a host has, and --include which of them")
+        raise UserError(
+            f"--procs {options.procs} is for one machine; here slots= in the hostfile says how "
+            "many ranks "
+            "a host has, and --include which of them"
+        )
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts {options.max_restarts} must be 0 or more")
     if options.elastic and options.launcher == "slurm":
-        raise UserError("--elastic chooses among hosts, and with --launcher slurm Slurm does; leave it out, or choose "
-                        "pdsh")
+        raise UserError(
+            "--elastic chooses among hosts, and with --launcher slurm Slurm does; leave it out, or "
+            "choose "
+            "pdsh"
+        )
     if options.max_restarts and len(slots) > 1 and not shutil.which("ssh"):
-        raise UserError("--max-restarts asks hosts over ssh whether they are back, and there is no ssh here; `apt "
-                        "install openssh-client`")
+        raise UserError(
+            "--max-restarts asks hosts over ssh whether they are back, and there is no ssh here; "
+            "`apt "
+            "install openssh-client`"
+        )
     if options.elastic and not options.max_restarts:
-        raise UserError("--elastic says with which hosts a restart goes on; say how many restarts there may be: "
-                        "--max-restarts 3")
+        raise UserError(
+            "--elastic says with which hosts a restart goes on; say how many restarts there may "
+            "be: "
+            "--max-restarts 3"
+        )
     if not has_lists(options):
         places = " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
-        raise UserError(f"there are no file lists in {places}; make a dataset with `python tools/images_to_data.py "
-                        "PHOTOS ~/dataset/NAME` and `python tools/select_training_files.py`, and bring it to all hosts "
-                        "with launch/sync.sh")
+        raise UserError(
+            f"there are no file lists in {places}; make a dataset with `python "
+            "tools/images_to_data.py "
+            "PHOTOS ~/dataset/NAME` and `python tools/select_training_files.py`, and bring it to "
+            "all hosts "
+            "with launch/sync.sh"
+        )
     check_launcher(options.launcher, slots, options.launcher_args)
 
 
 def _ask_doctor(options: Options, slots: Slots, plan: Plan, is_on_cpu: bool) -> str:
     """This machine's address for the others, if all is well with all of them."""
-    folders = [path.absolute() for path in dataset_dirs(options)] + [path.absolute() for path in options.lr_dir]
+    folders = [path.absolute() for path in dataset_dirs(options)] + [
+        path.absolute() for path in options.lr_dir
+    ]
     if not options.dataset_dir:
         folders[0] = DATASET_DIR  # each host's own
-    found = diagnose(slots, dataset_dirs=folders, output_dir=plan.home, interface=options.interface,
-                     master_address=options.master_addr, say=say, is_on_cpu=is_on_cpu,
-                     ports=[options.master_port] if options.master_port else (),
-                     parameters=lambda: count_parameters(options.recipe, options.overrides),
-                     step_seconds=step_seconds_of(plan.run_dir, world_size(slots)))
+    found = diagnose(
+        slots,
+        dataset_dirs=folders,
+        output_dir=plan.home,
+        interface=options.interface,
+        master_address=options.master_addr,
+        say=say,
+        is_on_cpu=is_on_cpu,
+        ports=[options.master_port] if options.master_port else (),
+        parameters=lambda: count_parameters(options.recipe, options.overrides),
+        step_seconds=step_seconds_of(plan.run_dir, world_size(slots)),
+    )
     say(found.table())
     if not found.ok:
         count = len(found.failures)
-        raise UserError(f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
-                        "(--exclude leaves a host out, --no-doctor starts all the same)")
+        raise UserError(
+            f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
+            "(--exclude leaves a host out, --no-doctor starts all the same)"
+        )
     return _own_address(found.master_address, slots)
 
 
 def _address(options: Options, slots: Slots) -> str:
-    """Likewise, without asking anybody: the address with which this machine speaks to the second host."""
+    """Likewise, without asking anybody: the address with which this machine speaks to the second
+    host."""
     first, *others = slots
     if options.master_addr:
         return _own_address(options.master_addr, slots)
@@ -190,40 +277,57 @@ def _insist_on_first(address: str, slots: Slots) -> None:
     """`UserError` unless `address`, of the first host, is this machine's."""
     first = next(iter(slots))
     if not address or not launcher.is_own(address):
-        raise UserError(f"{first}, the first host of the hostfile ({address or 'no address found'}), is not this "
-                        f"machine; start the run there, or move this machine's line to the top")
+        raise UserError(
+            f"{first}, the first host of the hostfile ({address or 'no address found'}), is not "
+            "this "
+            f"machine; start the run there, or move this machine's line to the top"
+        )
 
 
 def _own_address(address: str, slots: Slots) -> str:
-    """The IP address behind `address`, a name or an address that must be this machine's and lead here from others."""
+    """The IP address behind `address`, a name or an address that must be this machine's and lead
+    here from others."""
     _insist_on_first(address, slots)
     own = launcher.outer_addresses(address)
     if len(slots) > 1 and not own:
-        raise UserError(f"--master-addr {address} leads to this machine itself alone (a loopback address); give its "
-                        "address in the network, such as 10.0.0.1")
+        raise UserError(
+            f"--master-addr {address} leads to this machine itself alone (a loopback address); "
+            "give its "
+            "address in the network, such as 10.0.0.1"
+        )
     return own[0] if own else address
 
 
 def _introduction(job: Job) -> str:
     hosts = ", ".join(f"{host} {len(numbers)}" for host, numbers in job.slots.items())
     count = world_size(job.slots)
-    return (f"starting {count} rank{'s' if count > 1 else ''} on {len(job.slots)} host"
-            f"{'s' if len(job.slots) > 1 else ''} ({hosts}) by {job.launcher}; they meet at {job.address} port "
-            f"{job.port}; each rank's output: {job.logs}/ on its host")
+    return (
+        f"starting {count} rank{'s' if count > 1 else ''} on {len(job.slots)} host"
+        f"{'s' if len(job.slots) > 1 else ''} ({hosts}) by {job.launcher}; they meet at "
+        f"{job.address} port "
+        f"{job.port}; each rank's output: {job.logs}/ on its host"
+    )
 
 
 def _run(job: Job) -> tuple[int, Failure | None]:
-    """Start the ranks and see them to their end: the signal that stopped them, and why they failed."""
+    """Start the ranks and see them to their end: the signal that stopped them, and why they
+    failed."""
     try:
         job.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{job.logs} cannot be made ({error.strerror}), where each rank's output goes; give another "
-                        "--output-dir") from error
-    with tempfile.TemporaryDirectory(prefix="vastscale-") as folder, \
-            open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_for_me_alone) as log:
+        raise UserError(
+            f"{job.logs} cannot be made ({error.strerror}), where each rank's output goes; give "
+            "another "
+            "--output-dir"
+        ) from error
+    with (
+        tempfile.TemporaryDirectory(prefix="vastscale-") as folder,
+        open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_for_me_alone) as log,
+    ):
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_introduction(job)}\n")
-        supervisor = Supervisor(job.hosts, secrets.token_hex(16), job.task, log,
-                                names_are_ranks=job.launcher != "slurm")
+        supervisor = Supervisor(
+            job.hosts, secrets.token_hex(16), job.task, log, names_are_ranks=job.launcher != "slurm"
+        )
         asyncio.run(_supervise(supervisor, job, Path(folder)))
     return supervisor.stopped_by, supervisor.failure
 
@@ -238,7 +342,9 @@ def _for_me_alone(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int) -> Job:
+def _for_restart(
+    job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int
+) -> Job:
     """The job as it is started again: on all hosts once they are back, or on those that answer."""
     if not elastic:
         wait_for_all(slots, RETURN_SECONDS, say)
@@ -250,21 +356,36 @@ def _for_restart(job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], m
     if gone:
         say(f"going on without {', '.join(gone)}")
     totals = {plan.ds_config["train_batch_size"] for plan in plans}
-    say("; ".join(f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation x "
-                   f"{world_size(used)} ranks" for total in sorted(totals)))
+    say(
+        "; ".join(
+            f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation "
+            "x "
+            f"{world_size(used)} ranks"
+            for total in sorted(totals)
+        )
+    )
     split = [f"ds.train_micro_batch_size_per_gpu={micro}"]
     if any("gradient_accumulation_steps" in plan.ds_config for plan in plans):
         if len(totals) > 1:
-            raise RunError("the stages' global batches differ and gradient_accumulation_steps is set, so that no split "
-                           "over fewer ranks fits all; leave it out, or go on by hand")
+            raise RunError(
+                "the stages' global batches differ and gradient_accumulation_steps is set, so that "
+                "no split "
+                "over fewer ranks fits all; leave it out, or go on by hand"
+            )
         split.append(f"ds.gradient_accumulation_steps={total // (micro * world_size(used))}")
-    kept = [argument for argument in job.arguments if not argument.startswith(
-        ("ds.train_micro_batch_size_per_gpu=", "ds.gradient_accumulation_steps="))]
+    kept = [
+        argument
+        for argument in job.arguments
+        if not argument.startswith(
+            ("ds.train_micro_batch_size_per_gpu=", "ds.gradient_accumulation_steps=")
+        )
+    ]
     return replace(job, slots=used, arguments=(*kept, *split))
 
 
 def _folder_number(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None where there is none, or nothing in it."""
+    """What tells a folder from another of the same name; None where there is none, or nothing in
+    it."""
     try:
         found = folder.stat()
         return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None
@@ -292,7 +413,9 @@ def _tell(failure: Failure, job: Job) -> None:
     said = failure.tail.strip()
     with suppress(OSError):
         if said:
-            print(f"--- the end of what was heard from there ({job.logs}):\n{said}", file=sys.stderr)
+            print(
+                f"--- the end of what was heard from there ({job.logs}):\n{said}", file=sys.stderr
+            )
         print(f"error: {failure.cause}", file=sys.stderr, flush=True)
 
 

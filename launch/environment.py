@@ -1,9 +1,11 @@
-"""The environment of the ranks on one host, and what a run over many hosts hands on to them. Needs no torch.
+"""The environment of the ranks on one host, and what a run over many hosts hands on to them. Needs
+no torch.
 
-`prepare` makes the variables of the ranks that start here. `variables_for_ranks` collects those that travel
-to every host: from the shell, and from `.deepspeed_env`, a file of `NAME=value` lines. DeepSpeed pastes that
-file into a command line of every host, where a value of `$(command)` runs it, and fails at an empty line.
-Here it is read strictly, nothing in it is ever run, and DeepSpeed gets a file of our own.
+`prepare` makes the variables of the ranks that start here. `variables_for_ranks` collects those
+that travel to every host: from the shell, and from `.deepspeed_env`, a file of `NAME=value` lines.
+DeepSpeed pastes that file into a command line of every host, where a value of `$(command)` runs it,
+and fails at an empty line. Here it is read strictly, nothing in it is ever run, and DeepSpeed gets
+a file of our own.
 """
 
 from __future__ import annotations
@@ -28,15 +30,28 @@ from pipeline.libraries import allocator_variables
 
 STALE_LOCK_SECONDS = 600
 ENV_FILE = ".deepspeed_env"
-HANDED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_NUM_THREADS", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-             "WANDB_")
+HANDED_ON = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "TORCH_",
+    "OMP_NUM_THREADS",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "WANDB_",
+)
 """Beginnings of the names that a run on many hosts takes over from the shell that starts it."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _VALUE = re.compile(r"[\w@%+=:,./ ^-]*", re.ASCII)
-_RUNS_THINGS = re.compile(r"PATH|\w+_PATH|\w+_DIR|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|"
-                          r"PROMPT_COMMAND|CC|CXX|\w+_PLUGIN|\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*|\w+_FLAGS|\w+_CONF")
-_LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)|"
-                        r"CUDA_VISIBLE_DEVICES|VASTSCALE_\w+|(SLURM|OMPI|PMIX|TORCHELASTIC|ACCELERATE)_\w+")
+_RUNS_THINGS = re.compile(
+    r"PATH|\w+_PATH|\w+_DIR|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|"
+    r"PROMPT_COMMAND|CC|CXX|\w+_PLUGIN|\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*|\w+_FLAGS|\w+_CONF"
+)
+_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)|"
+    r"CUDA_VISIBLE_DEVICES|VASTSCALE_\w+|(SLURM|OMPI|PMIX|TORCHELASTIC|ACCELERATE)_\w+"
+)
 
 
 def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
@@ -48,14 +63,20 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     environment["VASTSCALE_LAUNCHER_PID"] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses that have no name
+    environment.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # it warns of addresses that have no name
     environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers GPUs as nvidia-smi does
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-        environment[CPU] = "1"  # what the ranks go by: DeepSpeed's launcher refuses an empty list of GPUs, and fills it
+        environment[CPU] = (
+            # what the ranks go by: DeepSpeed's launcher refuses an empty list of GPUs, and fills it
+            "1"
+        )
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         return environment | allocator_variables(environment)
-    # Blocks of memory that grow: validation's images of all sizes, DALI's pool and the steps leave fewer gaps that way.
+    # Blocks of memory that grow: validation's images of all sizes, DALI's pool and the steps leave
+    # fewer gaps that way.
     if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others
@@ -65,7 +86,8 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
 
 
 def num_gpus() -> int:
-    """GPUs (or MIG devices) that torch can use here. Torch, which takes seconds, is asked only where there may be one.
+    """GPUs (or MIG devices) that torch can use here. Torch, which takes seconds, is asked only
+    where there may be one.
 
     `UserError` where the machine has GPUs that torch cannot use, unless the CPU is insisted on.
     """
@@ -73,7 +95,8 @@ def num_gpus() -> int:
 
 
 def variables_for_ranks(files: Sequence[Path], shell: Mapping[str, str]) -> dict[str, str]:
-    """The variables that every rank gets: those handed on from the shell, overridden by the files in order."""
+    """The variables that every rank gets: those handed on from the shell, overridden by the files
+    in order."""
     found = {name: value for name, value in shell.items() if name.upper().startswith(HANDED_ON)}
     for file in files:
         found |= read_env_file(file)
@@ -81,7 +104,8 @@ def variables_for_ranks(files: Sequence[Path], shell: Mapping[str, str]) -> dict
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a file; empty where there is no file. `UserError` names the line that is not one."""
+    """The variables of a file; empty where there is no file. `UserError` names the line that is not
+    one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -98,8 +122,11 @@ def read_env_file(path: Path) -> dict[str, str]:
     return found
 
 
-def without(arguments: Sequence[str], names: Collection[str], flags: Collection[str] = ()) -> list[str]:
-    """`arguments` less the options `names`, each with its value, and the `flags`, which have none."""
+def without(
+    arguments: Sequence[str], names: Collection[str], flags: Collection[str] = ()
+) -> list[str]:
+    """`arguments` less the options `names`, each with its value, and the `flags`, which have
+    none."""
     kept: list[str] = []
     rest: Iterator[str] = iter(arguments)
     for argument in rest:
@@ -118,18 +145,27 @@ def _check_variable(name: str, sign: str, value: str, where: str) -> None:
     if not sign or not _NAME.fullmatch(name):
         raise UserError(f"{where}: this is not a NAME=value; write lines like NCCL_DEBUG=WARN")
     if not _VALUE.fullmatch(value):
-        raise UserError(f"{where}: the value of {name} has characters that shells read (letters, digits, blanks "
-                        "and @%+=:,./^_- are allowed); nothing in this file is ever run")
+        raise UserError(
+            f"{where}: the value of {name} has characters that shells read (letters, digits, "
+            "blanks "
+            "and @%+=:,./^_- are allowed); nothing in this file is ever run"
+        )
     if _RUNS_THINGS.fullmatch(name):
-        raise UserError(f"{where}: {name} decides which programs run, and is not taken from a file; set it in the "
-                        "login shell of each host")
+        raise UserError(
+            f"{where}: {name} decides which programs run, and is not taken from a file; set it in "
+            "the "
+            "login shell of each host"
+        )
     if _LAUNCHERS.fullmatch(name):
-        raise UserError(f"{where}: {name} is the launcher's to set; for the first host's address and port use "
-                        "--master-addr and --master-port, for GPUs --include")
+        raise UserError(
+            f"{where}: {name} is the launcher's to set; for the first host's address and port use "
+            "--master-addr and --master-port, for GPUs --include"
+        )
 
 
 def _extensions_dir() -> Path:
-    """Where torch and DeepSpeed build kernels on first use: private to this environment, its versions, this host."""
+    """Where torch and DeepSpeed build kernels on first use: private to this environment, its
+    versions, this host."""
     try:
         deepspeed = version("deepspeed")
     except PackageNotFoundError:
@@ -142,12 +178,15 @@ def _extensions_dir() -> Path:
 
 
 def _clear_stale_locks(directory: Path) -> None:
-    """Remove the locks of killed builds, for which every later build would wait for ever, in silence."""
+    """Remove the locks of killed builds, for which every later build would wait for ever, in
+    silence."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".clearing", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for lock in directory.rglob("lock"):
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS or not _is_building(lock.parent):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS or not _is_building(
+                lock.parent
+            ):
                 lock.unlink(missing_ok=True)
 
 

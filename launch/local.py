@@ -1,4 +1,5 @@
-"""Training on this machine: environment, demo where there is no dataset, launcher, and the truth at the end."""
+"""Training on this machine: environment, demo where there is no dataset, launcher, and the truth at
+the end."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import gpus
 from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import has_ended
-from pipeline.training.options import DATASET_DIR, Plan, TrainOptions, has_lists, make_plans, overrides_last
+from pipeline.training.options import (
+    DATASET_DIR,
+    Plan,
+    TrainOptions,
+    has_lists,
+    make_plans,
+    overrides_last,
+)
 from pipeline.training.saved_run import says_finished
 
 DEMO_RECIPE = "demo"
@@ -34,7 +42,8 @@ GRACE_SECONDS = 60  # for ranks that still save after their launcher has ended
 
 
 def main(options: TrainOptions) -> int:
-    """Train as `options` say. Exit status as `train.py`'s, and 1 for a run that ended early without saying why."""
+    """Train as `options` say. Exit status as `train.py`'s, and 1 for a run that ended early without
+    saying why."""
     if options.procs < 0:
         raise UserError(f"--procs {options.procs} must be 1 or more, or 0 for one per GPU")
     arguments = sys.argv[1:]
@@ -49,12 +58,18 @@ def main(options: TrainOptions) -> int:
         return 0 if held_out is None else _show_demo(plan, held_out, began)
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
-        raise UserError(f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process per GPU")
+        raise UserError(
+            f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process "
+            "per GPU"
+        )
     processes = options.procs or num_gpus or 1
     _check_batch(plan, processes, is_chosen=options.procs > 0)
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
     if status == 0 and not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
-        print("error: training ended before its last step and left no message; see above", file=sys.stderr)
+        print(
+            "error: training ended before its last step and left no message; see above",
+            file=sys.stderr,
+        )
         return 1
     if status == 0 and held_out is not None:
         return _show_demo(plan, held_out, began)
@@ -62,19 +77,24 @@ def main(options: TrainOptions) -> int:
 
 
 def _check_batch(plan: Plan, processes: int, *, is_chosen: bool) -> None:
-    """`UserError` for a global batch that the processes cannot share, with the most that can where nobody chose."""
+    """`UserError` for a global batch that the processes cannot share, with the most that can where
+    nobody chose."""
     try:
         batch_sizes(plan.ds_config, processes)
     except UserError as error:
         most = 0 if is_chosen else largest_share(plan.ds_config, processes)
         if not most:
             raise
-        raise UserError(f"{error}, such as --procs {most}, the most of this machine's {processes} GPUs that can share "
-                        "it") from error
+        raise UserError(
+            f"{error}, such as --procs {most}, the most of this machine's {processes} GPUs that "
+            "can share "
+            "it"
+        ) from error
 
 
 def largest_share(ds_config: Mapping[str, Any], processes: int) -> int:
-    """The greatest number of ranks below `processes` that can share the global batch; 0 if there is none."""
+    """The greatest number of ranks below `processes` that can share the global batch; 0 if there is
+    none."""
     for number in range(processes - 1, 0, -1):
         with suppress(UserError):
             batch_sizes(ds_config, number)
@@ -86,14 +106,36 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
     """Run the ranks to their end, handing on signals to stop. Returns a shell's exit status."""
     variables = environment.prepare(processes, on_gpu=on_gpu)
     script = str(ROOT / "train.py")
-    command = [sys.executable, script, *arguments]  # one process needs no launcher, which takes seconds to start
+    command = [
+        sys.executable,
+        script,
+        *arguments,
+    ]  # one process needs no launcher, which takes seconds to start
     if processes > 1:
-        # Without --num_gpus the launcher takes the GPUs of CUDA_VISIBLE_DEVICES; with it, it would ignore them.
-        count = ["--num_gpus", str(processes)] if not on_gpu or gpus.share_out(variables, processes) else []
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--hostfile",
-                   os.devnull, *count, "--master_port", str(free_port()), script, *arguments]
-    # In a session of their own, so that CTRL+C reaches only this process, which then tells all of them at once: a
-    # launcher that is interrupted itself tells one rank after another and prints a traceback.
+        # Without --num_gpus the launcher takes the GPUs of CUDA_VISIBLE_DEVICES; with it, it would
+        # ignore them.
+        count = (
+            ["--num_gpus", str(processes)]
+            if not on_gpu or gpus.share_out(variables, processes)
+            else []
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--log_level",
+            "critical",
+            "--hostfile",
+            os.devnull,
+            *count,
+            "--master_port",
+            str(free_port()),
+            script,
+            *arguments,
+        ]
+    # In a session of their own, so that CTRL+C reaches only this process, which then tells all of
+    # them at once: a launcher that is interrupted itself tells one rank after another and prints a
+    # traceback.
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
@@ -102,7 +144,10 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
         if child is not None:
             _signal_group(child.pid, signal.SIGTERM)
 
-    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {
+        number: signal.signal(number, hand_on)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         child = subprocess.Popen(command, env=variables, start_new_session=True)
         if received:  # while the process was being made
@@ -118,7 +163,8 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to every process of a group (0: none, only look); False if there is no such process any more."""
+    """Send a signal to every process of a group (0: none, only look); False if there is no such
+    process any more."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -136,34 +182,66 @@ def _wait_for_group(group: int) -> None:
 
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
     """The options of the demo, in place of a dataset that is not there."""
-    default, places = TrainOptions(), " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
+    default, places = (
+        TrainOptions(),
+        " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,)),
+    )
     if options.dataset_dir or options.recipe not in (default.recipe, DEMO_RECIPE):
-        raise UserError(f"there are no file lists in {places}; make a dataset with "
-                        "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
-                        "`python tools/select_training_files.py`, or leave --recipe and --dataset-dir out to see the "
-                        "demo")
-    say(f"no file lists in {places}: running the demo on photographs that ship with scikit-image and "
-         "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)")
+        raise UserError(
+            f"there are no file lists in {places}; make a dataset with "
+            "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
+            "`python tools/select_training_files.py`, or leave --recipe and --dataset-dir out to "
+            "see the "
+            "demo"
+        )
+    say(
+        f"no file lists in {places}: running the demo on photographs that ship with scikit-image "
+        "and "
+        "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)"
+    )
     from tools.make_demo_dataset import make_demo_dataset
 
     dataset = make_demo_dataset(DEMO_FILES)
     options = replace(options, recipe=DEMO_RECIPE, dataset_dir=(dataset.dataset_dir,))
     # Options given twice count as given last.
-    return options, ["--recipe", DEMO_RECIPE, "--dataset-dir", str(dataset.dataset_dir), *without(
-        arguments, ("--recipe", "--dataset-dir"))], dataset.held_out_dir
+    return (
+        options,
+        [
+            "--recipe",
+            DEMO_RECIPE,
+            "--dataset-dir",
+            str(dataset.dataset_dir),
+            *without(arguments, ("--recipe", "--dataset-dir")),
+        ],
+        dataset.held_out_dir,
+    )
 
 
 def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
-    """Evaluate the demo's network on the photographs that it has never seen, and say where to look."""
+    """Evaluate the demo's network on the photographs that it has never seen, and say where to
+    look."""
     say("\nheld-out photographs, seen neither in training nor in validation:")
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", str(plan.run_dir), "--hr", str(held_out),
-               "--scale", str(plan.recipe.scale), "--json", str(plan.run_dir / "evaluation.json"),
-               "--out", str(plan.run_dir / "pictures")]
+    command = [
+        sys.executable,
+        str(ROOT / "evaluate.py"),
+        "--model",
+        str(plan.run_dir),
+        "--hr",
+        str(held_out),
+        "--scale",
+        str(plan.recipe.scale),
+        "--json",
+        str(plan.run_dir / "evaluation.json"),
+        "--out",
+        str(plan.run_dir / "pictures"),
+    ]
     status = subprocess.run(command, check=False).returncode
     picture = min((plan.run_dir / "pictures").glob("*.png"), default=None)
     if status == 0 and picture:
         say(f"side by side: {picture}")
-        say(f"the demo took {time.time() - began:.0f} s; next: your own photographs (see README.md)")
+        say(
+            f"the demo took {time.time() - began:.0f} s; next: your own photographs (see README.md)"
+        )
     return status
 
 

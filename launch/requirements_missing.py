@@ -1,4 +1,5 @@
-"""Print the pinned requirements that this interpreter lacks; name on stderr those it has in another version."""
+"""Print the pinned requirements that this interpreter lacks; name on stderr those it has in another
+version."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def main() -> None:
         if have.split("+")[0] != number:
             other.append(f"{name} {have} (tested: {number})")
     if other:
-        print(f"note: the active environment has {', '.join(other)}; left as it is", file=sys.stderr)
+        print(
+            f"note: the active environment has {', '.join(other)}; left as it is", file=sys.stderr
+        )
 
 
 def _has_dali() -> bool:

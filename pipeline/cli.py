@@ -17,11 +17,13 @@ Options = TypeVar("Options")
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message names the thing, the rule and the way out, in one line."""
+    """Something the user can put right. The message names the thing, the rule and the way out, in
+    one line."""
 
 
 class RunError(Exception):
-    """The work itself went wrong, through no fault of the input. The message says what, and what to do, in one line."""
+    """The work itself went wrong, through no fault of the input. The message says what, and what to
+    do, in one line."""
 
 
 def one_line(error: Exception) -> str:
@@ -30,8 +32,14 @@ def one_line(error: Exception) -> str:
 
 
 def bar_options() -> dict[str, Any]:
-    """For tqdm: no bar for work of two seconds or where nobody looks, and few lines in a log file."""
-    return {"delay": 2, "disable": None, "dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    """For tqdm: no bar for work of two seconds or where nobody looks, and few lines in a log
+    file."""
+    return {
+        "delay": 2,
+        "disable": None,
+        "dynamic_ncols": True,
+        "mininterval": 0.1 if sys.stderr.isatty() else 10,
+    }
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -42,14 +50,20 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; choose from {', '.join(choices)}"
 
 
-def run(options: Callable[..., Options], main: Callable[[Options], int | None],
-        arguments: Sequence[str] | None = None, *, ends_with_reader: bool = False) -> NoReturn:
+def run(
+    options: Callable[..., Options],
+    main: Callable[[Options], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    ends_with_reader: bool = False,
+) -> NoReturn:
     """Parse the command line into `options` (a dataclass), call `main(options)` and exit.
 
-    Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or an
-    argument that does not parse; 1 with one line for a `RunError`, and with the traceback for our own mistakes; 130
-    after CTRL+C. Where the reader of stdout goes away (`command | head`) the work continues to its end and gives its
-    own status; with `ends_with_reader`, for commands whose output is all they do, it ends with status 0.
+    Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or
+    an argument that does not parse; 1 with one line for a `RunError`, and with the traceback for
+    our own mistakes; 130 after CTRL+C. Where the reader of stdout goes away (`command | head`) the
+    work continues to its end and gives its own status; with `ends_with_reader`, for commands whose
+    output is all they do, it ends with status 0.
     """
     with _stdout_outliving_its_reader(ends_with_reader):
         status = exit_status(lambda: main(_parse(options, arguments)))
@@ -57,7 +71,8 @@ def run(options: Callable[..., Options], main: Callable[[Options], int | None],
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Call `action` and flush stdout; the exit status, after one line on stderr for the errors that `run` names."""
+    """Call `action` and flush stdout; the exit status, after one line on stderr for the errors that
+    `run` names."""
     try:
         status = action() or 0
         sys.stdout.flush()
@@ -74,7 +89,8 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 class _Stdout(io.FileIO):
-    """stdout, which writes into nothing once its reader is gone; the child processes of later on do so too."""
+    """stdout, which writes into nothing once its reader is gone; the child processes of later on do
+    so too."""
 
     def __init__(self, descriptor: int, ends_with_reader: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -86,7 +102,9 @@ class _Stdout(io.FileIO):
         except OSError as error:
             _silence(self.fileno())
             if not isinstance(error, BrokenPipeError):
-                raise RunError(f"stdout cannot be written: {error.strerror}; make room where it leads to") from error
+                raise RunError(
+                    f"stdout cannot be written: {error.strerror}; make room where it leads to"
+                ) from error
             if self._ends_with_reader:
                 sys.exit(0)
             return memoryview(data).nbytes
@@ -94,7 +112,8 @@ class _Stdout(io.FileIO):
 
 @contextlib.contextmanager
 def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
-    """Put a `_Stdout` in the place of `sys.stdout`, unless that is a terminal or not the process's own."""
+    """Put a `_Stdout` in the place of `sys.stdout`, unless that is a terminal or not the process's
+    own."""
     if sys.stdout is None:  # `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     plain = sys.stdout
@@ -104,8 +123,13 @@ def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
     plain.flush()
     raw = _Stdout(plain.fileno(), ends_with_reader)
     is_unbuffered = plain.write_through  # python -u
-    lasting = io.TextIOWrapper(raw if is_unbuffered else io.BufferedWriter(raw), plain.encoding, plain.errors,
-                               line_buffering=plain.line_buffering, write_through=is_unbuffered)
+    lasting = io.TextIOWrapper(
+        raw if is_unbuffered else io.BufferedWriter(raw),
+        plain.encoding,
+        plain.errors,
+        line_buffering=plain.line_buffering,
+        write_through=is_unbuffered,
+    )
     sys.stdout = lasting
     try:
         yield
@@ -122,7 +146,8 @@ def _silence(descriptor: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a save."""
+    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a
+    save."""
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 
@@ -137,7 +162,9 @@ def _tell(line: str) -> None:
 
 def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> Options:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    prog = os.environ.get("VASTSCALE_COMMAND")  # what the user typed, where a shell script stands in front
+    prog = os.environ.get(
+        "VASTSCALE_COMMAND"
+    )  # what the user typed, where a shell script stands in front
     config = (tyro.conf.FlagCreatePairsOff,)
     known = tyro.extras.get_parser(options, config=config)._option_string_actions
     for argument in arguments:
@@ -149,7 +176,9 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            parsed, unknown = tyro.cli(options, prog=prog, args=arguments, config=config, return_unknown_args=True)
+            parsed, unknown = tyro.cli(
+                options, prog=prog, args=arguments, config=config, return_unknown_args=True
+            )
     except SystemExit as stop:
         if stop.code:
             _tell(f"error: {_unboxed(boxed.getvalue())}")
@@ -165,4 +194,7 @@ def _unboxed(message: str) -> str:
     lines = [re.sub(r"[\u2500-\u257f]+", " ", line).strip() for line in message.splitlines()]
     message = " ".join(line for line in lines if line and "For full helptext" not in line)
     message = re.split(r" Argument helptext:| Got errors:", message)[0]
-    return re.sub(r"^(Value error|Parsing error|Missing argument) ", "", message) + " (--help lists all)"
+    return (
+        re.sub(r"^(Value error|Parsing error|Missing argument) ", "", message)
+        + " (--help lists all)"
+    )

@@ -9,12 +9,16 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file `path` by `content`: a reader or a power cut finds the old or the new one, never a mixture."""
+    """Replace the file `path` by `content`: a reader or a power cut finds the old or the new one,
+    never a mixture."""
     write_pieces_atomically(path, [content])
 
 
-def write_pieces_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]) -> None:
-    """As `write_atomically`, of content that comes piece after piece and is never in memory as a whole."""
+def write_pieces_atomically(
+    path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]
+) -> None:
+    """As `write_atomically`, of content that comes piece after piece and is never in memory as a
+    whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

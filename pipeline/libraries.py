@@ -1,10 +1,12 @@
-"""Libraries that must be used in a certain way: torchvision, with those that import it, ONNX Runtime, and glibc.
+"""Libraries that must be used in a certain way: torchvision, with those that import it, ONNX
+Runtime, and glibc.
 
-torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its compiled operators
-cannot load, and torchvision 0.28.0 then fails while it is imported: it gives two of these operators ("nms", "qnms") a
-shape function without asking first whether they exist. Declaring the two lets the import pass. What needs the
-compiled operators (`torchvision.ops.nms`, `torchvision.io.read_image`) still raises torchvision's own clear error;
-the networks and the transforms, all that is used here, are plain PyTorch.
+torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its
+compiled operators cannot load, and torchvision 0.28.0 then fails while it is imported: it gives two
+of these operators ("nms", "qnms") a shape function without asking first whether they exist.
+Declaring the two lets the import pass. What needs the compiled operators (`torchvision.ops.nms`,
+`torchvision.io.read_image`) still raises torchvision's own clear error; the networks and the
+transforms, all that is used here, are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ _library = None  # a torch.library.Library; what it declares is gone once it is 
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, whichever build of torch there is; changes nothing where torchvision imports by itself.
+    """Import torchvision, whichever build of torch there is; changes nothing where torchvision
+    imports by itself.
 
-    To be called before any import of a library that imports torchvision, in every process. It costs about a second
-    the first time: call it where torchvision is needed, not at the top of a module.
+    To be called before any import of a library that imports torchvision, in every process. It costs
+    about a second the first time: call it where torchvision is needed, not at the top of a module.
     """
     try:
         import torchvision
@@ -34,6 +37,7 @@ def import_torchvision() -> ModuleType:
         return torchvision
     _declare_operators()
     import torchvision
+
     return torchvision
 
 
@@ -53,8 +57,8 @@ def _declare_operators() -> None:
 def import_onnxruntime() -> ModuleType:
     """Import ONNX Runtime without its telemetry.
 
-    Since 1.31 an import gives the machine an id and keeps events in the user's cache, unless `ORT_DISABLE_TELEMETRY`
-    is set in the environment.
+    Since 1.31 an import gives the machine an id and keeps events in the user's cache, unless
+    `ORT_DISABLE_TELEMETRY` is set in the environment.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
@@ -62,21 +66,29 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
-# Tensors of a network that runs on a CPU are freed and allocated again in every step. By default glibc returns that
-# memory to the system, and the kernel zeroes new pages for the next step: 125,000 page faults in a step of VapSR, a
-# quarter of its time. With both thresholds raised the process keeps it. The threshold of trimming alone would make it
-# twice as slow: it freezes the other one at 128 KiB.
+# Tensors of a network that runs on a CPU are freed and allocated again in every step. By default
+# glibc returns that memory to the system, and the kernel zeroes new pages for the next step:
+# 125,000 page faults in a step of VapSR, a quarter of its time. With both thresholds raised the
+# process keeps it. The threshold of trimming alone would make it twice as slow: it freezes the
+# other one at 128 KiB.
 
 MMAP_THRESHOLD = 1 << 30
 MMAP_THRESHOLD_OLD = 1 << 25
-"""The most that older versions of glibc take; they ignore a larger one. 2.36 is known to take more."""
+"""The most that older versions of glibc take; they ignore a larger one. 2.36 is known to take
+more."""
 TRIM_THRESHOLD = 1 << 40  # bytes at the end of the heap that are kept: all
-_TUNING = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_"}
+_TUNING = {
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_MMAP_MAX_",
+}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that let a process keep the memory it frees, to be added to the `environment` it starts with.
+    """Variables that let a process keep the memory it frees, to be added to the `environment` it
+    starts with.
 
     Empty where the environment tunes the allocator already, and where there is no glibc.
     """
@@ -92,14 +104,18 @@ def keep_freed_memory() -> bool:
     if _glibc() is None or _is_tuned(os.environ):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    if not any(mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in (MMAP_THRESHOLD, MMAP_THRESHOLD_OLD)):
+    if not any(
+        mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in (MMAP_THRESHOLD, MMAP_THRESHOLD_OLD)
+    ):
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, -1))  # never
 
 
 def _is_tuned(environment: Mapping[str, str]) -> bool:
     """Whether somebody has decided what the allocator keeps."""
-    return not _TUNING.isdisjoint(environment) or "glibc.malloc." in environment.get("GLIBC_TUNABLES", "")
+    return not _TUNING.isdisjoint(environment) or "glibc.malloc." in environment.get(
+        "GLIBC_TUNABLES", ""
+    )
 
 
 def _glibc() -> tuple[int, ...] | None:
@@ -109,4 +125,8 @@ def _glibc() -> tuple[int, ...] | None:
     except (AttributeError, ValueError, OSError):
         return None
     parts = number.split(".")
-    return tuple(map(int, parts)) if name == "glibc" and all(part.isdecimal() for part in parts) else None
+    return (
+        tuple(map(int, parts))
+        if name == "glibc" and all(part.isdecimal() for part in parts)
+        else None
+    )

@@ -1,4 +1,5 @@
-"""What the parts of a recipe share: strict, frozen tables, and the kinds of numbers in them. Needs no torch."""
+"""What the parts of a recipe share: strict, frozen tables, and the kinds of numbers in them. Needs
+no torch."""
 
 from __future__ import annotations
 
@@ -25,15 +26,20 @@ Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False
 
 
 def _both_ends(value: Any) -> Any:
-    return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return (
+        (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    )
 
 
 def within(lowest: float, highest: float = math.inf) -> AfterValidator:
     """The rule of a range `[low, high]` of finite numbers within [lowest, highest]."""
+
     def check(value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
         if not (math.isfinite(high) and lowest <= low <= high <= highest):
-            bounds = f"at least {lowest:g}" if math.isinf(highest) else f"within {lowest:g}..{highest:g}"
+            bounds = (
+                f"at least {lowest:g}" if math.isinf(highest) else f"within {lowest:g}..{highest:g}"
+            )
             raise ValueError(f"[{low:g}, {high:g}] is not a range [low, high] of numbers {bounds}")
         return value
 
@@ -41,7 +47,9 @@ def within(lowest: float, highest: float = math.inf) -> AfterValidator:
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[tuple[float, float], BeforeValidator(_both_ends)]  # one number stands for both ends
+Range = Annotated[
+    tuple[float, float], BeforeValidator(_both_ends)
+]  # one number stands for both ends
 Sigma = Annotated[Range, within(1e-3, 50)]  # of a blur, in pixels
 Exponent = Annotated[Range, within(1e-3, 20)]
 Levels = Annotated[Range, within(0, 255)]

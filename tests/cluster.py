@@ -1,8 +1,10 @@
-"""Hosts on one machine: name spaces of their own for network, processes, mounts and host name, and an sshd in each.
+"""Hosts on one machine: name spaces of their own for network, processes, mounts and host name, and
+an sshd in each.
 
-Each host has eth0 on a common bridge, a `docker0` that leads nowhere and looks alike on every host, its own name in
-/etc/hosts as a loopback address, as Debian does, and a disk of its own at `Cluster.disk`. The rest of the file system
-is shared. Nothing listens on the machine's own addresses.
+Each host has eth0 on a common bridge, a `docker0` that leads nowhere and looks alike on every host,
+its own name in /etc/hosts as a loopback address, as Debian does, and a disk of its own at
+`Cluster.disk`. The rest of the file system is shared. Nothing listens on the machine's own
+addresses.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from pathlib import Path
 
 from conftest import environment
 
-PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "pdsh": "pdsh", "rsync": "rsync", "unshare": "util-linux"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "pdsh": "pdsh",
+    "rsync": "rsync",
+    "unshare": "util-linux",
+}
 _NETWORK = "10.89.7"
 
 _SETUP = """
@@ -62,8 +70,11 @@ def why_not() -> str:
     """Empty if hosts can be made here."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
-    missing = [package for program, package in PROGRAMS.items() if not shutil.which(program)
-               and not Path("/usr/sbin", program).exists()]
+    missing = [
+        package
+        for program, package in PROGRAMS.items()
+        if not shutil.which(program) and not Path("/usr/sbin", program).exists()
+    ]
     return f"needs {' '.join(missing)} (apt install)" if missing else ""
 
 
@@ -113,8 +124,15 @@ class Cluster:
         (ssh / "sshd_config").write_text(_SSHD)
         (ssh / "ssh_config").write_text(_SSH)
         for own in names:
-            lines = ["127.0.0.1 localhost", f"127.0.1.1 {own}",
-                     *(f"{_NETWORK}.{number} {name}" for number, name in enumerate(names, 1) if name != own)]
+            lines = [
+                "127.0.0.1 localhost",
+                f"127.0.1.1 {own}",
+                *(
+                    f"{_NETWORK}.{number} {name}"
+                    for number, name in enumerate(names, 1)
+                    if name != own
+                ),
+            ]
             (self.folder / f"hosts.{own}").write_text("\n".join(lines) + "\n")
 
     def _start(self, name: str, number: int) -> Host:
@@ -124,9 +142,27 @@ class Cluster:
         _do("ip", "link", "set", link, "master", self._bridge, "up")
         script = _SETUP.format(name=name, folder=self.folder, disk=self.disk, address=address)
         log = open(self.folder / f"sshd.{name}.log", "wb")  # noqa: SIM115 - the process's
-        process = subprocess.Popen(["ip", "netns", "exec", netns, "unshare", "--uts", "--pid", "--mount", "--fork",
-                                    "--kill-child", "--mount-proc", "sh", "-c", script], stdout=log, stderr=log,
-                                   stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [
+                "ip",
+                "netns",
+                "exec",
+                netns,
+                "unshare",
+                "--uts",
+                "--pid",
+                "--mount",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                "-c",
+                script,
+            ],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
         log.close()
         self._processes.append(process)
         deadline = time.monotonic() + 10
@@ -135,7 +171,9 @@ class Cluster:
             if children:
                 return Host(name, address, int(children[0]), link)
             time.sleep(0.02)
-        raise AssertionError(f"{name} did not start: {(self.folder / f'sshd.{name}.log').read_text()}")
+        raise AssertionError(
+            f"{name} did not start: {(self.folder / f'sshd.{name}.log').read_text()}"
+        )
 
     def _wait_for(self, name: str) -> None:
         deadline = time.monotonic() + 15
@@ -146,21 +184,55 @@ class Cluster:
 
     def inside(self, name: str, command: Sequence[str]) -> list[str]:
         """The command line that runs `command` on a host, from outside."""
-        return ["nsenter", "--target", str(self.hosts[name].pid), "--net", "--uts", "--pid", "--mount", "--",
-                *command]
+        return [
+            "nsenter",
+            "--target",
+            str(self.hosts[name].pid),
+            "--net",
+            "--uts",
+            "--pid",
+            "--mount",
+            "--",
+            *command,
+        ]
 
-    def start(self, name: str, command: Sequence[str], *, cwd: Path, variables: Mapping[str, str] | None = None,
-              output: Path) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        variables: Mapping[str, str] | None = None,
+        output: Path,
+    ) -> subprocess.Popen[bytes]:
         """Run `command` on a host in a session of its own, stdout and stderr to a file."""
         with open(output, "wb") as file:
-            return subprocess.Popen(self.inside(name, ["env", "-C", str(cwd), *command]), stdout=file, stderr=file,
-                                    env=_variables(variables), stdin=subprocess.DEVNULL, start_new_session=True)
+            return subprocess.Popen(
+                self.inside(name, ["env", "-C", str(cwd), *command]),
+                stdout=file,
+                stderr=file,
+                env=_variables(variables),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
-    def run(self, name: str, command: Sequence[str], *, timeout: float = 60,
-            variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        timeout: float = 60,
+        variables: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         """Run `command` on a host to its end."""
-        return subprocess.run(self.inside(name, command), env=_variables(variables), capture_output=True, text=True,
-                              timeout=timeout, check=False)
+        return subprocess.run(
+            self.inside(name, command),
+            env=_variables(variables),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     def cut(self, name: str) -> None:
         """Pull the cable of a host."""
@@ -170,12 +242,19 @@ class Cluster:
         _do("ip", "link", "set", self.hosts[name].link, "up")
 
     def processes(self, name: str, containing: str) -> dict[int, str]:
-        """Of a host's processes those whose command line has `containing`: as seen from outside, pid -> command."""
+        """Of a host's processes those whose command line has `containing`: as seen from outside,
+        pid -> command."""
         space = os.readlink(f"/proc/{self.hosts[name].pid}/ns/pid")
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                command = (
+                    (folder / "cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                    .strip()
+                )
                 if os.readlink(folder / "ns" / "pid") == space and containing in command:
                     found[int(folder.name)] = command
             except OSError:  # it has ended
@@ -188,7 +267,9 @@ class Cluster:
         for process in self._processes:
             process.wait()
         for name in self._names:  # also of one that was made by half
-            subprocess.run(["ip", "netns", "delete", f"{self._tag}{name}"], capture_output=True, check=False)
+            subprocess.run(
+                ["ip", "netns", "delete", f"{self._tag}{name}"], capture_output=True, check=False
+            )
         subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True, check=False)
 
 
@@ -198,5 +279,9 @@ def _do(*command: str) -> None:
 
 
 def _variables(more: Mapping[str, str] | None) -> dict[str, str]:
-    variables = {name: value for name, value in environment().items() if name not in ("PYTHONPATH", "DS_ACCELERATOR")}
+    variables = {
+        name: value
+        for name, value in environment().items()
+        if name not in ("PYTHONPATH", "DS_ACCELERATOR")
+    }
     return {**variables, **(more or {})}

@@ -18,25 +18,34 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests run on the CPU, on every machine
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under `./run_tests.sh &`: what tests start would ignore it
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as under `./run_tests.sh &`: what tests start would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # more threads than cores: they wait
+if (
+    workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+) > 1:  # more threads than cores: they wait
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 SLOW = ROOT / "tests" / "slow.txt"
-"""Tests of more than a second: one `file::function` a line. `./run_tests.sh fast` leaves them out."""
+"""Tests of more than a second: one `file::function` a line. `./run_tests.sh fast` leaves them
+out."""
 
 
 FIRST = ("launch/cluster/test_cluster.py", "checkpoint/test_kill.py", "training/test_overfit.py")
-"""Files with few tests that take minutes, the longest first. Then come the files with the most tests."""
+"""Files with few tests that take minutes, the longest first. Then come the files with the most
+tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`, and put the files in the order that keeps all processes at work to the end."""
+    """Mark the tests of `SLOW`, and put the files in the order that keeps all processes at work to
+    the end."""
     listed = set(SLOW.read_text(encoding="utf-8").split())
     for item in items:
-        name = f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
+        name = (
+            f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
+        )
         if name in listed:
             item.add_marker(pytest.mark.slow)
     tests = Counter(item.path for item in items)
@@ -73,27 +82,57 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SMALL = ("data.crop=32", "ds.train_batch_size=4", "generator.num_blocks=1", "generator.num_features=8",
-         "generator.num_attention_features=8", "compile=off", "channels_last=on", "native_kernels=off",
-         "log_every=1", "validate_every=4", "save_every=3", "previews.count=0",
-         "ds.scheduler.params.total_num_steps=20", "ds.scheduler.params.warmup_num_steps=2")
+SMALL = (
+    "data.crop=32",
+    "ds.train_batch_size=4",
+    "generator.num_blocks=1",
+    "generator.num_features=8",
+    "generator.num_attention_features=8",
+    "compile=off",
+    "channels_last=on",
+    "native_kernels=off",
+    "log_every=1",
+    "validate_every=4",
+    "save_every=3",
+    "previews.count=0",
+    "ds.scheduler.params.total_num_steps=20",
+    "ds.scheduler.params.warmup_num_steps=2",
+)
 """Overrides of the demo recipe for runs of a second."""
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return {**kept, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
 def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[str]:
     """The command line of a small training run."""
-    return [warm.python(), str(ROOT / "launch" / "local.py"), "--procs", str(procs), "--recipe", "demo",
-            "--dataset-dir", str(dataset), "--output-dir", str(run_dir), *SMALL, *extra]
+    return [
+        warm.python(),
+        str(ROOT / "launch" / "local.py"),
+        "--procs",
+        str(procs),
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(run_dir),
+        *SMALL,
+        *extra,
+    ]
 
 
 def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run to the end; output as text."""
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -17,7 +17,8 @@ from tools.make_demo_dataset import DATASET, HELD_OUT, _read
 
 @cache
 def photographs() -> dict[str, np.ndarray]:
-    """Name -> uint8 RGB pixels of ordinary photographs, read-only; lossy ones halved, as for training."""
+    """Name -> uint8 RGB pixels of ordinary photographs, read-only; lossy ones halved, as for
+    training."""
     pictures = {}
     for photograph in DATASET + HELD_OUT:
         data = _read(photograph)
@@ -28,13 +29,17 @@ def photographs() -> dict[str, np.ndarray]:
     return pictures
 
 
-def resized(pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+def resized(
+    pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """The picture at `factor` times its size."""
     height, width = (round(side * factor) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), kind))
 
 
-def enlarged(pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+def enlarged(
+    pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Reduced by `factor` and enlarged again: a picture that promises more pixels than it has."""
     return resized(resized(pixels, 1 / factor), factor, kind)
 
@@ -57,5 +62,8 @@ def brightened(pixels: np.ndarray, levels: int) -> np.ndarray:
 def crops(pixels: np.ndarray, size: int) -> list[np.ndarray]:
     """The square crops of a plain grid."""
     height, width = pixels.shape[:2]
-    return [np.ascontiguousarray(pixels[top : top + size, left : left + size])
-            for top in range(0, height - size + 1, size) for left in range(0, width - size + 1, size)]
+    return [
+        np.ascontiguousarray(pixels[top : top + size, left : left + size])
+        for top in range(0, height - size + 1, size)
+        for left in range(0, width - size + 1, size)
+    ]

@@ -1,4 +1,5 @@
-"""Things that several test files need: a tiny network, a run folder as training leaves it, images, the shared data."""
+"""Things that several test files need: a tiny network, a run folder as training leaves it, images,
+the shared data."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ from PIL import Image
 from pipeline import cli
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
-from pipeline.run_folder import GENERATOR_EMA_FILE, GENERATOR_FILE, MANIFEST_FILE, STATE_FILE, checkpoint_dir
+from pipeline.run_folder import (
+    GENERATOR_EMA_FILE,
+    GENERATOR_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_dir,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TINY = {"num_features": 8, "num_attention_features": 12, "num_blocks": 2}
 
 
 def shared(relative: str) -> Path:
-    """A file or folder of the shared data beside the checkout; the test is skipped where it is missing."""
+    """A file or folder of the shared data beside the checkout; the test is skipped where it is
+    missing."""
     path = CHECKOUT.parent / "shared" / relative
     if not path.exists():
         pytest.skip(f"shared/{relative} is not beside the checkout")
@@ -28,7 +36,8 @@ def shared(relative: str) -> Path:
 
 
 def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command (the module of its name at the top), in this process."""
+    """Exit status, stdout and stderr of a command (the module of its name at the top), in this
+    process."""
     with pytest.raises(SystemExit) as stop:
         cli.run(command.Options, command.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -36,7 +45,8 @@ def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
 
 
 def tiny_network(seed: int = 0, **params) -> VapSR:
-    """A VapSR of a few thousand parameters, every one of them random (no zeros that could hide a mistake)."""
+    """A VapSR of a few thousand parameters, every one of them random (no zeros that could hide a
+    mistake)."""
     torch.manual_seed(seed)
     network = VapSR(**{"scale": 2, **TINY, **params})
     with torch.no_grad():
@@ -51,9 +61,15 @@ def tiny_saved(seed: int = 0, **params) -> SavedNetwork:
     return SavedNetwork("vapsr", params.pop("scale", 2), params, network.state_dict())
 
 
-def make_run(root: Path, name: str = "demo", steps: tuple[int, ...] = (100, 200), best: int | None = None,
-             **params) -> Path:
-    """A run folder in `root` with complete checkpoints; step N has raw weights of seed N, averaged ones of N + 1."""
+def make_run(
+    root: Path,
+    name: str = "demo",
+    steps: tuple[int, ...] = (100, 200),
+    best: int | None = None,
+    **params,
+) -> Path:
+    """A run folder in `root` with complete checkpoints; step N has raw weights of seed N, averaged
+    ones of N + 1."""
     run_dir = root / name
     for step in steps:
         folder = checkpoint_dir(run_dir, step)
@@ -62,7 +78,9 @@ def make_run(root: Path, name: str = "demo", steps: tuple[int, ...] = (100, 200)
             saved = tiny_saved(seed, **params)
             saved.metadata.update(step=str(step), recipe=name)
             write_network(folder / file, saved)
-        (folder / STATE_FILE).write_text(json.dumps({"step": step, "best_step": best, "best_psnr": 30.0}))
+        (folder / STATE_FILE).write_text(
+            json.dumps({"step": step, "best_step": best, "best_psnr": 30.0})
+        )
         (folder / MANIFEST_FILE).write_text("{}")
     (run_dir / "recipe.yaml").write_text(f"name: {name}\n")
     return run_dir
@@ -71,7 +89,9 @@ def make_run(root: Path, name: str = "demo", steps: tuple[int, ...] = (100, 200)
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth random picture, uint8 HWC RGB, with some noise on it."""
     generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8))
+    coarse = Image.fromarray(
+        generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    )
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     return np.clip(smooth + generator.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
 

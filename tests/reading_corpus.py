@@ -1,4 +1,5 @@
-"""Image files of every kind, with the pixels that they must decode to, computed from the numbers written into them."""
+"""Image files of every kind, with the pixels that they must decode to, computed from the numbers
+written into them."""
 
 from __future__ import annotations
 
@@ -25,15 +26,22 @@ class Case:
     content: bytes
     expected: np.ndarray | None  # uint8 RGB, upright; None: it is refused
     tolerance: int = 0
-    refusal: str = ""            # a part of the reason
-    inexact: str = ""            # why convert_dataset.py, which keeps every bit, refuses it; empty: it takes it
+    refusal: str = ""  # a part of the reason
+    inexact: str = (
+        ""  # why convert_dataset.py, which keeps every bit, refuses it; empty: it takes it
+    )
 
 
 def deep_picture() -> np.ndarray:
-    """uint16 RGB (HEIGHT, WIDTH, 3): smooth, so that lossy formats keep it, and with odd low bytes."""
+    """uint16 RGB (HEIGHT, WIDTH, 3): smooth, so that lossy formats keep it, and with odd low
+    bytes."""
     random = np.random.default_rng(5)
-    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), np.uint8)).resize((WIDTH, HEIGHT), Image.BICUBIC)
-    return (np.asarray(coarse).astype(np.uint16) * 256 + random.integers(0, 256, (HEIGHT, WIDTH, 3))).astype(np.uint16)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.BICUBIC
+    )
+    return (
+        np.asarray(coarse).astype(np.uint16) * 256 + random.integers(0, 256, (HEIGHT, WIDTH, 3))
+    ).astype(np.uint16)
 
 
 DEEP = deep_picture()
@@ -45,7 +53,9 @@ DEEP_ALPHA[24:28] = 65535
 ALPHA = np.rint(DEEP_ALPHA / 257).astype(np.uint8)
 
 
-def as_rgb(values: np.ndarray, most: int, alpha: np.ndarray | None = None, most_alpha: int = 0) -> np.ndarray:
+def as_rgb(
+    values: np.ndarray, most: int, alpha: np.ndarray | None = None, most_alpha: int = 0
+) -> np.ndarray:
     """Levels 0..most of gray or colours, over white by `alpha` -> uint8 RGB."""
     share = values.astype(np.float64) / most
     if alpha is not None:
@@ -56,8 +66,16 @@ def as_rgb(values: np.ndarray, most: int, alpha: np.ndarray | None = None, most_
 
 def turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """As pixels must be stored that `orientation` turns to `pixels`."""
-    return {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
-            6: np.rot90(pixels, 1), 7: pixels[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(pixels, -1)}[orientation]
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, 1),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels, -1),
+    }[orientation]
 
 
 def pil(pixels: np.ndarray | Image.Image, form: str, **options: Any) -> bytes:
@@ -75,9 +93,19 @@ def opened(content: bytes) -> np.ndarray:
 
 # TIFF: bits x channels x kind of alpha x planes x tiles x byte order, compressions taken in turn.
 
-COMPRESSIONS = ({}, {"compression": "lzw"}, {"compression": "zlib", "predictor": True}, {"compression": "packbits"},
-                {"compression": "zstd"})
-EXTRA = {"none": None, "unassociated": "unassalpha", "associated": "assocalpha", "unspecified": "unspecified"}
+COMPRESSIONS = (
+    {},
+    {"compression": "lzw"},
+    {"compression": "zlib", "predictor": True},
+    {"compression": "packbits"},
+    {"compression": "zstd"},
+)
+EXTRA = {
+    "none": None,
+    "unassociated": "unassalpha",
+    "associated": "assocalpha",
+    "unspecified": "unspecified",
+}
 
 
 def tiff(pixels: np.ndarray, **options: Any) -> bytes:
@@ -90,7 +118,13 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
     turns = itertools.cycle(range(1, 9))
     compressions = itertools.cycle(COMPRESSIONS)
     for bits, colors, extra, planes, tiles, order in itertools.product(
-            (8, 16), ("gray", "rgb", "white-is-zero"), EXTRA, ("contig", "separate"), (False, True), ("<", ">")):
+        (8, 16),
+        ("gray", "rgb", "white-is-zero"),
+        EXTRA,
+        ("contig", "separate"),
+        (False, True),
+        ("<", ">"),
+    ):
         if colors == "white-is-zero" and extra != "none":
             continue
         white, kind = (255, np.uint8) if bits == 8 else (65535, np.uint16)
@@ -103,7 +137,10 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
             expected = as_rgb(values, white, alpha)
             if extra == "associated":  # which loses what is transparent
                 values = np.rint(values * (alpha / white)).astype(kind)
-                expected, tolerance = np.clip(np.rint((values / white + 1 - alpha / white) * 255), 0, 255), 1
+                expected, tolerance = (
+                    np.clip(np.rint((values / white + 1 - alpha / white) * 255), 0, 255),
+                    1,
+                )
                 expected, stored = np.broadcast_to(expected, PHOTO.shape).astype(np.uint8), values
             stored = np.concatenate([stored, alpha], 2)
         elif extra == "unspecified":
@@ -123,8 +160,14 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
         photometric = {"gray": "minisblack", "rgb": "rgb", "white-is-zero": "miniswhite"}[colors]
         if extra != "none":
             options["extrasamples"] = [EXTRA[extra]]
-        content = tiff(stored, photometric=photometric, planarconfig=planes if stored.ndim == 3 else None,
-                       byteorder=order, extratags=[(274, 3, 1, turn, True)], **options)
+        content = tiff(
+            stored,
+            photometric=photometric,
+            planarconfig=planes if stored.ndim == 3 else None,
+            byteorder=order,
+            extratags=[(274, 3, 1, turn, True)],
+            **options,
+        )
         inexact = "16 bits" if bits == 16 else "transparency" if "associated" in extra else ""
         name = f"{bits}-{colors}-{extra}-{planes}-{'tiles' if tiles else 'strips'}-{'be' if order == '>' else 'le'}"
         yield f"tiff-{name}-turn{turn}.tif", Case(content, expected, tolerance, inexact=inexact)
@@ -133,33 +176,63 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
 def other_tiffs() -> Iterator[tuple[str, Case]]:
     flags = PHOTO[..., 0] > 127
     yield "tiff-1bit.tif", Case(tiff(flags, photometric="minisblack"), as_rgb(flags[..., None], 1))
-    yield "tiff-1bit-white-is-zero.tif", Case(tiff(flags, photometric="miniswhite"), as_rgb(~flags[..., None], 1))
-    yield "tiff-fax.tif", Case(pil(Image.fromarray(flags), "tiff", compression="group4"), as_rgb(flags[..., None], 1))
+    yield (
+        "tiff-1bit-white-is-zero.tif",
+        Case(tiff(flags, photometric="miniswhite"), as_rgb(~flags[..., None], 1)),
+    )
+    yield (
+        "tiff-fax.tif",
+        Case(
+            pil(Image.fromarray(flags), "tiff", compression="group4"), as_rgb(flags[..., None], 1)
+        ),
+    )
     palette = Image.fromarray(PHOTO).quantize(16)
-    yield "tiff-palette.tif", Case(pil(palette, "tiff"), np.asarray(palette.convert("RGB")), inexact="palette")
+    yield (
+        "tiff-palette.tif",
+        Case(pil(palette, "tiff"), np.asarray(palette.convert("RGB")), inexact="palette"),
+    )
     yield "tiff-jpeg.tif", Case(pil(PHOTO, "tiff", compression="jpeg", quality=95), PHOTO, 24)
     yield "tiff-big.tiff", Case(tiff(PHOTO, photometric="rgb", bigtiff=True), PHOTO)
     ink = np.dstack([255 - PHOTO, np.full((HEIGHT, WIDTH), 51, np.uint8)])
     expected = np.rint(PHOTO.astype(float) * (255 - 51) / 255).astype(np.uint8)
-    yield "tiff-cmyk.tif", Case(pil(Image.fromarray(ink, mode="CMYK"), "tiff"), expected, 1, inexact="CMYK")
+    yield (
+        "tiff-cmyk.tif",
+        Case(pil(Image.fromarray(ink, mode="CMYK"), "tiff"), expected, 1, inexact="CMYK"),
+    )
     for name, pixels, word in (
-            ("float32", (PHOTO / 255).astype(np.float32), "unsigned whole numbers"),
-            ("float16", (PHOTO / 255).astype(np.float16), "unsigned whole numbers"),
-            ("int16", (DEEP >> 1).astype(np.int16), "unsigned whole numbers"),
-            ("int8", (PHOTO >> 1).astype(np.int8), "unsigned whole numbers"),
-            ("uint32", DEEP.astype(np.uint32) * 65537, "32 bits")):
+        ("float32", (PHOTO / 255).astype(np.float32), "unsigned whole numbers"),
+        ("float16", (PHOTO / 255).astype(np.float16), "unsigned whole numbers"),
+        ("int16", (DEEP >> 1).astype(np.int16), "unsigned whole numbers"),
+        ("int8", (PHOTO >> 1).astype(np.int8), "unsigned whole numbers"),
+        ("uint32", DEEP.astype(np.uint32) * 65537, "32 bits"),
+    ):
         yield f"tiff-{name}.tif", Case(tiff(pixels, photometric="rgb"), None, refusal=word)
-    yield "tiff-uint32-gray.tif", Case(tiff(DEEP[..., 0].astype(np.uint32), photometric="minisblack"), None,
-                                       refusal="32 bits")
-    yield "tiff-jpeg2000.tif", Case(tiff(PHOTO, photometric="rgb", compression="jpeg2000"), None,
-                                    refusal="compression 34712")
+    yield (
+        "tiff-uint32-gray.tif",
+        Case(
+            tiff(DEEP[..., 0].astype(np.uint32), photometric="minisblack"), None, refusal="32 bits"
+        ),
+    )
+    yield (
+        "tiff-jpeg2000.tif",
+        Case(
+            tiff(PHOTO, photometric="rgb", compression="jpeg2000"),
+            None,
+            refusal="compression 34712",
+        ),
+    )
 
 
 # PNG, by hand: every colour type, depth and transparency.
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(values: np.ndarray, depth: int, color: int, *chunks: bytes, after: bytes = b"") -> bytes:
@@ -173,8 +246,14 @@ def png(values: np.ndarray, depth: int, color: int, *chunks: bytes, after: bytes
         bits = (values >> np.arange(depth)[::-1] & 1).astype(np.uint8)
         rows = np.packbits(bits.reshape(height, -1), axis=1)
     data = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes())
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-            + b"".join(chunks) + chunk(b"IDAT", data) + after + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+        + b"".join(chunks)
+        + chunk(b"IDAT", data)
+        + after
+        + chunk(b"IEND", b"")
+    )
 
 
 def png_cases() -> Iterator[tuple[str, Case]]:
@@ -182,22 +261,48 @@ def png_cases() -> Iterator[tuple[str, Case]]:
         most = (1 << depth) - 1
         levels = (DEEP_GRAY >> (16 - depth)).astype(np.int64)
         inexact = "16 bits" if depth == 16 else ""
-        yield f"png-gray{depth}.png", Case(png(levels, depth, 0), as_rgb(levels, most), inexact=inexact)
+        yield (
+            f"png-gray{depth}.png",
+            Case(png(levels, depth, 0), as_rgb(levels, most), inexact=inexact),
+        )
         clear = int(levels[10, 10, 0])
         expected = np.where(levels == clear, 255, as_rgb(levels, most)).astype(np.uint8)
-        yield f"png-gray{depth}-clear.png", Case(png(levels, depth, 0, chunk(b"tRNS", struct.pack(">H", clear))),
-                                                 expected, inexact=inexact or "transparency")
+        yield (
+            f"png-gray{depth}-clear.png",
+            Case(
+                png(levels, depth, 0, chunk(b"tRNS", struct.pack(">H", clear))),
+                expected,
+                inexact=inexact or "transparency",
+            ),
+        )
     for depth, values, alpha in ((8, PHOTO, ALPHA), (16, DEEP, DEEP_ALPHA)):
         most, inexact = (1 << depth) - 1, "16 bits" if depth == 16 else ""
-        yield f"png-rgb{depth}.png", Case(png(values, depth, 2), as_rgb(values, most), inexact=inexact)
+        yield (
+            f"png-rgb{depth}.png",
+            Case(png(values, depth, 2), as_rgb(values, most), inexact=inexact),
+        )
         clear = values[10, 10]
-        expected = np.where((values == clear).all(2, keepdims=True), 255, as_rgb(values, most)).astype(np.uint8)
-        yield f"png-rgb{depth}-clear.png", Case(png(values, depth, 2, chunk(b"tRNS", clear.astype(">u2").tobytes())),
-                                                expected, inexact=inexact or "transparency")
+        expected = np.where(
+            (values == clear).all(2, keepdims=True), 255, as_rgb(values, most)
+        ).astype(np.uint8)
+        yield (
+            f"png-rgb{depth}-clear.png",
+            Case(
+                png(values, depth, 2, chunk(b"tRNS", clear.astype(">u2").tobytes())),
+                expected,
+                inexact=inexact or "transparency",
+            ),
+        )
         for color, colors in ((4, values[..., :1]), (6, values)):
             stored = np.concatenate([colors, alpha], 2)
-            yield f"png-alpha{color}-{depth}.png", Case(png(stored, depth, color), as_rgb(colors, most, alpha),
-                                                        inexact=inexact or "transparency")
+            yield (
+                f"png-alpha{color}-{depth}.png",
+                Case(
+                    png(stored, depth, color),
+                    as_rgb(colors, most, alpha),
+                    inexact=inexact or "transparency",
+                ),
+            )
     opaque = np.concatenate([PHOTO, np.full_like(ALPHA, 255)], 2)
     yield "png-opaque.png", Case(png(opaque, 8, 6), PHOTO)
     for depth in (1, 2, 4, 8):
@@ -207,19 +312,34 @@ def png_cases() -> Iterator[tuple[str, Case]]:
         yield f"png-palette{depth}.png", Case(png(indices, depth, 3, plte), colors[indices[..., 0]])
         opacity = np.full(1 << depth, 255, np.uint8)
         opacity[: 1 << depth >> 1] = 90
-        yield f"png-palette{depth}-clear.png", Case(
-            png(indices, depth, 3, plte, chunk(b"tRNS", opacity.tobytes())),
-            as_rgb(colors[indices[..., 0]], 255, opacity[indices]), inexact="transparency")
+        yield (
+            f"png-palette{depth}-clear.png",
+            Case(
+                png(indices, depth, 3, plte, chunk(b"tRNS", opacity.tobytes())),
+                as_rgb(colors[indices[..., 0]], 255, opacity[indices]),
+                inexact="transparency",
+            ),
+        )
     frame = chunk(b"acTL", struct.pack(">II", 1, 0))
     control = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, WIDTH, HEIGHT, 0, 0, 1, 10, 0, 0))
     other = zlib.compress(np.insert(PHOTO[::-1].reshape(HEIGHT, -1), 0, 0, axis=1).tobytes())
-    yield "png-animated-default-is-no-frame.png", Case(
-        png(PHOTO, 8, 2, frame, after=control + chunk(b"fdAT", struct.pack(">I", 1) + other)), PHOTO,
-        inexact="animation")
+    yield (
+        "png-animated-default-is-no-frame.png",
+        Case(
+            png(PHOTO, 8, 2, frame, after=control + chunk(b"fdAT", struct.pack(">I", 1) + other)),
+            PHOTO,
+            inexact="animation",
+        ),
+    )
     for turn in range(1, 9):
-        yield f"png-turn{turn}.png", Case(png(turned_back(PHOTO, turn), 8, 2, chunk(b"eXIf", exif(turn))), PHOTO)
-    yield "png-turn6-deep.png", Case(png(turned_back(DEEP, 6), 16, 2, chunk(b"eXIf", exif(6))), PHOTO,
-                                     inexact="16 bits")
+        yield (
+            f"png-turn{turn}.png",
+            Case(png(turned_back(PHOTO, turn), 8, 2, chunk(b"eXIf", exif(turn))), PHOTO),
+        )
+    yield (
+        "png-turn6-deep.png",
+        Case(png(turned_back(DEEP, 6), 16, 2, chunk(b"eXIf", exif(6))), PHOTO, inexact="16 bits"),
+    )
     content = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(8))
     yield "png-xmp8.png", Case(png(turned_back(PHOTO, 8), 8, 2, content), PHOTO)
 
@@ -229,9 +349,11 @@ def exif(turn: int) -> bytes:
 
 
 def xmp(turn: int) -> bytes:
-    return (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-            b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF>'
-            b"</x:xmpmeta>" % turn)
+    return (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF>'
+        b"</x:xmpmeta>" % turn
+    )
 
 
 # JPEG
@@ -242,7 +364,11 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def jpeg_cases() -> Iterator[tuple[str, Case]]:
-    kinds = {"420": {"subsampling": 2}, "444": {"subsampling": 0}, "progressive": {"progressive": True}}
+    kinds = {
+        "420": {"subsampling": 2},
+        "444": {"subsampling": 0},
+        "progressive": {"progressive": True},
+    }
     for name, options in kinds.items():
         content = pil(PHOTO, "jpeg", quality=92, **options)
         yield f"jpeg-{name}.jpg", Case(content, opened(content))
@@ -252,23 +378,34 @@ def jpeg_cases() -> Iterator[tuple[str, Case]]:
     yield "jpeg-no-end.jpg", Case(content[:-2], opened(content))
     yield "jpeg-half-an-end.jpg", Case(content[:-1], opened(content))
     yield "jpeg-cut.jpg", Case(content[:-40], None, refusal="truncated")
-    yield "jpeg-progressive-no-end.jpg", Case(pil(PHOTO, "jpeg", progressive=True)[:-2], None, refusal="truncated")
+    yield (
+        "jpeg-progressive-no-end.jpg",
+        Case(pil(PHOTO, "jpeg", progressive=True)[:-2], None, refusal="truncated"),
+    )
     twelve = bytearray(content)
     twelve[twelve.index(b"\xff\xc0") + 4] = 12
     yield "jpeg-12bit.jpg", Case(bytes(twelve), None, refusal="12 bits")
     for turn in range(1, 9):
         content = pil(np.ascontiguousarray(turned_back(PHOTO, turn)), "jpeg", quality=92)
         expected = turned_again(opened(content), turn)
-        for name, metadata in (("turn", b"Exif\0\0" + exif(turn)),
-                               ("xmp", b"http://ns.adobe.com/xap/1.0/\0" + xmp(turn))):
-            yield f"jpeg-{name}{turn}.jpg", Case(content[:2] + segment(0xE1, metadata) + content[2:], expected)
+        for name, metadata in (
+            ("turn", b"Exif\0\0" + exif(turn)),
+            ("xmp", b"http://ns.adobe.com/xap/1.0/\0" + xmp(turn)),
+        ):
+            yield (
+                f"jpeg-{name}{turn}.jpg",
+                Case(content[:2] + segment(0xE1, metadata) + content[2:], expected),
+            )
     ink = np.dstack([255 - PHOTO, np.full((HEIGHT, WIDTH), 51, np.uint8)])
     expected = np.rint(PHOTO.astype(float) * (255 - 51) / 255).astype(np.uint8)
     content = pil(Image.fromarray(ink, mode="CMYK"), "jpeg", quality=100, subsampling=0)
     yield "jpeg-cmyk-adobe.jpg", Case(content, expected, 12, inexact="CMYK")
     content = pil(Image.fromarray(255 - ink, mode="CMYK"), "jpeg", quality=100, subsampling=0)
     start = content.index(b"\xff\xee")
-    yield "jpeg-cmyk-no-adobe.jpg", Case(content[:start] + content[start + 16 :], expected, 12, inexact="CMYK")
+    yield (
+        "jpeg-cmyk-no-adobe.jpg",
+        Case(content[:start] + content[start + 16 :], expected, 12, inexact="CMYK"),
+    )
 
 
 def turned_again(pixels: np.ndarray, turn: int) -> np.ndarray:
@@ -284,49 +421,118 @@ def other_cases() -> Iterator[tuple[str, Case]]:
     yield "webp-lossless.webp", Case(pil(PHOTO, "webp", **lossless), PHOTO)
     content = pil(PHOTO, "webp", quality=90)
     yield "webp-lossy.webp", Case(content, opened(content))
-    yield "webp-alpha.webp", Case(pil(rgba, "webp", **lossless), as_rgb(PHOTO, 255, ALPHA), inexact="transparency")
+    yield (
+        "webp-alpha.webp",
+        Case(pil(rgba, "webp", **lossless), as_rgb(PHOTO, 255, ALPHA), inexact="transparency"),
+    )
     turned = np.ascontiguousarray(turned_back(PHOTO, 5))
     yield "webp-turn5.webp", Case(pil(turned, "webp", exif=exif(5), **lossless), PHOTO)
-    yield "webp-animated.webp", Case(
-        pil(PHOTO, "webp", save_all=True, append_images=[Image.fromarray(PHOTO[::-1])], duration=50, **lossless), PHOTO,
-        inexact="frames")
+    yield (
+        "webp-animated.webp",
+        Case(
+            pil(
+                PHOTO,
+                "webp",
+                save_all=True,
+                append_images=[Image.fromarray(PHOTO[::-1])],
+                duration=50,
+                **lossless,
+            ),
+            PHOTO,
+            inexact="frames",
+        ),
+    )
     yield "bmp.bmp", Case(pil(PHOTO, "bmp"), PHOTO)
     yield "bmp-gray.bmp", Case(pil(GRAY, "bmp"), as_rgb(GRAY, 255))
     rows = np.dstack([PHOTO[::-1, :, ::-1], ALPHA[::-1]])
-    head = struct.pack("<IiiHHIIIIII", 108, WIDTH, HEIGHT, 1, 32, 3, rows.size, 0, 0, 0, 0) + struct.pack(
-        "<IIII4s", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs") + bytes(48)
-    yield "bmp-alpha.bmp", Case(struct.pack("<2sIII", b"BM", 122 + rows.size, 0, 122) + head + rows.tobytes(),
-                                as_rgb(PHOTO, 255, ALPHA), inexact="transparency")
+    head = (
+        struct.pack("<IiiHHIIIIII", 108, WIDTH, HEIGHT, 1, 32, 3, rows.size, 0, 0, 0, 0)
+        + struct.pack("<IIII4s", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+        + bytes(48)
+    )
+    yield (
+        "bmp-alpha.bmp",
+        Case(
+            struct.pack("<2sIII", b"BM", 122 + rows.size, 0, 122) + head + rows.tobytes(),
+            as_rgb(PHOTO, 255, ALPHA),
+            inexact="transparency",
+        ),
+    )
     yield "jp2.jp2", Case(pil(PHOTO, "jpeg2000", irreversible=False, no_jp2=False), PHOTO)
-    yield "jp2-gray.jp2", Case(pil(GRAY, "jpeg2000", irreversible=False, no_jp2=False), as_rgb(GRAY, 255))
-    yield "jp2-alpha.jp2", Case(pil(rgba, "jpeg2000", irreversible=False, no_jp2=False), as_rgb(PHOTO, 255, ALPHA),
-                                inexact="transparency")
+    yield (
+        "jp2-gray.jp2",
+        Case(pil(GRAY, "jpeg2000", irreversible=False, no_jp2=False), as_rgb(GRAY, 255)),
+    )
+    yield (
+        "jp2-alpha.jp2",
+        Case(
+            pil(rgba, "jpeg2000", irreversible=False, no_jp2=False),
+            as_rgb(PHOTO, 255, ALPHA),
+            inexact="transparency",
+        ),
+    )
     for bits in (10, 12, 16):
         for name, values in (("rgb", DEEP), ("gray", DEEP_GRAY)):
             levels = values >> (16 - bits)
-            content = imagecodecs.jpeg2k_encode(np.squeeze(levels), level=0, reversible=True, bitspersample=bits)
-            yield f"jp2-{name}{bits}.jp2", Case(content, as_rgb(levels, (1 << bits) - 1), inexact=f"{bits} bits")
+            content = imagecodecs.jpeg2k_encode(
+                np.squeeze(levels), level=0, reversible=True, bitspersample=bits
+            )
+            yield (
+                f"jp2-{name}{bits}.jp2",
+                Case(content, as_rgb(levels, (1 << bits) - 1), inexact=f"{bits} bits"),
+            )
     smooth = {"quality": 100, "subsampling": "4:4:4"}
     yield "avif.avif", Case(pil(PHOTO, "avif", **smooth), PHOTO, 4)
-    yield "avif-alpha.avif", Case(pil(rgba, "avif", **smooth), as_rgb(PHOTO, 255, ALPHA), 5, inexact="transparency")
-    yield "avif-turn6.avif", Case(pil(np.ascontiguousarray(turned_back(PHOTO, 6)), "avif", exif=b"Exif\0\0" + exif(6),
-                                      **smooth), PHOTO, 4)
-    for bits, values, alpha in ((8, PHOTO, ALPHA), (16, DEEP, DEEP_ALPHA), (10, DEEP >> 6, DEEP_ALPHA >> 6)):
+    yield (
+        "avif-alpha.avif",
+        Case(pil(rgba, "avif", **smooth), as_rgb(PHOTO, 255, ALPHA), 5, inexact="transparency"),
+    )
+    yield (
+        "avif-turn6.avif",
+        Case(
+            pil(
+                np.ascontiguousarray(turned_back(PHOTO, 6)),
+                "avif",
+                exif=b"Exif\0\0" + exif(6),
+                **smooth,
+            ),
+            PHOTO,
+            4,
+        ),
+    )
+    for bits, values, alpha in (
+        (8, PHOTO, ALPHA),
+        (16, DEEP, DEEP_ALPHA),
+        (10, DEEP >> 6, DEEP_ALPHA >> 6),
+    ):
         most, inexact = (1 << bits) - 1, "" if bits == 8 else f"{bits} bits"
         for name, colors in (("rgb", values), ("gray", values[..., :1])):
-            tone = colors if bits == 8 else srgb_tone(colors / most) * most  # imagecodecs marks deep ones as linear
-            content = imagecodecs.jpegxl_encode(np.squeeze(colors), lossless=True, bitspersample=bits)
+            tone = (
+                colors if bits == 8 else srgb_tone(colors / most) * most
+            )  # imagecodecs marks deep ones as linear
+            content = imagecodecs.jpegxl_encode(
+                np.squeeze(colors), lossless=True, bitspersample=bits
+            )
             yield f"jxl-{name}{bits}.jxl", Case(content, as_rgb(tone, most), 1, inexact=inexact)
-            content = imagecodecs.jpegxl_encode(np.concatenate([colors, alpha], 2), lossless=True, bitspersample=bits)
-            yield f"jxl-{name}-alpha{bits}.jxl", Case(content, as_rgb(tone, most, alpha), 1,
-                                                      inexact=inexact or "transparency")
+            content = imagecodecs.jpegxl_encode(
+                np.concatenate([colors, alpha], 2), lossless=True, bitspersample=bits
+            )
+            yield (
+                f"jxl-{name}-alpha{bits}.jxl",
+                Case(content, as_rgb(tone, most, alpha), 1, inexact=inexact or "transparency"),
+            )
     for most, kind in ((255, np.uint8), (65535, ">u2"), (1000, ">u2"), (100, np.uint8)):
         for letter, suffix, values in (("6", "ppm", DEEP), ("5", "pgm", DEEP_GRAY)):
             levels = np.rint(values / 65535 * most)
-            content = f"P{letter}\n# made\n{WIDTH} {HEIGHT}\n{most}\n".encode() + levels.astype(kind).tobytes()
+            content = (
+                f"P{letter}\n# made\n{WIDTH} {HEIGHT}\n{most}\n".encode()
+                + levels.astype(kind).tobytes()
+            )
             inexact = {255: "", 100: "levels up to 100"}.get(most, "16 bits")
-            yield f"pnm-{suffix}-{most}.{suffix}", Case(content, as_rgb(levels, most), most not in (255, 65535),
-                                                        inexact=inexact)
+            yield (
+                f"pnm-{suffix}-{most}.{suffix}",
+                Case(content, as_rgb(levels, most), most not in (255, 65535), inexact=inexact),
+            )
     flags = PHOTO[..., :1] > 127
     content = b"P4 %d %d\n" % (WIDTH, HEIGHT) + np.packbits(~flags[..., 0], axis=1).tobytes()
     yield "pnm.pbm", Case(content, as_rgb(flags, 1))
@@ -336,8 +542,12 @@ def other_cases() -> Iterator[tuple[str, Case]]:
 
 # Colour profiles, made and undone by the formulas of ICC's matrix profiles and of sRGB.
 
-ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])  # to XYZ D50
-SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+ADOBE = np.array(
+    [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+)  # to XYZ D50
+SRGB = np.array(
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
 GAMMA = 563 / 256
 
 
@@ -345,8 +555,12 @@ def profile(space: bytes, gamma: float) -> bytes:
     """An ICC profile of version 2: a matrix and a power for RGB, a power for gray."""
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
     name = b"Wide test"
-    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + b"\0" + bytes(78),
-            b"wtpt": b"XYZ " + bytes(4) + struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))}
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + b"\0" + bytes(78),
+        b"wtpt": b"XYZ "
+        + bytes(4)
+        + struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249))),
+    }
     if space == b"RGB ":
         for letter, column in zip(b"rgb", ADOBE.T, strict=True):
             fixed = np.rint(column * 65536).astype(int)
@@ -359,8 +573,13 @@ def profile(space: bytes, gamma: float) -> bytes:
         content += bytes(-len(content) % 4)
         table += key + struct.pack(">II", at, len(content))
         body, at = body + content, at + len(content)
-    head = (struct.pack(">I4sI4s4s4s", at, b"none", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp"
-            + bytes(28) + struct.pack(">iii", 63190, 65536, 54061))
+    head = (
+        struct.pack(">I4sI4s4s4s", at, b"none", 0x02400000, b"mntr", space, b"XYZ ")
+        + bytes(12)
+        + b"acsp"
+        + bytes(28)
+        + struct.pack(">iii", 63190, 65536, 54061)
+    )
     return head + bytes(128 - len(head)) + table + body
 
 
@@ -380,15 +599,23 @@ def profile_cases() -> Iterator[tuple[str, Case]]:
     tame = PHOTO // 2 + 64  # colours that sRGB holds
     assert np.abs(to_srgb(tame).astype(int) - tame).max() > 10
     for name, content in (
-            ("png", pil(tame, "png", icc_profile=wide)), ("tif", pil(tame, "tiff", icc_profile=wide)),
-            ("webp", pil(tame, "webp", lossless=True, icc_profile=wide)),
-            ("jpg", pil(tame, "jpeg", quality=98, subsampling=0, icc_profile=wide)),
-            ("avif", pil(tame, "avif", quality=100, subsampling="4:4:4", icc_profile=wide))):
-        yield f"profile-wide-of-{name}.{name}", Case(content, to_srgb(opened(content)), 2, inexact=inexact)
+        ("png", pil(tame, "png", icc_profile=wide)),
+        ("tif", pil(tame, "tiff", icc_profile=wide)),
+        ("webp", pil(tame, "webp", lossless=True, icc_profile=wide)),
+        ("jpg", pil(tame, "jpeg", quality=98, subsampling=0, icc_profile=wide)),
+        ("avif", pil(tame, "avif", quality=100, subsampling="4:4:4", icc_profile=wide)),
+    ):
+        yield (
+            f"profile-wide-of-{name}.{name}",
+            Case(content, to_srgb(opened(content)), 2, inexact=inexact),
+        )
     deep = tiff(tame.astype(np.uint16) * 257, photometric="rgb", iccprofile=wide)
     yield "profile-wide-deep.tif", Case(deep, to_srgb(tame), 2, inexact="16 bits")
     gray = as_rgb(srgb_tone((GRAY / 255) ** 1.75), 1)
-    yield "profile-gray.png", Case(pil(GRAY, "png", icc_profile=profile(b"GRAY", 1.75)), gray, 2, inexact=inexact)
+    yield (
+        "profile-gray.png",
+        Case(pil(GRAY, "png", icc_profile=profile(b"GRAY", 1.75)), gray, 2, inexact=inexact),
+    )
     standard = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield "profile-srgb.png", Case(pil(PHOTO, "png", icc_profile=standard), PHOTO)
     yield "profile-broken.png", Case(pil(PHOTO, "png", icc_profile=b"no profile" * 20), PHOTO)
@@ -403,8 +630,19 @@ def foreign_cases() -> Iterator[tuple[str, Case]]:
 
 
 def make_cases() -> dict[str, Case]:
-    return {name: case for made in (tiff_cases, other_tiffs, png_cases, jpeg_cases, other_cases, profile_cases,
-                                    foreign_cases) for name, case in made()}
+    return {
+        name: case
+        for made in (
+            tiff_cases,
+            other_tiffs,
+            png_cases,
+            jpeg_cases,
+            other_cases,
+            profile_cases,
+            foreign_cases,
+        )
+        for name, case in made()
+    }
 
 
 CASES = make_cases()

@@ -35,9 +35,17 @@ needs_glibc = pytest.mark.skipif(not allocator_variables({}), reason="the C libr
 
 
 def faults(way: str, variables: dict[str, str]) -> tuple[bool, float]:
-    """Whether the process set it itself, and the median of its page faults in a step. A fork reads no variables."""
-    done = subprocess.run([sys.executable, "-c", FAULTS, way], env={**environment(), **variables}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=120, check=True)
+    """Whether the process set it itself, and the median of its page faults in a step. A fork reads
+    no variables."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, way],
+        env={**environment(), **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     was_set, number = json.loads(done.stdout)
     return was_set, number
 
@@ -54,9 +62,17 @@ def test_a_step_on_a_cpu_asks_the_system_for_no_memory() -> None:
 
 
 @needs_glibc
-@pytest.mark.parametrize("own", [{"MALLOC_TRIM_THRESHOLD_": "1000000"}, {"MALLOC_TOP_PAD_": "4096"},
-                                 {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}])
-def test_what_the_user_tunes_is_left_alone(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "1000000"},
+        {"MALLOC_TOP_PAD_": "4096"},
+        {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    ],
+)
+def test_what_the_user_tunes_is_left_alone(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert set(allocator_variables({"MALLOC_ARENA_MAX": "2"})) == BOTH
     assert allocator_variables(own) == {}
     for name, value in own.items():
@@ -66,7 +82,9 @@ def test_what_the_user_tunes_is_left_alone(own: dict[str, str], monkeypatch: pyt
 
 
 @needs_glibc
-def test_ranks_on_cpus_start_with_both_thresholds_and_those_on_gpus_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_cpus_start_with_both_thresholds_and_those_on_gpus_with_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in BOTH & os.environ.keys():
         monkeypatch.delenv(name)
     assert prepare(2, on_gpu=False).keys() >= BOTH

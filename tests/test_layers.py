@@ -1,7 +1,9 @@
-"""Who may import whom, read from the imports: the 13 folders of pipeline/, tools/, launch/, and no cycle among them.
+"""Who may import whom, read from the imports: the 13 folders of pipeline/, tools/, launch/, and no
+cycle among them.
 
-The tools are below launch/, whose demo makes a small dataset with them; the search for hyper-parameters is above it,
-for each of its trials is a launch. Within launch/ the doctor may use cluster/, and not the other way round.
+The tools are below launch/, whose demo makes a small dataset with them; the search for
+hyper-parameters is above it, for each of its trials is a launch. Within launch/ the doctor may use
+cluster/, and not the other way round.
 """
 
 from __future__ import annotations
@@ -16,56 +18,137 @@ import pytest
 
 from conftest import ROOT, environment
 
-# Folder or module -> those it may import. The ground floor (the files of pipeline/ itself) is open to all.
+# Folder or module -> those it may import. The ground floor (the files of pipeline/ itself) is open
+# to all.
 ALLOWED = {
     "pipeline/distributed": set(),
     "pipeline/config/names": set(),
     "pipeline/data": set(),
-    "pipeline/config": {"pipeline/config/names", "pipeline/data", "pipeline/distributed", "pipeline/metrics"},
+    "pipeline/config": {
+        "pipeline/config/names",
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/metrics",
+    },
     "pipeline/models": {"pipeline/config", "pipeline/config/names"},
     "pipeline/losses": {"pipeline/config/names"},
     "pipeline/metrics": {"pipeline/losses"},
     "pipeline/engine": {"pipeline/config", "pipeline/distributed"},
-    "pipeline/checkpoint": {"pipeline/distributed", "pipeline/engine", "pipeline/metrics", "pipeline/models"},
+    "pipeline/checkpoint": {
+        "pipeline/distributed",
+        "pipeline/engine",
+        "pipeline/metrics",
+        "pipeline/models",
+    },
     "pipeline/monitor": {"pipeline/checkpoint"},
-    "pipeline/training": {"pipeline/config", "pipeline/data", "pipeline/models", "pipeline/losses", "pipeline/metrics",
-                          "pipeline/engine", "pipeline/checkpoint", "pipeline/monitor", "pipeline/distributed"},
+    "pipeline/training": {
+        "pipeline/config",
+        "pipeline/data",
+        "pipeline/models",
+        "pipeline/losses",
+        "pipeline/metrics",
+        "pipeline/engine",
+        "pipeline/checkpoint",
+        "pipeline/monitor",
+        "pipeline/distributed",
+    },
     "pipeline/export": {"pipeline/data", "pipeline/metrics", "pipeline/models"},
-    "pipeline/inference": {"pipeline/data", "pipeline/distributed", "pipeline/export", "pipeline/models"},
-    "pipeline/evaluation": {"pipeline/data", "pipeline/distributed", "pipeline/inference", "pipeline/metrics",
-                            "pipeline/models"},
-    "tools": {"pipeline/config", "pipeline/data", "pipeline/distributed", "pipeline/metrics", "pipeline/models",
-              "pipeline/training"},
+    "pipeline/inference": {
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/export",
+        "pipeline/models",
+    },
+    "pipeline/evaluation": {
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/inference",
+        "pipeline/metrics",
+        "pipeline/models",
+    },
+    "tools": {
+        "pipeline/config",
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/metrics",
+        "pipeline/models",
+        "pipeline/training",
+    },
     "launch/environment": {"pipeline/distributed"},
     "launch/requirements_missing": set(),
-    "launch/cluster": {"launch/environment", "pipeline/data", "pipeline/distributed", "pipeline/training"},
-    "launch/doctor": {"launch/cluster", "launch/requirements_missing", "pipeline/data", "pipeline/training"},
-    "launch/selfcheck": {"launch/cluster", "launch/doctor", "launch/requirements_missing",
-                         "pipeline/data", "pipeline/distributed", "pipeline/engine", "pipeline/inference",
-                         "pipeline/losses", "pipeline/metrics", "pipeline/models", "tools"},
-    "launch": {"launch/cluster", "launch/doctor", "launch/environment", "pipeline/config", "pipeline/distributed",
-               "pipeline/training", "tools"},
-    "tools/search": {"launch/environment", "pipeline/config", "pipeline/distributed", "pipeline/metrics",
-                     "pipeline/training", "tools"},
-    "tools/search_hyperparameters": {"launch/environment", "pipeline/config", "pipeline/metrics", "pipeline/training",
-                                     "tools/search"},
+    "launch/cluster": {
+        "launch/environment",
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/training",
+    },
+    "launch/doctor": {
+        "launch/cluster",
+        "launch/requirements_missing",
+        "pipeline/data",
+        "pipeline/training",
+    },
+    "launch/selfcheck": {
+        "launch/cluster",
+        "launch/doctor",
+        "launch/requirements_missing",
+        "pipeline/data",
+        "pipeline/distributed",
+        "pipeline/engine",
+        "pipeline/inference",
+        "pipeline/losses",
+        "pipeline/metrics",
+        "pipeline/models",
+        "tools",
+    },
+    "launch": {
+        "launch/cluster",
+        "launch/doctor",
+        "launch/environment",
+        "pipeline/config",
+        "pipeline/distributed",
+        "pipeline/training",
+        "tools",
+    },
+    "tools/search": {
+        "launch/environment",
+        "pipeline/config",
+        "pipeline/distributed",
+        "pipeline/metrics",
+        "pipeline/training",
+        "tools",
+    },
+    "tools/search_hyperparameters": {
+        "launch/environment",
+        "pipeline/config",
+        "pipeline/metrics",
+        "pipeline/training",
+        "tools/search",
+    },
 }
 GROUND = "pipeline"
 FENCED = {  # library -> the only files that import it
     "deepspeed": {"pipeline/engine/deepspeed_engine.py", "pipeline/checkpoint/engine_state.py"},
     "wandb": {"pipeline/monitor/wandb_tracker.py"},
     "accelerate": {"pipeline/engine/accelerate_engine.py"},
-    "onnx": {"pipeline/export/onnx_file.py", "pipeline/export/int8.py", "pipeline/export/network_files.py"},
+    "onnx": {
+        "pipeline/export/onnx_file.py",
+        "pipeline/export/int8.py",
+        "pipeline/export/network_files.py",
+    },
     "onnxruntime": {"pipeline/export/int8.py", "pipeline/libraries.py"},
     "openvino": {"pipeline/export/openvino_file.py", "pipeline/export/network_files.py"},
     "tensorrt": {"pipeline/export/tensorrt_file.py"},
     "torch.utils.tensorboard": {"pipeline/monitor/journal.py"},
 }
-TORCH_FREE_SCRIPTS = [path for folder in ("tools", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+TORCH_FREE_SCRIPTS = [
+    path for folder in ("tools", "launch") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
-    """Every module and name that a file imports, dotted; those inside functions only where not `at_import_time`."""
+    """Every module and name that a file imports, dotted; those inside functions only where not
+    `at_import_time`."""
     found: set[str] = set()
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
@@ -74,25 +157,38 @@ def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-        is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        if not (at_import_time and (is_for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))):
+        is_for_types = (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+        )
+        if not (
+            at_import_time
+            and (is_for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        ):
             nodes.extend(ast.iter_child_nodes(node))
     return found
 
 
 def unit_of(path: Path) -> str:
-    """The row of `ALLOWED` that a file belongs to: its own, or that of the nearest folder which has one."""
+    """The row of `ALLOWED` that a file belongs to: its own, or that of the nearest folder which has
+    one."""
     name = path.relative_to(ROOT).with_suffix("")
-    return next(str(unit) for unit in (name, *name.parents) if str(unit) in ALLOWED or str(unit) == GROUND)
+    return next(
+        str(unit) for unit in (name, *name.parents) if str(unit) in ALLOWED or str(unit) == GROUND
+    )
 
 
 def units_of(module: str) -> set[str]:
-    """The row that a dotted name belongs to; none for other people's modules and for names of a package itself."""
+    """The row that a dotted name belongs to; none for other people's modules and for names of a
+    package itself."""
     path = ROOT / module.replace(".", "/")
     file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
     if module.split(".")[0] not in ("pipeline", "tools", "launch") or not file.exists():
         return set()
-    is_empty = file.name == "__init__.py" and len(ast.parse(file.read_text(encoding="utf-8")).body) <= 1  # a docstring
+    is_empty = (
+        file.name == "__init__.py" and len(ast.parse(file.read_text(encoding="utf-8")).body) <= 1
+    )  # a docstring
     return set() if is_empty else {unit_of(file)}
 
 
@@ -110,7 +206,11 @@ def edges() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("unit", sorted(ALLOWED))
 def test_a_folder_imports_only_what_lies_below_it(unit: str) -> None:
-    forbidden = {below: path for below, path in edges()[unit].items() if below not in ALLOWED[unit] | {GROUND}}
+    forbidden = {
+        below: path
+        for below, path in edges()[unit].items()
+        if below not in ALLOWED[unit] | {GROUND}
+    }
     assert not forbidden
 
 
@@ -119,8 +219,14 @@ def test_the_ground_floor_imports_nothing_of_the_house() -> None:
 
 
 def test_every_folder_has_a_row_and_there_is_no_cycle() -> None:
-    folders = {f"pipeline/{path.name}" for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").exists()}
-    assert folders == {unit for unit in ALLOWED if unit.startswith("pipeline/") and unit.count("/") == 1}
+    folders = {
+        f"pipeline/{path.name}"
+        for path in (ROOT / "pipeline").iterdir()
+        if (path / "__init__.py").exists()
+    }
+    assert folders == {
+        unit for unit in ALLOWED if unit.startswith("pipeline/") and unit.count("/") == 1
+    }
     assert len(folders) == 13
     left = {unit: set(below) for unit, below in edges().items()}
     while left:
@@ -137,33 +243,66 @@ def test_a_library_has_one_door(library: str) -> None:
 
 
 def test_dali_stays_in_the_data_path() -> None:
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py"), *ROOT.glob("*.py")]:
+    for path in [
+        *(ROOT / "pipeline").rglob("*.py"),
+        *(ROOT / "launch").rglob("*.py"),
+        *ROOT.glob("*.py"),
+    ]:
         if any(module.startswith("nvidia.dali") for module in imports(path)):
             assert unit_of(path) == "pipeline/data"
 
 
 def test_tools_and_launch_import_no_torch() -> None:
-    """A dataset is built, and ranks are started, on machines without torch: seen by importing all of them."""
-    named = [path for path in TORCH_FREE_SCRIPTS
-             if any(module.split(".")[0] in ("torch", "deepspeed") for module in imports(path, at_import_time=True))]
+    """A dataset is built, and ranks are started, on machines without torch: seen by importing all
+    of them."""
+    named = [
+        path
+        for path in TORCH_FREE_SCRIPTS
+        if any(
+            module.split(".")[0] in ("torch", "deepspeed")
+            for module in imports(path, at_import_time=True)
+        )
+    ]
     assert named == []
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in TORCH_FREE_SCRIPTS
-               if path.name not in ("__main__.py",)]
-    code = ("import importlib, sys\n"
-            f"for name in {modules!r}:\n"
-            "    importlib.import_module(name)\n"
-            "    assert 'torch' not in sys.modules, name\n")
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, check=False)
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in TORCH_FREE_SCRIPTS
+        if path.name not in ("__main__.py",)
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_every_name_in_the_list_of_slow_tests_is_a_test() -> None:
     """A test that is renamed would leave `./run_tests.sh fast` to wait for it."""
     listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
-    functions = {file: {node.name for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-                        if isinstance(node, ast.FunctionDef)}
-                 for file in {line.partition("::")[0] for line in listed} if (ROOT / file).is_file()}
-    gone = [line for line in listed if line.partition("::")[2] not in functions.get(line.partition("::")[0], ())]
+    functions = {
+        file: {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef)
+        }
+        for file in {line.partition("::")[0] for line in listed}
+        if (ROOT / file).is_file()
+    }
+    gone = [
+        line
+        for line in listed
+        if line.partition("::")[2] not in functions.get(line.partition("::")[0], ())
+    ]
     assert gone == []
     assert len(listed) == len(set(listed))

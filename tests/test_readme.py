@@ -10,8 +10,16 @@ import pytest
 from conftest import ROOT
 
 OTHERS = {  # of torchrun, Slurm, enroot and Docker
-    "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "ntasks-per-node", "gpus-per-node", "build-arg", "rm",
-    "stop-timeout"}
+    "nnodes",
+    "nproc_per_node",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "build-arg",
+    "rm",
+    "stop-timeout",
+}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -29,7 +37,10 @@ def test_links_and_scripts_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_options_exist(document: Path) -> None:
-    sources = "".join(path.read_text() for folder in ("pipeline", "tools", "launch", "benchmarks") for path in
-                      (ROOT / folder).rglob("*.py")) + "".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = "".join(
+        path.read_text()
+        for folder in ("pipeline", "tools", "launch", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ) + "".join(path.read_text() for path in ROOT.glob("*.py"))
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", document.read_text())) - OTHERS:
         assert re.search(rf"\b{flag.replace('-', '_')}\b", sources), f"--{flag}"

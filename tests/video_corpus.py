@@ -1,4 +1,5 @@
-"""Videos for the tests, made on the spot by the ffmpeg that the wheel `imageio-ffmpeg` brings along."""
+"""Videos for the tests, made on the spot by the ffmpeg that the wheel `imageio-ffmpeg` brings
+along."""
 
 from __future__ import annotations
 
@@ -12,9 +13,23 @@ import numpy as np
 from dataset_corpus import photograph
 
 TESTSRC = ["-f", "lavfi", "-i", "testsrc2=size=320x240:rate=25:duration=4"]
-MOVING = ["-f", "lavfi", "-i", "mandelbrot=size=320x240:rate=25", "-t", "4"]  # every frame another picture
+MOVING = [
+    "-f",
+    "lavfi",
+    "-i",
+    "mandelbrot=size=320x240:rate=25",
+    "-t",
+    "4",
+]  # every frame another picture
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "veryfast", "-g", "40", "-bf", "3"]
-H265 = ["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=error:keyint=40:open-gop=1:bframes=3"]
+H265 = [
+    "-c:v",
+    "libx265",
+    "-preset",
+    "ultrafast",
+    "-x265-params",
+    "log-level=error:keyint=40:open-gop=1:bframes=3",
+]
 VP9 = ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-g", "40"]
 LOSSLESS = ["-c:v", "libx264", "-qp", "0", "-preset", "ultrafast"]
 
@@ -31,26 +46,50 @@ def ffmpeg(*arguments: object, data: bytes | None = None) -> bytes:
     return done.stdout
 
 
-def from_pixels(path: Path, frames: Iterable[np.ndarray], *arguments: object, rate: int = 25,
-                pixel_format: str = "rgb24") -> Path:
-    """Encode raw frames, all of one size: uint8 RGB (height, width, 3), or arrays as `pixel_format` wants them."""
+def from_pixels(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    *arguments: object,
+    rate: int = 25,
+    pixel_format: str = "rgb24",
+) -> Path:
+    """Encode raw frames, all of one size: uint8 RGB (height, width, 3), or arrays as `pixel_format`
+    wants them."""
     frames = list(frames)
     height, width = frames[0].shape[:2]
     if pixel_format.startswith("yuv420p"):
         height = height * 2 // 3
-    ffmpeg("-f", "rawvideo", "-pix_fmt", pixel_format, "-s", f"{width}x{height}", "-r", rate, "-i", "-", *arguments,
-           path, data=b"".join(frame.tobytes() for frame in frames))
+    ffmpeg(
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        pixel_format,
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        rate,
+        "-i",
+        "-",
+        *arguments,
+        path,
+        data=b"".join(frame.tobytes() for frame in frames),
+    )
     return path
 
 
 def still(seed: int, height: int = 360, width: int = 640) -> np.ndarray:
-    """A picture that no other seed's resembles: uint8 RGB, coarse random patches under fine waves."""
+    """A picture that no other seed's resembles: uint8 RGB, coarse random patches under fine
+    waves."""
     patches = np.random.default_rng(seed).integers(20, 236, (6, 10, 3)).astype(np.uint8)
     coarse = cv2.resize(patches, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
-    return np.clip(coarse + (photograph(height, width, seed).astype(np.int16) - 127) // 4, 0, 255).astype(np.uint8)
+    return np.clip(
+        coarse + (photograph(height, width, seed).astype(np.int16) - 127) // 4, 0, 255
+    ).astype(np.uint8)
 
 
-def pan(seed: int, count: int, speed: float, height: int = 360, width: int = 640) -> list[np.ndarray]:
+def pan(
+    seed: int, count: int, speed: float, height: int = 360, width: int = 640
+) -> list[np.ndarray]:
     """`count` frames of a camera that moves over a still, `speed` pixels a frame."""
     wide = still(seed, height, width + int(speed * count) + 1)
     return [wide[:, int(speed * index) : int(speed * index) + width] for index in range(count)]
@@ -72,8 +111,11 @@ def quadrants(height: int = 240, width: int = 320) -> np.ndarray:
     return picture
 
 
-def yuv420p(colours: np.ndarray, matrix: str, is_full: bool, bits: int, side: int = 64, height: int = 0) -> np.ndarray:
-    """Squares of flat colours in a row as raw yuv420p (3/2 height, width), by the formulas of BT.601 and BT.709.
+def yuv420p(
+    colours: np.ndarray, matrix: str, is_full: bool, bits: int, side: int = 64, height: int = 0
+) -> np.ndarray:
+    """Squares of flat colours in a row as raw yuv420p (3/2 height, width), by the formulas of
+    BT.601 and BT.709.
 
     `colours` is RGB (count, 3) in 0..255. uint8 for 8 bits, uint16 above.
     """

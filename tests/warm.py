@@ -1,15 +1,18 @@
-"""A Python interpreter that has imported torch, DeepSpeed and DALI already, for the many processes that tests start.
+"""A Python interpreter that has imported torch, DeepSpeed and DALI already, for the many processes
+that tests start.
 
-Importing them takes two seconds of a core, a small run's own work half a second. So each pytest process keeps a server
-with all imports done, and `warm.python()` is an executable to use in place of `sys.executable`: it asks the server to
-fork, and the fork runs the script as a fresh interpreter would, with the caller's arguments, environment, folder,
-limits and open stdin, stdout and stderr. The executable waits for it, hands signals on to it, and ends as it ended.
-Where the executable is killed, the fork is killed, too. What the script starts with `sys.executable` comes about in the
+Importing them takes two seconds of a core, a small run's own work half a second. So each pytest
+process keeps a server with all imports done, and `warm.python()` is an executable to use in place
+of `sys.executable`: it asks the server to fork, and the fork runs the script as a fresh interpreter
+would, with the caller's arguments, environment, folder, limits and open stdin, stdout and stderr.
+The executable waits for it, hands signals on to it, and ends as it ended. Where the executable is
+killed, the fork is killed, too. What the script starts with `sys.executable` comes about in the
 same way. `warm.Fork` calls a function in such a fork, without the executable between.
 
-What a fork cannot show is left to a real interpreter: options of Python, scripts outside this checkout, other modules
-than `MODULES`, and code that does not begin with `MARK`. A test about imports, about a parent that is killed, or about
-variables that are read while libraries load, says `sys.executable` itself.
+What a fork cannot show is left to a real interpreter: options of Python, scripts outside this
+checkout, other modules than `MODULES`, and code that does not begin with `MARK`. A test about
+imports, about a parent that is killed, or about variables that are read while libraries load, says
+`sys.executable` itself.
 """
 
 from __future__ import annotations
@@ -37,20 +40,55 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run", "launch.doctor",
-           "pipeline.models.info")
+MODULES = (
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "launch.doctor",
+    "pipeline.models.info",
+)
 """What `-m` may name."""
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
 MARK = "# warm\n"
 """The beginning of code that `-c` may run."""
-PRELOAD = ("torch", "torch._dynamo", "torch.utils.cpp_extension", "torch.utils.tensorboard", "torch.profiler",
-           "deepspeed", "deepspeed.module_inject", "deepspeed.moe.layer", "deepspeed.ops.adam", "accelerate",
-           "nvidia.dali.fn", "nvidia.dali.pipeline", "nvidia.dali._autograph", "cv2", "numpy.ma", "PIL.PngImagePlugin",
-           "PIL.JpegImagePlugin", "PIL.ImageSequence", "pydantic", "typeguard", "tyro.extras", "tyro._backends",
-           "packaging.requirements", "launch.environment", "pipeline.training.run", "pipeline.evaluation.command",
-           "pipeline.inference.command")
+PRELOAD = (
+    "torch",
+    "torch._dynamo",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "torch.profiler",
+    "deepspeed",
+    "deepspeed.module_inject",
+    "deepspeed.moe.layer",
+    "deepspeed.ops.adam",
+    "accelerate",
+    "nvidia.dali.fn",
+    "nvidia.dali.pipeline",
+    "nvidia.dali._autograph",
+    "cv2",
+    "numpy.ma",
+    "PIL.PngImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.ImageSequence",
+    "pydantic",
+    "typeguard",
+    "tyro.extras",
+    "tyro._backends",
+    "packaging.requirements",
+    "launch.environment",
+    "pipeline.training.run",
+    "pipeline.evaluation.command",
+    "pipeline.inference.command",
+)
 """Also what these import late: torch's optimizers take torch._dynamo along, 950 modules."""
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+HANDED_ON = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+)
 LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 _LENGTH = struct.Struct("!I")
 
@@ -102,21 +140,41 @@ os._exit(os.WEXITSTATUS(status))
 
 @functools.cache
 def python() -> str:
-    """The executable; the server behind it starts with the first call, and ends with this process."""
+    """The executable; the server behind it starts with the first call, and ends with this
+    process."""
     folder = tempfile.mkdtemp(prefix="warm-")
     address, executable = f"{folder}/socket", Path(folder) / "python"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    executable.write_text(CLIENT.format(python=sys.executable, modules=MODULES, mark=MARK, watched=WATCHED,
-                                        root=f"{ROOT}{os.sep}", address=address, limits=LIMITS,
-                                        handed_on=tuple(map(int, HANDED_ON))))
+    executable.write_text(
+        CLIENT.format(
+            python=sys.executable,
+            modules=MODULES,
+            mark=MARK,
+            watched=WATCHED,
+            root=f"{ROOT}{os.sep}",
+            address=address,
+            limits=LIMITS,
+            handed_on=tuple(map(int, HANDED_ON)),
+        )
+    )
     executable.chmod(0o755)
-    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                 "TORCH_CPP_LOG_LEVEL": "ERROR",  # as train.py has it before torch is loaded
-                 "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(executable)], env=variables,
-                              pass_fds=[listener.fileno()], stdin=subprocess.PIPE, start_new_session=True)
+    variables = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as train.py has it before torch is loaded
+        "PYTHONPATH": str(ROOT),
+    }
+    server = subprocess.Popen(
+        [sys.executable, __file__, str(listener.fileno()), str(executable)],
+        env=variables,
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     listener.close()
     atexit.register(_end, server, Path(folder), os.getpid())
     return str(executable)
@@ -141,25 +199,36 @@ os._exit(status)
 
 
 class Fork:
-    """A process that calls `function(*arguments)`, with the methods of `multiprocessing.Process`; `function` is found
-    again by its module and name. It is killed where this process ends before it."""
+    """A process that calls `function(*arguments)`, with the methods of `multiprocessing.Process`;
+    `function` is found again by its module and name. It is killed where this process ends before
+    it."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        code = CALL.format(path=sys.path, call=base64.b64encode(pickle.dumps((function, arguments))))
+        code = CALL.format(
+            path=sys.path, call=base64.b64encode(pickle.dumps((function, arguments)))
+        )
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(str(Path(python()).with_name("socket")))
-        request = json.dumps({
-            "words": ["-c", MARK + code], "limits": {number: resource.getrlimit(number) for number in LIMITS},
-            "folder": os.getcwd(), "environment": dict(os.environ), "umask": 0o22, "unbuffered": False, "ignored": []})
+        request = json.dumps(
+            {
+                "words": ["-c", MARK + code],
+                "limits": {number: resource.getrlimit(number) for number in LIMITS},
+                "folder": os.getcwd(),
+                "environment": dict(os.environ),
+                "umask": 0o22,
+                "unbuffered": False,
+                "ignored": [],
+            }
+        )
         socket.send_fds(self._connection, [_LENGTH.pack(len(request.encode()))], [0, 1, 2])
         self._connection.sendall(request.encode())
-        self.pid, = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
+        (self.pid,) = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
         self.exitcode: int | None = None
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end; `exitcode` stays None where it does not come in `timeout` seconds."""
         if self.exitcode is None and select.select([self._connection], [], [], timeout)[0]:
-            status, = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
+            (status,) = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
             self.exitcode = os.waitstatus_to_exitcode(status)
             self._connection.close()
 
@@ -185,8 +254,8 @@ def _end(server: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
 
 
 def _serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork for each request; returns in the forks alone, with the request. Ends with the process at the other end of
-    stdin."""
+    """Fork for each request; returns in the forks alone, with the request. Ends with the process at
+    the other end of stdin."""
     children: dict[int, socket.socket] = {}
     woken, wake = socket.socketpair()
     for end in (woken, wake):
@@ -256,12 +325,19 @@ def _read(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _become(request: dict[str, Any]) -> tuple[str, str]:
-    """Make this fork what a fresh interpreter would be. Returns the code to run as `__main__`, and its file."""
+    """Make this fork what a fresh interpreter would be. Returns the code to run as `__main__`, and
+    its file."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in HANDED_ON:
-        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else
-                      signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number,
+            signal.SIG_IGN
+            if number in request["ignored"]
+            else signal.default_int_handler
+            if number == signal.SIGINT
+            else signal.SIG_DFL,
+        )
     for number, file in enumerate(request["files"]):
         os.dup2(file, number)
         os.close(file)
@@ -272,8 +348,10 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     unbuffered = request["unbuffered"] or bool(os.environ.get("PYTHONUNBUFFERED"))
-    sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(open(number, mode, closefd=False), encoding="utf-8")  # noqa: SIM115
-                                         for number, mode in enumerate(("rb", "wb", "wb")))
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(open(number, mode, closefd=False), encoding="utf-8")  # noqa: SIM115
+        for number, mode in enumerate(("rb", "wb", "wb"))
+    )
     sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
@@ -317,15 +395,23 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
 if __name__ == "__main__":
     for _name in PRELOAD:
         __import__(_name)
-    # DALI rewrites the graph's functions when it builds the first one, which takes longer than all else in a short run.
+    # DALI rewrites the graph's functions when it builds the first one, which takes longer than all
+    # else in a short run.
     _make_graph = sys.modules["pipeline.data.reader"]._whole_image_graph
-    _make_graph(__import__("pipeline.data.degradations.bicubic", fromlist=["BicubicSpec"]).BicubicSpec, "{}", 2, (8, 8))
+    _make_graph(
+        __import__("pipeline.data.degradations.bicubic", fromlist=["BicubicSpec"]).BicubicSpec,
+        "{}",
+        2,
+        (8, 8),
+    )
     _make_graph.cache_clear()
     gc.collect()
     gc.freeze()  # else the first collection in a fork copies every page that it visits
     _code, __file__ = _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
     _main = sys.modules["__main__"].__dict__
-    for _key in [key for key in _main if not key.startswith("__") and key not in ("_main", "_code")]:
+    for _key in [
+        key for key in _main if not key.startswith("__") and key not in ("_main", "_code")
+    ]:
         del _main[_key]
     del _key
     exec(compile(_code, __file__, "exec"), _main)

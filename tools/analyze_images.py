@@ -1,7 +1,8 @@
-"""What the pixels of a dataset are like: exact mean and standard deviation of each channel, clipping, brightness.
+"""What the pixels of a dataset are like: exact mean and standard deviation of each channel,
+clipping, brightness.
 
-Each image becomes one histogram per channel (`histograms`), these are added up in whole numbers (`Analysis`), and
-moments and percentiles come from the sums (`summary`).
+Each image becomes one histogram per channel (`histograms`), these are added up in whole numbers
+(`Analysis`), and moments and percentiles come from the sums (`summary`).
 """
 
 from __future__ import annotations
@@ -41,19 +42,21 @@ NUM_SHOWN = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Mean and standard deviation of each channel over all pixels of a dataset, exactly, and what else a look at the
-    histograms tells: range, clipping, and how much brightness differs between images.
+    """Mean and standard deviation of each channel over all pixels of a dataset, exactly, and what
+    else a look at the histograms tells: range, clipping, and how much brightness differs between
+    images.
 
-    The standard deviation is that of all pixels (population). Each image becomes one histogram a channel and these are
-    added up in whole numbers, so that a million images need no more memory than one. Images are read as
-    images_to_data.py reads photographs: 8 bits, upright, gray as RGB, transparency over white.
+    The standard deviation is that of all pixels (population). Each image becomes one histogram a
+    channel and these are added up in whole numbers, so that a million images need no more memory
+    than one. Images are read as images_to_data.py reads photographs: 8 bits, upright, gray as RGB,
+    transparency over white.
 
     Example: python tools/analyze_images.py --data-dir ~/dataset
     """
 
     data_dir: Path | None = None
-    """Folder of the images (searched in depth), or, with --list, the folder that the list's names are relative to; by
-    default ~/dataset, or the folder of the list."""
+    """Folder of the images (searched in depth), or, with --list, the folder that the list's names
+    are relative to; by default ~/dataset, or the folder of the list."""
     file_list: Annotated[Path | None, tyro.conf.arg(name="list")] = None
     """Analyze the images of this file list only, such as ~/dataset/training_file_list.txt."""
     sample: int | None = None
@@ -72,11 +75,15 @@ def main(options: Options) -> int:
     """Analyze and print. 0: good; 1: some images could not be read."""
     root, names = _images(options)
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+        raise UserError(
+            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
+            f"{MAX_MEGAPIXELS}"
+        )
     prepare_decoders()
     started = time.monotonic()
     analysis, failed = Analysis(), 0
     with quiet_libraries(), progress(len(names), "file") as bar:
+
         def count(name: str) -> ImageCounts:
             return count_levels(root, name, options.max_megapixels)
 
@@ -91,13 +98,21 @@ def main(options: Options) -> int:
     if failed > NUM_SHOWN:
         print(f"... and {failed - NUM_SHOWN} more could not be read")
     if not analysis.luma.count:
-        raise RunError(f"none of the {len(names)} images could be read; look into them with "
-                       "`python tools/check_training_data.py`")
+        raise RunError(
+            f"none of the {len(names)} images could be read; look into them with "
+            "`python tools/check_training_data.py`"
+        )
     numbers = summary(analysis)
     _print(numbers, time.monotonic() - started, failed)
     if options.json:
-        _write_json(options.json.expanduser(), {**numbers, "unreadable": failed, "histograms": dict(
-            zip(CHANNELS, analysis.counts, strict=True))})
+        _write_json(
+            options.json.expanduser(),
+            {
+                **numbers,
+                "unreadable": failed,
+                "histograms": dict(zip(CHANNELS, analysis.counts, strict=True)),
+            },
+        )
     return 1 if failed else 0
 
 
@@ -112,10 +127,14 @@ def _images(options: Options) -> tuple[Path, list[str]]:
         files = walk(root, MANIFEST)
         names = files.images
         if not names:
-            raise UserError(f"{root}: no images below this folder{files.links_note()}; give another --data-dir")
+            raise UserError(
+                f"{root}: no images below this folder{files.links_note()}; give another --data-dir"
+            )
     if options.sample is not None:
         if options.sample < 1:
-            raise UserError(f"--sample {options.sample}: must be at least 1; omit it for all images")
+            raise UserError(
+                f"--sample {options.sample}: must be at least 1; omit it for all images"
+            )
         if options.sample < len(names):
             print(f"a sample of {options.sample} of {len(names)} images (seed {options.seed})")
             names = sorted(random.Random(options.seed).sample(names, options.sample))
@@ -145,20 +164,24 @@ class ImageCounts:
 
 
 def histograms(pixels: np.ndarray) -> np.ndarray:
-    """How often each level occurs in each channel of uint8 (height, width, channels): int64 (channels, 256), exact."""
+    """How often each level occurs in each channel of uint8 (height, width, channels): int64
+    (channels, 256), exact."""
     height, width, channels = pixels.shape
     rows = max(1, MAX_COUNT // width)
     counts = np.zeros((channels, 256), np.int64)
     for top in range(0, height, rows):
         band = pixels[top : top + rows]
         for channel in range(channels):
-            counts[channel] += cv2.calcHist([band], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+            counts[channel] += (
+                cv2.calcHist([band], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+            )
     return counts
 
 
 @dataclass
 class Spread:
-    """Mean and standard deviation of numbers that come one by one (Welford, 1962), the least and the greatest."""
+    """Mean and standard deviation of numbers that come one by one (Welford, 1962), the least and
+    the greatest."""
 
     count: int = 0
     mean: float = 0.0
@@ -172,7 +195,10 @@ class Spread:
         difference = value - self.mean
         self.mean += difference / self.count
         self.squares += difference * (value - self.mean)
-        self.least, self.greatest = min(self.least, (value, name)), max(self.greatest, (value, name))
+        self.least, self.greatest = (
+            min(self.least, (value, name)),
+            max(self.greatest, (value, name)),
+        )
 
     @property
     def std(self) -> float:
@@ -194,8 +220,9 @@ class Analysis:
         """Take in one image."""
         pixels = image.height * image.width
         sums = image.counts @ np.arange(256)
-        for channel, spread, total, mine in zip(image.counts.tolist(), self.means, sums.tolist(), self.counts,
-                                                strict=True):
+        for channel, spread, total, mine in zip(
+            image.counts.tolist(), self.means, sums.tolist(), self.counts, strict=True
+        ):
             mine[:] = [old + new for old, new in zip(mine, channel, strict=True)]
             spread.add(total / pixels, image.name)
         self.luma.add(float(np.dot(LUMA, sums / pixels)), image.name)
@@ -209,66 +236,108 @@ class Analysis:
 
 
 def summary(analysis: Analysis) -> dict[str, object]:
-    """All that is reported, as JSON holds it. Levels are 0..255 except where a name ends with _01."""
+    """All that is reported, as JSON holds it. Levels are 0..255 except where a name ends with
+    _01."""
     channels = {}
     for name, counts, spread in zip(CHANNELS, analysis.counts, analysis.means, strict=True):
         mean, std = moments(counts)
         levels = [level for level, count in enumerate(counts) if count]
         channels[name] = {
-            "mean": mean, "std": std, "mean_01": mean / 255, "std_01": std / 255, "min": levels[0], "max": levels[-1],
+            "mean": mean,
+            "std": std,
+            "mean_01": mean / 255,
+            "std_01": std / 255,
+            "min": levels[0],
+            "max": levels[-1],
             "percentiles": {str(percent): percentile(counts, percent) for percent in PERCENTILES},
-            "share_at_0": counts[0] / analysis.pixels, "share_at_255": counts[255] / analysis.pixels,
-            "std_of_image_means": spread.std}
+            "share_at_0": counts[0] / analysis.pixels,
+            "share_at_255": counts[255] / analysis.pixels,
+            "std_of_image_means": spread.std,
+        }
     luma = analysis.luma
-    mean_luma = sum(weight * channels[name]["mean"] for weight, name in zip(LUMA, CHANNELS, strict=True))
-    return {"images": luma.count, "pixels": analysis.pixels, "height": list(analysis.heights),
-            "width": list(analysis.widths), "channels": channels, "mean_luma": mean_luma,
-            "std_of_image_mean_luma": luma.std,
-            "darkest": {"name": luma.least[1], "mean_luma": luma.least[0]},
-            "brightest": {"name": luma.greatest[1], "mean_luma": luma.greatest[0]}}
+    mean_luma = sum(
+        weight * channels[name]["mean"] for weight, name in zip(LUMA, CHANNELS, strict=True)
+    )
+    return {
+        "images": luma.count,
+        "pixels": analysis.pixels,
+        "height": list(analysis.heights),
+        "width": list(analysis.widths),
+        "channels": channels,
+        "mean_luma": mean_luma,
+        "std_of_image_mean_luma": luma.std,
+        "darkest": {"name": luma.least[1], "mean_luma": luma.least[0]},
+        "brightest": {"name": luma.greatest[1], "mean_luma": luma.greatest[0]},
+    }
 
 
 def moments(counts: list[int]) -> tuple[float, float]:
-    """(Mean, population standard deviation) of the levels that a histogram counts; rounded only at the very end."""
+    """(Mean, population standard deviation) of the levels that a histogram counts; rounded only at
+    the very end."""
     total = sum(counts)
     first = sum(level * count for level, count in enumerate(counts))
     second = sum(level * level * count for level, count in enumerate(counts))
-    return float(Fraction(first, total)), math.sqrt(Fraction(second * total - first * first, total * total))
+    return float(Fraction(first, total)), math.sqrt(
+        Fraction(second * total - first * first, total * total)
+    )
 
 
 def percentile(counts: list[int], percent: int) -> int:
     """The lowest level that at least `percent` % of the pixels do not exceed."""
     total = sum(counts)
-    return next(level for level, below in enumerate(accumulate(counts)) if below * 100 >= percent * total)
+    return next(
+        level for level, below in enumerate(accumulate(counts)) if below * 100 >= percent * total
+    )
 
 
 def _print(numbers: dict, seconds: float, failed: int) -> None:
     """The table."""
     images, pixels, channels = numbers["images"], numbers["pixels"], numbers["channels"]
-    print(f"{images} images, {pixels / 1e6:.1f} megapixels in {seconds:.1f} s ({images / max(seconds, 1e-3):.0f} "
-          f"images/s, {pixels / 1e6 / max(seconds, 1e-3):.0f} MPix/s); {failed} could not be read")
-    sides = {name: f"{low}" if low == high else f"{low} to {high}" for name in ("height", "width")
-             for low, high in [numbers[name]]}
+    print(
+        f"{images} images, {pixels / 1e6:.1f} megapixels in {seconds:.1f} s "
+        f"({images / max(seconds, 1e-3):.0f} "
+        f"images/s, {pixels / 1e6 / max(seconds, 1e-3):.0f} MPix/s); {failed} could not be read"
+    )
+    sides = {
+        name: f"{low}" if low == high else f"{low} to {high}"
+        for name in ("height", "width")
+        for low, high in [numbers[name]]
+    }
     print(f"height {sides['height']}, width {sides['width']} pixels\n")
-    print(f"{'':7}{'mean':>9}{'std':>9}{'min':>5}{'1 %':>5}{'50 %':>5}{'99 %':>5}{'max':>5}{'at 0':>10}{'at 255':>10}"
-          f"{'std of image means':>20}")
+    print(
+        f"{'':7}{'mean':>9}{'std':>9}{'min':>5}{'1 %':>5}{'50 %':>5}{'99 %':>5}{'max':>5}{'at 0':>10}{'at 255':>10}"
+        f"{'std of image means':>20}"
+    )
     for name, row in channels.items():
         percentiles = "".join(f"{row['percentiles'][str(percent)]:5d}" for percent in PERCENTILES)
-        print(f"{name:7}{row['mean']:9.4f}{row['std']:9.4f}{row['min']:5d}{percentiles}{row['max']:5d}"
-              f"{row['share_at_0']:10.4%}{row['share_at_255']:10.4%}{row['std_of_image_means']:20.2f}")
-    print(f"\nin [0, 1]: mean {[round(row['mean_01'], 6) for row in channels.values()]}, "
-          f"std {[round(row['std_01'], 6) for row in channels.values()]}")
-    print(f"mean luma {numbers['mean_luma']:.2f}, of the images {numbers['darkest']['mean_luma']:.2f} "
-          f"({printable(numbers['darkest']['name'])}) to {numbers['brightest']['mean_luma']:.2f} "
-          f"({printable(numbers['brightest']['name'])})")
+        print(
+            f"{name:7}{row['mean']:9.4f}{row['std']:9.4f}{row['min']:5d}{percentiles}{row['max']:5d}"
+            f"{row['share_at_0']:10.4%}{row['share_at_255']:10.4%}{row['std_of_image_means']:20.2f}"
+        )
+    print(
+        f"\nin [0, 1]: mean {[round(row['mean_01'], 6) for row in channels.values()]}, "
+        f"std {[round(row['std_01'], 6) for row in channels.values()]}"
+    )
+    print(
+        f"mean luma {numbers['mean_luma']:.2f}, of the images "
+        f"{numbers['darkest']['mean_luma']:.2f} "
+        f"({printable(numbers['darkest']['name'])}) to {numbers['brightest']['mean_luma']:.2f} "
+        f"({printable(numbers['brightest']['name'])})"
+    )
 
 
 def _write_json(path: Path, numbers: dict[str, object]) -> None:
     try:
-        write_atomically(path, (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode(
-            "utf-8", "surrogateescape"))
+        write_atomically(
+            path,
+            (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode(
+                "utf-8", "surrogateescape"
+            ),
+        )
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}; choose another file") from error
+        raise UserError(
+            f"--json {path}: cannot be written: {error.strerror}; choose another file"
+        ) from error
 
 
 if __name__ == "__main__":

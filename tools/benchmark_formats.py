@@ -1,4 +1,5 @@
-"""Which storage format suits your images and your machine: size, encoding, decoding, crops per second in training."""
+"""Which storage format suits your images and your machine: size, encoding, decoding, crops per
+second in training."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 WARM_UP = 3  # batches of the loader before the clock starts
 PREFETCH = 2
-SCALE = 2    # of the low-resolution side that the loader makes
+SCALE = 2  # of the low-resolution side that the loader makes
 MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
 
 
@@ -39,18 +40,22 @@ MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
 class Options:
     """Measure the storage formats on a sample of your own images, on this machine.
 
-    For every format: the size of the files, how fast they are encoded and decoded (megapixels a second on all threads,
-    and per second of one core), and how many random training crops a second the training's own loader (DALI; flips and
-    the low-resolution side included) delivers from them. The first line is your files as they are. Everything is read
-    from memory (the page cache): where the disk or the network is slow, small formats are better than the table says.
+    For every format: the size of the files, how fast they are encoded and decoded (megapixels a
+    second on all threads, and per second of one core), and how many random training crops a second
+    the training's own loader (DALI; flips and the low-resolution side included) delivers from them.
+    The first line is your files as they are. Everything is read from memory (the page cache): where
+    the disk or the network is slow, small formats are better than the table says.
 
     Example: python tools/benchmark_formats.py ~/dataset --count 100
     """
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = (Path("~/dataset"),)
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = (
+        Path("~/dataset"),
+    )
     """A dataset folder (searched in depth), several, or image files."""
     count: int = 64
-    """Number of images in the sample; fewer where they are large (at most 128 megapixels together)."""
+    """Number of images in the sample; fewer where they are large (at most 128 megapixels
+    together)."""
     seed: int = 0
     """Another seed draws another sample."""
     formats: tuple[Literal["npy", "png", "webp", "jp2"], ...] = FORMATS
@@ -79,12 +84,25 @@ def main(options: Options) -> int:
     with quiet_libraries():
         sample, unreadable = _read_sample(files, options)
     loader = _loader_settings(sample, options)
-    about = f"{len(sample.files)} of {len(files)} images, {sample.megapixels:.1f} megapixels, {threads} threads"
-    print(f"{about}; loader on {options.device}: crops of {loader.crop}, batches of {loader.micro_batch}" if loader
-          else about, flush=True)
+    about = (
+        f"{len(sample.files)} of {len(files)} images, {sample.megapixels:.1f} megapixels, "
+        f"{threads} threads"
+    )
+    print(
+        (
+            f"{about}; loader on {options.device}: crops of {loader.crop}, batches of "
+            f"{loader.micro_batch}"
+        )
+        if loader
+        else about,
+        flush=True,
+    )
     rows = []
-    with quiet_libraries(), progress(len(options.formats) + 1, "format") as bar, \
-            tempfile.TemporaryDirectory(prefix="formats-") as folder:
+    with (
+        quiet_libraries(),
+        progress(len(options.formats) + 1, "format") as bar,
+        tempfile.TemporaryDirectory(prefix="formats-") as folder,
+    ):
         meter = FormatMeter(sample, Path(folder), threads, options.seconds, loader)
         rows.append(meter.as_it_is())
         bar.update()
@@ -99,7 +117,11 @@ def main(options: Options) -> int:
 
 def _check_options(options: Options) -> None:
     """Refuse what cannot work."""
-    for flag, value in (("--count", options.count), ("--crop", options.crop), ("--micro-batch", options.micro_batch)):
+    for flag, value in (
+        ("--count", options.count),
+        ("--crop", options.crop),
+        ("--micro-batch", options.micro_batch),
+    ):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
     if not 0 <= options.seconds <= 3600:
@@ -107,8 +129,11 @@ def _check_options(options: Options) -> None:
     if not options.formats or len(set(options.formats)) < len(options.formats):
         raise UserError(f"--formats: name each format once, of {', '.join(FORMATS)}")
     if not options.skip_loader and importlib.util.find_spec("nvidia.dali") is None:
-        raise UserError("the loader needs nvidia-dali, which is not installed; install requirements.txt, or give "
-                        "--skip-loader")
+        raise UserError(
+            "the loader needs nvidia-dali, which is not installed; install requirements.txt, or "
+            "give "
+            "--skip-loader"
+        )
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -117,17 +142,23 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in (path.expanduser() for path in paths):
         if path.is_file():
             if not (is_npy(path) or is_encoded(path)):
-                raise UserError(f"{path}: not an image by its suffix; give images, or the folder of a dataset")
+                raise UserError(
+                    f"{path}: not an image by its suffix; give images, or the folder of a dataset"
+                )
             files[path] = None
         else:
             files.update(dict.fromkeys(path / name for name in walk(path, MANIFEST).images))
     if not files:
-        raise UserError(f"{paths[0] if paths else 'no PATH'}: no images below this folder; give that of a dataset")
+        raise UserError(
+            f"{paths[0] if paths else 'no PATH'}: no images below this folder; give that of a "
+            "dataset"
+        )
     return list(files)
 
 
 def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, int]:
-    """The images to measure on, drawn at random, and how many of the drawn ones could not be read."""
+    """The images to measure on, drawn at random, and how many of the drawn ones could not be
+    read."""
     drawn = random.Random(options.seed).sample(files, min(options.count, len(files)))
     sample, unreadable = BenchmarkImages([], []), 0
     for path in drawn:
@@ -143,8 +174,10 @@ def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, 
         if sample.megapixels >= MAX_MEGAPIXELS:
             break
     if not sample.files:
-        raise RunError(f"none of the {len(drawn)} images drawn could be read; look into them with "
-                       "`python tools/check_training_data.py`")
+        raise RunError(
+            f"none of the {len(drawn)} images drawn could be read; look into them with "
+            "`python tools/check_training_data.py`"
+        )
     return sample, unreadable
 
 
@@ -154,8 +187,11 @@ def _loader_settings(sample: BenchmarkImages, options: Options) -> LoaderSetting
         return None
     crop = min(options.crop, *(min(image.shape[:2]) for image in sample.pixels)) // SCALE * SCALE
     if crop < SCALE:
-        raise UserError(f"--crop {options.crop}, and the shortest side of the images: no training crop of at least "
-                        f"{SCALE} pixels fits; give other images, a larger --crop, or --skip-loader")
+        raise UserError(
+            f"--crop {options.crop}, and the shortest side of the images: no training crop of at "
+            "least "
+            f"{SCALE} pixels fits; give other images, a larger --crop, or --skip-loader"
+        )
     return LoaderSettings(crop, options.micro_batch, 0 if options.device == "cuda" else None)
 
 
@@ -182,7 +218,8 @@ class LoaderSettings:
 
 
 class Speed(NamedTuple):
-    """Units (megapixels, crops) a second of wall time, and per second of CPU time of all threads together."""
+    """Units (megapixels, crops) a second of wall time, and per second of CPU time of all threads
+    together."""
 
     wall: float
     core: float
@@ -194,17 +231,23 @@ class FormatRow:
 
     format: str
     megabytes: float
-    of_raw: float         # size relative to that of the bare pixels
+    of_raw: float  # size relative to that of the bare pixels
     encode: Speed | None  # megapixels
-    decode: Speed         # megapixels
+    decode: Speed  # megapixels
     loader: Speed | None  # crops
 
 
 class FormatMeter:
     """Measures formats on a sample, on `threads` threads, each number for at least `seconds`."""
 
-    def __init__(self, sample: BenchmarkImages, folder: Path, threads: int, seconds: float,
-                 loader: LoaderSettings | None) -> None:
+    def __init__(
+        self,
+        sample: BenchmarkImages,
+        folder: Path,
+        threads: int,
+        seconds: float,
+        loader: LoaderSettings | None,
+    ) -> None:
         """`folder` takes the encoded files; without `loader` the loader is not measured."""
         self._sample, self._folder, self._threads, self._seconds = sample, folder, threads, seconds
         self._loader = loader
@@ -213,37 +256,58 @@ class FormatMeter:
         """The user's own files: nothing is encoded."""
         files = self._sample.files
         size = sum(file.stat().st_size for file in files) / 1e6
-        return FormatRow("as it is", size, size / self._sample.megapixels / 3, None,
-                   self._speed(lambda index: decode_file(files[index])), self._loader_speed(files))
+        return FormatRow(
+            "as it is",
+            size,
+            size / self._sample.megapixels / 3,
+            None,
+            self._speed(lambda index: decode_file(files[index])),
+            self._loader_speed(files),
+        )
 
     def format(self, form: str) -> FormatRow:
-        """The sample in the format `form`. Raises `RunError` where it does not come back bit by bit."""
+        """The sample in the format `form`. Raises `RunError` where it does not come back bit by
+        bit."""
         pixels = self._sample.pixels
         contents = list(ordered_map(lambda image: encode(image, form), pixels, self._threads))
         files = [self._folder / f"{index:05d}.{form}" for index in range(len(contents))]
         for file, content, image in zip(files, contents, pixels, strict=True):
             file.write_bytes(content)
             if not np.array_equal(decode(content, form), image):
-                raise RunError(f"{form} does not give the same pixels back; do not use it with these library versions")
+                raise RunError(
+                    f"{form} does not give the same pixels back; do not use it with these library "
+                    "versions"
+                )
         size = sum(map(len, contents)) / 1e6
-        row = FormatRow(form, size, size / self._sample.megapixels / 3, self._encoding_speed(form),
-                  self._speed(lambda index: decode(files[index].read_bytes(), form)), self._loader_speed(files))
+        row = FormatRow(
+            form,
+            size,
+            size / self._sample.megapixels / 3,
+            self._encoding_speed(form),
+            self._speed(lambda index: decode(files[index].read_bytes(), form)),
+            self._loader_speed(files),
+        )
         for file in files:
             file.unlink()
         return row
 
     def _encoding_speed(self, form: str) -> Speed:
-        """As `_speed`. The CPU time of processes cannot be seen from here: it is measured without them."""
+        """As `_speed`. The CPU time of processes cannot be seen from here: it is measured without
+        them."""
         pixels = self._sample.pixels
         speed = self._speed(lambda index: encode(pixels[index], form))
         with parallel_encoder(form, self._threads) as parallel:
             if isinstance(parallel, partial):  # the same as above
                 return speed
-            list(ordered_map(parallel, pixels[: 2 * self._threads], self._threads))  # the processes have started
+            list(
+                ordered_map(parallel, pixels[: 2 * self._threads], self._threads)
+            )  # the processes have started
             return Speed(self._speed(lambda index: parallel(pixels[index])).wall, speed.core)
 
     def _speed(self, work: Callable[[int], object]) -> Speed:
-        """Megapixels a second of `work` on each image of the sample, on all threads, as often as the time allows."""
+        """Megapixels a second of `work` on each image of the sample, on all threads, as often as
+        the time allows."""
+
         def round_of_all() -> None:
             for _ in ordered_map(work, range(len(self._sample.pixels)), self._threads):
                 pass
@@ -260,9 +324,16 @@ class FormatMeter:
         from pipeline.data.spec import DataSpec
 
         settings = self._loader
-        source = CropSource([os.path.abspath(file) for file in files], Sampler([len(files)], seed=0),
-                            DataSpec(crop=settings.crop), scale=SCALE, position=Position(0, 1, settings.micro_batch))
-        pipeline = training_pipeline(source, 0, device_id=settings.device_id, threads=self._threads, prefetch=PREFETCH)
+        source = CropSource(
+            [os.path.abspath(file) for file in files],
+            Sampler([len(files)], seed=0),
+            DataSpec(crop=settings.crop),
+            scale=SCALE,
+            position=Position(0, 1, settings.micro_batch),
+        )
+        pipeline = training_pipeline(
+            source, 0, device_id=settings.device_id, threads=self._threads, prefetch=PREFETCH
+        )
         for _ in range(WARM_UP + PREFETCH):
             pipeline.run()
         return self._timed(pipeline.run, settings.micro_batch)
@@ -279,32 +350,63 @@ class FormatMeter:
 
 def _print(rows: list[FormatRow]) -> None:
     """The table, and what is best for what."""
-    print(f"\n{'':10}{'size':>18}{'encode, MPix/s':>20}{'decode, MPix/s':>20}{'loader, crops/s':>20}")
+    print(
+        f"\n{'':10}{'size':>18}{'encode, MPix/s':>20}{'decode, MPix/s':>20}{'loader, crops/s':>20}"
+    )
     print(f"{'format':10}{'MB':>10}{'of raw':>8}" + f"{'all':>10}{'a core':>10}" * 3)
     for row in rows:
-        speeds = "".join(f"{speed.wall:10.1f}{speed.core:10.1f}" if speed else f"{'-':>10}{'-':>10}"
-                         for speed in (row.encode, row.decode, row.loader))
+        speeds = "".join(
+            f"{speed.wall:10.1f}{speed.core:10.1f}" if speed else f"{'-':>10}{'-':>10}"
+            for speed in (row.encode, row.decode, row.loader)
+        )
         print(f"{row.format:10}{row.megabytes:10.2f}{row.of_raw:8.3f}{speeds}")
     formats = rows[1:]
-    print(f"\nsmallest: {min(formats, key=lambda row: row.megabytes).format}; "
-          f"fastest to write: {max(formats, key=lambda row: row.encode.wall).format}; "
-          f"fastest to decode: {max(formats, key=lambda row: row.decode.wall).format}")
+    print(
+        f"\nsmallest: {min(formats, key=lambda row: row.megabytes).format}; "
+        f"fastest to write: {max(formats, key=lambda row: row.encode.wall).format}; "
+        f"fastest to decode: {max(formats, key=lambda row: row.decode.wall).format}"
+    )
     if formats[0].loader:
         best = max(formats, key=lambda row: row.loader.wall)
-        print(f"fastest to train from, with the files in memory: {best.format} ({best.loader.wall:.0f} crops/s)")
+        print(
+            f"fastest to train from, with the files in memory: {best.format} "
+            f"({best.loader.wall:.0f} crops/s)"
+        )
 
 
-def _write_json(path: Path, rows: list[FormatRow], sample: BenchmarkImages, loader: LoaderSettings | None,
-                threads: int) -> None:
-    numbers = {"images": len(sample.files), "megapixels": sample.megapixels, "threads": threads,
-               "loader": asdict(loader) if loader else None, "formats": [
-                   {**asdict(row), **{name: speed._asdict() if speed else None for name, speed in
-                                      (("encode", row.encode), ("decode", row.decode), ("loader", row.loader))}}
-                   for row in rows]}
+def _write_json(
+    path: Path,
+    rows: list[FormatRow],
+    sample: BenchmarkImages,
+    loader: LoaderSettings | None,
+    threads: int,
+) -> None:
+    numbers = {
+        "images": len(sample.files),
+        "megapixels": sample.megapixels,
+        "threads": threads,
+        "loader": asdict(loader) if loader else None,
+        "formats": [
+            {
+                **asdict(row),
+                **{
+                    name: speed._asdict() if speed else None
+                    for name, speed in (
+                        ("encode", row.encode),
+                        ("decode", row.decode),
+                        ("loader", row.loader),
+                    )
+                },
+            }
+            for row in rows
+        ],
+    }
     try:
         write_atomically(path, (json.dumps(numbers, indent=1) + "\n").encode("utf-8"))
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}; choose another file") from error
+        raise UserError(
+            f"--json {path}: cannot be written: {error.strerror}; choose another file"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A dataset from one storage format to another, bit by bit the same pixels, every file verified.
 
-`Converter` makes one image's file, on any number of threads; `carry_over` writes the bookkeeping around the images
-(manifests, settings, file lists) with their new names and sizes.
+`Converter` makes one image's file, on any number of threads; `carry_over` writes the bookkeeping
+around the images (manifests, settings, file lists) with their new names and sizes.
 """
 
 from __future__ import annotations
@@ -52,32 +52,34 @@ NUM_SHOWN = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Store the images of a dataset in another lossless format: npy is read fastest, jp2 and webp are smallest.
+    """Store the images of a dataset in another lossless format: npy is read fastest, jp2 and webp
+    are smallest.
 
-    Every image below SOURCE becomes an image of the same name, but for the suffix, below OUT. Each new file is written,
-    read back from the disk, decoded, and compared with the pixels of its source (and those with the manifest's
-    checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists are carried over
-    with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, other colours
-    than sRGB's, animations) are refused and reported, never reduced. SOURCE stays as it is, unless --remove-source says
-    otherwise.
-    A run that was stopped or killed goes on where it was when started again; what is there already is compared once
-    more, and made again where it is damaged. The tool that made the dataset can go on in OUT, given the new --format;
-    not in JPEG 2000, which those tools do not write. Images of OUT whose source is gone by now are named, and stay.
+    Every image below SOURCE becomes an image of the same name, but for the suffix, below OUT. Each
+    new file is written, read back from the disk, decoded, and compared with the pixels of its
+    source (and those with the manifest's checksum) before it gets its name. Manifests,
+    dataset.json, rejects.jsonl and the two file lists are carried over with the new names and
+    sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, other colours
+    than sRGB's, animations) are refused and reported, never reduced. SOURCE stays as it is, unless
+    --remove-source says otherwise. A run that was stopped or killed goes on where it was when
+    started again; what is there already is compared once more, and made again where it is damaged.
+    The tool that made the dataset can go on in OUT, given the new --format; not in JPEG 2000, which
+    those tools do not write. Images of OUT whose source is gone by now are named, and stay.
 
     Example: python tools/convert_dataset.py ~/dataset ~/dataset_webp --to webp
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The dataset: a folder of crops and their manifests, or of any PNG, JPEG, WebP, BMP, TIFF, JPEG 2000 and .npy
-    images (searched in depth; links to folders are not followed)."""
+    """The dataset: a folder of crops and their manifests, or of any PNG, JPEG, WebP, BMP, TIFF,
+    JPEG 2000 and .npy images (searched in depth; links to folders are not followed)."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the converted dataset; new, or begun by an earlier run of the same conversion."""
     to: Literal["npy", "png", "webp", "jp2"]
     """The format to convert to."""
     remove_source: bool = False
-    """Delete each source image once its converted file, new or of an earlier run, holds the same pixels and is safely
-    on the disk, so that there is never more than one copy of the dataset; manifests and lists go last, and only if
-    nothing failed."""
+    """Delete each source image once its converted file, new or of an earlier run, holds the same
+    pixels and is safely on the disk, so that there is never more than one copy of the dataset;
+    manifests and lists go last, and only if nothing failed."""
     max_megapixels: float = 300
     """Refuse larger images before they are decoded: they could fill the memory."""
     threads: int = 0
@@ -85,28 +87,44 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Convert, carry the bookkeeping over, report. 0: all is converted; 1: some images could not be."""
+    """Convert, carry the bookkeeping over, report. 0: all is converted; 1: some images could not
+    be."""
     source, out = options.source.expanduser(), options.out.expanduser()
     _check_options(options, source, out)
     files = walk(source, MANIFEST)
     if not files.images and not (out / CLAIM).exists():
-        raise UserError(f"{source}: no images below this folder{files.links_note()}; give the folder of a dataset")
+        raise UserError(
+            f"{source}: no images below this folder{files.links_note()}; give the folder of a "
+            "dataset"
+        )
     _refuse_collisions(files.images, options.to)
     lists = read_bookkeeping(files)
     prepare_decoders()
     started, cpu = time.monotonic(), _cpu_seconds()
     threads = thread_count(options.threads)
-    with _claimed(out, source, options) as sources_were_removed, \
-            contextlib.closing(ManifestIndex(source, files.manifests)) as index, quiet_libraries(), \
-            parallel_encoder(options.to, threads) as encode:
-        converter = Converter(source, out, options.to, index, encode, removes=options.remove_source,
-                              max_megapixels=options.max_megapixels)
+    with (
+        _claimed(out, source, options) as sources_were_removed,
+        contextlib.closing(ManifestIndex(source, files.manifests)) as index,
+        quiet_libraries(),
+        parallel_encoder(options.to, threads) as encode,
+    ):
+        converter = Converter(
+            source,
+            out,
+            options.to,
+            index,
+            encode,
+            removes=options.remove_source,
+            max_megapixels=options.max_megapixels,
+        )
         totals = _convert_all(converter, files.images, threads)
         wall = time.monotonic() - started
         lost = carry_over(files, lists, out, options.to)
     _report(totals, files, out, wall, _cpu_seconds() - cpu)
     if lost:
-        print(f"left out of the manifests and lists, for there is no converted file: {lost} entries")
+        print(
+            f"left out of the manifests and lists, for there is no converted file: {lost} entries"
+        )
     if not sources_were_removed:
         _report_surplus(files.images, out, options.to)
     if options.remove_source and not (totals.failed or lost):
@@ -117,11 +135,18 @@ def main(options: Options) -> int:
 def _check_options(options: Options, source: Path, out: Path) -> None:
     """Refuse what cannot work before anything is written."""
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+        raise UserError(
+            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
+            f"{MAX_MEGAPIXELS}"
+        )
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give the folder of a dataset")
-    refuse_nested(source, out, "a dataset cannot be converted into itself; choose an OUT beside it (--remove-source "
-                  "keeps the disk from filling up)")
+    refuse_nested(
+        source,
+        out,
+        "a dataset cannot be converted into itself; choose an OUT beside it (--remove-source "
+        "keeps the disk from filling up)",
+    )
 
 
 def _refuse_collisions(names: list[str], form: str) -> None:
@@ -130,18 +155,27 @@ def _refuse_collisions(names: list[str], form: str) -> None:
     for name in names:
         other = seen.setdefault(converted_name(name, form), name)
         if other is not name:
-            raise UserError(f"{printable(other)} and {printable(name)} would both become "
-                            f"{printable(converted_name(name, form))}; rename or move one of them; nothing was written")
+            raise UserError(
+                f"{printable(other)} and {printable(name)} would both become "
+                f"{printable(converted_name(name, form))}; rename or move one of them; nothing was "
+                "written"
+            )
 
 
 @contextmanager
 def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
-    """Hold `out` for this process alone, and for this conversion alone; gives whether sources were or will be removed.
+    """Hold `out` for this process alone, and for this conversion alone; gives whether sources were
+    or will be removed.
 
     The claim is the file's first line; a second one says that a run had --remove-source.
     """
-    claim = json.dumps({"tool": "convert_dataset", "to": options.to,
-                        "source": os.path.relpath(source.resolve(), out.resolve())})
+    claim = json.dumps(
+        {
+            "tool": "convert_dataset",
+            "to": options.to,
+            "source": os.path.relpath(source.resolve(), out.resolve()),
+        }
+    )
     way_out = "choose a new OUT, or empty it"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -149,12 +183,16 @@ def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
             raise UserError(f"{out}: holds files, but none of this conversion; {way_out}")
         file = open(out / CLAIM, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another OUT"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out}: another convert_dataset.py is writing there; wait for it or stop it") from None
+            raise UserError(
+                f"{out}: another convert_dataset.py is writing there; wait for it or stop it"
+            ) from None
         file.seek(0)
         lines = file.read().splitlines()
         if lines and lines[0] != claim:
@@ -218,23 +256,40 @@ def _cpu_seconds() -> float:
 
 def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu: float) -> None:
     """Say what was done, how fast, and what was left behind."""
-    print(f"{totals.files} images converted and verified in {out}; {totals.already} were there already, "
-          f"{totals.failed} could not be converted")
+    print(
+        f"{totals.files} images converted and verified in {out}; {totals.already} were there "
+        "already, "
+        f"{totals.failed} could not be converted"
+    )
     if totals.files:
-        before, after, megapixels = totals.bytes_before / 1e6, totals.bytes_after / 1e6, totals.pixels / 1e6
-        print(f"{before:.1f} MB before, {after:.1f} MB after: {after / before:.3f} of it, "
-              f"{after / 3 / megapixels:.3f} of the raw pixels")
-        wall, cpu = max(wall, 0.01), max(cpu, 0.01)  # the system counts CPU time in hundredths of a second
-        print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
-              f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second")
+        before, after, megapixels = (
+            totals.bytes_before / 1e6,
+            totals.bytes_after / 1e6,
+            totals.pixels / 1e6,
+        )
+        print(
+            f"{before:.1f} MB before, {after:.1f} MB after: {after / before:.3f} of it, "
+            f"{after / 3 / megapixels:.3f} of the raw pixels"
+        )
+        wall, cpu = (
+            max(wall, 0.01),
+            max(cpu, 0.01),
+        )  # the system counts CPU time in hundredths of a second
+        print(
+            f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
+            f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second"
+        )
     if files.unread:
         print(unread_note(files.unread))
     if files.linked_folders:
-        print(f"links to folders were not followed: {', '.join(map(printable, files.linked_folders))}")
+        print(
+            f"links to folders were not followed: {', '.join(map(printable, files.linked_folders))}"
+        )
 
 
 def _report_surplus(sources: list[str], out: Path, form: str) -> None:
-    """Name the converted images whose source is gone: moved to a quarantine since an earlier run, or deleted."""
+    """Name the converted images whose source is gone: moved to a quarantine since an earlier run,
+    or deleted."""
     expected = {converted_name(name, form) for name in sources}
     count = 0
     for kind, name in scan(out, MANIFEST):
@@ -245,8 +300,11 @@ def _report_surplus(sources: list[str], out: Path, form: str) -> None:
     if count > NUM_SHOWN:
         print(f"... and {count - NUM_SHOWN} more without a source")
     if count:
-        print(f"{count} images in {out} have no source any more; they stay, as do their lines in lists and manifests: "
-              "delete them if they were cleaned away")
+        print(
+            f"{count} images in {out} have no source any more; they stay, as do their lines in "
+            "lists and manifests: "
+            "delete them if they were cleaned away"
+        )
 
 
 # --- One image ---
@@ -272,13 +330,29 @@ def converted_name(name: str, form: str) -> str:
 class Converter:
     """Converts images on any number of threads."""
 
-    def __init__(self, source: Path, out: Path, form: str, index: ManifestIndex,
-                 encode: Callable[[np.ndarray], bytes], *, removes: bool, max_megapixels: float) -> None:
-        """From the folder `source`, whose manifests `index` knows, to `out`; `removes`: deletes what is converted.
+    def __init__(
+        self,
+        source: Path,
+        out: Path,
+        form: str,
+        index: ManifestIndex,
+        encode: Callable[[np.ndarray], bytes],
+        *,
+        removes: bool,
+        max_megapixels: float,
+    ) -> None:
+        """From the folder `source`, whose manifests `index` knows, to `out`; `removes`: deletes
+        what is converted.
 
         `encode` makes a file's content, of the format `form`, out of uint8 RGB pixels.
         """
-        self._source, self._out, self._form, self._index, self._encode = source, out, form, index, encode
+        self._source, self._out, self._form, self._index, self._encode = (
+            source,
+            out,
+            form,
+            index,
+            encode,
+        )
         self._removes, self._max_megapixels = removes, max_megapixels
 
     def __call__(self, name: str) -> Converted:
@@ -302,18 +376,27 @@ class Converter:
         try:
             reason = self._write(target, data, pixels, status)
         except OSError as error:
-            raise UserError(f"{target}: cannot be written: {error.strerror}; make room or repair its permissions, then "
-                            "run the same command again: it goes on where it stopped") from error
+            raise UserError(
+                f"{target}: cannot be written: {error.strerror}; make room or repair its "
+                "permissions, then "
+                "run the same command again: it goes on where it stopped"
+            ) from error
         if reason:
             return Converted(name, reason)
         self._remove(path, target, status)
-        return Converted(name, "", True, pixels.shape[0] * pixels.shape[1], status.st_size, len(data))
+        return Converted(
+            name, "", True, pixels.shape[0] * pixels.shape[1], status.st_size, len(data)
+        )
 
-    def _is_done(self, path: Path, target: Path, status: os.stat_result, record: CropRecord | None) -> bool:
-        """Whether an existing file holds the pixels of its source: looked up in the pixels, for stamps prove little.
+    def _is_done(
+        self, path: Path, target: Path, status: os.stat_result, record: CropRecord | None
+    ) -> bool:
+        """Whether an existing file holds the pixels of its source: looked up in the pixels, for
+        stamps prove little.
 
-        Where the source stays, and has the size and the time that the manifest and the file remember, the manifest's
-        checksum stands for its pixels. Before a source is removed it is always read itself.
+        Where the source stays, and has the size and the time that the manifest and the file
+        remember, the manifest's checksum stands for its pixels. Before a source is removed it is
+        always read itself.
         """
         try:
             if not is_stored_as(target, self._form):
@@ -321,24 +404,36 @@ class Converter:
             held = decode_file(target, max_megapixels=self._max_megapixels)
         except (BadImageError, BadNpyError):  # damaged since it was verified: made again
             return False
-        if not self._removes and record is not None and \
-                (status.st_mtime_ns, status.st_size) == (target.stat().st_mtime_ns, record.bytes):
+        if (
+            not self._removes
+            and record is not None
+            and (status.st_mtime_ns, status.st_size) == (target.stat().st_mtime_ns, record.bytes)
+        ):
             return hashlib.sha256(held).hexdigest() == record.sha256
         is_same = np.array_equal(self._pixels(path, record), held)
-        if self._removes and not is_same:  # replacing it could destroy the only copy of an image removed earlier
-            raise BadImageError(f"{target} exists and holds other pixels; delete it if it is outdated, or rename the "
-                                "source")
+        if (
+            self._removes and not is_same
+        ):  # replacing it could destroy the only copy of an image removed earlier
+            raise BadImageError(
+                f"{target} exists and holds other pixels; delete it if it is outdated, or rename "
+                "the "
+                "source"
+            )
         return is_same
 
     def _pixels(self, path: Path, record: CropRecord | None) -> np.ndarray:
         """The pixels of a source: all that its file holds, and what its manifest recorded."""
         pixels = decode_file(path, max_megapixels=self._max_megapixels, exact=True)
         if record is not None and hashlib.sha256(pixels).hexdigest() != record.sha256:
-            raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")
+            raise BadImageError(
+                "its pixels are not those that the manifest recorded (bit rot, or somebody changed "
+                "it)"
+            )
         return pixels
 
     def _write(self, target: Path, data: bytes, pixels: np.ndarray, status: os.stat_result) -> str:
-        """Write, read back, compare, and only then name the file; returns what went wrong with the comparison."""
+        """Write, read back, compare, and only then name the file; returns what went wrong with the
+        comparison."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
@@ -346,22 +441,30 @@ class Converter:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk, not from memory
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # so that what is read back comes from the disk, not from memory
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             try:
                 is_same = np.array_equal(decode(temporary.read_bytes(), self._form), pixels)
             except BadImageError as error:
                 return f"the converted file cannot be read back ({error}); is the disk failing?"
             if not is_same:
-                return "the converted file does not hold the same pixels when read back; is the disk failing?"
-            os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))  # tells the next run what is done
+                return (
+                    "the converted file does not hold the same pixels when read back; is the "
+                    "disk failing?"
+                )
+            os.utime(
+                temporary, ns=(status.st_atime_ns, status.st_mtime_ns)
+            )  # tells the next run what is done
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         return ""
 
     def _remove(self, path: Path, target: Path, status: os.stat_result) -> None:
-        """Delete a source whose pixels were found in `target`, if asked to, and if it is still the same file."""
+        """Delete a source whose pixels were found in `target`, if asked to, and if it is still the
+        same file."""
         if not self._removes:
             return
         if os.path.samefile(path, target):  # a link within OUT leads back to SOURCE
@@ -373,28 +476,38 @@ class Converter:
             flush(target.parent)
             path.unlink()
         except OSError as error:
-            raise UserError(f"{path}: converted, but cannot be removed: {error.strerror}; repair its permissions, or "
-                            "leave --remove-source out") from error
+            raise UserError(
+                f"{path}: converted, but cannot be removed: {error.strerror}; repair its "
+                "permissions, or "
+                "leave --remove-source out"
+            ) from error
 
 
 # --- The bookkeeping ---
 
 
 def read_bookkeeping(files: Files) -> dict[str, list[str]]:
-    """The file lists of a dataset: name of the list -> its entries. Refuses now what would fail after hours of work."""
+    """The file lists of a dataset: name of the list -> its entries. Refuses now what would fail
+    after hours of work."""
     for name in files.manifests:
         _read_settings((files.root / name).with_name(SETTINGS))
-    return {name: read_file_list(files.root / name, files.root) for name in (TRAINING_LIST, VALIDATION_LIST)
-            if (files.root / name).exists()}
+    return {
+        name: read_file_list(files.root / name, files.root)
+        for name in (TRAINING_LIST, VALIDATION_LIST)
+        if (files.root / name).exists()
+    }
 
 
 def carry_over(files: Files, lists: Mapping[str, list[str]], out: Path, form: str) -> int:
-    """Write manifests, settings and lists below `out`; returns how many of their entries have no converted file."""
+    """Write manifests, settings and lists below `out`; returns how many of their entries have no
+    converted file."""
     lost = 0
     for name in files.manifests:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         lost += _carry_manifest(files.root / name, out / name, form)
-        _carry_settings((files.root / name).with_name(SETTINGS), (out / name).with_name(SETTINGS), form)
+        _carry_settings(
+            (files.root / name).with_name(SETTINGS), (out / name).with_name(SETTINGS), form
+        )
         rejects = (files.root / name).with_name(REJECTS)
         if rejects.exists():
             write_atomically((out / name).with_name(REJECTS), rejects.read_bytes())
@@ -407,7 +520,8 @@ def carry_over(files: Files, lists: Mapping[str, list[str]], out: Path, form: st
 
 
 def _carry_manifest(source: Path, target: Path, form: str) -> int:
-    """Stream a manifest with the new names and sizes; returns how many crops have no converted file."""
+    """Stream a manifest with the new names and sizes; returns how many crops have no converted
+    file."""
     lost = 0
     temporary = target.with_name(f".{target.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -440,7 +554,8 @@ def _read_settings(path: Path) -> dict[str, object]:
 
 
 def _carry_settings(source: Path, target: Path, form: str) -> None:
-    """Write dataset.json with the new format, so that the tool that made the dataset can go on in the new one.
+    """Write dataset.json with the new format, so that the tool that made the dataset can go on in
+    the new one.
 
     Not after a conversion to JPEG 2000, which no such tool writes: they refuse the format there.
     """
@@ -452,12 +567,15 @@ def _carry_settings(source: Path, target: Path, form: str) -> None:
     for key in PLACES:
         place = settings.get(key)
         if isinstance(place, str) and not os.path.isabs(place):
-            settings[key] = os.path.relpath(source.parent.resolve() / place, target.parent.resolve())
+            settings[key] = os.path.relpath(
+                source.parent.resolve() / place, target.parent.resolve()
+            )
     write_atomically(target, (json.dumps(settings, indent=1) + "\n").encode("utf-8"))
 
 
 def remove_bookkeeping(files: Files) -> None:
-    """Delete what was carried over, and the folders that are empty now; whatever else lies there stays."""
+    """Delete what was carried over, and the folders that are empty now; whatever else lies there
+    stays."""
     for name in files.manifests:
         for carried in (MANIFEST, SETTINGS, REJECTS):
             (files.root / name).with_name(carried).unlink(missing_ok=True)

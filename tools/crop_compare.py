@@ -1,4 +1,5 @@
-"""Comparison pictures as in papers: the same coloured boxes cut from many results of one photograph."""
+"""Comparison pictures as in papers: the same coloured boxes cut from many results of one
+photograph."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from PIL import Image, ImageFont
 from pipeline.cli import UserError, run
 from pipeline.data.image_pixels import prepare_decoders, read_rgb
 from pipeline.files import write_atomically
-from tools.compare.boxes import Box, differing_boxes, format_boxes, parse_boxes, read_boxes, select_boxes
+from tools.compare.boxes import (
+    Box,
+    differing_boxes,
+    format_boxes,
+    parse_boxes,
+    read_boxes,
+    select_boxes,
+)
 from tools.compare.figure import (
     FigureColumn,
     Result,
@@ -41,22 +49,27 @@ PREVIEW_PANEL = 160
 
 @dataclass(frozen=True)
 class Options:
-    """Cut the same boxes from several results of one photograph and lay them side by side, magnified.
+    """Cut the same boxes from several results of one photograph and lay them side by side,
+    magnified.
 
-    Draw the boxes with the mouse (needs a display), or give them with --box, --coords or --auto. OUT/annotated.png is
-    the first image with the boxes, OUT/comparison.png the crops: a row for each box, a column for each image;
-    OUT/crops holds every crop as a file of its own, OUT/boxes.json the boxes for the next time. Images smaller by
-    a whole factor, such as the LR input, are cut at the same place and shown in larger blocks.
+    Draw the boxes with the mouse (needs a display), or give them with --box, --coords or --auto.
+    OUT/annotated.png is the first image with the boxes, OUT/comparison.png the crops: a row for
+    each box, a column for each image; OUT/crops holds every crop as a file of its own,
+    OUT/boxes.json the boxes for the next time. Images smaller by a whole factor, such as the LR
+    input, are cut at the same place and shown in larger blocks.
 
-    Example: python tools/crop_compare.py hr.png lr.png bicubic.png vapsr.png --auto 2 --reference --out comparison
+    Example: python tools/crop_compare.py hr.png lr.png bicubic.png vapsr.png --auto 2 --reference
+    --out comparison
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
-    """The images, in the columns' order. Boxes are in the pixels of the first, which is also drawn on."""
+    """The images, in the columns' order. Boxes are in the pixels of the first, which is also drawn
+    on."""
     coords: Path | None = None
     """Coordinates file (JSON): read where it exists, otherwise the chosen boxes are saved there."""
     box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A box as X,Y,W,H: left, top, width and height in pixels of the first image. Repeat it for more boxes."""
+    """A box as X,Y,W,H: left, top, width and height in pixels of the first image. Repeat it for
+    more boxes."""
     auto: int = 0
     """Take this many boxes where the images of full size differ most."""
     auto_size: int | None = None
@@ -72,11 +85,14 @@ class Options:
     panel: int = 240
     """Longest side of a magnified crop in pixels; the factor is a whole number, at least 1."""
     columns: int | None = None
-    """Begin a new row of results after this many; by default one row, in a figure with a single box two."""
+    """Begin a new row of results after this many; by default one row, in a figure with a single box
+    two."""
     reference: bool = False
-    """Write the PSNR-Y against the first image below every crop, and that of the whole images above."""
+    """Write the PSNR-Y against the first image below every crop, and that of the whole images
+    above."""
     border: int = 0
-    """Pixels cut from every border before the PSNR-Y of whole images; evaluate.py cuts the scale."""
+    """Pixels cut from every border before the PSNR-Y of whole images; evaluate.py cuts the
+    scale."""
     font: Path | None = None
     """TrueType font for labels beyond ASCII."""
 
@@ -88,11 +104,15 @@ def main(options: Options) -> int:
     labels = column_labels(options.images, options.labels, is_ascii=options.font is None)
     pixels = []
     with quiet_libraries(), progress(len(options.images), "image") as bar:
-        for image in ordered_map(read_rgb, [path.expanduser() for path in options.images], thread_count(0)):
+        for image in ordered_map(
+            read_rgb, [path.expanduser() for path in options.images], thread_count(0)
+        ):
             pixels.append(image)
             bar.update()
-    results = [Result(label, image, ratio_to_first(path, image, pixels[0]))
-               for label, path, image in zip(labels, options.images, pixels, strict=True)]
+    results = [
+        Result(label, image, ratio_to_first(path, image, pixels[0]))
+        for label, path, image in zip(labels, options.images, pixels, strict=True)
+    ]
     style = Style(options.panel, options.font.expanduser() if options.font else None)
     boxes = _boxes(options, results, style)
     if boxes is None:
@@ -112,19 +132,34 @@ def main(options: Options) -> int:
 def _check_options(options: Options) -> None:
     """Refuse what cannot work before an image is read."""
     if not options.images:
-        raise UserError("no images; give the results of one photograph, such as hr.png bicubic.png vapsr.png")
+        raise UserError(
+            "no images; give the results of one photograph, such as hr.png bicubic.png vapsr.png"
+        )
     if not 32 <= options.panel <= 4096:
         raise UserError(f"--panel {options.panel}: must be 32 to 4096 pixels")
     if options.columns is not None and options.columns < 1:
-        raise UserError(f"--columns {options.columns}: must be at least 1; leave it away for one row")
+        raise UserError(
+            f"--columns {options.columns}: must be at least 1; leave it away for one row"
+        )
     if options.border < 0:
-        raise UserError(f"--border {options.border}: must be at least 0; evaluate.py cuts the scale, 2, 3 or 4")
+        raise UserError(
+            f"--border {options.border}: must be at least 0; evaluate.py cuts the scale, 2, 3 or 4"
+        )
     replays = options.coords is not None and options.coords.expanduser().exists()
-    ways = [name for name, given in ((f"--coords {options.coords} (which exists)", replays),
-                                     ("--box", options.box), ("--auto", options.auto)) if given]
+    ways = [
+        name
+        for name, given in (
+            (f"--coords {options.coords} (which exists)", replays),
+            ("--box", options.box),
+            ("--auto", options.auto),
+        )
+        if given
+    ]
     if len(ways) > 1:
-        raise UserError(f"{' and '.join(ways)}: the boxes can come from one of them only; leave the others away"
-                        + (", or name another --coords file to save to" if replays else ""))
+        raise UserError(
+            f"{' and '.join(ways)}: the boxes can come from one of them only; leave the others away"
+            + (", or name another --coords file to save to" if replays else "")
+        )
     out = options.out.expanduser()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: not a folder; choose another --out")
@@ -132,7 +167,9 @@ def _check_options(options: Options) -> None:
         try:
             ImageFont.truetype(str(options.font.expanduser()), 12)
         except OSError:
-            raise UserError(f"--font {options.font}: no font that can be read; give a TrueType file (.ttf)") from None
+            raise UserError(
+                f"--font {options.font}: no font that can be read; give a TrueType file (.ttf)"
+            ) from None
 
 
 def _boxes(options: Options, results: Sequence[Result], style: Style) -> list[Box] | None:
@@ -143,20 +180,29 @@ def _boxes(options: Options, results: Sequence[Result], style: Style) -> list[Bo
         return parse_boxes(options.box, height, width)
     if options.auto:
         side = options.auto_size or max(16, min(height, width) // 8)
-        return differing_boxes([result.pixels for result in results if result.ratio == 1], options.auto, side)
+        return differing_boxes(
+            [result.pixels for result in results if result.ratio == 1], options.auto, side
+        )
     if options.coords and options.coords.expanduser().exists():
         return read_boxes(options.coords.expanduser(), height, width)
 
     def preview(box: Box) -> np.ndarray:
-        crops = [FigureColumn(result.label, "", [magnified(result.crop(box), PREVIEW_PANEL, smooth=False)], [""])
-                 for result in results]
+        crops = [
+            FigureColumn(
+                result.label, "", [magnified(result.crop(box), PREVIEW_PANEL, smooth=False)], [""]
+            )
+            for result in results
+        ]
         return np.asarray(strip([box], crops, Style(PREVIEW_PANEL, style.font)))
 
     return select_boxes(first, preview)
 
 
-def _scores(results: Sequence[Result], boxes: Sequence[Box], border: int) -> list[list[float] | None]:
-    """PSNR-Y in dB against the first image: whole, then the boxes. None for the first and for smaller images."""
+def _scores(
+    results: Sequence[Result], boxes: Sequence[Box], border: int
+) -> list[list[float] | None]:
+    """PSNR-Y in dB against the first image: whole, then the boxes. None for the first and for
+    smaller images."""
     first = results[0]
     height, width = first.pixels.shape[:2]
     if 2 * border >= min(height, width):
@@ -173,14 +219,23 @@ def _scores(results: Sequence[Result], boxes: Sequence[Box], border: int) -> lis
     return scores
 
 
-def _columns(results: Sequence[Result], boxes: Sequence[Box], scores: Sequence[list[float] | None] | None,
-             options: Options) -> list[FigureColumn]:
+def _columns(
+    results: Sequence[Result],
+    boxes: Sequence[Box],
+    scores: Sequence[list[float] | None] | None,
+    options: Options,
+) -> list[FigureColumn]:
     """What is shown of every result."""
     largest = max(max(box.width, box.height) for box in boxes)
-    panel = max(options.panel, largest)  # the small boxes are magnified to about the size of a large one
+    panel = max(
+        options.panel, largest
+    )  # the small boxes are magnified to about the size of a large one
     columns = []
     for index, result in enumerate(results):
-        crops = [magnified(result.crop(box), panel, options.zoom == "cubic" and result.ratio == 1) for box in boxes]
+        crops = [
+            magnified(result.crop(box), panel, options.zoom == "cubic" and result.ratio == 1)
+            for box in boxes
+        ]
         note, captions = "", [""] * len(boxes)
         if scores:
             score = scores[index]
@@ -198,11 +253,19 @@ def _decibels(value: float) -> str:
     return f"{value:.2f} dB" if math.isfinite(value) else "identical"
 
 
-def _write(options: Options, results: Sequence[Result], boxes: Sequence[Box], columns: Sequence[FigureColumn],
-           picture: Image.Image) -> None:
+def _write(
+    options: Options,
+    results: Sequence[Result],
+    boxes: Sequence[Box],
+    columns: Sequence[FigureColumn],
+    picture: Image.Image,
+) -> None:
     """Write everything, and take away the crops of an earlier run that this one has not."""
     out = options.out.expanduser()
-    files = {out / "annotated.png": _png(annotated(results[0].pixels, boxes)), out / "comparison.png": _png(picture)}
+    files = {
+        out / "annotated.png": _png(annotated(results[0].pixels, boxes)),
+        out / "comparison.png": _png(picture),
+    }
     for number, column in enumerate(columns, 1):
         name = re.sub(r"[^\w.-]+", "_", column.label)
         for box, crop in enumerate(column.crops, 1):
@@ -211,7 +274,9 @@ def _write(options: Options, results: Sequence[Result], boxes: Sequence[Box], co
     files[out / COORDINATES] = coordinates
     if options.coords and not options.coords.expanduser().exists():
         files[options.coords.expanduser()] = coordinates
-    earlier = set((out / "crops").glob("box[1-8]_*_*.png")) if (out / COORDINATES).is_file() else set()
+    earlier = (
+        set((out / "crops").glob("box[1-8]_*_*.png")) if (out / COORDINATES).is_file() else set()
+    )
     try:
         (out / "crops").mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
@@ -219,25 +284,37 @@ def _write(options: Options, results: Sequence[Result], boxes: Sequence[Box], co
         for path in earlier - files.keys():
             path.unlink()
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}; choose another --out "
-                        "or --coords") from error
+        raise UserError(
+            f"{error.filename or out}: cannot be written: {error.strerror}; choose another --out "
+            "or --coords"
+        ) from error
 
 
 def _png(picture: Image.Image) -> bytes:
     return encode(np.asarray(picture), "png")
 
 
-def _report(out: Path, results: Sequence[Result], boxes: Sequence[Box],
-            scores: Sequence[list[float] | None] | None) -> None:
+def _report(
+    out: Path,
+    results: Sequence[Result],
+    boxes: Sequence[Box],
+    scores: Sequence[list[float] | None] | None,
+) -> None:
     """Say what was made, and the scores."""
-    print(f"written to {out}: comparison.png, annotated.png, {COORDINATES} and crops/ with {len(boxes) * len(results)} "
-          "crops")
+    print(
+        f"written to {out}: comparison.png, annotated.png, {COORDINATES} and crops/ with "
+        f"{len(boxes) * len(results)} "
+        "crops"
+    )
     for number, box in enumerate(boxes, 1):
         print(f"box {number}: {box} ({box.colour})")
     if not scores or not any(scores):
         return
     shown: list[tuple[str, Callable[[list[float]], float]]] = [("whole", lambda score: score[0])]
-    shown += [(f"box {number}", lambda score, number=number: score[number]) for number in range(1, len(boxes) + 1)]
+    shown += [
+        (f"box {number}", lambda score, number=number: score[number])
+        for number in range(1, len(boxes) + 1)
+    ]
     width = max(len(result.label) for result in results)
     print("PSNR-Y".ljust(width), *(name.rjust(9) for name, _ in shown))
     for result, score in zip(results, scores, strict=True):

@@ -1,4 +1,5 @@
-"""One page that shows what a dataset is made of: numbers, histograms, a contact sheet, what was rejected."""
+"""One page that shows what a dataset is made of: numbers, histograms, a contact sheet, what was
+rejected."""
 
 from __future__ import annotations
 
@@ -21,28 +22,40 @@ from tools.report.tiles import SIDE, Thumbnail, make_tiles
 
 MAX_SAMPLES = 500
 
-_LOWEST = {  # of the contact sheet, by gate: title, explanation, whether the pixels are shown as they are
-    "source_sharpness": ("The softest pictures",
-                         "Lowest sharpness of the whole photograph or frame, one crop of each; the middle "
-                         f"{SIDE}x{SIDE} pixels, one for one. What looks blurred here calls for a higher "
-                         "--min-sharpness.", True),
-    "sharpness": ("The softest crops",
-                  f"Lowest sharpness of the crop itself, one of each photograph; the middle {SIDE}x{SIDE} pixels, "
-                  "one for one. Parts that are out of focus belong to sharp photographs and are kept.", True),
-    "gradient": ("The flattest crops",
-                 "Lowest gradient, one crop of each photograph. What is empty here calls for a higher --min-gradient.",
-                 False),
+# of the contact sheet, by gate: title, explanation, whether the pixels are shown as they are
+_LOWEST = {
+    "source_sharpness": (
+        "The softest pictures",
+        "Lowest sharpness of the whole photograph or frame, one crop of each; the middle "
+        f"{SIDE}x{SIDE} pixels, one for one. What looks blurred here calls for a higher "
+        "--min-sharpness.",
+        True,
+    ),
+    "sharpness": (
+        "The softest crops",
+        f"Lowest sharpness of the crop itself, one of each photograph; the middle {SIDE}x{SIDE} "
+        "pixels, "
+        "one for one. Parts that are out of focus belong to sharp photographs and are kept.",
+        True,
+    ),
+    "gradient": (
+        "The flattest crops",
+        "Lowest gradient, one crop of each photograph. What is empty here calls for a higher "
+        "--min-gradient.",
+        False,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write one HTML page that shows what a dataset holds: numbers by source, histograms of what the quality gates
-    measured with their thresholds, crops drawn at random, the softest and the flattest ones that were kept, how evenly
-    photographs and films are represented, what was rejected and why, what the training and validation lists name.
+    """Write one HTML page that shows what a dataset holds: numbers by source, histograms of what
+    the quality gates measured with their thresholds, crops drawn at random, the softest and the
+    flattest ones that were kept, how evenly photographs and films are represented, what was
+    rejected and why, what the training and validation lists name.
 
-    The page is one file with its pictures inside; it needs no network and no JavaScript, and can be mailed. Images in
-    no manifest are measured now, --samples of them. The dataset is not changed.
+    The page is one file with its pictures inside; it needs no network and no JavaScript, and can be
+    mailed. Images in no manifest are measured now, --samples of them. The dataset is not changed.
 
     Example: python tools/dataset_report.py --data-dir ~/dataset --out report.html
     """
@@ -52,8 +65,8 @@ class Options:
     out: Path = Path("report.html")
     """The page to write."""
     samples: int = 48
-    """Images drawn at random for the contact sheet, and half as many of each of three extremes; 0 shows none. 48 make a
-    page of 0.7 MB, 500 one of 7 MB."""
+    """Images drawn at random for the contact sheet, and half as many of each of three extremes; 0
+    shows none. 48 make a page of 0.7 MB, 500 one of 7 MB."""
     seed: int = 0
     """Another seed draws other images."""
     threads: int = 0
@@ -63,20 +76,31 @@ class Options:
 def main(options: Options) -> int:
     """Write the page."""
     if not 0 <= options.samples <= MAX_SAMPLES:
-        raise UserError(f"--samples {options.samples}: must be 0 to {MAX_SAMPLES}; the pictures lie inside the page")
+        raise UserError(
+            f"--samples {options.samples}: must be 0 to {MAX_SAMPLES}; the pictures lie inside the "
+            "page"
+        )
     out, threads = options.out.expanduser(), thread_count(options.threads)
     if out.is_dir() or not out.parent.is_dir():
         what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise UserError(f"--out {out}: {what}; give the name of a file in an existing folder, such as report.html")
+        raise UserError(
+            f"--out {out}: {what}; give the name of a file in an existing folder, such as "
+            "report.html"
+        )
     prepare_decoders()
     statistics = gather(options.data_dir.expanduser(), options.samples, options.seed)
     page = make_page(statistics, threads)
     try:
         write_atomically(out, page)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; give another --out") from error
-    print(f"{total(statistics.sources, 'images')} images of {len(statistics.sources)} sources in {out} "
-          f"({len(page) / 1e6:.2f} MB)")
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror or error}; give another --out"
+        ) from error
+    print(
+        f"{total(statistics.sources, 'images')} images of {len(statistics.sources)} sources in "
+        f"{out} "
+        f"({len(page) / 1e6:.2f} MB)"
+    )
     return 0
 
 
@@ -95,21 +119,39 @@ def make_page(statistics: Statistics, threads: int) -> bytes:
     wanted = [*drawn, *(image for entries in lowest.values() for _, image in entries)]
     missing = [image for image in wanted if image.path not in tiles]
     tiles.update((tile.path, tile) for tile in make_tiles(statistics.root, missing, threads))
-    views = [_random_view(drawn, tiles), *(_lowest_view(name, entries, tiles) for name, entries in lowest.items())]
-    return render(statistics, [view for view in views if view.tiles],
-                  PlainImages(plain, total(statistics.plain, "images")))
+    views = [
+        _random_view(drawn, tiles),
+        *(_lowest_view(name, entries, tiles) for name, entries in lowest.items()),
+    ]
+    return render(
+        statistics,
+        [view for view in views if view.tiles],
+        PlainImages(plain, total(statistics.plain, "images")),
+    )
 
 
 def _random_view(images: Iterable[SampledImage], tiles: dict[str, Thumbnail]) -> View:
-    entries: list[dict[str, object]] = [{"tile": tiles[image.path], "value": ""} for image in images]
-    return View("Drawn at random", f"{len(entries)} of all images, each as likely as any other, made smaller.", entries,
-                is_detail=False)
+    entries: list[dict[str, object]] = [
+        {"tile": tiles[image.path], "value": ""} for image in images
+    ]
+    return View(
+        "Drawn at random",
+        f"{len(entries)} of all images, each as likely as any other, made smaller.",
+        entries,
+        is_detail=False,
+    )
 
 
-def _lowest_view(name: str, images: list[tuple[float, SampledImage]], tiles: dict[str, Thumbnail]) -> View:
+def _lowest_view(
+    name: str, images: list[tuple[float, SampledImage]], tiles: dict[str, Thumbnail]
+) -> View:
     title, explanation, is_detail = _LOWEST[name]
-    return View(title, explanation, [{"tile": tiles[image.path], "value": f"{value:.3g}"} for value, image in images],
-                is_detail)
+    return View(
+        title,
+        explanation,
+        [{"tile": tiles[image.path], "value": f"{value:.3g}"} for value, image in images],
+        is_detail,
+    )
 
 
 if __name__ == "__main__":

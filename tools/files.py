@@ -20,10 +20,10 @@ class EntryKind(enum.Enum):
     NPY = enum.auto()
     ENCODED = enum.auto()
     MANIFEST = enum.auto()
-    UNREAD = enum.auto()         # an image of a format that is not read
-    FOREIGN = enum.auto()        # everything else, hidden files included
+    UNREAD = enum.auto()  # an image of a format that is not read
+    FOREIGN = enum.auto()  # everything else, hidden files included
     LINKED_FOLDER = enum.auto()  # not followed
-    QUARANTINE = enum.auto()     # a folder of that name, passed by
+    QUARANTINE = enum.auto()  # a folder of that name, passed by
 
 
 IMAGES = frozenset({EntryKind.NPY, EntryKind.ENCODED})
@@ -46,7 +46,8 @@ class Files:
         return sorted(self.npy + self.encoded)
 
     def links_note(self) -> str:
-        """A half-sentence on linked folders, and on images of other formats, for an error about missing files."""
+        """A half-sentence on linked folders, and on images of other formats, for an error about
+        missing files."""
         note = unread_note(self.unread)
         return links_note(self.linked_folders) + (f" ({note})" if note else "")
 
@@ -58,20 +59,29 @@ def links_note(linked_folders: list[str]) -> str:
     return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
 
 
-def converted_note(profiles: Counter[str], what: str, done: str = "they were converted to sRGB") -> str:
+def converted_note(
+    profiles: Counter[str], what: str, done: str = "they were converted to sRGB"
+) -> str:
     """A line on images whose colours are not sRGB's, by the names of their profiles."""
     names = ", ".join(f"{count} {name}" for name, count in profiles.most_common(5))
     return f"{profiles.total()} {what} have another colour profile than sRGB ({names}); {done}"
 
 
 def walk(root: Path, manifest_name: str) -> Files:
-    """Sort everything below `root` into its kinds. Links to folders are not followed, `quarantine` is passed by.
+    """Sort everything below `root` into its kinds. Links to folders are not followed, `quarantine`
+    is passed by.
 
-    Hidden files and folders (`.git`, macOS's `._photo.jpg`, half-written files of our own) count as foreign.
+    Hidden files and folders (`.git`, macOS's `._photo.jpg`, half-written files of our own) count as
+    foreign.
     """
     files = Files(root)
-    lists = {EntryKind.NPY: files.npy, EntryKind.ENCODED: files.encoded, EntryKind.MANIFEST: files.manifests,
-             EntryKind.UNREAD: files.unread, EntryKind.LINKED_FOLDER: files.linked_folders}
+    lists = {
+        EntryKind.NPY: files.npy,
+        EntryKind.ENCODED: files.encoded,
+        EntryKind.MANIFEST: files.manifests,
+        EntryKind.UNREAD: files.unread,
+        EntryKind.LINKED_FOLDER: files.linked_folders,
+    }
     for kind, name in scan(root, manifest_name):
         if kind in lists:
             lists[kind].append(name)
@@ -81,12 +91,15 @@ def walk(root: Path, manifest_name: str) -> Files:
 
 
 def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:
-    """`walk` one by one, in the order of the names within each folder; holds no more than the open folders' names."""
+    """`walk` one by one, in the order of the names within each folder; holds no more than the open
+    folders' names."""
     if not root.is_dir():
         if root.exists():
             raise UserError(f"{root}: not a folder; give the folder of the images")
-        raise UserError(f"{root}: no such folder; give the folder of the images, or make one with "
-                        f"`python tools/images_to_data.py PHOTOS {root}/NAME`")
+        raise UserError(
+            f"{root}: no such folder; give the folder of the images, or make one with "
+            f"`python tools/images_to_data.py PHOTOS {root}/NAME`"
+        )
     open_folders = [iter(_entries(root, "", manifest_name))]
     while open_folders:
         for kind, name in open_folders[-1]:
@@ -99,14 +112,19 @@ def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:
 
 
 def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[EntryKind | None, str]]:
-    """(kind, path) of what lies in one folder, by name; the kind of a folder to look into is `None`."""
+    """(kind, path) of what lies in one folder, by name; the kind of a folder to look into is
+    `None`."""
     try:
         with os.scandir(root / prefix) as entries:
-            return sorted(((_kind(entry, manifest_name), prefix + entry.name) for entry in entries),
-                          key=lambda entry: entry[1])
+            return sorted(
+                ((_kind(entry, manifest_name), prefix + entry.name) for entry in entries),
+                key=lambda entry: entry[1],
+            )
     except PermissionError as error:
-        raise UserError(f"{root / prefix}: this folder cannot be read ({error.strerror}); mend its permissions "
-                        "or move it out of the dataset") from None
+        raise UserError(
+            f"{root / prefix}: this folder cannot be read ({error.strerror}); mend its permissions "
+            "or move it out of the dataset"
+        ) from None
 
 
 def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
@@ -131,7 +149,8 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is, or leads to, a pipe, a socket or a device: opening it could wait for ever."""
+    """Whether an entry is, or leads to, a pipe, a socket or a device: opening it could wait for
+    ever."""
     try:
         return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
     except OSError:
@@ -140,7 +159,11 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
 
 def printable(name: str) -> str:
     """A file name that any terminal and any UTF-8 file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8") if name.isprintable() else ascii(name)
+    return (
+        name.encode("utf-8", "backslashreplace").decode("utf-8")
+        if name.isprintable()
+        else ascii(name)
+    )
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:

@@ -1,4 +1,5 @@
-"""Tar archives of photographs, ImageNet's tar of tars among them, to training crops, without unpacking them."""
+"""Tar archives of photographs, ImageNet's tar of tars among them, to training crops, without
+unpacking them."""
 
 from __future__ import annotations
 
@@ -40,18 +41,21 @@ from tools.tar.streams import Limits
 
 MB = 1_000_000
 _SMALLER_SIZES = (384, 256, 192, 144, 128, 96, 64, 48, 32)  # which the report offers
-_TOO_SMALL = re.compile(r"too small: (\d+)x(\d+)( \(\d+x\d+ after halving)?")  # as crop_writing.too_small says it
+_TOO_SMALL = re.compile(
+    r"too small: (\d+)x(\d+)( \(\d+x\d+ after halving)?"
+)  # as crop_writing.too_small says it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CropOptions):
     """Cut the photographs in tar archives into training crops, without unpacking the archives.
 
-    Reads ImageNet's tar of tars (ILSVRC2012_img_train.tar) and any other .tar, .tar.gz, .tar.bz2, .tar.xz and (from
-    Python 3.14 on) .tar.zst with photographs, two archives deep, in bounded memory. Photographs are known by their
-    content; links, devices and hidden files are passed by. Crops are OUT/<tar>/<inner tar>/<member>/x<scale>_..., cut
-    and judged as by images_to_data.py. A run that was stopped or killed goes on where it was when started again: what
-    is finished is skipped through. More archives may be added to OUT later.
+    Reads ImageNet's tar of tars (ILSVRC2012_img_train.tar) and any other .tar, .tar.gz, .tar.bz2,
+    .tar.xz and (from Python 3.14 on) .tar.zst with photographs, two archives deep, in bounded
+    memory. Photographs are known by their content; links, devices and hidden files are passed by.
+    Crops are OUT/<tar>/<inner tar>/<member>/x<scale>_..., cut and judged as by images_to_data.py. A
+    run that was stopped or killed goes on where it was when started again: what is finished is
+    skipped through. More archives may be added to OUT later.
 
     Example: python tools/imagenet_to_data.py ~/ILSVRC2012_img_train.tar --out ~/dataset/ImageNet
     """
@@ -61,14 +65,17 @@ class Options(CropOptions):
     out: Path
     """Folder of the crops, such as ~/dataset/ImageNet."""
     size: int = 128
-    """Height and width of a crop in pixels. ImageNet's photographs are JPEGs of about 500x375, which are halved before
-    they are cut: 128 fits once into what is left, 96 twice, 64 six times; 192 only with --keep-lossy-size."""
+    """Height and width of a crop in pixels. ImageNet's photographs are JPEGs of about 500x375,
+    which are halved before they are cut: 128 fits once into what is left, 96 twice, 64 six times;
+    192 only with --keep-lossy-size."""
     max_megapixels: float = 300
     """Reject larger photos before they are decoded: they could fill the memory."""
     max_member_mb: int = 256
-    """Reject larger files in an archive before they are read: each thread holds up to two of them in memory."""
+    """Reject larger files in an archive before they are read: each thread holds up to two of them
+    in memory."""
     max_expansion: int = 100
-    """Give up a compressed archive that expands to more than this many times its size (and 256 MiB)."""
+    """Give up a compressed archive that expands to more than this many times its size (and 256
+    MiB)."""
 
 
 class Archive(NamedTuple):
@@ -80,7 +87,8 @@ class Archive(NamedTuple):
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some photos or archives are damaged, or there is no crop at all."""
+    """Make the crops. 0: done; 1: done, but some photos or archives are damaged, or there is no
+    crop at all."""
     out = options.out.expanduser()
     settings, threads, limits = options.settings(), thread_count(options.threads), _limits(options)
     archives = _archives(options)
@@ -90,13 +98,19 @@ def main(options: Options) -> int:
     cutter = MemberCutter(out, settings, options.max_megapixels, open_benchmark(settings.against))
     clock = Clock()
     stamps = {archive.name: archive.stamp for archive in archives}
-    with open_dataset(out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data") as dataset:
+    with open_dataset(
+        out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data"
+    ) as dataset:
         passed = _cut_all(dataset, archives, limits, cutter, threads)
-        for archive in archives if not dataset.totals.bad else ():  # else a member may only be out of reach
+        for archive in (
+            archives if not dataset.totals.bad else ()
+        ):  # else a member may only be out of reach
             dataset.forget(archive.name)
     clock.report(dataset.totals, out, "photos")
     if passed:
-        print(f"passed by: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}")
+        print(
+            f"passed by: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}"
+        )
     _advise(out, settings)
     return 1 if dataset.totals.bad or dataset.is_empty else 0
 
@@ -104,42 +118,65 @@ def main(options: Options) -> int:
 def _limits(options: Options) -> Limits:
     """What an archive may ask for."""
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+        raise UserError(
+            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
+            f"{MAX_MEGAPIXELS}"
+        )
     if not 1 <= options.max_member_mb <= 4096:
-        raise UserError(f"--max-member-mb {options.max_member_mb}: must be 1 to 4096; 256 suits all but giant photos")
+        raise UserError(
+            f"--max-member-mb {options.max_member_mb}: must be 1 to 4096; 256 suits all but giant "
+            "photos"
+        )
     if options.max_expansion < 1:
-        raise UserError(f"--max-expansion {options.max_expansion}: must be at least 1; photographs need less than 10")
+        raise UserError(
+            f"--max-expansion {options.max_expansion}: must be at least 1; photographs need less "
+            "than 10"
+        )
     return Limits(member_bytes=options.max_member_mb * MB, expansion=options.max_expansion)
 
 
 def _archives(options: Options) -> list[Archive]:
-    """The archives that were given, each looked into. Raises `UserError` for the first that cannot be used."""
+    """The archives that were given, each looked into. Raises `UserError` for the first that cannot
+    be used."""
     if not options.archives:
         raise UserError("no archive given; give one or more .tar files before --out")
     archives: dict[str, Archive] = {}
     for given in options.archives:
         path = given.expanduser()
         name = path.name
-        if not name.isprintable() or "�" in name or name.startswith(".") or name in (
-                MANIFEST, SETTINGS, REJECTS, QUARANTINE):
-            raise UserError(f"{str(path)!a}: crops cannot lie in a folder of this name; rename the archive")
+        if (
+            not name.isprintable()
+            or "�" in name
+            or name.startswith(".")
+            or name in (MANIFEST, SETTINGS, REJECTS, QUARANTINE)
+        ):
+            raise UserError(
+                f"{str(path)!a}: crops cannot lie in a folder of this name; rename the archive"
+            )
         if name in archives:
-            raise UserError(f"{archives[name].path} and {path}: two archives of one name, which their crops are told "
-                            "apart by; rename one, or use another OUT for it")
+            raise UserError(
+                f"{archives[name].path} and {path}: two archives of one name, which their crops "
+                "are told "
+                "apart by; rename one, or use another OUT for it"
+            )
         archives[name] = Archive(path, name, check_archive(path))
     return list(archives.values())
 
 
 class Stream:
-    """What the archives hold that is not finished yet, for the threads. Iterated by the main thread."""
+    """What the archives hold that is not finished yet, for the threads. Iterated by the main
+    thread."""
 
-    def __init__(self, archives: list[Archive], dataset: CropDataset, limits: Limits, bar: tqdm) -> None:
+    def __init__(
+        self, archives: list[Archive], dataset: CropDataset, limits: Limits, bar: tqdm
+    ) -> None:
         self._archives, self._dataset, self._limits, self._bar = archives, dataset, limits, bar
         self.passed: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Archive, Member | Problem]]:
         done = 0
         for archive in self._archives:
+
             def wanted(name: str, archive: Archive = archive) -> bool:
                 is_finished = self._dataset.is_finished(f"{archive.name}/{name}")
                 self._dataset.totals.already += is_finished
@@ -158,23 +195,36 @@ class Stream:
         self._bar.update(position // MB - self._bar.n)
 
 
-def _cut_all(dataset: CropDataset, archives: list[Archive], limits: Limits, cutter: MemberCutter,
-             threads: int) -> Counter[str]:
-    """Cut what is not finished on threads while this one reads on; returns how many members were passed by as what."""
+def _cut_all(
+    dataset: CropDataset,
+    archives: list[Archive],
+    limits: Limits,
+    cutter: MemberCutter,
+    threads: int,
+) -> Counter[str]:
+    """Cut what is not finished on threads while this one reads on; returns how many members were
+    passed by as what."""
     total = sum(archive.stamp[0] for archive in archives) // MB
     with quiet_libraries(), progress(total, "MB") as bar:
         stream = Stream(archives, dataset, limits, bar)
         for result in ordered_map(cutter, stream, threads):
             dataset.add(result)
-            bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)
+            bar.set_postfix(
+                crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False
+            )
     return stream.passed
 
 
 class MemberCutter:
     """Decodes and cuts members of archives, on any number of threads."""
 
-    def __init__(self, out: Path, settings: CropSettings, max_megapixels: float,
-                 benchmark: BenchmarkIndex | None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        settings: CropSettings,
+        max_megapixels: float,
+        benchmark: BenchmarkIndex | None,
+    ) -> None:
         self._out, self._settings = out, settings
         self._max_megapixels, self._benchmark = max_megapixels, benchmark
 
@@ -192,12 +242,17 @@ class MemberCutter:
         if isinstance(picture, Reject):
             return UnitResult(unit, rejects=[picture])
         make_folder(self._out, unit.folder)
-        return UnitResult(unit, [cut_picture(picture, unit, self._out, self._settings, self._benchmark)])
+        return UnitResult(
+            unit, [cut_picture(picture, unit, self._out, self._settings, self._benchmark)]
+        )
 
 
 def _advise(out: Path, settings: CropSettings) -> None:
-    """Say how many photographs were too small, in all runs so far, and which --size would keep how many of them."""
-    sides: Counter[tuple[int, int]] = Counter()  # (shorter side in pixels, reduction before the first crop)
+    """Say how many photographs were too small, in all runs so far, and which --size would keep how
+    many of them."""
+    sides: Counter[tuple[int, int]] = (
+        Counter()
+    )  # (shorter side in pixels, reduction before the first crop)
     if (out / REJECTS).exists():
         with open(out / REJECTS, "rb") as file:
             for reject in filter(None, map(parse_reject, file)):
@@ -215,8 +270,10 @@ def _advise(out: Path, settings: CropSettings) -> None:
     kept = sum(count for (side, _), count in sides.items() if side >= settings.size)
     if kept:
         offers.append(f"--keep-lossy-size {kept} at this size")
-    print(f"{sides.total()} photos were too small for --size {settings.size}"
-          f"{'; of them ' + ', '.join(offers) if offers else ''}")
+    print(
+        f"{sides.total()} photos were too small for --size {settings.size}"
+        f"{'; of them ' + ', '.join(offers) if offers else ''}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The lossless formats that crops are stored in, and whether an image fits into uint8 RGB without loss."""
+"""The lossless formats that crops are stored in, and whether an image fits into uint8 RGB without
+loss."""
 
 from __future__ import annotations
 
@@ -20,26 +21,47 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.image_files import is_npy, npy_layout
-from pipeline.data.image_headers import BadImageError, ImageHeader, check_file_size, read_header, tiff_page_count
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, decode_picture, decode_rgb, foreign_profile
+from pipeline.data.image_headers import (
+    BadImageError,
+    ImageHeader,
+    check_file_size,
+    read_header,
+    tiff_page_count,
+)
+from pipeline.data.image_pixels import (
+    MAX_MEGAPIXELS,
+    check_megapixels,
+    decode_picture,
+    decode_rgb,
+    foreign_profile,
+)
 
 FORMATS = ("npy", "png", "webp", "jp2")
 """What crops can be stored as; each is also the file's suffix."""
 WEBP_MAX_SIDE = 16383
 
-# The fastest of OpenCV's settings whose files are not larger than those of Pillow's level 6: 0.506 instead of 0.509 of
-# the raw size on photographs, 2.7 times as fast.
-_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
-        cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FAST_FILTERS)
+# The fastest of OpenCV's settings whose files are not larger than those of Pillow's level 6: 0.506
+# instead of 0.509 of the raw size on photographs, 2.7 times as fast.
+_PNG = (
+    cv2.IMWRITE_PNG_COMPRESSION,
+    3,
+    cv2.IMWRITE_PNG_STRATEGY,
+    cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
+    cv2.IMWRITE_PNG_FILTER,
+    cv2.IMWRITE_PNG_FAST_FILTERS,
+)
 
 
 def encode(pixels: np.ndarray, form: str) -> bytes:
-    """uint8 RGB (height, width, 3) as the content of a file of the format `form` (of `FORMATS`), bit-exact in each.
+    """uint8 RGB (height, width, 3) as the content of a file of the format `form` (of `FORMATS`),
+    bit-exact in each.
 
     Raises `BadImageError` where the format cannot hold the image.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"pixels must be uint8 (height, width, 3), not {pixels.dtype} {pixels.shape}")
+        raise ValueError(
+            f"pixels must be uint8 (height, width, 3), not {pixels.dtype} {pixels.shape}"
+        )
     return _ENCODERS[form](np.ascontiguousarray(pixels))
 
 
@@ -58,13 +80,16 @@ def _encode_png(pixels: np.ndarray) -> bytes:
 
 def _encode_webp(pixels: np.ndarray) -> bytes:
     if max(pixels.shape) > WEBP_MAX_SIDE:
-        raise BadImageError(f"{pixels.shape[0]}x{pixels.shape[1]}: WebP holds at most {WEBP_MAX_SIDE} pixels a side")
+        raise BadImageError(
+            f"{pixels.shape[0]}x{pixels.shape[1]}: WebP holds at most {WEBP_MAX_SIDE} pixels a side"
+        )
     # Method 0 encodes 5 times faster than method 1, for files 4 % larger; PNG's are larger still.
     return _encode_with_pillow(pixels, "webp", lossless=True, method=0, quality=20)
 
 
 def _encode_jp2(pixels: np.ndarray) -> bytes:
-    # The whole-number 5-3 wavelet; the reversible colour transform (mct) takes off a third of the size.
+    # The whole-number 5-3 wavelet; the reversible colour transform (mct) takes off a third of the
+    # size.
     return _encode_with_pillow(pixels, "jpeg2000", irreversible=False, mct=1, no_jp2=False)
 
 
@@ -81,7 +106,8 @@ _ENCODERS = {"npy": _encode_npy, "png": _encode_png, "webp": _encode_webp, "jp2"
 def parallel_encoder(form: str, threads: int) -> Iterator[Callable[[np.ndarray], bytes]]:
     """`encode` to `form`, to be called from so many threads at once.
 
-    Pillow's JPEG 2000 encoder keeps Python's lock, and so it runs in processes; the others let threads run.
+    Pillow's JPEG 2000 encoder keeps Python's lock, and so it runs in processes; the others let
+    threads run.
     """
     if form != "jp2" or threads == 1:
         yield partial(encode, form=form)
@@ -91,7 +117,8 @@ def parallel_encoder(form: str, threads: int) -> Iterator[Callable[[np.ndarray],
 
 
 def _begin_worker() -> None:
-    """Leave CTRL+C to the parent, and end when the parent is killed, which otherwise no worker would notice."""
+    """Leave CTRL+C to the parent, and end when the parent is killed, which otherwise no worker
+    would notice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -102,7 +129,8 @@ def _begin_worker() -> None:
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
-    """What `encode` was given: uint8 RGB (height, width, 3) of the content of a file of the format `form`.
+    """What `encode` was given: uint8 RGB (height, width, 3) of the content of a file of the format
+    `form`.
 
     Raises `BadImageError` where `data` is damaged, incomplete or something else.
     """
@@ -120,18 +148,27 @@ def _decode_npy(data: bytes) -> np.ndarray:
         pixels = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise BadImageError(f"not an .npy array: {' '.join(str(error).split())[:200]}") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or file.tell() != len(data):
-        raise BadImageError(f"not one array of uint8 (height, width, 3) but {pixels.dtype} {pixels.shape}")
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim != 3
+        or pixels.shape[2] != 3
+        or file.tell() != len(data)
+    ):
+        raise BadImageError(
+            f"not one array of uint8 (height, width, 3) but {pixels.dtype} {pixels.shape}"
+        )
     return np.ascontiguousarray(pixels)
 
 
-def decode_file(path: str | os.PathLike[str], *, max_megapixels: float = MAX_MEGAPIXELS,
-                exact: bool = False) -> np.ndarray:
-    """The pixels of any image of a dataset: uint8 RGB (height, width, 3), upright, transparency over white.
+def decode_file(
+    path: str | os.PathLike[str], *, max_megapixels: float = MAX_MEGAPIXELS, exact: bool = False
+) -> np.ndarray:
+    """The pixels of any image of a dataset: uint8 RGB (height, width, 3), upright, transparency
+    over white.
 
-    With `exact`, images that these pixels cannot hold are refused (see `inexactness`) instead of reduced to them.
-    Raises `BadImageError` (or `BadNpyError`) with the reason, `OSError` where the disk or the permissions stand in the
-    way.
+    With `exact`, images that these pixels cannot hold are refused (see `inexactness`) instead of
+    reduced to them. Raises `BadImageError` (or `BadNpyError`) with the reason, `OSError` where the
+    disk or the permissions stand in the way.
     """
     path = Path(path)
     if is_npy(path):
@@ -163,8 +200,9 @@ def is_stored_as(path: Path, form: str) -> bool:
 def inexactness(data: bytes, header: ImageHeader) -> str:
     """Why uint8 RGB pixels cannot hold all of an encoded image; empty where they can.
 
-    Gray, palettes and an alpha channel that is opaque everywhere can be held; 16 bits, transparency, CMYK, the colours
-    of another profile than sRGB's, and further frames or pages cannot. Other metadata do not count.
+    Gray, palettes and an alpha channel that is opaque everywhere can be held; 16 bits,
+    transparency, CMYK, the colours of another profile than sRGB's, and further frames or pages
+    cannot. Other metadata do not count.
     """
     if header.depth > 8:
         return f"{header.depth} bits a sample; uint8 pixels would lose the lower ones"
@@ -174,7 +212,11 @@ def inexactness(data: bytes, header: ImageHeader) -> str:
         return "an animation; only its first frame would be left"
     if header.format == "pnm":
         greatest = header.tags[0][1]
-        return "" if greatest in (1, 255) else f"levels up to {greatest}; those up to 255 would be others"
+        return (
+            ""
+            if greatest in (1, 255)
+            else f"levels up to {greatest}; those up to 255 would be others"
+        )
     if header.is_plain and header.format not in ("tiff", "webp"):
         return ""
     if header.format == "tiff" and header.is_palette:

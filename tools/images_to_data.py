@@ -1,4 +1,5 @@
-"""Photographs to training crops: every photo is cut, at full and at halved sizes, into crops of one size."""
+"""Photographs to training crops: every photo is cut, at full and at halved sizes, into crops of one
+size."""
 
 from __future__ import annotations
 
@@ -29,18 +30,19 @@ class Options(CropOptions):
     """Cut photographs into training crops of one size.
 
     PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, AVIF, JPEG XL and PNM files below PHOTOS become
-    OUT/<photo>/x<scale>_<row>_<column>.npy: uint8 RGB, upright, sRGB, transparency over white. Crops do not overlap;
-    they are cut from the photo at full size, at 1/2, 1/4... while one fits. Lossy photos (JPEG, AVIF, lossy WebP, JPEG
-    2000 and JPEG XL) start at 1/2, which hides their artefacts.
-    Flat crops, blurred or upscaled sizes, and photos nearly the same as an earlier one are left out; OUT/rejects.jsonl
-    names each. A run that was stopped or killed goes on where it was when started again; finished photos are not
-    touched.
+    OUT/<photo>/x<scale>_<row>_<column>.npy: uint8 RGB, upright, sRGB, transparency over white.
+    Crops do not overlap; they are cut from the photo at full size, at 1/2, 1/4... while one fits.
+    Lossy photos (JPEG, AVIF, lossy WebP, JPEG 2000 and JPEG XL) start at 1/2, which hides their
+    artefacts. Flat crops, blurred or upscaled sizes, and photos nearly the same as an earlier one
+    are left out; OUT/rejects.jsonl names each. A run that was stopped or killed goes on where it
+    was when started again; finished photos are not touched.
 
     Example: python tools/images_to_data.py ~/Pictures/DIV2K ~/dataset/DIV2K
     """
 
     photos: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")]
-    """Folder of the photographs (searched in depth; links to folders are not followed), or one photograph."""
+    """Folder of the photographs (searched in depth; links to folders are not followed), or one
+    photograph."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the crops, one for each source of photographs, such as ~/dataset/DIV2K."""
     max_megapixels: float = 300
@@ -48,19 +50,30 @@ class Options(CropOptions):
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some photos could not be decoded, or there is no crop at all."""
+    """Make the crops. 0: done; 1: done, but some photos could not be decoded, or there is no crop
+    at all."""
     photos, names, unread = _photographs(options)
     out = options.out.expanduser()
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+        raise UserError(
+            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
+            f"{MAX_MEGAPIXELS}"
+        )
     settings, threads = options.settings(), thread_count(options.threads)
     refuse_nested(options.photos.expanduser(), out)
     prepare_decoders()
-    cutter = PhotoCutter(photos, out, settings, options.max_megapixels, open_benchmark(settings.against))
+    cutter = PhotoCutter(
+        photos, out, settings, options.max_megapixels, open_benchmark(settings.against)
+    )
     clock = Clock()
     # Relative, so that photographs and crops may move together.
-    with open_dataset(out, settings, cutter.stamp, "images_to_data",
-                      photos=os.path.relpath(photos.resolve(), out.resolve())) as dataset:
+    with open_dataset(
+        out,
+        settings,
+        cutter.stamp,
+        "images_to_data",
+        photos=os.path.relpath(photos.resolve(), out.resolve()),
+    ) as dataset:
         todo = [name for name in names if not dataset.is_finished(name)]
         dataset.totals.already = len(names) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "photo")
@@ -82,16 +95,25 @@ def _photographs(options: Options) -> tuple[Path, list[str], list[str]]:
         raise UserError(f"{source}: no such folder or file; give the folder of the photographs")
     files = walk(source, MANIFEST)
     if not files.encoded:
-        raise UserError(f"{source}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}; give the folder "
-                        "of the photographs")
+        raise UserError(
+            f"{source}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}; give "
+            "the folder "
+            "of the photographs"
+        )
     return source, files.encoded, files.unread
 
 
 class PhotoCutter:
     """Decodes and cuts photographs, on any number of threads."""
 
-    def __init__(self, photos: Path, out: Path, settings: CropSettings, max_megapixels: float,
-                 benchmark: BenchmarkIndex | None) -> None:
+    def __init__(
+        self,
+        photos: Path,
+        out: Path,
+        settings: CropSettings,
+        max_megapixels: float,
+        benchmark: BenchmarkIndex | None,
+    ) -> None:
         self._photos, self._out, self._settings = photos, out, settings
         self._max_megapixels, self._benchmark = max_megapixels, benchmark
 
@@ -100,7 +122,8 @@ class PhotoCutter:
         try:
             status = (self._photos / name).stat()
         except OSError:
-            return None  # deleted after cutting, to save room, or not to be reached: its crops are still good
+            # deleted after cutting, to save room, or not to be reached: its crops are still good
+            return None
         return status.st_size, status.st_mtime_ns
 
     def __call__(self, name: str) -> UnitResult:
@@ -108,19 +131,28 @@ class PhotoCutter:
         unit = Unit(name, name, 0, 0)
         if not name.isprintable() or "�" in name:
             reason = "its name holds control characters or is not UTF-8; rename it"
-            return UnitResult(unit._replace(photo=ascii(name), folder=ascii(name)), rejects=[Reject("decode", reason)])
+            return UnitResult(
+                unit._replace(photo=ascii(name), folder=ascii(name)),
+                rejects=[Reject("decode", reason)],
+            )
         try:
-            unit = unit._replace(**dict(zip(("bytes", "mtime_ns"), self.stamp(name) or (0, 0), strict=True)))
+            unit = unit._replace(
+                **dict(zip(("bytes", "mtime_ns"), self.stamp(name) or (0, 0), strict=True))
+            )
             with open(self._photos / name, "rb") as file:
                 picture = open_picture(file, self._settings, self._max_megapixels)
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
-            return UnitResult(unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")])
+            return UnitResult(
+                unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")]
+            )
         if isinstance(picture, Reject):
             return UnitResult(unit, rejects=[picture])
         make_folder(self._out, unit.folder)
-        return UnitResult(unit, [cut_picture(picture, unit, self._out, self._settings, self._benchmark)])
+        return UnitResult(
+            unit, [cut_picture(picture, unit, self._out, self._settings, self._benchmark)]
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Blend the weights of two trainings of the same network, for images between the sharp and the faithful one."""
+"""Blend the weights of two trainings of the same network, for images between the sharp and the
+faithful one."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ SUFFIXES = (".safetensors", ".pth")
 
 @dataclass(frozen=True)
 class Options:
-    """Blend two weights files of the same network: every weight becomes (1 - alpha) of A's plus alpha of B's.
+    """Blend two weights files of the same network: every weight becomes (1 - alpha) of A's plus
+    alpha of B's.
 
-    A network trained for PSNR is faithful but smooth; the same one trained on with a discriminator is sharp, but
-    invents. Blends of their weights lie between the two and cost nothing, while a blend of their images would keep
-    the noise of one and the blur of the other (network interpolation: Wang et al., ESRGAN, 2018, section 3.4). B must
-    have been trained from A, or both from the same weights: blends of networks that never met are worth nothing.
+    A network trained for PSNR is faithful but smooth; the same one trained on with a discriminator
+    is sharp, but invents. Blends of their weights lie between the two and cost nothing, while a
+    blend of their images would keep the noise of one and the blur of the other (network
+    interpolation: Wang et al., ESRGAN, 2018, section 3.4). B must have been trained from A, or both
+    from the same weights: blends of networks that never met are worth nothing.
 
     alpha 0 is A and alpha 1 is B, to the bit. Choose by eye and by numbers:
 
@@ -39,11 +42,13 @@ class Options:
     """
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """Weights file that alpha 0 gives, as a rule the network trained for PSNR. Averaged (EMA) weights are preferred."""
+    """Weights file that alpha 0 gives, as a rule the network trained for PSNR. Averaged (EMA)
+    weights are preferred."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Weights file that alpha 1 gives, as a rule the one trained with a discriminator."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """File to write, .pth or .safetensors. With several alphas NAME.pth becomes NAME_a0.20.pth, NAME_a0.50.pth…"""
+    """File to write, .pth or .safetensors. With several alphas NAME.pth becomes NAME_a0.20.pth,
+    NAME_a0.50.pth…"""
     alpha: tuple[float, ...] = (0.8,)
     """Share of B, 0 to 1; several write several files."""
     force: bool = False
@@ -60,30 +65,48 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
         saved.build()
     difference = first_difference(a, b)
     if difference:
-        raise UserError(f"{options.a} and {options.b} are not the same network: {difference}; only weights of one "
-                        "network can be blended")
-    sources = {name: f"{path.name} (sha256 {hashlib.sha256(path.expanduser().read_bytes()).hexdigest()[:16]})"
-               for name, path in (("a", options.a), ("b", options.b))}
+        raise UserError(
+            f"{options.a} and {options.b} are not the same network: {difference}; only weights of "
+            "one "
+            "network can be blended"
+        )
+    sources = {
+        name: (
+            f"{path.name} (sha256 "
+            f"{hashlib.sha256(path.expanduser().read_bytes()).hexdigest()[:16]})"
+        )
+        for name, path in (("a", options.a), ("b", options.b))
+    }
     for alpha, path in files.items():
-        blend = replace(a, state_dict=interpolate(a.state_dict, b.state_dict, alpha),
-                        metadata={"made_by": "interpolate_weights: (1 - alpha) a + alpha b", "alpha": repr(alpha),
-                                  **sources})
+        blend = replace(
+            a,
+            state_dict=interpolate(a.state_dict, b.state_dict, alpha),
+            metadata={
+                "made_by": "interpolate_weights: (1 - alpha) a + alpha b",
+                "alpha": repr(alpha),
+                **sources,
+            },
+        )
         try:
             write_network(path, blend)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}; make room or choose another --out"
-                            ) from error
-        print(f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
-              f"({a.name} x{a.scale}, {path.stat().st_size / 1e6:.2f} MB)")
+            raise UserError(
+                f"{path}: cannot be written: {error.strerror}; make room or choose another --out"
+            ) from error
+        print(
+            f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
+            f"({a.name} x{a.scale}, {path.stat().st_size / 1e6:.2f} MB)"
+        )
     print(f"Measure it:  python evaluate.py --model {path} --hr FOLDER")
     return 0
 
 
 def interpolate(a: dict[str, Any], b: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """(1 - alpha) a + alpha b of two state dicts with the same names and shapes: computed in float32, dtypes kept.
+    """(1 - alpha) a + alpha b of two state dicts with the same names and shapes: computed in
+    float32, dtypes kept.
 
-    At alpha 0 and 1 exactly `a` and `b`; what is equal in both stays so to the bit; integer tensors are those of the
-    nearer one. Where the two have different dtypes the blend is float32.
+    At alpha 0 and 1 exactly `a` and `b`; what is equal in both stays so to the bit; integer tensors
+    are those of the nearer one. Where the two have different dtypes the blend is float32.
     """
     if alpha in (0, 1):
         return dict(b if alpha else a)
@@ -113,7 +136,10 @@ def first_difference(a: SavedNetwork, b: SavedNetwork) -> str:
         if key not in a.state_dict or key not in b.state_dict:
             return f"only one has the tensor {key!r}"
         if a.state_dict[key].shape != b.state_dict[key].shape:
-            return f"tensor {key!r} is {tuple(a.state_dict[key].shape)} and {tuple(b.state_dict[key].shape)}"
+            return (
+                f"tensor {key!r} is {tuple(a.state_dict[key].shape)} and "
+                f"{tuple(b.state_dict[key].shape)}"
+            )
     return ""
 
 
@@ -122,14 +148,21 @@ def _all_params(saved: SavedNetwork) -> dict[str, Any]:
     from pipeline.models import GENERATORS
 
     parameters = inspect.signature(GENERATORS[saved.name]).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters
-                if parameter.name != "scale" and parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.name != "scale" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
     if saved.name == "spandrel":
         from pipeline.models.spandrel import DEFAULTS, class_of, defaults_of, plain
 
         arch = saved.params["arch"]
         own = {**defaults_of(class_of(arch, saved.scale)), **DEFAULTS.get(arch, {})}
-        defaults |= {name: plain(value) for name, value in own.items() if value is not inspect.Parameter.empty}
+        defaults |= {
+            name: plain(value)
+            for name, value in own.items()
+            if value is not inspect.Parameter.empty
+        }
     return {"colour_space": "rgb", **defaults, **saved.params}
 
 
@@ -145,11 +178,17 @@ def _files(options: Options) -> dict[float, Path]:
             raise UserError(f"--alpha {alpha:g}: must be from 0 (A alone) to 1 (B alone)")
         if options.alpha.count(alpha) > 1:
             raise UserError(f"--alpha {alpha:g} is there twice; leave one away")
-    files = {alpha: out if len(options.alpha) == 1 else out.with_name(f"{out.stem}_a{_decimals(alpha)}{out.suffix}")
-             for alpha in options.alpha}
+    files = {
+        alpha: out
+        if len(options.alpha) == 1
+        else out.with_name(f"{out.stem}_a{_decimals(alpha)}{out.suffix}")
+        for alpha in options.alpha
+    }
     for path in files.values():
         if path.exists() and not options.force:
-            raise UserError(f"{path} is there already; choose another --out, or replace it with --force")
+            raise UserError(
+                f"{path} is there already; choose another --out, or replace it with --force"
+            )
     return files
 
 

@@ -1,4 +1,5 @@
-"""What a dataset holds, one line a source, and one hash that tells whether all nodes hold the same."""
+"""What a dataset holds, one line a source, and one hash that tells whether all nodes hold the
+same."""
 
 from __future__ import annotations
 
@@ -15,20 +16,33 @@ from tools.dataset.sources import Source
 from tools.dataset.statistics import Statistics, gather, tally, total, warnings
 from tools.files import printable
 
-_HEAD = ("source", "made by", "photos", "images", "by scale", "pixels a side", "GB", "format", "rejected", "training",
-         "validation", "hash")
+_HEAD = (
+    "source",
+    "made by",
+    "photos",
+    "images",
+    "by scale",
+    "pixels a side",
+    "GB",
+    "format",
+    "rejected",
+    "training",
+    "validation",
+    "hash",
+)
 _RIGHT = {"photos", "images", "GB", "rejected", "training", "validation"}
 _NUM_KINDS = 4  # of scales and sizes in a line; --json has all
 
 
 @dataclass(frozen=True)
 class Options:
-    """List the sources of a dataset: which tool made each, how many photographs and crops it has, how many of them the
-    training and validation lists name, how much room it takes.
+    """List the sources of a dataset: which tool made each, how many photographs and crops it has,
+    how many of them the training and validation lists name, how much room it takes.
 
-    A source is a folder with a manifest, or a top-level folder of images that no manifest knows; their sizes are those
-    of 16 files each. Equal hashes on two nodes mean equal crops, to the last pixel, as the manifests recorded them
-    (`check_training_data.py` compares the files with them). No image is opened, nothing is changed.
+    A source is a folder with a manifest, or a top-level folder of images that no manifest knows;
+    their sizes are those of 16 files each. Equal hashes on two nodes mean equal crops, to the last
+    pixel, as the manifests recorded them (`check_training_data.py` compares the files with them).
+    No image is opened, nothing is changed.
 
     Example: python tools/list_data_folders.py --data-dir ~/dataset
     """
@@ -56,17 +70,38 @@ def _line(source: Source) -> tuple[str, ...]:
     """The cells of a source; "-": not known, or no such thing."""
     rejects = str(source.rejects.total) if source.is_recorded else "-"
     digest = source.hash.hexdigest()[:12] if source.is_recorded else "-"
-    return (printable(source.folder), printable(source.tool), str(source.photos.photographs), str(source.images),
-            _kinds(source.scales, numeric=True), source.sides, f"{source.bytes / 1e9:.3f}", _names(source.formats),
-            rejects, str(source.training), str(source.validation), digest)
+    return (
+        printable(source.folder),
+        printable(source.tool),
+        str(source.photos.photographs),
+        str(source.images),
+        _kinds(source.scales, numeric=True),
+        source.sides,
+        f"{source.bytes / 1e9:.3f}",
+        _names(source.formats),
+        rejects,
+        str(source.training),
+        str(source.validation),
+        digest,
+    )
 
 
 def _total_line(sources: list[Source]) -> tuple[str, ...]:
     recorded = [source for source in sources if source.is_recorded]
-    return ("total", "", str(total(sources, "photographs")), str(total(sources, "images")),
-            _kinds(tally(recorded, "scales"), numeric=True), "", f"{total(sources, 'bytes') / 1e9:.3f}",
-            _names(tally(sources, "formats")), str(sum(source.rejects.total for source in recorded)),
-            str(total(sources, "training")), str(total(sources, "validation")), "")
+    return (
+        "total",
+        "",
+        str(total(sources, "photographs")),
+        str(total(sources, "images")),
+        _kinds(tally(recorded, "scales"), numeric=True),
+        "",
+        f"{total(sources, 'bytes') / 1e9:.3f}",
+        _names(tally(sources, "formats")),
+        str(sum(source.rejects.total for source in recorded)),
+        str(total(sources, "training")),
+        str(total(sources, "validation")),
+        "",
+    )
 
 
 def _kinds(counts: Tally, numeric: bool = False) -> str:
@@ -75,7 +110,9 @@ def _kinds(counts: Tally, numeric: bool = False) -> str:
         return "-"
     entries = counts.by_count()
     if numeric:
-        entries.sort(key=lambda entry: (not entry[0].isdigit(), int(entry[0]) if entry[0].isdigit() else 0))
+        entries.sort(
+            key=lambda entry: (not entry[0].isdigit(), int(entry[0]) if entry[0].isdigit() else 0)
+        )
     more = f" +{len(entries) - _NUM_KINDS}" if len(entries) > _NUM_KINDS else ""
     return " ".join(f"{kind}:{count}" for kind, count in entries[:_NUM_KINDS]) + more
 
@@ -86,49 +123,95 @@ def _names(counts: Tally) -> str:
 
 def _table(lines: list[tuple[str, ...]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    return "\n".join("  ".join(
-        cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-        for cell, width, name in zip(line, widths, _HEAD, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+            for cell, width, name in zip(line, widths, _HEAD, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 def _sentences(statistics: Statistics) -> list[str]:
     """The hashes, and what a person should look at."""
-    sentences = [f"{source.lr_images} LR images belong to the images of {printable(source.folder)}"
-                 for source in statistics.sources if source.lr_images]
+    sentences = [
+        f"{source.lr_images} LR images belong to the images of {printable(source.folder)}"
+        for source in statistics.sources
+        if source.lr_images
+    ]
     if statistics.linked_folders:
-        sentences.append(f"links to folders were not followed: {', '.join(map(printable, statistics.linked_folders))}")
+        sentences.append(
+            "links to folders were not followed: "
+            f"{', '.join(map(printable, statistics.linked_folders))}"
+        )
     if statistics.quarantine.total:
-        sentences.append(f"{statistics.quarantine.total} files lie in quarantine; they do not count")
+        sentences.append(
+            f"{statistics.quarantine.total} files lie in quarantine; they do not count"
+        )
     sentences += [f"warning: {warning}" for warning in warnings(statistics)]
     if statistics.lists_hash:
         sentences.append(f"hash of the lists (the same on every node): {statistics.lists_hash}")
     if statistics.hash.count:
-        sentences.append(f"hash of the {statistics.hash.count} images that manifests know (the same on every node): "
-                         f"{statistics.hash.hexdigest()}")
+        sentences.append(
+            f"hash of the {statistics.hash.count} images that manifests know (the same on every "
+            "node): "
+            f"{statistics.hash.hexdigest()}"
+        )
     return sentences
 
 
 def as_json(statistics: Statistics) -> dict[str, object]:
-    """Everything, for other programs. Sizes in bytes and pixels; hashes as 64 hexadecimal digits."""
-    lists = {name: names and {"files": len(names.keys), "not_there": len(names.keys) - names.found}
-             for name, names in (("training", statistics.lists.training), ("validation", statistics.lists.validation))}
-    numbers = ("images", "lr_images", "bytes", "pixels", "missing", "training", "validation", "unlisted")
+    """Everything, for other programs. Sizes in bytes and pixels; hashes as 64 hexadecimal
+    digits."""
+    lists = {
+        name: names and {"files": len(names.keys), "not_there": len(names.keys) - names.found}
+        for name, names in (
+            ("training", statistics.lists.training),
+            ("validation", statistics.lists.validation),
+        )
+    }
+    numbers = (
+        "images",
+        "lr_images",
+        "bytes",
+        "pixels",
+        "missing",
+        "training",
+        "validation",
+        "unlisted",
+    )
     return {
         "data_dir": str(statistics.root),
-        "sources": [{
-            "folder": source.folder, "has_manifest": source.is_recorded, "tool": source.tool,
-            "photographs": source.photos.photographs, "films": source.photos.films,
-            **{name: getattr(source, name) for name in numbers},
-            **{name: dict(getattr(source, name)) for name in ("scales", "sizes", "formats", "decoders")},
-            "rejects": {gate: source.rejects.pictures.get(gate, 0) + source.rejects.crops.get(gate, 0)
-                        for gate in source.rejects.gates()},
-            "hash": source.hash.hexdigest() if source.is_recorded else None,
-        } for source in statistics.sources],
-        "total": {"photographs": total(statistics.sources, "photographs"), "films": total(statistics.sources, "films"),
-                  "photographs_in_both_lists": total(statistics.sources, "in_both"),
-                  **{name: total(statistics.sources, name) for name in numbers},
-                  "rejects": statistics.rejects.total, "quarantine": statistics.quarantine.total},
-        "lists": lists, "lists_hash": statistics.lists_hash,
+        "sources": [
+            {
+                "folder": source.folder,
+                "has_manifest": source.is_recorded,
+                "tool": source.tool,
+                "photographs": source.photos.photographs,
+                "films": source.photos.films,
+                **{name: getattr(source, name) for name in numbers},
+                **{
+                    name: dict(getattr(source, name))
+                    for name in ("scales", "sizes", "formats", "decoders")
+                },
+                "rejects": {
+                    gate: source.rejects.pictures.get(gate, 0) + source.rejects.crops.get(gate, 0)
+                    for gate in source.rejects.gates()
+                },
+                "hash": source.hash.hexdigest() if source.is_recorded else None,
+            }
+            for source in statistics.sources
+        ],
+        "total": {
+            "photographs": total(statistics.sources, "photographs"),
+            "films": total(statistics.sources, "films"),
+            "photographs_in_both_lists": total(statistics.sources, "in_both"),
+            **{name: total(statistics.sources, name) for name in numbers},
+            "rejects": statistics.rejects.total,
+            "quarantine": statistics.quarantine.total,
+        },
+        "lists": lists,
+        "lists_hash": statistics.lists_hash,
         "hash": statistics.hash.hexdigest() if statistics.hash.count else None,
         "warnings": warnings(statistics),
     }

@@ -1,4 +1,5 @@
-"""A small dataset from photographs that two Python packages bring along: something to train on within seconds."""
+"""A small dataset from photographs that two Python packages bring along: something to train on
+within seconds."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ VALIDATION_PHOTO = "chelsea.png"
 class DemoPhotograph:
     """A photograph inside an installed package, and under which terms it may be used."""
 
-    package: str      # as imported
-    distribution: str # as installed
-    path: str         # within the package
+    package: str  # as imported
+    distribution: str  # as installed
+    path: str  # within the package
     licence: str
 
     @property
@@ -65,10 +66,11 @@ HELD_OUT = (_skimage("coffee.png", "CC0"), _sklearn("flower.jpg"))
 class Options:
     """Make the demo dataset: six photographs to train and validate on, two held out for evaluation.
 
-    They come from the installed packages scikit-image and scikit-learn; nothing is downloaded. OUT/photographs holds
-    the photographs and their licences, OUT/dataset the crops (128 x 128) and the file lists, OUT/held_out two
-    photographs that are in neither list. Runs images_to_data.py, check_training_data.py and select_training_files.py,
-    as you would for your own photographs. A demo is a demo: good for trying things out, not for judging a network.
+    They come from the installed packages scikit-image and scikit-learn; nothing is downloaded.
+    OUT/photographs holds the photographs and their licences, OUT/dataset the crops (128 x 128) and
+    the file lists, OUT/held_out two photographs that are in neither list. Runs images_to_data.py,
+    check_training_data.py and select_training_files.py, as you would for your own photographs. A
+    demo is a demo: good for trying things out, not for judging a network.
 
     Example: python tools/make_demo_dataset.py ~/demo
     """
@@ -79,7 +81,8 @@ class Options:
 
 @dataclass(frozen=True)
 class DemoDataset:
-    """Where the demo lies: `dataset_dir` with crops and file lists, `held_out_dir` with PNG images to evaluate on."""
+    """Where the demo lies: `dataset_dir` with crops and file lists, `held_out_dir` with PNG images
+    to evaluate on."""
 
     dataset_dir: Path
     held_out_dir: Path
@@ -93,7 +96,8 @@ def main(options: Options) -> int:
 
 
 def make_demo_dataset(out: Path) -> DemoDataset:
-    """Make the demo below `out`, or complete it; the second call changes nothing and takes under two seconds.
+    """Make the demo below `out`, or complete it; the second call changes nothing and takes under
+    two seconds.
 
     Raises `UserError` where a package is not installed or lacks a photograph.
     """
@@ -104,14 +108,31 @@ def make_demo_dataset(out: Path) -> DemoDataset:
     _write(photographs / "LICENCES.txt", _licences().encode())
     prepare_decoders()
     for photograph in HELD_OUT:
-        _write((held_out / photograph.name).with_suffix(".png"), _held_out_png(contents[photograph]))
-    gates = {"min_gradient": 0, "min_sharpness": 0}  # six photographs are too few to turn any part of them away
-    crops = images_to_data.Options(photos=photographs, out=dataset / "demo", size=CROP_SIZE, cover=True, **gates)
+        _write(
+            (held_out / photograph.name).with_suffix(".png"), _held_out_png(contents[photograph])
+        )
+    gates = {
+        "min_gradient": 0,
+        "min_sharpness": 0,
+    }  # six photographs are too few to turn any part of them away
+    crops = images_to_data.Options(
+        photos=photographs, out=dataset / "demo", size=CROP_SIZE, cover=True, **gates
+    )
     _succeed("images_to_data", images_to_data.main(crops))
-    _succeed("check_training_data", check_training_data.main(
-        check_training_data.Options(data_dir=dataset, min_size=CROP_SIZE, max_size=CROP_SIZE, **gates)))
-    _succeed("select_training_files", select_training_files.main(
-        select_training_files.Options(dataset, validation_photo=(f"*/{VALIDATION_PHOTO}",))))
+    _succeed(
+        "check_training_data",
+        check_training_data.main(
+            check_training_data.Options(
+                data_dir=dataset, min_size=CROP_SIZE, max_size=CROP_SIZE, **gates
+            )
+        ),
+    )
+    _succeed(
+        "select_training_files",
+        select_training_files.main(
+            select_training_files.Options(dataset, validation_photo=(f"*/{VALIDATION_PHOTO}",))
+        ),
+    )
     return DemoDataset(dataset, held_out)
 
 
@@ -123,23 +144,29 @@ def _read(photograph: DemoPhotograph) -> bytes:
         if (folder / photograph.path).is_file():
             return (folder / photograph.path).read_bytes()
     what = f"has no {photograph.path}" if folders else "is not installed"
-    raise UserError(f"the demo needs the photographs in {photograph.distribution}, which {what}; "
-                    f"`pip install --upgrade {photograph.distribution}`")
+    raise UserError(
+        f"the demo needs the photographs in {photograph.distribution}, which {what}; "
+        f"`pip install --upgrade {photograph.distribution}`"
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file unless it is there with that content: a new modification time would mean a new photograph."""
+    """Write a file unless it is there with that content: a new modification time would mean a new
+    photograph."""
     if path.is_file() and path.read_bytes() == content:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another OUT") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; choose another OUT"
+        ) from error
 
 
 def _held_out_png(content: bytes) -> bytes:
-    """A photograph as PNG: halved where it was lossy, as for training, and cut to a multiple of 4 each way."""
+    """A photograph as PNG: halved where it was lossy, as for training, and cut to a multiple of 4
+    each way."""
     header = read_header(io.BytesIO(content))
     pixels = decode_rgb(content, header)
     if header.is_lossy:
@@ -150,15 +177,22 @@ def _held_out_png(content: bytes) -> bytes:
 
 def _licences() -> str:
     """Where each photograph comes from and under which terms, one a line."""
-    return "".join(f"{photograph.name}: {photograph.licence}; from the Python package {photograph.distribution}, file "
-                   f"{photograph.package}/{photograph.path}\n" for photograph in DATASET + HELD_OUT)
+    return "".join(
+        f"{photograph.name}: {photograph.licence}; from the Python package "
+        f"{photograph.distribution}, file "
+        f"{photograph.package}/{photograph.path}\n"
+        for photograph in DATASET + HELD_OUT
+    )
 
 
 def _succeed(tool: str, status: int) -> None:
     """Stop where one of the tools reported that something failed."""
     if status:
-        raise UserError(f"{tool} did not succeed on the demo's photographs (see above); delete the demo's folder and "
-                        "make it again")
+        raise UserError(
+            f"{tool} did not succeed on the demo's photographs (see above); delete the demo's "
+            "folder and "
+            "make it again"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Synthetic images of several kinds, for trying things out and for tests, where no photographs are at hand."""
+"""Synthetic images of several kinds, for trying things out and for tests, where no photographs are
+at hand."""
 
 from __future__ import annotations
 
@@ -24,17 +25,24 @@ from tools.parallel import ordered_map, progress, thread_count
 ImageKind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]
 MAX_SIDE = 16384
 MAX_LEAVES = 200_000  # a second's work
-FONTS = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX, cv2.FONT_HERSHEY_COMPLEX)
+FONTS = (
+    cv2.FONT_HERSHEY_SIMPLEX,
+    cv2.FONT_HERSHEY_DUPLEX,
+    cv2.FONT_HERSHEY_TRIPLEX,
+    cv2.FONT_HERSHEY_COMPLEX,
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make synthetic images, the same for the same seed: something to try tools and training on without photographs.
+    """Make synthetic images, the same for the same seed: something to try tools and training on
+    without photographs.
 
-    Kinds: noise (independent pixels), gradient (smooth, hardly any detail), edges (polygons and lines), text, texture
-    (amplitude 1/f, as photographs have, but no edges), leaves (dead leaves: discs of all sizes over one another, the
-    nearest to a photograph), zone (a zone plate, all frequencies up to the finest). They take turns:
-    OUT/00000_noise.png, OUT/00001_gradient.png... No substitute for photographs to train on.
+    Kinds: noise (independent pixels), gradient (smooth, hardly any detail), edges (polygons and
+    lines), text, texture (amplitude 1/f, as photographs have, but no edges), leaves (dead leaves:
+    discs of all sizes over one another, the nearest to a photograph), zone (a zone plate, all
+    frequencies up to the finest). They take turns: OUT/00000_noise.png, OUT/00001_gradient.png...
+    No substitute for photographs to train on.
 
     Example: python tools/make_test_images.py ~/test_images --count 70 --size 768 1024
     """
@@ -45,7 +53,15 @@ class Options:
     """Number of images."""
     size: tuple[int, int] = (512, 512)
     """Height and width in pixels."""
-    kinds: tuple[ImageKind, ...] = ("noise", "gradient", "edges", "text", "texture", "leaves", "zone")
+    kinds: tuple[ImageKind, ...] = (
+        "noise",
+        "gradient",
+        "edges",
+        "text",
+        "texture",
+        "leaves",
+        "zone",
+    )
     """The kinds, one after another."""
     format: Literal["npy", "png", "webp", "jp2"] = "png"
     """File format, always lossless."""
@@ -64,14 +80,22 @@ def main(options: Options) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with progress(options.count, "image") as bar:
             written = 0
-            for is_new in ordered_map(lambda number: _write(out, number, options), range(options.count),
-                                      thread_count(options.threads)):
+            for is_new in ordered_map(
+                lambda number: _write(out, number, options),
+                range(options.count),
+                thread_count(options.threads),
+            ):
                 written += is_new
                 bar.update()
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
-    print(f"{written} images of {options.size[0]}x{options.size[1]} written to {out}; {options.count - written} were "
-          "there already")
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another OUT"
+        ) from error
+    print(
+        f"{written} images of {options.size[0]}x{options.size[1]} written to {out}; "
+        f"{options.count - written} were "
+        "there already"
+    )
     return 0
 
 
@@ -79,7 +103,9 @@ def _check_options(options: Options) -> None:
     """Refuse what cannot work before anything is written."""
     limit = WEBP_MAX_SIDE if options.format == "webp" else MAX_SIDE
     if not all(1 <= side <= limit for side in options.size):
-        raise UserError(f"--size {options.size[0]} {options.size[1]}: both sides must be 1 to {limit} pixels")
+        raise UserError(
+            f"--size {options.size[0]} {options.size[1]}: both sides must be 1 to {limit} pixels"
+        )
     if options.count < 1:
         raise UserError(f"--count {options.count}: must be at least 1")
     if options.seed < 0:
@@ -95,7 +121,9 @@ def _write(out: Path, number: int, options: Options) -> bool:
     content = encode(make_image(kind, options.size, options.seed, number), options.format)
     if path.exists():
         if path.read_bytes() != content:
-            raise UserError(f"{path}: there is another file of that name; choose another OUT, or move it away")
+            raise UserError(
+                f"{path}: there is another file of that name; choose another OUT, or move it away"
+            )
         return False
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -107,7 +135,8 @@ def _write(out: Path, number: int, options: Options) -> bool:
 
 
 def make_image(kind: str, size: tuple[int, int], seed: int, number: int) -> np.ndarray:
-    """uint8 RGB (*size, 3); a pure function of its arguments (and of numpy's and OpenCV's versions)."""
+    """uint8 RGB (*size, 3); a pure function of its arguments (and of numpy's and OpenCV's
+    versions)."""
     random = np.random.default_rng([seed, list(KINDS).index(kind), number])
     return KINDS[kind](*size, random)
 
@@ -143,25 +172,44 @@ def _text(height: int, width: int, random: np.random.Generator) -> np.ndarray:
         scale = float(random.uniform(0.4, 1.6))
         baseline += int(30 * scale)
         line = "".join(random.choice(letters, max(1, int(width / (14 * scale)))))
-        cv2.putText(pixels, line, (4, baseline), FONTS[random.integers(len(FONTS))], scale,
-                    random.integers(0, 120, 3).tolist(), 1 + (scale > 1), cv2.LINE_AA)
+        cv2.putText(
+            pixels,
+            line,
+            (4, baseline),
+            FONTS[random.integers(len(FONTS))],
+            scale,
+            random.integers(0, 120, 3).tolist(),
+            1 + (scale > 1),
+            cv2.LINE_AA,
+        )
     return pixels
 
 
 def _texture(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Noise with an amplitude spectrum of 1/f, as natural images have (Field, 1987); its colours are correlated."""
+    """Noise with an amplitude spectrum of 1/f, as natural images have (Field, 1987); its colours
+    are correlated."""
     spectrum = np.fft.rfft2(random.standard_normal((3, height, width), np.float32))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf  # no mean: it is set below
     planes = np.fft.irfft2(spectrum / frequency, s=(height, width))
     planes /= np.maximum(planes.std(axis=(1, 2), keepdims=True), 1e-9)
     luma, *chroma = planes  # most of the contrast of a photograph is common to its channels
-    colours = np.stack([luma + 0.25 * chroma[0], luma - 0.1 * chroma[0] + 0.1 * chroma[1], luma + 0.25 * chroma[1]], -1)
-    return np.clip(np.rint(random.uniform(90, 160, 3) + random.uniform(25, 50) * colours), 0, 255).astype(np.uint8)
+    colours = np.stack(
+        [
+            luma + 0.25 * chroma[0],
+            luma - 0.1 * chroma[0] + 0.1 * chroma[1],
+            luma + 0.25 * chroma[1],
+        ],
+        -1,
+    )
+    return np.clip(
+        np.rint(random.uniform(90, 160, 3) + random.uniform(25, 50) * colours), 0, 255
+    ).astype(np.uint8)
 
 
 def _leaves(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Dead leaves: discs that hide one another, radii with a density of r^-3 (Lee, Mumford and Huang, 2001)."""
+    """Dead leaves: discs that hide one another, radii with a density of r^-3 (Lee, Mumford and
+    Huang, 2001)."""
     pixels = np.full((height, width, 3), _colour(random), np.uint8)
     largest = max(height, width) / 4
     smallest = min(2.0, largest / 2)
@@ -171,13 +219,16 @@ def _leaves(height: int, width: int, random: np.random.Generator) -> np.ndarray:
     radii = 1 / np.sqrt(draws / smallest**2 + (1 - draws) / largest**2)
     centres = random.uniform(0, 1, (count, 2)) * (width, height)
     for radius, centre in zip(radii, centres, strict=True):
-        x, y, r = np.rint([*(centre * 16), radius * 16]).astype(int).tolist()  # sixteenths of a pixel
+        x, y, r = (
+            np.rint([*(centre * 16), radius * 16]).astype(int).tolist()
+        )  # sixteenths of a pixel
         cv2.circle(pixels, (x, y), max(1, r), _colour(random), -1, cv2.LINE_AA, 4)
     return pixels
 
 
 def _zone(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """A zone plate: concentric rings whose frequency rises to half a cycle a pixel at the farther edge."""
+    """A zone plate: concentric rings whose frequency rises to half a cycle a pixel at the farther
+    edge."""
     y, x = np.ogrid[:height, :width]
     centre = random.uniform(0.3, 0.7, 2) * (height, width)
     radius = max(height, width, 2)
@@ -191,8 +242,14 @@ def _colour(random: np.random.Generator) -> list[int]:
 
 
 KINDS: dict[str, Callable[[int, int, np.random.Generator], np.ndarray]] = {
-    "noise": _noise, "gradient": _gradient, "edges": _edges, "text": _text, "texture": _texture, "leaves": _leaves,
-    "zone": _zone}
+    "noise": _noise,
+    "gradient": _gradient,
+    "edges": _edges,
+    "text": _text,
+    "texture": _texture,
+    "leaves": _leaves,
+    "zone": _zone,
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Matroska files to MP4 files of the same streams: for players, editors and uploads that take no .mkv."""
+"""Matroska files to MP4 files of the same streams: for players, editors and uploads that take no
+.mkv."""
 
 from __future__ import annotations
 
@@ -24,17 +25,20 @@ from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
 @dataclass(frozen=True)
 class Options:
-    """Write each .mkv file below FOLDER as an .mp4 file beside it, its picture and sound copied bit by bit.
+    """Write each .mkv file below FOLDER as an .mp4 file beside it, its picture and sound copied bit
+    by bit.
 
-    Nothing is encoded again, so nothing is lost. A file whose codecs MP4 cannot hold is left out, with the reason;
-    subtitles and attachments are left behind. An .mp4 file that is there already is never overwritten, the .mkv files
-    stay, and no half-written .mp4 file is ever left. (video_to_data.py reads .mkv files as they are.)
+    Nothing is encoded again, so nothing is lost. A file whose codecs MP4 cannot hold is left out,
+    with the reason; subtitles and attachments are left behind. An .mp4 file that is there already
+    is never overwritten, the .mkv files stay, and no half-written .mp4 file is ever left.
+    (video_to_data.py reads .mkv files as they are.)
 
     Example: python tools/mkv_to_mp4.py ~/Films
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the .mkv files (searched in depth; links to folders are not followed), or one .mkv file."""
+    """Folder of the .mkv files (searched in depth; links to folders are not followed), or one .mkv
+    file."""
     threads: int = 0
     """How many files at a time; 0 is one per core."""
 
@@ -58,8 +62,11 @@ def main(options: Options) -> int:
             outcomes.append(outcome)
             bar.update()
     failed = [outcome for outcome in outcomes if outcome.problem]
-    print(f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were there already, "
-          f"{len(failed)} left out")
+    print(
+        f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were there "
+        "already, "
+        f"{len(failed)} left out"
+    )
     for outcome in outcomes:
         if outcome.problem or outcome.left_behind:
             print(f"{printable(str(outcome.path))}: {outcome.problem or outcome.left_behind}")
@@ -77,10 +84,15 @@ def _sources(source: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in files
-                  if name.lower().endswith(".mkv") and not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in files
+            if name.lower().endswith(".mkv") and not name.startswith(".")
+        ]
     if not found:
-        raise UserError(f"{source}: no .mkv files below this folder; give the folder of the .mkv files")
+        raise UserError(
+            f"{source}: no .mkv files below this folder; give the folder of the .mkv files"
+        )
     return sorted(found)
 
 
@@ -99,8 +111,11 @@ def _remux_one(path: Path) -> Remuxed:
         return Remuxed(path, f"{target.name} appeared meanwhile and was not overwritten")
     except OSError as error:  # av.FFmpegError is mostly one, too
         if error.errno == errno.ENOSPC:
-            raise UserError(f"{target}: cannot be written: {error.strerror}; make room, then run the same command "
-                            "again: it goes on where it stopped") from error
+            raise UserError(
+                f"{target}: cannot be written: {error.strerror}; make room, then run the same "
+                "command "
+                "again: it goes on where it stopped"
+            ) from error
         return Remuxed(path, f"could not be read or written: {error.strerror or error}")
     except ValueError as error:
         return Remuxed(path, f"MP4 cannot hold it: {error}")
@@ -110,13 +125,19 @@ def _remux_one(path: Path) -> Remuxed:
 
 def _remux(path: Path, temporary: Path) -> str:
     """Copy the streams; returns what was left behind, in words."""
-    with open_video(path) as (source, video), av.open(
-            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"}) as result:
+    with (
+        open_video(path) as (source, video),
+        av.open(
+            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"}
+        ) as result,
+    ):
         copies, left_behind = _copies(source, video, result)
         result.metadata.update(source.metadata)
         for packet in read_packets(source, *copies):
             if packet is None:
-                raise BadVideoError("damaged; what can be read of it, `ffmpeg -i IN.mkv -c copy OUT.mp4` may copy")
+                raise BadVideoError(
+                    "damaged; what can be read of it, `ffmpeg -i IN.mkv -c copy OUT.mp4` may copy"
+                )
             if packet.size:
                 packet.stream = copies[packet.stream]
                 result.mux(packet)
@@ -125,22 +146,37 @@ def _remux(path: Path, temporary: Path) -> str:
     return left_behind
 
 
-def _copies(source: InputContainer, video: Stream, result: OutputContainer) -> tuple[dict[Stream, Stream], str]:
-    """(Stream to read -> stream to write, what was left behind). Raises `BadVideoError` where a codec does not fit."""
+def _copies(
+    source: InputContainer, video: Stream, result: OutputContainer
+) -> tuple[dict[Stream, Stream], str]:
+    """(Stream to read -> stream to write, what was left behind). Raises `BadVideoError` where a
+    codec does not fit."""
     copies, others = {}, []
     for stream in source.streams:
-        is_film = stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic
+        is_film = (
+            stream.type in ("video", "audio") and not stream.disposition & Disposition.attached_pic
+        )
         if not is_film:
             others.append(stream.type)
             continue
-        codec = stream.codec_context.codec.canonical_name if stream.codec_context else "an unknown codec"
+        codec = (
+            stream.codec_context.codec.canonical_name
+            if stream.codec_context
+            else "an unknown codec"
+        )
         if codec not in result.supported_codecs:
-            raise BadVideoError(f"MP4 cannot hold its {stream.type} codec, {codec}; "
-                                f"leave it as it is, or encode it again: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`")
+            raise BadVideoError(
+                f"MP4 cannot hold its {stream.type} codec, {codec}; "
+                f"leave it as it is, or encode it again: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`"
+            )
         copy = result.add_stream_from_template(stream, opaque=True)  # needs no encoder
-        copy.metadata.update({key: value for key, value in stream.metadata.items() if key in ("language", "title")})
+        copy.metadata.update(
+            {key: value for key, value in stream.metadata.items() if key in ("language", "title")}
+        )
         if codec == "hevc":
-            copy.codec_context.codec_tag = "hvc1"  # the only one of the two that Apple's players take
+            copy.codec_context.codec_tag = (
+                "hvc1"  # the only one of the two that Apple's players take
+            )
         copies[stream] = copy
     return copies, f"left behind: {', '.join(sorted({*others}))}" if others else ""
 
@@ -150,10 +186,27 @@ def _check(path: Path, temporary: Path) -> None:
     before, after = probe(path), probe(temporary)
     if before.truncated:
         raise BadVideoError(before.truncated)
-    same = (before.coded_height, before.coded_width, before.codec, before.orientation, before.pixel_aspect)
-    if same != (after.coded_height, after.coded_width, after.codec, after.orientation, after.pixel_aspect) \
-            or abs(before.duration_s - after.duration_s) > 0.5:
-        raise BadVideoError("its copy as MP4 differs (size, turn, pixel aspect or duration); encode it again")
+    same = (
+        before.coded_height,
+        before.coded_width,
+        before.codec,
+        before.orientation,
+        before.pixel_aspect,
+    )
+    if (
+        same
+        != (
+            after.coded_height,
+            after.coded_width,
+            after.codec,
+            after.orientation,
+            after.pixel_aspect,
+        )
+        or abs(before.duration_s - after.duration_s) > 0.5
+    ):
+        raise BadVideoError(
+            "its copy as MP4 differs (size, turn, pixel aspect or duration); encode it again"
+        )
 
 
 def _put(temporary: Path, target: Path) -> None:

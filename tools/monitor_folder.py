@@ -25,12 +25,14 @@ WINDOW = 10  # intervals that the rate and the ETA are the mean of
 
 @dataclass(frozen=True)
 class Options:
-    """Watch a folder grow while another command writes into it: one line every few seconds with the number of files,
-    their size, how fast both grow, the room left on the disk, and with --until the time to go.
+    """Watch a folder grow while another command writes into it: one line every few seconds with the
+    number of files, their size, how fast both grow, the room left on the disk, and with --until the
+    time to go.
 
-    Looks at names and sizes only, in all folders below (links to folders are not followed); files that come and go
-    meanwhile do no harm, and half-written ones (*.tmp) do not count. Rates are means over the last ten intervals. Stops
-    when --until is reached, after --count lines, or on CTRL+C.
+    Looks at names and sizes only, in all folders below (links to folders are not followed); files
+    that come and go meanwhile do no harm, and half-written ones (*.tmp) do not count. Rates are
+    means over the last ten intervals. Stops when --until is reached, after --count lines, or on
+    CTRL+C.
 
     Example: python tools/monitor_folder.py ~/dataset/DIV2K --interval 5 --until 30000
     """
@@ -66,7 +68,9 @@ def main(options: Options) -> int:
             recent.append(measure(folder, options.pattern))
             lines += 1
             print(line(recent, shutil.disk_usage(folder).free, options.until), flush=True)
-            if (options.until is not None and recent[-1].files >= options.until) or lines == options.count:
+            if (
+                options.until is not None and recent[-1].files >= options.until
+            ) or lines == options.count:
                 return 0
             time.sleep(options.interval)
     except KeyboardInterrupt:  # the usual way to end it
@@ -79,7 +83,9 @@ def _check_options(options: Options, folder: Path) -> None:
     """Refuse what cannot work."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {what}; give the folder that the tool writes into, once it is there")
+        raise UserError(
+            f"{folder}: {what}; give the folder that the tool writes into, once it is there"
+        )
     if not (math.isfinite(options.interval) and options.interval > 0):
         raise UserError(f"--interval {options.interval:g}: must be above 0 seconds, such as 2")
     for flag, value in (("--until", options.until), ("--count", options.count)):
@@ -88,7 +94,8 @@ def _check_options(options: Options, folder: Path) -> None:
 
 
 def measure(folder: Path, pattern: str) -> FolderState:
-    """Number and total size of the files below `folder`. Raises `FileNotFoundError` where `folder` itself is gone."""
+    """Number and total size of the files below `folder`. Raises `FileNotFoundError` where `folder`
+    itself is gone."""
     files = size = 0
     os.stat(folder)
     for entry in _entries(folder):
@@ -103,7 +110,8 @@ def measure(folder: Path, pattern: str) -> FolderState:
 
 
 def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder, one at a time: memory grows with the depth alone, not with the number of files."""
+    """All files below a folder, one at a time: memory grows with the depth alone, not with the
+    number of files."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -114,8 +122,10 @@ def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
     except (FileNotFoundError, NotADirectoryError):  # removed while we looked
         return
     except PermissionError as error:
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
-                        "permissions") from None
+        raise UserError(
+            f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
+            "permissions"
+        ) from None
 
 
 def line(recent: deque[FolderState], free: int, until: int | None) -> str:

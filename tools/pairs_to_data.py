@@ -1,7 +1,7 @@
 """Pairs of HR and LR photographs to pairs of training crops that stay aligned.
 
-`PairCutter` decodes and cuts one pair at a time. Before it cuts, it asks the pixels whether both sides show the same
-thing at the same place: `correlation`, `shift` and `has_swapped_colors`.
+`PairCutter` decodes and cuts one pair at a time. Before it cuts, it asks the pixels whether both
+sides show the same thing at the same place: `correlation`, `shift` and `has_swapped_colors`.
 """
 
 from __future__ import annotations
@@ -49,29 +49,33 @@ from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import printable, walk
 from tools.parallel import thread_count
 
-MAX_SHIFT = 4        # LR pixels that LR may be found shifted by
-_MIN_SIDE = 24       # LR pixels a side: less is too little to tell a shift by
-# Another shift must correlate better by this, plus so many times what chance makes (the standard error of a
-# correlation). Of Set5 and photographs at 1/2, 1/3, 1/4 and 1/8, as they are, with noise of sigma 25, JPEG of quality
-# 30 and 10, blur of sigma 2, and with every s-th pixel for LR (nearly half a pixel off), no true pair is refused; of
-# those shifted by one or two pixels 94 % are.
+MAX_SHIFT = 4  # LR pixels that LR may be found shifted by
+_MIN_SIDE = 24  # LR pixels a side: less is too little to tell a shift by
+# Another shift must correlate better by this, plus so many times what chance makes (the standard
+# error of a correlation). Of Set5 and photographs at 1/2, 1/3, 1/4 and 1/8, as they are, with noise
+# of sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel for LR (nearly
+# half a pixel off), no true pair is refused; of those shifted by one or two pixels 94 % are.
 _MIN_GAIN, _ERRORS = 0.003, 5
-_MIN_COLOR = 3.0     # root mean square of R - B, in grey levels: less says nothing
-_SWAPPED = -0.4      # cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance
+_MIN_COLOR = 3.0  # root mean square of R - B, in grey levels: less says nothing
+_SWAPPED = (
+    -0.4
+)  # cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CropOptions):
     """Cut HR photographs and their LR versions into pairs of crops.
 
-    Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png (also in one folder, given
-    twice), or equal names in both folders; the same subfolders on both sides go first. The HR side must be SCALE times
-    the LR side (up to SCALE - 1 rows and columns of HR beyond that are cut off). Crops are cut on the LR grid:
-    OUT/<photo>/x1_<row>_<column>.npy is HR, ..._lr<scale>.npy beside it is LR, and pixel (y, x) of LR shows what HR
-    shows from (SCALE y, SCALE x) on. Nothing is resized, at whatever scale or format.
-    Pairs that do not show the same (another photo, flipped, shifted, red and blue swapped) are rejected.
+    Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png (also in
+    one folder, given twice), or equal names in both folders; the same subfolders on both sides go
+    first. The HR side must be SCALE times the LR side (up to SCALE - 1 rows and columns of HR
+    beyond that are cut off). Crops are cut on the LR grid: OUT/<photo>/x1_<row>_<column>.npy is HR,
+    ..._lr<scale>.npy beside it is LR, and pixel (y, x) of LR shows what HR shows from (SCALE y,
+    SCALE x) on. Nothing is resized, at whatever scale or format. Pairs that do not show the same
+    (another photo, flipped, shifted, red and blue swapped) are rejected.
 
-    Example: python tools/pairs_to_data.py DIV2K_train_HR DIV2K_train_LR_bicubic/X4 --scale 4 --out ~/dataset/DIV2K_x4
+    Example: python tools/pairs_to_data.py DIV2K_train_HR DIV2K_train_LR_bicubic/X4 --scale 4 --out
+    ~/dataset/DIV2K_x4
     """
 
     hr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HR_DIR")]
@@ -83,8 +87,8 @@ class Options(CropOptions):
     out: Path | None = None
     """Folder of the crops; by default ~/dataset/pairs_x<scale>."""
     min_correlation: float = 0.9
-    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the same; -1 takes
-    all, shifted and swapped ones too."""
+    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the
+    same; -1 takes all, shifted and swapped ones too."""
     max_megapixels: float = 300
     """Reject larger photos before they are decoded: they could fill the memory."""
     keep_lossy_size: tyro.conf.Suppress[bool] = True
@@ -92,7 +96,8 @@ class Options(CropOptions):
 
 
 def main(options: Options) -> int:
-    """Make the pairs of crops. 0: done; 1: done, but some files have no partner or do not fit theirs."""
+    """Make the pairs of crops. 0: done; 1: done, but some files have no partner or do not fit
+    theirs."""
     _check_options(options)
     hr, lr = options.hr.expanduser(), options.lr.expanduser()
     out = (options.out or Path(f"~/dataset/pairs_x{options.scale}")).expanduser()
@@ -103,9 +108,19 @@ def main(options: Options) -> int:
     prepare_decoders()
     cutter = PairCutter(hr, lr, out, settings, options, {pair.hr: pair for pair in pairs})
     clock = Clock()
-    places = {key: os.path.relpath(folder.resolve(), out.resolve()) for key, folder in (("photos", hr), ("lr", lr))}
-    with open_dataset(out, settings, cutter.stamp, "pairs_to_data", pair_scale=options.scale,
-                      min_correlation=options.min_correlation, **places) as dataset:
+    places = {
+        key: os.path.relpath(folder.resolve(), out.resolve())
+        for key, folder in (("photos", hr), ("lr", lr))
+    }
+    with open_dataset(
+        out,
+        settings,
+        cutter.stamp,
+        "pairs_to_data",
+        pair_scale=options.scale,
+        min_correlation=options.min_correlation,
+        **places,
+    ) as dataset:
         todo = [pair.hr for pair in pairs if not dataset.is_finished(pair.hr)]
         dataset.totals.already = len(pairs) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
@@ -122,12 +137,20 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--scale {options.scale}: must be 2 to 16")
     if options.size % options.scale:
         down = options.size - options.size % options.scale
-        raise UserError(f"--size {options.size}: must be a multiple of the scale {options.scale}, such as {down}, so "
-                        "that pairs stay aligned")
+        raise UserError(
+            f"--size {options.size}: must be a multiple of the scale {options.scale}, such as "
+            f"{down}, so "
+            "that pairs stay aligned"
+        )
     if not -1 <= options.min_correlation < 1:
-        raise UserError(f"--min-correlation {options.min_correlation:g}: must be at least -1 and below 1")
+        raise UserError(
+            f"--min-correlation {options.min_correlation:g}: must be at least -1 and below 1"
+        )
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}")
+        raise UserError(
+            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
+            f"{MAX_MEGAPIXELS}"
+        )
 
 
 def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[str]]:
@@ -142,19 +165,29 @@ def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[st
         lr_names = outside(lr_names, first.relative_to(second).as_posix())
     pairs, lonely = match_pairs(hr_names, lr_names, scale)
     if not pairs:
-        names = f"img_HR.png and img_LR.png in one folder, or img_HR.png and img_x{scale}.png" if first == second else \
-            f"0001.png and 0001x{scale}.png"
-        raise UserError(f"{hr}, {lr}: no HR file has a partner of its name (such as {names}); give the folders of the "
-                        "pairs")
+        names = (
+            f"img_HR.png and img_LR.png in one folder, or img_HR.png and img_x{scale}.png"
+            if first == second
+            else f"0001.png and 0001x{scale}.png"
+        )
+        raise UserError(
+            f"{hr}, {lr}: no HR file has a partner of its name (such as {names}); give the folders "
+            "of the "
+            "pairs"
+        )
     return pairs, lonely
 
 
 def _images(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folders of the HR and of the LR photographs")
+        raise UserError(
+            f"{folder}: no such folder; give the folders of the HR and of the LR photographs"
+        )
     files = walk(folder, MANIFEST)
     if not files.encoded:
-        raise UserError(f"{folder}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}")
+        raise UserError(
+            f"{folder}: no images ({FORMAT_TITLES}) below this folder{files.links_note()}"
+        )
     if files.unread:
         print(f"{folder}: {unread_note(files.unread)}")
     return files.encoded
@@ -163,9 +196,22 @@ def _images(folder: Path) -> list[str]:
 class PairCutter:
     """Decodes and cuts pairs, on any number of threads."""
 
-    def __init__(self, hr: Path, lr: Path, out: Path, settings: CropSettings, options: Options,
-                 pairs: dict[str, NamePair]) -> None:
-        self._hr, self._lr, self._out, self._settings, self._options = hr, lr, out, settings, options
+    def __init__(
+        self,
+        hr: Path,
+        lr: Path,
+        out: Path,
+        settings: CropSettings,
+        options: Options,
+        pairs: dict[str, NamePair],
+    ) -> None:
+        self._hr, self._lr, self._out, self._settings, self._options = (
+            hr,
+            lr,
+            out,
+            settings,
+            options,
+        )
         self._pairs = pairs
         self._benchmark: BenchmarkIndex | None = open_benchmark(settings.against)
 
@@ -190,7 +236,9 @@ class PairCutter:
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
-            return UnitResult(unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")])
+            return UnitResult(
+                unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")]
+            )
         reject = self._misfit(hr_picture.pixels, lr_picture.pixels)
         if reject:
             return UnitResult(unit, rejects=[reject])
@@ -213,14 +261,22 @@ class PairCutter:
         hr = hr[: lr.shape[0] * scale, : lr.shape[1] * scale]
         likeness = correlation(hr, lr)
         if likeness < self._options.min_correlation:
-            return Reject("pair", f"HR and LR do not show the same (correlation {likeness:.2f}, below "
-                                  f"{self._options.min_correlation:g}; --min-correlation)")
+            return Reject(
+                "pair",
+                f"HR and LR do not show the same (correlation {likeness:.2f}, below "
+                f"{self._options.min_correlation:g}; --min-correlation)",
+            )
         down, right = shift(hr, lr)
         if down or right:
-            return Reject("pair", f"LR is shifted against HR: by {down} rows and {right} columns of LR "
-                                  "(--min-correlation -1 takes it)")
+            return Reject(
+                "pair",
+                f"LR is shifted against HR: by {down} rows and {right} columns of LR "
+                "(--min-correlation -1 takes it)",
+            )
         if has_swapped_colors(hr, lr):
-            return Reject("pair", "red and blue are swapped in HR or in LR (--min-correlation -1 takes it)")
+            return Reject(
+                "pair", "red and blue are swapped in HR or in LR (--min-correlation -1 takes it)"
+            )
         return None
 
     def _refused(self, hr: np.ndarray, gates: dict[str, float | str]) -> Reject | None:
@@ -231,34 +287,62 @@ class PairCutter:
             return soft_picture(gates, self._settings, "HR")
         return find_leak(hr, self._benchmark)
 
-    def _cut(self, unit: Unit, hr_picture: SourcePicture, lr_picture: SourcePicture,
-             source: dict[str, float | str]) -> CutPicture:
+    def _cut(
+        self,
+        unit: Unit,
+        hr_picture: SourcePicture,
+        lr_picture: SourcePicture,
+        source: dict[str, float | str],
+    ) -> CutPicture:
         hr, lr = hr_picture.pixels, lr_picture.pixels
         scale, size = self._options.scale, self._settings.size
-        result = CutPicture(pixels=hr.shape[0] * hr.shape[1], profile=hr_picture.profile or lr_picture.profile)
+        result = CutPicture(
+            pixels=hr.shape[0] * hr.shape[1], profile=hr_picture.profile or lr_picture.profile
+        )
         for crop in crop_places(*lr.shape[:2], size // scale, self._settings, f"1/{unit.photo}"):
             top, left = crop.top * scale, crop.left * scale
             hr_window = np.ascontiguousarray(hr[top : top + size, left : left + size])
-            lr_window = np.ascontiguousarray(lr[crop.top :, crop.left :][: size // scale, : size // scale])
+            lr_window = np.ascontiguousarray(
+                lr[crop.top :, crop.left :][: size // scale, : size // scale]
+            )
             gates = crop_gates(hr_window)
             if is_flat(gates, self._settings.min_gradient):
                 result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
                 continue
-            if leak := find_leak(hr_window, self._benchmark):  # a small part shows in the crops alone
+            if leak := find_leak(
+                hr_window, self._benchmark
+            ):  # a small part shows in the crops alone
                 discard(result.records, self._out)
                 return CutPicture(rejects=[leak], pixels=result.pixels)
             name = f"{unit.folder}/x1_{crop.row:03d}_{crop.column:03d}"
-            lr_record = self._write(unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, lr_picture.decoder)
+            lr_record = self._write(
+                unit, f"{name}_lr{scale}", lr_window, crop.top, crop.left, lr_picture.decoder
+            )
             hr_record = self._write(unit, name, hr_window, top, left, hr_picture.decoder)
             result.records.append(replace(hr_record, gates={**gates, **source}, lr=lr_record.path))
             result.records.append(replace(lr_record, role="lr"))
         return result
 
-    def _write(self, unit: Unit, stem: str, window: np.ndarray, top: int, left: int, decoder: str) -> CropRecord:
+    def _write(
+        self, unit: Unit, stem: str, window: np.ndarray, top: int, left: int, decoder: str
+    ) -> CropRecord:
         name = f"{stem}.{self._settings.format}"
         num_bytes = write_crop(self._out, name, unit, window, self._settings.format)
-        return CropRecord(name, unit.photo, 1, top, left, window.shape[0], num_bytes,
-                          hashlib.sha256(window).hexdigest(), decoder, {}, unit.bytes, unit.mtime_ns, 0)
+        return CropRecord(
+            name,
+            unit.photo,
+            1,
+            top,
+            left,
+            window.shape[0],
+            num_bytes,
+            hashlib.sha256(window).hexdigest(),
+            decoder,
+            {},
+            unit.bytes,
+            unit.mtime_ns,
+            0,
+        )
 
 
 def _decode(path: Path, max_megapixels: float) -> SourcePicture:
@@ -276,25 +360,32 @@ def _decode(path: Path, max_megapixels: float) -> SourcePicture:
 
 
 def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
-    """Pearson's correlation of the luma of both pictures, each reduced to at most 64 pixels a side; flat ones: 1."""
-    first, second = (cv2.cvtColor(side, cv2.COLOR_RGB2GRAY).astype(np.float64) for side in _thumbnails(hr, lr))
+    """Pearson's correlation of the luma of both pictures, each reduced to at most 64 pixels a side;
+    flat ones: 1."""
+    first, second = (
+        cv2.cvtColor(side, cv2.COLOR_RGB2GRAY).astype(np.float64) for side in _thumbnails(hr, lr)
+    )
     first, second = first - first.mean(), second - second.mean()
     norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / norm if norm > first.size else 1.0
 
 
 def has_swapped_colors(hr: np.ndarray, lr: np.ndarray) -> bool:
-    """Whether red is blue and blue red on one side (OpenCV's order of the channels taken for RGB)."""
+    """Whether red is blue and blue red on one side (OpenCV's order of the channels taken for
+    RGB)."""
     first, second = (side[..., 0].astype(np.float64) - side[..., 2] for side in _thumbnails(hr, lr))
     norms = [float(np.sqrt((values**2).mean())) for values in (first, second)]
-    return min(norms) > _MIN_COLOR and float((first * second).mean()) < _SWAPPED * norms[0] * norms[1]
+    return (
+        min(norms) > _MIN_COLOR and float((first * second).mean()) < _SWAPPED * norms[0] * norms[1]
+    )
 
 
 def shift(hr: np.ndarray, lr: np.ndarray) -> tuple[int, int]:
-    """(Rows, columns) that `lr` lies below and to the right of `hr`, uint8 RGB, in LR pixels; (0, 0) unless clear.
+    """(Rows, columns) that `lr` lies below and to the right of `hr`, uint8 RGB, in LR pixels; (0,
+    0) unless clear.
 
-    `hr` is reduced to the size of `lr` by means of areas; normalised cross-correlation of the band that survives blur
-    and noise (differences of Gaussians of sigma 1 and 4), within `MAX_SHIFT`.
+    `hr` is reduced to the size of `lr` by means of areas; normalised cross-correlation of the band
+    that survives blur and noise (differences of Gaussians of sigma 1 and 4), within `MAX_SHIFT`.
     """
     height, width = lr.shape[:2]
     if min(height, width) < _MIN_SIDE:

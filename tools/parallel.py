@@ -29,8 +29,11 @@ def thread_count(asked: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map` on threads: results in the order of `items`, at most a few items ahead, so that memory stays bounded."""
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Result]:
+    """`map` on threads: results in the order of `items`, at most a few items ahead, so that memory
+    stays bounded."""
     pool = ThreadPoolExecutor(threads)
     waiting = deque()
     try:
@@ -52,15 +55,18 @@ def batched(items: Iterable[Item], count: int = 16) -> Iterator[list[Item]]:
 
 
 def progress(total: int | None, unit: str) -> tqdm:
-    """A bar with rate and ETA (where the total is known) on stderr, for people only, after two seconds of work."""
+    """A bar with rate and ETA (where the total is known) on stderr, for people only, after two
+    seconds of work."""
     return tqdm(total=total, unit=unit, file=sys.stderr, **bar_options())
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide what libraries print and warn on stderr about bad images; we say it ourselves, with the file's name.
+    """Hide what libraries print and warn on stderr about bad images; we say it ourselves, with the
+    file's name.
 
-    Python's own stderr (errors, progress bars) stays visible. Process-wide: file descriptor 2 has no owner.
+    Python's own stderr (errors, progress bars) stays visible. Process-wide: file descriptor 2 has
+    no owner.
     """
     visible = os.dup(2)
     python_stderr = sys.stderr

@@ -51,28 +51,59 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("training loss", "train", (Curve("loss"),)),
-    *(Panel(f"validation {metric.title}{metric.unit and f', {metric.unit}'}", "validation", (Curve(name),),
-            is_noisy=False, best=min if metric.lower_is_better else max, unit=metric.unit and f" {metric.unit}")
-      for name, metric in METRICS.items()),
+    *(
+        Panel(
+            f"validation {metric.title}{metric.unit and f', {metric.unit}'}",
+            "validation",
+            (Curve(name),),
+            is_noisy=False,
+            best=min if metric.lower_is_better else max,
+            unit=metric.unit and f" {metric.unit}",
+        )
+        for name, metric in METRICS.items()
+    ),
     Panel("throughput, images/s", "train", (Curve("images_per_second"),), from_zero=True),
-    Panel("time of a step, s", "train", (Curve("step_seconds", "all"), Curve("data_seconds", "waiting for data", ":")),
-          from_zero=True),
-    Panel("mean logit of the discriminator", "train", (Curve("d_real", "HR"), Curve("d_fake", "SR", "--"))),
-    Panel("gradient norm", "train", (Curve("gradient_norm", "generator"),
-                                     Curve("discriminator_gradient_norm", "discriminator", "--")), True),
-    Panel("colour drift of SR, levels", "train", (Curve("colour_drift_red", "red"),
-                                                  Curve("colour_drift_green", "green", "--"),
-                                                  Curve("colour_drift_blue", "blue", ":"))),
+    Panel(
+        "time of a step, s",
+        "train",
+        (Curve("step_seconds", "all"), Curve("data_seconds", "waiting for data", ":")),
+        from_zero=True,
+    ),
+    Panel(
+        "mean logit of the discriminator",
+        "train",
+        (Curve("d_real", "HR"), Curve("d_fake", "SR", "--")),
+    ),
+    Panel(
+        "gradient norm",
+        "train",
+        (
+            Curve("gradient_norm", "generator"),
+            Curve("discriminator_gradient_norm", "discriminator", "--"),
+        ),
+        True,
+    ),
+    Panel(
+        "colour drift of SR, levels",
+        "train",
+        (
+            Curve("colour_drift_red", "red"),
+            Curve("colour_drift_green", "green", "--"),
+            Curve("colour_drift_blue", "blue", ":"),
+        ),
+    ),
     Panel("learning rate", "train", (Curve("lr"),), True, is_noisy=False),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the curves of runs, above each other, as one picture: loss, PSNR, throughput, and whatever else they log.
+    """Draw the curves of runs, above each other, as one picture: loss, PSNR, throughput, and
+    whatever else they log.
 
-    Only what a run has is drawn, of a run with stages every stage. The best validation is marked. TensorBoard shows the
-    same and more; this is for a report, a mail, or a machine without a browser.
+    Only what a run has is drawn, of a run with stages every stage. The best validation is marked.
+    TensorBoard shows the same and more; this is for a report, a mail, or a machine without a
+    browser.
 
     Example: python tools/plot_run.py runs/vapsr_x2 runs/msrresnet_x2 --out curves.png
     """
@@ -84,8 +115,8 @@ class Options:
     names: tuple[str, ...] = ()
     """What to call the runs in the picture, one for each. Default: their folders' names."""
     smooth: int | None = None
-    """Draw the mean of this many log lines around each (of training; the single lines stay, pale); 1: the lines alone.
-    Default: a fifteenth of them."""
+    """Draw the mean of this many log lines around each (of training; the single lines stay, pale);
+    1: the lines alone. Default: a fifteenth of them."""
 
 
 def main(options: Options) -> int:
@@ -96,18 +127,31 @@ def main(options: Options) -> int:
         raise UserError(f"--smooth {options.smooth}: must be 1 or more log lines")
     logs = find_logs(options.runs or (find_run(),), options.names)
     lines = {name: read_log(path) for name, path in logs.items()}
-    panels = [panel for panel in PANELS
-              if any(points(log, panel.event, curve.key)[0] for log in lines.values() for curve in panel.curves)]
+    panels = [
+        panel
+        for panel in PANELS
+        if any(
+            points(log, panel.event, curve.key)[0]
+            for log in lines.values()
+            for curve in panel.curves
+        )
+    ]
     if not panels:
-        raise UserError(f"{', '.join(map(str, logs.values()))}: nothing to draw yet; the first line comes after "
-                        "log_every steps")
-    write_atomically(options.out.expanduser(), draw(lines, panels, options.smooth, options.out.suffix[1:]))
+        raise UserError(
+            f"{', '.join(map(str, logs.values()))}: nothing to draw yet; the first line comes "
+            "after "
+            "log_every steps"
+        )
+    write_atomically(
+        options.out.expanduser(), draw(lines, panels, options.smooth, options.out.suffix[1:])
+    )
     print(f"{options.out}: {', '.join(panel.title for panel in panels)} of {', '.join(lines)}")
     return 0
 
 
 def find_logs(runs: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path]:
-    """Name -> log.jsonl of every run, of every stage of a run with stages in the order in which they ran."""
+    """Name -> log.jsonl of every run, of every stage of a run with stages in the order in which
+    they ran."""
     if names and len(names) != len(runs):
         raise UserError(f"--names has {len(names)} names for {len(runs)} runs; give one for each")
     found: dict[str, Path] = {}
@@ -115,7 +159,10 @@ def find_logs(runs: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path
         folder = path.parent if path.is_file() else path
         logs = [path] if path.is_file() else _logs_of(path)
         if not logs:
-            raise UserError(f"{path}: no {LOG_FILE} in it; give the folder of a run that has logged, or its --log-dir")
+            raise UserError(
+                f"{path}: no {LOG_FILE} in it; give the folder of a run that has logged, or its "
+                "--log-dir"
+            )
         for log in logs:
             name = names[number] if names else folder.resolve().name
             if log.parent != folder:
@@ -133,35 +180,45 @@ def _logs_of(folder: Path) -> list[Path]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A last line that is still being written is left out; `UserError` for what is no log."""
+    """The lines of a log. A last line that is still being written is left out; `UserError` for what
+    is no log."""
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace")
-    complete = text[:text.rfind("\n") + 1].splitlines()
+    complete = text[: text.rfind("\n") + 1].splitlines()
     for number, line in enumerate(complete, start=1):
         try:
             entry = json.loads(line)
             int(entry["step"]), str(entry["event"])
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {number} is not one that training writes; give the {LOG_FILE} of a run"
-                            ) from None
+            raise UserError(
+                f"{path}: line {number} is not one that training writes; give the {LOG_FILE} of a "
+                "run"
+            ) from None
         lines.append(entry)
     return lines
 
 
 def points(log: Sequence[dict[str, Any]], event: str, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `key` in the lines of `event`; what was not finite was written as null and is left out."""
-    found = [(line["step"], line[key]) for line in log if line["event"] == event and line.get(key) is not None]
+    """Steps and values of `key` in the lines of `event`; what was not finite was written as null
+    and is left out."""
+    found = [
+        (line["step"], line[key])
+        for line in log
+        if line["event"] == event and line.get(key) is not None
+    ]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def moving_mean(values: Sequence[float], width: int) -> list[float]:
     """The mean of the `width` values around each, of fewer at both ends."""
     before, after = (width - 1) // 2, width // 2
-    around = [values[max(0, i - before):i + after + 1] for i in range(len(values))]
+    around = [values[max(0, i - before) : i + after + 1] for i in range(len(values))]
     return [math.fsum(window) / len(window) for window in around]
 
 
-def draw(logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth: int | None, kind: str) -> bytes:
+def draw(
+    logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth: int | None, kind: str
+) -> bytes:
     """The picture's bytes."""
     import io
 
@@ -172,17 +229,30 @@ def draw(logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth:
 
     columns = 2 if len(panels) == 4 else min(MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, grid = pyplot.subplots(rows, columns, squeeze=False, dpi=DOTS_PER_INCH, layout="constrained",
-                                   figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT + LEGEND_HEIGHT))
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        dpi=DOTS_PER_INCH,
+        layout="constrained",
+        figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT + LEGEND_HEIGHT),
+    )
     for panel, axes in zip(panels, grid.flat, strict=False):
         _draw_panel(axes, panel, logs, smooth)
-    for axes in grid.flat[len(panels):]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     if len(logs) > 1:
-        names = [pyplot.Line2D([], [], color=_colour(number), linewidth=2.5, label=name)
-                 for number, name in enumerate(logs)]
-        figure.legend(handles=names, loc="outside upper left", ncols=min(len(logs), 2 * columns), fontsize=9,
-                      frameon=False)
+        names = [
+            pyplot.Line2D([], [], color=_colour(number), linewidth=2.5, label=name)
+            for number, name in enumerate(logs)
+        ]
+        figure.legend(
+            handles=names,
+            loc="outside upper left",
+            ncols=min(len(logs), 2 * columns),
+            fontsize=9,
+            frameon=False,
+        )
     else:
         figure.suptitle(next(iter(logs)), fontsize=11)
     picture = io.BytesIO()
@@ -195,7 +265,9 @@ def _colour(number: int) -> str:
     return f"C{number % 10}"
 
 
-def _draw_panel(axes: Axes, panel: Panel, logs: dict[str, list[dict[str, Any]]], smooth: int | None) -> None:
+def _draw_panel(
+    axes: Axes, panel: Panel, logs: dict[str, list[dict[str, Any]]], smooth: int | None
+) -> None:
     labels: dict[str, str] = {}  # of the curves of one run, with their styles
     for number, log in enumerate(logs.values()):
         for curve in panel.curves:
@@ -217,12 +289,25 @@ def _draw_panel(axes: Axes, panel: Panel, logs: dict[str, list[dict[str, Any]]],
     if len(labels) > 1:
         from matplotlib.lines import Line2D
 
-        axes.legend(handles=[Line2D([], [], color="0.3", linestyle=style, label=label)
-                             for label, style in labels.items()], fontsize=7, frameon=False)
+        axes.legend(
+            handles=[
+                Line2D([], [], color="0.3", linestyle=style, label=label)
+                for label, style in labels.items()
+            ],
+            fontsize=7,
+            frameon=False,
+        )
 
 
-def _draw_curve(axes: Axes, panel: Panel, style: str, colour: str, steps: Sequence[int], values: Sequence[float],
-                smooth: int | None) -> None:
+def _draw_curve(
+    axes: Axes,
+    panel: Panel,
+    style: str,
+    colour: str,
+    steps: Sequence[int],
+    values: Sequence[float],
+    smooth: int | None,
+) -> None:
     width = smooth or max(1, len(values) // AUTO_SMOOTHED)
     marker = "o" if panel.event == "validation" or len(steps) == 1 else None
     if panel.is_noisy and width > 1:
@@ -231,11 +316,19 @@ def _draw_curve(axes: Axes, panel: Panel, style: str, colour: str, steps: Sequen
     axes.plot(steps, values, style, color=colour, marker=marker, markersize=3, linewidth=1.5)
     if panel.best:
         place = values.index(panel.best(values))
-        axes.plot(steps[place], values[place], "*", color=colour, markersize=11, markeredgecolor="white")
+        axes.plot(
+            steps[place], values[place], "*", color=colour, markersize=11, markeredgecolor="white"
+        )
         decimals = 2 if panel.unit else 4
-        axes.annotate(f"{values[place]:.{decimals}f}{panel.unit} at {steps[place]:,}", (steps[place], values[place]),
-                      textcoords="offset points", xytext=(0, 8 if panel.best is max else -14), fontsize=7, color=colour,
-                      ha="right" if place > len(steps) / 2 else "left")
+        axes.annotate(
+            f"{values[place]:.{decimals}f}{panel.unit} at {steps[place]:,}",
+            (steps[place], values[place]),
+            textcoords="offset points",
+            xytext=(0, 8 if panel.best is max else -14),
+            fontsize=7,
+            color=colour,
+            ha="right" if place > len(steps) / 2 else "left",
+        )
 
 
 if __name__ == "__main__":

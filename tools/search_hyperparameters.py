@@ -1,4 +1,5 @@
-"""Search hyper-parameters: each trial is a training run of its own, bad ones are ended early, nothing is lost."""
+"""Search hyper-parameters: each trial is a training run of its own, bad ones are ended early,
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -36,44 +37,55 @@ LONGEST_MINUTES = 1e6
 
 @dataclass(frozen=True)
 class Options:
-    """Search hyper-parameters with Optuna: train short runs with other values each, and tell which are best.
+    """Search hyper-parameters with Optuna: train short runs with other values each, and tell which
+    are best.
 
-    Each trial is a training run in runs/<study>/trial-0000, trial-0001, ...: ./launch_local_train.sh with overrides.
-    Its validations are watched as they come, and what is worse than others were at that step is ended early. The best
-    trial so far is always in runs/<study>/best.yaml, a recipe that trains as it is.
+    Each trial is a training run in runs/<study>/trial-0000, trial-0001, ...:
+    ./launch_local_train.sh with overrides. Its validations are watched as they come, and what is
+    worse than others were at that step is ended early. The best trial so far is always in
+    runs/<study>/best.yaml, a recipe that trains as it is.
 
-    CTRL+C saves the trials that run; the same command goes on with them, after kill -9 and a loss of power too.
-    Several machines that share a disk may run the same command at once.
+    CTRL+C saves the trials that run; the same command goes on with them, after kill -9 and a loss
+    of power too. Several machines that share a disk may run the same command at once.
 
-    Example: python tools/search_hyperparameters.py demo --recipe demo --dataset-dir ~/dataset --steps 300 --trials 12
+    Example: python tools/search_hyperparameters.py demo --recipe demo --dataset-dir ~/dataset
+    --steps 300 --trials 12
     """
 
     space: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")]
     """A name in recipes/searches/ or the path of a YAML file: override -> its range or choices."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
+    ] = ()
     """The same for all trials: key=value over the recipe, ds.key=value over DeepSpeed's file."""
     recipe: str = "vapsr_x2"
     """What to search for: a name in recipes/ or the path of a YAML file."""
-    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    dataset_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
     """As of training; may be given several times. Default: ~/dataset."""
-    lr_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    lr_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
     """As of training, for data.degradation=paired."""
     ds_config: Path | None = None
     """DeepSpeed's configuration. Default: the recipe's."""
     output_dir: Path | None = None
     """The study's folder. Default: runs/search-<space> in the current folder."""
     steps: int = 2000
-    """Optimizer updates of a trial, the same for all; a schedule whose length is auto ends with them."""
+    """Optimizer updates of a trial, the same for all; a schedule whose length is auto ends with
+    them."""
     trials: int = 20
     """Number of trials in all, including those of earlier calls and other machines."""
     timeout: float = 0
     """Minutes after which this call saves what runs and ends; 0: none. The same command goes on."""
     metric: str = "psnr"
-    """The best validation of a trial: highest PSNR-Y (psnr), lowest LPIPS (lpips, which needs validation_lpips=alex or
-    another), or another metric of pipeline/metrics, which best.metric must measure."""
+    """The best validation of a trial: highest PSNR-Y (psnr), lowest LPIPS (lpips, which needs
+    validation_lpips=alex or another), or another metric of pipeline/metrics, which best.metric must
+    measure."""
     pruner: Pruner = "median"
-    """What ends trials early. median: worse than the median of the finished ones at that step, from the sixth on;
-    hyperband: many short ones, few long ones; for some 30 trials or more."""
+    """What ends trials early. median: worse than the median of the finished ones at that step, from
+    the sixth on; hyperband: many short ones, few long ones; for some 30 trials or more."""
     prune_after: int | None = None
     """No trial is ended before this many steps. Default: a quarter of --steps."""
     seed: int = 0
@@ -83,7 +95,8 @@ class Options:
     procs: int = 1
     """Ranks of a trial: GPUs, or processes on a CPU."""
     keep: int = 3
-    """Keep the checkpoints of this many best trials; those of others are removed, their logs stay."""
+    """Keep the checkpoints of this many best trials; those of others are removed, their logs
+    stay."""
     show: bool = False
     """Only show what the study has found so far, also while it runs."""
     reset: bool = False
@@ -91,16 +104,23 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Search. Exit status: 0 done, 128 + signal stopped and saved, 2 bad input, 1 when trials fail from the start."""
+    """Search. Exit status: 0 done, 128 + signal stopped and saved, 2 bad input, 1 when trials fail
+    from the start."""
     _check_options(options)
     name = Path(options.space).stem if options.space.endswith((".yaml", ".yml")) else options.space
-    folder = StudyFolder((options.output_dir or RUNS_DIR / f"search-{name}").expanduser().absolute())
+    folder = StudyFolder(
+        (options.output_dir or RUNS_DIR / f"search-{name}").expanduser().absolute()
+    )
     if options.show:
         return _show(folder)
     space = read_space(options.space)
     budget = _budget(options)
-    training = TrainOptions(recipe=options.recipe, dataset_dir=options.dataset_dir, lr_dir=options.lr_dir,
-                            ds_config=options.ds_config)
+    training = TrainOptions(
+        recipe=options.recipe,
+        dataset_dir=options.dataset_dir,
+        lr_dir=options.lr_dir,
+        ds_config=options.ds_config,
+    )
     target = _target(options, space, training, budget)
     machine = _machine(options, target.plans)
     old = None if options.reset else read_study(folder)
@@ -110,7 +130,9 @@ def main(options: Options) -> int:
         if kept:
             print(f"the old study is kept in {short_path(kept)}")
         direction = "minimize" if metric_of(options.metric).lower_is_better else "maximize"
-        study = open_study(folder, direction, pruner_of(options.pruner, options.steps, budget.prune_after))
+        study = open_study(
+            folder, direction, pruner_of(options.pruner, options.steps, budget.prune_after)
+        )
         with folder.alone():
             if IDENTITY in study.user_attrs:
                 _refuse_strangers(folder, study.user_attrs[IDENTITY], target)
@@ -123,23 +145,40 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    for name, least in (("steps", 1), ("trials", 1), ("seed", 0), ("jobs", 0), ("procs", 1), ("keep", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("trials", 1),
+        ("seed", 0),
+        ("jobs", 0),
+        ("procs", 1),
+        ("keep", 1),
+    ):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
     if not 0 <= options.timeout < LONGEST_MINUTES:
         raise UserError(f"--timeout {options.timeout:g} must be above 0 minutes, or 0 for none")
     if options.prune_after is not None and not 0 <= options.prune_after <= options.steps:
-        raise UserError(f"--prune-after {options.prune_after} must be from 0 to --steps {options.steps}")
+        raise UserError(
+            f"--prune-after {options.prune_after} must be from 0 to --steps {options.steps}"
+        )
     metric_of(options.metric)  # refuses another than the table's
 
 
 def _budget(options: Options) -> Budget:
     after = options.steps // 4 if options.prune_after is None else options.prune_after
-    return Budget(options.trials, options.steps, after, options.timeout * 60 or math.inf, options.keep, options.seed)
+    return Budget(
+        options.trials,
+        options.steps,
+        after,
+        options.timeout * 60 or math.inf,
+        options.keep,
+        options.seed,
+    )
 
 
 def _target(options: Options, space: Space, training: TrainOptions, budget: Budget) -> Objective:
-    """What is searched for. From one validation to the next it is a tenth of the steps, unless that is given."""
+    """What is searched for. From one validation to the next it is a tenth of the steps, unless that
+    is given."""
     given: dict[str, Any] = {}
     for word in options.overrides:
         recipe, ds_config = parse_overrides([word])
@@ -148,19 +187,30 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
         raise UserError(f"steps={given['steps']}: the length of a trial is given by --steps")
     for key in given:
         if key in (parameter.key for parameter in space.parameters):
-            raise UserError(f"{key} is given on the command line and in the search space; leave one out")
+            raise UserError(
+                f"{key} is given on the command line and in the search space; leave one out"
+            )
     measured = [f"steps={budget.steps}"]
     if "validate_every" not in given:
         measured.append(f"validate_every={max(1, budget.steps // 10)}")
     fixed = (*options.overrides, *measured)
     plans = make_plans(_with(training, fixed))
-    base = make_plans(_with(training, tuple(word for word in options.overrides
-                                            if not word.startswith("validate_every="))))
+    base = make_plans(
+        _with(
+            training,
+            tuple(word for word in options.overrides if not word.startswith("validate_every=")),
+        )
+    )
     recipe = plans[-1].recipe
     if options.metric == "lpips" and recipe.validation_lpips == "off":
-        raise UserError("--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg")
+        raise UserError(
+            "--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg"
+        )
     if options.metric not in ("psnr", "lpips", recipe.best.metric):
-        raise UserError(f"--metric {options.metric} is not measured in validation; say best.metric={options.metric}")
+        raise UserError(
+            f"--metric {options.metric} is not measured in validation; say "
+            f"best.metric={options.metric}"
+        )
     return Objective(space, training, fixed, options.metric, plans, base)
 
 
@@ -173,26 +223,35 @@ def _machine(options: Options, plans: Sequence[Plan]) -> Machine:
     gpus = num_gpus()
     jobs = options.jobs or (gpus // options.procs if gpus else 1)
     if gpus and (jobs < 1 or jobs * options.procs > gpus):
-        raise UserError(f"--jobs {max(1, jobs)} with --procs {options.procs} takes {max(1, jobs) * options.procs} GPUs;"
-                        f" this machine has {gpus}")
+        raise UserError(
+            f"--jobs {max(1, jobs)} with --procs {options.procs} takes "
+            f"{max(1, jobs) * options.procs} GPUs;"
+            f" this machine has {gpus}"
+        )
     for plan in plans:
         batch_sizes(plan.ds_config, options.procs)
     return Machine(jobs, options.procs, gpus)
 
 
 def _check_values(target: Objective, machine: Machine) -> None:
-    """Refuse values that training would not take, both ends of each range and each choice, before the first trial."""
+    """Refuse values that training would not take, both ends of each range and each choice, before
+    the first trial."""
     candidates = [Candidate("", target.fixed)]
-    candidates += [Candidate(shown, target.overrides(values)) for shown, values in target.space.checked()]
+    candidates += [
+        Candidate(shown, target.overrides(values)) for shown, values in target.space.checked()
+    ]
     check(target.training, candidates, machine.procs)
 
 
 def _identity(target: Objective) -> dict[str, Any]:
     """What a study is a study of."""
-    return {"space": target.space.source, "metric": target.metric,
-            "recipes": [plan.recipe.model_dump(mode="json") for plan in target.plans],
-            "ds_configs": [plan.ds_config for plan in target.plans],
-            "dataset": target.plans[-1].dataset.identity()}
+    return {
+        "space": target.space.source,
+        "metric": target.metric,
+        "recipes": [plan.recipe.model_dump(mode="json") for plan in target.plans],
+        "ds_configs": [plan.ds_config for plan in target.plans],
+        "dataset": target.plans[-1].dataset.identity(),
+    }
 
 
 def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Objective) -> None:
@@ -200,23 +259,40 @@ def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Obje
     wanted = _identity(target)
     found = target.space.differences(held["space"])
     names = {"metric": "--metric", "steps": "--steps"}
-    found += changes({names["metric"]: held["metric"]}, {names["metric"]: wanted["metric"]}, owner="study")
-    stages = changes({"stages": len(held["recipes"])}, {"stages": len(wanted["recipes"])}, owner="study")
+    found += changes(
+        {names["metric"]: held["metric"]}, {names["metric"]: wanted["metric"]}, owner="study"
+    )
+    stages = changes(
+        {"stages": len(held["recipes"])}, {"stages": len(wanted["recipes"])}, owner="study"
+    )
     found += stages
     if not stages:
         for old, plan in zip(held["recipes"], target.plans, strict=True):
             before = recipe_of(old, str(folder.path))
             found += recipe_differences(before, plan.recipe, "study")
-            free = ("steps", "validate_every", "validation_images", "patience")  # training lets these change
-            found += changes(*({names.get(key, key): getattr(recipe, key) for key in free}
-                               for recipe in (before, plan.recipe)), owner="study")
+            free = (
+                "steps",
+                "validate_every",
+                "validation_images",
+                "patience",
+            )  # training lets these change
+            found += changes(
+                *(
+                    {names.get(key, key): getattr(recipe, key) for key in free}
+                    for recipe in (before, plan.recipe)
+                ),
+                owner="study",
+            )
         for old_ds, plan in zip(held["ds_configs"], target.plans, strict=True):
             found += ds_differences(old_ds, plan.ds_config, "study")
     known = {key: wanted["dataset"][key] for key in held["dataset"]}
     found += changes(held["dataset"], known, "dataset ", owner="study")
     if found:
-        raise UserError(f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with what it was "
-                        "begun with, give --output-dir, or begin again with --reset (the old study is kept)")
+        raise UserError(
+            f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with "
+            "what it was "
+            "begun with, give --output-dir, or begin again with --reset (the old study is kept)"
+        )
 
 
 def _show(folder: StudyFolder) -> int:
@@ -234,14 +310,19 @@ def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
     print(report.trial_table(study, space, metric))
     shares = report.importances(study, space)
     if shares:
-        print(f"\nshare of the variance of the {metric_of(metric).title} of complete trials (fANOVA):")
+        print(
+            f"\nshare of the variance of the {metric_of(metric).title} of complete trials (fANOVA):"
+        )
         print(report.importance_lines(shares))
     with contextlib.suppress(OSError):
         write_atomically(folder.path / PICTURE_FILE, report.draw(study, space, metric))
         print(f"\npicture: {short_path(folder.path / PICTURE_FILE)}")
     best = folder.path / "best.yaml"
     if best.is_file():
-        print(f"train the best for as long as its recipe says: ./launch_local_train.sh --recipe {short_path(best)}")
+        print(
+            "train the best for as long as its recipe says: ./launch_local_train.sh --recipe "
+            f"{short_path(best)}"
+        )
 
 
 if __name__ == "__main__":

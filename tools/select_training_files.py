@@ -1,4 +1,5 @@
-"""Write the lists of training and validation files: split by photograph, the same on every machine."""
+"""Write the lists of training and validation files: split by photograph, the same on every
+machine."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ from tools.files import printable, walk
 class Options:
     """Split the images of a dataset into training and validation files, by photograph.
 
-    All crops of one photograph go to the same side, so that validation never sees what was trained on; manifests tell
-    which crops belong together, and a file in no manifest is a photograph of its own. The split follows from the seed
-    and the photographs' names alone: run on every node it gives the same lists (compare the printed hash), and new
-    photographs leave nearly all others where they were.
+    All crops of one photograph go to the same side, so that validation never sees what was trained
+    on; manifests tell which crops belong together, and a file in no manifest is a photograph of its
+    own. The split follows from the seed and the photographs' names alone: run on every node it
+    gives the same lists (compare the printed hash), and new photographs leave nearly all others
+    where they were.
 
-    Writes DATA_DIR/training_file_list.txt and DATA_DIR/validation_file_list.txt, one path a line, relative to DATA_DIR.
+    Writes DATA_DIR/training_file_list.txt and DATA_DIR/validation_file_list.txt, one path a line,
+    relative to DATA_DIR.
 
     Example: python tools/select_training_files.py --data-dir ~/dataset --validation-count 20
     """
@@ -48,7 +51,8 @@ class Options:
     validation_count: int | None = None
     """Number of photographs that validate, instead of a share."""
     validation_photo: tuple[str, ...] = ()
-    """Photographs that validate, by name relative to DATA_DIR, wildcards allowed ('*chelsea*'), instead of drawing."""
+    """Photographs that validate, by name relative to DATA_DIR, wildcards allowed ('*chelsea*'),
+    instead of drawing."""
     seed: int = 0
     """Another seed draws other photographs for validation."""
     min_size: int = 0
@@ -61,50 +65,78 @@ def main(options: Options) -> int:
     _check_options(options)
     files = walk(root, MANIFEST)
     if not files.images:
-        raise UserError(f"{root}: no images below this folder{files.links_note()}; make crops with "
-                        "`python tools/images_to_data.py`, or give another --data-dir")
+        raise UserError(
+            f"{root}: no images below this folder{files.links_note()}; make crops with "
+            "`python tools/images_to_data.py`, or give another --data-dir"
+        )
     photo_of, lr_sides = _read_manifests(root, files.manifests)
     images = [name for name in files.images if name not in lr_sides]
     images = _without_strays(images, photo_of, files.manifests)
-    names = [name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)]
+    names = [
+        name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)
+    ]
     if len(names) < len(images):
         print(f"left out {len(images) - len(names)} files smaller than {options.min_size} pixels")
     photos = group_by_photo(names, photo_of)
     validation = choose_validation(photos, options)
-    lists = {TRAINING_LIST: sorted(name for photo in photos.keys() - validation for name in photos[photo]),
-             VALIDATION_LIST: sorted(name for photo in validation for name in photos[photo])}
+    lists = {
+        TRAINING_LIST: sorted(
+            name for photo in photos.keys() - validation for name in photos[photo]
+        ),
+        VALIDATION_LIST: sorted(name for photo in validation for name in photos[photo]),
+    }
     for file_name, chosen in lists.items():
         try:
             write_file_list(root / file_name, chosen)
         except OSError as error:
-            raise UserError(f"{root / file_name}: cannot be written: {error.strerror}; make room or repair "
-                            "its permissions") from error
-    print(f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} files in "
-          f"{root / TRAINING_LIST}")
-    print(f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in {root / VALIDATION_LIST}")
+            raise UserError(
+                f"{root / file_name}: cannot be written: {error.strerror}; make room or repair "
+                "its permissions"
+            ) from error
+    print(
+        f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} "
+        "files in "
+        f"{root / TRAINING_LIST}"
+    )
+    print(
+        f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in "
+        f"{root / VALIDATION_LIST}"
+    )
     if files.unread:
         print(unread_note(files.unread))
     if files.linked_folders:
         print(f"links to folders were not followed: {', '.join(files.linked_folders)}")
-    print(f"hash of the lists (the same on every node): {lists_hash(lists[TRAINING_LIST], lists[VALIDATION_LIST])}")
+    print(
+        "hash of the lists (the same on every node): "
+        f"{lists_hash(lists[TRAINING_LIST], lists[VALIDATION_LIST])}"
+    )
     return 0
 
 
 def _check_options(options: Options) -> None:
     """Refuse options out of range or in conflict."""
     if not 0 < options.validation_fraction < 1:
-        raise UserError(f"--validation-fraction {options.validation_fraction:g}: must be between 0 and 1, such as 0.05")
+        raise UserError(
+            f"--validation-fraction {options.validation_fraction:g}: must be between 0 and 1, such "
+            "as 0.05"
+        )
     if options.validation_count is not None and options.validation_count < 1:
-        raise UserError(f"--validation-count {options.validation_count}: must be at least 1 photograph")
+        raise UserError(
+            f"--validation-count {options.validation_count}: must be at least 1 photograph"
+        )
     if options.validation_count is not None and options.validation_photo:
-        raise UserError("--validation-count and --validation-photo: one draws photographs, the other names them; "
-                        "use one of the two")
+        raise UserError(
+            "--validation-count and --validation-photo: one draws photographs, the other names "
+            "them; "
+            "use one of the two"
+        )
     if options.min_size < 0:
         raise UserError(f"--min-size {options.min_size}: must be 0 or more pixels")
 
 
 def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """(Crop -> its photograph, the LR sides of pairs, which stand in no list: their HR sides lead to them)."""
+    """(Crop -> its photograph, the LR sides of pairs, which stand in no list: their HR sides lead
+    to them)."""
     photo_of, lr_sides = {}, set()
     for record in iterate_records(root, manifests):
         if record.role == "lr":
@@ -114,8 +146,11 @@ def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str
     return photo_of, lr_sides
 
 
-def _without_strays(images: list[str], photo_of: Mapping[str, str], manifests: Iterable[str]) -> list[str]:
-    """The images but those that lie beside a manifest that does not name them: nobody knows what they were cut from."""
+def _without_strays(
+    images: list[str], photo_of: Mapping[str, str], manifests: Iterable[str]
+) -> list[str]:
+    """The images but those that lie beside a manifest that does not name them: nobody knows what
+    they were cut from."""
     folders = {name.rpartition("/")[0] for name in manifests}
     if "" in folders:
         kept = [name for name in images if name in photo_of]
@@ -125,8 +160,11 @@ def _without_strays(images: list[str], photo_of: Mapping[str, str], manifests: I
     if len(kept) < len(images):
         known = set(kept)
         stray = next(name for name in images if name not in known)
-        print(f"left out {len(images) - len(kept)} files that the manifest of their folder does not name, such as "
-              f"{printable(stray)}: the tool that made them was stopped; run it again")
+        print(
+            f"left out {len(images) - len(kept)} files that the manifest of their folder does not "
+            "name, such as "
+            f"{printable(stray)}: the tool that made them was stopped; run it again"
+        )
     return kept
 
 
@@ -145,11 +183,15 @@ def choose_validation(photos: Iterable[str], options: Options) -> set[str]:
         chosen = _named(photos, options.validation_photo)
     else:
         count = options.validation_count or max(1, round(options.validation_fraction * len(photos)))
-        # Each photograph's rank depends on itself and the seed alone, so that new ones move hardly any other.
+        # Each photograph's rank depends on itself and the seed alone, so that new ones move hardly
+        # any other.
         chosen = set(sorted(photos, key=lambda photo: _rank(options.seed, photo))[:count])
     if len(chosen) >= len(photos):
-        raise UserError(f"{len(chosen)} of {len(photos)} photographs would validate and none would be left to train; "
-                        "add photographs, or name fewer for validation")
+        raise UserError(
+            f"{len(chosen)} of {len(photos)} photographs would validate and none would be left to "
+            "train; "
+            "add photographs, or name fewer for validation"
+        )
     return chosen
 
 
@@ -159,8 +201,10 @@ def _named(photos: list[str], patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         matches = {photo for photo in photos if fnmatchcase(photo, pattern)}
         if not matches:
-            raise UserError(f"--validation-photo {pattern!r} matches none of the {len(photos)} photographs"
-                            f"{nearest(pattern, photos[:1000])}")
+            raise UserError(
+                f"--validation-photo {pattern!r} matches none of the {len(photos)} photographs"
+                f"{nearest(pattern, photos[:1000])}"
+            )
         chosen |= matches
     return chosen
 
@@ -183,7 +227,9 @@ def _is_large(path: Path, min_size: int) -> bool:
         raise
     except (BadImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: {reason}; run `python tools/check_training_data.py --clean` first") from error
+        raise UserError(
+            f"{path}: {reason}; run `python tools/check_training_data.py --clean` first"
+        ) from error
 
 
 if __name__ == "__main__":

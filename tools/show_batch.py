@@ -1,6 +1,7 @@
 """A contact sheet of the LR/HR pairs that training sees, with what was drawn for each in words.
 
-The samples come from training's own source and reader, on the CPU: any one of them can be made again from its number.
+The samples come from training's own source and reader, on the CPU: any one of them can be made
+again from its number.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ FLAGS = ("--json", "--help", "-h")  # options without a value
 
 
 class DrawnPair(NamedTuple):
-    """One sample: what was drawn, under which name its file goes, and its pixels, uint8 RGB (height, width, 3)."""
+    """One sample: what was drawn, under which name its file goes, and its pixels, uint8 RGB
+    (height, width, 3)."""
 
     sample: Sample
     name: str
@@ -65,7 +67,8 @@ class DrawnPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """Measures in pixels of a pair of crops of `crop` HR pixels, magnified as far as fits `panel`."""
+    """Measures in pixels of a pair of crops of `crop` HR pixels, magnified as far as fits
+    `panel`."""
 
     crop: int
     panel: int
@@ -87,34 +90,45 @@ class Cell:
 class Options:
     """Draw the LR/HR pairs that training sees, with the parameters drawn for each, as one PNG.
 
-    LR stands left, in blocks, HR right of it. The pixels are those of training on the CPU, to the bit; a GPU may round
-    differently. Values of the recipe can be overridden, as in training. With --sample, what a message of a run names:
-    python tools/show_batch.py --run runs/vapsr_x4 --sample 48211
+    LR stands left, in blocks, HR right of it. The pixels are those of training on the CPU, to the
+    bit; a GPU may round differently. Values of the recipe can be overridden, as in training. With
+    --sample, what a message of a run names: python tools/show_batch.py --run runs/vapsr_x4 --sample
+    48211
 
     Example: python tools/show_batch.py batch.png --recipe vapsr_x4 data.degradation=realesrgan
     """
 
-    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[OUT.png] [KEY=VALUE ...]")] = ()
+    words: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[OUT.png] [KEY=VALUE ...]")
+    ] = ()
     """The picture (default: show_batch.png), and key=value over the recipe."""
     recipe: str | None = None
     """A name in recipes/ or the path of a YAML file. Default: vapsr_x2, as in training."""
     run: Path | None = None
-    """A run folder: the samples of that run, by its own recipe. Refused where the dataset's lists have changed."""
-    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """A run folder: the samples of that run, by its own recipe. Refused where the dataset's lists
+    have changed."""
+    dataset_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
     """Dataset folder; repeat it as for the run. Default: ~/dataset."""
-    lr_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
-    """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default: beside HR."""
+    lr_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
+    """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default:
+    beside HR."""
     first: int | None = None
     """Number of the first sample, counted from 0 since the run began. Default: 0."""
     count: int | None = None
     """How many samples. Default: 16; with --step its whole batch."""
     step: int | None = None
     """The batch of this optimizer step, 1 being the first, instead of --first."""
-    sample: Annotated[tuple[int, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NUMBER")] = ()
+    sample: Annotated[
+        tuple[int, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NUMBER")
+    ] = ()
     """Just this sample, large, such as the one that a message names. May be repeated."""
     panel: int | None = None
-    """Crops are magnified by the largest whole factor with which they fit this many pixels (at least 1). Default: 256,
-    with --sample 768."""
+    """Crops are magnified by the largest whole factor with which they fit this many pixels (at
+    least 1). Default: 256, with --sample 768."""
     json: bool = False
     """Print everything drawn for each sample, a line of JSON each."""
 
@@ -129,19 +143,28 @@ def main(options: Options) -> int:
         raise UserError(f"--panel {options.panel}: must be 32 to 4096 pixels")
     panel = options.panel or (LARGE_PANEL if options.sample else PANEL)
     _refuse_large(Cell(recipe.data.crop, panel), len(numbers))
-    pairs = make_pairs(plan, numbers, degrades_on_host=options.run is None or _degrades_on_host(options.run))
-    title = (f"{recipe.name}, x{recipe.scale}, {recipe.data.degradation.name}: LR ({recipe.data.crop // recipe.scale} "
-             f"pixels) | HR ({recipe.data.crop})")
+    pairs = make_pairs(
+        plan, numbers, degrades_on_host=options.run is None or _degrades_on_host(options.run)
+    )
+    title = (
+        f"{recipe.name}, x{recipe.scale}, {recipe.data.degradation.name}: LR "
+        f"({recipe.data.crop // recipe.scale} "
+        f"pixels) | HR ({recipe.data.crop})"
+    )
     picture = encode(np.asarray(sheet(title, pairs, recipe.data, recipe.scale, panel)), "png")
     try:
         write_atomically(out, picture)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another OUT"
+        ) from error
     if options.json:
         for pair in pairs:
             print(json.dumps(pair.sample.as_dict()))
-    print(f"written to {out}: {_told(numbers)}; an epoch has {plan.epoch_length}",
-          file=sys.stderr if options.json else sys.stdout)
+    print(
+        f"written to {out}: {_told(numbers)}; an epoch has {plan.epoch_length}",
+        file=sys.stderr if options.json else sys.stdout,
+    )
     return 0
 
 
@@ -163,7 +186,10 @@ def _out_and_overrides(words: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
         raise UserError(f"{outs[0]} and {outs[1]}: one OUT only; an override is written KEY=VALUE")
     out = Path(outs[0]).expanduser()
     if out.suffix.lower() != ".png":
-        raise UserError(f"{outs[0]}: OUT must end in .png, and an override is written KEY=VALUE, such as data.crop=128")
+        raise UserError(
+            f"{outs[0]}: OUT must end in .png, and an override is written KEY=VALUE, such as "
+            "data.crop=128"
+        )
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it, or choose another OUT")
     if out.is_dir():
@@ -178,11 +204,17 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> Plan:
         training.recipe = options.recipe or training.recipe
         return make_plan(training)
     if options.recipe is not None:
-        raise UserError(f"--recipe {options.recipe} and --run {options.run}: a run has its own recipe; give only one")
+        raise UserError(
+            f"--recipe {options.recipe} and --run {options.run}: a run has its own recipe; give "
+            "only one"
+        )
     run_dir = options.run.expanduser()
     for name in (RECIPE_FILE, DS_CONFIG_FILE, FILE_LISTS_DIR):
         if not (run_dir / name).exists():
-            raise UserError(f"{run_dir}: no run folder (it has no {name}); --run wants one such as runs/vapsr_x4")
+            raise UserError(
+                f"{run_dir}: no run folder (it has no {name}); --run wants one such as "
+                "runs/vapsr_x4"
+            )
     training.recipe, training.ds_config = str(run_dir / RECIPE_FILE), run_dir / DS_CONFIG_FILE
     plan = make_plan(training)
     _refuse_another_dataset(plan.dataset, run_dir)
@@ -190,7 +222,8 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> Plan:
 
 
 def _degrades_on_host(run_dir: Path) -> bool:
-    """Whether that run makes LR on the host where it can; earlier ones left it to DALI, to other last bits."""
+    """Whether that run makes LR on the host where it can; earlier ones left it to DALI, to other
+    last bits."""
     steps = checkpoint_steps(run_dir.expanduser())
     if not steps:
         return True
@@ -202,20 +235,31 @@ def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
     lists = run_dir / FILE_LISTS_DIR
     folders = len(list(lists.glob(f"*_{TRAINING_LIST}")))
     if folders != len(dataset.folders):
-        raise UserError(f"{run_dir}: begun with {folders} dataset folders, not {len(dataset.folders)}; give each with "
-                        "--dataset-dir, in their order")
+        raise UserError(
+            f"{run_dir}: begun with {folders} dataset folders, not {len(dataset.folders)}; give "
+            "each with "
+            "--dataset-dir, in their order"
+        )
     differences = dataset.differences(lists)
     if differences:
-        raise UserError(f"{run_dir}: its samples cannot be made again, the lists have changed: "
-                        f"{'; '.join(differences)}; give the folders it was begun with, or --recipe instead of --run")
+        raise UserError(
+            f"{run_dir}: its samples cannot be made again, the lists have changed: "
+            f"{'; '.join(differences)}; give the folders it was begun with, or --recipe instead of "
+            "--run"
+        )
 
 
 def _numbers(options: Options, batch: int) -> Sequence[int]:
     """The samples to show; `batch` of them make an optimizer step."""
-    given = [f"--{name} {getattr(options, name)}" for name in ("first", "step", "count")
-             if getattr(options, name) is not None]
+    given = [
+        f"--{name} {getattr(options, name)}"
+        for name in ("first", "step", "count")
+        if getattr(options, name) is not None
+    ]
     if options.sample and given:
-        raise UserError(f"--sample and {given[0]}: single samples, or a part of the stream; give only one")
+        raise UserError(
+            f"--sample and {given[0]}: single samples, or a part of the stream; give only one"
+        )
     if options.step is not None and options.first is not None:
         raise UserError(f"{given[0]} and {given[1]}: two places to begin at; give only one")
     if options.step is not None and options.step < 1:
@@ -227,7 +271,9 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     numbers = options.sample or range(first, first + count)
     for number in (*options.sample, numbers[0], numbers[-1]):
         if not 0 <= number < END_OF_SAMPLES:
-            raise UserError(f"sample {number}: must be 0, the first of a run, to {END_OF_SAMPLES - 1}")
+            raise UserError(
+                f"sample {number}: must be 0, the first of a run, to {END_OF_SAMPLES - 1}"
+            )
     return numbers
 
 
@@ -236,9 +282,12 @@ def _refuse_large(cell: Cell, count: int) -> None:
     if pixels > MOST_PIXELS:
         fitting = MOST_PIXELS // cell.sheet_pixels(1)
         way_out = f"show at most {fitting} samples" if fitting else "take a smaller data.crop"
-        raise UserError(f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, make a sheet of "
-                        f"{pixels / 1e6:.0f} megapixels, more than the {MOST_PIXELS // 10**6} that can be looked at; "
-                        f"{way_out}, or give a smaller --panel")
+        raise UserError(
+            f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, make a sheet of "
+            f"{pixels / 1e6:.0f} megapixels, more than the {MOST_PIXELS // 10**6} that can be "
+            "looked at; "
+            f"{way_out}, or give a smaller --panel"
+        )
 
 
 def _told(numbers: Sequence[int]) -> str:
@@ -247,30 +296,46 @@ def _told(numbers: Sequence[int]) -> str:
     return f"sample{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def make_pairs(plan: Plan, numbers: Sequence[int], *, degrades_on_host: bool = True) -> list[DrawnPair]:
-    """The samples of these numbers as training makes them, on the CPU, by DALI alone unless `degrades_on_host`.
+def make_pairs(
+    plan: Plan, numbers: Sequence[int], *, degrades_on_host: bool = True
+) -> list[DrawnPair]:
+    """The samples of these numbers as training makes them, on the CPU, by DALI alone unless
+    `degrades_on_host`.
 
-    Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as training does.
+    Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as
+    training does.
     """
     recipe = plan.recipe
-    source = ChosenSource.of_dataset(plan.dataset, recipe.data, scale=recipe.scale, seed=recipe.seed,
-                                     position=Position(0, 1, 1), degrades_on_host=degrades_on_host)
+    source = ChosenSource.of_dataset(
+        plan.dataset,
+        recipe.data,
+        scale=recipe.scale,
+        seed=recipe.seed,
+        position=Position(0, 1, 1),
+        degrades_on_host=degrades_on_host,
+    )
     source.numbers, source.end = numbers, len(numbers)
     threads = num_threads(recipe.data.threads)
     several = len(plan.dataset.folders) > 1
-    names = {folder.path(name): f"{folder.root.name}/{name}" if several else name
-             for folder in plan.dataset.folders for name in folder.training}
+    names = {
+        folder.path(name): f"{folder.root.name}/{name}" if several else name
+        for folder in plan.dataset.folders
+        for name in folder.training
+    }
     pairs = []
     try:
         with quiet_libraries(), progress(len(numbers), "sample") as bar:
             for place, *outputs in batches(source, 0, device_id=None, threads=threads, prefetch=1):
-                sample, = source.samples(numbers[place], 1)
+                (sample,) = source.samples(numbers[place], 1)
                 hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
                 pairs.append(DrawnPair(sample, names[sample.path], hr, lr))
                 bar.update()
     except OSError as error:
-        raise RunError(f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the network failed, "
-                       "try again") from error
+        raise RunError(
+            f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the "
+            "network failed, "
+            "try again"
+        ) from error
     finally:
         source.close()
     if note := source.profile_note():
@@ -290,13 +355,20 @@ class ChosenSource(CropSource):
 # --- The sheet ---
 
 
-def sheet(title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int) -> Image.Image:
-    """All pairs under a title: LR in blocks of the HR pixels' size, HR right of it, words below them."""
+def sheet(
+    title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int
+) -> Image.Image:
+    """All pairs under a title: LR in blocks of the HR pixels' size, HR right of it, words below
+    them."""
     cell, letters = Cell(spec.crop, panel), ImageFont.load_default(LETTERS)
     texts = [_wrapped(describe(pair, spec, scale), cell.width, letters) for pair in pairs]
     height = cell.side + GAP + LINE * max(map(len, texts))
-    columns = min(len(pairs), max(1, round(math.sqrt(ASPECT * len(pairs) * height / (cell.width + GAP)))))
-    rows = [range(first, min(first + columns, len(pairs))) for first in range(0, len(pairs), columns)]
+    columns = min(
+        len(pairs), max(1, round(math.sqrt(ASPECT * len(pairs) * height / (cell.width + GAP))))
+    )
+    rows = [
+        range(first, min(first + columns, len(pairs))) for first in range(0, len(pairs), columns)
+    ]
     heights = [cell.side + 2 * GAP + LINE * max(len(texts[i]) for i in row) for row in rows]
     head = _wrapped([title], columns * (cell.width + GAP) - GAP, letters)
     size = columns * (cell.width + GAP) + GAP, 2 * GAP + LINE * len(head) + sum(heights)
@@ -322,7 +394,8 @@ def side_by_side(pair: DrawnPair, scale: int, panel: int) -> np.ndarray:
 
 
 def _wrapped(lines: Sequence[str], width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines no wider than `width` pixels, broken at spaces, or within a word that is wider; the rest is indented."""
+    """Lines no wider than `width` pixels, broken at spaces, or within a word that is wider; the
+    rest is indented."""
     wrapped: list[str] = []
     for line in lines:
         begun = ""
@@ -332,25 +405,41 @@ def _wrapped(lines: Sequence[str], width: int, letters: ImageFont.FreeTypeFont) 
                 begun = "   "
             begun = f"{begun} {word}" if begun else word
             while letters.getlength(begun) > width:
-                fits = next(end for end in range(len(begun) - 1, 0, -1) if letters.getlength(begun[:end]) <= width)
+                fits = next(
+                    end
+                    for end in range(len(begun) - 1, 0, -1)
+                    if letters.getlength(begun[:end]) <= width
+                )
                 wrapped.append(begun[:fits])
                 begun = f"    {begun[fits:]}"
         wrapped.append(begun)
     return wrapped
 
 
-def _write(draw: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[str],
-           letters: ImageFont.FreeTypeFont) -> None:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    left: int,
+    top: int,
+    lines: Sequence[str],
+    letters: ImageFont.FreeTypeFont,
+) -> None:
     for number, line in enumerate(lines):
         draw.text((left, top + number * LINE), line, fill=FAINT if number else TEXT, font=letters)
 
 
 def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
-    """Everything drawn for a sample, in words: which file first, then how it was turned and degraded."""
+    """Everything drawn for a sample, in words: which file first, then how it was turned and
+    degraded."""
     sample = pair.sample
-    turns = [word for is_so, word in ((sample.flip_vertical, "flipped vertically"),
-                                      (sample.flip_horizontal, "flipped horizontally"),
-                                      (sample.transpose, "transposed")) if is_so]
+    turns = [
+        word
+        for is_so, word in (
+            (sample.flip_vertical, "flipped vertically"),
+            (sample.flip_horizontal, "flipped horizontally"),
+            (sample.transpose, "transposed"),
+        )
+        if is_so
+    ]
     crop = f"row {sample.top}, column {sample.left} | {', '.join(turns) or 'not turned'}"
     if sample.brightness != 1:
         crop += f" | brightness x{sample.brightness:.3f}"
@@ -360,7 +449,9 @@ def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
     elif spec.degradation.name == "paired":
         lines.append(f"LR: {_ascii(str(sample.lr_path))}")
     else:
-        numbers = "".join(f", {name} {_number(value)}" for name, value in sample.degradation.items())
+        numbers = "".join(
+            f", {name} {_number(value)}" for name, value in sample.degradation.items()
+        )
         lines.append(f"{spec.degradation.name} to 1/{scale}{numbers}")
     if sample.noise_sigma:
         lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
@@ -374,16 +465,24 @@ def _second_order_words(drawn: Parameters, scale: int) -> list[str]:
     if "sinc" in final:
         end += ", sinc {} px, cutoff {:.2f}".format(*final["sinc"])
     jpeg = f"JPEG {second['jpeg']}"
-    return [f"1: {_round_words(first)} | JPEG {first['jpeg']}", f"2: {_round_words(second)}",
-            "3: " + " | ".join([end, jpeg] if final["sinc_first"] else [jpeg, end])]
+    return [
+        f"1: {_round_words(first)} | JPEG {first['jpeg']}",
+        f"2: {_round_words(second)}",
+        "3: " + " | ".join([end, jpeg] if final["sinc_first"] else [jpeg, end]),
+    ]
 
 
 def _round_words(drawn: Parameters) -> str:
     height, width = drawn["size"]
     resize = "keep" if drawn["resize"] == "keep" else f"{drawn['resize']} to {drawn['factor']:.2f}"
     noise = {"gaussian": "Gaussian sigma", "poisson": "Poisson"}[drawn["noise"]]
-    return " | ".join([_blur_words(drawn["blur"]), f"{resize}, {drawn['mode']}, {height}x{width}",
-                       f"{noise} {drawn['level']:.2f}{', gray' if drawn['gray'] else ''}"])
+    return " | ".join(
+        [
+            _blur_words(drawn["blur"]),
+            f"{resize}, {drawn['mode']}, {height}x{width}",
+            f"{noise} {drawn['level']:.2f}{', gray' if drawn['gray'] else ''}",
+        ]
+    )
 
 
 def _blur_words(blur: Parameters) -> str:

@@ -1,4 +1,5 @@
-"""Films to training crops: frames worth storing are taken straight from the video files and cut like photographs."""
+"""Films to training crops: frames worth storing are taken straight from the video files and cut
+like photographs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,15 @@ from tools.crops.cutting import (
     make_folder,
     too_small,
 )
-from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
+from tools.crops.dataset import (
+    Clock,
+    CropDataset,
+    Stamp,
+    UnitResult,
+    cut_all,
+    open_dataset,
+    refuse_nested,
+)
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
@@ -44,22 +53,25 @@ MAX_CODEC_THREADS = 16  # more give nothing
 class Options(CropOptions):
     """Cut the frames of films into training crops of one size.
 
-    Videos (MP4, MOV, MKV, WebM, AVI, MPEG and others that FFmpeg reads) are decoded straight from their files, piece by
-    piece on several threads; nothing is written but crops, OUT/<video>/<second>/f<frame>_x<scale>_<row>_<column>.npy.
-    Frames are drawn at random, with one after each cut; frames like one of the same piece, black or blank ones, and
-    those within a cross-fade are left out. Frames come out upright, deinterlaced, with square pixels, as 8-bit RGB.
-    Videos are lossy: they start at 1/2 unless --keep-lossy-size. HDR is refused. A run that was stopped or killed goes
-    on where it was when started again.
+    Videos (MP4, MOV, MKV, WebM, AVI, MPEG and others that FFmpeg reads) are decoded straight from
+    their files, piece by piece on several threads; nothing is written but crops,
+    OUT/<video>/<second>/f<frame>_x<scale>_<row>_<column>.npy. Frames are drawn at random, with one
+    after each cut; frames like one of the same piece, black or blank ones, and those within a
+    cross-fade are left out. Frames come out upright, deinterlaced, with square pixels, as 8-bit
+    RGB. Videos are lossy: they start at 1/2 unless --keep-lossy-size. HDR is refused. A run that
+    was stopped or killed goes on where it was when started again.
 
     Example: python tools/video_to_data.py ~/Films --out ~/dataset/Films
     """
 
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO...")]
-    """Videos, and folders that are searched for them (in depth; links to folders are not followed)."""
+    """Videos, and folders that are searched for them (in depth; links to folders are not
+    followed)."""
     out: Path
     """Folder of the crops, such as ~/dataset/Films."""
     segment_time: float = 120
-    """Length in seconds of the pieces that are decoded side by side, and made whole again after a kill."""
+    """Length in seconds of the pieces that are decoded side by side, and made whole again after a
+    kill."""
     frame_interval: int = 10
     """Average number of frames from one candidate to the next."""
     min_interval: int = 4
@@ -67,23 +79,33 @@ class Options(CropOptions):
     max_interval: int = 15
     """Greatest number of frames from one candidate to the next."""
     min_change: float = 4
-    """Leave out a frame that differs from one that was stored of the same piece by fewer than this many grey levels on
-    average (of 64x36 thumbnails): still scenes give one frame. 0 keeps all."""
+    """Leave out a frame that differs from one that was stored of the same piece by fewer than this
+    many grey levels on average (of 64x36 thumbnails): still scenes give one frame. 0 keeps all."""
 
     def sampling(self) -> Sampling:
         """How frames are drawn. Raises `UserError` for values out of range."""
         if not 1 <= self.min_interval <= self.frame_interval <= self.max_interval:
-            raise UserError(f"--min-interval {self.min_interval}, --frame-interval {self.frame_interval}, "
-                            f"--max-interval {self.max_interval}: must be at least 1 and not fall; give all three")
+            raise UserError(
+                f"--min-interval {self.min_interval}, --frame-interval {self.frame_interval}, "
+                f"--max-interval {self.max_interval}: must be at least 1 and not fall; give all "
+                "three"
+            )
         if not 1 <= self.segment_time <= 86400:
-            raise UserError(f"--segment-time {self.segment_time:g}: must be 1 to 86400 seconds; 120 suits most films")
+            raise UserError(
+                f"--segment-time {self.segment_time:g}: must be 1 to 86400 seconds; 120 suits most "
+                "films"
+            )
         if not 0 <= self.min_change <= 255:
-            raise UserError(f"--min-change {self.min_change:g}: must be 0 to 255 grey levels; 0 keeps all frames")
+            raise UserError(
+                f"--min-change {self.min_change:g}: must be 0 to 255 grey levels; 0 keeps all "
+                "frames"
+            )
         return Sampling(self.frame_interval, self.min_interval, self.max_interval, self.min_change)
 
 
 class Piece(NamedTuple):
-    """A segment of a video that is to be cut; a video that cannot be used is one piece, with the reason."""
+    """A segment of a video that is to be cut; a video that cannot be used is one piece, with the
+    reason."""
 
     unit: Unit
     info: VideoInfo | None
@@ -92,17 +114,27 @@ class Piece(NamedTuple):
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some videos are damaged or cannot be used, or there is no crop at all."""
+    """Make the crops. 0: done; 1: done, but some videos are damaged or cannot be used, or there is
+    no crop at all."""
     out = options.out.expanduser()
-    settings, sampling, threads = options.settings(), options.sampling(), thread_count(options.threads)
+    settings, sampling, threads = (
+        options.settings(),
+        options.sampling(),
+        thread_count(options.threads),
+    )
     root, names = _videos(options, out)
     prepare_decoders()
     prober = Prober(root, settings, options.segment_time)
     cutter = PieceCutter(root, out, settings, sampling, open_benchmark(settings.against))
     clock = Clock()
     # Relative, so that videos and crops may move together.
-    more = {"videos": os.path.relpath(root.resolve(), out.resolve()), "segment_time": options.segment_time}
-    with open_dataset(out, settings, prober.stamp, "video_to_data", **more, **asdict(sampling)) as dataset:
+    more = {
+        "videos": os.path.relpath(root.resolve(), out.resolve()),
+        "segment_time": options.segment_time,
+    }
+    with open_dataset(
+        out, settings, prober.stamp, "video_to_data", **more, **asdict(sampling)
+    ) as dataset:
         todo = list(_pieces(dataset, names, prober, threads))
         cutter.codec_threads = min(max(threads // max(len(todo), 1), 1), MAX_CODEC_THREADS)
         cut_all(dataset, todo, cutter, threads, len(todo), "segment")
@@ -125,8 +157,11 @@ def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
         if source.is_dir():
             below = list(_search(source))
             if not below:
-                raise UserError(f"{given}: no videos below this folder ({', '.join(sorted(VIDEO_SUFFIXES))}); give "
-                                "the folder of the videos, or the videos themselves")
+                raise UserError(
+                    f"{given}: no videos below this folder ({', '.join(sorted(VIDEO_SUFFIXES))}); "
+                    "give "
+                    "the folder of the videos, or the videos themselves"
+                )
             folders.append(source)
             found += below
         elif source.is_file():
@@ -139,10 +174,15 @@ def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
 
 
 def _search(root: Path) -> Iterator[Path]:
-    """The videos below a folder, by their suffixes; hidden files and folders, and quarantines, are passed by."""
+    """The videos below a folder, by their suffixes; hidden files and folders, and quarantines, are
+    passed by."""
+
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); repair its permissions or "
-                        "move it away") from None
+        raise UserError(
+            f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
+            "permissions or "
+            "move it away"
+        ) from None
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name != QUARANTINE]
@@ -151,8 +191,11 @@ def _search(root: Path) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _pieces(dataset: CropDataset, names: list[str], prober: Prober, threads: int) -> Iterator[Piece]:
-    """What is not finished yet, video after video; looks into every video first, for the number of pieces."""
+def _pieces(
+    dataset: CropDataset, names: list[str], prober: Prober, threads: int
+) -> Iterator[Piece]:
+    """What is not finished yet, video after video; looks into every video first, for the number of
+    pieces."""
     unknown = [name for name in names if not dataset.is_finished(name)]
     dataset.totals.already += len(names) - len(unknown)
     with quiet_libraries(), progress(len(unknown), "video") as bar:
@@ -170,7 +213,8 @@ class Prober:
         self._root, self._settings, self._segment_time = root, settings, segment_time
 
     def stamp(self, name: str) -> Stamp | None:
-        """Size and modification time of a video, `None` where it is gone: its crops are still good."""
+        """Size and modification time of a video, `None` where it is gone: its crops are still
+        good."""
         try:
             status = (self._root / name).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -194,9 +238,15 @@ class Prober:
             return [_refused(unit, "; ".join(info.refusals))]
         first = first_reduction(info.is_lossy, self._settings)
         if min(info.height, info.width) // first < self._settings.size:
-            return [Piece(unit, None, None, too_small(info.height, info.width, first, self._settings.size))]
-        return [Piece(unit._replace(folder=f"{name}/{piece.start_s:06d}"), info, piece)
-                for piece in segments(info, self._segment_time)]
+            return [
+                Piece(
+                    unit, None, None, too_small(info.height, info.width, first, self._settings.size)
+                )
+            ]
+        return [
+            Piece(unit._replace(folder=f"{name}/{piece.start_s:06d}"), info, piece)
+            for piece in segments(info, self._segment_time)
+        ]
 
 
 def _refused(unit: Unit, reason: str) -> Piece:
@@ -206,8 +256,14 @@ def _refused(unit: Unit, reason: str) -> Piece:
 class PieceCutter:
     """Decodes and cuts pieces of videos, on any number of threads."""
 
-    def __init__(self, root: Path, out: Path, settings: CropSettings, sampling: Sampling,
-                 benchmark: BenchmarkIndex | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        out: Path,
+        settings: CropSettings,
+        sampling: Sampling,
+        benchmark: BenchmarkIndex | None,
+    ) -> None:
         self._root, self._out, self._settings, self._sampling = root, out, settings, sampling
         self._benchmark = benchmark
         self.codec_threads = 1
@@ -228,12 +284,21 @@ class PieceCutter:
         make_folder(self._out, unit.folder)
         result, tally = UnitResult(unit), FrameCounts()
         key = f"{settings.seed}/{unit.photo}/{segment.start_s}"
-        frames = sample_frames(self._root / unit.photo, info, segment, self._sampling, key, tally, codec_threads)
+        frames = sample_frames(
+            self._root / unit.photo, info, segment, self._sampling, key, tally, codec_threads
+        )
         try:
             for frame in frames:
-                picture = SourcePicture(frame.pixels, info.is_lossy, f"pyav {av.__version__}",
-                                        time=round(frame.time_s, 6), prefix=f"f{frame.index:06d}_")
-                result.pictures.append(cut_picture(picture, unit, self._out, settings, self._benchmark))
+                picture = SourcePicture(
+                    frame.pixels,
+                    info.is_lossy,
+                    f"pyav {av.__version__}",
+                    time=round(frame.time_s, 6),
+                    prefix=f"f{frame.index:06d}_",
+                )
+                result.pictures.append(
+                    cut_picture(picture, unit, self._out, settings, self._benchmark)
+                )
         except BadVideoError as error:
             result.rejects.append(Reject("decode", str(error), time=segment.start_s))
         except OSError as error:
@@ -252,23 +317,39 @@ class PieceCutter:
         """Say what became of the frames."""
         total = self._total
         if total.decoded:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items())) or "none"
-            print(f"{total.decoded} frames decoded, {self._stored} cut; drawn but left out: {dropped}")
+            dropped = (
+                ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
+                or "none"
+            )
+            print(
+                f"{total.decoded} frames decoded, {self._stored} cut; drawn but left out: {dropped}"
+            )
 
 
 def _complaints(piece: Piece, tally: FrameCounts, has_outcome: bool) -> list[Reject]:
     """What is wrong with a piece as a whole."""
     start, complaints = piece.segment.start_s, []
     if tally.errors or tally.lost:
-        complaints.append(Reject("decode", f"damaged: {tally.errors} packets could not be decoded, {tally.lost} frames "
-                                 "lost up to the next key frame; the rest was cut", time=start))
+        complaints.append(
+            Reject(
+                "decode",
+                f"damaged: {tally.errors} packets could not be decoded, {tally.lost} frames "
+                "lost up to the next key frame; the rest was cut",
+                time=start,
+            )
+        )
     if piece.segment.end is None and piece.info.truncated:
         end = math.floor(piece.info.duration_s * 1000) / 1000
         complaints.append(Reject("decode", f"{piece.info.truncated}; the rest was cut", time=end))
     if not has_outcome and not complaints:  # it must not be looked into again and again
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.dropped.items()))
-        complaints.append(Reject("flat", f"no frame worth storing among {tally.decoded} ({reasons or 'none drawn'})",
-                                 time=start))
+        complaints.append(
+            Reject(
+                "flat",
+                f"no frame worth storing among {tally.decoded} ({reasons or 'none drawn'})",
+                time=start,
+            )
+        )
     return complaints
 
 

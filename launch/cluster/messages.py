@@ -4,9 +4,10 @@
                           {"exit": STATUS, "tail": TEXT, "ago": SECONDS, "overdue": BOOL}   {"note": TEXT}
     supervisor -> guard   {"task": WHAT TO RUN}   {"beat": 0}   {"stop": 60}   save, and end within so many seconds
 
-Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption: this is for a
-LAN, and users of its machines, that are trusted. RUN is drawn for every launch, so that a stranger's connection
-is not taken for a rank. A rank's task, with any keys in its environment, is in no command line and no log.
+Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption:
+this is for a LAN, and users of its machines, that are trusted. RUN is drawn for every launch, so
+that a stranger's connection is not taken for a rank. A rank's task, with any keys in its
+environment, is in no command line and no log.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ Message = dict[str, Any]
 
 
 def send(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send without waiting. A side that is gone gets nothing; that is no error here: its silence is one."""
+    """Send without waiting. A side that is gone gets nothing; that is no error here: its silence is
+    one."""
     with suppress(OSError, RuntimeError):
         writer.write(json.dumps(message).encode() + b"\n")
 
 
 async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-    """The messages of the other side, until it closes or breaks the connection, or sends what is not a message."""
+    """The messages of the other side, until it closes or breaks the connection, or sends what is
+    not a message."""
     with suppress(OSError, ValueError, RecursionError, asyncio.IncompleteReadError):
         while line := await reader.readline():
             message = json.loads(line)

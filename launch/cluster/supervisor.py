@@ -1,8 +1,10 @@
-"""Watches over a job on many hosts from the first node, so that it either goes on everywhere or ends everywhere.
+"""Watches over a job on many hosts from the first node, so that it either goes on everywhere or
+ends everywhere.
 
-DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the others met it, for a
-host that fell off the network, and for one that hangs, and its own way to stop kills other people's runs (deepspeed
-issue 6807). So each rank has a guard (`guard.py`) that reports here, and if one rank ends early, all are stopped.
+DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the
+others met it, for a host that fell off the network, and for one that hangs, and its own way to stop
+kills other people's runs (deepspeed issue 6807). So each rank has a guard (`guard.py`) that reports
+here, and if one rank ends early, all are stopped.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ MOST_LINES = 100  # kept of what the launcher says
 MOST_WAITING = 10_000  # texts for a terminal that does not take them; what comes on top is lost
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
-_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
-                        r"(Network|Host) is (unreachable|down)|DistBackendError|NCCL|Socket Timeout|Timed out waiting")
+_LOST_PEER = re.compile(
+    r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
+    r"(Network|Host) is (unreachable|down)|DistBackendError|NCCL|Socket Timeout|Timed out waiting"
+)
 _WORD = re.compile(r"eyJ[\w-]{20,}=*")  # what a guard is told, in base64
 
 
@@ -65,7 +69,8 @@ class Rank:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job ended: one line, what the rank in question said last, and the exit status that tells it."""
+    """Why a job ended: one line, what the rank in question said last, and the exit status that
+    tells it."""
 
     cause: str
     tail: str
@@ -74,20 +79,27 @@ class Failure:
 
 @dataclass
 class Supervisor:
-    """One launch of all ranks. `hosts` gives the host of each rank, `task` is what each guard is told to run."""
+    """One launch of all ranks. `hosts` gives the host of each rank, `task` is what each guard is
+    told to run."""
 
     hosts: Sequence[str]
     run: str
     task: Mapping[str, Any]
     log: IO[str]  # for what the launcher itself says
-    names_are_ranks: bool = True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
+    names_are_ranks: bool = (
+        True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
+    )
     stopped_by: int = 0
     failure: Failure | None = None
     _ranks: list[Rank] = field(default_factory=list)
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
-    _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))  # on whichever host
+    _launcher_said: deque[str] = field(
+        default_factory=lambda: deque(maxlen=MOST_LINES)
+    )  # on whichever host
     _launcher_status: int | None = None
-    _ssh_ended: str = ""  # the first host whose part of the launcher ended while its ranks were there
+    _ssh_ended: str = (
+        ""  # the first host whose part of the launcher ended while its ranks were there
+    )
     _speaker: _Speaker = field(default_factory=lambda: _Speaker())
     _labels: dict[str, str] = field(default_factory=dict)  # by which the launcher names hosts
     _began: float = field(default_factory=time.monotonic)
@@ -98,23 +110,37 @@ class Supervisor:
         self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
         first_parts = [host.partition(".")[0] for host in dict.fromkeys(self.hosts)]
         # pdsh leaves a domain out that all hosts share
-        self._labels = {part: host for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
-                        if first_parts.count(part) == 1} | {host: host for host in self.hosts}
+        self._labels = {
+            part: host
+            for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
+            if first_parts.count(part) == 1
+        } | {host: host for host in self.hosts}
 
     async def listen(self, address: str) -> int:
         """Wait for guards at a free port of `address`, which is returned."""
         self._server = await asyncio.start_server(self._meet, address, 0, limit=messages.MOST_BYTES)
         return self._server.sockets[0].getsockname()[1]
 
-    async def watch(self, command: Sequence[str], variables: Mapping[str, str], directory: str) -> None:
-        """Run the launcher until every rank has ended. Sets `failure` if they did not all end well."""
+    async def watch(
+        self, command: Sequence[str], variables: Mapping[str, str], directory: str
+    ) -> None:
+        """Run the launcher until every rank has ended. Sets `failure` if they did not all end
+        well."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupted, number)
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # CTRL+Z here would look to the ranks like a lost node
+        signal.signal(
+            signal.SIGTSTP, signal.SIG_IGN
+        )  # CTRL+Z here would look to the ranks like a lost node
         launcher = await asyncio.create_subprocess_exec(
-            *command, env=dict(variables), cwd=directory, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+            *command,
+            env=dict(variables),
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
         reading = asyncio.create_task(self._read_launcher(launcher))
         try:
             while not self._is_over():
@@ -125,7 +151,8 @@ class Supervisor:
         finally:
             reading.cancel()
             _kill_tree(launcher.pid)
-            launcher._transport.close()  # asyncio would do it after the loop's end, and print a traceback last of all
+            # asyncio would do it after the loop's end, and print a traceback last of all
+            launcher._transport.close()
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
@@ -134,8 +161,11 @@ class Supervisor:
 
     def _is_over(self) -> bool:
         if all(rank.has_ended for rank in self._ranks):
-            return self._failed_at is None or time.monotonic() > self._failed_at + TOGETHER_SECONDS \
+            return (
+                self._failed_at is None
+                or time.monotonic() > self._failed_at + TOGETHER_SECONDS
                 or all(rank.status is not None for rank in self._ranks)
+            )
         if self._end_at is not None and time.monotonic() > self._end_at:
             return True
         # ranks that never reported end with the launcher
@@ -145,7 +175,9 @@ class Supervisor:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A guard's connection, from its first word to its last."""
         rank = None
-        with suppress(asyncio.CancelledError, ValueError, TypeError):  # the job is over; nonsense ends a connection
+        with suppress(
+            asyncio.CancelledError, ValueError, TypeError
+        ):  # the job is over; nonsense ends a connection
             async for message in messages.receive(reader):
                 if rank is None:
                     rank = self._welcome(message, writer)
@@ -161,7 +193,11 @@ class Supervisor:
 
     def _welcome(self, message: messages.Message, writer: asyncio.StreamWriter) -> Rank | None:
         number = message.get("rank")
-        if message.get("hello") != self.run or not isinstance(number, int) or not 0 <= number < len(self._ranks):
+        if (
+            message.get("hello") != self.run
+            or not isinstance(number, int)
+            or not 0 <= number < len(self._ranks)
+        ):
             return None
         rank = self._ranks[number]
         if rank.writer is not None:
@@ -185,11 +221,14 @@ class Supervisor:
             rank.status, rank.tail = int(message["exit"]), str(message.get("tail", ""))
             rank.ended = time.monotonic() - float(message.get("ago", 0.0))
             rank.is_overdue = bool(message.get("overdue"))
-            if rank.status != 0 and not (self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)):
+            if rank.status != 0 and not (
+                self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)
+            ):
                 self._fail()
 
     def _look(self) -> None:
-        """What can only be seen by looking: silence, ranks that did not come, a launcher that ended."""
+        """What can only be seen by looking: silence, ranks that did not come, a launcher that
+        ended."""
         now = time.monotonic()
         for rank in self._ranks:
             if rank.has_ended:
@@ -208,7 +247,8 @@ class Supervisor:
             self._fail()
 
     def _fail(self) -> None:
-        """Something ended that should not: all end now. Why is judged when the rest has been heard."""
+        """Something ended that should not: all end now. Why is judged when the rest has been
+        heard."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         self._stop(END_SECONDS)
@@ -246,7 +286,8 @@ class Supervisor:
         self._launcher_status = await launcher.wait()
 
     def _host_ended(self, host: str) -> None:
-        """The launcher's part on `host` has ended. Its ranks, if they are still there, are nobody's."""
+        """The launcher's part on `host` has ended. Its ranks, if they are still there, are
+        nobody's."""
         ranks = [rank for rank in self._ranks if rank.host == host and not rank.has_ended]
         for rank in ranks:
             if rank.writer is None:
@@ -261,74 +302,120 @@ class Supervisor:
             await asyncio.sleep(0.1)
 
     def _settle(self) -> None:
-        """Name the cause: the first rank that failed of itself, neither for its peer's sake nor because it was told."""
+        """Name the cause: the first rank that failed of itself, neither for its peer's sake nor
+        because it was told."""
         if self._failed_at is None:
             late = [rank for rank in self._ranks if rank.is_overdue or not rank.has_ended]
             if late:
-                self.failure = Failure(f"{late[0]} did not end within {GRACE_SECONDS:.0f} s and was killed",
-                                       late[0].tail, 1)
+                self.failure = Failure(
+                    f"{late[0]} did not end within {GRACE_SECONDS:.0f} s and was killed",
+                    late[0].tail,
+                    1,
+                )
             return
-        failed = sorted((rank for rank in self._ranks if rank.has_ended and rank.status != 0),
-                        key=lambda rank: rank.ended)
-        first = [rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS] or failed
+        failed = sorted(
+            (rank for rank in self._ranks if rank.has_ended and rank.status != 0),
+            key=lambda rank: rank.ended,
+        )
+        first = [
+            rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS
+        ] or failed
         candidates = [rank for rank in first if self._speaks_for_itself(rank)]
         # a cut cable may break connections long before the silence has lasted
         candidates = candidates or [rank for rank in failed if rank.is_silent]
         if not candidates and self._ssh_ended:
-            self.failure = Failure(f"the connection to {self._ssh_ended} ended, and with it its ranks",
-                                   self._said_on(self._ssh_ended), 1)
+            self.failure = Failure(
+                f"the connection to {self._ssh_ended} ended, and with it its ranks",
+                self._said_on(self._ssh_ended),
+                1,
+            )
             return
         candidates = candidates or first
         if candidates:
             self.failure = self._describe(candidates[0])
         else:
             absent = [rank for rank in self._ranks if not rank.has_ended]
-            self.failure = self._describe(absent[0]) if absent else Failure("the launcher ended early", "", 1)
+            self.failure = (
+                self._describe(absent[0]) if absent else Failure("the launcher ended early", "", 1)
+            )
 
     def _describe(self, rank: Rank) -> Failure:
         said = self._said_on(rank.host)
         if self._launcher_status is not None and not said and not rank.is_late:
             said = "".join(line for line in self._launcher_said if not _CHATTER.match(line))
         if rank.status is not None:
-            how = f"was killed by {signal.Signals(rank.status - 128).name}" if _is_signal(rank.status) else \
-                f"ended with status {rank.status}"
+            how = (
+                f"was killed by {signal.Signals(rank.status - 128).name}"
+                if _is_signal(rank.status)
+                else f"ended with status {rank.status}"
+            )
             if "Timeout (" in rank.tail:
                 how = self._hung(rank)
             return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
         if rank.writer is None:
-            what = f"did not report within {START_SECONDS:.0f} s" if rank.is_late else "did not start"
+            what = (
+                f"did not report within {START_SECONDS:.0f} s" if rank.is_late else "did not start"
+            )
             return Failure(f"{rank} {what}", said, 1)
         if rank.is_silent:
-            return Failure(f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of {rank}): the "
-                           "machine or its network is down", said, 1)
+            return Failure(
+                f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of "
+                f"{rank}): the "
+                "machine or its network is down",
+                said,
+                1,
+            )
         return Failure(f"{rank} vanished together with its guard", said, 1)
 
     def _said_on(self, host: str) -> str:
-        return "".join(line for line in self._launcher_says.get(host, []) if not _CHATTER.match(line))
+        return "".join(
+            line for line in self._launcher_says.get(host, []) if not _CHATTER.match(line)
+        )
 
     def _speaks_for_itself(self, rank: Rank) -> bool:
-        """Whether a failed rank's end is its own, and not the echo of another's, nor what we have asked for."""
+        """Whether a failed rank's end is its own, and not the echo of another's, nor what we have
+        asked for."""
         if rank.is_overdue:
             return False
         if rank.status == 128 + signal.SIGTERM:
-            return self._failed_at is not None and rank.ended <= self._failed_at and not self.stopped_by
+            return (
+                self._failed_at is not None
+                and rank.ended <= self._failed_at
+                and not self.stopped_by
+            )
         if rank.status is None:
             return True
-        if _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT:  # NCCL aborts where a peer is gone
+        if (
+            _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT
+        ):  # NCCL aborts where a peer is gone
             return True
         return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
 
     def _hung(self, rank: Rank) -> str:
-        """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely cause."""
-        mute = [other for other in self._ranks if other.status is None or other.status == 128 + signal.SIGKILL]
+        """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely
+        cause."""
+        mute = [
+            other
+            for other in self._ranks
+            if other.status is None or other.status == 128 + signal.SIGKILL
+        ]
         if mute:
-            names = ", ".join(map(str, mute[:3])) + (f" and {len(mute) - 3} more" if len(mute) > 3 else "")
-            return f"made no step for too long (--watchdog-minutes); {names} did not answer: stopped or stuck"
-        return "made no step for too long (--watchdog-minutes); what every rank was doing then is in its log"
+            names = ", ".join(map(str, mute[:3])) + (
+                f" and {len(mute) - 3} more" if len(mute) > 3 else ""
+            )
+            return (
+                f"made no step for too long (--watchdog-minutes); {names} did not answer: "
+                "stopped or stuck"
+            )
+        return (
+            "made no step for too long (--watchdog-minutes); what every rank was doing then is "
+            "in its log"
+        )
 
 
 class _Speaker:
-    """Writes texts to streams that may be slow, stopped or full, without making anybody wait for them.
+    """Writes texts to streams that may be slow, stopped or full, without making anybody wait for
+    them.
 
     A thread of its own writes them in the order in which they came.
     """
@@ -338,7 +425,8 @@ class _Speaker:
         threading.Thread(target=self._write, daemon=True).start()
 
     def say(self, stream: IO[str], text: str) -> None:
-        """Write `text`, later. Where nobody reads the stream any more (CTRL+S, `| less`), it waits, or is lost."""
+        """Write `text`, later. Where nobody reads the stream any more (CTRL+S, `| less`), it waits,
+        or is lost."""
         with suppress(queue.Full):
             self._waiting.put_nowait((stream, text))
 
@@ -358,7 +446,8 @@ class _Speaker:
 
 
 def _kill_tree(pid: int) -> None:
-    """Kill a process and all that it has started. A signal to its group misses some: pdsh gives each ssh its own."""
+    """Kill a process and all that it has started. A signal to its group misses some: pdsh gives
+    each ssh its own."""
     with suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(pid)
         for process in (launcher, *launcher.children(recursive=True)):

@@ -30,32 +30,56 @@ from pipeline.training.options import DATASET_DIR
 
 REPLACED = ".synced_away"
 """Where a host keeps what a copy replaced or removed in its checkout."""
-OWN = (".git", ".venv", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", ".bootstrap.lock",
-       REPLACED, SYNCED, "/runs", "/results", "/export")
+OWN = (
+    ".git",
+    ".venv",
+    ".cache",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".hypothesis",
+    ".bootstrap.lock",
+    REPLACED,
+    SYNCED,
+    "/runs",
+    "/results",
+    "/export",
+)
 """What a host has of its own, and keeps."""
 ENVIRONMENT_SECONDS = 3600
-_RSYNCS_STATUS = {23: "some files could not be copied", 12: "rsync is missing there, or died",
-                         127: "rsync is missing there", 255: "ssh failed", 11: "its disk is full, or not writable"}
+_RSYNCS_STATUS = {
+    23: "some files could not be copied",
+    12: "rsync is missing there, or died",
+    127: "rsync is missing there",
+    255: "ssh failed",
+    11: "its disk is full, or not writable",
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Bring this checkout and the dataset to every host of the hostfile, and make the Python environment there.
+    """Bring this checkout and the dataset to every host of the hostfile, and make the Python
+    environment there.
 
-    What is there already is not copied again, and a copy that was broken off goes on where it stopped. A host that sees
-    this disk is left alone. In a host's checkout nothing is lost: what is replaced or removed goes to .synced_away.
+    What is there already is not copied again, and a copy that was broken off goes on where it
+    stopped. A host that sees this disk is left alone. In a host's checkout nothing is lost: what is
+    replaced or removed goes to .synced_away.
 
     Example: launch/sync.sh --dataset-dir ~/dataset
     """
 
     hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
-    """Lines such as `node1 slots=8`; the first is this machine. Default: hostfile here, or in the checkout."""
+    """Lines such as `node1 slots=8`; the first is this machine. Default: hostfile here, or in the
+    checkout."""
     include: str = ""
     """Only these hosts: node2@node3."""
     exclude: str = ""
     """All but these."""
-    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
-    """A folder to copy to the same place; may be given several times. Default: ~/dataset, if it has lists."""
+    dataset_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
+    """A folder to copy to the same place; may be given several times. Default: ~/dataset, if it has
+    lists."""
     no_checkout: bool = False
     """Leave the checkout as it is there."""
     no_dataset: bool = False
@@ -78,9 +102,15 @@ def main(options: Options) -> int:
     """Copy, install, say what became of each host. Exit status 1 if any of it failed."""
     if not shutil.which("rsync"):
         raise UserError("rsync is not installed here; `apt install rsync` on every host")
-    hosts = list(choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude))
+    hosts = list(
+        choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
+    )
     parts = [] if options.no_checkout else [SyncedFolder("checkout", ROOT)]
-    parts += [] if options.no_dataset else [SyncedFolder("dataset", folder) for folder in _datasets(options)]
+    parts += (
+        []
+        if options.no_dataset
+        else [SyncedFolder("dataset", folder) for folder in _datasets(options)]
+    )
     with ThreadPoolExecutor(len(hosts)) as pool:
         complaints = list(pool.map(lambda host: _bring(host, parts, options), hosts))
     failed = [complaint for complaint in complaints if complaint]
@@ -91,7 +121,9 @@ def main(options: Options) -> int:
 
 
 def _datasets(options: Options) -> list[Path]:
-    default = [DATASET_DIR.expanduser()] if (DATASET_DIR.expanduser() / TRAINING_LIST).is_file() else []
+    default = (
+        [DATASET_DIR.expanduser()] if (DATASET_DIR.expanduser() / TRAINING_LIST).is_file() else []
+    )
     folders = [path.expanduser().absolute() for path in options.dataset_dir] or default
     for folder in folders:
         if not folder.is_dir():
@@ -120,7 +152,9 @@ def _sees(host: str, folder: Path) -> bool | str:
     try:
         mark.touch()
     except OSError as error:
-        return f"{folder} cannot be written to here ({error.strerror}), by which a shared disk is told"
+        return (
+            f"{folder} cannot be written to here ({error.strerror}), by which a shared disk is told"
+        )
     try:
         done = run_on([host], ["test", "-e", str(mark)], timeout=30)[host]
     finally:
@@ -135,15 +169,36 @@ def _copy(host: str, part: SyncedFolder, options: Options) -> str:
         return made.complaint
     is_checkout = part.folder == ROOT
     shell = shlex.join(["ssh", *ssh_options()])
-    command = ["rsync", "--archive", "--no-owner", "--no-group", "--protect-args", "--partial",
-               "--partial-dir=.rsync-partial", "--timeout=120", "--rsh", shell, "--stats", "--human-readable"]
+    command = [
+        "rsync",
+        "--archive",
+        "--no-owner",
+        "--no-group",
+        "--protect-args",
+        "--partial",
+        "--partial-dir=.rsync-partial",
+        "--timeout=120",
+        "--rsh",
+        shell,
+        "--stats",
+        "--human-readable",
+    ]
     if is_checkout:
-        command += ["--delete", "--backup", f"--backup-dir={REPLACED}", *(f"--exclude={name}" for name in OWN)]
+        command += [
+            "--delete",
+            "--backup",
+            f"--backup-dir={REPLACED}",
+            *(f"--exclude={name}" for name in OWN),
+        ]
     elif options.delete:
         command += ["--delete-after"]
     say(f"{host}: {part.name}: copying {part.folder}")
-    done = subprocess.run([*command, "--", f"{part.folder}/", f"{host}:{part.folder}/"], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [*command, "--", f"{part.folder}/", f"{host}:{part.folder}/"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
         return f"{_RSYNCS_STATUS.get(done.returncode, f'rsync ended with status {done.returncode}')}: {lines[0]}"
@@ -154,14 +209,21 @@ def _copy(host: str, part: SyncedFolder, options: Options) -> str:
 def _told(stats: str) -> str:
     """What rsync did, in a few words."""
     lines = dict(line.split(": ", 1) for line in stats.splitlines() if ": " in line)
-    files, size = (lines.get(name, "?").strip() for name in ("Number of regular files transferred", "Total bytes sent"))
+    files, size = (
+        lines.get(name, "?").strip()
+        for name in ("Number of regular files transferred", "Total bytes sent")
+    )
     return f"{files} files, {size} bytes sent"
 
 
 def _leave_commit(host: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     text = json.dumps({"commit": done.stdout.strip()})
-    left = run_on([host], ["sh", "-c", 'cat > "$1"', "sh", str(ROOT / SYNCED)], timeout=30, stdin=text)[host]
+    left = run_on(
+        [host], ["sh", "-c", 'cat > "$1"', "sh", str(ROOT / SYNCED)], timeout=30, stdin=text
+    )[host]
     return left.complaint if left.status else ""
 
 
@@ -171,13 +233,21 @@ def _make_environment(host: str) -> str:
     lead = []
     if own != ROOT / ".venv":
         if run_on([host], ["test", "-x", str(own / "bin" / "python")], timeout=30)[host].status:
-            return (f"{host}: there is no environment {own}, which is active here; make one there, or deactivate it "
-                    "here, so that .venv in the checkout is used")
+            return (
+                f"{host}: there is no environment {own}, which is active here; make one there, or "
+                "deactivate it "
+                "here, so that .venv in the checkout is used"
+            )
         lead = [f"export VIRTUAL_ENV={shlex.quote(str(own))}"]
     elif os.environ.get("VASTSCALE_PYTHON"):
         lead = [f"export VASTSCALE_PYTHON={shlex.quote(os.environ['VASTSCALE_PYTHON'])}"]
-    script = "; ".join([*lead, f"source {shlex.quote(str(ROOT / 'launch' / 'bootstrap.sh'))}",
-                        "vastscale_bootstrap requirements.txt"])
+    script = "; ".join(
+        [
+            *lead,
+            f"source {shlex.quote(str(ROOT / 'launch' / 'bootstrap.sh'))}",
+            "vastscale_bootstrap requirements.txt",
+        ]
+    )
     say(f"{host}: environment: looking after {own}")
     done = run_on([host], ["bash", "-c", script], timeout=ENVIRONMENT_SECONDS)[host]
     if done.status:

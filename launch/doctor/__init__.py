@@ -1,4 +1,5 @@
-"""Looks at every host before a run: what would break there, and what to do about each. See `diagnose`."""
+"""Looks at every host before a run: what would break there, and what to do about each. See
+`diagnose`."""
 
 from __future__ import annotations
 
@@ -22,30 +23,51 @@ from launch.doctor.prediction import Network, all_reduce_seconds, efficiency, pr
 from launch.requirements_missing import pins
 from pipeline.cli import UserError
 
-_FACT_CHECKS: dict[str, tuple[str, Check]] = {**{name: (name, check) for name, check in CHECKS.items()},
-                                              "disk": ("output", CHECKS["disk"]), "GPUs": ("nvidia", gpus),
-                                              "dataset": ("datasets", datasets)}
+_FACT_CHECKS: dict[str, tuple[str, Check]] = {
+    **{name: (name, check) for name, check in CHECKS.items()},
+    "disk": ("output", CHECKS["disk"]),
+    "GPUs": ("nvidia", gpus),
+    "dataset": ("datasets", datasets),
+}
 """Row -> the fact that it is about, and the check."""
 
 
-def diagnose(slots: Slots, *, dataset_dirs: Sequence[Path], output_dir: Path, interface: str = "",
-             timeout: float = 90, parameters: Callable[[], int] | None = None, step_seconds: float | None = None,
-             say: Callable[[str], None] = print, master_address: str = "", ports: Sequence[int] = (),
-             with_all_reduce: bool = True, is_on_cpu: bool = False) -> Diagnosis:
-    """Look at every host of `slots` at once. A host that does not answer costs `timeout` seconds, once.
+def diagnose(
+    slots: Slots,
+    *,
+    dataset_dirs: Sequence[Path],
+    output_dir: Path,
+    interface: str = "",
+    timeout: float = 90,
+    parameters: Callable[[], int] | None = None,
+    step_seconds: float | None = None,
+    say: Callable[[str], None] = print,
+    master_address: str = "",
+    ports: Sequence[int] = (),
+    with_all_reduce: bool = True,
+    is_on_cpu: bool = False,
+) -> Diagnosis:
+    """Look at every host of `slots` at once. A host that does not answer costs `timeout` seconds,
+    once.
 
-    `~` in a folder is each host's own. `ports` must be free on the first host. How many `parameters` a run trains,
-    asked for while the hosts answer, and the seconds of work in a step of one rank are for the prediction. GPUs are
-    not looked at where the run `is_on_cpu`. `UserError` where there is no ssh.
+    `~` in a folder is each host's own. `ports` must be free on the first host. How many
+    `parameters` a run trains, asked for while the hosts answer, and the seconds of work in a step
+    of one rank are for the prediction. GPUs are not looked at where the run `is_on_cpu`.
+    `UserError` where there is no ssh.
     """
     if not shutil.which("ssh"):
         raise UserError("there is no ssh on this machine; `apt install openssh-client`")
     began, python = time.monotonic(), sys.executable
     found = Diagnosis(slots)
     say(f"doctor: asking {', '.join(slots)}")
-    task = {"root": str(remote.ROOT), "synced": remote.SYNCED, "dataset_dirs": [str(path) for path in dataset_dirs],
-            "output_dir": str(output_dir), "is_on_cpu": is_on_cpu,
-            "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")]}
+    task = {
+        "root": str(remote.ROOT),
+        "synced": remote.SYNCED,
+        "dataset_dirs": [str(path) for path in dataset_dirs],
+        "output_dir": str(output_dir),
+        "is_on_cpu": is_on_cpu,
+        "packages": [name for name, _ in pins(remote.ROOT / "requirements.txt")],
+    }
     with ThreadPoolExecutor(1) as counting:
         counted = counting.submit(parameters) if parameters else None
         facts = _ask(found, task, timeout, python)
@@ -74,9 +96,14 @@ def _ask(found: Diagnosis, task: Mapping[str, Any], timeout: float, python: str)
             cause, remedy = explain(done)
             return Finding(host, "ssh", FAIL, cause, f"{cause}; {remedy}"), None
         if not isinstance(answer, dict):
-            why = f"there is no python3; {'`apt install python3-venv`'}" if done.status == 127 else \
-                f"its python says: {done.complaint}; Python 3.10 or newer is needed"
-            return Finding(host, "python", FAIL, "none" if done.status == 127 else "broken", why), None
+            why = (
+                f"there is no python3; {'`apt install python3-venv`'}"
+                if done.status == 127
+                else f"its python says: {done.complaint}; Python 3.10 or newer is needed"
+            )
+            return Finding(
+                host, "python", FAIL, "none" if done.status == 127 else "broken", why
+            ), None
         answer["skew"] = clock_skew(began, ended, answer)
         return Finding(host, "ssh", PASS, f"{ended - began:.1f} s"), answer
 
@@ -91,7 +118,9 @@ def _check_facts(found: Diagnosis, facts: Mapping[str, Any], python: str) -> Non
         return
     first = next(iter(facts))  # of those that have answered
     for host, own in facts.items():
-        ask = Question(host, found.slots[host], own, first, facts[first], world_size(found.slots), python)
+        ask = Question(
+            host, found.slots[host], own, first, facts[first], world_size(found.slots), python
+        )
         for row, (fact, check) in _FACT_CHECKS.items():
             if _is_unknown(own[fact]):
                 why = f"could not be found out: {own[fact]['error']}"
@@ -105,32 +134,64 @@ def _is_unknown(fact: Any) -> bool:
     return isinstance(fact, dict) and set(fact) == {"error"}
 
 
-def _check_network(found: Diagnosis, facts: Mapping[str, Any], python: str, interface: str, master_address: str,
-                   ports: Sequence[int]) -> None:
+def _check_network(
+    found: Diagnosis,
+    facts: Mapping[str, Any],
+    python: str,
+    interface: str,
+    master_address: str,
+    ports: Sequence[int],
+) -> None:
     hosts = [host for host in facts if not _is_unknown(facts[host]["interfaces"])]
     if hosts[:1] != list(found.slots)[:1]:  # nothing can be said without the first host
         return
-    found.route = find_route(hosts, {host: facts[host]["interfaces"] for host in hosts}, python, interface=interface,
-                             master_address=master_address, ports=ports)
+    found.route = find_route(
+        hosts,
+        {host: facts[host]["interfaces"] for host in hosts},
+        python,
+        interface=interface,
+        master_address=master_address,
+        ports=ports,
+    )
     found.findings += found.route.findings
 
 
-def _check_all_reduce(found: Diagnosis, facts: Mapping[str, Any], python: str, say: Callable[[str], None]) -> None:
+def _check_all_reduce(
+    found: Diagnosis, facts: Mapping[str, Any], python: str, say: Callable[[str], None]
+) -> None:
     """Among the hosts that can take part; the others have failed already."""
-    failed = {finding.host for finding in found.findings if finding.verdict == FAIL
-              and finding.check in ("ssh", "python", "packages", "GPUs", "network")}
-    slots = {host: numbers for host, numbers in found.slots.items() if host not in failed and host in found.interfaces}
+    failed = {
+        finding.host
+        for finding in found.findings
+        if finding.verdict == FAIL
+        and finding.check in ("ssh", "python", "packages", "GPUs", "network")
+    }
+    slots = {
+        host: numbers
+        for host, numbers in found.slots.items()
+        if host not in failed and host in found.interfaces
+    }
     on_gpus = bool(slots) and all(facts[host]["nvidia"]["gpus"] for host in slots)
-    if next(iter(slots), "") != next(iter(found.slots)) or (world_size(slots) if on_gpus else len(slots)) < 2:
+    if (
+        next(iter(slots), "") != next(iter(found.slots))
+        or (world_size(slots) if on_gpus else len(slots)) < 2
+    ):
         return
     say(f"doctor: all-reduce between {', '.join(slots)}")
-    measured = measure.all_reduce(slots, found.route, measure.hosts_of({host: facts[host]["interfaces"]
-                                                                        for host in slots}), python, on_gpus=on_gpus)
+    measured = measure.all_reduce(
+        slots,
+        found.route,
+        measure.hosts_of({host: facts[host]["interfaces"] for host in slots}),
+        python,
+        on_gpus=on_gpus,
+    )
     found.findings += measured.findings
     found.network = measured.network
 
 
-def _predict(found: Diagnosis, network: Network, parameters: int, step_seconds: float | None) -> None:
+def _predict(
+    found: Diagnosis, network: Network, parameters: int, step_seconds: float | None
+) -> None:
     ranks = world_size(found.slots)
     if ranks < 2:
         return
@@ -138,4 +199,8 @@ def _predict(found: Diagnosis, network: Network, parameters: int, step_seconds: 
     for name, size in (("fp16", 2), ("fp32", 4)):
         seconds = all_reduce_seconds(parameters * size, ranks, network)
         kept = None if step_seconds is None else efficiency(step_seconds, seconds)
-        found.expected[name] = {"all_reduce_seconds": seconds, "step_seconds": step_seconds, "efficiency": kept}
+        found.expected[name] = {
+            "all_reduce_seconds": seconds,
+            "step_seconds": step_seconds,
+            "efficiency": kept,
+        }

@@ -1,6 +1,6 @@
 """The doctor as a command.
 
-    python -m launch.doctor -H hostfile --dataset-dir ~/dataset
+python -m launch.doctor -H hostfile --dataset-dir ~/dataset
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pipeline.training.options import DATASET_DIR
 
 @dataclass(frozen=True)
 class Options:
-    """Look at every host of a hostfile before a run: what would break there, and what to do about each.
+    """Look at every host of a hostfile before a run: what would break there, and what to do about
+    each.
 
-    Asks all hosts at once over ssh, then lets them add up numbers over the network. Exit status 0 if a run can start
-    (there may be warnings), 2 if something failed.
+    Asks all hosts at once over ssh, then lets them add up numbers over the network. Exit status 0
+    if a run can start (there may be warnings), 2 if something failed.
 
     Example: python -m launch.doctor -H hostfile --dataset-dir ~/dataset --recipe vapsr_x4
     """
@@ -39,14 +40,18 @@ class Options:
     """Only these hosts and slots of it: node1@node2:0,2."""
     exclude: str = ""
     """All but these."""
-    dataset_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
-    """A dataset that must be the same on every host; may be given several times. Default: ~/dataset, if it is there."""
+    dataset_dir: Annotated[
+        tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
+    ] = ()
+    """A dataset that must be the same on every host; may be given several times. Default:
+    ~/dataset, if it is there."""
     output_dir: Path = RUNS_DIR
     """The run folder, which may not be there yet; if it is, its log tells the time of a step."""
     interface: str = ""
     """Name of the network interface, on every host. Default: whichever leads to the first host."""
     master_addr: str = ""
-    """The first host's address. Default: of its addresses that all hosts reach, the one on its fastest interface."""
+    """The first host's address. Default: of its addresses that all hosts reach, the one on its
+    fastest interface."""
     timeout: float = 90
     """Seconds for a host's answer."""
     json: Path | None = None
@@ -72,13 +77,27 @@ def main(options: Options) -> int:
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     parameters = None
     if options.recipe or options.parameters:
-        parameters = partial(count_parameters, options.recipe) if options.recipe else lambda: options.parameters or 0
-    step_seconds = options.step_seconds or step_seconds_of(options.output_dir.expanduser(), world_size(slots))
+        parameters = (
+            partial(count_parameters, options.recipe)
+            if options.recipe
+            else lambda: options.parameters or 0
+        )
+    step_seconds = options.step_seconds or step_seconds_of(
+        options.output_dir.expanduser(), world_size(slots)
+    )
     default = (DATASET_DIR,) if (DATASET_DIR.expanduser() / TRAINING_LIST).is_file() else ()
-    found = diagnose(slots, dataset_dirs=[_absolute(path) for path in options.dataset_dir] or default,
-                     output_dir=_absolute(options.output_dir), interface=options.interface, timeout=options.timeout,
-                     parameters=parameters, step_seconds=step_seconds, master_address=options.master_addr,
-                     with_all_reduce=not options.no_allreduce, say=lambda text: print(text, flush=True))
+    found = diagnose(
+        slots,
+        dataset_dirs=[_absolute(path) for path in options.dataset_dir] or default,
+        output_dir=_absolute(options.output_dir),
+        interface=options.interface,
+        timeout=options.timeout,
+        parameters=parameters,
+        step_seconds=step_seconds,
+        master_address=options.master_addr,
+        with_all_reduce=not options.no_allreduce,
+        say=lambda text: print(text, flush=True),
+    )
     print(found.table())
     if options.json:
         write_atomically(options.json, (json.dumps(found.as_json(), indent=1) + "\n").encode())

@@ -1,7 +1,8 @@
-"""One host's part in a short all-reduce between all hosts. It is sent to every host, and imports torch there, late.
+"""One host's part in a short all-reduce between all hosts. It is sent to every host, and imports
+torch there, late.
 
-Each rank says to a store on the first host that it is there, so that one that is not can be named; then all add up
-tensors of a few sizes. The sums are checked, the times are of the first rank.
+Each rank says to a store on the first host that it is there, so that one that is not can be named;
+then all add up tensors of a few sizes. The sums are checked, the times are of the first rank.
 """
 
 from __future__ import annotations
@@ -74,28 +75,55 @@ def _guarded(task: dict[str, Any], position: int) -> dict[str, Any]:
     try:
         return _rank(task, position)
     except Exception as error:  # the doctor tells what it was
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        return {
+            "error": (
+                f"{type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
+        }
 
 
 def _rank(task: dict[str, Any], position: int) -> dict[str, Any]:
-    """{"absent": [rank, ...]}, or of every rank {"is_right": bool}, of the first also {"seconds": {bytes: median}}."""
+    """{"absent": [rank, ...]}, or of every rank {"is_right": bool}, of the first also {"seconds":
+    {bytes: median}}."""
     import torch
     import torch.distributed as dist
 
-    rank, world_size, timeout = task["ranks"][position], task["world_size"], timedelta(seconds=task["join_seconds"])
-    device = torch.device("cpu") if task["devices"] is None else torch.device("cuda", task["devices"][position])
+    rank, world_size, timeout = (
+        task["ranks"][position],
+        task["world_size"],
+        timedelta(seconds=task["join_seconds"]),
+    )
+    device = (
+        torch.device("cpu")
+        if task["devices"] is None
+        else torch.device("cuda", task["devices"][position])
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    store = dist.TCPStore(task["address"], task["port"], world_size, is_master=rank == 0, timeout=timeout,
-                          wait_for_workers=False)
+    store = dist.TCPStore(
+        task["address"],
+        task["port"],
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
     store.set(f"here/{rank}", "")
-    absent = _absent(store, world_size, time.monotonic() + task["join_seconds"]) if rank == 0 else []
+    absent = (
+        _absent(store, world_size, time.monotonic() + task["join_seconds"]) if rank == 0 else []
+    )
     if absent:
         return {"absent": absent}
     store.wait([f"here/{other}" for other in range(world_size)], timeout)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     seconds, is_right = _measure(dist, device, rank, world_size)
     store.set(f"done/{rank}", "")
     if rank == 0:  # the store lives here: the others shall have got their last answers
@@ -127,7 +155,9 @@ def _measure(dist: Any, device: Any, rank: int, world_size: int) -> tuple[dict[i
         times = []
         for _ in range(WARM_UPS if size < SIZES[-1] else 1):
             times.append(_all_reduce(dist, tensor, rank))
-        repeats = _agreed(dist, device, rank, max(2, min(MOST_REPEATS, int(BUDGET_SECONDS / times[-1]))))
+        repeats = _agreed(
+            dist, device, rank, max(2, min(MOST_REPEATS, int(BUDGET_SECONDS / times[-1])))
+        )
         times = [_all_reduce(dist, tensor, rank) for _ in range(repeats)]
         is_right = is_right and bool((tensor == world_size * (world_size + 1) / 2).all())
         medians[size] = statistics.median(times)

@@ -1,7 +1,8 @@
-"""What the facts of a host (`probe.py`) mean for a run: the doctor's checks, each against the first host. Pure.
+"""What the facts of a host (`probe.py`) mean for a run: the doctor's checks, each against the first
+host. Pure.
 
-Most checks are in `CHECKS`, by their row of the table. GPUs and datasets have checks of their own, the clock is judged
-by when the answers came, and `explain` says what ssh's complaints mean.
+Most checks are in `CHECKS`, by their row of the table. GPUs and datasets have checks of their own,
+the clock is judged by when the answers came, and `explain` says what ssh's complaints mean.
 """
 
 from __future__ import annotations
@@ -29,25 +30,56 @@ USED_MIB = 1024  # more than this, and others are at work on a GPU
 POWER_SHARE = 0.95  # of the power that the GPU has by default
 _KEYS = ("id_ed25519", "id_rsa", "id_ecdsa", "id_ed25519_sk", "id_ecdsa_sk")
 _CAUSES = (
-    (r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed", "another host key than known",
-     "if the machine was reinstalled: `ssh-keygen -R {host}`, then `ssh-keyscan -H {host} >> ~/.ssh/known_hosts`"),
-    (r"Host key verification failed|host key is known for", "unknown host key",
-     "`ssh-keyscan -H {host} >> ~/.ssh/known_hosts`, on a network that you trust"),
-    (r"UNPROTECTED PRIVATE KEY FILE", "private key readable by others", "`chmod 600` on the key that ssh names"),
-    (r"Bad owner or permissions|Bad configuration option|bad configuration options", "~/.ssh/config is refused",
-     "repair what `ssh {host}` complains about"),
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed",
+        "another host key than known",
+        "if the machine was reinstalled: `ssh-keygen -R {host}`, then `ssh-keyscan -H {host} >> "
+        "~/.ssh/known_hosts`",
+    ),
+    (
+        r"Host key verification failed|host key is known for",
+        "unknown host key",
+        "`ssh-keyscan -H {host} >> ~/.ssh/known_hosts`, on a network that you trust",
+    ),
+    (
+        r"UNPROTECTED PRIVATE KEY FILE",
+        "private key readable by others",
+        "`chmod 600` on the key that ssh names",
+    ),
+    (
+        r"Bad owner or permissions|Bad configuration option|bad configuration options",
+        "~/.ssh/config is refused",
+        "repair what `ssh {host}` complains about",
+    ),
     (r"Permission denied|Too many authentication failures", "permission denied", "{copy_key}"),
-    (r"Could not resolve hostname", "name does not resolve",
-     "write `ADDRESS {host}` into /etc/hosts on every host, or a HostName into ~/.ssh/config"),
-    (r"Connection refused", "connection refused",
-     "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another port: Port in "
-     "~/.ssh/config"),
-    (r"No route to host|Network is unreachable|Host is down", "no route",
-     "is the machine on, its cable in, its address right? try `ping {host}`"),
-    (r"timed out|not responding", "no answer",
-     "is the machine on? does a firewall drop port 22? try `ping {host}`"),
-    (r"kex_exchange_identification|Connection (closed|reset) by|Exceeded MaxStartups", "connection closed by its sshd",
-     "see MaxStartups and AllowUsers in its /etc/ssh/sshd_config, and its log: `journalctl -u ssh`"),
+    (
+        r"Could not resolve hostname",
+        "name does not resolve",
+        "write `ADDRESS {host}` into /etc/hosts on every host, or a HostName into ~/.ssh/config",
+    ),
+    (
+        r"Connection refused",
+        "connection refused",
+        "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another "
+        "port: Port in "
+        "~/.ssh/config",
+    ),
+    (
+        r"No route to host|Network is unreachable|Host is down",
+        "no route",
+        "is the machine on, its cable in, its address right? try `ping {host}`",
+    ),
+    (
+        r"timed out|not responding",
+        "no answer",
+        "is the machine on? does a firewall drop port 22? try `ping {host}`",
+    ),
+    (
+        r"kex_exchange_identification|Connection (closed|reset) by|Exceeded MaxStartups",
+        "connection closed by its sshd",
+        "see MaxStartups and AllowUsers in its /etc/ssh/sshd_config, and its log: `journalctl -u "
+        "ssh`",
+    ),
 )
 
 
@@ -77,15 +109,28 @@ Check = Callable[[Question], Iterator[Finding]]
 def checkout(ask: Question) -> Iterator[Finding]:
     facts, first = ask.facts["checkout"], ask.first_facts["checkout"]
     if not facts["exists"]:
-        yield ask.say("checkout", FAIL, "missing", f"there is no checkout where {ask.first} has its own; {SYNC}")
+        yield ask.say(
+            "checkout",
+            FAIL,
+            "missing",
+            f"there is no checkout where {ask.first} has its own; {SYNC}",
+        )
         return
     theirs, ours = facts["files"], first["files"]
     differing = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
     commit = facts["commit"][:9] or "no commit known"
     if differing:
-        at = f" (commit {commit}, there {first['commit'][:9]})" if facts["commit"] != first["commit"] else ""
-        yield ask.say("checkout", FAIL, f"{_count(len(differing), 'file')} other",
-                      f"{_some(differing)} differ from those of {ask.first}{at}; {SYNC}")
+        at = (
+            f" (commit {commit}, there {first['commit'][:9]})"
+            if facts["commit"] != first["commit"]
+            else ""
+        )
+        yield ask.say(
+            "checkout",
+            FAIL,
+            f"{_count(len(differing), 'file')} other",
+            f"{_some(differing)} differ from those of {ask.first}{at}; {SYNC}",
+        )
     else:
         same = "" if ask.is_first or facts["commit"] == first["commit"] else ", same files"
         yield ask.say("checkout", PASS, commit + same)
@@ -95,13 +140,26 @@ def python(ask: Question) -> Iterator[Finding]:
     facts, first = ask.facts["python"], ask.first_facts["python"]
     ours, theirs = first["version"], facts["version"]
     if facts["executable"] != ask.python:
-        yield ask.say("python", FAIL, "not there", f"there is no {ask.python}; {SYNC}, which makes .venv there, or "
-                      "make an environment at that path")
+        yield ask.say(
+            "python",
+            FAIL,
+            "not there",
+            f"there is no {ask.python}; {SYNC}, which makes .venv there, or "
+            "make an environment at that path",
+        )
     elif ours.split(".")[:2] != theirs.split(".")[:2]:
-        yield ask.say("python", FAIL, theirs, f"Python {theirs}, and {ask.first} has {ours}; make the environment "
-                      f"again with {ours.rpartition('.')[0]}: remove .venv there and {SYNC} with VASTSCALE_PYTHON")
+        yield ask.say(
+            "python",
+            FAIL,
+            theirs,
+            f"Python {theirs}, and {ask.first} has {ours}; make the environment "
+            f"again with {ours.rpartition('.')[0]}: remove .venv there and {SYNC} with "
+            "VASTSCALE_PYTHON",
+        )
     elif ours != theirs:
-        yield ask.say("python", WARN, theirs, f"Python {theirs}, and {ask.first} has {ours}; likely harmless")
+        yield ask.say(
+            "python", WARN, theirs, f"Python {theirs}, and {ask.first} has {ours}; likely harmless"
+        )
     else:
         yield ask.say("python", PASS, theirs)
 
@@ -111,15 +169,27 @@ def packages(ask: Question) -> Iterator[Finding]:
         return
     ours, theirs = ask.first_facts["packages"], ask.facts["packages"]
     missing = sorted(name for name in ours if ours[name] and not theirs.get(name))
-    other = sorted(f"{name} {theirs[name]} ({ours.get(name) or 'none'} on {ask.first})" for name in theirs
-                   if theirs[name] and theirs[name] != ours.get(name))
+    other = sorted(
+        f"{name} {theirs[name]} ({ours.get(name) or 'none'} on {ask.first})"
+        for name in theirs
+        if theirs[name] and theirs[name] != ours.get(name)
+    )
     told = [text for text in (f"no {_some(missing)}" if missing else "", _some(other)) if text]
     if told:
-        yield ask.say("packages", FAIL, _count(len(missing) + len(other), "package") + " other",
-                      f"{'; '.join(told)}; {SYNC}, or `pip install -r requirements.txt` there")
+        yield ask.say(
+            "packages",
+            FAIL,
+            _count(len(missing) + len(other), "package") + " other",
+            f"{'; '.join(told)}; {SYNC}, or `pip install -r requirements.txt` there",
+        )
     elif not theirs.get("torch"):
-        yield ask.say("packages", FAIL, "no torch", "torch is not installed; run ./launch_local_train.sh --help once, "
-                      "which makes the environment")
+        yield ask.say(
+            "packages",
+            FAIL,
+            "no torch",
+            "torch is not installed; run ./launch_local_train.sh --help once, "
+            "which makes the environment",
+        )
     else:
         yield ask.say("packages", PASS, f"torch {theirs['torch']}")
 
@@ -127,8 +197,13 @@ def packages(ask: Question) -> Iterator[Finding]:
 def cores(ask: Question) -> Iterator[Finding]:
     number, ranks = ask.facts["cores"], len(ask.slots)
     if number < ranks:
-        yield ask.say("cores", WARN, f"{number} for {ranks} ranks", f"{_count(number, 'core')} for {ranks} ranks: they "
-                      "will wait for each other; give fewer slots in the hostfile")
+        yield ask.say(
+            "cores",
+            WARN,
+            f"{number} for {ranks} ranks",
+            f"{_count(number, 'core')} for {ranks} ranks: they "
+            "will wait for each other; give fewer slots in the hostfile",
+        )
     else:
         yield ask.say("cores", PASS, f"{number} for {_count(ranks, 'rank')}")
 
@@ -137,8 +212,13 @@ def memory(ask: Question) -> Iterator[Finding]:
     free, ranks = ask.facts["memory"]["free"], len(ask.slots)
     told = f"{free / GIB:.0f} GiB free"
     if free < ranks * LOW_MEMORY_BYTES_A_RANK:
-        yield ask.say("memory", WARN, told, f"{free / GIB:.1f} GiB of memory are free for {_count(ranks, 'rank')}, of "
-                      f"about {LOW_MEMORY_BYTES_A_RANK / GIB:.0f} each; see what else runs there (`top`)")
+        yield ask.say(
+            "memory",
+            WARN,
+            told,
+            f"{free / GIB:.1f} GiB of memory are free for {_count(ranks, 'rank')}, of "
+            f"about {LOW_MEMORY_BYTES_A_RANK / GIB:.0f} each; see what else runs there (`top`)",
+        )
     else:
         yield ask.say("memory", PASS, told)
 
@@ -147,13 +227,25 @@ def disk(ask: Question) -> Iterator[Finding]:
     output = ask.facts["output"]
     told, where = f"{output['free'] / GIB:.0f} GiB free", output["at"]
     if output["complaint"]:
-        yield ask.say("disk", FAIL if ask.is_first else WARN, "not writable", f"{where} cannot be written to: "
-                      f"{output['complaint']}; name another --output-dir, or change its owner (`chown`)")
+        yield ask.say(
+            "disk",
+            FAIL if ask.is_first else WARN,
+            "not writable",
+            f"{where} cannot be written to: "
+            f"{output['complaint']}; name another --output-dir, or change its owner (`chown`)",
+        )
     elif output["free"] < LEAST_DISK_BYTES and ask.is_first:
-        yield ask.say("disk", FAIL, told, f"{output['free'] / 1e6:.0f} MB are free at {where}, where checkpoints go; "
-                      "make room, or name another --output-dir")
+        yield ask.say(
+            "disk",
+            FAIL,
+            told,
+            f"{output['free'] / 1e6:.0f} MB are free at {where}, where checkpoints go; "
+            "make room, or name another --output-dir",
+        )
     elif output["free"] < (LOW_DISK_BYTES if ask.is_first else LEAST_DISK_BYTES):
-        yield ask.say("disk", WARN, told, f"{output['free'] / GIB:.1f} GiB are free at {where}; make room")
+        yield ask.say(
+            "disk", WARN, told, f"{output['free'] / GIB:.1f} GiB are free at {where}; make room"
+        )
     else:
         yield ask.say("disk", PASS, told)
 
@@ -162,18 +254,39 @@ def limits(ask: Question) -> Iterator[Finding]:
     facts = ask.facts["limits"]
     wanted = max(LEAST_OPEN_FILES, 64 * ask.world_size)
     if facts["open_files"] < wanted:
-        raise_it = (f"`ulimit -n {wanted}` in ~/.bashrc" if facts["most_open_files"] >= wanted else
-                    f"`* - nofile {wanted}` in /etc/security/limits.conf")
-        yield ask.say("limits", WARN, f"{facts['open_files']} open files", f"ulimit -n is {facts['open_files']}, and "
-                      f"{ask.world_size} ranks may need {wanted} connections and files; say {raise_it} there")
+        raise_it = (
+            f"`ulimit -n {wanted}` in ~/.bashrc"
+            if facts["most_open_files"] >= wanted
+            else f"`* - nofile {wanted}` in /etc/security/limits.conf"
+        )
+        yield ask.say(
+            "limits",
+            WARN,
+            f"{facts['open_files']} open files",
+            f"ulimit -n is {facts['open_files']}, and "
+            f"{ask.world_size} ranks may need {wanted} connections and files; say {raise_it} there",
+        )
     if facts["shm"] < LEAST_SHM_BYTES and len(ask.slots) > 1:
         told = f"/dev/shm {facts['shm'] / 1e6:.0f} MB"
-        yield ask.say("limits", WARN, told, f"{told}, through which NCCL joins the GPUs of a host, is too small; in a "
-                      "container: --shm-size=8g or --ipc=host")
+        yield ask.say(
+            "limits",
+            WARN,
+            told,
+            f"{told}, through which NCCL joins the GPUs of a host, is too small; in a "
+            "container: --shm-size=8g or --ipc=host",
+        )
     yield ask.say("limits", PASS, f"{facts['open_files']} open files")
 
-CHECKS: dict[str, Check] = {"checkout": checkout, "python": python, "packages": packages, "cores": cores,
-                            "memory": memory, "disk": disk, "limits": limits}
+
+CHECKS: dict[str, Check] = {
+    "checkout": checkout,
+    "python": python,
+    "packages": packages,
+    "cores": cores,
+    "memory": memory,
+    "disk": disk,
+    "limits": limits,
+}
 """Those that need only the two hosts' facts."""
 
 
@@ -186,14 +299,23 @@ def clock_skew(began: float, ended: float, facts: Facts) -> tuple[float, float]:
     return skew, ((ended - began) - (facts["ended"] - facts["began"])) / 2
 
 
-def clock(host: str, first: str, skew: tuple[float, float], first_skew: tuple[float, float]) -> Finding:
+def clock(
+    host: str, first: str, skew: tuple[float, float], first_skew: tuple[float, float]
+) -> Finding:
     """The clock of a host against the first host's."""
     seconds, doubt = skew[0] - first_skew[0], skew[1] + first_skew[1]
     told = f"{seconds:+.1f} s" if abs(seconds) > doubt else f"within {doubt:.1f} s"
     if abs(seconds) - doubt > MOST_SKEW_SECONDS:
-        return Finding(host, "clock", WARN, told, f"its clock is {abs(seconds):.0f} s "
-                       f"{'ahead of' if seconds > 0 else 'behind'} that of {first}; switch time synchronisation on: "
-                       "`timedatectl set-ntp true`")
+        return Finding(
+            host,
+            "clock",
+            WARN,
+            told,
+            f"its clock is {abs(seconds):.0f} s "
+            f"{'ahead of' if seconds > 0 else 'behind'} that of {first}; switch time "
+            "synchronisation on: "
+            "`timedatectl set-ntp true`",
+        )
     return Finding(host, "clock", PASS, told if host != first else "reference")
 
 
@@ -204,7 +326,12 @@ def gpus(ask: Question) -> Iterator[Finding]:
     """Enough GPUs of one kind, free, and neither slowed nor damaged."""
     told, first = ask.facts["nvidia"], ask.first_facts["nvidia"]
     if told["complaint"]:
-        yield ask.say("GPUs", FAIL, "driver silent", f"{told['complaint']}; reboot, or reinstall the NVIDIA driver")
+        yield ask.say(
+            "GPUs",
+            FAIL,
+            "driver silent",
+            f"{told['complaint']}; reboot, or reinstall the NVIDIA driver",
+        )
         return
     found: list[Gpu] = told["gpus"]
     if not found and not first["gpus"]:
@@ -212,79 +339,133 @@ def gpus(ask: Question) -> Iterator[Finding]:
         return
     if bool(found) != bool(first["gpus"]):
         has, lacks = (ask.host, ask.first) if found else (ask.first, ask.host)
-        yield ask.say("GPUs", FAIL, f"{len(found)} GPUs", f"{has} has GPUs and {lacks} has none; leave one of them out "
-                      "with --exclude, or install the NVIDIA driver")
+        yield ask.say(
+            "GPUs",
+            FAIL,
+            f"{len(found)} GPUs",
+            f"{has} has GPUs and {lacks} has none; leave one of them out "
+            "with --exclude, or install the NVIDIA driver",
+        )
         return
     missing = sorted({*ask.slots} - {gpu["index"] for gpu in found})
     if missing:
         numbers = ", ".join(map(str, missing))
-        yield ask.say("GPUs", FAIL, f"{len(found)} GPUs", f"it has {len(found)} GPUs, and the hostfile wants "
-                      f"{numbers}, too (counted from 0); write slots={len(found)}")
+        yield ask.say(
+            "GPUs",
+            FAIL,
+            f"{len(found)} GPUs",
+            f"it has {len(found)} GPUs, and the hostfile wants "
+            f"{numbers}, too (counted from 0); write slots={len(found)}",
+        )
     yield from _torch(ask)
     used = [gpu for gpu in found if gpu["index"] in ask.slots]
     yield from _differences(ask, used, first["gpus"])
     for gpu in used:
         for trouble in _troubles(gpu):
             number = f"GPU {gpu['index']}"
-            yield ask.say("GPUs", WARN, f"{number}: see below", f"{number} ({gpu['name']}) {trouble}")
+            yield ask.say(
+                "GPUs", WARN, f"{number}: see below", f"{number} ({gpu['name']}) {trouble}"
+            )
     yield ask.say("GPUs", PASS, _summary(used))
 
 
 def _torch(ask: Question) -> Iterator[Finding]:
-    """Whether torch can use what nvidia-smi has counted, and compile for it: the driver's word alone says neither."""
+    """Whether torch can use what nvidia-smi has counted, and compile for it: the driver's word
+    alone says neither."""
     told = ask.facts.get("torch")
-    if not told or ask.facts["python"]["executable"] != ask.python:  # another Python's torch is not the run's
+    if (
+        not told or ask.facts["python"]["executable"] != ask.python
+    ):  # another Python's torch is not the run's
         return
     if "error" in told:
-        yield ask.say("GPUs", WARN, "torch silent",
-                      f"what torch makes of the GPUs could not be found out: {told['error']}")
+        yield ask.say(
+            "GPUs",
+            WARN,
+            "torch silent",
+            f"what torch makes of the GPUs could not be found out: {told['error']}",
+        )
         return
     if told["complaint"]:
         yield ask.say("GPUs", FAIL, "not usable", told["complaint"])
     elif not told["gpus"]:
-        yield ask.say("GPUs", FAIL, "not usable", f"nvidia-smi lists GPUs, and torch {told['torch']} sees none; is "
-                      "CUDA_VISIBLE_DEVICES set in the login shell there?")
+        yield ask.say(
+            "GPUs",
+            FAIL,
+            "not usable",
+            f"nvidia-smi lists GPUs, and torch {told['torch']} sees none; is "
+            "CUDA_VISIBLE_DEVICES set in the login shell there?",
+        )
     elif told["uncompiled"]:
-        yield ask.say("GPUs", WARN, "not compiled", f"torch.compile will not work, and training be slower: "
-                      f"{told['uncompiled']}")
+        yield ask.say(
+            "GPUs",
+            WARN,
+            "not compiled",
+            f"torch.compile will not work, and training be slower: {told['uncompiled']}",
+        )
 
 
 def _differences(ask: Question, used: Sequence[Gpu], first: Sequence[Gpu]) -> Iterator[Finding]:
     names = {*(gpu["name"] for gpu in used), *(gpu["name"] for gpu in first)}
     if len(names) > 1:
-        yield ask.say("GPUs", WARN, "mixed GPUs", f"GPUs differ ({', '.join(sorted(map(str, names)))}): every step "
-                      "takes as long as on the slowest, and the batch must fit the smallest")
+        yield ask.say(
+            "GPUs",
+            WARN,
+            "mixed GPUs",
+            f"GPUs differ ({', '.join(sorted(map(str, names)))}): every step "
+            "takes as long as on the slowest, and the batch must fit the smallest",
+        )
     drivers = [{gpu["driver_version"] for gpu in gpus} for gpus in (used, first)]
     if used and drivers[0] != drivers[1]:
         theirs, ours = (", ".join(sorted(map(str, some))) for some in drivers)
-        yield ask.say("GPUs", WARN, f"driver {theirs}", f"NVIDIA driver {theirs}, and {ask.first} has {ours}; install "
-                      "the same on all hosts")
+        yield ask.say(
+            "GPUs",
+            WARN,
+            f"driver {theirs}",
+            f"NVIDIA driver {theirs}, and {ask.first} has {ours}; install the same on all hosts",
+        )
 
 
 def _troubles(gpu: Gpu) -> Iterator[str]:
     busy, total = gpu.get("memory.used"), gpu.get("memory.total")
     if busy is not None and busy > USED_MIB:
-        yield (f"has {busy / 1024:.1f} of {(total or 0) / 1024:.0f} GiB in use by others; see `nvidia-smi` there, or "
-               "leave it out with --exclude")
+        yield (
+            f"has {busy / 1024:.1f} of {(total or 0) / 1024:.0f} GiB in use by others; see "
+            "`nvidia-smi` there, or "
+            "leave it out with --exclude"
+        )
     limit, usual = gpu.get("power.limit"), gpu.get("power.default_limit")
     if limit and usual and limit < POWER_SHARE * usual:
-        yield f"may take {limit:.0f} W of its usual {usual:.0f}; `nvidia-smi -pl {usual:.0f}` as root ends that"
+        yield (
+            f"may take {limit:.0f} W of its usual {usual:.0f}; `nvidia-smi -pl {usual:.0f}` as "
+            "root ends that"
+        )
     if gpu.get("slowed_by"):
         warm = gpu.get("temperature.gpu")
-        yield f"is slowed by {', '.join(gpu['slowed_by'])}" + (f" at {warm} C" if warm else "") + \
-            "; look after cooling and power supply"
+        yield (
+            f"is slowed by {', '.join(gpu['slowed_by'])}"
+            + (f" at {warm} C" if warm else "")
+            + "; look after cooling and power supply"
+        )
     if gpu.get("ecc.errors.uncorrected.volatile.total"):
-        yield (f"has had {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors since its driver "
-               "started; reset it (`nvidia-smi -r`) and, if they come back, have it exchanged")
+        yield (
+            f"has had {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors "
+            "since its driver "
+            "started; reset it (`nvidia-smi -r`) and, if they come back, have it exchanged"
+        )
     if gpu.get("mig.mode.current") == "Enabled":
-        yield "is cut into MIG slices, of which a rank sees one; `nvidia-smi -mig 0` as root ends that"
+        yield (
+            "is cut into MIG slices, of which a rank sees one; `nvidia-smi -mig 0` as root ends "
+            "that"
+        )
 
 
 def _summary(used: Sequence[Gpu]) -> str:
     kinds = Counter((gpu["name"], round((gpu.get("memory.total") or 0) / 1024)) for gpu in used)
     states = sorted({gpu["pstate"] for gpu in used if gpu.get("pstate")})
-    told = ", ".join(f"{count} x {str(name).removeprefix('NVIDIA ')} {size} GiB"
-                     for (name, size), count in kinds.items())
+    told = ", ".join(
+        f"{count} x {str(name).removeprefix('NVIDIA ')} {size} GiB"
+        for (name, size), count in kinds.items()
+    )
     return f"{told} {'/'.join(states)}".rstrip()
 
 
@@ -304,23 +485,51 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
         wanted = first["lists"][name]
         if found["complaint"]:
             select = f"write it with `python tools/select_training_files.py --data-dir {directory}`"
-            return ask.say("dataset", FAIL, "no list", f"{directory}/{name}: {found['complaint']}; "
-                           f"{select if wanted['complaint'] else sync}")
+            return ask.say(
+                "dataset",
+                FAIL,
+                "no list",
+                f"{directory}/{name}: {found['complaint']}; "
+                f"{select if wanted['complaint'] else sync}",
+            )
         if found["sha256"] != wanted["sha256"]:
-            return ask.say("dataset", FAIL, "other list", f"{directory}/{name} names {found['count']} files, and that "
-                           f"of {ask.first} {wanted['count']}, or others; {sync}")
+            return ask.say(
+                "dataset",
+                FAIL,
+                "other list",
+                f"{directory}/{name} names {found['count']} files, and that "
+                f"of {ask.first} {wanted['count']}, or others; {sync}",
+            )
     if own["missing"]:
         way_out = "write the lists again, or bring the files back" if ask.is_first else sync
-        return ask.say("dataset", FAIL, f"{own['missing']} missing", f"{own['missing']} of the {own['checked']} files "
-                       f"looked for in {directory} are not there ({own['first_missing']}); {way_out}")
-    other = sorted(name for name, digest in own["sample"].items() if first["sample"].get(name, digest) != digest)
+        return ask.say(
+            "dataset",
+            FAIL,
+            f"{own['missing']} missing",
+            f"{own['missing']} of the {own['checked']} files "
+            f"looked for in {directory} are not there ({own['first_missing']}); {way_out}",
+        )
+    other = sorted(
+        name
+        for name, digest in own["sample"].items()
+        if first["sample"].get(name, digest) != digest
+    )
     if other:
-        return ask.say("dataset", FAIL, "other files", f"{len(other)} of {len(own['sample'])} sampled files of "
-                       f"{directory} are not those of {ask.first} ({other[0]}); {sync}")
+        return ask.say(
+            "dataset",
+            FAIL,
+            "other files",
+            f"{len(other)} of {len(own['sample'])} sampled files of "
+            f"{directory} are not those of {ask.first} ({other[0]}); {sync}",
+        )
     if own["checked"] < own["files"]:
         seen = f"{own['checked']} of {own['files']}"
-        return ask.say("dataset", WARN, f"{seen} seen", f"only {seen} files of {directory} could be looked for in "
-                       "time: its disk is slow")
+        return ask.say(
+            "dataset",
+            WARN,
+            f"{seen} seen",
+            f"only {seen} files of {directory} could be looked for in time: its disk is slow",
+        )
     return ask.say("dataset", PASS, f"{own['files']} files")
 
 
@@ -328,10 +537,13 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
 
 
 def explain(done: Done) -> tuple[str, str]:
-    """(what is wrong, in a few words; what to do) of an ssh that failed: status 255, or 124 if it took too long."""
+    """(what is wrong, in a few words; what to do) of an ssh that failed: status 255, or 124 if it
+    took too long."""
     if done.status == 124:  # to connect it would have had only a few seconds: it did
-        return "too slow", (f"{done.complaint}: a disk that hangs (`ssh {done.host} df`), a slow login script? or "
-                            "allow more with --timeout")
+        return "too slow", (
+            f"{done.complaint}: a disk that hangs (`ssh {done.host} df`), a slow login script? or "
+            "allow more with --timeout"
+        )
     for pattern, cause, remedy in _CAUSES:
         if re.search(pattern, done.stderr):
             return cause, remedy.format(host=done.host, copy_key=_copy_key(done.host))

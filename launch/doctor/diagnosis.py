@@ -10,8 +10,21 @@ from launch.doctor.findings import FAIL, WARN, Finding, format_table
 from launch.doctor.network import Route
 from launch.doctor.prediction import Network
 
-ROWS = ("ssh", "checkout", "python", "packages", "GPUs", "cores", "memory", "disk", "clock", "dataset", "limits",
-        "network", "all-reduce")
+ROWS = (
+    "ssh",
+    "checkout",
+    "python",
+    "packages",
+    "GPUs",
+    "cores",
+    "memory",
+    "disk",
+    "clock",
+    "dataset",
+    "limits",
+    "network",
+    "all-reduce",
+)
 
 
 @dataclass
@@ -51,19 +64,41 @@ class Diagnosis:
 
     def table(self) -> str:
         """Everything, for people: the table, what to do, the network, the prediction."""
-        lines = [f"{verdict}  {text}" for verdict, texts in ((FAIL, self.failures), (WARN, self.warnings))
-                 for text in texts]
-        end = (f"{len(self.slots)} hosts, {world_size(self.slots)} ranks, {self.seconds:.1f} s: "
-               f"{len(self.failures) or 'no'} failed, {len(self.warnings) or 'no'} warnings")
+        lines = [
+            f"{verdict}  {text}"
+            for verdict, texts in ((FAIL, self.failures), (WARN, self.warnings))
+            for text in texts
+        ]
+        end = (
+            f"{len(self.slots)} hosts, {world_size(self.slots)} ranks, {self.seconds:.1f} s: "
+            f"{len(self.failures) or 'no'} failed, {len(self.warnings) or 'no'} warnings"
+        )
         network = self.network.text() if self.network else ""
-        parts = [format_table(list(self.slots), ROWS, self.findings), "\n".join(lines), network, self.prediction, end]
+        parts = [
+            format_table(list(self.slots), ROWS, self.findings),
+            "\n".join(lines),
+            network,
+            self.prediction,
+            end,
+        ]
         return "\n\n".join(part for part in parts if part)
 
     def as_json(self) -> dict[str, Any]:
         """The same for machines. Seconds and bytes; `all_reduce` by size in bytes."""
-        network = self.network and {"backend": self.network.backend, "ranks": self.network.ranks,
-                                    "seconds": dict(self.network.seconds),
-                                    "bus_bandwidth": self.network.best_known, "latency": self.network.latency}
-        return {"ok": self.ok, "slots": self.slots, "findings": [asdict(finding) for finding in self.findings],
-                "master_address": self.master_address, "interfaces": self.interfaces, "all_reduce": network,
-                "prediction": self.expected, "seconds": round(self.seconds, 3)}
+        network = self.network and {
+            "backend": self.network.backend,
+            "ranks": self.network.ranks,
+            "seconds": dict(self.network.seconds),
+            "bus_bandwidth": self.network.best_known,
+            "latency": self.network.latency,
+        }
+        return {
+            "ok": self.ok,
+            "slots": self.slots,
+            "findings": [asdict(finding) for finding in self.findings],
+            "master_address": self.master_address,
+            "interfaces": self.interfaces,
+            "all_reduce": network,
+            "prediction": self.expected,
+            "seconds": round(self.seconds, 3),
+        }

@@ -33,19 +33,22 @@ def worst(findings: Iterable[Finding]) -> Finding | None:
 
 
 def format_table(hosts: Sequence[str], checks: Sequence[str], findings: Sequence[Finding]) -> str:
-    """A row for each check, a column for each host; of many hosts those that are all alike share one column."""
+    """A row for each check, a column for each host; of many hosts those that are all alike share
+    one column."""
     cells = {host: [_cell(findings, host, check) for check in checks] for host in hosts}
     label = max(map(len, checks)) + 2
     per_block = max(1, (WIDTH - label) // (LEAST_CELL + 2))
     columns = [(host, cells[host]) for host in hosts]
     if len(hosts) > per_block:
         columns = _alike(columns)
-    blocks = [columns[i:i + per_block] for i in range(0, len(columns), per_block)]
+    blocks = [columns[i : i + per_block] for i in range(0, len(columns), per_block)]
     return "\n\n".join(_block(block, checks, label) for block in blocks)
 
 
 def _cell(findings: Iterable[Finding], host: str, check: str) -> str:
-    finding = worst(finding for finding in findings if (finding.host, finding.check) == (host, check))
+    finding = worst(
+        finding for finding in findings if (finding.host, finding.check) == (host, check)
+    )
     return f"{finding.verdict} {finding.told}" if finding else NOT_CHECKED
 
 
@@ -54,21 +57,32 @@ def _alike(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
     groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
     for host, cells in columns:
         groups.setdefault(tuple(cell.partition(" ")[0] for cell in cells), []).append((host, cells))
-    return [(group[0][0] + (f" and {len(group) - 1} alike" if group[1:] else ""), group[0][1])
-            for group in groups.values()]
+    return [
+        (group[0][0] + (f" and {len(group) - 1} alike" if group[1:] else ""), group[0][1])
+        for group in groups.values()
+    ]
 
 
 def _shortened(text: str, width: int) -> str:
     """Without its end, where it is too long."""
-    return text if len(text) <= width else f"{text[:width - 1].rstrip()}…"
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 
 def _block(columns: Sequence[tuple[str, Sequence[str]]], checks: Sequence[str], label: int) -> str:
     room = (WIDTH - label) // len(columns) - 2
     wanted = [max(map(len, (head, *cells))) for head, cells in columns]
     widths = [min(room, width) for width in wanted]
-    rows = [("", *(head for head, _ in columns)),
-            *((check, *(cells[i] for _, cells in columns)) for i, check in enumerate(checks))]
-    return "\n".join((row[0].ljust(label) + "  ".join(
-        _shortened(cell, width).ljust(width)
-        for cell, width in zip(row[1:], widths, strict=True))).rstrip() for row in rows)
+    rows = [
+        ("", *(head for head, _ in columns)),
+        *((check, *(cells[i] for _, cells in columns)) for i, check in enumerate(checks)),
+    ]
+    return "\n".join(
+        (
+            row[0].ljust(label)
+            + "  ".join(
+                _shortened(cell, width).ljust(width)
+                for cell, width in zip(row[1:], widths, strict=True)
+            )
+        ).rstrip()
+        for row in rows
+    )

@@ -1,4 +1,5 @@
-"""A short all-reduce between all hosts, started and watched from here; `allreduce.py` is each host's part."""
+"""A short all-reduce between all hosts, started and watched from here; `allreduce.py` is each
+host's part."""
 
 from __future__ import annotations
 
@@ -32,37 +33,68 @@ class AllReduce:
     findings: list[Finding] = field(default_factory=list)
 
 
-def all_reduce(slots: Slots, route: Route, addresses: Mapping[str, str], python: str, *, on_gpus: bool) -> AllReduce:
-    """Measure it between the hosts of `slots`: one rank per slot over NCCL on GPUs, else one per host over Gloo.
+def all_reduce(
+    slots: Slots, route: Route, addresses: Mapping[str, str], python: str, *, on_gpus: bool
+) -> AllReduce:
+    """Measure it between the hosts of `slots`: one rank per slot over NCCL on GPUs, else one per
+    host over Gloo.
 
     `addresses`: address -> host, by which complaints of the network library are made readable.
     """
     tasks = task_of(slots, route, on_gpus=on_gpus)
-    answers = run_together({host: remote.parcel("launch.doctor.allreduce", task) for host, task in tasks.items()},
-                           python)
+    answers = run_together(
+        {host: remote.parcel("launch.doctor.allreduce", task) for host, task in tasks.items()},
+        python,
+    )
     measured = AllReduce()
     host_of = {rank: host for host, task in tasks.items() for rank in task["ranks"]}
     for host, answer in answers.items():
         complaint = answer if isinstance(answer, str) else _complaint(answer)
         if complaint and complaint != _ENDED:
-            measured.findings.append(Finding(host, "all-reduce", FAIL, "failed", _readable(complaint, addresses)))
+            measured.findings.append(
+                Finding(host, "all-reduce", FAIL, "failed", _readable(complaint, addresses))
+            )
     lead = answers.get(next(iter(slots)))
     ranks = lead["ranks"] if isinstance(lead, dict) else {}
     absent = sorted({host_of[rank] for rank in ranks.get("0", {}).get("absent", [])})
     told = {finding.host for finding in measured.findings}
-    measured.findings += [Finding(host, "all-reduce", FAIL, "absent", f"did not join within {JOIN_SECONDS} s; is its "
-                                  "disk slow, or a firewall between it and the first host?") for host in absent
-                          if host not in told]
+    measured.findings += [
+        Finding(
+            host,
+            "all-reduce",
+            FAIL,
+            "absent",
+            f"did not join within {JOIN_SECONDS} s; is its "
+            "disk slow, or a firewall between it and the first host?",
+        )
+        for host in absent
+        if host not in told
+    ]
     seconds = ranks.get("0", {}).get("seconds")
     if seconds and not measured.findings:
-        measured.network = Network(len(host_of), "NCCL" if on_gpus else "Gloo",
-                                   {int(size): value for size, value in seconds.items()})
-        told_first = f"{measured.network.latency * 1e6:.0f} us, {measured.network.best_known / 1e9:.2f} GB/s"
-        measured.findings = [Finding(host, "all-reduce", PASS, "sums right" if position else told_first)
-                             for position, host in enumerate(slots)]
+        measured.network = Network(
+            len(host_of),
+            "NCCL" if on_gpus else "Gloo",
+            {int(size): value for size, value in seconds.items()},
+        )
+        told_first = (
+            f"{measured.network.latency * 1e6:.0f} us, {measured.network.best_known / 1e9:.2f} GB/s"
+        )
+        measured.findings = [
+            Finding(host, "all-reduce", PASS, "sums right" if position else told_first)
+            for position, host in enumerate(slots)
+        ]
     elif not measured.findings:
-        measured.findings.append(Finding(next(iter(slots)), "all-reduce", FAIL, "failed", f"it did not end within "
-                                         f"{SECONDS} s; try again with --no-allreduce to go on without"))
+        measured.findings.append(
+            Finding(
+                next(iter(slots)),
+                "all-reduce",
+                FAIL,
+                "failed",
+                f"it did not end within "
+                f"{SECONDS} s; try again with --no-allreduce to go on without",
+            )
+        )
     return measured
 
 
@@ -72,22 +104,44 @@ def task_of(slots: Slots, route: Route, *, on_gpus: bool) -> dict[str, dict[str,
     tasks, rank = {}, 0
     for host, number in number_of.items():
         name = route.interfaces[host]["name"]
-        tasks[host] = {"ranks": list(range(rank, rank + number)), "devices": list(slots[host]) if on_gpus else None,
-                       "world_size": sum(number_of.values()), "address": route.address, "port": route.port,
-                       "seconds": SECONDS, "join_seconds": JOIN_SECONDS,
-                       "environment": {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}",
-                                       "OMP_NUM_THREADS": "1"}}
+        tasks[host] = {
+            "ranks": list(range(rank, rank + number)),
+            "devices": list(slots[host]) if on_gpus else None,
+            "world_size": sum(number_of.values()),
+            "address": route.address,
+            "port": route.port,
+            "seconds": SECONDS,
+            "join_seconds": JOIN_SECONDS,
+            "environment": {
+                "GLOO_SOCKET_IFNAME": name,
+                "NCCL_SOCKET_IFNAME": f"={name}",
+                "OMP_NUM_THREADS": "1",
+            },
+        }
         rank += number
     return tasks
 
 
 def run_together(parcels: Mapping[str, str], python: str) -> dict[str, Any]:
-    """Each host's answer, or in its place what went wrong; "ended" for one that was stopped because another failed."""
+    """Each host's answer, or in its place what went wrong; "ended" for one that was stopped because
+    another failed."""
     with ExitStack() as stack:
-        outputs = {host: (stack.enter_context(tempfile.TemporaryFile()), stack.enter_context(tempfile.TemporaryFile()))
-                   for host in parcels}
-        processes = {host: subprocess.Popen(ssh(host, remote.command(python)), stdin=subprocess.PIPE, stdout=out,
-                                            stderr=complaints) for host, (out, complaints) in outputs.items()}
+        outputs = {
+            host: (
+                stack.enter_context(tempfile.TemporaryFile()),
+                stack.enter_context(tempfile.TemporaryFile()),
+            )
+            for host in parcels
+        }
+        processes = {
+            host: subprocess.Popen(
+                ssh(host, remote.command(python)),
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=complaints,
+            )
+            for host, (out, complaints) in outputs.items()
+        }
         try:
             for host, process in processes.items():
                 assert process.stdin is not None
@@ -97,20 +151,31 @@ def run_together(parcels: Mapping[str, str], python: str) -> dict[str, Any]:
             stopped = _wait(processes, outputs)
         finally:
             _end(processes.values())
-        return {host: _ENDED if host in stopped else _outcome(processes[host], *outputs[host]) for host in parcels}
+        return {
+            host: _ENDED if host in stopped else _outcome(processes[host], *outputs[host])
+            for host in parcels
+        }
 
 
-def _wait(processes: Mapping[str, subprocess.Popen[bytes]],
-          outputs: Mapping[str, tuple[IO[bytes], IO[bytes]]]) -> set[str]:
-    """Until all have ended or a failed one has been waited for long enough. The hosts that have not ended."""
+def _wait(
+    processes: Mapping[str, subprocess.Popen[bytes]],
+    outputs: Mapping[str, tuple[IO[bytes], IO[bytes]]],
+) -> set[str]:
+    """Until all have ended or a failed one has been waited for long enough. The hosts that have not
+    ended."""
     deadline, failed = time.monotonic() + SECONDS, False
     while time.monotonic() < deadline:
         running = {host for host, process in processes.items() if process.poll() is None}
         if not running:
             return set()
         if not failed:
-            ended = {host: _outcome(processes[host], *outputs[host]) for host in processes.keys() - running}
-            failed = any(isinstance(outcome, str) or _complaint(outcome) for outcome in ended.values())
+            ended = {
+                host: _outcome(processes[host], *outputs[host])
+                for host in processes.keys() - running
+            }
+            failed = any(
+                isinstance(outcome, str) or _complaint(outcome) for outcome in ended.values()
+            )
             if failed:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.05)
@@ -136,7 +201,11 @@ def _outcome(process: subprocess.Popen[bytes], out: IO[bytes], complaints: IO[by
         file.seek(0)
         texts.append(file.read(remote.MOST_CHARACTERS).decode(errors="replace"))
     answer = remote.answer(texts[0])
-    return answer if answer is not None else remote.last_line(texts[1]) or f"ended with status {process.returncode}"
+    return (
+        answer
+        if answer is not None
+        else remote.last_line(texts[1]) or f"ended with status {process.returncode}"
+    )
 
 
 def _complaint(answer: Mapping[str, Any]) -> str:
@@ -145,16 +214,24 @@ def _complaint(answer: Mapping[str, Any]) -> str:
         if "error" in said:
             return f"rank {rank}: {said['error']}"
         if said.get("is_right") is False:
-            return (f"rank {rank}: a wrong sum: network, its driver or memory corrupts data; do not train before this "
-                    "is repaired (--exclude shows which host it is)")
+            return (
+                f"rank {rank}: a wrong sum: network, its driver or memory corrupts data; do not "
+                "train before this "
+                "is repaired (--exclude shows which host it is)"
+            )
     return ""
 
 
 def _readable(complaint: str, addresses: Mapping[str, str]) -> str:
     """With the name of a host behind each address, and what to do."""
-    text = re.sub(r"\d+\.\d+\.\d+\.\d+", lambda match: f"{match[0]} ({addresses[match[0]]})" if match[0] in addresses
-                  else match[0], complaint)
-    if re.search(r"timed? ?out|refused|Connection (closed|reset)|unreachable|EADDRINUSE", text, re.IGNORECASE):
+    text = re.sub(
+        r"\d+\.\d+\.\d+\.\d+",
+        lambda match: f"{match[0]} ({addresses[match[0]]})" if match[0] in addresses else match[0],
+        complaint,
+    )
+    if re.search(
+        r"timed? ?out|refused|Connection (closed|reset)|unreachable|EADDRINUSE", text, re.IGNORECASE
+    ):
         text += "; open all TCP ports between all hosts, not only to the first"
     return text
 
@@ -162,4 +239,6 @@ def _readable(complaint: str, addresses: Mapping[str, str]) -> str:
 def hosts_of(interfaces: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """Address -> host, of those addresses that one host alone has."""
     pairs = [(one["address"], host) for host, own in interfaces.items() for one in own]
-    return {address: host for address, host in pairs if sum(other == address for other, _ in pairs) == 1}
+    return {
+        address: host for address, host in pairs if sum(other == address for other, _ in pairs) == 1
+    }

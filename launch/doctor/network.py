@@ -1,4 +1,5 @@
-"""Which address the first host has for the others, through which interface each host sees it, and whether it does."""
+"""Which address the first host has for the others, through which interface each host sees it, and
+whether it does."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ from launch.cluster.remote import run_on
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 
 SECONDS = 8  # until a host that cannot connect gives up
-VIRTUAL = ("docker*", "br-*", "virbr*", "veth*", "cni*", "flannel*", "cali*", "lxc*", "lxdbr*", "podman*")
+VIRTUAL = (
+    "docker*",
+    "br-*",
+    "virbr*",
+    "veth*",
+    "cni*",
+    "flannel*",
+    "cali*",
+    "lxc*",
+    "lxdbr*",
+    "podman*",
+)
 SLOW_MEGABITS = 1000
 
 Interface = Mapping[str, Any]  # of probe.py: name, address, speed, mtu
@@ -33,7 +45,8 @@ class Route:
 
 
 def usable(interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that may lead to other hosts, the fastest first; loopback and containers' bridges only for want of else."""
+    """Those that may lead to other hosts, the fastest first; loopback and containers' bridges only
+    for want of else."""
     outer = [interface for interface in interfaces if interface["name"] != "lo"]
     real = [interface for interface in outer if not is_virtual(interface["name"])]
     return sorted(real or outer or interfaces, key=lambda interface: -interface["speed"])
@@ -43,9 +56,17 @@ def is_virtual(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in VIRTUAL)
 
 
-def find_route(hosts: Sequence[str], interfaces: Mapping[str, Sequence[Interface]], python: str, *, interface: str = "",
-               master_address: str = "", ports: Sequence[int] = ()) -> Route:
-    """Let every host connect to the first. `interface` and `master_address`, where given, are what is tried.
+def find_route(
+    hosts: Sequence[str],
+    interfaces: Mapping[str, Sequence[Interface]],
+    python: str,
+    *,
+    interface: str = "",
+    master_address: str = "",
+    ports: Sequence[int] = (),
+) -> Route:
+    """Let every host connect to the first. `interface` and `master_address`, where given, are what
+    is tried.
 
     `ports` must be free on the first host.
     """
@@ -55,82 +76,166 @@ def find_route(hosts: Sequence[str], interfaces: Mapping[str, Sequence[Interface
         return route
     first, *others = (host for host in hosts if own[host])
     addresses = [master_address] if master_address else [one["address"] for one in own[first]]
-    answers, spare = _meet(first, others, addresses, {host: own[host][0]["address"] if interface else "" for host in
-                                                      (first, *others)}, ports, python)
+    answers, spare = _meet(
+        first,
+        others,
+        addresses,
+        {host: own[host][0]["address"] if interface else "" for host in (first, *others)},
+        ports,
+        python,
+    )
     _judge_ports(route, first, answers.get(first), ports, spare)
     reached = {host: (answers.get(host) or {}).get("reached", {}) for host in others}
-    route.address = max(addresses, key=lambda address: sum(address in found for found in reached.values()))
+    route.address = max(
+        addresses, key=lambda address: sum(address in found for found in reached.values())
+    )
     by_address = {host: {one["address"]: one for one in interfaces[host]} for host in hosts}
     route.interfaces[first] = by_address[first].get(route.address, own[first][0])
     for host in others:
         if route.address in reached[host]:
-            route.interfaces[host] = by_address[host].get(reached[host][route.address][0], own[host][0])
+            route.interfaces[host] = by_address[host].get(
+                reached[host][route.address][0], own[host][0]
+            )
         else:
             route.findings.append(_cut_off(host, first, route.address, answers.get(host)))
-    route.findings += [_judge(host, found, first, route.interfaces[first]) for host, found in route.interfaces.items()]
+    route.findings += [
+        _judge(host, found, first, route.interfaces[first])
+        for host, found in route.interfaces.items()
+    ]
     return route
 
 
-def _own(host: str, interfaces: Sequence[Interface], wanted: str, findings: list[Finding]) -> list[Interface]:
+def _own(
+    host: str, interfaces: Sequence[Interface], wanted: str, findings: list[Finding]
+) -> list[Interface]:
     """The interfaces of a host that come into question."""
     found = [one for one in interfaces if one["name"] == wanted] if wanted else usable(interfaces)
     if not found:
-        has = ", ".join(f"{one['name']} ({one['address']})" for one in interfaces) or "none that is up"
+        has = (
+            ", ".join(f"{one['name']} ({one['address']})" for one in interfaces)
+            or "none that is up"
+        )
         what = f"no interface {wanted}".rstrip() + " that is up with an IPv4 address"
-        findings.append(Finding(host, "network", FAIL, "no interface", f"{what}; it has {has}; name one that all hosts "
-                                "have with --interface, or none"))
+        findings.append(
+            Finding(
+                host,
+                "network",
+                FAIL,
+                "no interface",
+                f"{what}; it has {has}; name one that all hosts have with --interface, or none",
+            )
+        )
     return found
 
 
-def _meet(first: str, others: Sequence[str], addresses: Sequence[str], sources: Mapping[str, str],
-          wanted_ports: Sequence[int], python: str) -> tuple[dict[str, Any], list[int]]:
+def _meet(
+    first: str,
+    others: Sequence[str],
+    addresses: Sequence[str],
+    sources: Mapping[str, str],
+    wanted_ports: Sequence[int],
+    python: str,
+) -> tuple[dict[str, Any], list[int]]:
     """Answers of `reach.py` by host, and the ports that nobody connected to."""
     drawn = random.SystemRandom().sample(PORTS, 6)
     tried, spare = drawn[:3], drawn[3:]
-    common = {"token": secrets.token_hex(8), "seconds": SECONDS, "others": len(others), "addresses": list(addresses)}
+    common = {
+        "token": secrets.token_hex(8),
+        "seconds": SECONDS,
+        "others": len(others),
+        "addresses": list(addresses),
+    }
 
     def ask(host: str) -> Any:
         is_first = host == first
-        task = {**common, "is_first": is_first, "name": host, "source": sources[host],
-                "ports": [*tried, *spare, *wanted_ports] if is_first else tried}
-        done = run_on([host], remote.command(python, "python3"), timeout=SECONDS + 10,
-                      stdin=remote.parcel("launch.doctor.reach", task))[host]
+        task = {
+            **common,
+            "is_first": is_first,
+            "name": host,
+            "source": sources[host],
+            "ports": [*tried, *spare, *wanted_ports] if is_first else tried,
+        }
+        done = run_on(
+            [host],
+            remote.command(python, "python3"),
+            timeout=SECONDS + 10,
+            stdin=remote.parcel("launch.doctor.reach", task),
+        )[host]
         return remote.answer(done.stdout)
 
     with ThreadPoolExecutor(len(others) + 1) as pool:
         return dict(zip((first, *others), pool.map(ask, (first, *others)), strict=True)), spare
 
 
-def _judge_ports(route: Route, first: str, answer: Any, wanted: Sequence[int], spare: Sequence[int]) -> None:
+def _judge_ports(
+    route: Route, first: str, answer: Any, wanted: Sequence[int], spare: Sequence[int]
+) -> None:
     busy = answer["busy"] if answer else []
     route.port = next((port for port in spare if port not in busy), 0)
     for port in wanted:
         if port in busy:
-            advice = f"port {port} is another program's (`ss -ltnp` names it); choose another with --master-port"
+            advice = (
+                f"port {port} is another program's (`ss -ltnp` names it); choose another "
+                "with "
+                "--master-port"
+            )
             route.findings.append(Finding(first, "network", FAIL, f"port {port} taken", advice))
 
 
 def _cut_off(host: str, first: str, address: str, answer: Any) -> Finding:
     why = (answer or {}).get("refused", {}).get(address, "the test did not run")
-    return Finding(host, "network", FAIL, "cut off", f"cannot connect to {first} at {address}: {why}; open all TCP "
-                   "ports between the hosts (`ufw allow from NETWORK` on each), or name the network with --interface")
+    return Finding(
+        host,
+        "network",
+        FAIL,
+        "cut off",
+        f"cannot connect to {first} at {address}: {why}; open all TCP "
+        "ports between the hosts (`ufw allow from NETWORK` on each), or name the network with "
+        "--interface",
+    )
 
 
 def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Finding:
     told = f"{own['name']} {_speed(own['speed'])}".rstrip()
     if own["name"] == "lo" and host != first:
-        return Finding(host, "network", WARN, told, f"it reaches {first} through loopback: two names of one machine?")
+        return Finding(
+            host,
+            "network",
+            WARN,
+            told,
+            f"it reaches {first} through loopback: two names of one machine?",
+        )
     if is_virtual(own["name"]):
-        return Finding(host, "network", WARN, told, f"{own['name']} is a bridge of containers; name the interface of "
-                       "your network with --interface")
+        return Finding(
+            host,
+            "network",
+            WARN,
+            told,
+            f"{own['name']} is a bridge of containers; name the interface of "
+            "your network with --interface",
+        )
     if 0 < own["speed"] < SLOW_MEGABITS:
-        return Finding(host, "network", WARN, told, f"{told}, which is slow; look at cable and switch")
+        return Finding(
+            host, "network", WARN, told, f"{told}, which is slow; look at cable and switch"
+        )
     for what, unit in (("speed", "Mb/s"), ("mtu", "bytes of MTU")):
         if own[what] and of_first[what] and own[what] != of_first[what]:
-            return Finding(host, "network", WARN, told, f"{own['name']} has {own[what]} {unit}, and "
-                           f"{of_first['name']} of {first} {of_first[what]}; set both to the same")
+            return Finding(
+                host,
+                "network",
+                WARN,
+                told,
+                f"{own['name']} has {own[what]} {unit}, and "
+                f"{of_first['name']} of {first} {of_first[what]}; set both to the same",
+            )
     return Finding(host, "network", PASS, told)
 
 
 def _speed(megabits: int) -> str:
-    return "" if not megabits else f"{megabits / 1000:g} Gb/s" if megabits >= 1000 else f"{megabits} Mb/s"
+    return (
+        ""
+        if not megabits
+        else f"{megabits / 1000:g} Gb/s"
+        if megabits >= 1000
+        else f"{megabits} Mb/s"
+    )

@@ -1,15 +1,16 @@
 """What the network costs: how much of the speed of N lone ranks N ranks together keep.
 
-A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which sends S/N bytes (Patarasu and Yuan,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009):
+A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which sends S/N bytes
+(Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009):
 
     T = 2(N-1)/N * S / B + 2(N-1) * a
 
-B is the bus bandwidth in bytes per second as nccl-tests counts it (2(n-1)/n * size / time, doc/PERFORMANCE.md there),
-a the latency of one step in seconds: the time of a 4-byte all-reduce between n ranks is 2(n-1) * a. Of a training step
-with C seconds of work per rank and nothing of T hidden behind it, C / (C + T) is left: the worst case, for
-communication may overlap with the backward pass. S comes from the recipe's networks (`count_parameters`), C from the
-log of an earlier run (`step_seconds_of`).
+B is the bus bandwidth in bytes per second as nccl-tests counts it (2(n-1)/n * size / time,
+doc/PERFORMANCE.md there), a the latency of one step in seconds: the time of a 4-byte all-reduce
+between n ranks is 2(n-1) * a. Of a training step with C seconds of work per rank and nothing of T
+hidden behind it, C / (C + T) is left: the worst case, for communication may overlap with the
+backward pass. S comes from the recipe's networks (`count_parameters`), C from the log of an earlier
+run (`step_seconds_of`).
 """
 
 from __future__ import annotations
@@ -69,21 +70,31 @@ class Network:
 
     def text(self) -> str:
         sizes = [size for size in self.seconds if size != LATENCY_BYTES]
-        speeds = ", ".join(f"{size / 1e6:.0f} MB {self.bus_bandwidth(size) / 1e9:.2f} GB/s" for size in sizes)
-        return (f"all-reduce of {self.ranks} ranks over {self.backend}: 4 bytes {self.latency * 1e6:.0f} us; {speeds} "
-                "(bus bandwidth)")
+        speeds = ", ".join(
+            f"{size / 1e6:.0f} MB {self.bus_bandwidth(size) / 1e9:.2f} GB/s" for size in sizes
+        )
+        return (
+            f"all-reduce of {self.ranks} ranks over {self.backend}: 4 bytes "
+            f"{self.latency * 1e6:.0f} us; {speeds} "
+            "(bus bandwidth)"
+        )
 
 
 def prediction(network: Network, ranks: int, parameters: int, step_seconds: float | None) -> str:
-    """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in FP32."""
-    lines = [f"prediction for {ranks} ranks and {parameters:,} parameters, after "
-             "T = 2(N-1)/N * bytes / bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"]
+    """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in
+    FP32."""
+    lines = [
+        f"prediction for {ranks} ranks and {parameters:,} parameters, after "
+        "T = 2(N-1)/N * bytes / bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"
+    ]
     for name, num_bytes in (("FP16/BF16", 2), ("FP32", 4)):
         seconds = all_reduce_seconds(parameters * num_bytes, ranks, network)
         least = seconds * GOOD / (1 - GOOD)
         told = f"a step must take at least {_time(least)} for {GOOD:.0%}"
         if step_seconds is not None:
-            told = f"{efficiency(step_seconds, seconds):.1%} at {_time(step_seconds)} a step; {told}"
+            told = (
+                f"{efficiency(step_seconds, seconds):.1%} at {_time(step_seconds)} a step; {told}"
+            )
         lines.append(f"  {name:9} gradients {_time(seconds):>8}  {told}")
     return "\n".join(lines)
 
@@ -91,7 +102,9 @@ def prediction(network: Network, ranks: int, parameters: int, step_seconds: floa
 def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
     """T of the module's formula, for another number of ranks than was measured, too."""
     steps = 2 * (ranks - 1)
-    return steps / ranks * num_bytes / network.best_known + steps * network.latency / (2 * (network.ranks - 1))
+    return steps / ranks * num_bytes / network.best_known + steps * network.latency / (
+        2 * (network.ranks - 1)
+    )
 
 
 def efficiency(step_seconds: float, communication_seconds: float) -> float:
@@ -107,8 +120,13 @@ def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
 
     Networks are torch's, so another process counts them. `UserError` for an invalid recipe.
     """
-    done = subprocess.run([sys.executable, "-c", _COUNT, recipe, *overrides], capture_output=True, text=True,
-                          check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT, recipe, *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     if done.returncode != 0:
         complaint = last_line(done.stderr)
         raise UserError(f"--recipe {recipe}: {complaint.partition('UserError: ')[2] or complaint}")
@@ -116,9 +134,11 @@ def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 
 def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
-    """Seconds that each of `ranks` ranks will work on a step, by the speed in a run's log; `None` without one.
+    """Seconds that each of `ranks` ranks will work on a step, by the speed in a run's log; `None`
+    without one.
 
-    What its own ranks spent on communication counts as work. The global batch stays, so its time goes down with ranks.
+    What its own ranks spent on communication counts as work. The global batch stays, so its time
+    goes down with ranks.
     """
     run_dir = run_folder.newest_stage(run_dir)
     try:

@@ -1,7 +1,9 @@
-"""What the doctor wants to know of a host: facts about its checkout, packages, network, GPUs and datasets.
+"""What the doctor wants to know of a host: facts about its checkout, packages, network, GPUs and
+datasets.
 
-This file is sent as source to every host, whatever is installed there, and runs in its python3: it uses the standard
-library alone and imports nothing of the checkout. What a fact means is judged on the first host, by `checks.py`.
+This file is sent as source to every host, whatever is installed there, and runs in its python3: it
+uses the standard library alone and imports nothing of the checkout. What a fact means is judged on
+the first host, by `checks.py`.
 """
 
 from __future__ import annotations
@@ -24,39 +26,81 @@ import time
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("*.py", "*.sh", "requirements*.txt", "*ds_config*.json", "launch/**/*.py", "launch/**/*.sh",
-           "pipeline/**/*.py", "pipeline/**/*.cpp", "recipes/**/*.yaml", "recipes/**/*.yml", "recipes/**/*.json")
+SOURCES = (
+    "*.py",
+    "*.sh",
+    "requirements*.txt",
+    "*ds_config*.json",
+    "launch/**/*.py",
+    "launch/**/*.sh",
+    "pipeline/**/*.py",
+    "pipeline/**/*.cpp",
+    "recipes/**/*.yaml",
+    "recipes/**/*.yml",
+    "recipes/**/*.json",
+)
 """What a run depends on, whether git knows of it or not."""
 MOST_SOURCES = 5000
 LISTS = ("training_file_list.txt", "validation_file_list.txt")
-LOOK_SECONDS = 6  # for looking whether files are there: a list of millions on a network disk is not looked through
+# for looking whether files are there: a list of millions on a network disk is not looked through
+LOOK_SECONDS = 6
 SAMPLE = 200
 END_BYTES = 1 << 15  # at both ends of each file of the sample, that are compared
 NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
 TORCH_SECONDS = 40  # to import torch, from a slow disk too, and to compile a small kernel
 GPU_FIELDS = (
-    "index", "name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.limit",
-    "power.default_limit", "ecc.errors.uncorrected.volatile.total", "clocks_event_reasons.active",
-    "clocks_throttle_reasons.active", "mig.mode.current")
-"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees Celsius, W."""
+    "index",
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "pstate",
+    "temperature.gpu",
+    "power.limit",
+    "power.default_limit",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active",
+    "mig.mode.current",
+)
+"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees
+Celsius, W."""
 _NO_GPUS = {"gpus": [], "complaint": ""}
-_WHOLE = {"index", "memory.total", "memory.used", "temperature.gpu", "ecc.errors.uncorrected.volatile.total"}
+_WHOLE = {
+    "index",
+    "memory.total",
+    "memory.used",
+    "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
+}
 _REAL = {"power.limit", "power.default_limit"}
 _MASK = {"clocks_event_reasons.active", "clocks_throttle_reasons.active"}
-SLOWED_BY = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
-"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do not."""
+SLOWED_BY = {
+    0x8: "hardware slowdown",
+    0x20: "heat (software)",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+}
+"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do
+not."""
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Facts by name. What could not be found out is {"error": why} in place of its value."""
     facts: dict[str, Any] = {"began": time.time()}
-    parts = {"python": lambda: {"version": platform.python_version(), "executable": sys.executable},
-             "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
-             "packages": lambda: _packages(task["packages"]), "cores": lambda: len(os.sched_getaffinity(0)),
-             "memory": _memory, "output": lambda: _output(task["output_dir"]), "interfaces": _interfaces,
-             "limits": _limits, "nvidia": lambda: _NO_GPUS if task.get("is_on_cpu") else probe_gpus(),
-             "torch": lambda: _torch(Path(task["root"]), facts["nvidia"]),
-             "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]]}
+    parts = {
+        "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
+        "checkout": lambda: _checkout(Path(task["root"]), task["synced"]),
+        "packages": lambda: _packages(task["packages"]),
+        "cores": lambda: len(os.sched_getaffinity(0)),
+        "memory": _memory,
+        "output": lambda: _output(task["output_dir"]),
+        "interfaces": _interfaces,
+        "limits": _limits,
+        "nvidia": lambda: _NO_GPUS if task.get("is_on_cpu") else probe_gpus(),
+        "torch": lambda: _torch(Path(task["root"]), facts["nvidia"]),
+        "datasets": lambda: [probe_dataset(directory) for directory in task["dataset_dirs"]],
+    }
     for name, part in parts.items():
         try:
             facts[name] = part()
@@ -70,8 +114,13 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 def _checkout(root: Path, synced: str) -> dict[str, Any]:
     if not root.is_dir():
         return {"exists": False, "commit": "", "files": {}}
-    paths = sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()})[:MOST_SOURCES]
-    files = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+    paths = sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()})[
+        :MOST_SOURCES
+    ]
+    files = {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in paths
+    }
     return {"exists": True, "commit": _commit(root, synced), "files": files}
 
 
@@ -79,8 +128,13 @@ def _commit(root: Path, synced: str) -> str:
     """The commit that is checked out, or that the file `synced` names; "" where that is unknown."""
     if (root / ".git").exists():
         try:
-            done = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5, check=False)
+            done = subprocess.run(
+                ["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=5,
+                check=False,
+            )
             return done.stdout.decode().strip() if done.returncode == 0 else ""
         except (OSError, subprocess.TimeoutExpired):
             return ""
@@ -109,7 +163,9 @@ def _packages(names: list[str]) -> dict[str, str]:
 
 def _memory() -> dict[str, int]:
     """Bytes: of the machine, and free of them; a container's limit counts where it is lower."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
     total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     try:
         most = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -121,11 +177,16 @@ def _memory() -> dict[str, int]:
 
 
 def _output(directory: str) -> dict[str, Any]:
-    """Free bytes where the run folder is or would be made, and whether something can be written there."""
+    """Free bytes where the run folder is or would be made, and whether something can be written
+    there."""
     path = Path(os.path.expanduser(directory))
     while not path.exists() and path != path.parent:
         path = path.parent
-    found = {"at": str(path), "free": os.statvfs(str(path)).f_bavail * os.statvfs(str(path)).f_frsize, "complaint": ""}
+    found = {
+        "at": str(path),
+        "free": os.statvfs(str(path)).f_bavail * os.statvfs(str(path)).f_frsize,
+        "complaint": "",
+    }
     try:
         with tempfile.TemporaryFile(dir=str(path)) as file:
             file.write(b"x")
@@ -136,15 +197,26 @@ def _output(directory: str) -> dict[str, Any]:
 
 
 def _interfaces() -> list[dict[str, Any]]:
-    """Those that are up and have an IPv4 address. `speed` in Mb/s and `mtu` in bytes, 0 where unknown."""
+    """Those that are up and have an IPv4 address. `speed` in Mb/s and `mtu` in bytes, 0 where
+    unknown."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            address, flags = _ask(any_socket, 0x8915, name), _ask(any_socket, 0x8913, name)  # SIOCGIFADDR, SIOCGIFFLAGS
-            if address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41:  # IFF_UP, IFF_RUNNING
-                found.append({"name": name, "address": socket.inet_ntoa(address[20:24]),
-                              "speed": max(0, _number(f"/sys/class/net/{name}/speed")),
-                              "mtu": _number(f"/sys/class/net/{name}/mtu")})
+            address, flags = (
+                _ask(any_socket, 0x8915, name),
+                _ask(any_socket, 0x8913, name),
+            )  # SIOCGIFADDR, SIOCGIFFLAGS
+            if (
+                address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41
+            ):  # IFF_UP, IFF_RUNNING
+                found.append(
+                    {
+                        "name": name,
+                        "address": socket.inet_ntoa(address[20:24]),
+                        "speed": max(0, _number(f"/sys/class/net/{name}/speed")),
+                        "mtu": _number(f"/sys/class/net/{name}/mtu"),
+                    }
+                )
     return found
 
 
@@ -169,7 +241,9 @@ def _limits() -> dict[str, int]:
         shm = disk.f_blocks * disk.f_frsize
     except OSError:
         shm = 0
-    soft, hard = (1 << 20 if number == resource.RLIM_INFINITY else number for number in (soft, hard))
+    soft, hard = (
+        1 << 20 if number == resource.RLIM_INFINITY else number for number in (soft, hard)
+    )
     return {"open_files": soft, "most_open_files": hard, "shm": shm}
 
 
@@ -180,12 +254,20 @@ def probe_gpus() -> dict[str, Any]:
     """{"gpus": [...], "complaint": why nvidia-smi gives no answer, "" if it does}."""
     if not shutil.which("nvidia-smi"):
         present = Path("/dev/nvidia0").exists()
-        return {"gpus": [], "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else ""}
+        return {
+            "gpus": [],
+            "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else "",
+        }
     fields = list(GPU_FIELDS)
     while True:
         try:
-            done = subprocess.run(["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=NVIDIA_SECONDS, check=False)
+            done = subprocess.run(
+                ["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=NVIDIA_SECONDS,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return {"gpus": [], "complaint": f"nvidia-smi did not answer within {NVIDIA_SECONDS} s"}
         output = done.stdout.decode(errors="replace")
@@ -195,28 +277,42 @@ def probe_gpus() -> dict[str, Any]:
             continue
         if done.returncode != 0:
             lines = [line.strip() for line in output.splitlines() if line.strip()]
-            return {"gpus": [], "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}"}
+            return {
+                "gpus": [],
+                "complaint": lines[0] if lines else f"nvidia-smi: status {done.returncode}",
+            }
         return {"gpus": parse_gpus(output, fields), "complaint": ""}
 
 
 def _torch(root: Path, nvidia: dict[str, Any]) -> dict[str, Any] | None:
-    """What this Python's torch makes of the GPUs, as `pipeline.engine.triton_check` reports it; None without GPUs."""
+    """What this Python's torch makes of the GPUs, as `pipeline.engine.triton_check` reports it;
+    None without GPUs."""
     if not nvidia.get("gpus"):
         return None
     try:
-        done = subprocess.run([sys.executable, "-m", "pipeline.engine.triton_check"], cwd=str(root),
-                              capture_output=True, timeout=TORCH_SECONDS, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.engine.triton_check"],
+            cwd=str(root),
+            capture_output=True,
+            timeout=TORCH_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"torch did not answer within {TORCH_SECONDS} s"}
     lines = done.stdout.decode(errors="replace").splitlines()
     if done.returncode or not lines:
-        said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        said = [
+            line.strip()
+            for line in done.stderr.decode(errors="replace").splitlines()
+            if line.strip()
+        ]
         return {"error": said[-1] if said else f"ended with status {done.returncode}"}
     return json.loads(lines[-1])
 
 
 def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
-    """A dict for each line of the CSV; `None` for what the GPU leaves out ([N/A], [Not Supported], [Unknown …])."""
+    """A dict for each line of the CSV; `None` for what the GPU leaves out ([N/A], [Not Supported],
+    [Unknown …])."""
     gpus = []
     for line in output.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -229,7 +325,10 @@ def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[st
 
 
 def _value(field: str, cell: str) -> str | int | float | None:
-    if re.fullmatch(r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions|GPU requires reset|ERR!)\]?", cell):
+    if re.fullmatch(
+        r"\[?(N/A|Not Supported|Unknown Error|Insufficient Permissions|GPU requires reset|ERR!)\]?",
+        cell,
+    ):
         return None
     try:
         if field in _MASK:
@@ -240,7 +339,9 @@ def _value(field: str, cell: str) -> str | int | float | None:
 
 
 def _slowed_by(gpu: dict[str, Any]) -> list[str]:
-    active = gpu.get("clocks_event_reasons.active") or gpu.get("clocks_throttle_reasons.active") or 0
+    active = (
+        gpu.get("clocks_event_reasons.active") or gpu.get("clocks_throttle_reasons.active") or 0
+    )
     return [reason for bit, reason in SLOWED_BY.items() if active & bit]
 
 
@@ -248,17 +349,29 @@ def _slowed_by(gpu: dict[str, Any]) -> list[str]:
 
 
 def probe_dataset(directory: str) -> dict[str, Any]:
-    """The two lists, how many of their files are missing, and digests of a sample that is the same everywhere."""
+    """The two lists, how many of their files are missing, and digests of a sample that is the same
+    everywhere."""
     root = os.path.expanduser(directory)
-    found: dict[str, Any] = {"directory": directory, "lists": {}, "files": 0, "missing": 0, "first_missing": "",
-                             "checked": 0, "sample": {}}
+    found: dict[str, Any] = {
+        "directory": directory,
+        "lists": {},
+        "files": 0,
+        "missing": 0,
+        "first_missing": "",
+        "checked": 0,
+        "sample": {},
+    }
     listed: set[str] = set()
     for list_name in LISTS:
         try:
             with open(os.path.join(root, list_name), "rb") as file:
                 own = {line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in file} - {""}
         except OSError as error:
-            found["lists"][list_name] = {"count": 0, "sha256": "", "complaint": error.strerror or str(error)}
+            found["lists"][list_name] = {
+                "count": 0,
+                "sha256": "",
+                "complaint": error.strerror or str(error),
+            }
             continue
         listed |= own
         digest = hashlib.sha256("\n".join(sorted(own)).encode("utf-8", "replace")).hexdigest()
@@ -271,7 +384,8 @@ def probe_dataset(directory: str) -> dict[str, Any]:
 
 
 def _sample(root: str, names: list[str]) -> dict[str, str]:
-    """`SAMPLE` names, evenly apart -> a digest of size and first bytes; "" for a file that cannot be read."""
+    """`SAMPLE` names, evenly apart -> a digest of size and first bytes; "" for a file that cannot
+    be read."""
     apart = max(1, len(names) // SAMPLE)
     deadline = time.monotonic() + LOOK_SECONDS
     sample: dict[str, str] = {}
@@ -284,7 +398,9 @@ def _sample(root: str, names: list[str]) -> dict[str, str]:
 
 def _digest(path: str) -> str:
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe must not keep us waiting
+        with open(
+            os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
+        ) as file:  # a named pipe must not keep us waiting
             size = os.fstat(file.fileno()).st_size
             ends = file.read(END_BYTES)
             file.seek(max(0, size - END_BYTES))
@@ -294,7 +410,8 @@ def _digest(path: str) -> str:
 
 
 def _look(root: str, names: list[str], found: dict[str, Any]) -> None:
-    """Count the files that are not there, in an order that is the same on every host, as far as the time allows."""
+    """Count the files that are not there, in an order that is the same on every host, as far as the
+    time allows."""
     order = list(range(len(names)))
     random.Random(0).shuffle(order)
     deadline = time.monotonic() + LOOK_SECONDS

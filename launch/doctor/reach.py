@@ -1,7 +1,9 @@
-"""Whether every host can open a TCP connection to the first. Of the standard library alone: it is sent to every host.
+"""Whether every host can open a TCP connection to the first. Of the standard library alone: it is
+sent to every host.
 
-The first host listens on all its addresses; the others try each of them. A token tells the first host from another that
-has the same address (every docker bridge is 172.17.0.1) or from another program on the port.
+The first host listens on all its addresses; the others try each of them. A token tells the first
+host from another that has the same address (every docker bridge is 172.17.0.1) or from another
+program on the port.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ RETRY_SECONDS = 0.1
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """As the first host {"busy": [port, ...]}, as another {"reached": {address: own}, "refused": {address: why}}."""
+    """As the first host {"busy": [port, ...]}, as another {"reached": {address: own}, "refused":
+    {address: why}}."""
     deadline = time.monotonic() + task["seconds"]
     return _listen(task, deadline) if task["is_first"] else _connect(task, deadline)
 
@@ -66,8 +69,10 @@ def _greet(listener: socket.socket, token: str) -> str:
 
 def _connect(task: dict[str, Any], deadline: float) -> dict[str, Any]:
     found: dict[str, Any] = {"reached": {}, "refused": {}}
-    threads = [threading.Thread(target=_try, args=(task, address, deadline, found), daemon=True)
-               for address in task["addresses"]]
+    threads = [
+        threading.Thread(target=_try, args=(task, address, deadline, found), daemon=True)
+        for address in task["addresses"]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,10 +100,14 @@ def _ask(address: str, port: int, task: dict[str, Any]) -> tuple[str, str]:
     """(Own address of the connection, "") or ("", why there is none)."""
     try:
         source = (task["source"], 0) if task["source"] else None
-        with contextlib.closing(socket.create_connection((address, port), TRY_SECONDS, source)) as connection:
+        with contextlib.closing(
+            socket.create_connection((address, port), TRY_SECONDS, source)
+        ) as connection:
             connection.sendall(f"{task['token']} {task['name']}".encode())
             if connection.recv(512).decode("utf-8", "replace") == task["token"]:
                 return connection.getsockname()[0], ""
             return "", "another program or another machine answers there"
     except OSError as error:
-        return "", "timed out" if isinstance(error, socket.timeout) else (error.strerror or str(error))
+        return "", "timed out" if isinstance(error, socket.timeout) else (
+            error.strerror or str(error)
+        )

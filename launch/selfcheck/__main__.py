@@ -1,6 +1,6 @@
 """The self-check as a command.
 
-    python -m launch.selfcheck
+python -m launch.selfcheck
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ _OF_GPUS = ("name", "memory.total", "pstate", "power.limit", "slowed_by", "mig.m
 
 @dataclass(frozen=True)
 class Options:
-    """Check this machine's first GPU, or its CPU, by this project's own work: what it can, and whether it is right.
+    """Check this machine's first GPU, or its CPU, by this project's own work: what it can, and
+    whether it is right.
 
-    Sections run one after the other, each in a process of its own, so that what crashes or hangs is one line; what is
-    missing is skipped with the reason. Prints a table and writes all of it to selfcheck-<gpu>-<date>.json, without
-    names of hosts, users or folders: attach that file to a report. Exit status 1 where something failed.
+    Sections run one after the other, each in a process of its own, so that what crashes or hangs is
+    one line; what is missing is skipped with the reason. Prints a table and writes all of it to
+    selfcheck-<gpu>-<date>.json, without names of hosts, users or folders: attach that file to a
+    report. Exit status 1 where something failed.
 
     Example: python -m launch.selfcheck --minutes 4
     """
@@ -47,7 +49,8 @@ class Options:
     minutes: float = DEFAULT_MINUTES
     """When it shall be over; the sections that matter least are left out."""
     only: Annotated[str, tyro.conf.arg(metavar="A,B")] = ""
-    """Only these sections: machine, arithmetic, engine, speed, loader, resume, training, inference, several."""
+    """Only these sections: machine, arithmetic, engine, speed, loader, resume, training, inference,
+    several."""
     json: Path | None = None
     """File for everything. Default: selfcheck-<gpu>-<date>.json in the current folder."""
     docs: bool = False
@@ -64,19 +67,32 @@ def main(options: Options) -> int:
     gpus = [] if is_cpu_wanted() else [gpu.name for gpu in list_gpus()]
     is_small = options.small or not gpus
     where = gpus[0] if gpus else "the CPU (no GPU, or none wanted): small, its speeds say little"
-    print(f"self-check of {where}; {len(chosen)} sections, {options.minutes:g} minutes at most", flush=True)
+    print(
+        f"self-check of {where}; {len(chosen)} sections, {options.minutes:g} minutes at most",
+        flush=True,
+    )
     found = check(chosen, options.minutes * 60, is_small=is_small)
-    file = options.json or Path(f"selfcheck-{slug(gpus[0] if gpus else 'cpu')}-{time.strftime('%Y%m%d-%H%M')}.json")
-    content = {"environment": environment_facts(is_small), "sections": [one.as_json() for one in found]}
+    file = options.json or Path(
+        f"selfcheck-{slug(gpus[0] if gpus else 'cpu')}-{time.strftime('%Y%m%d-%H%M')}.json"
+    )
+    content = {
+        "environment": environment_facts(is_small),
+        "sections": [one.as_json() for one in found],
+    }
     try:
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}; name another with --json") from error
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; name another with --json"
+        ) from error
     failed = [one.name for one in found if one.status == FAIL]
     verdict = f"failed: {', '.join(failed)}" if failed else "nothing failed"
     print(f"\n{verdict}; everything is in {file}, to be attached to a report")
     if options.docs:
-        print("\n" + "\n".join(filled_in({one.id: one for section in found for one in section.checks})))
+        print(
+            "\n"
+            + "\n".join(filled_in({one.id: one for section in found for one in section.checks}))
+        )
     return 1 if failed else 0
 
 
@@ -93,25 +109,38 @@ def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[Foun
     """Run the sections within so many seconds and print each as it ends."""
     end, scale = time.monotonic() + seconds, seconds / (60 * DEFAULT_MINUTES)
     if len(chosen) < len(SECTIONS):  # the time is theirs alone
-        scale *= min(4.0, sum(one.seconds for one in SECTIONS.values()) / sum(one.seconds for one in chosen))
+        scale *= min(
+            4.0, sum(one.seconds for one in SECTIONS.values()) / sum(one.seconds for one in chosen)
+        )
     found: list[Found] = []
     for section in chosen:
         left = end - time.monotonic()
         if left < LEAST_SECONDS:
             found.append(Found(section.name, SKIPPED, "the time is over; give it more --minutes"))
         else:
-            found.append(run_section(section, share=min(left, section.seconds * scale),
-                                     most=min(left, max(section.limit, section.limit * scale)), is_small=is_small))
+            found.append(
+                run_section(
+                    section,
+                    share=min(left, section.seconds * scale),
+                    most=min(left, max(section.limit, section.limit * scale)),
+                    is_small=is_small,
+                )
+            )
         print(table(found[-1]), flush=True)
     return found
 
 
 def table(found: Found) -> str:
     """A section for people."""
-    lines = [f"\n{found.name:<12}{found.status:<8}{found.seconds:6.1f} s  {found.why or SECTIONS[found.name].about}"]
+    lines = [
+        f"\n{found.name:<12}{found.status:<8}{found.seconds:6.1f} s  "
+        f"{found.why or SECTIONS[found.name].about}"
+    ]
     for one in found.checks:
         name = one.id.removeprefix(f"{found.name}.")
-        lines.append(f"  {_verdict(one):<8}{name:<34} {text_of(one):<24} {one.limit:<12} {one.note}".rstrip())
+        lines.append(
+            f"  {_verdict(one):<8}{name:<34} {text_of(one):<24} {one.limit:<12} {one.note}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -124,16 +153,38 @@ def _verdict(check: Check) -> str:
 def environment_facts(is_small: bool) -> dict[str, Any]:
     """The machine and its packages, without names of hosts, users and folders."""
     names = [name for name, _ in pins(ROOT / "requirements.txt")]
-    facts = answer({"root": str(ROOT), "synced": SYNCED, "dataset_dirs": [], "output_dir": str(ROOT),
-                    "packages": [*names, "triton"], "is_on_cpu": True})
+    facts = answer(
+        {
+            "root": str(ROOT),
+            "synced": SYNCED,
+            "dataset_dirs": [],
+            "output_dir": str(ROOT),
+            "packages": [*names, "triton"],
+            "is_on_cpu": True,
+        }
+    )
     gpus = probe_gpus()
-    return {"date": time.strftime("%Y-%m-%d"), "small": is_small, "commit": facts["checkout"].get("commit", ""),
-            "python": platform.python_version(), "system": platform.platform(), "processor": processor(),
-            "cores": facts["cores"], "memory": facts["memory"].get("total"), "shm": facts["limits"].get("shm"),
-            "driver": driver_version(), "gpus": [{key: gpu.get(key) for key in _OF_GPUS} for gpu in gpus["gpus"]],
-            "nvidia_smi": gpus["complaint"], "packages": facts["packages"],
-            "variables": {name: os.environ[name] for name in (CPU, "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
-                          if name in os.environ} | _kinds_of_names()}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "small": is_small,
+        "commit": facts["checkout"].get("commit", ""),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": facts["cores"],
+        "memory": facts["memory"].get("total"),
+        "shm": facts["limits"].get("shm"),
+        "driver": driver_version(),
+        "gpus": [{key: gpu.get(key) for key in _OF_GPUS} for gpu in gpus["gpus"]],
+        "nvidia_smi": gpus["complaint"],
+        "packages": facts["packages"],
+        "variables": {
+            name: os.environ[name]
+            for name in (CPU, "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
+            if name in os.environ
+        }
+        | _kinds_of_names(),
+    }
 
 
 def _kinds_of_names() -> dict[str, str]:
@@ -146,7 +197,9 @@ def _kinds_of_names() -> dict[str, str]:
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.machine()
 

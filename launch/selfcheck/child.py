@@ -1,7 +1,7 @@
 """A section in a process of its own: the side that starts it, and the process itself.
 
-What crashes or hangs takes its process with it, and is a line of the report. The process writes its checks into a file,
-one a line, and at the end a line that says that it has ended.
+What crashes or hangs takes its process with it, and is a line of the report. The process writes its
+checks into a file, one a line, and at the end a line that says that it has ended.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ class Found:
 
     def as_json(self) -> dict[str, Any]:
         why = {"why": self.why} if self.why else {}
-        return {"name": self.name, "status": self.status, **why, "seconds": round(self.seconds, 2),
-                "checks": [check.as_json() for check in self.checks]}
+        return {
+            "name": self.name,
+            "status": self.status,
+            **why,
+            "seconds": round(self.seconds, 2),
+            "checks": [check.as_json() for check in self.checks],
+        }
 
 
 def run_section(section: Section, *, share: float, most: float, is_small: bool) -> Found:
@@ -50,11 +55,26 @@ def run_section(section: Section, *, share: float, most: float, is_small: bool) 
         lines, log = Path(folder) / "checks.jsonl", Path(folder) / "log.txt"
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
-        words = [sys.executable, "-m", "launch.selfcheck.child", section.name, str(lines), str(scratch), str(share),
-                 str(most), "small" if is_small else "full"]
+        words = [
+            sys.executable,
+            "-m",
+            "launch.selfcheck.child",
+            section.name,
+            str(lines),
+            str(scratch),
+            str(share),
+            str(most),
+            "small" if is_small else "full",
+        ]
         with open(log, "wb") as output:
-            child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                     start_new_session=True)
+            child = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
             try:
                 status: int | None = child.wait(most)
             except subprocess.TimeoutExpired:
@@ -86,7 +106,11 @@ def _read(name: str, lines: Path) -> Found:
 
 def _why(status: int | None, most: float, log: Path) -> str:
     """Why a section did not come to its end."""
-    said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     last = f": {said[-1][:300]}" if said else ""
     if status is None:
         return f"did not end within {most:.0f} s{last}"
@@ -99,7 +123,9 @@ def main(arguments: list[str]) -> int:
     """The process itself."""
     name, lines, scratch, share, most, size = arguments
     with open(lines, "a", encoding="utf-8") as file:
-        report = Report(file, name, Path(scratch), float(share), float(most), is_small=size == "small")
+        report = Report(
+            file, name, Path(scratch), float(share), float(most), is_small=size == "small"
+        )
         ended, why = PASS, ""
         try:
             importlib.import_module(f"launch.selfcheck.sections.{SECTIONS[name].name}").run(report)

@@ -1,4 +1,5 @@
-"""The places in README and docs that wait for a GPU's numbers: `not measured <!-- selfcheck: loader.npy -->`."""
+"""The places in README and docs that wait for a GPU's numbers: `not measured <!-- selfcheck:
+loader.npy -->`."""
 
 from __future__ import annotations
 
@@ -34,20 +35,25 @@ def places() -> Iterator[Place]:
 
 
 def filled_in(checks: Mapping[str, Check]) -> list[str]:
-    """The lines of README and docs in which something was measured, each with its document, and the number in it."""
+    """The lines of README and docs in which something was measured, each with its document, and the
+    number in it."""
     lines: dict[tuple[str, str], str] = {}
     for place in places():
         check = checks.get(place.id)
         if check is None or check.value is None:
             continue
         key = place.document, place.line
-        lines[key] = PLACE.sub(lambda match, check=check, wanted=place.id: _with_value(match, check)
-                               if match["id"] == wanted else match[0], lines.get(key, place.line))
+        lines[key] = PLACE.sub(
+            lambda match, check=check, wanted=place.id: (
+                _with_value(match, check) if match["id"] == wanted else match[0]
+            ),
+            lines.get(key, place.line),
+        )
     return [f"{document}: {line}" for (document, _), line in lines.items()]
 
 
 def _with_value(match: re.Match[str], check: Check) -> str:
-    lead = match["said"][:len(match["said"]) - len(match["said"].lstrip())]
+    lead = match["said"][: len(match["said"]) - len(match["said"].lstrip())]
     return f"{lead}{text_of(check)} <!-- selfcheck: {match['id']} -->"
 
 

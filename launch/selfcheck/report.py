@@ -1,4 +1,5 @@
-"""What a section finds: checks, written down one by one, so that a crash loses none of those before it."""
+"""What a section finds: checks, written down one by one, so that a crash loses none of those before
+it."""
 
 from __future__ import annotations
 
@@ -56,8 +57,16 @@ class Report:
         is_small: small networks, images and numbers of steps, for CPUs and for the tests.
     """
 
-    def __init__(self, file: IO[str], section: str, scratch: Path, seconds: float, most: float, *,
-                 is_small: bool) -> None:
+    def __init__(
+        self,
+        file: IO[str],
+        section: str,
+        scratch: Path,
+        seconds: float,
+        most: float,
+        *,
+        is_small: bool,
+    ) -> None:
         self.section, self.scratch, self.is_small = section, scratch, is_small
         self._file, now = file, time.monotonic()
         self._end, self._last = now + seconds, now + most
@@ -84,19 +93,41 @@ class Report:
         """Whether so many seconds are left before the section is ended, whatever its share was."""
         return self._last - time.monotonic() > 1.3 * seconds
 
-    def number(self, name: str, value: float, unit: str, *, note: str = "", command: str = "") -> None:
+    def number(
+        self, name: str, value: float, unit: str, *, note: str = "", command: str = ""
+    ) -> None:
         """A measured value."""
         self._add(Check(f"{self.section}.{name}", value, unit, note=note, command=command))
 
-    def at_most(self, name: str, value: float, limit: float, unit: str = "", *, note: str = "") -> None:
+    def at_most(
+        self, name: str, value: float, limit: float, unit: str = "", *, note: str = ""
+    ) -> None:
         """A value that must not be above `limit`; NaN is."""
-        self._add(Check(f"{self.section}.{name}", value, unit, f"<= {limit:g}", bool(value <= limit), note))
+        self._add(
+            Check(
+                f"{self.section}.{name}", value, unit, f"<= {limit:g}", bool(value <= limit), note
+            )
+        )
 
-    def at_least(self, name: str, value: float, limit: float, unit: str = "", *, note: str = "") -> None:
+    def at_least(
+        self, name: str, value: float, limit: float, unit: str = "", *, note: str = ""
+    ) -> None:
         """A value that must not be below `limit`; NaN is."""
-        self._add(Check(f"{self.section}.{name}", value, unit, f">= {limit:g}", bool(value >= limit), note))
+        self._add(
+            Check(
+                f"{self.section}.{name}", value, unit, f">= {limit:g}", bool(value >= limit), note
+            )
+        )
 
-    def fact(self, name: str, is_so: bool | None, value: str | float = "", *, limit: str = "", note: str = "") -> None:
+    def fact(
+        self,
+        name: str,
+        is_so: bool | None,
+        value: str | float = "",
+        *,
+        limit: str = "",
+        note: str = "",
+    ) -> None:
         """Something that must be so; `is_so` None: something that is merely told."""
         told = value if value != "" else {True: "yes", False: "no", None: ""}[is_so]
         self._add(Check(f"{self.section}.{name}", told, limit=limit, ok=is_so, note=note))
@@ -114,26 +145,44 @@ class Report:
             self.skip(name, str(why))
         except Exception as error:  # whatever fails on this machine is what is asked for
             said = str(error).strip().splitlines()
-            self.fact(name, False, "failed", note=f"{type(error).__name__}: {said[0][:300] if said else ''}")
+            self.fact(
+                name,
+                False,
+                "failed",
+                note=f"{type(error).__name__}: {said[0][:300] if said else ''}",
+            )
 
     def _add(self, check: Check) -> None:
-        if isinstance(check.value, float) and not math.isfinite(check.value):  # which JSON has no word for
+        if isinstance(check.value, float) and not math.isfinite(
+            check.value
+        ):  # which JSON has no word for
             check = replace(check, value=str(check.value))
         self._file.write(json.dumps(asdict(check)) + "\n")
         self._file.flush()
 
 
-def run_script(words: Sequence[str], *, seconds: float, variables: Mapping[str, str] | None = None) -> str:
+def run_script(
+    words: Sequence[str], *, seconds: float, variables: Mapping[str, str] | None = None
+) -> str:
     """What a script of the checkout prints; `RuntimeError` with its last line where it fails."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env={**os.environ, **(variables or {})},
-                          capture_output=True, text=True, timeout=max(1.0, seconds), check=False)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=max(1.0, seconds),
+        check=False,
+    )
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise RuntimeError(f"status {done.returncode}: {lines[-1] if lines else ''}")
     return done.stdout
 
 
-def seconds_of(action: Callable[[], Any], device: torch.device, *, least: float = 0.3, warm_ups: int = 2) -> float:
+def seconds_of(
+    action: Callable[[], Any], device: torch.device, *, least: float = 0.3, warm_ups: int = 2
+) -> float:
     """Seconds that `action` takes on `device`, the mean over at least `least` seconds."""
     for _ in range(warm_ups):
         action()

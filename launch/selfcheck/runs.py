@@ -1,4 +1,5 @@
-"""Training runs of the self-check: real ones, by `launch/local.py`, which can be killed and continued."""
+"""Training runs of the self-check: real ones, by `launch/local.py`, which can be killed and
+continued."""
 
 from __future__ import annotations
 
@@ -29,10 +30,23 @@ class TrainingRun:
         overrides: of the recipe.
     """
 
-    def __init__(self, folder: Path, dataset: Path, overrides: Sequence[str], recipe: str = "demo") -> None:
+    def __init__(
+        self, folder: Path, dataset: Path, overrides: Sequence[str], recipe: str = "demo"
+    ) -> None:
         self.folder = folder
-        self._words = [sys.executable, str(ROOT / "launch" / "local.py"), "--procs", "1", "--recipe", recipe,
-                       "--dataset-dir", str(dataset), "--output-dir", str(folder), *overrides]
+        self._words = [
+            sys.executable,
+            str(ROOT / "launch" / "local.py"),
+            "--procs",
+            "1",
+            "--recipe",
+            recipe,
+            "--dataset-dir",
+            str(dataset),
+            "--output-dir",
+            str(folder),
+            *overrides,
+        ]
         self._log = folder.with_name(f"{folder.name}.output")
 
     def finish(self, seconds: float) -> None:
@@ -48,8 +62,15 @@ class TrainingRun:
     def start(self) -> subprocess.Popen[bytes]:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "ab") as output:
-            return subprocess.Popen(self._words, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=ROOT,
-                                    env=dict(os.environ), start_new_session=True)
+            return subprocess.Popen(
+                self._words,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=dict(os.environ),
+                start_new_session=True,
+            )
 
     def wait_for_step(self, process: subprocess.Popen[bytes], step: int, seconds: float) -> None:
         """Until there is a checkpoint of `step` or a later one."""
@@ -58,12 +79,14 @@ class TrainingRun:
             if process.poll() is not None:
                 raise RuntimeError(f"training ended before step {step}: {self._last_line()}")
             if time.monotonic() > end:
-                raise RuntimeError(f"no checkpoint of step {step} within {seconds:.0f} s: {self._last_line()}")
+                raise RuntimeError(
+                    f"no checkpoint of step {step} within {seconds:.0f} s: {self._last_line()}"
+                )
             time.sleep(0.01)
 
     def kill(self, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> int:
-        """End the launcher and its ranks, and wait for them. Ranks are in a session of their own, and with its end
-        they get SIGTERM; what matters here is that none is left."""
+        """End the launcher and its ranks, and wait for them. Ranks are in a session of their own,
+        and with its end they get SIGTERM; what matters here is that none is left."""
         ranks = _children(process.pid)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -76,15 +99,24 @@ class TrainingRun:
     def digest(self, step: int) -> str:
         """Of the weights in the checkpoint of `step`."""
         folder = checkpoint_dir(self.folder, step)
-        return hashlib.sha256(b"".join((folder / name).read_bytes() for name in WEIGHTS)).hexdigest()
+        return hashlib.sha256(
+            b"".join((folder / name).read_bytes() for name in WEIGHTS)
+        ).hexdigest()
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """The lines of its log about `event`."""
-        lines = (json.loads(line) for line in (self.folder / LOG_FILE).read_text(encoding="utf-8").splitlines())
+        lines = (
+            json.loads(line)
+            for line in (self.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        )
         return [line for line in lines if line["event"] == event]
 
     def _last_line(self) -> str:
-        lines = [line for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         return lines[-1][:300] if lines else ""
 
 

@@ -1,7 +1,7 @@
 """What a run leaves on disk and how it is read back; `saving.py` writes it.
 
-Read: the newest step whose folder is whole, by its MANIFEST.json, for every rank that sees it. Ranks on hosts that do
-not see the run folder get copies of what they must read.
+Read: the newest step whose folder is whole, by its MANIFEST.json, for every rank that sees it.
+Ranks on hosts that do not see the run folder get copies of what they must read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Contents:
     engines: Mapping[str, Engine]
     ema: ExponentialMovingAverage
     generator: SavedNetwork  # describes the network; its state_dict is filled in here
-    identity: Mapping[str, Any]  # of the run: recipe, ds_config, dataset; what a continuation must agree on
+    identity: Mapping[
+        str, Any
+    ]  # of the run: recipe, ds_config, dataset; what a continuation must agree on
     sees_run_dir: bool = True  # this rank; see `run_disk`
 
 
@@ -54,16 +56,21 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
     for step in checkpoint_steps(run_dir)[:-keep]:
         if step != best_step:
             folder = checkpoint_dir(run_dir, step)
-            with suppress(OSError):  # without its manifest it is no checkpoint any more, whatever happens next
+            with suppress(
+                OSError
+            ):  # without its manifest it is no checkpoint any more, whatever happens next
                 (folder / MANIFEST_FILE).unlink()
                 shutil.rmtree(folder)
 
 
-def newest_whole(run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bool = True) -> int | None:
-    """The newest step whose checkpoint every rank that sees the run folder finds whole; None in a new run.
+def newest_whole(
+    run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bool = True
+) -> int | None:
+    """The newest step whose checkpoint every rank that sees the run folder finds whole; None in a
+    new run.
 
-    Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next save. Raises
-    `UserError` where there are checkpoints but all are damaged.
+    Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next
+    save. Raises `UserError` where there are checkpoints but all are damaged.
     """
     ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
     steps = ranks.agree(checkpoint_steps(run_dir))
@@ -81,8 +88,11 @@ def newest_whole(run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bo
         if ranks.is_first:
             say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
     if steps:
-        raise UserError(f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start afresh with --reset, which "
-                        "keeps the old run aside")
+        raise UserError(
+            f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start afresh with "
+            "--reset, which "
+            "keeps the old run aside"
+        )
     return None
 
 
@@ -128,5 +138,7 @@ def weight_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

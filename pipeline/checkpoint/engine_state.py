@@ -18,11 +18,11 @@ from pipeline.engine.engine import Engine, quiet
 
 # ZeRO's optimizer states, written by one number of ranks, cut anew for another.
 #
-# At ZeRO stages 1 and 2 the parameters of a group lie behind each other in one flat tensor, with zeros at its end,
-# which is cut into as many equal parts as there are ranks. A rank's file, its shard, holds its part of the FP32
-# weights and of the optimizer's moments. Order and zeros depend on the number of ranks; here numbers are moved, never
-# calculated with. The names are those of DeepSpeed 0.19.8's files (`DeepSpeedZeroOptimizer.state_dict`,
-# `BF16_Optimizer.state_dict`).
+# At ZeRO stages 1 and 2 the parameters of a group lie behind each other in one flat tensor, with
+# zeros at its end, which is cut into as many equal parts as there are ranks. A rank's file, its
+# shard, holds its part of the FP32 weights and of the optimizer's moments. Order and zeros depend
+# on the number of ranks; here numbers are moved, never calculated with. The names are those of
+# DeepSpeed 0.19.8's files (`DeepSpeedZeroOptimizer.state_dict`, `BF16_Optimizer.state_dict`).
 
 
 WEIGHTS = "single_partition_of_fp32_groups"
@@ -52,63 +52,90 @@ def layouts(shard: Mapping[str, Any], shapes: Shapes) -> list[GroupLayout]:
         for (name, shape), gap in zip(named.items(), gaps, strict=True):
             places[name] = (start, shape.numel())
             start += shape.numel() + gap
-        # Of the two optimizers only the one that names its stage leaves the zeros at the end out of the weights.
+        # Of the two optimizers only the one that names its stage leaves the zeros at the end out of
+        # the weights.
         left_out = shard[END_PADDINGS][group] if "zero_stage" in shard else 0
         found.append(GroupLayout(places, weights.numel() + left_out))
     return found
 
 
-def recut(shards: Iterable[Mapping[str, Any]], old_shapes: Shapes, current: Mapping[str, Any], new_shapes: Shapes,
-          rank: int) -> dict[str, Any]:
-    """The shard of `rank` as it would be, had today's ranks written the checkpoint that consists of `shards`.
+def recut(
+    shards: Iterable[Mapping[str, Any]],
+    old_shapes: Shapes,
+    current: Mapping[str, Any],
+    new_shapes: Shapes,
+    rank: int,
+) -> dict[str, Any]:
+    """The shard of `rank` as it would be, had today's ranks written the checkpoint that consists of
+    `shards`.
 
-    `shards` in rank order, read one at a time; `current`: the state that this rank's optimizer has now, for its layout.
-    Raises `RuntimeError` if the two are not of the same parameters.
+    `shards` in rank order, read one at a time; `current`: the state that this rank's optimizer has
+    now, for its layout. Raises `RuntimeError` if the two are not of the same parameters.
     """
     new, result = layouts(current, new_shapes), {}
     for old_rank, shard in enumerate(shards):
         old = layouts(shard, old_shapes)
         if [group.places.keys() for group in old] != [group.places.keys() for group in new]:
-            raise RuntimeError("the checkpoint's ZeRO shards hold other parameters than this network has")
+            raise RuntimeError(
+                "the checkpoint's ZeRO shards hold other parameters than this network has"
+            )
         if not result:
             result = _blank(shard, old, current, new)
         for group, (before, after) in enumerate(zip(old, new, strict=True)):
             pairs = list(_flat_pairs(shard, result, group, before.part))
             for source, target, count in _moves(before, old_rank, after, rank):
                 for given, taken in pairs:
-                    taken[target:target + count].copy_(given[source:source + count])
+                    taken[target : target + count].copy_(given[source : source + count])
     return result
 
 
-def _moves(old: GroupLayout, old_rank: int, new: GroupLayout, new_rank: int) -> Iterator[tuple[int, int, int]]:
-    """(where in the old rank's part, where in the new rank's, elements) of all that the two parts share."""
+def _moves(
+    old: GroupLayout, old_rank: int, new: GroupLayout, new_rank: int
+) -> Iterator[tuple[int, int, int]]:
+    """(where in the old rank's part, where in the new rank's, elements) of all that the two parts
+    share."""
     for name, (source, count) in old.places.items():
         target = new.places[name][0]
         first = max(0, old_rank * old.part - source, new_rank * new.part - target)
         last = min(count, (old_rank + 1) * old.part - source, (new_rank + 1) * new.part - target)
         if first < last:
-            yield source + first - old_rank * old.part, target + first - new_rank * new.part, last - first
+            yield (
+                source + first - old_rank * old.part,
+                target + first - new_rank * new.part,
+                last - first,
+            )
 
 
-def _blank(shard: Mapping[str, Any], old: Sequence[GroupLayout], current: Mapping[str, Any],
-           new: Sequence[GroupLayout]) -> dict[str, Any]:
-    """`shard` with zeros of the new size for what lies in parts; the rest, such as the step, is the same everywhere."""
+def _blank(
+    shard: Mapping[str, Any],
+    old: Sequence[GroupLayout],
+    current: Mapping[str, Any],
+    new: Sequence[GroupLayout],
+) -> dict[str, Any]:
+    """`shard` with zeros of the new size for what lies in parts; the rest, such as the step, is the
+    same everywhere."""
     result = {**shard, **{key: current[key] for key in LAYOUT_KEYS if key in current}}
-    result[WEIGHTS] = [weights.new_zeros(group.part) for weights, group in zip(shard[WEIGHTS], new, strict=True)]
+    result[WEIGHTS] = [
+        weights.new_zeros(group.part) for weights, group in zip(shard[WEIGHTS], new, strict=True)
+    ]
     states = {}
     for group, (before, after) in enumerate(zip(old, new, strict=True)):
         number = _number(shard, group)
         state = shard[OPTIMIZER]["state"].get(number)
         if state is not None:  # a run that has skipped all of its updates has none
-            states[number] = {key: value.new_zeros(after.part) if _is_flat(value, before.part) else value
-                              for key, value in state.items()}
+            states[number] = {
+                key: value.new_zeros(after.part) if _is_flat(value, before.part) else value
+                for key, value in state.items()
+            }
     result[OPTIMIZER] = {**shard[OPTIMIZER], "state": states}
     return result
 
 
-def _flat_pairs(shard: Mapping[str, Any], result: Mapping[str, Any], group: int,
-                part: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tensor of the old part, tensor of the new one): the group's FP32 weights and each of its moments."""
+def _flat_pairs(
+    shard: Mapping[str, Any], result: Mapping[str, Any], group: int, part: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tensor of the old part, tensor of the new one): the group's FP32 weights and each of its
+    moments."""
     yield shard[WEIGHTS][group], result[WEIGHTS][group]
     number = _number(shard, group)
     for key, value in shard[OPTIMIZER]["state"].get(number, {}).items():
@@ -132,7 +159,8 @@ SHARD = re.compile(r"((?:bf16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt
 def capture_engine(engine: Engine, name: str, snapshot: Snapshot) -> dict[str, Frozen]:
     """Add to `snapshot` what this rank saves of the engine; all ranks call it together.
 
-    Returns it by its file's path in a checkpoint, `name`/FILE, where torch.save puts what `Frozen.thaw` gives back.
+    Returns it by its file's path in a checkpoint, `name`/FILE, where torch.save puts what
+    `Frozen.thaw` gives back.
     """
     files = _CapturedFiles(snapshot)
     with quiet():
@@ -148,13 +176,15 @@ def load_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) ->
 
 
 def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
-    """The weights by name, on the CPU, of the network that was captured as `name`. `OSError` if there is none."""
+    """The weights by name, on the CPU, of the network that was captured as `name`. `OSError` if
+    there is none."""
     weights = _read(os.path.join(directory, name, "mp_rank_00_model_states.pt"), "cpu")
     return dict(weights["module"])
 
 
 class _CheckpointFiles:
-    """DeepSpeed's `CheckpointEngine`, without what its two uses here put in: it neither saves nor loads."""
+    """DeepSpeed's `CheckpointEngine`, without what its two uses here put in: it neither saves nor
+    loads."""
 
     name = "vastscale"
 
@@ -188,7 +218,8 @@ class _CheckpointFiles:
 
 
 class _CapturedFiles(_CheckpointFiles):
-    """Keeps in memory what an engine would have written: the disk is not for the training thread."""
+    """Keeps in memory what an engine would have written: the disk is not for the training
+    thread."""
 
     FOLDER = "checkpoint"  # which DeepSpeed believes to write into
 
@@ -201,11 +232,14 @@ class _CapturedFiles(_CheckpointFiles):
 
 
 class _ShownFiles(_CheckpointFiles):
-    """Shows `engine` a checkpoint as if this number of ranks had written it, and never runs code that a file brings."""
+    """Shows `engine` a checkpoint as if this number of ranks had written it, and never runs code
+    that a file brings."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._num_shards = 0  # of the checkpoint; known when the weights have been read, which come first
+        self._num_shards = (
+            0  # of the checkpoint; known when the weights have been read, which come first
+        )
         self._shapes: Shapes = []
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -221,12 +255,20 @@ class _ShownFiles(_CheckpointFiles):
 
     def _recut(self, folder: str, wanted: re.Match[str]) -> dict[str, Any]:
         """The optimizer states that the file `wanted`, which may not exist, would hold."""
+
         def shards() -> Iterator[dict[str, Any]]:
             for rank in range(self._num_shards):
-                yield _read(os.path.join(folder, f"{wanted[1]}{rank}{wanted[3]}"), "cpu")["optimizer_state_dict"]
+                yield _read(os.path.join(folder, f"{wanted[1]}{rank}{wanted[3]}"), "cpu")[
+                    "optimizer_state_dict"
+                ]
 
-        return recut(shards(), self._shapes, self._engine.optimizer.state_dict(),
-                     self._engine.zero_shapes(), int(wanted[2]))
+        return recut(
+            shards(),
+            self._shapes,
+            self._engine.optimizer.state_dict(),
+            self._engine.zero_shapes(),
+            int(wanted[2]),
+        )
 
 
 def _read(path: str, map_location: Any) -> Any:

@@ -1,4 +1,5 @@
-"""MANIFEST.json: the files of a checkpoint with sizes and SHA-256, and whether they are still so. Needs no torch."""
+"""MANIFEST.json: the files of a checkpoint with sizes and SHA-256, and whether they are still so.
+Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ BLOCK = 1 << 20  # bytes
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """`{"size": bytes, "sha256": hex}` of every file in `folder`, by its path there."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in paths}
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in paths
+    }
 
 
 def read_manifest(run_dir: Path, step: int) -> dict[str, Any]:
-    """Of a whole checkpoint: `step`, `world_size`, `identity` of the run, `files` as `describe` tells them."""
+    """Of a whole checkpoint: `step`, `world_size`, `identity` of the run, `files` as `describe`
+    tells them."""
     return json.loads((checkpoint_dir(run_dir, step) / MANIFEST_FILE).read_text())
 
 

@@ -1,4 +1,5 @@
-"""How far a run has come, and whether that is its end. Needs no torch: a finished run says so without importing it."""
+"""How far a run has come, and whether that is its end. Needs no torch: a finished run says so
+without importing it."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ class Progress:
     stale_validations: int = 0  # since the best
     validated_step: int | None = None  # the last validation
     layout: str = ""  # of the activations: channels_last or contiguous; it decides the rounding
-    kernel: str = ""  # of the depthwise convolutions: torch or native, which round differently; "" was torch
-    cpu_degradation: str = "dali"  # what makes LR on a CPU: host, where it can, or dali, as in runs that do not say it
+    kernel: str = (
+        ""  # of the depthwise convolutions: torch or native, which round differently; "" was torch
+    )
+    cpu_degradation: str = (
+        "dali"  # what makes LR on a CPU: host, where it can, or dali, as in runs that do not say it
+    )
 
     def is_finished(self, total_steps: int, patience: int) -> bool:
         """Whether all steps are done and measured, or the patience (0: endless) is used up."""
@@ -32,15 +37,19 @@ class Progress:
         return self.is_out_of_patience(patience)
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether as many validations in a row as `patience` (0: endless) have brought nothing better."""
+        """Whether as many validations in a row as `patience` (0: endless) have brought nothing
+        better."""
         return 0 < patience <= self.stale_validations
 
     def as_of_now(self) -> Progress:
         """A copy, which stays as it is while the run goes on."""
-        return replace(self, best_scores=None if self.best_scores is None else dict(self.best_scores))
+        return replace(
+            self, best_scores=None if self.best_scores is None else dict(self.best_scores)
+        )
 
     def as_state(self) -> dict[str, Any]:
-        """As plain values. Each best score has a key of its own; `best_psnr` and `best_lpips` are always there."""
+        """As plain values. Each best score has a key of its own; `best_psnr` and `best_lpips` are
+        always there."""
         state: dict[str, Any] = {}
         for field in fields(self):
             if field.name == "best_scores":
@@ -52,10 +61,14 @@ class Progress:
 
     @staticmethod
     def of_state(state: Mapping[str, Any]) -> Progress:
-        """From plain values, of any version. Scores of metrics that are not in the table any more are left out."""
+        """From plain values, of any version. Scores of metrics that are not in the table any more
+        are left out."""
         known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
-        scores = {name: state[f"best_{metric.key}"] for name, metric in METRICS.items()
-                  if state.get(f"best_{metric.key}") is not None}
+        scores = {
+            name: state[f"best_{metric.key}"]
+            for name, metric in METRICS.items()
+            if state.get(f"best_{metric.key}") is not None
+        }
         return Progress(**known, best_scores=scores or None)
 
 

@@ -11,13 +11,16 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """Those of torch (of its GPU, too), NumPy and Python, as `torch.load(weights_only=True)` can read them."""
+    """Those of torch (of its GPU, too), NumPy and Python, as `torch.load(weights_only=True)` can
+    read them."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
-    return {"torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-            "python": [version, list(internal), gauss_next]}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:

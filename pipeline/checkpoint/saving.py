@@ -1,18 +1,22 @@
-"""Write checkpoints while training goes on. A checkpoint is a folder that exists whole or not at all.
+"""Write checkpoints while training goes on. A checkpoint is a folder that exists whole or not at
+all.
 
-`Saver.begin` keeps the training thread for a copy to host memory (see `snapshot.py`); a thread does the rest. Written
-beside (`.tmp-step-N`), flushed, hashed, agreed on by all ranks, then renamed to `step-N`, whose MANIFEST.json names
-every file with its size and SHA-256. A kill or a full disk costs the checkpoint in the making, never one that was made:
-what looks for the newest or the best, and what is removed to make room, are committed ones alone. Ranks on hosts that
-do not see the run folder send their files to the first rank.
+`Saver.begin` keeps the training thread for a copy to host memory (see `snapshot.py`); a thread does
+the rest. Written beside (`.tmp-step-N`), flushed, hashed, agreed on by all ranks, then renamed to
+`step-N`, whose MANIFEST.json names every file with its size and SHA-256. A kill or a full disk
+costs the checkpoint in the making, never one that was made: what looks for the newest or the best,
+and what is removed to make room, are committed ones alone. Ranks on hosts that do not see the run
+folder send their files to the first rank.
 
-Ranks write together, so the threads have to agree several times: whether all have written, what a network disk must
-show, whether the first rank has committed. They do it over a process group of their own. Collectives of one group must
-come in the same order on every rank, and where a thread stands beside its training thread differs from rank to rank:
-over the control group, or over that of the gradients, its messages would be taken for training's. Within the threads'
-group there is one thread a rank and one save after the other, begun by all ranks at the same step, which is an order.
-The other way, agreeing on the training thread at the following steps, would send files from hosts without the run
-folder while training waits, and could leave a save uncommitted when a run ends between two of those steps.
+Ranks write together, so the threads have to agree several times: whether all have written, what a
+network disk must show, whether the first rank has committed. They do it over a process group of
+their own. Collectives of one group must come in the same order on every rank, and where a thread
+stands beside its training thread differs from rank to rank: over the control group, or over that of
+the gradients, its messages would be taken for training's. Within the threads' group there is one
+thread a rank and one save after the other, begun by all ranks at the same step, which is an order.
+The other way, agreeing on the training thread at the following steps, would send files from hosts
+without the run folder while training waits, and could leave a save uncommitted when a run ends
+between two of those steps.
 """
 
 from __future__ import annotations
@@ -41,7 +45,13 @@ from pipeline.checkpoint.transfer import collect, private_folder
 from pipeline.distributed.ranks import Ranks
 from pipeline.files import flush
 from pipeline.models.weights import SavedNetwork, write_network
-from pipeline.run_folder import GENERATOR_EMA_FILE, GENERATOR_FILE, MANIFEST_FILE, STATE_FILE, checkpoint_dir
+from pipeline.run_folder import (
+    GENERATOR_EMA_FILE,
+    GENERATOR_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_dir,
+)
 
 Result = TypeVar("Result")
 VISIBLE_SECONDS = 90  # longer than NFS keeps what it knows of a folder
@@ -65,7 +75,8 @@ class _Moment:
 
 
 class Saver:
-    """Saves a run at one step after the other. All ranks make one, and call its methods together, but for `poll`.
+    """Saves a run at one step after the other. All ranks make one, and call its methods together,
+    but for `poll`.
 
     `keep`: of the newest checkpoints, so many stay after a save, and the best.
     """
@@ -84,7 +95,9 @@ class Saver:
         Without it the first save would wait for fresh pages, several times as long as for the copy.
         """
         snapshot = self._capture(Progress()).snapshot
-        self._preparing = threading.Thread(target=_reserve, args=(snapshot,), name="memory", daemon=True)
+        self._preparing = threading.Thread(
+            target=_reserve, args=(snapshot,), name="memory", daemon=True
+        )
         self._preparing.start()
 
     @property
@@ -93,10 +106,12 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, progress: Progress) -> None:
-        """Copy the run as it is now, and write that as the checkpoint of `progress.step` from now on.
+        """Copy the run as it is now, and write that as the checkpoint of `progress.step` from now
+        on.
 
-        Call `wait` first: there is one save at a time. Nothing is done where the disk holds all of `progress` already.
-        Raises `SaveError` on every rank where a host has no memory for the copy.
+        Call `wait` first: there is one save at a time. Nothing is done where the disk holds all of
+        `progress` already. Raises `SaveError` on every rank where a host has no memory for the
+        copy.
         """
         assert self._thread is None, "the save before was not waited for"
         final = checkpoint_dir(self._run_dir, progress.step)
@@ -107,17 +122,21 @@ class Saver:
             self._preparing = None
         moment = self._capture(progress)  # the engines' own collectives are in there
         _insist(moment.snapshot.copy, self._ranks, progress.step)
-        self._thread = threading.Thread(target=self._write, args=(moment,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(moment,), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> SaveError | None:
-        """Wait for the save under way, if there is one. Returns why it failed, once; other errors are raised."""
+        """Wait for the save under way, if there is one. Returns why it failed, once; other errors
+        are raised."""
         if self._thread is not None:
             self._thread.join()
         return self.poll()
 
     def poll(self) -> SaveError | None:
-        """As `wait`, but only of a save that has ended since it was begun: nothing is waited for."""
+        """As `wait`, but only of a save that has ended since it was begun: nothing is waited
+        for."""
         if self._thread is None or self.is_writing:
             return None
         self._thread, failure, self._failure = None, self._failure, None
@@ -126,7 +145,8 @@ class Saver:
         return failure
 
     def close(self) -> None:
-        """Give a save that is under way, where a run ends with an error, time to come to its end."""
+        """Give a save that is under way, where a run ends with an error, time to come to its
+        end."""
         if self._thread is not None:
             self._thread.join(LAST_SECONDS)
 
@@ -137,9 +157,19 @@ class Saver:
             states |= capture_engine(engine, name, snapshot)
         networks = {}
         if self._ranks.is_first:
-            modules = {GENERATOR_FILE: contents.engines["generator"].module, GENERATOR_EMA_FILE: contents.ema.network}
+            modules = {
+                GENERATOR_FILE: contents.engines["generator"].module,
+                GENERATOR_EMA_FILE: contents.ema.network,
+            }
             networks = {file: snapshot.add(module.state_dict()) for file, module in modules.items()}
-        return _Moment(progress.as_of_now(), snapshot, states, networks, random_states(), contents.ema.num_updates)
+        return _Moment(
+            progress.as_of_now(),
+            snapshot,
+            states,
+            networks,
+            random_states(),
+            contents.ema.num_updates,
+        )
 
     def _write(self, moment: _Moment) -> None:
         try:
@@ -151,7 +181,8 @@ class Saver:
     def _write_together(self, moment: _Moment) -> None:
         """Commit the checkpoint of `moment`; the threads of all ranks do it together.
 
-        Raises `SaveError` on every rank, the half-written folder gone, when any rank could not write.
+        Raises `SaveError` on every rank, the half-written folder gone, when any rank could not
+        write.
         """
         writers, contents, step = self._writers, self._contents, moment.progress.step
         final = checkpoint_dir(self._run_dir, step)
@@ -161,7 +192,9 @@ class Saver:
                 own = _insist(lambda: _make_folders(aside, contents, writers, stack), writers, step)
                 _insist(lambda: _write_own_files(own, moment, contents, writers), writers, step)
                 _refuse(collect(own, aside, contents.sees_run_dir, writers), writers, step)
-                written = set().union(*writers.gather(_names(aside) if contents.sees_run_dir else set()))
+                written = set().union(
+                    *writers.gather(_names(aside) if contents.sees_run_dir else set())
+                )
                 commit = partial(_commit, aside, final, moment.progress, contents, writers, written)
                 _insist(commit if writers.is_first else lambda: None, writers, step)
         except SaveError:
@@ -178,11 +211,16 @@ def _reserve(snapshot: Snapshot) -> None:
 
 
 def _insist(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:
-    """Run `action`, which waits for no other rank, on every rank; `SaveError` on all if disk or memory refused one."""
+    """Run `action`, which waits for no other rank, on every rank; `SaveError` on all if disk or
+    memory refused one."""
     failure, result = "", None
     try:
         result = action()
-    except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full disk, or memory, as RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch reports a full disk, or memory, as RuntimeError
         failure = str(error) or type(error).__name__
     _refuse(failure, ranks, step)
     return cast(Result, result)
@@ -196,7 +234,8 @@ def _refuse(failure: str, ranks: Ranks, step: int) -> None:
 
 
 def _is_saved(final: Path, progress: Progress) -> bool:
-    """Whether `final` is a checkpoint that says all of `progress` (a validation may have come after it)."""
+    """Whether `final` is a checkpoint that says all of `progress` (a validation may have come after
+    it)."""
     return (final / MANIFEST_FILE).is_file() and progress_in(final) == progress
 
 
@@ -230,9 +269,16 @@ def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Rank
     described, step = contents.generator, moment.progress.step
     for file, weights in moment.networks.items():
         metadata = {**described.metadata, "step": str(step)}
-        write_network(own / file, SavedNetwork(described.name, described.scale, described.params, weights.thaw(),
-                                               metadata))
-    state = moment.progress.as_state() | {"ema_updates": moment.ema_updates, "world_size": ranks.world_size}
+        write_network(
+            own / file,
+            SavedNetwork(
+                described.name, described.scale, described.params, weights.thaw(), metadata
+            ),
+        )
+    state = moment.progress.as_state() | {
+        "ema_updates": moment.ema_updates,
+        "world_size": ranks.world_size,
+    }
     (own / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
 
 
@@ -250,17 +296,31 @@ def _wait_for(folder: Path, names: set[str]) -> None:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while missing := names - _names(folder):
         if time.monotonic() > deadline:
-            raise OSError(f"{folder} does not show {min(missing)}, which another host has written; see how that disk "
-                          "is mounted")
+            raise OSError(
+                f"{folder} does not show {min(missing)}, which another host has written; see how "
+                "that disk "
+                "is mounted"
+            )
         time.sleep(0.5)
 
 
-def _commit(aside: Path, final: Path, progress: Progress, contents: Contents, ranks: Ranks, written: set[str]) -> None:
+def _commit(
+    aside: Path,
+    final: Path,
+    progress: Progress,
+    contents: Contents,
+    ranks: Ranks,
+    written: set[str],
+) -> None:
     _wait_for(aside, written)
     for path in (p for p in aside.rglob("*") if p.is_file()):
         flush(path)
-    manifest = {"step": progress.step, "world_size": ranks.world_size, "identity": contents.identity,
-                "files": describe(aside)}
+    manifest = {
+        "step": progress.step,
+        "world_size": ranks.world_size,
+        "identity": contents.identity,
+        "files": describe(aside),
+    }
     (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
     flush(aside / MANIFEST_FILE)
     for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:

@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration file: read it, check it, and choose the runtime, DeepSpeed or Accelerate, that follows it.
+"""DeepSpeed's configuration file: read it, check it, and choose the runtime, DeepSpeed or
+Accelerate, that follows it.
 
 No torch is imported here, so that a launcher can check a configuration on a host without a GPU.
 """
@@ -17,40 +18,114 @@ from pipeline.config.recipe import assign, changes, flat
 from pipeline.distributed.launcher import is_from_accelerate
 
 Runtime = Literal["auto", "deepspeed", "accelerate"]
-DEEPSPEEDS_FP16 = ("loss_scale", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
-                   "fp16_master_weights_and_grads")
+DEEPSPEEDS_FP16 = (
+    "loss_scale",
+    "hysteresis",
+    "consecutive_hysteresis",
+    "min_loss_scale",
+    "fp16_master_weights_and_grads",
+)
 DEEPSPEEDS_OWN = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
-ACCELERATES_MODES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP",
-                     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism"}
-DS_KEYS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "steps_per_print",
-    "wall_clock_breakdown", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "comms_logger", "flops_profiler", "dump_state",
-})
-"""The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a misspelt key."""
-DS_SECTIONS = frozenset({"optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types", "comms_logger",
-                         "flops_profiler"})
+ACCELERATES_MODES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism",
+}
+DS_KEYS = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "fp16",
+        "bf16",
+        "zero_optimization",
+        "data_types",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "comms_logger",
+        "flops_profiler",
+        "dump_state",
+    }
+)
+"""The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a
+misspelt key."""
+DS_SECTIONS = frozenset(
+    {
+        "optimizer",
+        "scheduler",
+        "fp16",
+        "bf16",
+        "zero_optimization",
+        "data_types",
+        "comms_logger",
+        "flops_profiler",
+    }
+)
 DS_SECTION_KEYS = {
-    "optimizer": ("type", "params"), "scheduler": ("type", "params"),
-    "fp16": ("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
-             "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
-    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
-             "bf16_optimizer_states"),
+    "optimizer": ("type", "params"),
+    "scheduler": ("type", "params"),
+    "fp16": (
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    ),
+    "bf16": (
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
 }
 """And the keys of those sections in which a misspelt one would be passed over, too."""
 
-_ADAM = ("lr", "betas", "eps", "weight_decay", "foreach", "maximize", "capturable", "differentiable")
+_ADAM = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+)
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "Adam": (*_ADAM, "amsgrad", "decoupled_weight_decay", "fused"),
     "AdamW": (*_ADAM, "amsgrad", "fused"),
-    "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable",
-            "fused"),
+    "SGD": (
+        "lr",
+        "momentum",
+        "dampening",
+        "weight_decay",
+        "nesterov",
+        "maximize",
+        "foreach",
+        "differentiable",
+        "fused",
+    ),
     "RAdam": (*_ADAM, "decoupled_weight_decay"),
     "NAdam": (*_ADAM, "decoupled_weight_decay", "momentum_decay"),
 }
 """torch's optimizers that a ds_config may name -> their parameters. Adding one is one row."""
-_RAMP = ("warmup_num_steps", "warmup_min_ratio")  # the linear warm-up that any of torch's schedules may have
+_RAMP = (
+    "warmup_num_steps",
+    "warmup_min_ratio",
+)  # the linear warm-up that any of torch's schedules may have
 _WARMUP_LR = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type")
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "MultiStepLR": ("milestones", "gamma", *_RAMP),
@@ -59,28 +134,77 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "PolynomialLR": ("total_iters", "power", *_RAMP),
     "CosineAnnealingLR": ("T_max", "eta_min", *_RAMP),
     "CosineAnnealingWarmRestarts": ("T_0", "T_mult", "eta_min", *_RAMP),
-    "CyclicLR": ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "cycle_momentum",
-                 "base_momentum", "max_momentum", *_RAMP),
+    "CyclicLR": (
+        "base_lr",
+        "max_lr",
+        "step_size_up",
+        "step_size_down",
+        "mode",
+        "gamma",
+        "cycle_momentum",
+        "base_momentum",
+        "max_momentum",
+        *_RAMP,
+    ),
     "ConstantLR": ("factor", "total_iters", *_RAMP),
-    "ReduceLROnPlateau": ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps",
-                          *_RAMP),
+    "ReduceLROnPlateau": (
+        "mode",
+        "factor",
+        "patience",
+        "threshold",
+        "threshold_mode",
+        "cooldown",
+        "min_lr",
+        "eps",
+        *_RAMP,
+    ),
     "WarmupLR": _WARMUP_LR,
     "WarmupDecayLR": ("total_num_steps", *_WARMUP_LR),
-    "WarmupCosineLR": ("total_num_steps", "warmup_min_ratio", "warmup_num_steps", "cos_min_ratio", "warmup_type"),
-    "OneCycle": ("cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_first_step_size", "cycle_second_step_size",
-                 "cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size", "cycle_momentum",
-                 "cycle_min_mom", "cycle_max_mom", "decay_mom_rate", "last_batch_iteration"),
-    "LRRangeTest": ("lr_range_test_min_lr", "lr_range_test_step_size", "lr_range_test_step_rate",
-                    "lr_range_test_staircase", "last_batch_iteration"),
+    "WarmupCosineLR": (
+        "total_num_steps",
+        "warmup_min_ratio",
+        "warmup_num_steps",
+        "cos_min_ratio",
+        "warmup_type",
+    ),
+    "OneCycle": (
+        "cycle_min_lr",
+        "cycle_max_lr",
+        "decay_lr_rate",
+        "cycle_first_step_size",
+        "cycle_second_step_size",
+        "cycle_first_stair_count",
+        "cycle_second_stair_count",
+        "decay_step_size",
+        "cycle_momentum",
+        "cycle_min_mom",
+        "cycle_max_mom",
+        "decay_mom_rate",
+        "last_batch_iteration",
+    ),
+    "LRRangeTest": (
+        "lr_range_test_min_lr",
+        "lr_range_test_step_size",
+        "lr_range_test_step_rate",
+        "lr_range_test_staircase",
+        "last_batch_iteration",
+    ),
 }
 """torch's and DeepSpeed's learning rate schedules that a ds_config may name -> their parameters."""
 LEFT_TO_DEEPSPEED = ("OneCycle", "LRRangeTest")
-"""Schedules that DeepSpeed builds itself; of the others `pipeline.engine.schedules` knows the rates."""
+"""Schedules that DeepSpeed builds itself; of the others `pipeline.engine.schedules` knows the
+rates."""
 
 
 def check_optimizer(section: Mapping[str, Any], where: str = "ds_config") -> None:
-    """Raise `UserError` for an `optimizer` section with an unknown type or parameter, naming the nearest real one."""
-    _check_names("optimizer", section, {name: (*params, "torch_adam") for name, params in OPTIMIZERS.items()}, where)
+    """Raise `UserError` for an `optimizer` section with an unknown type or parameter, naming the
+    nearest real one."""
+    _check_names(
+        "optimizer",
+        section,
+        {name: (*params, "torch_adam") for name, params in OPTIMIZERS.items()},
+        where,
+    )
 
 
 def check_schedule(section: Mapping[str, Any], where: str = "ds_config") -> None:
@@ -88,27 +212,36 @@ def check_schedule(section: Mapping[str, Any], where: str = "ds_config") -> None
     _check_names("schedule", section, SCHEDULES, where)
 
 
-def _check_names(kind: str, section: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], where: str) -> None:
+def _check_names(
+    kind: str, section: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], where: str
+) -> None:
     name = section["type"]
     if name not in table:
         raise UserError(f"{where}: no {kind} {name!r}{nearest(name, table)}")
     for key in section.get("params", {}):
         if key not in table[name]:
-            raise UserError(f"{where}: {kind} {name} has no parameter {key!r}{nearest(key, table[name])}")
+            raise UserError(
+                f"{where}: {kind} {name} has no parameter {key!r}{nearest(key, table[name])}"
+            )
 
 
 def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration as written, with `overrides` (dotted keys), checked for what this project relies on."""
+    """DeepSpeed's configuration as written, with `overrides` (dotted keys), checked for what this
+    project relies on."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name DeepSpeed's file with --ds-config") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; name DeepSpeed's file with --ds-config"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
     for key, value in (overrides or {}).items():
         assign(config, key, value)
     _check_ds_config(config, path)
-    if not config.get("comms_logger", {}).get("enabled", False):  # DeepSpeed counts wherever the section is there
+    if not config.get("comms_logger", {}).get(
+        "enabled", False
+    ):  # DeepSpeed counts wherever the section is there
         config.pop("comms_logger", None)
     return config
 
@@ -119,15 +252,23 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
     for section in DS_SECTIONS & config.keys():
         if not isinstance(config[section], dict):
-            raise UserError(f"{path}: {section} must be a table, not {config[section]!r}; write "
-                            f"ds.{section}.KEY=VALUE, such as ds.fp16.enabled=false")
+            raise UserError(
+                f"{path}: {section} must be a table, not {config[section]!r}; write "
+                f"ds.{section}.KEY=VALUE, such as ds.fp16.enabled=false"
+            )
         for key in config[section]:
             if key not in DS_SECTION_KEYS.get(section, (key,)):
-                raise UserError(f"{path}: unknown key '{section}.{key}'{nearest(key, DS_SECTION_KEYS[section])}")
+                raise UserError(
+                    f"{path}: unknown key '{section}.{key}'{nearest(key, DS_SECTION_KEYS[section])}"
+                )
     for section in {"optimizer", "scheduler"} & config.keys():
-        if not isinstance(config[section].get("params", {}), dict) or not isinstance(config[section].get("type"), str):
-            raise UserError(f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
-                            '"params": {"lr": 0.001}}')
+        if not isinstance(config[section].get("params", {}), dict) or not isinstance(
+            config[section].get("type"), str
+        ):
+            raise UserError(
+                f'{path}: {section} needs a type and a table of params, such as {{"type": "AdamW", '
+                '"params": {"lr": 0.001}}'
+            )
     if "optimizer" in config:
         check_optimizer(config["optimizer"], str(path))
     if "scheduler" in config:
@@ -135,23 +276,38 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
     clipping = config.get("gradient_clipping", 1.0)
     if not isinstance(clipping, (int, float)) or clipping < 0:
         raise UserError(f"{path}: gradient_clipping must be a number, 0 or above, not {clipping!r}")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
         value = config.get(key, None if key == "train_batch_size" else 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             about = ", the global batch," if key == "train_batch_size" else ""
             raise UserError(f"{path}: {key}{about} must be a whole number above 0, not {value!r}")
     if zero_stage(config) not in (0, 1, 2):
-        raise UserError(f"{path}: zero_optimization.stage {zero_stage(config)} is not supported; choose 0, 1 or 2")
+        raise UserError(
+            f"{path}: zero_optimization.stage {zero_stage(config)} is not supported; choose 0, 1 "
+            "or 2"
+        )
     for key in config.get("zero_optimization", {}):
         if key.startswith("offload"):
-            raise UserError(f"{path}: zero_optimization.{key} is not supported: a super-resolution network fits a GPU")
+            raise UserError(
+                f"{path}: zero_optimization.{key} is not supported: a super-resolution network "
+                "fits a GPU"
+            )
     if config.get("comms_logger", {}).get("verbose"):
-        raise UserError(f"{path}: comms_logger.verbose prints a line a call, and DeepSpeed is kept quiet here; leave "
-                        "it out: the sums are in log.jsonl")
+        raise UserError(
+            f"{path}: comms_logger.verbose prints a line a call, and DeepSpeed is kept quiet here; "
+            "leave "
+            "it out: the sums are in log.jsonl"
+        )
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
     if "optimizer" not in config:
-        raise UserError(f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}')
+        raise UserError(
+            f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}'
+        )
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -159,9 +315,11 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 
 def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
-    """(micro-batch per rank, gradient accumulation steps) that make up the global batch on `world_size` ranks.
+    """(micro-batch per rank, gradient accumulation steps) that make up the global batch on
+    `world_size` ranks.
 
-    Of the two, the one that the file leaves out follows from the other; when both are given they must multiply up.
+    Of the two, the one that the file leaves out follows from the other; when both are given they
+    must multiply up.
     """
     total = config["train_batch_size"]
     micro = config.get("train_micro_batch_size_per_gpu")
@@ -173,9 +331,11 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
         unit = max(unit, world_size * config.get("gradient_accumulation_steps", 1))
         below, above = total - total % unit, total - total % unit + unit
         choices = f"{below} or {above}" if below else str(above)
-        raise UserError(f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
-                        f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); say "
-                        f"ds.train_batch_size={choices}, or use another number of ranks")
+        raise UserError(
+            f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
+            f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); say "
+            f"ds.train_batch_size={choices}, or use another number of ranks"
+        )
     return micro, accumulation
 
 
@@ -185,27 +345,48 @@ def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> st
     It names another runtime than DeepSpeed, whose rounding and checkpoints are its own.
     """
     names = ("bf16",) if on_cpu else ("bf16", "fp16")
-    precision = next((name.upper() for name in names if config.get(name, {}).get("enabled")), "FP32")
+    precision = next(
+        (name.upper() for name in names if config.get(name, {}).get("enabled")), "FP32"
+    )
     if runtime == "accelerate":
         precision += " (Accelerate)" if precision == "FP32" else " autocast (Accelerate)"
     return precision
 
 
 def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = "run") -> list[str]:
-    """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may change."""
-    free = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown",
-            "comms_logger", "flops_profiler", "scheduler.params.total_num_steps")
-    before, after = ({key: value for key, value in flat(values) if not key.startswith(free)} for values in (old, new))
+    """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may
+    change."""
+    free = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "comms_logger",
+        "flops_profiler",
+        "scheduler.params.total_num_steps",
+    )
+    before, after = (
+        {key: value for key, value in flat(values) if not key.startswith(free)}
+        for values in (old, new)
+    )
     return changes(before, after, "ds.", owner=owner)
 
 
 def choose_runtime(asked: Runtime, variables: Mapping[str, str] = os.environ) -> str:
-    """deepspeed or accelerate; for "auto" accelerate under `accelerate launch` and where DeepSpeed is missing."""
+    """deepspeed or accelerate; for "auto" accelerate under `accelerate launch` and where DeepSpeed
+    is missing."""
     chosen = asked
     if asked == "auto":
-        chosen = "accelerate" if is_from_accelerate(variables) or not _is_installed("deepspeed") else "deepspeed"
+        chosen = (
+            "accelerate"
+            if is_from_accelerate(variables) or not _is_installed("deepspeed")
+            else "deepspeed"
+        )
     if not _is_installed(chosen):
-        raise UserError(f"--runtime {chosen}: the package {chosen} is not installed; pip install -r requirements.txt")
+        raise UserError(
+            f"--runtime {chosen}: the package {chosen} is not installed; pip install -r "
+            "requirements.txt"
+        )
     return chosen
 
 
@@ -213,21 +394,31 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def check_accelerate(ds_config: Mapping[str, Any], variables: Mapping[str, str] = os.environ) -> None:
-    """Raise `UserError` for what Accelerate cannot do of a ds_config, and where accelerate's settings contradict it."""
+def check_accelerate(
+    ds_config: Mapping[str, Any], variables: Mapping[str, str] = os.environ
+) -> None:
+    """Raise `UserError` for what Accelerate cannot do of a ds_config, and where accelerate's
+    settings contradict it."""
     if zero_stage(ds_config):
-        raise UserError(f"zero_optimization.stage {zero_stage(ds_config)} is DeepSpeed's, and the runtime is "
-                        "accelerate; say ds.zero_optimization.stage=0 or --runtime deepspeed")
+        raise UserError(
+            f"zero_optimization.stage {zero_stage(ds_config)} is DeepSpeed's, and the runtime is "
+            "accelerate; say ds.zero_optimization.stage=0 or --runtime deepspeed"
+        )
     fp16 = ds_config.get("fp16", {})
     own = [f"fp16.{key}" for key in DEEPSPEEDS_FP16 if fp16.get("enabled") and key in fp16]
     own += [key for key in DEEPSPEEDS_OWN if key in ds_config]
     if own:
-        raise UserError(f"ds_config: {own[0]} is DeepSpeed's, and the runtime is accelerate; leave it out or say "
-                        "--runtime deepspeed")
+        raise UserError(
+            f"ds_config: {own[0]} is DeepSpeed's, and the runtime is accelerate; leave it out or "
+            "say "
+            "--runtime deepspeed"
+        )
     schedule = ds_config.get("scheduler", {}).get("type")
     if schedule in LEFT_TO_DEEPSPEED:
-        raise UserError(f"ds_config: schedule {schedule} is DeepSpeed's, and the runtime is accelerate; choose "
-                        "another, such as CyclicLR, or say --runtime deepspeed")
+        raise UserError(
+            f"ds_config: schedule {schedule} is DeepSpeed's, and the runtime is accelerate; choose "
+            "another, such as CyclicLR, or say --runtime deepspeed"
+        )
     _check_settings(ds_config, variables)
 
 
@@ -235,18 +426,30 @@ def _check_settings(ds_config: Mapping[str, Any], variables: Mapping[str, str]) 
     """What `accelerate config` wrote or `accelerate launch` was told, beside the ds_config."""
     for variable, mode in ACCELERATES_MODES.items():
         if variables.get(variable, "").lower() in ("true", "1", "yes"):
-            raise UserError(f"accelerate is set to use {mode}, which it does not do here; say no to it in `accelerate "
-                            "config`, or start with ./launch_local_train.sh, which uses DeepSpeed")
+            raise UserError(
+                f"accelerate is set to use {mode}, which it does not do here; say no to it in "
+                "`accelerate "
+                "config`, or start with ./launch_local_train.sh, which uses DeepSpeed"
+            )
     said = variables.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    wanted = next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "no")
+    wanted = next(
+        (name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "no"
+    )
     if said not in ("no", wanted):
         ours = "FP32" if wanted == "no" else wanted.upper()
-        raise UserError(f"accelerate says mixed_precision {said}, the ds_config {ours}; set accelerate's to "
-                        f"{wanted}, or the ds_config's (ds.fp16.enabled, ds.bf16.enabled)")
+        raise UserError(
+            f"accelerate says mixed_precision {said}, the ds_config {ours}; set accelerate's to "
+            f"{wanted}, or the ds_config's (ds.fp16.enabled, ds.bf16.enabled)"
+        )
     if variables.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise UserError(f"accelerate says dynamo_backend {variables['ACCELERATE_DYNAMO_BACKEND']}; set it to no: the "
-                        "recipe's compile=auto, on or off decides")
+        raise UserError(
+            f"accelerate says dynamo_backend {variables['ACCELERATE_DYNAMO_BACKEND']}; set it to "
+            "no: the "
+            "recipe's compile=auto, on or off decides"
+        )
     steps = variables.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if steps not in ("", "1", str(ds_config.get("gradient_accumulation_steps", 1))):
-        raise UserError(f"accelerate says gradient_accumulation_steps {steps}; leave it out: the ds_config's "
-                        "gradient_accumulation_steps decides")
+        raise UserError(
+            f"accelerate says gradient_accumulation_steps {steps}; leave it out: the ds_config's "
+            "gradient_accumulation_steps decides"
+        )

@@ -1,8 +1,9 @@
 """The names that a recipe may use, with their parameters, known without importing torch.
 
-The tables of networks, discriminators and losses lie beside the code, in modules that import torch: a launcher would
-wait for that a second and a half and hold 200 MB for as long as it watches the ranks. So the rows are read from the
-sources, in a hundredth of the time. A process that has imported a table's module already is asked for the table itself.
+The tables of networks, discriminators and losses lie beside the code, in modules that import torch:
+a launcher would wait for that a second and a half and hold 200 MB for as long as it watches the
+ranks. So the rows are read from the sources, in a hundredth of the time. A process that has
+imported a table's module already is asked for the table itself.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ class Row:
     parameters: tuple[str, ...] = ()
     required: tuple[str, ...] = ()  # those without a default
     takes_any: bool = False  # other parameters, too, which it judges by itself
-    flags: Mapping[str, bool] = field(default_factory=dict)  # of a row that is an object: its true-or-false fields
+    flags: Mapping[str, bool] = field(
+        default_factory=dict
+    )  # of a row that is an object: its true-or-false fields
 
 
 @dataclass(frozen=True)
 class Table:
-    """Where a table is: `variable` of `module`, a dict literal from names to functions, classes or objects."""
+    """Where a table is: `variable` of `module`, a dict literal from names to functions, classes or
+    objects."""
 
     kind: str  # for people
     module: str
@@ -46,11 +50,15 @@ class Table:
         """Every row by its name."""
         if self.module in sys.modules:
             table = vars(sys.modules[self.module])[self.variable]
-            return {name: _row_of_object(value, self.given, self.common) for name, value in table.items()}
+            return {
+                name: _row_of_object(value, self.given, self.common)
+                for name, value in table.items()
+            }
         return _rows_of_source(self)
 
     def check(self, name: str, params: Iterable[str] = ()) -> Row:
-        """The row `name`. `UserError` for an unknown name or parameter, with the nearest real one, or a missing one."""
+        """The row `name`. `UserError` for an unknown name or parameter, with the nearest real one,
+        or a missing one."""
         rows = self.rows()
         if name not in rows:
             raise UserError(f"no {self.kind} named {name!r}{nearest(str(name), rows)}")
@@ -58,33 +66,53 @@ class Table:
         for parameter in params:
             is_free = row.takes_any and parameter not in ("self", "cls", *self.given)
             if parameter not in row.parameters and not is_free:
-                raise UserError(f"{self.kind} {name!r} has no parameter {parameter!r}"
-                                f"{nearest(str(parameter), row.parameters)}")
+                raise UserError(
+                    f"{self.kind} {name!r} has no parameter {parameter!r}"
+                    f"{nearest(str(parameter), row.parameters)}"
+                )
         for parameter in row.required:
             if parameter not in params:
                 raise UserError(f"{self.kind} {name!r} needs the parameter {parameter!r}")
         return row
 
 
-NETWORKS = Table("network", "pipeline.models", "GENERATORS", given=("scale",), common=("colour_space",))
-DISCRIMINATORS = Table("discriminator", "pipeline.models.discriminators", "DISCRIMINATORS", given=("crop",))
+NETWORKS = Table(
+    "network", "pipeline.models", "GENERATORS", given=("scale",), common=("colour_space",)
+)
+DISCRIMINATORS = Table(
+    "discriminator", "pipeline.models.discriminators", "DISCRIMINATORS", given=("crop",)
+)
 LOSSES = Table("loss", "pipeline.losses", "LOSSES", given=("sr", "hr"), common=("weight",))
 ADVERSARIAL_LOSSES = Table("adversarial loss", "pipeline.losses.adversarial", "ADVERSARIAL_LOSSES")
 
 
 def _row_of_object(value: Any, given: Collection[str], common: Collection[str]) -> Row:
     if not inspect.isroutine(value) and not inspect.isclass(value):
-        return Row(flags={name: flag for name, flag in vars(value).items() if isinstance(flag, bool)})
-    parameters = inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters.values()
+        return Row(
+            flags={name: flag for name, flag in vars(value).items() if isinstance(flag, bool)}
+        )
+    parameters = inspect.signature(
+        value.__init__ if inspect.isclass(value) else value
+    ).parameters.values()
     kinds = {parameter.name: parameter.kind for parameter in parameters}
-    needed = {parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty}
-    named = [name for name, kind in kinds.items() if kind not in (inspect.Parameter.VAR_KEYWORD,
-                                                                  inspect.Parameter.VAR_POSITIONAL)]
+    needed = {
+        parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty
+    }
+    named = [
+        name
+        for name, kind in kinds.items()
+        if kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
     return _row(named, needed, inspect.Parameter.VAR_KEYWORD in kinds.values(), given, common)
 
 
-def _row(named: Iterable[str], needed: Collection[str], takes_any: bool, given: Collection[str],
-         common: Collection[str]) -> Row:
+def _row(
+    named: Iterable[str],
+    needed: Collection[str],
+    takes_any: bool,
+    given: Collection[str],
+    common: Collection[str],
+) -> Row:
     own = [name for name in named if name not in ("self", *given)]
     return Row((*own, *common), tuple(name for name in own if name in needed), takes_any)
 
@@ -92,39 +120,63 @@ def _row(named: Iterable[str], needed: Collection[str], takes_any: bool, given: 
 @functools.cache
 def _rows_of_source(table: Table) -> dict[str, Row]:
     for statement in _module(table.module).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        targets = (
+            statement.targets
+            if isinstance(statement, ast.Assign)
+            else [getattr(statement, "target", None)]
+        )
         if any(isinstance(target, ast.Name) and target.id == table.variable for target in targets):
             value = statement.value  # type: ignore[attr-defined]
-            assert isinstance(value, ast.Dict), f"{table.module}.{table.variable} must be written as one table"
-            return {ast.literal_eval(key): _row_of_source(table, row)
-                    for key, row in zip(value.keys, value.values, strict=True) if key is not None}
+            assert isinstance(value, ast.Dict), (
+                f"{table.module}.{table.variable} must be written as one table"
+            )
+            return {
+                ast.literal_eval(key): _row_of_source(table, row)
+                for key, row in zip(value.keys, value.values, strict=True)
+                if key is not None
+            }
     raise AssertionError(f"{table.module} has no {table.variable}")
 
 
 def _row_of_source(table: Table, value: ast.expr) -> Row:
     if isinstance(value, ast.Call):
-        return Row(flags={keyword.arg: keyword.value.value for keyword in value.keywords
-                          if keyword.arg and isinstance(keyword.value, ast.Constant)})
-    assert isinstance(value, ast.Name), f"a row of {table.module}.{table.variable} must be a name or a call"
+        return Row(
+            flags={
+                keyword.arg: keyword.value.value
+                for keyword in value.keywords
+                if keyword.arg and isinstance(keyword.value, ast.Constant)
+            }
+        )
+    assert isinstance(value, ast.Name), (
+        f"a row of {table.module}.{table.variable} must be a name or a call"
+    )
     function = _function(table.module, value.id)
     if function is None:  # a class without an `__init__` of its own
         return Row(table.common, takes_any=True)
     arguments = function.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-    needed = positional[:len(positional) - len(arguments.defaults)]
-    needed += [argument.arg for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-               if default is None]
+    needed = positional[: len(positional) - len(arguments.defaults)]
+    needed += [
+        argument.arg
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        if default is None
+    ]
     named = [*positional, *(argument.arg for argument in arguments.kwonlyargs)]
     return _row(named, needed, arguments.kwarg is not None, table.given, table.common)
 
 
 def _function(module: str, name: str) -> ast.FunctionDef | None:
-    """The function `name` of a module of this project, or what builds its class `name`, wherever it comes from."""
+    """The function `name` of a module of this project, or what builds its class `name`, wherever it
+    comes from."""
     for statement in _module(module).body:
         if isinstance(statement, ast.FunctionDef) and statement.name == name:
             return statement
         if isinstance(statement, ast.ClassDef) and statement.name == name:
-            own = (part for part in statement.body if isinstance(part, ast.FunctionDef) and part.name == "__init__")
+            own = (
+                part
+                for part in statement.body
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+            )
             return next(own, None)
         if isinstance(statement, ast.ImportFrom) and statement.module:
             for alias in statement.names:

@@ -1,8 +1,9 @@
-"""What an experiment is: a recipe (what to train) and a ds_config.json (how to optimise), both checked when read.
+"""What an experiment is: a recipe (what to train) and a ds_config.json (how to optimise), both
+checked when read.
 
-A recipe is a small YAML file in `recipes/`; `base: NAME` makes it a difference from another one. Batch sizes,
-precision, optimizer and learning rate schedule live in DeepSpeed's own JSON file and nowhere else.
-Needs no torch.
+A recipe is a small YAML file in `recipes/`; `base: NAME` makes it a difference from another one.
+Batch sizes, precision, optimizer and learning rate schedule live in DeepSpeed's own JSON file and
+nowhere else. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
@@ -27,13 +35,32 @@ from pipeline.spec import Number, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
-FREE_FIELDS = frozenset({"steps", "patience", "validate_every", "validation_images", "save_every", "save_minutes",
-                         "log_every", "keep", "previews", "histograms", "activation_checkpointing",
-                         "data.threads", "data.prefetch",
-                         "data.on_error", "data.max_bad_files", "lpips_weights", "losses.vgg_feature.weights",
-                         "losses.lpips.weights", "native_kernels"})
-"""Fields that may change between a run and its continuation: when things happen, what is measured, not what is learnt.
-A continuation keeps the kernels that the run began with, whatever `native_kernels` says, unless it is switched off.
+FREE_FIELDS = frozenset(
+    {
+        "steps",
+        "patience",
+        "validate_every",
+        "validation_images",
+        "save_every",
+        "save_minutes",
+        "log_every",
+        "keep",
+        "previews",
+        "histograms",
+        "activation_checkpointing",
+        "data.threads",
+        "data.prefetch",
+        "data.on_error",
+        "data.max_bad_files",
+        "lpips_weights",
+        "losses.vgg_feature.weights",
+        "losses.lpips.weights",
+        "native_kernels",
+    }
+)
+"""Fields that may change between a run and its continuation: when things happen, what is measured,
+not what is learnt. A continuation keeps the kernels that the run began with, whatever
+`native_kernels` says, unless it is switched off.
 
 A loss is a table here, as `recipe_differences` sees it.
 """
@@ -42,11 +69,15 @@ TAKEN = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, as in YAML 1.2 (for PyYAML it is text without a dot)."""
+    """YAML as people write it: 1e-4 is a number, as in YAML 1.2 (for PyYAML it is text without a
+    dot)."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
-                              list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
+    list("-+0123456789"),
+)
 
 
 def _yaml(text: str) -> Any:
@@ -55,7 +86,9 @@ def _yaml(text: str) -> Any:
 
 def _loss_term(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, Mapping)):
-        raise ValueError(f"{value!r} is neither a weight nor a table with one, such as {{weight: 1.0}}")
+        raise ValueError(
+            f"{value!r} is neither a weight nor a table with one, such as {{weight: 1.0}}"
+        )
     return dict(value) if isinstance(value, Mapping) else float(value)
 
 
@@ -66,10 +99,16 @@ LossTerm = Annotated[Any, BeforeValidator(_loss_term)]
 class BestSpec(Spec):
     """Which validated step is the best, what `best` means to export and to patience."""
 
-    metric: str = Field("psnr", description="highest PSNR-Y (psnr), lowest LPIPS (lpips), or another metric of "
-                                            "pipeline/metrics")
-    psnr_floor: Number | None = Field(None, description="dB; with other metrics than psnr: steps below it count only "
-                                                        "while none is above")
+    metric: str = Field(
+        "psnr",
+        description="highest PSNR-Y (psnr), lowest LPIPS (lpips), or another metric of "
+        "pipeline/metrics",
+    )
+    psnr_floor: Number | None = Field(
+        None,
+        description="dB; with other metrics than psnr: steps below it count only "
+        "while none is above",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -79,53 +118,98 @@ class BestSpec(Spec):
     @model_validator(mode="after")
     def _fit(self) -> BestSpec:
         if self.metric == "psnr" and self.psnr_floor is not None:
-            raise ValueError("psnr_floor is for metric lpips and others: the highest PSNR needs none; leave it out, or "
-                             "say null")
+            raise ValueError(
+                "psnr_floor is for metric lpips and others: the highest PSNR needs none; leave it "
+                "out, or "
+                "say null"
+            )
         return self
 
 
 class Recipe(Spec):
     """One experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and the exported files")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and the exported files"
+    )
     scale: int = Field(ge=2, le=8, description="how many times larger the output is, each way")
-    stage: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="which of the recipe's stages this is")
+    stage: str = Field(
+        "", pattern=r"^[A-Za-z0-9_-]*$", description="which of the recipe's stages this is"
+    )
     generator: NetworkSpec
-    start: str | None = Field(None, description="weights to begin with: a file, a run folder, or `previous`, which is "
-                                                "the stage before; none: at random")
-    losses: dict[str, LossTerm] = Field({"l1": 1.0}, description="loss name -> weight, or -> a table of "
-                                                                               "weight and the loss's own parameters")
+    start: str | None = Field(
+        None,
+        description="weights to begin with: a file, a run folder, or `previous`, which is "
+        "the stage before; none: at random",
+    )
+    losses: dict[str, LossTerm] = Field(
+        {"l1": 1.0},
+        description="loss name -> weight, or -> a table of weight and the loss's own parameters",
+    )
     adversarial: AdversarialSpec | None = None
     data: DataSpec = DataSpec()
-    ds_config: str = Field("ds_config.json", description="DeepSpeed's file, seen from the checkout's root")
+    ds_config: str = Field(
+        "ds_config.json", description="DeepSpeed's file, seen from the checkout's root"
+    )
     steps: int = Field(gt=0, description="optimizer updates in all")
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights and of sampling")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off"
+    )
     compile: Literal["auto", "on", "off", "reduce-overhead"] = Field(
-        "auto", description="torch.compile with Inductor; auto: on a GPU, if it can; reduce-overhead: also CUDA graphs")
+        "auto",
+        description="torch.compile with Inductor; auto: on a GPU, if it can; reduce-overhead: also "
+        "CUDA graphs",
+    )
     native_kernels: Literal["auto", "on", "off"] = Field(
-        "auto", description="our own C++ kernels, on CPUs at FP32; auto: where measured faster")
-    deterministic: Literal["off", "on"] = Field("off", description="on: the same bits in every run on the same GPU, "
-                                                                   "slower; CPUs give them anyway")
+        "auto", description="our own C++ kernels, on CPUs at FP32; auto: where measured faster"
+    )
+    deterministic: Literal["off", "on"] = Field(
+        "off",
+        description="on: the same bits in every run on the same GPU, slower; CPUs give them anyway",
+    )
     activation_checkpointing: Literal["off", "on"] = Field(
-        "off", description="on: compute the blocks' activations twice instead of keeping them, for less memory")
-    channels_last: Literal["auto", "on", "off"] = Field("auto", description="auto: the faster layout, measured")
+        "off",
+        description="on: compute the blocks' activations twice instead of keeping them, for less "
+        "memory",
+    )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        "auto", description="auto: the faster layout, measured"
+    )
     validate_every: int = Field(1000, gt=0, description="steps")
-    validation_images: int = Field(200, gt=0, description="at most so many, spread evenly over the validation list")
-    validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field("off", description="measure LPIPS, too")
-    lpips_weights: str | None = Field(None, description="file of that network's trunk; default: torchvision's cache")
+    validation_images: int = Field(
+        200, gt=0, description="at most so many, spread evenly over the validation list"
+    )
+    validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field(
+        "off", description="measure LPIPS, too"
+    )
+    lpips_weights: str | None = Field(
+        None, description="file of that network's trunk; default: torchvision's cache"
+    )
     best: BestSpec = BestSpec()
-    patience: int = Field(0, ge=0, description="stop after so many validations without a better one; 0: never")
+    patience: int = Field(
+        0, ge=0, description="stop after so many validations without a better one; 0: never"
+    )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     save_minutes: float = Field(10, gt=0, description="and at least this often")
     keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
     previews: PreviewsSpec = PreviewsSpec()
-    histograms: int = Field(0, ge=0, description="steps between histograms of each layer's weights and gradients; "
-                                                 "0: none")
+    histograms: int = Field(
+        0,
+        ge=0,
+        description="steps between histograms of each layer's weights and gradients; 0: none",
+    )
 
-    @field_validator("compile", "native_kernels", "channels_last", "deterministic", "activation_checkpointing",
-                     "validation_lpips", mode="before")
+    @field_validator(
+        "compile",
+        "native_kernels",
+        "channels_last",
+        "deterministic",
+        "activation_checkpointing",
+        "validation_lpips",
+        mode="before",
+    )
     @classmethod
     def _accept_yaml_switches(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -153,14 +237,18 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _fit_crop(self) -> Recipe:
         if self.data.crop % self.scale:
-            raise ValueError(f"data.crop {self.data.crop} is not a multiple of scale {self.scale}; "
-                             f"use {self.data.crop - self.data.crop % self.scale}")
+            raise ValueError(
+                f"data.crop {self.data.crop} is not a multiple of scale {self.scale}; "
+                f"use {self.data.crop - self.data.crop % self.scale}"
+            )
         if not self.losses:
             raise ValueError("at least one loss is needed, such as losses.l1=1")
         needed = metric_of(self.best.metric)
         if needed.trunks and getattr(self, f"validation_{needed.name}") == "off":
-            raise ValueError(f"best.metric {needed.key} needs validation_{needed.name}: "
-                             f"{', '.join(needed.trunks[:-1])} or {needed.trunks[-1]}")
+            raise ValueError(
+                f"best.metric {needed.key} needs validation_{needed.name}: "
+                f"{', '.join(needed.trunks[:-1])} or {needed.trunks[-1]}"
+            )
         return self
 
     def ds_config_path(self) -> Path:
@@ -168,7 +256,8 @@ class Recipe(Spec):
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys) put over it.
+    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys)
+    put over it.
 
     Of a recipe with stages, the last: the one whose network is meant to be used.
     """
@@ -176,10 +265,12 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 
 def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[Recipe]:
-    """The recipes of the stages of recipe `name`, in order; a recipe without stages is its only one.
+    """The recipes of the stages of recipe `name`, in order; a recipe without stages is its only
+    one.
 
-    `stages` is a table: name of the stage -> what is different in it. Each begins with the weights of the one before,
-    unless it says `start`. Overrides are for all stages, or, such as `stages.gan.steps`, for one.
+    `stages` is a table: name of the stage -> what is different in it. Each begins with the weights
+    of the one before, unless it says `start`. Overrides are for all stages, or, such as
+    `stages.gan.steps`, for one.
     """
     values = _with_bases(_recipe_path(name), ())
     _check_stages(values.get("stages"), f"recipe {name}")
@@ -203,24 +294,38 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
             assign(own, key, value)
         recipes.append(recipe_of(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
     if recipes[0].start == "previous" and (stages or not recipes[0].stage):
-        raise UserError(f"recipe {name}: start: previous, but there is no stage before; name a file or a run folder")
+        raise UserError(
+            f"recipe {name}: start: previous, but there is no stage before; name a file or a run "
+            "folder"
+        )
     return recipes
 
 
 def _check_stages(stages: Any, where: str) -> None:
-    """Raise `UserError` for `stages` that are no table of tables, a name that is none, and what a stage cannot hold."""
+    """Raise `UserError` for `stages` that are no table of tables, a name that is none, and what a
+    stage cannot hold."""
     if stages is None:
         return
-    if not isinstance(stages, dict) or not all(isinstance(change, dict) for change in stages.values()):
-        raise UserError(f"{where}: stages must be a table of tables, such as `stages: {{psnr: {{steps: 1000}}}}`")
+    if not isinstance(stages, dict) or not all(
+        isinstance(change, dict) for change in stages.values()
+    ):
+        raise UserError(
+            f"{where}: stages must be a table of tables, such as `stages: {{psnr: {{steps: "
+            "1000}}`"
+        )
     for stage, change in stages.items():
         if not isinstance(stage, str):
             raise UserError(f"{where}: the name of stage {stage!r} is not text; put it in quotes")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", stage):
-            raise UserError(f"{where}: a stage's name is made of letters, digits, _ and -; {stage!r} is not")
+            raise UserError(
+                f"{where}: a stage's name is made of letters, digits, _ and -; {stage!r} is not"
+            )
         for key in ("base", "stages"):
             if key in change:
-                raise UserError(f"{where}, stage {stage}: {key} belongs at the top of the recipe, not in a stage")
+                raise UserError(
+                    f"{where}, stage {stage}: {key} belongs at the top of the recipe, not in a "
+                    "stage"
+                )
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -228,33 +333,53 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str]:
-    """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a run."""
-    before, after = ({key: value for key, value in flat(_with_loss_tables(recipe.model_dump(mode="json")))
-                      if not FREE_FIELDS & {key, key.split(".")[0]}} for recipe in (old, new))
+    """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a
+    run."""
+    before, after = (
+        {
+            key: value
+            for key, value in flat(_with_loss_tables(recipe.model_dump(mode="json")))
+            if not FREE_FIELDS & {key, key.split(".")[0]}
+        }
+        for recipe in (old, new)
+    )
     return changes(before, after, owner=owner)
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, owner: str = "run") -> list[str]:
-    """A line for each key, after `prefix`, on which the run on disk (the `owner`) and the command line disagree."""
-    return [f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
-            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, owner: str = "run"
+) -> list[str]:
+    """A line for each key, after `prefix`, on which the run on disk (the `owner`) and the command
+    line disagree."""
+    return [
+        f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _with_loss_tables(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values in which every loss is a table, since `l1: 1` and `l1: {weight: 1}` say the same."""
-    tables = {name: term if isinstance(term, dict) else {"weight": term} for name, term in values["losses"].items()}
+    """A recipe's values in which every loss is a table, since `l1: 1` and `l1: {weight: 1}` say the
+    same."""
+    tables = {
+        name: term if isinstance(term, dict) else {"weight": term}
+        for name, term in values["losses"].items()
+    }
     return {**values, "losses": tables}
 
 
 def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`["data.crop=96", "ds.train_batch_size=32"]` -> (recipe overrides, ds_config overrides); values are YAML."""
+    """`["data.crop=96", "ds.train_batch_size=32"]` -> (recipe overrides, ds_config overrides);
+    values are YAML."""
     recipe: dict[str, Any] = {}
     ds_config: dict[str, Any] = {}
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
         if not sign or not key:
-            raise UserError(f"{assignment!r} is not an override; write key=value, such as data.crop=96 or "
-                            "ds.train_batch_size=32, and options with two dashes (--help lists them)")
+            raise UserError(
+                f"{assignment!r} is not an override; write key=value, such as data.crop=96 or "
+                "ds.train_batch_size=32, and options with two dashes (--help lists them)"
+            )
         try:
             value = _yaml(text)
         except yaml.YAMLError as error:
@@ -268,7 +393,9 @@ def _recipe_path(name: str) -> Path:
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = [file.stem for file in RECIPES.glob("*.yaml")]
-        raise UserError(f"no recipe {name!r}{nearest(name, known)} (or give the path of a .yaml file)")
+        raise UserError(
+            f"no recipe {name!r}{nearest(name, known)} (or give the path of a .yaml file)"
+        )
     return path
 
 
@@ -286,7 +413,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
-        raise UserError(f"recipe {path} is its own base: {' -> '.join(p.stem for p in (*seen, path))}")
+        raise UserError(
+            f"recipe {path} is its own base: {' -> '.join(p.stem for p in (*seen, path))}"
+        )
     values = _renamed(_read_yaml(path))
     base = values.pop("base", None)
     values.setdefault("name", path.stem)
@@ -296,7 +425,8 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, key by key; losses, and a generator or degradation of another name, replace all."""
+    """`change` over `base`, key by key; losses, and a generator or degradation of another name,
+    replace all."""
     merged = copy.deepcopy(base)
     for key, value in change.items():
         old = merged.get(key)
@@ -309,11 +439,13 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OLD_KEYS = {"samples": "previews"}
-"""Keys of recipes as they once were -> as they are. Old recipes and command lines are read as before."""
+"""Keys of recipes as they once were -> as they are. Old recipes and command lines are read as
+before."""
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's table, or a stage's, with today's keys; a key in dots is renamed at its beginning."""
+    """A recipe's table, or a stage's, with today's keys; a key in dots is renamed at its
+    beginning."""
     renamed = {}
     for key, value in values.items():
         first, dot, rest = str(key).partition(".")
@@ -335,11 +467,14 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def recipe_of(values: dict[str, Any], where: str) -> Recipe:
-    """The recipe of plain values. Raises `UserError` that begins with `where` and names each wrong one."""
+    """The recipe of plain values. Raises `UserError` that begins with `where` and names each wrong
+    one."""
     try:
         return Recipe.model_validate(_renamed(values))
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())) from error
+        raise UserError(
+            f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())
+        ) from error
 
 
 def _one_line(fault: Mapping[str, Any]) -> str:
@@ -350,17 +485,26 @@ def _one_line(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "value_error":
         return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
     message = re.sub(r" or instance of \w+", "", fault["msg"][0].lower() + fault["msg"][1:])
-    return f"{key}: {message}" if fault["type"] == "missing" else f"{key}: {message}, not {fault['input']!r}"
+    return (
+        f"{key}: {message}"
+        if fault["type"] == "missing"
+        else f"{key}: {message}, not {fault['input']!r}"
+    )
 
 
 def _place(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
-    """The keys that lead to a fault, as a recipe spells them, and the fields that the innermost table may have."""
+    """The keys that lead to a fault, as a recipe spells them, and the fields that the innermost
+    table may have."""
     parts: list[str] = []
     spec: Any = Recipe
     fields: Sequence[str] = ()
     for part in location:
         if get_origin(spec) is UnionType or get_origin(spec) is Union:
-            tables = [one for one in get_args(spec) if isinstance(one, type) and issubclass(one, BaseModel)]
+            tables = [
+                one
+                for one in get_args(spec)
+                if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
             if len(tables) > 1:  # pydantic says which of them it took
                 spec = next(one for one in tables if one.model_fields["name"].default == part)
                 continue

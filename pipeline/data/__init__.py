@@ -1,1 +1,2 @@
-"""From files to batches: which files train, where their pixels lie, and how they reach the device."""
+"""From files to batches: which files train, where their pixels lie, and how they reach the
+device."""

@@ -1,4 +1,5 @@
-"""The folders that a run trains on: which files, where their LR lies, and one hash that tells whether they changed."""
+"""The folders that a run trains on: which files, where their LR lies, and one hash that tells
+whether they changed."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Folder:
-    """One dataset folder: `root`, the names in its two lists, and for paired training where each one's LR lies."""
+    """One dataset folder: `root`, the names in its two lists, and for paired training where each
+    one's LR lies."""
 
     root: Path
     training: list[str]
@@ -56,13 +58,18 @@ class Image:
 
 
 class Made(Sequence[Item]):
-    """Of each name in some folders' lists, one after the other, what is made of it when it is asked for.
+    """Of each name in some folders' lists, one after the other, what is made of it when it is asked
+    for.
 
     Of millions of files a run opens a few a second, so that it need not wait for a list of all.
     """
 
-    def __init__(self, folders: Sequence[Folder], lists: Sequence[Sequence[str]],
-                 make: Callable[[Folder, str], Item]) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Folder],
+        lists: Sequence[Sequence[str]],
+        make: Callable[[Folder, str], Item],
+    ) -> None:
         self._folders, self._lists, self._make = folders, lists, make
         self._starts = list(itertools.accumulate(map(len, lists), initial=0))
 
@@ -83,8 +90,9 @@ class Made(Sequence[Item]):
         return self._make(self._folders[which], self._lists[which][number - self._starts[which]])
 
     def suffixes(self) -> set[str]:
-        """What the names end with, from their last dot on; of a name without a dot its last letter."""
-        return {name[name.rfind("."):] for names in self._lists for name in names}
+        """What the names end with, from their last dot on; of a name without a dot its last
+        letter."""
+        return {name[name.rfind(".") :] for names in self._lists for name in names}
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,12 @@ class Dataset:
     @property
     def training_lr_paths(self) -> list[str]:
         """Where their LR files lie, in paired training."""
-        return [paths[name] for folder in self.folders for paths in [folder.lr_paths or {}] for name in folder.training]
+        return [
+            paths[name]
+            for folder in self.folders
+            for paths in [folder.lr_paths or {}]
+            for name in folder.training
+        ]
 
     @property
     def folder_sizes(self) -> list[int]:
@@ -117,18 +130,22 @@ class Dataset:
         return [len(folder.training) for folder in self.folders]
 
     def identity(self) -> dict[str, str | int]:
-        """What tells this dataset from a changed one, the same on every node that has the same data."""
+        """What tells this dataset from a changed one, the same on every node that has the same
+        data."""
         return dict(self._identity)
 
     @cached_property
     def _identity(self) -> dict[str, str | int]:
         lists = [names for folder in self.folders for names in (folder.training, folder.validation)]
         roots = [root for folder in self.folders for root in (folder.root, folder.lr_root) if root]
-        return {"lists_sha256": lists_hash(*lists), "contents_sha256": contents_hash(self.folders),
-                # Two folders that change places, or other LR, may have the very same names in them.
-                "folders": ", ".join(root.absolute().name for root in roots) if len(roots) > 1 else "",
-                "training_files": sum(self.folder_sizes),
-                "validation_files": sum(len(folder.validation) for folder in self.folders)}
+        return {
+            "lists_sha256": lists_hash(*lists),
+            "contents_sha256": contents_hash(self.folders),
+            # Two folders that change places, or other LR, may have the very same names in them.
+            "folders": ", ".join(root.absolute().name for root in roots) if len(roots) > 1 else "",
+            "training_files": sum(self.folder_sizes),
+            "validation_files": sum(len(folder.validation) for folder in self.folders),
+        }
 
     def write_lists(self, directory: Path) -> None:
         """Keep the lists in a run folder, so that a later difference can be named."""
@@ -138,48 +155,78 @@ class Dataset:
             write_file_list(directory / f"{number}_{VALIDATION_LIST}", folder.validation)
 
     def differences(self, directory: Path) -> list[str]:
-        """`["training_file_list.txt of DIR: 1 new (a.npy), 2 gone (b.npy, …)", …]` against what `write_lists` kept."""
+        """`["training_file_list.txt of DIR: 1 new (a.npy), 2 gone (b.npy, …)", …]` against what
+        `write_lists` kept."""
         found, num_kept = [], len([*directory.glob(f"*_{TRAINING_LIST}")])
         if num_kept and num_kept != len(self.folders):
-            found.append(f"number of dataset folders: {num_kept} in the run, {len(self.folders)} asked for")
+            found.append(
+                f"number of dataset folders: {num_kept} in the run, {len(self.folders)} asked for"
+            )
         for number, folder in enumerate(self.folders):
-            for list_name, names in ((TRAINING_LIST, folder.training), (VALIDATION_LIST, folder.validation)):
+            for list_name, names in (
+                (TRAINING_LIST, folder.training),
+                (VALIDATION_LIST, folder.validation),
+            ):
                 kept = directory / f"{number}_{list_name}"
                 if not kept.is_file():
                     continue
                 before = set(read_file_list(kept, folder.root))
                 changes = [(sorted({*names} - before), "new"), (sorted(before - {*names}), "gone")]
-                told = [f"{len(some)} {what} ({some[0]}{', …' if some[1:] else ''})" for some, what in changes if some]
+                told = [
+                    f"{len(some)} {what} ({some[0]}{', …' if some[1:] else ''})"
+                    for some, what in changes
+                    if some
+                ]
                 if told:
                     found.append(f"{list_name} of {folder.root}: {', '.join(told)}")
         return found
 
 
 def _image(folder: Folder, name: str) -> Image:
-    return Image(name, folder.path(name), folder.lr_paths[name] if folder.lr_paths is not None else None)
+    return Image(
+        name, folder.path(name), folder.lr_paths[name] if folder.lr_paths is not None else None
+    )
 
 
-def read_dataset(roots: Sequence[Path], *, paired_scale: int | None = None, lr_roots: Sequence[Path] = ()) -> Dataset:
+def read_dataset(
+    roots: Sequence[Path], *, paired_scale: int | None = None, lr_roots: Sequence[Path] = ()
+) -> Dataset:
     """The lists of every root; with `paired_scale` also where each file's LR of that scale lies.
 
-    LR lies beside HR (`NAME_lr<scale>.SUFFIX`, as tools/pairs_to_data.py writes it), or in the root's own `lr_roots`
-    folder, where names tell what belongs together. Raises `UserError`.
+    LR lies beside HR (`NAME_lr<scale>.SUFFIX`, as tools/pairs_to_data.py writes it), or in the
+    root's own `lr_roots` folder, where names tell what belongs together. Raises `UserError`.
     """
     if lr_roots and paired_scale is None:
-        raise UserError("--lr-dir is for LR that is read, not made; say data.degradation=paired, or leave it out")
+        raise UserError(
+            "--lr-dir is for LR that is read, not made; say data.degradation=paired, or leave it "
+            "out"
+        )
     if lr_roots and len(lr_roots) != len(roots):
-        raise UserError(f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in their order")
+        raise UserError(
+            f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in their "
+            "order"
+        )
     if len({root.resolve() for root in roots}) != len(roots):
-        raise UserError("--dataset-dir names a folder twice; to show its files oftener say data.weights")
+        raise UserError(
+            "--dataset-dir names a folder twice; to show its files oftener say data.weights"
+        )
     folders = []
     for number, root in enumerate(roots):
-        training, validation = (read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST))
+        training, validation = (
+            read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST)
+        )
         lr_paths = None
         if paired_scale is not None:
             names = list(dict.fromkeys([*training, *validation]))
             lr_root = lr_roots[number] if lr_roots else None
-            lr_paths = _in_folder(root, names, lr_root, paired_scale) if lr_root else _beside(root, names, paired_scale)
-        folders.append(Folder(root, training, validation, lr_paths, lr_roots[number] if lr_roots else None))
+            lr_paths = (
+                _in_folder(root, names, lr_root, paired_scale)
+                if lr_root
+                else _beside(root, names, paired_scale)
+            )
+        folders.append(
+            Folder(root, training, validation, lr_paths, lr_roots[number] if lr_roots else None)
+        )
     return Dataset(tuple(folders))
 
 
@@ -190,8 +237,10 @@ def _beside(root: Path, names: Iterable[str], scale: int) -> dict[str, str]:
         paths[name] = os.path.join(root, f"{stem}_lr{scale}{suffix}")
     first = next(iter(paths.values()))
     if not os.path.exists(first):  # a missing one of many is found when it is read
-        raise UserError(f"{first}: no such file, and data.degradation=paired wants it; make pairs with `python "
-                        "tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with --lr-dir")
+        raise UserError(
+            f"{first}: no such file, and data.degradation=paired wants it; make pairs with `python "
+            "tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with --lr-dir"
+        )
     return paths
 
 
@@ -203,14 +252,19 @@ def _in_folder(root: Path, names: list[str], lr_root: Path, scale: int) -> dict[
     paths = {pair.hr: os.path.join(lr_root, pair.lr) for pair in pairs}
     lonely = [name for name in names if name not in paths]
     if lonely:
-        raise UserError(f"{root}/{lonely[0]}: no file in {lr_root} is called alike ({len(lonely)} of {len(names)} have "
-                        f"none); the names must agree but for marks such as x{scale}, _LR, _HR")
+        raise UserError(
+            f"{root}/{lonely[0]}: no file in {lr_root} is called alike ({len(lonely)} of "
+            f"{len(names)} have "
+            f"none); the names must agree but for marks such as x{scale}, _LR, _HR"
+        )
     return paths
 
 
 def _images_below(folder: Path) -> Iterator[str]:
     def complain(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}; --lr-dir must be a folder of LR images")
+        raise UserError(
+            f"{error.filename}: {error.strerror}; --lr-dir must be a folder of LR images"
+        )
 
     for directory, folders, files in os.walk(folder, onerror=complain):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -220,9 +274,11 @@ def _images_below(folder: Path) -> Iterator[str]:
 
 
 def contents_hash(folders: Iterable[Folder]) -> str:
-    """SHA-256 (hex) of the pixels of the training and validation files, as far as manifests record them.
+    """SHA-256 (hex) of the pixels of the training and validation files, as far as manifests record
+    them.
 
-    No image is read: a damaged file that is replaced by a good copy changes nothing, a dataset made anew does.
+    No image is read: a damaged file that is replaced by a good copy changes nothing, a dataset made
+    anew does.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -230,19 +286,32 @@ def contents_hash(folders: Iterable[Folder]) -> str:
         sides = [(folder.root, names)]
         if folder.lr_paths is not None:
             root = folder.lr_root or folder.root
-            sides.append((root, [os.path.relpath(folder.lr_paths[name], root).replace(os.sep, "/") for name in names]))
+            sides.append(
+                (
+                    root,
+                    [
+                        os.path.relpath(folder.lr_paths[name], root).replace(os.sep, "/")
+                        for name in names
+                    ],
+                )
+            )
         for root, side in sides:
             known = _recorded(root, side)
             if not known:
                 continue
-            pairs = known.items() if len(known) == len(side) else ((name, known.get(name)) for name in side)
+            pairs = (
+                known.items()
+                if len(known) == len(side)
+                else ((name, known.get(name)) for name in side)
+            )
             text = "".join([f"{name}\0{sha256}\n" for name, sha256 in pairs if sha256 is not None])
             digest.update(text.encode())
     return digest.hexdigest()
 
 
 def _recorded(root: Path, names: Sequence[str]) -> dict[str, str | None]:
-    """Name -> SHA-256 of the pixels, from the manifests in the folder and in the two levels of folders below it.
+    """Name -> SHA-256 of the pixels, from the manifests in the folder and in the two levels of
+    folders below it.
 
     In the order of `names`; None where no manifest knows one. Empty where there is no manifest.
     """

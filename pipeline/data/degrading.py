@@ -1,4 +1,5 @@
-"""LR on the host's own threads, where the degradation has a chain there that is faster than DALI's on a CPU."""
+"""LR on the host's own threads, where the degradation has a chain there that is faster than DALI's
+on a CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _FLIP_CODES = {(1, 0): 0, (0, 1): 1, (1, 1): -1}  # (vertical, horizontal) -> Op
 
 
 class HostDegraded:
-    """A DALI pipeline of (hr, regions), seen as one of (hr, lr): threads make LR of the regions, sample by sample.
+    """A DALI pipeline of (hr, regions), seen as one of (hr, lr): threads make LR of the regions,
+    sample by sample.
 
     While they do, DALI reads and decodes the micro-batches ahead.
     """
@@ -40,7 +42,10 @@ class HostDegraded:
         drawn = self._source.degraded(self._index)
         side = self._source.crop // self._source.scale
         lr = np.empty((len(drawn), 3, side, side), np.uint8)
-        tasks = [self._pool.submit(self._fill, lr[i], np.asarray(regions[i]), *drawn[i]) for i in range(len(drawn))]
+        tasks = [
+            self._pool.submit(self._fill, lr[i], np.asarray(regions[i]), *drawn[i])
+            for i in range(len(drawn))
+        ]
         for task in tasks:
             task.result()
         self._index, self._lr = self._index + 1, lr
@@ -51,7 +56,9 @@ class HostDegraded:
         room = self._rooms.__dict__.setdefault("room", Room())
         source = self._source
         start = sample.top - sample.region[0], sample.left - sample.region[1]
-        lr = source.degradation.lr_on_host(sample.degradation, keys, region, start, (source.crop, source.crop), room)
+        lr = source.degradation.lr_on_host(
+            sample.degradation, keys, region, start, (source.crop, source.crop), room
+        )
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, room)
         turn(lr, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)

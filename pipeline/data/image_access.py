@@ -1,7 +1,8 @@
 """The files of a batch on the host: opened, judged, and read as far as a sample needs them.
 
-`READERS` is the table of the kinds of file. Of an `.npy` just the rows of a region are read; of an encoded file all
-bytes, to be decoded in the graph. Where a cache is asked for, the host decodes, and keeps what fits.
+`READERS` is the table of the kinds of file. Of an `.npy` just the rows of a region are read; of an
+encoded file all bytes, to be decoded in the graph. Where a cache is asked for, the host decodes,
+and keeps what fits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Bytes = NDArray[np.uint8]
 Region = tuple[int, int, int, int]  # top, left, height, width in a file's pixels
 
 
-FAULTS_OF_A_FILE = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO})
+FAULTS_OF_A_FILE = frozenset(
+    {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO}
+)
 """Errors that do not come from the disk or the network."""
 
 
@@ -42,7 +45,8 @@ class Opened(Protocol):
     """Of the file's colours, where they were converted to sRGB; empty where they were not."""
 
     def part(self, region: Region) -> Part:
-        """What is fed of the file for a region of it. Pixels are good until the next part of any file is read."""
+        """What is fed of the file for a region of it. Pixels are good until the next part of any
+        file is read."""
 
 
 class Reader(Protocol):
@@ -55,7 +59,8 @@ class Reader(Protocol):
         """Whether a file is of this kind, by its name's suffix."""
 
     def open(self, path: str) -> Opened:
-        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
+        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is
+        at fault."""
 
 
 class NpyReader:
@@ -103,7 +108,12 @@ class EncodedReader:
 
 class _OpenStream:
     def __init__(self, image: EncodedImage) -> None:
-        self._image, self.height, self.width, self.profile = image, image.height, image.width, image.profile
+        self._image, self.height, self.width, self.profile = (
+            image,
+            image.height,
+            image.width,
+            image.profile,
+        )
 
     def part(self, region: Region) -> Part:
         return Part(region, stream=self._image.stream)
@@ -143,12 +153,20 @@ NOTHING = Part((0, 0, 0, 0))
 
 
 class ImageFiles:
-    """The files of one side of the dataset, HR or LR, and the arrays that bring them into the graph."""
+    """The files of one side of the dataset, HR or LR, and the arrays that bring them into the
+    graph."""
 
     def __init__(self, name: str, paths: Sequence[str], cache: ImageCache | None) -> None:
         self.paths = paths
-        self.readers = [CachedReader(cache) if cache and kind.is_decoded_in_graph else kind() for kind in READERS]
-        suffixes = paths.suffixes() if isinstance(paths, Made) else {path[path.rfind("."):] for path in paths}
+        self.readers = [
+            CachedReader(cache) if cache and kind.is_decoded_in_graph else kind()
+            for kind in READERS
+        ]
+        suffixes = (
+            paths.suffixes()
+            if isinstance(paths, Made)
+            else {path[path.rfind(".") :] for path in paths}
+        )
         streamed = [reader.is_decoded_in_graph for reader in {*map(self._reader, suffixes)}]
         self.has_pixels, self.has_streams = not streamed or not all(streamed), any(streamed)
         self.columns = [name] if self.has_pixels else []
@@ -156,14 +174,17 @@ class ImageFiles:
             self.columns += [f"{name}_{of}" for of in ("stream", "corner", "shape")]
         if self.has_pixels and self.has_streams:
             self.columns.append(f"{name}_is_pixels")
-        self._places: dict[int, Bytes] = {}  # by the sample's place in its batch; DALI copies what it is given at once
+        self._places: dict[
+            int, Bytes
+        ] = {}  # by the sample's place in its batch; DALI copies what it is given at once
 
     def is_cached(self, file: int) -> bool:
         """Whether a file's pixels come from the cache."""
         return isinstance(self._reader(self.paths[file]), CachedReader)
 
     def open(self, file: int) -> Opened:
-        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is at fault."""
+        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is
+        at fault."""
         path = self.paths[file]
         try:
             return self._reader(path).open(path)
@@ -177,7 +198,8 @@ class ImageFiles:
         return next(reader for reader in self.readers if reader.reads(path))
 
     def part(self, opened: Opened, region: Region, place: int) -> Part:
-        """What is fed of the file for a region of it; its pixels are good until the next one for that place."""
+        """What is fed of the file for a region of it; its pixels are good until the next one for
+        that place."""
         part = opened.part(region)
         if part.pixels is None:
             return part
@@ -194,17 +216,21 @@ class ImageFiles:
             columns.append([_NO_PIXELS if part.pixels is None else part.pixels for part in parts])
         if self.has_streams:
             columns.append([_NO_BYTES if part.stream is None else part.stream for part in parts])
-            columns += [np.array([part.region[:2] for part in parts], np.int32),
-                        np.array([part.region[2:] for part in parts], np.int32)]
+            columns += [
+                np.array([part.region[:2] for part in parts], np.int32),
+                np.array([part.region[2:] for part in parts], np.int32),
+            ]
         if self.has_pixels and self.has_streams:
             columns.append(np.array([part.stream is None for part in parts]))
         return columns
 
 
 class ImageCache:
-    """Decoded images in memory, up to `capacity` bytes; what does not fit any more is decoded each time it is needed.
+    """Decoded images in memory, up to `capacity` bytes; what does not fit any more is decoded each
+    time it is needed.
 
-    Nothing is thrown out: each file comes once an epoch, so that no image is likelier to come soon than another.
+    Nothing is thrown out: each file comes once an epoch, so that no image is likelier to come soon
+    than another.
     """
 
     def __init__(self, capacity: float, threads: int, batch: int) -> None:

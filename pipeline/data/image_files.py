@@ -1,7 +1,8 @@
 """The files of a dataset: which are images, how an .npy crop lies on disk, and the two file lists.
 
-A dataset is a folder ("root") of uint8 RGB images, mostly `.npy` crops of shape (height, width, 3), plus two lists of
-the files that train and validate. Needs no torch, so that the dataset tools run on machines without it.
+A dataset is a folder ("root") of uint8 RGB images, mostly `.npy` crops of shape (height, width, 3),
+plus two lists of the files that train and validate. Needs no torch, so that the dataset tools run
+on machines without it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,21 @@ MANIFEST = "manifest.jsonl"
 
 _MAKE_CROPS = "make the crops with `python tools/images_to_data.py`"
 _JUDGE = "judge the dataset with `python tools/check_training_data.py --clean` and select anew"
-_NPY_WAY_OUT = f"{_MAKE_CROPS}, or move the file out of the way with `python tools/check_training_data.py --clean`"
+_NPY_WAY_OUT = (
+    f"{_MAKE_CROPS}, or move the file out of the way with `python "
+    "tools/check_training_data.py --clean`"
+)
 _NPY_MAGIC = b"\x93NUMPY"
-# What numpy itself writes for an HWC array of bytes; anything else takes the slow road to a good error message.
-_NPY_HEADER = re.compile(rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?")
+# What numpy itself writes for an HWC array of bytes; anything else takes the slow road to a good
+# error message.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?"
+)
 
 
 class BadFileError(UserError):
-    """A file that cannot be trained on; `reason` is the message without the path and the way out."""
+    """A file that cannot be trained on; `reason` is the message without the path and the way
+    out."""
 
     def __init__(self, path: str, reason: str, way_out: str = _JUDGE) -> None:
         super().__init__(f"{path}: {reason}; {way_out}")
@@ -58,11 +66,16 @@ class MissingFileError(BadFileError):
     """A file that is in a list and not on the disk."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, "no such file", "write the lists anew with `python tools/select_training_files.py`")
+        super().__init__(
+            path,
+            "no such file",
+            "write the lists anew with `python tools/select_training_files.py`",
+        )
 
 
 class NpyLayout(NamedTuple):
-    """Where the pixels of an `.npy` image lie: C-order uint8 (height, width, 3) from byte `offset` to the end."""
+    """Where the pixels of an `.npy` image lie: C-order uint8 (height, width, 3) from byte `offset`
+    to the end."""
 
     offset: int
     height: int
@@ -75,18 +88,23 @@ def is_npy(name: str | os.PathLike[str]) -> bool:
 
 
 def is_encoded(name: str | os.PathLike[str]) -> bool:
-    """Whether the file's suffix, in any letter case, is one of an encoded image (`IMAGE_SUFFIXES`)."""
+    """Whether the file's suffix, in any letter case, is one of an encoded image
+    (`IMAGE_SUFFIXES`)."""
     return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
-    """Read the header of an `.npy` image (uint8, C order, height x width x 3) and nothing else of it.
+    """Read the header of an `.npy` image (uint8, C order, height x width x 3) and nothing else of
+    it.
 
-    Raises `MissingFileError`, or `BadNpyError` when it is not exactly such an array, to the byte; `OSError` when the
-    disk or the permissions stand in the way, since that says nothing about the file.
+    Raises `MissingFileError`, or `BadNpyError` when it is not exactly such an array, to the byte;
+    `OSError` when the disk or the permissions stand in the way, since that says nothing about the
+    file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not keep us waiting
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK
+        )  # a named pipe must not keep us waiting
     except FileNotFoundError:
         raise MissingFileError(os.fspath(path)) from None
     try:
@@ -101,15 +119,19 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
     return _layout_of(os.fspath(path), head, status.st_size)
 
 
-def read_npy(path: str, layout: NpyLayout, region: tuple[int, int, int, int], rows: bytearray) -> NDArray[np.uint8]:
-    """The region (top, left, height, width) of an `.npy` image, (height, width, 3): a view into `rows`.
+def read_npy(
+    path: str, layout: NpyLayout, region: tuple[int, int, int, int], rows: bytearray
+) -> NDArray[np.uint8]:
+    """The region (top, left, height, width) of an `.npy` image, (height, width, 3): a view into
+    `rows`.
 
-    `rows` is room for as many whole rows. Reading costs half of mapping a file anew, and a file that is cut short
-    meanwhile is a `BadNpyError` here where touching its map would end the process.
+    `rows` is room for as many whole rows. Reading costs half of mapping a file anew, and a file
+    that is cut short meanwhile is a `BadNpyError` here where touching its map would end the
+    process.
     """
     top, left, height, width = region
     stride = layout.width * 3
-    target = memoryview(rows)[:height * stride]
+    target = memoryview(rows)[: height * stride]
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -119,12 +141,15 @@ def read_npy(path: str, layout: NpyLayout, region: tuple[int, int, int, int], ro
     finally:
         os.close(descriptor)
     if count < len(target):
-        raise BadNpyError(path, f"cut short while it was read: row {top + height - 1} is not there any more")
-    return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left:left + width]
+        raise BadNpyError(
+            path, f"cut short while it was read: row {top + height - 1} is not there any more"
+        )
+    return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left : left + width]
 
 
 def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
-    """The layout that the first bytes of an `.npy` file promise, checked against the size of the file."""
+    """The layout that the first bytes of an `.npy` file promise, checked against the size of the
+    file."""
     offset, header = _npy_header(path, head)
     match = _NPY_HEADER.fullmatch(header)
     height, width = (int(match[1]), int(match[2])) if match else _npy_shape(path, header)
@@ -133,8 +158,11 @@ def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
     expected = offset + height * width * 3
     if file_size != expected:
         what = "truncated" if file_size < expected else "too long"
-        raise BadNpyError(path, f"{what}: {height}x{width}x3 bytes of pixels need a file of {expected} bytes, "
-                                f"not {file_size}")
+        raise BadNpyError(
+            path,
+            f"{what}: {height}x{width}x3 bytes of pixels need a file of {expected} bytes, "
+            f"not {file_size}",
+        )
     return NpyLayout(offset, height, width)
 
 
@@ -156,7 +184,8 @@ def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
 
 
 def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
-    """(Height, width) of a header that numpy did not write in its usual way, or the reason why it cannot be used."""
+    """(Height, width) of a header that numpy did not write in its usual way, or the reason why it
+    cannot be used."""
     try:
         fields = ast.literal_eval(header.decode("latin1").strip())
         kind, fortran, shape = fields["descr"], fields["fortran_order"], tuple(fields["shape"])
@@ -166,7 +195,11 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
         raise BadNpyError(path, "an array of Python objects (a pickle) is never opened")
     if not isinstance(kind, str) or kind.lstrip("|<>=") != "u1":
         raise BadNpyError(path, f"pixels must be uint8 (0..255), not {kind!r}")
-    if len(shape) != 3 or not all(isinstance(side, int) and side >= 0 for side in shape) or shape[2] != 3:
+    if (
+        len(shape) != 3
+        or not all(isinstance(side, int) and side >= 0 for side in shape)
+        or shape[2] != 3
+    ):
         raise BadNpyError(path, f"the shape must be (height, width, 3), not {shape}")
     if fortran:
         raise BadNpyError(path, "the pixels must be in C order (row after row), not Fortran order")
@@ -174,10 +207,12 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
 
 
 def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
-    """The file names in the list `path`, sorted: POSIX paths relative to the dataset `root`, UTF-8, one a line.
+    """The file names in the list `path`, sorted: POSIX paths relative to the dataset `root`, UTF-8,
+    one a line.
 
-    Blank lines do not count. Whether the files exist is found out where they are opened. Raises `UserError` for a
-    missing, empty or unreadable list and for a name that is absolute, holds `..` or comes twice.
+    Blank lines do not count. Whether the files exist is found out where they are opened. Raises
+    `UserError` for a missing, empty or unreadable list and for a name that is absolute, holds `..`
+    or comes twice.
     """
     way_out = f"write it with `python tools/select_training_files.py --data-dir {os.fspath(root)}`"
     try:
@@ -188,7 +223,9 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
         raise UserError(f"{os.fspath(path)}: a folder, not a file list; {way_out}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}; {way_out}") from None
-    lines = text.split("\n") if "\r" not in text else [line.rstrip("\r") for line in text.split("\n")]
+    lines = (
+        text.split("\n") if "\r" not in text else [line.rstrip("\r") for line in text.split("\n")]
+    )
     names = sorted(filter(None, lines))
     if not _may_leave(text) and not any(map(operator.eq, names, itertools.islice(names, 1, None))):
         if not names:
@@ -204,23 +241,29 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
     return names
 
 
-# Lists hold millions of names, and every start reads and hashes them several times. Whether any name is bad is asked of
-# the whole text at once; only where one may be are they looked at one by one.
+# Lists hold millions of names, and every start reads and hashes them several times. Whether any
+# name is bad is asked of the whole text at once; only where one may be are they looked at one by
+# one.
 
 
 def _may_leave(text: str) -> bool:
-    """Whether a name in `text`, one a line, might lead out of the dataset. If not, `_check_name` accepts them all."""
+    """Whether a name in `text`, one a line, might lead out of the dataset. If not, `_check_name`
+    accepts them all."""
     return text.startswith("/") or "\n/" in text or "\0" in text or ".." in text
 
 
 def _check_name(name: str, where: str, way_out: str) -> None:
     """Refuse a name that could lead out of the dataset."""
     if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-        raise UserError(f"{where}: {name!r} must be a path inside the dataset folder (relative, no '..'); {way_out}")
+        raise UserError(
+            f"{where}: {name!r} must be a path inside the dataset folder (relative, no '..'); "
+            f"{way_out}"
+        )
 
 
 def write_file_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Write `names` (POSIX paths relative to the dataset root) sorted to the list `path`: whole or not at all.
+    """Write `names` (POSIX paths relative to the dataset root) sorted to the list `path`: whole or
+    not at all.
 
     Raises `UserError` for a name that a line of UTF-8 cannot hold or that leaves the dataset.
     """
@@ -228,7 +271,8 @@ def write_file_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
 
 
 def lists_hash(*lists: Iterable[str]) -> str:
-    """SHA-256 (hex) of the content of file lists, in the order given: the same on every node that has the same data."""
+    """SHA-256 (hex) of the content of file lists, in the order given: the same on every node that
+    has the same data."""
     digest = hashlib.sha256()
     for names in lists:
         digest.update(hashlib.sha256(_list_bytes(names)).digest())
@@ -240,13 +284,25 @@ def _list_bytes(names: Iterable[str]) -> bytes:
     names = sorted(names)
     text = "\n".join([*names, ""])
     # An empty name makes an empty line, one with a line break one line too many.
-    if _may_leave(text) or "\r" in text or text.startswith("\n") or "\n\n" in text or text.count("\n") != len(names):
+    if (
+        _may_leave(text)
+        or "\r" in text
+        or text.startswith("\n")
+        or "\n\n" in text
+        or text.count("\n") != len(names)
+    ):
         for name in names:
             _check_name(name, "file list", "rename or move the file")
             if "\n" in name or "\r" in name or not name:
-                raise UserError(f"{name!r}: a file name with a line break cannot stand in a list; rename the file")
+                raise UserError(
+                    f"{name!r}: a file name with a line break cannot stand in a list; rename the "
+                    "file"
+                )
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a list; "
-                        "rename the file") from None
+        raise UserError(
+            f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a "
+            "list; "
+            "rename the file"
+        ) from None

@@ -1,7 +1,9 @@
-"""One way from an image file to pixels: every command that reads images reads them here, training's plain files apart.
+"""One way from an image file to pixels: every command that reads images reads them here, training's
+plain files apart.
 
-`decode_picture` keeps what the file holds: gray or colours, with or without alpha, 8 or 16 bits, the colours of its
-profile; upscale.py works on that. `decode_rgb` reduces it to what networks are trained and measured on: uint8 RGB.
+`decode_picture` keeps what the file holds: gray or colours, with or without alpha, 8 or 16 bits,
+the colours of its profile; upscale.py works on that. `decode_rgb` reduces it to what networks are
+trained and measured on: uint8 RGB.
 
 - Pixels come upright: turned as EXIF says, or else XMP.
 - 16 bits become 8 by round(v / 257), other depths by round(v * 255 / greatest).
@@ -48,8 +50,16 @@ MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
 Bytes = NDArray[np.uint8]
 
 # EXIF orientation -> (transpose first, then flip vertically, flip horizontally)
-_ORIENTATIONS = {1: (0, 0, 0), 2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0),
-                 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+_ORIENTATIONS = {
+    1: (0, 0, 0),
+    2: (0, 0, 1),
+    3: (0, 1, 1),
+    4: (0, 1, 0),
+    5: (1, 0, 0),
+    6: (1, 0, 1),
+    7: (1, 1, 1),
+    8: (1, 1, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,15 @@ class DecodedImage:
     """All that an image file holds of its picture, upright."""
 
     pixels: NDArray[np.uint8] | NDArray[np.uint16]
-    """(height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha (not multiplied by it)."""
+    """(height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha (not
+    multiplied by it)."""
     profile: bytes | None = None
     """ICC's, of the colours of `pixels`."""
 
 
 def prepare_decoders() -> None:
-    """Set up the libraries for our own threads: one core a picture, quiet, and our pixel limit instead of PIL's."""
+    """Set up the libraries for our own threads: one core a picture, quiet, and our pixel limit
+    instead of PIL's."""
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     imagecodecs.spng_version()  # loaded once, not by several threads at a time
@@ -72,11 +84,14 @@ def prepare_decoders() -> None:
 
 
 def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
-    """Refuse, before a byte is decoded, an image that would fill the memory (a decompression bomb)."""
+    """Refuse, before a byte is decoded, an image that would fill the memory (a decompression
+    bomb)."""
     megapixels = header.height * header.width / 1e6
     if megapixels > max_megapixels:
-        raise BadImageError(f"{header.height}x{header.width} is {megapixels:.0f} megapixels, above the limit of "
-                            f"{max_megapixels:g} (--max-megapixels)")
+        raise BadImageError(
+            f"{header.height}x{header.width} is {megapixels:.0f} megapixels, above the limit of "
+            f"{max_megapixels:g} (--max-megapixels)"
+        )
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Bytes:
@@ -113,18 +128,24 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except BadImageError as error:
-        raise UserError(f"image {os.fspath(path)!r} cannot be read ({error}); replace or remove it") from error
+        raise UserError(
+            f"image {os.fspath(path)!r} cannot be read ({error}); replace or remove it"
+        ) from error
     except OSError as error:
-        raise UserError(f"image {os.fspath(path)!r} cannot be read ({error.strerror or error}); replace or remove "
-                        "it") from error
+        raise UserError(
+            f"image {os.fspath(path)!r} cannot be read ({error.strerror or error}); replace or "
+            "remove "
+            "it"
+        ) from error
 
 
 def decode_rgb(data: bytes, header: ImageHeader) -> Bytes:
     """The image as uint8 RGB (height, width, 3), upright, sRGB, transparent parts over white.
 
-    Raises `BadImageError` with the reason; never returns half an image. Damage within the data shows by a checksum
-    (PNG, deflated TIFF) or where its code does not work out (JPEG, lossless WebP, LZW). Lossy WebP, JPEG 2000 and
-    uncompressed data have neither: wrong bytes in them are wrong pixels.
+    Raises `BadImageError` with the reason; never returns half an image. Damage within the data
+    shows by a checksum (PNG, deflated TIFF) or where its code does not work out (JPEG, lossless
+    WebP, LZW). Lossy WebP, JPEG 2000 and uncompressed data have neither: wrong bytes in them are
+    wrong pixels.
     """
     if has_fast_decoder(header) and not foreign_profile(header):
         return _turn(_checked(data, header, _decode_plain), header.orientation)
@@ -132,10 +153,12 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Bytes:
 
 
 def decode_plain(data: bytes, header: ImageHeader) -> Bytes:
-    """A plain PNG, JPEG or WebP (`is_plain`) as uint8 RGB (height, width, 3), as it is stored: not turned by EXIF.
+    """A plain PNG, JPEG or WebP (`is_plain`) as uint8 RGB (height, width, 3), as it is stored: not
+    turned by EXIF.
 
-    These are the fastest decoders, and to the bit the pixels that DALI gives; what libjpeg only warns of, though, is
-    damage here. Raises `BadImageError` with the reason; `data` must have passed `check_complete`.
+    These are the fastest decoders, and to the bit the pixels that DALI gives; what libjpeg only
+    warns of, though, is damage here. Raises `BadImageError` with the reason; `data` must have
+    passed `check_complete`.
     """
     return _decoded(data, header, _decode_plain)
 
@@ -145,11 +168,15 @@ def decode_picture(data: bytes, header: ImageHeader) -> DecodedImage:
     pixels = _checked(data, header, _DECODERS[header.format])
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if not 1 <= pixels.shape[2] <= 4:
-        raise BadImageError(f"{pixels.shape[2]} channels; gray or RGB is read, with or without alpha")
+        raise BadImageError(
+            f"{pixels.shape[2]} channels; gray or RGB is read, with or without alpha"
+        )
     profile = header.profile
     if profile is not None and not profile[16:20] == _space(header) == _SPACES[pixels.shape[2]]:
         profile = None  # of inks, say, of which nothing is left
-    return DecodedImage(pixels if _comes_turned(header) else _turn(pixels, header.orientation), profile)
+    return DecodedImage(
+        pixels if _comes_turned(header) else _turn(pixels, header.orientation), profile
+    )
 
 
 def to_rgb(image: DecodedImage) -> Bytes:
@@ -167,18 +194,24 @@ def to_rgb(image: DecodedImage) -> Bytes:
 
 def to_8_bits(pixels: np.ndarray) -> Bytes:
     """uint16 to uint8, by round(v / 257); uint8 as it is."""
-    return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return (
+        pixels
+        if pixels.dtype == np.uint8
+        else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    )
 
 
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Composite `colors` (height, width, channels), of 8 or 16 bits, over white by `alpha` (height, width, 1)."""
+    """Composite `colors` (height, width, channels), of 8 or 16 bits, over white by `alpha` (height,
+    width, 1)."""
     white = int(np.iinfo(colors.dtype).max)
     alpha = alpha.astype(np.uint64 if white > 255 else np.uint32)
     return ((colors * alpha + white * (white - alpha) + white // 2) // white).astype(colors.dtype)
 
 
 def decoder_name(header: ImageHeader) -> str:
-    """The library that `decode_rgb` decodes such an image with, its version, and the profile that was converted."""
+    """The library that `decode_rgb` decodes such an image with, its version, and the profile that
+    was converted."""
     foreign = foreign_profile(header)
     return f"{_library(header)}{f', {foreign} to sRGB' if foreign else ''}"
 
@@ -190,20 +223,29 @@ def _library(header: ImageHeader) -> str:
         return f"simplejpeg {simplejpeg.__version__}"
     if has_fast_decoder(header):
         return f"opencv {cv2.__version__}"
-    is_deep = header.depth > 8 or (header.format == "png" and header.depth == 8 and header.channels != 1)
-    by_imagecodecs = header.format == "jxl" or is_deep or (header.format == "tiff" and _is_for_libtiff(header))
-    return f"imagecodecs {imagecodecs.__version__}" if by_imagecodecs else f"pillow {PIL.__version__}"
+    is_deep = header.depth > 8 or (
+        header.format == "png" and header.depth == 8 and header.channels != 1
+    )
+    by_imagecodecs = (
+        header.format == "jxl" or is_deep or (header.format == "tiff" and _is_for_libtiff(header))
+    )
+    return (
+        f"imagecodecs {imagecodecs.__version__}" if by_imagecodecs else f"pillow {PIL.__version__}"
+    )
 
 
 # Colour profiles.
 
 
 _SPACES = {1: b"GRAY", 2: b"GRAY", 3: b"RGB ", 4: b"RGB "}
-_NEAR_SRGB = 3  # levels of 255 by which a profile's colours may differ from sRGB's to count as the same
+_NEAR_SRGB = (
+    3  # levels of 255 by which a profile's colours may differ from sRGB's to count as the same
+)
 
 
 def foreign_profile(header: ImageHeader) -> str:
-    """The name of the profile that the pixels are converted to sRGB from; empty where they are sRGB already."""
+    """The name of the profile that the pixels are converted to sRGB from; empty where they are sRGB
+    already."""
     if header.tags.get(JXL_LINEAR) == (1,) and header.format == "jxl":
         return "linear sRGB"
     profile = header.profile
@@ -220,7 +262,10 @@ def profile_name(profile: bytes) -> str:
     """What a profile calls itself; empty where its colours are those of sRGB, or it is broken."""
     try:
         read = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        name = " ".join((ImageCms.getProfileDescription(read) or "").split()) or "a nameless colour profile"
+        name = (
+            " ".join((ImageCms.getProfileDescription(read) or "").split())
+            or "a nameless colour profile"
+        )
         if profile[16:20] == b"CMYK":
             return name
         levels = np.arange(0, 256, 17, dtype=np.uint8)
@@ -236,21 +281,31 @@ def profile_name(profile: bytes) -> str:
 
 def _by_profile(colors: Bytes, profile: bytes) -> Bytes:
     """uint8 gray or RGB (height, width, 1 or 3) of a profile's colours -> RGB of sRGB's."""
-    image = Image.fromarray(np.ascontiguousarray(colors[..., 0] if colors.shape[2] == 1 else colors))
+    image = Image.fromarray(
+        np.ascontiguousarray(colors[..., 0] if colors.shape[2] == 1 else colors)
+    )
     return np.asarray(_to_srgb(image, profile))
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return ImageCms.profileToProfile(
-        image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB",
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION)
+        image,
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        outputMode="RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
 
 
 # Decoders, by format. Each gives the pixels as stored (but see `decode_picture`), of 8 or 16 bits.
 
 
-def _checked(data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHeader], np.ndarray]) -> np.ndarray:
-    """`decode`, of an image that is found whole before, and of the size that its header promised."""
+def _checked(
+    data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHeader], np.ndarray]
+) -> np.ndarray:
+    """`decode`, of an image that is found whole before, and of the size that its header
+    promised."""
     try:
         check_complete(data, header)
     except NoEndError:
@@ -260,11 +315,15 @@ def _checked(data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHea
         try:
             return _decoded(whole, header, decode)
         except BadImageError:
-            raise BadImageError("truncated: the JPEG has no end-of-image marker, and pixels are missing") from None
+            raise BadImageError(
+                "truncated: the JPEG has no end-of-image marker, and pixels are missing"
+            ) from None
     return _decoded(data, header, decode)
 
 
-def _decoded(data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHeader], np.ndarray]) -> np.ndarray:
+def _decoded(
+    data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHeader], np.ndarray]
+) -> np.ndarray:
     try:
         pixels = decode(data, header)
     except BadImageError:
@@ -276,9 +335,13 @@ def _decoded(data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHea
         if "BytesIO object" in reason:
             reason = f"damaged, or a kind of {header.title} that is not read"
         raise BadImageError(f"cannot be decoded: {reason[:200]}") from error
-    if pixels.shape[:2] != (header.size if _comes_turned(header) else (header.height, header.width)):
-        raise BadImageError(f"decoded to {pixels.shape[0]}x{pixels.shape[1]} where its header says "
-                            f"{header.height}x{header.width}")
+    if pixels.shape[:2] != (
+        header.size if _comes_turned(header) else (header.height, header.width)
+    ):
+        raise BadImageError(
+            f"decoded to {pixels.shape[0]}x{pixels.shape[1]} where its header says "
+            f"{header.height}x{header.width}"
+        )
     return pixels
 
 
@@ -300,20 +363,27 @@ def _decode_plain(data: bytes, header: ImageHeader) -> Bytes:
         return pixels
     if header.format == "jpeg":
         return _strict_jpeg(data, "RGB")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    pixels = cv2.imdecode(
+        np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    )
     if pixels is None:
         raise BadImageError("cannot be decoded")
     return pixels
 
 
 def _strict_jpeg(data: bytes, colors: str) -> Bytes:
-    """Decode as accurately as libjpeg can; what libjpeg warns of is an error, unless it does no harm to the pixels."""
+    """Decode as accurately as libjpeg can; what libjpeg warns of is an error, unless it does no
+    harm to the pixels."""
     while True:
         try:
-            return simplejpeg.decode_jpeg(data, colors, fastdct=False, fastupsample=False, strict=True)
+            return simplejpeg.decode_jpeg(
+                data, colors, fastdct=False, fastupsample=False, strict=True
+            )
         except ValueError as error:
             warning = str(error)
-        repaired = without_sloppiness(data, warning)  # libjpeg tells its first warning only: there may be another
+        repaired = without_sloppiness(
+            data, warning
+        )  # libjpeg tells its first warning only: there may be another
         if repaired is None:
             raise BadImageError(f"damaged: {warning.removeprefix('Corrupt JPEG data: ')}")
         data = repaired
@@ -334,13 +404,21 @@ def _decode_jpeg(data: bytes, header: ImageHeader) -> Bytes:
 
 def _inks_to_rgb(image: Image.Image, header: ImageHeader) -> Bytes:
     """CMYK to sRGB as the profile says; without one, or with a broken one, by Pillow's formula."""
-    if header.profile is not None and header.profile[16:20] == b"CMYK" and profile_name(header.profile):
+    if (
+        header.profile is not None
+        and header.profile[16:20] == b"CMYK"
+        and profile_name(header.profile)
+    ):
         return np.asarray(_to_srgb(image, header.profile))
     return np.asarray(image.convert("RGB"))
 
 
 def _decode_png(data: bytes, header: ImageHeader) -> np.ndarray:
-    clear = None if header.is_plain or header.channels in (2, 4) else dict(png_chunks(data)).get(b"tRNS")
+    clear = (
+        None
+        if header.is_plain or header.channels in (2, 4)
+        else dict(png_chunks(data)).get(b"tRNS")
+    )
     if header.depth < 8 or header.is_palette:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # raises on truncation, LOAD_TRUNCATED_IMAGES being off
@@ -375,25 +453,31 @@ def _decode_tiff(data: bytes, header: ImageHeader) -> np.ndarray:
     colors, extra = pixels[..., :num_colors], pixels[..., num_colors:]
     if kind == 0:  # white is zero
         colors = np.iinfo(colors.dtype).max - colors
-    # What further samples mean: 0 is anything (infrared of a scanner, say), 1 alpha that the colours are multiplied by,
-    # 2 alpha; where nothing is said, programs take a single one for alpha.
+    # What further samples mean: 0 is anything (infrared of a scanner, say), 1 alpha that the
+    # colours are multiplied by, 2 alpha; where nothing is said, programs take a single one for
+    # alpha.
     kinds = header.tags.get(338, (2,) if extra.shape[2] == 1 else ())
     for number, kind in enumerate(kinds[: extra.shape[2]]):
         if kind in (1, 2):
             alpha = extra[..., number : number + 1]
-            return np.concatenate([_unmultiplied(colors, alpha) if kind == 1 else colors, alpha], axis=2)
+            return np.concatenate(
+                [_unmultiplied(colors, alpha) if kind == 1 else colors, alpha], axis=2
+            )
     return np.ascontiguousarray(colors)
 
 
 def _unmultiplied(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Colours that were multiplied by `alpha`, divided by it; white where it is zero."""
     white = int(np.iinfo(colors.dtype).max)
-    divided = (colors.astype(np.uint64) * white + alpha // 2) // np.maximum(alpha, 1).astype(np.uint64)
+    divided = (colors.astype(np.uint64) * white + alpha // 2) // np.maximum(alpha, 1).astype(
+        np.uint64
+    )
     return np.where(alpha == 0, white, np.minimum(divided, white)).astype(colors.dtype)
 
 
 def _is_for_libtiff(header: ImageHeader) -> bool:
-    """Whether the TIFF is gray or RGB of 8 or 16 bits; Pillow reads the others, which have 8 bits at most."""
+    """Whether the TIFF is gray or RGB of 8 or 16 bits; Pillow reads the others, which have 8 bits
+    at most."""
     return header.tags.get(262, (1,))[0] in (0, 1, 2) and header.depth in (8, 16)
 
 
@@ -401,7 +485,9 @@ def _decode_jp2(data: bytes, header: ImageHeader) -> np.ndarray:
     if header.depth == 8:
         return _by_pillow(data, header)
     if header.tags[0][0] == SYCC:
-        raise BadImageError(f"a JPEG 2000 image of YCC colours of {header.depth} bits is not read; save it as RGB")
+        raise BadImageError(
+            f"a JPEG 2000 image of YCC colours of {header.depth} bits is not read; save it as RGB"
+        )
     return _scaled(imagecodecs.jpeg2k_decode(data), (1 << header.depth) - 1)
 
 
@@ -409,7 +495,9 @@ def _decode_jxl(data: bytes, header: ImageHeader) -> np.ndarray:
     pixels = _scaled(imagecodecs.jpegxl_decode(data), (1 << header.depth) - 1)
     if pixels.ndim > 3:  # the frames of an animation
         pixels = pixels[0]
-    colors, alpha = (pixels[..., :-1], pixels[..., -1:]) if header.channels in (2, 4) else (pixels, None)
+    colors, alpha = (
+        (pixels[..., :-1], pixels[..., -1:]) if header.channels in (2, 4) else (pixels, None)
+    )
     if alpha is not None and header.tags.get(JXL_PREMULTIPLIED) == (1,):
         colors = _unmultiplied(colors, alpha)
     if header.tags.get(JXL_LINEAR) == (1,):
@@ -428,7 +516,9 @@ def _from_linear(levels: np.ndarray) -> np.ndarray:
 def _scaled(pixels: np.ndarray, most: int) -> np.ndarray:
     """Levels 0..`most` to the whole range of 8 or 16 bits, rounded."""
     if pixels.dtype not in (np.uint8, np.uint16):
-        raise BadImageError(f"decoded to {pixels.dtype}; unsigned whole numbers of up to 16 bits are read")
+        raise BadImageError(
+            f"decoded to {pixels.dtype}; unsigned whole numbers of up to 16 bits are read"
+        )
     white = 255 if most < 256 else 65535
     if most == white:
         return pixels
@@ -441,7 +531,9 @@ def _decode_pnm(data: bytes, header: ImageHeader) -> np.ndarray:
     if kind not in (5, 6):
         return _by_pillow(data, header)
     shape = header.height, header.width, header.channels
-    raw = np.frombuffer(data, ">u2" if most > 255 else np.uint8, int(np.prod(shape)), header.pixels_at)
+    raw = np.frombuffer(
+        data, ">u2" if most > 255 else np.uint8, int(np.prod(shape)), header.pixels_at
+    )
     return _scaled(raw.astype(raw.dtype.newbyteorder("=")).reshape(shape), most)
 
 
@@ -449,7 +541,9 @@ def _by_pillow(data: bytes, header: ImageHeader) -> Bytes:
     """8 bits a sample, with the fewest channels that hold all of it."""
     with Image.open(io.BytesIO(data)) as image:
         if {image.width, image.height} != {header.width, header.height}:
-            raise BadImageError(f"two sizes: {image.height}x{image.width} and {header.height}x{header.width}")
+            raise BadImageError(
+                f"two sizes: {image.height}x{image.width} and {header.height}x{header.width}"
+            )
         image.load()  # raises on truncation, LOAD_TRUNCATED_IMAGES being off
         has_alpha = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
         if image.mode == "CMYK":
@@ -461,13 +555,21 @@ def _by_pillow(data: bytes, header: ImageHeader) -> Bytes:
         elif image.mode in ("La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr", "LAB", "HSV"):
             mode = "RGBA" if has_alpha else "RGB"
         else:
-            raise BadImageError(f"pixels of mode {image.mode!r} are not read; save it as RGB of 8 or 16 bits")
+            raise BadImageError(
+                f"pixels of mode {image.mode!r} are not read; save it as RGB of 8 or 16 bits"
+            )
         return np.array(image if image.mode == mode else image.convert(mode))
 
 
 _DECODERS: dict[str, Callable[[bytes, ImageHeader], np.ndarray]] = {
-    "png": _decode_png, "jpeg": _decode_jpeg, "tiff": _decode_tiff, "jp2": _decode_jp2, "jxl": _decode_jxl,
-    "pnm": _decode_pnm, **dict.fromkeys(("webp", "bmp", "avif", "gif", "tga"), _by_pillow)}
+    "png": _decode_png,
+    "jpeg": _decode_jpeg,
+    "tiff": _decode_tiff,
+    "jp2": _decode_jp2,
+    "jxl": _decode_jxl,
+    "pnm": _decode_pnm,
+    **dict.fromkeys(("webp", "bmp", "avif", "gif", "tga"), _by_pillow),
+}
 
 
 def _comes_turned(header: ImageHeader) -> bool:

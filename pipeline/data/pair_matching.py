@@ -22,15 +22,19 @@ class NamePair:
 
 
 def lr_mark(scale: int) -> re.Pattern[str]:
-    """How the names of LR files end: `x4` (`_x4`, `x4m`, `x4w`, `x4d` of DIV2K's tracks), `_LR`, `_LQ`."""
+    """How the names of LR files end: `x4` (`_x4`, `x4m`, `x4w`, `x4d` of DIV2K's tracks), `_LR`,
+    `_LQ`."""
     return re.compile(rf"[_-]?(x{scale}[mwd]?|{scale}x|lr|lq|lrbicx{scale})$", re.IGNORECASE)
 
 
 def split_marked(names: list[str], scale: int) -> tuple[list[str], list[str]]:
-    """(HR names, LR names) of one folder that holds both sides: those with a mark; the others belong to neither."""
+    """(HR names, LR names) of one folder that holds both sides: those with a mark; the others
+    belong to neither."""
     mark = lr_mark(scale)
-    return ([name for name in names if _HR_MARK.search(_stem(name))],
-            [name for name in names if mark.search(_stem(name))])
+    return (
+        [name for name in names if _HR_MARK.search(_stem(name))],
+        [name for name in names if mark.search(_stem(name))],
+    )
 
 
 def outside(names: list[str], folder: str) -> list[str]:
@@ -38,37 +42,51 @@ def outside(names: list[str], folder: str) -> list[str]:
     return [name for name in names if not name.startswith(f"{folder}/")]
 
 
-def match_pairs(hr_names: list[str], lr_names: list[str], scale: int) -> tuple[list[NamePair], list[str]]:
+def match_pairs(
+    hr_names: list[str], lr_names: list[str], scale: int
+) -> tuple[list[NamePair], list[str]]:
     """(Pairs in the order of their HR names, names without a partner).
 
-    Partners are, in this order of preference, files of the same path but for its suffix; the same but for the marks of
-    their side (`lr_mark`, `_HR`, `_GT`); the same name in whatever folder; the same but for the marks. Raises
-    `UserError` where a name has several files that could be its partner.
+    Partners are, in this order of preference, files of the same path but for its suffix; the same
+    but for the marks of their side (`lr_mark`, `_HR`, `_GT`); the same name in whatever folder; the
+    same but for the marks. Raises `UserError` where a name has several files that could be its
+    partner.
     """
     mark = lr_mark(scale)
     stages: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
-        (_path, _path), (lambda name: _HR_MARK.sub("", _path(name)), lambda name: mark.sub("", _path(name))),
-        (_stem, _stem), (lambda name: _HR_MARK.sub("", _stem(name)), lambda name: mark.sub("", _stem(name)))]
+        (_path, _path),
+        (lambda name: _HR_MARK.sub("", _path(name)), lambda name: mark.sub("", _path(name))),
+        (_stem, _stem),
+        (lambda name: _HR_MARK.sub("", _stem(name)), lambda name: mark.sub("", _stem(name))),
+    ]
     partners: dict[str, str] = {}
     taken: set[str] = set()
     for number, (hr_key, lr_key) in enumerate(stages):
         hr_files, lr_files = _by_key(hr_names, hr_key), _by_key(lr_names, lr_key)
         for key, hr_group in hr_files.items():
             lr_group = lr_files.get(key, [])
-            if not lr_group or any(name in partners for name in hr_group) or any(name in taken for name in lr_group):
+            if (
+                not lr_group
+                or any(name in partners for name in hr_group)
+                or any(name in taken for name in lr_group)
+            ):
                 continue  # a file whose namesake in another folder has a partner has lost its own
             if len(hr_group) == len(lr_group) == 1:
                 partners[hr_group[0]] = lr_group[0]
                 taken.add(lr_group[0])
             elif number == len(stages) - 1:
                 _refuse(key, hr_group if len(hr_group) > 1 else lr_group)
-    lonely = [name for name in hr_names if name not in partners] + [name for name in lr_names if name not in taken]
+    lonely = [name for name in hr_names if name not in partners] + [
+        name for name in lr_names if name not in taken
+    ]
     return [NamePair(name, partners[name]) for name in sorted(partners)], lonely
 
 
 def _refuse(key: str, names: list[str]) -> None:
-    raise UserError(f"{names[0]} and {names[1]}: both are called {key!r}, so their partner is not "
-                    "certain; give folders where each name occurs once, or the same subfolders on both sides")
+    raise UserError(
+        f"{names[0]} and {names[1]}: both are called {key!r}, so their partner is not "
+        "certain; give folders where each name occurs once, or the same subfolders on both sides"
+    )
 
 
 def _by_key(names: list[str], key: Callable[[str], str]) -> dict[str, list[str]]:

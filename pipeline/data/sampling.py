@@ -1,12 +1,13 @@
 """Which crop the k-th sample of a run is: a pure function of the seed and k.
 
-An epoch has as many samples as there are files, times the multiplier; sample k belongs to epoch k // length. Without
-weights an epoch is one permutation of all its entries, so that every file comes exactly `multiplier` times. With
-weights each folder fills its share of the epoch, going round and round through permutations of its own files. Where a
-sample is cut, how it is turned and degraded come from counter-based random words of (seed, k). No rank, world size,
-batch size, thread or history enters: a run's position in the data is one integer, and any sample can be made again from
-its number. The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11), used as raw
-64-bit words, whose stream numpy guarantees to keep.
+An epoch has as many samples as there are files, times the multiplier; sample k belongs to epoch k
+// length. Without weights an epoch is one permutation of all its entries, so that every file comes
+exactly `multiplier` times. With weights each folder fills its share of the epoch, going round and
+round through permutations of its own files. Where a sample is cut, how it is turned and degraded
+come from counter-based random words of (seed, k). No rank, world size, batch size, thread or
+history enters: a run's position in the data is one integer, and any sample can be made again from
+its number. The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC11), used as raw 64-bit words, whose stream numpy guarantees to keep.
 """
 
 from __future__ import annotations
@@ -41,8 +42,15 @@ class Draws(NamedTuple):
 class Sampler:
     """Draws of any samples of a run over folders of `folder_sizes` files."""
 
-    def __init__(self, folder_sizes: Sequence[int], seed: int, *, multiplier: int = 1, weights: Sequence[float] = (),
-                 augment: bool = True) -> None:
+    def __init__(
+        self,
+        folder_sizes: Sequence[int],
+        seed: int,
+        *,
+        multiplier: int = 1,
+        weights: Sequence[float] = (),
+        augment: bool = True,
+    ) -> None:
         self.folder_sizes, self.seed, self.augment = tuple(folder_sizes), seed, augment
         self.num_files = sum(self.folder_sizes)
         self.epoch_length = self.num_files * multiplier
@@ -63,21 +71,32 @@ class Sampler:
             files[chosen] = self._epoch_files(int(epoch), entries[chosen])
         words = random_words(self.seed, DRAWS, first, count, WORDS)
         symmetry = (words[:, 2] >> np.uint64(61)).astype(np.int32) * np.int32(self.augment)
-        return Draws(samples, files, words[:, 0] >> np.uint64(32), words[:, 1] >> np.uint64(32),
-                     symmetry & 1, symmetry >> 1 & 1, symmetry >> 2, uniforms(words[:, 3:]))
+        return Draws(
+            samples,
+            files,
+            words[:, 0] >> np.uint64(32),
+            words[:, 1] >> np.uint64(32),
+            symmetry & 1,
+            symmetry >> 1 & 1,
+            symmetry >> 2,
+            uniforms(words[:, 3:]),
+        )
 
     def degradation_words(self, first: int, count: int, per_sample: int) -> Words:
         """(count, per_sample) words, a multiple of 4 a sample, for what its degradation draws."""
         return random_words(self.seed, DEGRADATION, first, count, per_sample)
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """The file to take instead when those of `attempt` (0, 1, …) earlier choices for a sample were bad.
+        """The file to take instead when those of `attempt` (0, 1, …) earlier choices for a sample
+        were bad.
 
         From the same folder, evenly, so that shares stay what they are.
         """
         file = int(self.draw(sample, 1).files[0])
         folder = int(np.searchsorted(self._starts, file, side="right")) - 1
-        word = np.random.Philox(key=[self.seed, REPLACEMENT], counter=[sample, attempt, 0, 0]).random_raw(1)[0]
+        word = np.random.Philox(
+            key=[self.seed, REPLACEMENT], counter=[sample, attempt, 0, 0]
+        ).random_raw(1)[0]
         return int(self._starts[folder] + int(word) % self.folder_sizes[folder])
 
     def _epoch_files(self, epoch: int, entries: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -87,14 +106,18 @@ class Sampler:
 
 
 def random_words(seed: int, stream: int, first: int, count: int, per_sample: int) -> Words:
-    """(count, per_sample) random words of samples first .. first + count - 1; `per_sample` is a multiple of 4."""
+    """(count, per_sample) random words of samples first .. first + count - 1; `per_sample` is a
+    multiple of 4."""
     counter = first * (per_sample // WORDS)
-    words = np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(per_sample * count)
+    words = np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(
+        per_sample * count
+    )
     return words.reshape(count, per_sample)
 
 
 def uniforms(words: Words) -> NDArray[np.float64]:
-    """Two numbers in [0, 1) of each word, multiples of 2**-32: (…, n) words give (…, 2 n) numbers."""
+    """Two numbers in [0, 1) of each word, multiples of 2**-32: (…, n) words give (…, 2 n)
+    numbers."""
     return np.ascontiguousarray(words).view("<u4").astype(np.float64) * 2.0**-32
 
 
@@ -108,10 +131,13 @@ def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=2)
-def weighted_epoch(folder_sizes: tuple[int, ...], shares: tuple[int, ...], seed: int, epoch: int) -> NDArray[np.int64]:
+def weighted_epoch(
+    folder_sizes: tuple[int, ...], shares: tuple[int, ...], seed: int, epoch: int
+) -> NDArray[np.int64]:
     """The files of one epoch, `shares[i]` of them from folder i, in random order.
 
-    A folder's files come one permutation after another, across epochs: none comes twice before all came once.
+    A folder's files come one permutation after another, across epochs: none comes twice before all
+    came once.
     """
     folders = np.repeat(np.arange(len(shares)), shares)[epoch_order(sum(shares), seed, epoch)]
     files = np.empty(len(folders), np.int64)
@@ -147,9 +173,11 @@ def quotas(length: int, weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def anchor(fraction: int, length: int, crop: int, grid: int) -> int:
-    """First row (or column) of a crop of `crop` pixels in `length`, a multiple of `grid`, all equally likely.
+    """First row (or column) of a crop of `crop` pixels in `length`, a multiple of `grid`, all
+    equally likely.
 
-    The grid is the scale, so that a crop's LR pixels lie where those of the whole photograph's LR lie.
+    The grid is the scale, so that a crop's LR pixels lie where those of the whole photograph's LR
+    lie.
     """
     places = (length - crop) // grid + 1
     return (int(fraction) * places >> 32) * grid

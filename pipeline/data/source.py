@@ -1,4 +1,5 @@
-"""The host side of a batch: which files, which part of them, how it is turned and degraded, as arrays for DALI."""
+"""The host side of a batch: which files, which part of them, how it is turned and degraded, as
+arrays for DALI."""
 
 from __future__ import annotations
 
@@ -68,47 +69,95 @@ class Sample:
 class CropSource:
     """Makes the host side of micro-batches, in order, from any starting point.
 
-    With `degrades_on_host`, for graphs on a CPU, LR is made by the host's own chain where the degradation has one: then
-    `columns` lack what the graph's nodes would need for it, and `degraded` says what was drawn.
+    With `degrades_on_host`, for graphs on a CPU, LR is made by the host's own chain where the
+    degradation has one: then `columns` lack what the graph's nodes would need for it, and
+    `degraded` says what was drawn.
     """
 
-    def __init__(self, hr_paths: Sequence[str], sampler: Sampler, spec: DataSpec, *, scale: int, position: Position,
-                 lr_paths: Sequence[str] | None = None, degrades_on_host: bool = False) -> None:
+    def __init__(
+        self,
+        hr_paths: Sequence[str],
+        sampler: Sampler,
+        spec: DataSpec,
+        *,
+        scale: int,
+        position: Position,
+        lr_paths: Sequence[str] | None = None,
+        degrades_on_host: bool = False,
+    ) -> None:
         self.sampler, self.spec, self.scale, self.position = sampler, spec, scale, position
         self.crop, threads = spec.crop, num_threads(spec.threads)
-        self.cache = ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch) if spec.cache_gb else None
+        self.cache = (
+            ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch)
+            if spec.cache_gb
+            else None
+        )
         self.hr = ImageFiles("hr", hr_paths, self.cache)
         self.lr = ImageFiles("lr", lr_paths, self.cache) if lr_paths is not None else None
         self.degradation = build_degradation(spec.degradation, scale)
         self.degrades_on_host = degrades_on_host and self.degradation.has_host_chain
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
-        self.has_margin = self.lr is None  # LR that is made needs more of the photograph than the crop
-        self.columns = (*self.hr.columns, *(self.lr.columns if self.lr else ()),
-                        *(("start",) if self.has_margin else ()), "flip_vertical", "flip_horizontal", "transpose",
-                        *(("brightness",) if self.has_brightness else ()))
+        self.has_margin = (
+            self.lr is None
+        )  # LR that is made needs more of the photograph than the crop
+        self.columns = (
+            *self.hr.columns,
+            *(self.lr.columns if self.lr else ()),
+            *(("start",) if self.has_margin else ()),
+            "flip_vertical",
+            "flip_horizontal",
+            "transpose",
+            *(("brightness",) if self.has_brightness else ()),
+        )
         if not self.degrades_on_host:
             self.columns += (*self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
-        self.has_streams = any(side.has_streams for side in (self.hr, self.lr) if side)  # the graph decodes
-        self.notes: list[str] = []  # what went otherwise than it should, for people, until somebody takes them away
-        self.profiles: dict[str, str] = {}  # files whose colours are converted to sRGB, with the name of their profile
+        self.has_streams = any(
+            side.has_streams for side in (self.hr, self.lr) if side
+        )  # the graph decodes
+        self.notes: list[
+            str
+        ] = []  # what went otherwise than it should, for people, until somebody takes them away
+        self.profiles: dict[
+            str, str
+        ] = {}  # files whose colours are converted to sRGB, with the name of their profile
         self.bad: dict[str, str] = {}  # files that were passed over, with the reason
         self.end: int | None = None  # there are no micro-batches from this one on
         self.failure: Exception | None = None  # why
         self._made: dict[int, list[Sample]] = {}  # of micro-batches that were not taken yet
 
     @classmethod
-    def of_dataset(cls, dataset: Dataset, spec: DataSpec, *, scale: int, seed: int, position: Position,
-                   degrades_on_host: bool = False) -> CropSource:
+    def of_dataset(
+        cls,
+        dataset: Dataset,
+        spec: DataSpec,
+        *,
+        scale: int,
+        seed: int,
+        position: Position,
+        degrades_on_host: bool = False,
+    ) -> CropSource:
         """The source that a recipe asks for."""
-        sampler = Sampler(dataset.folder_sizes, seed, multiplier=spec.multiplier, weights=spec.weights,
-                          augment=spec.augment)
-        return cls(dataset.training_paths, sampler, spec, scale=scale, position=position,
-                   lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None,
-                   degrades_on_host=degrades_on_host)
+        sampler = Sampler(
+            dataset.folder_sizes,
+            seed,
+            multiplier=spec.multiplier,
+            weights=spec.weights,
+            augment=spec.augment,
+        )
+        return cls(
+            dataset.training_paths,
+            sampler,
+            spec,
+            scale=scale,
+            position=position,
+            lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None,
+            degrades_on_host=degrades_on_host,
+        )
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
-        """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a `failure`."""
+        """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a
+        `failure`."""
         for number in naturals(index):
             if number == self.end:
                 return
@@ -120,7 +169,8 @@ class CropSource:
             yield arrays
 
     def fail(self, index: int, error: Exception) -> None:
-        """Make no micro-batch from this one on. Whoever takes them raises `error` after the last."""
+        """Make no micro-batch from this one on. Whoever takes them raises `error` after the
+        last."""
         self.end, self.failure = index, error
 
     def first_sample(self, index: int) -> int:
@@ -131,29 +181,52 @@ class CropSource:
         """The arrays of `columns` of micro-batch `index`."""
         first, count = self.first_sample(index), self.position.micro_batch
         if self.cache:
-            self.cache.load([side.paths[file] for side in (self.hr, self.lr) if side
-                             for file in self.sampler.draw(first, count).files.tolist() if side.is_cached(file)])
+            self.cache.load(
+                [
+                    side.paths[file]
+                    for side in (self.hr, self.lr)
+                    if side
+                    for file in self.sampler.draw(first, count).files.tolist()
+                    if side.is_cached(file)
+                ]
+            )
         made = [*self._samples(first, count, is_read=True)]
         self._made[index] = samples = [sample for sample, _, _ in made]
         arrays = self.hr.arrays([hr for _, hr, _ in made])
         if self.lr:
             arrays += self.lr.arrays([lr for _, _, lr in made])
         if self.has_margin:
-            arrays.append(np.array([(sample.top - sample.region[0], sample.left - sample.region[1])
-                                    for sample in samples], np.int32))
-        arrays += [np.array([sample.flip_vertical for sample in samples], np.int32),
-                   np.array([sample.flip_horizontal for sample in samples], np.int32),
-                   np.array([sample.transpose for sample in samples], bool)]
+            arrays.append(
+                np.array(
+                    [
+                        (sample.top - sample.region[0], sample.left - sample.region[1])
+                        for sample in samples
+                    ],
+                    np.int32,
+                )
+            )
+        arrays += [
+            np.array([sample.flip_vertical for sample in samples], np.int32),
+            np.array([sample.flip_horizontal for sample in samples], np.int32),
+            np.array([sample.transpose for sample in samples], bool),
+        ]
         if self.has_brightness:
             arrays.append(np.array([sample.brightness for sample in samples], np.float32))
-        return tuple(arrays) if self.degrades_on_host else (*arrays, *self._drawn_arrays(samples, self._keys(index)))
+        return (
+            tuple(arrays)
+            if self.degrades_on_host
+            else (*arrays, *self._drawn_arrays(samples, self._keys(index)))
+        )
 
     def degraded(self, index: int) -> list[tuple[Sample, list[int]]]:
-        """The samples of micro-batch `index`, which is made and not yet taken, and the keys of each one's noise."""
+        """The samples of micro-batch `index`, which is made and not yet taken, and the keys of each
+        one's noise."""
         return list(zip(self._made[index], self._keys(index), strict=True))
 
     def _keys(self, index: int) -> list[list[int]]:
-        words = self.sampler.degradation_words(self.first_sample(index), self.position.micro_batch, WORDS)
+        words = self.sampler.degradation_words(
+            self.first_sample(index), self.position.micro_batch, WORDS
+        )
         return words[:, -KEYS:].tolist()
 
     def samples(self, first: int, count: int) -> list[Sample]:
@@ -170,7 +243,8 @@ class CropSource:
         return [side.paths[file] for side in (self.hr, self.lr) if side for file in files]
 
     def take_skips(self, index: int) -> tuple[Skip, ...]:
-        """What was passed over for micro-batch `index`, which has been made and is forgotten with those before it."""
+        """What was passed over for micro-batch `index`, which has been made and is forgotten with
+        those before it."""
         skips = tuple(skip for sample in self._made[index] for skip in sample.skipped)
         self._made = {made: samples for made, samples in self._made.items() if made > index}
         return skips
@@ -178,11 +252,16 @@ class CropSource:
     def reject(self, error: BadFileError) -> None:
         """Take no sample of this file any more.
 
-        Raises `UserError` if the recipe wants to stop for it, or when there are too many such files.
+        Raises `UserError` if the recipe wants to stop for it, or when there are too many such
+        files.
         """
         if self.spec.on_error == "stop":
-            numbers = [sample.number for made in self._made.values() for sample in made
-                       if error.path in (sample.path, sample.lr_path)]
+            numbers = [
+                sample.number
+                for made in self._made.values()
+                for sample in made
+                if error.path in (sample.path, sample.lr_path)
+            ]
             raise UserError(f"{error}{f' (sample {numbers[0]})' if numbers else ''}") from error
         self.bad.setdefault(error.path, error.reason)
         refuse_too_many(self.bad, self.sampler.num_files, self.spec)
@@ -192,60 +271,109 @@ class CropSource:
         if not self.profiles:
             return ""
         path, profile = next(iter(self.profiles.items()))
-        return (f"{path} has the colour profile {profile}: files with another profile than sRGB are converted to sRGB "
-                "(`python tools/check_training_data.py` counts them)")
+        return (
+            f"{path} has the colour profile {profile}: files with another profile than sRGB are "
+            "converted to sRGB "
+            "(`python tools/check_training_data.py` counts them)"
+        )
 
     def close(self) -> None:
         if self.cache:
             self.cache.close()
 
-    def _samples(self, first: int, count: int, *, is_read: bool) -> Iterator[tuple[Sample, Part, Part]]:
+    def _samples(
+        self, first: int, count: int, *, is_read: bool
+    ) -> Iterator[tuple[Sample, Part, Part]]:
         draws = self.sampler.draw(first, count)
-        fractions = uniforms(self.sampler.degradation_words(first, count, WORDS)[:, :-KEYS]).tolist()
+        fractions = uniforms(
+            self.sampler.degradation_words(first, count, WORDS)[:, :-KEYS]
+        ).tolist()
         for i in range(count):
             yield self._sample(draws, i, fractions[i], is_read=is_read)
 
-    def _sample(self, draws: Draws, i: int, fractions: list[float], *, is_read: bool) -> tuple[Sample, Part, Part]:
+    def _sample(
+        self, draws: Draws, i: int, fractions: list[float], *, is_read: bool
+    ) -> tuple[Sample, Part, Part]:
         """A sample of its file, or of the one that stands in for it."""
         number, file = int(draws.samples[i]), int(draws.files[i])
         skipped: list[Skip] = []
         for attempt in range(MOST_ATTEMPTS):
             try:
-                return self._sample_of(file, draws, i, iter(fractions), tuple(skipped), is_read=is_read)
+                return self._sample_of(
+                    file, draws, i, iter(fractions), tuple(skipped), is_read=is_read
+                )
             except BadFileError as error:
                 if self.spec.on_error == "stop":
                     raise UserError(f"{error} (sample {number})") from error
                 self.reject(error)
                 skipped.append(Skip(number, error.path, error.reason))
                 file = self.sampler.replacement(number, attempt)
-        raise UserError(f"sample {number}: all of {MOST_ATTEMPTS} draws from its folder gave a bad file, the last "
-                        f"{skipped[-1].path}: {skipped[-1].reason}; judge the dataset with "
-                        "`python tools/check_training_data.py --clean` and select anew")
+        raise UserError(
+            f"sample {number}: all of {MOST_ATTEMPTS} draws from its folder gave a bad file, the "
+            "last "
+            f"{skipped[-1].path}: {skipped[-1].reason}; judge the dataset with "
+            "`python tools/check_training_data.py --clean` and select anew"
+        )
 
-    def _sample_of(self, file: int, draws: Draws, i: int, chances: Iterator[float], skipped: tuple[Skip, ...], *,
-                   is_read: bool) -> tuple[Sample, Part, Part]:
+    def _sample_of(
+        self,
+        file: int,
+        draws: Draws,
+        i: int,
+        chances: Iterator[float],
+        skipped: tuple[Skip, ...],
+        *,
+        is_read: bool,
+    ) -> tuple[Sample, Part, Part]:
         hr, lr = self._open_pair(file)
-        height, width, scale = hr.height - hr.height % self.scale, hr.width - hr.width % self.scale, self.scale
+        height, width, scale = (
+            hr.height - hr.height % self.scale,
+            hr.width - hr.width % self.scale,
+            self.scale,
+        )
         top = anchor(draws.top[i], height, self.crop, scale)
         left = anchor(draws.left[i], width, self.crop, scale)
         above, before = self.degradation.place(chances)
         extent = self.crop + self.degradation.surroundings
         region_height, region_width = min(extent, height), min(extent, width)
-        region = (min(max(top - above, 0), height - region_height), min(max(left - before, 0), width - region_width),
-                  region_height, region_width)
+        region = (
+            min(max(top - above, 0), height - region_height),
+            min(max(left - before, 0), width - region_width),
+            region_height,
+            region_width,
+        )
         degradation = self.degradation.draw(chances, region_height, region_width)
         sigma = self.lr_noise.draw(chances) if self.lr_noise else 0.0
         is_brightened, fraction = draws.brightness[i]
         low, high = self.spec.brightness.range
-        brightness = low + (high - low) * fraction if is_brightened < self.spec.brightness.probability else 1.0
-        sample = Sample(int(draws.samples[i]), self.hr.paths[file], self.lr.paths[file] if self.lr else None, top, left,
-                        region, int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]),
-                        float(brightness), degradation, sigma, skipped)
+        brightness = (
+            low + (high - low) * fraction
+            if is_brightened < self.spec.brightness.probability
+            else 1.0
+        )
+        sample = Sample(
+            int(draws.samples[i]),
+            self.hr.paths[file],
+            self.lr.paths[file] if self.lr else None,
+            top,
+            left,
+            region,
+            int(draws.flip_vertical[i]),
+            int(draws.flip_horizontal[i]),
+            int(draws.transpose[i]),
+            float(brightness),
+            degradation,
+            sigma,
+            skipped,
+        )
         if not is_read:
             return sample, NOTHING, NOTHING
         y, x, rows, columns = (side // scale for side in region)
-        return (sample, self.hr.part(hr, region, i),
-                self.lr.part(lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING)
+        return (
+            sample,
+            self.hr.part(hr, region, i),
+            self.lr.part(lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING,
+        )
 
     def _open_pair(self, file: int) -> tuple[Opened, Opened | None]:
         for side in (self.hr, self.lr):
@@ -255,35 +383,55 @@ class CropSource:
         if hr.profile:
             self.profiles[self.hr.paths[file]] = hr.profile
         if min(hr.height, hr.width) < self.crop:
-            raise BadFileError(self.hr.paths[file], f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
-                               "lower data.crop, or remove such files with `python tools/check_training_data.py "
-                               f"--clean --min-size {self.crop}` and select anew")
+            raise BadFileError(
+                self.hr.paths[file],
+                f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
+                "lower data.crop, or remove such files with `python tools/check_training_data.py "
+                f"--clean --min-size {self.crop}` and select anew",
+            )
         if self.lr is None:
             return hr, None
         lr = self.lr.open(file)
         if lr.profile:
             self.profiles[self.lr.paths[file]] = lr.profile
         if (lr.height, lr.width) != (hr.height // self.scale, hr.width // self.scale):
-            raise BadFileError(self.lr.paths[file], f"{lr.height}x{lr.width} is not 1/{self.scale} of "
-                               f"{hr.height}x{hr.width}, the size of {self.hr.paths[file]}")
+            raise BadFileError(
+                self.lr.paths[file],
+                f"{lr.height}x{lr.width} is not 1/{self.scale} of "
+                f"{hr.height}x{hr.width}, the size of {self.hr.paths[file]}",
+            )
         return hr, lr
 
-    def _drawn_arrays(self, samples: Sequence[Sample], keys: Sequence[Sequence[int]]) -> list[list[NDArray[Any]]]:
-        made = [self.degradation.arrays(sample.degradation, of) for sample, of in zip(samples, keys, strict=True)]
+    def _drawn_arrays(
+        self, samples: Sequence[Sample], keys: Sequence[Sequence[int]]
+    ) -> list[list[NDArray[Any]]]:
+        made = [
+            self.degradation.arrays(sample.degradation, of)
+            for sample, of in zip(samples, keys, strict=True)
+        ]
         columns = [[one[name] for one in made] for name in self.degradation.columns]
         if self.lr_noise:
             shape = self.crop // self.scale, self.crop // self.scale
-            fields = [self.lr_noise.arrays(sample.noise_sigma, shape, of[-2:])
-                      for sample, of in zip(samples, keys, strict=True)]
+            fields = [
+                self.lr_noise.arrays(sample.noise_sigma, shape, of[-2:])
+                for sample, of in zip(samples, keys, strict=True)
+            ]
             columns += [[one[name] for one in fields] for name in LrNoise.columns]
         return columns
 
 
 def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> None:
-    """Raise `UserError` if more files are bad (path -> reason) than the recipe lets `on_error: skip` pass over."""
+    """Raise `UserError` if more files are bad (path -> reason) than the recipe lets `on_error:
+    skip` pass over."""
     most = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
     if len(bad) > most:
-        some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (len(bad) > 3)
-        raise UserError(f"{len(bad)} of {num_files} files are bad and data.max_bad_files {spec.max_bad_files:g} allows "
-                        f"{most} ({some}); judge the dataset with `python tools/check_training_data.py --clean` and "
-                        "select anew, or raise it")
+        some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (
+            len(bad) > 3
+        )
+        raise UserError(
+            f"{len(bad)} of {num_files} files are bad and data.max_bad_files "
+            f"{spec.max_bad_files:g} allows "
+            f"{most} ({some}); judge the dataset with `python tools/check_training_data.py "
+            "--clean` and "
+            "select anew, or raise it"
+        )

@@ -1,10 +1,11 @@
 """Bind a rank to its share of the cores beside its GPU, on machines with several NUMA nodes.
 
-Left alone, the system moves the threads of eight ranks over both sockets, and a batch is decoded in the memory of one
-and sent to a GPU at the other. A rank that is bound keeps to its GPU's node, with as many cores there as each other
-rank of that node. Threads that start later inherit it. Nothing is done on machines of one node, for a rank that is
-alone on its host and may need all cores to decode, for a process that somebody (Slurm, taskset, a container) has bound
-to one node already, where the GPU's node is not known, or with `VASTSCALE_BIND=0`.
+Left alone, the system moves the threads of eight ranks over both sockets, and a batch is decoded in
+the memory of one and sent to a GPU at the other. A rank that is bound keeps to its GPU's node, with
+as many cores there as each other rank of that node. Threads that start later inherit it. Nothing is
+done on machines of one node, for a rank that is alone on its host and may need all cores to decode,
+for a process that somebody (Slurm, taskset, a container) has bound to one node already, where the
+GPU's node is not known, or with `VASTSCALE_BIND=0`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ SYSTEM = Path("/sys")
 
 
 def bind_to_cores(place: Place, gpu: int, num_gpus: int) -> list[int]:
-    """Bind this process to its share of cores, where that makes sense; the cores, none where it stays free.
+    """Bind this process to its share of cores, where that makes sense; the cores, none where it
+    stays free.
 
-    `gpu`: torch's number of this rank's, of the `num_gpus` that it sees; the ranks of a host have them in their order.
+    `gpu`: torch's number of this rank's, of the `num_gpus` that it sees; the ranks of a host have
+    them in their order.
     """
     size = place.local_size or 1  # where it is not known, nobody can say what a share is
     if os.environ.get(OPT_OUT) == "0" or size == 1:
@@ -34,9 +37,17 @@ def bind_to_cores(place: Place, gpu: int, num_gpus: int) -> list[int]:
     nodes, allowed = node_cores(), os.sched_getaffinity(0)
     if sum(bool(allowed & cores) for cores in nodes.values()) < 2:
         return []
-    # A rank that sees its own GPU alone cannot tell at which nodes the others' are, and leaves room for all of them.
-    homes = [_home_of(index) for index in range(size)] if num_gpus >= size else [_home_of(gpu)] * size
-    cores = own_share(place.local_rank, homes, {node: cores & allowed for node, cores in nodes.items()}, siblings())
+    # A rank that sees its own GPU alone cannot tell at which nodes the others' are, and leaves room
+    # for all of them.
+    homes = (
+        [_home_of(index) for index in range(size)] if num_gpus >= size else [_home_of(gpu)] * size
+    )
+    cores = own_share(
+        place.local_rank,
+        homes,
+        {node: cores & allowed for node, cores in nodes.items()},
+        siblings(),
+    )
     with suppress(OSError):  # a sandbox may forbid it; a rank without it is only slower
         if cores:
             os.sched_setaffinity(0, cores)
@@ -44,19 +55,20 @@ def bind_to_cores(place: Place, gpu: int, num_gpus: int) -> list[int]:
     return []
 
 
-def own_share(rank: int, homes: Sequence[int], nodes: Mapping[int, set[int]],
-              sibling_of: Mapping[int, int]) -> list[int]:
+def own_share(
+    rank: int, homes: Sequence[int], nodes: Mapping[int, set[int]], sibling_of: Mapping[int, int]
+) -> list[int]:
     """The cores of the rank number `rank` of a host; none where they would be too few.
 
-    `homes`: the node of each rank's GPU, -1 where it is not known. `nodes`: node -> its cores. `sibling_of`: core ->
-    the first thread of the same physical core, whose threads stay together.
+    `homes`: the node of each rank's GPU, -1 where it is not known. `nodes`: node -> its cores.
+    `sibling_of`: core -> the first thread of the same physical core, whose threads stay together.
     """
     sharing = [other for other, node in enumerate(homes) if node == homes[rank]]
     physical: dict[int, list[int]] = {}
     for core in sorted(nodes.get(homes[rank], ())):
         physical.setdefault(sibling_of.get(core, core), []).append(core)
     groups, place = list(physical.values()), sharing.index(rank)
-    own = groups[place * len(groups) // len(sharing):(place + 1) * len(groups) // len(sharing)]
+    own = groups[place * len(groups) // len(sharing) : (place + 1) * len(groups) // len(sharing)]
     cores = sorted(core for group in own for core in group)
     return cores if len(cores) >= LEAST_CORES else []
 
@@ -71,11 +83,14 @@ def node_cores() -> dict[int, set[int]]:
 
 
 def siblings() -> dict[int, int]:
-    """Core, as the system counts them -> the first one that is a thread of the same physical core."""
+    """Core, as the system counts them -> the first one that is a thread of the same physical
+    core."""
     found = {}
     for folder in (SYSTEM / "devices/system/cpu").glob("cpu[0-9]*"):
         with suppress(OSError, ValueError):
-            found[int(folder.name[3:])] = min(read_ranges((folder / "topology/thread_siblings_list").read_text()))
+            found[int(folder.name[3:])] = min(
+                read_ranges((folder / "topology/thread_siblings_list").read_text())
+            )
     return found
 
 
@@ -97,10 +112,14 @@ def _home_of(gpu: int) -> int:
 
 
 def pci_address(gpu: int) -> str:
-    """Where the GPU that this process knows by that number is, such as 0000:1b:00.0. `OSError` without a driver."""
+    """Where the GPU that this process knows by that number is, such as 0000:1b:00.0. `OSError`
+    without a driver."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, address = ctypes.c_int(), ctypes.create_string_buffer(32)
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), gpu) \
-            or driver.cuDeviceGetPCIBusId(address, len(address), device):
+    if (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), gpu)
+        or driver.cuDeviceGetPCIBusId(address, len(address), device)
+    ):
         raise OSError(f"the driver knows no GPU {gpu}")
     return address.value.decode().lower()

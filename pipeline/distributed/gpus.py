@@ -1,12 +1,15 @@
-"""Which GPUs a machine has, which of them its processes may use, and why they cannot where they cannot.
+"""Which GPUs a machine has, which of them its processes may use, and why they cannot where they
+cannot.
 
-A process that was to have a GPU and has none would train on the CPU for days without a word. So everything that
-chooses a device asks here: `count_gpus` before processes are started, `torch_gpus` in the process itself. Both raise
-`UserError` for a GPU that driver or torch make useless, unless the CPU is insisted on: `--device cpu`,
-`VASTSCALE_CPU=1` or an empty `CUDA_VISIBLE_DEVICES`. Torch is imported only where there are signs of a GPU.
+A process that was to have a GPU and has none would train on the CPU for days without a word. So
+everything that chooses a device asks here: `count_gpus` before processes are started, `torch_gpus`
+in the process itself. Both raise `UserError` for a GPU that driver or torch make useless, unless
+the CPU is insisted on: `--device cpu`, `VASTSCALE_CPU=1` or an empty `CUDA_VISIBLE_DEVICES`. Torch
+is imported only where there are signs of a GPU.
 
-`CUDA_VISIBLE_DEVICES` names GPUs by index or by UUID (`GPU-…`), and slices of GPUs (MIG) by UUID alone (`MIG-…`). A
-process can use one slice at most, so that each of several must be shown its own: `show_own_slice`.
+`CUDA_VISIBLE_DEVICES` names GPUs by index or by UUID (`GPU-…`), and slices of GPUs (MIG) by UUID
+alone (`MIG-…`). A process can use one slice at most, so that each of several must be shown its own:
+`show_own_slice`.
 """
 
 from __future__ import annotations
@@ -29,15 +32,19 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 CPU = "VASTSCALE_CPU"
 """Environment variable: 1 insists on the CPU."""
 SLICES = "VASTSCALE_MIG"
-"""Environment variable with the MIG devices of the ranks of this host, in their order, by their UUIDs."""
+"""Environment variable with the MIG devices of the ranks of this host, in their order, by their
+UUIDs."""
 NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
 FIRST_DRIVER = {13: 580, 12: 525, 11: 450}
 """CUDA's major version -> the first driver that runs all of its minor versions."""
 _NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 _LISTED = re.compile(r"GPU (?P<index>\d+): (?P<name>.*?) \(UUID: (?P<uuid>GPU-[^)\s]+)\)")
 _SLICE = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)\s]+)\)")
-_REMEDY = ("install driver {first} or newer, or a torch for an older CUDA (cu126 or cu128 of "
-           "download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device cpu to use the CPU all the same")
+_REMEDY = (
+    "install driver {first} or newer, or a torch for an older CUDA (cu126 or cu128 of "
+    "download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device cpu to use the CPU all "
+    "the same"
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,12 @@ def may_have_gpu() -> bool:
 
 
 def is_cpu_wanted(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether somebody insists on the CPU: `VASTSCALE_CPU`, or a `CUDA_VISIBLE_DEVICES` that names no GPU."""
-    return variables.get(CPU, "0") not in ("", "0") or variables.get(VISIBLE, "0").strip().lower() in _NO_GPU
+    """Whether somebody insists on the CPU: `VASTSCALE_CPU`, or a `CUDA_VISIBLE_DEVICES` that names
+    no GPU."""
+    return (
+        variables.get(CPU, "0") not in ("", "0")
+        or variables.get(VISIBLE, "0").strip().lower() in _NO_GPU
+    )
 
 
 def list_gpus() -> list[Gpu]:
@@ -97,8 +108,13 @@ def driver_version() -> str:
 def _ask_nvidia_smi(*arguments: str) -> str:
     """What it prints; empty where it is missing, fails or does not answer."""
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=NVIDIA_SECONDS, check=False)
+        done = subprocess.run(
+            ["nvidia-smi", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=NVIDIA_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
@@ -108,15 +124,20 @@ def _ask_nvidia_smi(*arguments: str) -> str:
 
 
 def count_gpus() -> int:
-    """How many processes can have a GPU, or a MIG device, of their own on this machine; 0: train on the CPU.
+    """How many processes can have a GPU, or a MIG device, of their own on this machine; 0: train on
+    the CPU.
 
-    `UserError` for GPUs that cannot be used, and for a `CUDA_VISIBLE_DEVICES` that names one twice or one that is not
-    there.
+    `UserError` for GPUs that cannot be used, and for a `CUDA_VISIBLE_DEVICES` that names one twice
+    or one that is not there.
     """
-    if is_cpu_wanted() or not (may_have_gpu() or "torch" in sys.modules):  # torch's import takes seconds
+    if is_cpu_wanted() or not (
+        may_have_gpu() or "torch" in sys.modules
+    ):  # torch's import takes seconds
         return 0
     gpus = list_gpus()
-    names = visible_devices(os.environ, gpus)  # an unknown one would end CUDA's list there, without a word
+    names = visible_devices(
+        os.environ, gpus
+    )  # an unknown one would end CUDA's list there, without a word
     seen = torch_gpus()
     if not seen:
         return 0
@@ -127,15 +148,17 @@ def count_gpus() -> int:
 def torch_gpus() -> int:
     """GPUs that torch can use in this process; 0 where there is none, or the CPU is insisted on.
 
-    `UserError`, naming the driver's and torch's versions and the ways out, where the machine has a GPU that torch
-    cannot use.
+    `UserError`, naming the driver's and torch's versions and the ways out, where the machine has a
+    GPU that torch cannot use.
     """
     if is_cpu_wanted():
         return 0
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says of an old driver what the error below says in one line
+        warnings.simplefilter(
+            "ignore"
+        )  # says of an old driver what the error below says in one line
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen:
         return seen
@@ -154,25 +177,37 @@ def _why_not(torch: Any) -> str:
     has = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({gpus[0].name}" if gpus else "a GPU ("
     has += f"{', ' if gpus else ''}{f'NVIDIA driver {driver}' if driver else 'its driver does not answer'})"
     if torch.version.cuda is None:
-        return (f"this machine has {has}, and torch {torch.__version__} is built for CPUs alone; install torch "
-                f"{torch.__version__.partition('+')[0]} from PyPI (CUDA 13: driver {FIRST_DRIVER[13]} or newer), or "
-                "say --device cpu to use the CPU all the same")
+        return (
+            f"this machine has {has}, and torch {torch.__version__} is built for CPUs alone; "
+            "install torch "
+            f"{torch.__version__.partition('+')[0]} from PyPI (CUDA 13: driver {FIRST_DRIVER[13]} "
+            "or newer), or "
+            "say --device cpu to use the CPU all the same"
+        )
     first = FIRST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), FIRST_DRIVER[13])
     wanted = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
     if driver and int(driver.partition(".")[0]) < first:
-        return (f"this machine has {has}, which is too old for {wanted}: that needs driver {first} or newer; "
-                f"{_REMEDY.format(first=first)}")
-    return (f"this machine has {has}, and {wanted} cannot use it: {_complaint_of(torch)}; see what `nvidia-smi` says, "
-            "and reboot after an update of the driver; or say --device cpu to use the CPU all the same")
+        return (
+            f"this machine has {has}, which is too old for {wanted}: that needs driver {first} or "
+            "newer; "
+            f"{_REMEDY.format(first=first)}"
+        )
+    return (
+        f"this machine has {has}, and {wanted} cannot use it: {_complaint_of(torch)}; see what "
+        "`nvidia-smi` says, "
+        "and reboot after an update of the driver; or say --device cpu to use the CPU all the same"
+    )
 
 
 def _has_device() -> bool:
-    """Whether there is a device of NVIDIA's whose driver does not answer: its file, or hardware beside its tools."""
+    """Whether there is a device of NVIDIA's whose driver does not answer: its file, or hardware
+    beside its tools."""
     if _has_device_file():
         return True
     return bool(shutil.which("nvidia-smi")) and any(
         _read(device / "vendor") == "0x10de" and _read(device / "class").startswith("0x03")
-        for device in Path("/sys/bus/pci/devices").glob("*"))
+        for device in Path("/sys/bus/pci/devices").glob("*")
+    )
 
 
 def _has_device_file() -> bool:
@@ -191,7 +226,8 @@ def _complaint_of(torch: Any) -> str:
 
 
 def refuse_old_gpu(number: int) -> None:
-    """`UserError` for a GPU older than the oldest that torch has kernels for. Starts CUDA in this process."""
+    """`UserError` for a GPU older than the oldest that torch has kernels for. Starts CUDA in this
+    process."""
     import torch
 
     names = [re.fullmatch(r"sm_(\d+)[a-z]?", name) for name in torch.cuda.get_arch_list()]
@@ -199,11 +235,15 @@ def refuse_old_gpu(number: int) -> None:
     major, minor = torch.cuda.get_device_capability(number)
     if known and major * 10 + minor < min(known):
         oldest = min(known)
-        raise UserError(f"GPU {number} ({torch.cuda.get_device_name(number)}) has compute capability {major}.{minor}, "
-                        f"and torch {torch.__version__} for CUDA {torch.version.cuda} needs "
-                        f"{oldest // 10}.{oldest % 10} or more; install a torch for an older CUDA (cu126 of "
-                        f"download.pytorch.org/whl, with nvidia-dali-cuda120), leave the GPU out with {VISIBLE}, or "
-                        "say --device cpu")
+        raise UserError(
+            f"GPU {number} ({torch.cuda.get_device_name(number)}) has compute capability "
+            f"{major}.{minor}, "
+            f"and torch {torch.__version__} for CUDA {torch.version.cuda} needs "
+            f"{oldest // 10}.{oldest % 10} or more; install a torch for an older CUDA (cu126 of "
+            "download.pytorch.org/whl, with nvidia-dali-cuda120), leave the GPU out with "
+            f"{VISIBLE}, or "
+            "say --device cpu"
+        )
 
 
 def _read(path: Path) -> str:
@@ -219,8 +259,9 @@ def _read(path: Path) -> str:
 def visible_devices(variables: Mapping[str, str], gpus: Sequence[Gpu]) -> list[str] | None:
     """The names in `CUDA_VISIBLE_DEVICES`: indexes and UUIDs in full; None where it is not set.
 
-    `UserError` for a name that occurs twice, one that is none of `gpus` (unless those are not known), and for GPUs
-    beside MIG devices. CUDA itself would leave out all that follows, or everything, and say nothing.
+    `UserError` for a name that occurs twice, one that is none of `gpus` (unless those are not
+    known), and for GPUs beside MIG devices. CUDA itself would leave out all that follows, or
+    everything, and say nothing.
     """
     text = variables.get(VISIBLE)
     if text is None:
@@ -229,29 +270,46 @@ def visible_devices(variables: Mapping[str, str], gpus: Sequence[Gpu]) -> list[s
     places = [_place_of(name, gpus) for name in names]
     for position, name in enumerate(names):
         if places[position] in places[:position]:
-            raise UserError(f"{VISIBLE}={text} names {name} twice; a GPU takes one process, so name each once")
+            raise UserError(
+                f"{VISIBLE}={text} names {name} twice; a GPU takes one process, so name each once"
+            )
     sliced = [name for name in names if name.startswith("MIG-")]
     if sliced and len(sliced) < len(names):
-        raise UserError(f"{VISIBLE}={text} mixes whole GPUs and MIG devices, of which CUDA uses one kind at a time; "
-                        "name one kind")
+        raise UserError(
+            f"{VISIBLE}={text} mixes whole GPUs and MIG devices, of which CUDA uses one kind at a "
+            "time; "
+            "name one kind"
+        )
     return names
 
 
 def _whole_name(name: str, gpus: Sequence[Gpu], text: str) -> str:
     """`name`, an index or the beginning of a UUID, in full."""
-    known = "; ".join(f"{gpu.index}: {gpu.uuid}{''.join(f', {one}' for one in gpu.slices)}" for gpu in gpus)
+    known = "; ".join(
+        f"{gpu.index}: {gpu.uuid}{''.join(f', {one}' for one in gpu.slices)}" for gpu in gpus
+    )
     if name.isdecimal():
         if gpus and int(name) not in [gpu.index for gpu in gpus]:
-            raise UserError(f"{VISIBLE}={text}: there is no GPU {name}; this machine has {known} (nvidia-smi -L)")
+            raise UserError(
+                f"{VISIBLE}={text}: there is no GPU {name}; this machine has {known} (nvidia-smi "
+                "-L)"
+            )
         return str(int(name))
     if not name.startswith(("GPU-", "MIG-")):
-        raise UserError(f"{VISIBLE}={text}: {name!r} is neither an index nor a UUID; write numbers from 0, or names as "
-                        "`nvidia-smi -L` has them")
+        raise UserError(
+            f"{VISIBLE}={text}: {name!r} is neither an index nor a UUID; write numbers from 0, or "
+            "names as "
+            "`nvidia-smi -L` has them"
+        )
     if not gpus:
         return name
     found = [uuid for gpu in gpus for uuid in (gpu.uuid, *gpu.slices) if uuid.startswith(name)]
     if len(found) != 1:
-        what = "there is no such device" if not found else f"{name} is the beginning of {len(found)} names"
+        what = (
+            "there is no such device"
+            if not found
+            else f"{name} is the beginning of {len(found)} names"
+        )
         raise UserError(f"{VISIBLE}={text}: {what}; this machine has {known} (nvidia-smi -L)")
     return found[0]
 
@@ -262,24 +320,28 @@ def _place_of(name: str, gpus: Sequence[Gpu]) -> str:
 
 
 def _slices(names: Sequence[str] | None, gpus: Sequence[Gpu]) -> list[str]:
-    """The MIG devices among `names`; where none are given, all that there are, for then CUDA shows nothing else."""
+    """The MIG devices among `names`; where none are given, all that there are, for then CUDA shows
+    nothing else."""
     if names is None:
         return [one for gpu in gpus for one in gpu.slices]
     return [name for name in names if name.startswith("MIG-")]
 
 
 def device_names(variables: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of GPUs or MIG devices in `CUDA_VISIBLE_DEVICES`, or all MIG devices; empty: GPUs by their numbers."""
+    """The names of GPUs or MIG devices in `CUDA_VISIBLE_DEVICES`, or all MIG devices; empty: GPUs
+    by their numbers."""
     gpus = list_gpus()
     names = visible_devices(variables, gpus)
     return names or _slices(names, gpus)
 
 
 def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
-    """Prepare the environment of a launcher that starts `processes` and knows GPUs by their indexes alone.
+    """Prepare the environment of a launcher that starts `processes` and knows GPUs by their indexes
+    alone.
 
-    Returns whether it must be told how many processes there are, for it is not told which GPUs. MIG devices are kept
-    from it; each rank finds its own by `show_own_slice`. `UserError` where a UUID has no index here.
+    Returns whether it must be told how many processes there are, for it is not told which GPUs. MIG
+    devices are kept from it; each rank finds its own by `show_own_slice`. `UserError` where a UUID
+    has no index here.
     """
     gpus = list_gpus()
     names = visible_devices(variables, gpus)
@@ -293,16 +355,23 @@ def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
     indexes = [_place_of(name, gpus) for name in names[:processes]]
     unknown = [index for index in indexes if not index.isdecimal()]
     if unknown:
-        raise UserError(f"{VISIBLE} names {unknown[0]}, whose index only nvidia-smi could tell, and it is missing or "
-                        f"does not answer; name GPUs by number, or use one: {VISIBLE}={unknown[0]} and --procs 1")
+        raise UserError(
+            f"{VISIBLE} names {unknown[0]}, whose index only nvidia-smi could tell, and it is "
+            "missing or "
+            f"does not answer; name GPUs by number, or use one: {VISIBLE}={unknown[0]} and --procs "
+            "1"
+        )
     if any(not name.isdecimal() for name in names):
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order, which the indexes are of
+        variables["CUDA_DEVICE_ORDER"] = (
+            "PCI_BUS_ID"  # nvidia-smi's order, which the indexes are of
+        )
     variables[VISIBLE] = ",".join(indexes)
     return False
 
 
 def take_slice(rank: int, variables: MutableMapping[str, str]) -> None:
-    """In the environment of process `rank` of this host, show the MIG device that is its own, where there are some."""
+    """In the environment of process `rank` of this host, show the MIG device that is its own, where
+    there are some."""
     gpus = list_gpus() if may_have_gpu() and not is_cpu_wanted(variables) else []
     slices = _slices(visible_devices(variables, gpus), gpus) if gpus else []
     if rank < len(slices):
@@ -310,13 +379,20 @@ def take_slice(rank: int, variables: MutableMapping[str, str]) -> None:
 
 
 def show_own_slice(local_rank: int, variables: MutableMapping[str, str] = os.environ) -> None:
-    """Where the ranks of this host have MIG devices, let this process see its own alone. Call it before CUDA starts."""
-    slices = variables.get(SLICES, "").split(",") if variables.get(SLICES) else _slices(
-        [name.strip() for name in variables.get(VISIBLE, "").split(",")], ())
+    """Where the ranks of this host have MIG devices, let this process see its own alone. Call it
+    before CUDA starts."""
+    slices = (
+        variables.get(SLICES, "").split(",")
+        if variables.get(SLICES)
+        else _slices([name.strip() for name in variables.get(VISIBLE, "").split(",")], ())
+    )
     if len(slices) > 1 or variables.get(SLICES):
         if local_rank >= len(slices):
-            raise UserError(f"LOCAL_RANK is {local_rank}, and this host has {len(slices)} MIG devices for its ranks; "
-                            "start at most one process per device")
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, and this host has {len(slices)} MIG devices for its "
+                "ranks; "
+                "start at most one process per device"
+            )
         variables[VISIBLE] = slices[local_rank]
 
 
@@ -326,7 +402,8 @@ def has_slice(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def settle(device: str, variables: MutableMapping[str, str] = os.environ) -> None:
-    """Make the environment of a rank say what `--device` ("auto" or "cpu") and its launcher do, before torch starts."""
+    """Make the environment of a rank say what `--device` ("auto" or "cpu") and its launcher do,
+    before torch starts."""
     if device == "cpu":
         variables[CPU] = "1"
     if is_cpu_wanted(variables):

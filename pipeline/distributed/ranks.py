@@ -19,7 +19,15 @@ import torch.distributed as dist
 from pipeline.cli import RunError, UserError
 from pipeline.distributed.affinity import bind_to_cores
 from pipeline.distributed.gpus import has_slice, is_cpu_wanted, refuse_old_gpu, torch_gpus
-from pipeline.distributed.launcher import BY_HAND, GUARDED, Place, choose_interface, end_with_parent, find_place, gpu_of
+from pipeline.distributed.launcher import (
+    BY_HAND,
+    GUARDED,
+    Place,
+    choose_interface,
+    end_with_parent,
+    find_place,
+    gpu_of,
+)
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
 """Environment variable with the process that started the ranks; they stop when it is gone."""
@@ -39,7 +47,9 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    control: dist.ProcessGroup | None = None  # over Gloo: flags between hosts, never a synchronisation with the GPU
+    control: dist.ProcessGroup | None = (
+        None  # over Gloo: flags between hosts, never a synchronisation with the GPU
+    )
     launcher: str = ""  # that started the ranks, for people
     interface: str = ""  # of the network to other hosts, where it was chosen here
     timeout: timedelta = timedelta(minutes=10)  # of `control`
@@ -49,11 +59,15 @@ class Ranks:
         return self.rank == 0
 
     def apart(self) -> Ranks:
-        """The same ranks with a control group of their own, for a thread beside the main one; all make it together.
+        """The same ranks with a control group of their own, for a thread beside the main one; all
+        make it together.
 
-        A group's collectives must come in the same order on every rank, so two threads cannot share one.
+        A group's collectives must come in the same order on every rank, so two threads cannot share
+        one.
         """
-        control = None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=self.timeout)
+        control = (
+            None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=self.timeout)
+        )
         return replace(self, control=control)
 
     def gather(self, value: Any) -> list[Any]:
@@ -73,10 +87,11 @@ class Ranks:
         return values[0]
 
     def on_all_ranks(self, action: Callable[[], Result]) -> Result:
-        """Run `action`, which waits for no other rank, on every rank; return its value if it went well on all.
+        """Run `action`, which waits for no other rank, on every rank; return its value if it went
+        well on all.
 
-        Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a disk's) or `RunError`
-        that it was, and the others exit with its status.
+        Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a
+        disk's) or `RunError` that it was, and the others exit with its status.
         """
         complaint, result = None, None
         try:
@@ -94,10 +109,12 @@ class Ranks:
         return cast(Result, result)
 
     def sees_folder(self, folder: Path, seconds: float = 0) -> bool:
-        """Whether this rank sees the `folder` of the first rank, where it exists; all ranks call it together.
+        """Whether this rank sees the `folder` of the first rank, where it exists; all ranks call it
+        together.
 
-        A file that the first rank makes for a moment decides: the names of hosts, paths and mounts tell nothing, and a
-        name that was never asked for is in no cache of a shared disk. Others look for it for up to `seconds`.
+        A file that the first rank makes for a moment decides: the names of hosts, paths and mounts
+        tell nothing, and a name that was never asked for is in no cache of a shared disk. Others
+        look for it for up to `seconds`.
         """
         if self.world_size == 1:
             return True
@@ -120,21 +137,24 @@ def reach_ranks(action: Callable[[], Result]) -> Result:
         return action()
     except RuntimeError as error:  # DistError is one; Gloo's own are nothing else
         # The supervisor knows by these words that another rank is the cause.
-        raise RankLostError("another rank has ended or does not answer; see what it reported "
-                            f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise RankLostError(
+            "another rank has ended or does not answer; see what it reported "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
     """Join the process group that the launcher's environment describes; alone where there is none.
 
-    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process gets SIGTERM. `UserError`
-    for an environment that is partially set and for a GPU that cannot be used, `RunError` if the ranks do not find
-    each other.
+    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process gets SIGTERM.
+    `UserError` for an environment that is partially set and for a GPU that cannot be used,
+    `RunError` if the ranks do not find each other.
     """
     place = find_place()
     os.environ.update(place.variables())
     if LAUNCHER in os.environ or place.launcher not in ("", BY_HAND):
-        # One whose guard is gone cannot save, for all others are ended; and a stopped one would not end by SIGTERM.
+        # One whose guard is gone cannot save, for all others are ended; and a stopped one would not
+        # end by SIGTERM.
         end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
     interface = choose_interface(place)
     device = _device(place)
@@ -143,7 +163,9 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     else:
         bind_to_cores(place, device.index, torch.cuda.device_count())
         if place.world_size == 1:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # alone, in a sandbox perhaps without any other
+            os.environ.setdefault(
+                "NCCL_SOCKET_IFNAME", "lo"
+            )  # alone, in a sandbox perhaps without any other
     timeout = timedelta(minutes=timeout_minutes)
     # Bound to its GPU, NCCL fails here and not in the first step. Alone there is no one to reach.
     # NCCL takes two MIG devices of a GPU for the same one and refuses (NVIDIA/nccl #1716).
@@ -153,16 +175,29 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
         dist.init_process_group("nccl" if by_nccl else "gloo", timeout=timeout, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except dist.DistError as error:
-        raise RunError(f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join the "
-                       f"others at {place.master_addr} port {place.master_port}: {str(error).splitlines()[0]}; see "
-                       "that rank 0 runs there, that no other program has the port, and that no firewall is between") \
-            from error
-    return Ranks(place.rank, place.world_size, place.local_rank, device, control, place.launcher, interface,
-                 timeout)
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join "
+            "the "
+            f"others at {place.master_addr} port {place.master_port}: "
+            f"{str(error).splitlines()[0]}; see "
+            "that rank 0 runs there, that no other program has the port, and that no firewall is "
+            "between"
+        ) from error
+    return Ranks(
+        place.rank,
+        place.world_size,
+        place.local_rank,
+        device,
+        control,
+        place.launcher,
+        interface,
+        timeout,
+    )
 
 
 def _device(place: Place) -> torch.device:
-    """This rank's GPU, or the CPU where the machine has none or it is insisted on; never silently instead of a GPU."""
+    """This rank's GPU, or the CPU where the machine has none or it is insisted on; never silently
+    instead of a GPU."""
     if is_cpu_wanted() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
     try:
@@ -176,7 +211,10 @@ def _device(place: Place) -> torch.device:
     device = torch.device("cuda", gpu_of(place, count))
     refuse_old_gpu(device.index)
     torch.cuda.set_device(device)
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # by which DeepSpeed would choose another one
+    for name in (
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ):  # by which DeepSpeed would choose another one
         if name in os.environ:
             os.environ[name] = str(device.index)
     return device

@@ -44,7 +44,8 @@ class Request(NamedTuple):
 class StopSignals:
     """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing.
 
-    As long as it `is_patient`: before the first step there is nothing to save, and the process ends at once.
+    As long as it `is_patient`: before the first step there is nothing to save, and the process ends
+    at once.
     """
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
@@ -55,7 +56,8 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """The first signal, SIGTERM if the launcher is gone (nobody could stop this process any more), else 0."""
+        """The first signal, SIGTERM if the launcher is gone (nobody could stop this process any
+        more), else 0."""
         if not self._noted and self._launcher:
             try:
                 os.kill(self._launcher, 0)
@@ -64,8 +66,10 @@ class StopSignals:
         return self._noted
 
     def __enter__(self) -> StopSignals:
-        self._previous = {number: signal.signal(number, self._note)
-                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        self._previous = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,23 +85,29 @@ class StopSignals:
 
 
 class Agreement:
-    """The largest request of all ranks, a step late: it travels between the hosts while the next step computes."""
+    """The largest request of all ranks, a step late: it travels between the hosts while the next
+    step computes."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, request: Request) -> Request:
-        """Send this step's request; returns what was agreed of the step before. Every rank calls it every step."""
+        """Send this step's request; returns what was agreed of the step before. Every rank calls it
+        every step."""
         if self._ranks.world_size == 1:
             return request
         agreed = self.finish()
         value = torch.tensor(request.kind * NUM_SIGNALS + request.signal)
-        self._pending = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True), value
+        self._pending = (
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True),
+            value,
+        )
         return agreed
 
     def finish(self) -> Request:
-        """What was agreed of the request sent last; every rank calls it, before it leaves the loop."""
+        """What was agreed of the request sent last; every rank calls it, before it leaves the
+        loop."""
         if self._pending is None:
             return Request()
         work, value = self._pending
@@ -121,8 +131,9 @@ class Watchdog:
 
     From `begin` on there must be a first one within half an hour.
 
-    Otherwise the tracebacks of all threads are written to stderr, and the process ends with status 1 at once. That is
-    done by a thread of C that needs no Python lock: it works where the process hangs inside a library, too.
+    Otherwise the tracebacks of all threads are written to stderr, and the process ends with status
+    1 at once. That is done by a thread of C that needs no Python lock: it works where the process
+    hangs inside a library, too.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -134,10 +145,13 @@ class Watchdog:
     def begin(self) -> None:
         """Say that there will be progress."""
         if self._seconds:
-            faulthandler.dump_traceback_later(max(START_SECONDS, self._seconds), exit=True, file=self._told)
+            faulthandler.dump_traceback_later(
+                max(START_SECONDS, self._seconds), exit=True, file=self._told
+            )
 
     def feed(self, *, only_if_armed: bool = False) -> None:
-        """Say that there was progress; `only_if_armed`: of the kind that comes before the first step, too."""
+        """Say that there was progress; `only_if_armed`: of the kind that comes before the first
+        step, too."""
         now = time.monotonic()
         if only_if_armed and not self._is_armed:
             return

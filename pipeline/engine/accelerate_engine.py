@@ -1,6 +1,8 @@
-"""An engine of Hugging Face Accelerate: plain PyTorch, DistributedDataParallel between ranks, no DeepSpeed.
+"""An engine of Hugging Face Accelerate: plain PyTorch, DistributedDataParallel between ranks, no
+DeepSpeed.
 
-Weights and optimizer are FP32 in every precision; BF16 and FP16 are autocast, FP16 with torch's loss scaling.
+Weights and optimizer are FP32 in every precision; BF16 and FP16 are autocast, FP16 with torch's
+loss scaling.
 """
 
 from __future__ import annotations
@@ -30,9 +32,14 @@ class AccelerateEngine:
     It is an `Engine` as `pipeline.engine.engine` describes one.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer,
-                 build_schedule: Callable[[torch.optim.Optimizer], Schedule] | None, ds_config: Mapping[str, Any],
-                 ranks: Ranks) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        build_schedule: Callable[[torch.optim.Optimizer], Schedule] | None,
+        ds_config: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> None:
         self.module = module
         self.weights: list[Tensor] = list(module.parameters())
         self.lr_scheduler = build_schedule(optimizer) if build_schedule else None
@@ -44,16 +51,20 @@ class AccelerateEngine:
         self._accumulation = ds_config["gradient_accumulation_steps"]
         self._max_norm = ds_config.get("gradient_clipping", DEFAULT_CLIPPING) or float("inf")
         self._micro_steps = 0
-        # One for each engine: loss scales are a network's own. What they share is the process's place and precision.
+        # One for each engine: loss scales are a network's own. What they share is the process's
+        # place and precision.
         self._accelerator = _accelerator(ds_config, ranks)
         self._replica, self.optimizer = self._accelerator.prepare(module, optimizer)
         # Fused optimizers leave everything alone where `found_inf` is set; a scaler sets its own.
-        self._guards_itself = self._accelerator.scaler is not None or bool(optimizer.defaults.get("fused"))
+        self._guards_itself = self._accelerator.scaler is not None or bool(
+            optimizer.defaults.get("fused")
+        )
         if self._accelerator.scaler is None and self._guards_itself:
             optimizer.found_inf = self.was_skipped
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the module; ranks exchange gradients in the backward of an accumulation boundary alone."""
+        """Run the module; ranks exchange gradients in the backward of an accumulation boundary
+        alone."""
         is_exchanging = self.is_gradient_accumulation_boundary() or not torch.is_grad_enabled()
         with nullcontext() if is_exchanging else self._accelerator.no_sync(self._replica):
             return self._replica(*inputs)
@@ -75,10 +86,15 @@ class AccelerateEngine:
         return [group["lr"] for group in self._inner.param_groups]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over ranks."""
-        self._accelerator.gradient_accumulation_steps = self._accumulation  # is the process's, not the engine's
+        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over
+        ranks."""
+        self._accelerator.gradient_accumulation_steps = (
+            self._accumulation
+        )  # is the process's, not the engine's
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # of channels_last
+            warnings.filterwarnings(
+                "ignore", message="Grad strides do not match bucket view"
+            )  # of channels_last
             self._accelerator.backward(loss)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -88,7 +104,9 @@ class AccelerateEngine:
 
     def check_gradient(self) -> None:
         """Clip the gradient of an update and note its norm, and whether all of it is finite."""
-        self.gradient_norm = self._accelerator.clip_grad_norm_(self.module.parameters(), self._max_norm)
+        self.gradient_norm = self._accelerator.clip_grad_norm_(
+            self.module.parameters(), self._max_norm
+        )
         self.was_skipped.copy_(~torch.isfinite(self.gradient_norm))
         self._nonfinite_steps += self.was_skipped
 
@@ -106,14 +124,21 @@ class AccelerateEngine:
             self.lr_scheduler.step()
 
     def save(self, directory: str, name: str, files: Any) -> None:
-        """Write weights, moments, schedule and loss scale, the same on all ranks, from the first."""
+        """Write weights, moments, schedule and loss scale, the same on all ranks, from the
+        first."""
         folder = os.path.join(directory, name)
         if self._ranks.is_first:
             scaler = self._accelerator.scaler
             files.makedirs(folder, exist_ok=True)
-            files.save({"module": self.module.state_dict(), "optimizer": self._inner.state_dict(),
-                        "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-                        "loss_scale": scaler.state_dict() if scaler else None}, os.path.join(folder, STATES_FILE))
+            files.save(
+                {
+                    "module": self.module.state_dict(),
+                    "optimizer": self._inner.state_dict(),
+                    "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+                    "loss_scale": scaler.state_dict() if scaler else None,
+                },
+                os.path.join(folder, STATES_FILE),
+            )
         files.commit(name)
         dist.barrier(group=self._ranks.control)
 
@@ -140,24 +165,43 @@ class AccelerateEngine:
 
 
 def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
-    """An `Accelerator` for the precision of a resolved ds_config, on the device that these ranks have."""
+    """An `Accelerator` for the precision of a resolved ds_config, on the device that these ranks
+    have."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, GradScalerKwargs
 
     fp16 = ds_config.get("fp16", {})
-    precision = "fp16" if fp16.get("enabled") else "bf16" if ds_config.get("bf16", {}).get("enabled") else "no"
-    scaling = GradScalerKwargs(init_scale=2.0 ** fp16.get("initial_scale_power", INITIAL_SCALE_POWER),
-                               growth_interval=fp16.get("loss_scale_window", SCALE_WINDOW))
-    # Batch norm's statistics are averaged after an update, not replaced by the first rank's before it. Some networks
-    # have weights that serve only after training, and get no gradient.
+    precision = (
+        "fp16"
+        if fp16.get("enabled")
+        else "bf16"
+        if ds_config.get("bf16", {}).get("enabled")
+        else "no"
+    )
+    scaling = GradScalerKwargs(
+        init_scale=2.0 ** fp16.get("initial_scale_power", INITIAL_SCALE_POWER),
+        growth_interval=fp16.get("loss_scale_window", SCALE_WINDOW),
+    )
+    # Batch norm's statistics are averaged after an update, not replaced by the first rank's before
+    # it. Some networks have weights that serve only after training, and get no gradient.
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     threads = torch.get_num_threads()
     try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=ranks.device.type == "cpu", dynamo_backend="no",
-                                  kwargs_handlers=[replicas, scaling])
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=ranks.device.type == "cpu",
+            dynamo_backend="no",
+            kwargs_handlers=[replicas, scaling],
+        )
     except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"accelerate refuses: {' '.join(str(error).split())}") from error
     torch.set_num_threads(threads)  # on CPUs it takes all cores for every rank
-    if accelerator.device.type != ranks.device.type or accelerator.num_processes != ranks.world_size:
-        raise UserError(f"accelerate is set to {accelerator.num_processes} processes on {accelerator.device}, and "
-                        f"these are {ranks.world_size} on {ranks.device}; unset its variables (ACCELERATE_…)")
+    if (
+        accelerator.device.type != ranks.device.type
+        or accelerator.num_processes != ranks.world_size
+    ):
+        raise UserError(
+            f"accelerate is set to {accelerator.num_processes} processes on {accelerator.device}, "
+            "and "
+            f"these are {ranks.world_size} on {ranks.device}; unset its variables (ACCELERATE_…)"
+        )
     return accelerator

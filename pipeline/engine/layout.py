@@ -1,6 +1,7 @@
 """Which memory layout of the activations a network trains faster in, measured where it will run.
 
-The layout of the input decides: convolutions hand it on. Weights stay contiguous, as DeepSpeed wants to send them.
+The layout of the input decides: convolutions hand it on. Weights stay contiguous, as DeepSpeed
+wants to send them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ LEAST_ROUNDS, MOST_ROUNDS = 2, 25
 
 
 def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.device) -> str:
-    """ "channels_last" or "contiguous": whichever takes less time forward and backward on (batch, 3, patch, patch).
+    """ "channels_last" or "contiguous": whichever takes less time forward and backward on (batch,
+    3, patch, patch).
 
-    Measured without torch.compile (which keeps the layout it is given), in FP16 on a GPU, in FP32 on a CPU and there
-    with 2 images at most, or with 1 where they take long. After a first step in each layout, in which memory is
-    allocated and kernels are chosen, it takes a second, and up to three where its rounds do not agree: then the
-    machine is busy, and the least times of more rounds count.
+    Measured without torch.compile (which keeps the layout it is given), in FP16 on a GPU, in FP32
+    on a CPU and there with 2 images at most, or with 1 where they take long. After a first step in
+    each layout, in which memory is allocated and kernels are chosen, it takes a second, and up to
+    three where its rounds do not agree: then the machine is busy, and the least times of more
+    rounds count.
     """
-    images = torch.rand(batch if device.type == "cuda" else min(batch, 2), 3, patch, patch, device=device)
+    images = torch.rand(
+        batch if device.type == "cuda" else min(batch, 2), 3, patch, patch, device=device
+    )
     trial = copy.deepcopy(network).to(device)
     if device.type == "cuda":
         trial, images = trial.half(), images.half()
@@ -55,14 +60,24 @@ def _measured(network: nn.Module, images: torch.Tensor) -> str:
     return _winner(best)
 
 
-def _round(network: nn.Module, images: torch.Tensor, *, is_reversed: bool = False) -> dict[str, float]:
-    """Seconds of a step in each layout, one after the other, so that a slow moment of the machine meets both."""
+def _round(
+    network: nn.Module, images: torch.Tensor, *, is_reversed: bool = False
+) -> dict[str, float]:
+    """Seconds of a step in each layout, one after the other, so that a slow moment of the machine
+    meets both."""
     names = list(LAYOUTS)[::-1] if is_reversed else list(LAYOUTS)
-    return {name: _step_seconds(network, images.contiguous(memory_format=LAYOUTS[name])) for name in names}
+    return {
+        name: _step_seconds(network, images.contiguous(memory_format=LAYOUTS[name]))
+        for name in names
+    }
 
 
 def _winner(seconds: dict[str, float]) -> str:
-    return "contiguous" if seconds["contiguous"] * MARGIN < seconds["channels_last"] else "channels_last"
+    return (
+        "contiguous"
+        if seconds["contiguous"] * MARGIN < seconds["channels_last"]
+        else "channels_last"
+    )
 
 
 def _step_seconds(network: nn.Module, inputs: torch.Tensor) -> float:

@@ -1,10 +1,13 @@
-"""Learning rate schedules by torch's names, each behind a warm-up if the ds_config wants it, and DeepSpeed's warm-ups.
+"""Learning rate schedules by torch's names, each behind a warm-up if the ds_config wants it, and
+DeepSpeed's warm-ups.
 
-DeepSpeed's warm-up schedules are formulas here, for both runtimes: the same rates, to the last bit. Its OneCycle and
-LRRangeTest are left to DeepSpeed itself. `pipeline.config.ds_config.SCHEDULES` names them all.
+DeepSpeed's warm-up schedules are formulas here, for both runtimes: the same rates, to the last bit.
+Its OneCycle and LRRangeTest are left to DeepSpeed itself. `pipeline.config.ds_config.SCHEDULES`
+names them all.
 
-A schedule counts the updates of its own network, not the steps of the run: where a network learns at every third step
-only, `milestones`, `T_max`, `total_iters` and `warmup_num_steps` are thirds of the steps.
+A schedule counts the updates of its own network, not the steps of the run: where a network learns
+at every third step only, `milestones`, `T_max`, `total_iters` and `warmup_num_steps` are thirds of
+the steps.
 """
 
 from __future__ import annotations
@@ -22,16 +25,33 @@ from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, check_schedule
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "CyclicLR": {"cycle_momentum": False},  # of Adam it would cycle beta 1
-    "ReduceLROnPlateau": {"mode": "max"},  # what is watched is PSNR, and `patience` counts validations
+    "ReduceLROnPlateau": {
+        "mode": "max"
+    },  # what is watched is PSNR, and `patience` counts validations
     "ConstantLR": {"factor": 1.0},
 }
 AUTO = ("total_num_steps", "T_max", "total_iters")
 """Parameters that may be "auto": the updates of the network in the whole run."""
 WARMUP_DEFAULTS = {"warmup_num_steps": 0, "warmup_min_ratio": 0.0}
-WHOLE = {"step_size": 1, "T_max": 1, "T_0": 1, "T_mult": 1, "total_iters": 1, "step_size_up": 1, "step_size_down": 0,
-         "patience": 0, "cooldown": 0, "warmup_num_steps": 0}
-"""Parameters that are whole numbers -> the least that makes sense. All but these and the next are numbers."""
-WORDS, SWITCHES, LISTS = ("mode", "threshold_mode"), ("cycle_momentum",), ("base_lr", "max_lr", "min_lr")
+WHOLE = {
+    "step_size": 1,
+    "T_max": 1,
+    "T_0": 1,
+    "T_mult": 1,
+    "total_iters": 1,
+    "step_size_up": 1,
+    "step_size_down": 0,
+    "patience": 0,
+    "cooldown": 0,
+    "warmup_num_steps": 0,
+}
+"""Parameters that are whole numbers -> the least that makes sense. All but these and the next are
+numbers."""
+WORDS, SWITCHES, LISTS = (
+    ("mode", "threshold_mode"),
+    ("cycle_momentum",),
+    ("base_lr", "max_lr", "min_lr"),
+)
 PROGRESS = ("last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter")
 """Where one of torch's schedules stands. Its other attributes follow from the ds_config."""
 
@@ -39,21 +59,29 @@ PROGRESS = ("last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_co
 class Schedule:
     """One of torch's schedules, stepped once an update, behind a linear warm-up.
 
-    In update number k (0, 1, …) of the warm-up the rate is `min_ratio` + (1 - `min_ratio`) (k + 1) / `steps` times what
-    the schedule says; the schedule itself counts from the first update on. Where torch knows a closed form, the rate
-    is a function of k and the parameters alone: after a change of length it is that of a run begun with the new one.
+    In update number k (0, 1, …) of the warm-up the rate is `min_ratio` + (1 - `min_ratio`) (k + 1)
+    / `steps` times what the schedule says; the schedule itself counts from the first update on.
+    Where torch knows a closed form, the rate is a function of k and the parameters alone: after a
+    change of length it is that of a run begun with the new one.
 
     `writes_as_deepspeed`: the state has the form of DeepSpeed's own schedules. Either form is read.
     """
 
-    def __init__(self, inner: Any, steps: int, min_ratio: float, *, writes_as_deepspeed: bool = False) -> None:
+    def __init__(
+        self, inner: Any, steps: int, min_ratio: float, *, writes_as_deepspeed: bool = False
+    ) -> None:
         self.inner, self.steps, self.min_ratio = inner, steps, min_ratio
         self.count = 0
         self._writes_as_deepspeed = writes_as_deepspeed
-        self._has_closed_form = hasattr(inner, "_get_closed_form_lr") or isinstance(inner, lr_scheduler.LambdaLR)
-        self._rates = self._closed_form() if self._has_closed_form else self.get_last_lr()  # without the warm-up
+        self._has_closed_form = hasattr(inner, "_get_closed_form_lr") or isinstance(
+            inner, lr_scheduler.LambdaLR
+        )
+        self._rates = (
+            self._closed_form() if self._has_closed_form else self.get_last_lr()
+        )  # without the warm-up
         self._apply()
-        # An optimizer's state brings the rate it was saved with, and ZeRO's is loaded after the schedule's.
+        # An optimizer's state brings the rate it was saved with, and ZeRO's is loaded after the
+        # schedule's.
         inner.optimizer.register_load_state_dict_post_hook(lambda _: self._apply())
 
     def step(self) -> None:
@@ -78,7 +106,8 @@ class Schedule:
         return [group["lr"] for group in self.inner.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values alone, which safe loading accepts; what is left out follows from the ds_config."""
+        """Plain values alone, which safe loading accepts; what is left out follows from the
+        ds_config."""
         if self._writes_as_deepspeed:
             return {"last_batch_iteration": self.count - 1}
         inner = {name: getattr(self.inner, name) for name in PROGRESS if hasattr(self.inner, name)}
@@ -89,7 +118,9 @@ class Schedule:
             self.count = state["last_batch_iteration"] + 1
         else:
             self.count, self._rates = state["count"], list(state["rates"])
-            vars(self.inner).update({name: state["inner"][name] for name in PROGRESS if name in state["inner"]})
+            vars(self.inner).update(
+                {name: state["inner"][name] for name in PROGRESS if name in state["inner"]}
+            )
         if self._has_closed_form:
             self._rates = self._closed_form()
         self._apply()
@@ -112,22 +143,32 @@ class Schedule:
             group["lr"] = rate
 
 
-def build_schedule(section: Mapping[str, Any], optimizer: torch.optim.Optimizer, *,
-                   writes_as_deepspeed: bool = False) -> Schedule:
-    """The schedule of a resolved ds_config's `scheduler` section, unless it is one of `LEFT_TO_DEEPSPEED`.
+def build_schedule(
+    section: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    *,
+    writes_as_deepspeed: bool = False,
+) -> Schedule:
+    """The schedule of a resolved ds_config's `scheduler` section, unless it is one of
+    `LEFT_TO_DEEPSPEED`.
 
-    `writes_as_deepspeed`: write the state of DeepSpeed's warm-ups in DeepSpeed's form; see `Schedule`.
+    `writes_as_deepspeed`: write the state of DeepSpeed's warm-ups in DeepSpeed's form; see
+    `Schedule`.
     """
     validate_schedule(section)
     return _build(section, optimizer, writes_as_deepspeed)
 
 
 def validate_schedule(section: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a `scheduler` section, resolved or not, that names no schedule, or one wrongly."""
+    """Raise `UserError` for a `scheduler` section, resolved or not, that names no schedule, or one
+    wrongly."""
     check_schedule(section)
     if section["type"] in LEFT_TO_DEEPSPEED:
         return
-    params = {key: 10 if key in AUTO and value == "auto" else value for key, value in section.get("params", {}).items()}
+    params = {
+        key: 10 if key in AUTO and value == "auto" else value
+        for key, value in section.get("params", {}).items()
+    }
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule = _build({**section, "params": params}, optimizer)
     try:
@@ -139,11 +180,21 @@ def validate_schedule(section: Mapping[str, Any]) -> None:
         raise UserError(f"ds_config: schedule {section['type']}: {error}") from error
 
 
-def _build(section: Mapping[str, Any], optimizer: torch.optim.Optimizer, writes_as_deepspeed: bool = False) -> Schedule:
+def _build(
+    section: Mapping[str, Any], optimizer: torch.optim.Optimizer, writes_as_deepspeed: bool = False
+) -> Schedule:
     name, given = section["type"], section.get("params", {})
     if name in DEEPSPEED_WARMUPS:
-        return Schedule(_deepspeed_warmup(name, given, optimizer), 0, 0.0, writes_as_deepspeed=writes_as_deepspeed)
-    params = {key: _checked(name, key, value) for key, value in {**DEFAULTS.get(name, {}), **given}.items()}
+        return Schedule(
+            _deepspeed_warmup(name, given, optimizer),
+            0,
+            0.0,
+            writes_as_deepspeed=writes_as_deepspeed,
+        )
+    params = {
+        key: _checked(name, key, value)
+        for key, value in {**DEFAULTS.get(name, {}), **given}.items()
+    }
     warmup = {key: params.pop(key, default) for key, default in WARMUP_DEFAULTS.items()}
     try:
         inner = getattr(lr_scheduler, name)(optimizer, **params)
@@ -153,7 +204,8 @@ def _build(section: Mapping[str, Any], optimizer: torch.optim.Optimizer, writes_
 
 
 def _checked(schedule: str, key: str, value: Any) -> Any:
-    """`value` as torch wants it; whole numbers may be written 1e5. `UserError` for one of another kind."""
+    """`value` as torch wants it; whole numbers may be written 1e5. `UserError` for one of another
+    kind."""
     is_good, rule = _rule(key)
     if not is_good(value):
         raise UserError(f"ds_config: schedule {schedule}: {key} must be {rule}, not {value!r}")
@@ -167,14 +219,21 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
     if key in WHOLE:
         return lambda value: _is_whole(value, WHOLE[key]), f"a whole number, {WHOLE[key]} or above"
     if key == "milestones":
-        return (lambda value: isinstance(value, list) and all(_is_whole(one, 1) for one in value),
-                "a list of whole numbers, 1 or above")
+        return (
+            lambda value: isinstance(value, list) and all(_is_whole(one, 1) for one in value),
+            "a list of whole numbers, 1 or above",
+        )
     if key in WORDS:
         return lambda value: isinstance(value, str), "a word"
     if key in SWITCHES:
         return lambda value: isinstance(value, bool), "true or false"
-    return (lambda value: all(_is_number(one) for one in (value if key in LISTS and isinstance(value, list)
-                                                          else [value])), "a number, 0 or above")
+    return (
+        lambda value: all(
+            _is_number(one)
+            for one in (value if key in LISTS and isinstance(value, list) else [value])
+        ),
+        "a number, 0 or above",
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -185,8 +244,8 @@ def _is_whole(value: Any, least: int) -> bool:
     return _is_number(value) and value == int(value) and value >= least
 
 
-# DeepSpeed's warm-up schedules as formulas. As there, the first update goes at the least rate: WarmupCosineLR's at 0,
-# the others' at `warmup_min_lr`.
+# DeepSpeed's warm-up schedules as formulas. As there, the first update goes at the least rate:
+# WarmupCosineLR's at 0, the others' at `warmup_min_lr`.
 
 
 _WARMUP = {"warmup_num_steps": 1000, "warmup_type": "log"}
@@ -194,12 +253,19 @@ _RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": None}  # None: the optimizer's 
 DEEPSPEED_WARMUPS: dict[str, dict[str, Any]] = {
     "WarmupLR": {**_RATES, **_WARMUP},
     "WarmupDecayLR": {**_RATES, "warmup_max_lr": 0.001, "total_num_steps": None, **_WARMUP},
-    "WarmupCosineLR": {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001, "total_num_steps": None, **_WARMUP},
+    "WarmupCosineLR": {
+        "warmup_min_ratio": 0.0,
+        "cos_min_ratio": 0.0001,
+        "total_num_steps": None,
+        **_WARMUP,
+    },
 }
 """Name -> its parameters with DeepSpeed's defaults."""
 
 
-def _deepspeed_warmup(name: str, given: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> lr_scheduler.LambdaLR:
+def _deepspeed_warmup(
+    name: str, given: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> lr_scheduler.LambdaLR:
     params = {**DEEPSPEED_WARMUPS[name], **given}
     _check(name, params)
     factors = []
@@ -208,7 +274,9 @@ def _deepspeed_warmup(name: str, given: Mapping[str, Any], optimizer: torch.opti
             factors.append(functools.partial(_cosine_factor, params))
         else:
             factors.append(functools.partial(_linear_rate, name, params, group["lr"]))
-            group["initial_lr"] = 1.0  # what LambdaLR multiplies with: these factors are rates themselves
+            group["initial_lr"] = (
+                1.0  # what LambdaLR multiplies with: these factors are rates themselves
+            )
     schedule = lr_scheduler.LambdaLR(optimizer, factors)
     for group in optimizer.param_groups:
         del group["initial_lr"]  # or the optimizer would write it into every checkpoint
@@ -216,7 +284,8 @@ def _deepspeed_warmup(name: str, given: Mapping[str, Any], optimizer: torch.opti
 
 
 def _linear_rate(name: str, params: Mapping[str, Any], base: float, count: int) -> float:
-    """The rate after `count` updates: WarmupLR stays at the top, WarmupDecayLR falls to 0 in a line."""
+    """The rate after `count` updates: WarmupLR stays at the top, WarmupDecayLR falls to 0 in a
+    line."""
     least, most, length = params["warmup_min_lr"], params["warmup_max_lr"], _length(params)
     step, top = count - 1, base if most is None else most
     if step < 0:
@@ -257,9 +326,18 @@ def _check(name: str, params: Mapping[str, Any]) -> None:
     for key, value in params.items():
         if key == "warmup_type":
             if value not in ("log", "linear"):
-                raise UserError(f"ds_config: schedule {name}: warmup_type must be log or linear, not {value!r}")
+                raise UserError(
+                    f"ds_config: schedule {name}: warmup_type must be log or linear, not {value!r}"
+                )
         elif key.endswith("_num_steps"):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"ds_config: schedule {name}: {key} must be a whole number, 1 or above, not {value!r}")
-        elif value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0):
-            raise UserError(f"ds_config: schedule {name}: {key} must be a number, 0 or above, not {value!r}")
+                raise UserError(
+                    f"ds_config: schedule {name}: {key} must be a whole number, 1 or above, not "
+                    f"{value!r}"
+                )
+        elif value is not None and (
+            not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0
+        ):
+            raise UserError(
+                f"ds_config: schedule {name}: {key} must be a number, 0 or above, not {value!r}"
+            )

@@ -1,10 +1,10 @@
 """Whether Triton can compile a kernel here, found out by compiling one.
 
-On a GPU, Inductor writes Triton's kernels. That `import triton` works says little: at its first kernel Triton also
-compiles a piece of C against Python's headers and the driver's library, and loads it from its cache. Each of these is
-missing on some plain GPU image, and would otherwise end a run in its first step. `python -m
-pipeline.engine.triton_check` prints what torch and Triton make of this machine's GPUs as one line of JSON, for the
-doctor.
+On a GPU, Inductor writes Triton's kernels. That `import triton` works says little: at its first
+kernel Triton also compiles a piece of C against Python's headers and the driver's library, and
+loads it from its cache. Each of these is missing on some plain GPU image, and would otherwise end a
+run in its first step. `python -m pipeline.engine.triton_check` prints what torch and Triton make of
+this machine's GPUs as one line of JSON, for the doctor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 def why_no_triton(device: torch.device) -> str:
-    """Empty if a kernel compiles and computes the right thing on `device`, else what is lacking and the way out."""
+    """Empty if a kernel compiles and computes the right thing on `device`, else what is lacking and
+    the way out."""
     from torch.utils._triton import has_triton, has_triton_package
 
     if not has_triton_package():
@@ -33,7 +34,9 @@ def why_no_triton(device: torch.device) -> str:
 
         # In this order: Inductor's own question hides why the answer is no.
         return "" if doubled(device) == 2.0 and has_triton() else "Triton does not know this GPU"
-    except Exception as error:  # a compiler's, a linker's, a disk's: whatever it is, compiling does not work here
+    except (
+        Exception
+    ) as error:  # a compiler's, a linker's, a disk's: whatever it is, compiling does not work here
         return _explain(error)
 
 
@@ -45,14 +48,26 @@ def _explain(error: Exception) -> str:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Python's headers are missing (Debian: apt install python3-dev)"
     if isinstance(error, subprocess.CalledProcessError):
-        return f"the C compiler failed on Triton's own code: {_one_line(' '.join(map(str, error.cmd)))}"
+        return (
+            "the C compiler failed on Triton's own code: "
+            f"{_one_line(' '.join(map(str, error.cmd)))}"
+        )
     if "libcuda" in said or "ldconfig" in said:
-        return ("Triton does not find libcuda.so.1, which it looks for with `ldconfig -p`; run ldconfig as root, or "
-                "set TRITON_LIBCUDA_PATH to its folder")
+        return (
+            "Triton does not find libcuda.so.1, which it looks for with `ldconfig -p`; run "
+            "ldconfig as root, or "
+            "set TRITON_LIBCUDA_PATH to its folder"
+        )
     if "failed to map segment" in said:
-        return "Triton's cache is on a disk mounted noexec; set TRITON_CACHE_DIR to a folder on another"
+        return (
+            "Triton's cache is on a disk mounted noexec; set TRITON_CACHE_DIR to a folder on "
+            "another"
+        )
     if isinstance(error, PermissionError):
-        return f"Triton's cache cannot be written ({error.filename}); set TRITON_CACHE_DIR to a folder that can"
+        return (
+            f"Triton's cache cannot be written ({error.filename}); set TRITON_CACHE_DIR to a "
+            "folder that can"
+        )
     return f"Triton cannot compile a kernel: {type(error).__name__}: {_one_line(said)}"
 
 
@@ -62,16 +77,25 @@ def _one_line(text: str, most: int = 200) -> str:
 
 
 def report() -> dict[str, Any]:
-    """Versions, the GPUs that torch sees with their compute capabilities, and why not more or not compiled."""
+    """Versions, the GPUs that torch sees with their compute capabilities, and why not more or not
+    compiled."""
     from pipeline.cli import UserError
     from pipeline.distributed.gpus import driver_version, refuse_old_gpu, torch_gpus
 
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "driver": driver_version(),
-                             "gpus": [], "complaint": "", "uncompiled": ""}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "driver": driver_version(),
+        "gpus": [],
+        "complaint": "",
+        "uncompiled": "",
+    }
     try:
         for number in range(torch_gpus()):
             major, minor = torch.cuda.get_device_capability(number)
-            found["gpus"].append({"name": torch.cuda.get_device_name(number), "capability": f"{major}.{minor}"})
+            found["gpus"].append(
+                {"name": torch.cuda.get_device_name(number), "capability": f"{major}.{minor}"}
+            )
             refuse_old_gpu(number)
         if found["gpus"]:
             found["uncompiled"] = why_no_triton(torch.device("cuda", 0))

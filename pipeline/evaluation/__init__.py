@@ -1,4 +1,5 @@
-"""Evaluation: networks against bicubic and nearest on pairs of images, as numbers, tables, pictures and a page."""
+"""Evaluation: networks against bicubic and nearest on pairs of images, as numbers, tables, pictures
+and a page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What `evaluate.py` does: choose the models and the images, measure, print, write.
 
-`run_evaluation` starts processes, or is one of them. Every process prepares the whole evaluation, so that each refuses
-what can be refused before the work; they then share the images, and the first prints and writes.
+`run_evaluation` starts processes, or is one of them. Every process prepares the whole evaluation,
+so that each refuses what can be refused before the work; they then share the images, and the first
+prints and writes.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
     subject = None
     if count > 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a fork has no threads but one, and would wait for the others for ever
+        torch.set_num_threads(
+            1
+        )  # a fork has no threads but one, and would wait for the others for ever
         subject = choose_subject(options)
         num_images = sum(len(data.pairs) for data in subject.sets)
         if (fewer := worth_starting(count, num_images)) < count:
@@ -138,9 +141,13 @@ def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place
     measured = measure_sets(work, queue, gallery)
 
     def finish() -> None:
-        report = as_json(measured, [{"title": model.title, **model.describe()} for model in evaluation.models],
-                         work.scale, device=evaluation.device.type if options.device == "auto" else options.device,
-                         self_ensemble=options.self_ensemble)
+        report = as_json(
+            measured,
+            [{"title": model.title, **model.describe()} for model in evaluation.models],
+            work.scale,
+            device=evaluation.device.type if options.device == "auto" else options.device,
+            self_ensemble=options.self_ensemble,
+        )
         _print_tables(measured, evaluation.models, work.scale)
         _write(measured, outputs, report)
         if gallery is not None and outputs.page is not None:
@@ -152,30 +159,46 @@ def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place
 
 
 def choose_subject(options: Options) -> Subject:
-    """The models and images that the options name; `UserError` where there is something wrong with them."""
+    """The models and images that the options name; `UserError` where there is something wrong with
+    them."""
     models = choose_models(options.model, options.scale)
     return Subject(models, choose_images(options, models[0].saved.scale))
 
 
 def _prepare(options: Options, subject: Subject | None, place: Place) -> Evaluation:
-    """All that can be refused is refused here, before the work. `subject` where the starting process has chosen it."""
-    if subject is None and options.procs > 1 and options.procs != place.world_size and place.world_size > 1:
-        raise UserError(f"--procs {options.procs}, but {place.launcher} has started {place.world_size} processes; "
-                        "leave --procs out")
+    """All that can be refused is refused here, before the work. `subject` where the starting
+    process has chosen it."""
+    if (
+        subject is None
+        and options.procs > 1
+        and options.procs != place.world_size
+        and place.world_size > 1
+    ):
+        raise UserError(
+            f"--procs {options.procs}, but {place.launcher} has started {place.world_size} "
+            "processes; "
+            "leave --procs out"
+        )
     subject = subject or choose_subject(options)
     models, sets = subject.models, subject.sets
     device = device_at(place, options.device)
-    upscalers = {model.title: upscaler_of(model.saved.build(), device, self_ensemble=options.self_ensemble)
-                 for model in models}
+    upscalers = {
+        model.title: upscaler_of(model.saved.build(), device, self_ensemble=options.self_ensemble)
+        for model in models
+    }
     outputs = _make_folders(options, models)
-    return Evaluation(models, Work(sets, upscalers, _measures(options, device), outputs.pictures), device, outputs)
+    return Evaluation(
+        models, Work(sets, upscalers, _measures(options, device), outputs.pictures), device, outputs
+    )
 
 
 def _measures(options: Options, device: Device) -> list[Measure]:
     """All metrics that need no trunk, and those for which one was chosen."""
     weights = None if options.lpips_weights is None else str(options.lpips_weights)
     if options.lpips == "off" and weights is not None:
-        raise UserError(f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg")
+        raise UserError(
+            f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg"
+        )
     trunks = {} if options.lpips == "off" else {"lpips": Trunk(options.lpips, weights)}
     return load_measures(METRICS.values(), trunks, str(device))
 
@@ -183,15 +206,24 @@ def _measures(options: Options, device: Device) -> list[Measure]:
 def choose_images(options: Options, scale: int) -> list[ImageSet]:
     """The folder of --hr, if any, and the benchmarks that were named, each once."""
     if options.hr is None and not options.benchmark:
-        raise UserError("nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark set5 set14…")
+        raise UserError(
+            "nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark set5 "
+            "set14…"
+        )
     if options.hr is None and options.lr is not None:
-        raise UserError(f"--lr {options.lr} without --hr; a benchmark's LR images lie in its own folder")
+        raise UserError(
+            f"--lr {options.lr} without --hr; a benchmark's LR images lie in its own folder"
+        )
     root = options.benchmarks.expanduser()
     folders = [] if options.hr is None else [find_folder(options.hr, options.lr, scale)]
     presets = [find_benchmark(root, key, scale) for key in dict.fromkeys(options.benchmark)]
     names = {preset.name.lower() for preset in presets}
-    return [ImageSet(f"{data.name} (folder)", data.pairs, data.hr, data.lr) if data.name.lower() in names else data
-            for data in folders] + presets
+    return [
+        ImageSet(f"{data.name} (folder)", data.pairs, data.hr, data.lr)
+        if data.name.lower() in names
+        else data
+        for data in folders
+    ] + presets
 
 
 def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
@@ -200,13 +232,17 @@ def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
     pictures = options.out or RESULTS_DIR / name
     numbers = options.json or pictures / "evaluation.json"
     if numbers.suffix.lower() in (".csv", ".md"):
-        raise UserError(f"--json {numbers} would be written over by its own {numbers.suffix}; name it .json")
+        raise UserError(
+            f"--json {numbers} would be written over by its own {numbers.suffix}; name it .json"
+        )
     page = None if options.html is None else options.html / "index.html"
     for folder in (pictures, numbers.parent, *([page.parent] if page else [])):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {str(folder)!r} ({error.strerror}); choose another") from error
+            raise UserError(
+                f"cannot make the folder {str(folder)!r} ({error.strerror}); choose another"
+            ) from error
     return Outputs(pictures, numbers, page)
 
 
@@ -217,8 +253,10 @@ def _announce(evaluation: Evaluation, num_processes: int, *, is_ensemble: bool) 
     sets = evaluation.work.sets
     if len(sets) == 1 and len(models) == 1:
         saved = models[0].saved
-        print(f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
-              f"{len(sets[0].pairs)} images{', LR made: bicubic' if sets[0].lr_made_by else ''}")
+        print(
+            f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
+            f"{len(sets[0].pairs)} images{', LR made: bicubic' if sets[0].lr_made_by else ''}"
+        )
     else:
         for model in models:
             saved = model.saved
@@ -236,19 +274,26 @@ def _print_tables(sets: Sequence[SetScores], models: Sequence[Model], scale: int
         print(f"\n{format_table(sets[0], models[0].title, scale)}")
     else:
         print("\n" + "\n".join(headline(sets)))
-    print(f"\nDifferences in PSNR-Y, {LEVEL:.0%} intervals (bootstrap over images, {RESAMPLES:,} draws, seed {SEED}):")
+    print(
+        f"\nDifferences in PSNR-Y, {LEVEL:.0%} intervals (bootstrap over images, {RESAMPLES:,} "
+        f"draws, seed {SEED}):"
+    )
     for measured in sets:
         for entry in measured.differences:
             if entry.metric == "psnr_y":
-                print(f"  {measured.name}: {entry.method} over {entry.against} "
-                      f"{interval_text(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}")
+                print(
+                    f"  {measured.name}: {entry.method} over {entry.against} "
+                    f"{interval_text(entry.interval, 'psnr_y', '+')} dB: {entry.verdict}"
+                )
     print()
 
 
 def _write(sets: Sequence[SetScores], outputs: Outputs, report: dict[str, Any]) -> None:
-    files = {outputs.numbers: dumps(report, indent=2, allow_nan=False) + "\n",
-             outputs.numbers.with_suffix(".csv"): csv_text(sets),
-             outputs.numbers.with_suffix(".md"): markdown(sets, report["scale"])}
+    files = {
+        outputs.numbers: dumps(report, indent=2, allow_nan=False) + "\n",
+        outputs.numbers.with_suffix(".csv"): csv_text(sets),
+        outputs.numbers.with_suffix(".md"): markdown(sets, report["scale"]),
+    }
     for file, text in files.items():
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
     names = ", ".join(path.suffix for path in list(files)[1:])

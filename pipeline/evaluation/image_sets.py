@@ -1,7 +1,9 @@
-"""The images to evaluate on: pairs of HR and LR in any folder, and the benchmarks that papers report.
+"""The images to evaluate on: pairs of HR and LR in any folder, and the benchmarks that papers
+report.
 
-`find_folder` pairs the images of a folder by name. `find_benchmark` looks for a benchmark in the folder layouts that
-people have them in. Both give an `ImageSet` of `ImagePair`s, which are read when they are measured.
+`find_folder` pairs the images of a folder by name. `find_benchmark` looks for a benchmark in the
+folder layouts that people have them in. Both give an `ImageSet` of `ImagePair`s, which are read
+when they are measured.
 """
 
 from __future__ import annotations
@@ -34,80 +36,118 @@ class ImagePair:
     """None: it is made from the HR image."""
 
     def load(self, scale: int) -> tuple[Tensor, Tensor]:
-        """HR and LR, uint8 RGB 1 x 3 x H x W; the HR cut at the bottom and the right to a multiple of `scale`.
+        """HR and LR, uint8 RGB 1 x 3 x H x W; the HR cut at the bottom and the right to a multiple
+        of `scale`.
 
-        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes. One that is there may be of the HR
-        image cut to a multiple of another number (as `GTmod12` of every x2, x3 and x4): HR is then cut as it was. It
-        may also be of the whole HR image, and so have a part of a pixel more than the cut one.
+        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes. One that is there
+        may be of the HR image cut to a multiple of another number (as `GTmod12` of every x2, x3 and
+        x4): HR is then cut as it was. It may also be of the whole HR image, and so have a part of a
+        pixel more than the cut one.
         """
         whole = to_tensor(read_rgb(self.hr))
         hr = crop_to_multiple(whole, scale)
         height, width = hr.shape[-2:]
         if self.lr is None:
             if min(height, width) < scale:
-                raise UserError(f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}; remove it")
-            return hr, to_bytes(cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale)))
+                raise UserError(
+                    f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}; "
+                    "remove it"
+                )
+            return hr, to_bytes(
+                cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale))
+            )
         lr = to_tensor(read_rgb(self.lr))
-        if not all(_fits(large, small, scale) for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)):
-            raise UserError(f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so at scale "
-                            f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
-                            f"{str(self.hr)!r} is {width}x{height}; was it made for another scale?")
+        if not all(
+            _fits(large, small, scale)
+            for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)
+        ):
+            raise UserError(
+                f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so "
+                "at scale "
+                f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
+                f"{str(self.hr)!r} is {width}x{height}; was it made for another scale?"
+            )
         return hr[..., : lr.shape[-2] * scale, : lr.shape[-1] * scale], lr
 
 
 def _fits(large: int, small: int, scale: int) -> bool:
-    """Whether a side of an LR image may come from that of an HR image, whole or cut to a multiple of something."""
-    return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(COMMON_MULTIPLE, scale)
+    """Whether a side of an LR image may come from that of an HR image, whole or cut to a multiple
+    of something."""
+    return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(
+        COMMON_MULTIPLE, scale
+    )
 
 
 def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImagePair]:
-    """ImagePair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming what does not pair.
+    """ImagePair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming
+    what does not pair.
 
-    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there do not count),
-    otherwise every image is HR and its LR image is made. With `lr`: names match as `match_pairs` says, so LR may have
-    `_LR`, `xS` or `_xS` behind, S being the scale. Where `NAME_SRF_S_HR.png` lie there for several scales, only this
-    one's count.
+    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there
+    do not count), otherwise every image is HR and its LR image is made. With `lr`: names match as
+    `match_pairs` says, so LR may have `_LR`, `xS` or `_xS` behind, S being the scale. Where
+    `NAME_SRF_S_HR.png` lie there for several scales, only this one's count.
     """
     images = _images_by_stem(Path(hr), "HR")
     marked = {stem: path for stem, path in images.items() if stem.lower().endswith("_hr")}
-    marked = {stem: path for stem, path in marked.items() if stem.lower().endswith(f"_srf_{scale}_hr")} or marked
+    marked = {
+        stem: path for stem, path in marked.items() if stem.lower().endswith(f"_srf_{scale}_hr")
+    } or marked
     if lr is not None:
         lr_images = _images_by_stem(Path(lr), "LR")
     else:
-        lr_images = {stem: path for stem, path in images.items() if marked and stem.lower().endswith("_lr")}
+        lr_images = {
+            stem: path for stem, path in images.items() if marked and stem.lower().endswith("_lr")
+        }
     lr_files = {path.name: path for path in lr_images.values()}
-    matched, _ = match_pairs([path.name for path in (marked or images).values()], list(lr_files), scale)
+    matched, _ = match_pairs(
+        [path.name for path in (marked or images).values()], list(lr_files), scale
+    )
     partners = {pair.hr: lr_files[pair.lr] for pair in matched}
-    pairs = [ImagePair(stem[:-3] if marked else stem, path, partners.get(path.name))
-             for stem, path in (marked or images).items()]
+    pairs = [
+        ImagePair(stem[:-3] if marked else stem, path, partners.get(path.name))
+        for stem, path in (marked or images).items()
+    ]
     missing = [pair.hr for pair in pairs if pair.lr is None]
     if missing and lr is not None:
-        raise UserError(f"{len(missing)} of {len(pairs)} HR images have no LR image in {str(lr)!r}, the first being "
-                        f"{missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})")
+        raise UserError(
+            f"{len(missing)} of {len(pairs)} HR images have no LR image in {str(lr)!r}, the first "
+            "being "
+            f"{missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})"
+        )
     if missing and partners:
-        raise UserError(f"{len(missing)} of {len(pairs)} HR images in {str(hr)!r} have no LR image beside them, the "
-                        f"first being {missing[0].name!r}; add it or give the LR images with --lr")
+        raise UserError(
+            f"{len(missing)} of {len(pairs)} HR images in {str(hr)!r} have no LR image beside "
+            "them, the "
+            f"first being {missing[0].name!r}; add it or give the LR images with --lr"
+        )
     return sorted(pairs, key=lambda pair: pair.name)
 
 
 def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"no folder of {title} images {str(folder)!r}")
-    paths = sorted(path for path in folder.iterdir() if suffix_of(path) in IMAGE_SUFFIXES and path.is_file())
+    paths = sorted(
+        path for path in folder.iterdir() if suffix_of(path) in IMAGE_SUFFIXES and path.is_file()
+    )
     if not paths:
-        raise UserError(f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(
+            f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     images: dict[str, Path] = {}
     for path in paths:
         if path.stem in images:
-            raise UserError(f"folder {str(folder)!r} holds both {images[path.stem].name!r} and {path.name!r}; "
-                            "image names must differ before the dot")
+            raise UserError(
+                f"folder {str(folder)!r} holds both {images[path.stem].name!r} and {path.name!r}; "
+                "image names must differ before the dot"
+            )
         images[path.stem] = path
     return images
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A benchmark: its name in papers, how many images it has, and the names that its folder goes by."""
+    """A benchmark: its name in papers, how many images it has, and the names that its folder goes
+    by."""
 
     title: str
     num_images: int
@@ -138,26 +178,67 @@ PRESETS = {
     "b100": Preset("B100", 100, ("B100", "BSD100", "BSDS100")),
     "urban100": Preset("Urban100", 100, ("Urban100",)),
     "div2k": Preset("DIV2K", 100, ("DIV2K", "DIV2K_valid", "DIV2K100", "DIV2K_val")),
-    "pirm": Preset("PIRM", 100, ("PIRM", "PIRM_valset", "PIRM_valset_100", "PIRM_val", "PIRM_dataset/Validation",
-                                 "PIRM/Validation", "PIRM_testset", "PIRM_dataset/Test", "PIRM/Test")),
+    "pirm": Preset(
+        "PIRM",
+        100,
+        (
+            "PIRM",
+            "PIRM_valset",
+            "PIRM_valset_100",
+            "PIRM_val",
+            "PIRM_dataset/Validation",
+            "PIRM/Validation",
+            "PIRM_testset",
+            "PIRM_dataset/Test",
+            "PIRM/Test",
+        ),
+    ),
 }
-# Where a benchmark's folder holds its HR images; {s} is the scale, case does not matter, the first that fits counts.
-SIDE_BY_SIDE = ("image_SRF_{s}", "SRF_{s}", "x{s}", ".")  # SelfExSR: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png
-HR_FOLDERS = ("DIV2K_valid_HR", "HR", "GTmod12", "GTmod{s}", "GT", "original", "HR/x{s}", "x{s}/HR", ".")
-LR_FOLDERS = ("LR_bicubic/x{s}", "LRbicx{s}", "LR_bicubic_x{s}", "DIV2K_valid_LR_bicubic/x{s}", "LR/x{s}", "LRx{s}",
-              "LR_x{s}", "x{s}/LR", "{s}x_downsampled")
+# Where a benchmark's folder holds its HR images; {s} is the scale, case does not matter, the first
+# that fits counts.
+SIDE_BY_SIDE = (
+    "image_SRF_{s}",
+    "SRF_{s}",
+    "x{s}",
+    ".",
+)  # SelfExSR: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png
+HR_FOLDERS = (
+    "DIV2K_valid_HR",
+    "HR",
+    "GTmod12",
+    "GTmod{s}",
+    "GT",
+    "original",
+    "HR/x{s}",
+    "x{s}/HR",
+    ".",
+)
+LR_FOLDERS = (
+    "LR_bicubic/x{s}",
+    "LRbicx{s}",
+    "LR_bicubic_x{s}",
+    "DIV2K_valid_LR_bicubic/x{s}",
+    "LR/x{s}",
+    "LRx{s}",
+    "LR_x{s}",
+    "x{s}/LR",
+    "{s}x_downsampled",
+)
 LR_BESIDE = ("{name}_LR_bicubic/x{s}", "{name}_LR_x{s}")
 LR_OF_ANY_SCALE = ("LR_bicubic", "LR")  # taken only where the sizes say that the scale is this one
 
 
 def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
-    """The benchmark `key` of `PRESETS` under `root`, with LR images where there are some, else they are made.
+    """The benchmark `key` of `PRESETS` under `root`, with LR images where there are some, else they
+    are made.
 
     `UserError` names the folders that were looked for.
     """
     preset = PRESETS[key]
     if not root.is_dir():
-        raise UserError(f"no folder of benchmarks {str(root)!r}; say where they are with --benchmarks DIR")
+        raise UserError(
+            f"no folder of benchmarks {str(root)!r}; say where they are with --benchmarks DIR"
+        )
     try:
         for folder in _folders(root, preset):
             found = _side_by_side(folder, scale) or _two_folders(folder, scale)
@@ -165,10 +246,14 @@ def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
                 hr, lr, pairs = found
                 return ImageSet(preset.title, pairs, hr, lr, _note(preset, pairs, hr))
     except OSError as error:
-        raise UserError(f"folder {error.filename!r} cannot be read ({error.strerror}); repair its permissions"
-                        ) from error
-    raise UserError(f"no benchmark {key} in {str(root)!r} (looked for a folder {' or '.join(preset.folders)} with "
-                    f"images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md")
+        raise UserError(
+            f"folder {error.filename!r} cannot be read ({error.strerror}); repair its permissions"
+        ) from error
+    raise UserError(
+        f"no benchmark {key} in {str(root)!r} (looked for a folder {' or '.join(preset.folders)} "
+        "with "
+        f"images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md"
+    )
 
 
 def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
@@ -178,8 +263,8 @@ def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
 
 
 def _folders(root: Path, preset: Preset) -> Iterator[Path]:
-    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it), benchmark/Set5; or
-    `root` itself, if it has such a name."""
+    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it),
+    benchmark/Set5; or `root` itself, if it has such a name."""
     if root.resolve().name.lower() in {name.lower() for name in preset.folders}:
         yield root
     for place in (root, *_inside(root, "benchmark"), *_inside(root, "benchmarks")):
@@ -205,7 +290,8 @@ def _inside(folder: Path, relative: str) -> list[Path]:
 
 
 def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[ImagePair]] | None:
-    """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none, made."""
+    """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none,
+    made."""
     for pattern in SIDE_BY_SIDE:
         for place in _inside(folder, pattern.format(s=scale)):
             if any(path.stem.lower().endswith(f"_srf_{scale}_hr") for path in place.iterdir()):
@@ -222,7 +308,9 @@ def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Imag
     return None
 
 
-def _with_lr(folder: Path, hr: Path, pairs: list[ImagePair], scale: int) -> tuple[Path, Path | None, list[ImagePair]]:
+def _with_lr(
+    folder: Path, hr: Path, pairs: list[ImagePair], scale: int
+) -> tuple[Path, Path | None, list[ImagePair]]:
     """The pairs with the benchmark's LR images, where it has any of this scale."""
     for lr in _lr_folders(folder, hr, scale):
         return hr, lr, find_pairs(hr, lr, scale)
@@ -235,7 +323,8 @@ def _with_lr(folder: Path, hr: Path, pairs: list[ImagePair], scale: int) -> tupl
 
 
 def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
-    """The folders of LR images that name the scale: in the benchmark's own, and beside one named NAME_HR."""
+    """The folders of LR images that name the scale: in the benchmark's own, and beside one named
+    NAME_HR."""
     for pattern in LR_FOLDERS:
         yield from _inside(folder, pattern.format(s=scale))
     if hr == folder and folder.name.lower().endswith("_hr"):
@@ -244,7 +333,8 @@ def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
 
 
 def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[ImagePair]:
-    """The pairs of two folders where the first has sizes that fit the scale; empty where they do not pair or fit."""
+    """The pairs of two folders where the first has sizes that fit the scale; empty where they do
+    not pair or fit."""
     try:
         pairs = find_pairs(hr, lr, scale)
         sizes = zip(read_size(pairs[0].hr), read_size(pairs[0].lr), strict=True)
@@ -258,14 +348,22 @@ def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
     """What differs from the benchmark as published, and what became of the images of the folder."""
     notes = []
     if preset is not None and len(pairs) != preset.num_images:
-        notes.append(f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
-                     "the means are not comparable with published ones")
-    profiles = {path: profile for pair in pairs for path in (pair.hr, pair.lr)
-                if path is not None and (profile := read_profile(path))}
+        notes.append(
+            f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
+            "the means are not comparable with published ones"
+        )
+    profiles = {
+        path: profile
+        for pair in pairs
+        for path in (pair.hr, pair.lr)
+        if path is not None and (profile := read_profile(path))
+    }
     if profiles:
         path, profile = next(iter(profiles.items()))
-        notes.append(f"{len(profiles)} images have another colour profile than sRGB (such as {path.name!r}: "
-                     f"{profile}); they are converted to sRGB")
+        notes.append(
+            f"{len(profiles)} images have another colour profile than sRGB (such as {path.name!r}: "
+            f"{profile}); they are converted to sRGB"
+        )
     if unread := unread_note(sorted(path.name for path in hr.iterdir())):
         notes.append(unread)
     return "; ".join(notes)

@@ -1,4 +1,5 @@
-"""The models that are evaluated: the files that were named, or those of run folders, of one scale."""
+"""The models that are evaluated: the files that were named, or those of run folders, of one
+scale."""
 
 from __future__ import annotations
 
@@ -31,8 +32,13 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What tells this model from every other, as JSON values."""
-        return {"file": str(self.file), "sha256": self.sha256,
-                "name": self.saved.name, "params": self.saved.params, "metadata": self.saved.metadata}
+        return {
+            "file": str(self.file),
+            "sha256": self.sha256,
+            "name": self.saved.name,
+            "params": self.saved.params,
+            "metadata": self.saved.metadata,
+        }
 
 
 def choose_model(model: Path | None) -> Model:
@@ -45,24 +51,34 @@ def choose_model(model: Path | None) -> Model:
 
 
 def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
-    """The models of those paths (none: the newest run's), all of one scale, with titles that differ."""
+    """The models of those paths (none: the newest run's), all of one scale, with titles that
+    differ."""
     chosen = [choose_model(model) for model in models] or [choose_model(None)]
     for model in chosen:
         if scale is not None and scale != model.saved.scale:
-            raise UserError(f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
-                            f"{str(model.file)!r}; leave --scale out or choose another --model")
+            raise UserError(
+                f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
+                f"{str(model.file)!r}; leave --scale out or choose another --model"
+            )
         if model.saved.scale != chosen[0].saved.scale:
-            raise UserError(f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
-                            f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate them "
-                            "one after the other")
+            raise UserError(
+                f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
+                f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate "
+                "them "
+                "one after the other"
+            )
     return _with_titles_that_differ(chosen)
 
 
 def _with_titles_that_differ(models: list[Model]) -> list[Model]:
     """Equal titles get the folder in front, and a number behind where that is not enough."""
     count = Counter(model.title for model in models)
-    models = [replace(model, title=f"{model.file.resolve().parent.name}/{model.title}") if count[model.title] > 1
-              else model for model in models]
+    models = [
+        replace(model, title=f"{model.file.resolve().parent.name}/{model.title}")
+        if count[model.title] > 1
+        else model
+        for model in models
+    ]
     taken = set(BASELINES) | {"HR"}
     titled = []
     for model in models:

@@ -1,7 +1,9 @@
-"""An evaluation as one HTML file that needs nothing else: tables, scatter, crops, and sliders between the images.
+"""An evaluation as one HTML file that needs nothing else: tables, scatter, crops, and sliders
+between the images.
 
-A `Gallery` sees every image while it is in memory and keeps those with the largest and the smallest gain, `scatter`
-places the gains in an SVG, and `write_page` puts all into the template `page.html.j2`.
+A `Gallery` sees every image while it is in memory and keeps those with the largest and the smallest
+gain, `scatter` places the gains in an SVG, and `write_page` puts all into the template
+`page.html.j2`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ NUM_MARKS = 6
 
 
 def scatter(measured: SetScores) -> dict[str, Any]:
-    """PSNR-Y of bicubic to the right, the model's less that upwards; images with an infinite PSNR are left out."""
+    """PSNR-Y of bicubic to the right, the model's less that upwards; images with an infinite PSNR
+    are left out."""
     models = [method for method in measured.methods if method not in BASELINES]
     points = []
     for image in measured.images:
@@ -47,16 +50,38 @@ def scatter(measured: SetScores) -> dict[str, Any]:
         for index, model in enumerate(models):
             gain = image.methods[model]["psnr_y"] - bicubic
             if math.isfinite(bicubic) and math.isfinite(gain):
-                points.append((bicubic, gain, index % NUM_MARKS, f"{image.name}: {model} {bicubic + gain:.3f} dB, "
-                               f"bicubic {bicubic:.3f} dB, {gain:+.3f} dB"))
-    across, upwards = _Axis([point[0] for point in points]), _Axis([0.0, *(point[1] for point in points)])
+                points.append(
+                    (
+                        bicubic,
+                        gain,
+                        index % NUM_MARKS,
+                        f"{image.name}: {model} {bicubic + gain:.3f} dB, "
+                        f"bicubic {bicubic:.3f} dB, {gain:+.3f} dB",
+                    )
+                )
+    across, upwards = (
+        _Axis([point[0] for point in points]),
+        _Axis([0.0, *(point[1] for point in points)]),
+    )
     return {
-        "points": [{"x": _across(across.share(x)), "y": _up(upwards.share(y)), "mark": mark, "text": text}
-                   for x, y, mark, text in points],
-        "x_ticks": [{"at": _across(across.share(tick)), "text": across.text(tick)} for tick in across.ticks],
-        "y_ticks": [{"at": _up(upwards.share(tick)), "text": upwards.text(tick, "+"), "is_zero": abs(tick) < 1e-9}
-                    for tick in upwards.ticks],
-        "legend": [{"mark": index % NUM_MARKS, "text": model} for index, model in enumerate(models)],
+        "points": [
+            {"x": _across(across.share(x)), "y": _up(upwards.share(y)), "mark": mark, "text": text}
+            for x, y, mark, text in points
+        ],
+        "x_ticks": [
+            {"at": _across(across.share(tick)), "text": across.text(tick)} for tick in across.ticks
+        ],
+        "y_ticks": [
+            {
+                "at": _up(upwards.share(tick)),
+                "text": upwards.text(tick, "+"),
+                "is_zero": abs(tick) < 1e-9,
+            }
+            for tick in upwards.ticks
+        ],
+        "legend": [
+            {"mark": index % NUM_MARKS, "text": model} for index, model in enumerate(models)
+        ],
         "num_missing": len(measured.images) * len(models) - len(points),
     }
 
@@ -69,7 +94,9 @@ class _Axis:
         if high - low < 1e-6:
             low, high = low - 0.5, high + 0.5
         step = 10 ** math.floor(math.log10((high - low) / 4))
-        self.step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+        self.step = next(
+            step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6
+        )
         first, last = math.floor(low / self.step), math.ceil(high / self.step)
         self.ticks = [index * self.step for index in range(first, last + 1)]
 
@@ -115,7 +142,8 @@ class GalleryPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the page: a large part of it for the slider, and a small one that is magnified."""
+    """An image of the page: a large part of it for the slider, and a small one that is
+    magnified."""
 
     scores: ImageScores
     gain: float
@@ -128,7 +156,8 @@ class Shown:
 
 
 class Gallery:
-    """Keeps of every image set the images in which the first model gains most and least over bicubic.
+    """Keeps of every image set the images in which the first model gains most and least over
+    bicubic.
 
     Of equal gains the earlier image counts, in whatever order they are seen.
     """
@@ -138,7 +167,8 @@ class Gallery:
         self._kept: dict[GalleryPlace, Shown] = {}
 
     def visit(self, name: str, index: int, views: Views) -> None:
-        """Look at the image of that index in the set `name`, and keep what the page needs of it, if anything."""
+        """Look at the image of that index in the set `name`, and keep what the page needs of it, if
+        anything."""
         model = first_model(views.scores)
         gain = _gain(views.scores, model)
         for kind in KINDS:
@@ -152,19 +182,24 @@ class Gallery:
         self._kept = {place: self._kept[place] for place in places if place in self._kept}
 
     def best(self, name: str) -> list[Shown]:
-        """Those with the largest gain, falling; the crop is where bicubic's error is most above the model's."""
+        """Those with the largest gain, falling; the crop is where bicubic's error is most above the
+        model's."""
         return [self._kept[place] for place in self._of(name, "best")]
 
     def worst(self, name: str) -> list[Shown]:
-        """Those with the smallest gain, rising, not in `best`; the crop is where the model's error is largest."""
+        """Those with the smallest gain, rising, not in `best`; the crop is where the model's error
+        is largest."""
         best = {place.index for place in self._of(name, "best")}
         return [self._kept[place] for place in self._of(name, "worst") if place.index not in best]
 
     def unite(self, ranks: Ranks) -> None:
-        """Have on the first rank what all ranks together would have kept; on the others, nothing of use."""
+        """Have on the first rank what all ranks together would have kept; on the others, nothing of
+        use."""
         everywhere = [place for places in ranks.gather(list(self._kept)) for place in places]
         self.keep(_foremost(everywhere, self._num_shown))  # few: they hold the pictures
-        self._kept = {place: shown for kept in ranks.gather(self._kept) for place, shown in kept.items()}
+        self._kept = {
+            place: shown for kept in ranks.gather(self._kept) for place, shown in kept.items()
+        }
 
     def _of(self, name: str, kind: str) -> list[GalleryPlace]:
         return sorted(place for place in self._kept if (place.name, place.kind) == (name, kind))
@@ -173,15 +208,20 @@ class Gallery:
 def _foremost(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
     """The first `count` of every set and kind."""
     ordered = sorted(places)
-    return [place for _, group in groupby(ordered, key=lambda place: (place.name, place.kind))
-            for place in islice(group, count)]
+    return [
+        place
+        for _, group in groupby(ordered, key=lambda place: (place.name, place.kind))
+        for place in islice(group, count)
+    ]
 
 
 def _errors(views: Views, model: str, kind: str) -> Tensor:
-    """Where to look for a crop: 1 x 1 x H x W, large where bicubic errs more than the model, or where the model errs.
-    """
-    errors = {method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
-              for method in (model, "bicubic")}
+    """Where to look for a crop: 1 x 1 x H x W, large where bicubic errs more than the model, or
+    where the model errs."""
+    errors = {
+        method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
+        for method in (model, "bicubic")
+    }
     return errors["bicubic"] - errors[model] if kind == "best" else errors[model]
 
 
@@ -193,7 +233,9 @@ def first_model(scores: ImageScores) -> str:
 def data_uri(pixels: Tensor) -> str:
     """uint8 1 x 3 x H x W as a lossless WebP in a data URI."""
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())).save(file, "webp", lossless=True)
+    Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())).save(
+        file, "webp", lossless=True
+    )
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -209,16 +251,26 @@ def _gain(scores: ImageScores, model: str) -> float:
 
 
 def _cut(views: Views, gain: float, where: Tensor) -> Shown:
-    """The square of `CROP` where a map is largest, and about it the part of the image for the slider."""
+    """The square of `CROP` where a map is largest, and about it the part of the image for the
+    slider."""
     height, width = views.hr.shape[-2:]
     side = min(CROP, height, width)
     top, left = largest_square(where, side)
     first_row = min(max(0, top + side // 2 - STAGE // 2), max(0, height - STAGE))
     first_column = min(max(0, left + side // 2 - STAGE // 2), max(0, width - STAGE))
-    pixels = {method: image for method, image in views.pixels.items() if method != "nearest"} | {ORIGINAL: views.hr}
-    stage = {method: image[..., first_row : first_row + STAGE, first_column : first_column + STAGE].clone()
-             for method, image in pixels.items()}
-    crop = {method: image[..., top : top + side, left : left + side].clone() for method, image in pixels.items()}
+    pixels = {method: image for method, image in views.pixels.items() if method != "nearest"} | {
+        ORIGINAL: views.hr
+    }
+    stage = {
+        method: image[
+            ..., first_row : first_row + STAGE, first_column : first_column + STAGE
+        ].clone()
+        for method, image in pixels.items()
+    }
+    crop = {
+        method: image[..., top : top + side, left : left + side].clone()
+        for method, image in pixels.items()
+    }
     return Shown(views.scores, gain, stage, crop, (top, left))
 
 
@@ -229,30 +281,54 @@ SHOWN = ("recipe", "step", "weights", "dtype", "license")
 """Of what a model file says of itself; the JSON file has it all."""
 
 
-def write_page(path: Path, sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) -> None:
+def write_page(
+    path: Path, sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]
+) -> None:
     """Write the page of what was measured; `report` is what goes into evaluation.json."""
     write_atomically(path, render(sets, gallery, report))
 
 
 def render(sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) -> bytes:
     """The page, in UTF-8."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, finalize=_printable,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=_printable,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters["place"] = lambda value: f"{value:.5g}"
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    names = {"width": WIDTH, "height": HEIGHT, "left": LEFT,
-             "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-    context = {**names, **_head(sets, report), "script": Markup(script), "script_hash": _sha256(script),
-               "metrics": [METRICS[metric].title for metric in main_metrics(sets[0].metrics)],
-               "sets": [_set(measured, gallery) for measured in sets]}
+    names = {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": RIGHT,
+        "top": TOP,
+        "bottom": BOTTOM,
+    }
+    context = {
+        **names,
+        **_head(sets, report),
+        "script": Markup(script),
+        "script_hash": _sha256(script),
+        "metrics": [METRICS[metric].title for metric in main_metrics(sets[0].metrics)],
+        "sets": [_set(measured, gallery) for measured in sets],
+    }
     return environment.get_template("page.html.j2").render(context).encode("utf-8")
 
 
 def _printable(value: object) -> object:
     """What others named, made printable; it is then escaped."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.startswith("data:image/webp;base64,"):
+    if (
+        not isinstance(value, str)
+        or isinstance(value, Markup)
+        or value.startswith("data:image/webp;base64,")
+    ):
         return value
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value)
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value
+    )
 
 
 def _sha256(script: str) -> str:
@@ -261,84 +337,162 @@ def _sha256(script: str) -> str:
 
 
 def _head(sets: Sequence[SetScores], report: dict[str, Any]) -> dict[str, Any]:
-    models = [{"title": model["title"], "file": model["file"], "sha256": model["sha256"], "network": model["name"],
-               "metadata": ", ".join(f"{key} {model['metadata'][key]}" for key in SHOWN if key in model["metadata"])}
-              for model in report["models"]]
+    models = [
+        {
+            "title": model["title"],
+            "file": model["file"],
+            "sha256": model["sha256"],
+            "network": model["name"],
+            "metadata": ", ".join(
+                f"{key} {model['metadata'][key]}" for key in SHOWN if key in model["metadata"]
+            ),
+        }
+        for model in report["models"]
+    ]
     names = ", ".join(measured.name for measured in sets)
-    return {"title": f"{', '.join(model['title'] for model in models)} on {names}", "scale": report["scale"],
-            "models": models, "self_ensemble": report["self_ensemble"], "device": report["data"]["device"],
-            "versions": report["versions"], "bootstrap": report["bootstrap"],
-            "notes": [f"{measured.name}: {measured.data.note}" for measured in sets if measured.data.note],
-            "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    return {
+        "title": f"{', '.join(model['title'] for model in models)} on {names}",
+        "scale": report["scale"],
+        "models": models,
+        "self_ensemble": report["self_ensemble"],
+        "device": report["data"]["device"],
+        "versions": report["versions"],
+        "bootstrap": report["bootstrap"],
+        "notes": [
+            f"{measured.name}: {measured.data.note}" for measured in sets if measured.data.note
+        ],
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
 
 
 def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
     """Everything of one image set."""
     best, worst = gallery.best(measured.name), gallery.worst(measured.name)
     data = measured.data
-    crops = [{"title": "Best", "what": "largest gain over bicubic; where bicubic errs more than the model",
-              "shown": [_crop(shown) for shown in best]},
-             {"title": "Worst", "what": "smallest gain over bicubic; where the model errs most",
-              "shown": [_crop(shown) for shown in worst]}]
+    crops = [
+        {
+            "title": "Best",
+            "what": "largest gain over bicubic; where bicubic errs more than the model",
+            "shown": [_crop(shown) for shown in best],
+        },
+        {
+            "title": "Worst",
+            "what": "smallest gain over bicubic; where the model errs most",
+            "shown": [_crop(shown) for shown in worst],
+        },
+    ]
     return {
-        "name": measured.name, "num_images": len(measured.images), "hr": str(data.hr),
-        "lr": ("made by bicubic downscaling" if data.lr_made_by else
-               "beside them" if data.lr is None else f"from {data.lr}"),
-        "rows": _rows(measured), "columns": [METRICS[metric].title for metric in measured.metrics],
+        "name": measured.name,
+        "num_images": len(measured.images),
+        "hr": str(data.hr),
+        "lr": (
+            "made by bicubic downscaling"
+            if data.lr_made_by
+            else "beside them"
+            if data.lr is None
+            else f"from {data.lr}"
+        ),
+        "rows": _rows(measured),
+        "columns": [METRICS[metric].title for metric in measured.metrics],
         "differences": _differences(measured),
-        "chart": scatter(measured), "first": first_model(measured.images[0]),
+        "chart": scatter(measured),
+        "first": first_model(measured.images[0]),
         "crops": [group for group in crops if group["shown"]],
         "sliders": [_slider(shown) for shown in (*best, *worst)],
-        "images": [{"name": image.name, "cells": [
-            " / ".join(number(scores[metric], metric) for metric in main_metrics(scores))
-            for scores in image.methods.values()]} for image in measured.images],
+        "images": [
+            {
+                "name": image.name,
+                "cells": [
+                    " / ".join(number(scores[metric], metric) for metric in main_metrics(scores))
+                    for scores in image.methods.values()
+                ],
+            }
+            for image in measured.images
+        ],
         "methods": measured.methods,
     }
 
 
 def _rows(measured: SetScores) -> list[dict[str, Any]]:
-    """The table of means: a row for every method, with the intervals, and which model is best in what."""
+    """The table of means: a row for every method, with the intervals, and which model is best in
+    what."""
     best = {metric: _best(measured.intervals, metric) for metric in measured.metrics}
-    return [{"method": method, "is_baseline": method in BASELINES,
-             "cells": [{"mean": number(found.mean, metric), "range": _range(found, metric),
-                        "is_best": found.mean == best[metric]} for metric, found in of_method.items()]}
-            for method, of_method in measured.intervals.items()]
+    return [
+        {
+            "method": method,
+            "is_baseline": method in BASELINES,
+            "cells": [
+                {
+                    "mean": number(found.mean, metric),
+                    "range": _range(found, metric),
+                    "is_best": found.mean == best[metric],
+                }
+                for metric, found in of_method.items()
+            ],
+        }
+        for method, of_method in measured.intervals.items()
+    ]
 
 
 def _differences(measured: SetScores) -> list[dict[str, Any]]:
     """A row for every two methods, with a cell for every metric."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in measured.differences:
-        rows.setdefault(f"{entry.method} over {entry.against}", []).append({
-            "mean": number(entry.interval.mean, entry.metric, "+"), "is_open": not entry.is_significant,
-            "range": _range(entry.interval, entry.metric, "+"), "verdict": entry.verdict})
+        rows.setdefault(f"{entry.method} over {entry.against}", []).append(
+            {
+                "mean": number(entry.interval.mean, entry.metric, "+"),
+                "is_open": not entry.is_significant,
+                "range": _range(entry.interval, entry.metric, "+"),
+                "verdict": entry.verdict,
+            }
+        )
     return [{"text": text, "cells": cells} for text, cells in rows.items()]
 
 
 def _best(intervals: dict[str, dict[str, Interval]], metric: str) -> float:
-    return (min if METRICS[metric].lower_is_better else max)(of_method[metric].mean for of_method in intervals.values())
+    return (min if METRICS[metric].lower_is_better else max)(
+        of_method[metric].mean for of_method in intervals.values()
+    )
 
 
 def _range(found: Interval, metric: str, sign: str = "") -> str:
-    return "" if math.isnan(found.low) else f"{number(found.low, metric, sign)} to {number(found.high, metric, sign)}"
+    return (
+        ""
+        if math.isnan(found.low)
+        else f"{number(found.low, metric, sign)} to {number(found.high, metric, sign)}"
+    )
 
 
 def _crop(shown: Shown) -> dict[str, Any]:
     captions = _captions(shown)
-    return {"name": shown.scores.name, "gain": f"{shown.gain:+.3f} dB", "place": f"{shown.place[0]}, {shown.place[1]}",
-            "layers": [{**layer, "caption": captions[layer["method"]]} for layer in layers(shown.crop)]}
+    return {
+        "name": shown.scores.name,
+        "gain": f"{shown.gain:+.3f} dB",
+        "place": f"{shown.place[0]}, {shown.place[1]}",
+        "layers": [{**layer, "caption": captions[layer["method"]]} for layer in layers(shown.crop)],
+    }
 
 
 def _slider(shown: Shown) -> dict[str, Any]:
-    """The layers of a slider; it starts with bicubic to the left and the first model to the right."""
+    """The layers of a slider; it starts with bicubic to the left and the first model to the
+    right."""
     height, width = shown.stage[ORIGINAL].shape[-2:]
     captions, model = _captions(shown), first_model(shown.scores)
     methods = list(shown.stage)
-    return {"name": shown.scores.name, "width": width, "height": height, "left": methods.index("bicubic"),
-            "right": methods.index(model),
-            "layers": [{**layer, "caption": captions[layer["method"]]} for layer in layers(shown.stage)]}
+    return {
+        "name": shown.scores.name,
+        "width": width,
+        "height": height,
+        "left": methods.index("bicubic"),
+        "right": methods.index(model),
+        "layers": [
+            {**layer, "caption": captions[layer["method"]]} for layer in layers(shown.stage)
+        ],
+    }
 
 
 def _captions(shown: Shown) -> dict[str, str]:
-    return {method: f"{scores['psnr_y']:.2f} dB / {scores['ssim_y']:.4f}"
-            for method, scores in shown.scores.methods.items()} | {ORIGINAL: "original"}
+    return {
+        method: f"{scores['psnr_y']:.2f} dB / {scores['ssim_y']:.4f}"
+        for method, scores in shown.scores.methods.items()
+    } | {ORIGINAL: "original"}

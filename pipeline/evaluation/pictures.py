@@ -1,4 +1,5 @@
-"""Side-by-side pictures: bicubic, the network and the original, whole and magnified where they differ most."""
+"""Side-by-side pictures: bicubic, the network and the original, whole and magnified where they
+differ most."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pipeline.evaluation.scoring import Views
 PANEL = 448
 """Width of a column, in pixels."""
 ZOOM = 4
-"""A pixel of the image is a block of this side in the magnified part, wherever the image is large enough."""
+"""A pixel of the image is a block of this side in the magnified part, wherever the image is large
+enough."""
 GAP = 16
 BACKGROUND, TEXT, FAINT, FRAME = (250, 250, 250), (24, 24, 24), (110, 110, 110), (230, 60, 40)
 
@@ -30,14 +32,18 @@ class Column:
 
 
 def write_views(views: Views, folder: str | Path) -> Path:
-    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it is.
+    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it
+    is.
 
-    Top: the whole images. Below: the square where bicubic is furthest from HR, framed red above, magnified without
-    smoothing. Under each its PSNR-Y and SSIM-Y.
+    Top: the whole images. Below: the square where bicubic is furthest from HR, framed red above,
+    magnified without smoothing. Under each its PSNR-Y and SSIM-Y.
     """
     scores = views.scores
-    columns = [Column(pixels, method, _caption(scores.methods[method])) for method, pixels in views.pixels.items()
-               if method != "nearest"]
+    columns = [
+        Column(pixels, method, _caption(scores.methods[method]))
+        for method, pixels in views.pixels.items()
+        if method != "nearest"
+    ]
     columns.append(Column(views.hr, "HR (original)", scores.name))
     path = Path(folder) / f"{scores.name}.png"
     height, width = columns[-1].pixels.shape[-2:]
@@ -54,9 +60,16 @@ def write_views(views: Views, folder: str | Path) -> Path:
         image = Image.fromarray(np.ascontiguousarray(column.pixels[0].permute(1, 2, 0).numpy()))
         inset = x + (PANEL - whole[0]) // 2
         sheet.paste(image.resize(whole, Image.Resampling.LANCZOS), (inset, GAP))
-        box = [inset + left * fit, GAP + top * fit, inset + (left + side) * fit, GAP + (top + side) * fit]
+        box = [
+            inset + left * fit,
+            GAP + top * fit,
+            inset + (left + side) * fit,
+            GAP + (top + side) * fit,
+        ]
         draw.rectangle([round(edge) for edge in box], outline=FRAME, width=2)
-        crop = image.crop((left, top, left + side, top + side)).resize((PANEL, PANEL), Image.Resampling.NEAREST)
+        crop = image.crop((left, top, left + side, top + side)).resize(
+            (PANEL, PANEL), Image.Resampling.NEAREST
+        )
         below = GAP + whole[1] + GAP
         sheet.paste(crop, (x, below))
         _write_centred(draw, x, below + PANEL + 8, column.title, 24, TEXT)
@@ -83,10 +96,13 @@ def _caption(metrics: dict[str, float]) -> str:
     return f"{metrics['psnr_y']:.2f} dB PSNR-Y   {metrics['ssim_y']:.4f} SSIM-Y"
 
 
-def _write_centred(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int,
-                   colour: tuple[int, int, int]) -> None:
+def _write_centred(
+    draw: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int, colour: tuple[int, int, int]
+) -> None:
     font = ImageFont.load_default(size)
-    while draw.textlength(text, font=font) > PANEL and len(text) > 4:  # long file names lose their middle
+    while (
+        draw.textlength(text, font=font) > PANEL and len(text) > 4
+    ):  # long file names lose their middle
         middle = len(text) // 2
         text = text[: middle - 2] + "…" + text[middle + 1 :]
     draw.text((x + PANEL / 2, y), text, fill=colour, font=font, anchor="ma")

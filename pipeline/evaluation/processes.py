@@ -1,7 +1,9 @@
-"""The processes that evaluate together: started and watched by `evaluate.py --procs N`, or by a launcher.
+"""The processes that evaluate together: started and watched by `evaluate.py --procs N`, or by a
+launcher.
 
-`run_processes` starts them for GPUs, `fork_processes` for CPUs, and both say why one has ended. `joined` makes one of
-them a rank among the others. They take images from one `TaskQueue`, and the first one has everything in the end.
+`run_processes` starts them for GPUs, `fork_processes` for CPUs, and both say why one has ended.
+`joined` makes one of them a rank among the others. They take images from one `TaskQueue`, and the
+first one has everything in the end.
 """
 
 from __future__ import annotations
@@ -23,21 +25,33 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options, exit_status
 from pipeline.distributed.gpus import count_gpus, take_slice
-from pipeline.distributed.launcher import BY_HAND, Place, choose_interface, end_with_parent, free_port
+from pipeline.distributed.launcher import (
+    BY_HAND,
+    Place,
+    choose_interface,
+    end_with_parent,
+    free_port,
+)
 from pipeline.distributed.ranks import RankLostError, Ranks, reach_ranks
 
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
-"""Environment variable of a process that `run_processes` started and watches: the id of the one that did."""
+"""Environment variable of a process that `run_processes` started and watches: the id of the one
+that did."""
 LOST = 70
 """Exit status of a watched process that lost another one: whoever watches knows the cause."""
 MINUTES_TO_MEET = 10
-LONGEST_WAIT = timedelta(days=7)  # for the last image of another process; one that is gone is noticed at once
+LONGEST_WAIT = timedelta(
+    days=7
+)  # for the last image of another process; one that is gone is noticed at once
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_FOR_THE_CAUSE = 3.0  # how much later than its effect on others the end of a process may be seen
+SECONDS_FOR_THE_CAUSE = (
+    3.0  # how much later than its effect on others the end of a process may be seen
+)
 
 
 class TaskQueue:
-    """Tasks shared out among ranks: whoever is ready takes the next one. All ranks call it together.
+    """Tasks shared out among ranks: whoever is ready takes the next one. All ranks call it
+    together.
 
     Args:
         ranks: this process among the others.
@@ -49,18 +63,23 @@ class TaskQueue:
         self._store = store
 
     def run(self, action: Callable[[int], None], tasks: Sequence[int], title: str) -> None:
-        """Do `action` for every task, each in one process, until all are done or a process has failed.
+        """Do `action` for every task, each in one process, until all are done or a process has
+        failed.
 
         The first process shows under a progress bar how many all have done.
         """
         if self._store is None:
+
             def work() -> None:
                 for task in tqdm(tasks, desc=title, unit="image", **bar_options()):
                     action(task)
         else:
+
             def work() -> None:
                 try:
-                    while not self._add("failed", 0) and (place := self._add("taken", 1)) <= len(tasks):
+                    while not self._add("failed", 0) and (place := self._add("taken", 1)) <= len(
+                        tasks
+                    ):
                         action(tasks[place - 1])
                         self._add("done", 1)
                 except (UserError, RunError, OSError):
@@ -77,6 +96,7 @@ class TaskQueue:
             return
         over = threading.Event()
         with tqdm(total=total, desc=title, unit="image", **bar_options()) as bar:
+
             def follow() -> None:
                 with suppress(RankLostError):  # the other thread will run into it, too
                     while not over.wait(SECONDS_BETWEEN_LOOKS):
@@ -98,7 +118,8 @@ class TaskQueue:
 
 @contextmanager
 def joined(place: Place) -> Iterator[TaskQueue]:
-    """Meet the other processes that the launcher's environment describes, over Gloo; end with who started this one.
+    """Meet the other processes that the launcher's environment describes, over Gloo; end with who
+    started this one.
 
     Where another process is lost, a watched one exits with `LOST`.
     """
@@ -113,13 +134,24 @@ def joined(place: Place) -> Iterator[TaskQueue]:
     _divide_threads(place)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=MINUTES_TO_MEET)))
-        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size,
-                                timeout=LONGEST_WAIT)
+        dist.init_process_group(
+            "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=LONGEST_WAIT
+        )
     except RuntimeError as error:
-        raise RunError(f"process {place.rank} of {place.world_size} could not join the others at {place.master_addr} "
-                       f"port {place.master_port}: {str(error).splitlines()[0]}; see that the first one runs there, "
-                       "that no other program has the port, and that no firewall is between") from error
-    ranks = Ranks(place.rank, place.world_size, place.local_rank, control=dist.group.WORLD, launcher=place.launcher)
+        raise RunError(
+            f"process {place.rank} of {place.world_size} could not join the others at "
+            f"{place.master_addr} "
+            f"port {place.master_port}: {str(error).splitlines()[0]}; see that the first one runs "
+            "there, "
+            "that no other program has the port, and that no firewall is between"
+        ) from error
+    ranks = Ranks(
+        place.rank,
+        place.world_size,
+        place.local_rank,
+        control=dist.group.WORLD,
+        launcher=place.launcher,
+    )
     try:
         yield TaskQueue(ranks, dist.PrefixStore("evaluation", store))
         ranks.gather(None)  # none leaves while another still asks
@@ -138,7 +170,8 @@ def _divide_threads(place: Place) -> None:
 
 
 def num_processes(wanted: int, device: str) -> int:
-    """How many processes evaluate: `wanted`, 0 being one for every GPU that `device` may mean, and else one.
+    """How many processes evaluate: `wanted`, 0 being one for every GPU that `device` may mean, and
+    else one.
 
     `UserError` where there are fewer GPUs, or where `device` is one GPU.
     """
@@ -146,13 +179,19 @@ def num_processes(wanted: int, device: str) -> int:
         raise UserError(f"--procs {wanted} must be 1 or more; leave it out for one per GPU")
     if device not in ("auto", "cuda"):
         if wanted > 1 and device != "cpu":
-            raise UserError(f"--procs {wanted} on --device {device}, which is one device; leave --device out for a GPU "
-                            "each")
+            raise UserError(
+                f"--procs {wanted} on --device {device}, which is one device; leave --device out "
+                "for a GPU "
+                "each"
+            )
         return wanted or 1
     num_gpus = count_gpus()
     if num_gpus and wanted > num_gpus:
-        raise UserError(f"--procs {wanted}: this machine has {num_gpus} GPU{'s' if num_gpus > 1 else ''}; one process "
-                        "per GPU is the most")
+        raise UserError(
+            f"--procs {wanted}: this machine has {num_gpus} GPU{'s' if num_gpus > 1 else ''}; one "
+            "process "
+            "per GPU is the most"
+        )
     return wanted or num_gpus or 1
 
 
@@ -171,14 +210,17 @@ def run_processes(count: int, command: Sequence[str]) -> int:
     `RunError` where one of them was killed. All are ended before this returns or raises.
     """
     # In sessions of their own, so that CTRL+C reaches this process alone.
-    return _watched(count, lambda variables: subprocess.Popen(command, env=variables, start_new_session=True))
+    return _watched(
+        count, lambda variables: subprocess.Popen(command, env=variables, start_new_session=True)
+    )
 
 
 def fork_processes(count: int, work: Callable[[], int]) -> int:
-    """As `run_processes`, with `work` in forks of this process, which have imported and read what it has.
+    """As `run_processes`, with `work` in forks of this process, which have imported and read what
+    it has.
 
-    For CPUs: CUDA does not live through a fork, and neither do torch's threads, of which this process must not have
-    started any.
+    For CPUs: CUDA does not live through a fork, and neither do torch's threads, of which this
+    process must not have started any.
     """
     sys.stdout.flush()  # or every fork would print what waits there
     sys.stderr.flush()
@@ -186,7 +228,8 @@ def fork_processes(count: int, work: Callable[[], int]) -> int:
 
 
 class _Fork:
-    """A fork of this process that does `work`, with what `_watched` asks of a `subprocess.Popen`."""
+    """A fork of this process that does `work`, with what `_watched` asks of a
+    `subprocess.Popen`."""
 
     def __init__(self, work: Callable[[], int], variables: dict[str, str]) -> None:
         self._pid = os.fork()
@@ -213,7 +256,8 @@ class _Fork:
 
 
 def _work_in_fork(work: Callable[[], int], variables: dict[str, str]) -> int:
-    """Be what a process started with `variables` would be; the exit status, all output being flushed."""
+    """Be what a process started with `variables` would be; the exit status, all output being
+    flushed."""
     status = 1
     try:
         os.setsid()
@@ -223,7 +267,9 @@ def _work_in_fork(work: Callable[[], int], variables: dict[str, str]) -> int:
         status = exit_status(work)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # our own mistake: nothing above this frame may go on with the parent's work
+    except (
+        BaseException
+    ):  # our own mistake: nothing above this frame may go on with the parent's work
         traceback.print_exc()
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -246,14 +292,23 @@ def _watched(count: int, start: Callable[[dict[str, str]], subprocess.Popen[byte
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    variables = {name: value for name, value in os.environ.items() if name not in ("LOCAL_SIZE", "CROSS_SIZE")}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOCAL_SIZE", "CROSS_SIZE")
+    }
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
     take_slice(rank, variables)
     place = Place(rank, count, rank, "", "127.0.0.1", port)
-    return {**variables, **place.variables(), "LOCAL_WORLD_SIZE": str(count), WATCHED: str(os.getpid())}
+    return {
+        **variables,
+        **place.variables(),
+        "LOCAL_WORLD_SIZE": str(count),
+        WATCHED: str(os.getpid()),
+    }
 
 
 def _outcome(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
@@ -273,8 +328,11 @@ def _cause(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
         for rank, process in enumerate(processes):
             status = process.poll()
             if status is not None and status < 0:
-                raise RunError(f"process {rank + 1} of {len(processes)} was ended by {_signal_name(-status)}; if "
-                               "memory ran out, start fewer with --procs")
+                raise RunError(
+                    f"process {rank + 1} of {len(processes)} was ended by {_signal_name(-status)}; "
+                    "if "
+                    "memory ran out, start fewer with --procs"
+                )
             if status not in (None, 0, LOST):
                 return status
         time.sleep(0.05)
@@ -286,5 +344,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-

@@ -1,7 +1,8 @@
 """Run networks over a pair of images and measure them against bicubic and nearest.
 
-Networks run by the tiler of `pipeline.inference`, in FP32, and shown no more than `WHOLE_IMAGE_PIXELS` at once: tiles
-depend on the image alone, so the numbers do not change with the memory that happens to be free.
+Networks run by the tiler of `pipeline.inference`, in FP32, and shown no more than
+`WHOLE_IMAGE_PIXELS` at once: tiles depend on the image alone, so the numbers do not change with the
+memory that happens to be free.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pipeline.metrics import Measure, measure
 from pipeline.metrics.psnr_ssim import mean_of
 
 WHOLE_IMAGE_PIXELS = 1024 * 1024
-"""LR pixels that are upscaled in one piece; larger images go in tiles. VapSR then peaks at about 1.5 GB."""
+"""LR pixels that are upscaled in one piece; larger images go in tiles. VapSR then peaks at about
+1.5 GB."""
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
 BASELINES = ("nearest", "bicubic")
 
@@ -46,34 +48,49 @@ class Views:
     pixels: dict[str, Tensor]
 
 
-def upscaler_of(network: nn.Module, device: Device = CPU, *, self_ensemble: bool = False) -> Upscaler:
+def upscaler_of(
+    network: nn.Module, device: Device = CPU, *, self_ensemble: bool = False
+) -> Upscaler:
     """A copy of the network on `device`, ready to be measured in FP32.
 
-    With `self_ensemble` its output is the mean over the image turned and mirrored in all eight ways, rounded once.
+    With `self_ensemble` its output is the mean over the image turned and mirrored in all eight
+    ways, rounded once.
     """
     backend = TorchBackend(network, device, "fp32")
-    return Upscaler(SelfEnsemble(backend) if self_ensemble else backend, most_pixels=WHOLE_IMAGE_PIXELS)
+    return Upscaler(
+        SelfEnsemble(backend) if self_ensemble else backend, most_pixels=WHOLE_IMAGE_PIXELS
+    )
 
 
 def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
-    """uint8 RGB 1 x 3 x H x W -> uint8 RGB 1 x 3 x scale*H x scale*W on the CPU, whatever the size."""
+    """uint8 RGB 1 x 3 x H x W -> uint8 RGB 1 x 3 x scale*H x scale*W on the CPU, whatever the
+    size."""
     images = np.ascontiguousarray(lr.permute(0, 2, 3, 1).numpy())
     large = upscaler(images, np.dtype(np.uint8), is_deep=False, advance=lambda _: None)
-    return torch.from_numpy(large).permute(0, 3, 1, 2)  # channels last: LPIPS's last digits depend on the layout
+    return torch.from_numpy(large).permute(
+        0, 3, 1, 2
+    )  # channels last: LPIPS's last digits depend on the layout
 
 
-def measure_image(upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]) -> Views:
-    """Measure networks, by their titles, and `BASELINES` on one pair. `UserError` for images that do not fit."""
+def measure_image(
+    upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]
+) -> Views:
+    """Measure networks, by their titles, and `BASELINES` on one pair. `UserError` for images that
+    do not fit."""
     hr, lr = pair.load(scale)
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)
-    pixels = {"nearest": lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1),
-              "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size))}
+    pixels = {
+        "nearest": lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1),
+        "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size)),
+    }
     pixels |= {title: upscale(upscaler, lr) for title, upscaler in upscalers.items()}
     height, width = hr.shape[-2:]  # an LR image of a whole HR one may give some pixels more
     pixels = {title: image[..., :height, :width] for title, image in pixels.items()}
     try:
-        scores = {title: measure(image, hr, scale, measures) | _drift(image, hr, scale)
-                  for title, image in pixels.items()}
+        scores = {
+            title: measure(image, hr, scale, measures) | _drift(image, hr, scale)
+            for title, image in pixels.items()
+        }
     except ValueError as error:
         raise UserError(f"image {str(pair.hr)!r}: {error}") from error
     return Views(ImageScores(pair.name, scores), hr, pixels)
@@ -82,5 +99,7 @@ def measure_image(upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int
 def _drift(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
     """How much lighter SR is than HR in each colour, in levels, within the borders."""
     inner = (..., slice(border, -border), slice(border, -border))
-    drift = [mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)]
+    drift = [
+        mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)
+    ]
     return dict(zip(DRIFTS, drift, strict=True))

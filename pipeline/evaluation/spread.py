@@ -1,4 +1,5 @@
-"""Measure sets of images, spread over ranks by image, and check first that all of them see the same files."""
+"""Measure sets of images, spread over ranks by image, and check first that all of them see the same
+files."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Work:
     """The networks by their titles, of one scale."""
     measures: Sequence[Measure]
     pictures: Path | None = None
-    """Folder of the side-by-side pictures, in a folder for each of several sets; `None`: none are written."""
+    """Folder of the side-by-side pictures, in a folder for each of several sets; `None`: none are
+    written."""
 
     @property
     def scale(self) -> int:
@@ -41,12 +43,16 @@ class Work:
         return next(iter(self.upscalers.values())).scale
 
 
-def measure_sets(work: Work, queue: TaskQueue | None = None, gallery: Gallery | None = None) -> list[SetScores]:
-    """Measure every image of every set in one of the processes (this one, without a `queue`), and write its picture.
+def measure_sets(
+    work: Work, queue: TaskQueue | None = None, gallery: Gallery | None = None
+) -> list[SetScores]:
+    """Measure every image of every set in one of the processes (this one, without a `queue`), and
+    write its picture.
 
-    The first process gets all that was measured, in the order of the sets and their images, and the `gallery` of all;
-    the others get an empty list. It is the same to the last bit whatever the number of processes, as long as the
-    networks are: on CPUs some give other last bits with another number of threads.
+    The first process gets all that was measured, in the order of the sets and their images, and the
+    `gallery` of all; the others get an empty list. It is the same to the last bit whatever the
+    number of processes, as long as the networks are: on CPUs some give other last bits with another
+    number of threads.
     """
     queue = queue or TaskQueue(Ranks())
     tasks = [(data, index) for data in work.sets for index in range(len(data.pairs))]
@@ -72,37 +78,51 @@ def measure_sets(work: Work, queue: TaskQueue | None = None, gallery: Gallery | 
 
 
 def _order(sets: Sequence[ImageSet], ranks: Ranks) -> list[int]:
-    """The numbers of all images in the order in which they are measured: the largest first where ranks share them."""
+    """The numbers of all images in the order in which they are measured: the largest first where
+    ranks share them."""
     files = [pair.hr for data in sets for pair in data.pairs]
     if ranks.world_size == 1:
         return list(range(len(files)))
-    sizes = ranks.on_all_ranks(lambda: [_num_pixels(file) for file in files] if ranks.is_first else [])
+    sizes = ranks.on_all_ranks(
+        lambda: [_num_pixels(file) for file in files] if ranks.is_first else []
+    )
     return ranks.agree(sorted(range(len(sizes)), key=lambda number: -sizes[number]))
 
 
 def _num_pixels(file: Path) -> int:
-    """By the file's header; a broken one counts as large, for the process that reads it says what is wrong with it."""
+    """By the file's header; a broken one counts as large, for the process that reads it says what
+    is wrong with it."""
     try:
         return math.prod(read_size(file))
     except UserError:
         return 1 << 62
 
 
-def check_same_files(models: Sequence[Model], sets: Sequence[ImageSet], folder: Path, ranks: Ranks) -> None:
-    """`UserError` unless all ranks see the same weights and images, and the same `folder` to write to."""
+def check_same_files(
+    models: Sequence[Model], sets: Sequence[ImageSet], folder: Path, ranks: Ranks
+) -> None:
+    """`UserError` unless all ranks see the same weights and images, and the same `folder` to write
+    to."""
     if ranks.world_size == 1:
         return
     names = [(data.name, data.lr_made_by, [pair.name for pair in data.pairs]) for data in sets]
-    seen = hashlib.sha256(repr([*names, *(model.sha256 for model in models)]).encode(
-        "utf-8", "surrogateescape")).hexdigest()
+    seen = hashlib.sha256(
+        repr([*names, *(model.sha256 for model in models)]).encode("utf-8", "surrogateescape")
+    ).hexdigest()
     expected = ranks.agree(seen)
     sees_folder = ranks.sees_folder(folder, SECONDS_TO_SEE_A_FILE)
 
     def compare() -> None:
         if seen != expected:
-            raise UserError("the hosts do not see the same weights and images; give --model, --hr and --benchmarks "
-                            "that are the same on all of them")
+            raise UserError(
+                "the hosts do not see the same weights and images; give --model, --hr and "
+                "--benchmarks "
+                "that are the same on all of them"
+            )
         if not sees_folder:
-            raise UserError(f"the hosts do not share the folder {str(folder)!r}; give an --out that all of them see")
+            raise UserError(
+                f"the hosts do not share the folder {str(folder)!r}; give an --out that all of "
+                "them see"
+            )
 
     ranks.on_all_ranks(compare)

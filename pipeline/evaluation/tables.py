@@ -1,7 +1,9 @@
-"""What was measured on several image sets with several methods: how sure it is, and as CSV, Markdown and JSON.
+"""What was measured on several image sets with several methods: how sure it is, and as CSV,
+Markdown and JSON.
 
-A mean over few images says little by itself, so each comes with its bootstrap interval. The draws are seeded and the
-same for all methods, so that the difference between two methods is paired by image.
+A mean over few images says little by itself, so each comes with its bootstrap interval. The draws
+are seeded and the same for all methods, so that the difference between two methods is paired by
+image.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ FEW_IMAGES = 10
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval; the ends are NaN for a single image and where a PSNR is infinite."""
+    """A mean and its bootstrap interval; the ends are NaN for a single image and where a PSNR is
+    infinite."""
 
     mean: float
     low: float
@@ -72,14 +75,16 @@ class Difference:
 def interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """The mean of `values` and its percentile bootstrap interval of `LEVEL`.
 
-    The images that are drawn depend on their number and the seed alone, so that intervals of several methods or metrics
-    on one benchmark are paired.
+    The images that are drawn depend on their number and the seed alone, so that intervals of
+    several methods or metrics on one benchmark are paired.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = sum(values) / len(values)
     if len(array) < 2 or not np.isfinite(array).all():
         return Interval(mean, math.nan, math.nan)
-    means = np.einsum("ij,j->i", _draws(len(array), resamples, seed), array)  # BLAS would round by its threads
+    means = np.einsum(
+        "ij,j->i", _draws(len(array), resamples, seed), array
+    )  # BLAS would round by its threads
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
@@ -99,12 +104,20 @@ def difference(images: Sequence[ImageScores], method: str, against: str, metric:
 
 
 def differences(images: Sequence[ImageScores]) -> list[Difference]:
-    """Every model against bicubic and against the models after it, in the main metrics that were measured."""
+    """Every model against bicubic and against the models after it, in the main metrics that were
+    measured."""
     methods = images[0].methods
     models = [name for name in methods if name not in BASELINES]
     metrics = main_metrics(methods[models[0]])
-    pairs = [*((model, "bicubic") for model in models), *((second, first) for first, second in combinations(models, 2))]
-    return [difference(images, method, against, metric) for method, against in pairs for metric in metrics]
+    pairs = [
+        *((model, "bicubic") for model in models),
+        *((second, first) for first, second in combinations(models, 2)),
+    ]
+    return [
+        difference(images, method, against, metric)
+        for method, against in pairs
+        for metric in metrics
+    ]
 
 
 def main_metrics(measured: Container[str]) -> list[str]:
@@ -141,8 +154,13 @@ class SetScores:
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """Method -> metric -> its mean with the bootstrap interval."""
-        return {method: {metric: interval([image.methods[method][metric] for image in self.images])
-                         for metric in self.metrics} for method in self.methods}
+        return {
+            method: {
+                metric: interval([image.methods[method][metric] for image in self.images])
+                for metric in self.metrics
+            }
+            for method in self.methods
+        }
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -170,13 +188,32 @@ def csv_text(sets: Sequence[SetScores]) -> str:
     for measured in sets:
         for image in measured.images:
             for method, scores in image.methods.items():
-                writer.writerow([measured.name, image.name, method, *(repr(scores[column]) for column in columns)])
+                writer.writerow(
+                    [
+                        measured.name,
+                        image.name,
+                        method,
+                        *(repr(scores[column]) for column in columns),
+                    ]
+                )
     return text.getvalue()
 
 
 def markdown(sets: Sequence[SetScores], scale: int) -> str:
-    """The table of means that papers print, the other conventions, the intervals, and what differs."""
-    return "\n".join([*headline(sets), "", _convention(scale), "", *_conventions(sets), "", *_differences(sets), ""])
+    """The table of means that papers print, the other conventions, the intervals, and what
+    differs."""
+    return "\n".join(
+        [
+            *headline(sets),
+            "",
+            _convention(scale),
+            "",
+            *_conventions(sets),
+            "",
+            *_differences(sets),
+            "",
+        ]
+    )
 
 
 def headline(sets: Sequence[SetScores]) -> list[str]:
@@ -185,43 +222,85 @@ def headline(sets: Sequence[SetScores]) -> list[str]:
     what = " / ".join(METRICS[metric].title for metric in metrics)
     rows = [[f"{what}", *(f"{measured.name} ({len(measured.images)})" for measured in sets)]]
     for method in sets[0].methods:
-        rows.append([method, *(" / ".join(number(measured.mean(method)[metric], metric) for metric in metrics)
-                               for measured in sets)])
+        rows.append(
+            [
+                method,
+                *(
+                    " / ".join(number(measured.mean(method)[metric], metric) for metric in metrics)
+                    for measured in sets
+                ),
+            ]
+        )
     return table(rows)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells, the first being the head, as a Markdown table that is aligned in plain text, too."""
+    """Rows of cells, the first being the head, as a Markdown table that is aligned in plain text,
+    too."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def _convention(scale: int) -> str:
-    return (f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every border; means over "
-            "the images, whose number is in parentheses. Float: Y not rounded, as in BasicSR.")
+    return (
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every "
+        "border; means over "
+        "the images, whose number is in parentheses. Float: Y not rounded, as in BasicSR."
+    )
 
 
 def _conventions(sets: Sequence[SetScores]) -> list[str]:
-    lines = [f"Means with {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} draws of the images, seed {SEED}.", ""]
+    lines = [
+        f"Means with {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} draws of the images, seed "
+        f"{SEED}.",
+        "",
+    ]
     rows = [["Benchmark", "Method", *(METRICS[metric].title for metric in sets[0].metrics)]]
-    rows += [[measured.name, method,
-              *(interval_text(measured.intervals[method][metric], metric) for metric in measured.metrics)]
-             for measured in sets for method in measured.methods]
-    return [*lines, *table(rows), *(f"\n{measured.name}: {measured.data.note}." for measured in sets
-                                    if measured.data.note)]
+    rows += [
+        [
+            measured.name,
+            method,
+            *(
+                interval_text(measured.intervals[method][metric], metric)
+                for metric in measured.metrics
+            ),
+        ]
+        for measured in sets
+        for method in measured.methods
+    ]
+    return [
+        *lines,
+        *table(rows),
+        *(f"\n{measured.name}: {measured.data.note}." for measured in sets if measured.data.note),
+    ]
 
 
 def _differences(sets: Sequence[SetScores]) -> list[str]:
     rows = [["Benchmark", "Method", "Against", "Metric", "Difference, paired by image", "Verdict"]]
-    rows += [[measured.name, entry.method, entry.against, METRICS[entry.metric].title,
-              interval_text(entry.interval, entry.metric, "+"), entry.verdict]
-             for measured in sets for entry in measured.differences]
+    rows += [
+        [
+            measured.name,
+            entry.method,
+            entry.against,
+            METRICS[entry.metric].title,
+            interval_text(entry.interval, entry.metric, "+"),
+            entry.verdict,
+        ]
+        for measured in sets
+        for entry in measured.differences
+    ]
     few = [measured.name for measured in sets if len(measured.images) < FEW_IMAGES]
     if few:
-        rest = ["", f"Fewer than {FEW_IMAGES} images ({', '.join(few)}): such intervals come out too narrow."]
+        rest = [
+            "",
+            f"Fewer than {FEW_IMAGES} images ({', '.join(few)}): such intervals come out too "
+            "narrow.",
+        ]
         return [*table(rows), *rest]
     return table(rows)
 
@@ -230,17 +309,37 @@ def set_values(measured: SetScores) -> dict[str, Any]:
     """A set as plain JSON values; what is not finite is null."""
     data = measured.data
     return {
-        "name": measured.name, "hr": str(data.hr), "lr": None if data.lr is None else str(data.lr),
-        "lr_made_by": data.lr_made_by, "note": data.note or None,
+        "name": measured.name,
+        "hr": str(data.hr),
+        "lr": None if data.lr is None else str(data.lr),
+        "lr_made_by": data.lr_made_by,
+        "note": data.note or None,
         "mean": {method: finite(measured.mean(method)) for method in measured.methods},
-        "intervals": {method: {metric: _ends(measured.intervals[method][metric]) for metric in measured.metrics}
-                      for method in measured.methods},
-        "differences": [{"method": entry.method, "against": entry.against, "metric": entry.metric,
-                         **finite({"mean": entry.interval.mean}), "interval": _ends(entry.interval),
-                         "significant": entry.is_significant if entry.is_known else None, "verdict": entry.verdict}
-                        for entry in measured.differences],
-        "images": [{"name": image.name, "methods": {method: finite(scores) for method, scores in image.methods.items()}}
-                   for image in measured.images],
+        "intervals": {
+            method: {
+                metric: _ends(measured.intervals[method][metric]) for metric in measured.metrics
+            }
+            for method in measured.methods
+        },
+        "differences": [
+            {
+                "method": entry.method,
+                "against": entry.against,
+                "metric": entry.metric,
+                **finite({"mean": entry.interval.mean}),
+                "interval": _ends(entry.interval),
+                "significant": entry.is_significant if entry.is_known else None,
+                "verdict": entry.verdict,
+            }
+            for entry in measured.differences
+        ],
+        "images": [
+            {
+                "name": image.name,
+                "methods": {method: finite(scores) for method, scores in image.methods.items()},
+            }
+            for image in measured.images
+        ],
     }
 
 
@@ -256,75 +355,132 @@ def _ends(found: Interval) -> list[float] | None:
 # One model on one set as a table to read, and everything as JSON to keep.
 
 PAPERS = METRICS["psnr_y"].convention
-COLUMNS = ("PSNR-Y bicubic", "PSNR-Y model", "   gain", "SSIM-Y bicubic", "SSIM-Y model")  # "+12.345" must fit
+COLUMNS = (
+    "PSNR-Y bicubic",
+    "PSNR-Y model",
+    "   gain",
+    "SSIM-Y bicubic",
+    "SSIM-Y model",
+)  # "+12.345" must fit
 
 
 def format_table(scores: SetScores, title: str, scale: int) -> str:
-    """The model `title` beside bicubic: a row per image and their mean, then the means in the other conventions."""
+    """The model `title` beside bicubic: a row per image and their mean, then the means in the other
+    conventions."""
     width = max(len("image"), *(len(image.name) for image in scores.images))
     rule = "-" * (width + sum(len(column) + 2 for column in COLUMNS))
 
     def row(name: str, methods: dict[str, dict[str, float]]) -> str:
-        return f"{name:<{width}}" + "".join(f"  {cell:>{len(column)}}" for cell, column in zip(
-            _cells(methods[title], methods["bicubic"]), COLUMNS, strict=True))
+        return f"{name:<{width}}" + "".join(
+            f"  {cell:>{len(column)}}"
+            for cell, column in zip(
+                _cells(methods[title], methods["bicubic"]), COLUMNS, strict=True
+            )
+        )
 
     means = {method: scores.mean(method) for method in scores.methods}
-    return "\n".join([
-        f"{'image':<{width}}" + "".join(f"  {column}" for column in COLUMNS), rule,
-        *(row(image.name, image.methods) for image in scores.images), rule, row("mean", means), "",
-        *_other_conventions(means, means[title], scale)])
+    return "\n".join(
+        [
+            f"{'image':<{width}}" + "".join(f"  {column}" for column in COLUMNS),
+            rule,
+            *(row(image.name, image.methods) for image in scores.images),
+            rule,
+            row("mean", means),
+            "",
+            *_other_conventions(means, means[title], scale),
+        ]
+    )
 
 
 def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...]:
     """What stands under `COLUMNS`."""
     gain = model["psnr_y"] - bicubic["psnr_y"]
-    return (number(bicubic["psnr_y"], "psnr_y"), number(model["psnr_y"], "psnr_y"), number(gain, "psnr_y", "+"),
-            number(bicubic["ssim_y"], "ssim_y"), number(model["ssim_y"], "ssim_y"))
+    return (
+        number(bicubic["psnr_y"], "psnr_y"),
+        number(model["psnr_y"], "psnr_y"),
+        number(gain, "psnr_y", "+"),
+        number(bicubic["ssim_y"], "ssim_y"),
+        number(model["ssim_y"], "ssim_y"),
+    )
 
 
-def _other_conventions(means: dict[str, dict[str, float]], model: dict[str, float], scale: int) -> list[str]:
-    """Lines for the metrics that the table has no columns for: those of one convention on one line."""
+def _other_conventions(
+    means: dict[str, dict[str, float]], model: dict[str, float], scale: int
+) -> list[str]:
+    """Lines for the metrics that the table has no columns for: those of one convention on one
+    line."""
     bicubic = means["bicubic"]
-    metrics = [metric for name, metric in METRICS.items() if name in model and metric.convention != PAPERS]
-    lines = [f"  {title:<29} bicubic {_values(group, bicubic)}   model {_values(group, model)}"
-             for title, group in ((title, list(group)) for title, group in groupby(metrics, _convention_of))]
+    metrics = [
+        metric for name, metric in METRICS.items() if name in model and metric.convention != PAPERS
+    ]
+    lines = [
+        f"  {title:<29} bicubic {_values(group, bicubic)}   model {_values(group, model)}"
+        for title, group in (
+            (title, list(group)) for title, group in groupby(metrics, _convention_of)
+        )
+    ]
     papers = [METRICS["psnr_y"], METRICS["ssim_y"]]
-    return [f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every border; PSNR in dB.",
-            "Means in other conventions:", *lines,
-            f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}",
-            f"  {f'nearest, {PAPERS}':<29} {_values(papers, means['nearest'])}"]
+    return [
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every "
+        "border; PSNR in dB.",
+        "Means in other conventions:",
+        *lines,
+        f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}",
+        f"  {f'nearest, {PAPERS}':<29} {_values(papers, means['nearest'])}",
+    ]
 
 
 def _convention_of(metric: Metric) -> str:
-    return metric.convention or f"{metric.title}, {'lower' if metric.lower_is_better else 'higher'} is better"
+    return (
+        metric.convention
+        or f"{metric.title}, {'lower' if metric.lower_is_better else 'higher'} is better"
+    )
 
 
 def _values(metrics: Sequence[Metric], scores: dict[str, float]) -> str:
-    return " / ".join(metric.text(scores[metric.name]) + (metric.unit and f" {metric.unit}") for metric in metrics)
+    return " / ".join(
+        metric.text(scores[metric.name]) + (metric.unit and f" {metric.unit}") for metric in metrics
+    )
 
 
 def _drift(means: dict[str, float]) -> str:
     return " ".join(f"{means[key]:+.2f}" for key in DRIFTS)
 
 
-def as_json(sets: Sequence[SetScores], models: Sequence[dict[str, Any]], scale: int, *, device: str,
-            self_ensemble: bool) -> dict[str, Any]:
-    """Everything as plain JSON values. At the top the first model on the first set, which scripts read; then all.
+def as_json(
+    sets: Sequence[SetScores],
+    models: Sequence[dict[str, Any]],
+    scale: int,
+    *,
+    device: str,
+    self_ensemble: bool,
+) -> dict[str, Any]:
+    """Everything as plain JSON values. At the top the first model on the first set, which scripts
+    read; then all.
 
-    `models` describes each model, with its "title". An infinite PSNR (equal images) is null, because JSON has no
-    infinity.
+    `models` describes each model, with its "title". An infinite PSNR (equal images) is null,
+    because JSON has no infinity.
     """
     first = sets[0]
     columns = {"model": models[0]["title"], "bicubic": "bicubic", "nearest": "nearest"}
-    data = {"hr": str(first.data.hr), "lr": None if first.data.lr is None else str(first.data.lr),
-            "lr_made_by": first.data.lr_made_by, "device": device}
+    data = {
+        "hr": str(first.data.hr),
+        "lr": None if first.data.lr is None else str(first.data.lr),
+        "lr_made_by": first.data.lr_made_by,
+        "device": device,
+    }
     return {
         "model": {key: value for key, value in models[0].items() if key != "title"},
         "scale": scale,
         "convention": CONVENTION,
         "mean": {column: finite(first.mean(method)) for column, method in columns.items()},
-        "images": [{"name": image.name, **{column: finite(image.methods[method])
-                                           for column, method in columns.items()}} for image in first.images],
+        "images": [
+            {
+                "name": image.name,
+                **{column: finite(image.methods[method]) for column, method in columns.items()},
+            }
+            for image in first.images
+        ],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": data,
         "self_ensemble": self_ensemble,

@@ -1,4 +1,5 @@
-"""What `convert_to_onnx.py` does: choose the network, write it for other backends, compare, and only then name it."""
+"""What `convert_to_onnx.py` does: choose the network, write it for other backends, compare, and
+only then name it."""
 
 from __future__ import annotations
 
@@ -28,12 +29,26 @@ FAILED = ".failed"
 """In the name of a file until it is proven, and of one that is not for good."""
 
 
-def run_conversion(input: Path | None, output: Path, io: str, layout: str, half: bool, opset: int,
-                   images: Path | None, openvino: bool, tensorrt: bool, int8: Int8 | None = None) -> int:
-    """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a comparison fails."""
+def run_conversion(
+    input: Path | None,
+    output: Path,
+    io: str,
+    layout: str,
+    half: bool,
+    opset: int,
+    images: Path | None,
+    openvino: bool,
+    tensorrt: bool,
+    int8: Int8 | None = None,
+) -> int:
+    """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a
+    comparison fails."""
     _check(output, opset, openvino)
     if int8 is not None and half:
-        raise UserError("--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them out")
+        raise UserError(
+            "--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them "
+            "out"
+        )
     material = None if int8 is None else gather(int8)
     photos = photographs(images)
     source = network_file(input)
@@ -43,7 +58,9 @@ def run_conversion(input: Path | None, output: Path, io: str, layout: str, half:
     print(f"{saved.name} x{saved.scale} of {source}")
     form = Form(io, layout, half, opset)
     forms = [form]
-    if not getattr(network, "is_convolutional", True):  # FP16 and bytes would hide a window's mask of a wrong size
+    if not getattr(
+        network, "is_convolutional", True
+    ):  # FP16 and bytes would hide a window's mask of a wrong size
         forms = list(dict.fromkeys((replace(form, io="float", half=False), form)))
     failed = output.with_name(output.name + FAILED)
     for one in forms:
@@ -60,14 +77,18 @@ def run_conversion(input: Path | None, output: Path, io: str, layout: str, half:
     return 0
 
 
-def _write_onnx(path: Path, saved: SavedNetwork, network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
+def _write_onnx(
+    path: Path, saved: SavedNetwork, network: nn.Module, form: Form, photos: list[Tensor]
+) -> list[Check]:
     """Write the file and compare; what it was compared on."""
     with _takes_long(f"writing ONNX, opset {form.opset}, {'FP16' if form.half else 'FP32'}"):
         content = convert(saved, network, form)
     write_atomically(path, content)
     with quiet():
         batches = checks(network, form, photos)
-    print(_compared("ONNX Runtime", lambda: OnnxNetwork(path, CPU), batches, form.io, form.half, path))
+    print(
+        _compared("ONNX Runtime", lambda: OnnxNetwork(path, CPU), batches, form.io, form.half, path)
+    )
     return batches
 
 
@@ -75,8 +96,16 @@ def _write_openvino(onnx_file: Path, saved: SavedNetwork, form: Form, batches: l
     xml = onnx_file.with_suffix(".xml")
     failed = xml.with_name(f"{xml.stem}{FAILED}.xml")
     openvino_file.write_openvino(onnx_file, failed, describe(saved, form))
-    print(_compared("OpenVINO (FP16 weights)", lambda: OpenVinoNetwork(failed, CPU), batches, form.io, True,
-                    failed))
+    print(
+        _compared(
+            "OpenVINO (FP16 weights)",
+            lambda: OpenVinoNetwork(failed, CPU),
+            batches,
+            form.io,
+            True,
+            failed,
+        )
+    )
     openvino_file.rename(failed, xml)
     size = sum(path.stat().st_size for path in openvino_file.parts(xml))
     print(f"{xml} and .bin  ({size / 1e6:.2f} MB)")
@@ -85,15 +114,22 @@ def _write_openvino(onnx_file: Path, saved: SavedNetwork, form: Form, batches: l
 def _write_tensorrt(onnx_file: Path, form: Form) -> None:
     engine = onnx_file.with_suffix(".engine")
     if not tensorrt_file.is_installed():
-        print("TensorRT is not installed here; where it is, build the engine with:\n"
-              f"  {tensorrt_file.command(onnx_file, engine, form)}")
+        print(
+            "TensorRT is not installed here; where it is, build the engine with:\n"
+            f"  {tensorrt_file.command(onnx_file, engine, form)}"
+        )
         return
     with _takes_long("building the TensorRT engine"):
         tensorrt_file.build(onnx_file, engine, form)
-    print(f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; it was not compared")
+    print(
+        f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; it was "
+        "not compared"
+    )
 
 
-def _compared(title: str, load: Callable[[], RunBatch], batches: list[Check], io: str, half: bool, file: Path) -> str:
+def _compared(
+    title: str, load: Callable[[], RunBatch], batches: list[Check], io: str, half: bool, file: Path
+) -> str:
     try:
         return compare(title, load(), batches, LIMITS[io, half])
     except (UserError, RunError) as error:
@@ -102,24 +138,35 @@ def _compared(title: str, load: Callable[[], RunBatch], batches: list[Check], io
 
 def _check(output: Path, opset: int, openvino: bool) -> None:
     if output.suffix != ".onnx":
-        raise UserError(f"--output {str(output)!r} does not end in .onnx; name it {output.stem}.onnx")
+        raise UserError(
+            f"--output {str(output)!r} does not end in .onnx; name it {output.stem}.onnx"
+        )
     if opset not in OPSETS:
         raise UserError(f"--opset {opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
-    missing = [package for package in ("onnx", "onnxscript", "onnxruntime", *(["openvino"] if openvino else []))
-               if importlib.util.find_spec(package) is None]
+    missing = [
+        package
+        for package in ("onnx", "onnxscript", "onnxruntime", *(["openvino"] if openvino else []))
+        if importlib.util.find_spec(package) is None
+    ]
     if missing:
-        raise UserError(f"the package {missing[0]!r} is not installed; do: pip install -r requirements.txt")
+        raise UserError(
+            f"the package {missing[0]!r} is not installed; do: pip install -r requirements.txt"
+        )
     try:  # before the work rather than after it
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(output.name + FAILED)
         write_atomically(probe, b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {str(output)!r} ({error.strerror}); choose another --output") from error
+        raise UserError(
+            f"cannot write {str(output)!r} ({error.strerror}); choose another --output"
+        ) from error
 
 
 def _described(saved: SavedNetwork, form: Form) -> str:
-    values = "bytes" if form.io == "uint8" else "float16 in [0, 1]" if form.half else "float32 in [0, 1]"
+    values = (
+        "bytes" if form.io == "uint8" else "float16 in [0, 1]" if form.half else "float32 in [0, 1]"
+    )
     shape = ", ".join(str(part) for part in form.shape("batch", "height", "width"))
     return f"RGB {values}, ({shape}) -> x{saved.scale}; input {INPUT!r}, output {OUTPUT!r}"
 

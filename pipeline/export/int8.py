@@ -1,10 +1,12 @@
-"""A proven FP32 ONNX file as an INT8 file for ONNX Runtime or OpenVINO, which is refused where it loses too much.
+"""A proven FP32 ONNX file as an INT8 file for ONNX Runtime or OpenVINO, which is refused where it
+loses too much.
 
-Static quantisation (QDQ) by ranges taken from photographs; other photographs then measure the drop in PSNR-Y beside the
-FP32 network. Weights are INT8 by output channel, activations UINT8 by tensor, between the smallest and the largest
-value that the photographs gave. Cutting outliers off, as percentiles and averages do, turns highlights grey: it costs a
-whole dB on single images. Convolutions in groups stay in FP32, because a depthwise one gains no speed from INT8. So do
-the last ones, whose rounding nothing behind them evens out.
+Static quantisation (QDQ) by ranges taken from photographs; other photographs then measure the drop
+in PSNR-Y beside the FP32 network. Weights are INT8 by output channel, activations UINT8 by tensor,
+between the smallest and the largest value that the photographs gave. Cutting outliers off, as
+percentiles and averages do, turns highlights grey: it costs a whole dB on single images.
+Convolutions in groups stay in FP32, because a depthwise one gains no speed from INT8. So do the
+last ones, whose rounding nothing behind them evens out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from pipeline.cli import RunError, UserError, bar_options, one_line
 from pipeline.export import openvino_file
 from pipeline.export.network_files import FILE_BACKENDS, BackendKind, NetworkFile
 from pipeline.export.onnx_file import INPUT, Form, describe, quiet
-from pipeline.export.parity import MOST_PHOTOGRAPHS, Check, Limit, Photograph, RunBatch, compare, read_photographs
+from pipeline.export.parity import (
+    MOST_PHOTOGRAPHS,
+    Check,
+    Limit,
+    Photograph,
+    RunBatch,
+    compare,
+    read_photographs,
+)
 from pipeline.files import flush
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
 from pipeline.libraries import import_onnxruntime
@@ -44,14 +54,19 @@ if TYPE_CHECKING:
 CALIBRATION_SIDE = 96
 """Of a calibration image, in LR pixels."""
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""The mark of a file that ONNX Runtime has prepared; without it, it advises to. PyTorch's exporter did the same."""
+"""The mark of a file that ONNX Runtime has prepared; without it, it advises to. PyTorch's exporter
+did the same."""
 
 
-def calibration_images(photos: Sequence[Photograph], scale: int, count: int, seed: int) -> list[Tensor]:
-    """`count` crops at random places, uint8 1 x 3 x `SIDE` x `SIDE` (less where the photograph is smaller).
+def calibration_images(
+    photos: Sequence[Photograph], scale: int, count: int, seed: int
+) -> list[Tensor]:
+    """`count` crops at random places, uint8 1 x 3 x `SIDE` x `SIDE` (less where the photograph is
+    smaller).
 
-    Every photograph in turn, and by turns as it is, which is what users upscale, and reduced `scale` times, which is
-    what training and benchmarks take for LR. Reduced ones have the harder edges.
+    Every photograph in turn, and by turns as it is, which is what users upscale, and reduced
+    `scale` times, which is what training and benchmarks take for LR. Reduced ones have the harder
+    edges.
     """
     generator = torch.Generator().manual_seed(seed)
     crops = []
@@ -60,8 +75,10 @@ def calibration_images(photos: Sequence[Photograph], scale: int, count: int, see
         size = (pixels.shape[-2] // scale, pixels.shape[-1] // scale)
         if (number + number // len(photos)) % 2 and min(size) >= CALIBRATION_SIDE // 2:
             pixels = to_bytes(cubic_resize(unit_range(pixels, torch.float32), size))
-        top, left = (int(torch.randint(max(1, side - CALIBRATION_SIDE + 1), (), generator=generator))
-                     for side in pixels.shape[-2:])
+        top, left = (
+            int(torch.randint(max(1, side - CALIBRATION_SIDE + 1), (), generator=generator))
+            for side in pixels.shape[-2:]
+        )
         crops.append(pixels[..., top : top + CALIBRATION_SIDE, left : left + CALIBRATION_SIDE])
     return crops
 
@@ -81,13 +98,20 @@ def as_bytes(output: np.ndarray, form: Form) -> Tensor:
     return images if form.io == "uint8" else to_bytes(images)
 
 
-def quantize(source: Path, target: Path, images: Sequence[np.ndarray], keep_last: int = 0, *,
-             has_int8_outputs: bool) -> int:
-    """Write the ONNX file `source`, which takes `images`, as `target` with INT8 convolutions; how many these are.
+def quantize(
+    source: Path,
+    target: Path,
+    images: Sequence[np.ndarray],
+    keep_last: int = 0,
+    *,
+    has_int8_outputs: bool,
+) -> int:
+    """Write the ONNX file `source`, which takes `images`, as `target` with INT8 convolutions; how
+    many these are.
 
-    `keep_last` is how many of the last convolutions stay as they are. ONNX Runtime computes in INT8 only where the
-    output of a convolution is quantised, too; OpenVINO does without, which loses less. `UserError` for a network
-    without a convolution to quantise.
+    `keep_last` is how many of the last convolutions stay as they are. ONNX Runtime computes in INT8
+    only where the output of a convolution is quantised, too; OpenVINO does without, which loses
+    less. `UserError` for a network without a convolution to quantise.
     """
     import onnx
 
@@ -97,15 +121,28 @@ def quantize(source: Path, target: Path, images: Sequence[np.ndarray], keep_last
     model = onnx.load(source)
     chosen = _dense_convolutions(model)
     if len(chosen) <= keep_last:
-        raise UserError(f"--int8 quantises convolutions over all channels; this network has {len(chosen)}, of which "
-                        f"--keep-last leaves {keep_last} in FP32: leave --int8 out, or say --keep-last 0")
+        raise UserError(
+            f"--int8 quantises convolutions over all channels; this network has {len(chosen)}, of "
+            "which "
+            f"--keep-last leaves {keep_last} in FP32: leave --int8 out, or say --keep-last 0"
+        )
     chosen = chosen[: len(chosen) - keep_last]
     onnx.helper.set_model_props(model, dict([PREPARED]))
     with quiet():
         quantize_static(
-            model, target, _Reader(images), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"],
-            nodes_to_quantize=chosen, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            extra_options={} if has_int8_outputs else {"OpTypesToExcludeOutputQuantization": ["Conv"]})
+            model,
+            target,
+            _Reader(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=chosen,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={}
+            if has_int8_outputs
+            else {"OpTypesToExcludeOutputQuantization": ["Conv"]},
+        )
     return len(chosen)
 
 
@@ -133,8 +170,13 @@ class _Reader:
 def _dense_convolutions(model: onnx.ModelProto) -> list[str]:
     """The names of the convolutions that see every channel and whose weights lie in the file."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in stored
-            and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)]
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv"
+        and node.input[1] in stored
+        and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)
+    ]
 
 
 # Measuring the loss: PSNR-Y against HR photographs, beside that of the FP32 network.
@@ -162,11 +204,13 @@ class PhotographScore:
         return 0.0 if self.fp32 == self.int8 else self.fp32 - self.int8
 
 
-def measure_drop(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int,
-                 form: Form) -> list[PhotographScore]:
+def measure_drop(
+    fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int, form: Form
+) -> list[PhotographScore]:
     """Both networks on the exact cubic LR of every photograph.
 
-    PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a network fails.
+    PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a
+    network fails.
     """
     scores = []
     for photo in tqdm(photos, desc="measuring the drop", unit="image", **bar_options()):
@@ -176,11 +220,20 @@ def measure_drop(fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], s
         try:
             expected, found = as_bytes(fp32(lr), form), as_bytes(int8(lr), form)
         except Exception as error:  # each backend has its own
-            raise RunError(f"the network cannot be run on {photo.name!r} ({one_line(error)})") from error
-        hr_inner, expected_inner, found_inner = (images[..., scale:-scale, scale:-scale]
-                                                 for images in (hr, expected, found))
-        scores.append(PhotographScore(photo.name, psnr_y(expected_inner, hr_inner), psnr_y(found_inner, hr_inner),
-                                      psnr(found, expected)))
+            raise RunError(
+                f"the network cannot be run on {photo.name!r} ({one_line(error)})"
+            ) from error
+        hr_inner, expected_inner, found_inner = (
+            images[..., scale:-scale, scale:-scale] for images in (hr, expected, found)
+        )
+        scores.append(
+            PhotographScore(
+                photo.name,
+                psnr_y(expected_inner, hr_inner),
+                psnr_y(found_inner, hr_inner),
+                psnr(found, expected),
+            )
+        )
     return scores
 
 
@@ -191,13 +244,27 @@ def mean_drop(scores: Sequence[PhotographScore]) -> float:
 
 def table(title: str, scores: Sequence[PhotographScore]) -> str:
     """A line for each photograph and one for the mean."""
-    mean = [fmean(values) for values in zip(*((score.fp32, score.int8, score.drop, score.agreement)
-                                              for score in scores), strict=True)]
+    mean = [
+        fmean(values)
+        for values in zip(
+            *((score.fp32, score.int8, score.drop, score.agreement) for score in scores),
+            strict=True,
+        )
+    ]
     rows = [(score.name, (score.fp32, score.int8, score.drop, score.agreement)) for score in scores]
     width = max(14, *(len(name) for name, _ in rows))
-    head = f"{title}, PSNR-Y against HR in dB: FP32, INT8, drop; PSNR of INT8's images against FP32's"
-    return "\n".join([head, *(f"  {name:<{width}}{values[0]:8.3f}{values[1]:8.3f}{values[2]:+8.3f}{values[3]:7.1f}"
-                              for name, values in (*rows, ("mean", mean)))])
+    head = (
+        f"{title}, PSNR-Y against HR in dB: FP32, INT8, drop; PSNR of INT8's images against FP32's"
+    )
+    return "\n".join(
+        [
+            head,
+            *(
+                f"  {name:<{width}}{values[0]:8.3f}{values[1]:8.3f}{values[2]:+8.3f}{values[3]:7.1f}"
+                for name, values in (*rows, ("mean", mean))
+            ),
+        ]
+    )
 
 
 def _middle(images: torch.Tensor) -> torch.Tensor:
@@ -207,7 +274,11 @@ def _middle(images: torch.Tensor) -> torch.Tensor:
 
 # The INT8 file: photographs that calibrate and others that measure, the limits, writing.
 
-CALIBRATING = ("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg", "skimage/data/rocket.jpg")
+CALIBRATING = (
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+    "skimage/data/rocket.jpg",
+)
 MEASURING = ("skimage/data/astronaut.png", "skimage/data/coffee.png", "skimage/data/chelsea.png")
 """Photographs within packages."""
 LIMITS = {"float": Limit(30), "uint8": Limit(30, levels=255)}
@@ -230,7 +301,9 @@ class Int8:
     def check(self) -> None:
         """`UserError` for a number out of its range."""
         if not 1 <= self.calibration_images <= 10_000:
-            raise UserError(f"--calibration-images {self.calibration_images} is not from 1 to 10000")
+            raise UserError(
+                f"--calibration-images {self.calibration_images} is not from 1 to 10000"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed} is below 0 or has more than 63 bits")
         if self.keep_last < 0:
@@ -249,37 +322,63 @@ class Material:
 
 
 def gather(int8: Int8) -> Material:
-    """Read the photographs. `UserError` for one that would both calibrate and measure, and for a small one."""
+    """Read the photographs. `UserError` for one that would both calibrate and measure, and for a
+    small one."""
     int8.check()
-    calibrating = read_photographs(int8.calibrate, "--calibrate", int8.calibration_images, CALIBRATING)
+    calibrating = read_photographs(
+        int8.calibrate, "--calibrate", int8.calibration_images, CALIBRATING
+    )
     measuring = read_photographs(int8.measure, "--measure", MOST_PHOTOGRAPHS, MEASURING)
     names = {_digest(photo): photo.name for photo in calibrating}
     for photo in measuring:
         if _digest(photo) in names:
-            raise UserError(f"the photograph {photo.name!r} of --measure is {names[_digest(photo)]!r} of --calibrate, "
-                            "too; what calibrates an INT8 network must not measure it: give folders that share none")
+            raise UserError(
+                f"the photograph {photo.name!r} of --measure is {names[_digest(photo)]!r} of "
+                "--calibrate, "
+                "too; what calibrates an INT8 network must not measure it: give folders that share "
+                "none"
+            )
         if min(photo.pixels.shape[-2:]) < SMALLEST:
-            raise UserError(f"the photograph {photo.name!r} of --measure is smaller than {SMALLEST}x{SMALLEST}; "
-                            "remove it")
+            raise UserError(
+                f"the photograph {photo.name!r} of --measure is smaller than "
+                f"{SMALLEST}x{SMALLEST}; "
+                "remove it"
+            )
     return Material(int8, calibrating, measuring)
 
 
-def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Material, batches: list[Check], *,
-               for_openvino: bool) -> None:
+def write_int8(
+    onnx_file: Path,
+    saved: SavedNetwork,
+    form: Form,
+    material: Material,
+    batches: list[Check],
+    *,
+    for_openvino: bool,
+) -> None:
     """Write `NAME_int8.onnx`, or `NAME_int8.xml` and .bin, of the proven FP32 file `NAME.onnx`.
 
-    `RunError`, and nothing is written, where PSNR-Y drops by more than `max_drop` or the file fails at a size.
+    `RunError`, and nothing is written, where PSNR-Y drops by more than `max_drop` or the file fails
+    at a size.
     """
-    images = [as_input(crop, form) for crop in calibration_images(
-        material.calibrating, saved.scale, material.int8.calibration_images, material.int8.seed)]
+    images = [
+        as_input(crop, form)
+        for crop in calibration_images(
+            material.calibrating, saved.scale, material.int8.calibration_images, material.int8.seed
+        )
+    ]
     kind = FILE_BACKENDS["openvino" if for_openvino else "onnx"]
     final = onnx_file.with_name(f"{onnx_file.stem}_int8{'.xml' if for_openvino else '.onnx'}")
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         quantised = Path(folder, "int8.onnx")
-        print(f"quantising for {kind.title} by {len(images)} images of {len(material.calibrating)} photographs ...",
-              flush=True)
-        count = quantize(onnx_file, quantised, images, material.int8.keep_last,
-                         has_int8_outputs=not for_openvino)
+        print(
+            f"quantising for {kind.title} by {len(images)} images of {len(material.calibrating)} "
+            "photographs ...",
+            flush=True,
+        )
+        count = quantize(
+            onnx_file, quantised, images, material.int8.keep_last, has_int8_outputs=not for_openvino
+        )
         file = quantised
         if for_openvino:
             file = quantised.with_suffix(".xml")
@@ -302,35 +401,54 @@ def write_int8(onnx_file: Path, saved: SavedNetwork, form: Form, material: Mater
             os.replace(source, target)
         flush(final.parent)
     size = sum(path.stat().st_size for path in parts[1])
-    print(f"{final}{' and .bin' if for_openvino else ''}  ({size / 1e6:.2f} MB): {count} convolutions in INT8, "
-          f"drop {mean_drop(scores):+.3f} dB")
+    print(
+        f"{final}{' and .bin' if for_openvino else ''}  ({size / 1e6:.2f} MB): {count} "
+        "convolutions in INT8, "
+        f"drop {mean_drop(scores):+.3f} dB"
+    )
 
 
 def _judge(scores: list[PhotographScore], int8: Int8) -> None:
     drop = mean_drop(scores)
     if not drop <= int8.max_drop:
         allowed = math.ceil(drop * 100) / 100 if math.isfinite(drop) else drop
-        raise RunError(f"INT8 loses {drop:.3f} dB of PSNR-Y in the mean of {len(scores)} photographs, and --max-drop "
-                       f"allows {int8.max_drop:g}, so that no file is written; calibrate with photographs like yours "
-                       f"(--calibrate), leave more in FP32 (--keep-last), take FP32 or --half, or allow it with "
-                       f"--max-drop {allowed:g}")
+        raise RunError(
+            f"INT8 loses {drop:.3f} dB of PSNR-Y in the mean of {len(scores)} photographs, and "
+            "--max-drop "
+            f"allows {int8.max_drop:g}, so that no file is written; calibrate with photographs "
+            "like yours "
+            "(--calibrate), leave more in FP32 (--keep-last), take FP32 or --half, or allow it "
+            "with "
+            f"--max-drop {allowed:g}"
+        )
 
 
 def _calibration(material: Material, scores: list[PhotographScore]) -> dict[str, str]:
     """What the file says of its calibration and its loss."""
     int8 = material.int8
-    return {"float32_last_convolutions": str(int8.keep_last),
-            "calibration_images": str(int8.calibration_images), "calibration_seed": str(int8.seed),
-            "calibration_photographs": str(len(material.calibrating)),
-            "measured_photographs": str(len(scores)), "psnr_y_drop": f"{mean_drop(scores):.4f}",
-            "max_psnr_y_drop": f"{max(score.drop for score in scores):.4f}"}
+    return {
+        "float32_last_convolutions": str(int8.keep_last),
+        "calibration_images": str(int8.calibration_images),
+        "calibration_seed": str(int8.seed),
+        "calibration_photographs": str(len(material.calibrating)),
+        "measured_photographs": str(len(scores)),
+        "psnr_y_drop": f"{mean_drop(scores):.4f}",
+        "max_psnr_y_drop": f"{max(score.drop for score in scores):.4f}",
+    }
 
 
 def _report_speed(title: str, fp32: RunBatch, int8: RunBatch, form: Form) -> None:
     images = np.zeros(form.shape(*TIMED), np.uint8 if form.io == "uint8" else np.float32)
     before, after = fastest_seconds([lambda: fp32(images), lambda: int8(images)], rounds=3)
-    verdict = f"{before / after:.1f} times as fast" if after < 0.95 * before else "not faster on this processor"
-    print(f"{TIMED[2]}x{TIMED[1]} pixels by {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: {verdict}")
+    verdict = (
+        f"{before / after:.1f} times as fast"
+        if after < 0.95 * before
+        else "not faster on this processor"
+    )
+    print(
+        f"{TIMED[2]}x{TIMED[1]} pixels by {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: "
+        f"{verdict}"
+    )
 
 
 def _loaded(kind: BackendKind, file: Path) -> NetworkFile:
@@ -341,4 +459,6 @@ def _loaded(kind: BackendKind, file: Path) -> NetworkFile:
 
 
 def _digest(photo: Photograph) -> bytes:
-    return hashlib.sha256(repr(photo.pixels.shape).encode() + photo.pixels.numpy().tobytes()).digest()
+    return hashlib.sha256(
+        repr(photo.pixels.shape).encode() + photo.pixels.numpy().tobytes()
+    ).digest()

@@ -1,4 +1,5 @@
-"""A network as an ONNX file: any batch, height and width, floats or bytes, FP32 or FP16, its description inside."""
+"""A network as an ONNX file: any batch, height and width, floats or bytes, FP32 or FP16, its
+description inside."""
 
 from __future__ import annotations
 
@@ -28,14 +29,15 @@ LAYOUTS = ("nchw", "nhwc")
 
 
 class ByteNetwork(nn.Module):
-    """A generator between uint8 images: normalisation, the network, clamping and rounding in one module.
+    """A generator between uint8 images: normalisation, the network, clamping and rounding in one
+    module.
 
-    It computes in the dtype of the network's weights, whatever that is; `half()` and `bfloat16()` work as on the
-    network itself. Its tensors are the network's own, named with "network." in front.
+    It computes in the dtype of the network's weights, whatever that is; `half()` and `bfloat16()`
+    work as on the network itself. Its tensors are the network's own, named with "network." in
+    front.
 
-    Args:
-        network: any generator of `pipeline.models`.
-        layout: "nchw" or "nhwc", of the input and of the output; nhwc is how images lie in files and in cameras.
+    Args: network: any generator of `pipeline.models`. layout: "nchw" or "nhwc", of the input and of
+        the output; nhwc is how images lie in files and in cameras.
 
     Raises:
         ValueError: another layout; in `forward` images that are not bytes.
@@ -62,7 +64,8 @@ class ByteNetwork(nn.Module):
 
 INPUT, OUTPUT = "input", "output"
 OPSETS = range(17, 24)
-"""LayerNormalization came with 17; what lies above 23 the exporter of the pinned torch does not write."""
+"""LayerNormalization came with 17; what lies above 23 the exporter of the pinned torch does not
+write."""
 LARGEST_BYTES = 2**31 - 1
 """Of a protobuf message."""
 
@@ -72,7 +75,8 @@ class Form:
     """What the file takes and gives, and what it computes in."""
 
     io: str = "float"
-    """"float": [0, 1] and overshoot, in the type of the weights; "uint8": 0..255, clamped and rounded."""
+    """"float": [0, 1] and overshoot, in the type of the weights; "uint8": 0..255, clamped and
+    rounded."""
     layout: str = "nchw"
     half: bool = False
     """FP16 weights and arithmetic."""
@@ -87,14 +91,18 @@ class Form:
 
     def shape(self, batch: int | str, height: int | str, width: int | str) -> tuple[int | str, ...]:
         """Of images of that size in this layout."""
-        return (batch, COLOURS, height, width) if self.layout == "nchw" else (batch, height, width, COLOURS)
+        return (
+            (batch, COLOURS, height, width)
+            if self.layout == "nchw"
+            else (batch, height, width, COLOURS)
+        )
 
 
 class Continued(nn.Module):
     """A generator whose images are continued to the sizes that it needs, by arithmetic alone.
 
-    It does what the network does by itself (mirrored at the bottom and the right, the result cut), without the
-    branches in Python: an exporter would write down the one that its example took.
+    It does what the network does by itself (mirrored at the bottom and the right, the result cut),
+    without the branches in Python: an exporter would write down the one that its example took.
     """
 
     def __init__(self, network: nn.Module, multiple: int, minimum: int) -> None:
@@ -106,9 +114,15 @@ class Continued(nn.Module):
         height, width = images.shape[-2:]
         for dim in (2, 3):
             side = images.shape[dim]
-            wanted = (torch.sym_max(side, self.minimum) + self.multiple - 1) // self.multiple * self.multiple
+            wanted = (
+                (torch.sym_max(side, self.minimum) + self.multiple - 1)
+                // self.multiple
+                * self.multiple
+            )
             places = torch.arange(wanted, device=images.device)
-            images = images.index_select(dim, torch.minimum(places, 2 * (side - 1) - places).clamp(min=0))
+            images = images.index_select(
+                dim, torch.minimum(places, 2 * (side - 1) - places).clamp(min=0)
+            )
         scale = self.network.scale
         return self.network(images)[..., : height * scale, : width * scale]
 
@@ -135,7 +149,8 @@ def with_form(network: nn.Module, form: Form) -> nn.Module:
 def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
     """`network`, which was built from `saved`, as the content of an ONNX file. It stays as it is.
 
-    `UserError` for an architecture that cannot be written at any size, and for an opset that cannot express it.
+    `UserError` for an architecture that cannot be written at any size, and for an opset that cannot
+    express it.
     """
     import onnx
 
@@ -150,36 +165,56 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
     model = _exported(with_form(network, form), form, saved)
     sides = model.graph.input[0].type.tensor_type.shape.dim
     if not all(side.dim_param or side.dim_value == COLOURS for side in sides):
-        raise UserError(f"network {_name(saved)!r} cannot be written as ONNX for images of any size: its code takes "
-                        "decisions by the size of the image")
+        raise UserError(
+            f"network {_name(saved)!r} cannot be written as ONNX for images of any size: its code "
+            "takes "
+            "decisions by the size of the image"
+        )
     if (written := model.opset_import[0].version) != form.opset:
-        raise UserError(f"network {_name(saved)!r} cannot be written with opset {form.opset}, but with {written}; "
-                        f"say --opset {written}")
+        raise UserError(
+            f"network {_name(saved)!r} cannot be written with opset {form.opset}, but with "
+            f"{written}; "
+            f"say --opset {written}"
+        )
     _forget_sources(model)
     onnx.helper.set_model_props(model, describe(saved, form))
     if model.ByteSize() > LARGEST_BYTES:
-        raise UserError(f"the network takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; try --half")
+        raise UserError(
+            f"the network takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; try "
+            "--half"
+        )
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise RunError(f"PyTorch's exporter wrote a file that ONNX refuses: {one_line(error)}"
-                       f"{'; leave --half out' if form.half else ''}") from error
+        raise RunError(
+            f"PyTorch's exporter wrote a file that ONNX refuses: {one_line(error)}"
+            f"{'; leave --half out' if form.half else ''}"
+        ) from error
     return model.SerializeToString()
 
 
 def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
-    """What the file says about itself: architecture, scale, parameters, where it comes from, what it takes."""
-    return {**saved.metadata, "architecture": saved.name, "scale": str(saved.scale),
-            "params": json.dumps(saved.params, sort_keys=True), "io": form.io, "layout": form.layout,
-            "dtype": "float16" if form.half else "float32", "colours": "RGB",
-            "range": "0..255" if form.io == "uint8" else "0..1"}
+    """What the file says about itself: architecture, scale, parameters, where it comes from, what
+    it takes."""
+    return {
+        **saved.metadata,
+        "architecture": saved.name,
+        "scale": str(saved.scale),
+        "params": json.dumps(saved.params, sort_keys=True),
+        "io": form.io,
+        "layout": form.layout,
+        "dtype": "float16" if form.half else "float32",
+        "colours": "RGB",
+        "range": "0..255" if form.io == "uint8" else "0..1",
+    }
 
 
 @torch.no_grad()
 def _fold_norms(network: nn.Module) -> None:
     """Let convolutions do the work of the batch norms behind them, in FP32.
 
-    The exporter does so, too, but of FP16 weights and FP32 statistics it makes a convolution of both types.
+    The exporter does so, too, but of FP16 weights and FP32 statistics it makes a convolution of
+    both types.
     """
     for row in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for place in range(len(row) - 1):
@@ -198,17 +233,31 @@ def _sizes(network: nn.Module) -> tuple[int, int]:
 
 def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelProto:
     dims = {axis: torch.export.Dim(axis) for axis in ("batch", "height", "width")}
-    axes = {place: dims[name] for place, name in enumerate(form.shape("batch", "height", "width")) if name in dims}
+    axes = {
+        place: dims[name]
+        for place, name in enumerate(form.shape("batch", "height", "width"))
+        if name in dims
+    }
     example = torch.zeros(form.shape(2, 48, 52), dtype=form.dtype)
     try:
         with quiet():
             program = torch.onnx.export(
-                module, (example,), dynamo=True, opset_version=form.opset, input_names=[INPUT], output_names=[OUTPUT],
-                dynamic_shapes=(axes,), external_data=False, verbose=False)
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=form.opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=(axes,),
+                external_data=False,
+                verbose=False,
+            )
             return program.model_proto
     except Exception as error:  # the exporter has many ways to fail, and none of them is the user's
-        raise UserError(f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
-                        f"exporter says {one_line(error.__cause__ or error)}") from error
+        raise UserError(
+            f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
+            f"exporter says {one_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _name(saved: SavedNetwork) -> str:
@@ -216,20 +265,29 @@ def _name(saved: SavedNetwork) -> str:
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes of every node: a quarter of the file, and paths on this machine."""
+    """Drop what the exporter notes of every node: a quarter of the file, and paths on this
+    machine."""
     for part in (model, model.graph, *model.functions):
         part.ClearField("doc_string")
         del part.metadata_props[:]
-    for item in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output,
-                 *model.graph.initializer):
+    for item in (
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.initializer,
+    ):
         item.ClearField("doc_string")
         del item.metadata_props[:]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings of the exporter and of networks' code, about which a user can do nothing; errors stay errors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Without warnings of the exporter and of networks' code, about which a user can do nothing;
+    errors stay errors."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -15,7 +15,8 @@ SECTION = "vastscale"
 
 
 def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -> None:
-    """Write `xml` and the .bin beside it, with `description` in its runtime information under `SECTION`."""
+    """Write `xml` and the .bin beside it, with `description` in its runtime information under
+    `SECTION`."""
     import openvino
 
     try:

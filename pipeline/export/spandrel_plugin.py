@@ -1,11 +1,14 @@
-"""VapSR, SRResNet and MSRResNet for programs that open weights through spandrel, which does not know them by itself.
+"""VapSR, SRResNet and MSRResNet for programs that open weights through spandrel, which does not
+know them by itself.
 
-Importing this file adds them to spandrel's registry; from then on `spandrel.ModelLoader` opens the files exported here
-and those of other projects that have these networks. It works from anywhere (a folder of custom nodes of ComfyUI, say)
-as a copy where Vastscale's checkout is on Python's path, and as a symbolic link into the checkout without that.
+Importing this file adds them to spandrel's registry; from then on `spandrel.ModelLoader` opens the
+files exported here and those of other projects that have these networks. It works from anywhere (a
+folder of custom nodes of ComfyUI, say) as a copy where Vastscale's checkout is on Python's path,
+and as a symbolic link into the checkout without that.
 
-A program that uses spandrel sees the tensors and not the description in our files: colour spaces other than RGB, and a
-VapSR with 1x1 projections that works on [-1, 1], would be taken for the usual network.
+A program that uses spandrel sees the tensors and not the description in our files: colour spaces
+other than RGB, and a VapSR with 1x1 projections that works on [-1, 1], would be taken for the usual
+network.
 """
 
 from __future__ import annotations
@@ -47,17 +50,28 @@ class KnownHere(Architecture):
         """The network with these tensors, which were detected as its own."""
         scale, params, tensors = self._find(state_dict)
         return ImageModelDescriptor(
-            self._network(scale=scale, **params).eval(), tensors, architecture=self, purpose="SR",
-            tags=[f"{params['num_features']}nf", f"{params['num_blocks']}nb"], supports_half=True,
-            supports_bfloat16=True, scale=scale, input_channels=COLOURS, output_channels=COLOURS,
-            tiling=ModelTiling.SUPPORTED)
+            self._network(scale=scale, **params).eval(),
+            tensors,
+            architecture=self,
+            purpose="SR",
+            tags=[f"{params['num_features']}nf", f"{params['num_blocks']}nb"],
+            supports_half=True,
+            supports_bfloat16=True,
+            scale=scale,
+            input_channels=COLOURS,
+            output_channels=COLOURS,
+            tiling=ModelTiling.SUPPORTED,
+        )
 
     def _find(self, state: Mapping[str, Any]) -> Found | None:
-        """Scale, the other arguments and the tensors under our names; `None` if they are of another network."""
+        """Scale, the other arguments and the tensors under our names; `None` if they are of another
+        network."""
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         convert = getattr(self._network, "convert", lambda _: None)
         for layout in (tensors, convert(tensors)):
-            found = layout and self._network.recognise({name: tuple(tensor.shape) for name, tensor in layout.items()})
+            found = layout and self._network.recognise(
+                {name: tuple(tensor.shape) for name, tensor in layout.items()}
+            )
             if found:
                 return *found, layout
         return None
@@ -65,8 +79,14 @@ class KnownHere(Architecture):
 
 def register() -> list[str]:
     """Add the networks to spandrel's registry; the names of those that were not in it yet."""
-    supports = [ArchSupport.from_architecture(KnownHere(name, GENERATORS[ours])) for name, ours in ADDED.items()]
-    return [str(support.architecture.id) for support in MAIN_REGISTRY.add(*supports, ignore_duplicates=True)]
+    supports = [
+        ArchSupport.from_architecture(KnownHere(name, GENERATORS[ours]))
+        for name, ours in ADDED.items()
+    ]
+    return [
+        str(support.architecture.id)
+        for support in MAIN_REGISTRY.add(*supports, ignore_duplicates=True)
+    ]
 
 
 register()

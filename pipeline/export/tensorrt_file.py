@@ -1,4 +1,5 @@
-"""An ONNX file as a TensorRT engine: built where TensorRT is installed, else by the command that is printed."""
+"""An ONNX file as a TensorRT engine: built where TensorRT is installed, else by the command that is
+printed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from pipeline.export.onnx_file import INPUT, Form
 from pipeline.files import write_atomically
 
 SIZES = ((1, 16, 16), (1, 360, 640), (4, 1080, 1920))
-"""(batch, height, width) of the LR images: smallest, the one that the engine is tuned for, largest."""
+"""(batch, height, width) of the LR images: smallest, the one that the engine is tuned for,
+largest."""
 
 
 def is_installed() -> bool:
@@ -21,10 +23,15 @@ def is_installed() -> bool:
 
 
 def command(onnx_file: Path, engine: Path, form: Form) -> str:
-    """The `trtexec` line that builds the engine. The types are those of the file: FP16 of a file with --half."""
-    shapes = (f"--{name}Shapes={INPUT}:{'x'.join(map(str, form.shape(*size)))}"
-              for name, size in zip(("min", "opt", "max"), SIZES, strict=True))
-    return shlex.join(["trtexec", f"--onnx={onnx_file}", f"--saveEngine={engine}", "--stronglyTyped", *shapes])
+    """The `trtexec` line that builds the engine. The types are those of the file: FP16 of a file
+    with --half."""
+    shapes = (
+        f"--{name}Shapes={INPUT}:{'x'.join(map(str, form.shape(*size)))}"
+        for name, size in zip(("min", "opt", "max"), SIZES, strict=True)
+    )
+    return shlex.join(
+        ["trtexec", f"--onnx={onnx_file}", f"--saveEngine={engine}", "--stronglyTyped", *shapes]
+    )
 
 
 def build(onnx_file: Path, engine: Path, form: Form) -> None:
@@ -33,7 +40,9 @@ def build(onnx_file: Path, engine: Path, form: Form) -> None:
 
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
-    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(
+        1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_file)):
         raise RunError(f"TensorRT cannot read {str(onnx_file)!r}: {parser.get_error(0).desc()}")

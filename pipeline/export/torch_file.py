@@ -32,51 +32,71 @@ from pipeline.run_folder import (
 # Where a run's weights come from and what was measured of them, as an exported file says it.
 
 DATASET_KEYS = ("lists_sha256", "contents_sha256", "training_files", "validation_files")
-"""Of the dataset's identity in a checkpoint's manifest; `contents_sha256` is of the dataset tools' manifests."""
+"""Of the dataset's identity in a checkpoint's manifest; `contents_sha256` is of the dataset tools'
+manifests."""
 
 
 def provenance(run_dir: Path, step: int, license_name: str, *, is_averaged: bool) -> dict[str, str]:
-    """`license`, `dataset_…` and `validation` (JSON: what the run's validation at `step` gave), where they are known.
+    """`license`, `dataset_…` and `validation` (JSON: what the run's validation at `step` gave),
+    where they are known.
 
-    A run validates its averaged weights (EMA), so raw ones have no `validation`. `UserError` for a manifest or state
-    that cannot be read.
+    A run validates its averaged weights (EMA), so raw ones have no `validation`. `UserError` for a
+    manifest or state that cannot be read.
     """
     folder = checkpoint_dir(run_dir, step)
     dataset = _read(folder / MANIFEST_FILE).get("identity", {}).get("dataset", {})
     found = {"license": license_name} if license_name else {}
-    found |= {f"dataset_{key}": str(dataset[key]) for key in DATASET_KEYS if dataset.get(key) not in (None, "")}
+    found |= {
+        f"dataset_{key}": str(dataset[key])
+        for key in DATASET_KEYS
+        if dataset.get(key) not in (None, "")
+    }
     if is_averaged and (scores := _validated(run_dir, step, _read(folder / STATE_FILE))):
         found["validation"] = json.dumps(scores, sort_keys=True)
     return found
 
 
 def evaluation_of(report: Path, weights: Path) -> str:
-    """The mean scores of `weights` in a report of evaluate.py, as JSON: by benchmark, with the number of images.
+    """The mean scores of `weights` in a report of evaluate.py, as JSON: by benchmark, with the
+    number of images.
 
     `UserError` for a file that is no such report, or that is of other weights (by their SHA-256).
     """
     found = _read(report)
     try:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        title = next((model["title"] for model in found["models"] if model["sha256"] == digest), None)
+        title = next(
+            (model["title"] for model in found["models"] if model["sha256"] == digest), None
+        )
         if title is None:
-            raise UserError(f"{str(report)!r} is of other weights than {str(weights)!r}; evaluate these first: "
-                            f"python evaluate.py --model {weights} --json {report}")
-        means = {entry["name"]: {"images": len(entry["images"]), **_numbers(entry["mean"][title])}
-                 for entry in found["benchmarks"]}
+            raise UserError(
+                f"{str(report)!r} is of other weights than {str(weights)!r}; evaluate these first: "
+                f"python evaluate.py --model {weights} --json {report}"
+            )
+        means = {
+            entry["name"]: {"images": len(entry["images"]), **_numbers(entry["mean"][title])}
+            for entry in found["benchmarks"]
+        }
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(report)!r} is not a report of evaluate.py ({type(error).__name__}: {error}); "
-                        "give its evaluation.json") from error
-    return json.dumps({"scale": found["scale"], "self_ensemble": found["self_ensemble"], "benchmarks": means},
-                      sort_keys=True)
+        raise UserError(
+            f"{str(report)!r} is not a report of evaluate.py ({type(error).__name__}: {error}); "
+            "give its evaluation.json"
+        ) from error
+    return json.dumps(
+        {"scale": found["scale"], "self_ensemble": found["self_ensemble"], "benchmarks": means},
+        sort_keys=True,
+    )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {key: round(value, 5) for key, value in values.items() if isinstance(value, (int, float))}
+    return {
+        key: round(value, 5) for key, value in values.items() if isinstance(value, (int, float))
+    }
 
 
 def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, float]:
-    """The metrics that were measured, by name; from the checkpoint, or else from the log in the run folder."""
+    """The metrics that were measured, by name; from the checkpoint, or else from the log in the run
+    folder."""
     if state.get("best_step") == step:
         scores = {name: state.get(f"best_{metric.key}") for name, metric in METRICS.items()}
         return {key: value for key, value in scores.items() if value is not None}
@@ -120,61 +140,102 @@ class Exported:
     """What the files hold."""
 
 
-def run_export(run_dir: Path | None, step: Step, raw: bool, half: bool, license: str, evaluation: Path | None,
-               output_dir: Path | None) -> int:
-    """See `export_trained_model.py --help`. Returns the exit status: 1 where a file does not hold what was written."""
+def run_export(
+    run_dir: Path | None,
+    step: Step,
+    raw: bool,
+    half: bool,
+    license: str,
+    evaluation: Path | None,
+    output_dir: Path | None,
+) -> int:
+    """See `export_trained_model.py --help`. Returns the exit status: 1 where a file does not hold
+    what was written."""
     run_dir = find_run() if run_dir is None else run_dir
-    exported = export_run(run_dir, step, raw=raw, half=half, license_name=license, evaluation=evaluation,
-                          output_dir=output_dir)
+    exported = export_run(
+        run_dir,
+        step,
+        raw=raw,
+        half=half,
+        license_name=license,
+        evaluation=evaluation,
+        output_dir=output_dir,
+    )
     faults = verify(exported)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if faults:
         return 1
     saved, file = exported.saved, exported.files[0]
-    print(f"{saved.name} x{saved.scale} of run {run_dir}, step {saved.metadata['step']}, "
-          f"{saved.metadata['weights']} weights in {saved.metadata['dtype']}, "
-          f"{int(saved.metadata['parameters']):,} parameters:")
+    print(
+        f"{saved.name} x{saved.scale} of run {run_dir}, step {saved.metadata['step']}, "
+        f"{saved.metadata['weights']} weights in {saved.metadata['dtype']}, "
+        f"{int(saved.metadata['parameters']):,} parameters:"
+    )
     for path in exported.files:
         print(f"  {path}  ({path.stat().st_size / 1e6:.2f} MB)")
     if "license" not in saved.metadata:
-        print("note: the files name no licence; --license CC-BY-4.0, or whichever is yours, writes it into them")
+        print(
+            "note: the files name no licence; --license CC-BY-4.0, or whichever is yours, writes "
+            "it into them"
+        )
     print("Read back: both equal bit for bit, and the network runs.")
     print(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
-    print("In Python:   from pipeline.models.weights import read_network\n"
-          f"             network = read_network({str(file)!r}).build()")
+    print(
+        "In Python:   from pipeline.models.weights import read_network\n"
+        f"             network = read_network({str(file)!r}).build()"
+    )
     return 0
 
 
-def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: bool = False, license_name: str = "",
-               evaluation: Path | None = None, output_dir: Path | None = None) -> Exported:
-    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats; see `verify`.
+def export_run(
+    run_dir: Path,
+    step: Step = "best",
+    *,
+    raw: bool = False,
+    half: bool = False,
+    license_name: str = "",
+    evaluation: Path | None = None,
+    output_dir: Path | None = None,
+) -> Exported:
+    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats; see
+    `verify`.
 
-    `run_dir` may also be a checkpoint in a run folder, which then is the step. Averaged (EMA) weights unless `raw`.
-    `half` stores the parameters in float16 (buffers stay as they are). The files also tell where the weights come from:
-    see `provenance`; with `evaluation`, a report of evaluate.py on these very weights, its means too. The default
-    folder is `<run_dir>/export`. `UserError` for a run without such a checkpoint and for broken weights.
+    `run_dir` may also be a checkpoint in a run folder, which then is the step. Averaged (EMA)
+    weights unless `raw`. `half` stores the parameters in float16 (buffers stay as they are). The
+    files also tell where the weights come from: see `provenance`; with `evaluation`, a report of
+    evaluate.py on these very weights, its means too. The default folder is `<run_dir>/export`.
+    `UserError` for a run without such a checkpoint and for broken weights.
     """
     run_dir, step = _checkpoint_apart(Path(run_dir), step)
     number = choose_step(run_dir, step)
     weights = run_network_file(run_dir, number, ema=not raw)
     saved = read_network(weights)
-    network = saved.build()  # refuses what does not fit and what is not finite, before anything is written
+    network = (
+        saved.build()
+    )  # refuses what does not fit and what is not finite, before anything is written
     parameters = dict(network.named_parameters())
     state_dict = saved.state_dict
     if half:
-        state_dict = {key: tensor.half() if key in parameters else tensor for key, tensor in state_dict.items()}
+        state_dict = {
+            key: tensor.half() if key in parameters else tensor
+            for key, tensor in state_dict.items()
+        }
     recipe = _recipe_name(saved, run_dir)
-    saved = replace(saved, state_dict=state_dict, metadata={
-        **saved.metadata,
-        "recipe": recipe,
-        "step": str(number),
-        "weights": "raw" if raw else "averaged (EMA)",
-        "dtype": "float16" if half else _dtype(state_dict),
-        "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
-        **provenance(newest_stage(run_dir), number, license_name, is_averaged=not raw),
-        **({} if evaluation is None else {"evaluation": evaluation_of(evaluation, weights)}),
-    })
+    saved = replace(
+        saved,
+        state_dict=state_dict,
+        metadata={
+            **saved.metadata,
+            "recipe": recipe,
+            "step": str(number),
+            "weights": "raw" if raw else "averaged (EMA)",
+            "dtype": "float16" if half else _dtype(state_dict),
+            "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
+            **provenance(newest_stage(run_dir), number, license_name, is_averaged=not raw),
+            **({} if evaluation is None else {"evaluation": evaluation_of(evaluation, weights)}),
+        },
+    )
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
     named = recipe if recipe.endswith(f"_x{saved.scale}") else f"{recipe}_x{saved.scale}"
     stem = f"{named}{'_raw' if raw else ''}{'_fp16' if half else ''}"
@@ -183,7 +244,9 @@ def export_run(run_dir: Path, step: Step = "best", *, raw: bool = False, half: b
         for file in files:
             write_network(file, saved)
     except OSError as error:
-        raise UserError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another --output-dir") from error
+        raise UserError(
+            f"cannot write into {str(folder)!r} ({error.strerror}); choose another --output-dir"
+        ) from error
     return Exported(files, saved)
 
 
@@ -193,36 +256,55 @@ def _checkpoint_apart(path: Path, step: Step) -> tuple[Path, Step]:
     if not named or path.parent.name != CHECKPOINTS_DIR:
         return path, step
     if step not in ("best", int(named[1])):
-        raise UserError(f"{str(path)!r} is step {int(named[1])}, not --step {step}; leave one of them out")
+        raise UserError(
+            f"{str(path)!r} is step {int(named[1])}, not --step {step}; leave one of them out"
+        )
     return path.parents[1], int(named[1])
 
 
 def verify(exported: Exported) -> list[str]:
-    """Read the files back: a line for each that is not bit for bit what was written, or whose network fails to run."""
-    lr = torch.arange(3 * 16 * 16, dtype=torch.int64).remainder(256).to(torch.uint8).view(1, 3, 16, 16)
+    """Read the files back: a line for each that is not bit for bit what was written, or whose
+    network fails to run."""
+    lr = (
+        torch.arange(3 * 16 * 16, dtype=torch.int64)
+        .remainder(256)
+        .to(torch.uint8)
+        .view(1, 3, 16, 16)
+    )
     faults = []
     for file in exported.files:
         found = read_network(file)
         if not _equal_bits(found.state_dict, exported.saved.state_dict):
-            faults.append(f"{str(file)!r} does not hold the tensors that were written; is the disk sound?")
+            faults.append(
+                f"{str(file)!r} does not hold the tensors that were written; is the disk sound?"
+            )
         elif replace(found, state_dict={}) != replace(exported.saved, state_dict={}):
-            faults.append(f"{str(file)!r} does not hold the description that was written; is the disk sound?")
+            faults.append(
+                f"{str(file)!r} does not hold the description that was written; is the disk sound?"
+            )
         else:
             with torch.inference_mode():
                 sr = found.build()(lr)
             side = 16 * found.scale
             if sr.shape != (1, 3, side, side) or not torch.isfinite(sr).all():
-                faults.append(f"the network in {str(file)!r} fails: of 16x16 pixels it makes {tuple(sr.shape)}, "
-                              f"{'finite' if torch.isfinite(sr).all() else 'with NaN or infinity'}")
+                faults.append(
+                    f"the network in {str(file)!r} fails: of 16x16 pixels it makes "
+                    f"{tuple(sr.shape)}, "
+                    f"{'finite' if torch.isfinite(sr).all() else 'with NaN or infinity'}"
+                )
     return faults
 
 
 def _equal_bits(found: dict[str, Tensor], written: dict[str, Tensor]) -> bool:
     return found.keys() == written.keys() and all(
-        found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
-        and torch.equal(found[key].contiguous().flatten().view(torch.uint8),
-                        tensor.contiguous().flatten().view(torch.uint8))
-        for key, tensor in written.items())
+        found[key].dtype == tensor.dtype
+        and found[key].shape == tensor.shape
+        and torch.equal(
+            found[key].contiguous().flatten().view(torch.uint8),
+            tensor.contiguous().flatten().view(torch.uint8),
+        )
+        for key, tensor in written.items()
+    )
 
 
 def _dtype(state_dict: dict[str, Tensor]) -> str:
@@ -232,6 +314,7 @@ def _dtype(state_dict: dict[str, Tensor]) -> str:
 
 
 def _recipe_name(saved: SavedNetwork, run_dir: Path) -> str:
-    """The recipe's name as the weights tell it; weights that tell none are named after their run folder."""
+    """The recipe's name as the weights tell it; weights that tell none are named after their run
+    folder."""
     name = saved.metadata.get("recipe", "")
     return name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else run_dir.resolve().name

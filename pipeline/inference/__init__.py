@@ -1,6 +1,7 @@
 """Inference: pictures of any mode and size, and videos, through a network in tiles.
 
-`TorchBackend` is imported, and torch with it, when it is asked for: upscaling by another backend needs neither.
+`TorchBackend` is imported, and torch with it, when it is asked for: upscaling by another backend
+needs neither.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from pipeline.inference.tiles import Upscaler
 if TYPE_CHECKING:
     from pipeline.inference.torch_backend import TorchBackend
 
-__all__ = ["Picture", "TargetSize", "TorchBackend", "Upscaler", "encode_picture", "read_picture", "upscale_picture"]
+__all__ = [
+    "Picture",
+    "TargetSize",
+    "TorchBackend",
+    "Upscaler",
+    "encode_picture",
+    "read_picture",
+    "upscale_picture",
+]
 
 
 def __getattr__(name: str) -> Any:

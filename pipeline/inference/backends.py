@@ -1,8 +1,10 @@
-"""What computes, behind one interface for the tiler; here a network in a file, by ONNX Runtime or OpenVINO.
+"""What computes, behind one interface for the tiler; here a network in a file, by ONNX Runtime or
+OpenVINO.
 
-`Backend` is the interface: arrays of pixels in, arrays of pixels out, whatever lies between. `FileBackend` runs a
-network file and needs no torch; `torch_backend.TorchBackend` runs a network of `pipeline.models`. How much they may be
-shown at once follows from the free memory and from what their hungriest layer reads and writes.
+`Backend` is the interface: arrays of pixels in, arrays of pixels out, whatever lies between.
+`FileBackend` runs a network file and needs no torch; `torch_backend.TorchBackend` runs a network of
+`pipeline.models`. How much they may be shown at once follows from the free memory and from what
+their hungriest layer reads and writes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Precisions, and the bytes of one of their numbers."""
 
 Levels = Callable[[], np.ndarray]
-"""Waits for a batch that was begun: its pixels, (N, height, width, 3). May raise `NotFiniteError`; called once."""
+"""Waits for a batch that was begun: its pixels, (N, height, width, 3). May raise `NotFiniteError`;
+called once."""
 
 
 class NotFiniteError(Exception):
@@ -46,30 +49,37 @@ class Backend(Protocol):
     """Between two values that it gives: 1/255 for files that give bytes; 0 for floats."""
 
     def precision_for(self, *, is_deep: bool) -> str:
-        """What it computes in, one of `ITEM_BYTES`, for pictures of 16 bits (`is_deep`), or of 8."""
+        """What it computes in, one of `ITEM_BYTES`, for pictures of 16 bits (`is_deep`), or of
+        8."""
 
     def is_exact(self, precision: str) -> bool:
-        """Whether it has nothing better than `precision` for what that cannot hold; the better one is "fp32"."""
+        """Whether it has nothing better than `precision` for what that cannot hold; the better one
+        is "fp32"."""
 
     def pixel_bytes(self, precision: str) -> float:
-        """Bytes that the network holds at most for every LR pixel it is shown, by its hungriest layer."""
+        """Bytes that the network holds at most for every LR pixel it is shown, by its hungriest
+        layer."""
 
     def max_pixels(self, precision: str) -> int:
-        """How many LR pixels, over all images of a batch, the free memory is enough for; as asked the first time."""
+        """How many LR pixels, over all images of a batch, the free memory is enough for; as asked
+        the first time."""
 
     def floats(self, images: np.ndarray) -> np.ndarray:
-        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width), white is 1.
+        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width),
+        white is 1.
 
         In the best precision, not clamped.
         """
 
     def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
-        """Begin a batch: RGB (N, height, width, 3), uint8 or uint16 -> as `result`, `scale` times larger, clamped and
-        rounded. `MemoryError`, or an error of torch, where the memory does not suffice."""
+        """Begin a batch: RGB (N, height, width, 3), uint8 or uint16 -> as `result`, `scale` times
+        larger, clamped and rounded. `MemoryError`, or an error of torch, where the memory does not
+        suffice."""
 
 
 def precision_of(asked: str, device: Device, *, is_deep: bool) -> str:
-    """What was asked for; for "auto" FP16 on a GPU, but not for 16-bit pictures, of which it would keep 11 bits."""
+    """What was asked for; for "auto" FP16 on a GPU, but not for 16-bit pictures, of which it would
+    keep 11 bits."""
     if asked != "auto":
         return asked
     return "fp16" if device.type == "cuda" and not is_deep else "fp32"
@@ -79,8 +89,9 @@ def precision_of(asked: str, device: Device, *, is_deep: bool) -> str:
 
 PROBE_SIDE = 64
 HELD_AT_ONCE = 3
-"""A network holds at most about this many times what its hungriest layer reads and writes. Measured on a CPU: PyTorch
-1.3 to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet, MSRResNet, Compact, RRDBNet)."""
+"""A network holds at most about this many times what its hungriest layer reads and writes. Measured
+on a CPU: PyTorch 1.3 to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet,
+MSRResNet, Compact, RRDBNet)."""
 SHARE = 0.5
 """Of the free memory, for the network's own use."""
 MAX_ELEMENTS = 2**31 - 1
@@ -93,12 +104,14 @@ def held_bytes(elements: float, precision: str) -> float:
 
 
 def window_pixels(elements: float, device: Device, precision: str) -> int:
-    """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for each of them."""
+    """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for
+    each of them."""
     by_memory = SHARE * free_bytes(device) / held_bytes(elements, precision)
     return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
 
 
 # A network in a file: images in the layout, type and sizes that it takes.
+
 
 @dataclass(frozen=True)
 class FileFacts:
@@ -130,9 +143,21 @@ class FileBackend:
 
     in_flight = 0
 
-    def __init__(self, load: Callable[[str], NetworkFile], facts: FileFacts, device: Device,
-                 precision: Callable[[bool], str], exact: str, measured: Measurements) -> None:
-        self.scale, self.halo, self.window, self.device = facts.scale, facts.halo, facts.window, device
+    def __init__(
+        self,
+        load: Callable[[str], NetworkFile],
+        facts: FileFacts,
+        device: Device,
+        precision: Callable[[bool], str],
+        exact: str,
+        measured: Measurements,
+    ) -> None:
+        self.scale, self.halo, self.window, self.device = (
+            facts.scale,
+            facts.halo,
+            facts.window,
+            device,
+        )
         self._load, self._facts, self._precision, self._exact = load, facts, precision, exact
         self._files: dict[str, NetworkFile] = {}
         self._max_pixels: dict[str, int] = {}
@@ -158,7 +183,9 @@ class FileBackend:
     def max_pixels(self, precision: str) -> int:
         """See `Backend`."""
         if precision not in self._max_pixels:
-            self._max_pixels[precision] = window_pixels(self._elements(precision), self.device, precision)
+            self._max_pixels[precision] = window_pixels(
+                self._elements(precision), self.device, precision
+            )
         return self._max_pixels[precision]
 
     def floats(self, images: np.ndarray) -> np.ndarray:
@@ -174,12 +201,18 @@ class FileBackend:
         step = self._facts.batch or count
         images = _continued(images, self._sizes(height, width), -(-count // step) * step)
         file = self._file(precision)
-        pieces = [from_output(file(to_input(images[start : start + step], self._facts, file.dtype)), self._facts)
-                  for start in range(0, len(images), step)]
+        pieces = [
+            from_output(
+                file(to_input(images[start : start + step], self._facts, file.dtype)), self._facts
+            )
+            for start in range(0, len(images), step)
+        ]
         sr = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
         if sr.shape != expected:
-            raise RunError(f"the network turns {images.shape} into {sr.shape}, and {expected} is right")
+            raise RunError(
+                f"the network turns {images.shape} into {sr.shape}, and {expected} is right"
+            )
         return sr[:count, :, : height * self.scale, : width * self.scale]
 
     def _elements(self, precision: str) -> float:
@@ -189,7 +222,9 @@ class FileBackend:
         def measure() -> float:
             height, width = self.window or (PROBE_SIDE, PROBE_SIDE)
             probe = np.zeros((self._facts.batch or 1, height, width, 3), np.uint8)
-            return file.most_elements(to_input(probe, self._facts, file.dtype).shape) / (probe.size / 3)
+            return file.most_elements(to_input(probe, self._facts, file.dtype).shape) / (
+                probe.size / 3
+            )
 
         return self._measured.once(f"elements of {precision} by {file.title}", measure)
 
@@ -209,7 +244,9 @@ def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray
     if kind == np.uint8:
         images = images if highest == 255 else ((images + np.uint32(128)) // 257).astype(np.uint8)
     else:
-        images = (images.astype(np.float32) * np.float32(facts.white / highest)).astype(kind, copy=False)
+        images = (images.astype(np.float32) * np.float32(facts.white / highest)).astype(
+            kind, copy=False
+        )
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if facts.layout == "nchw" else images)
 
 
@@ -224,7 +261,8 @@ _BAND_PIXELS = 1 << 15
 
 
 def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
-    """Floats (N, 3, height, width), white is 1, as levels of `result` (N, height, width, 3), clamped and rounded.
+    """Floats (N, 3, height, width), white is 1, as levels of `result` (N, height, width, 3),
+    clamped and rounded.
 
     Halves go to the even level, as in `images.to_bytes`. `NotFiniteError` for NaN and infinity.
     """
@@ -244,8 +282,13 @@ def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
 
 
 def _continued(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
-    """`count` images of at least that size: mirrored at the bottom and the right, the last one repeated."""
+    """`count` images of at least that size: mirrored at the bottom and the right, the last one
+    repeated."""
     below, right = (wanted - side for wanted, side in zip(size, images.shape[1:3], strict=True))
     if below or right:
         images = np.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), "reflect")
-    return np.pad(images, ((0, count - len(images)), (0, 0), (0, 0), (0, 0)), "edge") if count > len(images) else images
+    return (
+        np.pad(images, ((0, count - len(images)), (0, 0), (0, 0), (0, 0)), "edge")
+        if count > len(images)
+        else images
+    )

@@ -1,7 +1,9 @@
-"""Which network, and what computes it: as asked, or the fastest that is installed and worth its conversion.
+"""Which network, and what computes it: as asked, or the fastest that is installed and worth its
+conversion.
 
-`choose_backend` answers from what is known of the network on this machine, and then torch is not imported unless it is
-what computes; otherwise it reads the network by torch, and has a `ConversionCache` convert and time it.
+`choose_backend` answers from what is known of the network on this machine, and then torch is not
+imported unless it is what computes; otherwise it reads the network by torch, and has a
+`ConversionCache` convert and time it.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ FILES = tuple(sorted({suffix for kind in FILE_BACKENDS.values() for suffix in ki
 FORMAT = 2
 """Of what is kept about network files."""
 EXPORT_SECONDS = 12.0
-"""That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take longer."""
+"""That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take
+longer."""
 CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
 """LR pixels that PyTorch and every backend are shown to compare them."""
 TIMING_SECONDS = 2 * (1 + ROUNDS) * TIMED_SECONDS
 USUAL_SHARE = 0.8
-"""Of PyTorch's time, by `benchmarks/inference.py`: the fastest backend takes 0.65 to 1 for networks of this project."""
+"""Of PyTorch's time, by `benchmarks/inference.py`: the fastest backend takes 0.65 to 1 for networks
+of this project."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,40 @@ class Chosen:
 
 
 def is_network_file(model: Path | None) -> bool:
-    """Whether it is a file for a backend, rather than weights or a run folder (`None`: the newest)."""
+    """Whether it is a file for a backend, rather than weights or a run folder (`None`: the
+    newest)."""
     return model is not None and model.suffix.lower() in FILES and not model.is_dir()
 
 
-def choose_backend(model: Path | None, asked: str, device: Device, precision: str, work: PixelCount, *,
-                   compiles: bool = False) -> Chosen:
-    """`asked` is one of `BACKENDS`; `model` as the command line has it: weights, a run folder, or a network file.
+def choose_backend(
+    model: Path | None,
+    asked: str,
+    device: Device,
+    precision: str,
+    work: PixelCount,
+    *,
+    compiles: bool = False,
+) -> Chosen:
+    """`asked` is one of `BACKENDS`; `model` as the command line has it: weights, a run folder, or a
+    network file.
 
-    `UserError` for what cannot be had. A conversion that takes long, as all do, is reported on stdout.
+    `UserError` for what cannot be had. A conversion that takes long, as all do, is reported on
+    stdout.
     """
-    if compiles and (device.type == "cpu" or asked not in ("auto", "torch") or is_network_file(model)):
+    if compiles and (
+        device.type == "cpu" or asked not in ("auto", "torch") or is_network_file(model)
+    ):
         raise UserError("--compile is for PyTorch on a GPU; leave it out")
     if is_network_file(model):
         return _of_file(model, asked, device, precision)
     original = Original(network_file(model), device, precision, compiles=compiles)
     if asked in FILE_BACKENDS:
         if precision == "bf16":
-            raise UserError(f"--precision bf16 is for --backend torch; {FILE_BACKENDS[asked].title} computes in FP32 "
-                            "or FP16")
+            raise UserError(
+                f"--precision bf16 is for --backend torch; {FILE_BACKENDS[asked].title} computes "
+                "in FP32 "
+                "or FP16"
+            )
         _refuse_missing(FILE_BACKENDS[asked], to_convert=True)
         return _by_file_backend(original, FILE_BACKENDS[asked])
     if asked == "torch" or device.type != "cpu" or precision in ("fp16", "bf16"):
@@ -83,8 +102,11 @@ def choose_backend(model: Path | None, asked: str, device: Device, precision: st
 
 def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
     if missing := kind.missing(to_convert=to_convert):
-        raise UserError(f"--backend {kind.name} needs a package that is not installed; do: pip install {missing}, or "
-                        "leave --backend out")
+        raise UserError(
+            f"--backend {kind.name} needs a package that is not installed; do: pip install "
+            f"{missing}, or "
+            "leave --backend out"
+        )
 
 
 def _by_torch(original: Original, why: str = "") -> Chosen:
@@ -107,7 +129,9 @@ def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
         _announce(original, [kind])
         verdict = conversion.judge(kind)
     if verdict.reason:
-        raise UserError(f"--backend {kind.name} cannot be used: {verdict.reason}; leave --backend out")
+        raise UserError(
+            f"--backend {kind.name} cannot be used: {verdict.reason}; leave --backend out"
+        )
     return _by_conversion(conversion, kind, "")
 
 
@@ -124,18 +148,28 @@ def _fastest(original: Original, work: PixelCount) -> Chosen:
         _announce(original, unknown)
         verdicts |= {kind: conversion.judge(kind) for kind in unknown}
         unknown = []
-    good = {kind: verdict.share for kind, verdict in verdicts.items() if verdict and not verdict.reason}
+    good = {
+        kind: verdict.share for kind, verdict in verdicts.items() if verdict and not verdict.reason
+    }
     if good and (best := min(good, key=good.__getitem__)) and good[best] < 1:
         return _by_conversion(conversion, best, f", {1 / good[best]:.1f} times as fast as PyTorch")
     if unknown:
-        return _by_torch(original, f"{_titles(unknown)}: conversion would take longer than it saves")
+        return _by_torch(
+            original, f"{_titles(unknown)}: conversion would take longer than it saves"
+        )
     if good:
         return _by_torch(original, f"{_titles(list(good))} measured slower here")
-    return _by_torch(original, "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts.values() if verdict)))
+    return _by_torch(
+        original,
+        "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts.values() if verdict)),
+    )
 
 
-def _is_worth_it(conversion: ConversionCache, kinds: Sequence[BackendKind], work: PixelCount) -> bool:
-    """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the conversion costs."""
+def _is_worth_it(
+    conversion: ConversionCache, kinds: Sequence[BackendKind], work: PixelCount
+) -> bool:
+    """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the
+    conversion costs."""
     network = conversion.original.backend.network
     seconds = conversion.seconds_per_pixel
     params = sum(parameter.numel() for parameter in network.parameters())
@@ -145,8 +179,11 @@ def _is_worth_it(conversion: ConversionCache, kinds: Sequence[BackendKind], work
 
 
 def _announce(original: Original, kinds: Sequence[BackendKind]) -> None:
-    print(f"converting {short_path(original.file)} for {_titles(kinds)}, comparing and timing it against PyTorch ...",
-          flush=True)
+    print(
+        f"converting {short_path(original.file)} for {_titles(kinds)}, comparing and timing it "
+        "against PyTorch ...",
+        flush=True,
+    )
 
 
 def _titles(kinds: Sequence[BackendKind]) -> str:
@@ -156,23 +193,36 @@ def _titles(kinds: Sequence[BackendKind]) -> str:
 def _by_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> Chosen:
     title = conversion.title(kind)
     folder = short_path(cache_folder())
-    where = f"kept in {folder}" if conversion.is_kept else f"for this time only: {folder} cannot be written"
-    return _chosen(conversion.original, conversion.backend(kind),
-                   f"{conversion.device} by {title} (converted, {where}{why})")
+    where = (
+        f"kept in {folder}"
+        if conversion.is_kept
+        else f"for this time only: {folder} cannot be written"
+    )
+    return _chosen(
+        conversion.original,
+        conversion.backend(kind),
+        f"{conversion.device} by {title} (converted, {where}{why})",
+    )
 
 
 def _of_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
-    """A network in a file of its own, by a backend that reads it. What it takes and gives is found out once."""
+    """A network in a file of its own, by a backend that reads it. What it takes and gives is found
+    out once."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r} of --model")
     if precision != "auto":
-        raise UserError(f"--precision {precision} is for weights; {str(path)!r} computes in what it was written in: "
-                        "leave --precision out")
+        raise UserError(
+            f"--precision {precision} is for weights; {str(path)!r} computes in what it was "
+            "written in: "
+            "leave --precision out"
+        )
     kind = _kind_for(path, asked, device)
     file = kind.load(path, device)
     weights = path.with_suffix(".bin")  # of OpenVINO's two files
     parts = [path, weights] if path.suffix.lower() == ".xml" and weights.is_file() else [path]
-    measured = Measurements(digest(FORMAT, kind.version(), *(part.read_bytes() for part in parts))[:32])
+    measured = Measurements(
+        digest(FORMAT, kind.version(), *(part.read_bytes() for part in parts))[:32]
+    )
     try:
         facts = from_json(measured.get("facts"))
     except (TypeError, AttributeError):  # not known yet, or broken
@@ -182,8 +232,13 @@ def _of_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
     backend = FileBackend(lambda _: file, facts, device, lambda _: number, number, measured)
     name = file.metadata.get("architecture", "network")
     note = "; bytes: of 16-bit pictures it sees 8" if file.dtype == np.uint8 else ""
-    return Chosen(path, f"{name} x{facts.scale}", backend, f"{device} by {file.title} (the file as it is{note})",
-                  measured)
+    return Chosen(
+        path,
+        f"{name} x{facts.scale}",
+        backend,
+        f"{device} by {file.title} (the file as it is{note})",
+        measured,
+    )
 
 
 def _kind_for(path: Path, asked: str, device: Device) -> BackendKind:
@@ -196,11 +251,16 @@ def _kind_for(path: Path, asked: str, device: Device) -> BackendKind:
                 raise UserError(f"{str(path)!r} runs on the CPU only; say --device cpu")
         installed = [kind for kind in kinds if not kind.missing(to_convert=False)]
         if not installed:
-            raise UserError(f"{str(path)!r} needs {' or '.join(kind.title for kind in kinds)}, which is not installed; "
-                            f"do: pip install {kinds[0].distributions[0]}")
+            raise UserError(
+                f"{str(path)!r} needs {' or '.join(kind.title for kind in kinds)}, which is not "
+                "installed; "
+                f"do: pip install {kinds[0].distributions[0]}"
+            )
         return installed[0]
     if asked not in [kind.name for kind in kinds]:
-        raise UserError(f"--backend {asked} does not read {suffix} files; choose "
-                        f"{' or '.join(['auto', *(kind.name for kind in kinds)])}")
+        raise UserError(
+            f"--backend {asked} does not read {suffix} files; choose "
+            f"{' or '.join(['auto', *(kind.name for kind in kinds)])}"
+        )
     _refuse_missing(FILE_BACKENDS[asked], to_convert=False)
     return FILE_BACKENDS[asked]

@@ -1,7 +1,7 @@
 """What `upscale.py` does: choose the network, go through the files, report which did not work.
 
-Pictures are read by one thread, pass through the network here, and are encoded and written by a few others, all at the
-same time. How many wait between them is bounded, by number and by memory.
+Pictures are read by one thread, pass through the network here, and are encoded and written by a few
+others, all at the same time. How many wait between them is bounded, by number and by memory.
 """
 
 from __future__ import annotations
@@ -37,9 +37,24 @@ WAITING_BYTES = 256 << 20
 """Of results that wait to be written, at most, unless it is a single one."""
 
 
-def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: float | None, size: str | None,
-                  pre_downsample: int, format: str, png_level: int | None, force: bool, skip_existing: bool, tile: int,
-                  exact: bool, precision: str, backend: str, device: str, compile: bool) -> int:
+def run_upscaling(
+    inputs: Sequence[Path],
+    out: Path,
+    model: Path | None,
+    scale: float | None,
+    size: str | None,
+    pre_downsample: int,
+    format: str,
+    png_level: int | None,
+    force: bool,
+    skip_existing: bool,
+    tile: int,
+    exact: bool,
+    precision: str,
+    backend: str,
+    device: str,
+    compile: bool,
+) -> int:
     """See `upscale.py --help`. Returns the exit status: 1 where a file did not work."""
     Image.MAX_IMAGE_PIXELS = None  # `upscale_images` asks the memory instead
     if png_level is not None and png_level not in png.LEVELS:
@@ -58,11 +73,22 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
     def expected(scale: int) -> list[float]:
         return [_work(job, target, scale) for job in jobs]
 
-    chosen = choose_backend(model, backend, choose_device(device), precision, lambda scale: sum(expected(scale)),
-                            compiles=compile)
-    upscaler = Upscaler(chosen.backend, tile, halo=None if exact else Reach(chosen.backend, chosen.measured))
-    print(f"model: {chosen.file} ({chosen.network}) on {chosen.by}; {len(jobs)} "
-          f"{'file' if len(jobs) == 1 else 'files'}", flush=True)
+    chosen = choose_backend(
+        model,
+        backend,
+        choose_device(device),
+        precision,
+        lambda scale: sum(expected(scale)),
+        compiles=compile,
+    )
+    upscaler = Upscaler(
+        chosen.backend, tile, halo=None if exact else Reach(chosen.backend, chosen.measured)
+    )
+    print(
+        f"model: {chosen.file} ({chosen.network}) on {chosen.by}; {len(jobs)} "
+        f"{'file' if len(jobs) == 1 else 'files'}",
+        flush=True,
+    )
     failures = _run_all(jobs, target, upscaler, expected(upscaler.scale), png_level)
     print(f"upscaled: {len(jobs) - len(failures)} of {len(jobs)} into {out}", flush=True)
     for job, reason in failures:
@@ -70,26 +96,50 @@ def run_upscaling(inputs: Sequence[Path], out: Path, model: Path | None, scale: 
     return 1 if failures else 0
 
 
-def _run_all(jobs: Sequence[UpscalingJob], target: TargetSize, upscaler: Upscaler, expected: Sequence[float],
-             png_level: int | None) -> list[tuple[UpscalingJob, str]]:
-    """Do the jobs; those that did not work, and why. The next picture is read and the last ones are written meanwhile.
+def _run_all(
+    jobs: Sequence[UpscalingJob],
+    target: TargetSize,
+    upscaler: Upscaler,
+    expected: Sequence[float],
+    png_level: int | None,
+) -> list[tuple[UpscalingJob, str]]:
+    """Do the jobs; those that did not work, and why. The next picture is read and the last ones are
+    written meanwhile.
 
-    The bar counts the pixels that the network is shown, of which `expected` is known beforehand for each job.
+    The bar counts the pixels that the network is shown, of which `expected` is known beforehand for
+    each job.
     """
     reasons: dict[UpscalingJob, str] = {}
     done = 0.0
     prepare_decoders()  # a core for each thread
-    with _bar(sum(expected)) as bar, ThreadPoolExecutor(1) as reader, Writing(reasons, png_level) as writing:
+    with (
+        _bar(sum(expected)) as bar,
+        ThreadPoolExecutor(1) as reader,
+        Writing(reasons, png_level) as writing,
+    ):
         for (job, reading), work in zip(_read_ahead(jobs, reader), expected, strict=True):
             with _noting(job, reasons):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 if reading is None:
                     from pipeline.inference.video import upscale_video
 
-                    upscale_video(job.source, job.target, target, upscaler, lambda pixels: bar.update(pixels / 1e6))
+                    upscale_video(
+                        job.source,
+                        job.target,
+                        target,
+                        upscaler,
+                        lambda pixels: bar.update(pixels / 1e6),
+                    )
                 else:
-                    writing.put(job, upscale_picture(_first_of(job, reading.result()), target, upscaler,
-                                                     lambda pixels: bar.update(pixels / 1e6)))
+                    writing.put(
+                        job,
+                        upscale_picture(
+                            _first_of(job, reading.result()),
+                            target,
+                            upscaler,
+                            lambda pixels: bar.update(pixels / 1e6),
+                        ),
+                    )
             done += work / 1e6
             bar.update(done - bar.n)  # what a failure left undone
     return [(job, reasons[job]) for job in jobs if job in reasons]
@@ -109,10 +159,13 @@ class Writing:
         return self
 
     def put(self, job: UpscalingJob, picture: Picture) -> None:
-        """Have it written; first wait until few enough, of little enough memory, wait themselves."""
+        """Have it written; first wait until few enough, of little enough memory, wait
+        themselves."""
         size = picture.pixels.nbytes
-        while self._waiting and (len(self._waiting) > WRITERS or
-                                 size + sum(held for _, held, _ in self._waiting) > WAITING_BYTES):
+        while self._waiting and (
+            len(self._waiting) > WRITERS
+            or size + sum(held for _, held, _ in self._waiting) > WAITING_BYTES
+        ):
             self._finish()
         self._waiting.append((job, size, self._pool.submit(self._write, picture, job.target)))
 
@@ -131,13 +184,21 @@ class Writing:
 
 
 def _bar(pixels: float) -> tqdm:
-    return tqdm(total=pixels / 1e6, unit="MP", desc="upscaling", **bar_options(),
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} MP "
-                           "[{elapsed}<{remaining}, {rate_fmt}]")
+    return tqdm(
+        total=pixels / 1e6,
+        unit="MP",
+        desc="upscaling",
+        **bar_options(),
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} MP "
+        "[{elapsed}<{remaining}, {rate_fmt}]",
+    )
 
 
-def _read_ahead(jobs: Sequence[UpscalingJob], pool: Executor) -> Iterator[tuple[UpscalingJob, Future[Picture] | None]]:
-    """Each job with its picture, or `None` for a video; the next one's is read while this one's is at work."""
+def _read_ahead(
+    jobs: Sequence[UpscalingJob], pool: Executor
+) -> Iterator[tuple[UpscalingJob, Future[Picture] | None]]:
+    """Each job with its picture, or `None` for a video; the next one's is read while this one's is
+    at work."""
     waiting: deque[tuple[UpscalingJob, Future[Picture] | None]] = deque()
     for job in jobs:
         waiting.append((job, None if job.is_video else pool.submit(read_picture, job.source)))
@@ -148,15 +209,20 @@ def _read_ahead(jobs: Sequence[UpscalingJob], pool: Executor) -> Iterator[tuple[
 
 def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
     if picture.num_frames > 1:
-        tqdm.write(f"note: {job.source} holds {picture.num_frames} pictures; the first is upscaled", file=sys.stderr)
+        tqdm.write(
+            f"note: {job.source} holds {picture.num_frames} pictures; the first is upscaled",
+            file=sys.stderr,
+        )
     return picture
 
 
 @contextmanager
 def _noting(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[None]:
-    """Within, what is wrong with a file, the disk or the memory is noted as the reason why `job` failed.
+    """Within, what is wrong with a file, the disk or the memory is noted as the reason why `job`
+    failed.
 
-    `ValueError` and `RuntimeError` are those of encoders, and of networks that refuse an image of this size.
+    `ValueError` and `RuntimeError` are those of encoders, and of networks that refuse an image of
+    this size.
     """
     try:
         yield

@@ -1,6 +1,8 @@
-"""Networks converted for other backends than PyTorch, compared and timed against it, in a folder of the user's.
+"""Networks converted for other backends than PyTorch, compared and timed against it, in a folder of
+the user's.
 
-What is there is found by the weights' file alone: torch is imported only to read, convert, compare and time a network.
+What is there is found by the weights' file alone: torch is imported only to read, convert, compare
+and time a network.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from pipeline.models.weights import SavedNetwork
 
 FORMAT = 2
-"""Of the files. DIGEST.onnx: the SHA-256 of an ONNX file, and that file. DIGEST.json: see `Measurements`."""
+"""Of the files. DIGEST.onnx: the SHA-256 of an ONNX file, and that file. DIGEST.json: see
+`Measurements`."""
 TIMED_SECONDS = 0.5
 """That PyTorch should take for the image on which backends are timed."""
 TIMED_SIDES = (64, 256)
@@ -50,7 +53,9 @@ class Original:
         compiles: see `TorchBackend`.
     """
 
-    def __init__(self, file: Path, device: Device, precision: str, *, compiles: bool = False) -> None:
+    def __init__(
+        self, file: Path, device: Device, precision: str, *, compiles: bool = False
+    ) -> None:
         self.file, self.device, self.precision, self._compiles = file, device, precision, compiles
 
     @functools.cached_property
@@ -60,7 +65,8 @@ class Original:
 
     @functools.cached_property
     def digest(self) -> str:
-        """It changes with whatever could change the network: weights, code, packages. `UserError` as above."""
+        """It changes with whatever could change the network: weights, code, packages. `UserError`
+        as above."""
         try:
             content = self.file.read_bytes()
         except FileNotFoundError as error:
@@ -81,7 +87,9 @@ class Original:
         """The network by PyTorch."""
         from pipeline.inference.torch_backend import TorchBackend
 
-        return TorchBackend(self.saved.build(), self.device, self.precision, compiles=self._compiles)
+        return TorchBackend(
+            self.saved.build(), self.device, self.precision, compiles=self._compiles
+        )
 
     def facts(self) -> tuple[str, int, int]:
         """Name, scale and receptive radius of the network."""
@@ -99,7 +107,8 @@ class BackendVerdict:
     """What came out for one network in one backend on this machine."""
 
     reason: str = ""
-    """Why it is not used: it fails, or makes other images than PyTorch; empty: it makes the same."""
+    """Why it is not used: it fails, or makes other images than PyTorch; empty: it makes the
+    same."""
     share: float = 0.0
     """Its time, as a share of PyTorch's."""
 
@@ -132,7 +141,8 @@ class ConversionCache:
         self.original.measured.put(self._verdict_name(kind), vars(verdict))
 
     def judge(self, kind: BackendKind) -> BackendVerdict:
-        """Convert, compare with PyTorch at several sizes and batches of photographs, and take the time."""
+        """Convert, compare with PyTorch at several sizes and batches of photographs, and take the
+        time."""
         try:
             self._load(kind, self._is_half(), is_new=True)
             verdict = BackendVerdict(share=self._share(kind))
@@ -142,19 +152,25 @@ class ConversionCache:
         return verdict
 
     def backend(self, kind: BackendKind) -> FileBackend:
-        """The network in that backend; FP32 where FP16 overflows, for which it is converted then."""
+        """The network in that backend; FP32 where FP16 overflows, for which it is converted
+        then."""
         _, scale, radius = self.original.facts()
         return FileBackend(
-            lambda precision: self._load(kind, precision == "fp16"), FileFacts(scale, radius), self.device,
-            lambda is_deep: precision_of(self.original.precision, self.device, is_deep=is_deep), "fp32",
-            self.original.measured)
+            lambda precision: self._load(kind, precision == "fp16"),
+            FileFacts(scale, radius),
+            self.device,
+            lambda is_deep: precision_of(self.original.precision, self.device, is_deep=is_deep),
+            "fp32",
+            self.original.measured,
+        )
 
     def title(self, kind: BackendKind) -> str:
         """Name and version of the backend."""
         return self._load(kind, self._is_half()).title
 
     def _load(self, kind: BackendKind, half: bool, *, is_new: bool = False) -> NetworkFile:
-        """`UserError` for a network that cannot be converted or loaded, `RunError` for one with other images."""
+        """`UserError` for a network that cannot be converted or loaded, `RunError` for one with
+        other images."""
         if (kind.name, half) not in self._files:
             content = self._kept(half)
             is_new, content = is_new or content is None, content or self._make(half)
@@ -170,16 +186,21 @@ class ConversionCache:
         from pipeline.export.parity import LIMITS, checks, compare, photographs
 
         if half not in self._compared_with:
-            self._compared_with[half] = checks(self.original.backend.network, Form(half=half), photographs(None))
+            self._compared_with[half] = checks(
+                self.original.backend.network, Form(half=half), photographs(None)
+            )
         with quiet():
             compare(file.title, file, self._compared_with[half], LIMITS["float", half])
 
     def _share(self, kind: BackendKind) -> float:
-        """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in turns, the fastest of
-        `ROUNDS`."""
-        side = int(np.clip((TIMED_SECONDS / self.seconds_per_pixel) ** 0.5, *TIMED_SIDES)) // 16 * 16
-        own, other = fastest_seconds([upscaling(self.backend(kind), side),
-                                      upscaling(self.original.backend, side)], ROUNDS)
+        """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in
+        turns, the fastest of `ROUNDS`."""
+        side = (
+            int(np.clip((TIMED_SECONDS / self.seconds_per_pixel) ** 0.5, *TIMED_SIDES)) // 16 * 16
+        )
+        own, other = fastest_seconds(
+            [upscaling(self.backend(kind), side), upscaling(self.original.backend, side)], ROUNDS
+        )
         return own / other
 
     @functools.cached_property
@@ -204,7 +225,9 @@ class ConversionCache:
     def _make(self, half: bool) -> bytes:
         from pipeline.export.onnx_file import Form, convert
 
-        content = self._made[half] = convert(self.original.saved, self.original.backend.network, Form(half=half))
+        content = self._made[half] = convert(
+            self.original.saved, self.original.backend.network, Form(half=half)
+        )
         self.is_kept = keep(self._path(half), hashlib.sha256(content).digest() + content)
         return content
 
@@ -215,9 +238,12 @@ class ConversionCache:
         return cache_folder() / f"{self.original.digest}{'-half' if half else ''}.onnx"
 
     def _verdict_name(self, kind: BackendKind) -> str:
-        """The name changes with whatever could change the verdict: versions, processor, number of threads."""
+        """The name changes with whatever could change the verdict: versions, processor, number of
+        threads."""
         where = (self.device.type, _processor(), f"{usable_threads()} threads")
-        return ", ".join((f"verdict on {kind.version()}{' in FP16' if self._is_half() else ''}", *where))
+        return ", ".join(
+            (f"verdict on {kind.version()}{' in FP16' if self._is_half() else ''}", *where)
+        )
 
 
 def upscaling(backend: Backend, side: int) -> Callable[[], object]:
@@ -229,8 +255,11 @@ def upscaling(backend: Backend, side: int) -> Callable[[], object]:
 @functools.cache
 def _code() -> str:
     """A digest of the code that the networks and the conversion consist of."""
-    files = [*sorted((_PIPELINE / "models").glob("*.py")), _PIPELINE / "export" / "onnx_file.py",
-             _PIPELINE / "images.py"]
+    files = [
+        *sorted((_PIPELINE / "models").glob("*.py")),
+        _PIPELINE / "export" / "onnx_file.py",
+        _PIPELINE / "images.py",
+    ]
     return digest(*(file.read_bytes() for file in files))
 
 
@@ -245,6 +274,10 @@ def _version(package: str) -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part")))
+        return next(
+            line.partition(":")[2].strip()
+            for line in lines
+            if line.startswith(("model name", "CPU part"))
+        )
     except (OSError, StopIteration):  # not Linux
         return platform.processor()

@@ -1,4 +1,5 @@
-"""What a network file takes and gives: as our own files say, else found out by running it on a photograph."""
+"""What a network file takes and gives: as our own files say, else found out by running it on a
+photograph."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ UNKNOWN_HALO = 64
 def facts_of(file: NetworkFile, name: str) -> FileFacts:
     """The facts of a file, which messages call `name`.
 
-    `UserError` for what is not a network from one RGB image to a larger one, with float or byte values.
+    `UserError` for what is not a network from one RGB image to a larger one, with float or byte
+    values.
     """
     facts = _from_input(file, name)
     said = file.metadata
@@ -38,8 +40,11 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
         except (ValueError, TypeError):
             pass  # another program's, which has the same keys
     if importlib.util.find_spec("skimage") is None:
-        raise UserError(f"{name} does not say what it takes, and scikit-image, with whose photographs that is found "
-                        "out, is not installed; do: pip install scikit-image")
+        raise UserError(
+            f"{name} does not say what it takes, and scikit-image, with whose photographs that is "
+            "found "
+            "out, is not installed; do: pip install scikit-image"
+        )
     photo = read_rgb(paths_within_packages(SHIPPED[:1], "--images")[0])
     facts = _with_scale(file, facts, photo, name)
     facts = facts if facts.window else replace(facts, multiple=_multiple(file, facts, photo, name))
@@ -70,23 +75,40 @@ def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
 def _from_input(file: NetworkFile, name: str) -> FileFacts:
     """Layout, type, batch and sizes, which every file says."""
     if len(file.inputs) != 1:
-        raise UserError(f"{name} takes {len(file.inputs)} inputs, where a network from image to image takes one")
+        raise UserError(
+            f"{name} takes {len(file.inputs)} inputs, where a network from image to image takes one"
+        )
     shape = file.inputs[0]
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
         shown = ", ".join("any" if side is None else str(side) for side in shape)
-        raise UserError(f"{name} takes ({shown}), where images are (N, 3, height, width) or (N, height, width, 3)")
+        raise UserError(
+            f"{name} takes ({shown}), where images are (N, 3, height, width) or (N, height, width, "
+            "3)"
+        )
     if file.dtype is None:
-        raise UserError(f"{name} takes another type than float32, float16 or bytes (uint8); convert it for one of them")
+        raise UserError(
+            f"{name} takes another type than float32, float16 or bytes (uint8); convert it for one "
+            "of them"
+        )
     layout = "nchw" if shape[1] == 3 else "nhwc"
     height, width = shape[2:] if layout == "nchw" else shape[1:3]
     if (height is None) != (width is None):
-        raise UserError(f"{name} fixes one side of images and not the other; convert it for images of any size")
-    return FileFacts(scale=0, halo=0, layout=layout, white=255 if file.dtype == np.uint8 else 1, batch=shape[0],
-                     window=None if height is None else (height, width))
+        raise UserError(
+            f"{name} fixes one side of images and not the other; convert it for images of any size"
+        )
+    return FileFacts(
+        scale=0,
+        halo=0,
+        layout=layout,
+        white=255 if file.dtype == np.uint8 else 1,
+        batch=shape[0],
+        window=None if height is None else (height, width),
+    )
 
 
 def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> FileFacts:
-    """Scale, and the value of white: that with which the result looks like what it was made from."""
+    """Scale, and the value of white: that with which the result looks like what it was made
+    from."""
     image = _cut(photo, *(facts.window or (64, 128)))
     reason = ""
     for white in (255,) if file.dtype == np.uint8 else (1, 255):
@@ -94,19 +116,32 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
         try:
             sr = _run(file, facts, image)
         except (RunError, ValueError) as error:
-            raise UserError(f"{name} cannot be run on an RGB image of {image.shape[1]}x{image.shape[0]}: {error}"
-                            ) from error
+            raise UserError(
+                f"{name} cannot be run on an RGB image of {image.shape[1]}x{image.shape[0]}: "
+                f"{error}"
+            ) from error
         scale = sr.shape[-2] // image.shape[0] if sr.ndim == 4 else 0
         if scale < 1 or sr.shape[1:] != (3, image.shape[0] * scale, image.shape[1] * scale):
-            raise UserError(f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {sr.shape}, "
-                            "which is not an RGB image a whole number of times larger")
+            raise UserError(
+                f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {sr.shape}, "
+                "which is not an RGB image a whole number of times larger"
+            )
         height, width = image.shape[:2]
-        reduced = sr[0].astype(np.float32).reshape(3, height, scale, width, scale).mean((2, 4)).transpose(1, 2, 0)
+        reduced = (
+            sr[0]
+            .astype(np.float32)
+            .reshape(3, height, scale, width, scale)
+            .mean((2, 4))
+            .transpose(1, 2, 0)
+        )
         psnr = -10 * np.log10(np.square(reduced - image / 255).mean() + 1e-12)
         if psnr >= LIKE_ITS_INPUT:
             return replace(facts, scale=scale)
         reason = f"{psnr:.0f} dB of the photograph it was shown, reduced again"
-    raise UserError(f"{name} does not enlarge an RGB photograph ({reason}); does it take other values or colours?")
+    raise UserError(
+        f"{name} does not enlarge an RGB photograph ({reason}); does it take other values or "
+        "colours?"
+    )
 
 
 def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> int:
@@ -119,13 +154,18 @@ def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str)
             continue
         if sr.shape[-2:] == (height * facts.scale, width * facts.scale):
             return multiple
-    raise UserError(f"{name} takes images of some sizes only, and not of multiples of up to {MULTIPLES[-1]} pixels")
+    raise UserError(
+        f"{name} takes images of some sizes only, and not of multiples of up to {MULTIPLES[-1]} "
+        "pixels"
+    )
 
 
 def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
-    """From which distance on an edge changes nothing on a photograph, or half a level where it always changes some.
+    """From which distance on an edge changes nothing on a photograph, or half a level where it
+    always changes some.
 
-    A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size only more than there is.
+    A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size only more than
+    there is.
     """
     height, width = facts.window or STRIP
     shift = shift_of(width)
@@ -139,9 +179,13 @@ def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
 
 def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
     """The first rows and columns; mirrored on where there are too few."""
-    below, right = (max(0, wanted - side) for wanted, side in zip((height, width), photo.shape, strict=False))
+    below, right = (
+        max(0, wanted - side) for wanted, side in zip((height, width), photo.shape, strict=False)
+    )
     return np.pad(photo, ((0, below), (0, right), (0, 0)), "symmetric")[:height, :width]
 
 
 def _run(file: NetworkFile, facts: FileFacts, image: np.ndarray) -> np.ndarray:
-    return from_output(file(to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts)
+    return from_output(
+        file(to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts
+    )

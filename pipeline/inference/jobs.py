@@ -12,9 +12,30 @@ from pipeline.cli import UserError
 from pipeline.data.image_headers import UPSCALED_SUFFIXES, unread_note
 from pipeline.inference.pictures import WRITTEN
 
-VIDEO_SUFFIXES = frozenset({
-    ".3gp", ".avi", ".flv", ".m2t", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm",
-    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"})
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2t",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogm",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    }
+)
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Of videos that are written: their names for FFmpeg."""
 VIDEO_WRITTEN = frozenset(CONTAINERS)
@@ -34,11 +55,12 @@ class UpscalingJob:
 
 
 def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJob]:
-    """What to do for files and folders (all images and videos below them, without hidden ones), in order.
+    """What to do for files and folders (all images and videos below them, without hidden ones), in
+    order.
 
-    `out` is a folder, which keeps the structure of the input folders; or a file, by its suffix, for one input file.
-    Pictures get `suffix`, unless `out` is a file. `UserError` for inputs that are not there, hold nothing, or whose
-    results would be one file.
+    `out` is a folder, which keeps the structure of the input folders; or a file, by its suffix, for
+    one input file. Pictures get `suffix`, unless `out` is a file. `UserError` for inputs that are
+    not there, hold nothing, or whose results would be one file.
     """
     if not inputs:
         raise UserError("nothing to upscale; name images, videos or folders before -o")
@@ -56,26 +78,37 @@ def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJ
         if len(names[target]) > 1:  # photo.jpg beside photo.png
             target = folder / f"{source.name}{target.suffix}"
         if target in jobs and jobs[target].source.resolve() != source.resolve():
-            raise UserError(f"{str(jobs[target].source)!r} and {str(source)!r} would both become {str(target)!r}; "
-                            "upscale them into different folders")
+            raise UserError(
+                f"{str(jobs[target].source)!r} and {str(source)!r} would both become "
+                f"{str(target)!r}; "
+                "upscale them into different folders"
+            )
         jobs[target] = UpscalingJob(source, target)
     return list(jobs.values())
 
 
-def without_existing(jobs: Sequence[UpscalingJob], *, force: bool, skip_existing: bool) -> list[UpscalingJob]:
-    """The jobs to do, given what is on the disk. `UserError` where something would be overwritten without `force`, or
-    an input by its own result."""
+def without_existing(
+    jobs: Sequence[UpscalingJob], *, force: bool, skip_existing: bool
+) -> list[UpscalingJob]:
+    """The jobs to do, given what is on the disk. `UserError` where something would be overwritten
+    without `force`, or an input by its own result."""
     for job in jobs:
         if job.target.exists() and job.target.samefile(job.source):
-            raise UserError(f"{str(job.source)!r} would be overwritten by its own result; choose another -o")
+            raise UserError(
+                f"{str(job.source)!r} would be overwritten by its own result; choose another -o"
+            )
     existing = [job for job in jobs if job.target.exists()]
     for job in existing:
         if job.target.is_dir():
-            raise UserError(f"{str(job.target)!r} is a folder, where a result must go; choose another -o")
+            raise UserError(
+                f"{str(job.target)!r} is a folder, where a result must go; choose another -o"
+            )
     if existing and not (force or skip_existing):
         others = f" and {len(existing) - 1} more exist" if len(existing) > 1 else " exists"
-        raise UserError(f"{str(existing[0].target)!r}{others} already; --force overwrites, "
-                        "--skip-existing leaves them alone")
+        raise UserError(
+            f"{str(existing[0].target)!r}{others} already; --force overwrites, "
+            "--skip-existing leaves them alone"
+        )
     return [job for job in jobs if job not in existing] if skip_existing else list(jobs)
 
 
@@ -86,11 +119,15 @@ def _is_file_name(out: Path) -> bool:
 
 def _single(inputs: Sequence[Path], out: Path) -> UpscalingJob:
     if len(inputs) != 1 or inputs[0].is_dir():
-        raise UserError(f"-o {str(out)!r} names a file, but there is more than one input; give a folder")
+        raise UserError(
+            f"-o {str(out)!r} names a file, but there is more than one input; give a folder"
+        )
     job = UpscalingJob(_checked(inputs[0]), out)
     kinds, choices = ("video", VIDEO_WRITTEN) if job.is_video else ("picture", WRITTEN)
     if out.suffix.lower() not in choices:
-        raise UserError(f"cannot write a {kinds} as {out.suffix!r}; choose from {', '.join(sorted(choices))}")
+        raise UserError(
+            f"cannot write a {kinds} as {out.suffix!r}; choose from {', '.join(sorted(choices))}"
+        )
     return job
 
 
@@ -98,8 +135,10 @@ def _checked(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"no file or folder {str(path)!r}")
     if path.suffix.lower() not in UPSCALED_SUFFIXES | VIDEO_SUFFIXES:
-        raise UserError(f"{str(path)!r}: unsupported file type; supported: "
-                        f"{' '.join(sorted(UPSCALED_SUFFIXES | VIDEO_SUFFIXES))}")
+        raise UserError(
+            f"{str(path)!r}: unsupported file type; supported: "
+            f"{' '.join(sorted(UPSCALED_SUFFIXES | VIDEO_SUFFIXES))}"
+        )
     return path
 
 
@@ -111,8 +150,11 @@ def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
     results = out.resolve()
     is_empty = True
     for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders
-                            if not name.startswith(".") and (Path(folder) / name).resolve() != results)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and (Path(folder) / name).resolve() != results
+        )
         for name in sorted(names):
             source = Path(folder) / name
             is_known = source.suffix.lower() in UPSCALED_SUFFIXES | VIDEO_SUFFIXES
@@ -124,10 +166,17 @@ def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def unread_files(inputs: Sequence[Path], out: Path) -> str:
-    """A line on images of other formats in the folders among `inputs`; empty where there are none."""
+    """A line on images of other formats in the folders among `inputs`; empty where there are
+    none."""
     results = out.resolve()
-    names = [os.path.relpath(os.path.join(folder, name), path) for path in inputs if path.is_dir()
-             for folder, _, names in os.walk(path) if Path(folder).resolve() != results for name in sorted(names)]
+    names = [
+        os.path.relpath(os.path.join(folder, name), path)
+        for path in inputs
+        if path.is_dir()
+        for folder, _, names in os.walk(path)
+        if Path(folder).resolve() != results
+        for name in sorted(names)
+    ]
     return unread_note(names, but=UPSCALED_SUFFIXES)
 
 
@@ -138,5 +187,6 @@ def _result_name(source: Path, suffix: str) -> str:
 
 
 def _video_suffix(source: Path) -> str:
-    """The container that a result gets where nobody chooses: the same if it is written here, else Matroska."""
+    """The container that a result gets where nobody chooses: the same if it is written here, else
+    Matroska."""
     return source.suffix.lower() if source.suffix.lower() in VIDEO_WRITTEN else ".mkv"

@@ -1,4 +1,5 @@
-"""What was found out about one network on this machine, kept beside the converted networks in the user's cache."""
+"""What was found out about one network on this machine, kept beside the converted networks in the
+user's cache."""
 
 from __future__ import annotations
 
@@ -15,20 +16,26 @@ from pipeline.files import write_atomically
 
 def cache_folder() -> Path:
     """Where converted networks are kept: `$XDG_CACHE_HOME` or `~/.cache`, and `vastscale` in it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale" / "converted"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale" / "converted"
+    )
 
 
 def digest(*parts: object) -> str:
     """SHA-256, in hexadecimal digits, of byte strings and of the `repr` of anything else."""
-    return hashlib.sha256(repr([hashlib.sha256(part).digest() if isinstance(part, bytes) else part
-                                for part in parts]).encode()).hexdigest()
+    return hashlib.sha256(
+        repr(
+            [hashlib.sha256(part).digest() if isinstance(part, bytes) else part for part in parts]
+        ).encode()
+    ).hexdigest()
 
 
 class Measurements:
-    """JSON values by name, in the file `DIGEST.json` of `cache_folder()`; a broken file is an empty one.
+    """JSON values by name, in the file `DIGEST.json` of `cache_folder()`; a broken file is an empty
+    one.
 
-    Args:
-        digest: of the network's weights and of all else that could change what is measured; empty: nothing is kept
+    Args: digest: of the network's weights and of all else that could change what is measured;
+        empty: nothing is kept
             on disk.
     """
 
@@ -61,7 +68,8 @@ class Measurements:
 
 
 def keep(path: Path, content: bytes) -> bool:
-    """Write a file of the cache; whether that worked. A cache that cannot be written is no error: it saves time."""
+    """Write a file of the cache; whether that worked. A cache that cannot be written is no error:
+    it saves time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)

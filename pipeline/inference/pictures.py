@@ -1,4 +1,5 @@
-"""Pictures of any kind as arrays that keep what they are: gray or colours, with or without alpha, 8 or 16 bits."""
+"""Pictures of any kind as arrays that keep what they are: gray or colours, with or without alpha, 8
+or 16 bits."""
 
 from __future__ import annotations
 
@@ -18,20 +19,22 @@ from pipeline.data.image_pixels import decode_picture, over_white, to_8_bits
 from pipeline.inference import png
 from pipeline.inference.devices import free_bytes
 
-# EXIF bytes: taken out of any picture, made upright, as the tags of a TIFF file. Always from the TIFF header on.
+# EXIF bytes: taken out of any picture, made upright, as the tags of a TIFF file. Always from the
+# TIFF header on.
 
 
 ORIENTATION = 0x0112
 PREFIX = b"Exif\0\0"
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
-# Tags of a picture's first directory that say something of the picture, and not of how its pixels lie in the file:
-# ImageDescription, Make, Model, Software, DateTime, Artist, Copyright
+# Tags of a picture's first directory that say something of the picture, and not of how its pixels
+# lie in the file: ImageDescription, Make, Model, Software, DateTime, Artist, Copyright
 _DESCRIPTIVE = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 _SHORT, _LONG = 3, 4
 
 
 def exif_of(image: Image.Image) -> bytes | None:
-    """The EXIF of an open picture as it lies in the file; of a TIFF file, whose tags are EXIF, what describes it."""
+    """The EXIF of an open picture as it lies in the file; of a TIFF file, whose tags are EXIF, what
+    describes it."""
     if image.format == "TIFF":
         tags = descriptive_tags(image.getexif())
         return _exifto_8_bits(tags) if tags else None
@@ -44,7 +47,9 @@ def exif_of(image: Image.Image) -> bytes | None:
 def descriptive_tags(exif: Image.Exif) -> dict[int, Any]:
     """Tags and directories (as dicts) of an EXIF that hold for the picture in any file."""
     tags: dict[int, Any] = {tag: exif[tag] for tag in _DESCRIPTIVE if tag in exif}
-    if str(tags.get(0x010E, "")).startswith('{"shape"'):  # tifffile's, of the file and not of the picture
+    if str(tags.get(0x010E, "")).startswith(
+        '{"shape"'
+    ):  # tifffile's, of the file and not of the picture
         del tags[0x010E]
     directories = {tag: dict(exif.get_ifd(tag)) for tag in (_EXIF_IFD, _GPS_IFD)}
     return {**tags, **{tag: values for tag, values in directories.items() if values}}
@@ -87,7 +92,8 @@ class Picture:
     """A picture, upright."""
 
     pixels: np.ndarray
-    """uint8 or uint16, (height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha."""
+    """uint8 or uint16, (height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB
+    and alpha."""
     icc_profile: bytes | None = None
     exif: bytes | None = None
     """From the TIFF header on; its orientation, if any, says "as it lies"."""
@@ -96,14 +102,15 @@ class Picture:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width, upright, from the header. Raises `BadImageError` where there is none, or `OSError`."""
+    """Height and width, upright, from the header. Raises `BadImageError` where there is none, or
+    `OSError`."""
     with open(path, "rb") as file:
         return read_header(file, any_format=True).size
 
 
 def read_picture(path: Path) -> Picture:
-    """The picture in a file, with its profile and EXIF, turned upright. `UserError` for one that cannot be read whole.
-    """
+    """The picture in a file, with its profile and EXIF, turned upright. `UserError` for one that
+    cannot be read whole."""
     try:
         data = path.read_bytes()
         header = read_header(data, any_format=True)
@@ -118,16 +125,22 @@ def _check_memory(header: ImageHeader) -> None:
     """Refuse what would fill the memory before anything of it is decoded."""
     needed = 2 * 8 * header.width * header.height  # up to 4 channels of 16 bits, and a copy
     if needed > free_bytes():
-        raise UserError(f"{header.width}x{header.height} pixels need {needed / 2**30:.1f} GiB of memory to decode, "
-                        "more than is free; cut it up")
+        raise UserError(
+            f"{header.width}x{header.height} pixels need {needed / 2**30:.1f} GiB of memory to "
+            "decode, "
+            "more than is free; cut it up"
+        )
 
 
 def _beside_pixels(data: bytes) -> tuple[bytes | None, int]:
-    """(EXIF, number of pictures) of a file whose first picture was read; of a JPEG XL, which Pillow lacks, nothing."""
+    """(EXIF, number of pictures) of a file whose first picture was read; of a JPEG XL, which Pillow
+    lacks, nothing."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             exif = exif_of(image)
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's JPEG and its preview
+            frames = (
+                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            )  # a phone's JPEG and its preview
     except Exception:  # broken metadata, in whatever way: the pixels are whole
         return None, 1
     return None if exif is None else upright(exif), frames
@@ -142,7 +155,8 @@ _TIFF_LIMIT = 2**32 - 2**20  # offsets have 32 bits; the rest is for tags
 
 
 def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) -> bytes:
-    """The file's bytes. PNG and TIFF hold everything; JPEG and WebP have 8 bits, JPEG no alpha (it goes over white).
+    """The file's bytes. PNG and TIFF hold everything; JPEG and WebP have 8 bits, JPEG no alpha (it
+    goes over white).
 
     `png_level` is one of `png.LEVELS`; `None` is the fast one.
     """
@@ -157,7 +171,9 @@ def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) 
         image = Image.fromarray(_without_alpha(pixels))
         options |= {"format": "JPEG", "quality": QUALITY, "subsampling": 0, "optimize": True}
     elif suffix == ".webp":
-        image = Image.fromarray(_squeezed(pixels)).convert("RGBA" if pixels.shape[2] in (2, 4) else "RGB")
+        image = Image.fromarray(_squeezed(pixels)).convert(
+            "RGBA" if pixels.shape[2] in (2, 4) else "RGB"
+        )
         if pixels.shape[2] < 3:
             options = {}  # a profile of gray says nothing of RGB
         options |= {"format": "WEBP", "quality": QUALITY}
@@ -185,7 +201,9 @@ def _tiff(picture: Picture) -> bytes:
     if pixels.shape[2] == 2 and pixels.dtype == np.uint16:
         pixels = np.concatenate([np.repeat(pixels[..., :1], 3, axis=2), pixels[..., 1:]], axis=2)
     height, width, channels = pixels.shape
-    differences = np.diff(pixels, axis=1, prepend=pixels.dtype.type(0)).astype(f"<u{pixels.itemsize}", copy=False)
+    differences = np.diff(pixels, axis=1, prepend=pixels.dtype.type(0)).astype(
+        f"<u{pixels.itemsize}", copy=False
+    )
     data = zlib.compress(differences.tobytes())
     if len(data) > _TIFF_LIMIT:
         raise UserError("is larger than a TIFF file can be (4 GiB); write .png")
@@ -193,9 +211,19 @@ def _tiff(picture: Picture) -> bytes:
     if picture.exif is not None:
         for tag, value in descriptive_tags(parsed(picture.exif)).items():
             tags[tag] = value
-    for tag, value in {256: width, 257: height, 258: (8 * pixels.itemsize,) * channels, 259: 8,
-                       262: 1 if channels < 3 else 2, 273: 0, 277: channels, 278: height, 279: len(data), 284: 1,
-                       317: 2}.items():
+    for tag, value in {
+        256: width,
+        257: height,
+        258: (8 * pixels.itemsize,) * channels,
+        259: 8,
+        262: 1 if channels < 3 else 2,
+        273: 0,
+        277: channels,
+        278: height,
+        279: len(data),
+        284: 1,
+        317: 2,
+    }.items():
         tags[tag] = value
     if channels in (2, 4):
         tags[338] = 2  # alpha, colours not multiplied by it
@@ -214,4 +242,6 @@ def _squeezed(pixels: np.ndarray) -> np.ndarray:
 
 def _without_alpha(pixels: np.ndarray) -> np.ndarray:
     """Composited over white."""
-    return _squeezed(pixels if pixels.shape[2] in (1, 3) else over_white(pixels[..., :-1], pixels[..., -1:]))
+    return _squeezed(
+        pixels if pixels.shape[2] in (1, 3) else over_white(pixels[..., :-1], pixels[..., -1:])
+    )

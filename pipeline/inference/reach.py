@@ -1,7 +1,8 @@
 """How far the tiles of a network must overlap: measured once for its weights, and kept.
 
-A network's receptive field says how far an output pixel could see. What lies far away changes it by less than anybody
-sees, and tiles that overlap by all of it do several times the work: 172 LR pixels on every side for VapSR x4.
+A network's receptive field says how far an output pixel could see. What lies far away changes it by
+less than anybody sees, and tiles that overlap by all of it do several times the work: 172 LR pixels
+on every side for VapSR x4.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ NAME = "reach"
 
 
 class Reach:
-    """How many LR pixels tiles overlap by so that results change by `ALLOWED` at most; see `tiles.MeasuredHalo`.
+    """How many LR pixels tiles overlap by so that results change by `ALLOWED` at most; see
+    `tiles.MeasuredHalo`.
 
     Args:
         backend: the network; in whatever it computes, the answer is for its weights.
@@ -35,7 +37,8 @@ class Reach:
         self._backend, self._measured = backend, measured
 
     def __call__(self, image: np.ndarray | None) -> int | None:
-        """Measured with `image`, RGB (height, width, 3), and images of its kind; with `None` only if it was before."""
+        """Measured with `image`, RGB (height, width, 3), and images of its kind; with `None` only
+        if it was before."""
         known = self._measured.get(NAME)
         if isinstance(known, int) and known > 0:
             return known
@@ -49,16 +52,28 @@ class Reach:
         height, width = self._backend.window or STRIP
         shift, stands = shift_of(width), self._backend.window is None
         size = (height, width + shift)
-        strips = [(natural(0, *size), False), (natural(1, *size), stands), (busiest(image, size), False)]
+        strips = [
+            (natural(0, *size), False),
+            (natural(1, *size), stands),
+            (busiest(image, size), False),
+        ]
         if stands:
             strips.append((busiest(image.transpose(1, 0, 2), size), True))
-        changes = np.max([self._changes(strip, width, shift, is_upright=is_upright)
-                          for strip, is_upright in strips], axis=0)
+        changes = np.max(
+            [
+                self._changes(strip, width, shift, is_upright=is_upright)
+                for strip, is_upright in strips
+            ],
+            axis=0,
+        )
         allowed = max(MARGIN * ALLOWED, 1.01 * self._backend.step)
         return distance_within(changes, allowed) or self._backend.halo
 
-    def _changes(self, strip: np.ndarray, width: int, shift: int, *, is_upright: bool) -> np.ndarray:
-        """`edge_changes` of one strip (height, width + shift, 3), laid or, with `is_upright`, stood up."""
+    def _changes(
+        self, strip: np.ndarray, width: int, shift: int, *, is_upright: bool
+    ) -> np.ndarray:
+        """`edge_changes` of one strip (height, width + shift, 3), laid or, with `is_upright`, stood
+        up."""
         pieces = [strip[None, :, start : start + width] for start in (0, shift)]
         if is_upright:
             pieces = [piece.transpose(0, 2, 1, 3) for piece in pieces]
@@ -69,32 +84,37 @@ class Reach:
 
 
 def shift_of(width: int) -> int:
-    """By how many LR pixels two pieces of that width are cut apart: a multiple that windows of attention keep."""
+    """By how many LR pixels two pieces of that width are cut apart: a multiple that windows of
+    attention keep."""
     return SHIFT if width >= 4 * SHIFT else ALIGNMENT
 
 
 def edge_changes(left: np.ndarray, right: np.ndarray, shift: int, scale: int) -> np.ndarray:
     """How much the edge of a piece changes what lies at every distance from it, at most.
 
-    `left` and `right` are what a network made of two pieces of one image, the second cut `shift` LR pixels further
-    right; (N, 3, height, width) with white as 1. The result is by distance from the nearer edge, in LR pixels, and
-    never rises.
+    `left` and `right` are what a network made of two pieces of one image, the second cut `shift` LR
+    pixels further right; (N, 3, height, width) with white as 1. The result is by distance from the
+    nearer edge, in LR pixels, and never rises.
     """
     same = left.shape[-1] - shift * scale
-    difference = np.abs(left[..., -same:].astype(np.float32) - right[..., :same].astype(np.float32)).max((0, 1, 2))
+    difference = np.abs(
+        left[..., -same:].astype(np.float32) - right[..., :same].astype(np.float32)
+    ).max((0, 1, 2))
     difference = difference.reshape(-1, scale).max(1)
     by_distance = np.maximum(difference, difference[::-1])[: (len(difference) + 1) // 2]
     return np.maximum.accumulate(by_distance[::-1])[::-1]
 
 
 def distance_within(changes: np.ndarray, allowed: float) -> int | None:
-    """The least multiple of `ALIGNMENT` from which on changes are `allowed` at most; `None` where none was seen."""
+    """The least multiple of `ALIGNMENT` from which on changes are `allowed` at most; `None` where
+    none was seen."""
     places = range(ALIGNMENT, len(changes) - ALIGNMENT // 2, ALIGNMENT)
     return next((place for place in places if changes[place] <= allowed), None)
 
 
 def busiest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The piece (height, width) of an image with the strongest contrasts, as uint8; mirrored on where it is smaller."""
+    """The piece (height, width) of an image with the strongest contrasts, as uint8; mirrored on
+    where it is smaller."""
     pixels = image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
     below, right = (max(0, wanted - side) for wanted, side in zip(size, pixels.shape, strict=False))
     pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), "symmetric")
@@ -107,7 +127,8 @@ def busiest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def natural(seed: int, height: int, width: int) -> np.ndarray:
-    """A made image with what photographs have: soft shades, hard edges, fine texture, noise; uint8 RGB."""
+    """A made image with what photographs have: soft shades, hard edges, fine texture, noise; uint8
+    RGB."""
     random = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.float32)
     for side in (64, 24, 8, 3):  # shades of several sizes, the larger the stronger
@@ -122,7 +143,9 @@ def natural(seed: int, height: int, width: int) -> np.ndarray:
     rows, columns = np.mgrid[:height, :width]
     for _ in range(4):  # stripes, as of roofs, fences and writing
         angle, period = random.uniform(0, np.pi), random.uniform(2.2, 7)
-        stripes = np.sign(np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period))
+        stripes = np.sign(
+            np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period)
+        )
         top, left = random.integers(0, max(1, height - 32)), random.integers(0, max(1, width - 64))
         patch = (slice(top, top + 32), slice(left, left + 64))
         image[patch] += 60 * stripes[patch][..., None]

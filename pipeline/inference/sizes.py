@@ -1,4 +1,5 @@
-"""How an image gets the size that is asked for: how often through the network, what is resized; alpha and gray, too."""
+"""How an image gets the size that is asked for: how often through the network, what is resized;
+alpha and gray, too."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class TargetSize:
-    """The size that is wanted: `scale` or `size` (height, width), or what the network gives; made from a smaller image
-    where `pre_downsample` is above 1."""
+    """The size that is wanted: `scale` or `size` (height, width), or what the network gives; made
+    from a smaller image where `pre_downsample` is above 1."""
 
     scale: float | None = None
     size: tuple[int, int] | None = None
@@ -51,7 +52,9 @@ class TargetSize:
         """The size that the network begins with. `UserError` where nothing is left."""
         height, width = height // self.pre_downsample, width // self.pre_downsample
         if not (height and width):
-            raise UserError(f"it has no {self.pre_downsample} pixels along a side; leave --pre-downsample out")
+            raise UserError(
+                f"it has no {self.pre_downsample} pixels along a side; leave --pre-downsample out"
+            )
         return height, width
 
     def end(self, height: int, width: int, network_scale: int) -> tuple[int, int]:
@@ -63,10 +66,13 @@ class TargetSize:
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def passes(self, height: int, width: int, network_scale: int) -> int:
-        """How often the network is applied: until the image is as large as asked for, at least once."""
+        """How often the network is applied: until the image is as large as asked for, at least
+        once."""
         start, end = self.start(height, width), self.end(height, width, network_scale)
         count = 1
-        while any(side * network_scale**count < wanted for side, wanted in zip(start, end, strict=True)):
+        while any(
+            side * network_scale**count < wanted for side, wanted in zip(start, end, strict=True)
+        ):
             count += 1
             if network_scale**count > LARGEST_SCALE:
                 return count - 1  # the rest is resized
@@ -75,14 +81,20 @@ class TargetSize:
     def work(self, height: int, width: int, network_scale: int) -> float:
         """How many pixels the network is shown in all."""
         height, width = self.start(height, width)
-        passes = self.passes(height * self.pre_downsample, width * self.pre_downsample, network_scale)
+        passes = self.passes(
+            height * self.pre_downsample, width * self.pre_downsample, network_scale
+        )
         return height * width * sum(network_scale ** (2 * number) for number in range(passes))
 
 
-def upscale_images(images: np.ndarray, target: TargetSize, upscaler: Upscaler, advance: Advance) -> np.ndarray:
-    """RGB images (N, height, width, 3), uint8 or uint16, in the size of `target`, in their own type.
+def upscale_images(
+    images: np.ndarray, target: TargetSize, upscaler: Upscaler, advance: Advance
+) -> np.ndarray:
+    """RGB images (N, height, width, 3), uint8 or uint16, in the size of `target`, in their own
+    type.
 
-    Between two passes, and before a resize, they have 16 bits. `UserError` where the memory cannot hold the result.
+    Between two passes, and before a resize, they have 16 bits. `UserError` where the memory cannot
+    hold the result.
     """
     own, (count, height, width, channels) = images.dtype, images.shape
     end = target.end(height, width, upscaler.scale)
@@ -93,19 +105,28 @@ def upscale_images(images: np.ndarray, target: TargetSize, upscaler: Upscaler, a
         images = _resized(images[:, : start[0] * factor, : start[1] * factor], start, own)
     reached = tuple(side * upscaler.scale**passes for side in start)
     exact = reached == end
-    needed = count * channels * (math.prod(reached) * (own.itemsize if exact else 6) + math.prod(end) * own.itemsize)
+    needed = (
+        count
+        * channels
+        * (math.prod(reached) * (own.itemsize if exact else 6) + math.prod(end) * own.itemsize)
+    )
     if needed > free_bytes():
-        raise UserError(f"{end[1]}x{end[0]} pixels, on the way {reached[1]}x{reached[0]}, need "
-                        f"{needed / 2**30:.1f} GiB of memory, more than is free; cut it up or ask for less")
+        raise UserError(
+            f"{end[1]}x{end[0]} pixels, on the way {reached[1]}x{reached[0]}, need "
+            f"{needed / 2**30:.1f} GiB of memory, more than is free; cut it up or ask for less"
+        )
     for number in range(1, passes + 1):
         kind = own if exact and number == passes else DEEP
         images = upscaler(images, kind, is_deep=own == DEEP, advance=advance)
     return images if exact else _resized(images, end, own)
 
 
-def upscale_picture(picture: Picture, target: TargetSize, upscaler: Upscaler, advance: Advance) -> Picture:
-    """The picture in the size of `target`: of the same mode, bits, profile and EXIF. Alpha goes through the network as
-    a gray image of its own; where it is the same all around, it stays exactly what it is."""
+def upscale_picture(
+    picture: Picture, target: TargetSize, upscaler: Upscaler, advance: Advance
+) -> Picture:
+    """The picture in the size of `target`: of the same mode, bits, profile and EXIF. Alpha goes
+    through the network as a gray image of its own; where it is the same all around, it stays
+    exactly what it is."""
     pixels = picture.pixels
     has_alpha = pixels.shape[2] in (2, 4)
     alpha = pixels[..., -1] if has_alpha else None
@@ -143,7 +164,8 @@ def _as_gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.ndarray:
-    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of `kind`.
+    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of
+    `kind`.
 
     Pillow's cubic of floats is `images.cubic_resize` (Keys, a = -0.5), without torch.
     """
@@ -154,18 +176,21 @@ def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.nd
             plane = Image.fromarray(image[..., channel].astype(np.float32))
             resized = np.array(plane.resize(size[::-1], Image.Resampling.BICUBIC))
             resized *= np.float32(highest / levels)
-            result[index, ..., channel] = np.clip(np.rint(resized, out=resized), 0, highest, out=resized)
+            result[index, ..., channel] = np.clip(
+                np.rint(resized, out=resized), 0, highest, out=resized
+            )
     return result
 
 
 def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Wholly transparent pixels in the colour of the nearest visible one: what is hidden there must not show at edges.
-    """
+    """Wholly transparent pixels in the colour of the nearest visible one: what is hidden there must
+    not show at edges."""
     hidden = alpha == 0
     if not hidden.any() or hidden.all():
         return colours
-    _, labels = cv2.distanceTransformWithLabels(hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5,
-                                                labelType=cv2.DIST_LABEL_PIXEL)
+    _, labels = cv2.distanceTransformWithLabels(
+        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
     palette = np.zeros((labels.max() + 1, colours.shape[2]), colours.dtype)
     palette[labels[~hidden]] = colours[~hidden]
     colours = colours.copy()
@@ -174,7 +199,8 @@ def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarra
 
 
 def _with_even_places(large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """`large` with the exact value of `small` wherever that is the same in 3x3 pixels: opaque must stay opaque."""
+    """`large` with the exact value of `small` wherever that is the same in 3x3 pixels: opaque must
+    stay opaque."""
     square = np.ones((3, 3), np.uint8)
     even = (cv2.erode(small, square) == cv2.dilate(small, square)).astype(np.uint8)
     size = large.shape[::-1]

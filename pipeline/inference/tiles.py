@@ -1,4 +1,5 @@
-"""A network over images of any size: in tiles that overlap by what it sees, as large as the memory allows.
+"""A network over images of any size: in tiles that overlap by what it sees, as large as the memory
+allows.
 
 Arrays of pixels go in and come out; what computes in between, and where, is the backend's.
 """
@@ -23,7 +24,8 @@ ALIGNMENT = 16
 SMALLEST_TILE = 64
 MAX_BATCH = 64
 ENOUGH_BYTES = 512 << 20
-"""That the network holds at once on a CPU: larger tiles are no faster there, but for what they overlap by."""
+"""That the network holds at once on a CPU: larger tiles are no faster there, but for what they
+overlap by."""
 SIDES_PER_HALO = 16
 """A tile's side over its halo, where the memory allows it: 1.3 times the work of no overlap."""
 USUAL_HALO = 32
@@ -32,13 +34,14 @@ USUAL_HALO = 32
 Advance = Callable[[float], None]
 """Called with the number of LR pixels upscaled since the last call."""
 MeasuredHalo = Callable[[np.ndarray | None], int | None]
-"""How many LR pixels tiles overlap by, measured with an image (height, width, 3) at hand; without one `None` where it
-was not measured yet."""
+"""How many LR pixels tiles overlap by, measured with an image (height, width, 3) at hand; without
+one `None` where it was not measured yet."""
 
 
 @dataclass(frozen=True)
 class ImageTile:
-    """A piece of the image `image`: rows and columns of the LR image that it fills, and those that it looks at."""
+    """A piece of the image `image`: rows and columns of the LR image that it fills, and those that
+    it looks at."""
 
     image: int
     rows: slice
@@ -49,7 +52,10 @@ class ImageTile:
     @property
     def seen_shape(self) -> tuple[int, int]:
         """Height and width of what the network is shown."""
-        return (self.seen_rows.stop - self.seen_rows.start, self.seen_columns.stop - self.seen_columns.start)
+        return (
+            self.seen_rows.stop - self.seen_rows.start,
+            self.seen_columns.stop - self.seen_columns.start,
+        )
 
     @property
     def pixels(self) -> int:
@@ -58,33 +64,53 @@ class ImageTile:
 
 
 def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[ImageTile]:
-    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further; equal sizes together,
-    the largest first: smaller ones then live in memory that these have freed.
+    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further;
+    equal sizes together, the largest first: smaller ones then live in memory that these have freed.
 
-    One tile an image if that has no more than `max_pixels`; otherwise about square ones that look at no more, as far
-    as the halo leaves room: a tile fills at least `SMALLEST_TILE` squared.
+    One tile an image if that has no more than `max_pixels`; otherwise about square ones that look
+    at no more, as far as the halo leaves room: a tile fills at least `SMALLEST_TILE` squared.
     """
     count, height, width = shape
     halo = _aligned(halo)
     side = max(SMALLEST_TILE, (math.isqrt(max_pixels) - 2 * halo) // ALIGNMENT * ALIGNMENT)
     if height * width <= max_pixels:
         side = max(height, width)
-    tiles = [ImageTile(image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width))
-             for image in range(count) for rows in _pieces(height, side) for columns in _pieces(width, side)]
+    tiles = [
+        ImageTile(
+            image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width)
+        )
+        for image in range(count)
+        for rows in _pieces(height, side)
+        for columns in _pieces(width, side)
+    ]
     return sorted(tiles, key=lambda tile: tile.seen_shape, reverse=True)
 
 
 def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[ImageTile]:
-    """Tiles that fill `shape` once and look at exactly `window` (height, width) each, or at the whole of a shorter
-    side. `RunError` where a window is no larger than what the network sees around a pixel."""
+    """Tiles that fill `shape` once and look at exactly `window` (height, width) each, or at the
+    whole of a shorter side. `RunError` where a window is no larger than what the network sees
+    around a pixel."""
     count, height, width = shape
     try:
-        rows, columns = (_windows(length, side, halo) for length, side in zip((height, width), window, strict=True))
+        rows, columns = (
+            _windows(length, side, halo)
+            for length, side in zip((height, width), window, strict=True)
+        )
     except ValueError as error:
-        raise RunError(f"{width}x{height} pixels need tiles, but the network takes images of {window[1]}x{window[0]} "
-                       f"only and sees {halo} pixels far; convert it for images of any size") from error
-    return sorted((ImageTile(image, row[0], column[0], row[1], column[1])
-                   for image in range(count) for row in rows for column in columns), key=lambda tile: tile.seen_shape)
+        raise RunError(
+            f"{width}x{height} pixels need tiles, but the network takes images of "
+            f"{window[1]}x{window[0]} "
+            f"only and sees {halo} pixels far; convert it for images of any size"
+        ) from error
+    return sorted(
+        (
+            ImageTile(image, row[0], column[0], row[1], column[1])
+            for image in range(count)
+            for row in rows
+            for column in columns
+        ),
+        key=lambda tile: tile.seen_shape,
+    )
 
 
 def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
@@ -96,7 +122,10 @@ def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
         raise ValueError
     starts = [*range(0, length - side, step), length - side]
     edges = [0, *(start + halo for start in starts[1:]), length]
-    return [(slice(*edges[place : place + 2]), slice(start, start + side)) for place, start in enumerate(starts)]
+    return [
+        (slice(*edges[place : place + 2]), slice(start, start + side))
+        for place, start in enumerate(starts)
+    ]
 
 
 def _aligned(length: int) -> int:
@@ -104,7 +133,8 @@ def _aligned(length: int) -> int:
 
 
 def _pieces(length: int, side: int) -> list[slice]:
-    """`length` in pieces of about equal size, of `side` at most; all but the last one end at multiples."""
+    """`length` in pieces of about equal size, of `side` at most; all but the last one end at
+    multiples."""
     count = -(-length // side)
     step = length if count == 1 else _aligned(-(-length // count))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -117,21 +147,34 @@ def _widened(piece: slice, halo: int, length: int) -> slice:
 class Upscaler:
     """A network, ready to upscale arrays of any size.
 
-    Args:
-        backend: the network and what computes it.
-        tile: LR pixels that a tile fills at most, along a side; 0 chooses from the memory. `UserError` for less
+    Args: backend: the network and what computes it. tile: LR pixels that a tile fills at most,
+        along a side; 0 chooses from the memory. `UserError` for less
             than `ALIGNMENT`, and where the network takes images of one size only.
-        most_pixels: without `tile`, how many LR pixels the network is shown at once, whatever memory is free; fewer
+        most_pixels: without `tile`, how many LR pixels the network is shown at once, whatever
+        memory is free; fewer
             only after the memory did not suffice. 0 asks the free memory.
-        halo: how far tiles of 8-bit pictures overlap (see `reach.Reach`); `None`: by all that the network sees.
+        halo: how far tiles of 8-bit pictures overlap (see `reach.Reach`); `None`: by all that the
+        network sees.
     """
 
-    def __init__(self, backend: Backend, tile: int = 0, most_pixels: int = 0, halo: MeasuredHalo | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tile: int = 0,
+        most_pixels: int = 0,
+        halo: MeasuredHalo | None = None,
+    ) -> None:
         if tile and tile < ALIGNMENT:
-            raise UserError(f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free memory")
+            raise UserError(
+                f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free "
+                "memory"
+            )
         if tile and backend.window:
-            raise UserError(f"--tile {tile}: the network takes images of {backend.window[1]}x{backend.window[0]} only, "
-                            "so tiles have that size; leave --tile out")
+            raise UserError(
+                f"--tile {tile}: the network takes images of "
+                f"{backend.window[1]}x{backend.window[0]} only, "
+                "so tiles have that size; leave --tile out"
+            )
         self.scale = backend.scale
         self._backend = backend
         self._tile, self._most_pixels, self._measured_halo = tile, most_pixels, halo
@@ -145,12 +188,15 @@ class Upscaler:
         """How many LR pixels the network is shown at once, over all tiles of a batch."""
         return self._most(precision, self._expected_halo(is_deep=False))
 
-    def __call__(self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance) -> np.ndarray:
-        """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one of these types.
+    def __call__(
+        self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance
+    ) -> np.ndarray:
+        """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one
+        of these types.
 
-        Clamped and rounded. Tiles of pictures of 16 bits (`is_deep`) look at as much around them as the network sees,
-        so that they are the same as in one piece; others as far as was measured to change them by half a level of 255
-        at most.
+        Clamped and rounded. Tiles of pictures of 16 bits (`is_deep`) look at as much around them as
+        the network sees, so that they are the same as in one piece; others as far as was measured
+        to change them by half a level of 255 at most.
         """
         precision = self.precision_for(is_deep=is_deep)
         count, height, width, _ = images.shape
@@ -166,7 +212,8 @@ class Upscaler:
         return large
 
     def _laid(self, images: np.ndarray, precision: str, *, is_deep: bool) -> list[ImageTile]:
-        """The tiles of the images. How far they must overlap is not measured where one piece will do."""
+        """The tiles of the images. How far they must overlap is not measured where one piece will
+        do."""
         shape = images.shape[:3]
         window = self._backend.window
         if window:
@@ -201,9 +248,16 @@ class Upscaler:
             return most
         return min(most, max(least, int(ENOUGH_BYTES / self._backend.pixel_bytes(precision))))
 
-    def _run(self, large: np.ndarray, images: np.ndarray, waiting: list[ImageTile], precision: str,
-             advance: Advance) -> None:
-        """Fill tiles, which leave `waiting` when they are; the next batch may be begun before the last has come."""
+    def _run(
+        self,
+        large: np.ndarray,
+        images: np.ndarray,
+        waiting: list[ImageTile],
+        precision: str,
+        advance: Advance,
+    ) -> None:
+        """Fill tiles, which leave `waiting` when they are; the next batch may be begun before the
+        last has come."""
         begun: deque[tuple[list[ImageTile], Levels]] = deque()
 
         def finish() -> None:
@@ -227,35 +281,57 @@ class Upscaler:
             for start in range(0, len(same_size), step):
                 yield same_size[start : start + step]
 
-    def _checked(self, levels: Levels, images: np.ndarray, batch: list[ImageTile], precision: str,
-                 result: np.dtype) -> np.ndarray:
+    def _checked(
+        self,
+        levels: Levels,
+        images: np.ndarray,
+        batch: list[ImageTile],
+        precision: str,
+        result: np.dtype,
+    ) -> np.ndarray:
         """The pixels of a batch; in full precision where `precision` did not hold them."""
         try:
             return levels()
         except NotFiniteError as error:
             if self._backend.is_exact(precision):
-                raise RunError("the network gives NaN or infinity; its weights are broken") from error
-        return self._checked(self._backend.start(_seen(images, batch), "fp32", result), images, batch, "fp32", result)
+                raise RunError(
+                    "the network gives NaN or infinity; its weights are broken"
+                ) from error
+        return self._checked(
+            self._backend.start(_seen(images, batch), "fp32", result), images, batch, "fp32", result
+        )
 
     def _fill(self, large: np.ndarray, tiles: list[ImageTile], pieces: np.ndarray) -> None:
         for tile, piece in zip(tiles, pieces, strict=True):
             top = (tile.rows.start - tile.seen_rows.start) * self.scale
             left = (tile.columns.start - tile.seen_columns.start) * self.scale
-            rows, columns = (slice(part.start * self.scale, part.stop * self.scale)
-                             for part in (tile.rows, tile.columns))
-            large[tile.image, rows, columns] = piece[top : top + rows.stop - rows.start,
-                                                     left : left + columns.stop - columns.start]
+            rows, columns = (
+                slice(part.start * self.scale, part.stop * self.scale)
+                for part in (tile.rows, tile.columns)
+            )
+            large[tile.image, rows, columns] = piece[
+                top : top + rows.stop - rows.start, left : left + columns.stop - columns.start
+            ]
 
-    def _laid_smaller(self, waiting: list[ImageTile], images: np.ndarray, precision: str, error: Exception, *,
-                      is_deep: bool) -> list[ImageTile]:
+    def _laid_smaller(
+        self,
+        waiting: list[ImageTile],
+        images: np.ndarray,
+        precision: str,
+        error: Exception,
+        *,
+        is_deep: bool,
+    ) -> list[ImageTile]:
         """All tiles again, of half the pixels, after the memory did not suffice."""
         halo = self._halo(images, is_deep=is_deep)
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
         smallest = (SMALLEST_TILE + 2 * _aligned(halo)) ** 2
         if self._tile or self._backend.window or largest <= smallest:
             tile = "" if self._most_pixels else "a smaller --tile, "
-            raise RunError(f"the memory does not suffice for one tile; choose {tile}a smaller network or --device cpu"
-                           ) from error
+            raise RunError(
+                f"the memory does not suffice for one tile; choose {tile}a smaller network or "
+                "--device cpu"
+            ) from error
         if self._backend.device.type == "cuda":
             sys.modules["torch"].cuda.empty_cache()
         self._reduced[precision] = min(largest, self.max_pixels(precision)) // 2

@@ -1,7 +1,9 @@
-"""Networks of `pipeline.models` by PyTorch, channels last, on a CPU or a GPU; see `backends.Backend`.
+"""Networks of `pipeline.models` by PyTorch, channels last, on a CPU or a GPU; see
+`backends.Backend`.
 
-On a GPU the host waits once for every batch: for one copy, which holds the levels and whether all values were finite.
-It goes through pinned memory on a stream of its own, while the next batch is computed.
+On a GPU the host waits once for every batch: for one copy, which holds the levels and whether all
+values were finite. It goes through pinned memory on a stream of its own, while the next batch is
+computed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from pipeline.libraries import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED_AFTER = 64
-"""Batches of one shape that run before it is compiled for, which takes as long as hundreds of them."""
+"""Batches of one shape that run before it is compiled for, which takes as long as hundreds of
+them."""
 
 
 class TorchBackend:
@@ -45,8 +48,14 @@ class TorchBackend:
     window = None
     step = 0.0
 
-    def __init__(self, network: nn.Module, device: Device | torch.device, precision: str = "auto", *,
-                 compiles: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        device: Device | torch.device,
+        precision: str = "auto",
+        *,
+        compiles: bool = False,
+    ) -> None:
         self.scale: int = network.scale
         self.halo: int = network.receptive_radius
         self.device = Device(device.type, device.index)
@@ -71,15 +80,18 @@ class TorchBackend:
     def pixel_bytes(self, precision: str) -> float:
         """See `Backend`."""
         if precision not in self._elements:
-            self._elements[precision] = elements_per_pixel(self._in(precision), self.transfers.device,
-                                                           DTYPES[precision])
+            self._elements[precision] = elements_per_pixel(
+                self._in(precision), self.transfers.device, DTYPES[precision]
+            )
         return held_bytes(self._elements[precision], precision)
 
     def max_pixels(self, precision: str) -> int:
         """See `Backend`."""
         if precision not in self._max_pixels:
             self.pixel_bytes(precision)
-            self._max_pixels[precision] = window_pixels(self._elements[precision], self.device, precision)
+            self._max_pixels[precision] = window_pixels(
+                self._elements[precision], self.device, precision
+            )
         return self._max_pixels[precision]
 
     def floats(self, images: np.ndarray) -> np.ndarray:
@@ -92,8 +104,11 @@ class TorchBackend:
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, precision: str) -> Tensor:
-        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width) on the device."""
-        lr = self.transfers.upload(images).permute(0, 3, 1, 2)  # is channels_last as it lies in memory
+        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width) on
+        the device."""
+        lr = self.transfers.upload(images).permute(
+            0, 3, 1, 2
+        )  # is channels_last as it lies in memory
         lr = lr.contiguous(memory_format=torch.channels_last)
         with without_tf32():
             return self._network_for(lr.shape, precision)(lr)
@@ -114,13 +129,15 @@ class TorchBackend:
             if self.device.type == "cpu":
                 keep_freed_memory()
             network = copy.deepcopy(self.network)
-            self._ready[precision] = network.to(self.transfers.device, DTYPES[precision],
-                                                memory_format=torch.channels_last).eval()
+            self._ready[precision] = network.to(
+                self.transfers.device, DTYPES[precision], memory_format=torch.channels_last
+            ).eval()
         return self._ready[precision]
 
 
 class SelfEnsemble:
-    """A network's mean over the image turned and mirrored in all eight ways ("+" in papers): eight times the work.
+    """A network's mean over the image turned and mirrored in all eight ways ("+" in papers): eight
+    times the work.
 
     The mean is of floats, so that whoever rounds it rounds once. See `Backend` for the methods.
     """
@@ -159,7 +176,8 @@ class SelfEnsemble:
 
 @torch.inference_mode()
 def begin(sr: Tensor, result: np.dtype, transfers: Transfers) -> Levels:
-    """Begin to bring SR, floats (N, 3, height, width) on the device, to the host as levels of `result`."""
+    """Begin to bring SR, floats (N, 3, height, width) on the device, to the host as levels of
+    `result`."""
     count, channels, height, width = sr.shape
     read = transfers.download(_packed(sr, result))
 
@@ -173,7 +191,8 @@ def begin(sr: Tensor, result: np.dtype, transfers: Transfers) -> Levels:
 
 
 def _packed(sr: Tensor, result: np.dtype) -> Tensor:
-    """The bytes of the levels, clamped and rounded, as they lie in an image, and 1 behind them where SR is finite."""
+    """The bytes of the levels, clamped and rounded, as they lie in an image, and 1 behind them
+    where SR is finite."""
     images = sr.permute(0, 2, 3, 1)
     if result == DEEP:  # a device need not have uint16: the lower halves of int32
         levels = images.float().mul(65535).round_().clamp_(0, 65535).to(torch.int32).contiguous()
@@ -182,15 +201,18 @@ def _packed(sr: Tensor, result: np.dtype) -> Tensor:
         levels = to_bytes(images).contiguous()
     packed = torch.empty(levels.numel() * levels.itemsize + 1, dtype=torch.uint8, device=sr.device)
     packed[:-1] = levels.view(torch.uint8).flatten()
-    # A NaN or an infinity does not leave a sum, and sums of pictures are far from the largest float.
+    # A NaN or an infinity does not leave a sum, and sums of pictures are far from the largest
+    # float.
     packed[-1] = torch.isfinite(sr.sum(dtype=torch.float32))
     return packed
 
 
 class Transfers:
-    """Copies between host and device. On a GPU they go through two pinned buffers each way, on a stream of their own.
+    """Copies between host and device. On a GPU they go through two pinned buffers each way, on a
+    stream of their own.
 
-    Whatever `download` has begun must be read before the second `download` after it, or its buffer is written over.
+    Whatever `download` has begun must be read before the second `download` after it, or its buffer
+    is written over.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -201,9 +223,12 @@ class Transfers:
         self._up, self._down = _PinnedPair(), _PinnedPair()
 
     def upload(self, images: np.ndarray) -> Tensor:
-        """uint8 images as they are, uint16 ones as float32 in [0, 1], on the device and in the same layout."""
+        """uint8 images as they are, uint16 ones as float32 in [0, 1], on the device and in the same
+        layout."""
         is_deep = images.dtype == DEEP
-        host = torch.from_numpy(np.ascontiguousarray(images).view(np.int16 if is_deep else np.uint8))
+        host = torch.from_numpy(
+            np.ascontiguousarray(images).view(np.int16 if is_deep else np.uint8)
+        )
         on_device = self._to_gpu(host) if self._is_gpu else host
         if not is_deep:
             return on_device
@@ -270,7 +295,8 @@ class _PinnedPair:
 
 @torch.inference_mode()
 def elements_per_pixel(network: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-    """What the layer that reads and writes most reads and writes, in elements for every pixel of the LR image."""
+    """What the layer that reads and writes most reads and writes, in elements for every pixel of
+    the LR image."""
     largest = 0
 
     def measure(_: nn.Module, inputs: Any, output: Any) -> None:

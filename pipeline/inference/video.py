@@ -1,4 +1,5 @@
-"""Videos: decoded, upscaled a few frames at a time, encoded again; sound is copied as it lies in the file."""
+"""Videos: decoded, upscaled a few frames at a time, encoded again; sound is copied as it lies in
+the file."""
 
 from __future__ import annotations
 
@@ -29,12 +30,20 @@ LARGEST_GROUP = 8
 """Frames that are upscaled together, if they are small."""
 _OPTIONS = {  # a "video" could be a playlist that names other files, or servers
     "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe"}
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe",
+}
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _UNKNOWN = 2  # of H.273's matrices, primaries and transfer characteristics
-# H.273's matrix -> swscale's. Another one is taken for BT.709, here and there, so that colours come out as they were.
-_MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601,
-             7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}
+# H.273's matrix -> swscale's. Another one is taken for BT.709, here and there, so that colours come
+# out as they were.
+_MATRICES = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+}
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
@@ -48,11 +57,14 @@ def video_size(path: Path) -> tuple[int, int, int]:
         return frames, stream.height, stream.width
 
 
-def upscale_video(source: Path, result: Path, target: TargetSize, upscaler: Upscaler, advance: Advance) -> None:
-    """Write the video `source` in the size of `target` to `result`, which appears whole or not at all.
+def upscale_video(
+    source: Path, result: Path, target: TargetSize, upscaler: Upscaler, advance: Advance
+) -> None:
+    """Write the video `source` in the size of `target` to `result`, which appears whole or not at
+    all.
 
-    Frames keep their times, upright as players show them; sides are made even by a row or column less. `UserError`
-    for a video that cannot be read or written.
+    Frames keep their times, upright as players show them; sides are made even by a row or column
+    less. `UserError` for a video that cannot be read or written.
     """
     partial = result.with_name(f".{result.name}.{os.getpid()}.tmp")
     try:
@@ -66,8 +78,11 @@ def upscale_video(source: Path, result: Path, target: TargetSize, upscaler: Upsc
         os.replace(partial, result)
         flush(result.parent)
     except av.FFmpegError as error:
-        raise UserError(f"cannot be read or written as {result.suffix} ({error.strerror}); is it damaged, or its sound "
-                        "of a kind that only .mkv holds?") from error
+        raise UserError(
+            f"cannot be read or written as {result.suffix} ({error.strerror}); is it damaged, or "
+            "its sound "
+            "of a kind that only .mkv holds?"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -78,20 +93,35 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
-        raise UserError(f"not a video, or its header is damaged or cut off ({error.strerror})") from error
+        raise UserError(
+            f"not a video, or its header is damaged or cut off ({error.strerror})"
+        ) from error
     with container:
-        streams = [stream for stream in container.streams.video
-                   if not stream.disposition & _PICTURES and stream.codec_context is not None]
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & _PICTURES and stream.codec_context is not None
+        ]
         if not streams:
             raise UserError("there is no video stream in it")
         yield container, max(streams, key=lambda stream: stream.width * stream.height)
 
 
-def _transcode(container: InputContainer, stream: VideoStream, output: OutputContainer, target: TargetSize,
-               upscaler: Upscaler, advance: Advance) -> None:
-    """All packets in the order of the file: the video's through the network, the sound's as they are."""
-    sounds = {sound.index: _copy_of(sound, output) for sound in container.streams.audio
-              if sound.codec_context is not None}
+def _transcode(
+    container: InputContainer,
+    stream: VideoStream,
+    output: OutputContainer,
+    target: TargetSize,
+    upscaler: Upscaler,
+    advance: Advance,
+) -> None:
+    """All packets in the order of the file: the video's through the network, the sound's as they
+    are."""
+    sounds = {
+        sound.index: _copy_of(sound, output)
+        for sound in container.streams.audio
+        if sound.codec_context is not None
+    }
     writer = _Writer(stream, output, target, upscaler, advance)
     for packet in container.demux([stream, *(container.streams[index] for index in sounds)]):
         if packet.stream.index in sounds:
@@ -108,15 +138,23 @@ def _copy_of(sound: AudioStream, output: OutputContainer) -> AudioStream:
     try:
         return output.add_stream_from_template(sound)
     except ValueError as error:
-        raise UserError(f"its sound is {sound.codec_context.name}, which {output.format.name} files cannot "
-                        "hold; choose -o NAME.mkv") from error
+        raise UserError(
+            f"its sound is {sound.codec_context.name}, which {output.format.name} files cannot "
+            "hold; choose -o NAME.mkv"
+        ) from error
 
 
 class _Writer:
     """Frames in, packets out; the encoder is made for the first frame."""
 
-    def __init__(self, source: VideoStream, output: OutputContainer, target: TargetSize, upscaler: Upscaler,
-                 advance: Advance) -> None:
+    def __init__(
+        self,
+        source: VideoStream,
+        output: OutputContainer,
+        target: TargetSize,
+        upscaler: Upscaler,
+        advance: Advance,
+    ) -> None:
         self._source, self._output, self._target = source, output, target
         self._upscaler, self._advance = upscaler, advance
         self._waiting: list[VideoFrame] = []
@@ -134,7 +172,10 @@ class _Writer:
 
     def add(self, frame: VideoFrame) -> None:
         """The next frame in the order of presentation."""
-        if self._waiting and (frame.width, frame.height) != (self._waiting[0].width, self._waiting[0].height):
+        if self._waiting and (frame.width, frame.height) != (
+            self._waiting[0].width,
+            self._waiting[0].height,
+        ):
             self._flush()
         self._waiting.append(frame)
         pixels = self._upscaler.max_pixels(self._upscaler.precision_for(is_deep=_is_deep(frame)))
@@ -152,8 +193,12 @@ class _Writer:
         frames, self._waiting = self._waiting, []
         if not frames:
             return
-        images = upscale_images(np.stack([_pixels(frame) for frame in frames]), self._target, self._upscaler,
-                                lambda pixels: self._advance(pixels * len(frames)))
+        images = upscale_images(
+            np.stack([_pixels(frame) for frame in frames]),
+            self._target,
+            self._upscaler,
+            lambda pixels: self._advance(pixels * len(frames)),
+        )
         images = images[:, : images.shape[1] // 2 * 2, : images.shape[2] // 2 * 2]
         if self._encoder is None:
             self._encoder = self._add_encoder(frames[0], images[0])
@@ -186,13 +231,22 @@ class _Writer:
     def _encodable(self, frame: VideoFrame, image: np.ndarray) -> VideoFrame:
         deep = image.dtype == np.uint16
         matrix = _MATRICES.get(_matrix_tag(frame), Colorspace.ITU709)
-        made = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb48le" if deep else "rgb24").reformat(
-            format="yuv420p10le" if deep else "yuv420p", dst_colorspace=matrix, interpolation=_INTERPOLATION,
-            src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG)
+        made = VideoFrame.from_ndarray(
+            np.ascontiguousarray(image), format="rgb48le" if deep else "rgb24"
+        ).reformat(
+            format="yuv420p10le" if deep else "yuv420p",
+            dst_colorspace=matrix,
+            interpolation=_INTERPOLATION,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+        )
         made.colorspace, made.color_range = _matrix_tag(frame), ColorRange.MPEG
         made.color_primaries, made.color_trc = frame.color_primaries, frame.color_trc
         rate = self._source.average_rate or Fraction(25)
-        made.time_base, made.duration = frame.time_base, frame.duration or round(1 / (rate * frame.time_base))
+        made.time_base, made.duration = (
+            frame.time_base,
+            frame.duration or round(1 / (rate * frame.time_base)),
+        )
         made.pts = self._next_pts if frame.pts is None else frame.pts
         self._next_pts = made.pts + made.duration
         return made
@@ -203,7 +257,8 @@ def _is_deep(frame: VideoFrame) -> bool:
 
 
 def _matrix_tag(frame: VideoFrame) -> int:
-    """H.273's number of the matrix; where the file does not say, or is of RGB, what players take it for."""
+    """H.273's number of the matrix; where the file does not say, or is of RGB, what players take it
+    for."""
     if frame.colorspace not in (0, _UNKNOWN):
         return frame.colorspace
     return 1 if frame.format.is_rgb or frame.width >= 1280 or frame.height > 576 else 6
@@ -211,11 +266,18 @@ def _matrix_tag(frame: VideoFrame) -> int:
 
 def _pixels(frame: VideoFrame) -> np.ndarray:
     """RGB (height, width, 3) of 8 bits, or of 16 where the video has more than 8; upright."""
-    is_full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj") or frame.format.is_rgb
-    rgb = frame.reformat(format="rgb48le" if _is_deep(frame) else "rgb24",
-                         src_colorspace=_MATRICES.get(_matrix_tag(frame), Colorspace.ITU709),
-                         src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
-                         dst_color_range=ColorRange.JPEG, interpolation=_INTERPOLATION)
+    is_full = (
+        frame.color_range == ColorRange.JPEG
+        or frame.format.name.startswith("yuvj")
+        or frame.format.is_rgb
+    )
+    rgb = frame.reformat(
+        format="rgb48le" if _is_deep(frame) else "rgb24",
+        src_colorspace=_MATRICES.get(_matrix_tag(frame), Colorspace.ITU709),
+        src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=_INTERPOLATION,
+    )
     if frame.rotation % 90:
         raise UserError(f"it is turned by {frame.rotation} degrees; turn it upright with an editor")
     return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))

@@ -17,7 +17,8 @@ from pipeline.images import unit_range
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
 
-# A function f(sr, hr, **params), or a class that is built with its params and then called with (sr, hr).
+# A function f(sr, hr, **params), or a class that is built with its params and then called with (sr,
+# hr).
 LOSSES: dict[str, Callable[..., Any]] = {
     "l1": l1,
     "mse": mse,
@@ -31,13 +32,17 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 class Criterion:
-    """The weighted terms of a recipe's `losses`: name -> weight, or name -> {"weight": weight, **parameters}.
+    """The weighted terms of a recipe's `losses`: name -> weight, or name -> {"weight": weight,
+    **parameters}.
 
-    Losses with weights of their own (trunks) lie frozen on `device`; they are no part of any checkpoint. `UserError`
-    for a loss or a parameter that there is not, a weight that is not above 0, and no losses at all.
+    Losses with weights of their own (trunks) lie frozen on `device`; they are no part of any
+    checkpoint. `UserError` for a loss or a parameter that there is not, a weight that is not above
+    0, and no losses at all.
     """
 
-    def __init__(self, terms: Mapping[str, float | Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, terms: Mapping[str, float | Mapping[str, Any]], device: torch.device | str = "cpu"
+    ) -> None:
         if not terms:
             raise UserError(f"at least one loss is needed; choose from {', '.join(LOSSES)}")
         self.weights: dict[str, float] = {}
@@ -48,16 +53,19 @@ class Criterion:
             self._losses[name] = _build(name, params, torch.device(device))
 
     def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """`sr` float NCHW in [0, 1]; `hr` of the same shape, bytes or floats. Each term a float32 scalar, weighted.
+        """`sr` float NCHW in [0, 1]; `hr` of the same shape, bytes or floats. Each term a float32
+        scalar, weighted.
 
-        `ValueError` where the first `hr` given as floats is not in [0, 1] (later ones are not looked at: that would
-        wait for the device).
+        `ValueError` where the first `hr` given as floats is not in [0, 1] (later ones are not
+        looked at: that would wait for the device).
         """
         self._check_range(hr)
         with torch.autocast(sr.device.type, enabled=False):
             sr = sr.float()
             hr = unit_range(hr, sr.dtype)
-            return {name: weight * self._losses[name](sr, hr) for name, weight in self.weights.items()}
+            return {
+                name: weight * self._losses[name](sr, hr) for name, weight in self.weights.items()
+            }
 
     def _check_range(self, hr: Tensor) -> None:
         if self._is_checked or hr.dtype == torch.uint8:
@@ -75,13 +83,22 @@ def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str,
     if "weight" not in params:
         raise UserError(f"the loss {name!r} has no weight; give it one, such as weight: 1.0")
     weight = params.pop("weight")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise UserError(f"the weight of {name!r} is {weight!r}, it must be a number above 0; to do without the loss, "
-                        "leave it out")
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not 0 < weight < math.inf
+    ):
+        raise UserError(
+            f"the weight of {name!r} is {weight!r}, it must be a number above 0; to do without the "
+            "loss, "
+            "leave it out"
+        )
     return float(weight), params
 
 
-def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _build(
+    name: str, params: Mapping[str, Any], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
     loss = LOSSES[name]
     if not inspect.isclass(loss):
         return functools.partial(loss, **params)

@@ -1,8 +1,10 @@
-"""Adversarial losses on the discriminator's logits, float32 of any shape: (N, 1), or (N, 1, H, W) for one per pixel.
+"""Adversarial losses on the discriminator's logits, float32 of any shape: (N, 1), or (N, 1, H, W)
+for one per pixel.
 
-vanilla: Goodfellow et al. 2014, with the generator's non-saturating loss; least_squares: Mao et al. 2017 (LSGAN);
-hinge: Lim and Ye 2017; relativistic_average: ESRGAN (Wang et al. 2018), after Jolicoeur-Martineau 2018; relativistic:
-its paired form. The relativistic ones compare with the mean over this rank's micro-batch.
+vanilla: Goodfellow et al. 2014, with the generator's non-saturating loss; least_squares: Mao et al.
+2017 (LSGAN); hinge: Lim and Ye 2017; relativistic_average: ESRGAN (Wang et al. 2018), after
+Jolicoeur-Martineau 2018; relativistic: its paired form. The relativistic ones compare with the mean
+over this rank's micro-batch.
 
 A loss is two functions and a row of `ADVERSARIAL_LOSSES`; a recipe names it as `adversarial.loss`.
 """
@@ -19,7 +21,8 @@ from torch import Tensor
 
 
 class LabelNoise(Protocol):
-    """How labels differ from 1 for real and 0 for fake samples: `adversarial.labels` of a recipe."""
+    """How labels differ from 1 for real and 0 for fake samples: `adversarial.labels` of a
+    recipe."""
 
     smoothing: float
     noise: float
@@ -27,7 +30,8 @@ class LabelNoise(Protocol):
 
 
 class Labels(NamedTuple):
-    """Targets of real and of fake samples, and which samples count as their opposite; each (N, 1, ...)."""
+    """Targets of real and of fake samples, and which samples count as their opposite; each (N, 1,
+    ...)."""
 
     real: Tensor
     fake: Tensor
@@ -38,28 +42,41 @@ class Labels(NamedTuple):
 class AdversarialLoss:
     """What the two networks minimise, each a scalar function of logits.
 
-    The flags are read from the source of the table, too, by recipes: write them there, each as True or False.
+    The flags are read from the source of the table, too, by recipes: write them there, each as True
+    or False.
     """
 
-    generator: Callable[[Tensor, Tensor | None], Tensor]  # of (fake, real); real is None unless `sees_real`
-    discriminator: Callable[[Tensor, Tensor, Labels], Tensor]  # of (real, fake, labels): the mean over both kinds
-    takes_labels: bool  # whether the discriminator has a target for every sample, which smoothing and noise can move
+    generator: Callable[
+        [Tensor, Tensor | None], Tensor
+    ]  # of (fake, real); real is None unless `sees_real`
+    discriminator: Callable[
+        [Tensor, Tensor, Labels], Tensor
+    ]  # of (real, fake, labels): the mean over both kinds
+    # whether the discriminator has a target for every sample, which smoothing and noise can move
+    takes_labels: bool
     sees_real: bool  # whether the generator, too, is judged against real images
 
 
 def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
-    """One target for each sample of `logits`, drawn with torch's generator of its device where there is chance."""
+    """One target for each sample of `logits`, drawn with torch's generator of its device where
+    there is chance."""
     shape = (len(logits), *[1] * (logits.dim() - 1))
     real = logits.new_full(shape, 1 - spec.smoothing)
     fake = logits.new_zeros(shape)
     if spec.noise:
-        real, fake = real - spec.noise * torch.rand_like(real), fake + spec.noise * torch.rand_like(fake)
-    flipped = torch.rand_like(real) < spec.flip if spec.flip else torch.zeros_like(real, dtype=torch.bool)
+        real, fake = (
+            real - spec.noise * torch.rand_like(real),
+            fake + spec.noise * torch.rand_like(fake),
+        )
+    flipped = (
+        torch.rand_like(real) < spec.flip if spec.flip else torch.zeros_like(real, dtype=torch.bool)
+    )
     return Labels(real, fake, flipped)
 
 
 def discriminator_loss(loss: AdversarialLoss, real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    """What the discriminator minimises, a scalar, with the flipped samples counted as their opposite."""
+    """What the discriminator minimises, a scalar, with the flipped samples counted as their
+    opposite."""
     real, fake = torch.where(labels.flipped, fake, real), torch.where(labels.flipped, real, fake)
     return loss.discriminator(real, fake, labels)
 
@@ -101,7 +118,9 @@ def relativistic_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Te
 def relativistic_average_generator(fake: Tensor, real: Tensor | None) -> Tensor:
     assert real is not None
     ones = torch.ones_like(fake)
-    return (_cross_entropy(fake - real.mean(), ones) + _cross_entropy(real - fake.mean(), 0 * ones)) / 2
+    return (
+        _cross_entropy(fake - real.mean(), ones) + _cross_entropy(real - fake.mean(), 0 * ones)
+    ) / 2
 
 
 def relativistic_average_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
@@ -113,12 +132,22 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
-    "vanilla": AdversarialLoss(vanilla_generator, vanilla_discriminator, takes_labels=True, sees_real=False),
-    "least_squares": AdversarialLoss(least_squares_generator, least_squares_discriminator,
-                                     takes_labels=True, sees_real=False),
-    "hinge": AdversarialLoss(hinge_generator, hinge_discriminator, takes_labels=False, sees_real=False),
-    "relativistic_average": AdversarialLoss(relativistic_average_generator, relativistic_average_discriminator,
-                                            takes_labels=True, sees_real=True),
-    "relativistic": AdversarialLoss(relativistic_generator, relativistic_discriminator,
-                                    takes_labels=True, sees_real=True),
+    "vanilla": AdversarialLoss(
+        vanilla_generator, vanilla_discriminator, takes_labels=True, sees_real=False
+    ),
+    "least_squares": AdversarialLoss(
+        least_squares_generator, least_squares_discriminator, takes_labels=True, sees_real=False
+    ),
+    "hinge": AdversarialLoss(
+        hinge_generator, hinge_discriminator, takes_labels=False, sees_real=False
+    ),
+    "relativistic_average": AdversarialLoss(
+        relativistic_average_generator,
+        relativistic_average_discriminator,
+        takes_labels=True,
+        sees_real=True,
+    ),
+    "relativistic": AdversarialLoss(
+        relativistic_generator, relativistic_discriminator, takes_labels=True, sees_real=True
+    ),
 }

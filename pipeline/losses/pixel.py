@@ -1,4 +1,5 @@
-"""Losses between pixels. Both images float NCHW in [0, 1], the mean over all their values is returned."""
+"""Losses between pixels. Both images float NCHW in [0, 1], the mean over all their values is
+returned."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ class Charbonnier(nn.Module):
 
     def __init__(self, epsilon: float = 1e-3) -> None:
         super().__init__()
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
+        if (
+            isinstance(epsilon, bool)
+            or not isinstance(epsilon, (int, float))
+            or not 0 < epsilon < math.inf
+        ):
             raise ValueError(f"epsilon {epsilon!r} is not a number above 0")
         self.epsilon = float(epsilon)
 
@@ -43,33 +48,37 @@ class Charbonnier(nn.Module):
         return torch.sqrt((sr - hr).square() + self.epsilon * self.epsilon).mean()
 
 
-# Losses of structure: multi-scale similarity, the spectrum, smoothness. Images are float NCHW in [0, 1].
+# Losses of structure: multi-scale similarity, the spectrum, smoothness. Images are float NCHW in
+# [0, 1].
 #
-# MS-SSIM is written here for its gradient: in pytorch-msssim 1.0.0, piq 0.8.0 and, by default, torchmetrics 1.9.0,
-# images whose contrasts run against each other at a single scale have none left at any. Moreover, pytorch-msssim
-# takes no image below 161 pixels, and networks are trained on crops of 96 and more. piq and torchmetrics can be told
-# to take fewer scales: piq's values are then those of here where every side halves evenly; torchmetrics' differ, by
-# 1e-3 at two.
+# MS-SSIM is written here for its gradient: in pytorch-msssim 1.0.0, piq 0.8.0 and, by default,
+# torchmetrics 1.9.0, images whose contrasts run against each other at a single scale have none left
+# at any. Moreover, pytorch-msssim takes no image below 161 pixels, and networks are trained on
+# crops of 96 and more. piq and torchmetrics can be told to take fewer scales: piq's values are then
+# those of here where every side halves evenly; torchmetrics' differ, by 1e-3 at two.
 
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, the finest scale first
-# Powers have an infinite slope at 0 and no value below it. A similarity under FLOOR, in -1..FLOOR, is pressed into
-# FLOOR/2..FLOOR: its gradient goes on to lead uphill. Images that resemble each other at all lie far above.
+# Powers have an infinite slope at 0 and no value below it. A similarity under FLOOR, in -1..FLOOR,
+# is pressed into FLOOR/2..FLOOR: its gradient goes on to lead uphill. Images that resemble each
+# other at all lie far above.
 FLOOR = 1e-3
 
 
 class MsSsim(nn.Module):
-    """1 - MS-SSIM (Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality assessment", 2003).
+    """1 - MS-SSIM (Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality
+    assessment", 2003).
 
-    Of every channel of every image, then the mean. The windows are Gaussian, 11x11 with sigma 1.5, and lie within the
-    image. From one scale to the next 2x2 pixels are averaged (an odd last row or column is repeated first). A scale
-    whose similarity is below `FLOOR`, which says that the images are unlike, counts as about `FLOOR`.
+    Of every channel of every image, then the mean. The windows are Gaussian, 11x11 with sigma 1.5,
+    and lie within the image. From one scale to the next 2x2 pixels are averaged (an odd last row or
+    column is repeated first). A scale whose similarity is below `FLOOR`, which says that the images
+    are unlike, counts as about `FLOOR`.
 
-    Args:
-        scales: 1 (SSIM) to 5 (the paper's). `None` takes as many as the crop has room for: 5 from 161 pixels on the
-            shorter side, 4 from 81, 3 from 41, 2 from 21, 1 from 11. The weights of fewer than 5 scales are the
-            paper's first ones, divided by their sum.
+    Args: scales: 1 (SSIM) to 5 (the paper's). `None` takes as many as the crop has room for: 5 from
+        161 pixels on the
+            shorter side, 4 from 81, 3 from 41, 2 from 21, 1 from 11. The weights of fewer than 5
+            scales are the paper's first ones, divided by their sum.
 
     Raises:
         ValueError: `scales` is none of these.
@@ -78,8 +87,12 @@ class MsSsim(nn.Module):
 
     def __init__(self, scales: int | None = None) -> None:
         super().__init__()
-        if scales is not None and (type(scales) is not int or scales not in range(1, len(SCALE_WEIGHTS) + 1)):
-            raise ValueError(f"scales {scales!r} is not a whole number from 1 to {len(SCALE_WEIGHTS)}")
+        if scales is not None and (
+            type(scales) is not int or scales not in range(1, len(SCALE_WEIGHTS) + 1)
+        ):
+            raise ValueError(
+                f"scales {scales!r} is not a whole number from 1 to {len(SCALE_WEIGHTS)}"
+            )
         self.scales = scales
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
@@ -98,23 +111,30 @@ class MsSsim(nn.Module):
 
     def _scales_for(self, side: int) -> int:
         """How many scales are taken of images whose shorter side is `side`."""
-        fitting = [scale for scale in range(1, len(SCALE_WEIGHTS) + 1) if side >= smallest_side(scale)]
+        fitting = [
+            scale for scale in range(1, len(SCALE_WEIGHTS) + 1) if side >= smallest_side(scale)
+        ]
         if not fitting or (self.scales or 1) > fitting[-1]:
             needed = smallest_side(self.scales or 1)
-            raise UserError(f"the loss 'ms_ssim' needs a crop of at least {needed} pixels for {self.scales or 1} "
-                            f"scale(s), but it is {side}; take a larger data.crop or fewer scales")
+            raise UserError(
+                f"the loss 'ms_ssim' needs a crop of at least {needed} pixels for "
+                f"{self.scales or 1} "
+                f"scale(s), but it is {side}; take a larger data.crop or fewer scales"
+            )
         return self.scales or fitting[-1]
 
 
 class FourierL1(nn.Module):
-    """L1 between the spectra of the images: of the real and of the imaginary parts of their `rfft2`, the mean over all.
+    """L1 between the spectra of the images: of the real and of the imaginary parts of their
+    `rfft2`, the mean over all.
 
-    The frequency loss of SAFMN (Sun et al., ICCV 2023) and SMFANet (Zheng et al., ECCV 2024), both with weight 0.05
-    beside L1 of weight 1 and with `norm` "backward".
+    The frequency loss of SAFMN (Sun et al., ICCV 2023) and SMFANet (Zheng et al., ECCV 2024), both
+    with weight 0.05 beside L1 of weight 1 and with `norm` "backward".
 
-    Args:
-        norm: "backward" leaves the transform as it is: the loss grows with the side of the crop. "ortho" divides it
-            by the square root of the number of pixels, which makes a weight good for crops of any size.
+    Args: norm: "backward" leaves the transform as it is: the loss grows with the side of the crop.
+        "ortho" divides it
+            by the square root of the number of pixels, which makes a weight good for crops of any
+            size.
 
     Raises:
         ValueError: another `norm`.
@@ -133,13 +153,14 @@ class FourierL1(nn.Module):
 
 
 class TotalVariation(nn.Module):
-    """How much neighbouring pixels of `sr` differ; `hr` is not looked at. A regulariser against noise.
+    """How much neighbouring pixels of `sr` differ; `hr` is not looked at. A regulariser against
+    noise.
 
-    Args:
-        distance: "l2" is twice the sum of the mean squared differences down and across, as the SRGAN codes have it,
-            whose weight is 2e-8 beside MSE of weight 1 (the paper's first version, arXiv:1609.04802v1, gives the
-            weight): so small that it changes nothing to be seen. "l1" is the sum of the mean absolute differences
-            down and across, as in BasicSR.
+    Args: distance: "l2" is twice the sum of the mean squared differences down and across, as the
+        SRGAN codes have it,
+            whose weight is 2e-8 beside MSE of weight 1 (the paper's first version,
+            arXiv:1609.04802v1, gives the weight): so small that it changes nothing to be seen. "l1"
+            is the sum of the mean absolute differences down and across, as in BasicSR.
 
     Raises:
         ValueError: another `distance`.
@@ -175,7 +196,8 @@ def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM's two factors, (luminance, contrast and structure), each NC(H-10)(W-10)."""
     c1, c2 = K1 * K1, K2 * K2
     mean_sr, mean_hr, square_sr, square_hr, mixed = _blur(
-        torch.cat((sr, hr, sr * sr, hr * hr, sr * hr), dim=1)).chunk(5, dim=1)
+        torch.cat((sr, hr, sr * sr, hr * hr, sr * hr), dim=1)
+    ).chunk(5, dim=1)
     product = mean_sr * mean_hr
     variances = square_sr + square_hr - mean_sr * mean_sr - mean_hr * mean_hr
     luminance = (2 * product + c1) / (mean_sr * mean_sr + mean_hr * mean_hr + c1)

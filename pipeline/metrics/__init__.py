@@ -1,7 +1,8 @@
 """The metrics: how near SR is to HR. Adding one takes a file in this folder and a row in `METRICS`.
 
-Evaluation, validation and a recipe's `best:` read this table: names, titles, digits, and which way is better. A row is
-light: its function is imported when it first measures, so recipes, options and tools check names without torch.
+Evaluation, validation and a recipe's `best:` read this table: names, titles, digits, and which way
+is better. A row is light: its function is imported when it first measures, so recipes, options and
+tools check names without torch.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Metric:
     title: str
     """For people."""
     code: str
-    """`module:function` of (SR, HR), uint8 RGB 1 x 3 x H x W without their borders, to a float. A metric with `trunks`
-    names a class instead, of (network, weights, device), whose objects are such functions."""
+    """`module:function` of (SR, HR), uint8 RGB 1 x 3 x H x W without their borders, to a float. A
+    metric with `trunks` names a class instead, of (network, weights, device), whose objects are
+    such functions."""
     decimals: int
     unit: str = ""
     lower_is_better: bool = False
@@ -49,7 +51,8 @@ class Metric:
     trunks: tuple[str, ...] = ()
     """The trunks it may use. A metric with trunks is measured only where one is chosen."""
     limit: float | None = None
-    """The most that an image counts in a run's validation, where an infinite value would make the mean infinite."""
+    """The most that an image counts in a run's validation, where an infinite value would make the
+    mean infinite."""
     recipe_name: str = ""
     """In `best.metric` of recipes and in checkpoints, where it differs from `name`."""
 
@@ -74,22 +77,73 @@ class Metric:
 _PSNR_SSIM = "pipeline.metrics.psnr_ssim:"
 _PAPERS, _BASICSR = "Y as in the papers", "Y not rounded, as in BasicSR"
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (
-    Metric("psnr_y", "PSNR-Y", f"{_PSNR_SSIM}psnr_y", 3, "dB", convention=_PAPERS, limit=100.0, recipe_name="psnr"),
-    Metric("ssim_y", "SSIM-Y", f"{_PSNR_SSIM}ssim_y", 4, convention=_PAPERS, smallest_side=11),
-    Metric("psnr_y_float", "PSNR-Y float", f"{_PSNR_SSIM}psnr_y_float", 3, "dB", convention=_BASICSR, is_main=False,
-           limit=100.0),
-    Metric("ssim_y_float", "SSIM-Y float", f"{_PSNR_SSIM}ssim_y_float", 4, convention=_BASICSR, is_main=False,
-           smallest_side=11),
-    Metric("psnr_rgb", "PSNR-RGB", f"{_PSNR_SSIM}psnr_rgb", 3, "dB", convention="RGB", is_main=False, limit=100.0),
-    Metric("ssim_rgb", "SSIM-RGB", f"{_PSNR_SSIM}ssim_rgb", 4, convention="RGB", is_main=False, smallest_side=11),
-    Metric("lpips", "LPIPS", "pipeline.metrics.lpips:LpipsMetric", 4, lower_is_better=True,
-           trunks=("alex", "squeeze", "vgg")),
-)}
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "psnr_y",
+            "PSNR-Y",
+            f"{_PSNR_SSIM}psnr_y",
+            3,
+            "dB",
+            convention=_PAPERS,
+            limit=100.0,
+            recipe_name="psnr",
+        ),
+        Metric("ssim_y", "SSIM-Y", f"{_PSNR_SSIM}ssim_y", 4, convention=_PAPERS, smallest_side=11),
+        Metric(
+            "psnr_y_float",
+            "PSNR-Y float",
+            f"{_PSNR_SSIM}psnr_y_float",
+            3,
+            "dB",
+            convention=_BASICSR,
+            is_main=False,
+            limit=100.0,
+        ),
+        Metric(
+            "ssim_y_float",
+            "SSIM-Y float",
+            f"{_PSNR_SSIM}ssim_y_float",
+            4,
+            convention=_BASICSR,
+            is_main=False,
+            smallest_side=11,
+        ),
+        Metric(
+            "psnr_rgb",
+            "PSNR-RGB",
+            f"{_PSNR_SSIM}psnr_rgb",
+            3,
+            "dB",
+            convention="RGB",
+            is_main=False,
+            limit=100.0,
+        ),
+        Metric(
+            "ssim_rgb",
+            "SSIM-RGB",
+            f"{_PSNR_SSIM}ssim_rgb",
+            4,
+            convention="RGB",
+            is_main=False,
+            smallest_side=11,
+        ),
+        Metric(
+            "lpips",
+            "LPIPS",
+            "pipeline.metrics.lpips:LpipsMetric",
+            4,
+            lower_is_better=True,
+            trunks=("alex", "squeeze", "vgg"),
+        ),
+    )
+}
 
 
 def metric_of(key: str) -> Metric:
-    """The metric that a recipe calls `key`; its `name` does as well. `UserError` for one that is not in the table."""
+    """The metric that a recipe calls `key`; its `name` does as well. `UserError` for one that is
+    not in the table."""
     keys = {metric.key: metric for metric in METRICS.values()}
     if key not in keys and key not in METRICS:
         raise UserError(f"no metric {key!r}{nearest(key, keys)}")
@@ -104,9 +158,13 @@ class Measure(NamedTuple):
     smallest_side: int
 
 
-def load_measures(metrics: Iterable[Metric], trunks: Mapping[str, Trunk] | None = None,
-                  device: torch.device | str = "cpu") -> list[Measure]:
-    """The code of `metrics`, in that order; those that need a trunk only where `trunks` (by name) has one for them.
+def load_measures(
+    metrics: Iterable[Metric],
+    trunks: Mapping[str, Trunk] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Measure]:
+    """The code of `metrics`, in that order; those that need a trunk only where `trunks` (by name)
+    has one for them.
 
     Trunks are loaded onto `device`. `UserError` for weights that are not there or do not fit.
     """
@@ -124,23 +182,38 @@ def load_measures(metrics: Iterable[Metric], trunks: Mapping[str, Trunk] | None 
     return measures
 
 
-def measure(sr: Tensor, hr: Tensor, border: int, measures: Sequence[Measure] | None = None) -> dict[str, float]:
-    """Metric name -> value for uint8 RGB N3HW `sr` against `hr`, with `border` pixels cut off on every side.
+def measure(
+    sr: Tensor, hr: Tensor, border: int, measures: Sequence[Measure] | None = None
+) -> dict[str, float]:
+    """Metric name -> value for uint8 RGB N3HW `sr` against `hr`, with `border` pixels cut off on
+    every side.
 
-    Without `measures`: all metrics that need no trunk. `ValueError` for other images, and for ones that are too small.
+    Without `measures`: all metrics that need no trunk. `ValueError` for other images, and for ones
+    that are too small.
     """
     import torch
 
-    if sr.dtype != torch.uint8 or hr.dtype != torch.uint8 or sr.shape != hr.shape or sr.shape[1] != 3:
-        raise ValueError(f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 RGB of "
-                         "one shape")
+    if (
+        sr.dtype != torch.uint8
+        or hr.dtype != torch.uint8
+        or sr.shape != hr.shape
+        or sr.shape[1] != 3
+    ):
+        raise ValueError(
+            f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 "
+            "RGB of "
+            "one shape"
+        )
     measures = load_measures(METRICS.values()) if measures is None else measures
     height, width = hr.shape[-2] - 2 * border, hr.shape[-1] - 2 * border
     for one in measures:
         if min(height, width) < one.smallest_side:
-            raise ValueError(f"an image of {hr.shape[-2]}x{hr.shape[-1]} (height x width) less {border} pixels of "
-                             f"border is smaller than the {one.smallest_side}x{one.smallest_side} pixels that "
-                             f"{one.metric.title} needs")
+            raise ValueError(
+                f"an image of {hr.shape[-2]}x{hr.shape[-1]} (height x width) less {border} pixels "
+                "of "
+                f"border is smaller than the {one.smallest_side}x{one.smallest_side} pixels that "
+                f"{one.metric.title} needs"
+            )
     sr, hr = (images[..., border : border + height, border : border + width] for images in (sr, hr))
     return {one.metric.name: one.function(sr, hr) for one in measures}
 
@@ -153,4 +226,6 @@ def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def text_of(scores: Mapping[str, float]) -> str:
     """`PSNR-Y 28.123 dB, LPIPS 0.1234`."""
     rows = [(METRICS[name], value) for name, value in scores.items()]
-    return ", ".join(f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}" for row, value in rows)
+    return ", ".join(
+        f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}" for row, value in rows
+    )

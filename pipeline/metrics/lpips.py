@@ -15,11 +15,13 @@ from pipeline.losses.perceptual import LpipsDistance
 class LpipsMetric:
     """LPIPS 0.1 with the trunk `network` ("alex" is what papers report), on RGB.
 
-    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU it uses one thread,
-    because the last digits would depend on their number.
+    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU
+    it uses one thread, because the last digits would depend on their number.
     """
 
-    def __init__(self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: str = "alex", weights: str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.device = torch.device(device)
         self._distance = LpipsDistance(network, weights).to(self.device)
         self.smallest_side = self._distance.smallest_side  # pixels; `ValueError` for smaller images
@@ -31,12 +33,17 @@ class LpipsMetric:
 
     @torch.inference_mode()
     def each(self, sr: Tensor, hr: Tensor) -> list[float]:
-        """One number per image, for two RGB N3HW tensors of one shape, each uint8 0..255 or float in [0, 1].
+        """One number per image, for two RGB N3HW tensors of one shape, each uint8 0..255 or float
+        in [0, 1].
 
-        `ValueError` for other shapes, dtypes and ranges: clamp SR first, as everything that is written to a file is.
+        `ValueError` for other shapes, dtypes and ranges: clamp SR first, as everything that is
+        written to a file is.
         """
         if sr.shape != hr.shape or sr.dim() != 4 or sr.shape[1] != 3:
-            raise ValueError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of one shape")
+            raise ValueError(
+                f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of one "
+                "shape"
+            )
         _check_range("SR", sr)
         _check_range("HR", hr)
         with without_tf32(), _one_thread():
@@ -60,4 +67,6 @@ def _check_range(title: str, images: Tensor) -> None:
         raise ValueError(f"{title} is {images.dtype}; LPIPS takes uint8 0..255 or floats in [0, 1]")
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"{title} is in [{low:.4g}, {high:.4g}]; LPIPS takes floats in [0, 1] or uint8 0..255")
+        raise ValueError(
+            f"{title} is in [{low:.4g}, {high:.4g}]; LPIPS takes floats in [0, 1] or uint8 0..255"
+        )

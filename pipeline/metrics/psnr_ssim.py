@@ -1,11 +1,13 @@
 """PSNR and SSIM in the conventions of the super-resolution papers, in float64 on uint8 RGB images.
 
-Y is BT.601 luma in studio range, as MATLAB's `rgb2ycbcr`. The papers measure on Y rounded to uint8 (MATLAB's output for
-uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which reads 0.01-0.02 dB higher: `psnr_y_float`,
-`ssim_y_float`. SSIM is that of Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
-IEEE TIP 2004: Gaussian window 11x11 with sigma 1.5 within the image, K1 = 0.01, K2 = 0.03.
+Y is BT.601 luma in studio range, as MATLAB's `rgb2ycbcr`. The papers measure on Y rounded to uint8
+(MATLAB's output for uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which reads
+0.01-0.02 dB higher: `psnr_y_float`, `ssim_y_float`. SSIM is that of Wang et al., "Image Quality
+Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004: Gaussian window 11x11
+with sigma 1.5 within the image, K1 = 0.01, K2 = 0.03.
 
-Nothing here depends on the number of threads, to the last bit: sums over pixels are NumPy's, which uses one.
+Nothing here depends on the number of threads, to the last bit: sums over pixels are NumPy's, which
+uses one.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-CONVENTION = ("PSNR and SSIM on BT.601 studio-range Y rounded to uint8, as in the papers; "
-              "*_float on unrounded Y, as in BasicSR; `scale` pixels cut from every border")
+CONVENTION = (
+    "PSNR and SSIM on BT.601 studio-range Y rounded to uint8, as in the papers; "
+    "*_float on unrounded Y, as in BasicSR; `scale` pixels cut from every border"
+)
 DATA_RANGE = 255.0
 WINDOW, SIGMA = 11, 1.5
 BAND = 256
@@ -24,7 +28,8 @@ BAND = 256
 
 
 def luma(images: Tensor, rounded: bool) -> Tensor:
-    """uint8 RGB N3HW -> BT.601 studio-range Y, float64 N1HW in 16..235; `rounded` to whole numbers, halves up."""
+    """uint8 RGB N3HW -> BT.601 studio-range Y, float64 N1HW in 16..235; `rounded` to whole numbers,
+    halves up."""
     red, green, blue = images.to(torch.int32).split(1, dim=1)
     y = 65481 * red + 128553 * green + 24966 * blue  # exact, in 1/255000, so that halves are halves
     if rounded:
@@ -38,28 +43,36 @@ def mean_of(values: Tensor) -> float:
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two tensors of one shape in 0..255; infinite where they are equal."""
+    """Peak signal-to-noise ratio in dB of two tensors of one shape in 0..255; infinite where they
+    are equal."""
     error = mean_of((first.to(torch.float64) - second.to(torch.float64)).square())
     return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
 
 
 def ssim(first: Tensor, second: Tensor) -> float:
-    """Mean structural similarity of two NCHW tensors in 0..255, at least 11x11, over the windows within them."""
+    """Mean structural similarity of two NCHW tensors in 0..255, at least 11x11, over the windows
+    within them."""
     # One channel at a time: float64 maps of a whole RGB photograph are gigabytes.
     planes = zip(first.flatten(0, 1), second.flatten(0, 1), strict=True)
-    return float(sum(_ssim_of_plane(a.to(torch.float64), b.to(torch.float64)) for a, b in planes)
-                 / (first.shape[0] * first.shape[1]))
+    return float(
+        sum(_ssim_of_plane(a.to(torch.float64), b.to(torch.float64)) for a, b in planes)
+        / (first.shape[0] * first.shape[1])
+    )
 
 
 def psnr_y(sr: Tensor, hr: Tensor) -> float:
-    """PSNR in dB on Y rounded to uint8, of uint8 RGB N3HW images of one shape; infinite where they are equal.
+    """PSNR in dB on Y rounded to uint8, of uint8 RGB N3HW images of one shape; infinite where they
+    are equal.
 
-    A band of rows at a time: planes of int32 and float64 of a whole photograph would fill the memory. Sums of squares
-    of whole numbers are exact in float64, so the bands do not change the value.
+    A band of rows at a time: planes of int32 and float64 of a whole photograph would fill the
+    memory. Sums of squares of whole numbers are exact in float64, so the bands do not change the
+    value.
     """
     total = 0.0
     for top in range(0, sr.shape[-2], BAND):
-        first, second = (luma(images[..., top : top + BAND, :], rounded=True) for images in (sr, hr))
+        first, second = (
+            luma(images[..., top : top + BAND, :], rounded=True) for images in (sr, hr)
+        )
         total += float((first - second).square().sum())
     error = total / (sr.shape[0] * sr.shape[-2] * sr.shape[-1])
     return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
@@ -88,8 +101,11 @@ def _ssim_of_plane(a: Tensor, b: Tensor) -> float:
     mean_a, mean_b, square_a, square_b, product = _blur(torch.stack((a, b, a * a, b * b, a * b)))
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     covariance = product - mean_a * mean_b
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-                  / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)))
+    similarity = (
+        (2 * mean_a * mean_b + c1)
+        * (2 * covariance + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    )
     return mean_of(similarity)
 
 

@@ -1,11 +1,13 @@
 """Colour spaces: conversions of images, and generators that work in another space than RGB.
 
-RGB is sRGB in [0, 1], NCHW. YCbCr is ITU-R BT.601 at full range as in JPEG (JFIF 1.02): all three in [0, 1], grey has
-0.5 in both chroma planes. Oklab is Björn Ottosson's, "A perceptual color space for image processing", 2020 with the
-matrices of 2021, https://bottosson.github.io/posts/oklab: lightness in [0, 1], a and b about 0 within 0.4.
+RGB is sRGB in [0, 1], NCHW. YCbCr is ITU-R BT.601 at full range as in JPEG (JFIF 1.02): all three
+in [0, 1], grey has 0.5 in both chroma planes. Oklab is Björn Ottosson's, "A perceptual color space
+for image processing", 2020 with the matrices of 2021, https://bottosson.github.io/posts/oklab:
+lightness in [0, 1], a and b about 0 within 0.4.
 
-All conversions are differentiable with finite gradients everywhere, extend smoothly to values outside of [0, 1], keep
-the shape, and compute in float32 (float64 if they are given that): half precision would band the dark tones.
+All conversions are differentiable with finite gradients everywhere, extend smoothly to values
+outside of [0, 1], keep the shape, and compute in float32 (float64 if they are given that): half
+precision would band the dark tones.
 """
 
 from __future__ import annotations
@@ -24,24 +26,35 @@ Network = TypeVar("Network", bound=nn.Module)
 Rows = tuple[tuple[float, float, float], ...]
 
 LUMA = (0.299, 0.587, 0.114)
-CB_RANGE, CR_RANGE = 1.772, 1.402  # B - Y and R - Y lie within half of these on either side: 2 * (1 - their weight)
+CB_RANGE, CR_RANGE = (
+    1.772,
+    1.402,
+)  # B - Y and R - Y lie within half of these on either side: 2 * (1 - their weight)
 
-RGB_TO_LMS = ((0.4122214708, 0.5363325363, 0.0514459929),
-              (0.2119034982, 0.6806995451, 0.1073969566),
-              (0.0883024619, 0.2817188376, 0.6299787005))
-LMS_TO_OKLAB = ((0.2104542553, 0.7936177850, -0.0040720468),
-                (1.9779984951, -2.4285922050, 0.4505937099),
-                (0.0259040371, 0.7827717662, -0.8086757660))
-OKLAB_TO_LMS = ((1.0, 0.3963377774, 0.2158037573),
-                (1.0, -0.1055613458, -0.0638541728),
-                (1.0, -0.0894841775, -1.2914855480))
-LMS_TO_RGB = ((4.0767416621, -3.3077115913, 0.2309699292),
-              (-1.2684380046, 2.6097574011, -0.3413193965),
-              (-0.0041960863, -0.7034186147, 1.7076147010))
+RGB_TO_LMS = (
+    (0.4122214708, 0.5363325363, 0.0514459929),
+    (0.2119034982, 0.6806995451, 0.1073969566),
+    (0.0883024619, 0.2817188376, 0.6299787005),
+)
+LMS_TO_OKLAB = (
+    (0.2104542553, 0.7936177850, -0.0040720468),
+    (1.9779984951, -2.4285922050, 0.4505937099),
+    (0.0259040371, 0.7827717662, -0.8086757660),
+)
+OKLAB_TO_LMS = (
+    (1.0, 0.3963377774, 0.2158037573),
+    (1.0, -0.1055613458, -0.0638541728),
+    (1.0, -0.0894841775, -1.2914855480),
+)
+LMS_TO_RGB = (
+    (4.0767416621, -3.3077115913, 0.2309699292),
+    (-1.2684380046, 2.6097574011, -0.3413193965),
+    (-0.0041960863, -0.7034186147, 1.7076147010),
+)
 SRGB_KNEE, LINEAR_KNEE = 0.04045, 0.0031308  # below, sRGB's transfer curve is a line
 BLACK = 1e-6
-"""Below this the cube root is replaced by a line, or its gradient would be infinite at black. The darkest byte colour
-but black itself lies 15 times above it."""
+"""Below this the cube root is replaced by a line, or its gradient would be infinite at black. The
+darkest byte colour but black itself lies 15 times above it."""
 
 
 def rgb_to_ycbcr(images: Tensor) -> Tensor:
@@ -52,31 +65,36 @@ def rgb_to_ycbcr(images: Tensor) -> Tensor:
 
 
 def ycbcr_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_ycbcr`. What lies outside of RGB's gamut comes out outside of [0, 1]."""
+    """The inverse of `rgb_to_ycbcr`. What lies outside of RGB's gamut comes out outside of [0,
+    1]."""
     luma, cb, cr = _at_least_float32(images).unbind(1)
     red, blue = luma + CR_RANGE * (cr - 0.5), luma + CB_RANGE * (cb - 0.5)
     return torch.stack((red, (luma - LUMA[0] * red - LUMA[2] * blue) / LUMA[1], blue), dim=1)
 
 
 def rgb_to_oklab(images: Tensor) -> Tensor:
-    """Float NCHW sRGB in [0, 1] -> Oklab: L in [0, 1], a (green to red) and b (blue to yellow) about 0."""
+    """Float NCHW sRGB in [0, 1] -> Oklab: L in [0, 1], a (green to red) and b (blue to yellow)
+    about 0."""
     return _mix(_cube_root(_mix(_to_linear(_at_least_float32(images)), RGB_TO_LMS)), LMS_TO_OKLAB)
 
 
 def oklab_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_oklab`. What lies outside of sRGB's gamut comes out outside of [0, 1]."""
+    """The inverse of `rgb_to_oklab`. What lies outside of sRGB's gamut comes out outside of [0,
+    1]."""
     return _from_linear(_mix(_cube(_mix(images, OKLAB_TO_LMS)), LMS_TO_RGB))
 
 
 class InColourSpace:
-    """What `in_colour_space` puts before a generator's class: the same network, fed and read in another space."""
+    """What `in_colour_space` puts before a generator's class: the same network, fed and read in
+    another space."""
 
     colour_space: str
     chroma_scale: int
     chroma_kernel: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """As the generator's own: NCHW RGB, uint8 or float in [0, 1], to float RGB in the weights' dtype."""
+        """As the generator's own: NCHW RGB, uint8 or float in [0, 1], to float RGB in the weights'
+        dtype."""
         rgb = unit_range(images, torch.promote_types(images.dtype, torch.float32))
         if self.colour_space == "oklab":
             sr = super().forward(_laid_out_as(images, rgb_to_oklab(rgb)))
@@ -94,20 +112,22 @@ class InColourSpace:
 
 
 def in_colour_space(network: Network, space: str, scale: int | None = None) -> Network:
-    """Make the generator `network` work in `space`, one of `SPACES`; returns the same object, RGB outside as before.
+    """Make the generator `network` work in `space`, one of `SPACES`; returns the same object, RGB
+    outside as before.
 
     `scale` is how many times larger its output is; `None` is what its attribute `scale` says.
 
-    "ycbcr" and "oklab": the three planes go through the network instead of red, green and blue. "y": luma alone does,
-    three times over, the three results are averaged, and the chroma is upscaled by the cubic kernel.
+    "ycbcr" and "oklab": the three planes go through the network instead of red, green and blue.
+    "y": luma alone does, three times over, the three results are averaged, and the chroma is
+    upscaled by the cubic kernel.
 
-    The network's class becomes a subclass of its own whose `forward` converts before and after. So the tensors keep
-    their names, attributes and `isinstance` hold, and the conversion is compiled with the network; a module around it
-    would put a prefix before every name. Deep copies and state dicts work; the class is made on the spot, so that
-    pickling the whole module does not.
+    The network's class becomes a subclass of its own whose `forward` converts before and after. So
+    the tensors keep their names, attributes and `isinstance` hold, and the conversion is compiled
+    with the network; a module around it would put a prefix before every name. Deep copies and state
+    dicts work; the class is made on the spot, so that pickling the whole module does not.
 
-    The tensors do not tell the space. `SavedNetwork.params` has to carry it ("colour_space": "oklab"): a file without
-    a description is taken for an RGB network.
+    The tensors do not tell the space. `SavedNetwork.params` has to carry it ("colour_space":
+    "oklab"): a file without a description is taken for an RGB network.
 
     Raises:
         ValueError: an unknown space, or a network that is in one already.
@@ -120,15 +140,24 @@ def in_colour_space(network: Network, space: str, scale: int | None = None) -> N
         return network
     if space == "y":
         network.chroma_scale = network.scale if scale is None else scale
-        network.register_buffer("chroma_kernel", bicubic_kernel(network.chroma_scale), persistent=False)
+        network.register_buffer(
+            "chroma_kernel", bicubic_kernel(network.chroma_scale), persistent=False
+        )
     network.__class__ = _subclass(type(network), space)
     return network
 
 
 @cache
 def _subclass(network_class: type[nn.Module], space: str) -> type[nn.Module]:
-    return type(f"{network_class.__name__}_{space}", (InColourSpace, network_class),
-                {"colour_space": space, "__module__": network_class.__module__, "__doc__": network_class.__doc__})
+    return type(
+        f"{network_class.__name__}_{space}",
+        (InColourSpace, network_class),
+        {
+            "colour_space": space,
+            "__module__": network_class.__module__,
+            "__doc__": network_class.__doc__,
+        },
+    )
 
 
 def _at_least_float32(images: Tensor) -> Tensor:
@@ -136,22 +165,29 @@ def _at_least_float32(images: Tensor) -> Tensor:
 
 
 def _mix(images: Tensor, rows: Rows) -> Tensor:
-    """A matrix times the colours of each pixel; in plain arithmetic, because convolutions may run in TF32."""
+    """A matrix times the colours of each pixel; in plain arithmetic, because convolutions may run
+    in TF32."""
     first, second, third = _at_least_float32(images).unbind(1)
     return torch.stack([row[0] * first + row[1] * second + row[2] * third for row in rows], dim=1)
 
 
 def _laid_out_as(model: Tensor, images: Tensor) -> Tensor:
-    """`images` in channels_last if `model` is: the layout of the input decides how fast the network runs."""
-    is_channels_last = model.is_contiguous(memory_format=torch.channels_last) and not model.is_contiguous()
+    """`images` in channels_last if `model` is: the layout of the input decides how fast the network
+    runs."""
+    is_channels_last = (
+        model.is_contiguous(memory_format=torch.channels_last) and not model.is_contiguous()
+    )
     return images.contiguous(memory_format=torch.channels_last) if is_channels_last else images
 
 
-# In each pair of branches the one not taken is clamped into its range, or its gradient would be NaN instead of 0.
+# In each pair of branches the one not taken is clamped into its range, or its gradient would be NaN
+# instead of 0.
 
 
 def _to_linear(srgb: Tensor) -> Tensor:
-    return torch.where(srgb <= SRGB_KNEE, srgb / 12.92, ((srgb.clamp(min=SRGB_KNEE) + 0.055) / 1.055) ** 2.4)
+    return torch.where(
+        srgb <= SRGB_KNEE, srgb / 12.92, ((srgb.clamp(min=SRGB_KNEE) + 0.055) / 1.055) ** 2.4
+    )
 
 
 def _from_linear(linear: Tensor) -> Tensor:
@@ -161,8 +197,12 @@ def _from_linear(linear: Tensor) -> Tensor:
 
 def _cube_root(values: Tensor) -> Tensor:
     size = values.abs()
-    return torch.where(size < BLACK, values * BLACK ** (-2 / 3), values.sign() * size.clamp(min=BLACK) ** (1 / 3))
+    return torch.where(
+        size < BLACK, values * BLACK ** (-2 / 3), values.sign() * size.clamp(min=BLACK) ** (1 / 3)
+    )
 
 
 def _cube(values: Tensor) -> Tensor:
-    return torch.where(values.abs() < BLACK ** (1 / 3), values * BLACK ** (2 / 3), values * values * values)
+    return torch.where(
+        values.abs() < BLACK ** (1 / 3), values * BLACK ** (2 / 3), values * values * values
+    )

@@ -1,4 +1,5 @@
-"""What several generators share: checks of their arguments, initial values, and norms for mixed precision."""
+"""What several generators share: checks of their arguments, initial values, and norms for mixed
+precision."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ NOT_ALLOCATED = (RuntimeError, MemoryError, OverflowError)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's batch norm, for weights and buffers cast to any types: it computes in float32 or wider.
+    """torch's batch norm, for weights and buffers cast to any types: it computes in float32 or
+    wider.
 
-    Trainers that cast the parameters to FP16 or BF16 and leave the buffers in FP32 (DeepSpeed since 0.19) make the
-    plain one fail. FP32 statistics are also the better ones: in BF16 an update of less than 0.4 % is lost.
+    Trainers that cast the parameters to FP16 or BF16 and leave the buffers in FP32 (DeepSpeed since
+    0.19) make the plain one fail. FP32 statistics are also the better ones: in BF16 an update of
+    less than 0.4 % is lost.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -31,10 +34,22 @@ class BatchNorm2d(nn.BatchNorm2d):
         is_tracking = self.training and self.track_running_stats
         mean = var = None
         if is_tracking or not self.training:
-            # Copies, because the next pass changes the buffers before this one's backward pass may come.
-            mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype, copy=True)
-        features = F.batch_norm(features, mean, var, self.weight.to(dtype), self.bias.to(dtype), self.training,
-                                self.momentum, self.eps)
+            # Copies, because the next pass changes the buffers before this one's backward pass may
+            # come.
+            mean, var = (
+                self.running_mean.to(dtype, copy=True),
+                self.running_var.to(dtype, copy=True),
+            )
+        features = F.batch_norm(
+            features,
+            mean,
+            var,
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
         if is_tracking:
             self.num_batches_tracked.add_(1)
             # An overflow at FP16 must cost an update alone, not the statistics for good.
@@ -44,41 +59,64 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's layer norm, which in BF16 on a CPU is computed in float32 for training, and the result rounded.
+    """torch's layer norm, which in BF16 on a CPU is computed in float32 for training, and the
+    result rounded.
 
-    There torch 2.13 adds up the gradients of weight and bias in BF16: of 18,000 pixels nearly all of the sum is lost.
+    There torch 2.13 adds up the gradients of weight and bias in BF16: of 18,000 pixels nearly all
+    of the sum is lost.
     """
 
     def forward(self, features: Tensor) -> Tensor:
         """Any shape that ends with the normalised one in, the same out."""
-        if features.device.type != "cpu" or features.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+        if (
+            features.device.type != "cpu"
+            or features.dtype != torch.bfloat16
+            or not torch.is_grad_enabled()
+        ):
             return super().forward(features)
         with torch.autocast("cpu", enabled=False):
-            weight, bias = (None if value is None else value.float() for value in (self.weight, self.bias))
-            return F.layer_norm(features.float(), self.normalized_shape, weight, bias, self.eps).bfloat16()
+            weight, bias = (
+                None if value is None else value.float() for value in (self.weight, self.bias)
+            )
+            return F.layer_norm(
+                features.float(), self.normalized_shape, weight, bias, self.eps
+            ).bfloat16()
 
 
 def checkpoint_activations(network: nn.Module) -> int:
-    """Let each block of `network` keep its input alone for the backward pass, and compute the rest a second time.
+    """Let each block of `network` keep its input alone for the backward pass, and compute the rest
+    a second time.
 
-    The gradients are the same to the bit; a forward and backward pass takes about a third longer. Blocks are the parts,
-    not single layers, of the longest `nn.Sequential` in the network. Returns their number; 0 where there are none, or
-    where they have batch norms, whose statistics would count each batch twice.
+    The gradients are the same to the bit; a forward and backward pass takes about a third longer.
+    Blocks are the parts, not single layers, of the longest `nn.Sequential` in the network. Returns
+    their number; 0 where there are none, or where they have batch norms, whose statistics would
+    count each batch twice.
     """
-    bodies = [[part for part in body if next(part.children(), None) is not None]
-              for body in network.children() if isinstance(body, nn.Sequential)]
+    bodies = [
+        [part for part in body if next(part.children(), None) is not None]
+        for body in network.children()
+        if isinstance(body, nn.Sequential)
+    ]
     blocks = max(bodies, key=len, default=[])
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for block in blocks for part in block.modules()):
+    if any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for block in blocks
+        for part in block.modules()
+    ):
         return 0
     for block in blocks:
-        # Nothing in a block draws random numbers, whose state would have to be fetched from the device and put back.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        # Nothing in a block draws random numbers, whose state would have to be fetched from the
+        # device and put back.
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
     return len(blocks)
 
 
 @torch.no_grad()
 def initialise(modules: Iterable[nn.Module], factor: float) -> None:
-    """Convolutions among `modules`: Kaiming normal (fan in, gain sqrt(2)) times `factor`, biases 0."""
+    """Convolutions among `modules`: Kaiming normal (fan in, gain sqrt(2)) times `factor`, biases
+    0."""
     for module in modules:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -95,7 +133,8 @@ def check_scale(scale: int, scales: Sequence[int]) -> None:
 
 
 def check_sizes(**sizes: int) -> None:
-    """`ValueError` that names the first of `sizes` that is not a whole number from 1 to `LARGEST_SIZE`."""
+    """`ValueError` that names the first of `sizes` that is not a whole number from 1 to
+    `LARGEST_SIZE`."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} {size!r} is not a whole number above 0")
@@ -119,8 +158,13 @@ def check_choice(choices: Sequence[str], **values: str) -> None:
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers follow `prefix` and a dot in the names of tensors: "body.3.weight" has 3 of "body"."""
-    parts = (name.removeprefix(f"{prefix}.").split(".")[0] for name in names if name.startswith(f"{prefix}."))
+    """How many different numbers follow `prefix` and a dot in the names of tensors: "body.3.weight"
+    has 3 of "body"."""
+    parts = (
+        name.removeprefix(f"{prefix}.").split(".")[0]
+        for name in names
+        if name.startswith(f"{prefix}.")
+    )
     return len({part for part in parts if part.isdecimal()})
 
 

@@ -1,8 +1,10 @@
-"""SRVGGNetCompact ("Compact"), the small and fast generator of Real-ESRGAN, and how to know it from its tensors.
+"""SRVGGNetCompact ("Compact"), the small and fast generator of Real-ESRGAN, and how to know it from
+its tensors.
 
-Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", ICCV Workshops 2021,
-https://arxiv.org/abs/2107.10833, whose later releases bring it (realesr-animevideov3, realesr-general-x4v3). Tensors
-are named as in these files, so that they load strictly, and spandrel (chaiNNer, ComfyUI) opens ours as "Compact".
+Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data",
+ICCV Workshops 2021, https://arxiv.org/abs/2107.10833, whose later releases bring it
+(realesr-animevideov3, realesr-general-x4v3). Tensors are named as in these files, so that they load
+strictly, and spandrel (chaiNNer, ComfyUI) opens ours as "Compact".
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.images import unit_range
-from pipeline.models.common import COLOURS, check_choice, check_scale, check_sizes, count_blocks, has_convolutions
+from pipeline.models.common import (
+    COLOURS,
+    check_choice,
+    check_scale,
+    check_sizes,
+    count_blocks,
+    has_convolutions,
+)
 
 SCALES = (2, 3, 4)
 ACTIVATIONS = ("prelu", "relu", "leakyrelu")
@@ -23,11 +32,12 @@ SLOPE = 0.25  # of PReLU below zero, at first
 
 
 class SRVGGNetCompact(nn.Module):
-    """A row of 3x3 convolutions at LR size, one pixel shuffle, and the nearest-neighbour upscale added.
+    """A row of 3x3 convolutions at LR size, one pixel shuffle, and the nearest-neighbour upscale
+    added.
 
-    The defaults (621,424 parameters at x4) are those of realesr-animevideov3; 32 convolutions are those of
-    realesr-general-x4v3. Other programs know the files only with PReLU: the tensors alone do not tell the other two
-    apart, so that `recognise` knows only PReLU, too.
+    The defaults (621,424 parameters at x4) are those of realesr-animevideov3; 32 convolutions are
+    those of realesr-general-x4v3. Other programs know the files only with PReLU: the tensors alone
+    do not tell the other two apart, so that `recognise` knows only PReLU, too.
 
     Args:
         scale: 2, 3 or 4.
@@ -39,7 +49,9 @@ class SRVGGNetCompact(nn.Module):
         ValueError: a value outside of these.
     """
 
-    def __init__(self, *, scale: int, num_features: int = 64, num_conv: int = 16, activation: str = "prelu") -> None:
+    def __init__(
+        self, *, scale: int, num_features: int = 64, num_conv: int = 16, activation: str = "prelu"
+    ) -> None:
         super().__init__()
         check_scale(scale, SCALES)
         check_sizes(num_features=num_features, num_conv=num_conv)
@@ -47,19 +59,22 @@ class SRVGGNetCompact(nn.Module):
         self.scale = scale
         layers: list[nn.Module] = []
         for number in range(1 + num_conv):
-            layers += [nn.Conv2d(num_features if number else COLOURS, num_features, 3, padding=1),
-                       _activation(activation, num_features)]
+            layers += [
+                nn.Conv2d(num_features if number else COLOURS, num_features, 3, padding=1),
+                _activation(activation, num_features),
+            ]
         layers.append(nn.Conv2d(num_features, COLOURS * scale**2, 3, padding=1))
         self.body = nn.Sequential(*layers)
         self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """He's initial values for PReLU (He et al., ICCV 2015), and an output near the nearest upscale.
+        """He's initial values for PReLU (He et al., ICCV 2015), and an output near the nearest
+        upscale.
 
-        With PyTorch's own, as published, each layer shrinks the signal by more than half: after 200 steps on eight
-        crops (tests/training/test_overfit.py) a network of 16 convolutions stands at 22 dB, with these at 44 to 56, at
-        rates of 5e-4 to 2e-3.
+        With PyTorch's own, as published, each layer shrinks the signal by more than half: after 200
+        steps on eight crops (tests/training/test_overfit.py) a network of 16 convolutions stands at
+        22 dB, with these at 44 to 56, at rates of 5e-4 to 2e-3.
         """
         convolutions = [layer for layer in self.body if isinstance(layer, nn.Conv2d)]
         for convolution in convolutions:
@@ -69,20 +84,25 @@ class SRVGGNetCompact(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join without a seam."""
+        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
+        without a seam."""
         return sum(isinstance(layer, nn.Conv2d) for layer in self.body)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
+        weights' dtype.
 
         The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
         """
         lr = unit_range(images, self.body[0].weight.dtype)
-        return F.pixel_shuffle(self.body(lr), self.scale) + F.interpolate(lr, scale_factor=self.scale, mode="nearest")
+        return F.pixel_shuffle(self.body(lr), self.scale) + F.interpolate(
+            lr, scale_factor=self.scale, mode="nearest"
+        )
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the PReLU `SRVGGNetCompact` with these tensors; `None` if it is none."""
+        """The scale and the other arguments of the PReLU `SRVGGNetCompact` with these tensors;
+        `None` if it is none."""
         last = count_blocks(shapes, "body") - 1
         convolutions = [f"body.{number}.weight" for number in range(0, last + 1, 2)]
         slopes = [f"body.{number}.weight" for number in range(1, last, 2)]
@@ -90,10 +110,16 @@ class SRVGGNetCompact(nn.Module):
             return None
         if any(len(shapes.get(name, ())) != 1 for name in slopes):
             return None
-        scale = {COLOURS * scale**2: scale for scale in SCALES}.get(shapes[f"body.{last}.weight"][0])
+        scale = {COLOURS * scale**2: scale for scale in SCALES}.get(
+            shapes[f"body.{last}.weight"][0]
+        )
         if scale is None:
             return None
-        return scale, {"num_features": shapes["body.0.weight"][0], "num_conv": last // 2 - 1, "activation": "prelu"}
+        return scale, {
+            "num_features": shapes["body.0.weight"][0],
+            "num_conv": last // 2 - 1,
+            "activation": "prelu",
+        }
 
 
 def _activation(name: str, num_features: int) -> nn.Module:

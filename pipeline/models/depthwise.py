@@ -1,7 +1,9 @@
-"""Depthwise convolutions, of which VapSR's time is made on a CPU: which kernel computes them, and a guard for BF16.
+"""Depthwise convolutions, of which VapSR's time is made on a CPU: which kernel computes them, and a
+guard for BF16.
 
-PyTorch's kernel is the reference, and the only one outside of training. A training run on CPUs at FP32 may have chosen
-our own C++ one (`native.py`): see `faster_kernel`. Their results differ in rounding.
+PyTorch's kernel is the reference, and the only one outside of training. A training run on CPUs at
+FP32 may have chosen our own C++ one (`native.py`): see `faster_kernel`. Their results differ in
+rounding.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ LARGEST_BATCH = 8
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A convolution of each channel by itself, with two differences from `nn.Conv2d`, which it is otherwise.
+    """A convolution of each channel by itself, with two differences from `nn.Conv2d`, which it is
+    otherwise.
 
     Its `kernel` says who computes it in FP32 on a CPU: "torch", or "native" (see `use_kernel`).
 
-    In BF16 on a CPU a dilated one is computed in FP32 for training, and the result rounded: the weight gradient that
-    torch 2.13 computes there for large channels_last images is memory that was never written, wrong by any factor.
+    In BF16 on a CPU a dilated one is computed in FP32 for training, and the result rounded: the
+    weight gradient that torch 2.13 computes there for large channels_last images is memory that was
+    never written, wrong by any factor.
     """
 
     kernel = "torch"
@@ -42,7 +46,11 @@ class DepthwiseConv2d(nn.Conv2d):
             return super().forward(features)
         if self.kernel == "native" and _is_eager_fp32(features, self.weight):
             return _Depthwise.apply(features, self.weight, self.bias, self.dilation[0])
-        if torch.is_grad_enabled() and _dtype(self.weight) == torch.bfloat16 and is_wrong_in_bf16(self):
+        if (
+            torch.is_grad_enabled()
+            and _dtype(self.weight) == torch.bfloat16
+            and is_wrong_in_bf16(self)
+        ):
             with torch.autocast("cpu", enabled=False):
                 bias = None if self.bias is None else self.bias.float()
                 return self._conv_forward(features.float(), self.weight.float(), bias).bfloat16()
@@ -51,17 +59,25 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def same_size(channels: int, kernel_size: int, dilation: int = 1) -> DepthwiseConv2d:
     """One whose output is as large as its input, with stride 1; the kernel's size is odd."""
-    return DepthwiseConv2d(channels, channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
-                           groups=channels)
+    return DepthwiseConv2d(
+        channels,
+        channels,
+        kernel_size,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        groups=channels,
+    )
 
 
 def is_wrong_in_bf16(convolution: nn.Conv2d) -> bool:
-    """Whether it is one that a `DepthwiseConv2d` has to guard: dilated, in groups (of one channel or more)."""
+    """Whether it is one that a `DepthwiseConv2d` has to guard: dilated, in groups (of one channel
+    or more)."""
     return convolution.groups > 1 and max(convolution.dilation) > 1
 
 
 def use_kernel(network: nn.Module, kernel: str) -> None:
-    """Let `kernel` (one of `KERNELS`) compute the network's depthwise convolutions, as far as it can."""
+    """Let `kernel` (one of `KERNELS`) compute the network's depthwise convolutions, as far as it
+    can."""
     for module in network.modules():
         if isinstance(module, DepthwiseConv2d):
             module.kernel = kernel if _fits(module) else "torch"
@@ -69,18 +85,25 @@ def use_kernel(network: nn.Module, kernel: str) -> None:
 
 def may_use_native(network: nn.Module) -> bool:
     """Whether the network has convolutions that the native kernel can compute."""
-    return any(isinstance(module, DepthwiseConv2d) and _fits(module) for module in network.modules())
+    return any(
+        isinstance(module, DepthwiseConv2d) and _fits(module) for module in network.modules()
+    )
 
 
 def faster_kernel(network: nn.Module, batch: int, patch: int) -> tuple[str, str]:
-    """Which kernel takes less time for the network's depthwise convolutions on (batch, C, patch, patch), on this CPU.
+    """Which kernel takes less time for the network's depthwise convolutions on (batch, C, patch,
+    patch), on this CPU.
 
-    Forward and backward in FP32, in turns, in about a second at most, on one thread: several wait for each other where
-    other processes want the cores, and then the times say nothing. Returns one of `KERNELS` and a line for people.
-    Both must be there (`native.why_not_native`), and such convolutions (`may_use_native`).
+    Forward and backward in FP32, in turns, in about a second at most, on one thread: several wait
+    for each other where other processes want the cores, and then the times say nothing. Returns one
+    of `KERNELS` and a line for people. Both must be there (`native.why_not_native`), and such
+    convolutions (`may_use_native`).
     """
-    counts = Counter((module.in_channels, module.kernel_size[0], module.dilation[0]) for module in network.modules()
-                     if isinstance(module, DepthwiseConv2d) and _fits(module))
+    counts = Counter(
+        (module.in_channels, module.kernel_size[0], module.dilation[0])
+        for module in network.modules()
+        if isinstance(module, DepthwiseConv2d) and _fits(module)
+    )
     deadline = time.perf_counter() + BUDGET
     seconds = dict.fromkeys(KERNELS, 0.0)
     threads = torch.get_num_threads()
@@ -88,18 +111,29 @@ def faster_kernel(network: nn.Module, batch: int, patch: int) -> tuple[str, str]
     try:
         for number, ((channels, size, dilation), count) in enumerate(counts.items()):
             until = time.perf_counter() + (deadline - time.perf_counter()) / (len(counts) - number)
-            for kernel, best in _measured(channels, size, dilation, min(batch, LARGEST_BATCH), patch, until).items():
+            for kernel, best in _measured(
+                channels, size, dilation, min(batch, LARGEST_BATCH), patch, until
+            ).items():
                 seconds[kernel] += count * best
     finally:
         torch.set_num_threads(threads)
     ratio = seconds["torch"] / seconds["native"]
     if ratio < MARGIN:
-        return "torch", f"depthwise convolutions: PyTorch's kernel; our own was {ratio:.2f} times as fast"
-    return "native", f"depthwise convolutions: our own C++ kernel, {ratio:.1f} times as fast here as PyTorch's"
+        return (
+            "torch",
+            f"depthwise convolutions: PyTorch's kernel; our own was {ratio:.2f} times as fast",
+        )
+    return (
+        "native",
+        f"depthwise convolutions: our own C++ kernel, {ratio:.1f} times as fast here as PyTorch's",
+    )
 
 
-def _measured(channels: int, size: int, dilation: int, batch: int, patch: int, until: float) -> dict[str, float]:
-    """Seconds of a step of each kernel: the least of a few rounds in turns, one at least, more where they are close."""
+def _measured(
+    channels: int, size: int, dilation: int, batch: int, patch: int, until: float
+) -> dict[str, float]:
+    """Seconds of a step of each kernel: the least of a few rounds in turns, one at least, more
+    where they are close."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch, channels, patch, patch), generator=generator)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -122,9 +156,15 @@ def _measured(channels: int, size: int, dilation: int, batch: int, patch: int, u
 def _fits(module: DepthwiseConv2d) -> bool:
     """Whether the native kernel can compute it."""
     size, dilation = module.kernel_size[0], module.dilation[0]
-    return (module.groups == module.in_channels == module.out_channels and module.kernel_size == (size, size)
-            and size in native.KERNEL_SIZES and module.dilation == (dilation, dilation) and module.stride == (1, 1)
-            and module.padding == (dilation * (size // 2),) * 2 and module.padding_mode == "zeros")
+    return (
+        module.groups == module.in_channels == module.out_channels
+        and module.kernel_size == (size, size)
+        and size in native.KERNEL_SIZES
+        and module.dilation == (dilation, dilation)
+        and module.stride == (1, 1)
+        and module.padding == (dilation * (size // 2),) * 2
+        and module.padding_mode == "zeros"
+    )
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
@@ -133,25 +173,37 @@ def _dtype(weight: Tensor) -> torch.dtype:
 
 
 def _is_eager_fp32(features: Tensor, weight: Tensor) -> bool:
-    return (features.dtype == weight.dtype == _dtype(weight) == torch.float32
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
+    return (
+        features.dtype == weight.dtype == _dtype(weight) == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 class _Depthwise(torch.autograd.Function):
     """The native kernel, with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
+    ) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.dilation, ctx.has_bias = dilation, bias is not None
         return native.forward(features, weight, bias, dilation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         features, weight = ctx.saved_tensors
         wants_images, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        to_images, to_weight, to_bias = native.backward(features, gradient, weight, ctx.dilation,
-                                                        wants_images=wants_images,
-                                                        wants_weight=wants_weight or wants_bias)
+        to_images, to_weight, to_bias = native.backward(
+            features,
+            gradient,
+            weight,
+            ctx.dilation,
+            wants_images=wants_images,
+            wants_weight=wants_weight or wants_bias,
+        )
         return to_images, to_weight, to_bias if ctx.has_bias else None, None

@@ -1,11 +1,14 @@
-"""The discriminators of GAN training, in one table: networks that tell HR images from generated ones.
+"""The discriminators of GAN training, in one table: networks that tell HR images from generated
+ones.
 
-They take NCHW RGB, uint8 0..255 or float in [0, 1], and give logits, never probabilities: the losses have the sigmoid.
-Initial values are torch's own, as published, unless a class says otherwise. The names of the tensors are those of
-BasicSR's and Real-ESRGAN's files, so that these load strictly where the shapes agree.
+They take NCHW RGB, uint8 0..255 or float in [0, 1], and give logits, never probabilities: the
+losses have the sigmoid. Initial values are torch's own, as published, unless a class says
+otherwise. The names of the tensors are those of BasicSR's and Real-ESRGAN's files, so that these
+load strictly where the shapes agree.
 
-Weights may be cast to half precision with or without the buffers (DeepSpeed casts parameters alone unless told
-otherwise): batch norm statistics and spectral norms are computed in float32 whatever the types are.
+Weights may be cast to half precision with or without the buffers (DeepSpeed casts parameters alone
+unless told otherwise): batch norm statistics and spectral norms are computed in float32 whatever
+the types are.
 """
 
 from __future__ import annotations
@@ -35,16 +38,20 @@ SLOPE = 0.2
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Let a network judge without being taught or changed: how the generator's loss goes through the discriminator.
+    """Let a network judge without being taught or changed: how the generator's loss goes through
+    the discriminator.
 
-    Within, no parameter requires a gradient, batch norm normalises by the batch as in training but leaves its running
-    statistics alone, and spectral norms use the singular vectors they have. So the discriminator's state depends on
-    its own steps only, whichever network steps first and however often. The gradient towards the input is autograd's.
-    Afterwards, also after an exception, every flag is as it was. The backward pass may come later: what was run within
-    stays frozen. Knows torch's batch norm classes and this file's spectral norm, not torch's spectral norms.
+    Within, no parameter requires a gradient, batch norm normalises by the batch as in training but
+    leaves its running statistics alone, and spectral norms use the singular vectors they have. So
+    the discriminator's state depends on its own steps only, whichever network steps first and
+    however often. The gradient towards the input is autograd's. Afterwards, also after an
+    exception, every flag is as it was. The backward pass may come later: what was run within stays
+    frozen. Knows torch's batch norm classes and this file's spectral norm, not torch's spectral
+    norms.
     """
-    flags: list[tuple[Any, str, bool]] = [(parameter, "requires_grad", parameter.requires_grad)
-                                          for parameter in module.parameters()]
+    flags: list[tuple[Any, str, bool]] = [
+        (parameter, "requires_grad", parameter.requires_grad) for parameter in module.parameters()
+    ]
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             flags.append((part, "track_running_stats", part.track_running_stats))
@@ -60,26 +67,30 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class VGGDiscriminator(nn.Module):
-    """Is this crop real? The discriminator of SRGAN and ESRGAN (Ledig et al., CVPR 2017; Wang et al., ECCVW 2018).
+    """Is this crop real? The discriminator of SRGAN and ESRGAN (Ledig et al., CVPR 2017; Wang et
+    al., ECCVW 2018).
 
-    Stages of a 3x3 and a 4x4 convolution, the second with stride 2, as many as leave at least 3x3 positions; features
-    double up to 8 times `num_features`. Then two linear layers with 100 features between. For crops of 128 and 256
-    both heads are BasicSR's VGGStyleDiscriminator (14,499,401 parameters at 128); for 96, "flatten" is the published
-    one of 96 (3x3 positions).
+    Stages of a 3x3 and a 4x4 convolution, the second with stride 2, as many as leave at least 3x3
+    positions; features double up to 8 times `num_features`. Then two linear layers with 100
+    features between. For crops of 128 and 256 both heads are BasicSR's VGGStyleDiscriminator
+    (14,499,401 parameters at 128); for 96, "flatten" is the published one of 96 (3x3 positions).
 
-    Args:
-        crop: side of the square HR crops in pixels, at least 32, also odd.
-        num_features: channels of the first stage.
-        norm: "batch" is the published one; "instance" normalises every image by itself, which suits small
-            micro-batches; "none" has biases instead and Kaiming initial values, so that the signal keeps its size.
-        head: "pool" averages the positions to 4x4 and so takes images of any size, whatever `crop` is; "flatten"
+    Args: crop: side of the square HR crops in pixels, at least 32, also odd. num_features: channels
+        of the first stage. norm: "batch" is the published one; "instance" normalises every image by
+        itself, which suits small
+            micro-batches; "none" has biases instead and Kaiming initial values, so that the signal
+            keeps its size.
+        head: "pool" averages the positions to 4x4 and so takes images of any size, whatever `crop`
+        is; "flatten"
             takes them as they are and so only images of `crop` x `crop`.
 
     Raises:
         ValueError: a value outside of these.
     """
 
-    def __init__(self, *, crop: int, num_features: int = 64, norm: str = "batch", head: str = "pool") -> None:
+    def __init__(
+        self, *, crop: int, num_features: int = 64, norm: str = "batch", head: str = "pool"
+    ) -> None:
         super().__init__()
         _check_crop(crop)
         check_sizes(num_features=num_features)
@@ -92,8 +103,11 @@ class VGGDiscriminator(nn.Module):
         for stage in range(self.num_stages):
             wider = num_features * min(2**stage, LARGEST_WIDENING)
             # The first convolution of all has a bias and no norm, as published.
-            self._add(f"{stage}_0", _conv(features, wider, 3, 1, has_bias=stage == 0 or norm == "none"),
-                      "none" if stage == 0 else norm)
+            self._add(
+                f"{stage}_0",
+                _conv(features, wider, 3, 1, has_bias=stage == 0 or norm == "none"),
+                "none" if stage == 0 else norm,
+            )
             self._add(f"{stage}_1", _conv(wider, wider, 4, 2, has_bias=norm == "none"), norm)
             features = wider
         self.linear1 = nn.Linear(features * self.head_side**2, HIDDEN_FEATURES)
@@ -113,8 +127,11 @@ class VGGDiscriminator(nn.Module):
         if self.is_pooled:
             features = F.adaptive_avg_pool2d(features, self.head_side)
         elif features.shape[-2:] != (self.head_side, self.head_side):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels do not fit the crop of this discriminator; "
-                             'build it for their size, or with head: "pool"')
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} pixels do not fit the crop of this "
+                "discriminator; "
+                'build it for their size, or with head: "pool"'
+            )
         return self.linear2(F.leaky_relu(self.linear1(features.flatten(1)), SLOPE))
 
     def _add(self, layer: str, conv: nn.Conv2d, norm: str) -> None:
@@ -132,13 +149,14 @@ class VGGDiscriminator(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """Which pixels are real? Real-ESRGAN's U-Net with spectral norm (Wang et al., ICCVW 2021): 4,376,897 parameters.
+    """Which pixels are real? Real-ESRGAN's U-Net with spectral norm (Wang et al., ICCVW 2021):
+    4,376,897 parameters.
 
-    Args:
-        crop: side of the HR crops in pixels, at least 32; the network is the same for all. Sides that are no multiple
+    Args: crop: side of the HR crops in pixels, at least 32; the network is the same for all. Sides
+        that are no multiple
             of 8 work too: each size on the way up is that of its counterpart on the way down.
-        num_features: channels at full size.
-        skip_connections: add the features of the way down on the way up.
+        num_features: channels at full size. skip_connections: add the features of the way down on
+        the way up.
 
     Raises:
         ValueError: a value outside of these.
@@ -164,14 +182,17 @@ class UNetDiscriminator(nn.Module):
         self.conv9 = _conv(full, 1, 3, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x 3 x H x W -> N x 1 x H x W logits in the weights' dtype, one for every pixel; above 0 means real."""
+        """N x 3 x H x W -> N x 1 x H x W logits in the weights' dtype, one for every pixel; above 0
+        means real."""
         features = unit_range(images, self.conv0.weight.dtype)
         way_down = []
         for conv in (self.conv0, self.conv1, self.conv2, self.conv3):
             features = F.leaky_relu(conv(features), SLOPE)
             way_down.append(features)
         for conv, across in zip((self.conv4, self.conv5, self.conv6), way_down[2::-1], strict=True):
-            features = F.interpolate(features, size=across.shape[-2:], mode="bilinear", align_corners=False)
+            features = F.interpolate(
+                features, size=across.shape[-2:], mode="bilinear", align_corners=False
+            )
             features = F.leaky_relu(conv(features), SLOPE)
             if self.has_skips:
                 features = features + across
@@ -181,11 +202,13 @@ class UNetDiscriminator(nn.Module):
 
 
 class SpectralConv2d(nn.Module):
-    """A convolution without bias whose weight is divided by its largest singular value (Miyato et al., ICLR 2018).
+    """A convolution without bias whose weight is divided by its largest singular value (Miyato et
+    al., ICLR 2018).
 
-    As `torch.nn.utils.spectral_norm`, with its names: one power iteration in every training pass keeps the singular
-    vectors `weight_u` and `weight_v` up to date. Other than there, it works in float32 where the weight is in half
-    precision and the vectors are not, and 15 iterations at the start make the first passes right.
+    As `torch.nn.utils.spectral_norm`, with its names: one power iteration in every training pass
+    keeps the singular vectors `weight_u` and `weight_v` up to date. Other than there, it works in
+    float32 where the weight is in half precision and the vectors are not, and 15 iterations at the
+    start make the first passes right.
     """
 
     weight_u: Tensor
@@ -197,13 +220,18 @@ class SpectralConv2d(nn.Module):
         self.is_iterating = True
         self.weight_orig = _conv(in_features, out_features, kernel_size, stride).weight
         matrix = self.weight_orig.detach().flatten(1)
-        self.register_buffer("weight_u", F.normalize(torch.randn(matrix.shape[0]), dim=0, eps=1e-12))
-        self.register_buffer("weight_v", F.normalize(torch.randn(matrix.shape[1]), dim=0, eps=1e-12))
+        self.register_buffer(
+            "weight_u", F.normalize(torch.randn(matrix.shape[0]), dim=0, eps=1e-12)
+        )
+        self.register_buffer(
+            "weight_v", F.normalize(torch.randn(matrix.shape[1]), dim=0, eps=1e-12)
+        )
         for _ in range(15):
             self._iterate(matrix)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in; the padding keeps H and W at a 3x3 kernel, and a 4x4 one with stride 2 halves them."""
+        """NCHW in; the padding keeps H and W at a 3x3 kernel, and a 4x4 one with stride 2 halves
+        them."""
         weight = self.weight_orig.to(torch.promote_types(self.weight_orig.dtype, torch.float32))
         matrix = weight.flatten(1)
         if self.training and self.is_iterating:
@@ -215,7 +243,8 @@ class SpectralConv2d(nn.Module):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """One power iteration: the new left and right singular vectors, which the buffers keep in their own dtype."""
+        """One power iteration: the new left and right singular vectors, which the buffers keep in
+        their own dtype."""
         v = F.normalize(torch.mv(matrix.t(), self.weight_u.to(matrix.dtype)), dim=0, eps=1e-12)
         u = F.normalize(torch.mv(matrix, v), dim=0, eps=1e-12)
         self.weight_u.copy_(u)
@@ -230,10 +259,11 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
 
 
 def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
-    """Build the discriminator `name` for HR crops of `crop` pixels a side, freshly initialised, float32 on the CPU.
+    """Build the discriminator `name` for HR crops of `crop` pixels a side, freshly initialised,
+    float32 on the CPU.
 
-    `params` are the keyword arguments of the network's class. `UserError` for an unknown network, an unknown
-    parameter (with the nearest real one) or a value that the network refuses.
+    `params` are the keyword arguments of the network's class. `UserError` for an unknown network,
+    an unknown parameter (with the nearest real one) or a value that the network refuses.
     """
     names.DISCRIMINATORS.check(name, params)
     try:
@@ -241,11 +271,15 @@ def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
     except ValueError as error:
         raise UserError(f"discriminator {name!r}: {error}") from error
     except NOT_ALLOCATED as error:
-        raise UserError(f"discriminator {name!r} cannot be built with {params}, is it too large? ({one_line(error)})"
-                        ) from error
+        raise UserError(
+            f"discriminator {name!r} cannot be built with {params}, is it too large? "
+            f"({one_line(error)})"
+        ) from error
 
 
-def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, has_bias: bool = True) -> nn.Conv2d:
+def _conv(
+    in_features: int, out_features: int, kernel_size: int, stride: int, has_bias: bool = True
+) -> nn.Conv2d:
     return nn.Conv2d(in_features, out_features, kernel_size, stride, padding=1, bias=has_bias)
 
 
@@ -259,4 +293,6 @@ def _num_stages(crop: int) -> int:
 
 def _check_crop(crop: int) -> None:
     if not isinstance(crop, int) or isinstance(crop, bool) or crop < SMALLEST_CROP:
-        raise ValueError(f"crop {crop!r} is not a whole number of pixels from {SMALLEST_CROP} up; set data.crop")
+        raise ValueError(
+            f"crop {crop!r} is not a whole number of pixels from {SMALLEST_CROP} up; set data.crop"
+        )

@@ -1,9 +1,9 @@
 """MSRResNet: SRResNet without batch norm, which learns what an interpolated image lacks.
 
-The network of Ledig et al., CVPR 2017, https://arxiv.org/abs/1609.04802, with the residual blocks of Lim et al.,
-"Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops 2017,
-https://arxiv.org/abs/1707.02921, as BasicSR publishes it. Tensors are named as in BasicSR's files
-(MSRResNet_x4_f64b16…), so that these load strictly.
+The network of Ledig et al., CVPR 2017, https://arxiv.org/abs/1609.04802, with the residual blocks
+of Lim et al., "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops
+2017, https://arxiv.org/abs/1707.02921, as BasicSR publishes it. Tensors are named as in BasicSR's
+files (MSRResNet_x4_f64b16…), so that these load strictly.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ SLOPE = 0.1
 class MSRResNet(nn.Module):
     """MSRResNet for RGB images, x2, x3 or x4. The defaults have 1,517,571 parameters at x4.
 
-    Args:
-        scale: 2, 3 or 4.
-        num_features: channels between the blocks.
-        num_blocks: residual blocks.
-        global_residual: the interpolation of the input that the output is added to. "bilinear" is that of BasicSR's
+    Args: scale: 2, 3 or 4. num_features: channels between the blocks. num_blocks: residual blocks.
+        global_residual: the interpolation of the input that the output is added to. "bilinear" is
+        that of BasicSR's
             files; "bicubic" is nearer to the HR image, so that there is less to learn.
 
     Raises:
         ValueError: a value outside of these.
     """
 
-    def __init__(self, *, scale: int, num_features: int = 64, num_blocks: int = 16,
-                 global_residual: str = "bicubic") -> None:
+    def __init__(
+        self,
+        *,
+        scale: int,
+        num_features: int = 64,
+        num_blocks: int = 16,
+        global_residual: str = "bicubic",
+    ) -> None:
         super().__init__()
         check_scale(scale, SCALES)
         check_sizes(num_features=num_features, num_blocks=num_blocks)
@@ -57,22 +61,28 @@ class MSRResNet(nn.Module):
         step = 2 if scale == 4 else scale
         self.pixel_shuffle = nn.PixelShuffle(step)
         self.upconv1 = nn.Conv2d(num_features, num_features * step**2, 3, padding=1)
-        self.upconv2 = nn.Conv2d(num_features, num_features * step**2, 3, padding=1) if scale == 4 else None
+        self.upconv2 = (
+            nn.Conv2d(num_features, num_features * step**2, 3, padding=1) if scale == 4 else None
+        )
         self.conv_hr = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_last = nn.Conv2d(num_features, COLOURS, 3, padding=1)
         # None is no buffer at all: files with the bilinear residual keep exactly BasicSR's tensors.
-        self.register_buffer("residual_kernel", bicubic_kernel(scale) if global_residual == "bicubic" else None)
+        self.register_buffer(
+            "residual_kernel", bicubic_kernel(scale) if global_residual == "bicubic" else None
+        )
         # As published. So small that the first output is the interpolated image but for 1e-4 or so.
         initialise(self.modules(), 0.1)
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join without a seam."""
+        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
+        without a seam."""
         # conv_first: 1, a block: 2, conv_last, conv_hr and the upsampling convolutions together: 2.
         return 1 + 2 * len(self.body) + 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
+        weights' dtype.
 
         The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
         """
@@ -90,17 +100,30 @@ class MSRResNet(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the `MSRResNet` with these tensors; `None` if it is none."""
-        if not has_convolutions(shapes, ("conv_first.weight", "body.0.conv1.weight", "body.0.conv2.weight",
-                                         "upconv1.weight", "conv_hr.weight", "conv_last.weight")):
+        """The scale and the other arguments of the `MSRResNet` with these tensors; `None` if it is
+        none."""
+        if not has_convolutions(
+            shapes,
+            (
+                "conv_first.weight",
+                "body.0.conv1.weight",
+                "body.0.conv2.weight",
+                "upconv1.weight",
+                "conv_hr.weight",
+                "conv_last.weight",
+            ),
+        ):
             return None
         num_features = shapes["conv_first.weight"][0]
         step = {4: 2, 9: 3}.get(shapes["upconv1.weight"][0] / num_features)
         scale = 4 if "upconv2.weight" in shapes else step
         if step is None or (scale == 4 and step != 2):
             return None
-        return scale, {"num_features": num_features, "num_blocks": count_blocks(shapes, "body"),
-                       "global_residual": "bicubic" if "residual_kernel" in shapes else "bilinear"}
+        return scale, {
+            "num_features": num_features,
+            "num_blocks": count_blocks(shapes, "body"),
+            "global_residual": "bicubic" if "residual_kernel" in shapes else "bilinear",
+        }
 
 
 class ResidualBlock(nn.Module):

@@ -1,9 +1,10 @@
 """RRDBNet, the generator of ESRGAN and Real-ESRGAN, and how to know it from its tensors.
 
-Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", ECCV Workshops 2018,
-https://arxiv.org/abs/1809.00219; x1 and x2 as in Wang et al., "Real-ESRGAN", ICCV Workshops 2021,
-https://arxiv.org/abs/2107.10833. Written from the papers. Tensors are named as in BasicSR's and Real-ESRGAN's files, so
-that these load strictly, and spandrel (chaiNNer, ComfyUI) opens ours as "ESRGAN".
+Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", ECCV Workshops
+2018, https://arxiv.org/abs/1809.00219; x1 and x2 as in Wang et al., "Real-ESRGAN", ICCV Workshops
+2021, https://arxiv.org/abs/2107.10833. Written from the papers. Tensors are named as in BasicSR's
+and Real-ESRGAN's files, so that these load strictly, and spandrel (chaiNNer, ComfyUI) opens ours as
+"ESRGAN".
 """
 
 from __future__ import annotations
@@ -28,70 +29,96 @@ from pipeline.models.common import (
 )
 
 UNSHUFFLE = {1: 4, 2: 2, 4: 1}
-"""Scale -> how many times smaller, each way, the pixels are folded into channels before the x4 network."""
+"""Scale -> how many times smaller, each way, the pixels are folded into channels before the x4
+network."""
 SLOPE = 0.2
 PUBLISHED_RESIDUAL_SCALE = 0.2
 
 
 class RRDBNet(nn.Module):
-    """RRDBNet for RGB images, x1, x2 or x4. The defaults are ESRGAN's (16,697,987 parameters at x4).
+    """RRDBNet for RGB images, x1, x2 or x4. The defaults are ESRGAN's (16,697,987 parameters at
+    x4).
 
-    The network itself makes x4; at x2 and x1 the input is folded (pixel-unshuffled) by 2 and 4 in front of it.
-    ESRDnet, a wide and short one, is `num_features=128, num_blocks=12`, its fusion as in the RDN paper with
-    `fusion_kernel=1`. Other programs know the files only with `num_grow_ch=32`, `fusion_kernel=3` and both residual
-    scales 0.2. The tensors do not tell the residual scales: a file without a description is taken to have 0.2.
+    The network itself makes x4; at x2 and x1 the input is folded (pixel-unshuffled) by 2 and 4 in
+    front of it. ESRDnet, a wide and short one, is `num_features=128, num_blocks=12`, its fusion as
+    in the RDN paper with `fusion_kernel=1`. Other programs know the files only with
+    `num_grow_ch=32`, `fusion_kernel=3` and both residual scales 0.2. The tensors do not tell the
+    residual scales: a file without a description is taken to have 0.2.
 
-    Args:
-        scale: 1, 2 or 4.
-        num_features: channels between the blocks.
-        num_blocks: residual-in-residual dense blocks, three dense blocks each.
-        num_grow_ch: channels that each of a dense block's first four convolutions adds.
-        fusion_kernel: kernel size of a dense block's last convolution, the local feature fusion: 3 or 1.
-        rdb_residual_scale: what a dense block's output is multiplied with before its input is added.
-        rrdb_residual_scale: the same of three dense blocks together.
+    Args: scale: 1, 2 or 4. num_features: channels between the blocks. num_blocks:
+        residual-in-residual dense blocks, three dense blocks each. num_grow_ch: channels that each
+        of a dense block's first four convolutions adds. fusion_kernel: kernel size of a dense
+        block's last convolution, the local feature fusion: 3 or 1. rdb_residual_scale: what a dense
+        block's output is multiplied with before its input is added. rrdb_residual_scale: the same
+        of three dense blocks together.
 
     Raises:
         ValueError: a value outside of these.
     """
 
-    def __init__(self, *, scale: int, num_features: int = 64, num_blocks: int = 23, num_grow_ch: int = 32,
-                 fusion_kernel: int = 3, rdb_residual_scale: float = PUBLISHED_RESIDUAL_SCALE,
-                 rrdb_residual_scale: float = PUBLISHED_RESIDUAL_SCALE) -> None:
+    def __init__(
+        self,
+        *,
+        scale: int,
+        num_features: int = 64,
+        num_blocks: int = 23,
+        num_grow_ch: int = 32,
+        fusion_kernel: int = 3,
+        rdb_residual_scale: float = PUBLISHED_RESIDUAL_SCALE,
+        rrdb_residual_scale: float = PUBLISHED_RESIDUAL_SCALE,
+    ) -> None:
         super().__init__()
         check_scale(scale, tuple(UNSHUFFLE))
         check_sizes(num_features=num_features, num_blocks=num_blocks, num_grow_ch=num_grow_ch)
-        check_positive(rdb_residual_scale=rdb_residual_scale, rrdb_residual_scale=rrdb_residual_scale)
+        check_positive(
+            rdb_residual_scale=rdb_residual_scale, rrdb_residual_scale=rrdb_residual_scale
+        )
         if fusion_kernel not in (1, 3) or type(fusion_kernel) is not int:
             raise ValueError(f"fusion_kernel {fusion_kernel!r} is neither 1 nor 3")
         self.scale, self.unshuffle = scale, UNSHUFFLE[scale]
         self.conv_first = nn.Conv2d(COLOURS * self.unshuffle**2, num_features, 3, padding=1)
-        self.body = nn.Sequential(*(
-            ResidualInResidualDenseBlock(num_features, num_grow_ch, fusion_kernel, rdb_residual_scale,
-                                         rrdb_residual_scale) for _ in range(num_blocks)))
+        self.body = nn.Sequential(
+            *(
+                ResidualInResidualDenseBlock(
+                    num_features,
+                    num_grow_ch,
+                    fusion_kernel,
+                    rdb_residual_scale,
+                    rrdb_residual_scale,
+                )
+                for _ in range(num_blocks)
+            )
+        )
         self.conv_body = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_up1 = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_up2 = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_hr = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_last = nn.Conv2d(num_features, COLOURS, 3, padding=1)
-        # As published: a tenth of Kaiming normal in the dense blocks, PyTorch's own initial values outside.
+        # As published: a tenth of Kaiming normal in the dense blocks, PyTorch's own initial values
+        # outside.
         initialise(self.body.modules(), 0.1)
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join without a seam.
+        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
+        without a seam.
 
-        A multiple of the folding, so that tiles which begin this far outside are folded as the whole image is.
+        A multiple of the folding, so that tiles which begin this far outside are folded as the
+        whole image is.
         """
-        # conv_first, conv_body: 1 each; a dense block: 4 and its fusion; the four convolutions behind: 2 together.
+        # conv_first, conv_body: 1 each; a dense block: 4 and its fusion; the four convolutions
+        # behind: 2 together.
         fusion = self.body[0].rdb1.conv5.kernel_size[0] // 2
         folded = 2 + len(self.body) * 3 * (4 + fusion) + 2
         return folded * self.unshuffle + (self.unshuffle if self.unshuffle > 1 else 0)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
+        weights' dtype.
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does). At x2 and x1 sides that
-        are no multiples of 2 or 4 are extended by reflection and the result is cut; they must be above 1 or 3 pixels.
+        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does). At x2
+        and x1 sides that are no multiples of 2 or 4 are extended by reflection and the result is
+        cut; they must be above 1 or 3 pixels.
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
         height, width = lr.shape[-2:]
@@ -112,19 +139,32 @@ class RRDBNet(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the `RRDBNet` with these tensors; `None` if it is none.
+        """The scale and the other arguments of the `RRDBNet` with these tensors; `None` if it is
+        none.
 
         The residual scales are taken to be the published 0.2.
         """
         dense = "body.0.rdb1"
         if any("conv1x1" in name for name in shapes):  # ESRGAN+ is another network
             return None
-        if not has_convolutions(shapes, ("conv_first.weight", f"{dense}.conv1.weight", f"{dense}.conv5.weight",
-                                         "conv_body.weight", "conv_up1.weight", "conv_up2.weight", "conv_hr.weight",
-                                         "conv_last.weight")):
+        if not has_convolutions(
+            shapes,
+            (
+                "conv_first.weight",
+                f"{dense}.conv1.weight",
+                f"{dense}.conv5.weight",
+                "conv_body.weight",
+                "conv_up1.weight",
+                "conv_up2.weight",
+                "conv_hr.weight",
+                "conv_last.weight",
+            ),
+        ):
             return None
         num_features, folded_colours = shapes["conv_first.weight"][:2]
-        scale = {COLOURS * unshuffle**2: scale for scale, unshuffle in UNSHUFFLE.items()}.get(folded_colours)
+        scale = {COLOURS * unshuffle**2: scale for scale, unshuffle in UNSHUFFLE.items()}.get(
+            folded_colours
+        )
         if scale is None:
             return None
         return scale, {
@@ -138,16 +178,21 @@ class RRDBNet(nn.Module):
 
     @staticmethod
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors of a file of ESRGAN's first code, or of its second, under today's names; `None` if it is neither.
+        """The tensors of a file of ESRGAN's first code, or of its second, under today's names;
+        `None` if it is neither.
 
-        The first named them `model.1.sub.0.RDB1.conv1.0.weight`, the second `RRDB_trunk.0.RDB1.conv1.weight`.
+        The first named them `model.1.sub.0.RDB1.conv1.0.weight`, the second
+        `RRDB_trunk.0.RDB1.conv1.weight`.
         """
         if any("conv1x1" in name for name in tensors):  # ESRGAN+
             return None
         if "RRDB_trunk.0.RDB1.conv1.weight" in tensors:
             renames = _SECOND_NAMES
         elif "model.1.sub.0.RDB1.conv1.0.weight" in tensors:
-            renames = {**_FIRST_NAMES, rf"model\.1\.sub\.{count_blocks(tensors, 'model.1.sub') - 1}\.": "conv_body."}
+            renames = {
+                **_FIRST_NAMES,
+                rf"model\.1\.sub\.{count_blocks(tensors, 'model.1.sub') - 1}\.": "conv_body.",
+            }
         else:
             return None
         return {_renamed(name, renames): tensor for name, tensor in tensors.items()}
@@ -156,8 +201,14 @@ class RRDBNet(nn.Module):
 class ResidualInResidualDenseBlock(nn.Module):
     """Three dense blocks, scaled, and the input added."""
 
-    def __init__(self, num_features: int, num_grow_ch: int, fusion_kernel: int, rdb_residual_scale: float,
-                 rrdb_residual_scale: float) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_grow_ch: int,
+        fusion_kernel: int,
+        rdb_residual_scale: float,
+        rrdb_residual_scale: float,
+    ) -> None:
         super().__init__()
         self.residual_scale = rrdb_residual_scale
         self.rdb1 = DenseBlock(num_features, num_grow_ch, fusion_kernel, rdb_residual_scale)
@@ -170,16 +221,21 @@ class ResidualInResidualDenseBlock(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Four convolutions that each see all before them, a fifth that fuses it all; scaled, and the input added."""
+    """Four convolutions that each see all before them, a fifth that fuses it all; scaled, and the
+    input added."""
 
-    def __init__(self, num_features: int, num_grow_ch: int, fusion_kernel: int, residual_scale: float) -> None:
+    def __init__(
+        self, num_features: int, num_grow_ch: int, fusion_kernel: int, residual_scale: float
+    ) -> None:
         super().__init__()
         self.residual_scale = residual_scale
         self.conv1 = nn.Conv2d(num_features, num_grow_ch, 3, padding=1)
         self.conv2 = nn.Conv2d(num_features + num_grow_ch, num_grow_ch, 3, padding=1)
         self.conv3 = nn.Conv2d(num_features + 2 * num_grow_ch, num_grow_ch, 3, padding=1)
         self.conv4 = nn.Conv2d(num_features + 3 * num_grow_ch, num_grow_ch, 3, padding=1)
-        self.conv5 = nn.Conv2d(num_features + 4 * num_grow_ch, num_features, fusion_kernel, padding=fusion_kernel // 2)
+        self.conv5 = nn.Conv2d(
+            num_features + 4 * num_grow_ch, num_features, fusion_kernel, padding=fusion_kernel // 2
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """NCHW in, the same shape out."""
@@ -190,18 +246,26 @@ class DenseBlock(nn.Module):
 
 
 def _activate(features: Tensor) -> Tensor:
-    # In place, on a convolution's fresh output: without torch.compile it halves the memory of the activations.
+    # In place, on a convolution's fresh output: without torch.compile it halves the memory of the
+    # activations.
     return F.leaky_relu(features, SLOPE, inplace=True)
 
 
 _SECOND_NAMES = {
-    r"RRDB_trunk\.(\d+)\.RDB(\d)\.": r"body.\1.rdb\2.", r"trunk_conv\.": "conv_body.",
-    r"upconv([12])\.": r"conv_up\1.", r"HRconv\.": "conv_hr.",
+    r"RRDB_trunk\.(\d+)\.RDB(\d)\.": r"body.\1.rdb\2.",
+    r"trunk_conv\.": "conv_body.",
+    r"upconv([12])\.": r"conv_up\1.",
+    r"HRconv\.": "conv_hr.",
 }
-# The numbers are places in one row of modules, at x4: upsample 2, convolve 3, activate 4, upsample 5 and so on.
+# The numbers are places in one row of modules, at x4: upsample 2, convolve 3, activate 4, upsample
+# 5 and so on.
 _FIRST_NAMES = {
-    r"model\.0\.": "conv_first.", r"model\.1\.sub\.(\d+)\.RDB(\d)\.(conv\d)\.0\.": r"body.\1.rdb\2.\3.",
-    r"model\.3\.": "conv_up1.", r"model\.6\.": "conv_up2.", r"model\.8\.": "conv_hr.", r"model\.10\.": "conv_last.",
+    r"model\.0\.": "conv_first.",
+    r"model\.1\.sub\.(\d+)\.RDB(\d)\.(conv\d)\.0\.": r"body.\1.rdb\2.\3.",
+    r"model\.3\.": "conv_up1.",
+    r"model\.6\.": "conv_up2.",
+    r"model\.8\.": "conv_hr.",
+    r"model\.10\.": "conv_last.",
 }
 
 

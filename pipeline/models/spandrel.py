@@ -1,9 +1,10 @@
-"""Networks of the spandrel library, to train and to read: what they make opens in every program that uses spandrel.
+"""Networks of the spandrel library, to train and to read: what they make opens in every program
+that uses spandrel.
 
-spandrel (https://github.com/chaiNNer-org/spandrel) holds super-resolution architectures of the field and knows a
-network from its tensors alone. Its code is MIT; each architecture has a licence of its own, and those of
-`ARCHITECTURES` are all permissive (MIT, Apache-2.0, BSD-3-Clause, CC0). Papers and parameters are in its source,
-`spandrel/architectures/<name>/`.
+spandrel (https://github.com/chaiNNer-org/spandrel) holds super-resolution architectures of the
+field and knows a network from its tensors alone. Its code is MIT; each architecture has a licence
+of its own, and those of `ARCHITECTURES` are all permissive (MIT, Apache-2.0, BSD-3-Clause, CC0).
+Papers and parameters are in its source, `spandrel/architectures/<name>/`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,41 @@ from pipeline.libraries import import_torchvision
 from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes
 from pipeline.models.depthwise import DepthwiseConv2d, is_wrong_in_bf16
 
-# The architectures of spandrel that can be trained here: their classes, and what has to be known of each.
+# The architectures of spandrel that can be trained here: their classes, and what has to be known of
+# each.
 
 
-ARCHITECTURES = ("ATD", "CRAFT", "Compact", "DAT", "DCTLSA", "DITN", "DRCT", "ESRGAN", "FDAT", "GRL", "HAT", "MoESR",
-                 "MoSR", "OmniSR", "PLKSR", "RCAN", "RGT", "RealCUGAN", "RealPLKSR", "SAFMN", "SPAN", "SeemoRe",
-                 "SwiftSRGAN", "Swin2SR", "SwinIR")
+ARCHITECTURES = (
+    "ATD",
+    "CRAFT",
+    "Compact",
+    "DAT",
+    "DCTLSA",
+    "DITN",
+    "DRCT",
+    "ESRGAN",
+    "FDAT",
+    "GRL",
+    "HAT",
+    "MoESR",
+    "MoSR",
+    "OmniSR",
+    "PLKSR",
+    "RCAN",
+    "RGT",
+    "RealCUGAN",
+    "RealPLKSR",
+    "SAFMN",
+    "SPAN",
+    "SeemoRe",
+    "SwiftSRGAN",
+    "Swin2SR",
+    "SwinIR",
+)
 REFUSED = {
-    "AuraSR": "its licence (CC BY-SA 4.0) binds what is made with it, and it draws noise for every image",
+    "AuraSR": (
+        "its licence (CC BY-SA 4.0) binds what is made with it, and it draws noise for every image"
+    ),
     "IPT": "it takes patches of one size only",
     "MMRealSR": "it learns from images whose degradation is known",
 }
@@ -43,37 +71,48 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ATD": {"upsampler": "pixelshuffle"},
     "DRCT": {"upsampler": "pixelshuffle"},
     # The windows of its authors' networks, which no file tells.
-    "GRL": {"upsampler": "pixelshuffle", "window_size": 32, "stripe_size": [64, 64], "stripe_shift": True,
-            "anchor_window_down_factor": 4},
+    "GRL": {
+        "upsampler": "pixelshuffle",
+        "window_size": 32,
+        "stripe_size": [64, 64],
+        "stripe_shift": True,
+        "anchor_window_down_factor": 4,
+    },
     "HAT": {"window_size": 16},
     "SAFMN": {"dim": 36},
-    # With the norm SPAN works on values up to 255 * (1 - mean), and its first images are noise of that size.
+    # With the norm SPAN works on values up to 255 * (1 - mean), and its first images are noise of
+    # that size.
     "SPAN": {"num_in_ch": COLOURS, "num_out_ch": COLOURS, "norm": False},
     "Swin2SR": {"upsampler": "pixelshuffle", "window_size": 8},
     "SwinIR": {"upsampler": "pixelshuffle", "window_size": 8},
 }
-"""Where the class of an architecture has no default, or one with which it cannot learn to upscale."""
+"""Where the class of an architecture has no default, or one with which it cannot learn to
+upscale."""
 CONSTANT = {
     "FDAT": r"\.blocks\.\d*[02468]\.inter\.sg\.|\.blocks\.\d*[13579]\.inter\.cg\.",
     "RCAN": r"^(sub|add)_mean\.",
     "SPAN": r"\.eval_conv\.",
     "SwiftSRGAN": r"^(residual\.\d+\.block2|convblock)\.act\.",
 }
-"""Pattern of the names of parameters that no training step uses, or (RCAN) must change: they are not trained, or an
-optimizer and a check of gradients would wait for gradients that never come."""
+"""Pattern of the names of parameters that no training step uses, or (RCAN) must change: they are
+not trained, or an optimizer and a check of gradients would wait for gradients that never come."""
 MIXING = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
-"""Architectures that make masks or positions in float32 on the way: at half precision they need autocast."""
+"""Architectures that make masks or positions in float32 on the way: at half precision they need
+autocast."""
 
 UNTOLD = {"ATD": ("category_size",)}
 """Parameters that no file tells, and whose effect shows in large images alone."""
 CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
-"""Architectures of convolutions and arithmetic of single pixels alone, which see equally far from every place."""
+"""Architectures of convolutions and arithmetic of single pixels alone, which see equally far from
+every place."""
 
 
 def _module(arch: str) -> Any:
     """The module of an architecture."""
     import_torchvision()
-    return importlib.import_module(f"spandrel.architectures.{'PLKSR' if arch == 'RealPLKSR' else arch}")
+    return importlib.import_module(
+        f"spandrel.architectures.{'PLKSR' if arch == 'RealPLKSR' else arch}"
+    )
 
 
 def class_of(arch: str, scale: int) -> type[nn.Module]:
@@ -95,18 +134,21 @@ def class_of(arch: str, scale: int) -> type[nn.Module]:
 
 @functools.cache
 def folding(convolution: type[nn.Module]) -> type[nn.Module]:
-    """SPAN's `Conv3XC`, whose three convolutions and skip fold into one for inference, without its side effect.
+    """SPAN's `Conv3XC`, whose three convolutions and skip fold into one for inference, without its
+    side effect.
 
-    The original replaces the folded weights in every forward pass; made under `torch.inference_mode`, as in a
-    validation, they can never be changed again, and no average of them be kept. Here they are brought up to date when
-    they are saved.
+    The original replaces the folded weights in every forward pass; made under
+    `torch.inference_mode`, as in a validation, they can never be changed again, and no average of
+    them be kept. Here they are brought up to date when they are saved.
     """
 
     class FoldingConv(convolution):
         def folded(self) -> tuple[Tensor, Tensor]:
             first, middle, last = self.conv
             inner = torch.einsum("oayx,ai->oiyx", middle.weight, first.weight[:, :, 0, 0])
-            weight = torch.einsum("oa,aiyx->oiyx", last.weight[:, :, 0, 0], inner) + F.pad(self.sk.weight, (1, 1, 1, 1))
+            weight = torch.einsum("oa,aiyx->oiyx", last.weight[:, :, 0, 0], inner) + F.pad(
+                self.sk.weight, (1, 1, 1, 1)
+            )
             bias = middle.weight.sum(dim=(2, 3)) @ first.bias + middle.bias
             return weight, last.weight[:, :, 0, 0] @ bias + last.bias + self.sk.bias
 
@@ -118,7 +160,9 @@ def folding(convolution: type[nn.Module]) -> type[nn.Module]:
 
         def _save_to_state_dict(self, *arguments: Any) -> None:
             with torch.no_grad():
-                for parameter, value in zip(self.eval_conv.parameters(), self.folded(), strict=True):
+                for parameter, value in zip(
+                    self.eval_conv.parameters(), self.folded(), strict=True
+                ):
                     parameter.copy_(value)
             super()._save_to_state_dict(*arguments)
 
@@ -127,10 +171,11 @@ def folding(convolution: type[nn.Module]) -> type[nn.Module]:
 
 @functools.cache
 def routing(layer: type[nn.Module]) -> type[nn.Module]:
-    """SeemoRe's `MoELayer`, computing in evaluation as in training: all experts, weighted, those not chosen with 0.
+    """SeemoRe's `MoELayer`, computing in evaluation as in training: all experts, weighted, those
+    not chosen with 0.
 
-    In evaluation the original looks up the experts of one image by number: of a batch it fails, and it cannot be
-    compiled or run on the meta device.
+    In evaluation the original looks up the experts of one image by number: of a batch it fails, and
+    it cannot be compiled or run on the meta device.
     """
 
     class RoutingLayer(layer):
@@ -138,8 +183,10 @@ def routing(layer: type[nn.Module]) -> type[nn.Module]:
             weights = F.softmax(self.gate(features), dim=1, dtype=torch.float32).to(features.dtype)
             chosen = torch.topk(weights, self.num_expert)
             weights = torch.zeros_like(weights).scatter(1, chosen.indices, chosen.values)
-            return features + sum(expert(features, keys) * weights[:, number, None, None, None]
-                                  for number, expert in enumerate(self.experts))
+            return features + sum(
+                expert(features, keys) * weights[:, number, None, None, None]
+                for number, expert in enumerate(self.experts)
+            )
 
     return RoutingLayer
 
@@ -150,12 +197,19 @@ SWAPPED = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
 
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
     """Parameters of a class that a file can hold (no classes or functions), with their defaults."""
-    return {name: parameter.default for name, parameter in inspect.signature(architecture.__init__).parameters.items()
-            if name != "self" and (parameter.default is inspect.Parameter.empty or not callable(parameter.default))}
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(architecture.__init__).parameters.items()
+        if name != "self"
+        and (parameter.default is inspect.Parameter.empty or not callable(parameter.default))
+    }
 
 
-def arguments_of(architecture: type[nn.Module], arch: str, scale: int, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All keyword arguments of a class for `scale`; `ValueError` for a parameter that it does not have."""
+def arguments_of(
+    architecture: type[nn.Module], arch: str, scale: int, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All keyword arguments of a class for `scale`; `ValueError` for a parameter that it does not
+    have."""
     known = defaults_of(architecture)
     own_scale = next((name for name in SCALE_PARAMETERS if name in known), None)
     known.pop(own_scale, None)
@@ -164,7 +218,9 @@ def arguments_of(architecture: type[nn.Module], arch: str, scale: int, params: M
             raise ValueError(f"arch {arch!r} has no parameter {name!r}{nearest(name, known)}")
     arguments = {**DEFAULTS.get(arch, {}), **params}
     # What unshuffles its input first has to upscale by that much more.
-    factor = arguments.get({"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")) or 1
+    factor = (
+        arguments.get({"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")) or 1
+    )
     if factor != 1:
         check_sizes(unshuffle=factor)
         if arch == "ESRGAN":  # SwinIR reckons its channels itself
@@ -181,11 +237,13 @@ def plain(value: Any) -> Any:
 
 
 TOLERANCE = 1e-4
-"""How far the network that spandrel reads may be from ours, in parts of the largest output value."""
+"""How far the network that spandrel reads may be from ours, in parts of the largest output
+value."""
 
 
 def read(tensors: Mapping[str, Tensor]) -> Any:
-    """spandrel's descriptor of the network with these tensors, its tensors its own; `None` if spandrel knows none."""
+    """spandrel's descriptor of the network with these tensors, its tensors its own; `None` if
+    spandrel knows none."""
     import_torchvision()
     from spandrel import MAIN_REGISTRY
 
@@ -199,10 +257,14 @@ def read(tensors: Mapping[str, Tensor]) -> Any:
     return None
 
 
-def read_tensors(tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any], dict[str, Tensor]] | None:
-    """Scale, other arguments and tensors of the `SpandrelNetwork` in a file; `None` if spandrel does not know it.
+def read_tensors(
+    tensors: Mapping[str, Tensor],
+) -> tuple[int, dict[str, Any], dict[str, Tensor]] | None:
+    """Scale, other arguments and tensors of the `SpandrelNetwork` in a file; `None` if spandrel
+    does not know it.
 
-    `ValueError` where spandrel knows it, and it is none of `ARCHITECTURES` for RGB images, or its weights are integers.
+    `ValueError` where spandrel knows it, and it is none of `ARCHITECTURES` for RGB images, or its
+    weights are integers.
     """
     found = read(tensors)
     if found is None:
@@ -211,30 +273,45 @@ def read_tensors(tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any], di
     if type(model).__name__ == "RealPLKSR":
         arch = "RealPLKSR"
     if arch not in ARCHITECTURES:
-        raise ValueError(f"is of spandrel's {arch}, which is not supported: "
-                         f"{REFUSED.get(arch, 'it does not upscale photographs')}")
+        raise ValueError(
+            f"is of spandrel's {arch}, which is not supported: "
+            f"{REFUSED.get(arch, 'it does not upscale photographs')}"
+        )
     if found.scale == 1 or (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
-        raise ValueError(f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} channels in and "
-                         f"{found.output_channels} out; scales from 2 and {COLOURS} channels are supported")
+        raise ValueError(
+            f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} channels "
+            "in and "
+            f"{found.output_channels} out; scales from 2 and {COLOURS} channels are supported"
+        )
     if type(model) is not class_of(arch, found.scale):
-        raise ValueError(f"is of spandrel's {type(model).__name__}, a variant of {arch} that is not supported")
+        raise ValueError(
+            f"is of spandrel's {type(model).__name__}, a variant of {arch} that is not supported"
+        )
     state = dict(model.state_dict())
     for name, tensor in tensors.items():  # loading casts without a word
         if name in state and state[name].is_floating_point() and not tensor.is_floating_point():
-            raise ValueError(f"is of spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the weights as "
-                             "floating point numbers")
+            raise ValueError(
+                f"is of spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the "
+                "weights as "
+                "floating point numbers"
+            )
     usual = {**defaults_of(type(model)), **DEFAULTS.get(arch, {})}
-    params = {name: plain(value) for name, value in model.hyperparameters.items()
-              if name in usual and name not in SCALE_PARAMETERS and plain(value) != plain(usual[name])}
+    params = {
+        name: plain(value)
+        for name, value in model.hyperparameters.items()
+        if name in usual and name not in SCALE_PARAMETERS and plain(value) != plain(usual[name])
+    }
     return found.scale, {"arch": arch, **params}, state
 
 
 @contextmanager
 def large_weights(network: nn.Module) -> Iterator[None]:
-    """Within, every trained parameter is a large random number, the same in every process; afterwards its own again.
+    """Within, every trained parameter is a large random number, the same in every process;
+    afterwards its own again.
 
-    With fresh weights two different networks can agree: layer scales of 1e-6 and small last convolutions hide what
-    lies behind them, and how much they hide is left to the seed. torch's own random numbers are left alone.
+    With fresh weights two different networks can agree: layer scales of 1e-6 and small last
+    convolutions hide what lies behind them, and how much they hide is left to the seed. torch's own
+    random numbers are left alone.
     """
     generator = torch.Generator().manual_seed(0)
     own = [(parameter, parameter.detach().clone()) for parameter in network.parameters()]
@@ -251,7 +328,8 @@ def large_weights(network: nn.Module) -> Iterator[None]:
 
 
 def _large(fresh: Tensor, generator: torch.Generator) -> Tensor:
-    """A value for a parameter with the initial value `fresh`; what begins as one large number goes on around 1."""
+    """A value for a parameter with the initial value `fresh`; what begins as one large number goes
+    on around 1."""
     noise = torch.randn(fresh.shape, generator=generator)
     if fresh.min() == fresh.max() and fresh.max() > 0.5:  # the weight of a norm, a temperature
         return 1 + 0.1 * noise
@@ -259,7 +337,8 @@ def _large(fresh: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -> None:
-    """`ValueError` unless `network` and spandrel's reading of its tensors, `found`, upscale an image alike by `scale`.
+    """`ValueError` unless `network` and spandrel's reading of its tensors, `found`, upscale an
+    image alike by `scale`.
 
     `size` is its height and width in pixels; the network must be in eval mode.
     """
@@ -270,16 +349,31 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
         with torch.no_grad():
             ours, theirs = network(images), found.model.eval()(images.clone())
     except Exception as error:  # each class has its own way to refuse
-        raise ValueError(f"arch {arch!r} built with these parameters cannot run on images of {width}x{height} pixels "
-                         f"({one_line(error)})") from error
+        raise ValueError(
+            f"arch {arch!r} built with these parameters cannot run on images of {width}x{height} "
+            "pixels "
+            f"({one_line(error)})"
+        ) from error
     if found.scale != scale or ours.shape != (1, COLOURS, height * scale, width * scale):
-        raise ValueError(f"with these parameters {arch!r} does not upscale by {scale}; choose its upsampler")
-    is_same = ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
-    different = {name: value for name, value in found.model.hyperparameters.items()
-                 if plain(value) != plain(network.hyperparameters.get(name))}
-    if not is_same or different.keys() & set(UNTOLD.get(arch, ())):  # not the same: also where there is NaN
-        raise ValueError(f"a file of {arch!r} does not tell all of these parameters, and other programs would read "
-                         f"it as another network, with {different}; use these values")
+        raise ValueError(
+            f"with these parameters {arch!r} does not upscale by {scale}; choose its upsampler"
+        )
+    is_same = (
+        ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+    )
+    different = {
+        name: value
+        for name, value in found.model.hyperparameters.items()
+        if plain(value) != plain(network.hyperparameters.get(name))
+    }
+    if not is_same or different.keys() & set(
+        UNTOLD.get(arch, ())
+    ):  # not the same: also where there is NaN
+        raise ValueError(
+            f"a file of {arch!r} does not tell all of these parameters, and other programs would "
+            "read "
+            f"it as another network, with {different}; use these values"
+        )
 
 
 @dataclass(frozen=True)
@@ -295,17 +389,18 @@ class _Facts:
 
 
 class SpandrelNetwork(nn.Module):
-    """Any architecture of `ARCHITECTURES` for RGB images; an instance is one of that architecture's own class, too.
+    """Any architecture of `ARCHITECTURES` for RGB images; an instance is one of that architecture's
+    own class, too.
 
-    So the tensors have the names of the architecture, and files with them open wherever spandrel is used.
+    So the tensors have the names of the architecture, and files with them open wherever spandrel is
+    used.
 
-    Args:
-        scale: how many times larger the output is. It takes the place of the architecture's own parameter for it.
-        arch: the architecture's name.
-        params: the keyword arguments of its class; `DEFAULTS` go before the class's own defaults.
+    Args: scale: how many times larger the output is. It takes the place of the architecture's own
+        parameter for it. arch: the architecture's name. params: the keyword arguments of its class;
+        `DEFAULTS` go before the class's own defaults.
 
-    Raises:
-        ValueError: an unknown architecture or parameter (with the nearest real one), values that the class refuses,
+    Raises: ValueError: an unknown architecture or parameter (with the nearest real one), values
+        that the class refuses,
             and values with which spandrel would read the file of the network as another one.
     """
 
@@ -318,7 +413,9 @@ class SpandrelNetwork(nn.Module):
         try:
             super().__init__(**arguments)
         except Exception as error:  # each class has its own way to refuse
-            raise ValueError(f"arch {arch!r} cannot be built with {params} ({one_line(error)})") from error
+            raise ValueError(
+                f"arch {arch!r} cannot be built with {params} ({one_line(error)})"
+            ) from error
         for name, parameter in self.named_parameters():
             if arch in CONSTANT and re.search(CONSTANT[arch], name):
                 parameter.requires_grad_(False)
@@ -332,13 +429,15 @@ class SpandrelNetwork(nn.Module):
             elif (arch, type(module).__name__) in SWAPPED:
                 module.__class__ = SWAPPED[arch, type(module).__name__](type(module))
         if "scale" not in vars(self):
-            self.scale = scale  # as every other network has; ESRGAN's own is another where it unshuffles first
+            # as every other network has; ESRGAN's own is another where it unshuffles first
+            self.scale = scale
         self._facts = _Facts(arch, scale, minimum=1, multiple=1)
         self._compare_with_what_spandrel_reads()
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels two tiles overlap. Not exact: most of these networks see the whole image, a little."""
+        """How many LR pixels two tiles overlap. Not exact: most of these networks see the whole
+        image, a little."""
         return 64
 
     @property
@@ -348,25 +447,30 @@ class SpandrelNetwork(nn.Module):
 
     @property
     def image_sizes(self) -> tuple[int, int]:
-        """Of what number the architecture needs height and width to be multiples, and the smallest it takes.
+        """Of what number the architecture needs height and width to be multiples, and the smallest
+        it takes.
 
         `forward` takes any; who writes the network down for another runtime has to know.
         """
         return self._facts.multiple, self._facts.minimum
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
+        weights' dtype.
 
-        An image that is too small for the architecture, or no multiple of its windows, is continued at the bottom and
-        the right, mirrored, and the result cut. The result is not clamped. `UserError` for a batch of one image in
-        training where the architecture normalises over the batch (DAT).
+        An image that is too small for the architecture, or no multiple of its windows, is continued
+        at the bottom and the right, mirrored, and the result cut. The result is not clamped.
+        `UserError` for a batch of one image in training where the architecture normalises over the
+        batch (DAT).
         """
         dtype = next(self.parameters()).dtype
         lr = unit_range(images, dtype)
         height, width = lr.shape[-2:]
         if self.training and self._facts.arch == "DAT" and lr.shape[0] == 1:
-            raise UserError("arch 'DAT' normalises over the images of a batch and cannot train on one; set "
-                            "train_micro_batch_size_per_gpu to 2 or more")
+            raise UserError(
+                "arch 'DAT' normalises over the images of a batch and cannot train on one; set "
+                "train_micro_batch_size_per_gpu to 2 or more"
+            )
         lr = _continued(lr, self._facts)
         if lr is images:
             lr = lr.clone()  # RCAN multiplies its input in place
@@ -376,21 +480,28 @@ class SpandrelNetwork(nn.Module):
         return sr[..., : height * self._facts.scale, : width * self._facts.scale].to(dtype)
 
     def _compare_with_what_spandrel_reads(self) -> None:
-        """Let spandrel know the network from its tensors, learn from it which image sizes fit, and compare outputs.
+        """Let spandrel know the network from its tensors, learn from it which image sizes fit, and
+        compare outputs.
 
-        Some parameters leave no trace in the tensors; with another value than the usual one every program would read
-        the network's file as a network that makes other images.
+        Some parameters leave no trace in the tensors; with another value than the usual one every
+        program would read the network's file as a network that makes other images.
         """
         arch, scale = self._facts.arch, self._facts.scale
         self.eval()
         with large_weights(self):
             found = read(self.state_dict())
             if found is None:
-                raise ValueError(f"with these parameters spandrel does not know its own {arch!r} from its tensors; "
-                                 "change those that differ from its defaults")
+                raise ValueError(
+                    f"with these parameters spandrel does not know its own {arch!r} from its "
+                    "tensors; "
+                    "change those that differ from its defaults"
+                )
             if (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
-                raise ValueError(f"arch {arch!r} with {found.input_channels} channels in and {found.output_channels} "
-                                 f"out; images have {COLOURS}")
+                raise ValueError(
+                    f"arch {arch!r} with {found.input_channels} channels in and "
+                    f"{found.output_channels} "
+                    f"out; images have {COLOURS}"
+                )
             sizes = found.size_requirements
             self._facts = facts = _Facts(arch, scale, sizes.minimum, sizes.multiple_of)
             side = -(-max(16, facts.minimum) // facts.multiple) * facts.multiple
@@ -406,8 +517,12 @@ def _mixed(architecture: type[nn.Module]) -> type[SpandrelNetwork]:
 
 
 def _continued(images: Tensor, facts: _Facts) -> Tensor:
-    """Images with the height and the width that an architecture needs, mirrored as far as that goes, then repeated."""
-    wanted = [-(-max(side, facts.minimum) // facts.multiple) * facts.multiple for side in images.shape[-2:]]
+    """Images with the height and the width that an architecture needs, mirrored as far as that
+    goes, then repeated."""
+    wanted = [
+        -(-max(side, facts.minimum) // facts.multiple) * facts.multiple
+        for side in images.shape[-2:]
+    ]
     for mode, room in (("reflect", 1), ("replicate", None)):
         height, width = images.shape[-2:]
         below, right = wanted[0] - height, wanted[1] - width

@@ -1,8 +1,9 @@
-"""VapSR: super-resolution by vast-receptive-field pixel attention, and how to know it from its tensors.
+"""VapSR: super-resolution by vast-receptive-field pixel attention, and how to know it from its
+tensors.
 
-Zhou et al., "Efficient Image Super-Resolution using Vast-Receptive-Field Attention", ECCV Workshops 2022,
-https://arxiv.org/abs/2210.05960. Written from the paper. The names of the tensors are those of the released files,
-so that these load strictly.
+Zhou et al., "Efficient Image Super-Resolution using Vast-Receptive-Field Attention", ECCV Workshops
+2022, https://arxiv.org/abs/2210.05960. Written from the paper. The names of the tensors are those
+of the released files, so that these load strictly.
 """
 
 from __future__ import annotations
@@ -24,36 +25,56 @@ VALUE_RANGES = ("unit", "signed")
 
 
 class VapSR(nn.Module):
-    """VapSR for RGB images, x2, x3 or x4. The defaults are the paper's VapSR (342,220 parameters at x4).
+    """VapSR for RGB images, x2, x3 or x4. The defaults are the paper's VapSR (342,220 parameters at
+    x4).
 
-    VapSR-S, the paper's small one, is `num_features=32, num_blocks=11, conv_groups=2` (154,956 parameters at x4).
+    VapSR-S, the paper's small one, is `num_features=32, num_blocks=11, conv_groups=2` (154,956
+    parameters at x4).
 
-    Args:
-        scale: 2, 3 or 4.
-        num_features: channels between the blocks.
-        num_attention_features: channels within the attention.
-        num_blocks: attention blocks; each widens the view by 8 LR pixels on every side.
-        conv_groups: groups of the convolution after the blocks.
-        projection_kernel: kernel size of the projection into the attention; 1 is the paper's, 3 sees more (VapSR-3x3).
-        upsampler_features: channels of the upsampler's first convolution. `None` is 64 at x4 (the released file's)
-            and 56 at x2 and x3 (as remembered of the released files; a file with another width loads all the same).
-        global_residual: "bicubic" adds the cubic upscale of the input to the output, so that the network learns
+    Args: scale: 2, 3 or 4. num_features: channels between the blocks. num_attention_features:
+        channels within the attention. num_blocks: attention blocks; each widens the view by 8 LR
+        pixels on every side. conv_groups: groups of the convolution after the blocks.
+        projection_kernel: kernel size of the projection into the attention; 1 is the paper's, 3
+        sees more (VapSR-3x3). upsampler_features: channels of the upsampler's first convolution.
+        `None` is 64 at x4 (the released file's)
+            and 56 at x2 and x3 (as remembered of the released files; a file with another width
+            loads all the same).
+        global_residual: "bicubic" adds the cubic upscale of the input to the output, so that the
+        network learns
             only the difference and training starts at bicubic; "none" is the paper's.
-        value_range: what the convolutions work on: "unit" is [0, 1], the paper's, "signed" [-1, 1]. Input and output
+        value_range: what the convolutions work on: "unit" is [0, 1], the paper's, "signed" [-1, 1].
+        Input and output
             of the network are [0, 1] either way.
 
     Raises:
         ValueError: a value outside of these.
     """
 
-    def __init__(self, *, scale: int, num_features: int = 48, num_attention_features: int = 64, num_blocks: int = 21,
-                 conv_groups: int = 1, projection_kernel: int = 1, upsampler_features: int | None = None,
-                 global_residual: str = "none", value_range: str = "unit") -> None:
+    def __init__(
+        self,
+        *,
+        scale: int,
+        num_features: int = 48,
+        num_attention_features: int = 64,
+        num_blocks: int = 21,
+        conv_groups: int = 1,
+        projection_kernel: int = 1,
+        upsampler_features: int | None = None,
+        global_residual: str = "none",
+        value_range: str = "unit",
+    ) -> None:
         super().__init__()
         if upsampler_features is None:
             upsampler_features = 64 if scale == 4 else 56
-        _check_sizes(scale, num_features, num_attention_features, num_blocks, conv_groups, projection_kernel,
-                     upsampler_features)
+        _check_sizes(
+            scale,
+            num_features,
+            num_attention_features,
+            num_blocks,
+            conv_groups,
+            projection_kernel,
+            upsampler_features,
+        )
         if global_residual not in RESIDUALS:
             raise ValueError(f"global_residual {global_residual!r} is neither 'none' nor 'bicubic'")
         if value_range not in VALUE_RANGES:
@@ -61,8 +82,12 @@ class VapSR(nn.Module):
         self.scale = scale
         self.is_signed = value_range == "signed"
         self.conv_first = nn.Conv2d(COLOURS, num_features, 3, padding=1)
-        self.body = nn.Sequential(*(AttentionBlock(num_features, num_attention_features, projection_kernel)
-                                    for _ in range(num_blocks)))
+        self.body = nn.Sequential(
+            *(
+                AttentionBlock(num_features, num_attention_features, projection_kernel)
+                for _ in range(num_blocks)
+            )
+        )
         self.conv_body = nn.Conv2d(num_features, num_features, 3, padding=1, groups=conv_groups)
         self.upsampler = _upsampler(num_features, upsampler_features, scale)
         # None is no buffer at all: files without the residual keep exactly the paper's tensors.
@@ -72,14 +97,16 @@ class VapSR(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join without a seam."""
+        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
+        without a seam."""
         # conv_first, conv_body and the upsampler's two (the second works at LR or finer): 1 each.
         # A block: 2 (depthwise) + 6 (dilated) + the projection.
         projection = self.body[0].proj_1.kernel_size[0] // 2
         return 4 + len(self.body) * (2 + 6 + projection)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
+        weights' dtype.
 
         The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
         """
@@ -95,14 +122,21 @@ class VapSR(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """Scale and other arguments of the `VapSR` with tensors of these names and shapes; `None` if it is none.
+        """Scale and other arguments of the `VapSR` with tensors of these names and shapes; `None`
+        if it is none.
 
-        The range of values leaves no trace in the tensors. 3x3 projections without a residual are taken for "signed":
-        the files that have them and no description are those of the project where VapSR-3x3 comes from
-        (catid/upsampling), whose network takes bytes and works on [-1, 1].
+        The range of values leaves no trace in the tensors. 3x3 projections without a residual are
+        taken for "signed": the files that have them and no description are those of the project
+        where VapSR-3x3 comes from (catid/upsampling), whose network takes bytes and works on [-1,
+        1].
         """
-        signature = ("conv_first.weight", "body.0.proj_1.weight", "body.0.atten_branch.depthwise_dilated.weight",
-                     "conv_body.weight", "upsampler.0.weight")
+        signature = (
+            "conv_first.weight",
+            "body.0.proj_1.weight",
+            "body.0.atten_branch.depthwise_dilated.weight",
+            "conv_body.weight",
+            "upsampler.0.weight",
+        )
         if any(len(shapes.get(name, ())) != 4 for name in signature):
             return None
         last = shapes.get("upsampler.3.weight") or shapes.get("upsampler.2.weight")
@@ -125,16 +159,22 @@ class VapSR(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Kaiming normal (fan in, gain 1) within the blocks, a tenth of it outside, biases 0, norms 0.1 as the paper's.
+        """Kaiming normal (fan in, gain 1) within the blocks, a tenth of it outside, biases 0, norms
+        0.1 as the paper's.
 
-        Outside the blocks small weights keep the random features' noise out of the first images; within them the
-        attention is a product of features, whose gradients would vanish.
-        With the residual the last convolution starts at 0, so that the first output is exactly bicubic's; it alone
-        has a gradient in the first step, every layer from the second on. It keeps the noise out by itself, and the
-        rest of the upsampler has full weights, or it would learn nothing for the first hundred steps: the demo's
-        network gained 0.94 dB on its validation photograph in 150 steps instead of 0.14.
+        Outside the blocks small weights keep the random features' noise out of the first images;
+        within them the attention is a product of features, whose gradients would vanish. With the
+        residual the last convolution starts at 0, so that the first output is exactly bicubic's; it
+        alone has a gradient in the first step, every layer from the second on. It keeps the noise
+        out by itself, and the rest of the upsampler has full weights, or it would learn nothing for
+        the first hundred steps: the demo's network gained 0.94 dB on its validation photograph in
+        150 steps instead of 0.14.
         """
-        small = ("conv_first", "conv_body") if self.residual_kernel is not None else ("conv_", "upsampler")
+        small = (
+            ("conv_first", "conv_body")
+            if self.residual_kernel is not None
+            else ("conv_", "upsampler")
+        )
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -145,11 +185,14 @@ class VapSR(nn.Module):
                 nn.init.constant_(module.weight, 0.1)
                 nn.init.zeros_(module.bias)
         if self.residual_kernel is not None:
-            nn.init.zeros_([module for module in self.upsampler if isinstance(module, nn.Conv2d)][-1].weight)
+            nn.init.zeros_(
+                [module for module in self.upsampler if isinstance(module, nn.Conv2d)][-1].weight
+            )
 
 
 class PixelAttention(nn.Module):
-    """A weight for every pixel and channel, from a 17x17 view: 1x1, depthwise 5x5, depthwise 5x5 dilated by 3."""
+    """A weight for every pixel and channel, from a 17x17 view: 1x1, depthwise 5x5, depthwise 5x5
+    dilated by 3."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -163,12 +206,16 @@ class PixelAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Project, GELU, attend, project back, add the input, normalise over the channels of each pixel."""
+    """Project, GELU, attend, project back, add the input, normalise over the channels of each
+    pixel."""
 
-    def __init__(self, num_features: int, num_attention_features: int, projection_kernel: int) -> None:
+    def __init__(
+        self, num_features: int, num_attention_features: int, projection_kernel: int
+    ) -> None:
         super().__init__()
-        self.proj_1 = nn.Conv2d(num_features, num_attention_features, projection_kernel,
-                                padding=projection_kernel // 2)
+        self.proj_1 = nn.Conv2d(
+            num_features, num_attention_features, projection_kernel, padding=projection_kernel // 2
+        )
         self.atten_branch = PixelAttention(num_attention_features)
         self.proj_2 = nn.Conv2d(num_attention_features, num_features, 1)
         self.pixel_norm = LayerNorm(num_features)
@@ -181,11 +228,14 @@ class AttentionBlock(nn.Module):
 
 
 def bicubic_kernel(scale: int) -> Tensor:
-    """The cubic (Keys, a = -0.5) upscale by `scale` as one depthwise convolution: float32 (3*scale**2, 1, 5, 5).
+    """The cubic (Keys, a = -0.5) upscale by `scale` as one depthwise convolution: float32
+    (3*scale**2, 1, 5, 5).
 
-    Each of the scale**2 positions within an LR pixel has its own 5x5 taps; they lie in the order of `pixel_shuffle`.
+    Each of the scale**2 positions within an LR pixel has its own 5x5 taps; they lie in the order of
+    `pixel_shuffle`.
     """
-    # HR pixel p of LR pixel 0 has its centre at (p + 0.5) / scale - 0.5; its taps are the LR pixels -2..2.
+    # HR pixel p of LR pixel 0 has its centre at (p + 0.5) / scale - 0.5; its taps are the LR pixels
+    # -2..2.
     centres = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
     distances = (torch.arange(-2, 3, dtype=torch.float64) - centres[:, None]).abs()
     near = 1.5 * distances**3 - 2.5 * distances**2 + 1
@@ -196,7 +246,8 @@ def bicubic_kernel(scale: int) -> Tensor:
 
 
 def cubic_upscale(lr: Tensor, kernel: Tensor, scale: int) -> Tensor:
-    """Upscale float NCHW RGB with a `bicubic_kernel` of `scale`; pixels beyond the border repeat the nearest one.
+    """Upscale float NCHW RGB with a `bicubic_kernel` of `scale`; pixels beyond the border repeat
+    the nearest one.
 
     Equals `images.cubic_resize` but for the outermost LR pixels, where that renormalises instead.
     """
@@ -211,23 +262,42 @@ def _upsampler(num_features: int, upsampler_features: int, scale: int) -> nn.Seq
             nn.PixelShuffle(2),
             nn.LeakyReLU(0.1),
             nn.Conv2d(upsampler_features // 4, COLOURS * 4, 3, padding=1),
-            nn.PixelShuffle(2))
+            nn.PixelShuffle(2),
+        )
     return nn.Sequential(
         nn.Conv2d(num_features, upsampler_features, 3, padding=1),
         nn.LeakyReLU(0.1),
         nn.Conv2d(upsampler_features, COLOURS * scale * scale, 3, padding=1),
-        nn.PixelShuffle(scale))
+        nn.PixelShuffle(scale),
+    )
 
 
-def _check_sizes(scale: int, num_features: int, num_attention_features: int, num_blocks: int, conv_groups: int,
-                 projection_kernel: int, upsampler_features: int) -> None:
+def _check_sizes(
+    scale: int,
+    num_features: int,
+    num_attention_features: int,
+    num_blocks: int,
+    conv_groups: int,
+    projection_kernel: int,
+    upsampler_features: int,
+) -> None:
     if scale not in SCALES or not isinstance(scale, int):
         raise ValueError(f"scale {scale!r} is not one of 2, 3 and 4")
-    check_sizes(num_features=num_features, num_attention_features=num_attention_features, num_blocks=num_blocks,
-                conv_groups=conv_groups, projection_kernel=projection_kernel, upsampler_features=upsampler_features)
+    check_sizes(
+        num_features=num_features,
+        num_attention_features=num_attention_features,
+        num_blocks=num_blocks,
+        conv_groups=conv_groups,
+        projection_kernel=projection_kernel,
+        upsampler_features=upsampler_features,
+    )
     if num_features % conv_groups:
-        raise ValueError(f"num_features {num_features} is not a multiple of conv_groups {conv_groups}")
+        raise ValueError(
+            f"num_features {num_features} is not a multiple of conv_groups {conv_groups}"
+        )
     if projection_kernel not in (1, 3):
         raise ValueError(f"projection_kernel {projection_kernel!r} is neither 1 nor 3")
     if scale == 4 and upsampler_features % 4:
-        raise ValueError(f"upsampler_features {upsampler_features} is not a multiple of 4, which x4 needs")
+        raise ValueError(
+            f"upsampler_features {upsampler_features} is not a multiple of 4, which x4 needs"
+        )

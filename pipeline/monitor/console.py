@@ -1,4 +1,5 @@
-"""The voice of a run: lines on the terminal, and the same with their times in its run.log. Needs no torch."""
+"""The voice of a run: lines on the terminal, and the same with their times in its run.log. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -22,14 +23,18 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 class Console:
     """What the first rank says; those of the other ranks are mute.
 
-    Until `keep_in` names the run.log, lines wait for it. A run.log that cannot be written is a warning, once.
+    Until `keep_in` names the run.log, lines wait for it. A run.log that cannot be written is a
+    warning, once.
     """
 
     def __init__(self, *, is_mute: bool = False) -> None:
         self._is_mute = is_mute
         self._on_terminal = sys.stdout.isatty()
-        self._is_coloured = (self._on_terminal and not os.environ.get("NO_COLOR")
-                             and os.environ.get("TERM", "dumb") != "dumb")
+        self._is_coloured = (
+            self._on_terminal
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM", "dumb") != "dumb"
+        )
         self._line_open = False
         self._path: Path | None = None
         self._file: TextIO | None = None
@@ -50,7 +55,11 @@ class Console:
         if self._is_mute:
             return
         self._end_line()
-        colour = GREEN if is_good else next((code for start, code in COLOURS.items() if text.startswith(start)), "")
+        colour = (
+            GREEN
+            if is_good
+            else next((code for start, code in COLOURS.items() if text.startswith(start)), "")
+        )
         say(f"{colour}{text}{PLAIN}" if colour and self._is_coloured else text)
         self.note(text)
 
@@ -60,7 +69,8 @@ class Console:
             self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def progress(self, text: str, share: float) -> None:
-        """The line of progress: rewritten on a terminal, with a bar of the `share` (0 to 1) that is done; else new."""
+        """The line of progress: rewritten on a terminal, with a bar of the `share` (0 to 1) that is
+        done; else new."""
         if self._is_mute:
             return
         self.note(text)
@@ -110,7 +120,10 @@ class Console:
         except OSError as error:
             if not self._is_broken:
                 self._is_broken = True
-                self.say(f"warning: {self._path.name} cannot be written: {error}; training goes on without")
+                self.say(
+                    f"warning: {self._path.name} cannot be written: {error}; training goes on "
+                    "without"
+                )
 
 
 def bar(share: float) -> str:

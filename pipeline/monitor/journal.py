@@ -1,4 +1,5 @@
-"""What a run writes down: one JSON line a log step, TensorBoard, and Weights & Biases where that is wanted."""
+"""What a run writes down: one JSON line a log step, TensorBoard, and Weights & Biases where that is
+wanted."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
 MOST_VALUES = 1_000_000
-"""So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most 2^24."""
+"""So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most
+2^24."""
 
 
 class Tracker(Protocol):
@@ -33,27 +35,40 @@ class Tracker(Protocol):
 
 
 class Journal:
-    """Writes down a run. What was logged after `step` belongs to lost work that will be done again: it is dropped."""
+    """Writes down a run. What was logged after `step` belongs to lost work that will be done again:
+    it is dropped."""
 
-    def __init__(self, log_dir: Path, step: int, warn: Callable[[str], None] = say,
-                 tracker: Tracker | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        step: int,
+        warn: Callable[[str], None] = say,
+        tracker: Tracker | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         log_dir.mkdir(parents=True, exist_ok=True)
         self._path = log_dir / LOG_FILE
         _forget_after(self._path, step)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30)
+        self._board = SummaryWriter(
+            str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30
+        )
         self._warn, self._tracker = warn, tracker
         self._broken: set[str] = set()
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """One JSON line, and a scalar `event/name` for every number."""
-        plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                 for name, value in values.items()}  # JSON knows no NaN
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }  # JSON knows no NaN
         self._line({"event": event, "step": step, "time": round(time.time(), 3), **plain})
-        scalars = {f"{event}/{name}": value for name, value in values.items()
-                   if isinstance(value, (int, float)) and not isinstance(value, bool)}
+        scalars = {
+            f"{event}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
         with self.unstoppable():
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, step)
@@ -70,7 +85,8 @@ class Journal:
     def distribution(self, step: int, tag: str, values: Tensor) -> None:
         """A histogram, and the mean and the 5, 50 and 95 % quantiles of its values as a JSON line.
 
-        Of more than `MOST_VALUES` a part is taken, for the histogram and the quantiles; the mean is of all.
+        Of more than `MOST_VALUES` a part is taken, for the histogram and the quantiles; the mean is
+        of all.
         """
         values = values.detach().float().flatten()
         if not torch.isfinite(values).all():
@@ -79,7 +95,15 @@ class Journal:
         values = _some(values).cpu()
         low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         self.histogram(step, tag, values)
-        self._line({"event": "distribution", "step": step, "name": tag, "mean": mean, "quantiles": [low, median, high]})
+        self._line(
+            {
+                "event": "distribution",
+                "step": step,
+                "name": tag,
+                "mean": mean,
+                "quantiles": [low, median, high],
+            }
+        )
 
     def histogram(self, step: int, tag: str, values: Tensor) -> None:
         """How the finite ones of `values` are spread; nothing where there is none."""
@@ -99,7 +123,8 @@ class Journal:
 
     @contextmanager
     def unstoppable(self, what: str = "the log") -> Iterator[None]:
-        """What cannot be written must not stop the run: that is said once for each `what`, and checkpoints try on."""
+        """What cannot be written must not stop the run: that is said once for each `what`, and
+        checkpoints try on."""
         try:
             yield
         except OSError as error:

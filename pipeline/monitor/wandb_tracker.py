@@ -1,4 +1,5 @@
-"""The one door to Weights & Biases: the same numbers and pictures as in TensorBoard. It never stops a run nor asks."""
+"""The one door to Weights & Biases: the same numbers and pictures as in TensorBoard. It never stops
+a run nor asks."""
 
 from __future__ import annotations
 
@@ -29,19 +30,29 @@ def require_wandb() -> None:
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--wandb needs the package wandb ({error}); `pip install wandb` into this environment, or "
-                        "leave --wandb out") from None
+        raise UserError(
+            f"--wandb needs the package wandb ({error}); `pip install wandb` into this "
+            "environment, or "
+            "leave --wandb out"
+        ) from None
 
 
 class WandbTracker:
     """A W&B run, the same one whenever this run is continued: its id is kept in `log_dir`/wandb/.
 
-    Offline where WANDB_MODE says so, there is no key, or the server does not answer; then everything lies in
-    `log_dir`/wandb/ and can be sent later. Whatever goes wrong is a warning, once, and the training goes on.
+    Offline where WANDB_MODE says so, there is no key, or the server does not answer; then
+    everything lies in `log_dir`/wandb/ and can be sent later. Whatever goes wrong is a warning,
+    once, and the training goes on.
     """
 
-    def __init__(self, log_dir: Path, project: str, name: str, config: Mapping[str, Any],
-                 warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
         self._warn, self._project = warn, project
         self._run: Any = None
         self._mode, self._why = "offline", ""
@@ -55,7 +66,9 @@ class WandbTracker:
             self._mode, self._why = _mode()
             try:
                 self._start(name, config)
-            except Exception as error:  # wandb raises many kinds; a server that answers badly must not stop a run
+            except (
+                Exception
+            ) as error:  # wandb raises many kinds; a server that answers badly must not stop a run
                 if self._mode != "online":
                     raise
                 self._mode = "offline"
@@ -67,12 +80,25 @@ class WandbTracker:
     def _start(self, name: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False,
-                                  init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
-        self._run = wandb.init(project=self._project, name=name, id=_run_id(self._folder / ID_FILE),
-                               resume="allow" if self._mode == "online" else None,
-                               dir=str(self._folder.parent), mode=self._mode,
-                               config=dict(config), settings=settings, reinit="create_new")
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+        )
+        self._run = wandb.init(
+            project=self._project,
+            name=name,
+            id=_run_id(self._folder / ID_FILE),
+            resume="allow" if self._mode == "online" else None,
+            dir=str(self._folder.parent),
+            mode=self._mode,
+            config=dict(config),
+            settings=settings,
+            reinit="create_new",
+        )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -86,7 +112,8 @@ class WandbTracker:
         return f"W&B: {self._run.url}"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags, at a step. W&B draws them over `step`; its own count of calls means nothing."""
+        """Numbers by their tags, at a step. W&B draws them over `step`; its own count of calls
+        means nothing."""
         self._log(step, values)
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
@@ -95,7 +122,9 @@ class WandbTracker:
 
     def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
         """How values are spread, in 64 bins."""
-        self._log(step, lambda wandb: {tag: wandb.Histogram(np_histogram=np.histogram(values, bins=64))})
+        self._log(
+            step, lambda wandb: {tag: wandb.Histogram(np_histogram=np.histogram(values, bins=64))}
+        )
 
     def finish(self) -> None:
         """Send what is left, for a minute at most, and say how to send what could not be sent."""
@@ -110,15 +139,25 @@ class WandbTracker:
                 run.finish()
                 ended.set()
 
-        thread = threading.Thread(target=end, daemon=True)  # wandb's own time limit does not bind where it hangs
+        thread = threading.Thread(
+            target=end, daemon=True
+        )  # wandb's own time limit does not bind where it hangs
         thread.start()
         thread.join(FINISH_SECONDS + 10)
         if self._mode == "offline":
-            self._warn(f"W&B: this is not sent yet; `wandb login` and `wandb sync {short_path(folder)}` send it")
+            self._warn(
+                f"W&B: this is not sent yet; `wandb login` and `wandb sync {short_path(folder)}` "
+                "send it"
+            )
         elif self._mode == "online" and not ended.is_set():
-            self._warn(f"warning: W&B: not all could be sent in time; `wandb sync {short_path(folder)}` sends the rest")
+            self._warn(
+                f"warning: W&B: not all could be sent in time; `wandb sync {short_path(folder)}` "
+                "sends the rest"
+            )
 
-    def _log(self, step: int, values: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]) -> None:
+    def _log(
+        self, step: int, values: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
+    ) -> None:
         if self._run is None:
             return
         with self._unstoppable():
@@ -145,10 +184,15 @@ def _mode() -> tuple[str, str]:
         return "offline", f"no key for {base}; `wandb login` or WANDB_API_KEY gives one"
     address = urlsplit(base)
     try:
-        socket.create_connection((address.hostname or "", address.port or (443 if address.scheme == "https" else 80)),
-                                 timeout=REACH_SECONDS).close()
+        socket.create_connection(
+            (address.hostname or "", address.port or (443 if address.scheme == "https" else 80)),
+            timeout=REACH_SECONDS,
+        ).close()
     except OSError as error:
-        if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        if not any(
+            os.environ.get(name)
+            for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+        ):
             return "offline", f"{base} cannot be reached: {error.strerror or error}"
     return "online", ""
 
@@ -164,7 +208,9 @@ def _has_key(base_url: str) -> bool:
         return True
     for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with suppress(OSError, netrc.NetrcParseError):
-            if file and netrc.netrc(os.path.expanduser(file)).authenticators(urlsplit(base_url).hostname or ""):
+            if file and netrc.netrc(os.path.expanduser(file)).authenticators(
+                urlsplit(base_url).hostname or ""
+            ):
                 return True
     return False
 

@@ -31,9 +31,16 @@ from pipeline.training.validation import is_better
 class Training:
     """A run under way. `reporter`: of the first rank."""
 
-    def __init__(self, run: Run, reporter: Reporter | None, console: Console, signals: StopSignals) -> None:
+    def __init__(
+        self, run: Run, reporter: Reporter | None, console: Console, signals: StopSignals
+    ) -> None:
         self.run, self.reporter, self.console, self.signals = run, reporter, console, signals
-        self.plan, self.recipe, self.progress, self.ranks = run.plan, run.plan.recipe, run.progress, run.ranks
+        self.plan, self.recipe, self.progress, self.ranks = (
+            run.plan,
+            run.plan.recipe,
+            run.progress,
+            run.ranks,
+        )
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
@@ -53,7 +60,8 @@ class Training:
         self.console.close()
 
     def train(self) -> int:
-        """Steps, validations and saves until the end, patience or a signal. Returns the exit status."""
+        """Steps, validations and saves until the end, patience or a signal. Returns the exit
+        status."""
         recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
         if self._is_finished():
             self.console.say(nothing_left(self.plan, progress.step))
@@ -69,8 +77,11 @@ class Training:
         self.loader = loader = self.run.open_loader()
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
-        while (not agreed.is_to_end and progress.step < self.plan.total_steps
-               and not progress.is_out_of_patience(recipe.patience)):
+        while (
+            not agreed.is_to_end
+            and progress.step < self.plan.total_steps
+            and not progress.is_out_of_patience(recipe.patience)
+        ):
             with self._gradients() as gradients:
                 for _ in range(self.run.accumulation):
                     self._watchdog.feed(only_if_armed=True)
@@ -79,7 +90,9 @@ class Training:
                     with enough_memory(self.plan, self.ranks):
                         meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
-            meter.end_step(progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader)
+            meter.end_step(
+                progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader
+            )
             self._name_profiles(loader)
             self._watchdog.feed()
             self.signals.is_patient = True  # from now on there is something to save
@@ -96,7 +109,11 @@ class Training:
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
                 is_best = not agreed.is_to_end and self._validation_is_due() and self._validate()
-                if is_best or agreed.kind == RequestKind.SAVE or progress.step % recipe.save_every == 0:
+                if (
+                    is_best
+                    or agreed.kind == RequestKind.SAVE
+                    or progress.step % recipe.save_every == 0
+                ):
                     self._save()
                 if not agreed.is_to_end:
                     self._show_previews()
@@ -108,27 +125,37 @@ class Training:
         if not self._is_finished():
             # Without an agreement to stop, the signal came in the last validation.
             signal = agreed.signal or max(self.ranks.gather(self.signals.received))
-            self.console.say(f"stopped and saved at step {progress.step}; the same command without --reset continues "
-                             "there")
+            self.console.say(
+                f"stopped and saved at step {progress.step}; the same command without --reset "
+                "continues "
+                "there"
+            )
             return 128 + signal
         if self.reporter:
             self.reporter.show_previews()
         best = text_of(progress.best_scores or {"psnr_y": math.nan})
-        self.console.say(f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best {best} at "
-                         f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}")
+        self.console.say(
+            f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best "
+            f"{best} at "
+            f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}"
+        )
         return 0
 
     def _log_eta(self, step: int) -> None:
-        """How long it will take, as soon as that can be known: after the third step of this process."""
+        """How long it will take, as soon as that can be known: after the third step of this
+        process."""
         self._step_ends.append(time.perf_counter())
         if len(self._step_ends) == 3:
             seconds = (self._step_ends[2] - self._step_ends[0]) / 2
             left = self.plan.total_steps - step
-            self.console.say(f"a step takes about {seconds:.2g} s: {left} more take {duration(seconds * left)}, "
-                             "without validation; CTRL+C saves")
+            self.console.say(
+                f"a step takes about {seconds:.2g} s: {left} more take {duration(seconds * left)}, "
+                "without validation; CTRL+C saves"
+            )
 
     def _gradients(self) -> contextlib.AbstractContextManager[dict[str, dict[str, Tensor]]]:
-        """What keeps the gradients of the update under way, where the recipe wants their histograms."""
+        """What keeps the gradients of the update under way, where the recipe wants their
+        histograms."""
         every = self.recipe.histograms
         if every and (self.progress.step + 1) % every == 0:
             return gradients_of_update(self.run.trainer.engines)
@@ -137,14 +164,17 @@ class Training:
     def _show_previews(self) -> None:
         if self.reporter:
             step, total = self.progress.step, self.plan.total_steps
-            self.reporter.show_previews_if_due(self._epoch(step - 1), self._epoch(step), self._epoch(total))
+            self.reporter.show_previews_if_due(
+                self._epoch(step - 1), self._epoch(step), self._epoch(total)
+            )
 
     def _epoch(self, step: int) -> int:
         """Whole epochs that lie behind after `step` updates."""
         return step * self.plan.ds_config["train_batch_size"] // self.plan.epoch_length
 
     def _report_skips(self) -> None:
-        """Say which files were passed over since the last time, on any rank; too many end the run on all."""
+        """Say which files were passed over since the last time, on any rank; too many end the run
+        on all."""
         data = self.recipe.data
         if data.on_error == "stop":
             return
@@ -157,10 +187,13 @@ class Training:
             self.reporter.journal.log("skipped", self.progress.step, values)
         self.console.say(text)
         num_files = sum(self.plan.dataset.folder_sizes)
-        self.ranks.on_all_ranks(lambda: refuse_too_many(self._skipped_files.reasons, num_files, data))
+        self.ranks.on_all_ranks(
+            lambda: refuse_too_many(self._skipped_files.reasons, num_files, data)
+        )
 
     def _name_profiles(self, loader: Loader) -> None:
-        """Say once that files have other colours than sRGB's, as soon as this rank has met one; and the notes."""
+        """Say once that files have other colours than sRGB's, as soon as this rank has met one; and
+        the notes."""
         if not self._profiles_are_named and (note := loader.source.profile_note()):
             self._profiles_are_named = True
             self.console.say(f"note: {note}")
@@ -170,9 +203,12 @@ class Training:
     def _is_supplied(self, loader: Loader) -> bool:
         """Whether this rank has the batches of two steps, or of all that are left.
 
-        An agreement takes a step: a rank whose data end must say so while it still can take part in the next one.
+        An agreement takes a step: a rank whose data end must say so while it still can take part in
+        the next one.
         """
-        return loader.is_ahead(min(2, self.plan.total_steps - self.progress.step) * self.run.accumulation)
+        return loader.is_ahead(
+            min(2, self.plan.total_steps - self.progress.step) * self.run.accumulation
+        )
 
     def _request(self, loader: Loader) -> Request:
         """What this rank would have all of them do."""
@@ -181,7 +217,10 @@ class Training:
         if self.signals.received:
             return Request(RequestKind.STOP, self.signals.received)
         # One rank's clock, and not twice while the first request is under way.
-        if self.ranks.is_first and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60:
+        if (
+            self.ranks.is_first
+            and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60
+        ):
             self.last_save = time.perf_counter()
             return Request(RequestKind.SAVE)
         return Request()
@@ -206,20 +245,29 @@ class Training:
         values = meter.read(self.progress.step, loader)
         if values.has_diverged:
             files = ", ".join(dict.fromkeys(loader.source.files_of(values.bad_batch)))
-            raise RunError(f"training has diverged: the last {values.skipped_run} updates were skipped for gradients "
-                           f"that are not finite, and the last {values.bad_loss_run} had such a loss (seen last with "
-                           f"{files}); start afresh with a smaller ds.optimizer.params.lr")
-        comms = read_comms() if self.plan.counts_comms else {}  # on all ranks, or their lists would grow
+            raise RunError(
+                f"training has diverged: the last {values.skipped_run} updates were skipped for "
+                "gradients "
+                f"that are not finite, and the last {values.bad_loss_run} had such a loss (seen "
+                "last with "
+                f"{files}); start afresh with a smaller ds.optimizer.params.lr"
+            )
+        comms = (
+            read_comms() if self.plan.counts_comms else {}
+        )  # on all ranks, or their lists would grow
         if self.reporter:
             step = self.progress.step
-            self.reporter.log(values, step * self.plan.ds_config["train_batch_size"] / self.plan.epoch_length)
+            self.reporter.log(
+                values, step * self.plan.ds_config["train_batch_size"] / self.plan.epoch_length
+            )
             if comms:
                 self.reporter.journal.log("comms", step, comms)
 
     def _validate(self) -> bool:
         """Measure the averaged weights; True if they are the best so far.
 
-        Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation does it then.
+        Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation
+        does it then.
         """
         scores = self.run.validation.measure(self.run.averaged, self._before_validating)
         if scores is None:
@@ -243,7 +291,8 @@ class Training:
         return not self.signals.received
 
     def _save(self, *, must: bool = False) -> None:
-        """Save in the background. If it `must` be, wait until it is done, and raise `RunError` where it fails."""
+        """Save in the background. If it `must` be, wait until it is done, and raise `RunError`
+        where it fails."""
         if self.progress.step == 0:
             return
         self._watchdog.feed(only_if_armed=True)
@@ -254,7 +303,9 @@ class Training:
         except SaveError as error:
             failure = error
         if failure and must:
-            raise RunError(f"{failure}; the one before is untouched in {self.plan.run_dir}") from failure
+            raise RunError(
+                f"{failure}; the one before is untouched in {self.plan.run_dir}"
+            ) from failure
         self._warn_of(failure)
         self.last_save = time.perf_counter()
         self._watchdog.feed(only_if_armed=True)

@@ -19,15 +19,20 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.monitor.journal import duration
 from pipeline.training.trainers import StepResult
 
-BAD_LOSS_LIMIT = 10  # updates in a row with a loss that is not finite, on some rank, after which a run has diverged
-SKIPPED_LIMIT = 50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
+# updates in a row with a loss that is not finite, on some rank, after which a run has diverged
+BAD_LOSS_LIMIT = 10
+SKIPPED_LIMIT = (
+    50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
+)
 
 
 @dataclass(frozen=True)
 class Reading:
     """What happened since the reading before, the same on every rank but for the last field."""
 
-    losses: dict[str, float]  # the generator's, weighted; mean over batches and ranks; none where it did not learn
+    losses: dict[
+        str, float
+    ]  # the generator's, weighted; mean over batches and ranks; none where it did not learn
     statistics: dict[str, float]  # likewise
     images_per_second: float  # HR crops, all ranks
     data_wait: float  # share of the time that this rank waited for the loader
@@ -43,15 +48,25 @@ class Reading:
 
     def as_dict(self) -> dict[str, Any]:
         whole = {"loss": sum(self.losses.values())} if self.losses else {}
-        return {**whole, **{f"loss_{name}": value for name, value in self.losses.items()},
-                **self.statistics, "images_per_second": round(self.images_per_second, 2),
-                "data_wait": round(self.data_wait, 4), "data_wait_worst": round(self.data_wait_worst, 4),
-                "remaining_seconds": round(self.remaining_seconds, 1)}
+        return {
+            **whole,
+            **{f"loss_{name}": value for name, value in self.losses.items()},
+            **self.statistics,
+            "images_per_second": round(self.images_per_second, 2),
+            "data_wait": round(self.data_wait, 4),
+            "data_wait_worst": round(self.data_wait_worst, 4),
+            "remaining_seconds": round(self.remaining_seconds, 1),
+        }
 
     def text(self) -> str:
-        speed = "" if math.isnan(self.images_per_second) else (
-            f"  {self.images_per_second:.1f} images/s  data wait {self.data_wait:.0%}  "
-            f"ETA {duration(self.remaining_seconds)}")
+        speed = (
+            ""
+            if math.isnan(self.images_per_second)
+            else (
+                f"  {self.images_per_second:.1f} images/s  data wait {self.data_wait:.0%}  "
+                f"ETA {duration(self.remaining_seconds)}"
+            )
+        )
         loss = f"{sum(self.losses.values()):.5f}" if self.losses else "-"
         return f"loss {loss}{speed}"
 
@@ -63,7 +78,8 @@ class Meter:
         self._ranks, self._total_steps, self._global_batch = ranks, total_steps, global_batch
         self._sums: dict[tuple[str, str], Tensor] = {}  # by kind and name
         self._counts: Counter[tuple[str, str]] = Counter()
-        # Updates in a row that were skipped; in which the loss was not finite; the last micro-batch where it was not.
+        # Updates in a row that were skipped; in which the loss was not finite; the last micro-batch
+        # where it was not.
         self._trouble = torch.zeros(3, dtype=torch.int64, device=ranks.device)
         self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._began: float | None = None
@@ -112,13 +128,27 @@ class Meter:
             of[kind][name] = sum(share[0][i] for share in shares) / len(shares)
         now = time.perf_counter()
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
-        rate = steps / elapsed if steps else float("nan")  # the very first step of a process is not timed
-        reading = Reading(of["loss"], of["statistic"], rate * self._global_batch,
-                          min(1.0, (loader.waited_seconds - self._waited) / elapsed), self._worst_wait,
-                          (self._total_steps - step) / rate, max(share[1] for share in shares),
-                          max(share[2] for share in shares), self._trouble[2].item())
+        rate = (
+            steps / elapsed if steps else float("nan")
+        )  # the very first step of a process is not timed
+        reading = Reading(
+            of["loss"],
+            of["statistic"],
+            rate * self._global_batch,
+            min(1.0, (loader.waited_seconds - self._waited) / elapsed),
+            self._worst_wait,
+            (self._total_steps - step) / rate,
+            max(share[1] for share in shares),
+            max(share[2] for share in shares),
+            self._trouble[2].item(),
+        )
         self._sums, self._counts = {}, Counter()
-        self._began, self._waited, self._step, self._worst_wait = now, loader.waited_seconds, step, 0.0
+        self._began, self._waited, self._step, self._worst_wait = (
+            now,
+            loader.waited_seconds,
+            step,
+            0.0,
+        )
         return reading
 
 
@@ -136,12 +166,16 @@ class SkippedFiles:
         """Path -> why it cannot be trained on."""
 
     def add(self, skips: Iterable[Skip]) -> tuple[dict[str, int], str]:
-        """Count what all ranks have skipped since the last time: numbers for the log, and a line for people."""
+        """Count what all ranks have skipped since the last time: numbers for the log, and a line
+        for people."""
         skips = list(skips)
         new = {skip.path: skip.reason for skip in skips if skip.path not in self.reasons}
         self.reasons |= new
         samples = len({skip.sample for skip in skips})  # what stands in may have been bad, too
         named = "".join(f"\n  {path}: {reason}" for path, reason in list(new.items())[:NUM_NAMED])
-        return ({"samples": samples, "bad_files": len(self.reasons)},
-                f"samples replaced since the last report, for files that are bad: {samples}; such files so far: "
-                f"{len(self.reasons)}{named}")
+        return (
+            {"samples": samples, "bad_files": len(self.reasons)},
+            f"samples replaced since the last report, for files that are bad: {samples}; such "
+            "files so far: "
+            f"{len(self.reasons)}{named}",
+        )

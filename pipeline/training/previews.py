@@ -1,6 +1,7 @@
-"""Sample pictures: the same photographs, upscaled again and again, so that one sees the network learn.
+"""Sample pictures: the same photographs, upscaled again and again, so that one sees the network
+learn.
 
-    <log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with their PSNR
+<log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with their PSNR
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ TOO_SMALL = "name a larger picture in previews.files"
 
 
 def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
-    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than `previews.side`.
+    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than
+    `previews.side`.
 
     Raises `UserError` for one that cannot be read, is too small, or has no LR.
     """
@@ -44,19 +46,29 @@ def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
         return []
     if spec.files:
         if recipe.data.degradation.reads_lr:
-            raise UserError("previews.files: where LR is read and not made, previews are of the validation list; leave "
-                            "it out")
-        images = _named(spec.files)[:spec.count]
+            raise UserError(
+                "previews.files: where LR is read and not made, previews are of the validation "
+                "list; leave "
+                "it out"
+            )
+        images = _named(spec.files)[: spec.count]
         if spec.count is None and len(images) > MOST_NAMED:
-            raise UserError(f"previews.files: {len(images)} images are many to upscale again and again; name at most "
-                            f"{MOST_NAMED}, or say previews.count")
+            raise UserError(
+                f"previews.files: {len(images)} images are many to upscale again and again; name "
+                "at most "
+                f"{MOST_NAMED}, or say previews.count"
+            )
         chosen = list(range(len(images)))
     else:
         images = dataset.validation
         count = min(len(images), FROM_LIST if spec.count is None else spec.count)
-        chosen = [i * len(images) // count for i in range(count)]  # neighbours may be crops of one photograph
+        chosen = [
+            i * len(images) // count for i in range(count)
+        ]  # neighbours may be crops of one photograph
     way_out = TOO_SMALL if spec.files else ""
-    return [_middle(read_pair(images[i], i, recipe, way_out), spec.side, recipe.scale) for i in chosen]
+    return [
+        _middle(read_pair(images[i], i, recipe, way_out), spec.side, recipe.scale) for i in chosen
+    ]
 
 
 def _named(names: Sequence[str]) -> list[ImageFile]:
@@ -65,8 +77,15 @@ def _named(names: Sequence[str]) -> list[ImageFile]:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         images = [file for file in inside if is_npy(file) or is_encoded(file)]
         if not images or not images[0].is_file():
-            what = "there is no such file" if not path.exists() else "no image that training could read"
-            raise UserError(f"previews.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of them")
+            what = (
+                "there is no such file"
+                if not path.exists()
+                else "no image that training could read"
+            )
+            raise UserError(
+                f"previews.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of "
+                "them"
+            )
         found += images
     return [ImageFile(path.name, str(path), None) for path in found]
 
@@ -76,18 +95,26 @@ def _middle(pair: ValidationPair, side: int, scale: int) -> ValidationPair:
     most = max(1, side // scale)
     top, left = (max(0, whole - most) // 2 for whole in (height, width))
     inside = (..., slice(top, top + most), slice(left, left + most))
-    large = (..., slice(top * scale, (top + most) * scale), slice(left * scale, (left + most) * scale))
+    large = (
+        ...,
+        slice(top * scale, (top + most) * scale),
+        slice(left * scale, (left + most) * scale),
+    )
     return ValidationPair(pair.name, pair.hr[large].contiguous(), pair.lr[inside].contiguous())
 
 
 class Previews:
     """The sheets of a run. Those after `step` belong to lost work, and are removed."""
 
-    def __init__(self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int) -> None:
+    def __init__(
+        self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int
+    ) -> None:
         self.pairs = list(pairs)
         self._scale = scale
         self._folders = _folders(folder, [pair.name for pair in pairs])
-        self._bicubic = [self._captioned(cubic, pair, "bicubic") for pair in pairs for cubic in [bicubic(pair)]]
+        self._bicubic = [
+            self._captioned(cubic, pair, "bicubic") for pair in pairs for cubic in [bicubic(pair)]
+        ]
         for sheet in folder.glob("*/step-*.png"):
             number = re.fullmatch(r"step-(\d+)", sheet.stem)
             if number and int(number[1]) > step:
@@ -95,11 +122,14 @@ class Previews:
                     sheet.unlink()
 
     def write(self, step: int, outputs: Sequence[Tensor]) -> None:
-        """A sheet for each picture. `outputs`: what the network made of each, bytes (1, 3, height, width), on the CPU.
+        """A sheet for each picture. `outputs`: what the network made of each, bytes (1, 3, height,
+        width), on the CPU.
 
         Raises `OSError` where it cannot be written.
         """
-        for pair, cubic, sr, folder in zip(self.pairs, self._bicubic, outputs, self._folders, strict=True):
+        for pair, cubic, sr, folder in zip(
+            self.pairs, self._bicubic, outputs, self._folders, strict=True
+        ):
             panels = [cubic, self._captioned(sr, pair, f"step {step}"), (pair.hr, "HR")]
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"step-{step:08d}.png", _sheet(panels))
@@ -127,18 +157,26 @@ def _fonts() -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
 
 
 def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
-    """A PNG of the panels side by side, each with its caption. Small ones are enlarged, a pixel becoming a square."""
+    """A PNG of the panels side by side, each with its caption. Small ones are enlarged, a pixel
+    becoming a square."""
     height, width = panels[0][0].shape[-2:]
     zoom = max(1, ENLARGED // max(height, width))
     height, width = height * zoom, width * zoom
-    sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + GAP + CAPTION), BACKGROUND)
+    sheet = Image.new(
+        "RGB", (len(panels) * (width + GAP) + GAP, height + GAP + CAPTION), BACKGROUND
+    )
     draw = ImageDraw.Draw(sheet)
     for number, (pixels, caption) in enumerate(panels):
         x = GAP + number * (width + GAP)
         image = Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, GAP))
-        font = next((font for font in _fonts() if draw.textlength(caption, font=font) <= width), _fonts()[-1])
-        draw.text((x + width / 2, height + GAP + CAPTION / 2), caption, fill=TEXT, font=font, anchor="mm")
+        font = next(
+            (font for font in _fonts() if draw.textlength(caption, font=font) <= width),
+            _fonts()[-1],
+        )
+        draw.text(
+            (x + width / 2, height + GAP + CAPTION / 2), caption, fill=TEXT, font=font, anchor="mm"
+        )
     written = io.BytesIO()
     sheet.save(written, format="PNG", compress_level=1)
     return written.getvalue()

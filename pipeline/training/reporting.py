@@ -20,26 +20,36 @@ from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
 from pipeline.training.validation import bicubic
 
-MOST_WAIT = 0.1  # share of the time that goes into waiting for data, above which the ways out are named
-TIME_SHARE, FREE_SECONDS = 0.05, 5.0  # of a process's time, and besides, for previews at the ends of epochs
+MOST_WAIT = (
+    0.1  # share of the time that goes into waiting for data, above which the ways out are named
+)
+TIME_SHARE, FREE_SECONDS = (
+    0.05,
+    5.0,
+)  # of a process's time, and besides, for previews at the ends of epochs
 
 
 class Reporter:
-    """Of the first rank. Writes into the run folder what was asked for, and into the log folder what becomes of it."""
+    """Of the first rank. Writes into the run folder what was asked for, and into the log folder
+    what becomes of it."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console, self._plan, self._progress = run, console, run.plan, run.progress
         plan = run.plan
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         write_recipe(plan.recipe, plan.run_dir / RECIPE_FILE)
-        write_atomically(plan.run_dir / DS_CONFIG_FILE, json.dumps(plan.ds_config, indent=2).encode())
+        write_atomically(
+            plan.run_dir / DS_CONFIG_FILE, json.dumps(plan.ds_config, indent=2).encode()
+        )
         plan.dataset.write_lists(plan.run_dir / FILE_LISTS_DIR)
         if run.progress.step == 0:
             move_logs_aside(plan)
         console.keep_in(plan.log_dir / RUN_LOG_FILE)
         self._tracker = self._start_tracker() if plan.wandb else None
         self.journal = Journal(plan.log_dir, run.progress.step, console.say, self._tracker)
-        self._previews = Previews(plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step)
+        self._previews = Previews(
+            plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step
+        )
         self._names_ways_out = True  # of waiting for data, once
         self._shown: int | None = None  # the step of the last set of previews
         self._began, self._seconds = time.perf_counter(), 0.0  # that previews have taken since then
@@ -52,13 +62,23 @@ class Reporter:
         plan = self._plan
         assert plan.wandb is not None
         name = plan.home.name + (f" {plan.recipe.stage}" if plan.recipe.stage else "")
-        gan = {"discriminator_ds_config": plan.discriminator_ds_config} if plan.discriminator_ds_config else {}
-        config = {"recipe": plan.recipe.model_dump(mode="json"), "ds_config": plan.ds_config, **gan,
-                  "world_size": self._run.ranks.world_size, "total_steps": plan.total_steps}
+        gan = (
+            {"discriminator_ds_config": plan.discriminator_ds_config}
+            if plan.discriminator_ds_config
+            else {}
+        )
+        config = {
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "ds_config": plan.ds_config,
+            **gan,
+            "world_size": self._run.ranks.world_size,
+            "total_steps": plan.total_steps,
+        }
         return WandbTracker(plan.log_dir, plan.wandb, name, config, self._console.say)
 
     def begin(self) -> None:
-        """Show what the previews are made of, and of a run that begins what its network makes of them."""
+        """Show what the previews are made of, and of a run that begins what its network makes of
+        them."""
         for pair in self._previews.pairs:
             self.journal.picture(self._progress.step, f"{pair.name}/input", bicubic(pair))
             self.journal.picture(self._progress.step, f"{pair.name}/target", pair.hr)
@@ -69,8 +89,12 @@ class Reporter:
         """Means over a log interval, and the state of the engines."""
         trainer, step, total = self._run.trainer, self._progress.step, self._plan.total_steps
         learning_rate = trainer.generator.get_lr()[0]
-        values = {**reading.as_dict(), **_split(reading, self._plan.ds_config["train_batch_size"]),
-                  "lr": learning_rate, "epoch": round(epoch, 4)}
+        values = {
+            **reading.as_dict(),
+            **_split(reading, self._plan.ds_config["train_batch_size"]),
+            "lr": learning_rate,
+            "epoch": round(epoch, 4),
+        }
         for name, engine in trainer.engines.items():
             prefix = "" if name == "generator" else f"{name}_"
             values[f"{prefix}skipped_steps"] = engine.skipped_steps
@@ -78,13 +102,18 @@ class Reporter:
         self.journal.log("train", step, values)
         for name, logits in getattr(trainer, "logits", {}).items():
             self.journal.distribution(step, f"discriminator/{name}", logits)
-        self._console.progress(f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
-                               step / total)
+        self._console.progress(
+            f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
+            step / total,
+        )
         if self._names_ways_out and reading.data_wait > MOST_WAIT:
             self._names_ways_out = False
-            self._console.say(f"note: {reading.data_wait:.0%} of the time goes into waiting for data; raise "
-                              f"data.threads (now {self._plan.recipe.data.threads}), or convert encoded files to .npy "
-                              "(tools/convert_dataset.py), which need no decoding")
+            self._console.say(
+                f"note: {reading.data_wait:.0%} of the time goes into waiting for data; raise "
+                f"data.threads (now {self._plan.recipe.data.threads}), or convert encoded files to "
+                ".npy "
+                "(tools/convert_dataset.py), which need no decoding"
+            )
 
     def validated(self, scores: Mapping[str, float], *, is_best: bool) -> None:
         """What a validation has measured, beside the best so far."""
@@ -93,10 +122,15 @@ class Reporter:
         values: dict[str, float | None] = {}
         for name, value in scores.items():
             values |= {name: value, f"best_{name}": best.get(name)}
-        self.journal.log("validation", progress.step, values | {"stale_validations": progress.stale_validations})
+        self.journal.log(
+            "validation", progress.step, values | {"stale_validations": progress.stale_validations}
+        )
         before = f"best {text_of(best)} at step {progress.best_step}"
-        self._console.say(f"validation at step {progress.step}: {text_of(scores)} "
-                          f"({'best so far' if is_best else before})", is_good=is_best)
+        self._console.say(
+            f"validation at step {progress.step}: {text_of(scores)} "
+            f"({'best so far' if is_best else before})",
+            is_good=is_best,
+        )
 
     def show_previews_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
         """At the end of an epoch and after a validation, or of every n-th, as `previews.keep` says.
@@ -114,7 +148,8 @@ class Reporter:
             self.show_previews()
 
     def show_previews(self) -> None:
-        """What the averaged weights make of the previews, as sheets and in TensorBoard; once a step."""
+        """What the averaged weights make of the previews, as sheets and in TensorBoard; once a
+        step."""
         step = self._progress.step
         if self._shown == step:
             return
@@ -133,7 +168,9 @@ class Reporter:
             for parameter, values in engine.module.named_parameters():
                 self.journal.histogram(self._progress.step, f"weights/{name}/{parameter}", values)
             for parameter, gradient in gradients.get(name, {}).items():
-                self.journal.histogram(self._progress.step, f"gradients/{name}/{parameter}", gradient)
+                self.journal.histogram(
+                    self._progress.step, f"gradients/{name}/{parameter}", gradient
+                )
 
     def close(self) -> None:
         self.journal.close()
@@ -145,5 +182,8 @@ def _split(reading: Reading, global_batch: int) -> dict[str, float]:
     """Seconds that a step took, and how they divide into waiting for data and all else."""
     seconds = global_batch / reading.images_per_second
     data = seconds * reading.data_wait
-    return {"step_seconds": round(seconds, 6), "data_seconds": round(data, 6),
-            "compute_seconds": round(seconds - data, 6)}
+    return {
+        "step_seconds": round(seconds, 6),
+        "data_seconds": round(data, 6),
+        "compute_seconds": round(seconds - data, 6),
+    }

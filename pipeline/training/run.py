@@ -39,7 +39,8 @@ MOST_NAMED = 3
 
 
 def refuse_other_hosts(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Raise `UserError` naming the host, and what differs there from the first rank's; all ranks call it together."""
+    """Raise `UserError` naming the host, and what differs there from the first rank's; all ranks
+    call it together."""
     if ranks.world_size == 1:
         return
     told = ranks.gather((socket.gethostname(), facts(plans)))
@@ -48,8 +49,11 @@ def refuse_other_hosts(plans: Sequence[Plan], ranks: Ranks) -> None:
         named = differences(ours, theirs)
         if named:
             more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-            raise UserError(f"rank {rank} on {host} differs from rank 0 on {first}: {'; '.join(named[:MOST_NAMED])}"
-                            f"{more}; make the hosts alike with launch/sync.sh")
+            raise UserError(
+                f"rank {rank} on {host} differs from rank 0 on {first}: "
+                f"{'; '.join(named[:MOST_NAMED])}"
+                f"{more}; make the hosts alike with launch/sync.sh"
+            )
 
 
 def facts(plans: Sequence[Plan]) -> dict[str, str]:
@@ -58,16 +62,27 @@ def facts(plans: Sequence[Plan]) -> dict[str, str]:
     for plan in plans:
         stage = f"stage {plan.recipe.stage}: " if plan.recipe.stage else ""
         identity = plan.identity
-        found |= {f"{stage}dataset {key}": str(value) for key, value in identity.pop("dataset").items()}
-        found |= {f"{stage}{key} {name}": value for key, part in identity.items() for name, value in _flat(part)}
-    return found | {f"file pipeline/{path.relative_to(SOURCES).as_posix()}": _digest(path)
-                    for path in sorted([*SOURCES.rglob("*.py"), *SOURCES.rglob("*.cpp")])}
+        found |= {
+            f"{stage}dataset {key}": str(value) for key, value in identity.pop("dataset").items()
+        }
+        found |= {
+            f"{stage}{key} {name}": value
+            for key, part in identity.items()
+            for name, value in _flat(part)
+        }
+    return found | {
+        f"file pipeline/{path.relative_to(SOURCES).as_posix()}": _digest(path)
+        for path in sorted([*SOURCES.rglob("*.py"), *SOURCES.rglob("*.cpp")])
+    }
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """One text for each fact that is not the same."""
-    return [f"{name} ({theirs.get(name, 'none')}, there {ours.get(name, 'none')})"
-            for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    return [
+        f"{name} ({theirs.get(name, 'none')}, there {ours.get(name, 'none')})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
 
 
 def _packages() -> dict[str, str]:
@@ -77,15 +92,22 @@ def _packages() -> dict[str, str]:
             found[f"package {name}"] = version(name)
         except PackageNotFoundError:
             found[f"package {name}"] = "none"
-    dali = {distribution.version for distribution in distributions()
-            if str(distribution.metadata["Name"]).startswith("nvidia-dali-cuda")}  # of whichever CUDA
+    dali = {
+        distribution.version
+        for distribution in distributions()
+        if str(distribution.metadata["Name"]).startswith("nvidia-dali-cuda")
+    }  # of whichever CUDA
     return found | {"package nvidia-dali": ", ".join(sorted(dali))}
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if not isinstance(value, Mapping):
         return [(prefix, json.dumps(value, sort_keys=True, default=str))]
-    return [item for key, inner in value.items() for item in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+    return [
+        item
+        for key, inner in value.items()
+        for item in _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    ]
 
 
 def _digest(path: Path) -> str:
@@ -99,7 +121,8 @@ def main(options: TrainOptions) -> int:
 
 
 def train(options: TrainOptions, plans: Sequence[Plan]) -> int:
-    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 anything else."""
+    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input,
+    1 anything else."""
     watchdog = Watchdog(options.watchdog_minutes * 60)
     watchdog.begin()
     patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
@@ -135,10 +158,11 @@ def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
 def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
     """Tell what happened to a rank, and end at once.
 
-    Of one rank alone, because threads of its libraries may not survive the interpreter's own end: now and then that
-    aborted, with status 134 in place of 2. Of several, because the others may wait for this one in a collective, and to
-    close the group in an orderly way it would wait for them (pytorch issue 180611). What all ranks raise alike the
-    first one says, or each in its log where a guard keeps it. A rank without memory speaks for itself.
+    Of one rank alone, because threads of its libraries may not survive the interpreter's own end:
+    now and then that aborted, with status 134 in place of 2. Of several, because the others may
+    wait for this one in a collective, and to close the group in an orderly way it would wait for
+    them (pytorch issue 180611). What all ranks raise alike the first one says, or each in its log
+    where a guard keeps it. A rank without memory speaks for itself.
     """
     status = 1
     if isinstance(error, SystemExit):
@@ -164,7 +188,9 @@ def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> 
         return training.train()
     except BaseException as error:
         is_told = isinstance(error, (UserError, RunError))
-        console.note(f"error: {error}" if is_told else "".join(traceback.format_exception(error)).rstrip())
+        console.note(
+            f"error: {error}" if is_told else "".join(traceback.format_exception(error)).rstrip()
+        )
         raise
     finally:
         training.close()
@@ -172,8 +198,11 @@ def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> 
             engine.destroy()
 
 
-def _take_run_folder(plan: Plan, ranks: Ranks, console: Console, stack: contextlib.ExitStack) -> None:
-    """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one is asked for."""
+def _take_run_folder(
+    plan: Plan, ranks: Ranks, console: Console, stack: contextlib.ExitStack
+) -> None:
+    """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one
+    is asked for."""
     if not ranks.is_first:
         return
     if plan.wandb:

@@ -1,4 +1,5 @@
-"""From a plan to a run that can take its first step: what is on disk, the network, its engine, its data."""
+"""From a plan to a run that can take its first step: what is on disk, the network, its engine, its
+data."""
 
 from __future__ import annotations
 
@@ -79,14 +80,28 @@ class Run:
 
     def open_loader(self) -> Loader:
         """The training data from where the run stands; all ranks call it together."""
-        recipe, threads = self.plan.recipe, num_threads(self.plan.recipe.data.threads, _cores(self.ranks))
+        recipe, threads = (
+            self.plan.recipe,
+            num_threads(self.plan.recipe.data.threads, _cores(self.ranks)),
+        )
         data = recipe.data.model_copy(update={"threads": threads})
         position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
         on_host = self.ranks.device.type == "cpu" and self.progress.cpu_degradation == "host"
-        source = CropSource.of_dataset(self.plan.dataset, data, scale=recipe.scale, seed=recipe.seed, position=position,
-                                       degrades_on_host=on_host)
-        return Loader(source, self.progress.step * self.accumulation, self.ranks.device, threads=threads,
-                      prefetch=max(data.prefetch, self.accumulation) + self.accumulation)
+        source = CropSource.of_dataset(
+            self.plan.dataset,
+            data,
+            scale=recipe.scale,
+            seed=recipe.seed,
+            position=position,
+            degrades_on_host=on_host,
+        )
+        return Loader(
+            source,
+            self.progress.step * self.accumulation,
+            self.ranks.device,
+            threads=threads,
+            prefetch=max(data.prefetch, self.accumulation) + self.accumulation,
+        )
 
 
 def _cores(ranks: Ranks) -> int:
@@ -98,11 +113,14 @@ def _cores(ranks: Ranks) -> int:
 
 def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
     """Raise `UserError` now for what a later stage would stumble over after days."""
-    ranks.on_all_ranks(lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)])
+    ranks.on_all_ranks(
+        lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)]
+    )
 
 
 def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
-    """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins with."""
+    """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins
+    with."""
     recipe = plan.recipe
     batch_sizes(plan.ds_config, ranks.world_size)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
@@ -113,35 +131,54 @@ def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
     crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
     Criterion(recipe.losses)(crop.clone(), crop)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
-    if ranks.is_first and recipe.start not in (None, "previous") and not checkpoint_steps(plan.run_dir):
+    if (
+        ranks.is_first
+        and recipe.start not in (None, "previous")
+        and not checkpoint_steps(plan.run_dir)
+    ):
         begin_with(generator, plan)
     if recipe.adversarial:
         spec = recipe.adversarial.discriminator
         build_discriminator(spec.name, recipe.data.crop, **spec.params)
         if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
-            raise UserError(f"stage {recipe.stage}: adversarial.start: previous, but stage {before.recipe.stage} has "
-                            "no discriminator; leave it out")
+            raise UserError(
+                f"stage {recipe.stage}: adversarial.start: previous, but stage "
+                f"{before.recipe.stage} has "
+                "no discriminator; leave it out"
+            )
     validation_measures(recipe)
 
 
 def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
-    """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it together.
+    """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it
+    together.
 
     Raises `UserError` if the run on disk is another one.
     """
     every = plan.recipe.adversarial.generator_every if plan.recipe.adversarial else 1
-    ds_config, precision, why = resolve_ds_config(plan.ds_config, world_size=ranks.world_size,
-                                                  total_steps=-(-plan.total_steps // every), device=ranks.device,
-                                                  runtime=plan.runtime)
+    ds_config, precision, why = resolve_ds_config(
+        plan.ds_config,
+        world_size=ranks.world_size,
+        total_steps=-(-plan.total_steps // every),
+        device=ranks.device,
+        runtime=plan.runtime,
+    )
     be_deterministic(plan.recipe.deterministic == "on")
     saved = _find_run(plan, precision, ranks, say)
     trainer, execution = build_networks(plan, ds_config, saved.step, ranks, say)
     contents, progress = _restore(plan, saved, trainer, execution, ranks)
-    validation = ranks.on_all_ranks(lambda: ValidationSet(plan.dataset.validation, plan.recipe, ranks,
-                                                          LAYOUTS[execution.layout]))
-    previews = ranks.on_all_ranks(lambda: read_previews(plan.recipe, plan.dataset) if ranks.is_first else [])
+    validation = ranks.on_all_ranks(
+        lambda: ValidationSet(
+            plan.dataset.validation, plan.recipe, ranks, LAYOUTS[execution.layout]
+        )
+    )
+    previews = ranks.on_all_ranks(
+        lambda: read_previews(plan.recipe, plan.dataset) if ranks.is_first else []
+    )
     batch = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
-    introduction = _introduction(plan, ranks, trainer.generator.module, execution, precision + why, batch, saved.step)
+    introduction = _introduction(
+        plan, ranks, trainer.generator.module, execution, precision + why, batch, saved.step
+    )
     return Run(plan, ranks, trainer, contents, progress, validation, previews, *batch, introduction)
 
 
@@ -165,17 +202,24 @@ def _find_run(plan: Plan, precision: str, ranks: Ranks, say: Callable[[str], Non
         ranks.on_all_ranks(lambda: refuse_strangers(plan, identity, manifest))
         began = manifest["identity"].get("began_with_step")
         if manifest["world_size"] != ranks.world_size:
-            say(f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} continue: the samples "
-                "are the same, sums are rounded differently")
+            say(
+                f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} "
+                "continue: the samples "
+                "are the same, sums are rounded differently"
+            )
     if began != newest and began is not None:
-        say(f"note: stage {plan.recipe.stage} began with step {began} of the stage before, which has step {newest} "
-            f"now; to begin it again, move {short_path(plan.run_dir)} away")
+        say(
+            f"note: stage {plan.recipe.stage} began with step {began} of the stage before, which "
+            f"has step {newest} "
+            f"now; to begin it again, move {short_path(plan.run_dir)} away"
+        )
     return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
 
 
 @dataclass(frozen=True)
 class _Execution:
-    """How the networks are computed. Layout and kernel decide the rounding: a continuation keeps them."""
+    """How the networks are computed. Layout and kernel decide the rounding: a continuation keeps
+    them."""
 
     layout: str
     kernel: str
@@ -183,8 +227,13 @@ class _Execution:
     remark: str  # for people, on the kernel; may be empty
 
 
-def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, ranks: Ranks, say: Callable[[str], None],
-                   ) -> tuple[ReconstructionTrainer | AdversarialTrainer, _Execution]:
+def build_networks(
+    plan: Plan,
+    ds_config: dict[str, Any],
+    step: int | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> tuple[ReconstructionTrainer | AdversarialTrainer, _Execution]:
     """The trainer with its networks in their engines, and how they are computed.
 
     `step`: of the checkpoint that will be restored into them; None for a run that begins.
@@ -194,54 +243,94 @@ def build_networks(plan: Plan, ds_config: dict[str, Any], step: int | None, rank
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if step is None and recipe.start is not None:
         _begin(generator, lambda: begin_with(generator, plan), ranks, say)
-    began = None if step is None else ranks.agree(
-        read_progress(plan.run_dir, step) if ranks.is_first else None)
+    began = (
+        None
+        if step is None
+        else ranks.agree(read_progress(plan.run_dir, step) if ranks.is_first else None)
+    )
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]
     is_fp32 = not any(ds_config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
-    kernel, remark = _kernel(plan, generator, micro_batch, began, ranks) if is_fp32 else ("torch", "")
+    kernel, remark = (
+        _kernel(plan, generator, micro_batch, began, ranks) if is_fp32 else ("torch", "")
+    )
     use_kernel(generator, kernel)
     layout = _layout(plan, generator, micro_batch, began, ranks)
-    # The average copies the weights before the engine takes them: it may cast them to half precision.
+    # The average copies the weights before the engine takes them: it may cast them to half
+    # precision.
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
     use_kernel(ema.network, "torch")  # a validation is what evaluate.py will measure, to the bit
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
     if recipe.activation_checkpointing == "on" and not checkpoint_activations(engine.module):
-        raise UserError(f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without batch norm, "
-                        "whose activations could be computed twice; leave it out")
-    compiled = _compile(engine.module, recipe, ranks, began, channels_last=layout == "channels_last")
+        raise UserError(
+            f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without "
+            "batch norm, "
+            "whose activations could be computed twice; leave it out"
+        )
+    compiled = _compile(
+        engine.module, recipe, ranks, began, channels_last=layout == "channels_last"
+    )
     trainer = _trainer(plan, engine, ema, ranks, layout, began, say if step is None else None)
     trainer.uses_cuda_graphs = _uses_cuda_graphs(recipe, ranks)
     return trainer, _Execution(layout, kernel, compiled, remark)
 
 
-def _restore(plan: Plan, saved: _SavedRun, trainer: ReconstructionTrainer | AdversarialTrainer, execution: _Execution,
-             ranks: Ranks) -> tuple[Contents, Progress]:
-    """What checkpoints will hold, with the saved one's state in it, and how far the run has come."""
+def _restore(
+    plan: Plan,
+    saved: _SavedRun,
+    trainer: ReconstructionTrainer | AdversarialTrainer,
+    execution: _Execution,
+    ranks: Ranks,
+) -> tuple[Contents, Progress]:
+    """What checkpoints will hold, with the saved one's state in it, and how far the run has
+    come."""
     recipe = plan.recipe
-    described = SavedNetwork(recipe.generator.name, recipe.scale, recipe.generator.params, {},
-                             {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})})
+    described = SavedNetwork(
+        recipe.generator.name,
+        recipe.scale,
+        recipe.generator.params,
+        {},
+        {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})},
+    )
     contents = Contents(trainer.engines, trainer.ema, described, saved.identity, saved.sees_run_dir)
-    _seed(recipe.seed + 1 + ranks.rank)  # what is drawn in training, labels and noise, is each rank's own
-    progress = (Progress(cpu_degradation="host") if saved.step is None
-                else checkpoint.load(plan.run_dir, saved.step, contents, ranks))
+    _seed(
+        recipe.seed + 1 + ranks.rank
+    )  # what is drawn in training, labels and noise, is each rank's own
+    progress = (
+        Progress(cpu_degradation="host")
+        if saved.step is None
+        else checkpoint.load(plan.run_dir, saved.step, contents, ranks)
+    )
     progress.layout, progress.kernel = execution.layout, execution.kernel
     return contents, progress
 
 
-def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Ranks, layout: str, began: Progress | None,
-             begin: Callable[[str], None] | None) -> ReconstructionTrainer | AdversarialTrainer:
+def _trainer(
+    plan: Plan,
+    engine: Any,
+    ema: ExponentialMovingAverage,
+    ranks: Ranks,
+    layout: str,
+    began: Progress | None,
+    begin: Callable[[str], None] | None,
+) -> ReconstructionTrainer | AdversarialTrainer:
     """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
     recipe, spec = plan.recipe, plan.recipe.adversarial
     criterion = ranks.on_all_ranks(lambda: Criterion(recipe.losses, ranks.device))
     if spec is None:
         return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
     assert plan.discriminator_ds_config is not None
-    ds_config, *_ = resolve_ds_config(plan.discriminator_ds_config, world_size=ranks.world_size,
-                                      total_steps=-(-plan.total_steps // spec.discriminator_every),
-                                      device=ranks.device, runtime=plan.runtime)
+    ds_config, *_ = resolve_ds_config(
+        plan.discriminator_ds_config,
+        world_size=ranks.world_size,
+        total_steps=-(-plan.total_steps // spec.discriminator_every),
+        device=ranks.device,
+        runtime=plan.runtime,
+    )
     _seed(recipe.seed)  # measuring the layout drew on the first rank alone
-    network = build_discriminator(spec.discriminator.name, recipe.data.crop, **spec.discriminator.params)
+    network = build_discriminator(
+        spec.discriminator.name, recipe.data.crop, **spec.discriminator.params
+    )
     if begin and spec.start is not None:
         _begin(network, lambda: begin_discriminator(network, str(spec.start), plan), ranks, begin)
     discriminator = build_engine(network, ds_config, ranks, plan.runtime)
@@ -249,14 +338,18 @@ def _trainer(plan: Plan, engine: Any, ema: ExponentialMovingAverage, ranks: Rank
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
 
 
-def _begin(network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Let the first rank give its `network` weights, which only its host may have, and all have the same."""
+def _begin(
+    network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]
+) -> None:
+    """Let the first rank give its `network` weights, which only its host may have, and all have the
+    same."""
     say(ranks.on_all_ranks(lambda: give_weights() if ranks.is_first else ""))
     network.load_state_dict(ranks.agree(network.state_dict()))
 
 
 def move_aside(plan: Plan) -> Path | None:
-    """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it is now."""
+    """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it
+    is now."""
     suffix = time.strftime("bak-%Y%m%d-%H%M%S")
     move_logs_aside(plan)
     if plan.home.is_dir() and any(plan.home.iterdir()):
@@ -289,7 +382,9 @@ def _seed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _layout(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks) -> str:
+def _layout(
+    plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
+) -> str:
     if began is not None:
         return began.layout
     if plan.recipe.channels_last != "auto":
@@ -303,14 +398,21 @@ def _uses_cuda_graphs(recipe: Recipe, ranks: Ranks) -> bool:
     return recipe.compile == "reduce-overhead" and ranks.device.type == "cuda"
 
 
-def _kernel(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None,
-            ranks: Ranks) -> tuple[str, str]:
-    """Which of `depthwise.KERNELS` computes the depthwise convolutions of an FP32 run, and a line about it.
+def _kernel(
+    plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
+) -> tuple[str, str]:
+    """Which of `depthwise.KERNELS` computes the depthwise convolutions of an FP32 run, and a line
+    about it.
 
     Runs of earlier versions began with PyTorch's, and did not say so.
     """
     asked, is_eager = plan.recipe.native_kernels, plan.recipe.compile in ("auto", "off")
-    if ranks.device.type != "cpu" or asked == "off" or not is_eager or not may_use_native(generator):
+    if (
+        ranks.device.type != "cpu"
+        or asked == "off"
+        or not is_eager
+        or not may_use_native(generator)
+    ):
         return "torch", ""
     if began is not None and began.kernel != "native":
         return "torch", ""
@@ -318,7 +420,11 @@ def _kernel(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress 
     if lacking and asked == "on":
         raise UserError(f"native_kernels: on, but {lacking}; install it or say native_kernels=auto")
     if lacking and began is not None:
-        return "torch", f"depthwise convolutions: PyTorch's from here on, rounded differently from our own: {lacking}"
+        return (
+            "torch",
+            "depthwise convolutions: PyTorch's from here on, rounded differently from our own: "
+            f"{lacking}",
+        )
     if lacking:
         return "torch", f"depthwise convolutions: PyTorch's, slower than our own: {lacking}"
     if began is not None or asked == "on":
@@ -327,39 +433,64 @@ def _kernel(plan: Plan, generator: nn.Module, micro_batch: int, began: Progress 
     return ranks.agree(faster_kernel(generator, micro_batch, patch) if ranks.is_first else None)
 
 
-def _compile(module: nn.Module, recipe: Recipe, ranks: Ranks, began: Progress | None, *, channels_last: bool) -> str:
-    """Compile `module` in place if the recipe wants it and every rank can. Returns what became of it, for people."""
+def _compile(
+    module: nn.Module, recipe: Recipe, ranks: Ranks, began: Progress | None, *, channels_last: bool
+) -> str:
+    """Compile `module` in place if the recipe wants it and every rank can. Returns what became of
+    it, for people."""
     if recipe.compile == "off":
         return "not compiled (compile: off)"
-    # Runs of earlier versions, which name no kernel, were compiled on CPUs too, and go on like that.
+    # Runs of earlier versions, which name no kernel, were compiled on CPUs too, and go on like
+    # that.
     if recipe.compile == "auto" and ranks.device.type == "cpu" and (began is None or began.kernel):
         return "not compiled (compile: auto, on a CPU)"
-    lacking = next((reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), "")
+    lacking = next(
+        (reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), ""
+    )
     if lacking and recipe.compile != "auto":
         raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or say compile=auto")
     if lacking:
         return f"NOT compiled, slower: {lacking}"
     graphs = _uses_cuda_graphs(recipe, ranks)
     compile_module(module, channels_last=channels_last, mode="reduce-overhead" if graphs else None)
-    return f"compiled with Inductor{' and CUDA graphs' if graphs else ''} (the first step takes longer)"
+    return (
+        f"compiled with Inductor{' and CUDA graphs' if graphs else ''} (the first step takes "
+        "longer)"
+    )
 
 
-def _introduction(plan: Plan, ranks: Ranks, module: nn.Module, execution: _Execution, precision: str,
-                  batch: tuple[int, int], resumed: int | None) -> list[str]:
+def _introduction(
+    plan: Plan,
+    ranks: Ranks,
+    module: nn.Module,
+    execution: _Execution,
+    precision: str,
+    batch: tuple[int, int],
+    resumed: int | None,
+) -> list[str]:
     recipe = plan.recipe
     parameters = sum(parameter.numel() for parameter in module.parameters())
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
     lines = [
-        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, {execution.layout}, "
+        f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, "
+        f"{execution.layout}, "
         f"{execution.compiled}",
-        f"{ranks.world_size} x {where}, {precision}" + (f"; started by {ranks.launcher}" if ranks.launcher else "")
+        f"{ranks.world_size} x {where}, {precision}"
+        + (f"; started by {ranks.launcher}" if ranks.launcher else "")
         + (f", network interface {ranks.interface}" if ranks.interface else ""),
-        f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation x "
-        f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and {len(plan.dataset.validation)} "
-        f"validation files in {', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
+        f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation "
+        "x "
+        f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and "
+        f"{len(plan.dataset.validation)} "
+        "validation files in "
+        f"{', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
         f"{short_path(plan.run_dir)}",
     ]
     if execution.remark:
         lines.append(execution.remark)
-    return lines if resumed is None else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]
+    return (
+        lines
+        if resumed is None
+        else [*lines, f"continuing from step {resumed} of {plan.total_steps}"]
+    )

@@ -18,26 +18,38 @@ from pipeline.training.options import Plan
 
 
 def begin_with(generator: nn.Module, plan: Plan) -> str:
-    """Give `generator` the weights that the recipe's `start` names. Returns what was done, for people.
+    """Give `generator` the weights that the recipe's `start` names. Returns what was done, for
+    people.
 
-    Weights of another scale are taken as far as their shapes agree: all but the upsampler's. Otherwise all must agree.
+    Weights of another scale are taken as far as their shapes agree: all but the upsampler's.
+    Otherwise all must agree.
     """
     recipe = plan.recipe
     start = plan.previous if recipe.start == "previous" else Path(str(recipe.start)).expanduser()
     if start is None:
-        raise UserError("start: previous, but this run has no stage before; name a file or a run folder with --start")
+        raise UserError(
+            "start: previous, but this run has no stage before; name a file or a run folder with "
+            "--start"
+        )
     step: Step = "newest" if start == plan.previous else "best"
     file = run_network_file(start, step, ema=True) if start.is_dir() else start
     saved, own = read_network(file), generator.state_dict()
     saved.build()  # a file that does not fit its own network is refused here
-    tensors = {name: tensor for name, tensor in saved.state_dict.items()
-               if name in own and own[name].shape == tensor.shape}
+    tensors = {
+        name: tensor
+        for name, tensor in saved.state_dict.items()
+        if name in own and own[name].shape == tensor.shape
+    }
     name = recipe.generator.name
     is_whole = len(tensors) == len(own) == len(saved.state_dict)
     if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
         lacking = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
-        raise UserError(f"start: {file} is of {saved.name} x{saved.scale} {saved.params}, which does not fit {name} "
-                        f"x{recipe.scale} {recipe.generator.params}" + (f" (tensor {lacking!r})" if lacking else ""))
+        raise UserError(
+            f"start: {file} is of {saved.name} x{saved.scale} {saved.params}, which does not fit "
+            f"{name} "
+            f"x{recipe.scale} {recipe.generator.params}"
+            + (f" (tensor {lacking!r})" if lacking else "")
+        )
     generator.load_state_dict({**own, **tensors})
     of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
     other = _other_params(name, saved.params, recipe.generator.params)
@@ -46,29 +58,55 @@ def begin_with(generator: nn.Module, plan: Plan) -> str:
 
 
 def begin_discriminator(network: nn.Module, start: str, plan: Plan) -> str:
-    """Give a discriminator the newest weights of a run's, as far as shapes agree. Returns what was done, for people."""
+    """Give a discriminator the newest weights of a run's, as far as shapes agree. Returns what was
+    done, for people."""
     folder = plan.previous if start == "previous" else newest_stage(Path(start).expanduser())
     if folder is None:
-        raise UserError("adversarial.start: previous, but this run has no stage before; name a run folder")
+        raise UserError(
+            "adversarial.start: previous, but this run has no stage before; name a run folder"
+        )
     checkpoint_folder = checkpoint_dir(folder, choose_step(folder, "newest"))
     try:
         found = read_module(checkpoint_folder, "discriminator")
     except OSError as error:
-        raise UserError(f"adversarial.start: {short_path(checkpoint_folder)} holds no discriminator; name the folder "
-                        "of a GAN's run, or leave it out") from error
+        raise UserError(
+            f"adversarial.start: {short_path(checkpoint_folder)} holds no discriminator; name the "
+            "folder "
+            "of a GAN's run, or leave it out"
+        ) from error
     own = network.state_dict()
-    tensors = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if name in own and own[name].shape == tensor.shape
+    }
     if not any(name in tensors for name, _ in network.named_parameters()):
-        raise UserError(f"adversarial.start: the discriminator in {short_path(checkpoint_folder)} is another one; "
-                        "leave it out, or choose that one with adversarial.discriminator")
+        raise UserError(
+            f"adversarial.start: the discriminator in {short_path(checkpoint_folder)} is another "
+            "one; "
+            "leave it out, or choose that one with adversarial.discriminator"
+        )
     network.load_state_dict({**own, **tensors})
-    return f"its discriminator begins with {len(tensors)} of {len(own)} tensors of {short_path(checkpoint_folder)}"
+    return (
+        f"its discriminator begins with {len(tensors)} of {len(own)} tensors of "
+        f"{short_path(checkpoint_folder)}"
+    )
 
 
 def _other_params(name: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`["colour_space rgb, here ycbcr", …]`: what no tensor's shape tells, but changes the output."""
+    """`["colour_space rgb, here ycbcr", …]`: what no tensor's shape tells, but changes the
+    output."""
     signature = inspect.signature(GENERATORS[name]).parameters.values()
-    usual = {"colour_space": "rgb", **{parameter.name: parameter.default for parameter in signature}}
-    pairs = {key: [params.get(key, usual.get(key, "unset")) for params in (there, here)] for key in {**there, **here}}
-    return [f"{key} {first}, here {second}" for key, (first, second) in pairs.items()
-            if first != second and None not in (first, second)]
+    usual = {
+        "colour_space": "rgb",
+        **{parameter.name: parameter.default for parameter in signature},
+    }
+    pairs = {
+        key: [params.get(key, usual.get(key, "unset")) for params in (there, here)]
+        for key in {**there, **here}
+    }
+    return [
+        f"{key} {first}, here {second}"
+        for key, (first, second) in pairs.items()
+        if first != second and None not in (first, second)
+    ]

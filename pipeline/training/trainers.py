@@ -33,9 +33,19 @@ class ReconstructionTrainer:
 
     uses_cuda_graphs = False  # they must be told where a step begins
 
-    def __init__(self, generator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
-                 memory_format: torch.memory_format = torch.contiguous_format) -> None:
-        self.generator, self.criterion, self.ema, self.memory_format = generator, criterion, ema, memory_format
+    def __init__(
+        self,
+        generator: Engine,
+        criterion: Criterion,
+        ema: ExponentialMovingAverage,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.generator, self.criterion, self.ema, self.memory_format = (
+            generator,
+            criterion,
+            ema,
+            memory_format,
+        )
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -63,21 +73,41 @@ class ReconstructionTrainer:
 
 
 class AdversarialTrainer:
-    """First the generator learns from its losses and the discriminator as it stands, then the discriminator.
+    """First the generator learns from its losses and the discriminator as it stands, then the
+    discriminator.
 
-    The generator's gradient flows through the discriminator's module with its weights switched off, never through its
-    engine: nothing of the discriminator changes in the generator's part. The discriminator sees the output detached.
-    Each engine scales its own FP16 loss and skips its own overflows.
+    The generator's gradient flows through the discriminator's module with its weights switched off,
+    never through its engine: nothing of the discriminator changes in the generator's part. The
+    discriminator sees the output detached. Each engine scales its own FP16 loss and skips its own
+    overflows.
     """
 
     uses_cuda_graphs = False  # they must be told where a step begins
 
-    def __init__(self, generator: Engine, discriminator: Engine, criterion: Criterion, ema: ExponentialMovingAverage,
-                 spec: AdversarialSpec, memory_format: torch.memory_format = torch.contiguous_format) -> None:
-        self.generator, self.discriminator, self.criterion, self.ema = generator, discriminator, criterion, ema
-        self.spec, self.loss, self.memory_format = spec, ADVERSARIAL_LOSSES[spec.loss], memory_format
+    def __init__(
+        self,
+        generator: Engine,
+        discriminator: Engine,
+        criterion: Criterion,
+        ema: ExponentialMovingAverage,
+        spec: AdversarialSpec,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.generator, self.discriminator, self.criterion, self.ema = (
+            generator,
+            discriminator,
+            criterion,
+            ema,
+        )
+        self.spec, self.loss, self.memory_format = (
+            spec,
+            ADVERSARIAL_LOSSES[spec.loss],
+            memory_format,
+        )
         self._noise = 0.0  # standard deviation of the instance noise, at this step
-        self.logits: dict[str, Tensor] = {}  # the last micro-batch's, of the discriminator's own part
+        self.logits: dict[
+            str, Tensor
+        ] = {}  # the last micro-batch's, of the discriminator's own part
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -86,7 +116,10 @@ class AdversarialTrainer:
 
     def learners(self, number: int) -> list[Engine]:
         """The engines that learn in update `number` of the run."""
-        turns = ((self.generator, self.spec.generator_every), (self.discriminator, self.spec.discriminator_every))
+        turns = (
+            (self.generator, self.spec.generator_every),
+            (self.discriminator, self.spec.discriminator_every),
+        )
         return [engine for engine, every in turns if number % every == 0]
 
     def step(self, batch: Batch, number: int) -> StepResult:
@@ -126,8 +159,11 @@ class AdversarialTrainer:
         loss = discriminator_loss(self.loss, real, fake, draw_labels(self.spec.labels, real))
         backward_and_step(self.discriminator, loss)
         self.logits = {"real": real.detach(), "fake": fake.detach()}
-        return {"discriminator": loss.detach(), "d_real": self.logits["real"].mean(),
-                "d_fake": self.logits["fake"].mean()}
+        return {
+            "discriminator": loss.detach(),
+            "d_real": self.logits["real"].mean(),
+            "d_fake": self.logits["fake"].mean(),
+        }
 
     def _judge(self, discriminator: Any, images: Tensor) -> Tensor:
         """Float32 logits of float images in [0, 1], with the instance noise of this step.
@@ -140,6 +176,7 @@ class AdversarialTrainer:
 
 
 def _colour_drift(sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-    """How much lighter SR is than HR in each channel, in levels of 255, mean over the micro-batch."""
+    """How much lighter SR is than HR in each channel, in levels of 255, mean over the
+    micro-batch."""
     drift = (sr - hr).mean(dim=(0, 2, 3)) * 255
     return {f"colour_drift_{name}": drift[i] for i, name in enumerate(("red", "green", "blue"))}

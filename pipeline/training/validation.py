@@ -1,4 +1,5 @@
-"""The scores of the network in training on the validation list, the same for any number of ranks."""
+"""The scores of the network in training on the validation list, the same for any number of
+ranks."""
 
 from __future__ import annotations
 
@@ -32,18 +33,25 @@ class ValidationPair(NamedTuple):
 
 
 def validation_measures(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
-    """What a validation measures: PSNR-Y, the metrics whose trunk the recipe names, and that of `best`.
+    """What a validation measures: PSNR-Y, the metrics whose trunk the recipe names, and that of
+    `best`.
 
     `UserError` for a trunk's weights that are not there or do not fit.
     """
-    trunks = {} if recipe.validation_lpips == "off" else {
-        "lpips": Trunk(recipe.validation_lpips, recipe.lpips_weights)}
+    trunks = (
+        {}
+        if recipe.validation_lpips == "off"
+        else {"lpips": Trunk(recipe.validation_lpips, recipe.lpips_weights)}
+    )
     wanted = {"psnr_y", *trunks, metric_of(recipe.best.metric).name}
-    return load_measures([metric for name, metric in METRICS.items() if name in wanted], trunks, device)
+    return load_measures(
+        [metric for name, metric in METRICS.items() if name in wanted], trunks, device
+    )
 
 
 def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: BestSpec) -> bool:
-    """Whether the scores `new` are to be preferred to the `best` so far, after the recipe's rule."""
+    """Whether the scores `new` are to be preferred to the `best` so far, after the recipe's
+    rule."""
     if best is None:
         return True
     metric, psnr_y = metric_of(spec.metric), METRICS["psnr_y"]
@@ -58,22 +66,36 @@ def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: 
 
 
 class ValidationSet:
-    """This rank's share of the validation images: every `world_size`-th, whole, with LR made or read as in training.
+    """This rank's share of the validation images: every `world_size`-th, whole, with LR made or
+    read as in training.
 
     Raises `UserError` naming a file that cannot be read or is too small.
     """
 
-    def __init__(self, images: Sequence[Image], recipe: Recipe, ranks: Ranks,
-                 memory_format: torch.memory_format = torch.contiguous_format) -> None:
+    def __init__(
+        self,
+        images: Sequence[Image],
+        recipe: Recipe,
+        ranks: Ranks,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         limit = recipe.validation_images
-        numbers = range(len(images)) if len(images) <= limit else [i * len(images) // limit for i in range(limit)]
+        numbers = (
+            range(len(images))
+            if len(images) <= limit
+            else [i * len(images) // limit for i in range(limit)]
+        )
         self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
         self.ranks, self.memory_format = ranks, memory_format
-        self._images = [(number, images[number]) for number in numbers[ranks.rank::ranks.world_size]]
+        self._images = [
+            (number, images[number]) for number in numbers[ranks.rank :: ranks.world_size]
+        ]
         self._measures = validation_measures(recipe, ranks.device)
         self._kept: dict[int, ValidationPair] = {}
         room = KEPT_BYTES
-        for place in range(len(self._images)):  # all are read once, so that a bad one shows now and not in the night
+        for place in range(
+            len(self._images)
+        ):  # all are read once, so that a bad one shows now and not in the night
             pair = self.pair(place)
             room -= pair.hr.numel() + pair.lr.numel()
             if room > 0:
@@ -94,19 +116,27 @@ class ValidationSet:
         for metric, _, smallest in self._measures:
             if min(height, width) < smallest + 2 * self.scale:
                 trunk = getattr(self.recipe, f"validation_{metric.name}", "")
-                option = f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
-                raise UserError(f"{image.path}: {height}x{width} is too small for {option}, which takes {smallest} "
-                                f"pixels within borders of {self.scale}; take it off the validation list, or say "
-                                f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}")
+                option = (
+                    f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
+                )
+                raise UserError(
+                    f"{image.path}: {height}x{width} is too small for {option}, which takes "
+                    f"{smallest} "
+                    f"pixels within borders of {self.scale}; take it off the validation list, or "
+                    "say "
+                    f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}"
+                )
         return pair
 
     @torch.inference_mode()
-    def measure(self, network: nn.Module,
-                go_on: Callable[[int, int], bool] = lambda done, share: True) -> dict[str, float] | None:
-        """Mean scores of `network` over all ranks' images, by metric; borders of `scale` pixels are cut off.
+    def measure(
+        self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True
+    ) -> dict[str, float] | None:
+        """Mean scores of `network` over all ranks' images, by metric; borders of `scale` pixels are
+        cut off.
 
-        Before each image of this rank's share `go_on(images done, share)` is asked; None if some rank's said no. All
-        ranks call it together.
+        Before each image of this rank's share `go_on(images done, share)` is asked; None if some
+        rank's said no. All ranks call it together.
         """
         scores: list[dict[str, float]] | None = []
         for place in range(len(self)):
@@ -118,11 +148,13 @@ class ValidationSet:
         shares = self.ranks.gather(scores)
         if any(share is None for share in shares):
             return None
-        # In the order of the list, so that rounding does not depend on how the images were shared out.
+        # In the order of the list, so that rounding does not depend on how the images were shared
+        # out.
         return means([shares[i % len(shares)][i // len(shares)] for i in range(self.count)])
 
     def score(self, sr: Tensor, pair: ValidationPair) -> dict[str, float]:
-        """The scores of one image; infinite ones are limited, because they would make the mean infinite."""
+        """The scores of one image; infinite ones are limited, because they would make the mean
+        infinite."""
         scores = measure(sr, pair.hr.to(sr.device), self.scale, self._measures)
         return {name: METRICS[name].limited(value) for name, value in scores.items()}
 
@@ -149,16 +181,22 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
         way_out = way_out or "select again after `python tools/check_training_data.py --clean`"
-        raise UserError(f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale {scale}; "
-                        f"{way_out}")
+        raise UserError(
+            f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale "
+            f"{scale}; "
+            f"{way_out}"
+        )
     pixels = np.ascontiguousarray(pixels[:height, :width])
     if image.lr_path is None:
         lr = low_resolution(pixels, recipe.data.degradation, scale, seed=recipe.seed, number=number)
     else:
         lr = _read(image.lr_path)
         if lr.shape[:2] != (height // scale, width // scale):
-            raise UserError(f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of {height}x{width}, the "
-                            f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`")
+            raise UserError(
+                f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of "
+                f"{height}x{width}, the "
+                f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`"
+            )
     return ValidationPair(image.name, to_tensor(pixels), to_tensor(lr))
 
 
@@ -166,10 +204,12 @@ def _read(path: str) -> np.ndarray:
     """HWC bytes, by the decoder that training uses."""
     if is_npy(path):
         layout = npy_layout(path)
-        return np.fromfile(path, np.uint8, offset=layout.offset).reshape(layout.height, layout.width, 3)
+        return np.fromfile(path, np.uint8, offset=layout.offset).reshape(
+            layout.height, layout.width, 3
+        )
     decoder = HostDecoder(threads=1, batch=1)
     try:
-        image, = decoder.decode([path])
+        (image,) = decoder.decode([path])
     finally:
         decoder.close()
     if isinstance(image, BadFileError):

@@ -20,11 +20,20 @@ def _measure(folder: str) -> list[Any]:
 
     def watched(aside: Path, final: Path, *arguments: Any) -> None:
         commit(aside, final, *arguments)
-        found.append(damage(checkpoint_dir(final.parents[1], int(final.name.removeprefix("step-")))))
+        found.append(
+            damage(checkpoint_dir(final.parents[1], int(final.name.removeprefix("step-"))))
+        )
 
     saving._commit = watched
-    options = Options(("num_features=4", "num_blocks=1"), network="srresnet", scale=2, patch=8, rounds=2,
-                      folder=Path(folder), json=Path(folder) / "out.json")
+    options = Options(
+        ("num_features=4", "num_blocks=1"),
+        network="srresnet",
+        scale=2,
+        patch=8,
+        rounds=2,
+        folder=Path(folder),
+        json=Path(folder) / "out.json",
+    )
     return [main(options), found]
 
 
@@ -32,14 +41,27 @@ def test_every_way_is_measured_in_turns(tmp_path: Path) -> None:
     assert in_ranks(_measure, tmp_path / "ranks", 1, str(tmp_path)) == [[0, [""] * 6]]
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(len(row["stalls"]), len(row["steps"])) for row in report["rows"]] == [(2, 2)] * 3
-    assert all(seconds > 0 for row in report["rows"] for seconds in row["stalls"] + row["cpu"] + row["steps"])
+    assert all(
+        seconds > 0
+        for row in report["rows"]
+        for seconds in row["stalls"] + row["cpu"] + row["steps"]
+    )
     assert report["bytes"] > 4 * 4 * report["parameters"]
-    assert {path.name for path in tmp_path.iterdir()} == {"ranks", "out.json"}  # nothing of what was saved is left
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ranks",
+        "out.json",
+    }  # nothing of what was saved is left
     assert "a checkpoint of 0 MB" in (tmp_path / "ranks" / "0.output").read_text()
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    table = _table([Row("first", [2.0, 4.0, 8.0], [1.0, 1.0, 2.0], [1.0]),
-                    Row("other", [1.0, 1.0, 4.0], [0.5, 0.25, 0.5], [0.5])])
-    assert table.splitlines()[2:] == ["| first | 4000 | 2000 to 8000 | 1.000 | 1000 | 1.000 | 1000 |",
-                                      "| other | 1000 | 1000 to 4000 | 0.500 | 500 | 0.250 | 500 |"]
+    table = _table(
+        [
+            Row("first", [2.0, 4.0, 8.0], [1.0, 1.0, 2.0], [1.0]),
+            Row("other", [1.0, 1.0, 4.0], [0.5, 0.25, 0.5], [0.5]),
+        ]
+    )
+    assert table.splitlines()[2:] == [
+        "| first | 4000 | 2000 to 8000 | 1.000 | 1000 | 1.000 | 1000 |",
+        "| other | 1000 | 1000 to 4000 | 0.500 | 500 | 0.250 | 500 |",
+    ]

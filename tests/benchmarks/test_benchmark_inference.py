@@ -28,9 +28,31 @@ def weights(tmp_path, monkeypatch):
 def test_every_way_is_measured_and_compared(weights, tmp_path, capsys):
     other = tiny_saved(5)
     (tmp_path / "other.onnx").write_bytes(convert(other, other.build(), Form()))
-    ways = ("eager", "channels-last", "bf16", "fp16", "onnx", "onnx-fp16", "onnx-int8", "openvino", "openvino-int8")
-    assert inference.main(Options(model=weights, size="24x32", rounds=2, ways=ways, files=(tmp_path / "other.onnx",),
-                                  device="cpu", json=tmp_path / "out.json")) == 0
+    ways = (
+        "eager",
+        "channels-last",
+        "bf16",
+        "fp16",
+        "onnx",
+        "onnx-fp16",
+        "onnx-int8",
+        "openvino",
+        "openvino-int8",
+    )
+    assert (
+        inference.main(
+            Options(
+                model=weights,
+                size="24x32",
+                rounds=2,
+                ways=ways,
+                files=(tmp_path / "other.onnx",),
+                device="cpu",
+                json=tmp_path / "out.json",
+            )
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == [*ways, "other.onnx"]
@@ -61,16 +83,24 @@ def test_threads_reach_pytorch_and_the_runtimes(weights, tmp_path, monkeypatch):
     assert seen == {"torch": 2, "runtimes": 2}
 
 
-@pytest.mark.parametrize(("change", "line"), [
-    ({"size": "24"}, "--size 24 is no HxW"), ({"size": "0x3"}, "--size 0x3 is no HxW"),
-    ({"ways": ("fast",)}, "no way 'fast'; choose from eager, "), ({"threads": 0}, "--threads and --rounds"),
-    ({"files": ("no.onnx",)}, "'no.onnx' of --files is no .onnx or .xml file that is there"),
-    ({"ways": ("openvino",), "device": "meta"}, "no device|runs on the CPU"),
-])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"size": "24"}, "--size 24 is no HxW"),
+        ({"size": "0x3"}, "--size 0x3 is no HxW"),
+        ({"ways": ("fast",)}, "no way 'fast'; choose from eager, "),
+        ({"threads": 0}, "--threads and --rounds"),
+        ({"files": ("no.onnx",)}, "'no.onnx' of --files is no .onnx or .xml file that is there"),
+        ({"ways": ("openvino",), "device": "meta"}, "no device|runs on the CPU"),
+    ],
+)
 def test_bad_options_are_refused(weights, change, line):
     from pathlib import Path
 
-    change = {name: tuple(map(Path, value)) if name == "files" else value for name, value in change.items()}
+    change = {
+        name: tuple(map(Path, value)) if name == "files" else value
+        for name, value in change.items()
+    }
     with pytest.raises(UserError, match=line):
         inference.main(Options(model=weights, **{"device": "cpu", "size": "24x32", **change}))
 
@@ -78,17 +108,40 @@ def test_bad_options_are_refused(weights, change, line):
 def test_a_file_of_another_scale_is_refused(weights, tmp_path):
     other = tiny_saved(5, scale=4)
     (tmp_path / "x4.onnx").write_bytes(convert(other, other.build(), Form()))
-    with pytest.raises(UserError, match=r"x4.onnx makes \(1, 3, 96, 128\), where the model makes \(1, 3, 48, 64\)"):
-        inference.main(Options(model=weights, size="24x32", ways=("eager",), files=(tmp_path / "x4.onnx",),
-                               device="cpu"))
+    with pytest.raises(
+        UserError, match=r"x4.onnx makes \(1, 3, 96, 128\), where the model makes \(1, 3, 48, 64\)"
+    ):
+        inference.main(
+            Options(
+                model=weights,
+                size="24x32",
+                ways=("eager",),
+                files=(tmp_path / "x4.onnx",),
+                device="cpu",
+            )
+        )
 
 
-def test_whole_commands_over_a_folder_make_the_same_pictures(weights, tmp_path, capsys, monkeypatch):
+def test_whole_commands_over_a_folder_make_the_same_pictures(
+    weights, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_images(tmp_path / "lr", {f"{index}.png": picture(20 + index, 31, index) for index in range(2)})
+    write_images(
+        tmp_path / "lr", {f"{index}.png": picture(20 + index, 31, index) for index in range(2)}
+    )
     commands = ("tile-loop", "bare-onnx", "onnx")
-    assert inference.main(Options(model=weights, rounds=1, ways=commands, folder=tmp_path / "lr",
-                                  json=tmp_path / "out.json")) == 0
+    assert (
+        inference.main(
+            Options(
+                model=weights,
+                rounds=1,
+                ways=commands,
+                folder=tmp_path / "lr",
+                json=tmp_path / "out.json",
+            )
+        )
+        == 0
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert list(rows) == [*commands]
     assert (rows["tile-loop"]["ratio"], rows["tile-loop"]["psnr"]) == (1.0, None)
@@ -101,13 +154,22 @@ def test_whole_commands_over_a_folder_make_the_same_pictures(weights, tmp_path, 
 
 def test_a_tile_loop_joins_its_pieces(monkeypatch):
     monkeypatch.setattr(inference_loops, "LARGEST_TILE", 50)
-    monkeypatch.setattr(inference_loops, "by_torch", lambda model: lambda image: image.repeat(2, 0).repeat(2, 1))
+    monkeypatch.setattr(
+        inference_loops, "by_torch", lambda model: lambda image: image.repeat(2, 0).repeat(2, 1)
+    )
     image = picture(170, 90, 0).astype(np.float32) / 255
-    np.testing.assert_array_equal(inference_loops.by_tiles("")(image), image.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(
+        inference_loops.by_tiles("")(image), image.repeat(2, 0).repeat(2, 1)
+    )
 
 
-@pytest.mark.parametrize(("change", "line"), [({"ways": ("eager",)}, "no way 'eager'; choose from bare-onnx, "),
-                                              ({}, "no .png pictures in '.*' of --folder")])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"ways": ("eager",)}, "no way 'eager'; choose from bare-onnx, "),
+        ({}, "no .png pictures in '.*' of --folder"),
+    ],
+)
 def test_a_folder_that_cannot_be_measured_is_refused(weights, tmp_path, change, line):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=line):
@@ -119,6 +181,9 @@ def test_png_levels_are_measured_beside_libpng(tmp_path, capsys):
     assert inference.main(Options(png=tmp_path, rounds=1)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines[2:]] == [
-        "libpng, level 6", "OpenCV", *(f"--png-level {level}" for level in range(1, 13))]
+        "libpng, level 6",
+        "OpenCV",
+        *(f"--png-level {level}" for level in range(1, 13)),
+    ]
     assert float(lines[2].split()[-1]) == 1.0
     assert all(float(line.split()[-2]) > 1 for line in lines[2:])

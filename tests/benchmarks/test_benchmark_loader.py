@@ -1,4 +1,5 @@
-"""What benchmarks/loader.py compares delivers the same kind of batches, cut out of the same images."""
+"""What benchmarks/loader.py compares delivers the same kind of batches, cut out of the same
+images."""
 
 from __future__ import annotations
 
@@ -40,8 +41,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 @pytest.fixture(scope="module")
 def batches(setting: Setting) -> Batches:
     """The first batch of each way; that of torch from a process of its own, since it forks."""
-    return {name: loader._in_child(loader.first_batch, way, setting) if name == TORCH_PNG
-            else loader.first_batch(way, setting) for name, way in WAYS.items()}
+    return {
+        name: loader._in_child(loader.first_batch, way, setting)
+        if name == TORCH_PNG
+        else loader.first_batch(way, setting)
+        for name, way in WAYS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +61,9 @@ def place(crop: np.ndarray, images: list[np.ndarray]) -> tuple[int, int, int, in
         turned = np.rot90(crop, symmetry % 4)
         turned = turned[:, ::-1] if symmetry >= 4 else turned
         for i, image in enumerate(images):
-            starts = image[:image.shape[0] - side + 1, :image.shape[1] - side + 1]
+            starts = image[: image.shape[0] - side + 1, : image.shape[1] - side + 1]
             for top, left in np.argwhere((starts == turned[0, 0]).all(2)):
-                if np.array_equal(image[top:top + side, left:left + side], turned):
+                if np.array_equal(image[top : top + side, left : left + side], turned):
                     return i, int(top), int(left), symmetry
     return None
 
@@ -73,18 +78,22 @@ def test_the_three_folders_hold_the_same_images(setting: Setting) -> None:
         image = np.load(npy)
         assert image.shape == (SIZE, SIZE, 3)
         np.testing.assert_array_equal(cv2.imread(str(png))[..., ::-1], image)
-        reference = loader._cubic_lr(image.transpose(2, 0, 1)[None], 2)[0].transpose(1, 2, 0).clip(0, 255)
+        reference = (
+            loader._cubic_lr(image.transpose(2, 0, 1)[None], 2)[0].transpose(1, 2, 0).clip(0, 255)
+        )
         assert abs(cv2.imread(str(lr))[..., ::-1] - reference).max() < 0.501
 
 
-def test_all_ways_deliver_the_same_shapes_and_the_cubic_of_their_hr(setting: Setting, batches: Batches,
-                                                                    tried: Batches) -> None:
+def test_all_ways_deliver_the_same_shapes_and_the_cubic_of_their_hr(
+    setting: Setting, batches: Batches, tried: Batches
+) -> None:
     loader.check(batches, WAYS, setting)
     loader.check(tried, OPERATORS, setting)
 
 
 def test_nothing_of_dalis_is_left_when_a_way_has_ended(setting: Setting) -> None:
     """Its threads would be alive when the child ends, which aborts it now and then."""
+
     def pipelines() -> int:
         return sum(type(kept) is Pipeline for kept in gc.get_objects())
 
@@ -100,7 +109,9 @@ def test_nothing_of_dalis_is_left_when_a_way_has_ended(setting: Setting) -> None
 
 
 @pytest.mark.parametrize("spoil", ["shape", "levels", "bytes", "host"])
-def test_the_check_refuses_what_is_not_comparable(setting: Setting, batches: Batches, spoil: str) -> None:
+def test_the_check_refuses_what_is_not_comparable(
+    setting: Setting, batches: Batches, spoil: str
+) -> None:
     spoiled = {name: [array.copy() for array in batch] for name, batch in batches.items()}
     if spoil == "shape":
         spoiled[DALI_PNG][1] = spoiled[DALI_PNG][1][..., :-1]
@@ -147,17 +158,29 @@ def test_torch_pairs_lie_at_the_same_place(setting: Setting, batches: Batches) -
 
 
 def test_what_was_tried_changes_the_cost_and_not_the_pixels(tried: Batches) -> None:
-    for name in ("files mapped, the maps kept", "files mapped anew", "np.load of whole files",
-                 "HR turned by DALI", "... and cut out by DALI", "flips and a transpose", "prefetch 1", "one thread"):
+    for name in (
+        "files mapped, the maps kept",
+        "files mapped anew",
+        "np.load of whole files",
+        "HR turned by DALI",
+        "... and cut out by DALI",
+        "flips and a transpose",
+        "prefetch 1",
+        "one thread",
+    ):
         for one, other in zip(tried[name], tried[OURS], strict=True):
             np.testing.assert_array_equal(one, other)
     assert len(tried["without LR"]) == 1
     np.testing.assert_array_equal(tried["without LR"][0], tried[OURS][0])
-    for name, twin in (("rotate", "rotate, nearest pixel"),
-                       ("the margin cut off LR, not left out", OURS),
-                       ("... of CHW, after the transpose", "LR without the margin")):
+    for name, twin in (
+        ("rotate", "rotate, nearest pixel"),
+        ("the margin cut off LR, not left out", OURS),
+        ("... of CHW, after the transpose", "LR without the margin"),
+    ):
         np.testing.assert_array_equal(tried[name][0], tried[twin][0])
-        assert abs(tried[name][1].astype(int) - tried[twin][1]).max() <= 1  # the order of the two passes is another
+        assert (
+            abs(tried[name][1].astype(int) - tried[twin][1]).max() <= 1
+        )  # the order of the two passes is another
 
 
 def _burn(pipe: Connection) -> None:
@@ -174,7 +197,9 @@ def test_the_cpu_time_of_children_counts_while_they_run() -> None:
     child = context.Process(target=_burn, args=(there,))
     child.start()
     assert here.recv() == "done"
-    assert loader._cpu_seconds() - time.process_time() - before > 0.27  # the kernel's clock ticks every 10 ms
+    assert (
+        loader._cpu_seconds() - time.process_time() - before > 0.27
+    )  # the kernel's clock ticks every 10 ms
     here.send("end")
     child.join()
     assert loader._cpu_seconds() - time.process_time() - before > 0.27
@@ -201,9 +226,17 @@ def test_too_small_photographs_are_refused(tmp_path: Path) -> None:
         loader.cut_photographs([tmp_path], Setting(tmp_path / "out", CROP, 2, 4, 1), SIZE, 10)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"scale": 3}, "--scale 3: must be 2, 4 or 8"), ({"batch": 0}, "--batch must be at least 1"),
-    ({"only": ("nothing",)}, "--only nothing: no way has that in its name; there are: this loader, npy, ")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"scale": 3}, "--scale 3: must be 2, 4 or 8"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        (
+            {"only": ("nothing",)},
+            "--only nothing: no way has that in its name; there are: this loader, npy, ",
+        ),
+    ],
+)
 def test_wrong_options_are_refused(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         loader.main(loader.Options((tmp_path,), **wrong))

@@ -39,9 +39,9 @@ def mutate(folder: Path, draw: random.Random) -> str:
     elif how == "append":
         content += b"x"
     elif how == "zero":
-        old = bytes(content[where:where + 64])
-        content[where:where + 64] = bytes(len(old))
-        if bytes(content[where:where + 64]) == old:
+        old = bytes(content[where : where + 64])
+        content[where : where + 64] = bytes(len(old))
+        if bytes(content[where : where + 64]) == old:
             content[where] ^= 1
     if how == "delete":
         path.unlink()
@@ -60,8 +60,8 @@ def test_every_mutation_is_detected(trained: Path, tmp_path: Path) -> None:
         copy = tmp_path / str(number)
         shutil.copytree(whole, copy)
         how = mutate(copy, draw)
-        # A flip within the manifest's text about the run (not about files) damages no file of the checkpoint; it is
-        # seen as a difference of identity, or it is white space.
+        # A flip within the manifest's text about the run (not about files) damages no file of the
+        # checkpoint; it is seen as a difference of identity, or it is white space.
         harmless = "MANIFEST" in how and _files(copy) == json.loads(manifest_bytes)["files"]
         if not damage(copy) and not harmless:
             unseen.append(how)
@@ -76,7 +76,9 @@ def _files(folder: Path) -> object:
         return None
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trained: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    trained: Path, dataset: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     file = next(checkpoint_dir(run_dir, 6).rglob("*model_states.pt"))
@@ -85,15 +87,21 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trained: Path,
     file.write_bytes(content)
     done = run(command(dataset, run_dir, "steps=6", "keep=9"))
     assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 6 is damaged (generator/mp_rank_00_model_states.pt has changed" in done.stdout
+    assert (
+        "checkpoint of step 6 is damaged (generator/mp_rank_00_model_states.pt has changed"
+        in done.stdout
+    )
     assert "continuing from step 4 of 6" in done.stdout
     assert damage(checkpoint_dir(run_dir, 6)) == ""  # written again, whole
     for name in ("generator.safetensors", "generator_ema.safetensors"):
-        assert ((checkpoint_dir(run_dir, 6) / name).read_bytes()
-                == (checkpoint_dir(trained, 6) / name).read_bytes())
+        assert (checkpoint_dir(run_dir, 6) / name).read_bytes() == (
+            checkpoint_dir(trained, 6) / name
+        ).read_bytes()
 
 
-def test_when_all_are_damaged_nothing_is_trained_over_them(trained: Path, dataset: Path, tmp_path: Path) -> None:
+def test_when_all_are_damaged_nothing_is_trained_over_them(
+    trained: Path, dataset: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     for step in (3, 4, 6):
@@ -120,12 +128,21 @@ def test_a_full_disk_costs_no_checkpoint_that_was_made(dataset: Path, tmp_path: 
     """Files are limited to 60 kB, as a full disk would: the engine's is larger than that."""
     run_dir = tmp_path / "run"
     assert run(command(dataset, run_dir, "steps=3")).returncode == 0
-    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 60; exec "$@"', "limited",
-               *command(dataset, run_dir, "steps=5", "save_every=1", "generator.num_features=8")]
+    limited = [
+        "bash",
+        "-c",
+        'trap "" XFSZ; ulimit -f 60; exec "$@"',
+        "limited",
+        *command(dataset, run_dir, "steps=5", "save_every=1", "generator.num_features=8"),
+    ]
     done = run(limited)
     assert done.returncode == 1
     assert "warning: the checkpoint of step 4 could not be written" in done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith("error: the checkpoint of step 5 could not be written")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: the checkpoint of step 5 could not be written")
+    )
     assert checkpoint_steps(run_dir) == [3]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
     resumed = run(command(dataset, run_dir, "steps=5"))
@@ -133,7 +150,9 @@ def test_a_full_disk_costs_no_checkpoint_that_was_made(dataset: Path, tmp_path: 
     assert "continuing from step 3 of 5" in resumed.stdout
 
 
-def test_a_checkpoint_with_code_in_it_is_not_run(trained: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_code_in_it_is_not_run(
+    trained: Path, dataset: Path, tmp_path: Path
+) -> None:
     import hashlib
     import pickle
 
@@ -149,7 +168,9 @@ def test_a_checkpoint_with_code_in_it_is_not_run(trained: Path, dataset: Path, t
     file.write_bytes(pickle.dumps({"module": Payload()}))
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"][file.relative_to(folder).as_posix()] = {
-        "size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        "size": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     done = run(command(dataset, run_dir, "steps=8"))
     assert done.returncode != 0

@@ -1,4 +1,5 @@
-"""A finished run says so from its checkpoint, without torch; whatever is not certain goes the usual way."""
+"""A finished run says so from its checkpoint, without torch; whatever is not certain goes the usual
+way."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from pipeline.training.options import TrainOptions, make_plans
 from pipeline.training.saved_run import says_finished
 
-LINE = ("nothing left to do: this run is finished at step 3 of 3 (--reset starts afresh; for a longer one say steps=N, "
-        "or --patience N)")
+LINE = (
+    "nothing left to do: this run is finished at step 3 of 3 (--reset starts afresh; for a longer "
+    "one say steps=N, "
+    "or --patience N)"
+)
 HEAVY = ("torch", "deepspeed", "accelerate", "nvidia.dali", "cv2")
 
 
@@ -35,8 +39,13 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def options(dataset: Path, run_dir: Path, *overrides: str, **changes: object) -> TrainOptions:
-    return TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=(dataset,), output_dir=run_dir,
-                        **changes)
+    return TrainOptions(
+        overrides=(*SMALL, *overrides),
+        recipe="demo",
+        dataset_dir=(dataset,),
+        output_dir=run_dir,
+        **changes,
+    )
 
 
 def is_answered(dataset: Path, run_dir: Path, *overrides: str, **changes: object) -> bool:
@@ -44,24 +53,49 @@ def is_answered(dataset: Path, run_dir: Path, *overrides: str, **changes: object
 
 
 @pytest.mark.parametrize("script", ["launch/local.py", "train.py"])
-def test_it_is_said_without_importing_anything_heavy(dataset: Path, copy: Path, script: str) -> None:
+def test_it_is_said_without_importing_anything_heavy(
+    dataset: Path, copy: Path, script: str
+) -> None:
     """A real interpreter: the warm one has imported everything."""
-    arguments = ["--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir", str(copy), *SMALL, "steps=3"]
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), *arguments], env=environment(),
-                          capture_output=True, text=True, timeout=60, check=False)
+    arguments = [
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(copy),
+        *SMALL,
+        "steps=3",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / script), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{LINE}\n"
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert "pipeline.training.saved_run" in imported
     assert imported.isdisjoint(HEAVY)
     assert (copy / "run.log").read_text().splitlines()[-1].endswith(f"  {LINE}")
 
 
 def test_the_usual_way_says_the_same(dataset: Path, copy: Path) -> None:
-    assert LINE in train(dataset, copy, "steps=3").splitlines()  # `lives` begins behind the early answer
+    assert (
+        LINE in train(dataset, copy, "steps=3").splitlines()
+    )  # `lives` begins behind the early answer
 
 
-def test_a_run_with_steps_left_is_not_answered(dataset: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_steps_left_is_not_answered(
+    dataset: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert not is_answered(dataset, copy, "steps=4")
     assert not is_answered(dataset, copy, "steps=3", reset=True)
@@ -72,9 +106,14 @@ def test_a_run_with_steps_left_is_not_answered(dataset: Path, copy: Path, capsys
     assert not copy.with_name("new").exists()
 
 
-def test_several_ranks_and_supervised_ones_go_the_usual_way(dataset: Path, copy: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    for variables in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {"VASTSCALE_GUARDED": "1"}, {"RANK": "0"}):
+def test_several_ranks_and_supervised_ones_go_the_usual_way(
+    dataset: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variables in (
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"VASTSCALE_GUARDED": "1"},
+        {"RANK": "0"},
+    ):
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
@@ -84,7 +123,9 @@ def test_several_ranks_and_supervised_ones_go_the_usual_way(dataset: Path, copy:
 
 def test_another_run_is_refused_as_ever(dataset: Path, copy: Path) -> None:
     assert not is_answered(dataset, copy, "steps=3", "generator.num_features=12")
-    assert not is_answered(dataset, copy, "steps=3", "ds.bf16.enabled=true", "ds.fp16.enabled=false")
+    assert not is_answered(
+        dataset, copy, "steps=3", "ds.bf16.enabled=true", "ds.fp16.enabled=false"
+    )
     done = run(command(dataset, copy, "steps=3", "generator.num_features=12"))
     assert_one_line(done, "holds another run (step 3): generator.num_features", "--reset")
 
@@ -99,7 +140,9 @@ def test_damage_goes_the_usual_way(dataset: Path, copy: Path) -> None:
         content = (folder / name).read_bytes()
         for damaged in (content[:-3], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
             (folder / name).write_bytes(damaged)
-            if name != "MANIFEST.json" or damaged == content[:-3]:  # a bit of its text may be of no consequence
+            if (
+                name != "MANIFEST.json" or damaged == content[:-3]
+            ):  # a bit of its text may be of no consequence
                 assert not is_answered(dataset, copy, "steps=3")
         (folder / name).write_bytes(content)
     assert is_answered(dataset, copy, "steps=3")
@@ -112,9 +155,13 @@ def test_a_last_validation_that_is_missing_is_made(dataset: Path, copy: Path) ->
     assert not is_answered(dataset, copy, "steps=3")
 
 
-def test_of_stages_all_must_be_finished(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_stages_all_must_be_finished(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "staged.yaml"
-    recipe.write_text("base: demo\nstages:\n  one: {steps: 3}\n  two: {steps: 2, start: previous}\n")
+    recipe.write_text(
+        "base: demo\nstages:\n  one: {steps: 3}\n  two: {steps: 2, start: previous}\n"
+    )
     arguments = [*command(dataset, tmp_path / "run"), "--recipe", str(recipe)]
     done = run(arguments)
     assert done.returncode == 0, done.stderr
@@ -123,8 +170,10 @@ def test_of_stages_all_must_be_finished(dataset: Path, tmp_path: Path, capsys: p
     again.recipe = str(recipe)
     assert says_finished(make_plans(again))
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in said] == ["nothing left to do: stage one is finished at step 3 of 3",
-                                                      "nothing left to do: stage two is finished at step 2 of 2"]
+    assert [line.split(" (")[0] for line in said] == [
+        "nothing left to do: stage one is finished at step 3 of 3",
+        "nothing left to do: stage two is finished at step 2 of 2",
+    ]
     for stage in ("one", "two"):
         assert said.pop(0) in (tmp_path / "run" / stage / "run.log").read_text()
     (checkpoint_dir(tmp_path / "run" / "two", 2) / "MANIFEST.json").unlink()
@@ -132,11 +181,19 @@ def test_of_stages_all_must_be_finished(dataset: Path, tmp_path: Path, capsys: p
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("progress", "is_finished"), [
-    (Progress(step=10, validated_step=10), True), (Progress(step=10, validated_step=8), False),
-    (Progress(step=12, validated_step=12), True), (Progress(step=9, validated_step=9, stale_validations=2), False),
-    (Progress(step=9, validated_step=9, stale_validations=3), True), (Progress(), False),
-])
-def test_the_end_is_the_last_validation_or_the_patience(progress: Progress, is_finished: bool) -> None:
+@pytest.mark.parametrize(
+    ("progress", "is_finished"),
+    [
+        (Progress(step=10, validated_step=10), True),
+        (Progress(step=10, validated_step=8), False),
+        (Progress(step=12, validated_step=12), True),
+        (Progress(step=9, validated_step=9, stale_validations=2), False),
+        (Progress(step=9, validated_step=9, stale_validations=3), True),
+        (Progress(), False),
+    ],
+)
+def test_the_end_is_the_last_validation_or_the_patience(
+    progress: Progress, is_finished: bool
+) -> None:
     assert progress.is_finished(10, 3) == is_finished
     assert not progress.is_out_of_patience(0)

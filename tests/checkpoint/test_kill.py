@@ -36,7 +36,9 @@ def saves_under_way(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
-def wait_for_a_save(run_dir: Path, process: Fork, before: set[tuple[str, int]], delay: float) -> None:
+def wait_for_a_save(
+    run_dir: Path, process: Fork, before: set[tuple[str, int]], delay: float
+) -> None:
     """Return in the middle of a save, `delay` seconds after its folder has appeared."""
     deadline = time.monotonic() + 60
     while process.is_alive() and not saves_under_way(run_dir) - before:
@@ -51,7 +53,7 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
     run_dir, straight = tmp_path / "killed", tmp_path / "straight"
     while lives < KILLS:
         leftovers = saves_under_way(run_dir)
-        life, = start(dataset, run_dir, *OVERRIDES)
+        (life,) = start(dataset, run_dir, *OVERRIDES)
         if lives % 4 == 3:
             time.sleep(draw.uniform(0.0, 1.5))  # most likely before the first step
         else:
@@ -72,5 +74,7 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
     assert before > 0
     assert interrupted_saves >= 5
     train(dataset, run_dir, *OVERRIDES)
-    train(dataset, straight, *OVERRIDES, f"save_every={STEPS}")  # how often it saves does not change what it learns
+    train(
+        dataset, straight, *OVERRIDES, f"save_every={STEPS}"
+    )  # how often it saves does not change what it learns
     assert checkpoint_differences(straight, run_dir, STEPS) == []

@@ -1,4 +1,5 @@
-"""Checkpoints are written while training goes on: of the step that asked for them, in turn, and nothing is hidden."""
+"""Checkpoints are written while training goes on: of the step that asked for them, in turn, and
+nothing is hidden."""
 
 from __future__ import annotations
 
@@ -43,15 +44,23 @@ class PlainEngine:
     def save(self, directory: str, name: str, files: Any) -> None:
         folder = os.path.join(directory, name)
         if self._ranks.is_first:
-            files.save({"module": self.module.state_dict()}, os.path.join(folder, "mp_rank_00_model_states.pt"))
+            files.save(
+                {"module": self.module.state_dict()},
+                os.path.join(folder, "mp_rank_00_model_states.pt"),
+            )
         files.save({"moment": self.moment}, os.path.join(folder, f"shard-{self._ranks.rank}.pt"))
         self._ranks.gather(None)
 
 
 def contents_of(ranks: Ranks, *, sees_run_dir: bool = True) -> Contents:
     engine = PlainEngine(ranks)
-    return Contents({"generator": engine}, ExponentialMovingAverage(engine.module, 0.9),
-                    SavedNetwork("srresnet", 2, PARAMS, {}, {"recipe": "test"}), {"recipe": "test"}, sees_run_dir)
+    return Contents(
+        {"generator": engine},
+        ExponentialMovingAverage(engine.module, 0.9),
+        SavedNetwork("srresnet", 2, PARAMS, {}, {"recipe": "test"}),
+        {"recipe": "test"},
+        sees_run_dir,
+    )
 
 
 class Gate:
@@ -69,9 +78,14 @@ class Gate:
         monkeypatch.setattr(saving, name, gated)
 
 
-def test_the_bits_are_those_of_the_step_that_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_are_those_of_the_step_that_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, contents = Gate(monkeypatch, "_write_own_files"), contents_of(Ranks())
-    saver, progress = Saver(tmp_path, contents, 2, Ranks()), Progress(step=7, best_scores={"psnr_y": 20.0}, best_step=7)
+    saver, progress = (
+        Saver(tmp_path, contents, 2, Ranks()),
+        Progress(step=7, best_scores={"psnr_y": 20.0}, best_step=7),
+    )
     engine, ema = contents.engines["generator"], contents.ema
     weights = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     averaged = {name: tensor.clone() for name, tensor in ema.network.state_dict().items()}
@@ -91,7 +105,10 @@ def test_the_bits_are_those_of_the_step_that_asked(tmp_path: Path, monkeypatch: 
     assert saver.wait() is None
     folder = checkpoint_dir(tmp_path, 7)
     assert damage(folder) == ""
-    for file, expected in (("generator.safetensors", weights), ("generator_ema.safetensors", averaged)):
+    for file, expected in (
+        ("generator.safetensors", weights),
+        ("generator_ema.safetensors", averaged),
+    ):
         found = load_file(folder / file)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -122,12 +139,16 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     saver.begin(Progress(step=3, validated_step=3))  # measured since then
     assert saver.wait() is None
     assert read_progress(tmp_path, 3).validated_step == 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000003",
+    ]
 
 
 @pytest.mark.parametrize("place", ["_make_folders", "_write_own_files", "_commit"])
-def test_a_failure_is_told_once_and_the_next_save_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              place: str) -> None:
+def test_a_failure_is_told_once_and_the_next_save_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     saver = Saver(tmp_path, contents_of(Ranks()), 2, Ranks())
     saver.begin(Progress(step=1))
     assert saver.wait() is None
@@ -138,8 +159,9 @@ def test_a_failure_is_told_once_and_the_next_save_tries_again(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(saving, place, full)
         saver.begin(Progress(step=2))
-        assert str(saver.wait()) == ("the checkpoint of step 2 could not be written: [Errno 28] No space left on "
-                                     "device")
+        assert str(saver.wait()) == (
+            "the checkpoint of step 2 could not be written: [Errno 28] No space left on device"
+        )
     assert saver.wait() is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     saver.begin(Progress(step=3))
@@ -147,7 +169,9 @@ def test_a_failure_is_told_once_and_the_next_save_tries_again(tmp_path: Path, mo
     assert checkpoint_steps(tmp_path) == [1, 3]
 
 
-def test_a_host_without_memory_for_the_copy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_memory_for_the_copy_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = Saver(tmp_path, contents_of(Ranks()), 2, Ranks())
 
     def none(*_: Any) -> None:
@@ -155,14 +179,18 @@ def test_a_host_without_memory_for_the_copy_is_told(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.checkpoint.snapshot._huge_pages", none)
-        with pytest.raises(SaveError, match=r"of step 1 could not be written: .*Cannot allocate memory"):
+        with pytest.raises(
+            SaveError, match=r"of step 1 could not be written: .*Cannot allocate memory"
+        ):
             saver.begin(Progress(step=1))
     saver.begin(Progress(step=2))
     assert saver.wait() is None
     assert checkpoint_steps(tmp_path) == [2]
 
 
-def test_a_fault_of_the_program_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_is_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = Saver(tmp_path, contents_of(Ranks()), 2, Ranks())
 
     def wrong(*_: Any) -> None:
@@ -174,11 +202,13 @@ def test_a_fault_of_the_program_is_no_warning(tmp_path: Path, monkeypatch: pytes
         saver.wait()
 
 
-# --- Several ranks ----------------------------------------------------------------------------------------------------
+# --- Several ranks
+# --------------------------------------------------------------------------------------------------
 
 
 def _save_beside_collectives(run_dir: str, failing: int | None, blind: int | None) -> list[Any]:
-    """Save twice while the training threads talk to each other all the time; what each save and each talk said."""
+    """Save twice while the training threads talk to each other all the time; what each save and
+    each talk said."""
     ranks = start_distributed()
     contents = contents_of(ranks, sees_run_dir=ranks.rank != blind)
     saver, told, talks = Saver(Path(run_dir), contents, 5, ranks), [], []
@@ -197,16 +227,29 @@ def _save_beside_collectives(run_dir: str, failing: int | None, blind: int | Non
             talks.append(ranks.gather(f"{ranks.rank}-{number}"))
         failure = saver.wait()
         told.append(str(failure) if failure else "")
-    expected = [[f"{rank}-{number}" for rank in range(ranks.world_size)] for number in range(300)] * 2
+    expected = [
+        [f"{rank}-{number}" for rank in range(ranks.world_size)] for number in range(300)
+    ] * 2
     stop_distributed()
     return [told, talks == expected]
 
 
-@pytest.mark.parametrize(("failing", "blind"), [(None, None), (1, None), (0, None), (None, 1), (1, 1)],
-                         ids=["all", "rank-1-full", "rank-0-full", "rank-1-apart", "rank-1-apart-and-full"])
-def test_ranks_write_together_beside_their_training(tmp_path: Path, failing: int | None, blind: int | None) -> None:
-    results = in_ranks(_save_beside_collectives, tmp_path / "ranks", 2, str(tmp_path / "run"), failing, blind)
-    why = "" if failing is None else "the checkpoint of step 1 could not be written: [Errno 28] No space left on device"
+@pytest.mark.parametrize(
+    ("failing", "blind"),
+    [(None, None), (1, None), (0, None), (None, 1), (1, 1)],
+    ids=["all", "rank-1-full", "rank-0-full", "rank-1-apart", "rank-1-apart-and-full"],
+)
+def test_ranks_write_together_beside_their_training(
+    tmp_path: Path, failing: int | None, blind: int | None
+) -> None:
+    results = in_ranks(
+        _save_beside_collectives, tmp_path / "ranks", 2, str(tmp_path / "run"), failing, blind
+    )
+    why = (
+        ""
+        if failing is None
+        else "the checkpoint of step 1 could not be written: [Errno 28] No space left on device"
+    )
     assert results == [[[why, ""], True]] * 2
     steps = [2] if failing is not None else [1, 2]
     assert checkpoint_steps(tmp_path / "run") == steps
@@ -214,12 +257,21 @@ def test_ranks_write_together_beside_their_training(tmp_path: Path, failing: int
         folder = checkpoint_dir(tmp_path / "run", step)
         assert damage(folder) == ""
         assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
-            "MANIFEST.json", "generator.safetensors", "generator_ema.safetensors", "mp_rank_00_model_states.pt",
-            "random-rank-00000.pt", "random-rank-00001.pt", "shard-0.pt", "shard-1.pt", "state.json"]
+            "MANIFEST.json",
+            "generator.safetensors",
+            "generator_ema.safetensors",
+            "mp_rank_00_model_states.pt",
+            "random-rank-00000.pt",
+            "random-rank-00001.pt",
+            "shard-0.pt",
+            "shard-1.pt",
+            "state.json",
+        ]
         assert (torch.load(folder / "generator" / "shard-1.pt")["moment"] == 1).all()
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------------
+# --- Whole runs
+# --------------------------------------------------------------------------------------------------
 
 
 def _last_logged(run_dir: Path) -> int:
@@ -227,8 +279,11 @@ def _last_logged(run_dir: Path) -> int:
     return max((step for step, *_ in logged(run_dir)), default=0) if log.is_file() else 0
 
 
-def _run(dataset: str, run_dir: str, overrides: list[str], slow_step: int, until: int, what: str) -> int:
-    """A run whose checkpoint of `slow_step` is committed only when training has come to step `until`."""
+def _run(
+    dataset: str, run_dir: str, overrides: list[str], slow_step: int, until: int, what: str
+) -> int:
+    """A run whose checkpoint of `slow_step` is committed only when training has come to step
+    `until`."""
     from pipeline.training.options import TrainOptions
     from pipeline.training.run import main
 
@@ -247,35 +302,70 @@ def _run(dataset: str, run_dir: str, overrides: list[str], slow_step: int, until
         commit(aside, final, progress, *arguments)
 
     saving._commit = slow
-    return main(TrainOptions(overrides=(*SMALL, *overrides), recipe="demo", dataset_dir=(Path(dataset),),
-                             output_dir=Path(run_dir)))
+    return main(
+        TrainOptions(
+            overrides=(*SMALL, *overrides),
+            recipe="demo",
+            dataset_dir=(Path(dataset),),
+            output_dir=Path(run_dir),
+        )
+    )
 
 
 RARE = ("validate_every=100", "save_every=3", "keep=9", "log_every=1")
 
 
-@pytest.mark.parametrize(("procs", "extra"), [
-    (1, ()), (2, ("ds.zero_optimization.stage=2", "ds.bf16.enabled=true", "ds.fp16.enabled=false")),
-    (1, ("adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}}",)),
-], ids=["fp32-1", "zero2-bf16-2", "gan-1"])
-def test_training_goes_on_and_the_checkpoint_is_of_its_step(dataset: Path, tmp_path: Path, procs: int,
-                                                            extra: tuple[str, ...]) -> None:
-    """The checkpoint of step 3 is committed after step 5, and is bit for bit what a run makes that waits for it."""
+@pytest.mark.parametrize(
+    ("procs", "extra"),
+    [
+        (1, ()),
+        (2, ("ds.zero_optimization.stage=2", "ds.bf16.enabled=true", "ds.fp16.enabled=false")),
+        (1, ("adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}}",)),
+    ],
+    ids=["fp32-1", "zero2-bf16-2", "gan-1"],
+)
+def test_training_goes_on_and_the_checkpoint_is_of_its_step(
+    dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]
+) -> None:
+    """The checkpoint of step 3 is committed after step 5, and is bit for bit what a run makes that
+    waits for it."""
     overrides = [*RARE, *extra]
-    statuses = in_ranks(_run, tmp_path / "ranks", procs, str(dataset), str(tmp_path / "slow"), [*overrides, "steps=6"],
-                        3, 5, "")
+    statuses = in_ranks(
+        _run,
+        tmp_path / "ranks",
+        procs,
+        str(dataset),
+        str(tmp_path / "slow"),
+        [*overrides, "steps=6"],
+        3,
+        5,
+        "",
+    )
     assert statuses == [0] * procs
     assert checkpoint_steps(tmp_path / "slow") == [3, 6]
     train(dataset, tmp_path / "straight", "steps=3", *RARE, *extra, procs=procs)
     found = checkpoint_differences(tmp_path / "straight", tmp_path / "slow", 3)
-    assert [name for name in found if name != "state.json"] == []  # the shorter run's end has a validation
+    assert [
+        name for name in found if name != "state.json"
+    ] == []  # the shorter run's end has a validation
     train(dataset, tmp_path / "whole", "steps=6", *RARE, *extra, procs=procs)
     assert checkpoint_differences(tmp_path / "whole", tmp_path / "slow", 6) == []
 
 
-def test_a_signal_during_a_write_waits_for_it_and_for_the_last_one(dataset: Path, tmp_path: Path) -> None:
-    status, = in_ranks(_run, tmp_path / "ranks", 1, str(dataset), str(tmp_path / "run"), [*RARE, "steps=100000"], 3, 4,
-                       "stop")
+def test_a_signal_during_a_write_waits_for_it_and_for_the_last_one(
+    dataset: Path, tmp_path: Path
+) -> None:
+    (status,) = in_ranks(
+        _run,
+        tmp_path / "ranks",
+        1,
+        str(dataset),
+        str(tmp_path / "run"),
+        [*RARE, "steps=100000"],
+        3,
+        4,
+        "stop",
+    )
     assert status == 128 + signal.SIGTERM
     steps = checkpoint_steps(tmp_path / "run")
     assert steps[0] == 3
@@ -284,10 +374,21 @@ def test_a_signal_during_a_write_waits_for_it_and_for_the_last_one(dataset: Path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_a_kill_during_a_write_costs_the_checkpoint_in_the_making_alone(dataset: Path, tmp_path: Path) -> None:
+def test_a_kill_during_a_write_costs_the_checkpoint_in_the_making_alone(
+    dataset: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    process, = start_in_ranks(_run, tmp_path / "ranks", 1, str(dataset), str(run_dir), [*RARE, "steps=100000"], 6, 7,
-                              "hang")
+    (process,) = start_in_ranks(
+        _run,
+        tmp_path / "ranks",
+        1,
+        str(dataset),
+        str(run_dir),
+        [*RARE, "steps=100000"],
+        6,
+        7,
+        "hang",
+    )
     deadline = time.monotonic() + 60
     while _last_logged(run_dir) < 8:  # two steps past the one whose checkpoint is being written
         assert process.is_alive()

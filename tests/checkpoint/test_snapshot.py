@@ -22,17 +22,28 @@ class Scaler:
 
 
 def state() -> dict[str, Any]:
-    """Every kind of thing that engines save: views of one memory, halves, counts, parameters, empty ones, objects."""
+    """Every kind of thing that engines save: views of one memory, halves, counts, parameters, empty
+    ones, objects."""
     torch.manual_seed(0)
     flat = torch.randn(1000)
     moments = torch.randn(3, 5, 7, 9).contiguous(memory_format=torch.channels_last)
-    return {"module": OrderedDict(first=flat[:10].view(2, 5), second=flat[500:], whole=flat),
-            "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": moments, "again": moments}},
-                          "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]},
-            "half": torch.randn(33).to(torch.bfloat16), "empty": torch.empty(0, 3),
-            "flags": torch.tensor([True, False]), "parameter": nn.Parameter(torch.randn(4)),
-            "wanted": torch.randn(2, requires_grad=True), "text": "ü", "none": None,
-            "scaler": Scaler(), "shape": torch.Size([1, 2]), "dtype": torch.float16}
+    return {
+        "module": OrderedDict(first=flat[:10].view(2, 5), second=flat[500:], whole=flat),
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": moments, "again": moments}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}],
+        },
+        "half": torch.randn(33).to(torch.bfloat16),
+        "empty": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "parameter": nn.Parameter(torch.randn(4)),
+        "wanted": torch.randn(2, requires_grad=True),
+        "text": "ü",
+        "none": None,
+        "scaler": Scaler(),
+        "shape": torch.Size([1, 2]),
+        "dtype": torch.float16,
+    }
 
 
 def saved(content: Any) -> Any:
@@ -45,8 +56,14 @@ def saved(content: Any) -> Any:
 
 def spoil(content: dict[str, Any]) -> None:
     with torch.no_grad():
-        for tensor in (content["module"]["whole"], content["optimizer"]["state"][0]["exp_avg"], content["half"],
-                       content["optimizer"]["state"][0]["step"], content["parameter"], content["wanted"]):
+        for tensor in (
+            content["module"]["whole"],
+            content["optimizer"]["state"][0]["exp_avg"],
+            content["half"],
+            content["optimizer"]["state"][0]["step"],
+            content["parameter"],
+            content["wanted"],
+        ):
             tensor.add_(1)
         content["flags"].logical_not_()
     content["scaler"].scale, content["text"] = 1.0, "other"
@@ -69,7 +86,10 @@ def test_shared_memory_is_copied_once_and_stays_shared() -> None:
     first, second = snapshot.add(content), snapshot.add({"weights": content["module"]["first"]})
     snapshot.copy()
     taken = first.thaw()
-    storages = {tensor.untyped_storage().data_ptr() for tensor in (*taken["module"].values(), second.thaw()["weights"])}
+    storages = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*taken["module"].values(), second.thaw()["weights"])
+    }
     assert len(storages) == 1
     assert storages != {content["module"]["whole"].untyped_storage().data_ptr()}
     moments = taken["optimizer"]["state"][0]
@@ -77,7 +97,9 @@ def test_shared_memory_is_copied_once_and_stays_shared() -> None:
     assert moments["exp_avg"].stride() == content["optimizer"]["state"][0]["exp_avg"].stride()
     assert type(taken["parameter"]) is nn.Parameter
     assert taken["wanted"].requires_grad
-    assert len(io_bytes(taken)) == len(io_bytes(content)), "the file must not grow by copies of shared memory"
+    assert len(io_bytes(taken)) == len(io_bytes(content)), (
+        "the file must not grow by copies of shared memory"
+    )
 
 
 def io_bytes(content: Any) -> bytes:
@@ -102,7 +124,9 @@ def test_memory_is_reserved_and_kept_for_the_next_one() -> None:
     assert len({*places}) == 1
 
 
-def test_too_little_memory_is_an_error_and_the_next_snapshot_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_an_error_and_the_next_snapshot_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     memory, content = HostMemory(), {"weights": torch.ones(10)}
 
     def none(*_: Any) -> None:

@@ -1,4 +1,5 @@
-"""The names that a recipe may use: known without torch, the same as the tables, and each misspelling is one line."""
+"""The names that a recipe may use: known without torch, the same as the tables, and each
+misspelling is one line."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ from pipeline.config.recipe import load_recipe, load_stages
 from pipeline.losses import adversarial
 from pipeline.models import discriminators
 
-TABLES = {"NETWORKS": models.GENERATORS, "DISCRIMINATORS": discriminators.DISCRIMINATORS, "LOSSES": losses.LOSSES,
-          "ADVERSARIAL_LOSSES": adversarial.ADVERSARIAL_LOSSES}
+TABLES = {
+    "NETWORKS": models.GENERATORS,
+    "DISCRIMINATORS": discriminators.DISCRIMINATORS,
+    "LOSSES": losses.LOSSES,
+    "ADVERSARIAL_LOSSES": adversarial.ADVERSARIAL_LOSSES,
+}
 
 
 def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
@@ -35,24 +40,39 @@ def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
         assert "torch" not in sys.modules
         print(json.dumps(found))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), cwd=ROOT,
-                          capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for table, real in TABLES.items():
         live = getattr(names, table).rows()
         assert list(found[table]) == list(live) == list(real)
         for name, row in live.items():
-            assert {**vars(row), "parameters": list(row.parameters), "required": list(row.required)} == (
-                found[table][name]), name
+            assert {
+                **vars(row),
+                "parameters": list(row.parameters),
+                "required": list(row.required),
+            } == (found[table][name]), name
     assert found["NETWORKS"]["spandrel"]["takes_any"]
     assert found["NETWORKS"]["spandrel"]["required"] == ["arch"]
-    assert found["ADVERSARIAL_LOSSES"]["hinge"]["flags"] == {"takes_labels": False, "sees_real": False}
+    assert found["ADVERSARIAL_LOSSES"]["hinge"]["flags"] == {
+        "takes_labels": False,
+        "sees_real": False,
+    }
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_an_optimizers_parameters_are_torchs(name: str) -> None:
-    assert set(OPTIMIZERS[name]) == set(inspect.signature(getattr(torch.optim, name)).parameters) - {"params"}
+    assert set(OPTIMIZERS[name]) == set(
+        inspect.signature(getattr(torch.optim, name)).parameters
+    ) - {"params"}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -62,8 +82,12 @@ def test_a_schedules_parameters_are_torchs_or_deepspeeds(name: str) -> None:
     ours = set(SCHEDULES[name])
     if hasattr(torch.optim.lr_scheduler, name):
         theirs = set(inspect.signature(getattr(torch.optim.lr_scheduler, name)).parameters)
-        assert ours - {"warmup_num_steps", "warmup_min_ratio"} == theirs - {"optimizer", "last_epoch", "scale_fn",
-                                                                           "scale_mode"}
+        assert ours - {"warmup_num_steps", "warmup_min_ratio"} == theirs - {
+            "optimizer",
+            "last_epoch",
+            "scale_fn",
+            "scale_mode",
+        }
     else:
         theirs = set(inspect.signature(getattr(lr_schedules, name)).parameters)
         assert ours | {"last_batch_iteration"} == theirs - {"optimizer"}
@@ -71,13 +95,25 @@ def test_a_schedules_parameters_are_torchs_or_deepspeeds(name: str) -> None:
 
 WRONG = {
     ("ds.optimizer.type=AdmaW",): "no optimizer 'AdmaW'; did you mean 'AdamW'?",
-    ("ds.optimizer.params.weigth_decay=0",): "AdamW has no parameter 'weigth_decay'; did you mean 'weight_decay'?",
-    ("ds.scheduler.type=WarmupCosine",): "no schedule 'WarmupCosine'; did you mean 'WarmupCosineLR'?",
-    ("ds.scheduler.params.cos_min_ration=0",): "has no parameter 'cos_min_ration'; did you mean 'cos_min_ratio'?",
+    (
+        "ds.optimizer.params.weigth_decay=0",
+    ): "AdamW has no parameter 'weigth_decay'; did you mean 'weight_decay'?",
+    (
+        "ds.scheduler.type=WarmupCosine",
+    ): "no schedule 'WarmupCosine'; did you mean 'WarmupCosineLR'?",
+    (
+        "ds.scheduler.params.cos_min_ration=0",
+    ): "has no parameter 'cos_min_ration'; did you mean 'cos_min_ratio'?",
     ("generator.num_blokcs=1",): "has no parameter 'num_blokcs'; did you mean 'num_blocks'?",
-    ("losses={charbonnier: {weight: 1, epsilom: 1}}",): "no parameter 'epsilom'; did you mean 'epsilon'?",
-    ("adversarial={weight: 1, loss: hing}",): "no adversarial loss named 'hing'; did you mean 'hinge'?",
-    ("adversarial={weight: 1, discriminator: {name: vgg, norn: none}}",): "no parameter 'norn'; did you mean 'norm'?",
+    (
+        "losses={charbonnier: {weight: 1, epsilom: 1}}",
+    ): "no parameter 'epsilom'; did you mean 'epsilon'?",
+    (
+        "adversarial={weight: 1, loss: hing}",
+    ): "no adversarial loss named 'hing'; did you mean 'hinge'?",
+    (
+        "adversarial={weight: 1, discriminator: {name: vgg, norn: none}}",
+    ): "no parameter 'norn'; did you mean 'norm'?",
     ("data.degradation=gausian",): "no degradation named 'gausian'; did you mean 'gaussian'?",
     ("best.metric=lpisp",): "best.metric",
 }
@@ -100,8 +136,15 @@ def test_every_wrong_name_is_found_before_a_process_starts_and_without_torch(dat
         assert "torch" not in sys.modules
         print(json.dumps(found))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment(), cwd=ROOT,
-                          capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for found, message in zip(json.loads(done.stdout), WRONG.values(), strict=True):
         assert message in found
@@ -120,20 +163,36 @@ def test_a_row_that_is_added_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -
             super().__init__()
 
     monkeypatch.setitem(models.GENERATORS, "blank", Blank)
-    assert load_recipe("vapsr_x2", {"generator": {"name": "blank", "depth": 2}}).generator.params == {"depth": 2}
-    with pytest.raises(UserError, match="network 'blank' has no parameter 'dept'; did you mean 'depth'"):
+    assert load_recipe(
+        "vapsr_x2", {"generator": {"name": "blank", "depth": 2}}
+    ).generator.params == {"depth": 2}
+    with pytest.raises(
+        UserError, match="network 'blank' has no parameter 'dept'; did you mean 'depth'"
+    ):
         load_recipe("vapsr_x2", {"generator": {"name": "blank", "dept": 2}})
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"generator": "vapsrr"}, "no network named 'vapsrr'; did you mean 'vapsr'?"),
-    ({"generator.num_blokcs": 3}, "network 'vapsr' has no parameter 'num_blokcs'; did you mean 'num_blocks'?"),
-    ({"generator.scale": 2}, "network 'vapsr' has no parameter 'scale'"),
-    ({"generator": {"name": "spandrel"}}, "network 'spandrel' needs the parameter 'arch'"),
-    ({"losses": {"charbonier": 1}}, "no loss named 'charbonier'; did you mean 'charbonnier'?"),
-    ({"losses": {"charbonnier": {"weight": 1, "epsilom": 1}}}, "has no parameter 'epsilom'; did you mean 'epsilon'?"),
-    ({"losses": {"l1": {"weigth": 1}}}, "loss 'l1' has no parameter 'weigth'; did you mean 'weight'?"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"generator": "vapsrr"}, "no network named 'vapsrr'; did you mean 'vapsr'?"),
+        (
+            {"generator.num_blokcs": 3},
+            "network 'vapsr' has no parameter 'num_blokcs'; did you mean 'num_blocks'?",
+        ),
+        ({"generator.scale": 2}, "network 'vapsr' has no parameter 'scale'"),
+        ({"generator": {"name": "spandrel"}}, "network 'spandrel' needs the parameter 'arch'"),
+        ({"losses": {"charbonier": 1}}, "no loss named 'charbonier'; did you mean 'charbonnier'?"),
+        (
+            {"losses": {"charbonnier": {"weight": 1, "epsilom": 1}}},
+            "has no parameter 'epsilom'; did you mean 'epsilon'?",
+        ),
+        (
+            {"losses": {"l1": {"weigth": 1}}},
+            "loss 'l1' has no parameter 'weigth'; did you mean 'weight'?",
+        ),
+    ],
+)
 def test_a_wrong_name_is_one_line(overrides: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe("vapsr_x2", overrides)
@@ -142,5 +201,7 @@ def test_a_wrong_name_is_one_line(overrides: dict, message: str) -> None:
 
 
 def test_the_stage_is_named() -> None:
-    with pytest.raises(UserError, match=r"stage gan: .*no discriminator named 'vggg'; did you mean 'vgg'"):
+    with pytest.raises(
+        UserError, match=r"stage gan: .*no discriminator named 'vggg'; did you mean 'vgg'"
+    ):
         load_stages("srgan_x4", {"stages.gan.adversarial.discriminator": {"name": "vggg"}})

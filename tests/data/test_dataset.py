@@ -1,4 +1,5 @@
-"""What tells a dataset from a changed one: the values that runs on disk hold, whatever is done to find them sooner."""
+"""What tells a dataset from a changed one: the values that runs on disk hold, whatever is done to
+find them sooner."""
 
 from __future__ import annotations
 
@@ -18,27 +19,73 @@ from pipeline.data.image_files import MANIFEST, lists_hash, read_file_list, writ
 
 
 def line(path: str, number: int, **more: object) -> str:
-    return json.dumps({"path": path, "photo": "ö.png", "scale": 1, "top": 0, "size": 64, "sha256": f"{number:064x}",
-                       "gates": {"sharpness": 0.5}, **more}, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {
+                "path": path,
+                "photo": "ö.png",
+                "scale": 1,
+                "top": 0,
+                "size": 64,
+                "sha256": f"{number:064x}",
+                "gates": {"sharpness": 0.5},
+                **more,
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def make(root: Path) -> Path:
-    """Names of all kinds, and manifests in the root and at both levels below, with lines that are none."""
-    names = ["a.npy", "one/b.npy", "one/c d.npy", "one/two/ü.npy", "one/two/three/e.npy", "one/two/three/four/f.npy",
-             "./one/g.npy", "one//h.npy", "one/./two/i.npy", "one/two/..j/k.npy", "one/l..npy", "other/m.npy", "one/n/"]
+    """Names of all kinds, and manifests in the root and at both levels below, with lines that are
+    none."""
+    names = [
+        "a.npy",
+        "one/b.npy",
+        "one/c d.npy",
+        "one/two/ü.npy",
+        "one/two/three/e.npy",
+        "one/two/three/four/f.npy",
+        "./one/g.npy",
+        "one//h.npy",
+        "one/./two/i.npy",
+        "one/two/..j/k.npy",
+        "one/l..npy",
+        "other/m.npy",
+        "one/n/",
+    ]
     (root / "one" / "two" / "three").mkdir(parents=True)
     (root / "other").mkdir()
     (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names[:-3]))
     (root / "validation_file_list.txt").write_text("".join(f"{name}\n" for name in names[-4:]))
-    (root / MANIFEST).write_text(line("a.npy", 1) + line("one/b.npy", 2) + line("other/m.npy", 3) + "\n"
-                                 + line("one/two/ü.npy", 4)[:-20] + "\n[1]\n5\nnull\n\"path\"\n{}\n"
-                                 + '{"path": 7, "sha256": 8}\n' + line("./one/g.npy", 9, nan=float("nan")))
-    (root / "one" / MANIFEST).write_text(line("b.npy", 10) + line("c d.npy", 11) + line("/h.npy", 12)
-                                         + line("two/ü.npy", 13) + line("", 14) + line("l..npy", 15)
-                                         + line("b.npy", 16) + line("n/", 17))
+    (root / MANIFEST).write_text(
+        line("a.npy", 1)
+        + line("one/b.npy", 2)
+        + line("other/m.npy", 3)
+        + "\n"
+        + line("one/two/ü.npy", 4)[:-20]
+        + '\n[1]\n5\nnull\n"path"\n{}\n'
+        + '{"path": 7, "sha256": 8}\n'
+        + line("./one/g.npy", 9, nan=float("nan"))
+    )
+    (root / "one" / MANIFEST).write_text(
+        line("b.npy", 10)
+        + line("c d.npy", 11)
+        + line("/h.npy", 12)
+        + line("two/ü.npy", 13)
+        + line("", 14)
+        + line("l..npy", 15)
+        + line("b.npy", 16)
+        + line("n/", 17)
+    )
     (root / "one" / "two" / MANIFEST).write_bytes(
-        line("ü.npy", 18).encode() + line("three/e.npy", 19).encode("utf-16") + line("..j/k.npy", 20).encode()
-        + b'{"path": "\xff", "sha256": "x"}\n' + line("three/four/f.npy", 21).encode().rstrip())
+        line("ü.npy", 18).encode()
+        + line("three/e.npy", 19).encode("utf-16")
+        + line("..j/k.npy", 20).encode()
+        + b'{"path": "\xff", "sha256": "x"}\n'
+        + line("three/four/f.npy", 21).encode().rstrip()
+    )
     (root / "one" / "two" / "three" / MANIFEST).write_text(line("e.npy", 22))  # too deep
     return root
 
@@ -49,17 +96,29 @@ def test_the_hashes_are_those_of_runs_on_disk(tmp_path: Path) -> None:
     assert identity == {
         "lists_sha256": "a350dbaf4da6c214fb63c2bd5db14bd26c4e88449776fce4e432bd97f54183d6",
         "contents_sha256": "477bbc69ca905b88d8a20120d77fe5e5bb6b301caf37f62d99b5b04e7da8dcdc",
-        "folders": "", "training_files": 10, "validation_files": 4}
+        "folders": "",
+        "training_files": 10,
+        "validation_files": 4,
+    }
     two = read_dataset([tmp_path / "data", make(tmp_path / "more")]).identity()
     assert two["lists_sha256"] == "2d962a82171898e76f2587bb211dae3a5812211753a857cdd4e39ab3fb2cddd3"
-    assert two["contents_sha256"] == "3ba7214f4263da60a8c4488bf524ad6f4f74a961b416fd00ea8649bb6a39c34a"
+    assert (
+        two["contents_sha256"] == "3ba7214f4263da60a8c4488bf524ad6f4f74a961b416fd00ea8649bb6a39c34a"
+    )
     assert two["folders"] == "data, more"
 
 
 def recorded_one_by_one(root: Path, names: list[str]) -> dict[str, str]:
     """The plain way to the same: every name is taken apart, every line read by json."""
-    places = {"", *("/".join(PurePosixPath(name).parts[:depth]) for name in names for depth in (1, 2)
-                    if len(PurePosixPath(name).parts) > depth)}
+    places = {
+        "",
+        *(
+            "/".join(PurePosixPath(name).parts[:depth])
+            for name in names
+            for depth in (1, 2)
+            if len(PurePosixPath(name).parts) > depth
+        ),
+    }
     known = {}
     for place in sorted(places):
         manifest = root / place / MANIFEST
@@ -79,10 +138,16 @@ def test_the_contents_are_what_the_plain_way_finds(tmp_path: Path) -> None:
     for case in range(150):
         root = tmp_path / str(case)
         names = list({"/".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(12)})
-        for place in {str(PurePosixPath(*PurePosixPath(name).parts[:depth])) for name in names for depth in range(3)}:
+        for place in {
+            str(PurePosixPath(*PurePosixPath(name).parts[:depth]))
+            for name in names
+            for depth in range(3)
+        }:
             (root / place).mkdir(parents=True, exist_ok=True)
             if draw.random() < 0.7:
-                some = [os.path.relpath(name, place) if draw.random() < 0.5 else name for name in names]
+                some = [
+                    os.path.relpath(name, place) if draw.random() < 0.5 else name for name in names
+                ]
                 lines = [line(name, draw.randrange(99)) for name in some]
                 lines = [text if draw.random() < 0.9 else text[:-9] for text in lines]
                 (root / place / MANIFEST).write_text("".join(lines))
@@ -101,7 +166,12 @@ def read_one_by_one(text: str) -> list[str] | None:
     for name in (part.rstrip("\r") for part in text.split("\n")):
         if not name:
             continue
-        if name.startswith("/") or "\0" in name or ".." in PurePosixPath(name).parts or name in names:
+        if (
+            name.startswith("/")
+            or "\0" in name
+            or ".." in PurePosixPath(name).parts
+            or name in names
+        ):
             return None
         names.add(name)
     return sorted(names) or None
@@ -118,7 +188,11 @@ def test_lists_are_read_and_refused_as_name_by_name(tmp_path: Path) -> None:
     draw, path, counts = random.Random(1), tmp_path / "list.txt", [0, 0]
     parts = ["a", "b", "c", "\n", "\n", "/", ".", "..", "\r", "\0", "\r\n", "ü"]
     for _ in range(1000):
-        text = "".join(draw.choices(parts, weights=[9, 9, 9, 9, 9, 5, 3, 1, 1, 0.3, 2, 2], k=draw.randint(0, 14)))
+        text = "".join(
+            draw.choices(
+                parts, weights=[9, 9, 9, 9, 9, 5, 3, 1, 1, 0.3, 2, 2], k=draw.randint(0, 14)
+            )
+        )
         path.write_bytes(text.encode())
         expected = read_one_by_one(text)
         counts[expected is None] += 1
@@ -129,12 +203,26 @@ def test_lists_are_read_and_refused_as_name_by_name(tmp_path: Path) -> None:
             if sum(counts) % 50 == 0:  # it is flushed to the disk
                 write_file_list(path, draw.sample(expected, len(expected)))
                 assert path.read_bytes() == content
-            assert lists_hash(expected) == hashlib.sha256(hashlib.sha256(content).digest()).hexdigest()
+            assert (
+                lists_hash(expected) == hashlib.sha256(hashlib.sha256(content).digest()).hexdigest()
+            )
     assert min(counts) > 100, counts
 
 
-@pytest.mark.parametrize("names", [["a", "b\nc"], ["a", ""], ["", "a"], ["a\r"], ["/a"], ["a/../b"], ["a", "b\0"],
-                                   [".."], ["\udcff"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "b\nc"],
+        ["a", ""],
+        ["", "a"],
+        ["a\r"],
+        ["/a"],
+        ["a/../b"],
+        ["a", "b\0"],
+        [".."],
+        ["\udcff"],
+    ],
+)
 def test_names_that_no_list_can_hold_have_no_hash(names: list[str]) -> None:
     with pytest.raises(UserError):
         lists_hash(names)
@@ -148,7 +236,7 @@ def test_files_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
     assert list(dataset.training_paths) == [os.path.join(*pair) for pair in names]
     assert [image.name for image in dataset.training[7:13]] == [name for _, name in names[7:13]]
     assert dataset.training[-1] == dataset.training[19]
-    assert dataset.training_paths.suffixes() == {name[name.rfind("."):] for _, name in names}
+    assert dataset.training_paths.suffixes() == {name[name.rfind(".") :] for _, name in names}
     for number in (20, -21):
         with pytest.raises(IndexError):
             dataset.training[number]

@@ -1,4 +1,5 @@
-"""Encoded files on the host: good ones by their pixels, bad ones by their names, whatever the format."""
+"""Encoded files on the host: good ones by their pixels, bad ones by their names, whatever the
+format."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ from PIL import Image
 
 from conftest import photograph
 from pipeline.data import decoding
-from pipeline.data.decoding import BadFileError, HostDecoder, decoding_fault, encoded_size, read_encoded
+from pipeline.data.decoding import (
+    BadFileError,
+    HostDecoder,
+    decoding_fault,
+    encoded_size,
+    read_encoded,
+)
 from pipeline.data.image_files import MissingFileError
 
 HEIGHT, WIDTH, CROP = 90, 133, (48, 40)
@@ -37,7 +44,13 @@ def pil(pixels: np.ndarray, form: str, mode: str = "", **options: Any) -> bytes:
 
 
 def several(form: str, **options: Any) -> bytes:
-    return pil(PHOTO, form, save_all=True, append_images=[Image.fromarray(photograph(2, HEIGHT, WIDTH))], **options)
+    return pil(
+        PHOTO,
+        form,
+        save_all=True,
+        append_images=[Image.fromarray(photograph(2, HEIGHT, WIDTH))],
+        **options,
+    )
 
 
 def tiff(pixels: np.ndarray, **options: Any) -> bytes:
@@ -47,7 +60,9 @@ def tiff(pixels: np.ndarray, **options: Any) -> bytes:
 
 
 def opencv(pixels: np.ndarray, suffix: str, *options: int) -> bytes:
-    is_done, content = cv2.imencode(suffix, pixels[..., ::-1] if pixels.ndim == 3 else pixels, options)
+    is_done, content = cv2.imencode(
+        suffix, pixels[..., ::-1] if pixels.ndim == 3 else pixels, options
+    )
     assert is_done
     return content.tobytes()
 
@@ -64,30 +79,57 @@ def tiff_of_orientation(orientation: int) -> bytes:
 
 def jpeg_with(*segments: bytes) -> bytes:
     whole = pil(PHOTO, "jpeg")
-    between = b"".join(b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment for segment in segments)
+    between = b"".join(
+        b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment for segment in segments
+    )
     return whole[:2] + between + whole[2:]
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png_of(header: bytes, content: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(content))
+        + chunk(b"IEND", b"")
+    )
 
 
 def interlaced_png() -> bytes:
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    passes = (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    )
     rows = (row for top, left, down, right in passes for row in PHOTO[top::down, left::right])
     pixels = b"".join(b"\0" + row.tobytes() for row in rows)
     return png_of(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 1), pixels)
 
 
-def bmp(width: int, height: int, bits: int, compression: int, content: bytes, palette: bytes = b"") -> bytes:
+def bmp(
+    width: int, height: int, bits: int, compression: int, content: bytes, palette: bytes = b""
+) -> bytes:
     start = 54 + len(palette)
-    return (struct.pack("<2sIII", b"BM", start + len(content), 0, start)
-            + struct.pack("<IiiHHIIIIII", 40, width, height, 1, bits, compression, len(content), 0, 0, 0, 0)
-            + palette + content)
+    return (
+        struct.pack("<2sIII", b"BM", start + len(content), 0, start)
+        + struct.pack(
+            "<IiiHHIIIIII", 40, width, height, 1, bits, compression, len(content), 0, 0, 0, 0
+        )
+        + palette
+        + content
+    )
 
 
 def top_down_bmp() -> bytes:
@@ -98,7 +140,14 @@ def top_down_bmp() -> bytes:
 
 def run_length_bmp() -> bytes:
     rows = (b"".join(bytes((1, level)) for level in row) + b"\0\0" for row in GRAY[::-1])
-    return bmp(WIDTH, HEIGHT, 8, 1, b"".join(rows) + b"\0\1", b"".join(bytes((i, i, i, 0)) for i in range(256)))
+    return bmp(
+        WIDTH,
+        HEIGHT,
+        8,
+        1,
+        b"".join(rows) + b"\0\1",
+        b"".join(bytes((i, i, i, 0)) for i in range(256)),
+    )
 
 
 def png_turned_at_its_end(orientation: int) -> bytes:
@@ -112,9 +161,11 @@ def webp_without_exif_flag() -> bytes:
     return bytes(whole)
 
 
-XMP = (b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/'
-       b'02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
-       b"</rdf:RDF></x:xmpmeta>")
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/'
+    b'02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
 
 LOSSLESS: dict[str, Callable[[], bytes]] = {
     "png": lambda: pil(PHOTO, "png"),
@@ -137,15 +188,21 @@ LOSSLESS: dict[str, Callable[[], bytes]] = {
     "tiff deflate": lambda: pil(PHOTO, "tiff", compression="tiff_deflate"),
     "tiff packbits": lambda: pil(PHOTO, "tiff", compression="packbits"),
     "tiff zstandard": lambda: tiff(PHOTO, photometric="rgb", compression="zstd"),
-    "tiff strips": lambda: tiff(PHOTO, photometric="rgb", rowsperstrip=16, compression="zlib", predictor=True),
+    "tiff strips": lambda: tiff(
+        PHOTO, photometric="rgb", rowsperstrip=16, compression="zlib", predictor=True
+    ),
     "tiff tiles": lambda: tiff(PHOTO, photometric="rgb", tile=(32, 64), compression="lzw"),
-    "tiff planes": lambda: tiff(np.moveaxis(PHOTO, -1, 0), photometric="rgb", planarconfig="separate"),
+    "tiff planes": lambda: tiff(
+        np.moveaxis(PHOTO, -1, 0), photometric="rgb", planarconfig="separate"
+    ),
     "tiff big-endian": lambda: tiff(PHOTO, photometric="rgb", byteorder=">"),
     "tiff 64 bits": lambda: tiff(PHOTO, photometric="rgb", bigtiff=True),
     "tiff 16 bits": lambda: tiff(PHOTO.astype(np.uint16) * 257, photometric="rgb"),
     "tiff pages": lambda: several("tiff"),
     "jp2": lambda: pil(PHOTO, "jpeg2000", irreversible=False, mct=1, no_jp2=False),
-    "jp2 tiles": lambda: pil(PHOTO, "jpeg2000", irreversible=False, tile_size=(64, 64), no_jp2=False),
+    "jp2 tiles": lambda: pil(
+        PHOTO, "jpeg2000", irreversible=False, tile_size=(64, 64), no_jp2=False
+    ),
     "jp2 codestream": lambda: pil(PHOTO, "jpeg2000", irreversible=False, no_jp2=True),
     "jp2 with more": lambda: pil(PHOTO, "jpeg2000", irreversible=False, no_jp2=False) + b"and more",
     "jxl": lambda: imagecodecs.jpegxl_encode(PHOTO, lossless=True),
@@ -154,20 +211,27 @@ LOSSLESS: dict[str, Callable[[], bytes]] = {
 """Files that decode to `PHOTO`."""
 
 OTHERS: dict[str, Callable[[], bytes]] = {
-    **{f"jpeg subsampling {kind}": lambda kind=kind: pil(PHOTO, "jpeg", subsampling=kind) for kind in (0, 1, 2)},
+    **{
+        f"jpeg subsampling {kind}": lambda kind=kind: pil(PHOTO, "jpeg", subsampling=kind)
+        for kind in (0, 1, 2)
+    },
     "jpeg 4:1:1": lambda: imagecodecs.jpeg8_encode(PHOTO, subsampling="411"),
     "jpeg progressive": lambda: pil(PHOTO, "jpeg", progressive=True),
     "jpeg restarts": lambda: pil(PHOTO, "jpeg", restart_marker_blocks=4),
     "jpeg gray": lambda: pil(GRAY, "jpeg"),
     "jpeg cmyk": lambda: pil(PHOTO, "jpeg", "CMYK"),
     "jpeg comment": lambda: pil(PHOTO, "jpeg", comment=b"an end \xff\xd9 of nothing"),
-    "jpeg thumbnail": lambda: jpeg_with(b"Exif\0\0" + tiff_of_orientation(1) + pil(photograph(3, 30, 40), "jpeg")),
+    "jpeg thumbnail": lambda: jpeg_with(
+        b"Exif\0\0" + tiff_of_orientation(1) + pil(photograph(3, 30, 40), "jpeg")
+    ),
     "jpeg with more": lambda: pil(PHOTO, "jpeg") + b"and more" * 20,
     "jpeg with zeros": lambda: pil(PHOTO, "jpeg") + bytes(300),
     "jpeg motion photo": lambda: pil(PHOTO, "jpeg") + pil(photograph(3, 30, 40), "jpeg"),
     "jpeg mpo": lambda: several("mpo"),
     "jpeg xmp": lambda: jpeg_with(XMP),
-    "jpeg exif twice": lambda: jpeg_with(b"Exif\0\0" + tiff_of_orientation(6), b"Exif\0\0" + tiff_of_orientation(1)),
+    "jpeg exif twice": lambda: jpeg_with(
+        b"Exif\0\0" + tiff_of_orientation(6), b"Exif\0\0" + tiff_of_orientation(1)
+    ),
     "jpeg exif 9": lambda: jpeg_with(b"Exif\0\0" + tiff_of_orientation(9)),
     "jpeg exif cut": lambda: jpeg_with(b"Exif\0\0" + tiff_of_orientation(6)[:12]),
     "png alpha": lambda: pil(RGBA, "png"),
@@ -186,20 +250,48 @@ OTHERS: dict[str, Callable[[], bytes]] = {
     "tiff cmyk": lambda: pil(PHOTO, "tiff", "CMYK"),
     "tiff cielab": lambda: pil(PHOTO, "tiff", "LAB"),
     "avif": lambda: pil(PHOTO, "avif"),
-    "jp2 lossy": lambda: pil(PHOTO, "jpeg2000", irreversible=True, quality_mode="rates", quality_layers=[10]),
+    "jp2 lossy": lambda: pil(
+        PHOTO, "jpeg2000", irreversible=True, quality_mode="rates", quality_layers=[10]
+    ),
     "jp2 alpha": lambda: pil(RGBA, "jpeg2000", no_jp2=False),
-    **{f"jpeg exif {turn}": lambda turn=turn: pil(PHOTO, "jpeg", exif=exif(turn)) for turn in range(1, 9)},
+    **{
+        f"jpeg exif {turn}": lambda turn=turn: pil(PHOTO, "jpeg", exif=exif(turn))
+        for turn in range(1, 9)
+    },
 }
-NOT_FOR_DALI = {"png alpha", "png 16 bits", "tiff 16 bits", "jpeg cmyk", "jpeg xmp", "webp alpha", "webp animated",
-                "tiff fax", "tiff jpeg", "tiff cmyk", "tiff cielab", "jp2 alpha", "avif", "jxl", "ppm"}
-"""Kinds that the one decoder of all commands decodes, whose pixels DALI is given. Of all others it gets the file."""
+NOT_FOR_DALI = {
+    "png alpha",
+    "png 16 bits",
+    "tiff 16 bits",
+    "jpeg cmyk",
+    "jpeg xmp",
+    "webp alpha",
+    "webp animated",
+    "tiff fax",
+    "tiff jpeg",
+    "tiff cmyk",
+    "tiff cielab",
+    "jp2 alpha",
+    "avif",
+    "jxl",
+    "ppm",
+}
+"""Kinds that the one decoder of all commands decodes, whose pixels DALI is given. Of all others it
+gets the file."""
 TURNED: dict[str, Callable[[int], bytes]] = {
     "png": lambda turn: pil(PHOTO, "png", exif=exif(turn)),
     "png at its end": png_turned_at_its_end,
     "webp": lambda turn: pil(PHOTO, "webp", lossless=True, exif=exif(turn)),
     "tiff": lambda turn: pil(PHOTO, "tiff", tiffinfo={274: turn}),
 }
-PLAIN = {"PNG": "png", "WebP": "webp", "BMP": "bmp", "TIFF": "tiff", "JPEG 2000": "jp2", "JPEG": "jpeg subsampling 2"}
+PLAIN = {
+    "PNG": "png",
+    "WebP": "webp",
+    "BMP": "bmp",
+    "TIFF": "tiff",
+    "JPEG 2000": "jp2",
+    "JPEG": "jpeg subsampling 2",
+}
 """One file of each format."""
 
 
@@ -215,15 +307,24 @@ def decoder() -> Iterator[HostDecoder]:
 
 
 def in_a_graph(data: bytes, corner: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(The whole image, the crop of `CROP` at `corner` that only the crop was decoded for) of a graph as training's."""
+    """(The whole image, the crop of `CROP` at `corner` that only the crop was decoded for) of a
+    graph as training's."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=2)
     def graph() -> Any:
         stream = fn.external_source(lambda: [np.frombuffer(data, np.uint8)], batch=True)
-        return (fn.decoders.image(stream, device="cpu", output_type=types.RGB),
-                fn.decoders.image_slice(stream, start=list(corner), shape=list(CROP), axes=[0, 1], device="cpu",
-                                        output_type=types.RGB))
+        return (
+            fn.decoders.image(stream, device="cpu", output_type=types.RGB),
+            fn.decoders.image_slice(
+                stream,
+                start=list(corner),
+                shape=list(CROP),
+                axes=[0, 1],
+                device="cpu",
+                output_type=types.RGB,
+            ),
+        )
 
     whole, crop = graph().run()
     return np.array(whole.at(0)), np.array(crop.at(0))
@@ -242,10 +343,12 @@ def bad(path: Path) -> BadFileError:
 
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *OTHERS])
-def test_good_files_raise_no_alarm_and_decode_as_in_training(tmp_path: Path, decoder: HostDecoder, name: str) -> None:
+def test_good_files_raise_no_alarm_and_decode_as_in_training(
+    tmp_path: Path, decoder: HostDecoder, name: str
+) -> None:
     path = tmp_path / "image.png"  # whatever the content: the name says nothing
     path.write_bytes(content(name))
-    image, = decoder.decode([str(path)])
+    (image,) = decoder.decode([str(path)])
     assert isinstance(image, np.ndarray), image
     if name in LOSSLESS:
         np.testing.assert_array_equal(image, PHOTO)
@@ -258,13 +361,21 @@ def test_good_files_raise_no_alarm_and_decode_as_in_training(tmp_path: Path, dec
     corner = (image.shape[0] - CROP[0], 17)
     whole, crop = in_a_graph(stream, corner)
     np.testing.assert_array_equal(image, whole)
-    np.testing.assert_array_equal(crop, whole[corner[0]:, corner[1] : corner[1] + CROP[1]])
+    np.testing.assert_array_equal(crop, whole[corner[0] :, corner[1] : corner[1] + CROP[1]])
 
 
 @pytest.mark.parametrize("name", TURNED)
 def test_every_orientation_is_applied(tmp_path: Path, decoder: HostDecoder, name: str) -> None:
-    turned = (PHOTO, PHOTO[:, ::-1], PHOTO[::-1, ::-1], PHOTO[::-1], PHOTO.transpose(1, 0, 2), np.rot90(PHOTO, -1),
-              PHOTO[::-1, ::-1].transpose(1, 0, 2), np.rot90(PHOTO))
+    turned = (
+        PHOTO,
+        PHOTO[:, ::-1],
+        PHOTO[::-1, ::-1],
+        PHOTO[::-1],
+        PHOTO.transpose(1, 0, 2),
+        np.rot90(PHOTO, -1),
+        PHOTO[::-1, ::-1].transpose(1, 0, 2),
+        np.rot90(PHOTO),
+    )
     paths = [tmp_path / str(turn) for turn in range(1, 9)]
     for turn, path in enumerate(paths, 1):
         path.write_bytes(TURNED[name](turn))
@@ -273,13 +384,15 @@ def test_every_orientation_is_applied(tmp_path: Path, decoder: HostDecoder, name
         np.testing.assert_array_equal(image, expected)
 
 
-def test_an_odd_chunk_before_the_exif_of_webp_is_survived(tmp_path: Path, decoder: HostDecoder) -> None:
+def test_an_odd_chunk_before_the_exif_of_webp_is_survived(
+    tmp_path: Path, decoder: HostDecoder
+) -> None:
     turned = {1: PHOTO, 6: np.rot90(PHOTO, -1)}
     for orientation, expected in turned.items():
         data = pil(PHOTO, "webp", lossless=True, exif=exif(orientation), icc_profile=b"x" * 101)
         path = tmp_path / f"{orientation}.webp"
         path.write_bytes(data)
-        image, = decoder.decode([str(path)])
+        (image,) = decoder.decode([str(path)])
         np.testing.assert_array_equal(image, expected)
         stream = read_encoded(str(path)).stream.tobytes()
         changed = [(old, new) for old, new in zip(data, stream, strict=True) if old != new]
@@ -288,17 +401,54 @@ def test_an_odd_chunk_before_the_exif_of_webp_is_survived(tmp_path: Path, decode
         assert len(changed) <= 4
 
 
-@pytest.mark.parametrize("name", ["png", "png of opencv", "webp", "webp exif 1", "webp lossy", "bmp", "bmp top down",
-                                  "bmp alpha", "bmp run lengths", "tiff", "tiff of opencv", "tiff lzw", "tiff deflate",
-                                  "tiff tiles", "tiff planes", "tiff 64 bits", "jp2", "jp2 codestream", "jpeg gray",
-                                  "jpeg subsampling 2", "jpeg progressive", "jpeg restarts", "jpeg thumbnail"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "png",
+        "png of opencv",
+        "webp",
+        "webp exif 1",
+        "webp lossy",
+        "bmp",
+        "bmp top down",
+        "bmp alpha",
+        "bmp run lengths",
+        "tiff",
+        "tiff of opencv",
+        "tiff lzw",
+        "tiff deflate",
+        "tiff tiles",
+        "tiff planes",
+        "tiff 64 bits",
+        "jp2",
+        "jp2 codestream",
+        "jpeg gray",
+        "jpeg subsampling 2",
+        "jpeg progressive",
+        "jpeg restarts",
+        "jpeg thumbnail",
+    ],
+)
 def test_a_file_cut_anywhere_is_named(tmp_path: Path, name: str) -> None:
     whole, path = content(name), tmp_path / "cut"
-    for length in (1, 10, 30, len(whole) // 50, len(whole) // 10, len(whole) // 2, len(whole) * 9 // 10,
-                   len(whole) - 100, len(whole) - 10, len(whole) - 2, len(whole) - 1):
+    for length in (
+        1,
+        10,
+        30,
+        len(whole) // 50,
+        len(whole) // 10,
+        len(whole) // 2,
+        len(whole) * 9 // 10,
+        len(whole) - 100,
+        len(whole) - 10,
+        len(whole) - 2,
+        len(whole) - 1,
+    ):
         path.write_bytes(whole[:length])
         if length >= len(whole) - 2 and name.startswith("jpeg") and name != "jpeg progressive":
-            assert decoding_fault(str(path)) == ""  # the end marker is missing, the pixels are all there
+            assert (
+                decoding_fault(str(path)) == ""
+            )  # the end marker is missing, the pixels are all there
             continue
         reason = bad(path).reason
         assert "truncated" in reason or length < 40, (length, reason)
@@ -306,14 +456,30 @@ def test_a_file_cut_anywhere_is_named(tmp_path: Path, name: str) -> None:
             read_encoded(str(path))
 
 
-@pytest.mark.parametrize("name", ["jpeg subsampling 2", "jpeg progressive", "jpeg with zeros", "png", "png interlaced",
-                                  "jp2", "jp2 codestream", "tiff strips", "tiff deflate", "tiff lzw", "tiff zstandard"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jpeg subsampling 2",
+        "jpeg progressive",
+        "jpeg with zeros",
+        "png",
+        "png interlaced",
+        "jp2",
+        "jp2 codestream",
+        "tiff strips",
+        "tiff deflate",
+        "tiff lzw",
+        "tiff zstandard",
+    ],
+)
 def test_a_tail_of_zeros_is_named(tmp_path: Path, name: str) -> None:
     whole, path = content(name), tmp_path / "zeros"
     for share in (0.1, 0.5, 0.9):
         start = int((len(whole) - 300) * share)
         path.write_bytes(whole[:start] + bytes(len(whole) - start))
-        assert any(word in bad(path).reason for word in ("truncated", "damaged", "broken", "DALI", "size")), start
+        assert any(
+            word in bad(path).reason for word in ("truncated", "damaged", "broken", "DALI", "size")
+        ), start
 
 
 def test_zeros_are_how_lossless_webp_writes_black(tmp_path: Path) -> None:
@@ -331,8 +497,10 @@ NOT_IMAGES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "zeros": (bytes(5000), "zero bytes"),
     "gif": (lambda: pil(PHOTO, "gif"), "GIF"),
     "npy": (b"\x93NUMPY\1\0" + bytes(100), ".npy"),
-    "jpeg 2000 in tiff, which decodes to black": (lambda: tiff(PHOTO, photometric="rgb", compression="jpeg2000"),
-                                                 "compression 34712"),
+    "jpeg 2000 in tiff, which decodes to black": (
+        lambda: tiff(PHOTO, photometric="rgb", compression="jpeg2000"),
+        "compression 34712",
+    ),
 }
 
 
@@ -347,10 +515,20 @@ def test_what_is_no_image_is_named(tmp_path: Path, kind: str) -> None:
         encoded_size(str(path))
 
 
-@pytest.mark.parametrize("bomb", [png_of(struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0), bytes(10_000)),
-                                  bmp(30_000, 30_000, 8, 1, b"\0\1", bytes(1024))], ids=["png", "bmp"])
-def test_an_image_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: bytes) -> None:
-    monkeypatch.setattr(decoding, "_decoding_pipeline", lambda *_: pytest.fail("it was given to DALI"))
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        png_of(struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0), bytes(10_000)),
+        bmp(30_000, 30_000, 8, 1, b"\0\1", bytes(1024)),
+    ],
+    ids=["png", "bmp"],
+)
+def test_an_image_bomb_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: bytes
+) -> None:
+    monkeypatch.setattr(
+        decoding, "_decoding_pipeline", lambda *_: pytest.fail("it was given to DALI")
+    )
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb)
     with pytest.raises(BadFileError, match="pixels, more than the 256 Mi"):
@@ -369,7 +547,9 @@ def test_a_sparse_giant_is_not_read(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, decoder: HostDecoder) -> None:
     path = str(tmp_path / "image.png")
     for function in (encoded_size, read_encoded):
-        with pytest.raises(MissingFileError, match=r"image\.png: no such file; .*select_training_files"):
+        with pytest.raises(
+            MissingFileError, match=r"image\.png: no such file; .*select_training_files"
+        ):
             function(path)
     assert decoding_fault(path) == "no such file"
     (tmp_path / "there.png").write_bytes(content("png"))
@@ -378,12 +558,16 @@ def test_a_missing_file_is_named(tmp_path: Path, decoder: HostDecoder) -> None:
     np.testing.assert_array_equal(there, PHOTO)
 
 
-def test_what_says_nothing_about_the_file_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_says_nothing_about_the_file_is_no_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(tmp_path / "image.png")
     Path(path).write_bytes(content("png"))
     with pytest.raises(NotADirectoryError):
         read_encoded(f"{path}/deeper")
-    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(OSError, match="Input/output") as fault:
         encoded_size(path)
     assert fault.value.filename == path
@@ -399,7 +583,9 @@ def test_hostile_bytes_raise_nothing_else(tmp_path: Path, name: str) -> None:
     for _ in range(300):
         data = bytearray(content(name))
         for _ in range(chance.choice((1, 3, 10))):
-            data[int(len(data) * chance.random() ** 4)] = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+            data[int(len(data) * chance.random() ** 4)] = chance.choice(
+                (0, 1, 127, 128, 255, chance.randrange(256))
+            )
         path.write_bytes(data)
         for function in (encoded_size, read_encoded):
             try:
@@ -413,7 +599,9 @@ def test_decoding_fault_gives_one_readable_line(tmp_path: Path) -> None:
     damaged = bytearray(content("png"))
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.jpg").write_bytes(damaged)
-    assert read_encoded(str(tmp_path / "damaged.jpg")).stream.tobytes() == damaged  # checksums are left to the decoder
+    assert (
+        read_encoded(str(tmp_path / "damaged.jpg")).stream.tobytes() == damaged
+    )  # checksums are left to the decoder
     fault = decoding_fault(str(tmp_path / "damaged.jpg"))
     assert fault.startswith("its PNG data cannot be decoded")
     assert "\n" not in fault
@@ -428,9 +616,18 @@ def test_decoding_fault_gives_one_readable_line(tmp_path: Path) -> None:
 def test_bad_files_do_not_spoil_the_others(tmp_path: Path, decoder: HostDecoder) -> None:
     damaged = bytearray(content("png"))
     damaged[len(damaged) // 2] ^= 1  # only decoding tells
-    files = {"0.png": content("png"), "1.png": bytes(damaged), "2.jpg": content("jpeg exif 6"), "3.txt": b"text",
-             "4.webp": content("webp"), "5.jpg": content("jpeg gray")[:900], "6.png": bytes(damaged),
-             "7.tif": content("tiff lzw"), "8.jp2": content("jp2"), "9.bmp": content("bmp")}
+    files = {
+        "0.png": content("png"),
+        "1.png": bytes(damaged),
+        "2.jpg": content("jpeg exif 6"),
+        "3.txt": b"text",
+        "4.webp": content("webp"),
+        "5.jpg": content("jpeg gray")[:900],
+        "6.png": bytes(damaged),
+        "7.tif": content("tiff lzw"),
+        "8.jp2": content("jp2"),
+        "9.bmp": content("bmp"),
+    }
     paths = [str(tmp_path / name) for name in files]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)

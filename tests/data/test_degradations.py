@@ -1,4 +1,5 @@
-"""How LR is made of HR: by references of our own, by the distribution of what is drawn, and as a pure function."""
+"""How LR is made of HR: by references of our own, by the distribution of what is drawn, and as a
+pure function."""
 
 from __future__ import annotations
 
@@ -47,18 +48,41 @@ def photographs(root: Path, *sizes: tuple[int, int], suffix: str = ".npy") -> li
     return names
 
 
-def source(root: Path, names: list[str], *, scale: int, micro_batch: int, seed: int = 0, crop: int = CROP,
-           lr_paths: dict[str, str] | None = None, degrades_on_host: bool = False, **data: Any) -> CropSource:
-    return CropSource.of_dataset(Dataset((Folder(root, names, [], lr_paths),)), DataSpec(crop=crop, **data),
-                                 scale=scale, seed=seed, position=Position(0, 1, micro_batch),
-                                 degrades_on_host=degrades_on_host)
+def source(
+    root: Path,
+    names: list[str],
+    *,
+    scale: int,
+    micro_batch: int,
+    seed: int = 0,
+    crop: int = CROP,
+    lr_paths: dict[str, str] | None = None,
+    degrades_on_host: bool = False,
+    **data: Any,
+) -> CropSource:
+    return CropSource.of_dataset(
+        Dataset((Folder(root, names, [], lr_paths),)),
+        DataSpec(crop=crop, **data),
+        scale=scale,
+        seed=seed,
+        position=Position(0, 1, micro_batch),
+        degrades_on_host=degrades_on_host,
+    )
 
 
-def made(crops: CropSource, count: int = 1, threads: int = 1) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+def made(
+    crops: CropSource, count: int = 1, threads: int = 1
+) -> tuple[list[Sample], np.ndarray, np.ndarray]:
     """The samples of the first `count` micro-batches, their HR and LR (n, 3, height, width)."""
     pipeline = training_pipeline(crops, 0, device_id=None, threads=threads, prefetch=1)
-    hr, lr = zip(*([np.array(side.as_array()) for side in pipeline.run()] for _ in range(count)), strict=True)
-    return crops.samples(0, count * crops.position.micro_batch), np.concatenate(hr), np.concatenate(lr)
+    hr, lr = zip(
+        *([np.array(side.as_array()) for side in pipeline.run()] for _ in range(count)), strict=True
+    )
+    return (
+        crops.samples(0, count * crops.position.micro_batch),
+        np.concatenate(hr),
+        np.concatenate(lr),
+    )
 
 
 def undone(pixels: np.ndarray, sample: Sample) -> np.ndarray:
@@ -71,19 +95,22 @@ def undone(pixels: np.ndarray, sample: Sample) -> np.ndarray:
 def whole(sample: Sample, scale: int) -> np.ndarray:
     """The sample's photograph without what is left over of a multiple of the scale."""
     pixels = np.load(sample.path)
-    return np.ascontiguousarray(pixels[:pixels.shape[0] // scale * scale, :pixels.shape[1] // scale * scale])
+    return np.ascontiguousarray(
+        pixels[: pixels.shape[0] // scale * scale, : pixels.shape[1] // scale * scale]
+    )
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     error = np.mean((np.asarray(one, np.float64) - other) ** 2)
-    return float(10 * np.log10(255 ** 2 / max(error, 1e-9)))
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 # What a crop's LR is: that of the whole photograph, and turned with HR.
 
 
 def nine_places_and_inside(root: Path, scale: int) -> list[str]:
-    """One photograph with three places for a crop in each direction, at its edges, and one with many."""
+    """One photograph with three places for a crop in each direction, at its edges, and one with
+    many."""
     side = CROP + 2 * scale
     return photographs(root, (side + 1, side + scale - 1), (2 * CROP + 40, 2 * CROP + 31))
 
@@ -92,56 +119,91 @@ def of_the_whole(crops: CropSource) -> tuple[list[Sample], list[np.ndarray], lis
     """Samples, their LR as it lies in the file, and that part of the whole photograph's LR."""
     scale, degradation = crops.scale, crops.spec.degradation
     samples, hr, lr = made(crops)
-    wholes = {sample.path: low_resolution(whole(sample, scale), degradation, scale, seed=0, number=0)
-              for sample in {sample.path: sample for sample in samples}.values()}
+    wholes = {
+        sample.path: low_resolution(whole(sample, scale), degradation, scale, seed=0, number=0)
+        for sample in {sample.path: sample for sample in samples}.values()
+    }
     parts = []
     for sample, pixels in zip(samples, hr, strict=True):
         at = (slice(sample.top, sample.top + CROP), slice(sample.left, sample.left + CROP))
         np.testing.assert_array_equal(undone(pixels, sample), whole(sample, scale)[at])
-        parts.append(wholes[sample.path][tuple(slice(s.start // scale, s.stop // scale) for s in at)])
-    return samples, [undone(pixels, sample) for pixels, sample in zip(lr, samples, strict=True)], parts
+        parts.append(
+            wholes[sample.path][tuple(slice(s.start // scale, s.stop // scale) for s in at)]
+        )
+    return (
+        samples,
+        [undone(pixels, sample) for pixels, sample in zip(lr, samples, strict=True)],
+        parts,
+    )
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("augment", [False, True])
-def test_bicubic_lr_of_a_crop_is_the_crop_of_the_lr_of_the_whole(tmp_path: Path, scale: int, augment: bool) -> None:
+def test_bicubic_lr_of_a_crop_is_the_crop_of_the_lr_of_the_whole(
+    tmp_path: Path, scale: int, augment: bool
+) -> None:
     names = nine_places_and_inside(tmp_path, scale)
-    samples, lr, parts = of_the_whole(source(tmp_path, names, scale=scale, micro_batch=120, augment=augment))
+    samples, lr, parts = of_the_whole(
+        source(tmp_path, names, scale=scale, micro_batch=120, augment=augment)
+    )
     for got, expected in zip(lr, parts, strict=True):
         np.testing.assert_array_equal(got, expected)
-    places = {(sample.top // scale, sample.left // scale) for sample in samples if sample.path.endswith("0.npy")}
+    places = {
+        (sample.top // scale, sample.left // scale)
+        for sample in samples
+        if sample.path.endswith("0.npy")
+    }
     assert places == set(product(range(3), repeat=2))
     margin = 2 * scale
-    insides = [sample for sample in samples if sample.region[2:] == (CROP + 2 * margin, CROP + 2 * margin)
-               and sample.region[:2] == (sample.top - margin, sample.left - margin)]
+    insides = [
+        sample
+        for sample in samples
+        if sample.region[2:] == (CROP + 2 * margin, CROP + 2 * margin)
+        and sample.region[:2] == (sample.top - margin, sample.left - margin)
+    ]
     assert len(insides) > 20
-    assert len({(sample.flip_vertical, sample.flip_horizontal, sample.transpose)
-                for sample in samples}) == (8 if augment else 1)
+    assert len(
+        {(sample.flip_vertical, sample.flip_horizontal, sample.transpose) for sample in samples}
+    ) == (8 if augment else 1)
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("sigma", [0.8, 1.6, 3.0])
-def test_gaussian_lr_of_a_crop_is_the_crop_of_the_lr_of_the_whole(tmp_path: Path, scale: int, sigma: float) -> None:
+def test_gaussian_lr_of_a_crop_is_the_crop_of_the_lr_of_the_whole(
+    tmp_path: Path, scale: int, sigma: float
+) -> None:
     names = nine_places_and_inside(tmp_path, scale)
     degradation = {"name": "gaussian", "sigma": sigma}
     for augment in (False, True):
-        crops = source(tmp_path, names, scale=scale, micro_batch=120, augment=augment, degradation=degradation)
+        crops = source(
+            tmp_path, names, scale=scale, micro_batch=120, augment=augment, degradation=degradation
+        )
         _, lr, parts = of_the_whole(crops)
         difference = np.abs(np.array(lr, int) - np.array(parts))
-        # Sums of the same products in another order: one in some ten thousand lies so near to a half that it counts.
+        # Sums of the same products in another order: one in some ten thousand lies so near to a
+        # half that it counts.
         assert difference.max() <= 1
         assert difference.mean() < 2e-4
 
 
 @pytest.mark.parametrize("degradation", ["bicubic", "gaussian"])
 def test_without_its_surroundings_lr_of_a_crop_is_another(
-        tmp_path: Path, degradation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    crops = source(tmp_path, nine_places_and_inside(tmp_path, 4), scale=4, micro_batch=40, degradation=degradation)
+    tmp_path: Path, degradation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crops = source(
+        tmp_path,
+        nine_places_and_inside(tmp_path, 4),
+        scale=4,
+        micro_batch=40,
+        degradation=degradation,
+    )
     monkeypatch.setattr(type(crops.degradation), "surroundings", property(lambda _: 0))
     samples, lr, parts = of_the_whole(crops)
     length = CROP // 4
     inner = (slice(3, length - 3), slice(3, length - 3))
-    differences = [np.abs(got.astype(int) - expected) for got, expected in zip(lr, parts, strict=True)]
+    differences = [
+        np.abs(got.astype(int) - expected) for got, expected in zip(lr, parts, strict=True)
+    ]
     for sample, difference in zip(samples, differences, strict=True):
         assert sample.region[2:] == (CROP, CROP)
         assert difference[inner].max() <= 1
@@ -154,21 +216,36 @@ def gaussian_weights(length: int, scale: int, sigma: float) -> np.ndarray:
     around = length - 1
     places = np.pad(np.arange(length), around, mode="reflect")
     centres = scale * np.arange(length // scale) + (scale - 1) / 2
-    gaussian = np.exp(-(np.arange(-around, length + around) - centres[:, None]) ** 2 / (2 * sigma ** 2))
+    gaussian = np.exp(
+        -((np.arange(-around, length + around) - centres[:, None]) ** 2) / (2 * sigma**2)
+    )
     return gaussian / gaussian.sum(1, keepdims=True) @ (places[:, None] == np.arange(length))
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_gaussian_weighs_around_the_centre_of_each_lr_pixel(tmp_path: Path, scale: int) -> None:
     names = nine_places_and_inside(tmp_path, scale)
-    crops = source(tmp_path, names, scale=scale, micro_batch=40, degradation={"name": "gaussian", "sigma": (0.4, 3)})
+    crops = source(
+        tmp_path,
+        names,
+        scale=scale,
+        micro_batch=40,
+        degradation={"name": "gaussian", "sigma": (0.4, 3)},
+    )
     samples, _, lr = made(crops)
     for sample, pixels in zip(samples, lr, strict=True):
         image = whole(sample, scale).astype(np.float64)
-        down, right = (gaussian_weights(length, scale, sample.degradation["sigma"]) for length in image.shape[:2])
-        rows, columns = (slice(at // scale, (at + CROP) // scale) for at in (sample.top, sample.left))
+        down, right = (
+            gaussian_weights(length, scale, sample.degradation["sigma"])
+            for length in image.shape[:2]
+        )
+        rows, columns = (
+            slice(at // scale, (at + CROP) // scale) for at in (sample.top, sample.left)
+        )
         expected = np.einsum("iy,jx,yxc->ijc", down[rows], right[columns], image, optimize=True)
-        assert np.abs(undone(pixels, sample) - expected).max() < 0.52  # rounded; the kernel ends at 4 sigma
+        assert (
+            np.abs(undone(pixels, sample) - expected).max() < 0.52
+        )  # rounded; the kernel ends at 4 sigma
     sigmas = [sample.degradation["sigma"] for sample in crops.samples(0, 2000)]
     assert stats.kstest(sigmas, "uniform", (0.4, 2.6)).pvalue > 1e-3
 
@@ -177,9 +254,18 @@ def test_gaussian_weighs_around_the_centre_of_each_lr_pixel(tmp_path: Path, scal
 def test_realesrgan_lr_is_turned_with_hr(tmp_path: Path, on_host: bool) -> None:
     names = photographs(tmp_path, (128, 120), (150, 140))
     degradation = {"name": "realesrgan", "surroundings": 48}
-    turned, plain = (source(tmp_path, names, scale=2, micro_batch=40, augment=augment, degradation=degradation,
-                            degrades_on_host=on_host)
-                     for augment in (True, False))
+    turned, plain = (
+        source(
+            tmp_path,
+            names,
+            scale=2,
+            micro_batch=40,
+            augment=augment,
+            degradation=degradation,
+            degrades_on_host=on_host,
+        )
+        for augment in (True, False)
+    )
     samples, _, lr = made(turned)
     others, _, lr_plain = made(plain)
     for sample, other, got, expected in zip(samples, others, lr, lr_plain, strict=True):
@@ -191,12 +277,31 @@ def test_realesrgan_lr_is_turned_with_hr(tmp_path: Path, on_host: bool) -> None:
 # What Real-ESRGAN draws, against the published options (options/train_realesrnet_x4plus.yml).
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    "first": {"blur": 1.0, "sigma": (0.2, 3), "resize": (0.2, 0.7, 0.1), "factor": (0.15, 1.5), "noise": (1, 30),
-              "poisson": (0.05, 3)},
-    "second": {"blur": 0.8, "sigma": (0.2, 1.5), "resize": (0.3, 0.4, 0.3), "factor": (0.3, 1.2), "noise": (1, 25),
-               "poisson": (0.05, 2.5)}}
-SHAPES = {"iso": 0.45, "aniso": 0.25, "generalized_iso": 0.12, "generalized_aniso": 0.03, "plateau_iso": 0.12,
-          "plateau_aniso": 0.03}
+    "first": {
+        "blur": 1.0,
+        "sigma": (0.2, 3),
+        "resize": (0.2, 0.7, 0.1),
+        "factor": (0.15, 1.5),
+        "noise": (1, 30),
+        "poisson": (0.05, 3),
+    },
+    "second": {
+        "blur": 0.8,
+        "sigma": (0.2, 1.5),
+        "resize": (0.3, 0.4, 0.3),
+        "factor": (0.3, 1.2),
+        "noise": (1, 25),
+        "poisson": (0.05, 2.5),
+    },
+}
+SHAPES = {
+    "iso": 0.45,
+    "aniso": 0.25,
+    "generalized_iso": 0.12,
+    "generalized_aniso": 0.03,
+    "plateau_iso": 0.12,
+    "plateau_aniso": 0.03,
+}
 SIZES = dict.fromkeys(range(7, 22, 2), 1.0)
 MODES = dict.fromkeys(("area", "linear", "cubic"), 1.0)
 COUNT = 20_000
@@ -243,10 +348,21 @@ def test_realesrgan_draws_the_published_blurs(drawn: list[Parameters], part: str
     assert_shares((blur["size"] for blur in blurs if blur["shape"] == "sinc"), SIZES)
     assert_shares((blur["size"] for blur in blurs if blur["shape"] != "sinc"), SIZES)
     for is_small, low in ((True, math.pi / 3), (False, math.pi / 5)):
-        assert_even([blur["cutoff"] for blur in blurs if blur["shape"] == "sinc" and (blur["size"] < 13) == is_small],
-                    low, math.pi)
-    isotropic = [blur for blur in blurs if blur["shape"] in ("iso", "generalized_iso", "plateau_iso")]
-    anisotropic = [blur for blur in blurs if blur["shape"] in ("aniso", "generalized_aniso", "plateau_aniso")]
+        assert_even(
+            [
+                blur["cutoff"]
+                for blur in blurs
+                if blur["shape"] == "sinc" and (blur["size"] < 13) == is_small
+            ],
+            low,
+            math.pi,
+        )
+    isotropic = [
+        blur for blur in blurs if blur["shape"] in ("iso", "generalized_iso", "plateau_iso")
+    ]
+    anisotropic = [
+        blur for blur in blurs if blur["shape"] in ("aniso", "generalized_aniso", "plateau_aniso")
+    ]
     assert all(blur["sigma"][0] == blur["sigma"][1] and "theta" not in blur for blur in isotropic)
     assert_even([blur["sigma"][0] for blur in isotropic], *published["sigma"])
     for axis in (0, 1):
@@ -259,28 +375,38 @@ def test_realesrgan_draws_the_published_blurs(drawn: list[Parameters], part: str
 @pytest.mark.parametrize("part", ROUNDS)
 def test_realesrgan_draws_the_published_exponents(drawn: list[Parameters], part: str) -> None:
     blurs = [parameters[part]["blur"] for parameters in drawn]
-    generalized, plateau = ([blur["beta"] for blur in blurs if blur["shape"].startswith(kind)]
-                            for kind in ("generalized", "plateau"))
+    generalized, plateau = (
+        [blur["beta"] for blur in blurs if blur["shape"].startswith(kind)]
+        for kind in ("generalized", "plateau")
+    )
     assert_shares((beta < 1 for beta in generalized), share(0.5))
     assert_even([beta for beta in generalized if beta < 1], 0.5, 1)
     assert_even([beta for beta in generalized if beta >= 1], 1, 4)
     assert_shares((beta == 1 for beta in plateau), share(0.5))
     assert_even([beta for beta in plateau if beta != 1], 1, 2)
-    assert all("beta" not in blur for blur in blurs if blur["shape"] in ("iso", "aniso", "sinc", "none"))
+    assert all(
+        "beta" not in blur for blur in blurs if blur["shape"] in ("iso", "aniso", "sinc", "none")
+    )
 
 
 @pytest.mark.parametrize("part", ROUNDS)
 def test_realesrgan_draws_the_published_sizes(drawn: list[Parameters], part: str) -> None:
     published, rounds = PUBLISHED[part], [parameters[part] for parameters in drawn]
-    assert_shares((one["resize"] for one in rounds), dict(zip(("up", "down", "keep"), published["resize"],
-                                                              strict=True)))
+    assert_shares(
+        (one["resize"] for one in rounds),
+        dict(zip(("up", "down", "keep"), published["resize"], strict=True)),
+    )
     low, high = published["factor"]
     assert_even([one["factor"] for one in rounds if one["resize"] == "up"], 1, high)
     assert_even([one["factor"] for one in rounds if one["resize"] == "down"], low, 1)
     assert {one["factor"] for one in rounds if one["resize"] == "keep"} == {1.0}
     assert_shares((one["mode"] for one in rounds), MODES)
     full = REGION if part == "first" else REGION // 4
-    before = [REGION] * COUNT if part == "first" else [parameters["first"]["size"][0] for parameters in drawn]
+    before = (
+        [REGION] * COUNT
+        if part == "first"
+        else [parameters["first"]["size"][0] for parameters in drawn]
+    )
     for one, length in zip(rounds, before, strict=True):
         assert one["size"] == [int(full * one["factor"])] * 2
         assert one["ratio"] == length / one["size"][0]
@@ -291,10 +417,14 @@ def test_realesrgan_draws_the_published_noise_and_jpeg(drawn: list[Parameters], 
     published, rounds = PUBLISHED[part], [parameters[part] for parameters in drawn]
     assert_shares((one["noise"] for one in rounds), {"gaussian": 0.5, "poisson": 0.5})
     assert_even([one["level"] for one in rounds if one["noise"] == "gaussian"], *published["noise"])
-    assert_even([one["level"] for one in rounds if one["noise"] == "poisson"], *published["poisson"])
+    assert_even(
+        [one["level"] for one in rounds if one["noise"] == "poisson"], *published["poisson"]
+    )
     assert_shares((one["gray"] for one in rounds), share(0.4))
     # Even over 30..95 and rounded: the two ends have half a step.
-    assert_shares((one["jpeg"] for one in rounds), {30: 0.5, **dict.fromkeys(range(31, 95), 1.0), 95: 0.5})
+    assert_shares(
+        (one["jpeg"] for one in rounds), {30: 0.5, **dict.fromkeys(range(31, 95), 1.0), 95: 0.5}
+    )
 
 
 def test_realesrgan_draws_the_published_end(drawn: list[Parameters]) -> None:
@@ -305,51 +435,91 @@ def test_realesrgan_draws_the_published_end(drawn: list[Parameters]) -> None:
     sincs = [final["sinc"] for final in finals if "sinc" in final]
     assert_shares((size for size, _ in sincs), SIZES)
     for is_small in (True, False):
-        assert_even([cutoff for size, cutoff in sincs if (size < 13) == is_small], math.pi / 3, math.pi)
+        assert_even(
+            [cutoff for size, cutoff in sincs if (size < 13) == is_small], math.pi / 3, math.pi
+        )
 
 
 def test_realesrgan_draws_every_parameter_for_itself(drawn: list[Parameters]) -> None:
     """No two parameters, of one round or of different ones, are of the same number."""
+
     def fraction(value: float, bounds: tuple[float, float]) -> float:
         return (value - bounds[0]) / (bounds[1] - bounds[0])
 
     def numbers(part: str, one: Parameters) -> dict[str, float]:
         published, blur = PUBLISHED[part], one["blur"]
-        low, high = {"up": (1, published["factor"][1]), "down": (published["factor"][0], 1), "keep": (0, 2)}[
-            one["resize"]]
-        return {"is blurred": blur["shape"] != "none", "is sinc": blur["shape"] == "sinc",
-                "shape": [*SHAPES, "sinc", "none"].index(blur["shape"]) if blur["shape"] in SHAPES else 1.0,
-                "kernel size": blur.get("size", 14), "sigma": fraction(blur.get("sigma", [1])[0], published["sigma"]),
-                "theta": blur.get("theta", 0), "direction": ("up", "keep", "down").index(one["resize"]),
-                "factor": fraction(one["factor"], (low, high)), "mode": list(MODES).index(one["mode"]),
-                "noise": one["noise"] == "poisson", "gray": one["gray"], "jpeg": one["jpeg"],
-                "level": fraction(one["level"], published["noise" if one["noise"] == "gaussian" else "poisson"])}
+        low, high = {
+            "up": (1, published["factor"][1]),
+            "down": (published["factor"][0], 1),
+            "keep": (0, 2),
+        }[one["resize"]]
+        return {
+            "is blurred": blur["shape"] != "none",
+            "is sinc": blur["shape"] == "sinc",
+            "shape": [*SHAPES, "sinc", "none"].index(blur["shape"])
+            if blur["shape"] in SHAPES
+            else 1.0,
+            "kernel size": blur.get("size", 14),
+            "sigma": fraction(blur.get("sigma", [1])[0], published["sigma"]),
+            "theta": blur.get("theta", 0),
+            "direction": ("up", "keep", "down").index(one["resize"]),
+            "factor": fraction(one["factor"], (low, high)),
+            "mode": list(MODES).index(one["mode"]),
+            "noise": one["noise"] == "poisson",
+            "gray": one["gray"],
+            "jpeg": one["jpeg"],
+            "level": fraction(
+                one["level"], published["noise" if one["noise"] == "gaussian" else "poisson"]
+            ),
+        }
 
     rows = []
     for parameters in drawn:
-        row = {f"{part} {name}": value for part in ROUNDS for name, value in numbers(part, parameters[part]).items()}
+        row = {
+            f"{part} {name}": value
+            for part in ROUNDS
+            for name, value in numbers(part, parameters[part]).items()
+        }
         final = parameters["final"]
-        row |= {"last mode": list(MODES).index(final["mode"]), "sinc first": final["sinc_first"],
-                "last sinc": "sinc" in final, "last size": final.get("sinc", (14, 2.0))[0],
-                "last cutoff": final.get("sinc", (14, 2.1))[1]}
+        row |= {
+            "last mode": list(MODES).index(final["mode"]),
+            "sinc first": final["sinc_first"],
+            "last sinc": "sinc" in final,
+            "last size": final.get("sinc", (14, 2.0))[0],
+            "last cutoff": final.get("sinc", (14, 2.1))[1],
+        }
         rows.append(row)
     names = [name for name in rows[0] if name != "first is blurred"]  # which all are
     values = np.array([[row[name] for name in names] for row in rows], np.float64).T
     correlations = np.corrcoef(values)
-    related = {frozenset(f"{part} {name}" for name in pair) for part in ROUNDS for pair in (
-        ("is blurred", "is sinc"), ("is sinc", "shape"), ("is sinc", "sigma"), ("is blurred", "sigma"),
-        ("is blurred", "shape"), ("shape", "sigma"), ("is blurred", "kernel size"), ("shape", "theta"))}
+    related = {
+        frozenset(f"{part} {name}" for name in pair)
+        for part in ROUNDS
+        for pair in (
+            ("is blurred", "is sinc"),
+            ("is sinc", "shape"),
+            ("is sinc", "sigma"),
+            ("is blurred", "sigma"),
+            ("is blurred", "shape"),
+            ("shape", "sigma"),
+            ("is blurred", "kernel size"),
+            ("shape", "theta"),
+        )
+    }
     for i, one in enumerate(names):
         for j, other in enumerate(names[:i]):
             if frozenset((one, other)) not in related:
-                assert abs(correlations[i, j]) < 4.5 / COUNT ** 0.5, (one, other)
+                assert abs(correlations[i, j]) < 4.5 / COUNT**0.5, (one, other)
 
 
 def test_each_sample_uses_as_many_numbers_as_any_other() -> None:
     """So that a changed share of a recipe leaves all other draws of a sample what they were."""
     random = np.random.default_rng(1)
     left = set()
-    for other in (RealEsrganSpec(), RealEsrganSpec(final_sinc_prob=0, first={"sinc_prob": 1}, second={"blur_prob": 0})):
+    for other in (
+        RealEsrganSpec(),
+        RealEsrganSpec(final_sinc_prob=0, first={"sinc_prob": 1}, second={"blur_prob": 0}),
+    ):
         degradation, noise = RealEsrgan(other, 4), LrNoise(NoiseSpec(probability=0.5))
         for row in random.random((300, NUMBERS)).tolist():
             chances = iter(row)
@@ -363,9 +533,14 @@ def test_each_sample_uses_as_many_numbers_as_any_other() -> None:
 def test_the_crop_lies_anywhere_in_its_surroundings() -> None:
     for scale in (2, 3, 4):
         degradation = RealEsrgan(RealEsrganSpec(), scale)
-        places = [degradation.place(iter(row)) for row in np.random.default_rng(2).random((5000, 2)).tolist()]
+        places = [
+            degradation.place(iter(row))
+            for row in np.random.default_rng(2).random((5000, 2)).tolist()
+        ]
         for axis in (0, 1):
-            assert_shares((place[axis] for place in places), dict.fromkeys(range(0, 145, scale), 1.0))
+            assert_shares(
+                (place[axis] for place in places), dict.fromkeys(range(0, 145, scale), 1.0)
+            )
 
 
 # The pixels of Real-ESRGAN, against a chain of numpy, torch and OpenCV.
@@ -386,19 +561,24 @@ def kernel_of(blur: Parameters) -> np.ndarray:
 
 def blurred(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     radius = len(kernel) // 2
-    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="reflect").transpose(2, 0, 1)[:, None]
+    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="reflect").transpose(
+        2, 0, 1
+    )[:, None]
     weights = torch.from_numpy(np.asarray(kernel, np.float64))[None, None]
-    return torch.nn.functional.conv2d(torch.from_numpy(padded), weights)[:, 0].permute(1, 2, 0).numpy()
+    return (
+        torch.nn.functional.conv2d(torch.from_numpy(padded), weights)[:, 0].permute(1, 2, 0).numpy()
+    )
 
 
 def cubic(length: int, size: int) -> np.ndarray:
-    """(size, length) weights of Keys' cubic with a = -0.5, without antialias, the outermost pixels repeated."""
+    """(size, length) weights of Keys' cubic with a = -0.5, without antialias, the outermost pixels
+    repeated."""
     centres = (np.arange(size) + 0.5) * length / size - 0.5
     weights = np.zeros((size, length))
     for tap in range(-1, 3):
         places = np.floor(centres) + tap
         d = np.abs(centres - places)
-        values = np.where(d < 1, 1.5 * d ** 3 - 2.5 * d ** 2 + 1, -0.5 * (d ** 3 - 5 * d ** 2 + 8 * d - 4))
+        values = np.where(d < 1, 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * (d**3 - 5 * d**2 + 8 * d - 4))
         np.add.at(weights, (np.arange(size), places.clip(0, length - 1).astype(int)), values)
     return weights
 
@@ -406,16 +586,29 @@ def cubic(length: int, size: int) -> np.ndarray:
 def area(length: int, size: int) -> np.ndarray:
     """(size, length): the share of each pixel in what an output pixel covers."""
     ends, first = np.arange(size + 1) * length / size, np.arange(length)
-    return (np.minimum(ends[1:, None], first + 1) - np.maximum(ends[:-1, None], first)).clip(0, 1) * size / length
+    return (
+        (np.minimum(ends[1:, None], first + 1) - np.maximum(ends[:-1, None], first)).clip(0, 1)
+        * size
+        / length
+    )
 
 
 def resized(image: np.ndarray, size: Sequence[int], mode: str) -> np.ndarray:
     if mode == "linear":
         planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))[None])
-        return torch.nn.functional.interpolate(planes, tuple(size), mode="bilinear")[0].permute(1, 2, 0).numpy()
+        return (
+            torch.nn.functional.interpolate(planes, tuple(size), mode="bilinear")[0]
+            .permute(1, 2, 0)
+            .numpy()
+        )
     weights = area if mode == "area" else cubic
-    return np.einsum("iy,jx,yxc->ijc", weights(image.shape[0], size[0]), weights(image.shape[1], size[1]), image,
-                     optimize=True)
+    return np.einsum(
+        "iy,jx,yxc->ijc",
+        weights(image.shape[0], size[0]),
+        weights(image.shape[1], size[1]),
+        image,
+        optimize=True,
+    )
 
 
 def rounded(image: np.ndarray) -> np.ndarray:
@@ -446,16 +639,25 @@ STILL = {"noise_range": 0, "gaussian_noise_prob": 1}
 
 
 def with_references(crops: CropSource, areas: int, most: int) -> Iterator[tuple[Sample, float]]:
-    """The first `most` samples of a micro-batch that average areas in `areas` resizings, and their PSNR in dB."""
+    """The first `most` samples of a micro-batch that average areas in `areas` resizings, and their
+    PSNR in dB."""
     samples, _, lr = made(crops)
-    chosen = [i for i, sample in enumerate(samples) if modes_of(sample.degradation).count("area") == areas][:most]
+    chosen = [
+        i for i, sample in enumerate(samples) if modes_of(sample.degradation).count("area") == areas
+    ][:most]
     assert len(chosen) == most
     for i in chosen:
         sample = samples[i]
         top, left, height, width = sample.region
-        expected = reference(np.load(sample.path)[top:top + height, left:left + width], sample.degradation, crops.scale)
-        at = tuple(slice(start // crops.scale, (start + crops.crop) // crops.scale)
-                   for start in (sample.top - top, sample.left - left))
+        expected = reference(
+            np.load(sample.path)[top : top + height, left : left + width],
+            sample.degradation,
+            crops.scale,
+        )
+        at = tuple(
+            slice(start // crops.scale, (start + crops.crop) // crops.scale)
+            for start in (sample.top - top, sample.left - left)
+        )
         yield sample, psnr(lr[i].transpose(1, 2, 0), expected[at])
 
 
@@ -467,8 +669,16 @@ def modes_of(drawn: Parameters) -> list[str]:
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_realesrgan_is_the_published_chain(tmp_path: Path, scale: int, on_host: bool) -> None:
     degradation = {"name": "realesrgan", "first": STILL, "second": STILL, "surroundings": 60}
-    crops = source(tmp_path, photographs(tmp_path, (144, 120), (100, 150)), scale=scale, micro_batch=40, crop=72,
-                   augment=False, degradation=degradation, degrades_on_host=on_host)
+    crops = source(
+        tmp_path,
+        photographs(tmp_path, (144, 120), (100, 150)),
+        scale=scale,
+        micro_batch=40,
+        crop=72,
+        augment=False,
+        degradation=degradation,
+        degrades_on_host=on_host,
+    )
     found = list(with_references(crops, 0, 8))
     assert {sample.degradation["final"]["sinc_first"] for sample, _ in found} == {True, False}
     # Mostly the same bytes; a sum rounded the other way may turn over a coefficient of a JPEG.
@@ -480,17 +690,29 @@ def test_realesrgan_is_the_published_chain(tmp_path: Path, scale: int, on_host: 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_realesrgan_averages_areas(tmp_path: Path, scale: int, on_host: bool) -> None:
     best = STILL | {"jpeg_range": 100}  # lest coefficients turn over
-    crops = source(tmp_path, photographs(tmp_path, (132, 144), (120, 160)), scale=scale, micro_batch=24, crop=72,
-                   augment=False, degrades_on_host=on_host,
-                   degradation={"name": "realesrgan", "first": best, "second": best, "surroundings": 60})
+    crops = source(
+        tmp_path,
+        photographs(tmp_path, (132, 144), (120, 160)),
+        scale=scale,
+        micro_batch=24,
+        crop=72,
+        augment=False,
+        degrades_on_host=on_host,
+        degradation={"name": "realesrgan", "first": best, "second": best, "surroundings": 60},
+    )
     averaged = enlarged = 0
     for sample, value in with_references(crops, 1, 7):
         drawn = sample.degradation
-        ratios = (drawn["first"]["ratio"], drawn["second"]["ratio"],
-                  drawn["second"]["size"][0] / (sample.region[2] // scale))
+        ratios = (
+            drawn["first"]["ratio"],
+            drawn["second"]["ratio"],
+            drawn["second"]["size"][0] / (sample.region[2] // scale),
+        )
         ratio = ratios[modes_of(drawn).index("area")]
         averaged, enlarged = averaged + (ratio > 1), enlarged + (ratio < 1)
-        assert value > (45 if ratio >= 1 else 38)  # what enlarges is linear, where areas would repeat pixels
+        assert value > (
+            45 if ratio >= 1 else 38
+        )  # what enlarges is linear, where areas would repeat pixels
     assert averaged > 1
     assert enlarged > 0
 
@@ -502,19 +724,40 @@ LUMA = np.array([0.299, 0.587, 0.114])
 @pytest.mark.parametrize("part", ROUNDS)
 @pytest.mark.parametrize("is_gray", [True, False])
 @pytest.mark.parametrize("is_gaussian", [True, False])
-def test_realesrgan_noise_is_as_strong_as_drawn(tmp_path: Path, part: str, is_gray: bool, is_gaussian: bool,
-                                                on_host: bool) -> None:
+def test_realesrgan_noise_is_as_strong_as_drawn(
+    tmp_path: Path, part: str, is_gray: bool, is_gaussian: bool, on_host: bool
+) -> None:
     np.save(tmp_path / "0.npy", (50 + photograph(3, 180, 144) * (100 / 255)).astype(np.uint8))
-    # Nothing but noise, and of JPEG only the coarse colour: luma shows how strong it is. Nothing reaches 0 or 255.
+    # Nothing but noise, and of JPEG only the coarse colour: luma shows how strong it is. Nothing
+    # reaches 0 or 255.
     nothing = STILL | {"blur_prob": 0, "resize_prob": (0, 0, 1), "jpeg_range": 100}
-    noisy = nothing | {"noise_range": (6, 12), "poisson_scale_range": (1, 2), "gray_noise_prob": float(is_gray),
-                       "gaussian_noise_prob": float(is_gaussian)}
+    noisy = nothing | {
+        "noise_range": (6, 12),
+        "poisson_scale_range": (1, 2),
+        "gray_noise_prob": float(is_gray),
+        "gaussian_noise_prob": float(is_gaussian),
+    }
 
     def lr(**rounds: Any) -> tuple[list[Sample], np.ndarray]:
-        degradation = {"name": "realesrgan", "final_sinc_prob": 0, "surroundings": 16, "first": nothing,
-                       "second": nothing, **rounds}
-        samples, _, made_lr = made(source(tmp_path, ["0.npy"], scale=1, micro_batch=4, crop=128,
-                                          degradation=degradation, degrades_on_host=on_host))
+        degradation = {
+            "name": "realesrgan",
+            "final_sinc_prob": 0,
+            "surroundings": 16,
+            "first": nothing,
+            "second": nothing,
+            **rounds,
+        }
+        samples, _, made_lr = made(
+            source(
+                tmp_path,
+                ["0.npy"],
+                scale=1,
+                micro_batch=4,
+                crop=128,
+                degradation=degradation,
+                degrades_on_host=on_host,
+            )
+        )
         return samples, made_lr.transpose(0, 2, 3, 1).astype(np.float64)
 
     for sample, got, still in zip(*lr(**{part: noisy}), lr()[1], strict=True):
@@ -523,21 +766,36 @@ def test_realesrgan_noise_is_as_strong_as_drawn(tmp_path: Path, part: str, is_gr
             variance = 1 if is_gaussian else (still @ LUMA).mean()
             assert (got - still - residual[..., None]).std() < 1.2  # the same in all channels
         else:
-            variance = (LUMA ** 2 * (np.ones_like(still) if is_gaussian else still)).sum(-1).mean()
-        assert residual.std() == pytest.approx(sample.degradation[part]["level"] * variance ** 0.5, rel=0.03)
-        # Photons are whole numbers: with a factor near 1 the rounding to bytes may lean to one side.
-        assert abs(residual.mean()) < 4 * residual.std() / residual.size ** 0.5 + 0.1 + 0.4 * (not is_gaussian)
+            variance = (LUMA**2 * (np.ones_like(still) if is_gaussian else still)).sum(-1).mean()
+        assert residual.std() == pytest.approx(
+            sample.degradation[part]["level"] * variance**0.5, rel=0.03
+        )
+        # Photons are whole numbers: with a factor near 1 the rounding to bytes may lean to one
+        # side.
+        assert abs(residual.mean()) < 4 * residual.std() / residual.size**0.5 + 0.1 + 0.4 * (
+            not is_gaussian
+        )
 
 
 # Noise on LR.
 
 
-@pytest.mark.parametrize(("degradation", "on_host"), [("bicubic", False), ("gaussian", False), ("realesrgan", False),
-                                                      ("realesrgan", True)])
+@pytest.mark.parametrize(
+    ("degradation", "on_host"),
+    [("bicubic", False), ("gaussian", False), ("realesrgan", False), ("realesrgan", True)],
+)
 def test_lr_noise_is_as_strong_as_drawn(tmp_path: Path, degradation: str, on_host: bool) -> None:
     names = photographs(tmp_path, (120, 130), (140, 128))
-    keywords = {"scale": 2, "micro_batch": 16, "crop": 96, "degradation": degradation, "degrades_on_host": on_host}
-    samples, hr, noisy = made(source(tmp_path, names, lr_noise={"probability": 0.6, "sigma": (2, 8)}, **keywords))
+    keywords = {
+        "scale": 2,
+        "micro_batch": 16,
+        "crop": 96,
+        "degradation": degradation,
+        "degrades_on_host": on_host,
+    }
+    samples, hr, noisy = made(
+        source(tmp_path, names, lr_noise={"probability": 0.6, "sigma": (2, 8)}, **keywords)
+    )
     _, hr_still, still = made(source(tmp_path, names, **keywords))
     assert {sample.noise_sigma > 0 for sample in samples} == {True, False}
     np.testing.assert_array_equal(hr, hr_still)
@@ -549,9 +807,9 @@ def test_lr_noise_is_as_strong_as_drawn(tmp_path: Path, degradation: str, on_hos
         unclipped = residual[(other > 35) & (other < 220)]
         assert unclipped.size > 2000
         # Each side is rounded, which adds 1/12 to its variance, but realesrgan's was bytes before.
-        sigma = (sample.noise_sigma ** 2 + (1 if degradation == "realesrgan" else 2) / 12) ** 0.5
+        sigma = (sample.noise_sigma**2 + (1 if degradation == "realesrgan" else 2) / 12) ** 0.5
         assert unclipped.std() == pytest.approx(sigma, rel=4 / (2 * unclipped.size) ** 0.5)
-        assert abs(unclipped.mean()) < 4 * sigma / unclipped.size ** 0.5 + 0.02
+        assert abs(unclipped.mean()) < 4 * sigma / unclipped.size**0.5 + 0.02
         across = np.corrcoef(residual.reshape(3, -1))[np.triu_indices(3, 1)]
         assert np.abs(across).max() < 0.1
 
@@ -559,8 +817,14 @@ def test_lr_noise_is_as_strong_as_drawn(tmp_path: Path, degradation: str, on_hos
 def test_lr_noise_is_drawn_as_often_as_asked_for(tmp_path: Path) -> None:
     names = photographs(tmp_path, (64, 64))
     for degradation in ("bicubic", "realesrgan"):
-        crops = source(tmp_path, names, scale=4, micro_batch=1, degradation=degradation,
-                       lr_noise={"probability": 0.3, "sigma": (1, 6)})
+        crops = source(
+            tmp_path,
+            names,
+            scale=4,
+            micro_batch=1,
+            degradation=degradation,
+            lr_noise={"probability": 0.3, "sigma": (1, 6)},
+        )
         sigmas = [sample.noise_sigma for sample in crops.samples(0, 4000)]
         assert_shares((sigma > 0 for sigma in sigmas), share(0.3))
         assert_even([sigma for sigma in sigmas if sigma > 0], 1, 6)
@@ -568,11 +832,23 @@ def test_lr_noise_is_drawn_as_often_as_asked_for(tmp_path: Path) -> None:
 
 # A pure function of the sample's number.
 
-MIXED = ((CROP, CROP), (CROP, 90), (CROP + 7, CROP + 1), (100, CROP + 3), (160, 170), (77, 211), (300, 260))
-"""Sizes: exactly the crop's, smaller than crop and surroundings in one direction or in both, larger."""
+MIXED = (
+    (CROP, CROP),
+    (CROP, 90),
+    (CROP + 7, CROP + 1),
+    (100, CROP + 3),
+    (160, 170),
+    (77, 211),
+    (300, 260),
+)
+"""Sizes: exactly the crop's, smaller than crop and surroundings in one direction or in both,
+larger."""
 WAYS: Mapping[str, Any] = {
-    "bicubic": "bicubic", "gaussian": {"name": "gaussian", "sigma": (0.5, 2.5)},
-    "realesrgan": {"name": "realesrgan", "surroundings": 96}, "paired": "paired"}
+    "bicubic": "bicubic",
+    "gaussian": {"name": "gaussian", "sigma": (0.5, 2.5)},
+    "realesrgan": {"name": "realesrgan", "surroundings": 96},
+    "paired": "paired",
+}
 
 
 def mixed_files(root: Path, scale: int) -> tuple[list[str], dict[str, str]]:
@@ -580,7 +856,10 @@ def mixed_files(root: Path, scale: int) -> tuple[list[str], dict[str, str]]:
     names, lr_paths = [], {}
     for i, (height, width) in enumerate(MIXED):
         suffix = (".npy", ".png")[i % 2]
-        for name, size in ((f"{i}", (height, width)), (f"{i}_lr", (height // scale, width // scale))):
+        for name, size in (
+            (f"{i}", (height, width)),
+            (f"{i}_lr", (height // scale, width // scale)),
+        ):
             pixels = photograph(i, *size)
             if suffix == ".npy":
                 np.save(root / f"{name}.npy", pixels)
@@ -596,14 +875,29 @@ def mixed_files(root: Path, scale: int) -> tuple[list[str], dict[str, str]]:
 def test_a_sample_is_a_function_of_its_number(tmp_path: Path, way: str, scale: int) -> None:
     names, lr_paths = mixed_files(tmp_path, scale)
 
-    def run(micro_batch: int, threads: int, degradation: Any = WAYS[way]) -> tuple[list[Sample], np.ndarray, ...]:
-        return made(source(tmp_path, names, scale=scale, micro_batch=micro_batch, lr_paths=lr_paths,
-                           degradation=degradation, lr_noise={"probability": 0.5}, brightness={"probability": 0.5}),
-                    24 // micro_batch, threads)
+    def run(
+        micro_batch: int, threads: int, degradation: Any = WAYS[way]
+    ) -> tuple[list[Sample], np.ndarray, ...]:
+        return made(
+            source(
+                tmp_path,
+                names,
+                scale=scale,
+                micro_batch=micro_batch,
+                lr_paths=lr_paths,
+                degradation=degradation,
+                lr_noise={"probability": 0.5},
+                brightness={"probability": 0.5},
+            ),
+            24 // micro_batch,
+            threads,
+        )
 
     samples, hr, lr = run(1, 1)
     assert {sample.path for sample in samples} == {str(tmp_path / name) for name in names}
-    extent = CROP + build_degradation(DataSpec(degradation=WAYS[way]).degradation, scale).surroundings
+    extent = (
+        CROP + build_degradation(DataSpec(degradation=WAYS[way]).degradation, scale).surroundings
+    )
     for sample in samples:
         height, width = MIXED[names.index(Path(sample.path).name)]
         height, width = height // scale * scale, width // scale * scale
@@ -623,18 +917,24 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path, way: str, scale: i
 # The limits of what a recipe may say.
 
 LIMITS: Mapping[str, Any] = {
-    "smallest kernels": {"blur_kernel_size": 7}, "largest kernels": {"blur_kernel_size": 31},
+    "smallest kernels": {"blur_kernel_size": 7},
+    "largest kernels": {"blur_kernel_size": 31},
     "down": {"resize_range": (0.05, 1), "resize_prob": (0, 1, 0)},
-    "up": {"resize_range": (1, 4), "resize_prob": (1, 0, 0)}, "both": {"resize_range": (0.05, 4)},
-    "worst JPEG": {"jpeg_range": 1}, "best JPEG": {"jpeg_range": 100},
+    "up": {"resize_range": (1, 4), "resize_prob": (1, 0, 0)},
+    "both": {"resize_range": (0.05, 4)},
+    "worst JPEG": {"jpeg_range": 1},
+    "best JPEG": {"jpeg_range": 100},
     "smallest sigma": {"blur_sigma": 1e-3, "sinc_prob": 0},
     "smallest exponents": {"betag_range": 1e-3, "betap_range": 1e-3, "sinc_prob": 0},
-    "sincs alone": {"sinc_prob": 1}, "nothing but JPEG": {"blur_prob": 0, "resize_prob": (0, 0, 1)} | STILL,
-    "poisson": {"gaussian_noise_prob": 0, "poisson_scale_range": (0, 3)}}
+    "sincs alone": {"sinc_prob": 1},
+    "nothing but JPEG": {"blur_prob": 0, "resize_prob": (0, 0, 1)} | STILL,
+    "poisson": {"gaussian_noise_prob": 0, "poisson_scale_range": (0, 3)},
+}
 
 
 def assert_plausible(hr: np.ndarray, lr: np.ndarray, scale: int, least: float) -> None:
-    """LR shows what HR shows: it is at least `least` times the correlation of 1 with the mean of each LR pixel."""
+    """LR shows what HR shows: it is at least `least` times the correlation of 1 with the mean of
+    each LR pixel."""
     count, _, height, width = hr.shape
     means = hr.reshape(count, 3, height // scale, scale, width // scale, scale).mean((3, 5))
     assert lr.shape == means.shape
@@ -647,8 +947,14 @@ def test_realesrgan_at_the_limits_of_its_recipe(tmp_path: Path, limit: str) -> N
     names = photographs(tmp_path, (64, 64), (65, 200), (230, 96), (250, 251))
     degradation = {"name": "realesrgan", "first": LIMITS[limit], "second": LIMITS[limit]}
     for scale, surroundings in ((2, 1024), (8, 0)):
-        crops = source(tmp_path, names, scale=scale, micro_batch=10, crop=64,
-                       degradation=degradation | {"surroundings": surroundings})
+        crops = source(
+            tmp_path,
+            names,
+            scale=scale,
+            micro_batch=10,
+            crop=64,
+            degradation=degradation | {"surroundings": surroundings},
+        )
         for drawn in (crops.make(0), crops.make(1)):
             for column in drawn:
                 for array in column:
@@ -664,7 +970,9 @@ def test_the_smallest_crops(tmp_path: Path, scale: int) -> None:
     for degradation in WAYS.values():
         if degradation == "paired":
             continue
-        _, hr, lr = made(source(tmp_path, names, scale=scale, micro_batch=40, crop=crop, degradation=degradation))
+        _, hr, lr = made(
+            source(tmp_path, names, scale=scale, micro_batch=40, crop=crop, degradation=degradation)
+        )
         assert hr.shape == (40, 3, crop, crop)
         assert_plausible(hr, lr, scale, 0.4)
 
@@ -673,16 +981,26 @@ def test_the_smallest_crops(tmp_path: Path, scale: int) -> None:
 @pytest.mark.parametrize("scale", [2, 3, 8])
 def test_gaussian_at_the_limits_of_its_recipe(tmp_path: Path, sigma: float, scale: int) -> None:
     names = photographs(tmp_path, (48, 48), (90, 120))
-    crops = source(tmp_path, names, scale=scale, micro_batch=10, augment=False,
-                   degradation={"name": "gaussian", "sigma": sigma})
+    crops = source(
+        tmp_path,
+        names,
+        scale=scale,
+        micro_batch=10,
+        augment=False,
+        degradation={"name": "gaussian", "sigma": sigma},
+    )
     samples, hr, lr = made(crops)
     if sigma == 20:
         assert_plausible(hr, lr, scale, 0.3)
         return
-    for sample, one, other in zip(samples, hr, lr, strict=True):  # the pixel or the four pixels at each centre
+    for sample, one, other in zip(
+        samples, hr, lr, strict=True
+    ):  # the pixel or the four pixels at each centre
         assert not sample.transpose
         first, last = (scale - 1) // 2, scale // 2
-        nearest = np.mean([one[:, i::scale, j::scale] for i in (first, last) for j in (first, last)], axis=0)
+        nearest = np.mean(
+            [one[:, i::scale, j::scale] for i in (first, last) for j in (first, last)], axis=0
+        )
         assert np.abs(nearest - other).max() <= 0.5
 
 
@@ -702,18 +1020,30 @@ def test_no_kernel_warns() -> None:
 def test_each_array_of_realesrgan_is_used(tmp_path: Path, highest: float) -> None:
     """DALI warns of what no node takes."""
     degradation = {"name": "realesrgan", "second": {"resize_range": (0.3, highest)}}
-    crops = source(tmp_path, photographs(tmp_path, (64, 64)), scale=4, micro_batch=1, degradation=degradation)
+    crops = source(
+        tmp_path, photographs(tmp_path, (64, 64)), scale=4, micro_batch=1, degradation=degradation
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made(crops)
 
 
 def test_no_two_noises_of_a_sample_share_their_keys(tmp_path: Path) -> None:
-    crops = source(tmp_path, photographs(tmp_path, (90, 100)), scale=2, micro_batch=6, degradation="realesrgan",
-                   lr_noise={"probability": 1})
+    crops = source(
+        tmp_path,
+        photographs(tmp_path, (90, 100)),
+        scale=2,
+        micro_batch=6,
+        degradation="realesrgan",
+        lr_noise={"probability": 1},
+    )
     columns = dict(zip(crops.columns, crops.make(0), strict=True))
-    fields = [set(columns[f"{part}_{name}"][i].ravel().tolist()) for i in range(6)
-              for part in (*ROUNDS, "noise") for name in ("rows", "columns")]
+    fields = [
+        set(columns[f"{part}_{name}"][i].ravel().tolist())
+        for i in range(6)
+        for part in (*ROUNDS, "noise")
+        for name in ("rows", "columns")
+    ]
     assert min(len(field) for field in fields) > 7
     for i, field in enumerate(fields):
         for other in fields[:i]:
@@ -721,8 +1051,10 @@ def test_no_two_noises_of_a_sample_share_their_keys(tmp_path: Path) -> None:
 
 
 def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> None:
-    """One that takes the pixel at the corner of each LR pixel: known to recipes, made as it says, and trained with."""
-    (tmp_path / "corner.py").write_text(textwrap.dedent('''
+    """One that takes the pixel at the corner of each LR pixel: known to recipes, made as it says,
+    and trained with."""
+    (tmp_path / "corner.py").write_text(
+        textwrap.dedent('''
         """LR by taking one pixel in `scale`, without a filter."""
         from typing import Literal
 
@@ -745,7 +1077,8 @@ def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> Non
                 picked = fn.resize(crop, size=[side // self.scale for side in size], interp_type=types.INTERP_NN,
                                    antialias=False)
                 return fn.cast(picked - self.spec.darker, dtype=types.FLOAT if as_float else types.UINT8)
-    '''))
+    ''')
+    )
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
@@ -772,7 +1105,14 @@ def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> Non
         sys.exit(main(TrainOptions(overrides=overrides, recipe="demo", dataset_dir=(Path({str(dataset)!r}),),
                                    output_dir=Path({str(tmp_path / "run")!r}))))
     """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment(), cwd=ROOT,
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished at step 2" in done.stdout

@@ -1,7 +1,8 @@
-"""Every DALI graph, built for a GPU without one: DALI makes the operators in C++, and says in its file what it made.
+"""Every DALI graph, built for a GPU without one: DALI makes the operators in C++, and says in its
+file what it made.
 
-A pipeline's device is taken away just before its backend is begun, which refuses one where there is no driver; the
-operators have theirs by then. CUDA itself is not touched.
+A pipeline's device is taken away just before its backend is begun, which refuses one where there is
+no driver; the operators have theirs by then. CUDA itself is not touched.
 """
 
 from __future__ import annotations
@@ -29,13 +30,20 @@ from pipeline.data.source import CropSource
 NOISE = {"lr_noise": {"probability": 0.5}}
 BRIGHT = {"brightness": {"probability": 0.5}}
 KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
-    "npy": ((".npy",), {}), "PNG": ((".png",), {}), "JPEG": ((".jpg",), {}), "both": ((".npy", ".jpg"), {}),
-    "skip": ((".npy", ".jpg"), {"on_error": "skip"}), "brightness and noise": ((".jpg",), BRIGHT | NOISE),
+    "npy": ((".npy",), {}),
+    "PNG": ((".png",), {}),
+    "JPEG": ((".jpg",), {}),
+    "both": ((".npy", ".jpg"), {}),
+    "skip": ((".npy", ".jpg"), {"on_error": "skip"}),
+    "brightness and noise": ((".jpg",), BRIGHT | NOISE),
     "gaussian": ((".npy",), {"degradation": "gaussian"}),
     "gaussian and noise": ((".jpg",), {"degradation": "gaussian"} | NOISE),
     "realesrgan": ((".npy",), {"degradation": "realesrgan"}),
     "realesrgan, all": ((".npy", ".jpg"), {"degradation": "realesrgan"} | BRIGHT | NOISE),
-    "realesrgan, large": ((".jpg",), {"degradation": {"name": "realesrgan", "second": {"resize_range": (0.3, 3)}}}),
+    "realesrgan, large": (
+        (".jpg",),
+        {"degradation": {"name": "realesrgan", "second": {"resize_range": (0.3, 3)}}},
+    ),
     "paired": ((".npy",), {"degradation": "paired"}),
     "paired JPEG": ((".npy", ".jpg"), {"degradation": "paired"} | NOISE),
 }
@@ -114,8 +122,12 @@ def operators(pipeline: Any) -> list[Operator]:
 def _operator(message: bytes) -> Operator:
     parts = [*fields(message)]
     arguments = dict(_argument(dict(fields(value))) for number, value in parts if number == 4)
-    inputs, outputs = ([_input(dict(fields(value))) for at, value in parts if at == number] for number in (2, 3))
-    return Operator(next(value.decode() for number, value in parts if number == 1), inputs, outputs, arguments)
+    inputs, outputs = (
+        [_input(dict(fields(value))) for at, value in parts if at == number] for number in (2, 3)
+    )
+    return Operator(
+        next(value.decode() for number, value in parts if number == 1), inputs, outputs, arguments
+    )
 
 
 def _input(found: Mapping[int, Any]) -> Input:
@@ -125,21 +137,36 @@ def _input(found: Mapping[int, Any]) -> Input:
 def _argument(found: Mapping[int, Any]) -> tuple[str, Any]:
     value = next((found[number] for number in (3, 4, 5, 6) if number in found), None)
     if found[2] == b"float" and value is not None:
-        value, = struct.unpack("<f", value)
+        (value,) = struct.unpack("<f", value)
     return found[1].decode(), value.decode() if isinstance(value, bytes) else value
 
 
-ON_THE_HOST = {"ExternalSource", "Constant", "Stack", "Cast", "_ArithmeticGenericOp", "_Shape", "_TensorSubscript",
-               "_conditional__Split", "_conditional__Merge"}
+ON_THE_HOST = {
+    "ExternalSource",
+    "Constant",
+    "Stack",
+    "Cast",
+    "_ArithmeticGenericOp",
+    "_Shape",
+    "_TensorSubscript",
+    "_conditional__Split",
+    "_conditional__Merge",
+}
 """What may run on the CPU: what is fed, and small numbers that say how."""
 
 
 @pytest.mark.parametrize("decodes_on_gpu", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_for_a_gpu_works_on_the_gpu(tmp_path: Path, kind: str, decodes_on_gpu: bool) -> None:
+def test_a_graph_for_a_gpu_works_on_the_gpu(
+    tmp_path: Path, kind: str, decodes_on_gpu: bool
+) -> None:
     crops = crops_of(tmp_path, kind)
-    pipeline = training_pipeline(crops, 0, device_id=0, threads=2, prefetch=2, decodes_on_gpu=decodes_on_gpu)
-    assert pipeline.exec_dynamic  # so that outputs can be had on a stream, and live as long as they are held
+    pipeline = training_pipeline(
+        crops, 0, device_id=0, threads=2, prefetch=2, decodes_on_gpu=decodes_on_gpu
+    )
+    assert (
+        pipeline.exec_dynamic
+    )  # so that outputs can be had on a stream, and live as long as they are held
     made = operators(pipeline)
     decoders = [one for one in made if one.name.startswith("decoders__")]
     sides = 1 + crops.spec.degradation.reads_lr
@@ -149,14 +176,26 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(tmp_path: Path, kind: str, decodes_o
         assert decoder.arguments["jpeg_fancy_upsampling"] == 1
         assert decoder.arguments.get("hw_decoder_load", 0.65) == (0 if decodes_on_gpu else 0.65)
     on_the_cpu = {one.name for one in made if one.device == "cpu" and one not in decoders}
-    assert on_the_cpu <= ON_THE_HOST | ({"Slice"} if kind == "skip" and not decodes_on_gpu else set())
+    assert on_the_cpu <= ON_THE_HOST | (
+        {"Slice"} if kind == "skip" and not decodes_on_gpu else set()
+    )
     for one in made:
-        # No synchronisation: what says how, a condition too, is never on the GPU, and no pixels come back from it.
+        # No synchronisation: what says how, a condition too, is never on the GPU, and no pixels
+        # come back from it.
         assert all(part.device == "cpu" for part in one.inputs if part.argument), one
-        assert one.device != "cpu" or one.name == "_Shape" or all(part.device == "cpu" for part in one.inputs), one
+        assert (
+            one.device != "cpu"
+            or one.name == "_Shape"
+            or all(part.device == "cpu" for part in one.inputs)
+        ), one
     taken = {part.name for one in made for part in one.inputs}
-    results = [part for one in made if one.name != "_conditional__Split" for part in one.outputs
-               if part.name not in taken]
+    results = [
+        part
+        for one in made
+        if one.name != "_conditional__Split"
+        for part in one.outputs
+        if part.name not in taken
+    ]
     assert [part.device for part in results] == ["gpu", "gpu"]
     # A kernel for each sample is what fn.flip would launch.
     counts = Counter(one.name for one in made)
@@ -165,8 +204,14 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(tmp_path: Path, kind: str, decodes_o
 
 
 def test_a_source_that_degrades_on_the_host_is_not_for_a_gpu(tmp_path: Path) -> None:
-    crops = source(tmp_path, photographs(tmp_path, (96, 96)), scale=2, micro_batch=1, degradation="realesrgan",
-                   degrades_on_host=True)
+    crops = source(
+        tmp_path,
+        photographs(tmp_path, (96, 96)),
+        scale=2,
+        micro_batch=1,
+        degradation="realesrgan",
+        degrades_on_host=True,
+    )
     with pytest.raises(ValueError, match="is for graphs on the CPU"):
         training_pipeline(crops, 0, device_id=0, threads=1, prefetch=1)
 
@@ -175,7 +220,9 @@ def test_a_source_that_degrades_on_the_host_is_not_for_a_gpu(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "both", "paired JPEG", "gaussian"])
-def test_flips_by_sampling_are_flips(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flips_by_sampling_are_flips(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Sampling(reader._TrainingGraph):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -186,7 +233,15 @@ def test_flips_by_sampling_are_flips(tmp_path: Path, kind: str, monkeypatch: pyt
         monkeypatch.setattr(reader, "_TrainingGraph", graph)
         pipeline = training_pipeline(crops, 0, device_id=None, threads=1, prefetch=1)
         found.append([np.array(side.as_array()) for side in pipeline.run()])
-    assert len({(one.flip_vertical, one.flip_horizontal, one.transpose) for one in crops.samples(0, 64)}) == 8
+    assert (
+        len(
+            {
+                (one.flip_vertical, one.flip_horizontal, one.transpose)
+                for one in crops.samples(0, 64)
+            }
+        )
+        == 8
+    )
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -199,17 +254,24 @@ def test_chroma_is_interpolated_as_libjpeg_turbo_does(tmp_path: Path, on_error: 
     data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     (tmp_path / "0.jpg").write_bytes(data)
     whole = simplejpeg.decode_jpeg(data, "RGB", fastupsample=False)
-    assert np.abs(whole.astype(int) - simplejpeg.decode_jpeg(data, "RGB", fastupsample=True)).max() > 20
+    assert (
+        np.abs(whole.astype(int) - simplejpeg.decode_jpeg(data, "RGB", fastupsample=True)).max()
+        > 20
+    )
     with HostDecoder(threads=1, batch=1) as decoder:
         np.testing.assert_array_equal(decoder.decode([str(tmp_path / "0.jpg")])[0], whole)
     crops = source(tmp_path, ["0.jpg"], scale=2, micro_batch=16, augment=False, on_error=on_error)
-    hr = np.array(training_pipeline(crops, 0, device_id=None, threads=1, prefetch=1).run()[0].as_array())
+    hr = np.array(
+        training_pipeline(crops, 0, device_id=None, threads=1, prefetch=1).run()[0].as_array()
+    )
     for sample, got in zip(crops.samples(0, 16), hr, strict=True):
         expected = whole[sample.top : sample.top + CROP, sample.left : sample.left + CROP]
         np.testing.assert_array_equal(got.transpose(1, 2, 0), expected)
 
 
-def test_no_file_of_dalis_translation_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_of_dalis_translation_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))

@@ -1,4 +1,5 @@
-"""The host's chain of Real-ESRGAN: each operator against float64 or DALI's, the whole against DALI's chain."""
+"""The host's chain of Real-ESRGAN: each operator against float64 or DALI's, the whole against
+DALI's chain."""
 
 from __future__ import annotations
 
@@ -22,27 +23,42 @@ from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource
 
 KERNELS: Mapping[str, np.ndarray] = {
-    "round": kernels.gaussian_kernel(21, 2.1, 2.1, 0), "narrow": kernels.gaussian_kernel(21, 0.2, 0.2, 0),
-    "oval": kernels.gaussian_kernel(21, 3, 0.7, 0.6), "a line": kernels.gaussian_kernel(21, 3, 0.2, math.pi / 4),
+    "round": kernels.gaussian_kernel(21, 2.1, 2.1, 0),
+    "narrow": kernels.gaussian_kernel(21, 0.2, 0.2, 0),
+    "oval": kernels.gaussian_kernel(21, 3, 0.7, 0.6),
+    "a line": kernels.gaussian_kernel(21, 3, 0.2, math.pi / 4),
     "generalized": kernels.generalized_kernel(17, 1.5, 2.5, 1, 3.5),
-    "plateau": kernels.plateau_kernel(15, 2, 1, 2, 1.2), "sinc": kernels.sinc_kernel(21, 1.2),
-    "small sinc": kernels.sinc_kernel(7, 2), "none": kernels.delta_kernel(),
-    "area": kernels.with_box(kernels.gaussian_kernel(9, 1, 1, 0), 6.3), "even": kernels.offset_gaussian(1.6, 2)}
-WAYS = {"as it costs least": {}, "as a square": {"NS_LINE": 1e9},
-        "as lines": {"NS_LINE": 1e-9, "NS_ADD": 1e-9, "US_CALL": 0, "US_SVD": 0}}
+    "plateau": kernels.plateau_kernel(15, 2, 1, 2, 1.2),
+    "sinc": kernels.sinc_kernel(21, 1.2),
+    "small sinc": kernels.sinc_kernel(7, 2),
+    "none": kernels.delta_kernel(),
+    "area": kernels.with_box(kernels.gaussian_kernel(9, 1, 1, 0), 6.3),
+    "even": kernels.offset_gaussian(1.6, 2),
+}
+WAYS = {
+    "as it costs least": {},
+    "as a square": {"NS_LINE": 1e9},
+    "as lines": {"NS_LINE": 1e-9, "NS_ADD": 1e-9, "US_CALL": 0, "US_SVD": 0},
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_filter_is_the_sum_that_it_stands_for(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filter_is_the_sum_that_it_stands_for(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for constant, value in WAYS[way].items():
         monkeypatch.setattr(host, constant, value)
     kernel, room = KERNELS[name], Room()
     for image in (photograph(3, 61, 70), photograph(4, 40, 33).astype(np.float32) * 1.3 - 30):
         got = host.filtered(image, kernel, room)
         assert got.dtype == np.float32
-        # By trimming and by lines a thousandth or two may be missing; most of what is around is alike.
-        assert np.abs(got - blurred(image.astype(np.float64), kernel)).max() < host.TAIL * np.ptp(image) + 0.01
+        # By trimming and by lines a thousandth or two may be missing; most of what is around is
+        # alike.
+        assert (
+            np.abs(got - blurred(image.astype(np.float64), kernel)).max()
+            < host.TAIL * np.ptp(image) + 0.01
+        )
 
 
 def test_a_filter_of_something_smaller_than_itself() -> None:
@@ -58,10 +74,13 @@ def test_what_is_trimmed_is_next_to_nothing() -> None:
     for kernel in KERNELS.values():
         short = host.trimmed(kernel)
         assert short.sum() == pytest.approx(1, abs=1e-5)
-        down, across = ((long - side) // 2 for long, side in zip(kernel.shape, short.shape, strict=True))
+        down, across = (
+            (long - side) // 2 for long, side in zip(kernel.shape, short.shape, strict=True)
+        )
         rest = np.abs(kernel)
-        assert rest.sum() - rest[down:down + short.shape[0], across:across + short.shape[1]].sum() <= (
-            host.TAIL * rest.sum() * (1 + 1e-6))
+        assert rest.sum() - rest[
+            down : down + short.shape[0], across : across + short.shape[1]
+        ].sum() <= (host.TAIL * rest.sum() * (1 + 1e-6))
     assert host.trimmed(KERNELS["narrow"]).shape == (1, 1)
     assert host.trimmed(KERNELS["round"]).shape < (21, 21)
     for name in ("round", "area"):
@@ -78,7 +97,7 @@ def test_sampling_in_another_size(size: tuple[int, int]) -> None:
     assert np.abs(got - resized(image.astype(np.float64), size, "cubic")).max() < 2e-3
     matrix = np.zeros((size[0], 60))
     for at, first, weights in host.cubic_weights(60, size[0]):
-        matrix[at:at + len(weights), first:first + weights.shape[1]] = weights
+        matrix[at : at + len(weights), first : first + weights.shape[1]] = weights
     np.testing.assert_allclose(matrix, cubic(60, size[0]), atol=1e-6)
 
 
@@ -89,7 +108,12 @@ def test_results_do_not_overwrite_what_they_are_made_of() -> None:
     def chain(rooms: Iterator[Room]) -> np.ndarray:
         once = host.filtered(image, kernel, next(rooms))
         twice = host.filtered(once, kernel, next(rooms))
-        for size, is_cubic in (((50, 60), False), ((44, 51), False), ((70, 30), True), ((30, 20), False)):
+        for size, is_cubic in (
+            ((50, 60), False),
+            ((44, 51), False),
+            ((70, 30), True),
+            ((30, 20), False),
+        ):
             twice = host.resized(twice, size, is_cubic=is_cubic, room=next(rooms))
         return host.through_jpeg(host.through_jpeg(twice, 80, next(rooms)), 60, next(rooms))
 
@@ -101,13 +125,20 @@ def test_results_do_not_overwrite_what_they_are_made_of() -> None:
 def test_noise_is_dalis(channels: int) -> None:
     keys = noise.noise_keys((3, 5), 50, 61, channels)
     image = photograph(5, 50, 61).astype(np.float32) * 1.1 - 10
-    z, = ran(noise.standard_normal, [keys.rows], [keys.columns])
+    (z,) = ran(noise.standard_normal, [keys.rows], [keys.columns])
     got = host.standard_normal(keys, Room())
     np.testing.assert_array_equal(got.reshape(z.shape), z)
-    expected, = ran(noise.add_gaussian, [image], [z], [np.float32(7)], layouts=("HWC", "", ""))
-    np.testing.assert_allclose(host.with_gaussian(image.copy(), keys, 7, Room()), expected, atol=1e-4)
-    expected, = ran(lambda *nodes: noise.add_poisson(*nodes, gray=channels == 1), [image], [z], [np.float32(1.5)],
-                    layouts=("HWC", "", ""))
+    (expected,) = ran(noise.add_gaussian, [image], [z], [np.float32(7)], layouts=("HWC", "", ""))
+    np.testing.assert_allclose(
+        host.with_gaussian(image.copy(), keys, 7, Room()), expected, atol=1e-4
+    )
+    (expected,) = ran(
+        lambda *nodes: noise.add_poisson(*nodes, gray=channels == 1),
+        [image],
+        [z],
+        [np.float32(1.5)],
+        layouts=("HWC", "", ""),
+    )
     difference = np.abs(host.with_poisson(image.copy(), keys, 1.5, Room()) - expected)
     assert difference.max() <= 1.5 * 256 / 255 + 1e-3  # a count, where a sum lies at a half
     assert (difference > 1e-2).mean() < 5e-3
@@ -118,14 +149,17 @@ def test_jpeg_is_opencvs(quality: int) -> None:
     levels = photograph(6, 51, 66).astype(np.float32) * 1.2 - 20
     pixels = np.rint(levels).clip(0, 255).astype(np.uint8)
     data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    np.testing.assert_array_equal(host.through_jpeg(levels, quality, Room()), cv2.imdecode(data, 1)[..., ::-1])
+    np.testing.assert_array_equal(
+        host.through_jpeg(levels, quality, Room()), cv2.imdecode(data, 1)[..., ::-1]
+    )
 
 
 # The chain.
 
 
-def both(root: Path, names: list[str], *, micro_batch: int, **data: Any) -> tuple[CropSource, list[np.ndarray],
-                                                                                 list[np.ndarray]]:
+def both(
+    root: Path, names: list[str], *, micro_batch: int, **data: Any
+) -> tuple[CropSource, list[np.ndarray], list[np.ndarray]]:
     """The source, and [HR, LR] of its first micro-batch by DALI and by the host."""
     found = []
     for on_host in (False, True):
@@ -141,15 +175,25 @@ def both(root: Path, names: list[str], *, micro_batch: int, **data: Any) -> tupl
 def test_the_chain_makes_what_dali_makes(tmp_path: Path, form: str, scale: int) -> None:
     """Of the same draws, with brightness and all noise, the same pixels up to rounding.
 
-    Where a sum lies at a half, a coefficient of a JPEG or a count of photons may be another: a few levels in a block.
+    Where a sum lies at a half, a coefficient of a JPEG or a count of photons may be another: a few
+    levels in a block.
     """
-    names = photographs(tmp_path, (130, 144), (210, 120), (300, 280), suffix=".npy" if form == "both" else form)
+    names = photographs(
+        tmp_path, (130, 144), (210, 120), (300, 280), suffix=".npy" if form == "both" else form
+    )
     if form == "both":
         assert cv2.imwrite(str(tmp_path / "1.png"), np.load(tmp_path / "1.npy")[..., ::-1])
         names[1] = "1.png"
-    crops, by_dali, by_host = both(tmp_path, names, micro_batch=24, scale=scale, crop=72,
-                                   degradation={"name": "realesrgan", "surroundings": 60},
-                                   brightness={"probability": 0.4}, lr_noise={"probability": 0.5})
+    crops, by_dali, by_host = both(
+        tmp_path,
+        names,
+        micro_batch=24,
+        scale=scale,
+        crop=72,
+        degradation={"name": "realesrgan", "surroundings": 60},
+        brightness={"probability": 0.4},
+        lr_noise={"probability": 0.5},
+    )
     np.testing.assert_array_equal(by_dali[0], by_host[0])
     assert by_host[1].dtype == np.uint8
     values = [psnr(one, other) for one, other in zip(by_dali[1], by_host[1], strict=True)]
@@ -162,12 +206,20 @@ def test_the_chain_makes_what_dali_makes(tmp_path: Path, form: str, scale: int) 
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_the_chain_makes_what_dali_makes_at_the_limits_of_its_recipe(tmp_path: Path, limit: str) -> None:
+def test_the_chain_makes_what_dali_makes_at_the_limits_of_its_recipe(
+    tmp_path: Path, limit: str
+) -> None:
     names = photographs(tmp_path, (64, 64), (65, 200), (230, 96), (250, 251))
     degradation = {"name": "realesrgan", "first": LIMITS[limit], "second": LIMITS[limit]}
     for scale, surroundings in ((2, 1024), (8, 0)):
-        _, by_dali, by_host = both(tmp_path, names, scale=scale, micro_batch=6, crop=64,
-                                   degradation=degradation | {"surroundings": surroundings})
+        _, by_dali, by_host = both(
+            tmp_path,
+            names,
+            scale=scale,
+            micro_batch=6,
+            crop=64,
+            degradation=degradation | {"surroundings": surroundings},
+        )
         values = [psnr(one, other) for one, other in zip(by_dali[1], by_host[1], strict=True)]
         assert np.median(values) > (25 if limit == "worst JPEG" else 40), values
 
@@ -176,10 +228,21 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path) -> None:
     names = photographs(tmp_path, (130, 144), (90, 200))
 
     def run(micro_batch: int, threads: int, first: int = 0) -> np.ndarray:
-        crops = source(tmp_path, names, scale=4, micro_batch=micro_batch, degradation="realesrgan",
-                       lr_noise={"probability": 0.5}, degrades_on_host=True)
-        pipeline = training_pipeline(crops, first // micro_batch, device_id=None, threads=threads, prefetch=2)
-        return np.concatenate([np.array(pipeline.run()[1].as_array()) for _ in range((24 - first) // micro_batch)])
+        crops = source(
+            tmp_path,
+            names,
+            scale=4,
+            micro_batch=micro_batch,
+            degradation="realesrgan",
+            lr_noise={"probability": 0.5},
+            degrades_on_host=True,
+        )
+        pipeline = training_pipeline(
+            crops, first // micro_batch, device_id=None, threads=threads, prefetch=2
+        )
+        return np.concatenate(
+            [np.array(pipeline.run()[1].as_array()) for _ in range((24 - first) // micro_batch)]
+        )
 
     expected = run(1, 1)
     for micro_batch, threads, first in ((8, 3, 0), (3, 2, 0), (4, 4, 12)):

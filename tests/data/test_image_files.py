@@ -22,9 +22,16 @@ from pipeline.files import write_atomically
 
 
 def _padded_header(version: int) -> bytes:
-    """An .npy file whose header numpy would not write, but may read: other key order, version 2 or 3."""
+    """An .npy file whose header numpy would not write, but may read: other key order, version 2 or
+    3."""
     text = b"{'shape': (5, 7, 3), 'descr': 'u1', 'fortran_order': False}\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(4, "little") + text + bytes(5 * 7 * 3)
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + len(text).to_bytes(4, "little")
+        + text
+        + bytes(5 * 7 * 3)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (33, 70, 3), (512, 300, 3)])
@@ -46,11 +53,22 @@ def test_unusual_headers(tmp_path, version):
     assert path.stat().st_size == npy_layout(path).offset + 5 * 7 * 3
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("float.npy", "must be uint8"), ("cut.npy", "truncated"), ("long.npy", "too long"), ("object.npy", "pickle"),
-    ("gray.npy", "(height, width, 3)"), ("empty.npy", "empty file"), ("rgba.npy", "(height, width, 3)"),
-    ("fortran.npy", "C order"), ("none.npy", "0x96"), ("text.npy", "not an .npy array"), ("int8.npy", "must be uint8"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("float.npy", "must be uint8"),
+        ("cut.npy", "truncated"),
+        ("long.npy", "too long"),
+        ("object.npy", "pickle"),
+        ("gray.npy", "(height, width, 3)"),
+        ("empty.npy", "empty file"),
+        ("rgba.npy", "(height, width, 3)"),
+        ("fortran.npy", "C order"),
+        ("none.npy", "0x96"),
+        ("text.npy", "not an .npy array"),
+        ("int8.npy", "must be uint8"),
+    ],
+)
 def test_bad_npy_is_one_clear_line(tmp_path, name, words):
     assert {*bad_npy_files()} >= {name}
     write_files(tmp_path, bad_npy_files())
@@ -88,7 +106,9 @@ def test_suffixes_in_any_case():
 def test_list_round_trip_is_sorted_utf8(tmp_path):
     names = ["ö/b.npy", "a b/ä.png", "z.npy", "a/1.npy"]
     write_file_list(tmp_path / "list.txt", names)
-    assert (tmp_path / "list.txt").read_bytes() == "".join(f"{name}\n" for name in sorted(names)).encode()
+    assert (tmp_path / "list.txt").read_bytes() == "".join(
+        f"{name}\n" for name in sorted(names)
+    ).encode()
     assert read_file_list(tmp_path / "list.txt", tmp_path) == sorted(names)
     assert os.listdir(tmp_path) == ["list.txt"]
 
@@ -98,11 +118,19 @@ def test_list_edited_on_windows(tmp_path):
     assert read_file_list(tmp_path / "list.txt", tmp_path) == ["a.npy", "b.npy"]
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "names no file"), (b"\n\n", "names no file"), (b"a.npy\n/etc/passwd\n", "line 2: '/etc/passwd'"),
-    (b"a/../../b.npy\n", "inside the dataset folder"), (b"..\n", "inside the dataset"), (b"a.npy\na.npy\n", "twice"),
-    (b"\xff\xfe.npy\n", "not UTF-8"), (b"a\0.npy\n", "inside the dataset folder"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "names no file"),
+        (b"\n\n", "names no file"),
+        (b"a.npy\n/etc/passwd\n", "line 2: '/etc/passwd'"),
+        (b"a/../../b.npy\n", "inside the dataset folder"),
+        (b"..\n", "inside the dataset"),
+        (b"a.npy\na.npy\n", "twice"),
+        (b"\xff\xfe.npy\n", "not UTF-8"),
+        (b"a\0.npy\n", "inside the dataset folder"),
+    ],
+)
 def test_bad_lists(tmp_path, content, words):
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -113,7 +141,9 @@ def test_bad_lists(tmp_path, content, words):
 
 
 def test_missing_list_names_its_command(tmp_path):
-    with pytest.raises(UserError, match=r"no such file list; write it with `python tools/select_training_files\.py"):
+    with pytest.raises(
+        UserError, match=r"no such file list; write it with `python tools/select_training_files\.py"
+    ):
         read_file_list(tmp_path / "list.txt", tmp_path)
 
 
@@ -141,6 +171,16 @@ def test_a_failing_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_hash_of_lists():
     assert lists_hash(["b", "a"], ["c"]) == lists_hash(["a", "b"], ["c"])
-    assert len({lists_hash(["a", "b"], ["c"]), lists_hash(["a"], ["b", "c"]), lists_hash(["c"], ["a", "b"]),
-                lists_hash(["a", "b", "c"]), lists_hash(["ab"], ["c"])}) == 5
+    assert (
+        len(
+            {
+                lists_hash(["a", "b"], ["c"]),
+                lists_hash(["a"], ["b", "c"]),
+                lists_hash(["c"], ["a", "b"]),
+                lists_hash(["a", "b", "c"]),
+                lists_hash(["ab"], ["c"]),
+            }
+        )
+        == 5
+    )
     assert len(lists_hash(["a"])) == 64

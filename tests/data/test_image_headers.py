@@ -22,18 +22,33 @@ def test_size_is_what_pillow_says(name):
     check_complete(GOOD[name], header)
 
 
-@pytest.mark.parametrize(("name", "lossy"), [
-    ("photo.JpEg", True), ("progressive.jpg", True), ("cmyk.jpg", True), ("lossy.webp", True), ("lossless.webp", False),
-    ("plain.png", False), ("photo.jp2", False), ("photo.tiff", False), ("photo.bmp", False),
-    ("really_a_jpeg.png", True),
-])
+@pytest.mark.parametrize(
+    ("name", "lossy"),
+    [
+        ("photo.JpEg", True),
+        ("progressive.jpg", True),
+        ("cmyk.jpg", True),
+        ("lossy.webp", True),
+        ("lossless.webp", False),
+        ("plain.png", False),
+        ("photo.jp2", False),
+        ("photo.tiff", False),
+        ("photo.bmp", False),
+        ("really_a_jpeg.png", True),
+    ],
+)
 def test_lossy(name, lossy):
     assert read_header(io.BytesIO(GOOD[name])).is_lossy is lossy
 
 
-@pytest.mark.parametrize(("form", "options"), [
-    ("jpeg2000", {"irreversible": True}), ("tiff", {"compression": "jpeg"}), ("webp", {"exif": exif(1)}),
-])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("jpeg2000", {"irreversible": True}),
+        ("tiff", {"compression": "jpeg"}),
+        ("webp", {"exif": exif(1)}),
+    ],
+)
 def test_lossy_in_unusual_files(form, options):
     assert read_header(io.BytesIO(encoded(photograph(64, 64), form, **options))).is_lossy
 
@@ -61,10 +76,13 @@ def test_all_jpeg_frame_markers(marker):
 def test_big_tiff_and_big_endian():
     entries = [(256, 4, 1, 70), (257, 4, 1, 60), (258, 3, 1, 8), (277, 3, 1, 1), (262, 3, 1, 1)]
     big = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(entries)) + b"".join(
-        struct.pack("<HHQQ", *entry) for entry in entries)
+        struct.pack("<HHQQ", *entry) for entry in entries
+    )
     header = read_header(io.BytesIO(big))
     assert (header.height, header.width, header.depth) == (60, 70, 8)
-    motorola = struct.pack(">2sHIH", b"MM", 42, 8, 2) + struct.pack(">HHIHHHHII", 256, 3, 1, 70, 0, 257, 4, 1, 60)
+    motorola = struct.pack(">2sHIH", b"MM", 42, 8, 2) + struct.pack(
+        ">HHIHHHHII", 256, 3, 1, 70, 0, 257, 4, 1, 60
+    )
     header = read_header(io.BytesIO(motorola))
     assert (header.height, header.width) == (60, 70)
 
@@ -85,8 +103,18 @@ def test_bad_files_are_found_without_decoding(name):
         check_complete(content, read_header(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("name", ["plain.png", "photo.JpEg", "progressive.jpg", "restarts.jpg", "lossy.webp",
-                                  "lossless.webp", "photo.jp2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain.png",
+        "photo.JpEg",
+        "progressive.jpg",
+        "restarts.jpg",
+        "lossy.webp",
+        "lossless.webp",
+        "photo.jp2",
+    ],
+)
 def test_every_cut_is_noticed(name):
     content = GOOD[name]
     for length in {*range(0, len(content) - 40, 61), *range(len(content) - 40, len(content))}:
@@ -108,7 +136,9 @@ def test_headers_survive_any_cut_and_flip(name):
 def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photo():
     thumbnail = encoded(photograph(32, 32), "jpeg")
     content = encoded(photograph(96, 96), "jpeg")
-    content = content[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + content[2:]
+    content = (
+        content[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + content[2:]
+    )
     check_complete(content, read_header(io.BytesIO(content)))
     assert b"\xff\xd9" in content[:-500]
     with pytest.raises(BadImageError, match="no end-of-image"):

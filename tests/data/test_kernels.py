@@ -31,9 +31,15 @@ SHAPES = {
 }
 
 
-def filtered(image: np.ndarray, kernel: np.ndarray, out: tuple[int, int] | None = None, *, linear: bool = False,
-             ) -> np.ndarray:
-    """What DALI makes of an HWC image: filtered, and resized without antialias to `out` (height, width)."""
+def filtered(
+    image: np.ndarray,
+    kernel: np.ndarray,
+    out: tuple[int, int] | None = None,
+    *,
+    linear: bool = False,
+) -> np.ndarray:
+    """What DALI makes of an HWC image: filtered, and resized without antialias to `out` (height,
+    width)."""
     from nvidia.dali import fn, pipeline_def, types
 
     filter2d = getattr(fn, "filter", None) or fn.experimental.filter  # the name before 2.4
@@ -44,7 +50,9 @@ def filtered(image: np.ndarray, kernel: np.ndarray, out: tuple[int, int] | None 
         result = filter2d(pixels, fn.external_source(lambda: [kernel], batch=True))
         if out:
             interpolation = types.INTERP_LINEAR if linear else types.INTERP_NN
-            result = fn.resize(result, resize_y=out[0], resize_x=out[1], interp_type=interpolation, antialias=False)
+            result = fn.resize(
+                result, resize_y=out[0], resize_x=out[1], interp_type=interpolation, antialias=False
+            )
         return result
 
     return np.array(graph().run()[0].as_array()[0])
@@ -63,13 +71,20 @@ def test_kernels_are_normalised_and_their_own_mirror_image(name: str) -> None:
         SHAPES[name](20)
 
 
-@pytest.mark.parametrize(("sigma_x", "sigma_y", "theta"), [(2, 2, 0), (3, 1, 0), (3, 1, 0.5), (1.2, 2.4, -1.1)])
-def test_a_gaussian_has_the_covariance_asked_for(sigma_x: float, sigma_y: float, theta: float) -> None:
+@pytest.mark.parametrize(
+    ("sigma_x", "sigma_y", "theta"), [(2, 2, 0), (3, 1, 0), (3, 1, 0.5), (1.2, 2.4, -1.1)]
+)
+def test_a_gaussian_has_the_covariance_asked_for(
+    sigma_x: float, sigma_y: float, theta: float
+) -> None:
     kernel = gaussian_kernel(51, sigma_x, sigma_y, theta).astype(np.float64)
     y, x = np.mgrid[-25:26, -25:26]
     turn = np.array([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]])
-    expected = turn @ np.diag([sigma_x ** 2, sigma_y ** 2]) @ turn.T
-    got = [[(kernel * x * x).sum(), (kernel * x * y).sum()], [(kernel * x * y).sum(), (kernel * y * y).sum()]]
+    expected = turn @ np.diag([sigma_x**2, sigma_y**2]) @ turn.T
+    got = [
+        [(kernel * x * x).sum(), (kernel * x * y).sum()],
+        [(kernel * x * y).sum(), (kernel * y * y).sum()],
+    ]
     np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
@@ -80,9 +95,11 @@ def test_kernels_are_the_published_functions() -> None:
     # At one offset, relative to the middle: d = (3, -2) of a kernel turned by 0.6.
     along, across = 3 * math.cos(0.6) - 2 * math.sin(0.6), -3 * math.sin(0.6) - 2 * math.cos(0.6)
     quadratic = (along / 2.5) ** 2 + (across / 0.9) ** 2
-    for kernel, expected in ((gaussian, math.exp(-quadratic / 2)),
-                             (generalized_kernel(*arguments, 0.5), math.exp(-0.5 * quadratic ** 0.5)),
-                             (plateau_kernel(*arguments, 1.5), 1 / (1 + quadratic ** 1.5))):
+    for kernel, expected in (
+        (gaussian, math.exp(-quadratic / 2)),
+        (generalized_kernel(*arguments, 0.5), math.exp(-0.5 * quadratic**0.5)),
+        (plateau_kernel(*arguments, 1.5), 1 / (1 + quadratic**1.5)),
+    ):
         assert kernel[10 - 2, 10 + 3] / kernel[10, 10] == pytest.approx(expected, rel=1e-5)
 
 
@@ -95,7 +112,9 @@ def test_sinc_is_that_of_the_bessel_function(cutoff: float) -> None:
     angles = np.linspace(0, 2 * np.pi, 400, endpoint=False)
     j1 = np.cos(angles - cutoff * radius[..., None] * np.sin(angles)).mean(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        expected = np.where(radius == 0, cutoff ** 2 / (4 * np.pi), cutoff * j1 / (2 * np.pi * radius))
+        expected = np.where(
+            radius == 0, cutoff**2 / (4 * np.pi), cutoff * j1 / (2 * np.pi * radius)
+        )
     np.testing.assert_allclose(kernel, expected / expected.sum(), atol=2e-8)
 
 
@@ -120,29 +139,34 @@ def test_dali_correlates() -> None:
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("sigma", [0.01, 0.8, 1.6, 2.4])
-def test_offset_gaussian_and_nearest_weigh_around_the_centres_of_lr_pixels(scale: int, sigma: float) -> None:
+def test_offset_gaussian_and_nearest_weigh_around_the_centres_of_lr_pixels(
+    scale: int, sigma: float
+) -> None:
     height, width = 20 * scale, 26 * scale
     image = photograph(2, height, width)
     got = filtered(image, offset_gaussian(sigma, scale), (20, 26))
 
     def weights(length: int) -> np.ndarray:
-        """(length / scale, length): the weight of every pixel, those reflected over the borders added in."""
+        """(length / scale, length): the weight of every pixel, those reflected over the borders
+        added in."""
         around = length - 1
         places = np.pad(np.arange(length), around, mode="reflect")
         centres = scale * np.arange(length // scale) + (scale - 1) / 2
         squares = (np.arange(-around, length + around) - centres[:, None]) ** 2
-        gaussian = np.exp((squares.min() - squares) / (2 * sigma ** 2))
+        gaussian = np.exp((squares.min() - squares) / (2 * sigma**2))
         gaussian /= gaussian.sum(1, keepdims=True)
         return gaussian @ (places[:, None] == np.arange(length))
 
-    expected = np.einsum("iy,jx,yxc->ijc", weights(height), weights(width), image.astype(np.float64), optimize=True)
+    expected = np.einsum(
+        "iy,jx,yxc->ijc", weights(height), weights(width), image.astype(np.float64), optimize=True
+    )
     assert np.abs(got - expected).max() < 0.51  # rounded to the nearest level
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     """In dB, without the outermost pixels, where the filter sees the reflected image."""
     error = ((one - other)[6:-6, 6:-6].astype(np.float64) ** 2).mean()
-    return float(10 * np.log10(255 ** 2 / max(error, 1e-9)))
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
@@ -154,9 +178,13 @@ def area(image: np.ndarray, size: int) -> np.ndarray:
     return np.einsum("iy,jx,yxc->ijc", shares, shares, image.astype(np.float64), optimize=True)
 
 
-@pytest.mark.parametrize(("ratio", "least", "least_torch", "gain"), [
-    (1.5, 40, 31, 0), (2, 100, 100, 0), (3, 100, 100, 60), (4, 48, 48, 14), (5.3, 55, 41, 24)])
-def test_with_box_linear_sampling_averages_areas(ratio: float, least: float, least_torch: float, gain: float) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "least", "least_torch", "gain"),
+    [(1.5, 40, 31, 0), (2, 100, 100, 0), (3, 100, 100, 60), (4, 48, 48, 14), (5.3, 55, 41, 24)],
+)
+def test_with_box_linear_sampling_averages_areas(
+    ratio: float, least: float, least_torch: float, gain: float
+) -> None:
     size = 80
     image = photograph(3, round(size * ratio), round(size * ratio)).astype(np.float32)
     plain = filtered(image, delta_kernel(), (size, size), linear=True)
@@ -164,9 +192,15 @@ def test_with_box_linear_sampling_averages_areas(ratio: float, least: float, lea
     expected = area(image, size)
     assert psnr(boxed, expected) > least
     assert psnr(boxed, expected) >= psnr(plain, expected) + gain
-    # torch's area is adaptive average pooling: whole pixels, in windows that overlap unless the ratio is an integer.
-    pooled = torch.nn.functional.interpolate(torch.from_numpy(image.transpose(2, 0, 1)[None]), (size, size),
-                                             mode="area")[0].numpy().transpose(1, 2, 0)
+    # torch's area is adaptive average pooling: whole pixels, in windows that overlap unless the
+    # ratio is an integer.
+    pooled = (
+        torch.nn.functional.interpolate(
+            torch.from_numpy(image.transpose(2, 0, 1)[None]), (size, size), mode="area"
+        )[0]
+        .numpy()
+        .transpose(1, 2, 0)
+    )
     assert psnr(boxed, pooled) > least_torch
 
 
@@ -180,5 +214,7 @@ def test_with_box_convolves() -> None:
         assert box.sum() == pytest.approx(1, abs=1e-5)
         np.testing.assert_array_equal(box, box[::-1, ::-1])
         side = 21 + len(box) - 1
-        expected = np.fft.irfft2(np.fft.rfft2(kernel, (64, 64)) * np.fft.rfft2(box, (64, 64)))[:side, :side]
+        expected = np.fft.irfft2(np.fft.rfft2(kernel, (64, 64)) * np.fft.rfft2(box, (64, 64)))[
+            :side, :side
+        ]
         np.testing.assert_allclose(grown, expected, atol=1e-7)

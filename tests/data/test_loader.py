@@ -32,11 +32,26 @@ CPU = torch.device("cpu")
 CROP = 32
 
 
-def source(root: Path, names: list[str], *, scale: int = 2, rank: int = 0, world_size: int = 1, micro_batch: int = 4,
-           seed: int = 0, augment: bool = True, **data: Any) -> CropSource:
+def source(
+    root: Path,
+    names: list[str],
+    *,
+    scale: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int = 4,
+    seed: int = 0,
+    augment: bool = True,
+    **data: Any,
+) -> CropSource:
     spec = DataSpec(crop=CROP, augment=augment, **data)
-    return CropSource.of_dataset(Dataset((Folder(root, names, []),)), spec, scale=scale, seed=seed,
-                                 position=Position(rank, world_size, micro_batch))
+    return CropSource.of_dataset(
+        Dataset((Folder(root, names, []),)),
+        spec,
+        scale=scale,
+        seed=seed,
+        position=Position(rank, world_size, micro_batch),
+    )
 
 
 def batches(crops: CropSource, start: int, count: int) -> list[Batch]:
@@ -70,16 +85,24 @@ def undone(pixels: np.ndarray, vertical: int, horizontal: int, transposed: int) 
 def test_hr_is_the_drawn_crop_turned_exactly(tmp_path: Path) -> None:
     names = images(tmp_path, ".npy")
     crops = source(tmp_path, names, micro_batch=40)
-    batch, = batches(crops, 0, 1)
+    (batch,) = batches(crops, 0, 1)
     draws = crops.sampler.draw(0, 40)
     seen = set()
     for i, file in enumerate(draws.files):
         whole = np.load(tmp_path / names[file])
-        top, left = (anchor(f, length, CROP, 2) for f, length in
-                     ((draws.top[i], whole.shape[0]), (draws.left[i], whole.shape[1])))
-        turned = (int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]))
+        top, left = (
+            anchor(f, length, CROP, 2)
+            for f, length in ((draws.top[i], whole.shape[0]), (draws.left[i], whole.shape[1]))
+        )
+        turned = (
+            int(draws.flip_vertical[i]),
+            int(draws.flip_horizontal[i]),
+            int(draws.transpose[i]),
+        )
         seen.add(turned)
-        np.testing.assert_array_equal(undone(batch.hr[i].numpy(), *turned), whole[top:top + CROP, left:left + CROP])
+        np.testing.assert_array_equal(
+            undone(batch.hr[i].numpy(), *turned), whole[top : top + CROP, left : left + CROP]
+        )
     assert len(seen) == 8
 
 
@@ -87,15 +110,19 @@ def test_hr_is_the_drawn_crop_turned_exactly(tmp_path: Path) -> None:
 def test_lr_is_the_cubic_of_hr_and_turned_with_it(tmp_path: Path, scale: int) -> None:
     names = images(tmp_path, ".npy")
     turned = source(tmp_path, names, scale=scale, micro_batch=24)
-    batch, = batches(turned, 0, 1)
-    plain, = batches(source(tmp_path, names, scale=scale, micro_batch=24, augment=False), 0, 1)
+    (batch,) = batches(turned, 0, 1)
+    (plain,) = batches(source(tmp_path, names, scale=scale, micro_batch=24, augment=False), 0, 1)
     draws = turned.sampler.draw(0, 24)
     for i in range(24):
         how = (int(draws.flip_vertical[i]), int(draws.flip_horizontal[i]), int(draws.transpose[i]))
-        np.testing.assert_array_equal(undone(batch.lr[i].numpy(), *how), undone(plain.lr[i].numpy(), 0, 0, 0))
+        np.testing.assert_array_equal(
+            undone(batch.lr[i].numpy(), *how), undone(plain.lr[i].numpy(), 0, 0, 0)
+        )
     reference = cubic_resize(batch.hr.double(), (CROP // scale, CROP // scale)).clamp(0, 255)
     inner = (..., slice(2, -2), slice(2, -2))  # farther out the pixels around the crop count
-    assert (batch.lr.double() - reference)[inner].abs().max() < 0.501  # rounded to the nearest level, nothing else
+    assert (batch.lr.double() - reference)[
+        inner
+    ].abs().max() < 0.501  # rounded to the nearest level, nothing else
 
 
 def test_every_storage_format_gives_the_same_batches(tmp_path: Path) -> None:
@@ -117,12 +144,14 @@ def test_every_storage_format_gives_the_same_batches(tmp_path: Path) -> None:
 def test_encoded_files_are_read(tmp_path: Path, suffix: str) -> None:
     names = images(tmp_path, suffix)
     crops = source(tmp_path, names)
-    batch, = batches(crops, 0, 1)
+    (batch,) = batches(crops, 0, 1)
     draws = crops.sampler.draw(0, 4)
     whole = cv2.imread(str(tmp_path / names[draws.files[0]]))[..., ::-1]
     top, left = anchor(draws.top[0], 72, CROP, 2), anchor(draws.left[0], 60, CROP, 2)
     how = (int(draws.flip_vertical[0]), int(draws.flip_horizontal[0]), int(draws.transpose[0]))
-    difference = undone(batch.hr[0].numpy(), *how).astype(int) - whole[top:top + CROP, left:left + CROP]
+    difference = (
+        undone(batch.hr[0].numpy(), *how).astype(int) - whole[top : top + CROP, left : left + CROP]
+    )
     assert abs(difference).max() <= 2  # JPEG decoders may round differently
 
 
@@ -131,13 +160,28 @@ def test_pixels_are_the_same_for_one_two_and_four_ranks(tmp_path: Path) -> None:
 
     def global_batches(world_size: int, accumulation: int) -> list[list[str]]:
         micro = 8 // (world_size * accumulation)
-        shares = [batches(source(tmp_path, names, rank=rank, world_size=world_size, micro_batch=micro), 0,
-                          3 * accumulation) for rank in range(world_size)]
+        shares = [
+            batches(
+                source(tmp_path, names, rank=rank, world_size=world_size, micro_batch=micro),
+                0,
+                3 * accumulation,
+            )
+            for rank in range(world_size)
+        ]
         steps = []
         for step in range(3):
-            ordered = [share[step * accumulation + i] for i in range(accumulation) for share in shares]
-            steps.append([hashlib.sha256(batch.hr[i].numpy().tobytes() + batch.lr[i].numpy().tobytes()).hexdigest()
-                          for batch in ordered for i in range(micro)])
+            ordered = [
+                share[step * accumulation + i] for i in range(accumulation) for share in shares
+            ]
+            steps.append(
+                [
+                    hashlib.sha256(
+                        batch.hr[i].numpy().tobytes() + batch.lr[i].numpy().tobytes()
+                    ).hexdigest()
+                    for batch in ordered
+                    for i in range(micro)
+                ]
+            )
         return steps
 
     alone = global_batches(1, 1)
@@ -151,7 +195,9 @@ def test_starting_anywhere_gives_what_would_have_come_there(tmp_path: Path) -> N
     names = images(tmp_path, ".npy", count=5)
     whole = batches(source(tmp_path, names), 0, 6)
     for start in (1, 3, 5):  # in mid-epoch and across the end of one
-        for expected, got in zip(whole[start:], batches(source(tmp_path, names), start, 6 - start), strict=True):
+        for expected, got in zip(
+            whole[start:], batches(source(tmp_path, names), start, 6 - start), strict=True
+        ):
             assert got.index == expected.index
             assert torch.equal(got.hr, expected.hr)
             assert torch.equal(got.lr, expected.lr)
@@ -183,8 +229,10 @@ def damaged(root: Path, how: str) -> str:
     return "bad.npy"
 
 
-@pytest.mark.parametrize("how", ["truncated png", "text", "small png", "truncated npy", "float npy", "small npy",
-                                 "missing"])
+@pytest.mark.parametrize(
+    "how",
+    ["truncated png", "text", "small png", "truncated npy", "float npy", "small npy", "missing"],
+)
 def test_a_bad_file_is_named(tmp_path: Path, how: str) -> None:
     bad = damaged(tmp_path, how)
     names = [*images(tmp_path, ".npy", count=3), bad]
@@ -204,7 +252,8 @@ def test_closing_in_the_middle_leaves_no_thread(tmp_path: Path) -> None:
 
 
 def pairs(root: Path, suffix: str, count: int = 5) -> list[str]:
-    """HR and LR files that have nothing to do with each other, so that neither can be made of the other."""
+    """HR and LR files that have nothing to do with each other, so that neither can be made of the
+    other."""
     names = images(root, suffix, count)
     for i, name in enumerate(names):
         lr = photograph(100 + i, 36, 30)
@@ -216,12 +265,19 @@ def pairs(root: Path, suffix: str, count: int = 5) -> list[str]:
     return names
 
 
-def paired_source(root: Path, names: list[str], lr_root: Path | None = None, **position: int) -> CropSource:
+def paired_source(
+    root: Path, names: list[str], lr_root: Path | None = None, **position: int
+) -> CropSource:
     (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names))
     (root / "validation_file_list.txt").write_text(f"{names[0]}\n")
     dataset = read_dataset([root], paired_scale=2, lr_roots=[lr_root] if lr_root else [])
-    return CropSource.of_dataset(dataset, DataSpec(crop=CROP, degradation="paired"), scale=2, seed=0,
-                                 position=Position(position.get("rank", 0), position.get("world_size", 1), 8))
+    return CropSource.of_dataset(
+        dataset,
+        DataSpec(crop=CROP, degradation="paired"),
+        scale=2,
+        seed=0,
+        position=Position(position.get("rank", 0), position.get("world_size", 1), 8),
+    )
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".png"])
@@ -231,14 +287,20 @@ def test_pairs_share_one_anchor_and_one_symmetry(tmp_path: Path, suffix: str) ->
     seen = set()
     for start, batch in enumerate(batches(crops, 0, 4)):
         for i, sample in enumerate(crops.samples(8 * start, 8)):
-            hr, lr = (cv2.imread(path)[..., ::-1] if suffix == ".png" else np.load(path)
-                      for path in (sample.path, sample.lr_path))
+            hr, lr = (
+                cv2.imread(path)[..., ::-1] if suffix == ".png" else np.load(path)
+                for path in (sample.path, sample.lr_path)
+            )
             turned = (sample.flip_vertical, sample.flip_horizontal, sample.transpose)
             seen.add(turned)
             top, left = sample.top, sample.left
-            np.testing.assert_array_equal(undone(batch.hr[i].numpy(), *turned), hr[top:top + CROP, left:left + CROP])
-            np.testing.assert_array_equal(undone(batch.lr[i].numpy(), *turned),
-                                          lr[top // 2:top // 2 + CROP // 2, left // 2:left // 2 + CROP // 2])
+            np.testing.assert_array_equal(
+                undone(batch.hr[i].numpy(), *turned), hr[top : top + CROP, left : left + CROP]
+            )
+            np.testing.assert_array_equal(
+                undone(batch.lr[i].numpy(), *turned),
+                lr[top // 2 : top // 2 + CROP // 2, left // 2 : left // 2 + CROP // 2],
+            )
     assert len(seen) == 8
 
 
@@ -250,26 +312,32 @@ def test_pairs_in_folders_of_their_own_are_found_by_name(tmp_path: Path) -> None
         stem = Path(name).stem
         (tmp_path / "HR" / f"{stem}_lr2.png").rename(tmp_path / "LR" / "X2" / f"{stem}x2.png")
     crops = paired_source(tmp_path / "HR", names, tmp_path / "LR")
-    assert crops.samples(0, 1)[0].lr_path == str(tmp_path / "LR/X2" / f"{Path(crops.samples(0, 1)[0].path).stem}x2.png")
+    assert crops.samples(0, 1)[0].lr_path == str(
+        tmp_path / "LR/X2" / f"{Path(crops.samples(0, 1)[0].path).stem}x2.png"
+    )
     batches(crops, 0, 2)
     (tmp_path / "LR/X2/3x2.png").rename(tmp_path / "LR/X2/other.png")
-    with pytest.raises(UserError, match=r"HR/3\.png: no file in .*LR is called alike \(1 of 5 have none\)"):
+    with pytest.raises(
+        UserError, match=r"HR/3\.png: no file in .*LR is called alike \(1 of 5 have none\)"
+    ):
         paired_source(tmp_path / "HR", names, tmp_path / "LR")
 
 
 def test_a_pair_of_the_wrong_size_is_named(tmp_path: Path) -> None:
     names = pairs(tmp_path, ".npy")
     np.save(tmp_path / "2_lr2.npy", photograph(0, 36, 31))
-    with pytest.raises(UserError, match=r"2_lr2\.npy: 36x31 is not 1/2 of 72x60, the size of .*2\.npy"):
+    with pytest.raises(
+        UserError, match=r"2_lr2\.npy: 36x31 is not 1/2 of 72x60, the size of .*2\.npy"
+    ):
         batches(paired_source(tmp_path, names), 0, 4)
 
 
 def test_brightness_is_drawn_changes_hr_and_lr_follows(tmp_path: Path) -> None:
     names = images(tmp_path, ".npy")
     wanted = {"brightness": {"probability": 0.5, "range": [0.4, 0.9]}}
-    plain, = batches(source(tmp_path, names, micro_batch=64), 0, 1)
+    (plain,) = batches(source(tmp_path, names, micro_batch=64), 0, 1)
     crops = source(tmp_path, names, micro_batch=64, **wanted)
-    batch, = batches(crops, 0, 1)
+    (batch,) = batches(crops, 0, 1)
     factors = np.array([sample.brightness for sample in crops.samples(0, 64)])
     changed = factors != 1
     assert 20 < changed.sum() < 44
@@ -288,33 +356,54 @@ def test_brightness_is_drawn_changes_hr_and_lr_follows(tmp_path: Path) -> None:
 def test_noise_on_lr_is_drawn_and_leaves_hr_alone(tmp_path: Path) -> None:
     (tmp_path / "gray.npy").touch()
     np.save(tmp_path / "gray.npy", np.full((72, 60, 3), 128, np.uint8))
-    crops = source(tmp_path, ["gray.npy"], micro_batch=64, lr_noise={"probability": 0.5, "sigma": [2, 12]})
-    batch, = batches(crops, 0, 1)
+    crops = source(
+        tmp_path, ["gray.npy"], micro_batch=64, lr_noise={"probability": 0.5, "sigma": [2, 12]}
+    )
+    (batch,) = batches(crops, 0, 1)
     assert (batch.hr == 128).all()
     sigmas = np.array([sample.noise_sigma for sample in crops.samples(0, 64)])
     assert 20 < (sigmas > 0).sum() < 44
     for lr, sigma in zip(batch.lr.double(), sigmas, strict=True):
-        assert lr.std().item() == pytest.approx(np.sqrt(sigma**2 + 1 / 12) if sigma else 0, rel=0.1)  # 768 values
+        assert lr.std().item() == pytest.approx(
+            np.sqrt(sigma**2 + 1 / 12) if sigma else 0, rel=0.1
+        )  # 768 values
         assert abs(lr.mean().item() - 128) < 4 * max(sigma, 0.01) / np.sqrt(lr.numel())
 
 
 KINDS = {
-    "npy": {}, "png": {}, "mixed": {}, "cached": {"cache_gb": 1}, "multiplier": {"multiplier": 3},
-    "weights": {"weights": [1.0, 3.0]}, "pairs": {"degradation": "paired"}, "gaussian": {"degradation": "gaussian"},
+    "npy": {},
+    "png": {},
+    "mixed": {},
+    "cached": {"cache_gb": 1},
+    "multiplier": {"multiplier": 3},
+    "weights": {"weights": [1.0, 3.0]},
+    "pairs": {"degradation": "paired"},
+    "gaussian": {"degradation": "gaussian"},
     "realesrgan": {"degradation": "realesrgan"},
-    "everything": {"degradation": "realesrgan", "multiplier": 2, "weights": [2.0, 1.0], "cache_gb": 1,
-                   "brightness": {"probability": 0.5}, "lr_noise": {"probability": 0.5}},
+    "everything": {
+        "degradation": "realesrgan",
+        "multiplier": 2,
+        "weights": [2.0, 1.0],
+        "cache_gb": 1,
+        "brightness": {"probability": 0.5},
+        "lr_noise": {"probability": 0.5},
+    },
 }
 
 
 def dataset_of(root: Path, kind: str) -> Dataset:
     """Two folders of 5 and 3 files for the kinds with weights, else one."""
     (root / "a").mkdir()
-    names = pairs(root / "a", ".npy" if kind in {"npy", "pairs", "multiplier", "gaussian", "realesrgan"} else ".png")
+    names = pairs(
+        root / "a",
+        ".npy" if kind in {"npy", "pairs", "multiplier", "gaussian", "realesrgan"} else ".png",
+    )
     if kind in {"mixed", "everything"}:
         images(root / "a", ".npy", count=2)
         names = ["0.npy", "1.npy", *names[2:]]
-    lr_paths = {name: str(root / "a" / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names}
+    lr_paths = {
+        name: str(root / "a" / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names
+    }
     folders = [Folder(root / "a", names, [], lr_paths)]
     if "weights" in KINDS[kind]:
         (root / "b").mkdir()
@@ -323,17 +412,37 @@ def dataset_of(root: Path, kind: str) -> Dataset:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_every_kind_is_the_same_from_any_step_on_any_number_of_ranks(tmp_path: Path, kind: str) -> None:
-    """Pixel hashes of global batches: 1, 2 and 4 ranks, 2 with accumulation, and a change of ranks in mid-epoch."""
+def test_every_kind_is_the_same_from_any_step_on_any_number_of_ranks(
+    tmp_path: Path, kind: str
+) -> None:
+    """Pixel hashes of global batches: 1, 2 and 4 ranks, 2 with accumulation, and a change of ranks
+    in mid-epoch."""
     dataset, spec = dataset_of(tmp_path, kind), DataSpec(crop=CROP, **KINDS[kind])
 
     def hashes(world_size: int, accumulation: int, first_step: int, steps: int) -> list[list[str]]:
         micro = 8 // (world_size * accumulation)
-        shares = [batches(CropSource.of_dataset(dataset, spec, scale=2, seed=5, position=Position(
-            rank, world_size, micro)), first_step * accumulation, steps * accumulation) for rank in range(world_size)]
-        return [[hashlib.sha256(share[step * accumulation + i].hr[j].numpy().tobytes()
-                                + share[step * accumulation + i].lr[j].numpy().tobytes()).hexdigest()
-                 for i in range(accumulation) for share in shares for j in range(micro)] for step in range(steps)]
+        shares = [
+            batches(
+                CropSource.of_dataset(
+                    dataset, spec, scale=2, seed=5, position=Position(rank, world_size, micro)
+                ),
+                first_step * accumulation,
+                steps * accumulation,
+            )
+            for rank in range(world_size)
+        ]
+        return [
+            [
+                hashlib.sha256(
+                    share[step * accumulation + i].hr[j].numpy().tobytes()
+                    + share[step * accumulation + i].lr[j].numpy().tobytes()
+                ).hexdigest()
+                for i in range(accumulation)
+                for share in shares
+                for j in range(micro)
+            ]
+            for step in range(steps)
+        ]
 
     alone = hashes(1, 1, 0, 4)  # 32 samples: several epochs
     assert len({sample for step in alone for sample in step}) > 24
@@ -353,10 +462,23 @@ def test_a_cache_changes_no_pixel_and_keeps_within_its_room(tmp_path: Path) -> N
         assert len(crops.cache._kept) == (6 if gigabytes == 1 else 3)
 
 
-@pytest.mark.parametrize("how", ["truncated png", "text", "small png", "truncated npy", "float npy", "small npy",
-                                 "missing", "truncated jpeg"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated png",
+        "text",
+        "small png",
+        "truncated npy",
+        "float npy",
+        "small npy",
+        "missing",
+        "truncated jpeg",
+    ],
+)
 @pytest.mark.parametrize("cache_gb", [0, 1])
-def test_a_bad_file_is_skipped_counted_and_replaced(tmp_path: Path, how: str, cache_gb: float) -> None:
+def test_a_bad_file_is_skipped_counted_and_replaced(
+    tmp_path: Path, how: str, cache_gb: float
+) -> None:
     bad = damaged(tmp_path, how)
     names = [*images(tmp_path, ".npy", count=7), bad]
     skipping = {"on_error": "skip", "cache_gb": cache_gb}
@@ -365,23 +487,33 @@ def test_a_bad_file_is_skipped_counted_and_replaced(tmp_path: Path, how: str, ca
     skips = [skip for batch in got for skip in batch.skipped]
     assert len(skips) >= 4
     assert {skip.path for skip in skips} == {str(tmp_path / bad)}
-    expected = [number for number in range(32) if names[crops.sampler.draw(number, 1).files[0]] == bad]
+    expected = [
+        number for number in range(32) if names[crops.sampler.draw(number, 1).files[0]] == bad
+    ]
     assert sorted({skip.sample for skip in skips}) == expected
-    # What stands in is a pure function of the number, too: the same from another start and on two ranks.
+    # What stands in is a pure function of the number, too: the same from another start and on two
+    # ranks.
     again = batches(source(tmp_path, names, **skipping), 4, 4)
     for one, other in zip(got[4:], again, strict=True):
         assert torch.equal(one.hr, other.hr)
-    shares = [batches(source(tmp_path, names, rank=rank, world_size=2, micro_batch=2, **skipping), 0, 8)
-              for rank in range(2)]
+    shares = [
+        batches(source(tmp_path, names, rank=rank, world_size=2, micro_batch=2, **skipping), 0, 8)
+        for rank in range(2)
+    ]
     for i, batch in enumerate(got):
         assert torch.equal(batch.hr, torch.cat([share[i].hr for share in shares]))
     good = [np.load(tmp_path / name).reshape(-1, 3) for name in names[:-1]]
-    assert all(any((batch.hr[j, :, 0, 0].numpy() == pixels).all(1).any() for pixels in good)
-               for batch in got for j in range(4))
+    assert all(
+        any((batch.hr[j, :, 0, 0].numpy() == pixels).all(1).any() for pixels in good)
+        for batch in got
+        for j in range(4)
+    )
 
 
 @pytest.mark.parametrize("fault", ["its header tells", "decoding tells"])
-def test_the_batches_before_a_bad_file_come_however_far_ahead_it_is_found(tmp_path: Path, fault: str) -> None:
+def test_the_batches_before_a_bad_file_come_however_far_ahead_it_is_found(
+    tmp_path: Path, fault: str
+) -> None:
     names = images(tmp_path, ".png", count=40)
     crops = source(tmp_path, names)
     bad = tmp_path / names[crops.sampler.draw(17, 1).files[0]]  # of the fifth of ten batches
@@ -408,7 +540,9 @@ def test_too_many_bad_files_stop_it(tmp_path: Path) -> None:
     for name in names[:3]:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     assert batches(source(tmp_path, names, on_error="skip", max_bad_files=0.3), 0, 6)
-    with pytest.raises(UserError, match=r"3 of 10 files are bad and data\.max_bad_files 0\.2 allows 2 \(.*\.png: "):
+    with pytest.raises(
+        UserError, match=r"3 of 10 files are bad and data\.max_bad_files 0\.2 allows 2 \(.*\.png: "
+    ):
         batches(source(tmp_path, names, on_error="skip", max_bad_files=0.2), 0, 6)
 
 
@@ -418,7 +552,9 @@ def test_the_disks_fault_is_not_the_files(tmp_path: Path, monkeypatch: pytest.Mo
 
     names = images(tmp_path, ".npy", count=3)
     monkeypatch.setattr("pipeline.data.image_access.npy_layout", fail)
-    with pytest.raises(RunError, match=r"\.npy: Input/output error; the disk or the network failed"):
+    with pytest.raises(
+        RunError, match=r"\.npy: Input/output error; the disk or the network failed"
+    ):
         batches(source(tmp_path, names, on_error="skip"), 0, 1)
 
 
@@ -426,11 +562,19 @@ def test_the_disks_fault_is_not_the_files(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("suffix", [".npy", ".png"])
 def test_what_is_no_plain_file_is_a_bad_file(tmp_path: Path, what: str, suffix: str) -> None:
     bad = tmp_path / f"bad{suffix}"
-    {"directory": bad.mkdir, "loop": lambda: bad.symlink_to(bad.name), "pipe": lambda: os.mkfifo(bad)}[what]()
+    {
+        "directory": bad.mkdir,
+        "loop": lambda: bad.symlink_to(bad.name),
+        "pipe": lambda: os.mkfifo(bad),
+    }[what]()
     names = [*images(tmp_path, ".npy", count=3), bad.name]
     with pytest.raises(UserError, match=rf"bad\{suffix}: .*\(sample \d\)"):
         batches(source(tmp_path, names), 0, 2)
-    skips = [skip for batch in batches(source(tmp_path, names, on_error="skip"), 0, 2) for skip in batch.skipped]
+    skips = [
+        skip
+        for batch in batches(source(tmp_path, names, on_error="skip"), 0, 2)
+        for skip in batch.skipped
+    ]
     assert {skip.path for skip in skips} == {str(bad)}
 
 
@@ -465,7 +609,9 @@ class FlatImage:
         return Part(region, pixels=np.full((*region[2:], 3), self.level, np.uint8))
 
 
-def test_a_kind_of_file_is_one_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_of_file_is_one_row_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_access, "READERS", (FlatReader, *image_access.READERS))
     names = images(tmp_path, ".png", 2) + images(tmp_path, ".npy", 2)
     for level in (7, 99):
@@ -483,7 +629,8 @@ def test_a_kind_of_file_is_one_row_of_the_table(tmp_path: Path, monkeypatch: pyt
 
 
 def test_another_colour_profile_is_named(tmp_path: Path) -> None:
-    """By a file as it is, from the cache, and in LR; the pixels are those that every command reads."""
+    """By a file as it is, from the cache, and in LR; the pixels are those that every command
+    reads."""
     profile = made_profile(b"RGB ", 1.4)
     names = images(tmp_path, ".png", 3)
     with PIL.Image.open(tmp_path / "1.png") as image:
@@ -491,9 +638,14 @@ def test_another_colour_profile_is_named(tmp_path: Path) -> None:
     for options in ({}, {"cache_gb": 1}):
         crops = source(tmp_path, names, augment=False, **options)
         assert crops.profile_note() == ""
-        made, = batches(crops, 0, 1)
-        assert "1.png has the colour profile Wide test: files with another profile" in crops.profile_note()
+        (made,) = batches(crops, 0, 1)
+        assert (
+            "1.png has the colour profile Wide test: files with another profile"
+            in crops.profile_note()
+        )
         assert [*crops.profiles] == [str(tmp_path / "1.png")]
         for hr, sample in zip(made.hr, crops.samples(0, 4), strict=True):
-            whole = read_rgb(sample.path)[sample.top : sample.top + CROP, sample.left : sample.left + CROP]
+            whole = read_rgb(sample.path)[
+                sample.top : sample.top + CROP, sample.left : sample.left + CROP
+            ]
             np.testing.assert_array_equal(hr.permute(1, 2, 0).numpy(), whole)

@@ -1,4 +1,5 @@
-"""What the loader asks of a GPU, told by stand-ins for CUDA's streams and for DALI: no GPU is needed."""
+"""What the loader asks of a GPU, told by stand-ins for CUDA's streams and for DALI: no GPU is
+needed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class FakeStream:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """CUDA's streams and DALI's copy, replaced by what writes down that it was called, and on which stream."""
+    """CUDA's streams and DALI's copy, replaced by what writes down that it was called, and on which
+    stream."""
     found, current = Calls(), ["training"]
 
     @contextlib.contextmanager
@@ -85,10 +87,13 @@ class FakeOutput:
 
 
 def test_a_batch_is_copied_on_a_stream_of_its_own_and_waited_for_on_the_consumers(
-        tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streams = []
 
-    def fake_batches(crops: Any, index: int, *, stream: Any, **_: Any) -> Iterator[tuple[int, Any, Any]]:
+    def fake_batches(
+        crops: Any, index: int, *, stream: Any, **_: Any
+    ) -> Iterator[tuple[int, Any, Any]]:
         streams.append(stream.name)
         crops._made[0] = crops._made[1] = []
         yield 0, FakeOutput(), FakeOutput()
@@ -100,7 +105,15 @@ def test_a_batch_is_copied_on_a_stream_of_its_own_and_waited_for_on_the_consumer
     made._thread.join()
     assert streams == ["loader"]
     one = [("allot", "loader"), ("copy", "loader", "loader")]
-    assert calls == [("device", 0), *one, *one, ("record", "loader"), *one, *one, ("record", "loader")]
+    assert calls == [
+        ("device", 0),
+        *one,
+        *one,
+        ("record", "loader"),
+        *one,
+        *one,
+        ("record", "loader"),
+    ]
     calls.clear()
     batch = next(made)
     assert batch.index == 0
@@ -108,10 +121,14 @@ def test_a_batch_is_copied_on_a_stream_of_its_own_and_waited_for_on_the_consumer
     made.close()
 
 
-def test_on_a_cpu_nothing_of_cuda_is_called(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_nothing_of_cuda_is_called(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("a stream"))
-    made = Loader(source(tmp_path, images(tmp_path, ".npy", 2)), 0, torch.device("cpu"), threads=1, prefetch=2)
+    made = Loader(
+        source(tmp_path, images(tmp_path, ".npy", 2)), 0, torch.device("cpu"), threads=1, prefetch=2
+    )
     try:
         assert next(made).hr.device.type == "cpu"
     finally:
@@ -123,16 +140,24 @@ def test_on_a_cpu_nothing_of_cuda_is_called(tmp_path: Path, calls: Calls, monkey
 
 
 class Refusing:
-    """Stands in for a GPU's pipelines: where they decode on the GPU, what shows a bad file fails."""
+    """Stands in for a GPU's pipelines: where they decode on the GPU, what shows a bad file
+    fails."""
 
     def __init__(self, crops: Any, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.built: list[tuple[int, bool]] = []
         make = reader.training_pipeline
 
-        def stand_in(source: Any, index: int, *, device_id: Any, decodes_on_gpu: bool, **more: Any) -> Any:
+        def stand_in(
+            source: Any, index: int, *, device_id: Any, decodes_on_gpu: bool, **more: Any
+        ) -> Any:
             assert device_id == 0
             self.built.append((index, decodes_on_gpu))
-            return _Checked(make(source, index, device_id=None, **more), crops, index, bad if decodes_on_gpu else "")
+            return _Checked(
+                make(source, index, device_id=None, **more),
+                crops,
+                index,
+                bad if decodes_on_gpu else "",
+            )
 
         monkeypatch.setattr(reader, "training_pipeline", stand_in)
 
@@ -149,8 +174,9 @@ class _Checked:
         return outputs
 
 
-def test_what_the_gpus_decoder_alone_refuses_is_decoded_on_the_cpu(tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_gpus_decoder_alone_refuses_is_decoded_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = images(tmp_path, ".jpg", count=12)
     plain = batches(source(tmp_path, names), 0, device_id=None, threads=1, prefetch=2)
     expected = [np.array(hr.as_array()) for _, hr, _ in itertools.islice(plain, 12)]
@@ -163,20 +189,28 @@ def test_what_the_gpus_decoder_alone_refuses_is_decoded_on_the_cpu(tmp_path: Pat
         got.append(np.array(hr.as_array()))
     for one, other in zip(expected, got, strict=True):
         np.testing.assert_array_equal(one, other)
-    shown = [index for index in range(12) if any(path.endswith(bad) for path in crops.files_of(index))]
-    on_cpu = {index for built, on_gpu in stand_in.built if not on_gpu for index in range(built, built + 3)}
+    shown = [
+        index for index in range(12) if any(path.endswith(bad) for path in crops.files_of(index))
+    ]
+    on_cpu = {
+        index for built, on_gpu in stand_in.built if not on_gpu for index in range(built, built + 3)
+    }
     assert shown
     assert {*shown} <= on_cpu | {shown[-1]}
     assert stand_in.built[0] == (0, True)
     assert (shown[0], False) in stand_in.built
     assert (shown[0] + 3, True) in stand_in.built
     note = crops.notes[0]
-    assert note.startswith(f"the GPU's decoder refuses a file that the CPU's takes; micro-batches {shown[0]} to ")
+    assert note.startswith(
+        f"the GPU's decoder refuses a file that the CPU's takes; micro-batches {shown[0]} to "
+    )
     assert "nvJPEG: bad Huffman table some stack" in note
     assert not crops.bad
 
 
-def test_what_the_cpus_decoder_refuses_too_is_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cpus_decoder_refuses_too_is_a_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = images(tmp_path, ".png", count=4)
     data = bytearray((tmp_path / names[0]).read_bytes())
     data[len(data) // 2] ^= 255
@@ -189,31 +223,49 @@ def test_what_the_cpus_decoder_refuses_too_is_a_bad_file(tmp_path: Path, monkeyp
     assert all(on_gpu for _, on_gpu in stand_in.built)
 
 
-def test_where_the_cpu_fails_as_well_the_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cpu_fails_as_well_the_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = []
 
     class Broken:
         def run(self) -> None:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reader, "training_pipeline",
-                        lambda *_, decodes_on_gpu, **__: built.append(decodes_on_gpu) or Broken())
-    for suffix, expected in ((".jpg", [True, False]), (".npy", [True])):  # of .npy nothing is decoded
+    monkeypatch.setattr(
+        reader,
+        "training_pipeline",
+        lambda *_, decodes_on_gpu, **__: built.append(decodes_on_gpu) or Broken(),
+    )
+    for suffix, expected in (
+        (".jpg", [True, False]),
+        (".npy", [True]),
+    ):  # of .npy nothing is decoded
         built.clear()
         (tmp_path / suffix[1:]).mkdir()
         crops = source(tmp_path / suffix[1:], images(tmp_path / suffix[1:], suffix, count=3))
-        with pytest.raises(RuntimeError, match=r"micro-batch 5, though each of its files decodes alone: out of memory"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"micro-batch 5, though each of its files decodes alone: out of memory",
+        ):
             next(batches(crops, 5, device_id=0, threads=1, prefetch=2))
         assert built == expected
 
 
 @pytest.mark.parametrize("exec_dynamic", [True, False])
-def test_outputs_come_on_the_stream_where_dali_can_do_that(tmp_path: Path, exec_dynamic: bool,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_come_on_the_stream_where_dali_can_do_that(
+    tmp_path: Path, exec_dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[Any, ...]] = []
-    stand_in = SimpleNamespace(exec_dynamic=exec_dynamic, run=lambda *stream: asked.append(stream) or ("hr", "lr"))
+    stand_in = SimpleNamespace(
+        exec_dynamic=exec_dynamic, run=lambda *stream: asked.append(stream) or ("hr", "lr")
+    )
     monkeypatch.setattr(reader, "training_pipeline", lambda *_, **__: stand_in)
     crops = source(tmp_path, images(tmp_path, ".npy", 2))
-    assert next(batches(crops, 7, device_id=0, threads=1, prefetch=2, stream="loader")) == (7, "hr", "lr")
+    assert next(batches(crops, 7, device_id=0, threads=1, prefetch=2, stream="loader")) == (
+        7,
+        "hr",
+        "lr",
+    )
     assert next(batches(crops, 7, device_id=0, threads=1, prefetch=2)) == (7, "hr", "lr")
     assert asked == [("loader",) if exec_dynamic else (), ()]

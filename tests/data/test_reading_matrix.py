@@ -1,4 +1,5 @@
-"""Every kind of image file against every command that reads images: the right pixels, or one refusal, the same words.
+"""Every kind of image file against every command that reads images: the right pixels, or one
+refusal, the same words.
 
 All files of `reading_corpus` lie in one folder, and each command is run over it once.
 """
@@ -39,11 +40,14 @@ class FolderReading:
     """What a command made of all files."""
 
     pixels: dict[str, np.ndarray]  # of those that it read
-    reasons: dict[str, str]        # of those that it refused
-    said: str = ""                 # of the folder as a whole
+    reasons: dict[str, str]  # of those that it refused
+    said: str = ""  # of the folder as a whole
 
-    def mistakes(self, reads: Callable[[str, Case], bool] = lambda name, case: case.expected is not None) -> list[str]:
-        """What is not as it should be, a line each; `reads`: whether the command should read a file."""
+    def mistakes(
+        self, reads: Callable[[str, Case], bool] = lambda name, case: case.expected is not None
+    ) -> list[str]:
+        """What is not as it should be, a line each; `reads`: whether the command should read a
+        file."""
         found = []
         for name, case in CASES.items():
             pixels, reason = self.pixels.get(name), self.reasons.get(name)
@@ -58,7 +62,9 @@ class FolderReading:
             elif pixels.shape != case.expected.shape:
                 found.append(f"{name}: {pixels.shape}")
             elif np.abs(pixels.astype(int) - case.expected).max() > case.tolerance:
-                found.append(f"{name}: off by {np.abs(pixels.astype(int) - case.expected).max()} levels")
+                found.append(
+                    f"{name}: off by {np.abs(pixels.astype(int) - case.expected).max()} levels"
+                )
         return found
 
 
@@ -69,16 +75,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in {**{name: case.content for name, case in CASES.items()}, **UNREAD}.items():
         (root / name).write_bytes(content)
     (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in GOOD))
-    (root / "validation_file_list.txt").write_text("".join(f"{name}\n" for name in list(GOOD)[::40]))
+    (root / "validation_file_list.txt").write_text(
+        "".join(f"{name}\n" for name in list(GOOD)[::40])
+    )
     return root
 
 
 def crops_of(out: Path) -> tuple[dict[str, tuple[int, int, np.ndarray]], dict[str, str]]:
-    """(Photo -> its HR crop's corner and pixels, photo -> why it was turned away) of a folder of crops."""
+    """(Photo -> its HR crop's corner and pixels, photo -> why it was turned away) of a folder of
+    crops."""
     records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    return ({record["photo"]: (record["top"], record["left"], np.load(out / record["path"])) for record in records
-             if record.get("role") != "lr"}, {reject["photo"]: reject["reason"] for reject in rejects})
+    return (
+        {
+            record["photo"]: (record["top"], record["left"], np.load(out / record["path"]))
+            for record in records
+            if record.get("role") != "lr"
+        },
+        {reject["photo"]: reject["reason"] for reject in rejects},
+    )
 
 
 def with_crops(found: dict[str, tuple[int, int, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -91,7 +106,17 @@ def with_crops(found: dict[str, tuple[int, int, np.ndarray]]) -> dict[str, np.nd
 
 
 def images_to_data(folder: Path, out: Path) -> FolderReading:
-    done = run_tool("images_to_data", folder, out, "--size", HEIGHT, "--keep-lossy-size", "--num-scales", 1, *UNGATED)
+    done = run_tool(
+        "images_to_data",
+        folder,
+        out,
+        "--size",
+        HEIGHT,
+        "--keep-lossy-size",
+        "--num-scales",
+        1,
+        *UNGATED,
+    )
     assert done.returncode == 1, done.stderr
     found, reasons = crops_of(out)
     return FolderReading(with_crops(found), reasons, done.stdout)
@@ -102,9 +127,22 @@ def pairs_to_data(folder: Path, out: Path) -> FolderReading:
     lr.mkdir()
     for name, case in CASES.items():
         Image.fromarray(PHOTO[::2, ::2] if case.expected is None else case.expected[::2, ::2]).save(
-            lr / f"{Path(name).stem}.png")
-    done = run_tool("pairs_to_data", folder, lr, "--scale", SCALE, "--out", out, "--size", HEIGHT,
-                    "--min-correlation", -1, *UNGATED)
+            lr / f"{Path(name).stem}.png"
+        )
+    done = run_tool(
+        "pairs_to_data",
+        folder,
+        lr,
+        "--scale",
+        SCALE,
+        "--out",
+        out,
+        "--size",
+        HEIGHT,
+        "--min-correlation",
+        -1,
+        *UNGATED,
+    )
     assert done.returncode == 1, done.stderr
     found, reasons = crops_of(out)
     for name, reason in reasons.items():
@@ -120,28 +158,45 @@ def convert_dataset(folder: Path, out: Path) -> FolderReading:
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "NUM_SHOWN", len(CASES))
         assert command.main(options) == 1
-    lines = [line.removeprefix("not converted: ").split(": ", 1) for line in said.getvalue().splitlines()
-             if line.startswith("not converted: ")]
+    lines = [
+        line.removeprefix("not converted: ").split(": ", 1)
+        for line in said.getvalue().splitlines()
+        if line.startswith("not converted: ")
+    ]
     by_stem = {path.stem: np.load(path) for path in out.glob("*.npy")}
-    return FolderReading({name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem}, dict(lines),
-                         said.getvalue())
+    return FolderReading(
+        {name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem},
+        dict(lines),
+        said.getvalue(),
+    )
 
 
 def training(folder: Path, out: Path) -> FolderReading:
     """Training, as show_batch.py makes its samples: of every good file one crop."""
-    overrides = (f"data.crop={HEIGHT}", "data.augment=false", "data.threads=1", "ds.train_batch_size=4")
+    overrides = (
+        f"data.crop={HEIGHT}",
+        "data.augment=false",
+        "data.threads=1",
+        "ds.train_batch_size=4",
+    )
     plan = make_plan(TrainOptions(overrides, recipe="demo", dataset_dir=(folder,)))
     pairs = show_batch.make_pairs(plan, range(len(GOOD)))
     found = {pair.name: (pair.sample.top, pair.sample.left, pair.hr) for pair in pairs}
-    return FolderReading(with_crops(found), {name: decoding_fault(str(folder / name)) for name in BAD})
+    return FolderReading(
+        with_crops(found), {name: decoding_fault(str(folder / name)) for name in BAD}
+    )
 
 
 def cached_training(folder: Path, out: Path) -> FolderReading:
     """What a cache (data.cache_gb) decodes; validation reads by the same decoder."""
     with HostDecoder(threads=1, batch=8) as decoder:
-        images = dict(zip(CASES, decoder.decode([str(folder / name) for name in CASES]), strict=True))
-    return FolderReading({name: image for name, image in images.items() if isinstance(image, np.ndarray)},
-                         {name: image.reason for name, image in images.items() if not isinstance(image, np.ndarray)})
+        images = dict(
+            zip(CASES, decoder.decode([str(folder / name) for name in CASES]), strict=True)
+        )
+    return FolderReading(
+        {name: image for name, image in images.items() if isinstance(image, np.ndarray)},
+        {name: image.reason for name, image in images.items() if not isinstance(image, np.ndarray)},
+    )
 
 
 def evaluate(folder: Path, out: Path) -> FolderReading:
@@ -152,7 +207,10 @@ def evaluate(folder: Path, out: Path) -> FolderReading:
             reading.pixels[pair.hr.name] = pair.load(SCALE)[0][0].permute(1, 2, 0).numpy()
         except UserError as error:
             reading.reasons[pair.hr.name] = str(error)
-    assert all(f"image {str(folder / name)!r} cannot be read (" in reason for name, reason in reading.reasons.items())
+    assert all(
+        f"image {str(folder / name)!r} cannot be read (" in reason
+        for name, reason in reading.reasons.items()
+    )
     return reading
 
 
@@ -169,12 +227,20 @@ def upscale(folder: Path, out: Path) -> FolderReading:
 
 
 def crop_compare(folder: Path, out: Path) -> FolderReading:
-    done = run_tool("crop_compare", *(folder / name for name in GOOD), "--box", f"0,0,{WIDTH},{HEIGHT}", "--panel", 72,
-                    "--out", out)
+    done = run_tool(
+        "crop_compare",
+        *(folder / name for name in GOOD),
+        "--box",
+        f"0,0,{WIDTH},{HEIGHT}",
+        "--panel",
+        72,
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     pixels = {}
     for number, name in enumerate(GOOD, 1):
-        path, = out.glob(f"crops/box1_{number}_*.png")
+        (path,) = out.glob(f"crops/box1_{number}_*.png")
         pixels[name] = opened(path.read_bytes())
     reading = FolderReading(pixels, {})
     for name in BAD:
@@ -185,8 +251,18 @@ def crop_compare(folder: Path, out: Path) -> FolderReading:
     return reading
 
 
-COMMANDS = {command.__name__: command for command in (
-    images_to_data, pairs_to_data, training, cached_training, evaluate, upscale, crop_compare)}
+COMMANDS = {
+    command.__name__: command
+    for command in (
+        images_to_data,
+        pairs_to_data,
+        training,
+        cached_training,
+        evaluate,
+        upscale,
+        crop_compare,
+    )
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -212,12 +288,22 @@ def test_a_conversion_keeps_every_bit_or_refuses(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("options", [(), ("--fast",)])
-def test_the_checker_calls_bad_what_is_refused_and_nothing_else(folder: Path, options: tuple[str, ...]) -> None:
-    done = run_tool("check_training_data", "--data-dir", folder, "--min-size", HEIGHT, *UNGATED, *options)
+def test_the_checker_calls_bad_what_is_refused_and_nothing_else(
+    folder: Path, options: tuple[str, ...]
+) -> None:
+    done = run_tool(
+        "check_training_data", "--data-dir", folder, "--min-size", HEIGHT, *UNGATED, *options
+    )
     assert done.returncode == 1, done.stderr
-    lines = [line.removeprefix("bad: ").split(": ", 1) for line in done.stdout.splitlines() if line.startswith("bad: ")]
+    lines = [
+        line.removeprefix("bad: ").split(": ", 1)
+        for line in done.stdout.splitlines()
+        if line.startswith("bad: ")
+    ]
     bad = dict(lines)
-    reading = FolderReading({name: case.expected for name, case in GOOD.items() if name not in bad}, bad)
+    reading = FolderReading(
+        {name: case.expected for name, case in GOOD.items() if name not in bad}, bad
+    )
     assert reading.mistakes() == []
     assert SAID in done.stdout
     assert "have another colour profile than sRGB" in done.stdout
@@ -228,11 +314,14 @@ def test_validation_reads_as_training_does(folder: Path) -> None:
     plan = make_plan(TrainOptions(overrides, recipe="demo", dataset_dir=(folder,)))
     for number, image in enumerate(plan.dataset.validation):
         found = read_pair(image, number, plan.recipe).hr[0].permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(found - CASES[image.name].expected).max() <= CASES[image.name].tolerance, image.name
+        assert np.abs(found - CASES[image.name].expected).max() <= CASES[image.name].tolerance, (
+            image.name
+        )
 
 
 def test_hostile_bytes_end_in_pixels_of_the_size_of_the_header_or_in_a_reason() -> None:
-    """Of every kind, cut anywhere and overwritten here and there, the header more often than the rest."""
+    """Of every kind, cut anywhere and overwritten here and there, the header more often than the
+    rest."""
     chance, read, reasons = random.Random(3), 0, []
     contents = [case.content for case in CASES.values() if case.content]
     for number in range(3000):
@@ -240,7 +329,9 @@ def test_hostile_bytes_end_in_pixels_of_the_size_of_the_header_or_in_a_reason() 
         if chance.random() < 0.3:
             content = content[: 1 + chance.randrange(len(content))]
         for _ in range(chance.choice((1, 3, 10))):
-            content[int(len(content) * chance.random() ** 4)] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
+            content[int(len(content) * chance.random() ** 4)] = chance.choice(
+                (0, 1, 127, 255, chance.randrange(256))
+            )
         try:
             header = read_header(bytes(content))
             foreign_profile(header)

@@ -24,10 +24,15 @@ def test_threads_are_a_number_or_auto() -> None:
     assert load_recipe("vapsr_x4").data.threads == "auto"
     assert load_recipe("vapsr_x4", {"data.threads": 5}).data.threads == 5
     for wrong in (0, 65, True, 2.5, "many"):
-        with pytest.raises(UserError, match=r"data\.threads: .* is neither auto nor a whole number from 1 to 64"):
+        with pytest.raises(
+            UserError, match=r"data\.threads: .* is neither auto nor a whole number from 1 to 64"
+        ):
             load_recipe("vapsr_x4", {"data.threads": wrong})
     # They are no part of what a run is: one that was begun with 2 goes on.
-    assert recipe_differences(load_recipe("vapsr_x4", {"data.threads": 2}), load_recipe("vapsr_x4")) == []
+    assert (
+        recipe_differences(load_recipe("vapsr_x4", {"data.threads": 2}), load_recipe("vapsr_x4"))
+        == []
+    )
 
 
 def test_auto_is_the_cores_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +48,22 @@ def test_auto_is_the_cores_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> Non
 HERE = socket.gethostname()
 
 
-@pytest.mark.parametrize(("held", "expected"), [
-    ([(HERE, {0, 1, 2, 3})], 4),
-    ([(HERE, {*range(8)})] * 2 + [("elsewhere", {*range(8)})] * 2, 4),  # shared by two of this host
-    ([(HERE, {0, 1, 2}), (HERE, {3, 4, 5})], 3),  # bound to cores of their own
-    ([(HERE, {0, 1, 2}), (HERE, {2, 3})], 2),  # two and a half
-    ([(HERE, {0})] * 3, 0)])
-def test_ranks_of_a_host_share_its_cores(held: Sequence[tuple[str, set[int]]], expected: int,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ([(HERE, {0, 1, 2, 3})], 4),
+        (
+            [(HERE, {*range(8)})] * 2 + [("elsewhere", {*range(8)})] * 2,
+            4,
+        ),  # shared by two of this host
+        ([(HERE, {0, 1, 2}), (HERE, {3, 4, 5})], 3),  # bound to cores of their own
+        ([(HERE, {0, 1, 2}), (HERE, {2, 3})], 2),  # two and a half
+        ([(HERE, {0})] * 3, 0),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(
+    held: Sequence[tuple[str, set[int]]], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: held[0][1])
     given = []
     ranks = SimpleNamespace(gather=lambda value: given.append(value) or list(held))
@@ -58,17 +71,29 @@ def test_ranks_of_a_host_share_its_cores(held: Sequence[tuple[str, set[int]]], e
     assert given == [held[0]]
 
 
-@pytest.mark.parametrize(("device", "began", "on_host"), [
-    ("cpu", "host", True), ("cpu", "dali", False), ("cuda", "host", False)])
-def test_the_host_degrades_on_cpus_in_runs_that_began_so(device: str, began: str, on_host: bool,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "began", "on_host"),
+    [("cpu", "host", True), ("cpu", "dali", False), ("cuda", "host", False)],
+)
+def test_the_host_degrades_on_cpus_in_runs_that_began_so(
+    device: str, began: str, on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(setup.CropSource, "of_dataset", lambda _, spec, **more: asked.update(more, spec=spec))
+    monkeypatch.setattr(
+        setup.CropSource, "of_dataset", lambda _, spec, **more: asked.update(more, spec=spec)
+    )
     monkeypatch.setattr(setup, "Loader", lambda *_, **more: asked.update(more))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device(device), gather=lambda value: [value])
-    run = SimpleNamespace(plan=SimpleNamespace(recipe=load_recipe("realesrgan_x4"), dataset=None), ranks=ranks,
-                          micro_batch=4, accumulation=1, progress=Progress(cpu_degradation=began))
+    ranks = SimpleNamespace(
+        rank=0, world_size=1, device=torch.device(device), gather=lambda value: [value]
+    )
+    run = SimpleNamespace(
+        plan=SimpleNamespace(recipe=load_recipe("realesrgan_x4"), dataset=None),
+        ranks=ranks,
+        micro_batch=4,
+        accumulation=1,
+        progress=Progress(cpu_degradation=began),
+    )
     setup.Run.open_loader(run)
     assert asked["degrades_on_host"] == on_host
     assert asked["threads"] == asked["spec"].threads == 3
@@ -78,11 +103,21 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
     said: list[str] = []
     reporter = object.__new__(Reporter)
     reporter.__dict__.update(
-        _run=SimpleNamespace(trainer=SimpleNamespace(generator=SimpleNamespace(get_lr=lambda: [1e-4]), engines={})),
-        _progress=Progress(step=50), journal=SimpleNamespace(log=lambda *_: None), _names_ways_out=True,
-        _plan=SimpleNamespace(total_steps=99, ds_config={"train_batch_size": 4}, recipe=load_recipe("vapsr_x4")),
-        _console=SimpleNamespace(progress=lambda *_: None, say=said.append))
+        _run=SimpleNamespace(
+            trainer=SimpleNamespace(generator=SimpleNamespace(get_lr=lambda: [1e-4]), engines={})
+        ),
+        _progress=Progress(step=50),
+        journal=SimpleNamespace(log=lambda *_: None),
+        _names_ways_out=True,
+        _plan=SimpleNamespace(
+            total_steps=99, ds_config={"train_batch_size": 4}, recipe=load_recipe("vapsr_x4")
+        ),
+        _console=SimpleNamespace(progress=lambda *_: None, say=said.append),
+    )
     for wait in (0.02, 0.31, 0.5):
         reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, 0, 0, 0), 1.0)
-    assert said == ["note: 31% of the time goes into waiting for data; raise data.threads (now auto), or convert "
-                    "encoded files to .npy (tools/convert_dataset.py), which need no decoding"]
+    assert said == [
+        "note: 31% of the time goes into waiting for data; raise data.threads (now auto), or "
+        "convert "
+        "encoded files to .npy (tools/convert_dataset.py), which need no decoding"
+    ]

@@ -1,4 +1,5 @@
-"""Training on every kind of dataset, as real processes: what is refused, skipped, counted and reported."""
+"""Training on every kind of dataset, as real processes: what is refused, skipped, counted and
+reported."""
 
 from __future__ import annotations
 
@@ -26,30 +27,57 @@ def make_dataset(root: Path, names: list[str], first: int = 0) -> Path:
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = photograph(first + i, 72, 64)
-        np.save(root / name, pixels) if name.endswith(".npy") else cv2.imwrite(str(root / name), pixels)
-    (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in sorted(names[:-1])))
+        np.save(root / name, pixels) if name.endswith(".npy") else cv2.imwrite(
+            str(root / name), pixels
+        )
+    (root / "training_file_list.txt").write_text(
+        "".join(f"{name}\n" for name in sorted(names[:-1]))
+    )
     (root / "validation_file_list.txt").write_text(f"{names[-1]}\n")
     return root
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in map(json.loads, (run_dir / "log.jsonl").read_text().splitlines()) if line["event"] == kind]
+    return [
+        line
+        for line in map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+        if line["event"] == kind
+    ]
 
 
 @pytest.mark.parametrize("procs", [1, 2])
-def test_bad_files_are_skipped_counted_and_reported_at_the_end_of_an_epoch(tmp_path: Path, procs: int) -> None:
+def test_bad_files_are_skipped_counted_and_reported_at_the_end_of_an_epoch(
+    tmp_path: Path, procs: int
+) -> None:
     root = make_dataset(tmp_path / "data", [f"{i}.png" for i in range(9)])
     for bad in ("2.png", "5.png"):
         (root / bad).write_bytes((root / bad).read_bytes()[:700])
-    skipping = ("data.on_error=skip", "data.max_bad_files=0.5", "steps=4")  # 16 samples: two epochs of 8
+    skipping = (
+        "data.on_error=skip",
+        "data.max_bad_files=0.5",
+        "steps=4",
+    )  # 16 samples: two epochs of 8
     done = run(command(root, tmp_path / "run", *skipping, procs=procs))
     assert done.returncode == 0, done.stderr
-    report = "samples replaced since the last report, for files that are bad: 2; such files so far: 2"
+    report = (
+        "samples replaced since the last report, for files that are bad: 2; such files so far: 2"
+    )
     assert done.stdout.count(report) == 2, done.stdout
     assert done.stdout.count(f"{root}/2.png: ") == done.stdout.count(f"{root}/5.png: ") == 1
-    assert [(line["step"], line["samples"], line["bad_files"]) for line in events(tmp_path / "run", "skipped")] == [
-        (2, 2, 2), (4, 2, 2)]
-    done = run(command(root, tmp_path / "strict", *skipping[:1], "data.max_bad_files=0.1", "steps=4", procs=procs))
+    assert [
+        (line["step"], line["samples"], line["bad_files"])
+        for line in events(tmp_path / "run", "skipped")
+    ] == [(2, 2, 2), (4, 2, 2)]
+    done = run(
+        command(
+            root,
+            tmp_path / "strict",
+            *skipping[:1],
+            "data.max_bad_files=0.1",
+            "steps=4",
+            procs=procs,
+        )
+    )
     assert done.returncode == 2
     assert "2 of 8 files are bad and data.max_bad_files 0.1 allows 1" in done.stderr
 
@@ -78,7 +106,9 @@ def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: s
     done = run(command(root, tmp_path / "run", "steps=20", f"data.on_error={on_error}", procs=2))
     assert_one_line(done, "truncated" if on_error == "stop" else "2 of 40 files are bad")
     assert checkpoint_steps(tmp_path / "run")[-1] == 7
-    done = run(command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}"))  # which needs no bad file
+    done = run(
+        command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}")
+    )  # which needs no bad file
     assert done.returncode == 0, done.stderr
 
 
@@ -90,24 +120,49 @@ def test_other_lr_and_folders_in_another_order_are_refused(tmp_path: Path) -> No
             np.save(tmp_path / f"{name}_lr" / f"{i}.npy", photograph(60 + i, 36, 32))
 
     def training(run_dir: str, roots: list[str], lr_roots: list[str], *more: str) -> Any:
-        folders = [argument for flag, names in (("--dataset-dir", roots[1:]), ("--lr-dir", lr_roots))
-                   for name in names for argument in (flag, str(tmp_path / name))]
+        folders = [
+            argument
+            for flag, names in (("--dataset-dir", roots[1:]), ("--lr-dir", lr_roots))
+            for name in names
+            for argument in (flag, str(tmp_path / name))
+        ]
         return run([*command(tmp_path / roots[0], tmp_path / run_dir, *more), *folders])
 
     assert training("both", ["one", "two"], [], "steps=1").returncode == 0
-    assert_one_line(training("both", ["two", "one"], [], "steps=2"),
-                    "dataset folders: one, two in the run, two, one asked for")
-    assert training("paired", ["one"], ["one_lr"], "steps=1", "data.degradation=paired").returncode == 0
-    assert_one_line(training("paired", ["one"], ["two_lr"], "steps=2", "data.degradation=paired"),
-                    "dataset folders: one, one_lr in the run, one, two_lr asked for")
+    assert_one_line(
+        training("both", ["two", "one"], [], "steps=2"),
+        "dataset folders: one, two in the run, two, one asked for",
+    )
+    assert (
+        training("paired", ["one"], ["one_lr"], "steps=1", "data.degradation=paired").returncode
+        == 0
+    )
+    assert_one_line(
+        training("paired", ["one"], ["two_lr"], "steps=2", "data.degradation=paired"),
+        "dataset folders: one, one_lr in the run, one, two_lr asked for",
+    )
 
 
 def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     first = make_dataset(tmp_path / "a", [f"{i}.npy" for i in range(5)])
     second = make_dataset(tmp_path / "b", [f"{i}.png" for i in range(4)], first=20)
-    done = run([*command(first, tmp_path / "run", "steps=2", "data.weights=[1,3]", "data.degradation=realesrgan",
-                         "data.lr_noise.probability=0.5", "data.brightness.probability=0.2"),
-                "--dataset-dir", str(second), "--dataset-multiplier", "2"])
+    done = run(
+        [
+            *command(
+                first,
+                tmp_path / "run",
+                "steps=2",
+                "data.weights=[1,3]",
+                "data.degradation=realesrgan",
+                "data.lr_noise.probability=0.5",
+                "data.brightness.probability=0.2",
+            ),
+            "--dataset-dir",
+            str(second),
+            "--dataset-multiplier",
+            "2",
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert f"7 training and 2 validation files in {first}, {second}" in done.stdout
     assert events(tmp_path / "run", "train")[-1]["epoch"] == round(2 * 4 / 14, 4)
@@ -118,23 +173,54 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("data.weights=[1,2]",), "data.weights has 2 numbers for 1 dataset folders; give one for each --dataset-dir"),
-    (("data.degradation=paired",), "_lr2.npy: no such file, and data.degradation=paired wants it; make pairs with"),
-    (("--lr-dir", "/nowhere"), "--lr-dir is for LR that is read, not made; say data.degradation=paired"),
-    (("--lr-dir", "/nowhere", "data.degradation=paired"), "/nowhere: No such file or directory; --lr-dir must be"),
-    (("data.degradation=gausian",), "no degradation named 'gausian'; did you mean 'gaussian'?"),
-    (("data.degradation.sigma=2",), "data.degradation.sigma: unknown key"),
-    (("data.brightness.range=[1.5,0.5]",), "data.brightness.range: [1.5, 0.5] is not a range [low, high]"),
-    (("--dataset-multiplier", "0"), "data.multiplier: input should be greater than or equal to 1, not 0"),
-    (("--dataset-multiplier", "100000000"), "data.multiplier: input should be less than or equal to 100000"),
-    (("data.degradation={name: gaussian, sigma: 100000}",), "is not a range [low, high] of numbers within 0.001..50"),
-    (("losses.l3=1",), "no loss named 'l3'; did you mean 'l1'?"),
-    (("losses.l1=-1",), "the weight of 'l1' is -1.0, it must be a number above 0"),
-    (("data.on_error=ignore",), "data.on_error: input should be 'stop' or 'skip', not 'ignore'"),
-])
-def test_what_does_not_fit_is_refused_in_one_line(dataset: Path, tmp_path: Path, arguments: tuple[str, ...],
-                                                  message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("data.weights=[1,2]",),
+            "data.weights has 2 numbers for 1 dataset folders; give one for each --dataset-dir",
+        ),
+        (
+            ("data.degradation=paired",),
+            "_lr2.npy: no such file, and data.degradation=paired wants it; make pairs with",
+        ),
+        (
+            ("--lr-dir", "/nowhere"),
+            "--lr-dir is for LR that is read, not made; say data.degradation=paired",
+        ),
+        (
+            ("--lr-dir", "/nowhere", "data.degradation=paired"),
+            "/nowhere: No such file or directory; --lr-dir must be",
+        ),
+        (("data.degradation=gausian",), "no degradation named 'gausian'; did you mean 'gaussian'?"),
+        (("data.degradation.sigma=2",), "data.degradation.sigma: unknown key"),
+        (
+            ("data.brightness.range=[1.5,0.5]",),
+            "data.brightness.range: [1.5, 0.5] is not a range [low, high]",
+        ),
+        (
+            ("--dataset-multiplier", "0"),
+            "data.multiplier: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            ("--dataset-multiplier", "100000000"),
+            "data.multiplier: input should be less than or equal to 100000",
+        ),
+        (
+            ("data.degradation={name: gaussian, sigma: 100000}",),
+            "is not a range [low, high] of numbers within 0.001..50",
+        ),
+        (("losses.l3=1",), "no loss named 'l3'; did you mean 'l1'?"),
+        (("losses.l1=-1",), "the weight of 'l1' is -1.0, it must be a number above 0"),
+        (
+            ("data.on_error=ignore",),
+            "data.on_error: input should be 'stop' or 'skip', not 'ignore'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    dataset: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     assert_one_line(run([*command(dataset, tmp_path / "run"), *arguments]), message)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -148,27 +234,45 @@ def test_a_changed_dataset_is_refused_and_the_difference_named(tmp_path: Path) -
     shutil.copy(root / "3.npy", root / "new.npy")
     (root / "training_file_list.txt").write_text("\n".join([*names[2:], "new.npy"]) + "\n")
     done = run(command(root, tmp_path / "run", "steps=4"))
-    assert_one_line(done, "training_file_list.txt of", "1 new (new.npy), 2 gone (0.npy, …)",
-                    "dataset training_files: 8 in the run, 7 asked for")
+    assert_one_line(
+        done,
+        "training_file_list.txt of",
+        "1 new (new.npy), 2 gone (0.npy, …)",
+        "dataset training_files: 8 in the run, 7 asked for",
+    )
     (root / "training_file_list.txt").write_text("\n".join(names) + "\n")
-    (root / MANIFEST).write_text("".join(record % (f"{i}.npy", ("1" if i == 4 else "0") * 64) for i in range(9)))
+    (root / MANIFEST).write_text(
+        "".join(record % (f"{i}.npy", ("1" if i == 4 else "0") * 64) for i in range(9))
+    )
     assert_one_line(run(command(root, tmp_path / "run", "steps=4")), "dataset contents_sha256: ")
-    changes = ("seed=3", "ds.train_batch_size=8", "data.multiplier=2", "data.weights=[1]", "data.augment=false")
+    changes = (
+        "seed=3",
+        "ds.train_batch_size=8",
+        "data.multiplier=2",
+        "data.weights=[1]",
+        "data.augment=false",
+    )
     done = run(command(root, tmp_path / "run", "steps=4", *changes))
-    assert_one_line(done, *(f"{change.split('=')[0]}: " for change in changes), " in the run, ", " asked for")
+    assert_one_line(
+        done, *(f"{change.split('=')[0]}: " for change in changes), " in the run, ", " asked for"
+    )
 
 
 def test_the_hash_of_the_contents_follows_the_manifests(tmp_path: Path) -> None:
     root = make_dataset(tmp_path, [f"photos/{i}/x1_0_0.npy" for i in range(4)])
     plain = read_dataset([root]).identity()
     for i in range(4):
-        (root / "photos" / MANIFEST).write_text("".join(
-            f'{{"path": "{j}/x1_0_0.npy", "sha256": "{j}"}}\n' for j in range(i + 1)) + "torn {\n")
+        (root / "photos" / MANIFEST).write_text(
+            "".join(f'{{"path": "{j}/x1_0_0.npy", "sha256": "{j}"}}\n' for j in range(i + 1))
+            + "torn {\n"
+        )
         known = read_dataset([root]).identity()
         assert known["contents_sha256"] != plain["contents_sha256"]
         assert known["lists_sha256"] == plain["lists_sha256"]
         plain = known
-    (root / "photos/2/x1_0_0.npy").write_bytes(b"damaged")  # what the manifest says counts: a good copy may be put back
+    (root / "photos/2/x1_0_0.npy").write_bytes(
+        b"damaged"
+    )  # what the manifest says counts: a good copy may be put back
     assert read_dataset([root]).identity() == plain
 
 
@@ -181,7 +285,9 @@ def test_the_share_of_waiting_for_data_is_logged(dataset: Path, tmp_path: Path) 
 
 def test_a_folder_given_twice_is_refused(tmp_path: Path) -> None:
     root = make_dataset(tmp_path, ["0.npy", "1.npy"])
-    with pytest.raises(UserError, match=r"names a folder twice; to show its files oftener say data\.weights"):
+    with pytest.raises(
+        UserError, match=r"names a folder twice; to show its files oftener say data\.weights"
+    ):
         read_dataset([root, root])
 
 
@@ -200,4 +306,8 @@ def test_the_published_defaults_of_realesrgan() -> None:
         assert [*part.kernel_prob.values()] == [0.45, 0.25, 0.12, 0.03, 0.12, 0.03]
         assert (part.blur_kernel_size, part.sinc_prob) == (21, 0.1)
         assert (part.betag_range, part.betap_range) == ((0.5, 4), (1, 2))
-        assert (part.gaussian_noise_prob, part.gray_noise_prob, part.jpeg_range) == (0.5, 0.4, (30, 95))
+        assert (part.gaussian_noise_prob, part.gray_noise_prob, part.jpeg_range) == (
+            0.5,
+            0.4,
+            (30, 95),
+        )

@@ -27,8 +27,12 @@ def test_ranges_are_read() -> None:
 
 def test_ranks_of_a_node_share_its_cores_and_threads_of_a_core_stay_together() -> None:
     found = shares([0, 0, 1, 1])
-    assert found == [[0, 1, 2, 3, 16, 17, 18, 19], [4, 5, 6, 7, 20, 21, 22, 23], [8, 9, 10, 11, 24, 25, 26, 27],
-                     [12, 13, 14, 15, 28, 29, 30, 31]]
+    assert found == [
+        [0, 1, 2, 3, 16, 17, 18, 19],
+        [4, 5, 6, 7, 20, 21, 22, 23],
+        [8, 9, 10, 11, 24, 25, 26, 27],
+        [12, 13, 14, 15, 28, 29, 30, 31],
+    ]
     for homes in ([0, 1], [1, 0, 1], [0] * 8, [0, 0, 0, 1]):
         for node, cores in NODES.items():
             own = [share for share, home in zip(shares(homes), homes, strict=True) if home == node]
@@ -43,7 +47,8 @@ def test_shares_that_are_too_small_or_unknown_bind_nobody() -> None:
 
 @pytest.fixture
 def two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """/sys of a machine with two nodes and GPUs 0 and 1 at one each; what this process is bound to."""
+    """/sys of a machine with two nodes and GPUs 0 and 1 at one each; what this process is bound
+    to."""
     for node, cores in NODES.items():
         folder = tmp_path / f"devices/system/node/node{node}"
         folder.mkdir(parents=True)
@@ -72,11 +77,16 @@ def test_a_rank_is_bound_beside_its_gpu(two_sockets: list[set[int]]) -> None:
 
 
 def test_a_rank_that_sees_one_gpu_leaves_room_for_all(two_sockets: list[set[int]]) -> None:
-    found = [bind_to_cores(Place(rank, 4, rank, "srun of Slurm", local_size=4), 0, 1) for rank in range(4)]
+    found = [
+        bind_to_cores(Place(rank, 4, rank, "srun of Slurm", local_size=4), 0, 1)
+        for rank in range(4)
+    ]
     assert sorted(core for share in found for core in share) == sorted(NODES[1])
 
 
-def test_nobody_is_bound_against_his_will(two_sockets: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_bound_against_his_will(
+    two_sockets: list[set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Place(0, 2, 0, "deepspeed", local_size=2)
     monkeypatch.setenv(affinity.OPT_OUT, "0")
     assert bind_to_cores(place, 0, 2) == []
@@ -84,6 +94,10 @@ def test_nobody_is_bound_against_his_will(two_sockets: list[set[int]], monkeypat
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 3})  # by Slurm, or taskset
     assert bind_to_cores(place, 0, 2) == []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
-    for alone in (Place(0, 1, 0, ""), Place(0, 2, 0, "torchrun", local_size=1), Place(0, 2, 0, "RANK and WORLD_SIZE")):
+    for alone in (
+        Place(0, 1, 0, ""),
+        Place(0, 2, 0, "torchrun", local_size=1),
+        Place(0, 2, 0, "RANK and WORLD_SIZE"),
+    ):
         assert bind_to_cores(alone, 0, 2) == []
     assert two_sockets == []

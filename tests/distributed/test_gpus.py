@@ -1,4 +1,5 @@
-"""A GPU that cannot be used is an error and never a silent CPU run; and which names of GPUs lead to which."""
+"""A GPU that cannot be used is an error and never a silent CPU run; and which names of GPUs lead to
+which."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ esac
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """machine(listed, driver): from here on this machine has those GPUs, and nobody has said which to use."""
+    """machine(listed, driver): from here on this machine has those GPUs, and nobody has said which
+    to use."""
+
     def make(listed: str = WHOLE, driver: str = "580.65.06", sees: int | None = None) -> None:
         monkeypatch.setenv("PATH", put_nvidia_smi(tmp_path, listed, driver))
         for name in (gpus.VISIBLE, gpus.CPU, gpus.SLICES):
@@ -70,6 +73,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if sees is not None:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: sees > 0)
             monkeypatch.setattr(torch.cuda, "device_count", lambda: sees)
+
     return make
 
 
@@ -84,15 +88,21 @@ def complaint(action: Any, *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("ask", [count_gpus, torch_gpus, lambda: choose_device("auto")])
-def test_a_driver_that_is_too_old_is_an_error(machine: Any, monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:
+def test_a_driver_that_is_too_old_is_an_error(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
     machine(driver="550.54.15", sees=0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     assert complaint(ask) == (
-        "this machine has 3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 550.54.15), which is too old for torch 2.13.0 "
-        "for CUDA 13.0: that needs driver 580 or newer; install driver 580 or newer, or a torch for an older CUDA "
-        "(cu126 or cu128 of download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device cpu to use the CPU "
-        "all the same")
+        "this machine has 3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 550.54.15), which is too "
+        "old for torch 2.13.0 "
+        "for CUDA 13.0: that needs driver 580 or newer; install driver 580 or newer, or a torch "
+        "for an older CUDA "
+        "(cu126 or cu128 of download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device "
+        "cpu to use the CPU "
+        "all the same"
+    )
 
 
 def test_a_torch_without_cuda_is_an_error(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,24 +110,39 @@ def test_a_torch_without_cuda_is_an_error(machine: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     said = complaint(torch_gpus)
-    assert "3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 580.65.06), and torch 2.13.0+cpu is built for CPUs" in said
-    assert "install torch 2.13.0 from PyPI (CUDA 13: driver 580 or newer), or say --device cpu" in said
+    assert (
+        "3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 580.65.06), and torch 2.13.0+cpu is built "
+        "for CPUs"
+    ) in said
+    assert (
+        "install torch 2.13.0 from PyPI (CUDA 13: driver 580 or newer), or say --device cpu" in said
+    )
 
 
-def test_a_driver_that_fails_otherwise_is_told_in_torchs_words(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_fails_otherwise_is_told_in_torchs_words(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(sees=0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     def fail() -> None:
-        raise RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\nmore")
+        raise RuntimeError(
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet "
+            "initialized\nmore"
+        )
 
     monkeypatch.setattr(torch.cuda, "init", fail)
     said = complaint(torch_gpus)
-    assert "cannot use it: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized; " in said
+    assert (
+        "cannot use it: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet "
+        "initialized; "
+    ) in said
     assert said.endswith("or say --device cpu to use the CPU all the same")
 
 
-def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(listed="", sees=0)
     assert torch_gpus() == count_gpus() == 0  # the driver's tools alone make no GPU
     monkeypatch.setattr(gpus, "_has_device", lambda: True)
@@ -125,9 +150,18 @@ def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(machine: Any, m
     assert "this machine has a GPU (its driver does not answer), and torch" in complaint(torch_gpus)
 
 
-@pytest.mark.parametrize("variables", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"},
-                                       {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, {"VASTSCALE_CPU": "1"}])
-def test_who_insists_on_the_cpu_gets_it(machine: Any, monkeypatch: pytest.MonkeyPatch, variables: dict) -> None:
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "-1"},
+        {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+        {"VASTSCALE_CPU": "1"},
+    ],
+)
+def test_who_insists_on_the_cpu_gets_it(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, variables: dict
+) -> None:
     machine(driver="550.54.15", sees=0)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -136,16 +170,24 @@ def test_who_insists_on_the_cpu_gets_it(machine: Any, monkeypatch: pytest.Monkey
     assert ranks._device(Place(0, 1, 0, "")) == torch.device("cpu")
 
 
-def test_a_gpu_older_than_torchs_kernels_is_an_error(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_older_than_torchs_kernels_is_an_error(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(sees=2)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(7, 5), (7, 0)][number])
+    monkeypatch.setattr(
+        torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"]
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda number: [(7, 5), (7, 0)][number]
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100-SXM2-16GB")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert ranks._device(Place(0, 2, 0, "torchrun")) == torch.device("cuda", 0)
-    said = complaint(ranks._device, Place(1, 2, 1, "torchrun"))  # the rank itself says it: others may be well
+    said = complaint(
+        ranks._device, Place(1, 2, 1, "torchrun")
+    )  # the rank itself says it: others may be well
     assert said.startswith("GPU 1 (Tesla V100-SXM2-16GB) has compute capability 7.0, and torch ")
     assert "needs 7.5 or more" in said
 
@@ -159,17 +201,37 @@ def test_one_rank_of_a_host_says_it(machine: Any) -> None:
 
 
 @pytest.mark.parametrize("script", ["launch/local.py", "train.py"])
-def test_training_ends_with_one_line_before_anything_is_written(script: str, dataset: Path, tmp_path: Path) -> None:
-    """Torch as it is installed, which has no GPU here, on a machine that nvidia-smi says has three."""
+def test_training_ends_with_one_line_before_anything_is_written(
+    script: str, dataset: Path, tmp_path: Path
+) -> None:
+    """Torch as it is installed, which has no GPU here, on a machine that nvidia-smi says has
+    three."""
     if gpus.list_gpus() or gpus._has_device():
         pytest.skip("there is a GPU here")
     (tmp_path / "bin").mkdir()
     variables = environment() | {"PATH": put_nvidia_smi(tmp_path / "bin", WHOLE, "470.1")}
-    variables = {name: value for name, value in variables.items() if name not in (gpus.VISIBLE, "DS_ACCELERATOR")}
-    words = [sys.executable, str(ROOT / script), "--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir",
-             str(tmp_path / "run"), *SMALL]
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=100, check=False)
-    assert_one_line(done, "this machine has 3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 470.1)", "--device cpu")
+    variables = {
+        name: value
+        for name, value in variables.items()
+        if name not in (gpus.VISIBLE, "DS_ACCELERATOR")
+    }
+    words = [
+        sys.executable,
+        str(ROOT / script),
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(tmp_path / "run"),
+        *SMALL,
+    ]
+    done = subprocess.run(
+        words, env=variables, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert_one_line(
+        done, "this machine has 3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 470.1)", "--device cpu"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -178,31 +240,55 @@ def test_training_ends_with_one_line_before_anything_is_written(script: str, dat
 
 def test_nvidia_smis_list_is_read() -> None:
     assert [(gpu.index, gpu.name, gpu.slices) for gpu in parse_list(WHOLE)] == [
-        (0, "NVIDIA H100 80GB HBM3", ()), (1, "NVIDIA H100 80GB HBM3", ()), (2, "NVIDIA GeForce RTX 4090", ())]
-    assert [(gpu.index, gpu.slices) for gpu in parse_list(SLICED)] == [(0, tuple(MIG[:2])), (1, tuple(MIG[2:]))]
+        (0, "NVIDIA H100 80GB HBM3", ()),
+        (1, "NVIDIA H100 80GB HBM3", ()),
+        (2, "NVIDIA GeForce RTX 4090", ()),
+    ]
+    assert [(gpu.index, gpu.slices) for gpu in parse_list(SLICED)] == [
+        (0, tuple(MIG[:2])),
+        (1, tuple(MIG[2:])),
+    ]
     assert parse_list("No devices found.\n") == []
 
 
-@pytest.mark.parametrize(("text", "names"), [
-    (None, None), ("2,0", ["2", "0"]), (" 1 , 2,", ["1", "2"]), (SECOND, [SECOND]),
-    (f"{OTHER},0", [OTHER, "0"]), ("GPU-1111", [OTHER])])
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, None),
+        ("2,0", ["2", "0"]),
+        (" 1 , 2,", ["1", "2"]),
+        (SECOND, [SECOND]),
+        (f"{OTHER},0", [OTHER, "0"]),
+        ("GPU-1111", [OTHER]),
+    ],
+)
 def test_visible_devices_are_read(text: str | None, names: list[str] | None) -> None:
     variables = {} if text is None else {gpus.VISIBLE: text}
     assert visible_devices(variables, parse_list(WHOLE)) == names
 
 
-@pytest.mark.parametrize(("text", "listed", "part"), [
-    ("0,0", WHOLE, "names 0 twice; a GPU takes one process"),
-    (f"0,{FIRST}", WHOLE, f"names {FIRST} twice"),
-    ("0,3", WHOLE, f"there is no GPU 3; this machine has 0: {FIRST}; 1: {SECOND}; 2: {OTHER} (nvidia-smi -L)"),
-    ("GPU-77777777", WHOLE, "there is no such device; this machine has 0: GPU-"),
-    ("GPU-5c89852c", WHOLE, "GPU-5c89852c is the beginning of 2 names"),
-    ("cuda:1", WHOLE, "'cuda:1' is neither an index nor a UUID"),
-    ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", WHOLE, "there is no such device"),
-    (f"{MIG[0]},{MIG[0]}", SLICED, f"names {MIG[0]} twice"),
-    (f"{MIG[0]},1", SLICED, "mixes whole GPUs and MIG devices")])
-def test_names_that_lead_nowhere_are_refused(machine: Any, monkeypatch: pytest.MonkeyPatch, text: str, listed: str,
-                                             part: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "listed", "part"),
+    [
+        ("0,0", WHOLE, "names 0 twice; a GPU takes one process"),
+        (f"0,{FIRST}", WHOLE, f"names {FIRST} twice"),
+        (
+            "0,3",
+            WHOLE,
+            f"there is no GPU 3; this machine has 0: {FIRST}; 1: {SECOND}; 2: {OTHER} (nvidia-smi "
+            "-L)",
+        ),
+        ("GPU-77777777", WHOLE, "there is no such device; this machine has 0: GPU-"),
+        ("GPU-5c89852c", WHOLE, "GPU-5c89852c is the beginning of 2 names"),
+        ("cuda:1", WHOLE, "'cuda:1' is neither an index nor a UUID"),
+        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", WHOLE, "there is no such device"),
+        (f"{MIG[0]},{MIG[0]}", SLICED, f"names {MIG[0]} twice"),
+        (f"{MIG[0]},1", SLICED, "mixes whole GPUs and MIG devices"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, text: str, listed: str, part: str
+) -> None:
     machine(listed, sees=1)
     monkeypatch.setenv(gpus.VISIBLE, text)
     said = complaint(count_gpus)
@@ -210,10 +296,23 @@ def test_names_that_lead_nowhere_are_refused(machine: Any, monkeypatch: pytest.M
     assert part in said
 
 
-@pytest.mark.parametrize(("listed", "text", "sees", "count"), [
-    (WHOLE, None, 3, 3), (WHOLE, f"{OTHER},{FIRST}", 2, 2), (SLICED, None, 2, 3), (SLICED, ",".join(MIG[1:]), 1, 2)])
-def test_gpus_and_slices_are_counted(machine: Any, monkeypatch: pytest.MonkeyPatch, listed: str, text: str | None,
-                                     sees: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("listed", "text", "sees", "count"),
+    [
+        (WHOLE, None, 3, 3),
+        (WHOLE, f"{OTHER},{FIRST}", 2, 2),
+        (SLICED, None, 2, 3),
+        (SLICED, ",".join(MIG[1:]), 1, 2),
+    ],
+)
+def test_gpus_and_slices_are_counted(
+    machine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    listed: str,
+    text: str | None,
+    sees: int,
+    count: int,
+) -> None:
     """Of MIG devices torch sees one, whatever there is."""
     machine(listed, sees=sees)
     if text is not None:
@@ -232,7 +331,9 @@ def test_uuids_become_indexes_for_deepspeeds_launcher(machine: Any) -> None:
     assert share_out(variables := {}, 3)
     assert variables == {}
     machine(listed="")
-    assert "name GPUs by number, or use one" in complaint(share_out, {gpus.VISIBLE: f"{FIRST},{SECOND}"}, 2)
+    assert "name GPUs by number, or use one" in complaint(
+        share_out, {gpus.VISIBLE: f"{FIRST},{SECOND}"}, 2
+    )
 
 
 def test_each_rank_sees_its_own_slice_alone(machine: Any) -> None:
@@ -242,8 +343,15 @@ def test_each_rank_sees_its_own_slice_alone(machine: Any) -> None:
         assert share_out(variables, 2)
         assert variables == {gpus.SLICES: ",".join(MIG[:2])}
         for rank in range(2):  # DeepSpeed's launcher numbers what it does not know
-            own = {**variables, gpus.VISIBLE: "0,1", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+            own = {
+                **variables,
+                gpus.VISIBLE: "0,1",
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29500",
+            }
             settle("auto", own)
             assert own[gpus.VISIBLE] == MIG[rank]
             assert gpu_of(find_place(own), 1, own) == 0
@@ -288,15 +396,29 @@ def test_device_cpu_hides_gpus_from_all_libraries() -> None:
 # --- The process group ---
 
 
-@pytest.mark.parametrize(("world_size", "visible", "backend", "is_bound", "interface"), [
-    (1, "0", "nccl", False, "lo"), (2, "0,1", "nccl", True, None), (2, MIG[0], "gloo", False, None),
-    (1, MIG[0], "nccl", False, "lo")])
-def test_ranks_with_gpus_meet(monkeypatch: pytest.MonkeyPatch, world_size: int, visible: str, backend: str,
-                              is_bound: bool, interface: str | None) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "visible", "backend", "is_bound", "interface"),
+    [
+        (1, "0", "nccl", False, "lo"),
+        (2, "0,1", "nccl", True, None),
+        (2, MIG[0], "gloo", False, None),
+        (1, MIG[0], "nccl", False, "lo"),
+    ],
+)
+def test_ranks_with_gpus_meet(
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+    visible: str,
+    backend: str,
+    is_bound: bool,
+    interface: str | None,
+) -> None:
     """A lone rank needs no network, and NCCL takes slices of a GPU for the same GPU."""
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    place = Place(0, world_size, 0, "torchrun" if world_size > 1 else "", spans_hosts=False, master_port=1)
+    place = Place(
+        0, world_size, 0, "torchrun" if world_size > 1 else "", spans_hosts=False, master_port=1
+    )
     for name, value in {**place.variables(), gpus.VISIBLE: visible}.items():
         monkeypatch.setenv(name, value)
     asked = {}
@@ -304,10 +426,15 @@ def test_ranks_with_gpus_meet(monkeypatch: pytest.MonkeyPatch, world_size: int, 
     monkeypatch.setattr(ranks, "end_with_parent", lambda number: None)
     monkeypatch.setattr(ranks, "_device", lambda place: torch.device("cuda", 0))
     monkeypatch.setattr(ranks, "bind_to_cores", lambda place, gpu, seen: asked.update(gpu=gpu))
-    monkeypatch.setattr(dist, "init_process_group", lambda name, **more: asked.update(more, backend=name))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda name, **more: asked.update(more, backend=name)
+    )
     monkeypatch.setattr(dist, "new_group", lambda **more: None)
     assert ranks.start_distributed().device == torch.device("cuda", 0)
     assert (asked["backend"], asked["device_id"], asked["gpu"]) == (
-        backend, torch.device("cuda", 0) if is_bound else None, 0)
+        backend,
+        torch.device("cuda", 0) if is_bound else None,
+        0,
+    )
     assert os.environ.get("NCCL_SOCKET_IFNAME") == interface
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)

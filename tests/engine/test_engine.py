@@ -1,4 +1,5 @@
-"""The engine: what DeepSpeed is given, and that nothing which is not finite reaches weights or moments."""
+"""The engine: what DeepSpeed is given, and that nothing which is not finite reaches weights or
+moments."""
 
 from __future__ import annotations
 
@@ -15,10 +16,17 @@ from pipeline.models.ema import ExponentialMovingAverage
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("changes", [{}, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}},
-                                     {"bf16": {"enabled": True}},
-                                     {"fp16": {"enabled": True, "initial_scale_power": 8}}],
-                         ids=["zero0", "zero1", "zero2", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 2}},
+        {"bf16": {"enabled": True}},
+        {"fp16": {"enabled": True, "initial_scale_power": 8}},
+    ],
+    ids=["zero0", "zero1", "zero2", "bf16", "fp16"],
+)
 def test_a_nan_changes_neither_weights_nor_moments(changes: dict) -> None:
     found = in_a_fresh_process(f"""
         module = torch.nn.Conv2d(3, 4, 3)
@@ -86,7 +94,9 @@ def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int
         print(json.dumps(dict(error=((moved - reference_moved).norm() / reference_moved.norm()).item(), scales=scales,
                               norms=[norm / want for norm, want in zip(norms, wanted)])))
     """)
-    assert found["scales"][-1] > found["scales"][0] >= 256, "the scale must grow meanwhile, for that to be tested"
+    assert found["scales"][-1] > found["scales"][0] >= 256, (
+        "the scale must grow meanwhile, for that to be tested"
+    )
     assert found["error"] < 0.01
     assert found["norms"] == pytest.approx([1] * 4, rel=0.01)
 
@@ -130,7 +140,9 @@ def test_fp16_becomes_fp32_without_a_gpu_and_stays_with_one() -> None:
     assert "fp16" not in on_cpu
     assert precision == "FP32"
     assert "there is no GPU" in why
-    on_gpu, precision, why = resolve_ds_config(config, world_size=1, total_steps=100, device=torch.device("cuda", 0))
+    on_gpu, precision, why = resolve_ds_config(
+        config, world_size=1, total_steps=100, device=torch.device("cuda", 0)
+    )
     assert on_gpu["fp16"]["enabled"]
     assert (precision, why) == ("FP16", "")
 
@@ -139,7 +151,10 @@ def test_the_schedule_is_as_long_as_the_run() -> None:
     config = load_ds_config(ROOT / "ds_config.json")
     resolved, *_ = resolve_ds_config(config, world_size=2, total_steps=5000, device=CPU)
     assert resolved["scheduler"]["params"]["total_num_steps"] == 5000
-    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (32, 1)
+    assert (
+        resolved["train_micro_batch_size_per_gpu"],
+        resolved["gradient_accumulation_steps"],
+    ) == (32, 1)
     short, *_ = resolve_ds_config(config, world_size=1, total_steps=100, device=CPU)
     assert short["scheduler"]["params"]["warmup_num_steps"] == 50
     assert config["scheduler"]["params"]["total_num_steps"] == "auto"  # the caller's is left alone

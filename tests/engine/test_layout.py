@@ -1,4 +1,5 @@
-"""How the faster layout is found: few steps of slow networks, more of fast ones, and more where they disagree."""
+"""How the faster layout is found: few steps of slow networks, more of fast ones, and more where
+they disagree."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from pipeline.engine.layout import faster_layout
 
 
 class Clock:
-    """Steps that take the seconds that a list says, or the same for ever; contiguous is `ratio` times as fast."""
+    """Steps that take the seconds that a list says, or the same for ever; contiguous is `ratio`
+    times as fast."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, ratios: list[float]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: float, ratios: list[float]
+    ) -> None:
         self.now, self.seconds, self.ratios, self.steps, self.batches = 0.0, seconds, ratios, 0, []
         monkeypatch.setattr(layout, "_step_seconds", self._step)
         monkeypatch.setattr(layout.time, "perf_counter", lambda: self.now)
@@ -36,7 +40,9 @@ def find(network: torch.nn.Module) -> str:
     return faster_layout(network, 16, 8, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("ratio", "wanted"), [(1.05, "channels_last"), (1.3, "contiguous"), (0.5, "channels_last")])
+@pytest.mark.parametrize(
+    ("ratio", "wanted"), [(1.05, "channels_last"), (1.3, "contiguous"), (0.5, "channels_last")]
+)
 def test_contiguous_must_be_clearly_faster(network, monkeypatch, ratio, wanted) -> None:
     clock = Clock(monkeypatch, 0.01, [ratio])
     assert find(network) == wanted
@@ -53,7 +59,9 @@ def test_a_slow_network_takes_a_few_steps_of_one_image(network, monkeypatch) -> 
 
 
 def test_rounds_that_disagree_are_repeated_for_a_while(network, monkeypatch) -> None:
-    clock = Clock(monkeypatch, 0.1, [1.0, 1.0, 2.0, 0.6, 2.0, 0.6])  # first the step that nobody counts
+    clock = Clock(
+        monkeypatch, 0.1, [1.0, 1.0, 2.0, 0.6, 2.0, 0.6]
+    )  # first the step that nobody counts
     find(network)
     assert 1.0 < clock.now < 4.0
     calm = Clock(monkeypatch, 0.1, [1.0])

@@ -1,4 +1,5 @@
-"""DeepSpeed or Accelerate, by torchrun, srun or `accelerate launch`: the same network but for rounding."""
+"""DeepSpeed or Accelerate, by torchrun, srun or `accelerate launch`: the same network but for
+rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ import torch
 from safetensors.torch import load_file
 
 import warm
-from comparison import BF16, UNET, assert_resumed_is_straight, checkpoint_differences, differences, logged
+from comparison import (
+    BF16,
+    UNET,
+    assert_resumed_is_straight,
+    checkpoint_differences,
+    differences,
+    logged,
+)
 from conftest import ROOT, SMALL, assert_one_line, command, environment, run
 from lives import in_ranks
 from pipeline.checkpoint.engine_state import read_module
@@ -37,7 +45,16 @@ ACCELERATE = ("--runtime", "accelerate")
 
 def arguments(dataset: Path, run_dir: Path, *extra: str) -> list[str]:
     """Of train.py, for a small run."""
-    return ["--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir", str(run_dir), *SMALL, *extra]
+    return [
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(run_dir),
+        *SMALL,
+        *extra,
+    ]
 
 
 def free_port(candidates: Iterable[int] = (0,)) -> int:
@@ -49,7 +66,9 @@ def free_port(candidates: Iterable[int] = (0,)) -> int:
     raise AssertionError("there is no free port")
 
 
-# --- Launchers --------------------------------------------------------------------------------------------------------
+# --- Launchers
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Started:
@@ -60,9 +79,12 @@ class Started:
     run_dir: Path
 
 
-LAUNCHERS = {"torchrun": (2, "FP32", "torchrun"), "torchrun-accelerate": (2, "FP32 (Accelerate)", "torchrun"),
-             "srun": (2, "FP32", "srun of Slurm (job N)"),
-             "accelerate": (1, "FP32 (Accelerate)", "accelerate launch")}
+LAUNCHERS = {
+    "torchrun": (2, "FP32", "torchrun"),
+    "torchrun-accelerate": (2, "FP32 (Accelerate)", "torchrun"),
+    "srun": (2, "FP32", "srun of Slurm (job N)"),
+    "accelerate": (1, "FP32 (Accelerate)", "accelerate launch"),
+}
 """Name -> ranks, and how the introduction tells precision and launcher."""
 
 
@@ -70,28 +92,59 @@ LAUNCHERS = {"torchrun": (2, "FP32", "torchrun"), "torchrun-accelerate": (2, "FP
 def started(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
     """The same run of four steps, by each launcher."""
     job = free_port(range(FIRST_PORT + os.getpid() % 9000, FIRST_PORT + NUM_PORTS)) - FIRST_PORT
-    slurms = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node07", "SLURM_NTASKS": "2"}
+    slurms = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "node07",
+        "SLURM_NTASKS": "2",
+    }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     starts: dict[str, tuple[list[str], Sequence[dict[str, str]]]] = {
-        "torchrun": (torchrun, [{}]), "torchrun-accelerate": ([*torchrun, *ACCELERATE], [{}]),
-        "srun": (["train.py"], [{**slurms, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]),
-        "accelerate": (["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train.py"], [{}])}
+        "torchrun": (torchrun, [{}]),
+        "torchrun-accelerate": ([*torchrun, *ACCELERATE], [{}]),
+        "srun": (
+            ["train.py"],
+            [{**slurms, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)],
+        ),
+        "accelerate": (
+            ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train.py"],
+            [{}],
+        ),
+    }
     run_dirs = {name: tmp_path_factory.mktemp(name) / "run" for name in starts}
-    processes = {name: [subprocess.Popen([warm.python(), *start, *arguments(dataset, run_dirs[name], "steps=4")],
-                                         env={**environment(), **more}, cwd=ROOT, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT, text=True) for more in environments]
-                 for name, (start, environments) in starts.items()}
-    printed = {name: "".join(process.communicate(timeout=180)[0] for process in group).replace(f"job {job}", "job N")
-               for name, group in processes.items()}
-    return {name: Started([process.returncode for process in group], printed[name], run_dirs[name])
-            for name, group in processes.items()}
+    processes = {
+        name: [
+            subprocess.Popen(
+                [warm.python(), *start, *arguments(dataset, run_dirs[name], "steps=4")],
+                env={**environment(), **more},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for more in environments
+        ]
+        for name, (start, environments) in starts.items()
+    }
+    printed = {
+        name: "".join(process.communicate(timeout=180)[0] for process in group).replace(
+            f"job {job}", "job N"
+        )
+        for name, group in processes.items()
+    }
+    return {
+        name: Started([process.returncode for process in group], printed[name], run_dirs[name])
+        for name, group in processes.items()
+    }
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_each_launcher_trains_and_is_named(started: dict[str, Started], name: str) -> None:
     this, (ranks, precision, launcher) = started[name], LAUNCHERS[name]
     assert set(this.statuses) == {0}, this.printed
-    introduction, = (line for line in this.printed.splitlines() if line.startswith(f"{ranks} x CPU, "))
+    (introduction,) = (
+        line for line in this.printed.splitlines() if line.startswith(f"{ranks} x CPU, ")
+    )
     assert introduction.startswith(f"{ranks} x CPU, {precision} (there is no GPU")
     assert introduction.endswith(f"; started by {launcher}")
     assert this.printed.count("finished at step 4") == 1, "one rank speaks for all"
@@ -105,12 +158,23 @@ def test_all_learn_the_same_but_for_rounding(started: dict[str, Started]) -> Non
     wanted = started["torchrun"].run_dir
     weights = load_file(checkpoint_dir(wanted, 4) / "generator.safetensors")
     for name, this in started.items():
-        for event, keys in (("train", ("loss", "lr", "gradient_norm")), ("validation", ("psnr_y",))):
-            for found, reference in zip(logged(this.run_dir, event, *keys), logged(wanted, event, *keys), strict=True):
-                assert found == pytest.approx(reference, rel=1e-5), f"{name}: {event} of step {reference[0]}"
-        for key, tensor in load_file(checkpoint_dir(this.run_dir, 4) / "generator.safetensors").items():
+        for event, keys in (
+            ("train", ("loss", "lr", "gradient_norm")),
+            ("validation", ("psnr_y",)),
+        ):
+            for found, reference in zip(
+                logged(this.run_dir, event, *keys), logged(wanted, event, *keys), strict=True
+            ):
+                assert found == pytest.approx(reference, rel=1e-5), (
+                    f"{name}: {event} of step {reference[0]}"
+                )
+        for key, tensor in load_file(
+            checkpoint_dir(this.run_dir, 4) / "generator.safetensors"
+        ).items():
             torch.testing.assert_close(tensor, weights[key], rtol=1e-4, atol=1e-5)
-    assert checkpoint_differences(started["srun"].run_dir, wanted, 4) == [], "who started them changes no bit"
+    assert checkpoint_differences(started["srun"].run_dir, wanted, 4) == [], (
+        "who started them changes no bit"
+    )
     losses = [loss for _, loss in logged(wanted, "train", "loss")]
     assert len(set(losses)) == 4
     assert all(math.isfinite(loss) for loss in losses)
@@ -122,18 +186,41 @@ def test_no_launcher_brings_warnings(started: dict[str, Started]) -> None:
 
 def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Path) -> None:
     """It starts one, in the belief that mpirun had started the others."""
-    variables = {**environment(), "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    done = subprocess.run([sys.executable, "-c", "from pipeline import cli; from pipeline.distributed import launcher\n"
-                           "cli.run(dict, lambda _: launcher.find_place() and 0, [])"], env=variables, cwd=ROOT,
-                          capture_output=True, text=True, timeout=60, check=False)
-    assert_one_line(done, "`accelerate launch` was asked for several processes and started one", "torchrun")
+    variables = {
+        **environment(),
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from pipeline import cli; from pipeline.distributed import launcher\n"
+            "cli.run(dict, lambda _: launcher.find_place() and 0, [])",
+        ],
+        env=variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert_one_line(
+        done, "`accelerate launch` was asked for several processes and started one", "torchrun"
+    )
 
 
-# --- Lives under Accelerate -------------------------------------------------------------------------------------------
+# --- Lives under Accelerate
+# -------------------------------------------------------------------------------------------
 
-def _live(words: list[str], output: Path, variables: dict[str, str], missing: tuple[str, ...]) -> None:
-    """`python train.py WORDS` in a process that finds `variables` and lacks the packages `missing`."""
+
+def _live(
+    words: list[str], output: Path, variables: dict[str, str], missing: tuple[str, ...]
+) -> None:
+    """`python train.py WORDS` in a process that finds `variables` and lacks the packages
+    `missing`."""
     from pipeline import cli
     from pipeline.training.options import TrainOptions, overrides_last
     from train import main
@@ -149,13 +236,28 @@ def _live(words: list[str], output: Path, variables: dict[str, str], missing: tu
     cli.run(TrainOptions, main, overrides_last(words))
 
 
-def live(words: list[str], folder: Path, procs: int = 1, missing: tuple[str, ...] = ()) -> tuple[list[int | None], str]:
+def live(
+    words: list[str], folder: Path, procs: int = 1, missing: tuple[str, ...] = ()
+) -> tuple[list[int | None], str]:
     """Exit statuses of the ranks, and what they printed."""
     folder.mkdir(parents=True, exist_ok=True)
     output, port = folder / f"output-{len(list(folder.glob('output-*')))}", str(free_port())
-    ranks = [warm.Fork(_live, words, output, {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port}, missing) for rank in range(procs)]
+    ranks = [
+        warm.Fork(
+            _live,
+            words,
+            output,
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(procs),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            missing,
+        )
+        for rank in range(procs)
+    ]
     for process in ranks:
         process.join(120)
         process.kill()
@@ -164,7 +266,9 @@ def live(words: list[str], folder: Path, procs: int = 1, missing: tuple[str, ...
 
 def train(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> str:
     """Run to the end under Accelerate, which must be a good one; what was printed."""
-    statuses, printed = live(arguments(dataset, run_dir, *ACCELERATE, *extra), run_dir.parent, procs)
+    statuses, printed = live(
+        arguments(dataset, run_dir, *ACCELERATE, *extra), run_dir.parent, procs
+    )
     assert statuses == [0] * procs, printed
     assert "(Accelerate)" in printed
     return printed
@@ -180,16 +284,35 @@ def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy_up_to(run_dir: Path, step: int, copy: Path) -> None:
     """`run_dir` as it was after `step`."""
-    newer = [checkpoint_dir(run_dir, other).name for other in checkpoint_steps(run_dir) if other > step]
+    newer = [
+        checkpoint_dir(run_dir, other).name for other in checkpoint_steps(run_dir) if other > step
+    ]
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns(*newer))
 
 
-@pytest.mark.parametrize(("procs", "extra"), [
-    (2, ()), (2, ("generator={name: srresnet, num_features: 8, num_blocks: 2}", "ds.gradient_accumulation_steps=2",
-                  *BF16, *UNET)),
-], ids=["fp32-2", "gan-batch-norm-bf16-accumulation-2"])
-def test_resume_is_exact(request: pytest.FixtureRequest, dataset: Path, tmp_path: Path, procs: int,
-                         extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("procs", "extra"),
+    [
+        (2, ()),
+        (
+            2,
+            (
+                "generator={name: srresnet, num_features: 8, num_blocks: 2}",
+                "ds.gradient_accumulation_steps=2",
+                *BF16,
+                *UNET,
+            ),
+        ),
+    ],
+    ids=["fp32-2", "gan-batch-norm-bf16-accumulation-2"],
+)
+def test_resume_is_exact(
+    request: pytest.FixtureRequest,
+    dataset: Path,
+    tmp_path: Path,
+    procs: int,
+    extra: tuple[str, ...],
+) -> None:
     broken = tmp_path / "broken"
     if extra:
         whole = tmp_path / "straight"
@@ -198,7 +321,9 @@ def test_resume_is_exact(request: pytest.FixtureRequest, dataset: Path, tmp_path
         whole = request.getfixturevalue("straight")
     train(dataset, broken, "steps=3", "keep=9", *extra, procs=procs)
     assert checkpoint_steps(broken) == [3]
-    assert "continuing from step 3 of 8" in train(dataset, broken, "steps=8", "keep=9", *extra, procs=procs)
+    assert "continuing from step 3 of 8" in train(
+        dataset, broken, "steps=8", "keep=9", *extra, procs=procs
+    )
     assert_resumed_is_straight(whole, broken)
 
 
@@ -213,29 +338,45 @@ def test_another_number_of_ranks_continues(dataset: Path, straight: Path, tmp_pa
 
 def test_a_run_of_the_other_runtime_is_refused(dataset: Path, straight: Path) -> None:
     before = checkpoint_steps(straight)
-    statuses, printed = live(arguments(dataset, straight, "--runtime", "deepspeed", "steps=9", "keep=9"),
-                             straight.parent, 2)
+    statuses, printed = live(
+        arguments(dataset, straight, "--runtime", "deepspeed", "steps=9", "keep=9"),
+        straight.parent,
+        2,
+    )
     assert statuses == [2, 2]
     assert "precision: FP32 (Accelerate) in the run, FP32 asked for" in printed
     assert printed.count("\n") == 1
     assert checkpoint_steps(straight) == before
 
 
-def test_a_run_continues_where_deepspeed_is_not_installed(dataset: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_run_continues_where_deepspeed_is_not_installed(
+    dataset: Path, straight: Path, tmp_path: Path
+) -> None:
     copy_up_to(straight, 6, tmp_path / "run")
-    statuses, printed = live(arguments(dataset, tmp_path / "run", "steps=8", "keep=9"), tmp_path, 2, ("deepspeed",))
+    statuses, printed = live(
+        arguments(dataset, tmp_path / "run", "steps=8", "keep=9"), tmp_path, 2, ("deepspeed",)
+    )
     assert statuses == [0, 0], printed
     assert checkpoint_differences(straight, tmp_path / "run", 8) == []
 
 
 def test_a_run_begins_where_deepspeed_is_not_installed(dataset: Path, tmp_path: Path) -> None:
-    statuses, printed = live(arguments(dataset, tmp_path / "run", "steps=1"), tmp_path, 1, ("deepspeed",))
+    statuses, printed = live(
+        arguments(dataset, tmp_path / "run", "steps=1"), tmp_path, 1, ("deepspeed",)
+    )
     assert statuses == [0], printed
     assert "1 x CPU, FP32 (Accelerate)" in printed
-    statuses, printed = live(arguments(dataset, tmp_path / "run", "steps=1", "--runtime", "deepspeed"), tmp_path, 1,
-                             ("deepspeed",))
-    assert (statuses, printed) == ([2], "error: --runtime deepspeed: the package deepspeed is not installed; pip "
-                                        "install -r requirements.txt\n")
+    statuses, printed = live(
+        arguments(dataset, tmp_path / "run", "steps=1", "--runtime", "deepspeed"),
+        tmp_path,
+        1,
+        ("deepspeed",),
+    )
+    assert (statuses, printed) == (
+        [2],
+        "error: --runtime deepspeed: the package deepspeed is not installed; pip "
+        "install -r requirements.txt\n",
+    )
 
 
 STAGES = """
@@ -253,36 +394,64 @@ stages:
 
 def test_a_gan_stage_at_bf16_follows_one_at_fp32(dataset: Path, tmp_path: Path) -> None:
     ds_config = tmp_path / "bf16.json"
-    ds_config.write_text(json.dumps({**json.loads((ROOT / "recipes" / "demo_ds_config.json").read_text()),
-                                     "fp16": {"enabled": False}, "bf16": {"enabled": True}}))
+    ds_config.write_text(
+        json.dumps(
+            {
+                **json.loads((ROOT / "recipes" / "demo_ds_config.json").read_text()),
+                "fp16": {"enabled": False},
+                "bf16": {"enabled": True},
+            }
+        )
+    )
     recipe, home = tmp_path / "two.yaml", tmp_path / "run"
     recipe.write_text(STAGES.replace("DS_CONFIG", str(ds_config)))
-    words = [str(recipe) if word == "demo" else word for word in arguments(dataset, home, *ACCELERATE)]
+    words = [
+        str(recipe) if word == "demo" else word for word in arguments(dataset, home, *ACCELERATE)
+    ]
     statuses, printed = live(words, tmp_path)
     assert statuses == [0], printed
     first, second = (line for line in printed.splitlines() if line.startswith("1 x CPU, "))
     assert first.startswith("1 x CPU, FP32 (Accelerate)")
     assert second.startswith("1 x CPU, BF16 autocast (Accelerate)")
     assert (checkpoint_steps(home / "psnr")[-1], checkpoint_steps(home / "gan")[-1]) == (2, 4)
-    lines = logged(home / "gan", "train", "loss", "loss_adversarial", "discriminator", "discriminator_gradient_norm")
+    lines = logged(
+        home / "gan",
+        "train",
+        "loss",
+        "loss_adversarial",
+        "discriminator",
+        "discriminator_gradient_norm",
+    )
     assert [step for step, *_ in lines] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for line in lines for value in line)
     assert all(line[-1] > 0 for line in lines)
-    begun, after = (read_module(checkpoint_dir(home / "gan", step), "discriminator") for step in (3, 4))
-    assert {tensor.dtype for tensor in after.values() if tensor.is_floating_point()} == {torch.float32}
+    begun, after = (
+        read_module(checkpoint_dir(home / "gan", step), "discriminator") for step in (3, 4)
+    )
+    assert {tensor.dtype for tensor in after.values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
     assert not torch.equal(*(next(iter(weights.values())) for weights in (begun, after)))
     generator = read_module(checkpoint_dir(home / "gan", 4), "generator")
-    assert {tensor.dtype for tensor in generator.values()} == {torch.float32}, "BF16 is autocast, weights are not"
+    assert {tensor.dtype for tensor in generator.values()} == {torch.float32}, (
+        "BF16 is autocast, weights are not"
+    )
 
 
-# --- What Accelerate cannot do ----------------------------------------------------------------------------------------
+# --- What Accelerate cannot do
+# ----------------------------------------------------------------------------------------
+
 
 def test_zero_is_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
     sharded = (*ACCELERATE, "ds.zero_optimization.stage=1")
-    line = ("error: zero_optimization.stage 1 is DeepSpeed's, and the runtime is accelerate; say "
-            "ds.zero_optimization.stage=0 or --runtime deepspeed\n")
+    line = (
+        "error: zero_optimization.stage 1 is DeepSpeed's, and the runtime is accelerate; say "
+        "ds.zero_optimization.stage=0 or --runtime deepspeed\n"
+    )
     assert_one_line(run(command(dataset, tmp_path / "run", *sharded)), line)
-    assert live(arguments(dataset, tmp_path / "run", *sharded), tmp_path, 2) == ([2, 2], line), "one rank says it"
+    assert live(arguments(dataset, tmp_path / "run", *sharded), tmp_path, 2) == ([2, 2], line), (
+        "one rank says it"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -293,23 +462,63 @@ def ds_config(**changes: Any) -> dict[str, Any]:
 FP32 = {"fp16": {"enabled": False}}
 
 
-@pytest.mark.parametrize(("changes", "variables", "parts"), [
-    ({"zero_optimization": {"stage": 2}}, {}, ["zero_optimization.stage 2", "ds.zero_optimization.stage=0"]),
-    ({"fp16": {"enabled": True, "hysteresis": 2}}, {}, ["fp16.hysteresis is DeepSpeed's", "leave it out"]),
-    ({"fp16": {"enabled": True, "loss_scale": 128}}, {}, ["fp16.loss_scale is DeepSpeed's", "--runtime deepspeed"]),
-    ({"prescale_gradients": True}, {}, ["prescale_gradients is DeepSpeed's", "leave it out"]),
-    ({"communication_data_type": "fp16"}, {}, ["communication_data_type is DeepSpeed's"]),
-    ({"scheduler": {"type": "OneCycle", "params": {}}}, {}, ["schedule OneCycle", "such as CyclicLR"]),
-    ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, ["to use DeepSpeed", "`accelerate config`", "./launch_local_train.sh"]),
-    ({}, {"ACCELERATE_USE_FSDP": "1"}, ["to use FSDP", "`accelerate config`"]),
-    ({}, {"ACCELERATE_USE_MEGATRON_LM": "yes"}, ["to use Megatron-LM"]),
-    ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, ["mixed_precision bf16, the ds_config FP16", "ds.bf16.enabled"]),
-    (FP32, {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision fp16, the ds_config FP32", "accelerate's to no"]),
-    ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["dynamo_backend INDUCTOR", "compile=auto"]),
-    ({}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, ["gradient_accumulation_steps 8", "leave it out"]),
-])
-def test_what_accelerate_cannot_do_is_named_with_the_way_out(changes: dict[str, Any], variables: dict[str, str],
-                                                             parts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "variables", "parts"),
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            {},
+            ["zero_optimization.stage 2", "ds.zero_optimization.stage=0"],
+        ),
+        (
+            {"fp16": {"enabled": True, "hysteresis": 2}},
+            {},
+            ["fp16.hysteresis is DeepSpeed's", "leave it out"],
+        ),
+        (
+            {"fp16": {"enabled": True, "loss_scale": 128}},
+            {},
+            ["fp16.loss_scale is DeepSpeed's", "--runtime deepspeed"],
+        ),
+        ({"prescale_gradients": True}, {}, ["prescale_gradients is DeepSpeed's", "leave it out"]),
+        ({"communication_data_type": "fp16"}, {}, ["communication_data_type is DeepSpeed's"]),
+        (
+            {"scheduler": {"type": "OneCycle", "params": {}}},
+            {},
+            ["schedule OneCycle", "such as CyclicLR"],
+        ),
+        (
+            {},
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            ["to use DeepSpeed", "`accelerate config`", "./launch_local_train.sh"],
+        ),
+        ({}, {"ACCELERATE_USE_FSDP": "1"}, ["to use FSDP", "`accelerate config`"]),
+        ({}, {"ACCELERATE_USE_MEGATRON_LM": "yes"}, ["to use Megatron-LM"]),
+        (
+            {},
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            ["mixed_precision bf16, the ds_config FP16", "ds.bf16.enabled"],
+        ),
+        (
+            FP32,
+            {"ACCELERATE_MIXED_PRECISION": "fp16"},
+            ["mixed_precision fp16, the ds_config FP32", "accelerate's to no"],
+        ),
+        (
+            {},
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            ["dynamo_backend INDUCTOR", "compile=auto"],
+        ),
+        (
+            {},
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
+            ["gradient_accumulation_steps 8", "leave it out"],
+        ),
+    ],
+)
+def test_what_accelerate_cannot_do_is_named_with_the_way_out(
+    changes: dict[str, Any], variables: dict[str, str], parts: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         check_accelerate(ds_config(**changes), variables)
     assert "\n" not in str(caught.value)
@@ -317,14 +526,30 @@ def test_what_accelerate_cannot_do_is_named_with_the_way_out(changes: dict[str, 
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("changes", "variables"), [
-    ({}, {}), (FP32, {"ACCELERATE_MIXED_PRECISION": "no"}), ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}),
-    ({}, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_DEEPSPEED": "false",
-          "ACCELERATE_USE_FSDP": "", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}),
-    ({"fp16": {"enabled": False, "hysteresis": 2}}, {}),
-    ({"gradient_accumulation_steps": 4}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
-], ids=range(6))
-def test_what_accelerate_can_do_is_let_through(changes: dict[str, Any], variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "variables"),
+    [
+        ({}, {}),
+        (FP32, {"ACCELERATE_MIXED_PRECISION": "no"}),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}),
+        (
+            {},
+            {
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "ACCELERATE_DYNAMO_BACKEND": "NO",
+                "ACCELERATE_USE_DEEPSPEED": "false",
+                "ACCELERATE_USE_FSDP": "",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            },
+        ),
+        ({"fp16": {"enabled": False, "hysteresis": 2}}, {}),
+        ({"gradient_accumulation_steps": 4}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
+    ],
+    ids=range(6),
+)
+def test_what_accelerate_can_do_is_let_through(
+    changes: dict[str, Any], variables: dict[str, str]
+) -> None:
     check_accelerate(ds_config(**changes), variables)
 
 
@@ -336,14 +561,18 @@ def test_the_runtime_follows_the_launcher_unless_it_is_given() -> None:
     assert choose_runtime("accelerate", {}) == "accelerate"
 
 
-# --- The engine -------------------------------------------------------------------------------------------------------
+# --- The engine
+# --------------------------------------------------------------------------------------------------
+
 
 class TwoHeads(torch.nn.Module):
     """A network one of whose weights serves only after training."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.PReLU(), torch.nn.Conv2d(4, 3, 3))
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.PReLU(), torch.nn.Conv2d(4, 3, 3)
+        )
         self.other = torch.nn.Conv2d(4, 3, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -351,7 +580,9 @@ class TwoHeads(torch.nn.Module):
 
 
 def _images(update: int, part: int, rank: int) -> torch.Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(100 * update + 10 * part + rank))
+    return torch.randn(
+        2, 3, 8, 8, generator=torch.Generator().manual_seed(100 * update + 10 * part + rank)
+    )
 
 
 def _loss(network: Any, images: torch.Tensor) -> torch.Tensor:
@@ -359,8 +590,11 @@ def _loss(network: Any, images: torch.Tensor) -> torch.Tensor:
     return (network(images) - 0.5).square().mean() + network(images.flip(3) * 0.3).abs().mean()
 
 
-def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: float) -> dict[str, Any]:
-    """Three updates of accumulation 2 beside plain PyTorch's of all ranks' samples, then one with a NaN on one rank."""
+def _against_autograd(
+    ranks: Any, optimizer: str, precision: str, clipping: float
+) -> dict[str, Any]:
+    """Three updates of accumulation 2 beside plain PyTorch's of all ranks' samples, then one with a
+    NaN on one rank."""
     from pipeline.engine.engine import backward_and_step, build_engine, step_was_skipped
 
     torch.manual_seed(0)
@@ -368,11 +602,16 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
     reference.load_state_dict(network.state_dict())
     begun = deepcopy(network.state_dict())
     params = {"SGD": {"lr": 1.0}}.get(optimizer, {"lr": 0.01})
-    config = {"gradient_accumulation_steps": 2, "gradient_clipping": clipping,
-              "optimizer": {"type": optimizer, "params": params}, precision: {"enabled": True}}
+    config = {
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": clipping,
+        "optimizer": {"type": optimizer, "params": params},
+        precision: {"enabled": True},
+    }
     engine = build_engine(network, config, ranks, "accelerate")
-    inner = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "RAdam": torch.optim.RAdam}[optimizer](
-        reference.parameters(), **params)
+    inner = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "RAdam": torch.optim.RAdam}[
+        optimizer
+    ](reference.parameters(), **params)
 
     def judge(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -388,12 +627,16 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
         for part in range(2):
             for rank in range(ranks.world_size):
                 (_loss(judge, _images(update, part, rank)) / (2 * ranks.world_size)).backward()
-        wanted.append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), clipping or math.inf)))
+        wanted.append(
+            float(torch.nn.utils.clip_grad_norm_(reference.parameters(), clipping or math.inf))
+        )
         inner.step()
         inner.zero_grad()
         rest.append(step_was_skipped([engine]).item())
-    moved, target = (torch.cat([(tensor - begun[name]).flatten() for name, tensor in of.state_dict().items()])
-                     for of in (network, reference))
+    moved, target = (
+        torch.cat([(tensor - begun[name]).flatten() for name, tensor in of.state_dict().items()])
+        for of in (network, reference)
+    )
     before = deepcopy((network.state_dict(), engine.optimizer.state_dict()))
     for part in range(2):  # a NaN in the first micro-batch of the second rank, where there is one
         broken = math.nan if part == 0 and ranks.rank == ranks.world_size - 1 else 1.0
@@ -402,14 +645,22 @@ def _against_autograd(ranks: Any, optimizer: str, precision: str, clipping: floa
     was_skipped = step_was_skipped([engine]).item()
     for part in range(2):
         backward_and_step(engine, _loss(engine, _images(3, part, ranks.rank)))
-    found = {"error": ((moved - target).norm() / target.norm()).item(), "norms": norms, "wanted": wanted,
-             "idle": bool(torch.equal(network.other.weight, begun["other.weight"])), "rest": rest,
-             "nan": differences(before, after), "was_skipped": was_skipped, "skipped": engine.skipped_steps,
-             "goes_on": bool(differences(after[0], network.state_dict())), "dtypes": sorted(dtypes),
-             "finite": all(bool(torch.isfinite(tensor).all()) for tensor in network.parameters()),
-             "sum": [tensor.double().sum().item() for tensor in network.parameters()],
-             "weights": str({tensor.dtype for tensor in network.parameters()}),
-             "moments": len(engine.optimizer.state_dict()["state"])}
+    found = {
+        "error": ((moved - target).norm() / target.norm()).item(),
+        "norms": norms,
+        "wanted": wanted,
+        "idle": bool(torch.equal(network.other.weight, begun["other.weight"])),
+        "rest": rest,
+        "nan": differences(before, after),
+        "was_skipped": was_skipped,
+        "skipped": engine.skipped_steps,
+        "goes_on": bool(differences(after[0], network.state_dict())),
+        "dtypes": sorted(dtypes),
+        "finite": all(bool(torch.isfinite(tensor).all()) for tensor in network.parameters()),
+        "sum": [tensor.double().sum().item() for tensor in network.parameters()],
+        "weights": str({tensor.dtype for tensor in network.parameters()}),
+        "moments": len(engine.optimizer.state_dict()["state"]),
+    }
     engine.destroy()
     return found
 
@@ -424,57 +675,105 @@ def _all_against_autograd(cases: list[tuple[str, str, float]]) -> list[dict[str,
     return found
 
 
-CASES = [("SGD", "fp32", 0.05), ("SGD", "bf16", 0.05), ("SGD", "fp32", 0.0), ("AdamW", "fp32", 0.2),
-         ("AdamW", "bf16", 0.2), ("RAdam", "fp32", 0.2)]
+CASES = [
+    ("SGD", "fp32", 0.05),
+    ("SGD", "bf16", 0.05),
+    ("SGD", "fp32", 0.0),
+    ("AdamW", "fp32", 0.2),
+    ("AdamW", "bf16", 0.2),
+    ("RAdam", "fp32", 0.2),
+]
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[str, Any]]]]:
     """Number of ranks -> what each rank found in each case."""
     folder = tmp_path_factory.mktemp("engines")
-    return {procs: in_ranks(_all_against_autograd, folder / str(procs), procs, CASES) for procs in (1, 2)}
+    return {
+        procs: in_ranks(_all_against_autograd, folder / str(procs), procs, CASES)
+        for procs in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("procs", [1, 2])
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(str(part) for part in case) for case in CASES])
-def test_updates_are_autograds_and_a_nan_makes_none(engines: dict[int, list[list[dict[str, Any]]]], case: int,
-                                                    procs: int) -> None:
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=["-".join(str(part) for part in case) for case in CASES]
+)
+def test_updates_are_autograds_and_a_nan_makes_none(
+    engines: dict[int, list[list[dict[str, Any]]]], case: int, procs: int
+) -> None:
     optimizer, precision, clipping = CASES[case]
     found = [rank[case] for rank in engines[procs]]
     for rank in found:
-        assert rank["norms"] == pytest.approx(rank["wanted"], rel=1e-5 if precision == "fp32" else 1e-3)
+        assert rank["norms"] == pytest.approx(
+            rank["wanted"], rel=1e-5 if precision == "fp32" else 1e-3
+        )
         assert min(rank["norms"]) > clipping, "clipping must have had work"
         assert rank["error"] < (1e-5 if precision == "fp32" else 1e-3)
         assert rank["idle"], "a weight without a gradient stays"
         assert rank["rest"] == [False] * 3
         assert rank["nan"] == [], "neither weights nor moments"
-        assert (rank["was_skipped"], rank["skipped"], rank["goes_on"], rank["finite"]) == (True, 1, True, True)
+        assert (rank["was_skipped"], rank["skipped"], rank["goes_on"], rank["finite"]) == (
+            True,
+            1,
+            True,
+            True,
+        )
         assert rank["dtypes"] == ["torch.bfloat16" if precision == "bf16" else "torch.float32"]
         assert rank["weights"] == "{torch.float32}"
         assert rank["moments"] == (0 if optimizer == "SGD" else 5)
         assert rank["sum"] == found[0]["sum"], "ranks have the same weights"
 
 
-# --- Warm-up ----------------------------------------------------------------------------------------------------------
+# --- Warm-up
+# --------------------------------------------------------------------------------------------------
 
 WARMUPS: list[tuple[str, dict[str, Any]]] = [
     ("WarmupLR", {"warmup_num_steps": 5}),
-    ("WarmupLR", {"warmup_num_steps": 6, "warmup_min_lr": 0.001, "warmup_max_lr": 0.3, "warmup_type": "linear"}),
-    ("WarmupLR", {"warmup_num_steps": 1}), ("WarmupLR", {}),
+    (
+        "WarmupLR",
+        {
+            "warmup_num_steps": 6,
+            "warmup_min_lr": 0.001,
+            "warmup_max_lr": 0.3,
+            "warmup_type": "linear",
+        },
+    ),
+    ("WarmupLR", {"warmup_num_steps": 1}),
+    ("WarmupLR", {}),
     ("WarmupDecayLR", {"total_num_steps": 11, "warmup_num_steps": 4}),
-    ("WarmupDecayLR", {"total_num_steps": 30, "warmup_num_steps": 4, "warmup_min_lr": 0.01, "warmup_max_lr": 0.1,
-                       "warmup_type": "linear"}),
+    (
+        "WarmupDecayLR",
+        {
+            "total_num_steps": 30,
+            "warmup_num_steps": 4,
+            "warmup_min_lr": 0.01,
+            "warmup_max_lr": 0.1,
+            "warmup_type": "linear",
+        },
+    ),
     ("WarmupDecayLR", {"total_num_steps": 3, "warmup_num_steps": 7}),
-    ("WarmupCosineLR", {"total_num_steps": 12, "warmup_num_steps": 4, "warmup_type": "linear",
-                        "warmup_min_ratio": 0.05, "cos_min_ratio": 0.01}),
+    (
+        "WarmupCosineLR",
+        {
+            "total_num_steps": 12,
+            "warmup_num_steps": 4,
+            "warmup_type": "linear",
+            "warmup_min_ratio": 0.05,
+            "cos_min_ratio": 0.01,
+        },
+    ),
     ("WarmupCosineLR", {"total_num_steps": 40, "warmup_num_steps": 3}),
     ("WarmupCosineLR", {"total_num_steps": 5, "warmup_num_steps": 8, "cos_min_ratio": 0.2}),
     ("WarmupCosineLR", {"total_num_steps": 2, "warmup_num_steps": 1, "warmup_min_ratio": 0.5}),
 ]
 
 
-def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dict[str, list[list[list[float]]]]:
-    """Runtime -> of each schedule, for each update by how much it moved the weights, and the rate after it."""
+def _rates(
+    cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]
+) -> dict[str, list[list[list[float]]]]:
+    """Runtime -> of each schedule, for each update by how much it moved the weights, and the rate
+    after it."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
     from pipeline.engine.engine import backward_and_step, build_engine
 
@@ -482,13 +781,24 @@ def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dic
     found: dict[str, list[list[list[float]]]] = {"deepspeed": [], "accelerate": []}
     for runtime, all_rates in found.items():
         for name, params in cases:
-            config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60,
-                      "optimizer": {"type": "SGD", "params": {"lr": 0.02}},
-                      "scheduler": {"type": name, "params": params}, **more}
-            engine, moves, rates = build_engine(torch.nn.Linear(2, 1), config, ranks, runtime), [], []
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "steps_per_print": 1 << 60,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.02}},
+                "scheduler": {"type": name, "params": params},
+                **more,
+            }
+            engine, moves, rates = (
+                build_engine(torch.nn.Linear(2, 1), config, ranks, runtime),
+                [],
+                [],
+            )
             for _ in range(16):
                 before = engine.module.bias.item()
-                backward_and_step(engine, engine(torch.ones(1, 2)).sum())  # each of three gradients is 1
+                backward_and_step(
+                    engine, engine(torch.ones(1, 2)).sum()
+                )  # each of three gradients is 1
                 moves.append(before - engine.module.bias.item())
                 rates.append(engine.get_lr()[0])
             all_rates.append([moves, rates])
@@ -499,7 +809,8 @@ def _rates(cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]) -> dic
 
 @pytest.mark.parametrize("case", range(len(WARMUPS)))
 def test_warmups_are_deepspeeds_own_to_the_last_bit(case: int) -> None:
-    """And their states: either takes the other's, so that runs go on which DeepSpeed's objects have led."""
+    """And their states: either takes the other's, so that runs go on which DeepSpeed's objects have
+    led."""
     from deepspeed.runtime import lr_schedules
 
     def optimizer() -> torch.optim.Optimizer:
@@ -529,7 +840,7 @@ def test_warmups_are_deepspeeds_own_to_the_last_bit(case: int) -> None:
 
 
 def test_both_runtimes_follow_a_warmup(tmp_path: Path) -> None:
-    found, = in_ranks(_rates, tmp_path, 1, WARMUPS, {"gradient_clipping": 0.0})
+    (found,) = in_ranks(_rates, tmp_path, 1, WARMUPS, {"gradient_clipping": 0.0})
     for case, ours, theirs in zip(WARMUPS, found["accelerate"], found["deepspeed"], strict=True):
         assert ours[1] == theirs[1], case
         for moves, rates in (ours, theirs):
@@ -538,23 +849,52 @@ def test_both_runtimes_follow_a_warmup(tmp_path: Path) -> None:
 
 
 def test_without_a_word_on_clipping_both_do_the_same(tmp_path: Path) -> None:
-    found, = in_ranks(_rates, tmp_path, 1, WARMUPS[:1], {})
+    (found,) = in_ranks(_rates, tmp_path, 1, WARMUPS[:1], {})
     assert found["accelerate"][0][0] == pytest.approx(found["deepspeed"][0][0], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "params", "message"), [
-    ("WarmupLR", {"warmup_num_step": 5}, "no parameter 'warmup_num_step'; did you mean 'warmup_num_steps'"),
-    ("WarmupLR", {"total_num_steps": 5}, "WarmupLR has no parameter 'total_num_steps'"),
-    ("WarmupCosineLR", {"total_num_steps": 9, "warmup_min_lr": 0.1}, "WarmupCosineLR has no parameter 'warmup_min_lr'"),
-    ("WarmupDecayLR", {}, "total_num_steps must be a whole number, 1 or above, not None"),
-    ("WarmupLR", {"warmup_num_steps": 0}, "warmup_num_steps must be a whole number, 1 or above, not 0"),
-    ("WarmupLR", {"warmup_num_steps": 2.5}, "warmup_num_steps must be a whole number, 1 or above, not 2.5"),
-    ("WarmupLR", {"warmup_num_steps": True}, "warmup_num_steps must be a whole number, 1 or above, not True"),
-    ("WarmupLR", {"warmup_type": "cubic"}, "warmup_type must be log or linear, not 'cubic'"),
-    ("WarmupLR", {"warmup_max_lr": "high"}, "warmup_max_lr must be a number, 0 or above, not 'high'"),
-    ("WarmupLR", {"warmup_min_lr": -1}, "warmup_min_lr must be a number, 0 or above, not -1"),
-])
-def test_a_warmup_that_cannot_be_is_refused(name: str, params: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        (
+            "WarmupLR",
+            {"warmup_num_step": 5},
+            "no parameter 'warmup_num_step'; did you mean 'warmup_num_steps'",
+        ),
+        ("WarmupLR", {"total_num_steps": 5}, "WarmupLR has no parameter 'total_num_steps'"),
+        (
+            "WarmupCosineLR",
+            {"total_num_steps": 9, "warmup_min_lr": 0.1},
+            "WarmupCosineLR has no parameter 'warmup_min_lr'",
+        ),
+        ("WarmupDecayLR", {}, "total_num_steps must be a whole number, 1 or above, not None"),
+        (
+            "WarmupLR",
+            {"warmup_num_steps": 0},
+            "warmup_num_steps must be a whole number, 1 or above, not 0",
+        ),
+        (
+            "WarmupLR",
+            {"warmup_num_steps": 2.5},
+            "warmup_num_steps must be a whole number, 1 or above, not 2.5",
+        ),
+        (
+            "WarmupLR",
+            {"warmup_num_steps": True},
+            "warmup_num_steps must be a whole number, 1 or above, not True",
+        ),
+        ("WarmupLR", {"warmup_type": "cubic"}, "warmup_type must be log or linear, not 'cubic'"),
+        (
+            "WarmupLR",
+            {"warmup_max_lr": "high"},
+            "warmup_max_lr must be a number, 0 or above, not 'high'",
+        ),
+        ("WarmupLR", {"warmup_min_lr": -1}, "warmup_min_lr must be a number, 0 or above, not -1"),
+    ],
+)
+def test_a_warmup_that_cannot_be_is_refused(
+    name: str, params: dict[str, Any], message: str
+) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(UserError) as caught:
         build_schedule({"type": name, "params": params}, optimizer)

@@ -15,10 +15,15 @@ from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, SCHEDULES
 from pipeline.engine.schedules import DEEPSPEED_WARMUPS, build_schedule, validate_schedule
 
 PARAMS: dict[str, dict[str, Any]] = {
-    "MultiStepLR": {"milestones": [3, 7, 11], "gamma": 0.5}, "StepLR": {"step_size": 4, "gamma": 0.3},
-    "ExponentialLR": {"gamma": 0.9}, "PolynomialLR": {"total_iters": 12, "power": 2.0},
-    "CosineAnnealingLR": {"T_max": 15, "eta_min": 0.01}, "CosineAnnealingWarmRestarts": {"T_0": 4, "T_mult": 2},
-    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.3, "step_size_up": 3}, "ConstantLR": {}, "ReduceLROnPlateau": {},
+    "MultiStepLR": {"milestones": [3, 7, 11], "gamma": 0.5},
+    "StepLR": {"step_size": 4, "gamma": 0.3},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {"total_iters": 12, "power": 2.0},
+    "CosineAnnealingLR": {"T_max": 15, "eta_min": 0.01},
+    "CosineAnnealingWarmRestarts": {"T_0": 4, "T_mult": 2},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.3, "step_size_up": 3},
+    "ConstantLR": {},
+    "ReduceLROnPlateau": {},
 }
 
 
@@ -55,12 +60,16 @@ def test_rates_are_torchs_behind_the_warmup(name: str, warmup: int) -> None:
         expected.append(plain.param_groups[0]["lr"] * factor)
         plain.step()
         reference.step()
-    assert rates(schedule(name, warmup_num_steps=warmup, warmup_min_ratio=0.2), 20) == pytest.approx(expected, rel=1e-9)
+    assert rates(
+        schedule(name, warmup_num_steps=warmup, warmup_min_ratio=0.2), 20
+    ) == pytest.approx(expected, rel=1e-9)
 
 
 def put_back(schedule: Any, saved: Any, optimizer_first: bool) -> None:
     buffer = io.BytesIO()
-    torch.save({"schedule": saved.state_dict(), "optimizer": saved.inner.optimizer.state_dict()}, buffer)
+    torch.save(
+        {"schedule": saved.state_dict(), "optimizer": saved.inner.optimizer.state_dict()}, buffer
+    )
     buffer.seek(0)
     kept = torch.load(buffer, weights_only=True)
     if optimizer_first:
@@ -82,14 +91,22 @@ def test_a_stop_changes_no_rate(name: str, optimizer_first: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer_first", [True, False])
-@pytest.mark.parametrize(("name", "length"), [("CosineAnnealingLR", "T_max"), ("PolynomialLR", "total_iters"),
-                                              ("ConstantLR", "total_iters")])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("CosineAnnealingLR", "T_max"),
+        ("PolynomialLR", "total_iters"),
+        ("ConstantLR", "total_iters"),
+    ],
+)
 @pytest.mark.parametrize("warmup", [0, 6])
-def test_another_length_gives_the_rates_of_a_run_of_that_length(name: str, length: str, warmup: int,
-                                                                optimizer_first: bool) -> None:
+def test_another_length_gives_the_rates_of_a_run_of_that_length(
+    name: str, length: str, warmup: int, optimizer_first: bool
+) -> None:
     more = {"factor": 0.5} if name == "ConstantLR" else {}
-    first, second, straight = (schedule(name, warmup_num_steps=warmup, **{length: steps}, **more)
-                               for steps in (4, 10, 10))
+    first, second, straight = (
+        schedule(name, warmup_num_steps=warmup, **{length: steps}, **more) for steps in (4, 10, 10)
+    )
     rates(first, 4)
     put_back(second, first, optimizer_first)
     expected = rates(straight, 12)
@@ -105,7 +122,11 @@ def test_the_state_of_an_older_version_is_taken(name: str) -> None:
     rates(first, 4)
     first.observe(30.0)
     state = first.state_dict()
-    old = {key: value for key, value in first.inner.state_dict().items() if isinstance(value, (int, float, str, list))}
+    old = {
+        key: value
+        for key, value in first.inner.state_dict().items()
+        if isinstance(value, (int, float, str, list))
+    }
     second.load_state_dict({**state, "inner": {**old, "T_max": 4, "patience": 99}})
     assert second.state_dict() == state
     assert rates(second, 4) == rates(first, 4)
@@ -121,31 +142,91 @@ def test_a_plateau_lowers_the_rate_after_its_patience() -> None:
     assert found == [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"type": "MultiStepLr", "params": {}}, "no schedule 'MultiStepLr'; did you mean 'MultiStepLR'?"),
-    ({"type": "StepLR", "params": {"stepsize": 3}}, "StepLR has no parameter 'stepsize'; did you mean 'step_size'?"),
-    ({"type": "StepLR", "params": {}}, "schedule StepLR: "),
-    ({"type": "StepLR", "params": {"step_size": 0}}, "StepLR: step_size must be a whole number, 1 or above, not 0"),
-    ({"type": "StepLR", "params": {"step_size": "x"}}, "step_size must be a whole number, 1 or above, not 'x'"),
-    ({"type": "StepLR", "params": {"step_size": 2.5}}, "step_size must be a whole number, 1 or above, not 2.5"),
-    ({"type": "StepLR", "params": {"step_size": "auto"}}, "step_size must be a whole number, 1 or above, not 'auto'"),
-    ({"type": "StepLR", "params": {"step_size": 4, "gamma": "x"}}, "gamma must be a number, 0 or above, not 'x'"),
-    ({"type": "StepLR", "params": {"step_size": 4, "gamma": -1}}, "gamma must be a number, 0 or above, not -1"),
-    ({"type": "StepLR", "params": {"step_size": 4, "last_epoch": 3}}, "StepLR has no parameter 'last_epoch'"),
-    ({"type": "CosineAnnealingLR", "params": {"T_max": 0}}, "T_max must be a whole number, 1 or above, not 0"),
-    ({"type": "CosineAnnealingLR", "params": {"T_max": "abc"}}, "T_max must be a whole number, 1 or above, not 'abc'"),
-    ({"type": "CosineAnnealingLR", "params": {"T_max": float("inf")}}, "T_max must be a whole number"),
-    ({"type": "PolynomialLR", "params": {"total_iters": True}}, "total_iters must be a whole number, 1 or above"),
-    ({"type": "ExponentialLR", "params": {"gamma": 1e300}}, "schedule ExponentialLR: "),
-    ({"type": "MultiStepLR", "params": {"milestones": "abc"}}, "milestones must be a list of whole numbers, 1"),
-    ({"type": "MultiStepLR", "params": {"milestones": [1, "x"]}}, "1 or above, not [1, 'x']"),
-    ({"type": "CyclicLR", "params": {"base_lr": "a", "max_lr": 1}}, "base_lr must be a number, 0 or above, not 'a'"),
-    ({"type": "CyclicLR", "params": {"base_lr": 0, "max_lr": 1, "mode": "round"}}, "CyclicLR: mode is invalid"),
-    ({"type": "CyclicLR", "params": {"base_lr": 0, "max_lr": 1, "cycle_momentum": "no"}}, "must be true or false"),
-    ({"type": "ReduceLROnPlateau", "params": {"patience": "x"}}, "patience must be a whole number, 0 or above"),
-    ({"type": "ReduceLROnPlateau", "params": {"mode": 3}}, "mode must be a word, not 3"),
-    ({"type": "ReduceLROnPlateau", "params": {"warmup_num_steps": "x"}}, "warmup_num_steps must be a whole number"),
-])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"type": "MultiStepLr", "params": {}},
+            "no schedule 'MultiStepLr'; did you mean 'MultiStepLR'?",
+        ),
+        (
+            {"type": "StepLR", "params": {"stepsize": 3}},
+            "StepLR has no parameter 'stepsize'; did you mean 'step_size'?",
+        ),
+        ({"type": "StepLR", "params": {}}, "schedule StepLR: "),
+        (
+            {"type": "StepLR", "params": {"step_size": 0}},
+            "StepLR: step_size must be a whole number, 1 or above, not 0",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": "x"}},
+            "step_size must be a whole number, 1 or above, not 'x'",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": 2.5}},
+            "step_size must be a whole number, 1 or above, not 2.5",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": "auto"}},
+            "step_size must be a whole number, 1 or above, not 'auto'",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": 4, "gamma": "x"}},
+            "gamma must be a number, 0 or above, not 'x'",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": 4, "gamma": -1}},
+            "gamma must be a number, 0 or above, not -1",
+        ),
+        (
+            {"type": "StepLR", "params": {"step_size": 4, "last_epoch": 3}},
+            "StepLR has no parameter 'last_epoch'",
+        ),
+        (
+            {"type": "CosineAnnealingLR", "params": {"T_max": 0}},
+            "T_max must be a whole number, 1 or above, not 0",
+        ),
+        (
+            {"type": "CosineAnnealingLR", "params": {"T_max": "abc"}},
+            "T_max must be a whole number, 1 or above, not 'abc'",
+        ),
+        (
+            {"type": "CosineAnnealingLR", "params": {"T_max": float("inf")}},
+            "T_max must be a whole number",
+        ),
+        (
+            {"type": "PolynomialLR", "params": {"total_iters": True}},
+            "total_iters must be a whole number, 1 or above",
+        ),
+        ({"type": "ExponentialLR", "params": {"gamma": 1e300}}, "schedule ExponentialLR: "),
+        (
+            {"type": "MultiStepLR", "params": {"milestones": "abc"}},
+            "milestones must be a list of whole numbers, 1",
+        ),
+        ({"type": "MultiStepLR", "params": {"milestones": [1, "x"]}}, "1 or above, not [1, 'x']"),
+        (
+            {"type": "CyclicLR", "params": {"base_lr": "a", "max_lr": 1}},
+            "base_lr must be a number, 0 or above, not 'a'",
+        ),
+        (
+            {"type": "CyclicLR", "params": {"base_lr": 0, "max_lr": 1, "mode": "round"}},
+            "CyclicLR: mode is invalid",
+        ),
+        (
+            {"type": "CyclicLR", "params": {"base_lr": 0, "max_lr": 1, "cycle_momentum": "no"}},
+            "must be true or false",
+        ),
+        (
+            {"type": "ReduceLROnPlateau", "params": {"patience": "x"}},
+            "patience must be a whole number, 0 or above",
+        ),
+        ({"type": "ReduceLROnPlateau", "params": {"mode": 3}}, "mode must be a word, not 3"),
+        (
+            {"type": "ReduceLROnPlateau", "params": {"warmup_num_steps": "x"}},
+            "warmup_num_steps must be a whole number",
+        ),
+    ],
+)
 def test_a_wrong_schedule_is_named(section: dict, message: str) -> None:
     for find in (validate_schedule, lambda section: build_schedule(section, optimizer())):
         with pytest.raises(UserError) as caught:
@@ -156,7 +237,9 @@ def test_a_wrong_schedule_is_named(section: dict, message: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PARAMS))
 def test_a_right_schedule_is_let_through(name: str) -> None:
-    validate_schedule({"type": name, "params": {**PARAMS[name], "warmup_num_steps": 1e3}})  # as YAML reads 1e3
+    validate_schedule(
+        {"type": name, "params": {**PARAMS[name], "warmup_num_steps": 1e3}}
+    )  # as YAML reads 1e3
     for key in {"T_max", "total_iters"} & PARAMS[name].keys():
         section = {"type": name, "params": {**PARAMS[name], key: "auto"}}
         validate_schedule(section)
@@ -166,7 +249,9 @@ def test_a_right_schedule_is_let_through(name: str) -> None:
 
 
 def test_deepspeeds_own_are_left_to_it() -> None:
-    validate_schedule({"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": "DeepSpeed will see"}})
+    validate_schedule(
+        {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": "DeepSpeed will see"}}
+    )
 
 
 def test_a_length_that_is_not_known_yet_is_let_through() -> None:

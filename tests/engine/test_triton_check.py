@@ -1,4 +1,5 @@
-"""What is said where kernels cannot be compiled: each thing that is missing on some GPU image, with the way out."""
+"""What is said where kernels cannot be compiled: each thing that is missing on some GPU image, with
+the way out."""
 
 from __future__ import annotations
 
@@ -41,16 +42,39 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (AssertionError("libcuda.so cannot found!\nPossible files"), "run ldconfig as root, or set TRITON_LIBCUDA_PATH"),
-    (FileNotFoundError(2, "No such file", "/sbin/ldconfig"), "Triton does not find libcuda.so.1"),
-    (ImportError("/c/cuda_utils.so: failed to map segment from shared object"), "on a disk mounted noexec; set TRITON"),
-    (PermissionError(13, "Permission denied", "/root/.triton"), "cannot be written (/root/.triton); set TRITON_CACHE"),
-    (subprocess.CalledProcessError(1, ["gcc", "main.c", "-l:libcuda.so.1"]), "the C compiler failed on Triton's own"),
-    (RuntimeError("PTX was compiled\nwith an unsupported toolchain"), "RuntimeError: PTX was compiled"),
-    (ValueError(), "Triton cannot compile a kernel: ValueError: ValueError")])
-def test_what_triton_raises_is_the_reason(triton: SimpleNamespace, error: Exception, said: str,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            AssertionError("libcuda.so cannot found!\nPossible files"),
+            "run ldconfig as root, or set TRITON_LIBCUDA_PATH",
+        ),
+        (
+            FileNotFoundError(2, "No such file", "/sbin/ldconfig"),
+            "Triton does not find libcuda.so.1",
+        ),
+        (
+            ImportError("/c/cuda_utils.so: failed to map segment from shared object"),
+            "on a disk mounted noexec; set TRITON",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/root/.triton"),
+            "cannot be written (/root/.triton); set TRITON_CACHE",
+        ),
+        (
+            subprocess.CalledProcessError(1, ["gcc", "main.c", "-l:libcuda.so.1"]),
+            "the C compiler failed on Triton's own",
+        ),
+        (
+            RuntimeError("PTX was compiled\nwith an unsupported toolchain"),
+            "RuntimeError: PTX was compiled",
+        ),
+        (ValueError(), "Triton cannot compile a kernel: ValueError: ValueError"),
+    ],
+)
+def test_what_triton_raises_is_the_reason(
+    triton: SimpleNamespace, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: True)
     triton.error = error
     reason = why_not_compiled(CUDA)
@@ -59,8 +83,11 @@ def test_what_triton_raises_is_the_reason(triton: SimpleNamespace, error: Except
 
 
 def test_a_missing_compiler_and_missing_headers_are_told_from_all_else(
-        triton: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    triton.error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    triton: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    triton.error = RuntimeError(
+        "Failed to find C compiler. Please specify via CC environment variable."
+    )
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(triton_check.shutil, "which", lambda name: None)
     assert why_no_triton(CUDA) == "there is no C compiler (Debian: apt install gcc)"
@@ -84,8 +111,15 @@ def test_without_triton_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_of_a_machine_without_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "-m", "pipeline.engine.triton_check"], env=environment(), cwd=ROOT,
-                          capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.engine.triton_check"],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found.pop("torch"), found.pop("cuda")) == (torch.__version__, torch.version.cuda or "")

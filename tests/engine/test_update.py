@@ -1,4 +1,5 @@
-"""One update as a GPU would meet it: how many operations it is given, and how often it must wait. Counted on a CPU."""
+"""One update as a GPU would meet it: how many operations it is given, and how often it must wait.
+Counted on a CPU."""
 
 from __future__ import annotations
 
@@ -51,14 +52,25 @@ ONE_UPDATE = """
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 BF16 = {"bf16": {"enabled": True}}
 CPU_ONLY = 250
-"""Casts around the layer norms and dilated convolutions that a CPU, and no GPU, computes in FP32 for BF16."""
+"""Casts around the layer norms and dilated convolutions that a CPU, and no GPU, computes in FP32
+for BF16."""
 
 
-@pytest.mark.parametrize(("name", "changes", "most", "looks"), [
-    ("vapsr", FP16, 600, 1), ("vapsr", BF16, 600 + CPU_ONLY, 1), ("vapsr", {}, 600, 0), ("rrdbnet", FP16, 2400, 1),
-], ids=["vapsr-fp16", "vapsr-bf16", "vapsr-fp32", "rrdbnet-fp16"])
-def test_an_update_is_few_operations_and_waits_once(name: str, changes: dict, most: int, looks: int) -> None:
-    """With the published sizes: the GPU has nothing to do while the host launches what comes after a wait."""
+@pytest.mark.parametrize(
+    ("name", "changes", "most", "looks"),
+    [
+        ("vapsr", FP16, 600, 1),
+        ("vapsr", BF16, 600 + CPU_ONLY, 1),
+        ("vapsr", {}, 600, 0),
+        ("rrdbnet", FP16, 2400, 1),
+    ],
+    ids=["vapsr-fp16", "vapsr-bf16", "vapsr-fp32", "rrdbnet-fp16"],
+)
+def test_an_update_is_few_operations_and_waits_once(
+    name: str, changes: dict, most: int, looks: int
+) -> None:
+    """With the published sizes: the GPU has nothing to do while the host launches what comes after
+    a wait."""
     code = COUNTING + ONE_UPDATE.format(name=name, params={}, stage=0, changes=changes)
     found = in_a_fresh_process(code)
     assert found["waits"] == []
@@ -88,10 +100,11 @@ def test_no_step_waits_for_the_whole_device(stage: int, accumulation: int) -> No
 @pytest.mark.parametrize("clipping", [0.0, 0.1])
 @pytest.mark.parametrize(("changes", "power"), [("fp16", 30), ("fp16", 8), ("bf16", 0)])
 def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float) -> None:
-    """Over 50 updates, overflows among them: the same are skipped, at the same loss scales, to the same weights.
+    """Over 50 updates, overflows among them: the same are skipped, at the same loss scales, to the
+    same weights.
 
-    From 2^30 the scale comes down by many overflows. Without clipping every bit is the same. With it the norm, whose
-    sum is rounded in another order, is a factor of the gradient.
+    From 2^30 the scale comes down by many overflows. Without clipping every bit is the same. With
+    it the norm, whose sum is rounded in another order, is a factor of the gradient.
     """
     found = in_a_fresh_process(f"""
         from pipeline.engine import deepspeed_engine
@@ -135,7 +148,8 @@ def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float)
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) -> None:
-    """With a rate so small that weights of 16 bits do not feel it, the FP32 weights move, and the average with them."""
+    """With a rate so small that weights of 16 bits do not feel it, the FP32 weights move, and the
+    average with them."""
     found = in_a_fresh_process(f"""
         from pipeline.models.ema import ExponentialMovingAverage
 
@@ -159,7 +173,8 @@ def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) ->
 
 
 def test_a_parameter_without_a_gradient_decays_as_under_several_ranks() -> None:
-    """A lone rank exchanges nothing; what the exchange makes of a missing gradient, zeros, must come all the same."""
+    """A lone rank exchanges nothing; what the exchange makes of a missing gradient, zeros, must
+    come all the same."""
     found = in_a_fresh_process("""
         class Half(torch.nn.Module):
             def __init__(self):

@@ -15,7 +15,15 @@ import warm
 from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.data.image_pixels import read_rgb
-from pipeline.evaluation import Work, find_folder, find_pairs, format_table, measure_sets, scoring, upscaler_of
+from pipeline.evaluation import (
+    Work,
+    find_folder,
+    find_pairs,
+    format_table,
+    measure_sets,
+    scoring,
+    upscaler_of,
+)
 from pipeline.evaluation.pictures import write_views
 from pipeline.evaluation.scoring import DRIFTS, ImageScores, measure_image, upscale
 from pipeline.evaluation.tables import SetScores, as_json
@@ -27,8 +35,13 @@ from pipeline.models.weights import read_network, write_network
 
 
 def evaluate_py(*arguments, cwd):
-    return subprocess.run([warm.python(), str(CHECKOUT / "evaluate.py"), *map(str, arguments)], cwd=cwd, timeout=120,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [warm.python(), str(CHECKOUT / "evaluate.py"), *map(str, arguments)],
+        cwd=cwd,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
 
 
 def names(pairs):
@@ -37,34 +50,61 @@ def names(pairs):
 
 def test_pairs_side_by_side(tmp_path):
     image = picture(8, 8)
-    write_images(tmp_path, dict.fromkeys(("b_HR.png", "b_LR.png", "a_HR.png", "a_LR.png", "a_other.png"), image))
-    assert names(find_pairs(tmp_path, None, 2)) == [("a", "a_HR.png", "a_LR.png"), ("b", "b_HR.png", "b_LR.png")]
+    write_images(
+        tmp_path,
+        dict.fromkeys(("b_HR.png", "b_LR.png", "a_HR.png", "a_LR.png", "a_other.png"), image),
+    )
+    assert names(find_pairs(tmp_path, None, 2)) == [
+        ("a", "a_HR.png", "a_LR.png"),
+        ("b", "b_HR.png", "b_LR.png"),
+    ]
     (tmp_path / "b_LR.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 HR images in .* no LR image beside them, the first being 'b_HR.png'"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 HR images in .* no LR image beside them, the first being 'b_HR.png'",
+    ):
         find_pairs(tmp_path, None, 2)
     (tmp_path / "a_LR.png").unlink()
-    assert names(find_pairs(tmp_path, None, 2)) == [("a", "a_HR.png", None), ("b", "b_HR.png", None)]
+    assert names(find_pairs(tmp_path, None, 2)) == [
+        ("a", "a_HR.png", None),
+        ("b", "b_HR.png", None),
+    ]
 
 
-@pytest.mark.parametrize("lr_name", ["a.png", "a.jpg", "ax3.png", "a_x3.png", "aX3.png", "a_LR.png", "a-lq.png"])
+@pytest.mark.parametrize(
+    "lr_name", ["a.png", "a.jpg", "ax3.png", "a_x3.png", "aX3.png", "a_LR.png", "a-lq.png"]
+)
 def test_pairs_in_two_folders(tmp_path, lr_name):
     hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9), "b.png": picture(9, 9)})
-    lr = write_images(tmp_path / "lr", {lr_name: picture(3, 3), "b.png": picture(3, 3), "c.png": picture(3, 3)})
+    lr = write_images(
+        tmp_path / "lr", {lr_name: picture(3, 3), "b.png": picture(3, 3), "c.png": picture(3, 3)}
+    )
     assert names(find_pairs(hr, lr, 3)) == [("a", "a.png", lr_name), ("b", "b.png", "b.png")]
 
 
 def test_names_with_dots_and_in_any_order_pair(tmp_path):
-    hr = write_images(tmp_path / "hr", dict.fromkeys(("b.v1.png", "b.v2.png", "b-c.png", "b.png"), picture(9, 9)))
-    lr = write_images(tmp_path / "lr", dict.fromkeys(("b.v2x3.png", "b.v1x3.png", "b-c.png", "b.png"), picture(3, 3)))
+    hr = write_images(
+        tmp_path / "hr", dict.fromkeys(("b.v1.png", "b.v2.png", "b-c.png", "b.png"), picture(9, 9))
+    )
+    lr = write_images(
+        tmp_path / "lr",
+        dict.fromkeys(("b.v2x3.png", "b.v1x3.png", "b-c.png", "b.png"), picture(3, 3)),
+    )
     assert names(find_pairs(hr, lr, 3)) == [
-        ("b", "b.png", "b.png"), ("b-c", "b-c.png", "b-c.png"), ("b.v1", "b.v1.png", "b.v1x3.png"),
-        ("b.v2", "b.v2.png", "b.v2x3.png")]
+        ("b", "b.png", "b.png"),
+        ("b-c", "b-c.png", "b-c.png"),
+        ("b.v1", "b.v1.png", "b.v1x3.png"),
+        ("b.v2", "b.v2.png", "b.v2x3.png"),
+    ]
 
 
 def test_what_does_not_pair_is_named(tmp_path):
     hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9)})
     lr = write_images(tmp_path / "lr", {"ax2.png": picture(3, 3)})
-    with pytest.raises(UserError, match=r"1 of 1 HR images have no LR image in .*, the first being 'a.png' \(looked"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 1 HR images have no LR image in .*, the first being 'a.png' \(looked",
+    ):
         find_pairs(hr, lr, 3)
     write_images(hr, {"a.bmp": picture(9, 9)})
     with pytest.raises(UserError, match=r"holds both 'a.bmp' and 'a.png'"):
@@ -80,7 +120,10 @@ def test_sizes_must_agree_and_odd_ones_are_cut(tmp_path):
     folder = write_images(tmp_path, {"a_HR.png": picture(13, 18), "a_LR.png": picture(6, 9)})
     hr, lr = find_pairs(folder, None, 2)[0].load(2)
     assert (tuple(hr.shape), tuple(lr.shape)) == ((1, 3, 12, 18), (1, 3, 6, 9))
-    with pytest.raises(UserError, match=r"a_LR.png' is 9x6 .* 3 its HR image must be 27x18, but .*a_HR.png' is 18x12"):
+    with pytest.raises(
+        UserError,
+        match=r"a_LR.png' is 9x6 .* 3 its HR image must be 27x18, but .*a_HR.png' is 18x12",
+    ):
         find_pairs(folder, None, 3)[0].load(3)
 
 
@@ -95,14 +138,19 @@ def test_a_missing_lr_image_is_the_bicubic_one_rounded(tmp_path):
 def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
     pixels = picture(12, 10)
     gray = pixels[..., 0]
-    gray16 = (gray.astype(int) * 257 + 128 * (gray < 255)).astype(np.uint16)  # just nearer to `gray` than to the next
+    gray16 = (gray.astype(int) * 257 + 128 * (gray < 255)).astype(
+        np.uint16
+    )  # just nearer to `gray` than to the next
     expected_gray = np.repeat(gray[..., None], 3, axis=2)
     alpha = np.concatenate([pixels, np.full_like(pixels[..., :1], 7)], axis=2)
     palette = Image.fromarray(pixels).quantize(16)
     images = {
         "gray.png": (Image.fromarray(gray), expected_gray),
         "gray16.png": (Image.fromarray(gray16), expected_gray),
-        "alpha.png": (Image.fromarray(alpha), np.rint((pixels * 7.0 + 255 * 248) / 255)),  # over white, as in the tools
+        "alpha.png": (
+            Image.fromarray(alpha),
+            np.rint((pixels * 7.0 + 255 * 248) / 255),
+        ),  # over white, as in the tools
         "palette.png": (palette, np.asarray(palette.convert("RGB"))),
         "bits.png": (Image.fromarray(gray > 127), expected_gray // 128 * 255),
     }
@@ -118,16 +166,21 @@ def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
 
 def scores_of(network, folder, scale=2, trunks=None):
     """What a network scores on a folder."""
-    work = Work([find_folder(folder, None, scale)], {"net": upscaler_of(network)},
-                load_measures(METRICS.values(), trunks))
+    work = Work(
+        [find_folder(folder, None, scale)],
+        {"net": upscaler_of(network)},
+        load_measures(METRICS.values(), trunks),
+    )
     return measure_sets(work)[0]
 
 
 def views_of(network, folder, scale=2):
     """Every image of a folder as measured."""
     measures = load_measures(METRICS.values())
-    return [measure_image({"net": upscaler_of(network)}, pair, scale, measures)
-            for pair in find_pairs(folder, None, scale)]
+    return [
+        measure_image({"net": upscaler_of(network)}, pair, scale, measures)
+        for pair in find_pairs(folder, None, scale)
+    ]
 
 
 def test_the_network_and_bicubic_are_measured(tmp_path):
@@ -141,28 +194,40 @@ def test_the_network_and_bicubic_are_measured(tmp_path):
         bicubic = to_bytes(cubic_resize(lr / 255, tuple(hr.shape[-2:])))
         assert image == shown.scores
         assert image.name == pair.name
-        drift = (bicubic[..., 2:-2, 2:-2].double() - hr[..., 2:-2, 2:-2]).mean(dim=(0, 2, 3)).tolist()
-        assert image.methods["bicubic"] == {**measure(bicubic, hr, 2), **dict(zip(DRIFTS, drift, strict=True))}
+        drift = (
+            (bicubic[..., 2:-2, 2:-2].double() - hr[..., 2:-2, 2:-2]).mean(dim=(0, 2, 3)).tolist()
+        )
+        assert image.methods["bicubic"] == {
+            **measure(bicubic, hr, 2),
+            **dict(zip(DRIFTS, drift, strict=True)),
+        }
         expected = measure(sr, hr, 2)
         assert {name: image.methods["net"][name] for name in expected} == pytest.approx(
-            expected, abs=1e-3)  # layouts round differently
+            expected, abs=1e-3
+        )  # layouts round differently
         assert torch.equal(shown.hr, hr)
         assert torch.equal(shown.pixels["bicubic"], bicubic)
         assert (shown.pixels["net"].int() - sr.int()).abs().max() <= 1
     for method in ("bicubic", "net"):
         for metric, mean in result.mean(method).items():
-            assert mean == pytest.approx(np.mean([image.methods[method][metric] for image in result.images]))
+            assert mean == pytest.approx(
+                np.mean([image.methods[method][metric] for image in result.images])
+            )
 
 
 def test_an_untrained_residual_network_gains_nothing(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(64, 64)})
     result = scores_of(VapSR(scale=2, num_blocks=1, global_residual="bicubic"), folder)
-    assert abs(result.mean("net")["psnr_y"] - result.mean("bicubic")["psnr_y"]) < 0.02  # their borders differ a little
+    assert (
+        abs(result.mean("net")["psnr_y"] - result.mean("bicubic")["psnr_y"]) < 0.02
+    )  # their borders differ a little
 
 
 def test_too_small_images_are_refused(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(12, 40)})
-    with pytest.raises(UserError, match=r"a.png': an image of 12x40 .* than the 11x11 pixels that SSIM-Y needs"):
+    with pytest.raises(
+        UserError, match=r"a.png': an image of 12x40 .* than the 11x11 pixels that SSIM-Y needs"
+    ):
         scores_of(tiny_network(), folder)
 
 
@@ -174,8 +239,13 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
     monkeypatch.setattr(scoring, "WHOLE_IMAGE_PIXELS", 128 * 128)
     upscaler = upscaler_of(network)
     pieces = []
-    monkeypatch.setattr(TorchBackend, "forward", lambda self, images, precision, call=TorchBackend.forward:
-                        pieces.append(images.shape) or call(self, images, precision))
+    monkeypatch.setattr(
+        TorchBackend,
+        "forward",
+        lambda self, images, precision, call=TorchBackend.forward: (
+            pieces.append(images.shape) or call(self, images, precision)
+        ),
+    )
     tiled = upscale(upscaler, lr)
     assert len(pieces) > 3
     assert max(count * height * width for count, height, width, _ in pieces) <= 128 * 128
@@ -186,30 +256,53 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
 
 def image_scores(name, model, bicubic):
     names = [metric.name for metric, _, _ in load_measures(METRICS.values())]
-    return ImageScores(name, {method: dict.fromkeys((*names, *DRIFTS), value)
-                              for method, value in (("nearest", 1.0), ("bicubic", bicubic), ("net", model))})
+    return ImageScores(
+        name,
+        {
+            method: dict.fromkeys((*names, *DRIFTS), value)
+            for method, value in (("nearest", 1.0), ("bicubic", bicubic), ("net", model))
+        },
+    )
 
 
 def test_the_table_says_what_was_measured():
     result = SetScores(None, [image_scores("a", 32.0, 30.0), image_scores("long_name", 33.0, 32.5)])
     lines = format_table(result, "net", 3).splitlines()
-    assert lines[0].split() == ["image", "PSNR-Y", "bicubic", "PSNR-Y", "model", "gain", "SSIM-Y", "bicubic", "SSIM-Y",
-                                "model"]
+    assert lines[0].split() == [
+        "image",
+        "PSNR-Y",
+        "bicubic",
+        "PSNR-Y",
+        "model",
+        "gain",
+        "SSIM-Y",
+        "bicubic",
+        "SSIM-Y",
+        "model",
+    ]
     assert lines[2].split() == ["a", "30.000", "32.000", "+2.000", "30.0000", "32.0000"]
     assert lines[5].split() == ["mean", "31.250", "32.500", "+1.250", "31.2500", "32.5000"]
     assert len({len(line) for line in lines[:6]}) == 1
-    assert "BT.601 luma rounded to uint8, as in the papers; 3 pixels cut from every border" in lines[7]
+    assert (
+        "BT.601 luma rounded to uint8, as in the papers; 3 pixels cut from every border" in lines[7]
+    )
     assert lines[9:] == [
         "  Y not rounded, as in BasicSR  bicubic 31.250 dB / 31.2500   model 32.500 dB / 32.5000",
         "  RGB                           bicubic 31.250 dB / 31.2500   model 32.500 dB / 32.5000",
         "  colour drift, levels R G B    bicubic +31.25 +31.25 +31.25   model +32.50 +32.50 +32.50",
-        "  nearest, Y as in the papers   1.000 dB / 1.0000"]
+        "  nearest, Y as in the papers   1.000 dB / 1.0000",
+    ]
 
 
 def test_json_has_null_for_infinity(tmp_path):
     data = find_folder(write_images(tmp_path, {"a.png": picture(24, 24)}), None, 2)
-    report = as_json([SetScores(data, [image_scores("a", math.inf, 30.0)])], [{"title": "net", "file": "x"}], 2,
-                     device="cpu", self_ensemble=False)
+    report = as_json(
+        [SetScores(data, [image_scores("a", math.inf, 30.0)])],
+        [{"title": "net", "file": "x"}],
+        2,
+        device="cpu",
+        self_ensemble=False,
+    )
     assert json.loads(json.dumps(report, allow_nan=False))["mean"]["model"]["psnr_y"] is None
     assert report["images"][0]["bicubic"]["psnr_y"] == 30.0
     assert report["model"] == {"file": "x"}
@@ -217,8 +310,14 @@ def test_json_has_null_for_infinity(tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 20), (24, 24), (1000, 700)])
 def test_pictures_of_any_shape(tmp_path, height, width):
-    folder = write_images(tmp_path / "hr", {"a_very_long_name_that_does_not_fit_below_a_column_of_the_sheet.png":
-                                            picture(height, width)})
+    folder = write_images(
+        tmp_path / "hr",
+        {
+            "a_very_long_name_that_does_not_fit_below_a_column_of_the_sheet.png": picture(
+                height, width
+            )
+        },
+    )
     network = VapSR(scale=2, num_features=4, num_attention_features=4, num_blocks=1)
     written = write_views(views_of(network, folder)[0], tmp_path / "out")
     with Image.open(written) as sheet:
@@ -230,8 +329,12 @@ def test_the_magnified_square_is_where_bicubic_fails(tmp_path):
     pixels = np.full((256, 256, 3), 128, dtype=np.uint8)
     pixels[128:240, 112:224] = np.where(np.indices((112, 112)).sum(0) % 2, 255, 0)[..., None]
     write_images(tmp_path / "hr", {"a.png": pixels})
-    sheet = np.asarray(Image.open(write_views(views_of(tiny_network(), tmp_path / "hr")[0], tmp_path / "out")))
-    magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][:448, :448]  # the lower panel of the HR column
+    sheet = np.asarray(
+        Image.open(write_views(views_of(tiny_network(), tmp_path / "hr")[0], tmp_path / "out"))
+    )
+    magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][
+        :448, :448
+    ]  # the lower panel of the HR column
     np.testing.assert_array_equal(magnified[::4, ::4], pixels[126:238, 112:224])
 
 
@@ -247,11 +350,18 @@ def test_the_command_on_the_newest_run(tmp_path):
     assert report["model"]["metadata"] == {"recipe": "demo", "step": "100"}
     assert (report["scale"], report["data"]["lr_made_by"]) == (2, "bicubic")
     assert {path.name for path in (tmp_path / "results" / "demo").iterdir()} == {
-        "a.png", "b.png", "evaluation.csv", "evaluation.json", "evaluation.md"}
+        "a.png",
+        "b.png",
+        "evaluation.csv",
+        "evaluation.json",
+        "evaluation.md",
+    }
     result = scores_of(read_network(file).build(), hr)
     assert report["mean"]["model"] == pytest.approx(result.mean("net"), abs=1e-3)
     assert report["mean"]["bicubic"] == pytest.approx(result.mean("bicubic"))
-    assert re.search(rf"^mean +{result.mean('bicubic')['psnr_y']:.3f} ", done.stdout, flags=re.MULTILINE)
+    assert re.search(
+        rf"^mean +{result.mean('bicubic')['psnr_y']:.3f} ", done.stdout, flags=re.MULTILINE
+    )
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
@@ -260,7 +370,14 @@ def test_the_command_refuses_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     cases = {
         "no run with a checkpoint in 'runs'; train one first": ("--hr", hr),
-        "--scale 2 contradicts the model, which is x3": ("--hr", hr, "--model", "x3.pth", "--scale", 2),
+        "--scale 2 contradicts the model, which is x3": (
+            "--hr",
+            hr,
+            "--model",
+            "x3.pth",
+            "--scale",
+            2,
+        ),
         "no folder of HR images 'nowhere'": ("--hr", "nowhere", "--model", "x3.pth"),
         "no device 'abacus' here": ("--hr", hr, "--model", "x3.pth", "--device", "abacus"),
         "cannot make the folder 'file": ("--hr", hr, "--model", "x3.pth", "--out", "file/deeper"),
@@ -286,10 +403,15 @@ def test_lpips_and_colour_drift_are_measured(tmp_path):
     assert model["lpips"] == pytest.approx(lpips, abs=1e-6)
     assert model["drift_red"] - bicubic["drift_red"] > 5
     assert abs(model["drift_blue"] - bicubic["drift_blue"]) < 1
-    line = f"  LPIPS, lower is better        bicubic {bicubic['lpips']:.4f}   model {model['lpips']:.4f}\n"
+    line = (
+        f"  LPIPS, lower is better        bicubic {bicubic['lpips']:.4f}   model "
+        f"{model['lpips']:.4f}\n"
+    )
     assert line in format_table(result, "net", 2)
     write_network(tmp_path / "a.pth", tiny_saved(scale=2))
-    done = evaluate_py("--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path)
+    done = evaluate_py(
+        "--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "without --lpips; say --lpips alex, squeeze or vgg" in done.stderr
 
@@ -300,7 +422,9 @@ class ReddishTwin(torch.nn.Module):
     scale, receptive_radius = 2, 1
 
     def forward(self, lr):
-        return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255 + torch.tensor([10 / 255, 0, 0]).view(3, 1, 1)
+        return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255 + torch.tensor(
+            [10 / 255, 0, 0]
+        ).view(3, 1, 1)
 
 
 def test_set5_x4_gives_the_published_numbers():

@@ -1,4 +1,5 @@
-"""An evaluation spread over processes: what one process gives, to the last byte, and an end that all of them share."""
+"""An evaluation spread over processes: what one process gives, to the last byte, and an end that
+all of them share."""
 
 from __future__ import annotations
 
@@ -34,32 +35,69 @@ def work(tmp_path_factory):
     for seed in (1, 2):
         write_network(folder / f"net{seed}.pth", tiny_saved(seed, scale=2))
     sizes = [(50, 61), (90, 140), (40, 44), (120, 80), (64, 64), (40, 44)]
-    write_images(folder / "hr", {f"{index} é,\"x\".png": picture(*size, index) for index, size in enumerate(sizes)})
-    write_images(folder / "sets" / "Set5" / "HR", {f"{index}.png": picture(50 + 9 * index, 70, 40 + index)
-                                                   for index in range(5)})
+    write_images(
+        folder / "hr",
+        {f'{index} é,"x".png': picture(*size, index) for index, size in enumerate(sizes)},
+    )
+    write_images(
+        folder / "sets" / "Set5" / "HR",
+        {f"{index}.png": picture(50 + 9 * index, 70, 40 + index) for index in range(5)},
+    )
     return folder
 
 
 def arguments(*more: str) -> list[str]:
-    return ["--hr", "hr", "--benchmark", "set5", "--benchmarks", "sets", "--model", "net1.pth", "net2.pth",
-            "--self-ensemble", "--html", "page", *more]
+    return [
+        "--hr",
+        "hr",
+        "--benchmark",
+        "set5",
+        "--benchmarks",
+        "sets",
+        "--model",
+        "net1.pth",
+        "net2.pth",
+        "--self-ensemble",
+        "--html",
+        "page",
+        *more,
+    ]
 
 
 def outputs(folder) -> dict[str, bytes]:
     """Every file below a folder; of the page, all but the minute it was made in."""
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", content) for name, content in files.items()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    return {
+        name: re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", content)
+        for name, content in files.items()
+    }
 
 
 def evaluate(command: list[str], cwd, **more):
-    return subprocess.run(command, cwd=cwd, env={**environment(), **more}, capture_output=True, text=True, timeout=120,
-                          check=False)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**environment(), **more},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
 def alone(work):
     """What one process writes and prints."""
-    lpips = ["--lpips", "squeeze", "--lpips-weights", str(shared("weights/lpips_squeeze_trunk.pth"))]
+    lpips = [
+        "--lpips",
+        "squeeze",
+        "--lpips-weights",
+        str(shared("weights/lpips_squeeze_trunk.pth")),
+    ]
     done = evaluate([warm.python(), EVALUATE, *arguments("--out", "alone", *lpips)], work)
     assert done.returncode == 0, done.stderr
     (work / "page" / "index.html").rename(work / "alone" / "index.html")
@@ -70,16 +108,36 @@ def launched(count: int, launcher: str) -> list[str]:
     if launcher == "--procs":
         return [warm.python(), EVALUATE, "--procs", str(count)]
     if launcher == "torchrun":
-        return [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), EVALUATE]
-    return [warm.python(), "-m", "deepspeed.launcher.launch", "--world_info", "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
-            "--master_addr", "127.0.0.1", "--master_port", "29417", EVALUATE]  # {"localhost": [0, 1]}
+        return [
+            warm.python(),
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(count),
+            EVALUATE,
+        ]
+    return [
+        warm.python(),
+        "-m",
+        "deepspeed.launcher.launch",
+        "--world_info",
+        "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "29417",
+        EVALUATE,
+    ]  # {"localhost": [0, 1]}
 
 
 @pytest.mark.parametrize(("count", "launcher"), [(3, "--procs"), (2, "torchrun"), (2, "deepspeed")])
 def test_processes_write_what_one_writes_to_the_last_byte(work, alone, count, launcher):
     lpips, expected, told = alone
     out = f"{launcher.strip('-')}{count}"
-    done = evaluate([*launched(count, launcher), *arguments("--out", out, *lpips)], work, DS_ACCELERATOR="cpu")
+    done = evaluate(
+        [*launched(count, launcher), *arguments("--out", out, *lpips)], work, DS_ACCELERATOR="cpu"
+    )
     assert done.returncode == 0, done.stderr
     (work / "page" / "index.html").rename(work / out / "index.html")
     found = outputs(work / out)
@@ -97,13 +155,27 @@ def printed(text: str) -> str:
 
 @pytest.mark.parametrize("launcher", ["--procs", "torchrun"])
 def test_a_broken_image_ends_all_with_one_line(work, tmp_path, launcher):
-    hr = write_images(tmp_path / "hr", {f"{index}.png": picture(60, 60, index) for index in range(5)})
+    hr = write_images(
+        tmp_path / "hr", {f"{index}.png": picture(60, 60, index) for index in range(5)}
+    )
     (hr / "3.png").write_bytes((hr / "2.png").read_bytes()[:600])
-    done = evaluate([*launched(2, launcher), "--hr", str(hr), "--model", "net1.pth", "--out", str(tmp_path / "out")],
-                    work)
+    done = evaluate(
+        [
+            *launched(2, launcher),
+            "--hr",
+            str(hr),
+            "--model",
+            "net1.pth",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        work,
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert re.fullmatch(r"error: image '.*3\.png' cannot be read \(.*\); replace or remove it", errors[0])
+    assert re.fullmatch(
+        r"error: image '.*3\.png' cannot be read \(.*\); replace or remove it", errors[0]
+    )
     assert not (tmp_path / "out" / "evaluation.json").exists()
     if launcher == "--procs":
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -116,12 +188,16 @@ def test_bad_options_are_refused_once(work):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no folder of HR images 'nowhere'\n"
     done = evaluate([warm.python(), EVALUATE, *arguments("--procs", "-1")], work)
-    assert (done.returncode, done.stderr) == (2, "error: --procs -1 must be 1 or more; leave it out for one per GPU\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --procs -1 must be 1 or more; leave it out for one per GPU\n",
+    )
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Images whose evaluation takes long enough to be ended in its middle: one, under many names."""
+    """Images whose evaluation takes long enough to be ended in its middle: one, under many
+    names."""
     hr = write_images(tmp_path_factory.mktemp("large") / "hr", {"0.png": picture(700, 700)})
     for index in range(1, 60):
         (hr / f"{index}.png").hardlink_to(hr / "0.png")
@@ -129,10 +205,27 @@ def large(tmp_path_factory):
 
 
 def start_slow(work, large, tmp_path):
-    """An evaluation of large images in two processes, once both are at work; and the ids of the two."""
-    command = [sys.executable, EVALUATE, "--procs", "2", "--hr", str(large), "--model", "net1.pth", "--self-ensemble"]
-    running = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=work, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """An evaluation of large images in two processes, once both are at work; and the ids of the
+    two."""
+    command = [
+        sys.executable,
+        EVALUATE,
+        "--procs",
+        "2",
+        "--hr",
+        str(large),
+        "--model",
+        "net1.pth",
+        "--self-ensemble",
+    ]
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        cwd=work,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out").glob("*.png"))) < 2:
         assert time.monotonic() < deadline
@@ -157,14 +250,18 @@ def test_a_killed_process_ends_the_others_and_is_named(work, large, tmp_path, ra
     os.kill(children[rank], signal.SIGKILL)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 1
-    assert errors == (f"error: process {rank + 1} of 2 was ended by SIGKILL; if memory ran out, start fewer with "
-                      "--procs\n")
+    assert errors == (
+        f"error: process {rank + 1} of 2 was ended by SIGKILL; if memory ran out, start fewer with "
+        "--procs\n"
+    )
     assert all(map(is_gone, children))
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize(("number", "status", "line"), [(signal.SIGINT, 130, "stopped\n"),
-                                                        (signal.SIGKILL, -signal.SIGKILL, "")])
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [(signal.SIGINT, 130, "stopped\n"), (signal.SIGKILL, -signal.SIGKILL, "")],
+)
 def test_all_end_with_the_one_that_was_started(work, large, tmp_path, number, status, line):
     running, children = start_slow(work, large, tmp_path)
     running.send_signal(number)
@@ -182,15 +279,24 @@ def test_a_gpu_each_and_no_more(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert [num_processes(0, "auto"), num_processes(2, "cuda"), num_processes(0, "cpu"), num_processes(3, "cpu"),
-            num_processes(0, "cuda:1")] == [4, 2, 1, 3, 1]
-    with pytest.raises(UserError, match="--procs 5: this machine has 4 GPUs; one process per GPU is the most"):
+    assert [
+        num_processes(0, "auto"),
+        num_processes(2, "cuda"),
+        num_processes(0, "cpu"),
+        num_processes(3, "cpu"),
+        num_processes(0, "cuda:1"),
+    ] == [4, 2, 1, 3, 1]
+    with pytest.raises(
+        UserError, match="--procs 5: this machine has 4 GPUs; one process per GPU is the most"
+    ):
         num_processes(5, "auto")
     with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is one device"):
         num_processes(2, "cuda:1")
     place = Place(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
     assert device_at(place, "auto") == Device("cuda", 1)
-    with pytest.raises(UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"):
+    with pytest.raises(
+        UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"
+    ):
         device_at(place, "cuda:1")
 
 
@@ -215,15 +321,36 @@ def test_the_numbers_do_not_depend_on_the_number_of_threads():
 def test_a_page_shows_the_same_images_as_of_one_process(work, alone):
     page = alone[1]["index.html"].decode()
     assert page.count('class="compare"') == 8  # two best and two worst of each set
-    with Image.open(work / "alone" / "hr" / "3 é,\"x\".png") as sheet:
+    with Image.open(work / "alone" / "hr" / '3 é,"x".png') as sheet:
         assert np.asarray(sheet).std() > 20
 
 
 def test_few_images_are_not_split(work, tmp_path):
-    assert [worth_starting(*numbers) for numbers in ((2, 4), (2, 3), (3, 5), (8, 100), (2, 0))] == [2, 1, 2, 8, 1]
-    hr = write_images(tmp_path / "hr", {f"{index}.png": picture(40, 50, index) for index in range(3)})
-    done = evaluate([warm.python(), EVALUATE, "--procs", "2", "--hr", str(hr), "--model", "net1.pth", "--out",
-                     str(tmp_path / "out")], work)
+    assert [worth_starting(*numbers) for numbers in ((2, 4), (2, 3), (3, 5), (8, 100), (2, 0))] == [
+        2,
+        1,
+        2,
+        8,
+        1,
+    ]
+    hr = write_images(
+        tmp_path / "hr", {f"{index}.png": picture(40, 50, index) for index in range(3)}
+    )
+    done = evaluate(
+        [
+            warm.python(),
+            EVALUATE,
+            "--procs",
+            "2",
+            "--hr",
+            str(hr),
+            "--model",
+            "net1.pth",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        work,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     note, model = done.stdout.splitlines()[:2]
     assert note == "note: 3 images are too few for 2 processes; 1 will do"
@@ -232,21 +359,30 @@ def test_few_images_are_not_split(work, tmp_path):
 
 def test_forks_have_the_imports_and_their_own_environment():
     """Seen in a process of its own, as this one has started threads."""
-    code = ("import os, sys\nfrom pipeline.cli import UserError\n"
-            "from pipeline.evaluation.processes import fork_processes\n"
-            "import torch\nparent = os.getpid()\ntorch.set_num_threads(1)\nprint('before')\n"
-            "def work():\n"
-            "    assert os.getppid() == parent and os.getsid(0) == os.getpid()\n"
-            "    rank = os.environ['RANK']\n"
-            "    print(f\"rank {rank} of {os.environ['WORLD_SIZE']} on {torch.get_num_threads()}\")\n"
-            "    if rank == sys.argv[1]:\n"
-            "        raise UserError('bad') if sys.argv[2] == 'bad' else RuntimeError('wrong')\n"
-            "    return 0\n"
-            "print('status', fork_processes(2, work))\n")
+    code = (
+        "import os, sys\nfrom pipeline.cli import UserError\n"
+        "from pipeline.evaluation.processes import fork_processes\n"
+        "import torch\nparent = os.getpid()\ntorch.set_num_threads(1)\nprint('before')\n"
+        "def work():\n"
+        "    assert os.getppid() == parent and os.getsid(0) == os.getpid()\n"
+        "    rank = os.environ['RANK']\n"
+        "    print(f\"rank {rank} of {os.environ['WORLD_SIZE']} on {torch.get_num_threads()}\")\n"
+        "    if rank == sys.argv[1]:\n"
+        "        raise UserError('bad') if sys.argv[2] == 'bad' else RuntimeError('wrong')\n"
+        "    return 0\n"
+        "print('status', fork_processes(2, work))\n"
+    )
 
     def told(rank, how):
-        done = subprocess.run([sys.executable, "-c", code, rank, how], cwd=CHECKOUT, env=environment(threads=1),
-                              capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, rank, how],
+            cwd=CHECKOUT,
+            env=environment(threads=1),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         return sorted(done.stdout.splitlines()), done.stderr
 
     assert told("2", "bad") == (["before", "rank 0 of 2 on 1", "rank 1 of 2 on 1", "status 0"], "")

@@ -1,4 +1,5 @@
-"""The page of an evaluation: one file that needs nothing else, and what a real browser makes of it."""
+"""The page of an evaluation: one file that needs nothing else, and what a real browser makes of
+it."""
 
 from __future__ import annotations
 
@@ -30,8 +31,13 @@ def page(tmp_path_factory):
         saved.metadata = {"recipe": "demo", "license": "CC0-1.0", "dataset_lists_sha256": "ab" * 32}
         write_network(folder / f"{name}.pth", saved)
     names = ["a", "b", "c", "d", "e", "f" * 60, HOSTILE.replace("/", "\u2215")]
-    hr = write_images(folder / "hr", {f"{name}.png": picture(90 + 10 * seed, 200 - 15 * seed, seed)
-                                      for seed, name in enumerate(names)})
+    hr = write_images(
+        folder / "hr",
+        {
+            f"{name}.png": picture(90 + 10 * seed, 200 - 15 * seed, seed)
+            for seed, name in enumerate(names)
+        },
+    )
     models = (folder / "first.pth", folder / "a model with a rather long name, step 100000.pth")
     run_evaluation(Options(hr=hr, model=models, out=folder / "out", html=folder / "html"))
     return folder / "html" / "index.html"
@@ -69,10 +75,18 @@ def test_the_gallery_keeps_the_best_and_the_worst_where_they_differ(order):
         hr = torch.full((1, 3, 500, 600), 100, dtype=torch.uint8)
         bicubic, model = hr.clone(), hr.clone()
         bicubic[..., 400:460, 500:560] = 160  # where the model gains
-        model[..., 20:80, 30:90] = 150        # where it errs most
+        model[..., 20:80, 30:90] = 150  # where it errs most
         scores = {"bicubic": {"psnr_y": 30.0}, "model": {"psnr_y": 30.0 + gains[index]}}
-        gallery.visit("set", index, Views(ImageScores(str(index), scores), hr, {"bicubic": bicubic, "model": model}))
-    assert [shown.scores.name for shown in gallery.best("set")] == ["2", "3", "5"]  # of two equal ones the first
+        gallery.visit(
+            "set",
+            index,
+            Views(ImageScores(str(index), scores), hr, {"bicubic": bicubic, "model": model}),
+        )
+    assert [shown.scores.name for shown in gallery.best("set")] == [
+        "2",
+        "3",
+        "5",
+    ]  # of two equal ones the first
     assert [shown.scores.name for shown in gallery.worst("set")] == ["6", "1", "4"]
     best, worst = gallery.best("set")[0], gallery.worst("set")[0]
     assert best.place[0] >= 392
@@ -82,8 +96,14 @@ def test_the_gallery_keeps_the_best_and_the_worst_where_they_differ(order):
     assert tuple(best.stage["HR"].shape[-2:]) == (STAGE, STAGE)
 
 
-@pytest.mark.parametrize(("values", "ticks"), [([0.0, 6.9], ["0", "+2", "+4", "+6", "+8"]), ([0.0], ["-0.6", "+0.6"]),
-                                               ([-0.013, 0.02], ["-0.02", "-0.01", "0.00", "+0.01", "+0.02"])])
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.0, 6.9], ["0", "+2", "+4", "+6", "+8"]),
+        ([0.0], ["-0.6", "+0.6"]),
+        ([-0.013, 0.02], ["-0.02", "-0.01", "0.00", "+0.01", "+0.02"]),
+    ],
+)
 def test_axes_have_round_ticks(values, ticks):
     axis = _Axis(values)
     found = [axis.text(tick, "+") for tick in axis.ticks]
@@ -100,7 +120,9 @@ BORDER = """const stage = document.querySelector('.stage'), box = stage.getBound
 def test_the_slider_moves_in_a_browser(page, tmp_path):
     with browser(tmp_path) as chromium:
         chromium.open(page, 1280, 900)
-        images = chromium.run("return [...document.images].map(image => image.complete && image.naturalWidth > 0)")
+        images = chromium.run(
+            "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
+        )
         assert len(images) == 6 * 4 + 6 * 4
         assert all(images)
         place, clip = chromium.run(BORDER)
@@ -110,28 +132,40 @@ def test_the_slider_moves_in_a_browser(page, tmp_path):
         assert chromium.run(BORDER)[0] == pytest.approx(0.2, abs=0.01)
         chromium.press(".stage input", "\ue014")  # right arrow
         assert chromium.run("return document.querySelector('.stage input').value") == "20.1"
-        assert chromium.run("return document.querySelector('.tag.on-left').textContent") == "bicubic"
+        assert (
+            chromium.run("return document.querySelector('.tag.on-left').textContent") == "bicubic"
+        )
         left, right = _halves(chromium, tmp_path)
         chromium.press(".compare select", "HR")
         assert chromium.run("return document.querySelector('.tag.on-left').textContent") == "HR"
-        assert chromium.run("return document.querySelector('.left-score').textContent") == "original"
+        assert (
+            chromium.run("return document.querySelector('.left-score').textContent") == "original"
+        )
         other_left, same_right = _halves(chromium, tmp_path)
         assert (np.abs(left - other_left) > 8).mean() > 0.01
         assert np.abs(right - same_right).max() <= 2
-        chromium.run("document.querySelectorAll('.compare select')[1].value = '3'; document.querySelector("
-                     "'.compare').querySelectorAll('select')[1].dispatchEvent(new Event('input'))")
+        chromium.run(
+            "document.querySelectorAll('.compare select')[1].value = '3'; document.querySelector("
+            "'.compare').querySelectorAll('select')[1].dispatchEvent(new Event('input'))"
+        )
         assert chromium.run(BORDER)[1] is None  # HR on both sides: nothing to cut off
         assert chromium.console() == []
 
 
 def _halves(chromium, folder):
-    """What is to be seen left and right of the border of the first slider, labels and handle left out."""
-    box = chromium.run("document.activeElement.blur(); const s = document.querySelector('.stage'); s.scrollIntoView({"
-                       "block: 'center', behavior: 'instant'}); const b = s.getBoundingClientRect();"
-                       "return [b.left, b.top, b.width, b.height]")
+    """What is to be seen left and right of the border of the first slider, labels and handle left
+    out."""
+    box = chromium.run(
+        "document.activeElement.blur(); const s = document.querySelector('.stage'); "
+        "s.scrollIntoView({"
+        "block: 'center', behavior: 'instant'}); const b = s.getBoundingClientRect();"
+        "return [b.left, b.top, b.width, b.height]"
+    )
     with Image.open(chromium.screenshot(folder / "window.png")) as window:
         left, top, width, height = (round(side) for side in box)
-        pixels = np.asarray(window.convert("RGB")).astype(int)[top + 40 : top + height - 4, left : left + width]
+        pixels = np.asarray(window.convert("RGB")).astype(int)[
+            top + 40 : top + height - 4, left : left + width
+        ]
     return pixels[:, 4 : int(0.1 * width)], pixels[:, int(0.4 * width) : -4]
 
 
@@ -140,9 +174,12 @@ def test_it_fits_a_phone_in_light_and_dark(page, tmp_path):
         for dark, paper in ((False, "rgb(247, 247, 245)"), (True, "rgb(18, 21, 24)")):
             chromium.open(page, 390, 844, dark)
             width, background, wide = chromium.run(
-                "return [document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor, "
-                "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 390.5 "
-                "&& !e.closest('.scroll') && !e.closest('svg')).map(e => e.outerHTML.slice(0, 80))]")
+                "return [document.documentElement.scrollWidth, "
+                "getComputedStyle(document.body).backgroundColor, "
+                "[...document.querySelectorAll('body *')].filter(e => "
+                "e.getBoundingClientRect().right > 390.5 "
+                "&& !e.closest('.scroll') && !e.closest('svg')).map(e => e.outerHTML.slice(0, 80))]"
+            )
             assert (width, background, wide) == (390, paper, [])
             shot = chromium.screenshot(tmp_path / "phone.png")
             with Image.open(shot) as window:

@@ -1,4 +1,5 @@
-"""`convert_to_onnx.py --int8`: what it loses is measured rightly, what loses too much is refused, INT8 is computed."""
+"""`convert_to_onnx.py --int8`: what it loses is measured rightly, what loses too much is refused,
+INT8 is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ from pipeline.images import cubic_resize
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
 
-PARAMS = {"num_features": 16, "num_attention_features": 16, "num_blocks": 2, "global_residual": "bicubic"}
+PARAMS = {
+    "num_features": 16,
+    "num_attention_features": 16,
+    "num_blocks": 2,
+    "global_residual": "bicubic",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +50,16 @@ def weights(tmp_path_factory):
 def photos(tmp_path_factory):
     """Folders of photographs to calibrate and to measure on."""
     folder = tmp_path_factory.mktemp("photos")
-    shipped = [photo.pixels[0].permute(1, 2, 0).numpy() for photo in read_photographs(None, "", 1, MEASURING)]
-    write_images(folder / "calibrate", {"a.png": shipped[0][:150, :200], "b.png": shipped[1][100:300, :100]})
-    write_images(folder / "measure", {"c.png": shipped[2][:101, 50:170], "d.png": shipped[1][:80, 300:421]})
+    shipped = [
+        photo.pixels[0].permute(1, 2, 0).numpy()
+        for photo in read_photographs(None, "", 1, MEASURING)
+    ]
+    write_images(
+        folder / "calibrate", {"a.png": shipped[0][:150, :200], "b.png": shipped[1][100:300, :100]}
+    )
+    write_images(
+        folder / "measure", {"c.png": shipped[2][:101, 50:170], "d.png": shipped[1][:80, 300:421]}
+    )
     return folder
 
 
@@ -55,8 +68,23 @@ def run(capsys, *arguments):
 
 
 def quantize(capsys, weights, photos, output, *arguments):
-    return run(capsys, "--input", weights, "--output", output, "--int8", "--calibrate", photos / "calibrate",
-               "--measure", photos / "measure", "--calibration-images", 4, "--keep-last", 1, *arguments)
+    return run(
+        capsys,
+        "--input",
+        weights,
+        "--output",
+        output,
+        "--int8",
+        "--calibrate",
+        photos / "calibrate",
+        "--measure",
+        photos / "measure",
+        "--calibration-images",
+        4,
+        "--keep-last",
+        1,
+        *arguments,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +94,39 @@ def made(weights, photos, tmp_path_factory):
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: told.append(" ".join(map(str, words))))
-        for arguments in (["--output", str(folder / "net.onnx")],
-                          ["--output", str(folder / "net_ov.onnx"), "--openvino", "--io", "uint8", "--layout",
-                           "nhwc"]):
+        for arguments in (
+            ["--output", str(folder / "net.onnx")],
+            [
+                "--output",
+                str(folder / "net_ov.onnx"),
+                "--openvino",
+                "--io",
+                "uint8",
+                "--layout",
+                "nhwc",
+            ],
+        ):
             with pytest.raises(SystemExit) as stop:
-                cli.run(convert_to_onnx.Options, convert_to_onnx.main,
-                        ["--input", str(weights), "--int8", "--calibrate", str(photos / "calibrate"), "--measure",
-                         str(photos / "measure"), "--calibration-images", "4", "--keep-last", "1", "--max-drop", "9",
-                         *arguments])
+                cli.run(
+                    convert_to_onnx.Options,
+                    convert_to_onnx.main,
+                    [
+                        "--input",
+                        str(weights),
+                        "--int8",
+                        "--calibrate",
+                        str(photos / "calibrate"),
+                        "--measure",
+                        str(photos / "measure"),
+                        "--calibration-images",
+                        "4",
+                        "--keep-last",
+                        "1",
+                        "--max-drop",
+                        "9",
+                        *arguments,
+                    ],
+                )
             assert not stop.value.code
     return folder, "\n".join(told)
 
@@ -99,15 +152,24 @@ def test_the_drop_is_that_of_the_papers_psnr(made, photos):
         planes = torch.from_numpy(hr / 255.0).permute(2, 0, 1)[None].float()
         small = cubic_resize(planes, (hr.shape[0] // 2, hr.shape[1] // 2))
         lr = np.clip(np.rint(small[0].permute(1, 2, 0).numpy() * 255), 0, 255).astype(np.uint8)
-        before, after = (peak_signal_noise_ratio(luma(hr)[2:-2, 2:-2],
-                                                 luma(upscaled_by_onnx(folder / file, lr))[2:-2, 2:-2], data_range=255)
-                         for file in ("net.onnx", "net_int8.onnx"))
-        line = re.search(rf"ONNX Runtime in INT8[^$]*?{name} +([\d.]+) +([\d.]+) +([-+][\d.]+)", told)
+        before, after = (
+            peak_signal_noise_ratio(
+                luma(hr)[2:-2, 2:-2],
+                luma(upscaled_by_onnx(folder / file, lr))[2:-2, 2:-2],
+                data_range=255,
+            )
+            for file in ("net.onnx", "net_int8.onnx")
+        )
+        line = re.search(
+            rf"ONNX Runtime in INT8[^$]*?{name} +([\d.]+) +([\d.]+) +([-+][\d.]+)", told
+        )
         assert float(line[1]) == pytest.approx(before, abs=6e-4)
         assert float(line[2]) == pytest.approx(after, abs=6e-4)
         assert float(line[3]) == pytest.approx(before - after, abs=6e-4)
         drops.append(before - after)
-    described = dict(onnxruntime.InferenceSession(folder / "net_int8.onnx").get_modelmeta().custom_metadata_map)
+    described = dict(
+        onnxruntime.InferenceSession(folder / "net_int8.onnx").get_modelmeta().custom_metadata_map
+    )
     assert float(described["psnr_y_drop"]) == pytest.approx(np.mean(drops), abs=1e-3)
     assert float(described["max_psnr_y_drop"]) == pytest.approx(max(drops), abs=1e-3)
     assert max(np.abs(drops)) > 1e-3  # there is something to measure
@@ -115,11 +177,20 @@ def test_the_drop_is_that_of_the_papers_psnr(made, photos):
 
 def test_the_files_say_how_they_were_made(made):
     folder, _ = made
-    described = dict(onnxruntime.InferenceSession(folder / "net_int8.onnx").get_modelmeta().custom_metadata_map)
+    described = dict(
+        onnxruntime.InferenceSession(folder / "net_int8.onnx").get_modelmeta().custom_metadata_map
+    )
     model = openvino.Core().read_model(folder / "net_ov_int8.xml")
-    for key, value in {"dtype": "int8", "architecture": "vapsr", "scale": "2", "calibration_images": "4",
-                       "calibration_seed": "0", "calibration_photographs": "2", "measured_photographs": "2",
-                       "float32_last_convolutions": "1"}.items():
+    for key, value in {
+        "dtype": "int8",
+        "architecture": "vapsr",
+        "scale": "2",
+        "calibration_images": "4",
+        "calibration_seed": "0",
+        "calibration_photographs": "2",
+        "measured_photographs": "2",
+        "float32_last_convolutions": "1",
+    }.items():
         assert described[key] == value
         assert model.get_rt_info(["vastscale", key]).astype(str) == value
     assert described.keys() >= {"psnr_y_drop", "io", "layout", "range"}
@@ -133,12 +204,21 @@ def test_convolutions_are_computed_in_int8_and_the_last_is_not(made, tmp_path):
     onnxruntime.InferenceSession(folder / "net_int8.onnx", options)
     run_as = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert run_as.count("QLinearConv") == count
-    dense = [node for node in onnx.load(folder / "net.onnx").graph.node if node.op_type == "Conv"
-             and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)]
+    dense = [
+        node
+        for node in onnx.load(folder / "net.onnx").graph.node
+        if node.op_type == "Conv"
+        and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)
+    ]
     assert count == len(dense) - 1
-    compiled = openvino.Core().compile_model(folder / "net_ov_int8.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    weights = [node.input(1).get_element_type().get_type_name() for node in compiled.get_runtime_model().get_ops()
-               if node.get_rt_info()["layerType"].astype(str) == "Convolution"]
+    compiled = openvino.Core().compile_model(
+        folder / "net_ov_int8.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    weights = [
+        node.input(1).get_element_type().get_type_name()
+        for node in compiled.get_runtime_model().get_ops()
+        if node.get_rt_info()["layerType"].astype(str) == "Convolution"
+    ]
     assert weights.count("i8") == count
     assert weights.count("f32") >= 1
 
@@ -147,10 +227,12 @@ def test_convolutions_are_computed_in_int8_and_the_last_is_not(made, tmp_path):
 def test_sizes_and_batches_stay_free(made, size):
     folder, _ = made
     images = np.stack([picture(*size[1:], seed) for seed in range(size[0])])
-    sr = onnxruntime.InferenceSession(folder / "net_int8.onnx").run(None, {
-        "input": images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)})[0]
-    exact = onnxruntime.InferenceSession(folder / "net.onnx").run(None, {
-        "input": images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)})[0]
+    sr = onnxruntime.InferenceSession(folder / "net_int8.onnx").run(
+        None, {"input": images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)}
+    )[0]
+    exact = onnxruntime.InferenceSession(folder / "net.onnx").run(
+        None, {"input": images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)}
+    )[0]
     assert 1e-4 < np.sqrt(np.square(sr - exact).mean()) < 0.03
     by_bytes = openvino.Core().compile_model(folder / "net_ov_int8.xml", "CPU")(images)[0]
     assert by_bytes.dtype == np.uint8
@@ -164,8 +246,10 @@ def test_what_loses_too_much_is_refused_and_leaves_nothing(weights, photos, caps
     drop = float(re.search(r"mean +[\d.]+ +[\d.]+ +([-+][\d.]+)", told)[1])
     assert drop > 0
     assert status == 1
-    assert err.startswith(f"error: INT8 loses {drop:.3f} dB of PSNR-Y in the mean of 2 photographs, and --max-drop "
-                          "allows 0, so that no file is written; ")
+    assert err.startswith(
+        f"error: INT8 loses {drop:.3f} dB of PSNR-Y in the mean of 2 photographs, and --max-drop "
+        "allows 0, so that no file is written; "
+    )
     assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net_int8.onnx"]
     assert (tmp_path / "net_int8.onnx").read_bytes() == b"the old one"
@@ -182,12 +266,17 @@ def test_crops_differ_by_seed_come_from_every_photograph_and_are_half_of_them_re
     first, again, other = (calibration_images(calibrating, 2, 8, seed) for seed in (0, 0, 1))
     assert len(first) == 8
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-    assert not all(one.shape == two.shape and torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    assert not all(
+        one.shape == two.shape and torch.equal(one, two)
+        for one, two in zip(first, other, strict=True)
+    )
     assert all(crop.dtype == torch.uint8 and max(crop.shape[-2:]) <= 96 for crop in first)
+
     def is_part(crop, image):
         height, width = crop.shape[-2:]
         places = image.unfold(2, height, 1).unfold(3, width, 1)
         return bool((places == crop[:, :, None, None]).flatten(4).all(4).all(1).any())
+
     parts = [[is_part(crop, photo.pixels) for photo in calibrating] for crop in first]
     assert [any(part) for part in parts].count(True) == 4
     assert all(any(part[number] for part in parts) for number in range(2))
@@ -202,19 +291,31 @@ def test_shipped_photographs_that_calibrate_do_not_measure():
 def test_a_photograph_cannot_calibrate_and_measure(photos, tmp_path):
     image = np.asarray(Image.open(photos / "measure" / "c.png"))
     write_images(tmp_path / "calibrate", {"another name.png": image})
-    with pytest.raises(UserError, match=r"'c\.png' of --measure is 'another name\.png' of --calibrate, too"):
+    with pytest.raises(
+        UserError, match=r"'c\.png' of --measure is 'another name\.png' of --calibrate, too"
+    ):
         gather(Int8(calibrate=tmp_path / "calibrate", measure=photos / "measure"))
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    (["--max-drop", "0.2"], "--max-drop is of --int8; add --int8, or leave it out"),
-    (["--int8", "--half"], "--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them out"),
-    (["--int8", "--max-drop", "-1"], "--max-drop -1 is not a number of dB from 0 on"),
-    (["--int8", "--keep-last", "-1"], "--keep-last -1 is below 0"),
-    (["--int8", "--calibration-images", "0"], "--calibration-images 0 is not from 1 to 10000"),
-    (["--int8", "--calibrate", "nowhere"], "no folder 'nowhere' of --calibrate"),
-    (["--int8", "--measure", "small"], r"'s\.png' of --measure is smaller than 64x64; remove it"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--max-drop", "0.2"], "--max-drop is of --int8; add --int8, or leave it out"),
+        (
+            ["--int8", "--half"],
+            "--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them "
+            "out",
+        ),
+        (["--int8", "--max-drop", "-1"], "--max-drop -1 is not a number of dB from 0 on"),
+        (["--int8", "--keep-last", "-1"], "--keep-last -1 is below 0"),
+        (["--int8", "--calibration-images", "0"], "--calibration-images 0 is not from 1 to 10000"),
+        (["--int8", "--calibrate", "nowhere"], "no folder 'nowhere' of --calibrate"),
+        (
+            ["--int8", "--measure", "small"],
+            r"'s\.png' of --measure is smaller than 64x64; remove it",
+        ),
+    ],
+)
 def test_bad_options_are_one_line(weights, capsys, tmp_path, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "small", {"s.png": picture(63, 90)})

@@ -64,8 +64,16 @@ def other():
 
 
 def convert_command(output, **options):
-    defaults = {"input": None, "io": "float", "layout": "nchw", "half": False, "opset": 20, "images": None,
-                "openvino": False, "tensorrt": False}
+    defaults = {
+        "input": None,
+        "io": "float",
+        "layout": "nchw",
+        "half": False,
+        "opset": 20,
+        "images": None,
+        "openvino": False,
+        "tensorrt": False,
+    }
     return conversion.run_conversion(output=output, **{**defaults, **options})
 
 
@@ -76,7 +84,9 @@ def converted(index):
     saved = saved_network(name, scale, params)
     network = saved.build()
     content = convert(saved, network, form)
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}  # it stays as it is
+    assert {parameter.dtype for parameter in network.parameters()} == {
+        torch.float32
+    }  # it stays as it is
     return saved, content
 
 
@@ -95,12 +105,22 @@ def test_every_network_at_any_size(tmp_path, photos, index):
     for check in batches:
         found = run(check.images)
         assert found.dtype == check.images.dtype
-        assert found.shape == form.shape(check.size[0], check.size[1] * scale, check.size[2] * scale)
-        assert np.ptp(check.expected) > (20 if form.io == "uint8" else 0.05)  # an empty image would agree by itself
+        assert found.shape == form.shape(
+            check.size[0], check.size[1] * scale, check.size[2] * scale
+        )
+        assert np.ptp(check.expected) > (
+            20 if form.io == "uint8" else 0.05
+        )  # an empty image would agree by itself
     model = onnx.load(path)
     props = {prop.key: prop.value for prop in model.metadata_props}
-    assert {"architecture": name, "scale": str(scale), "recipe": "demo", "step": "7", "io": form.io,
-            "layout": form.layout}.items() <= props.items()
+    assert {
+        "architecture": name,
+        "scale": str(scale),
+        "recipe": "demo",
+        "step": "7",
+        "io": form.io,
+        "layout": form.layout,
+    }.items() <= props.items()
     assert model.opset_import[0].version == form.opset
     assert str(CHECKOUT).encode() not in model.SerializeToString()
 
@@ -111,7 +131,9 @@ def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, 
     run = OnnxNetwork(tmp_path / "net.onnx", CPU)
     parity.compare("it", run, parity.checks(saved.build(), Form(), photos), Limit(90))
     wrong = parity.checks(tiny_network(0), Form(), photos)
-    with pytest.raises(RunError, match=r"it differs from PyTorch on 1 x 64x64: .* dB .*; 90 dB are asked for"):
+    with pytest.raises(
+        RunError, match=r"it differs from PyTorch on 1 x 64x64: .* dB .*; 90 dB are asked for"
+    ):
         parity.compare("it", run, wrong, Limit(90))
     nearly = tiny_network(1)
     with torch.no_grad():
@@ -124,12 +146,17 @@ def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, 
     parity.compare("it", lambda images: answers[images.shape], levels, LIMITS["uint8", False])
     for shift in (1, 2):  # of every value; a rounding tie is one level in few of them
         with pytest.raises(RunError, match="60 dB and at most 1 of 255 are asked for"):
-            parity.compare("it", lambda images, shift=shift: answers[images.shape].astype(int) + shift, levels,
-                           LIMITS["uint8", False])
+            parity.compare(
+                "it",
+                lambda images, shift=shift: answers[images.shape].astype(int) + shift,
+                levels,
+                LIMITS["uint8", False],
+            )
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda expected: np.full_like(expected, np.nan), lambda expected: expected[:, :, 1:]])
+@pytest.mark.parametrize(
+    "wrong", [lambda expected: np.full_like(expected, np.nan), lambda expected: expected[:, :, 1:]]
+)
 def test_the_gate_sees_nan_and_wrong_sizes(photos, wrong):
     batches = parity.checks(tiny_network(), Form(), photos)
     answers = {check.images.shape: wrong(check.expected) for check in batches}
@@ -144,15 +171,23 @@ def test_a_failed_comparison_leaves_no_file_under_its_name(tmp_path, monkeypatch
     output.write_bytes(b"an older one")
     monkeypatch.setattr(conversion, "convert", lambda saved, network, form: other[1])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(convert_to_onnx.Options, convert_to_onnx.main,
-                ["--input", str(tmp_path / "net.safetensors"), "--output", str(output)])
+        cli.run(
+            convert_to_onnx.Options,
+            convert_to_onnx.main,
+            ["--input", str(tmp_path / "net.safetensors"), "--output", str(output)],
+        )
     assert stopped.value.code == 1
     assert output.read_bytes() == b"an older one"
-    assert [path.name for path in sorted(output.parent.iterdir())] == ["net.onnx", "net.onnx.failed"]
+    assert [path.name for path in sorted(output.parent.iterdir())] == [
+        "net.onnx",
+        "net.onnx.failed",
+    ]
     told = capsys.readouterr()
     assert "-> x2" not in told.out
-    assert re.fullmatch(r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; do not use it\n",
-                        told.err)
+    assert re.fullmatch(
+        r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; do not use it\n",
+        told.err,
+    )
 
 
 def test_networks_of_windows_are_proven_in_fp32_first(tmp_path, monkeypatch):
@@ -181,9 +216,17 @@ def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(conversion, "convert", lambda saved, network, form: content)
     write_network(tmp_path / "net.pth", saved)
     output = tmp_path / "net.onnx"
-    images = write_images(tmp_path / "photos", {"a.png": picture(70, 90), "b.jpg": picture(20, 30, 1)})
-    options = {"input": tmp_path / "net.pth", "io": form.io, "layout": form.layout, "images": images, "openvino": True,
-               "tensorrt": True}
+    images = write_images(
+        tmp_path / "photos", {"a.png": picture(70, 90), "b.jpg": picture(20, 30, 1)}
+    )
+    options = {
+        "input": tmp_path / "net.pth",
+        "io": form.io,
+        "layout": form.layout,
+        "images": images,
+        "openvino": True,
+        "tensorrt": True,
+    }
     assert convert_command(output, **options) == 0
     out = capsys.readouterr().out
     assert "OpenVINO (FP16 weights) against PyTorch" in out
@@ -191,9 +234,13 @@ def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
     names = {"net.pth", "net.onnx", "net.xml", "net.bin", "photos"}
     assert {path.name for path in tmp_path.iterdir()} - {"net.engine"} == names
     run = OpenVinoNetwork(tmp_path / "net.xml", CPU)
-    parity.compare("OpenVINO", run, parity.checks(saved.build(), form, photos), LIMITS["uint8", True])
+    parity.compare(
+        "OpenVINO", run, parity.checks(saved.build(), form, photos), LIMITS["uint8", True]
+    )
     assert b'<architecture value="vapsr"' in (tmp_path / "net.xml").read_bytes()
-    monkeypatch.setattr(conversion, "OpenVinoNetwork", lambda xml, device: lambda batch: np.zeros(1, np.uint8))
+    monkeypatch.setattr(
+        conversion, "OpenVinoNetwork", lambda xml, device: lambda batch: np.zeros(1, np.uint8)
+    )
     (tmp_path / "net.xml").write_text("an older one")
     with pytest.raises(RunError, match=r"net\.failed\.xml'; do not use it"):
         convert_command(output, **options)
@@ -203,14 +250,22 @@ def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
 
 def test_the_command_converts_the_newest_run(tmp_path):
     run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
-    done = subprocess.run([warm.python(), str(CHECKOUT / "convert_to_onnx.py"), "--output", "demo.onnx", "--half"],
-                          cwd=tmp_path, timeout=120, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [warm.python(), str(CHECKOUT / "convert_to_onnx.py"), "--output", "demo.onnx", "--half"],
+        cwd=tmp_path,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "vapsr x2 of runs/demo/checkpoints/step-00000100/generator_ema.safetensors"
     assert lines[-1].startswith("demo.onnx  (0.0")
-    assert "RGB float16 in [0, 1], (batch, 3, height, width) -> x2; input 'input', output 'output'" in lines[-1]
+    assert (
+        "RGB float16 in [0, 1], (batch, 3, height, width) -> x2; input 'input', output 'output'"
+        in lines[-1]
+    )
     props = {prop.key: prop.value for prop in onnx.load(tmp_path / "demo.onnx").metadata_props}
     assert (props["recipe"], props["step"], props["dtype"]) == ("demo", "100", "float16")
     expected = read_network(run_network_file(run, 100, ema=True)).build()
@@ -260,15 +315,18 @@ class Deciding(nn.Module):
 
 def test_what_cannot_be_converted_is_one_line(tmp_path):
     saved = SavedNetwork("spandrel", 2, {"arch": "SAFMN"}, {})
-    with pytest.raises(UserError, match="'SAFMN' cannot be written as ONNX for images of any size") as caught:
+    with pytest.raises(
+        UserError, match="'SAFMN' cannot be written as ONNX for images of any size"
+    ) as caught:
         convert(saved, Deciding(), Form())
     assert "\n" not in str(caught.value)
     (tmp_path / "empty").mkdir()
     for message, options in {
-            r"net\.pth' does not end in \.onnx; name it net\.onnx": {"output": tmp_path / "net.pth"},
-            r"--opset 16 is not from 17 to 23": {"opset": 16},
-            r"no images in .*empty' of --images": {"images": tmp_path / "empty"},
-            r"no folder .*none' of --images": {"images": tmp_path / "none"}}.items():
+        r"net\.pth' does not end in \.onnx; name it net\.onnx": {"output": tmp_path / "net.pth"},
+        r"--opset 16 is not from 17 to 23": {"opset": 16},
+        r"no images in .*empty' of --images": {"images": tmp_path / "empty"},
+        r"no folder .*none' of --images": {"images": tmp_path / "none"},
+    }.items():
         with pytest.raises(UserError, match=message):
             convert_command(**{"output": tmp_path / "net.onnx", **options})
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
@@ -279,7 +337,10 @@ def test_what_cannot_be_converted_is_one_line(tmp_path):
 
 def test_small_photographs_are_continued_and_all_of_them_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "MOST_PHOTOGRAPHS", 9)
-    folder = write_images(tmp_path, {f"{number:02d}.png": np.full((5, 4, 3), number, np.uint8) for number in range(12)})
+    folder = write_images(
+        tmp_path,
+        {f"{number:02d}.png": np.full((5, 4, 3), number, np.uint8) for number in range(12)},
+    )
     photos = parity.photographs(folder)
     assert len(photos) == 9
     batches = parity.checks(tiny_network(), Form(io="uint8"), photos)
@@ -297,4 +358,6 @@ def test_forms():
         floats = with_form(network, Form(layout="nhwc"))(lr.permute(0, 2, 3, 1))
         assert torch.equal(floats.permute(0, 3, 1, 2), network(lr))
     assert tensorrt_file.command("a.onnx", "a.engine", Form()).startswith(
-        f"trtexec --onnx=a.onnx --saveEngine=a.engine --stronglyTyped --minShapes={INPUT}:1x3x16x16 --optShapes=")
+        "trtexec --onnx=a.onnx --saveEngine=a.engine --stronglyTyped "
+        f"--minShapes={INPUT}:1x3x16x16 --optShapes="
+    )

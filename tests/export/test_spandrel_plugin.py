@@ -17,15 +17,23 @@ MAIN_REGISTRY = spandrel_plugin.MAIN_REGISTRY
 SMALL = {"num_features": 8, "num_blocks": 2}
 VAPSR = {**SMALL, "num_attention_features": 12}
 NETWORKS = [
-    ("VapSR", 4, VAPSR), ("VapSR", 3, {**VAPSR, "global_residual": "bicubic"}),
-    ("VapSR", 2, {**VAPSR, "projection_kernel": 3, "value_range": "signed"}), ("VapSR", 2, {**VAPSR, "conv_groups": 2}),
-    ("SRResNet", 2, SMALL), ("SRResNet", 4, SMALL), ("SRResNet", 8, SMALL),
-    ("MSRResNet", 2, SMALL), ("MSRResNet", 3, SMALL), ("MSRResNet", 4, {**SMALL, "global_residual": "bilinear"}),
+    ("VapSR", 4, VAPSR),
+    ("VapSR", 3, {**VAPSR, "global_residual": "bicubic"}),
+    ("VapSR", 2, {**VAPSR, "projection_kernel": 3, "value_range": "signed"}),
+    ("VapSR", 2, {**VAPSR, "conv_groups": 2}),
+    ("SRResNet", 2, SMALL),
+    ("SRResNet", 4, SMALL),
+    ("SRResNet", 8, SMALL),
+    ("MSRResNet", 2, SMALL),
+    ("MSRResNet", 3, SMALL),
+    ("MSRResNet", 4, {**SMALL, "global_residual": "bilinear"}),
 ]
 
 
 def loader():
-    from spandrel import ModelLoader  # not at the top: the plugin makes it importable where torchvision is broken
+    from spandrel import (
+        ModelLoader,
+    )  # not at the top: the plugin makes it importable where torchvision is broken
 
     return ModelLoader()
 
@@ -58,7 +66,9 @@ def assert_equal_output(descriptor, network, lr=None):
 def test_our_files_open_and_make_our_images(tmp_path, name, scale, params, suffix):
     network = random_network(name, scale, params)
     path = tmp_path / f"net{suffix}"
-    write_network(path, SavedNetwork(spandrel_plugin.ADDED[name], scale, params, network.state_dict()))
+    write_network(
+        path, SavedNetwork(spandrel_plugin.ADDED[name], scale, params, network.state_dict())
+    )
     found = loader().load_from_file(path)
     assert (str(found.architecture.id), found.scale, found.purpose) == (name, scale, "SR")
     assert (found.input_channels, found.output_channels) == (3, 3)
@@ -77,13 +87,17 @@ def test_half_precision_runs():
     found = loader().load_from_state_dict(network.state_dict()).half()
     assert found.dtype == torch.float16
     with torch.inference_mode():
-        assert (found(image().half()).float() - network(image()).clamp(0, 1)).abs().max() < 0.03  # values up to 4
+        assert (
+            found(image().half()).float() - network(image()).clamp(0, 1)
+        ).abs().max() < 0.03  # values up to 4
 
 
 def test_the_names_of_other_projects_are_known():
     network = random_network("SRResNet", 2, SMALL)
-    older = {name.replace("conv1.0", "conv_block1.0").replace("conv1.1", "conv_block1.1"): tensor
-             for name, tensor in network.state_dict().items()}
+    older = {
+        name.replace("conv1.0", "conv_block1.0").replace("conv1.1", "conv_block1.1"): tensor
+        for name, tensor in network.state_dict().items()
+    }
     assert "conv_block1.0.weight" in older
     assert_equal_output(loader().load_from_state_dict(older), network)
 
@@ -97,11 +111,18 @@ def test_the_released_vapsr_opens():
 
 def test_what_spandrel_knows_stays_its_own():
     for name, arch in (("rrdbnet", "ESRGAN"), ("compact", "Compact")):
-        small = {"num_features": 8, "num_blocks": 1} if name == "rrdbnet" else {"num_features": 8, "num_conv": 2}
+        small = (
+            {"num_features": 8, "num_blocks": 1}
+            if name == "rrdbnet"
+            else {"num_features": 8, "num_conv": 2}
+        )
         state = build_generator(name, 4, **small).state_dict()
         assert str(loader().load_from_state_dict(state).architecture.id) == arch
         assert not any(MAIN_REGISTRY[added].detect(state) for added in spandrel_plugin.ADDED)
-    assert not any(MAIN_REGISTRY[added].detect({"a": 1, "b": torch.zeros(2)}) for added in spandrel_plugin.ADDED)
+    assert not any(
+        MAIN_REGISTRY[added].detect({"a": 1, "b": torch.zeros(2)})
+        for added in spandrel_plugin.ADDED
+    )
 
 
 def test_it_may_be_imported_twice():
@@ -139,7 +160,13 @@ def test_it_works_as_a_single_file(tmp_path, way):
     network = random_network("MSRResNet", 2, SMALL)
     weights = tmp_path / "net.safetensors"
     write_network(weights, SavedNetwork("msrresnet", 2, SMALL, network.state_dict()))
-    done = subprocess.run([sys.executable, "-c", AS_CUSTOM_NODE, str(node), str(weights)], cwd=tmp_path, timeout=120,
-                          env={"PATH": "", "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_CUSTOM_NODE, str(node), str(weights)],
+        cwd=tmp_path,
+        timeout=120,
+        env={"PATH": "", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.returncode) == ("MSRResNet 2\n", 0), done.stderr
     assert done.stderr == ""

@@ -30,7 +30,9 @@ sys.meta_path.insert(0, Blocker())
 
 def equal_states(first, second):
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
+    )
 
 
 @pytest.fixture
@@ -42,30 +44,59 @@ def alone(tmp_path):
 
 
 def python(*arguments, cwd, env):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, timeout=120, capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_path, alone):
-    assert python("-c", "import deepspeed", cwd=tmp_path, env=alone).returncode == 1  # the blocker works
+    assert (
+        python("-c", "import deepspeed", cwd=tmp_path, env=alone).returncode == 1
+    )  # the blocker works
     run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
     done = python(CHECKOUT / "export_trained_model.py", cwd=tmp_path, env=alone)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (run / "export").iterdir()} == {"demo_x2.pth", "demo_x2.safetensors"}
+    assert {path.name for path in (run / "export").iterdir()} == {
+        "demo_x2.pth",
+        "demo_x2.safetensors",
+    }
     trained = read_network(run_network_file(run, 100, ema=True))
     for suffix in ("pth", "safetensors"):
         found = read_network(run / "export" / f"demo_x2.{suffix}")
         assert equal_states(found.state_dict, trained.state_dict)
-        assert (found.name, found.scale, found.params) == (trained.name, trained.scale, trained.params)
+        assert (found.name, found.scale, found.params) == (
+            trained.name,
+            trained.scale,
+            trained.params,
+        )
         count = sum(parameter.numel() for parameter in trained.build().parameters())
-        assert found.metadata == {"recipe": "demo", "step": "100", "weights": "averaged (EMA)", "dtype": "float32",
-                                  "parameters": str(count), "validation": '{"psnr_y": 30.0}'}
+        assert found.metadata == {
+            "recipe": "demo",
+            "step": "100",
+            "weights": "averaged (EMA)",
+            "dtype": "float32",
+            "parameters": str(count),
+            "validation": '{"psnr_y": 30.0}',
+        }
         assert f"runs/demo/export/demo_x2.{suffix}" in done.stdout
     assert f"step 100, averaged (EMA) weights in float32, {count:,} parameters" in done.stdout
     # What it prints of Python works as it stands.
     code = "\n".join(line.split("Python:", 1)[-1].strip() for line in done.stdout.splitlines()[-2:])
-    assert python("-c", f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{code}\nassert not network.training",
-                  cwd=tmp_path, env=alone).returncode == 0
+    assert (
+        python(
+            "-c",
+            f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{code}\nassert not "
+            "network.training",
+            cwd=tmp_path,
+            env=alone,
+        ).returncode
+        == 0
+    )
 
 
 def test_files_are_what_other_programs_expect(tmp_path):
@@ -78,22 +109,34 @@ def test_files_are_what_other_programs_expect(tmp_path):
     with safetensors.safe_open(str(flat), framework="pt") as file:
         assert set(file.keys()) == set(trained)
         shown = file.metadata()
-    assert (shown["architecture"], shown["scale"], shown["recipe"], shown["step"]) == ("vapsr", "2", "demo", "200")
+    assert (shown["architecture"], shown["scale"], shown["recipe"], shown["step"]) == (
+        "vapsr",
+        "2",
+        "demo",
+        "200",
+    )
 
 
 def test_files_tell_of_dataset_validation_and_licence(dataset, tmp_path):
     """A real run: what its manifest and its log say, and nothing of what they do not."""
-    train(dataset, tmp_path / "runs" / "real", "steps=8", "validate_every=2", "save_every=4", "keep=9")
+    train(
+        dataset, tmp_path / "runs" / "real", "steps=8", "validate_every=2", "save_every=4", "keep=9"
+    )
     run = tmp_path / "runs" / "real"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     psnr = {line["step"]: line["psnr_y"] for line in lines if line["event"] == "validation"}
-    identity = json.loads((run / "checkpoints" / "step-00000004" / "MANIFEST.json").read_text())["identity"]["dataset"]
+    identity = json.loads((run / "checkpoints" / "step-00000004" / "MANIFEST.json").read_text())[
+        "identity"
+    ]["dataset"]
     exported = export_run(run, 4, license_name="CC-BY-4.0", output_dir=tmp_path / "out")
     assert verify(exported) == []
     for file in exported.files:
         found = read_network(file).metadata
         assert found["license"] == "CC-BY-4.0"
-        assert (found["dataset_lists_sha256"], len(found["dataset_lists_sha256"])) == (identity["lists_sha256"], 64)
+        assert (found["dataset_lists_sha256"], len(found["dataset_lists_sha256"])) == (
+            identity["lists_sha256"],
+            64,
+        )
         assert (found["dataset_training_files"], found["dataset_validation_files"]) == ("10", "3")
         assert json.loads(found["validation"]) == {"psnr_y": psnr[4]}
     raw = export_run(run, 4, raw=True).saved.metadata
@@ -104,10 +147,28 @@ def test_a_report_of_these_very_weights_goes_into_the_files(tmp_path):
     run = make_run(tmp_path / "runs", best=100)
     hr = write_images(tmp_path / "hr", {f"{i}.png": picture(48, 64, i) for i in range(3)})
     report, weights = tmp_path / "evaluation.json", run_network_file(run, 100, ema=True)
-    done = python(CHECKOUT / "evaluate.py", "--model", weights, "--hr", hr, "--json", report, "--out", tmp_path / "out",
-                  cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = python(
+        CHECKOUT / "evaluate.py",
+        "--model",
+        weights,
+        "--hr",
+        hr,
+        "--json",
+        report,
+        "--out",
+        tmp_path / "out",
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr
-    done = python(CHECKOUT / "export_trained_model.py", run, "--evaluation", report, cwd=tmp_path, env={**os.environ})
+    done = python(
+        CHECKOUT / "export_trained_model.py",
+        run,
+        "--evaluation",
+        report,
+        cwd=tmp_path,
+        env={**os.environ},
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(read_network(run / "export" / "demo_x2.safetensors").metadata["evaluation"])
     expected = json.loads(report.read_text())["mean"]["model"]
@@ -133,15 +194,25 @@ def test_raw_and_half_go_into_files_of_their_own(tmp_path):
     run = make_run(tmp_path, global_residual="bicubic")
     export_run(run, 200)
     exported = export_run(run, 100, raw=True, half=True, output_dir=tmp_path / "out")
-    assert [path.name for path in exported.files] == ["demo_x2_raw_fp16.pth", "demo_x2_raw_fp16.safetensors"]
+    assert [path.name for path in exported.files] == [
+        "demo_x2_raw_fp16.pth",
+        "demo_x2_raw_fp16.safetensors",
+    ]
     assert verify(exported) == []
     trained = read_network(run_network_file(run, 100, ema=False)).state_dict
     for file in exported.files:
         found = read_network(file)
         assert found.metadata["dtype"] == "float16"
-        assert found.state_dict["residual_kernel"].dtype == torch.float32  # a buffer: rounding it would tint the image
-        assert equal_states(found.state_dict, {
-            key: tensor if key == "residual_kernel" else tensor.half() for key, tensor in trained.items()})
+        assert (
+            found.state_dict["residual_kernel"].dtype == torch.float32
+        )  # a buffer: rounding it would tint the image
+        assert equal_states(
+            found.state_dict,
+            {
+                key: tensor if key == "residual_kernel" else tensor.half()
+                for key, tensor in trained.items()
+            },
+        )
 
 
 def test_the_dtype_is_that_of_weights_not_of_tables(tmp_path):
@@ -160,13 +231,19 @@ def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert [str(file) in fault and "not hold the tensors that were written" in fault
-            for fault in verify(exported)] == [True]
+    assert [
+        str(file) in fault and "not hold the tensors that were written" in fault
+        for fault in verify(exported)
+    ] == [True]
     content[-1] ^= 1
-    step = content.rindex(b'\\"step\\"')   # of the description, which is JSON within the JSON of the header
+    step = content.rindex(
+        b'\\"step\\"'
+    )  # of the description, which is JSON within the JSON of the header
     content[step:] = content[step:].replace(b"200", b"201", 1)
     file.write_bytes(content)
-    assert ["not hold the description that was written" in fault for fault in verify(exported)] == [True]
+    assert ["not hold the description that was written" in fault for fault in verify(exported)] == [
+        True
+    ]
 
 
 def test_a_file_that_reads_back_wrong_is_exit_1(tmp_path, monkeypatch, capsys):
@@ -174,8 +251,12 @@ def test_a_file_that_reads_back_wrong_is_exit_1(tmp_path, monkeypatch, capsys):
 
     run = make_run(tmp_path, best=200)
     monkeypatch.setattr(torch_file, "write_network", _writing_zeros(torch_file.write_network))
-    assert torch_file.run_export(run, "best", raw=False, half=False, license="", evaluation=None,
-                                 output_dir=None) == 1
+    assert (
+        torch_file.run_export(
+            run, "best", raw=False, half=False, license="", evaluation=None, output_dir=None
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert captured.err.count("does not hold the tensors that were written") == 2
     assert captured.out == ""
@@ -196,7 +277,9 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, alone):
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert message in done.stderr
     run = make_run(tmp_path / "runs", best=100)
-    done = python(CHECKOUT / "export_trained_model.py", run, "--step", "150", cwd=tmp_path, env=alone)
+    done = python(
+        CHECKOUT / "export_trained_model.py", run, "--step", "150", cwd=tmp_path, env=alone
+    )
     assert done.returncode == 2
     assert "no complete checkpoint of step 150; choose from best, newest, 100, 200" in done.stderr
     (tmp_path / "file").write_text("")
@@ -205,9 +288,12 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, alone):
 
 
 def test_importing_does_nothing_and_needs_no_training_packages(tmp_path, alone):
-    code = ("import sys, torch; before = torch.random.get_rng_state().clone()\n"
-            f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
-            "import pipeline.export.torch_file, pipeline.evaluation.command, evaluate, export_trained_model\n"
-            "assert torch.equal(before, torch.random.get_rng_state())")
+    code = (
+        "import sys, torch; before = torch.random.get_rng_state().clone()\n"
+        f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
+        "import pipeline.export.torch_file, pipeline.evaluation.command, evaluate, "
+        "export_trained_model\n"
+        "assert torch.equal(before, torch.random.get_rng_state())"
+    )
     done = python("-c", code, cwd=tmp_path, env=alone)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

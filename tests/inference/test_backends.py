@@ -1,4 +1,5 @@
-"""`upscale.py --backend`: every back-end makes PyTorch's images, conversions are kept, and the fastest is chosen."""
+"""`upscale.py --backend`: every back-end makes PyTorch's images, conversions are kept, and the
+fastest is chosen."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Weights, pictures of several modes and odd sizes, what PyTorch makes of them, and a cache for all tests."""
+    """Weights, pictures of several modes and odd sizes, what PyTorch makes of them, and a cache for
+    all tests."""
     folder = tmp_path_factory.mktemp("work")
     write_network(folder / "tiny.safetensors", tiny_saved(0))
     pictures = folder / "pictures"
@@ -56,7 +58,9 @@ def work(tmp_path_factory):
     Image.fromarray(image).save(pictures / "color.png")
     Image.fromarray(np.dstack([image, picture(61, 83, 2)[..., 0] | 8])).save(pictures / "alpha.png")
     Image.fromarray(picture(33, 17, 3)[..., 0]).save(pictures / "gray.png")
-    tifffile.imwrite(pictures / "deep.tif", picture(40, 45, 4).astype(np.uint16) * 257 + 100, photometric="rgb")
+    tifffile.imwrite(
+        pictures / "deep.tif", picture(40, 45, 4).astype(np.uint16) * 257 + 100, photometric="rgb"
+    )
     return folder
 
 
@@ -81,7 +85,9 @@ def run(capsys, *arguments):
 def upscaled(capsys, work, out, *arguments, model="tiny.safetensors", names=NAMES):
     """The results as arrays, and what was printed, of a run that worked."""
     inputs = [work / "pictures" / name for name in names]
-    status, told, err = run(capsys, *inputs, "-o", out, "--model", work / model, "--format", "tif", *arguments)
+    status, told, err = run(
+        capsys, *inputs, "-o", out, "--model", work / model, "--format", "tif", *arguments
+    )
     assert (status, err) == (0, "")
     return [tifffile.imread(out / f"{Path(name).stem}.tif") for name in names], told
 
@@ -91,9 +97,21 @@ def expected(work, tmp_path_factory):
     """What PyTorch makes of the pictures, untiled."""
     out = tmp_path_factory.mktemp("expected")
     with pytest.raises(SystemExit) as stop:
-        cli.run(upscale.Options, upscale.main,
-                [str(work / "pictures"), "-o", str(out), "--model", str(work / "tiny.safetensors"), "--backend",
-                 "torch", "--format", "tif"])
+        cli.run(
+            upscale.Options,
+            upscale.main,
+            [
+                str(work / "pictures"),
+                "-o",
+                str(out),
+                "--model",
+                str(work / "tiny.safetensors"),
+                "--backend",
+                "torch",
+                "--format",
+                "tif",
+            ],
+        )
     assert not stop.value.code
     return [tifffile.imread(out / f"{Path(name).stem}.tif") for name in NAMES]
 
@@ -109,17 +127,22 @@ def assert_near(found, expected, levels=1, deep_levels=1):
 
 @pytest.mark.parametrize("backend", FILE_BACKENDS)
 @pytest.mark.parametrize("tile", [0, 32])
-def test_every_backend_makes_the_images_of_pytorch(work, kept, expected, capsys, tmp_path, backend, tile):
+def test_every_backend_makes_the_images_of_pytorch(
+    work, kept, expected, capsys, tmp_path, backend, tile
+):
     found, told = upscaled(capsys, work, tmp_path, "--backend", backend, "--tile", tile)
     assert_near(found, expected)
     title = FILE_BACKENDS[backend].title
-    assert re.search(rf"\(vapsr x2\) on cpu by {title} [\d.]+ \(converted, kept in .*converted\); 4 files", told)
+    assert re.search(
+        rf"\(vapsr x2\) on cpu by {title} [\d.]+ \(converted, kept in .*converted\); 4 files", told
+    )
 
 
-def test_a_network_is_converted_once_and_a_broken_file_is_made_anew(work, alone, expected, capsys, tmp_path,
-                                                                      monkeypatch):
+def test_a_network_is_converted_once_and_a_broken_file_is_made_anew(
+    work, alone, expected, capsys, tmp_path, monkeypatch
+):
     upscaled(capsys, work, tmp_path / "1", "--backend", "onnx")
-    file, = alone.glob("*.onnx")
+    (file,) = alone.glob("*.onnx")
     content, when = file.read_bytes(), file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(onnx_file, "convert", lambda *_: pytest.fail("converted again"))
@@ -131,7 +154,15 @@ def test_a_network_is_converted_once_and_a_broken_file_is_made_anew(work, alone,
     assert_near(upscaled(capsys, work, tmp_path / "3", "--backend", "onnx")[0], expected)
     assert file.read_bytes() == content
     write_network(work / "other.safetensors", tiny_saved(7))
-    upscaled(capsys, work, tmp_path / "4", "--backend", "onnx", model="other.safetensors", names=("gray.png",))
+    upscaled(
+        capsys,
+        work,
+        tmp_path / "4",
+        "--backend",
+        "onnx",
+        model="other.safetensors",
+        names=("gray.png",),
+    )
     assert len(list(alone.glob("*.onnx"))) == 2
 
 
@@ -152,37 +183,70 @@ def judged(conversion, **verdicts):
         conversion.keep_verdict(FILE_BACKENDS[name], verdict)
 
 
-@pytest.mark.parametrize(("openvino", "onnx_runtime", "line"), [
-    (Verdict(share=0.5), Verdict(share=0.8), r"by OpenVINO [\d.]+ \(converted, kept in .*, 2\.0 times as fast as"),
-    (Verdict(share=0.9), Verdict(share=0.8), r"by ONNX Runtime [\d.]+ \(converted, kept in .*, 1\.2 times as fast as"),
-    (Verdict(reason="it broke"), Verdict(share=0.8), r"by ONNX Runtime [\d.]+ \("),
-    (Verdict(share=1.1), Verdict(share=1.3), r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime measured slower here\)"),
-    (Verdict(reason="it broke"), Verdict(reason="it broke"), r"by PyTorch [\d.]+ \(it broke\)"),
-    (None, Verdict(share=1.3), r"by PyTorch [\d.]+ \(OpenVINO: conversion would take longer than it saves\)"),
-    (None, None, r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)"),
-])
-def test_the_fastest_as_measured_is_chosen(work, alone, capsys, tmp_path, openvino, onnx_runtime, line):
+@pytest.mark.parametrize(
+    ("openvino", "onnx_runtime", "line"),
+    [
+        (
+            Verdict(share=0.5),
+            Verdict(share=0.8),
+            r"by OpenVINO [\d.]+ \(converted, kept in .*, 2\.0 times as fast as",
+        ),
+        (
+            Verdict(share=0.9),
+            Verdict(share=0.8),
+            r"by ONNX Runtime [\d.]+ \(converted, kept in .*, 1\.2 times as fast as",
+        ),
+        (Verdict(reason="it broke"), Verdict(share=0.8), r"by ONNX Runtime [\d.]+ \("),
+        (
+            Verdict(share=1.1),
+            Verdict(share=1.3),
+            r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime measured slower here\)",
+        ),
+        (Verdict(reason="it broke"), Verdict(reason="it broke"), r"by PyTorch [\d.]+ \(it broke\)"),
+        (
+            None,
+            Verdict(share=1.3),
+            r"by PyTorch [\d.]+ \(OpenVINO: conversion would take longer than it saves\)",
+        ),
+        (
+            None,
+            None,
+            r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)",
+        ),
+    ],
+)
+def test_the_fastest_as_measured_is_chosen(
+    work, alone, capsys, tmp_path, openvino, onnx_runtime, line
+):
     verdicts = {"openvino": openvino, "onnx": onnx_runtime}
     judged(conversion_of(work), **{name: verdict for name, verdict in verdicts.items() if verdict})
     _, told = upscaled(capsys, work, tmp_path / "out", names=("gray.png",))
     assert re.search(rf"on cpu {line}", told), told
 
 
-def test_much_work_is_worth_a_conversion_which_measures_both(work, alone, expected, capsys, tmp_path, monkeypatch):
+def test_much_work_is_worth_a_conversion_which_measures_both(
+    work, alone, expected, capsys, tmp_path, monkeypatch
+):
     for name in ("EXPORT_SECONDS", "CHECKED_PIXELS", "TIMING_SECONDS"):
         monkeypatch.setattr(choosing, name, 0)
     found, told = upscaled(capsys, work, tmp_path / "out")
     assert_near(found, expected)
-    assert told.startswith(f"converting {choosing.short_path(work / 'tiny.safetensors')} for OpenVINO and ONNX Runtime")
+    assert told.startswith(
+        f"converting {choosing.short_path(work / 'tiny.safetensors')} for OpenVINO and ONNX Runtime"
+    )
     verdicts = [conversion_of(work).verdict(kind) for kind in FILE_BACKENDS.values()]
     assert all(not verdict.reason and 0.02 < verdict.share < 50 for verdict in verdicts)
-    shares = {kind.title: verdict.share for kind, verdict in zip(FILE_BACKENDS.values(), verdicts, strict=True)}
+    shares = {
+        kind.title: verdict.share
+        for kind, verdict in zip(FILE_BACKENDS.values(), verdicts, strict=True)
+    }
     fastest = min({**shares, "PyTorch": 1.0}.items(), key=lambda item: item[1])[0]
     assert f"on cpu by {fastest} " in told
 
 
-def test_a_runtime_with_other_images_is_refused_and_not_tried_again(work, alone, expected, capsys, tmp_path,
-                                                                    monkeypatch):
+def test_a_runtime_with_other_images_is_refused_and_not_tried_again(
+    work, alone, expected, capsys, tmp_path, monkeypatch
+):
     class Wrong(FILE_BACKENDS["onnx"].load):
         def __call__(self, images):
             return super().__call__(images) * 0.99
@@ -193,25 +257,53 @@ def test_a_runtime_with_other_images_is_refused_and_not_tried_again(work, alone,
         monkeypatch.setattr(choosing, name, 0)
     found, told = upscaled(capsys, work, tmp_path / "1")
     assert_near(found, expected)
-    assert re.search(r"by PyTorch [\d.]+ \(ONNX Runtime [\d.]+ differs from PyTorch on 1 x 64x64: .* dB", told)
+    assert re.search(
+        r"by PyTorch [\d.]+ \(ONNX Runtime [\d.]+ differs from PyTorch on 1 x 64x64: .* dB", told
+    )
     _, told = upscaled(capsys, work, tmp_path / "2")
     assert "converting" not in told
-    status, _, err = run(capsys, work / "pictures", "-o", tmp_path / "3", "--model", work / "tiny.safetensors",
-                         "--backend", "onnx")
+    status, _, err = run(
+        capsys,
+        work / "pictures",
+        "-o",
+        tmp_path / "3",
+        "--model",
+        work / "tiny.safetensors",
+        "--backend",
+        "onnx",
+    )
     assert status == 2
     assert err.startswith("error: --backend onnx cannot be used: ONNX Runtime ")
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("missing", "backend", "package"), [
-    ("openvino", "openvino", "openvino"), ("onnxruntime", "onnx", "onnxruntime"), ("onnxscript", "onnx", "onnxscript")])
-def test_a_backend_that_is_not_installed_is_one_line(work, alone, capsys, tmp_path, monkeypatch, missing, backend,
-                                                     package):
+@pytest.mark.parametrize(
+    ("missing", "backend", "package"),
+    [
+        ("openvino", "openvino", "openvino"),
+        ("onnxruntime", "onnx", "onnxruntime"),
+        ("onnxscript", "onnx", "onnxscript"),
+    ],
+)
+def test_a_backend_that_is_not_installed_is_one_line(
+    work, alone, capsys, tmp_path, monkeypatch, missing, backend, package
+):
     monkeypatch.setitem(sys.modules, missing, None)
-    status, _, err = run(capsys, work / "pictures", "-o", tmp_path, "--model", work / "tiny.safetensors", "--backend",
-                         backend)
-    assert (status, err) == (2, f"error: --backend {backend} needs a package that is not installed; do: pip install "
-                                f"{package}, or leave --backend out\n")
+    status, _, err = run(
+        capsys,
+        work / "pictures",
+        "-o",
+        tmp_path,
+        "--model",
+        work / "tiny.safetensors",
+        "--backend",
+        backend,
+    )
+    assert (status, err) == (
+        2,
+        f"error: --backend {backend} needs a package that is not installed; do: pip install "
+        f"{package}, or leave --backend out\n",
+    )
 
 
 def test_pytorch_serves_where_nothing_else_is_installed(work, alone, capsys, tmp_path, monkeypatch):
@@ -228,37 +320,70 @@ def test_pytorch_serves_where_nothing_else_is_installed(work, alone, capsys, tmp
 def files(work):
     """The network as files of several forms."""
     saved = read_network(work / "tiny.safetensors")
-    for name, form in (("float", Form()), ("bytes", Form(io="uint8", layout="nhwc")), ("half", Form(half=True))):
+    for name, form in (
+        ("float", Form()),
+        ("bytes", Form(io="uint8", layout="nhwc")),
+        ("half", Form(half=True)),
+    ):
         (work / f"{name}.onnx").write_bytes(convert(saved, saved.build(), form))
     write_openvino(work / "float.onnx", work / "float.xml", describe(saved, Form()))
     return work
 
 
-@pytest.mark.parametrize(("name", "backend", "deep_levels"), [
-    ("float.onnx", "onnx", 1), ("float.onnx", "openvino", 1), ("float.xml", "auto", 60),  # of weights in FP16
-    ("bytes.onnx", "onnx", 400), ("bytes.onnx", "openvino", 400), ("half.onnx", "onnx", 120)])
+@pytest.mark.parametrize(
+    ("name", "backend", "deep_levels"),
+    [
+        ("float.onnx", "onnx", 1),
+        ("float.onnx", "openvino", 1),
+        ("float.xml", "auto", 60),  # of weights in FP16
+        ("bytes.onnx", "onnx", 400),
+        ("bytes.onnx", "openvino", 400),
+        ("half.onnx", "onnx", 120),
+    ],
+)
 @pytest.mark.parametrize("tile", [0, 32])
-def test_a_network_file_is_a_model(files, alone, expected, capsys, tmp_path, name, backend, deep_levels, tile):
-    found, told = upscaled(capsys, files, tmp_path / "out", "--backend", backend, "--tile", tile, model=name)
+def test_a_network_file_is_a_model(
+    files, alone, expected, capsys, tmp_path, name, backend, deep_levels, tile
+):
+    found, told = upscaled(
+        capsys, files, tmp_path / "out", "--backend", backend, "--tile", tile, model=name
+    )
     assert_near(found, expected, deep_levels=deep_levels)
     assert "(the file as it is" in told
     assert ("bytes: of 16-bit pictures it sees 8" in told) == (name == "bytes.onnx")
-    assert {path.suffix for path in alone.iterdir()} == {".json"}  # what was found out; nothing was converted
+    assert {path.suffix for path in alone.iterdir()} == {
+        ".json"
+    }  # what was found out; nothing was converted
 
 
 def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **change):
-    """Somebody's ONNX file: every pixel three times as large each way, by a convolution and a DepthToSpace."""
+    """Somebody's ONNX file: every pixel three times as large each way, by a convolution and a
+    DepthToSpace."""
     weight = np.zeros((27, 3, 3, 3), np.float32)
     for output in range(27):
         weight[output, output // 9, 1, 1] = 1
-    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1]),
-             helper.make_node("DepthToSpace", ["y"], ["z"], blocksize=3, mode="CRD")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("DepthToSpace", ["y"], ["z"], blocksize=3, mode="CRD"),
+    ]
     if multiple > 1:  # fails at other sizes, as networks with windows do
-        nodes[:0] = [helper.make_node("SpaceToDepth", ["x0"], ["s"], blocksize=multiple),
-                     helper.make_node("DepthToSpace", ["s"], ["x"], blocksize=multiple)]
-    graph = helper.make_graph(nodes, "net", [helper.make_tensor_value_info(
-        "x0" if multiple > 1 else "x", TensorProto.FLOAT, change.get("input", [1, 3, height, width]))],
-        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)], [numpy_helper.from_array(weight, "w")])
+        nodes[:0] = [
+            helper.make_node("SpaceToDepth", ["x0"], ["s"], blocksize=multiple),
+            helper.make_node("DepthToSpace", ["s"], ["x"], blocksize=multiple),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [
+            helper.make_tensor_value_info(
+                "x0" if multiple > 1 else "x",
+                TensorProto.FLOAT,
+                change.get("input", [1, 3, height, width]),
+            )
+        ],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path)
     return path
@@ -275,29 +400,67 @@ def test_a_foreign_file_shows_its_scale_and_sizes_by_running(work, capsys, tmp_p
     assert "(network x3)" in told
 
 
-@pytest.mark.parametrize(("make", "arguments", "line"), [
-    (lambda folder: folder / "none.onnx", (), "no file '.*none.onnx' of --model"),
-    (lambda folder: foreign(folder / "a.onnx"), ("--backend", "torch"),
-     r"--backend torch does not read .onnx files; choose auto or openvino or onnx"),
-    (lambda folder: foreign(folder / "a.onnx"), ("--precision", "fp16"), "--precision fp16 is for weights; "),
-    (lambda folder: foreign(folder / "a.onnx", input=[1, 3, 64]), (), r"cannot load|takes \(1, 3, 64\), where images"),
-    (lambda folder: foreign(folder / "a.onnx", height=32, width=48), ("--tile", "32"), "--tile 32: the network takes"),
-    (lambda folder: (folder / "a.onnx").write_bytes(b"no") and folder / "a.onnx", (), "cannot load '.*a.onnx'"),
-    (lambda folder: (folder / "a.xml").write_bytes(b"no") and folder / "a.xml", (), "cannot load '.*a.xml'"),
-    (lambda folder: (folder / "a.xml").write_bytes(b"no") and folder / "a.xml", ("--backend", "onnx"),
-     "--backend onnx does not read .xml files; choose auto or openvino"),
-])
+@pytest.mark.parametrize(
+    ("make", "arguments", "line"),
+    [
+        (lambda folder: folder / "none.onnx", (), "no file '.*none.onnx' of --model"),
+        (
+            lambda folder: foreign(folder / "a.onnx"),
+            ("--backend", "torch"),
+            r"--backend torch does not read .onnx files; choose auto or openvino or onnx",
+        ),
+        (
+            lambda folder: foreign(folder / "a.onnx"),
+            ("--precision", "fp16"),
+            "--precision fp16 is for weights; ",
+        ),
+        (
+            lambda folder: foreign(folder / "a.onnx", input=[1, 3, 64]),
+            (),
+            r"cannot load|takes \(1, 3, 64\), where images",
+        ),
+        (
+            lambda folder: foreign(folder / "a.onnx", height=32, width=48),
+            ("--tile", "32"),
+            "--tile 32: the network takes",
+        ),
+        (
+            lambda folder: (folder / "a.onnx").write_bytes(b"no") and folder / "a.onnx",
+            (),
+            "cannot load '.*a.onnx'",
+        ),
+        (
+            lambda folder: (folder / "a.xml").write_bytes(b"no") and folder / "a.xml",
+            (),
+            "cannot load '.*a.xml'",
+        ),
+        (
+            lambda folder: (folder / "a.xml").write_bytes(b"no") and folder / "a.xml",
+            ("--backend", "onnx"),
+            "--backend onnx does not read .xml files; choose auto or openvino",
+        ),
+    ],
+)
 def test_a_file_that_cannot_serve_is_one_line(work, capsys, tmp_path, make, arguments, line):
     file = make(tmp_path)
-    status, _, err = run(capsys, work / "pictures", "-o", tmp_path / "out", "--model", file, *arguments)
+    status, _, err = run(
+        capsys, work / "pictures", "-o", tmp_path / "out", "--model", file, *arguments
+    )
     assert status == 2
     assert re.search(line, err), err
     assert err.count("\n") == 1
 
 
 def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
-    status, _, _ = run_command(capsys, convert_to_onnx, "--input", work / "tiny.safetensors", "--output",
-                               tmp_path / "net.onnx", "--openvino")
+    status, _, _ = run_command(
+        capsys,
+        convert_to_onnx,
+        "--input",
+        work / "tiny.safetensors",
+        "--output",
+        tmp_path / "net.onnx",
+        "--openvino",
+    )
     assert status == 0
     found, told = upscaled(capsys, work, tmp_path / "out", model=tmp_path / "net.xml", names=NAMES)
     assert "(vapsr x2) on cpu by OpenVINO" in told
@@ -309,30 +472,74 @@ def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILE_BACKENDS)
-def test_torch_is_not_imported_where_another_backend_computes(work, alone, expected, tmp_path, kind):
-    """Pictures of every mode, tiles, and a resize, by what an earlier run has converted and measured."""
-    code = ("import sys, upscale\nfrom pipeline import cli\n"
-            "try:\n    cli.run(upscale.Options, upscale.main)\n"
-            "finally:\n    print('imported:', *sorted({'torch', 'torchvision', 'av'} & sys.modules.keys()))\n")
-    common = [str(work / "pictures"), "--model", str(work / "tiny.safetensors"), "--format", "tif", "--force"]
-    for arguments, imported in ((["--backend", kind, "--tile", "32"], " torch"), (["--backend", kind], ""),
-                                (["--backend", kind, "--tile", "32"], ""), (["--backend", kind, "--scale", "3"], "")):
+def test_torch_is_not_imported_where_another_backend_computes(
+    work, alone, expected, tmp_path, kind
+):
+    """Pictures of every mode, tiles, and a resize, by what an earlier run has converted and
+    measured."""
+    code = (
+        "import sys, upscale\nfrom pipeline import cli\n"
+        "try:\n    cli.run(upscale.Options, upscale.main)\n"
+        "finally:\n    print('imported:', *sorted({'torch', 'torchvision', 'av'} & "
+        "sys.modules.keys()))\n"
+    )
+    common = [
+        str(work / "pictures"),
+        "--model",
+        str(work / "tiny.safetensors"),
+        "--format",
+        "tif",
+        "--force",
+    ]
+    for arguments, imported in (
+        (["--backend", kind, "--tile", "32"], " torch"),
+        (["--backend", kind], ""),
+        (["--backend", kind, "--tile", "32"], ""),
+        (["--backend", kind, "--scale", "3"], ""),
+    ):
         out = tmp_path / str(len(arguments))
-        done = subprocess.run([sys.executable, "-c", code, *common, "-o", str(out), *arguments], cwd=tmp_path,
-                              env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *common, "-o", str(out), *arguments],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1] == f"imported:{imported}"
         if "--scale" not in arguments:
-            assert_near([tifffile.imread(out / f"{Path(name).stem}.tif") for name in NAMES], expected)
+            assert_near(
+                [tifffile.imread(out / f"{Path(name).stem}.tif") for name in NAMES], expected
+            )
 
 
 def test_a_network_file_needs_torch_once_at_most(files, alone, tmp_path):
-    code = ("import sys, upscale\nfrom pipeline import cli\n"
-            "try:\n    cli.run(upscale.Options, upscale.main)\n"
-            "finally:\n    print('imported:', *sorted({'torch'} & sys.modules.keys()))\n")
+    code = (
+        "import sys, upscale\nfrom pipeline import cli\n"
+        "try:\n    cli.run(upscale.Options, upscale.main)\n"
+        "finally:\n    print('imported:', *sorted({'torch'} & sys.modules.keys()))\n"
+    )
     for imported in (" torch", ""):
-        done = subprocess.run([sys.executable, "-c", code, str(files / "pictures" / "gray.png"), "--model",
-                               str(files / "float.onnx"), "--force", "-o", str(tmp_path / "out")], cwd=tmp_path,
-                              env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(files / "pictures" / "gray.png"),
+                "--model",
+                str(files / "float.onnx"),
+                "--force",
+                "-o",
+                str(tmp_path / "out"),
+            ],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1] == f"imported:{imported}"

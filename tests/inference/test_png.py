@@ -1,4 +1,5 @@
-"""PNG files of our own writing: every reader finds the very pixels, whatever the mode, the filters and the level."""
+"""PNG files of our own writing: every reader finds the very pixels, whatever the mode, the filters
+and the level."""
 
 from __future__ import annotations
 
@@ -18,10 +19,16 @@ from pipeline.inference import png
 
 def pixels_of(channels: int, kind: type, height: int = 37, width: int = 53) -> np.ndarray:
     """Smooth above, noise below, so that rows get different filters."""
-    image = np.concatenate([picture(height, width, 1), picture(height, width, 2)], axis=2)[..., :channels]
+    image = np.concatenate([picture(height, width, 1), picture(height, width, 2)], axis=2)[
+        ..., :channels
+    ]
     image[height // 2 :] = np.random.default_rng(3).integers(0, 256, image[height // 2 :].shape)
     image = image.astype(kind)
-    return image if kind == np.uint8 else image * 257 - np.random.default_rng(4).integers(0, 256, image.shape, kind)
+    return (
+        image
+        if kind == np.uint8
+        else image * 257 - np.random.default_rng(4).integers(0, 256, image.shape, kind)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -32,23 +39,31 @@ def test_every_mode_comes_back(channels, kind, level):
     data = png.encode_png(pixels, level)
     np.testing.assert_array_equal(imagecodecs.png_decode(data).reshape(pixels.shape), pixels)
     if channels != 2:
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED).reshape(pixels.shape)
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED).reshape(
+            pixels.shape
+        )
         order = [0] if channels == 1 else [2, 1, 0, 3][:channels]
         np.testing.assert_array_equal(found[..., order], pixels)
     if kind == np.uint8:
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))).reshape(pixels.shape), pixels)
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(io.BytesIO(data))).reshape(pixels.shape), pixels
+        )
 
 
 @pytest.mark.parametrize(("level", "filters"), [(2, {1, 3}), (6, {1, 2, 3, 4})])
 def test_every_filter_is_used_where_it_is_the_best(monkeypatch, level, filters):
-    monkeypatch.setattr(png, "_BAND_BYTES", 300)  # bands of a row or two: what is above comes from the band before
+    monkeypatch.setattr(
+        png, "_BAND_BYTES", 300
+    )  # bands of a row or two: what is above comes from the band before
     pixels = pixels_of(3, np.uint8, 96, 40)
     pixels[40:60] = pixels[40]  # equal to the row above
     data = png.encode_png(pixels, level)
     np.testing.assert_array_equal(imagecodecs.png_decode(data), pixels)
     start = data.index(b"IDAT")
     size = int.from_bytes(data[start - 4 : start], "big")
-    rows = np.frombuffer(zlib.decompress(data[start + 4 : start + 4 + size]), np.uint8).reshape(96, -1)
+    rows = np.frombuffer(zlib.decompress(data[start + 4 : start + 4 + size]), np.uint8).reshape(
+        96, -1
+    )
     assert {*rows[:, 0].tolist()} == filters
 
 

@@ -1,4 +1,5 @@
-"""How far tiles overlap: measured on the network, kept, and enough for results within half a level of untiled ones."""
+"""How far tiles overlap: measured on the network, kept, and enough for results within half a level
+of untiled ones."""
 
 from __future__ import annotations
 
@@ -31,9 +32,20 @@ def released():
     network = saved.build()
     content = convert(saved, network, Form())
     facts = FileFacts(network.scale, network.receptive_radius)
-    return {"torch": TorchBackend(network, CPU), **{
-        name: FileBackend(lambda _, kind=kind: kind.load(content, CPU), facts, CPU, lambda _: "fp32", "fp32",
-                          Measurements()) for name, kind in FILE_BACKENDS.items()}}
+    return {
+        "torch": TorchBackend(network, CPU),
+        **{
+            name: FileBackend(
+                lambda _, kind=kind: kind.load(content, CPU),
+                facts,
+                CPU,
+                lambda _: "fp32",
+                "fp32",
+                Measurements(),
+            )
+            for name, kind in FILE_BACKENDS.items()
+        },
+    }
 
 
 @pytest.mark.parametrize("backend", ["torch", *FILE_BACKENDS])
@@ -45,7 +57,8 @@ def test_tiles_of_the_released_network_are_within_half_a_level(released, backend
     def upscaled(halo):
         shown = []
         result = Upscaler(network, tile=0 if halo is None else 48, halo=halo)(
-            photo[None], deep, is_deep=False, advance=shown.append)
+            photo[None], deep, is_deep=False, advance=shown.append
+        )
         return result.astype(int), len(shown)
 
     whole, pieces = upscaled(None)
@@ -61,12 +74,18 @@ def test_tiles_of_the_released_network_are_within_half_a_level(released, backend
 def test_exact_tiles_look_at_all_that_the_network_sees():
     network = tiny_network(3, num_blocks=1)
     image = picture(90, 123, 1)[None]
-    whole = Upscaler(TorchBackend(network, CPU))(image, np.dtype(np.uint16), is_deep=False, advance=nothing)
-    tiled = Upscaler(TorchBackend(network, CPU), tile=16)(image, np.dtype(np.uint16), is_deep=False, advance=nothing)
+    whole = Upscaler(TorchBackend(network, CPU))(
+        image, np.dtype(np.uint16), is_deep=False, advance=nothing
+    )
+    tiled = Upscaler(TorchBackend(network, CPU), tile=16)(
+        image, np.dtype(np.uint16), is_deep=False, advance=nothing
+    )
     assert np.abs(tiled.astype(int) - whole.astype(int)).max() <= 1  # of 65535
 
     def no_measurement(image):
-        return None if image is None else pytest.fail("pictures of 16 bits overlap by the whole field")
+        return (
+            None if image is None else pytest.fail("pictures of 16 bits overlap by the whole field")
+        )
 
     deep = Upscaler(TorchBackend(network, CPU), tile=16, halo=no_measurement)
     found = deep(image.astype(np.uint16) * 257, np.dtype(np.uint16), is_deep=True, advance=nothing)
@@ -90,7 +109,9 @@ def test_nothing_is_measured_for_what_goes_through_in_one_piece():
         return None if image is None else pytest.fail("measured")
 
     upscaler = Upscaler(TorchBackend(tiny_network(0, num_blocks=1), CPU), halo=refuse)
-    assert upscaler(picture(40, 50)[None], np.dtype(np.uint8), is_deep=False, advance=nothing).shape == (1, 80, 100, 3)
+    assert upscaler(
+        picture(40, 50)[None], np.dtype(np.uint8), is_deep=False, advance=nothing
+    ).shape == (1, 80, 100, 3)
 
 
 def test_changes_by_distance_from_the_edge():

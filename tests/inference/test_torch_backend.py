@@ -1,4 +1,5 @@
-"""PyTorch behind the tiler: one read-back for a batch, copies of their own, shapes that are compiled for."""
+"""PyTorch behind the tiler: one read-back for a batch, copies of their own, shapes that are
+compiled for."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ class Waits(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
-                        torch.ops.aten.equal.default):
+        if function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
             self.calls[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
@@ -54,8 +58,10 @@ def test_a_batch_is_read_by_one_copy_and_nothing_else_waits(kind):
 def test_what_is_not_finite_is_found_in_any_place(value):
     for place in ((0, 0, 0, 0), (1, 2, 39, 47), (0, 1, 20, 3)):
         sr = torch.rand(2, 3, 40, 48)
-        np.testing.assert_array_equal(begin(sr, np.dtype(np.uint8), Transfers(torch.device("cpu")))(),
-                                      to_bytes(sr).permute(0, 2, 3, 1))
+        np.testing.assert_array_equal(
+            begin(sr, np.dtype(np.uint8), Transfers(torch.device("cpu")))(),
+            to_bytes(sr).permute(0, 2, 3, 1),
+        )
         sr[place] = value
         with pytest.raises(NotFiniteError):
             begin(sr, np.dtype(np.uint8), Transfers(torch.device("cpu")))()
@@ -64,7 +70,9 @@ def test_what_is_not_finite_is_found_in_any_place(value):
 
 
 def test_levels_by_numpy_are_those_by_torch():
-    values = torch.cat([torch.linspace(-0.3, 1.3, 200_000), torch.arange(511) / 510]).reshape(1, 1, 1, -1)
+    values = torch.cat([torch.linspace(-0.3, 1.3, 200_000), torch.arange(511) / 510]).reshape(
+        1, 1, 1, -1
+    )
     sr = values.repeat(1, 3, 1, 1)
     for kind in (np.uint8, np.uint16):
         found = begin(sr, np.dtype(kind), Transfers(torch.device("cpu")))()
@@ -116,9 +124,18 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(order, "copies"))
     monkeypatch.setattr(torch.cuda, "stream", Within)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: order.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **more: (
-        order.append("pinned") if pin_memory else None) or empty(*size, **more))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda tensor, stream: order.append(f"kept for {stream.name}"),
+    )
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *size, pin_memory=False, **more: (
+            (order.append("pinned") if pin_memory else None) or empty(*size, **more)
+        ),
+    )
     return order
 
 
@@ -137,14 +154,21 @@ def on_gpu(network):
 def test_copies_have_a_stream_of_their_own_and_the_host_waits_once_a_batch(gpu):
     network = tiny_network(1, num_blocks=1)
     images = np.stack([picture(25, 20, seed) for seed in range(12)])
-    expected = Upscaler(TorchBackend(network, CPU))(images, np.dtype(np.uint8), is_deep=False, advance=nothing)
+    expected = Upscaler(TorchBackend(network, CPU))(
+        images, np.dtype(np.uint8), is_deep=False, advance=nothing
+    )
     backend = on_gpu(network)
     backend.max_pixels = lambda _: 2 * 25 * 20
     del gpu[:]
     found = Upscaler(backend)(images, np.dtype(np.uint8), is_deep=False, advance=nothing)
     np.testing.assert_array_equal(found, expected)
     steps = [step for step in gpu if step != "pinned"]
-    batch = ["network waits for copies", "kept for network", "copies waits for network", "kept for copies"]
+    batch = [
+        "network waits for copies",
+        "kept for network",
+        "copies waits for network",
+        "kept for copies",
+    ]
     assert steps[:8] == batch * 2  # the second batch is begun before the first is read
     assert steps[8] == "host waits"
     # 6 results are read, and 4 uploads wait for the copy out of their buffer, two batches ago.
@@ -154,7 +178,9 @@ def test_copies_have_a_stream_of_their_own_and_the_host_waits_once_a_batch(gpu):
 
 def test_a_shape_that_comes_often_is_compiled_for(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network, dynamic: compiled.append(dynamic) or network)
+    monkeypatch.setattr(
+        torch, "compile", lambda network, dynamic: compiled.append(dynamic) or network
+    )
     monkeypatch.setattr(torch_backend, "COMPILED_AFTER", 3)
     for compiles, count in ((True, 1), (False, 0)):
         del compiled[:]
@@ -166,7 +192,11 @@ def test_a_shape_that_comes_often_is_compiled_for(monkeypatch):
 
 def test_bf16_is_near(monkeypatch):
     network, image = tiny_network(2, num_blocks=1), picture(30, 40)[None]
-    full, half = (Upscaler(TorchBackend(network, CPU, precision))(image, image.dtype, is_deep=False, advance=nothing)
-                  for precision in ("fp32", "bf16"))
+    full, half = (
+        Upscaler(TorchBackend(network, CPU, precision))(
+            image, image.dtype, is_deep=False, advance=nothing
+        )
+        for precision in ("fp32", "bf16")
+    )
     difference = np.abs(full.astype(int) - half.astype(int))
     assert 0 < difference.max() <= 8

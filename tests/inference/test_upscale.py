@@ -20,7 +20,14 @@ import upscale
 from fabricate import TINY, make_run, picture, run_command, shared, tiny_network, tiny_saved
 from pipeline import cli
 from pipeline.images import cubic_resize
-from pipeline.inference import TargetSize, TorchBackend, Upscaler, encode_picture, read_picture, upscale_picture
+from pipeline.inference import (
+    TargetSize,
+    TorchBackend,
+    Upscaler,
+    encode_picture,
+    read_picture,
+    upscale_picture,
+)
 from pipeline.inference.backends import precision_of
 from pipeline.inference.devices import Device
 from pipeline.inference.pictures import Picture
@@ -81,7 +88,9 @@ def upscaled(capsys, cubic, source, out, *arguments):
 def reference(pixels, size=None):
     """Antialiased cubic, in the type of `pixels`; (height, width[, channels])."""
     highest = np.iinfo(pixels.dtype).max
-    planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).astype(np.float64)).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).astype(np.float64)).permute(
+        2, 0, 1
+    )[None]
     size = size or (2 * pixels.shape[0], 2 * pixels.shape[1])
     large = cubic_resize(planes, size)[0].permute(1, 2, 0).round().clamp(0, highest).numpy()
     return large.reshape(*size, *pixels.shape[2:]).astype(pixels.dtype)
@@ -108,13 +117,19 @@ def test_tiled_equals_untiled(tile, kind):
     image = picture(90, 123, 1)[None].astype(kind) * (np.iinfo(kind).max // 255)
     whole = on_cpu(network)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
     shown = []
-    tiled = on_cpu(network, tile=tile)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=shown.append)
+    tiled = on_cpu(network, tile=tile)(
+        image, np.dtype(kind), is_deep=kind == np.uint16, advance=shown.append
+    )
     assert_near(tiled, whole)
     assert sum(shown) == 90 * 123
     blind = TorchBackend(network, CPU)
     blind.halo = 0
-    seams = Upscaler(blind, tile=tile)(image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing)
-    assert np.abs(seams.astype(int) - whole.astype(int)).max() > 2  # so the tiles do have to overlap
+    seams = Upscaler(blind, tile=tile)(
+        image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing
+    )
+    assert (
+        np.abs(seams.astype(int) - whole.astype(int)).max() > 2
+    )  # so the tiles do have to overlap
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 17, 1000), (2, 300, 40), (1, 257, 255)])
@@ -122,7 +137,10 @@ def test_tiles_fill_the_image_once_and_see_their_halo(shape):
     halo, filled = 20, np.zeros(shape, int)
     for tile in lay_tiles(shape, halo, 100 * 100):
         filled[tile.image, tile.rows, tile.columns] += 1
-        for piece, seen, length in ((tile.rows, tile.seen_rows, shape[1]), (tile.columns, tile.seen_columns, shape[2])):
+        for piece, seen, length in (
+            (tile.rows, tile.seen_rows, shape[1]),
+            (tile.columns, tile.seen_columns, shape[2]),
+        ):
             assert seen.start <= max(0, piece.start - halo)
             assert seen.stop >= min(length, piece.stop + halo)
             assert not seen.start % 16
@@ -131,12 +149,17 @@ def test_tiles_fill_the_image_once_and_see_their_halo(shape):
 
 def test_equal_tiles_go_together_and_no_more_than_fit(monkeypatch):
     network, shapes = tiny_network(0, num_blocks=1), []
-    network.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    network.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape))
+    )
     monkeypatch.setattr(TorchBackend, "max_pixels", lambda *_: 64 * 64)
     images = np.stack([picture(25, 20, seed) for seed in range(20)])
     together = on_cpu(network)(images, images.dtype, is_deep=False, advance=nothing)
     assert [shape[0] for shape in shapes] == [8, 8, 4]
-    alone = [on_cpu(network)(image[None], images.dtype, is_deep=False, advance=nothing) for image in images]
+    alone = [
+        on_cpu(network)(image[None], images.dtype, is_deep=False, advance=nothing)
+        for image in images
+    ]
     assert_near(together, np.concatenate(alone))
 
 
@@ -151,7 +174,9 @@ def test_tiles_become_smaller_when_the_memory_does_not_suffice():
     whole = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
     network.register_forward_pre_hook(refuse)
     assert_near(on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing), whole)
-    with pytest.raises(cli.RunError, match="memory does not suffice for one tile; choose a smaller --tile"):
+    with pytest.raises(
+        cli.RunError, match="memory does not suffice for one tile; choose a smaller --tile"
+    ):
         on_cpu(network, tile=200)(image, image.dtype, is_deep=False, advance=nothing)
 
 
@@ -161,10 +186,17 @@ def test_half_precision_is_near_and_what_it_cannot_hold_is_done_in_full():
     half = on_cpu(network, "fp16")
     assert half.precision_for(is_deep=False) == "fp16"
     assert_near(half(image, image.dtype, is_deep=False, advance=nothing), full, 2)
-    network.register_forward_hook(lambda module, inputs, output: output / (output.dtype != torch.float16))
-    np.testing.assert_array_equal(on_cpu(network, "fp16")(image, image.dtype, is_deep=False, advance=nothing), full)
+    network.register_forward_hook(
+        lambda module, inputs, output: output / (output.dtype != torch.float16)
+    )
+    np.testing.assert_array_equal(
+        on_cpu(network, "fp16")(image, image.dtype, is_deep=False, advance=nothing), full
+    )
     on_gpu = Device("cuda")
-    assert [precision_of("auto", on_gpu, is_deep=is_deep) for is_deep in (False, True)] == ["fp16", "fp32"]
+    assert [precision_of("auto", on_gpu, is_deep=is_deep) for is_deep in (False, True)] == [
+        "fp16",
+        "fp32",
+    ]
     assert precision_of("bf16", on_gpu, is_deep=True) == "bf16"
 
 
@@ -180,10 +212,15 @@ def test_gray_colours_palette_and_bits_keep_their_kind(tmp_path, capsys, cubic):
     pixels = picture(21, 30)
     gray = pixels[..., 0]
     palette = Image.fromarray(pixels).quantize(16)
-    for name, image, expected in (("rgb", Image.fromarray(pixels), pixels), ("gray", Image.fromarray(gray), gray),
-                                  ("palette", palette, np.array(palette.convert("RGB"))),
-                                  ("bits", Image.fromarray(gray > 127), (gray > 127).astype(np.uint8) * 255)):
-        out = upscaled(capsys, cubic, saved_image(tmp_path / f"{name}.png", image), tmp_path / "out")
+    for name, image, expected in (
+        ("rgb", Image.fromarray(pixels), pixels),
+        ("gray", Image.fromarray(gray), gray),
+        ("palette", palette, np.array(palette.convert("RGB"))),
+        ("bits", Image.fromarray(gray > 127), (gray > 127).astype(np.uint8) * 255),
+    ):
+        out = upscaled(
+            capsys, cubic, saved_image(tmp_path / f"{name}.png", image), tmp_path / "out"
+        )
         assert_cubic(np.array(Image.open(out)), expected)
 
 
@@ -210,8 +247,13 @@ def test_16_bits_stay_16_bits(tmp_path, capsys, cubic, channels, suffix):
     source.write_bytes(imagecodecs.png_encode(pixels))
     if suffix == ".tif" and channels != 2:  # which Pillow does not open
         source = tmp_path / "deep.tif"
-        tifffile.imwrite(source, pixels, photometric="rgb" if channels > 2 else "minisblack",
-                         metadata=None, **({"extrasamples": ["unassalpha"]} if channels == 4 else {}))
+        tifffile.imwrite(
+            source,
+            pixels,
+            photometric="rgb" if channels > 2 else "minisblack",
+            metadata=None,
+            **({"extrasamples": ["unassalpha"]} if channels == 4 else {}),
+        )
     out = upscaled(capsys, cubic, source, tmp_path / f"out{suffix}")
     found = imagecodecs.png_decode(out.read_bytes()) if suffix == ".png" else tifffile.imread(out)
     if suffix == ".tif" and channels == 2:
@@ -231,7 +273,9 @@ def test_alpha_is_upscaled_with_it(tmp_path, capsys, cubic):
     assert_cubic(found[..., 3], alpha)
     inside = (slice(16, 32), slice(20, 40))
     assert_near(found[inside][..., :3], reference(pixels)[inside])
-    gray = saved_image(tmp_path / "g.png", Image.fromarray(np.dstack([pixels[..., :1], alpha]), mode=None))
+    gray = saved_image(
+        tmp_path / "g.png", Image.fromarray(np.dstack([pixels[..., :1], alpha]), mode=None)
+    )
     found = Image.open(upscaled(capsys, cubic, gray, tmp_path / "out"))
     assert found.mode == "LA"
     assert_cubic(np.array(found)[..., 1], alpha)
@@ -240,13 +284,17 @@ def test_alpha_is_upscaled_with_it(tmp_path, capsys, cubic):
 def test_opaque_stays_opaque_and_hidden_colours_do_not_show():
     made = on_cpu(tiny_network(4))
     pixels = np.dstack([picture(40, 40), np.full((40, 40), 255, np.uint8)])
-    assert (upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels[..., 3] == 255).all()
+    assert (
+        upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels[..., 3] == 255
+    ).all()
     pixels[:20, :, 3] = 0
     large = upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels
     assert (large[44:, :, 3] == 255).all()
     assert (large[:36, :, 3] == 0).all()
     pixels[:20, :, :3] = (255, 0, 255)  # garbage below alpha 0
-    np.testing.assert_array_equal(upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels, large)
+    np.testing.assert_array_equal(
+        upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels, large
+    )
 
 
 def test_transparency_of_a_palette_and_of_a_colour(tmp_path):
@@ -279,7 +327,9 @@ def camera_exif(orientation):
 def test_profile_and_exif_are_kept_byte_for_byte(tmp_path, capsys, cubic, suffix):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = camera_exif(1)
-    source = saved_image(tmp_path / f"a{suffix}", Image.fromarray(picture(20, 24)), icc_profile=profile, exif=exif)
+    source = saved_image(
+        tmp_path / f"a{suffix}", Image.fromarray(picture(20, 24)), icc_profile=profile, exif=exif
+    )
     out = upscaled(capsys, cubic, source, tmp_path / f"out{suffix}")
     for kind in (".png", ".jpg", ".webp", ".tif"):
         (tmp_path / f"out{kind}").write_bytes(encode_picture(read_picture(out), kind))
@@ -288,8 +338,12 @@ def test_profile_and_exif_are_kept_byte_for_byte(tmp_path, capsys, cubic, suffix
             assert found.getexif()[0x010F] == "Maker"
             assert found.getexif().get_ifd(0x8769)[0x9003] == "2026:01:01 00:00:00"
             if kind != ".tif":  # whose tags are EXIF: they are the same, written anew
-                assert found.info["exif"].removeprefix(b"Exif\0\0") == exif.removeprefix(b"Exif\0\0")
-    with Image.open(io.BytesIO(encode_picture(read_picture(tmp_path / "out.tif"), ".png"))) as found:
+                assert found.info["exif"].removeprefix(b"Exif\0\0") == exif.removeprefix(
+                    b"Exif\0\0"
+                )
+    with Image.open(
+        io.BytesIO(encode_picture(read_picture(tmp_path / "out.tif"), ".png"))
+    ) as found:
         assert found.info["icc_profile"] == profile
         assert found.getexif().get_ifd(0x8769)[0x9003] == "2026:01:01 00:00:00"
 
@@ -297,15 +351,26 @@ def test_profile_and_exif_are_kept_byte_for_byte(tmp_path, capsys, cubic, suffix
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_once(tmp_path, capsys, cubic, orientation):
     pixels = picture(16, 28, orientation)
-    upright = np.array(ImageOps.exif_transpose(Image.open(
-        saved_image(tmp_path / "a.png", Image.fromarray(pixels), exif=camera_exif(orientation)))))
+    upright = np.array(
+        ImageOps.exif_transpose(
+            Image.open(
+                saved_image(
+                    tmp_path / "a.png", Image.fromarray(pixels), exif=camera_exif(orientation)
+                )
+            )
+        )
+    )
     with Image.open(upscaled(capsys, cubic, tmp_path / "a.png", tmp_path / "out.jpg")) as found:
         assert found.getexif()[0x0112] == 1
         assert found.getexif()[0x010F] == "Maker"
         assert_cubic(np.array(found), upright, levels=24)  # JPEG
     for name, kind in (("b.tif", np.uint8), ("c.tif", np.uint16)):
-        tifffile.imwrite(tmp_path / name, pixels.astype(kind), photometric="rgb",
-                         extratags=[(274, 3, 1, orientation, True)])
+        tifffile.imwrite(
+            tmp_path / name,
+            pixels.astype(kind),
+            photometric="rgb",
+            extratags=[(274, 3, 1, orientation, True)],
+        )
         np.testing.assert_array_equal(read_picture(tmp_path / name).pixels, upright)
 
 
@@ -315,28 +380,46 @@ def test_orientation_is_applied_once(tmp_path, capsys, cubic, orientation):
 def test_scale_size_and_chains(tmp_path, capsys, cubic):
     pixels = picture(15, 21)
     source = saved_image(tmp_path / "a.png", Image.fromarray(pixels))
-    for number, (arguments, size) in enumerate({("--scale", "3"): (45, 63), ("--scale", "1.5"): (22, 32),
-                                                ("--scale", "0.5"): (8, 10), ("--size", "70x31"): (31, 70),
-                                                ("--scale", "7.3"): (110, 153)}.items()):
-        found = np.array(Image.open(upscaled(capsys, cubic, source, tmp_path / f"{number}.png", *arguments)))
+    for number, (arguments, size) in enumerate(
+        {
+            ("--scale", "3"): (45, 63),
+            ("--scale", "1.5"): (22, 32),
+            ("--scale", "0.5"): (8, 10),
+            ("--size", "70x31"): (31, 70),
+            ("--scale", "7.3"): (110, 153),
+        }.items()
+    ):
+        found = np.array(
+            Image.open(upscaled(capsys, cubic, source, tmp_path / f"{number}.png", *arguments))
+        )
         assert found.shape == (*size, 3)
         assert abs(found.mean() - pixels.mean()) < 2
-    found = np.array(Image.open(upscaled(capsys, cubic, source, tmp_path / "x4.png", "--scale", "4")))
+    found = np.array(
+        Image.open(upscaled(capsys, cubic, source, tmp_path / "x4.png", "--scale", "4"))
+    )
     assert_near(found, reference(reference(pixels)), 2, border=12)
     made = upscaler(cubic)
-    once = made(made(pixels[None], np.dtype(np.uint16), is_deep=False, advance=nothing), np.dtype(np.uint8),
-                is_deep=False, advance=nothing)
+    once = made(
+        made(pixels[None], np.dtype(np.uint16), is_deep=False, advance=nothing),
+        np.dtype(np.uint8),
+        is_deep=False,
+        advance=nothing,
+    )
     np.testing.assert_array_equal(found, once[0])
 
 
 def test_pre_downsample_tries_an_hr_image(tmp_path, capsys, cubic):
     pixels = picture(41, 62)
     source = saved_image(tmp_path / "a.png", Image.fromarray(pixels))
-    found = np.array(Image.open(upscaled(capsys, cubic, source, tmp_path / "o.png", "--pre-downsample", "2")))
+    found = np.array(
+        Image.open(upscaled(capsys, cubic, source, tmp_path / "o.png", "--pre-downsample", "2"))
+    )
     assert_cubic(found, reference(pixels[:40], (20, 31)))
     alpha = Image.fromarray(np.dstack([pixels, picture(41, 62, 1)[..., 0]]))
     source = saved_image(tmp_path / "b.png", alpha)
-    found = np.array(Image.open(upscaled(capsys, cubic, source, tmp_path / "p.png", "--pre-downsample", "3")))
+    found = np.array(
+        Image.open(upscaled(capsys, cubic, source, tmp_path / "p.png", "--pre-downsample", "3"))
+    )
     assert found.shape == (26, 40, 4)
 
 
@@ -345,19 +428,34 @@ def test_pre_downsample_tries_an_hr_image(tmp_path, capsys, cubic):
 
 def test_folders_keep_their_structure(tmp_path, capsys, cubic):
     folder = tmp_path / "in"
-    for name in ("a.png", "deep/er/b.jpg", "deep/a.bmp", "same.jpg", "same.png", ".hidden/x.png", "._c.png"):
+    for name in (
+        "a.png",
+        "deep/er/b.jpg",
+        "deep/a.bmp",
+        "same.jpg",
+        "same.png",
+        ".hidden/x.png",
+        "._c.png",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(8, 9)).save(folder / name)
     (folder / "notes.txt").write_text("none of ours")
     (folder / "deep/photo.heic").write_bytes(b"not opened")
     out = folder / "out"  # inside: must not be upscaled itself, the second time either
     for extra in ((), ("--force",)):
-        status, told, err = run(capsys, folder, "-o", out, "--model", cubic, "--format", "webp", *extra)
+        status, told, err = run(
+            capsys, folder, "-o", out, "--model", cubic, "--format", "webp", *extra
+        )
         assert (status, err) == (0, "")
         assert "5 of 5" in told
         assert "not read: 1 HEIC (deep/photo.heic); save them as PNG to use them" in told
         assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
-            "a.webp", "deep/a.webp", "deep/er/b.webp", "same.jpg.webp", "same.png.webp"]
+            "a.webp",
+            "deep/a.webp",
+            "deep/er/b.webp",
+            "same.jpg.webp",
+            "same.png.webp",
+        ]
 
 
 def test_nothing_is_overwritten(tmp_path, capsys, cubic):
@@ -370,7 +468,10 @@ def test_nothing_is_overwritten(tmp_path, capsys, cubic):
     (out / "a.png").write_bytes(b"precious")
     status, _, err = run(capsys, folder, "-o", out, "--model", cubic)
     assert status == 2
-    assert err == (f"error: '{out}/a.png' exists already; --force overwrites, --skip-existing leaves them alone\n")
+    assert err == (
+        f"error: '{out}/a.png' exists already; --force overwrites, --skip-existing leaves them "
+        "alone\n"
+    )
     assert not (out / "b.png").exists()
     status, told, _ = run(capsys, folder, "-o", out, "--model", cubic, "--skip-existing")
     assert (status, (out / "a.png").read_bytes()) == (0, b"precious")
@@ -396,8 +497,9 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path, capsys, cubic):
     assert status == 1
     assert "upscaled: 1 of 5" in told
     lines = err.splitlines()
-    assert [line.split(": ")[:2] for line in lines] == [["failed", f"{folder}/{name}"] for name in
-                                                        ("a.png", "b.jpg", "d.mp4", "e.tif")]
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["failed", f"{folder}/{name}"] for name in ("a.png", "b.jpg", "d.mp4", "e.tif")
+    ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.png"]  # nothing half-written
 
 
@@ -405,42 +507,62 @@ def test_of_several_pictures_in_a_file_the_first_is_taken(tmp_path, capsys, cubi
     frames = [Image.fromarray(picture(16, 20, seed)) for seed in range(3)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     status, _, err = run(capsys, tmp_path / "a.tif", "-o", tmp_path / "out", "--model", cubic)
-    assert (status, err) == (0, f"note: {tmp_path / 'a.tif'} holds 3 pictures; the first is upscaled\n")
+    assert (status, err) == (
+        0,
+        f"note: {tmp_path / 'a.tif'} holds 3 pictures; the first is upscaled\n",
+    )
     assert_cubic(np.array(Image.open(tmp_path / "out" / "a.png")), np.array(frames[0]))
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
     Image.fromarray(picture(2, 9000)).save(tmp_path / "long.png")
     Image.fromarray(picture(8, 8)).save(tmp_path / "short.png")
-    status, told, err = run(capsys, tmp_path / "long.png", tmp_path / "short.png", "-o", tmp_path / "out", "--format",
-                            "webp", "--model", cubic)  # WebP ends at 16383
+    status, told, err = run(
+        capsys,
+        tmp_path / "long.png",
+        tmp_path / "short.png",
+        "-o",
+        tmp_path / "out",
+        "--format",
+        "webp",
+        "--model",
+        cubic,
+    )  # WebP ends at 16383
     assert (status, "upscaled: 1 of 2" in told) == (1, True)
     assert err.startswith(f"failed: {tmp_path / 'long.png'}: ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["short.webp"]
 
 
-@pytest.mark.parametrize(("arguments", "reason"), [
-    ((), "nothing to upscale"),
-    (("nowhere.png",), "no file or folder 'nowhere.png'"),
-    (("text.txt",), "'text.txt': unsupported file type; supported: "),
-    (("empty",), "folder 'empty' holds no images or videos"),
-    (("a.png", "--scale", "2", "--size", "3x3"), "--scale and --size contradict each other"),
-    (("a.png", "--scale", "0"), "--scale 0 is not above 0"),
-    (("a.png", "--scale", "nan"), "--scale nan is not above 0"),
-    (("a.png", "--size", "big"), "--size 'big' is not WIDTHxHEIGHT"),
-    (("a.png", "--size", "0x4"), "--size '0x4' is not WIDTHxHEIGHT"),
-    (("a.png", "--pre-downsample", "0"), "--pre-downsample 0 is not from 1"),
-    (("a.png", "--tile", "3"), "--tile 3 is below 16"),
-    (("a.png", "--device", "abacus"), "no device 'abacus' here"),
-    (("a.png", "--model", "text.txt"), "text.txt"),
-    (("a.png", "empty", "-o", "x.png"), "-o 'x.png' names a file, but there is more than one input"),
-    (("a.png", "-o", "x.gif"), "cannot write a picture as '.gif'; choose from .jpeg"),
-    (("a.png", "-o", "x.mp4"), "cannot write a picture as '.mp4'"),
-    (("a.png", "-o", "text"), "-o 'text' is a file; give a folder"),
-    (("one/a.png", "a.png"), "'one/a.png' and 'a.png' would both become"),
-    (("a.png", "--sclae", "3"), "unknown option --sclae; did you mean '--scale'?"),
-])
-def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, cubic, monkeypatch, arguments, reason):
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "nothing to upscale"),
+        (("nowhere.png",), "no file or folder 'nowhere.png'"),
+        (("text.txt",), "'text.txt': unsupported file type; supported: "),
+        (("empty",), "folder 'empty' holds no images or videos"),
+        (("a.png", "--scale", "2", "--size", "3x3"), "--scale and --size contradict each other"),
+        (("a.png", "--scale", "0"), "--scale 0 is not above 0"),
+        (("a.png", "--scale", "nan"), "--scale nan is not above 0"),
+        (("a.png", "--size", "big"), "--size 'big' is not WIDTHxHEIGHT"),
+        (("a.png", "--size", "0x4"), "--size '0x4' is not WIDTHxHEIGHT"),
+        (("a.png", "--pre-downsample", "0"), "--pre-downsample 0 is not from 1"),
+        (("a.png", "--tile", "3"), "--tile 3 is below 16"),
+        (("a.png", "--device", "abacus"), "no device 'abacus' here"),
+        (("a.png", "--model", "text.txt"), "text.txt"),
+        (
+            ("a.png", "empty", "-o", "x.png"),
+            "-o 'x.png' names a file, but there is more than one input",
+        ),
+        (("a.png", "-o", "x.gif"), "cannot write a picture as '.gif'; choose from .jpeg"),
+        (("a.png", "-o", "x.mp4"), "cannot write a picture as '.mp4'"),
+        (("a.png", "-o", "text"), "-o 'text' is a file; give a folder"),
+        (("one/a.png", "a.png"), "'one/a.png' and 'a.png' would both become"),
+        (("a.png", "--sclae", "3"), "unknown option --sclae; did you mean '--scale'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path, capsys, cubic, monkeypatch, arguments, reason
+):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "one/a.png"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -461,15 +583,23 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, cubic, monkeypatch
 def test_a_decompression_bomb_is_not_decoded(tmp_path):
     header = b"IHDR" + struct.pack(">IIBBBBB", 2**20, 2**20, 8, 2, 0, 0, 0)
     data = Path(saved_image(tmp_path / "a.png", Image.fromarray(picture(8, 8)))).read_bytes()
-    (tmp_path / "a.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
-    with pytest.raises(cli.UserError, match=r"1048576x1048576 pixels need 16384.0 GiB of memory to decode"):
+    (tmp_path / "a.png").write_bytes(
+        data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    )
+    with pytest.raises(
+        cli.UserError, match=r"1048576x1048576 pixels need 16384.0 GiB of memory to decode"
+    ):
         read_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_one_pixel(channels):
     made, pixels = on_cpu(tiny_network(0)), np.full((1, 1, channels), 77, np.uint8)
-    for target, shape in ((TargetSize(), (2, 2)), (TargetSize(scale=5), (5, 5)), (TargetSize(size=(3, 1)), (3, 1))):
+    for target, shape in (
+        (TargetSize(), (2, 2)),
+        (TargetSize(scale=5), (5, 5)),
+        (TargetSize(size=(3, 1)), (3, 1)),
+    ):
         large = upscale_picture(Picture(pixels), target, made, nothing).pixels
         assert large.shape == (*shape, channels)
         if channels in (2, 4):
@@ -478,7 +608,9 @@ def test_one_pixel(channels):
 
 def test_a_picture_too_large_for_the_memory_is_refused(cubic, tmp_path, capsys):
     source = saved_image(tmp_path / "a.png", Image.fromarray(picture(8, 8)))
-    status, _, err = run(capsys, source, "-o", tmp_path / "out", "--model", cubic, "--size", "900000x900000")
+    status, _, err = run(
+        capsys, source, "-o", tmp_path / "out", "--model", cubic, "--size", "900000x900000"
+    )
     assert status == 1
     assert "GiB of memory, more than is free" in err
 
@@ -495,7 +627,9 @@ def test_the_newest_run_is_the_default(tmp_path, capsys, monkeypatch):
         status, told, _ = run(capsys, "a.png", "-o", "out", "--force", *arguments)
         assert status == 0
         assert "step-00000100/generator_ema.safetensors" in told
-        best = on_cpu(tiny_saved(101).build())(pixels[None], pixels.dtype, is_deep=False, advance=nothing)
+        best = on_cpu(tiny_saved(101).build())(
+            pixels[None], pixels.dtype, is_deep=False, advance=nothing
+        )
         np.testing.assert_array_equal(np.array(Image.open("out/a.png")), best[0])
 
 
@@ -504,7 +638,10 @@ def test_official_vapsr(tmp_path, capsys):
     lr = next(path for path in sorted(source.iterdir()) if "LR" in path.name)
     status, told, _ = run(capsys, lr, "-o", tmp_path, "--model", weights)
     assert (status, "vapsr x4" in told) == (0, True)
-    found, hr = np.array(Image.open(tmp_path / lr.name)), np.array(Image.open(str(lr).replace("LR", "HR")))
+    found, hr = (
+        np.array(Image.open(tmp_path / lr.name)),
+        np.array(Image.open(str(lr).replace("LR", "HR"))),
+    )
     assert 20 * np.log10(255 / np.sqrt(np.square(found.astype(float) - hr).mean())) > 30
 
 
@@ -527,7 +664,12 @@ def test_a_network_that_spandrel_knows(tmp_path, capsys):
 def ffmpeg(*arguments, data=None):
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    subprocess.run([get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)], input=data, check=True, timeout=60)
+    subprocess.run(
+        [get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)],
+        input=data,
+        check=True,
+        timeout=60,
+    )
 
 
 def facts(path):
@@ -539,26 +681,56 @@ def facts(path):
     sound = []
     with av.open(str(path)) as container:
         if container.streams.audio:
-            sound = [(bytes(packet), round(float(packet.pts * packet.time_base), 2))
-                     for packet in container.demux(audio=0) if packet.size]
+            sound = [
+                (bytes(packet), round(float(packet.pts * packet.time_base), 2))
+                for packet in container.demux(audio=0)
+                if packet.size
+            ]
     pixels = [frame.to_ndarray(format="rgb24") for frame in frames]
     return pixels, [round(frame.time, 3) for frame in frames], rate, sound, pixel_format
 
 
 def clip(path, *arguments, size="64x48", rate="30000/1001", sound=True):
     tone = ["-f", "lavfi", "-i", "sine=frequency=440:duration=0.5"] if sound else []
-    ffmpeg("-f", "lavfi", "-i", f"mandelbrot=size={size}:rate={rate}", *tone, "-t", "0.5", *arguments, path)
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        f"mandelbrot=size={size}:rate={rate}",
+        *tone,
+        "-t",
+        "0.5",
+        *arguments,
+        path,
+    )
     return path
 
 
-@pytest.mark.parametrize(("name", "result", "arguments"), [
-    ("a.mp4", "a.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3", "-c:a", "aac"]),
-    ("b.webm", "b.mkv", ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-c:a", "libopus"]),
-    ("c.mov", "c.mov", ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-c:a", "pcm_s16le"]),
-    ("d.mkv", "d.mkv", ["-c:v", "libx265", "-x265-params", "log-level=none", "-pix_fmt", "yuv420p10le", "-c:a",
-                        "flac"]),
-])
-def test_a_video_keeps_frames_times_rate_and_sound(tmp_path, capsys, cubic, name, result, arguments):
+@pytest.mark.parametrize(
+    ("name", "result", "arguments"),
+    [
+        ("a.mp4", "a.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3", "-c:a", "aac"]),
+        ("b.webm", "b.mkv", ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-c:a", "libopus"]),
+        ("c.mov", "c.mov", ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-c:a", "pcm_s16le"]),
+        (
+            "d.mkv",
+            "d.mkv",
+            [
+                "-c:v",
+                "libx265",
+                "-x265-params",
+                "log-level=none",
+                "-pix_fmt",
+                "yuv420p10le",
+                "-c:a",
+                "flac",
+            ],
+        ),
+    ],
+)
+def test_a_video_keeps_frames_times_rate_and_sound(
+    tmp_path, capsys, cubic, name, result, arguments
+):
     source = clip(tmp_path / name, *arguments)
     status, _, err = run(capsys, source, "-o", tmp_path / "out", "--model", cubic)
     assert (status, err) == (0, "")
@@ -569,7 +741,9 @@ def test_a_video_keeps_frames_times_rate_and_sound(tmp_path, capsys, cubic, name
     assert float(after[2]) == pytest.approx(30000 / 1001, rel=1e-3)
     assert len(before[3]) > 5
     assert [packet for packet, _ in after[3]] == [packet for packet, _ in before[3]]
-    assert [time for _, time in after[3]] == pytest.approx([time for _, time in before[3]], abs=0.011)
+    assert [time for _, time in after[3]] == pytest.approx(
+        [time for _, time in before[3]], abs=0.011
+    )
     assert ("10" in after[4]) == ("10" in before[4])
     for small, large in zip(before[0], after[0], strict=True):
         assert np.abs(reference(small).astype(int) - large.astype(int)).mean() < 6
@@ -578,19 +752,36 @@ def test_a_video_keeps_frames_times_rate_and_sound(tmp_path, capsys, cubic, name
 
 
 def test_uneven_times_turned_and_odd_videos(tmp_path, capsys, cubic):
-    source = clip(tmp_path / "a.mkv", "-vf", "select='not(eq(mod(n,3),1))'", "-fps_mode", "vfr", "-c:v", "ffv1",
-                  sound=False, rate="25", size="65x49")
+    source = clip(
+        tmp_path / "a.mkv",
+        "-vf",
+        "select='not(eq(mod(n,3),1))'",
+        "-fps_mode",
+        "vfr",
+        "-c:v",
+        "ffv1",
+        sound=False,
+        rate="25",
+        size="65x49",
+    )
     out = tmp_path / "out.mkv"
     assert run(capsys, source, "-o", out, "--model", cubic, "--scale", "3")[0] == 0
     before, after = facts(source), facts(out)
     assert after[1] == pytest.approx(before[1], abs=0.002)
     assert after[0][0].shape == (146, 194, 3)  # 147x195, made even
     clip(tmp_path / "b.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p", sound=False)
-    ffmpeg("-display_rotation", "90", "-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "turned.mp4")
-    assert run(capsys, tmp_path / "turned.mp4", "-o", tmp_path / "upright.mp4", "--model", cubic)[0] == 0
+    ffmpeg(
+        "-display_rotation", "90", "-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "turned.mp4"
+    )
+    assert (
+        run(capsys, tmp_path / "turned.mp4", "-o", tmp_path / "upright.mp4", "--model", cubic)[0]
+        == 0
+    )
     expected = np.rot90(facts(tmp_path / "b.mp4")[0][3])
     found = facts(tmp_path / "upright.mp4")[0][3]
-    assert np.abs(reference(np.ascontiguousarray(expected)).astype(int) - found.astype(int)).mean() < 6
+    assert (
+        np.abs(reference(np.ascontiguousarray(expected)).astype(int) - found.astype(int)).mean() < 6
+    )
     with av.open(str(tmp_path / "upright.mp4")) as container:
         assert next(container.decode(video=0)).rotation == 0
 
@@ -600,9 +791,30 @@ def test_colours_of_a_video_are_those_of_its_matrix(tmp_path, capsys, cubic):
     frame[:, :32], frame[:, 32:] = (200, 60, 30), (20, 60, 230)
     for matrix in ("bt709", "smpte170m"):
         source, out = tmp_path / f"{matrix}.mp4", tmp_path / f"{matrix}-out.mp4"
-        ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x48", "-r", 10, "-i", "-", "-vf",
-               f"scale=out_color_matrix={matrix}", "-colorspace", matrix, "-pix_fmt", "yuv420p", "-c:v", "libx264",
-               "-crf", "1", source, data=frame.tobytes() * 3)
+        ffmpeg(
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-s",
+            "64x48",
+            "-r",
+            10,
+            "-i",
+            "-",
+            "-vf",
+            f"scale=out_color_matrix={matrix}",
+            "-colorspace",
+            matrix,
+            "-pix_fmt",
+            "yuv420p",
+            "-c:v",
+            "libx264",
+            "-crf",
+            "1",
+            source,
+            data=frame.tobytes() * 3,
+        )
         assert run(capsys, source, "-o", out, "--model", cubic)[0] == 0
         ffmpeg("-i", out, "-frames:v", "1", "-pix_fmt", "rgb24", tmp_path / "shown.png")
         shown = np.array(Image.open(tmp_path / "shown.png")).astype(int)

@@ -1,8 +1,10 @@
-"""The image, the Slurm scripts and the cloud job, as far as they go without Docker, Slurm and a cloud.
+"""The image, the Slurm scripts and the cloud job, as far as they go without Docker, Slurm and a
+cloud.
 
-The image is not built here: what its Dockerfile says is checked, and a run is trained from the files that it copies.
-The Slurm scripts run with an `srun` that starts two tasks with Slurm's variables; the cloud job copies to a folder, or
-with an `rclone` of which all command lines are kept.
+The image is not built here: what its Dockerfile says is checked, and a run is trained from the
+files that it copies. The Slurm scripts run with an `srun` that starts two tasks with Slurm's
+variables; the cloud job copies to a folder, or with an `rclone` of which all command lines are
+kept.
 """
 
 from __future__ import annotations
@@ -28,8 +30,13 @@ from pipeline.losses.perceptual import SOURCE, TRUNK_FILES
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 DOCKER, SLURM, CLOUD = (ROOT / "launch" / name for name in ("docker", "slurm", "cloud"))
-SCRIPTS = sorted(path for folder in (ROOT, ROOT / "launch") for pattern in ("*.sh", "*/*.sh", "*/*.sbatch")
-                 for path in folder.glob(pattern) if not path.relative_to(ROOT).parts[0].startswith("."))
+SCRIPTS = sorted(
+    path
+    for folder in (ROOT, ROOT / "launch")
+    for pattern in ("*.sh", "*/*.sh", "*/*.sbatch")
+    for path in folder.glob(pattern)
+    if not path.relative_to(ROOT).parts[0].startswith(".")
+)
 SECRET = "hunter2-of-the-test"
 SELDOM = ("validate_every=20", "save_every=20")
 SECONDS = 100  # for any of the jobs here, on a busy machine
@@ -41,11 +48,17 @@ def test_bash_reads_every_script(script: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- The image --------------------------------------------------------------------------------------------------------
+# --- The image
+# --------------------------------------------------------------------------------------------------
+
 
 def instructions() -> list[tuple[str, str, str]]:
     """(Stage, instruction, the rest of its line) of the Dockerfile."""
-    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (DOCKER / "Dockerfile").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     found, stage = [], ""
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         name, _, rest = line.partition(" ")
@@ -63,13 +76,16 @@ def of_image(instruction: str) -> list[str]:
 
 
 def is_sent(name: str) -> bool:
-    """Whether Docker's client sends the file to the builder: the last line of the ignore file that fits decides."""
+    """Whether Docker's client sends the file to the builder: the last line of the ignore file that
+    fits decides."""
     sent, path = True, Path(name)
     for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!")
         if line and not line.startswith("#"):
             pieces = re.split(r"(\*\*/|\*)", pattern)
-            as_regex = "".join({"**/": "(.*/)?", "*": "[^/]*"}.get(piece, re.escape(piece)) for piece in pieces)
+            as_regex = "".join(
+                {"**/": "(.*/)?", "*": "[^/]*"}.get(piece, re.escape(piece)) for piece in pieces
+            )
             if any(re.fullmatch(as_regex, str(part)) for part in (path, *path.parents[:-1])):
                 sent = line.startswith("!")
     return sent
@@ -84,11 +100,18 @@ def copied() -> Iterator[tuple[Path, str]]:
         for source in sources:
             before = list(ROOT.glob(source.rstrip("/")))
             assert before, f"COPY {source}: nothing there"
-            files = [file for path in before for file in (path.rglob("*") if path.is_dir() else [path])
-                     if file.is_file() and is_sent(str(file.relative_to(ROOT)))]
+            files = [
+                file
+                for path in before
+                for file in (path.rglob("*") if path.is_dir() else [path])
+                if file.is_file() and is_sent(str(file.relative_to(ROOT)))
+            ]
             assert files, f"COPY {source}: Dockerfile.dockerignore keeps all of it back"
             base = ROOT / source if source.endswith("/") else None
-            yield from ((file, str(Path(target, file.relative_to(base) if base else file.name))) for file in files)
+            yield from (
+                (file, str(Path(target, file.relative_to(base) if base else file.name)))
+                for file in files
+            )
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +127,19 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_image_has_all_that_its_programs_import_and_run(image: Path) -> None:
     for file in image.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else \
-                [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [name.name for name in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             for name in names:
                 path = image / name.replace(".", "/")
                 if name.split(".")[0] in ("pipeline", "launch", "tools"):
-                    assert path.is_dir() or path.with_suffix(".py").is_file(), f"{file} imports {name}"
+                    assert path.is_dir() or path.with_suffix(".py").is_file(), (
+                        f"{file} imports {name}"
+                    )
     for file in image.rglob("*.sh"):
         for name in re.findall(r"\$root/([\w./-]+\.(?:py|sh|txt))", file.read_text()):
             assert (image / name).is_file(), f"{file} runs {name}"
@@ -119,8 +149,18 @@ def test_the_image_has_all_that_its_programs_import_and_run(image: Path) -> None
 
 
 def test_what_is_private_never_reaches_the_builder() -> None:
-    kept_back = (".git/config", ".venv/bin/python", ".deepspeed_env", "hostfile", "runs/a/recipe.yaml", "key.pem",
-                 "launch/.env", "pipeline/.netrc", "tests/conftest.py", "pipeline/__pycache__/cli.cpython-312.pyc")
+    kept_back = (
+        ".git/config",
+        ".venv/bin/python",
+        ".deepspeed_env",
+        "hostfile",
+        "runs/a/recipe.yaml",
+        "key.pem",
+        "launch/.env",
+        "pipeline/.netrc",
+        "tests/conftest.py",
+        "pipeline/__pycache__/cli.cpython-312.pyc",
+    )
     assert [name for name in kept_back if is_sent(name)] == []
     assert is_sent("train.py")
     assert is_sent("launch/cloud/job.sh")
@@ -134,12 +174,23 @@ def test_the_scripts_write_nothing_in_the_image(image: Path, tmp_path: Path) -> 
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    variables = environment() | {"VIRTUAL_ENV": str(tmp_path / "venv"), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run(["bash", "-c", command], cwd=image, env=variables, capture_output=True, check=True)
+    variables = environment() | {
+        "VIRTUAL_ENV": str(tmp_path / "venv"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    subprocess.run(
+        ["bash", "-c", command], cwd=image, env=variables, capture_output=True, check=True
+    )
     (image / ".bootstrap.lock").unlink()
     before = set(image.rglob("*"))
-    done = subprocess.run([str(image / "launch_local_train.sh"), "--help"], cwd=image, env=variables,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(image / "launch_local_train.sh"), "--help"],
+        cwd=image,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert set(image.rglob("*")) == before
 
@@ -155,29 +206,40 @@ def test_the_image_runs_as_a_user_and_is_pinned() -> None:
     for file in (ROOT / "requirements.txt", ROOT / "requirements-dev.txt"):
         for line in file.read_text().splitlines():
             line = line.split("#")[0].strip()
-            assert re.fullmatch(r'-r requirements\.txt|[\w-]+==[\w.]+(; python_version (>=|<) "3\.\d+")?|', line), line
+            assert re.fullmatch(
+                r'-r requirements\.txt|[\w-]+==[\w.]+(; python_version (>=|<) "3\.\d+")?|', line
+            ), line
     for _, name, rest in instructions():
         assert "pip install" not in rest
         if name in ("ARG", "ENV"):
             assert not re.search(r"(?i)secret|token|passw|credential|key", rest), rest
 
 
-def test_prefetched_weights_are_the_ones_that_losses_look_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetched_weights_are_the_ones_that_losses_look_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert ("", "ARG", "PREFETCH_WEIGHTS=0") in instructions()
-    assert not [rest for stage, name, rest in instructions() if stage == "weights-0" and name == "ADD"]
+    assert not [
+        rest for stage, name, rest in instructions() if stage == "weights-0" and name == "ADD"
+    ]
     names = []
-    for rest in (rest for stage, name, rest in instructions() if stage == "weights-1" and name == "ADD"):
+    for rest in (
+        rest for stage, name, rest in instructions() if stage == "weights-1" and name == "ADD"
+    ):
         (checksum,) = re.findall(r"--checksum=sha256:([0-9a-f]{64}) ", rest)
         address = rest.split()[-2]
         names.append(address.removeprefix(f"{SOURCE}/"))
-        assert Path(address).stem.endswith(f"-{checksum[:8]}")  # torchvision's names tell the beginning
+        assert Path(address).stem.endswith(
+            f"-{checksum[:8]}"
+        )  # torchvision's names tell the beginning
     assert sorted(names) == sorted(TRUNK_FILES.values())
     (home,) = re.findall(r"TORCH_HOME=(\S+)", " ".join(of_image("ENV")))
     monkeypatch.setenv("TORCH_HOME", home)
     assert f"--from=weights /weights/ {torch.hub.get_dir()}/checkpoints/" in of_image("COPY")
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm
+# --------------------------------------------------------------------------------------------------
 
 SRUN = """#!{python}
 import json, os, signal, subprocess, sys
@@ -215,16 +277,30 @@ class Slurm:
             program.chmod(0o755)
         activate = folder / "venv" / "bin" / "activate"
         activate.parent.mkdir(parents=True)
-        activate.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\nunset PYTHONHOME $NO_SUCH_NAME\n')
+        activate.write_text(
+            f'PATH="{Path(sys.executable).parent}:$PATH"\nunset PYTHONHOME $NO_SUCH_NAME\n'
+        )
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
-        slurms = {"SLURM_JOB_ID": self.job, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
-                  "SLURM_CPUS_PER_TASK": "1", "FAKE_STATE": "RUNNING", "VENV": str(self.folder / "venv")}
+        slurms = {
+            "SLURM_JOB_ID": self.job,
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_CPUS_PER_TASK": "1",
+            "FAKE_STATE": "RUNNING",
+            "VENV": str(self.folder / "venv"),
+        }
         own = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
         own["PATH"] = f"{self.folder / 'bin'}:{own['PATH']}"
         with open(self.output, "wb") as file:
-            return subprocess.Popen(["bash", str(SLURM / f"{script}.sbatch"), *arguments], cwd=self.folder,
-                                    env={**own, **slurms, **variables}, stdout=file, stderr=file)
+            return subprocess.Popen(
+                ["bash", str(SLURM / f"{script}.sbatch"), *arguments],
+                cwd=self.folder,
+                env={**own, **slurms, **variables},
+                stdout=file,
+                stderr=file,
+            )
 
     def finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         try:
@@ -264,7 +340,9 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path / "slurm")
 
 
-def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(slurm: Slurm, dataset: Path) -> None:
+def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(
+    slurm: Slurm, dataset: Path
+) -> None:
     line = ("--reset", "--recipe", "demo", "--output-dir", "runs/it", *SMALL, *SELDOM, "steps=40")
     run_dir = slurm.folder / "runs" / "it"
     process = slurm.start("module", *line, DATASET=str(dataset))
@@ -284,36 +362,67 @@ def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(slurm: S
     assert status == 0, printed
     assert f"continuing from step {step} of 40" in printed
     assert "finished at step 40" in printed
-    assert [path.name for path in run_dir.parent.iterdir() if not path.name.startswith(".")] == ["it"]  # none set aside
+    assert [path.name for path in run_dir.parent.iterdir() if not path.name.startswith(".")] == [
+        "it"
+    ]  # none set aside
     assert len(slurm.scontrol()) == 1
 
 
 def test_a_container_trains_from_the_image_alone(slurm: Slurm, dataset: Path, image: Path) -> None:
-    status, printed = slurm.run("container", "--recipe", "demo", *SMALL, "steps=4", DATASET=str(dataset),
-                                IMAGE="lab#vastscale:1", FAKE_IMAGE=str(image), MOUNTS="/weights:/weights")
+    status, printed = slurm.run(
+        "container",
+        "--recipe",
+        "demo",
+        *SMALL,
+        "steps=4",
+        DATASET=str(dataset),
+        IMAGE="lab#vastscale:1",
+        FAKE_IMAGE=str(image),
+        MOUNTS="/weights:/weights",
+    )
     assert status == 0, printed
     assert "finished at step 4" in printed
     assert checkpoint_steps(slurm.folder / "runs" / "demo")[-1] == 4
-    options = dict(word.removeprefix("--").partition("=")[::2] for word in slurm.srun() if word.startswith("--"))
+    options = dict(
+        word.removeprefix("--").partition("=")[::2]
+        for word in slurm.srun()
+        if word.startswith("--")
+    )
     assert options["container-image"] == "lab#vastscale:1"
     assert options["container-workdir"] == str(slurm.folder)
-    assert options["container-mounts"].split(",") == [f"{dataset}:{dataset}:ro", f"{slurm.folder}:{slurm.folder}",
-                                                      "/weights:/weights"]
+    assert options["container-mounts"].split(",") == [
+        f"{dataset}:{dataset}:ro",
+        f"{slurm.folder}:{slurm.folder}",
+        "/weights:/weights",
+    ]
 
 
 @pytest.mark.parametrize("script", ["module", "container"])
-def test_only_a_saved_job_that_nobody_cancelled_goes_back_into_the_queue(slurm: Slurm, script: str) -> None:
-    for status, state, requeued in ((0, "RUNNING", 0), (1, "RUNNING", 0), (2, "RUNNING", 0), (130, "RUNNING", 0),
-                                    (143, "COMPLETING", 0), (143, "", 0), (143, "RUNNING", 1)):
+def test_only_a_saved_job_that_nobody_cancelled_goes_back_into_the_queue(
+    slurm: Slurm, script: str
+) -> None:
+    for status, state, requeued in (
+        (0, "RUNNING", 0),
+        (1, "RUNNING", 0),
+        (2, "RUNNING", 0),
+        (130, "RUNNING", 0),
+        (143, "COMPLETING", 0),
+        (143, "", 0),
+        (143, "RUNNING", 1),
+    ):
         assert slurm.run(script, FAKE_STATUS=str(status), FAKE_STATE=state)[0] == status
         assert len(slurm.scontrol()) == requeued
 
 
 @pytest.mark.parametrize("script", ["module", "container"])
-def test_arguments_arrive_as_they_were_given_and_no_secret_with_them(slurm: Slurm, script: str) -> None:
+def test_arguments_arrive_as_they_were_given_and_no_secret_with_them(
+    slurm: Slurm, script: str
+) -> None:
     names = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "REGISTRY_PASSWORD")
     line = ("--reset", "--recipe", "my recipe.yaml", "losses={l1: 1.0}", "$(touch ran)", "*")
-    status, printed = slurm.run(script, *line, FAKE_STATUS="0", DATASET="/data/a b", **dict.fromkeys(names, SECRET))
+    status, printed = slurm.run(
+        script, *line, FAKE_STATUS="0", DATASET="/data/a b", **dict.fromkeys(names, SECRET)
+    )
     assert status == 0, printed
     words = slurm.srun()
     assert words[-8:] == ["--dataset-dir", "/data/a b", *line]
@@ -325,8 +434,13 @@ def test_arguments_arrive_as_they_were_given_and_no_secret_with_them(slurm: Slur
 
 def test_modules_are_loaded_and_an_environment_need_not_be(slurm: Slurm) -> None:
     loads = f'() {{ echo "$@" >> "{slurm.folder}/modules"; }}'
-    status, printed = slurm.run("module", FAKE_STATUS="0", MODULES="cuda/13.0 python/3.12", VENV="",
-                                **{"BASH_FUNC_module%%": loads})
+    status, printed = slurm.run(
+        "module",
+        FAKE_STATUS="0",
+        MODULES="cuda/13.0 python/3.12",
+        VENV="",
+        **{"BASH_FUNC_module%%": loads},
+    )
     assert status == 0, printed
     assert (slurm.folder / "modules").read_text() == "load cuda/13.0 python/3.12\n"
 
@@ -344,7 +458,8 @@ def test_a_job_asks_slurm_for_a_task_a_gpu_and_for_time_to_save(script: str) -> 
     assert asked["open-mode"] == "append"
 
 
-# --- A cloud job ------------------------------------------------------------------------------------------------------
+# --- A cloud job
+# --------------------------------------------------------------------------------------------------
 
 RCLONE = """#!{python}
 import json, os, subprocess, sys
@@ -365,29 +480,48 @@ sys.exit(subprocess.call(["rsync", "--archive", *excluded, *updating, *deleting,
 
 
 class CloudJob:
-    """`launch/cloud/job.sh` of a checkout whose training is a script of the test; machines come and go."""
+    """`launch/cloud/job.sh` of a checkout whose training is a script of the test; machines come and
+    go."""
 
     def __init__(self, folder: Path, training: str) -> None:
-        self.folder, self.output, self.runs = folder, folder / "output.txt", folder / "mounted" / "runs"
+        self.folder, self.output, self.runs = (
+            folder,
+            folder / "output.txt",
+            folder / "mounted" / "runs",
+        )
         self.runs.parent.mkdir(parents=True)
         (folder / "bin").mkdir()
         (folder / "bin" / "rclone").write_text(RCLONE.format(python=sys.executable, folder=folder))
         (folder / "bin" / "rclone").chmod(0o755)
         shutil.copytree(CLOUD, folder / "checkout" / "launch" / "cloud")
         script = folder / "checkout" / "launch_local_train.sh"
-        script.write_text(f'#!/bin/bash\ncd "$WORK"\necho >> "{folder}/starts"\n'
-                          f'start=$(wc -l < "{folder}/starts")\n{training}\n')
+        script.write_text(
+            f'#!/bin/bash\ncd "$WORK"\necho >> "{folder}/starts"\n'
+            f'start=$(wc -l < "{folder}/starts")\n{training}\n'
+        )
         script.chmod(0o755)
 
-    def start(self, *arguments: str, machine: str = "machine1", **variables: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, machine: str = "machine1", **variables: str
+    ) -> subprocess.Popen[bytes]:
         """An empty value takes a variable away."""
-        given = {"DATASET": str(self.folder), "RUNS": str(self.runs), "WORK": str(self.folder / machine),
-                 "RESTART_SECONDS": "0", "VIRTUAL_ENV": sys.prefix, **variables}
+        given = {
+            "DATASET": str(self.folder),
+            "RUNS": str(self.runs),
+            "WORK": str(self.folder / machine),
+            "RESTART_SECONDS": "0",
+            "VIRTUAL_ENV": sys.prefix,
+            **variables,
+        }
         own = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
         own["PATH"] = f"{self.folder / 'bin'}:{own['PATH']}"
         with open(self.output, "wb") as file:
-            return subprocess.Popen([str(self.folder / "checkout" / "launch" / "cloud" / "job.sh"), *arguments],
-                                    env={**own, **given}, stdout=file, stderr=file)
+            return subprocess.Popen(
+                [str(self.folder / "checkout" / "launch" / "cloud" / "job.sh"), *arguments],
+                env={**own, **given},
+                stdout=file,
+                stderr=file,
+            )
 
     def finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         try:
@@ -404,7 +538,9 @@ class CloudJob:
         return file.read_text().count("\n") if file.exists() else 0
 
     def rclones(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "rclone.calls").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "rclone.calls").read_text().splitlines()
+        ]
 
 
 needs_rsync = pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync (apt install)")
@@ -415,7 +551,8 @@ CHECKPOINT = """save() {
 
 @needs_rsync
 def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset: Path) -> None:
-    """A crash, then training, which the provider breaks off; another machine, with the same line, to the end."""
+    """A crash, then training, which the provider breaks off; another machine, with the same line,
+    to the end."""
     job = CloudJob(tmp_path, f'[ $start = 1 ] && exit 1\nexec "{ROOT}/launch_local_train.sh" "$@"')
     line, run_dir = ("--recipe", "demo", *SMALL, *SELDOM, "steps=40"), job.runs / "demo"
     process = job.start(*line, DATASET=str(dataset))
@@ -435,16 +572,30 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
     assert f"continuing from step {step} of 40" in printed
     assert "finished at step 40" in printed
     steps = checkpoint_steps(run_dir)
-    assert steps == checkpoint_steps(tmp_path / "machine2" / "runs" / "demo")  # old ones have gone there, too
+    assert steps == checkpoint_steps(
+        tmp_path / "machine2" / "runs" / "demo"
+    )  # old ones have gone there, too
     assert steps[-1] == 40
     assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
-    assert len({json.loads(line)["step"] for line in (run_dir / "log.jsonl").read_text().splitlines()
-                if json.loads(line)["event"] == "train"}) == 40
+    assert (
+        len(
+            {
+                json.loads(line)["step"]
+                for line in (run_dir / "log.jsonl").read_text().splitlines()
+                if json.loads(line)["event"] == "train"
+            }
+        )
+        == 40
+    )
 
 
 @needs_rsync
-@pytest.mark.parametrize(("status", "starts"), [(0, 1), (2, 1), (130, 1), (143, 1), (1, 3), (137, 3)])
-def test_a_cloud_job_ends_with_the_status_of_its_run(tmp_path: Path, status: int, starts: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "starts"), [(0, 1), (2, 1), (130, 1), (143, 1), (1, 3), (137, 3)]
+)
+def test_a_cloud_job_ends_with_the_status_of_its_run(
+    tmp_path: Path, status: int, starts: int
+) -> None:
     job = CloudJob(tmp_path, f"exit {status}")
     assert job.run(MAX_FAILURES="2")[0] == status
     assert job.starts() == starts
@@ -461,9 +612,12 @@ def test_failures_count_from_the_last_checkpoint(tmp_path: Path) -> None:
 @needs_rsync
 def test_checkpoints_are_copied_while_training_goes_on(tmp_path: Path) -> None:
     there = tmp_path / "mounted" / "runs" / "a" / "checkpoints"
-    job = CloudJob(tmp_path, f'{CHECKPOINT}\nsave 1; touch runs/a/.lock; mkdir runs/a/checkpoints/.tmp-step-2\n'
-                             f'until [ -e "{there}/step-00000001/MANIFEST.json" ]; do sleep 0.05; done\n'
-                             'save 2; rm -r runs/a/checkpoints/step-00000001')
+    job = CloudJob(
+        tmp_path,
+        f"{CHECKPOINT}\nsave 1; touch runs/a/.lock; mkdir runs/a/checkpoints/.tmp-step-2\n"
+        f'until [ -e "{there}/step-00000001/MANIFEST.json" ]; do sleep 0.05; done\n'
+        "save 2; rm -r runs/a/checkpoints/step-00000001",
+    )
     status, printed = job.run(COPY_SECONDS="0.1")
     assert status == 0, printed
     assert [path.name for path in there.iterdir()] == ["step-00000002"]
@@ -472,14 +626,21 @@ def test_checkpoints_are_copied_while_training_goes_on(tmp_path: Path) -> None:
 
 @needs_rsync
 def test_a_bucket_serves_as_well_and_no_secret_is_on_a_command_line(tmp_path: Path) -> None:
-    job = CloudJob(tmp_path, f'{CHECKPOINT}\ncat "$2/list.txt"; cat runs/a/checkpoints/*/weights; save $start')
+    job = CloudJob(
+        tmp_path, f'{CHECKPOINT}\ncat "$2/list.txt"; cat runs/a/checkpoints/*/weights; save $start'
+    )
     config = tmp_path / "rclone.conf"
     config.write_text(f"[lab]\ntype = s3\nsecret_access_key = {SECRET}\n")
     (tmp_path / "bucket" / "photos" / "dataset").mkdir(parents=True)
     (tmp_path / "bucket" / "photos" / "dataset" / "list.txt").write_text("the list\n")
     for start in (1, 2):
-        status, printed = job.run(DATASET="s3://photos/dataset", RUNS="lab:runs/first", RCLONE_CONFIG=str(config),
-                                  WANDB_API_KEY=SECRET, machine=f"machine{start}")
+        status, printed = job.run(
+            DATASET="s3://photos/dataset",
+            RUNS="lab:runs/first",
+            RCLONE_CONFIG=str(config),
+            WANDB_API_KEY=SECRET,
+            machine=f"machine{start}",
+        )
         assert status == 0, printed
         assert "the list" in printed
         assert SECRET not in printed
@@ -488,21 +649,29 @@ def test_a_bucket_serves_as_well_and_no_secret_is_on_a_command_line(tmp_path: Pa
     assert sorted(path.name for path in kept.iterdir()) == ["step-00000001", "step-00000002"]
     calls = job.rclones()
     assert SECRET not in json.dumps(calls)
-    assert calls[0][-2:] == [":s3,provider=AWS,env_auth=true:photos/dataset", str(tmp_path / "machine1" / "dataset")]
+    assert calls[0][-2:] == [
+        ":s3,provider=AWS,env_auth=true:photos/dataset",
+        str(tmp_path / "machine1" / "dataset"),
+    ]
     out = [call for call in calls if call[-1] == "lab:runs/first"]
     assert ["--exclude=MANIFEST.json" in call for call in out[:2]] == [True, False]
 
 
-@pytest.mark.parametrize(("given", "named"), [
-    ({"RUNS": ""}, "RUNS is not set"),
-    ({"DATASET": ""}, "DATASET is not set"),
-    ({"RUNS": f":s3,secret_access_key={SECRET}:bucket"}, "RUNS holds a credential"),
-    ({"DATASET": f"https://me:{SECRET}@example.org/dataset"}, "DATASET holds a credential"),
-    ({"AWS_SECRET_ACCESS_KEY": SECRET}, "AWS_SECRET_ACCESS_KEY is set"),
-    ({"RCLONE_CONFIG_LAB_PASS": SECRET}, "RCLONE_CONFIG_LAB_PASS is set"),
-    ({"RUNS": "/nowhere/mounted/runs"}, "RUNS cannot be made"),
-])
-def test_a_cloud_job_refuses_before_it_starts(tmp_path: Path, given: dict[str, str], named: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"RUNS": ""}, "RUNS is not set"),
+        ({"DATASET": ""}, "DATASET is not set"),
+        ({"RUNS": f":s3,secret_access_key={SECRET}:bucket"}, "RUNS holds a credential"),
+        ({"DATASET": f"https://me:{SECRET}@example.org/dataset"}, "DATASET holds a credential"),
+        ({"AWS_SECRET_ACCESS_KEY": SECRET}, "AWS_SECRET_ACCESS_KEY is set"),
+        ({"RCLONE_CONFIG_LAB_PASS": SECRET}, "RCLONE_CONFIG_LAB_PASS is set"),
+        ({"RUNS": "/nowhere/mounted/runs"}, "RUNS cannot be made"),
+    ],
+)
+def test_a_cloud_job_refuses_before_it_starts(
+    tmp_path: Path, given: dict[str, str], named: str
+) -> None:
     job = CloudJob(tmp_path, "exit 0")
     status, printed = job.run(**given)
     assert status == 2, printed
@@ -520,7 +689,9 @@ def test_a_cloud_job_takes_no_reset(tmp_path: Path) -> None:
 
 @needs_rsync
 def test_a_run_that_cannot_be_copied_out_is_no_success(tmp_path: Path) -> None:
-    job = CloudJob(tmp_path, f'{CHECKPOINT}\nsave 1; rm -r "{tmp_path}/mounted"; touch "{tmp_path}/mounted"')
+    job = CloudJob(
+        tmp_path, f'{CHECKPOINT}\nsave 1; rm -r "{tmp_path}/mounted"; touch "{tmp_path}/mounted"'
+    )
     status, printed = job.run()
     assert status == 1
     assert "could not be copied to RUNS; it is in" in printed

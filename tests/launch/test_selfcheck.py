@@ -1,4 +1,5 @@
-"""The self-check: whole on this machine at its smallest, what becomes of sections that crash or hang, and its ids."""
+"""The self-check: whole on this machine at its smallest, what becomes of sections that crash or
+hang, and its ids."""
 
 from __future__ import annotations
 
@@ -21,10 +22,18 @@ from launch.selfcheck.documents import filled_in, places, text_of
 from launch.selfcheck.report import Check, Report, SkippedError
 from launch.selfcheck.table import SECTIONS, Section, documented
 
-SAID = re.compile(r"\b(not (yet )?(measured|run|tried)|(measured|tried|run) on (a )?GPUs?)\b", re.IGNORECASE)
+SAID = re.compile(
+    r"\b(not (yet )?(measured|run|tried)|(measured|tried|run) on (a )?GPUs?)\b", re.IGNORECASE
+)
 """What is said of numbers that only a GPU can give; and, here and there, of something else:"""
-ABOUT_OTHERS = ("downloads not tried", "an engine build not tried", "not tried in ComfyUI", "computed, not measured",
-                "that is not measured", "is not tried again")
+ABOUT_OTHERS = (
+    "downloads not tried",
+    "an engine build not tried",
+    "not tried in ComfyUI",
+    "computed, not measured",
+    "that is not measured",
+    "is not tried again",
+)
 
 
 # --- Ids ---
@@ -38,26 +47,50 @@ def test_ids_in_documents_and_in_the_self_check_agree() -> None:
 
 
 def test_whatever_waits_for_a_gpu_has_an_id() -> None:
-    """Write ` <!-- selfcheck: SECTION.NAME -->` behind it, and the id into launch/selfcheck/table.py."""
-    lacking = [f"{path.name}: {line}" for path in documents.documents() for line in path.read_text().splitlines()
-               if SAID.search(line) and "<!-- selfcheck: " not in line
-               and not any(known in line for known in ABOUT_OTHERS)]
+    """Write ` <!-- selfcheck: SECTION.NAME -->` behind it, and the id into
+    launch/selfcheck/table.py."""
+    lacking = [
+        f"{path.name}: {line}"
+        for path in documents.documents()
+        for line in path.read_text().splitlines()
+        if SAID.search(line)
+        and "<!-- selfcheck: " not in line
+        and not any(known in line for known in ABOUT_OTHERS)
+    ]
     assert lacking == []
 
 
 def test_measured_values_are_put_into_the_lines_of_the_documents() -> None:
-    checks = {"loader.npy": Check("loader.npy", 12345.6, "images/s"), "loader.png": Check("loader.png", None),
-              "several.strong.2": Check("several.strong.2", 310.0, "images/s")}
+    checks = {
+        "loader.npy": Check("loader.npy", 12345.6, "images/s"),
+        "loader.png": Check("loader.png", None),
+        "several.strong.2": Check("several.strong.2", 310.0, "images/s"),
+    }
     lines = filled_in(checks)
-    assert "docs/benchmarks.md: | a: this loader, npy | 969 | 7.73 | 1,802 | 7.39 | 1,032 | 12,346 images/s " \
-           "<!-- selfcheck: loader.npy --> |" in lines
-    assert any(line.startswith("README.md: ") and "as BasicSR's; 12,346 images/s <!-- selfcheck: loader.npy -->" in line
-               for line in lines)
+    assert (
+        "docs/benchmarks.md: | a: this loader, npy | 969 | 7.73 | 1,802 | 7.39 | 1,032 | 12,346 "
+        "images/s "
+        "<!-- selfcheck: loader.npy --> |" in lines
+    )
+    assert any(
+        line.startswith("README.md: ")
+        and "as BasicSR's; 12,346 images/s <!-- selfcheck: loader.npy -->" in line
+        for line in lines
+    )
     assert not any("PNG | 181" in line for line in lines)
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (3, "3 ms"), (0.123456, "0.123 ms"), (1234.5, "1,234 ms"), (1e-7, "1e-07 ms"), ("yes", "yes ms"), (None, "- ms")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3 ms"),
+        (0.123456, "0.123 ms"),
+        (1234.5, "1,234 ms"),
+        (1e-7, "1e-07 ms"),
+        ("yes", "yes ms"),
+        (None, "- ms"),
+    ],
+)
 def test_values_are_written_for_people(value: float | str | None, text: str) -> None:
     assert text_of(Check("a.b", value, "ms")) == text
 
@@ -88,10 +121,21 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
 
     found = checks_of(tmp_path, action)
     assert [(check.id, check.ok) for check in found] == [
-        ("machine.low", True), ("machine.high", False), ("machine.nan", False), ("machine.psnr", True),
-        ("machine.none", False), ("machine.speed", None), ("machine.gpu", None), ("machine.broken", False),
-        ("machine.absent", None)]
-    assert [check.value for check in found[2:5]] == ["nan", "inf", "-inf"]  # JSON has no numbers for these
+        ("machine.low", True),
+        ("machine.high", False),
+        ("machine.nan", False),
+        ("machine.psnr", True),
+        ("machine.none", False),
+        ("machine.speed", None),
+        ("machine.gpu", None),
+        ("machine.broken", False),
+        ("machine.absent", None),
+    ]
+    assert [check.value for check in found[2:5]] == [
+        "nan",
+        "inf",
+        "-inf",
+    ]  # JSON has no numbers for these
     assert found[7].note == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert found[8].note == "skipped: no such library"
 
@@ -102,52 +146,88 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
 @pytest.fixture
 def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """section(code): run that as the section `machine`, in its process, within a second or two."""
+
     def play(code: str, most: float = 30.0) -> Found:
         (tmp_path / "sitecustomize.py").write_text(
             "import sys, types\n"
-            "module = sys.modules['launch.selfcheck.sections.machine'] = types.ModuleType('machine')\n"
-            f"exec({code!r}, module.__dict__)\n")
+            "module = sys.modules['launch.selfcheck.sections.machine'] = "
+            "types.ModuleType('machine')\n"
+            f"exec({code!r}, module.__dict__)\n"
+        )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         return run_section(SECTIONS["machine"], share=5, most=most, is_small=True)
+
     return play
 
 
 def test_a_section_that_ends_well_passes(section: Any) -> None:
-    found = section("def run(report):\n    report.number('speed', 2.0, 'ms')\n    report.fact('right', True)\n")
+    found = section(
+        "def run(report):\n    report.number('speed', 2.0, 'ms')\n    report.fact('right', True)\n"
+    )
     assert (found.status, found.why, [check.id for check in found.checks]) == (
-        "PASS", "", ["machine.speed", "machine.right"])
-    assert found.as_json()["checks"][0] == {"id": "machine.speed", "value": 2.0, "unit": "ms", "limit": "", "ok": None,
-                                            "command": ""}
+        "PASS",
+        "",
+        ["machine.speed", "machine.right"],
+    )
+    assert found.as_json()["checks"][0] == {
+        "id": "machine.speed",
+        "value": 2.0,
+        "unit": "ms",
+        "limit": "",
+        "ok": None,
+        "command": "",
+    }
 
 
 def test_a_check_that_fails_fails_its_section(section: Any) -> None:
-    found = section("def run(report):\n    report.at_most('error', 2.0, 1.0)\n    report.fact('right', True)\n")
+    found = section(
+        "def run(report):\n    report.at_most('error', 2.0, 1.0)\n    report.fact('right', True)\n"
+    )
     assert (found.status, len(found.checks)) == ("FAIL", 2)
 
 
 def test_what_is_missing_skips_its_section(section: Any) -> None:
-    found = section("def run(report):\n    from launch.selfcheck.report import SkippedError\n"
-                    "    raise SkippedError('DALI is not installed')\n")
+    found = section(
+        "def run(report):\n    from launch.selfcheck.report import SkippedError\n"
+        "    raise SkippedError('DALI is not installed')\n"
+    )
     assert (found.status, found.why) == ("skipped", "DALI is not installed")
 
 
-@pytest.mark.parametrize(("code", "why"), [
-    ("import os, signal\ndef run(report):\n    report.number('a', 1, '')\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
-     "was ended by SIGSEGV"),
-    ("def run(report):\n    report.number('a', 1, '')\n    raise MemoryError('no memory is left')\n",
-     "ended with status 1: MemoryError: no memory is left")])
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (
+            "import os, signal\ndef run(report):\n    report.number('a', 1, '')\n    "
+            "os.kill(os.getpid(), signal.SIGSEGV)\n",
+            "was ended by SIGSEGV",
+        ),
+        (
+            "def run(report):\n    report.number('a', 1, '')\n    raise MemoryError('no memory is "
+            "left')\n",
+            "ended with status 1: MemoryError: no memory is left",
+        ),
+    ],
+)
 def test_a_crash_is_a_line_and_keeps_what_came_before(section: Any, code: str, why: str) -> None:
     found = section(code)
-    assert (found.status, found.why, [check.id for check in found.checks]) == ("FAIL", why, ["machine.a"])
+    assert (found.status, found.why, [check.id for check in found.checks]) == (
+        "FAIL",
+        why,
+        ["machine.a"],
+    )
 
 
 def test_a_section_that_hangs_is_ended_with_all_its_processes(section: Any, tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    found = section("import subprocess, sys, time\n"
-                    "def run(report):\n"
-                    "    child = subprocess.Popen(['sleep', '1000'])\n"
-                    f"    open({str(note)!r}, 'w').write(str(child.pid))\n"
-                    "    print('waiting for the device', flush=True)\n    time.sleep(1000)\n", most=4.0)
+    found = section(
+        "import subprocess, sys, time\n"
+        "def run(report):\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        f"    open({str(note)!r}, 'w').write(str(child.pid))\n"
+        "    print('waiting for the device', flush=True)\n    time.sleep(1000)\n",
+        most=4.0,
+    )
     assert (found.status, found.why) == ("FAIL", "did not end within 4 s: waiting for the device")
     stat, deadline = Path(f"/proc/{note.read_text()}/stat"), time.monotonic() + 10
     while stat.exists() and stat.read_text().split()[2] != "Z":
@@ -166,31 +246,56 @@ def test_a_line_that_a_kill_has_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def command(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launch.selfcheck", *arguments], env=environment(threads=1), cwd=ROOT,
-                          capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.selfcheck", *arguments],
+        env=environment(threads=1),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--only", "machine,enginee"], "error: --only enginee: there is no such section; did you mean 'engine'?\n"),
-    (["--minutes", "0"], "error: --minutes 0 must be above 0\n")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--only", "machine,enginee"],
+            "error: --only enginee: there is no such section; did you mean 'engine'?\n",
+        ),
+        (["--minutes", "0"], "error: --minutes 0 must be above 0\n"),
+    ],
+)
 def test_bad_options_are_refused_in_one_line(arguments: list[str], said: str) -> None:
     done = command(*arguments)
     assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = ("import sys\nimport launch.selfcheck.__main__\nimport launch.selfcheck.child\n"
-            "heavy = {'torch', 'numpy', 'cv2', 'deepspeed', 'pydantic'} & set(sys.modules)\nassert not heavy, heavy\n")
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, check=False)
+    code = (
+        "import sys\nimport launch.selfcheck.__main__\nimport launch.selfcheck.child\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'deepspeed', 'pydantic'} & set(sys.modules)\nassert not "
+        "heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for name, section in SECTIONS.items():
         assert (ROOT / "launch/selfcheck/sections" / f"{name}.py").is_file()
         assert section.about
 
 
-def test_sections_are_left_out_where_the_time_is_over(monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_sections_are_left_out_where_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from launch.selfcheck import __main__ as main
 
     given = []
@@ -207,13 +312,22 @@ def test_sections_are_left_out_where_the_time_is_over(monkeypatch: pytest.Monkey
     assert [one.status for one in found] == ["PASS"] * 3 + ["skipped"] * 6
     assert found[3].why == "the time is over; give it more --minutes"
     assert [(name, share, most) for name, share, most in given] == [
-        ("machine", 5.0, 65.0), ("arithmetic", 12.5, 95.0), ("engine", 22.5, 40.0)]
+        ("machine", 5.0, 65.0),
+        ("arithmetic", 12.5, 95.0),
+        ("engine", 22.5, 40.0),
+    ]
     assert "the time is over" in capsys.readouterr().out
 
 
 PARTS = ("machine,arithmetic,engine", "speed", "loader,inference", "resume,training", "several")
 """All sections, in parts that may run beside each other."""
-NEED_A_GPU = ("engine.fp16", "inference.half", "arithmetic.tf32", "machine.driver", "speed.vapsr_x4")
+NEED_A_GPU = (
+    "engine.fp16",
+    "inference.half",
+    "arithmetic.tf32",
+    "machine.driver",
+    "speed.vapsr_x4",
+)
 
 
 def test_the_parts_are_the_whole() -> None:
@@ -222,10 +336,15 @@ def test_the_parts_are_the_whole() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_whole_check_on_this_machine(tmp_path: Path, part: str) -> None:
-    """At its smallest. What needs a GPU says so, every id of the documents is accounted for, and nothing fails."""
+    """At its smallest. What needs a GPU says so, every id of the documents is accounted for, and
+    nothing fails."""
     file = tmp_path / "selfcheck.json"
-    done = command("--only", part, "--small", "--minutes", "30", "--json", str(file), "--docs", timeout=1200)
-    content = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    done = command(
+        "--only", part, "--small", "--minutes", "30", "--json", str(file), "--docs", timeout=1200
+    )
+    content = json.loads(
+        file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
     sections = {section["name"]: section for section in content["sections"]}
     assert sorted(sections) == sorted(part.split(","))
     checks = {check["id"]: check for section in sections.values() for check in section["checks"]}
@@ -242,7 +361,9 @@ def test_the_whole_check_on_this_machine(tmp_path: Path, part: str) -> None:
     if "several" in sections:
         assert checks["several.evaluate"]["ok"]
     if "loader" in sections:
-        assert re.search(r"^README\.md: .*\d images/s <!-- selfcheck: loader\.npy -->", done.stdout, re.MULTILINE)
+        assert re.search(
+            r"^README\.md: .*\d images/s <!-- selfcheck: loader\.npy -->", done.stdout, re.MULTILINE
+        )
 
 
 def test_a_report_names_no_host_user_or_folder(monkeypatch: pytest.MonkeyPatch) -> None:

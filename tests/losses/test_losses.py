@@ -1,4 +1,5 @@
-"""The pixel losses (values by hand, gradients against finite differences) and how a recipe's terms are put together."""
+"""The pixel losses (values by hand, gradients against finite differences) and how a recipe's terms
+are put together."""
 
 from __future__ import annotations
 
@@ -81,31 +82,67 @@ def test_floats_must_be_in_the_unit_range() -> None:
         Criterion({"l1": 1.0})(sr, torch.tensor([0.0, 255.0] * 24).view(1, 3, 4, 4))
 
 
-@pytest.mark.parametrize(("terms", "message"), [
-    ({}, "at least one loss is needed; choose from l1, mse"),
-    ({"charbonier": 1.0}, "no loss named 'charbonier'; did you mean 'charbonnier'"),
-    ({"l1": 0}, "the weight of 'l1' is 0, it must be a number above 0"),
-    ({"l1": -1.0}, "the weight of 'l1' is -1.0"),
-    ({"l1": float("nan")}, "the weight of 'l1' is nan"),
-    ({"l1": float("inf")}, "the weight of 'l1' is inf"),
-    ({"l1": True}, "the weight of 'l1' is True"),
-    ({"l1": "much"}, "the weight of 'l1' is 'much'"),
-    ({"l1": None}, "the weight of 'l1' is None"),
-    ({"charbonnier": {"epsilon": 1e-3}}, "'charbonnier' has no weight; give it one"),
-    ({"charbonnier": {"weight": 1, "epsilom": 1e-3}}, "has no parameter 'epsilom'; did you mean 'epsilon'"),
-    ({"charbonnier": {"weight": 1, "epsilon": 0}}, "'charbonnier': epsilon 0 is not a number above 0"),
-    ({"charbonnier": {"weight": 1, "epsilon": "x"}}, "'charbonnier': epsilon 'x' is not a number above 0"),
-    ({"charbonnier": {"weight": 1, "epsilon": math.inf}}, "'charbonnier': epsilon inf is not a number above 0"),
-    ({"charbonnier": {"weight": 1, "epsilon": True}}, "'charbonnier': epsilon True is not a number above 0"),
-    ({"ms_ssim": {"weight": 1, "scales": 2.0}}, "'ms_ssim': scales 2.0 is not a whole number from 1 to 5"),
-    ({"ms_ssim": {"weight": 1, "scales": [1]}}, "'ms_ssim': scales [1] is not a whole number from 1 to 5"),
-    ({"vgg_feature": {"weight": 1, "weights": 5}}, "'vgg19' are 5, which is not the path of a file"),
-    ({"lpips": {"weight": 1, "network": ["alex"]}}, "'lpips': network ['alex'] is none of alex, squeeze, vgg"),
-    ({"l1": {"weight": 1, "sr": 2}}, "'l1' has no parameter 'sr'; choose from weight"),
-    ({"fft": {"weight": 1, "norm": "forward"}}, "'fft': norm 'forward' is neither 'backward' nor 'ortho'"),
-    ({"tv": {"weight": 1, "distance": "l3"}}, "'tv': distance 'l3' is neither"),
-    ({"ms_ssim": {"weight": 1, "scales": 6}}, "'ms_ssim': scales 6 is not a whole number from 1 to 5"),
-])
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({}, "at least one loss is needed; choose from l1, mse"),
+        ({"charbonier": 1.0}, "no loss named 'charbonier'; did you mean 'charbonnier'"),
+        ({"l1": 0}, "the weight of 'l1' is 0, it must be a number above 0"),
+        ({"l1": -1.0}, "the weight of 'l1' is -1.0"),
+        ({"l1": float("nan")}, "the weight of 'l1' is nan"),
+        ({"l1": float("inf")}, "the weight of 'l1' is inf"),
+        ({"l1": True}, "the weight of 'l1' is True"),
+        ({"l1": "much"}, "the weight of 'l1' is 'much'"),
+        ({"l1": None}, "the weight of 'l1' is None"),
+        ({"charbonnier": {"epsilon": 1e-3}}, "'charbonnier' has no weight; give it one"),
+        (
+            {"charbonnier": {"weight": 1, "epsilom": 1e-3}},
+            "has no parameter 'epsilom'; did you mean 'epsilon'",
+        ),
+        (
+            {"charbonnier": {"weight": 1, "epsilon": 0}},
+            "'charbonnier': epsilon 0 is not a number above 0",
+        ),
+        (
+            {"charbonnier": {"weight": 1, "epsilon": "x"}},
+            "'charbonnier': epsilon 'x' is not a number above 0",
+        ),
+        (
+            {"charbonnier": {"weight": 1, "epsilon": math.inf}},
+            "'charbonnier': epsilon inf is not a number above 0",
+        ),
+        (
+            {"charbonnier": {"weight": 1, "epsilon": True}},
+            "'charbonnier': epsilon True is not a number above 0",
+        ),
+        (
+            {"ms_ssim": {"weight": 1, "scales": 2.0}},
+            "'ms_ssim': scales 2.0 is not a whole number from 1 to 5",
+        ),
+        (
+            {"ms_ssim": {"weight": 1, "scales": [1]}},
+            "'ms_ssim': scales [1] is not a whole number from 1 to 5",
+        ),
+        (
+            {"vgg_feature": {"weight": 1, "weights": 5}},
+            "'vgg19' are 5, which is not the path of a file",
+        ),
+        (
+            {"lpips": {"weight": 1, "network": ["alex"]}},
+            "'lpips': network ['alex'] is none of alex, squeeze, vgg",
+        ),
+        ({"l1": {"weight": 1, "sr": 2}}, "'l1' has no parameter 'sr'; choose from weight"),
+        (
+            {"fft": {"weight": 1, "norm": "forward"}},
+            "'fft': norm 'forward' is neither 'backward' nor 'ortho'",
+        ),
+        ({"tv": {"weight": 1, "distance": "l3"}}, "'tv': distance 'l3' is neither"),
+        (
+            {"ms_ssim": {"weight": 1, "scales": 6}},
+            "'ms_ssim': scales 6 is not a whole number from 1 to 5",
+        ),
+    ],
+)
 def test_what_cannot_be_meant_is_one_line(terms, message) -> None:
     with pytest.raises(UserError) as caught:
         Criterion(terms)

@@ -1,4 +1,5 @@
-"""VGG19 features against torchvision's network with the same (random) weights, and where trunks are looked for."""
+"""VGG19 features against torchvision's network with the same (random) weights, and where trunks are
+looked for."""
 
 from __future__ import annotations
 
@@ -34,25 +35,37 @@ def trunk() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in vgg19_features().state_dict().items()}
-    return {f"features.{key}": (torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5 if len(shape) == 4
-                                else torch.randn(shape) * 0.1).half() for key, shape in shapes.items()}
+    return {
+        f"features.{key}": (
+            torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5
+            if len(shape) == 4
+            else torch.randn(shape) * 0.1
+        ).half()
+        for key, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def weights(trunk, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("trunks") / "vgg19.pth"
-    torch.save({**trunk, "classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)}, path)
+    torch.save(
+        {**trunk, "classifier.0.weight": torch.zeros(2, 2), "classifier.0.bias": torch.zeros(2)},
+        path,
+    )
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def reference(trunk) -> nn.Sequential:
-    """torchvision's own VGG19 with these weights; ReLUs not in place, so that features outlive them."""
+    """torchvision's own VGG19 with these weights; ReLUs not in place, so that features outlive
+    them."""
     models = import_torchvision().models
     with torch.device("meta"):
         features = models.vgg19(weights=None).features
-    features.load_state_dict({key.removeprefix("features."): tensor.float() for key, tensor in trunk.items()},
-                             assign=True)
+    features.load_state_dict(
+        {key.removeprefix("features."): tensor.float() for key, tensor in trunk.items()},
+        assign=True,
+    )
     for layer in features:
         if isinstance(layer, nn.ReLU):
             layer.inplace = False
@@ -61,24 +74,36 @@ def reference(trunk) -> nn.Sequential:
 
 def pictures(seed: int = 0, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(2, 3, side, side, generator=generator), torch.rand(2, 3, side, side, generator=generator)
+    return torch.rand(2, 3, side, side, generator=generator), torch.rand(
+        2, 3, side, side, generator=generator
+    )
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
     import_torchvision()
     from torchvision.models import VGG19_Weights
+
     transform = VGG19_Weights.IMAGENET1K_V1.transforms()
-    return (images - torch.tensor(transform.mean).view(1, 3, 1, 1)) / torch.tensor(transform.std).view(1, 3, 1, 1)
+    return (images - torch.tensor(transform.mean).view(1, 3, 1, 1)) / torch.tensor(
+        transform.std
+    ).view(1, 3, 1, 1)
 
 
 def test_layers_have_the_papers_names() -> None:
     places = vgg19_places()
     assert len(places) == NUMBER_OF_CONVOLUTIONS
-    assert (places["conv1_1"], places["conv1_2"], places["conv2_2"], places["conv3_4"], places["conv5_4"]) == (
-        0, 2, 7, 16, 34)
+    assert (
+        places["conv1_1"],
+        places["conv1_2"],
+        places["conv2_2"],
+        places["conv3_4"],
+        places["conv5_4"],
+    ) == (0, 2, 7, 16, 34)
     with torch.device("meta"):
         layers = vgg19_features()
-    assert sorted(places.values()) == [n for n, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    assert sorted(places.values()) == [
+        n for n, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)
+    ]
     assert all(isinstance(layers[place + 1], nn.ReLU) for place in places.values())
 
 
@@ -100,7 +125,9 @@ def test_the_input_is_normalised_as_torchvision_does() -> None:
     from torchvision.transforms.functional import normalize
 
     images, _ = pictures()
-    assert torch.equal(normalised(images), normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    assert torch.equal(
+        normalised(images), normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
 
 
 def test_several_layers_are_added_up_by_their_weights(weights, reference) -> None:
@@ -109,8 +136,16 @@ def test_several_layers_are_added_up_by_their_weights(weights, reference) -> Non
     for distance, function in (("l1", F.l1_loss), ("l2", F.mse_loss)):
         loss = VggFeature(layers, distance=distance, weights=weights)
         with torch.no_grad():
-            expected = sum(weight * function(*(reference[: vgg19_places()[name] + 1](normalised(images))
-                                               for images in (sr, hr))) for name, weight in layers.items())
+            expected = sum(
+                weight
+                * function(
+                    *(
+                        reference[: vgg19_places()[name] + 1](normalised(images))
+                        for images in (sr, hr)
+                    )
+                )
+                for name, weight in layers.items()
+            )
             assert loss(sr, hr).item() == pytest.approx(expected.item(), rel=1e-6)
         single = VggFeature({"conv3_4": 2.0}, distance=distance, weights=weights)
         assert 0 < single(sr, hr).item() < expected.item()
@@ -139,7 +174,9 @@ def test_swapped_channels_are_another_image(weights) -> None:
 
 def test_gradients_reach_the_network_and_nothing_else(weights) -> None:
     sr, hr = pictures()
-    criterion = Criterion({"vgg_feature": {"weight": 0.5, "layers": {"conv5_4": 1.0}, "weights": weights}})
+    criterion = Criterion(
+        {"vgg_feature": {"weight": 0.5, "layers": {"conv5_4": 1.0}, "weights": weights}}
+    )
     loss = criterion._losses["vgg_feature"]
     assert not any(parameter.requires_grad for parameter in loss.parameters())
     assert not any(module.training for module in loss.modules())
@@ -154,7 +191,9 @@ def test_gradients_reach_the_network_and_nothing_else(weights) -> None:
     assert (sr.grad != 0).float().mean() > 0.9
     with torch.no_grad():
         assert loss(hr, hr).item() == 0
-        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(sr, hr)  # the gradient points uphill
+        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
+            sr, hr
+        )  # the gradient points uphill
 
 
 def test_bytes_and_floats_are_the_same_image(weights) -> None:
@@ -171,16 +210,19 @@ def test_the_crop_must_leave_something_for_the_deepest_layer(weights) -> None:
         loss(torch.rand(1, 3, 40, 15), torch.rand(1, 3, 40, 15))
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"layers": {"conv5_5": 1.0}}, "VGG19 has no layer 'conv5_5'; did you mean 'conv5_"),
-    ({"layers": {}}, "is not a table of layer: weight"),
-    ({"layers": ["conv5_4"]}, "is not a table of layer: weight"),
-    ({"layers": {"conv5_4": 0}}, "weight 0 of layer 'conv5_4' is not a number above 0"),
-    ({"layers": {"conv5_4": "x"}}, "weight 'x' of layer 'conv5_4' is not a number above 0"),
-    ({"distance": "l3"}, "distance 'l3' is neither"),
-    ({"before_activation": "yes"}, "before_activation 'yes' is neither"),
-    ({"layer": "conv5_4"}, "no parameter 'layer'; did you mean 'layers'"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"layers": {"conv5_5": 1.0}}, "VGG19 has no layer 'conv5_5'; did you mean 'conv5_"),
+        ({"layers": {}}, "is not a table of layer: weight"),
+        ({"layers": ["conv5_4"]}, "is not a table of layer: weight"),
+        ({"layers": {"conv5_4": 0}}, "weight 0 of layer 'conv5_4' is not a number above 0"),
+        ({"layers": {"conv5_4": "x"}}, "weight 'x' of layer 'conv5_4' is not a number above 0"),
+        ({"distance": "l3"}, "distance 'l3' is neither"),
+        ({"before_activation": "yes"}, "before_activation 'yes' is neither"),
+        ({"layer": "conv5_4"}, "no parameter 'layer'; did you mean 'layers'"),
+    ],
+)
 def test_what_cannot_be_meant_is_one_line(weights, params, message) -> None:
     with pytest.raises(UserError) as caught:
         Criterion({"vgg_feature": {"weight": 1, "weights": weights, **params}})
@@ -194,13 +236,20 @@ def test_a_trunk_is_found_by_name_or_in_the_cache(tmp_path, monkeypatch) -> None
         cached = tmp_path / "hub" / "checkpoints" / file
         with pytest.raises(UserError) as caught:
             find_trunk(name)
-        for part in (f"https://download.pytorch.org/models/{file}", str(cached), "'weights'", "nothing is downloaded"):
+        for part in (
+            f"https://download.pytorch.org/models/{file}",
+            str(cached),
+            "'weights'",
+            "nothing is downloaded",
+        ):
             assert part in str(caught.value)
         assert not cached.parent.joinpath(file).exists()
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.touch()
         assert find_trunk(name) == cached
-    with pytest.raises(UserError, match=r"no weights file '/nowhere/a.pth' for the trunk 'vgg19': download https"):
+    with pytest.raises(
+        UserError, match=r"no weights file '/nowhere/a.pth' for the trunk 'vgg19': download https"
+    ):
         find_trunk("vgg19", "/nowhere/a.pth")
     (tmp_path / "mine.pth").touch()
     assert find_trunk("alex", str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
@@ -214,15 +263,23 @@ def test_trunk_names_are_torchvisions() -> None:
     import_torchvision()
     from torchvision import models
 
-    found = {"alex": models.AlexNet_Weights, "squeeze": models.SqueezeNet1_1_Weights, "vgg": models.VGG16_Weights,
-             "vgg19": models.VGG19_Weights}
+    found = {
+        "alex": models.AlexNet_Weights,
+        "squeeze": models.SqueezeNet1_1_Weights,
+        "vgg": models.VGG16_Weights,
+        "vgg19": models.VGG19_Weights,
+    }
     assert {name: kind.IMAGENET1K_V1.url for name, kind in found.items()} == {
-        name: f"https://download.pytorch.org/models/{file}" for name, file in TRUNK_FILES.items()}
+        name: f"https://download.pytorch.org/models/{file}" for name, file in TRUNK_FILES.items()
+    }
 
 
 def test_a_missing_trunk_names_the_loss(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"the loss 'vgg_feature': the weights of the trunk 'vgg19' are missing: downl"):
+    with pytest.raises(
+        UserError,
+        match=r"the loss 'vgg_feature': the weights of the trunk 'vgg19' are missing: downl",
+    ):
         Criterion({"vgg_feature": 1.0})
     assert list(tmp_path.iterdir()) == []
 
@@ -253,12 +310,19 @@ def not_finite(state):
     state["features.2.bias"] = torch.full((64,), float("nan"))
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (without_the_deepest, "is not the trunk 'vgg19' in torchvision's layout: it lacks the tensor features.34.weight"),
-    (with_another, "it holds a tensor '37.weight' too many"),
-    (of_another_width, "features.0.weight is (32, 3, 3, 3) but must be (64, 3, 3, 3)"),
-    (not_finite, "features.2.bias holds NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            without_the_deepest,
+            "is not the trunk 'vgg19' in torchvision's layout: it lacks the tensor "
+            "features.34.weight",
+        ),
+        (with_another, "it holds a tensor '37.weight' too many"),
+        (of_another_width, "features.0.weight is (32, 3, 3, 3) but must be (64, 3, 3, 3)"),
+        (not_finite, "features.2.bias holds NaN or infinity"),
+    ],
+)
 def test_a_trunk_is_read_strictly(trunk, tmp_path, spoil, message) -> None:
     state = dict(trunk)
     spoil(state)
@@ -282,9 +346,13 @@ def test_files_of_no_use_are_one_line_each(tmp_path) -> None:
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "epoch.pth").read_bytes()[:200])
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 4)
-    for name, message in (("code.pth", "not a readable"), ("list.pth", "not a state dict"),
-                          ("epoch.pth", "not a state dict"), ("cut.pth", "not a readable"),
-                          ("cut.safetensors", "not a readable")):
+    for name, message in (
+        ("code.pth", "not a readable"),
+        ("list.pth", "not a state dict"),
+        ("epoch.pth", "not a state dict"),
+        ("cut.pth", "not a readable"),
+        ("cut.safetensors", "not a readable"),
+    ):
         with pytest.raises(UserError, match=message) as caught:
             VggFeature(weights=str(tmp_path / name))
         assert "\n" not in str(caught.value)
@@ -300,23 +368,35 @@ def test_building_leaves_the_random_numbers_alone(weights) -> None:
 
 
 def test_torchvision_imports_with_any_build_of_torch() -> None:
-    code = ("from pipeline.libraries import import_torchvision as door\n"
-            "import sys\n"
-            "assert 'torch' not in sys.modules\n"
-            "torchvision = door()\n"
-            "assert door() is torchvision is sys.modules['torchvision']\n"
-            "import torch\n"
-            "assert torchvision.models.squeezenet1_1(weights=None)(torch.rand(1, 3, 64, 64)).shape == (1, 1000)\n"
-            "torch.ops.torchvision.nms, torch.ops.torchvision.qnms\n"
-            "import lpips\n"
-            "import gc; gc.collect(); torch.ops.torchvision.nms.default\n")
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=CHECKOUT, timeout=120, capture_output=True,
-                          text=True, check=False)
+    code = (
+        "from pipeline.libraries import import_torchvision as door\n"
+        "import sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "torchvision = door()\n"
+        "assert door() is torchvision is sys.modules['torchvision']\n"
+        "import torch\n"
+        "assert torchvision.models.squeezenet1_1(weights=None)(torch.rand(1, 3, 64, 64)).shape == "
+        "(1, 1000)\n"
+        "torch.ops.torchvision.nms, torch.ops.torchvision.qnms\n"
+        "import lpips\n"
+        "import gc; gc.collect(); torch.ops.torchvision.nms.default\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=CHECKOUT,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_losses_do_not_import_torchvision_until_it_is_needed() -> None:
-    code = "import sys, pipeline.losses; sys.exit('torchvision' in sys.modules or 'lpips' in sys.modules)"
+    code = (
+        "import sys, pipeline.losses; sys.exit('torchvision' in sys.modules or 'lpips' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0
 
 
@@ -325,8 +405,16 @@ def test_a_trunk_in_16_bits_gives_nearly_the_same_loss_and_gradient(weights, sca
     """Whatever training multiplies the loss by: a loss scale, or a small weight."""
     found = []
     for precision in ("float32", "float16"):
-        criterion = Criterion({"vgg_feature": {"weight": 1.0, "weights": weights, "precision": precision,
-                                               "layers": {"conv2_2": 0.5, "conv5_4": 1.0}}})
+        criterion = Criterion(
+            {
+                "vgg_feature": {
+                    "weight": 1.0,
+                    "weights": weights,
+                    "precision": precision,
+                    "layers": {"conv2_2": 0.5, "conv5_4": 1.0},
+                }
+            }
+        )
         sr, hr = pictures(side=32)
         sr.requires_grad_()
         loss = criterion(sr, hr)["vgg_feature"]
@@ -343,6 +431,11 @@ def test_a_trunk_in_16_bits_gives_nearly_the_same_loss_and_gradient(weights, sca
 def test_what_a_trunk_computes_in() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert [trunk_dtype("auto", device) for device in (cpu, gpu)] == [torch.float32, torch.float16]
-    assert [trunk_dtype("float32", gpu), trunk_dtype("bfloat16", cpu)] == [torch.float32, torch.bfloat16]
-    with pytest.raises(UserError, match="precision 'fp8' is none of auto, float32, float16, bfloat16"):
+    assert [trunk_dtype("float32", gpu), trunk_dtype("bfloat16", cpu)] == [
+        torch.float32,
+        torch.bfloat16,
+    ]
+    with pytest.raises(
+        UserError, match="precision 'fp8' is none of auto, float32, float16, bfloat16"
+    ):
         Criterion({"vgg_feature": {"weight": 1.0, "precision": "fp8"}})

@@ -1,4 +1,5 @@
-"""MS-SSIM against scikit-image's SSIM, the spectrum against its definition, total variation by hand."""
+"""MS-SSIM against scikit-image's SSIM, the spectrum against its definition, total variation by
+hand."""
 
 from __future__ import annotations
 
@@ -31,25 +32,51 @@ def halved(plane: np.ndarray) -> np.ndarray:
 
 
 def reference(a: np.ndarray, b: np.ndarray, scales: int) -> float:
-    """MS-SSIM of two planes by scikit-image; with an enormous K1 its luminance factor is 1 and contrast is left."""
+    """MS-SSIM of two planes by scikit-image; with an enormous K1 its luminance factor is 1 and
+    contrast is left."""
     weights = PAPER_WEIGHTS[:scales] / PAPER_WEIGHTS[:scales].sum()
     product = 1.0
     for scale, weight in enumerate(weights):
         if scale:
             a, b = halved(a), halved(b)
-        product *= structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                         data_range=1.0, K1=0.01 if scale == scales - 1 else 1e8) ** weight
+        product *= (
+            structural_similarity(
+                a,
+                b,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+                data_range=1.0,
+                K1=0.01 if scale == scales - 1 else 1e8,
+            )
+            ** weight
+        )
     return product
 
 
-@pytest.mark.parametrize(("height", "width", "scales"), [
-    (11, 30, 1), (21, 40, 2), (41, 44, 3), (96, 96, 4), (97, 130, 4), (160, 200, 4), (161, 171, 5), (192, 192, 5)])
+@pytest.mark.parametrize(
+    ("height", "width", "scales"),
+    [
+        (11, 30, 1),
+        (21, 40, 2),
+        (41, 44, 3),
+        (96, 96, 4),
+        (97, 130, 4),
+        (160, 200, 4),
+        (161, 171, 5),
+        (192, 192, 5),
+    ],
+)
 def test_ms_ssim_is_that_of_scikit_image_at_every_scale(height, width, scales) -> None:
     sr, hr = images(height, width, count=2)
-    expected = np.mean([reference(sr[n, ..., c], hr[n, ..., c], scales) for n in range(2) for c in range(3)])
+    expected = np.mean(
+        [reference(sr[n, ..., c], hr[n, ..., c], scales) for n in range(2) for c in range(3)]
+    )
     assert 0.01 < 1 - expected < 0.9  # a comparison worth making
     assert MsSsim()(*tensors(sr, hr)).item() == pytest.approx(1 - expected, abs=1e-9)
-    assert MsSsim()(*(tensor.float() for tensor in tensors(sr, hr))).item() == pytest.approx(1 - expected, abs=1e-5)
+    assert MsSsim()(*(tensor.float() for tensor in tensors(sr, hr))).item() == pytest.approx(
+        1 - expected, abs=1e-5
+    )
 
 
 def test_ms_ssim_with_fewer_scales_than_fit() -> None:
@@ -79,11 +106,23 @@ def test_ms_ssim_refuses_crops_that_are_too_small() -> None:
             MsSsim(scales)
 
 
-@pytest.mark.parametrize(("loss", "side"), [(MsSsim(), 22), (FourierL1(), 6), (FourierL1("ortho"), 5),
-                                            (TotalVariation(), 5), (TotalVariation("l1"), 5)])
+@pytest.mark.parametrize(
+    ("loss", "side"),
+    [
+        (MsSsim(), 22),
+        (FourierL1(), 6),
+        (FourierL1("ortho"), 5),
+        (TotalVariation(), 5),
+        (TotalVariation("l1"), 5),
+    ],
+)
 def test_gradients(loss, side) -> None:
-    sr, hr = (torch.rand(1, 2, side, side + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-              for seed in (0, 1))
+    sr, hr = (
+        torch.rand(
+            1, 2, side, side + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (0, 1)
+    )
     assert torch.autograd.gradcheck(lambda x: loss(x, hr), (sr.requires_grad_(),))
 
 
@@ -126,13 +165,19 @@ def test_ms_ssim_takes_channels_last() -> None:
 def test_the_spectrum_loss_is_its_definition(height, width) -> None:
     sr, hr = images(height, width, count=2)
     spectra = [np.fft.rfft2(image, axes=(1, 2)) for image in (sr, hr)]
-    expected = np.mean([np.abs(spectra[0].real - spectra[1].real), np.abs(spectra[0].imag - spectra[1].imag)])
+    expected = np.mean(
+        [np.abs(spectra[0].real - spectra[1].real), np.abs(spectra[0].imag - spectra[1].imag)]
+    )
     assert FourierL1()(*tensors(sr, hr)).item() == pytest.approx(expected)
-    assert FourierL1("ortho")(*tensors(sr, hr)).item() == pytest.approx(expected / np.sqrt(height * width))
+    assert FourierL1("ortho")(*tensors(sr, hr)).item() == pytest.approx(
+        expected / np.sqrt(height * width)
+    )
 
 
 def test_total_variation_by_hand() -> None:
-    sr = torch.tensor([[[[0.0, 0.5, 1.0], [0.25, 0.5, 0.25]]]])  # down: .25, 0, -.75; across: .5, .5, .25, -.25
+    sr = torch.tensor(
+        [[[[0.0, 0.5, 1.0], [0.25, 0.5, 0.25]]]]
+    )  # down: .25, 0, -.75; across: .5, .5, .25, -.25
     down, across = (0.0625 + 0.5625) / 3, (0.25 + 0.25 + 0.0625 + 0.0625) / 4
     assert TotalVariation()(sr, sr).item() == pytest.approx(2 * (down + across))
     assert TotalVariation("l1")(sr, sr).item() == pytest.approx(1 / 3 + 1.5 / 4)

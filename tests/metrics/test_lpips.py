@@ -1,4 +1,5 @@
-"""LPIPS against the package lpips with the same weights, and against a published value; as a loss and as a metric."""
+"""LPIPS against the package lpips with the same weights, and against a published value; as a loss
+and as a metric."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ RELEASED = {"alex": "weights/lpips_alex_trunk.pth", "squeeze": "weights/lpips_sq
 
 
 def original(network: str, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
-    """The package's own LPIPS, with a random trunk (of a fixed seed) or with `state` ("features.N…") in it."""
+    """The package's own LPIPS, with a random trunk (of a fixed seed) or with `state`
+    ("features.N…") in it."""
     import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -30,12 +32,17 @@ def original(network: str, state: dict[str, torch.Tensor] | None = None) -> torc
         torch.manual_seed(0)
         module = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
     if state is not None:
-        module.net.load_state_dict({key: state[f"features.{key.split('.', 1)[1]}"] for key in module.net.state_dict()})
+        module.net.load_state_dict(
+            {key: state[f"features.{key.split('.', 1)[1]}"] for key in module.net.state_dict()}
+        )
     return module
 
 
 def features_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {f"features.{key.split('.', 1)[1]}": tensor for key, tensor in module.net.state_dict().items()}
+    return {
+        f"features.{key.split('.', 1)[1]}": tensor
+        for key, tensor in module.net.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,12 @@ def squeeze(tmp_path_factory) -> tuple[torch.nn.Module, str]:
 
 def pairs(side: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Two HR images and a distorted version of each: float NCHW."""
-    hr = torch.stack([torch.from_numpy(picture(side, side, seed)) for seed in range(2)]).permute(0, 3, 1, 2) / 255
+    hr = (
+        torch.stack([torch.from_numpy(picture(side, side, seed)) for seed in range(2)]).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )
     noise = torch.randn(hr.shape, generator=torch.Generator().manual_seed(0))
     return (hr + torch.tensor([0.05, 0.2]).view(2, 1, 1, 1) * noise).clamp(0, 1), hr
 
@@ -66,13 +78,18 @@ def test_values_and_gradients_are_those_of_the_package(network, tmp_path) -> Non
     assert found.min() > 1e-4
     expected.sum().backward()
     found.sum().backward()
-    assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-7 * first.grad.abs().max().item())
+    assert torch.allclose(
+        first.grad, second.grad, rtol=1e-4, atol=1e-7 * first.grad.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("network", sorted(RELEASED))
 def test_released_trunks_give_the_packages_values(network) -> None:
     path = shared(RELEASED[network])
-    module, metric = original(network, torch.load(path, weights_only=True)), LpipsMetric(network, str(path))
+    module, metric = (
+        original(network, torch.load(path, weights_only=True)),
+        LpipsMetric(network, str(path)),
+    )
     sr, hr = pairs()
     with torch.no_grad():
         expected = module(sr, hr, normalize=True).flatten().tolist()
@@ -101,21 +118,26 @@ def test_the_metric_takes_bytes_and_floats_alike(squeeze) -> None:
     metric = LpipsMetric("squeeze", squeeze[1])
     values = metric.each(sr, hr)
     assert values == metric.each(sr.float() / 255, hr) == metric.each(sr, hr.float() / 255)
-    assert values == pytest.approx([metric.each(sr[n : n + 1], hr[n : n + 1])[0] for n in range(2)], rel=1e-4)
+    assert values == pytest.approx(
+        [metric.each(sr[n : n + 1], hr[n : n + 1])[0] for n in range(2)], rel=1e-4
+    )
     with torch.no_grad():
         expected = squeeze[0](sr.float() / 127.5 - 1, hr.float() / 127.5 - 1).flatten().tolist()
     assert values == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda sr: sr * 2 - 1, r"SR is in \[-1, .*\]; LPIPS takes floats in \[0, 1\] or uint8"),
-    (lambda sr: sr * 255, r"SR is in \[0, 255\]; LPIPS takes"),
-    (lambda sr: sr + 1e-3, r"SR is in \[0.001, 1.001\]"),
-    (lambda sr: sr * float("nan"), "SR is in .nan, nan."),
-    (lambda sr: (sr * 255).int(), "SR is torch.int32; LPIPS takes uint8"),
-    (lambda sr: sr[:, :1], r"must be RGB \(N, 3, H, W\) of one shape"),
-    (lambda sr: sr[..., 1:], r"must be RGB \(N, 3, H, W\) of one shape"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda sr: sr * 2 - 1, r"SR is in \[-1, .*\]; LPIPS takes floats in \[0, 1\] or uint8"),
+        (lambda sr: sr * 255, r"SR is in \[0, 255\]; LPIPS takes"),
+        (lambda sr: sr + 1e-3, r"SR is in \[0.001, 1.001\]"),
+        (lambda sr: sr * float("nan"), "SR is in .nan, nan."),
+        (lambda sr: (sr * 255).int(), "SR is torch.int32; LPIPS takes uint8"),
+        (lambda sr: sr[:, :1], r"must be RGB \(N, 3, H, W\) of one shape"),
+        (lambda sr: sr[..., 1:], r"must be RGB \(N, 3, H, W\) of one shape"),
+    ],
+)
 def test_the_metric_refuses_other_images(squeeze, spoil, message) -> None:
     metric = LpipsMetric("squeeze", squeeze[1])
     sr, hr = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
@@ -140,7 +162,9 @@ def test_the_loss_is_the_mean_and_reaches_sr_alone(squeeze) -> None:
     assert torch.isfinite(sr.grad).all()
     assert (sr.grad != 0).float().mean() > 0.9
     with torch.no_grad():
-        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(sr, hr)  # the gradient points uphill
+        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
+            sr, hr
+        )  # the gradient points uphill
 
 
 def test_the_gradient_is_finite_where_a_pixel_has_no_features(squeeze, tmp_path) -> None:
@@ -163,17 +187,26 @@ def test_the_smallest_image_is_known(network) -> None:
 
 
 def test_images_that_are_too_small_are_one_line(squeeze) -> None:
-    with pytest.raises(UserError, match="'lpips' needs images of at least 17x17 pixels, but they are 16x40"):
+    with pytest.raises(
+        UserError, match="'lpips' needs images of at least 17x17 pixels, but they are 16x40"
+    ):
         Lpips("squeeze", squeeze[1])(torch.rand(1, 3, 16, 40), torch.rand(1, 3, 16, 40))
 
 
 def test_what_cannot_be_meant_is_one_line(squeeze, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match="the loss 'lpips': network 'resnet' is none of alex, squeeze, vgg"):
+    with pytest.raises(
+        UserError, match="the loss 'lpips': network 'resnet' is none of alex, squeeze, vgg"
+    ):
         Criterion({"lpips": {"weight": 1, "network": "resnet"}})
-    with pytest.raises(UserError, match=r"'lpips': .* is not the trunk 'alex' in torchvision's layout"):
+    with pytest.raises(
+        UserError, match=r"'lpips': .* is not the trunk 'alex' in torchvision's layout"
+    ):
         Criterion({"lpips": {"weight": 1, "network": "alex", "weights": squeeze[1]}})
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"download https://download.pytorch.org/models/alexnet-owt-7be5be79.pth to "):
+    with pytest.raises(
+        UserError,
+        match=r"download https://download.pytorch.org/models/alexnet-owt-7be5be79.pth to ",
+    ):
         Criterion({"lpips": 1.0})
     assert list(Path(tmp_path).iterdir()) == []
 
@@ -187,10 +220,18 @@ def test_building_leaves_the_random_numbers_alone(squeeze) -> None:
 
 
 def test_the_library_says_nothing(squeeze) -> None:
-    code = ("import sys, torch\n"
-            "from pipeline.metrics.lpips import LpipsMetric\n"
-            "metric = LpipsMetric('squeeze', sys.argv[1])\n"
-            "metric(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))\n")
-    done = subprocess.run([sys.executable, "-c", code, squeeze[1]], cwd=CHECKOUT, timeout=120, capture_output=True,
-                          text=True, check=False)
+    code = (
+        "import sys, torch\n"
+        "from pipeline.metrics.lpips import LpipsMetric\n"
+        "metric = LpipsMetric('squeeze', sys.argv[1])\n"
+        "metric(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, squeeze[1]],
+        cwd=CHECKOUT,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,7 +12,12 @@ from fabricate import picture
 from pipeline.metrics import METRICS, measure, psnr_ssim
 from pipeline.metrics.psnr_ssim import luma, psnr, ssim
 
-GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+GAUSSIAN = {
+    "gaussian_weights": True,
+    "sigma": 1.5,
+    "use_sample_covariance": False,
+    "data_range": 255,
+}
 
 
 def as_tensor(pixels):
@@ -26,7 +31,9 @@ def pair(height, width, seed):
 
 
 def test_luma_is_matlabs():
-    colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
+    colours = np.array(
+        [[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8
+    )
     assert luma(as_tensor(colours), rounded=True).flatten().tolist() == [16, 235, 81, 145, 41]
     images = picture(40, 30)
     y = luma(as_tensor(images), rounded=False)
@@ -34,7 +41,9 @@ def test_luma_is_matlabs():
     np.testing.assert_allclose(y[0, 0].numpy(), rgb2ycbcr(images)[..., 0], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("height", "width", "border", "seed"), [(48, 64, 2, 0), (37, 41, 4, 1), (19, 60, 3, 2)])
+@pytest.mark.parametrize(
+    ("height", "width", "border", "seed"), [(48, 64, 2, 0), (37, 41, 4, 1), (19, 60, 3, 2)]
+)
 def test_every_metric_equals_skimage(height, width, border, seed):
     sr, hr = pair(height, width, seed)
     found = measure(as_tensor(sr), as_tensor(hr), border)
@@ -47,10 +56,14 @@ def test_every_metric_equals_skimage(height, width, border, seed):
         "psnr_y_float": peak_signal_noise_ratio(b_y, a_y, data_range=255),
         "ssim_y_float": structural_similarity(b_y, a_y, **GAUSSIAN),
         "psnr_rgb": peak_signal_noise_ratio(b, a, data_range=255),
-        "ssim_rgb": structural_similarity(b.astype(float), a.astype(float), channel_axis=2, **GAUSSIAN),
+        "ssim_rgb": structural_similarity(
+            b.astype(float), a.astype(float), channel_axis=2, **GAUSSIAN
+        ),
     }
     assert found.keys() == expected.keys() == METRICS.keys() - {"lpips"}
-    assert {name: abs(found[name] - expected[name]) < 1e-9 for name in found} == dict.fromkeys(found, True)
+    assert {name: abs(found[name] - expected[name]) < 1e-9 for name in found} == dict.fromkeys(
+        found, True
+    )
     assert found["psnr_y"] != found["psnr_y_float"]
 
 
@@ -73,8 +86,14 @@ def test_equal_images_are_perfect_and_the_border_does_not_count():
     hr = as_tensor(picture(30, 30))
     sr = hr.clone()
     sr[..., :2, :] = 255 - sr[..., :2, :]
-    perfect = {"psnr_y": math.inf, "ssim_y": 1, "psnr_y_float": math.inf, "ssim_y_float": 1, "psnr_rgb": math.inf,
-               "ssim_rgb": 1}
+    perfect = {
+        "psnr_y": math.inf,
+        "ssim_y": 1,
+        "psnr_y_float": math.inf,
+        "ssim_y_float": 1,
+        "psnr_rgb": math.inf,
+        "ssim_rgb": 1,
+    }
     assert measure(sr, hr, border=2) == pytest.approx(perfect)
     assert measure(sr, hr, border=1)["psnr_y"] < 40
     assert ssim(sr, hr) < 0.999
@@ -82,8 +101,11 @@ def test_equal_images_are_perfect_and_the_border_does_not_count():
 
 def test_what_cannot_be_measured_is_refused():
     image = as_tensor(picture(14, 40))
-    with pytest.raises(ValueError, match=r"14x40 \(height x width\) less 2 pixels of border is smaller than the "
-                       "11x11 pixels that SSIM-Y needs"):
+    with pytest.raises(
+        ValueError,
+        match=r"14x40 \(height x width\) less 2 pixels of border is smaller than the "
+        "11x11 pixels that SSIM-Y needs",
+    ):
         measure(image, image, border=2)
     for other in (image[..., :-1], image.float()):
         with pytest.raises(ValueError, match="must be uint8 RGB of one shape"):

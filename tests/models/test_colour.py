@@ -22,12 +22,23 @@ from pipeline.models.srresnet import SRResNet
 from pipeline.models.vapsr import VapSR, bicubic_kernel, cubic_upscale
 
 CONVERSIONS = {"ycbcr": (rgb_to_ycbcr, ycbcr_to_rgb), "oklab": (rgb_to_oklab, oklab_to_rgb)}
-# Oklab of sRGB's corners, as CSS Color 4 and its libraries give it for red, lime, blue, white and black.
-OKLAB = {(1, 0, 0): (0.62796, 0.22486, 0.12585), (0, 1, 0): (0.86644, -0.23389, 0.17950),
-         (0, 0, 1): (0.45201, -0.03246, -0.31153), (1, 1, 1): (1, 0, 0), (0, 0, 0): (0, 0, 0)}
+# Oklab of sRGB's corners, as CSS Color 4 and its libraries give it for red, lime, blue, white and
+# black.
+OKLAB = {
+    (1, 0, 0): (0.62796, 0.22486, 0.12585),
+    (0, 1, 0): (0.86644, -0.23389, 0.17950),
+    (0, 0, 1): (0.45201, -0.03246, -0.31153),
+    (1, 1, 1): (1, 0, 0),
+    (0, 0, 0): (0, 0, 0),
+}
 # ITU-T T.871 (JFIF), divided by 255.
-YCBCR = {(1, 0, 0): (0.299, 0.331264, 1), (0, 1, 0): (0.587, 0.168736, 0.081312),
-         (0, 0, 1): (0.114, 1, 0.418688), (1, 1, 1): (1, 0.5, 0.5), (0, 0, 0): (0, 0.5, 0.5)}
+YCBCR = {
+    (1, 0, 0): (0.299, 0.331264, 1),
+    (0, 1, 0): (0.587, 0.168736, 0.081312),
+    (0, 0, 1): (0.114, 1, 0.418688),
+    (1, 1, 1): (1, 0.5, 0.5),
+    (0, 0, 0): (0, 0.5, 0.5),
+}
 
 
 def pixels(colours):
@@ -37,7 +48,9 @@ def pixels(colours):
 
 @pytest.mark.parametrize(("convert", "reference"), [(rgb_to_oklab, OKLAB), (rgb_to_ycbcr, YCBCR)])
 def test_known_colours(convert, reference):
-    torch.testing.assert_close(convert(pixels(reference)), pixels(reference.values()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        convert(pixels(reference)), pixels(reference.values()), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("space", CONVERSIONS)
@@ -50,7 +63,9 @@ def test_every_kind_of_colour_survives_the_round_trip(space):
     for images in (everywhere, darkest, torch.rand(1, 3, 64, 64), overshooting):
         assert (to_rgb(to_space(images)) - images).abs().max() < 5e-5  # a hundredth of a level
     assert to_space(darkest.half()).dtype == torch.float32
-    assert (to_rgb(to_space(everywhere.double())) - everywhere).abs().max() < 5e-6  # of the published digits
+    assert (
+        to_rgb(to_space(everywhere.double())) - everywhere
+    ).abs().max() < 5e-6  # of the published digits
 
 
 def test_ycbcr_is_that_of_jpeg():
@@ -65,21 +80,54 @@ def test_oklab_is_that_of_the_xyz_definition():
     """The definition goes from XYZ to Oklab; the matrix here goes from linear sRGB at once."""
     rgb = np.random.default_rng(0).random((200, 3))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
-                             [0.0193339, 0.1191920, 0.9503041]]).T
-    lms = xyz @ np.array([[0.8189330101, 0.3618667424, -0.1288597137], [0.0329845436, 0.9293118715, 0.0361456387],
-                          [0.0482003018, 0.2643662691, 0.6338517070]]).T
-    expected = np.cbrt(lms) @ np.array([[0.2104542553, 0.7936177850, -0.0040720468],
-                                        [1.9779984951, -2.4285922050, 0.4505937099],
-                                        [0.0259040371, 0.7827717662, -0.8086757660]]).T
+    xyz = (
+        linear
+        @ np.array(
+            [
+                [0.4124564, 0.3575761, 0.1804375],
+                [0.2126729, 0.7151522, 0.0721750],
+                [0.0193339, 0.1191920, 0.9503041],
+            ]
+        ).T
+    )
+    lms = (
+        xyz
+        @ np.array(
+            [
+                [0.8189330101, 0.3618667424, -0.1288597137],
+                [0.0329845436, 0.9293118715, 0.0361456387],
+                [0.0482003018, 0.2643662691, 0.6338517070],
+            ]
+        ).T
+    )
+    expected = (
+        np.cbrt(lms)
+        @ np.array(
+            [
+                [0.2104542553, 0.7936177850, -0.0040720468],
+                [1.9779984951, -2.4285922050, 0.4505937099],
+                [0.0259040371, 0.7827717662, -0.8086757660],
+            ]
+        ).T
+    )
     found = rgb_to_oklab(torch.from_numpy(rgb)[:, :, None, None])[..., 0, 0].numpy()
     assert abs(found - expected).max() < 1e-3  # XYZ's white is rounded in both definitions
 
 
 @pytest.mark.parametrize("space", CONVERSIONS)
 def test_gradients_are_autograds_and_finite_everywhere(space):
-    special = pixels([(0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-0.1, 0.5, 1.2), (0.04045,) * 3,
-                      (1e-9, 0, 1e-9)])
+    special = pixels(
+        [
+            (0, 0, 0),
+            (1, 1, 1),
+            (1, 0, 0),
+            (0, 1, 0),
+            (0, 0, 1),
+            (-0.1, 0.5, 1.2),
+            (0.04045,) * 3,
+            (1e-9, 0, 1e-9),
+        ]
+    )
     for convert in CONVERSIONS[space]:
         images = special.clone().requires_grad_()
         convert(images).sum().backward()
@@ -94,9 +142,18 @@ def test_gradients_are_autograds_and_finite_everywhere(space):
 @pytest.mark.parametrize("space", ["ycbcr", "oklab", "y"])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_network_that_only_interpolates_does_so_in_its_space(space, scale):
-    """A VapSR with the cubic residual and nothing learnt: all that is left is the conversion and the cubic kernel."""
-    network = in_colour_space(VapSR(scale=scale, num_features=4, num_attention_features=4, num_blocks=1,
-                                    global_residual="bicubic"), space)
+    """A VapSR with the cubic residual and nothing learnt: all that is left is the conversion and
+    the cubic kernel."""
+    network = in_colour_space(
+        VapSR(
+            scale=scale,
+            num_features=4,
+            num_attention_features=4,
+            num_blocks=1,
+            global_residual="bicubic",
+        ),
+        space,
+    )
     images = torch.from_numpy(picture(12, 14)).permute(2, 0, 1)[None]
     to_space, to_rgb = CONVERSIONS["oklab" if space == "oklab" else "ycbcr"]
     with torch.inference_mode():
@@ -106,15 +163,22 @@ def test_a_network_that_only_interpolates_does_so_in_its_space(space, scale):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("build", [lambda: tiny_network(global_residual="bicubic"),
-                                   lambda: SRResNet(scale=4, num_features=8, num_blocks=2).eval(),
-                                   lambda: RRDBNet(scale=2, num_features=8, num_blocks=1, num_grow_ch=4)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tiny_network(global_residual="bicubic"),
+        lambda: SRResNet(scale=4, num_features=8, num_blocks=2).eval(),
+        lambda: RRDBNet(scale=2, num_features=8, num_blocks=1, num_grow_ch=4),
+    ],
+)
 def test_tensors_keep_their_names_and_all_of_them_learn(space, build):
     plain = build()
     names = list(plain.state_dict())
     network = in_colour_space(build(), space)
     assert list(network.state_dict()) == names
-    assert [name for name, _ in network.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in network.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
     assert isinstance(network, type(plain))
     assert isinstance(network, InColourSpace) == (space != "rgb")
     assert network.receptive_radius == plain.receptive_radius
@@ -124,7 +188,10 @@ def test_tensors_keep_their_names_and_all_of_them_learn(space, build):
         assert torch.equal(network(images), plain(images)) == (space == "rgb")
         assert torch.equal(copy.deepcopy(network)(images), network(images))
     network(images).square().mean().backward()
-    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in network.parameters())
+    assert all(
+        parameter.grad.isfinite().all() and parameter.grad.any()
+        for parameter in network.parameters()
+    )
 
 
 @pytest.mark.parametrize("space", ["ycbcr", "oklab", "y"])
@@ -157,7 +224,9 @@ def test_one_network_does_not_change_another():
 
 
 def test_bad_spaces_are_refused():
-    with pytest.raises(ValueError, match="colour_space 'lab' is not one of 'rgb', 'ycbcr', 'oklab', 'y'"):
+    with pytest.raises(
+        ValueError, match="colour_space 'lab' is not one of 'rgb', 'ycbcr', 'oklab', 'y'"
+    ):
         in_colour_space(tiny_network(), "lab")
     with pytest.raises(ValueError, match="works in 'oklab' already"):
         in_colour_space(in_colour_space(tiny_network(), "oklab"), "y")

@@ -18,8 +18,12 @@ from pipeline.models.discriminators import (
 )
 
 KINDS = {
-    "vgg": {}, "vgg-instance": {"norm": "instance"}, "vgg-none": {"norm": "none"}, "vgg-flatten": {"head": "flatten"},
-    "unet": {}, "unet-plain": {"skip_connections": False},
+    "vgg": {},
+    "vgg-instance": {"norm": "instance"},
+    "vgg-none": {"norm": "none"},
+    "vgg-flatten": {"head": "flatten"},
+    "unet": {},
+    "unet-plain": {"skip_connections": False},
 }
 
 
@@ -29,7 +33,9 @@ def _seed():
 
 
 def build(kind, crop=32, num_features=4, **params):
-    return build_discriminator(kind.split("-")[0], crop, num_features=num_features, **KINDS[kind], **params)
+    return build_discriminator(
+        kind.split("-")[0], crop, num_features=num_features, **KINDS[kind], **params
+    )
 
 
 def crops(count=2, height=32, width=32):
@@ -42,7 +48,9 @@ def snapshot(network):
 
 def equal_states(first, second):
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
+    )
 
 
 def cast_parameters(network, dtype):
@@ -58,10 +66,20 @@ def count(network):
 
 def published_vgg_names(num_stages):
     layers = [f"{stage}_{layer}" for stage in range(num_stages) for layer in (0, 1)]
-    norms = [f"bn{layer}.{kind}" for layer in layers[1:]
-             for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-    return {*(f"conv{layer}.weight" for layer in layers), "conv0_0.bias", *norms, "linear1.weight", "linear1.bias",
-            "linear2.weight", "linear2.bias"}
+    norms = [
+        f"bn{layer}.{kind}"
+        for layer in layers[1:]
+        for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ]
+    return {
+        *(f"conv{layer}.weight" for layer in layers),
+        "conv0_0.bias",
+        *norms,
+        "linear1.weight",
+        "linear1.bias",
+        "linear2.weight",
+        "linear2.bias",
+    }
 
 
 @pytest.mark.parametrize(("crop", "num_stages"), [(128, 5), (256, 6)])
@@ -83,14 +101,22 @@ def test_vgg_of_96_has_the_published_positions():
 
 
 def plain_vgg(state, images, num_stages):
-    """The published network, straight from the description: batch norm in training, 4x4 positions at the end."""
-    x = F.leaky_relu(F.conv2d(images, state["conv0_0.weight"], state["conv0_0.bias"], padding=1), 0.2)
+    """The published network, straight from the description: batch norm in training, 4x4 positions
+    at the end."""
+    x = F.leaky_relu(
+        F.conv2d(images, state["conv0_0.weight"], state["conv0_0.bias"], padding=1), 0.2
+    )
     for layer in [f"{stage}_{layer}" for stage in range(num_stages) for layer in (0, 1)][1:]:
         x = F.conv2d(x, state[f"conv{layer}.weight"], stride=1 + int(layer[-1]), padding=1)
-        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
+        mean, variance = (
+            x.mean((0, 2, 3), keepdim=True),
+            x.var((0, 2, 3), keepdim=True, unbiased=False),
+        )
         weight, bias = (state[f"bn{layer}.{kind}"].view(1, -1, 1, 1) for kind in ("weight", "bias"))
         x = F.leaky_relu((x - mean) / (variance + 1e-5).sqrt() * weight + bias, 0.2)
-    x = F.leaky_relu(F.linear(x.reshape(len(x), -1), state["linear1.weight"], state["linear1.bias"]), 0.2)
+    x = F.leaky_relu(
+        F.linear(x.reshape(len(x), -1), state["linear1.weight"], state["linear1.bias"]), 0.2
+    )
     return F.linear(x, state["linear2.weight"], state["linear2.bias"])
 
 
@@ -107,15 +133,25 @@ def test_vgg_forward_is_the_description(crop):
 
 
 class PlainUNet(nn.Module):
-    """Real-ESRGAN's network put together from torch's own parts, for sides that are multiples of 8."""
+    """Real-ESRGAN's network put together from torch's own parts, for sides that are multiples of
+    8."""
 
     def __init__(self, features):
         super().__init__()
-        down = [nn.Conv2d(features << level, features << (level + 1), 4, 2, 1, bias=False) for level in range(3)]
-        up = [nn.Conv2d(features << level, features << (level - 1), 3, 1, 1, bias=False) for level in (3, 2, 1)]
+        down = [
+            nn.Conv2d(features << level, features << (level + 1), 4, 2, 1, bias=False)
+            for level in range(3)
+        ]
+        up = [
+            nn.Conv2d(features << level, features << (level - 1), 3, 1, 1, bias=False)
+            for level in (3, 2, 1)
+        ]
         same = [nn.Conv2d(features, features, 3, 1, 1, bias=False) for _ in range(2)]
-        convs = [nn.Conv2d(3, features, 3, 1, 1), *map(nn.utils.spectral_norm, down + up + same),
-                 nn.Conv2d(features, 1, 3, 1, 1)]
+        convs = [
+            nn.Conv2d(3, features, 3, 1, 1),
+            *map(nn.utils.spectral_norm, down + up + same),
+            nn.Conv2d(features, 1, 3, 1, 1),
+        ]
         for number, conv in enumerate(convs):
             self.add_module(f"conv{number}", conv)
 
@@ -128,12 +164,16 @@ class PlainUNet(nn.Module):
             kept.append(act(number, kept[-1]))
         x = kept.pop()
         for number in (4, 5, 6):
-            x = act(number, F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)) + kept.pop()
+            x = (
+                act(number, F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+                + kept.pop()
+            )
         return self.conv9(act(8, act(7, x)))
 
 
 def test_unet_is_the_published_one_and_its_spectral_norm_torchs():
-    """The same tensors, strictly loaded; then two training steps and an evaluation, equal to the last bit."""
+    """The same tensors, strictly loaded; then two training steps and an evaluation, equal to the
+    last bit."""
     ours, theirs = build("unet"), PlainUNet(4)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for _ in range(2):
@@ -142,7 +182,9 @@ def test_unet_is_the_published_one_and_its_spectral_norm_torchs():
             network(images).square().mean().backward()
     assert equal_states(ours.state_dict(), theirs.state_dict())
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-8
+        )
     images = crops(1, 32, 32)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-6, atol=1e-7)
     assert equal_states(ours.state_dict(), theirs.state_dict())
@@ -260,7 +302,8 @@ def test_batch_norm_is_torchs_in_float32():
 
 
 def largest_singular_value(conv):
-    """Of the weight that a 3x3 convolution uses, as its output tells it: one image for every tap of the kernel."""
+    """Of the weight that a 3x3 convolution uses, as its output tells it: one image for every tap of
+    the kernel."""
     taps = torch.eye(conv.weight_orig[0].numel()).view(-1, *conv.weight_orig.shape[1:])
     with torch.no_grad():
         return torch.linalg.matrix_norm(conv(taps)[..., 1, 1], 2).item()
@@ -277,7 +320,9 @@ def test_spectral_norm_brings_the_largest_singular_value_to_1():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_spectral_norms_are_right_from_the_first_pass_on(dtype):
-    for name, conv in cast_parameters(UNetDiscriminator(crop=32, num_features=16), dtype).named_modules():
+    for name, conv in cast_parameters(
+        UNetDiscriminator(crop=32, num_features=16), dtype
+    ).named_modules():
         if isinstance(conv, SpectralConv2d):
             matrix = conv.weight_orig.detach().float().flatten(1)
             sigma = torch.dot(conv.weight_u, torch.mv(matrix, conv.weight_v)).item()
@@ -302,7 +347,9 @@ def test_power_iterations_and_statistics_advance_in_training_only(kind):
     network.eval()(crops())
     assert equal_states(network.state_dict(), before)
     network.train()(crops())
-    assert equal_states(network.state_dict(), before) == (not before.keys() & {"bn0_1.running_mean", "conv1.weight_u"})
+    assert equal_states(network.state_dict(), before) == (
+        not before.keys() & {"bn0_1.running_mean", "conv1.weight_u"}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,7 +357,10 @@ def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
     network = build(kind)
     network(crops()).mean().backward()
     images = crops(3).requires_grad_()
-    before, gradients = snapshot(network), {name: p.grad.clone() for name, p in network.named_parameters()}
+    before, gradients = (
+        snapshot(network),
+        {name: p.grad.clone() for name, p in network.named_parameters()},
+    )
     with frozen(network) as judge:
         assert judge is network
         logits = judge(images)
@@ -319,13 +369,14 @@ def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad
         assert torch.equal(parameter.grad, gradients[name])
-    # The same once more, not frozen; a copy, whose spectral norms must not move on for the comparison.
+    # The same once more, not frozen; a copy, whose spectral norms must not move on for the
+    # comparison.
     twin = copy.deepcopy(network)
     for module in twin.modules():
         if isinstance(module, SpectralConv2d):
             module.is_iterating = False
     pixels = images.detach().clone().requires_grad_()
-    expected, = torch.autograd.grad(F.softplus(-twin(pixels)).mean(), pixels)
+    (expected,) = torch.autograd.grad(F.softplus(-twin(pixels)).mean(), pixels)
     torch.testing.assert_close(images.grad, expected, rtol=1e-5, atol=1e-9)
     assert expected.abs().max() > 0
 
@@ -339,7 +390,9 @@ def test_frozen_normalises_by_the_batch_as_in_training():
     assert torch.equal(judged, network(images))
     assert (judged - evaluated).abs().max() > 1e-3
     with frozen(network.eval()):
-        assert not torch.equal(network(images), judged)  # in eval mode the running statistics are used, as ever
+        assert not torch.equal(
+            network(images), judged
+        )  # in eval mode the running statistics are used, as ever
 
 
 @pytest.mark.parametrize("kind", ["vgg", "unet"])
@@ -354,8 +407,11 @@ def test_frozen_restores_every_flag_also_after_an_exception_and_when_nested(kind
 
     def flags():
         return [p.requires_grad for p in parameters] + [
-            getattr(module, flag) for module in network.modules()
-            for flag in ("track_running_stats", "is_iterating", "training") if hasattr(module, flag)]
+            getattr(module, flag)
+            for module in network.modules()
+            for flag in ("track_running_stats", "is_iterating", "training")
+            if hasattr(module, flag)
+        ]
 
     def fail():
         with frozen(network), frozen(network):
@@ -372,7 +428,8 @@ def test_frozen_restores_every_flag_also_after_an_exception_and_when_nested(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_of_the_generators_step_between_two_of_the_discriminators_changes_nothing(kind):
-    """HR, then generated, then the backward pass of both: with a frozen pass in between the result is the same."""
+    """HR, then generated, then the backward pass of both: with a frozen pass in between the result
+    is the same."""
     results = []
     for has_generators_step in (False, True):
         torch.manual_seed(1)
@@ -382,7 +439,9 @@ def test_a_pass_of_the_generators_step_between_two_of_the_discriminators_changes
             with frozen(network):
                 network(fake.clone().requires_grad_()).sum().backward()
         (F.softplus(-on_real) + F.softplus(network(fake))).mean().backward()
-        results.append({**snapshot(network), **{f"{n}.grad": p.grad for n, p in network.named_parameters()}})
+        results.append(
+            {**snapshot(network), **{f"{n}.grad": p.grad for n, p in network.named_parameters()}}
+        )
     assert equal_states(*results)
 
 
@@ -436,7 +495,9 @@ def test_compiles_without_a_graph_break_frozen_or_not(kind):
     for key, tensor in plain.state_dict().items():
         torch.testing.assert_close(network.state_dict()[key], tensor, rtol=1e-4, atol=1e-6)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(network.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            network.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -463,20 +524,25 @@ def test_without_norms_the_signal_keeps_its_size():
     with torch.no_grad():
         features = crops(4, 64, 64) - 0.5
         first = features.square().mean()
-        for layer in [f"{stage}_{layer}" for stage in range(network.num_stages) for layer in (0, 1)]:
+        for layer in [
+            f"{stage}_{layer}" for stage in range(network.num_stages) for layer in (0, 1)
+        ]:
             features = F.leaky_relu(getattr(network, f"conv{layer}")(features), 0.2)
     assert 0.1 < features.square().mean() / first < 10
 
 
-@pytest.mark.parametrize(("kind", "change", "rule"), [
-    ("vgg", {"crop": 31}, "crop 31 is not a whole number of pixels from 32 up"),
-    ("unet", {"crop": 64.0}, r"crop 64\.0 is not a whole number"),
-    ("vgg", {"num_features": 0}, "num_features 0 is not a whole number above 0"),
-    ("unet", {"num_features": True}, "num_features True is not"),
-    ("vgg", {"norm": "layer"}, "norm 'layer' is not one of 'batch', 'instance', 'none'"),
-    ("vgg", {"head": "dense"}, "head 'dense' is not one of 'pool', 'flatten'"),
-    ("unet", {"skip_connections": 1}, "skip_connections 1 is neither true nor false"),
-])
+@pytest.mark.parametrize(
+    ("kind", "change", "rule"),
+    [
+        ("vgg", {"crop": 31}, "crop 31 is not a whole number of pixels from 32 up"),
+        ("unet", {"crop": 64.0}, r"crop 64\.0 is not a whole number"),
+        ("vgg", {"num_features": 0}, "num_features 0 is not a whole number above 0"),
+        ("unet", {"num_features": True}, "num_features True is not"),
+        ("vgg", {"norm": "layer"}, "norm 'layer' is not one of 'batch', 'instance', 'none'"),
+        ("vgg", {"head": "dense"}, "head 'dense' is not one of 'pool', 'flatten'"),
+        ("unet", {"skip_connections": 1}, "skip_connections 1 is neither true nor false"),
+    ],
+)
 def test_bad_values_are_refused(kind, change, rule):
     params = {"crop": 64, **change}
     with pytest.raises(UserError, match=f"discriminator '{kind}': {rule}"):
@@ -486,15 +552,25 @@ def test_bad_values_are_refused(kind, change, rule):
 def test_build_discriminator_names_the_nearest():
     with pytest.raises(UserError, match="no discriminator named 'unett'; did you mean 'unet'"):
         build_discriminator("unett", 64)
-    with pytest.raises(UserError, match="'vgg' has no parameter 'num_feature'; did you mean 'num_features'"):
+    with pytest.raises(
+        UserError, match="'vgg' has no parameter 'num_feature'; did you mean 'num_features'"
+    ):
         build_discriminator("vgg", 64, num_feature=3)
 
 
-@pytest.mark.parametrize(("params", "words"), [
-    ({"crop": 64}, "has no parameter 'crop'"), ({"name": "unet"}, "has no parameter 'name'"),
-    ({"self": 1}, "has no parameter 'self'"), ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
-    ({"num_features": 60000}, r"cannot be built with {'num_features': 60000}, is it too large\? \(RuntimeError"),
-])
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"crop": 64}, "has no parameter 'crop'"),
+        ({"name": "unet"}, "has no parameter 'name'"),
+        ({"self": 1}, "has no parameter 'self'"),
+        ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
+        (
+            {"num_features": 60000},
+            r"cannot be built with {'num_features': 60000}, is it too large\? \(RuntimeError",
+        ),
+    ],
+)
 def test_what_no_discriminator_has_is_one_line(params, words):
     with pytest.raises(UserError, match=f"^discriminator 'vgg'.*{words}") as caught:
         build_discriminator("vgg", 64, **params)

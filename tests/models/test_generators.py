@@ -23,14 +23,20 @@ SMALL = {
     SRVGGNetCompact: {"num_features": 8, "num_conv": 3},
 }
 SCALES = {SRResNet: (2, 4, 8), MSRResNet: (2, 3, 4), RRDBNet: (1, 2, 4), SRVGGNetCompact: (2, 3, 4)}
-VARIANTS = [(network_class, scale, {}) for network_class, scales in SCALES.items() for scale in scales] + [
-    (MSRResNet, 4, {"global_residual": "bilinear"}), (MSRResNet, 3, {"global_residual": "bilinear"}),
-    (RRDBNet, 4, {"fusion_kernel": 1}), (SRVGGNetCompact, 4, {"activation": "relu"}),
-    (SRVGGNetCompact, 2, {"activation": "leakyrelu"})]
+VARIANTS = [
+    (network_class, scale, {}) for network_class, scales in SCALES.items() for scale in scales
+] + [
+    (MSRResNet, 4, {"global_residual": "bilinear"}),
+    (MSRResNet, 3, {"global_residual": "bilinear"}),
+    (RRDBNet, 4, {"fusion_kernel": 1}),
+    (SRVGGNetCompact, 4, {"activation": "relu"}),
+    (SRVGGNetCompact, 2, {"activation": "leakyrelu"}),
+]
 
 
 def small(network_class, scale, seed=0, **params):
-    """A network of a few thousand parameters, every one of them random, its batch norms' statistics too."""
+    """A network of a few thousand parameters, every one of them random, its batch norms' statistics
+    too."""
     torch.manual_seed(seed)
     network = network_class(scale=scale, **{**SMALL[network_class], **params})
     with torch.no_grad():
@@ -55,11 +61,20 @@ def conv(state, images, name, padding=1):
     return F.conv2d(images, state[f"{name}.weight"], state.get(f"{name}.bias"), padding=padding)
 
 
-@pytest.mark.parametrize(("network_class", "scale", "params", "expected"), [
-    (SRResNet, 4, {}, 1_547_350), (SRResNet, 2, {}, 1_399_637), (SRResNet, 8, {}, 1_695_063),
-    (MSRResNet, 4, {}, 1_517_571), (RRDBNet, 4, {}, 16_697_987), (RRDBNet, 2, {}, 16_703_171),
-    (RRDBNet, 4, {"num_blocks": 6}, 4_467_779), (SRVGGNetCompact, 4, {}, 621_424),
-    (SRVGGNetCompact, 4, {"num_conv": 32}, 1_213_296)])
+@pytest.mark.parametrize(
+    ("network_class", "scale", "params", "expected"),
+    [
+        (SRResNet, 4, {}, 1_547_350),
+        (SRResNet, 2, {}, 1_399_637),
+        (SRResNet, 8, {}, 1_695_063),
+        (MSRResNet, 4, {}, 1_517_571),
+        (RRDBNet, 4, {}, 16_697_987),
+        (RRDBNet, 2, {}, 16_703_171),
+        (RRDBNet, 4, {"num_blocks": 6}, 4_467_779),
+        (SRVGGNetCompact, 4, {}, 621_424),
+        (SRVGGNetCompact, 4, {"num_conv": 32}, 1_213_296),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(network_class, scale, params, expected):
     with torch.device("meta"):
         assert count(network_class(scale=scale, **params)) == expected
@@ -86,9 +101,14 @@ def test_shapes_and_dtypes(network_class, scale, params):
 def test_every_parameter_gets_a_gradient_from_the_first_step_on(network_class, scale, params):
     torch.manual_seed(0)
     network = network_class(scale=scale, **{**SMALL[network_class], **params}).train()
-    (network(torch.rand(2, 3, 12, 12)) - torch.rand(2, 3, 12 * scale, 12 * scale)).abs().mean().backward()
-    dead = [name for name, parameter in network.named_parameters()
-            if parameter.grad is None or not parameter.grad.abs().max() > 0]
+    (
+        network(torch.rand(2, 3, 12, 12)) - torch.rand(2, 3, 12 * scale, 12 * scale)
+    ).abs().mean().backward()
+    dead = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().max() > 0
+    ]
     assert dead == []
 
 
@@ -107,7 +127,11 @@ def test_each_block_of_srresnet_learns_by_itself():
     assert len({id(block) for block in network.trunk}) == 16
     network(torch.rand(2, 3, 8, 8)).square().mean().backward()
     gradients = [block.rcb[0].weight.grad for block in network.trunk]
-    assert all(not torch.allclose(first, second) for i, first in enumerate(gradients) for second in gradients[:i])
+    assert all(
+        not torch.allclose(first, second)
+        for i, first in enumerate(gradients)
+        for second in gradients[:i]
+    )
 
 
 @pytest.mark.parametrize(("network_class", "scale", "params"), VARIANTS)
@@ -117,7 +141,9 @@ def test_a_network_is_recognised_from_its_tensors_alone(network_class, scale, pa
     if params.get("activation") in ("relu", "leakyrelu"):
         assert found == [None] * len(SMALL)  # the tensors do not tell which of the two
         return
-    (position, (found_scale, found_params)), = ((i, f) for i, f in enumerate(found) if f is not None)
+    ((position, (found_scale, found_params)),) = (
+        (i, f) for i, f in enumerate(found) if f is not None
+    )
     assert (list(SMALL)[position], found_scale) == (network_class, scale)
     assert found_params.items() >= {**SMALL[network_class], **params}.items()
     rebuilt = network_class(scale=found_scale, **found_params).eval()
@@ -130,18 +156,27 @@ def test_a_network_is_recognised_from_its_tensors_alone(network_class, scale, pa
 @pytest.mark.parametrize("network_class", SMALL)
 def test_a_network_is_not_recognised_without_one_of_its_first_or_last_tensors(network_class):
     whole = shapes(small(network_class, 4))
-    convolutions = [name for name, shape in whole.items() if len(shape) == 4 and "kernel" not in name]
+    convolutions = [
+        name for name, shape in whole.items() if len(shape) == 4 and "kernel" not in name
+    ]
     for name in (convolutions[0], convolutions[-1]):
-        assert network_class.recognise({key: shape for key, shape in whole.items() if key != name}) is None
+        assert (
+            network_class.recognise({key: shape for key, shape in whole.items() if key != name})
+            is None
+        )
     assert network_class.recognise({}) is None
     assert network_class.recognise(dict.fromkeys(whole, (1,))) is None
 
 
 def plain_srresnet(state, images):
-    """The network once more, straight from the paper, with nothing but functions; batch norms as in evaluation."""
+    """The network once more, straight from the paper, with nothing but functions; batch norms as in
+    evaluation."""
+
     def norm(x, name):
-        mean, var, weight, bias = (state[f"{name}.{kind}"].view(1, -1, 1, 1)
-                                   for kind in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, weight, bias = (
+            state[f"{name}.{kind}"].view(1, -1, 1, 1)
+            for kind in ("running_mean", "running_var", "weight", "bias")
+        )
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
     def prelu(x, name):
@@ -149,7 +184,10 @@ def plain_srresnet(state, images):
 
     first = x = prelu(conv(state, images, "conv1.0", padding=4), "conv1.1")
     for block in range(2):
-        y = prelu(norm(conv(state, x, f"trunk.{block}.rcb.0"), f"trunk.{block}.rcb.1"), f"trunk.{block}.rcb.2")
+        y = prelu(
+            norm(conv(state, x, f"trunk.{block}.rcb.0"), f"trunk.{block}.rcb.1"),
+            f"trunk.{block}.rcb.2",
+        )
         x = x + norm(conv(state, y, f"trunk.{block}.rcb.3"), f"trunk.{block}.rcb.4")
     x = first + norm(conv(state, x, "conv2.0"), "conv2.1")
     for stage in range(len([name for name in state if name.endswith("upsample_block.0.weight")])):
@@ -194,7 +232,9 @@ def plain_rrdbnet(state, images, rdb_scale=0.2, rrdb_scale=0.2):
 @pytest.mark.parametrize("scale", [2, 4, 8])
 def test_srresnet_is_the_papers(scale):
     network, images = small(SRResNet, scale).double(), torch.rand(2, 3, 9, 11, dtype=torch.float64)
-    torch.testing.assert_close(network(images), plain_srresnet(network.state_dict(), images), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        network(images), plain_srresnet(network.state_dict(), images), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("residual", ["bicubic", "bilinear"])
@@ -206,13 +246,23 @@ def test_msrresnet_is_basicsrs(scale, residual):
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("params", [{}, {"fusion_kernel": 1, "rdb_residual_scale": 0.5, "rrdb_residual_scale": 0.9},
-                                    {"rdb_residual_scale": 0.3}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"fusion_kernel": 1, "rdb_residual_scale": 0.5, "rrdb_residual_scale": 0.9},
+        {"rdb_residual_scale": 0.3},
+    ],
+)
 def test_every_knob_of_rrdbnet_turns_something(params):
     network = small(RRDBNet, 4, **params).double()
     images = torch.rand(2, 3, 9, 11, dtype=torch.float64)
-    expected = plain_rrdbnet(network.state_dict(), images, params.get("rdb_residual_scale", 0.2),
-                             params.get("rrdb_residual_scale", 0.2))
+    expected = plain_rrdbnet(
+        network.state_dict(),
+        images,
+        params.get("rdb_residual_scale", 0.2),
+        params.get("rrdb_residual_scale", 0.2),
+    )
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
 
 
@@ -233,7 +283,9 @@ def test_msrresnet_starts_at_the_interpolated_image(scale):
         bicubic = cubic_upscale(images, bicubic_kernel(scale), scale)
         assert (MSRResNet(scale=scale)(images) - bicubic).abs().max() < 1e-2
         bilinear = F.interpolate(images, scale_factor=scale, mode="bilinear")
-        assert (MSRResNet(scale=scale, global_residual="bilinear")(images) - bilinear).abs().max() < 1e-2
+        assert (
+            MSRResNet(scale=scale, global_residual="bilinear")(images) - bilinear
+        ).abs().max() < 1e-2
 
 
 def test_srresnet_starts_with_images_of_a_sane_size():
@@ -243,25 +295,43 @@ def test_srresnet_starts_with_images_of_a_sane_size():
 
 def test_tensors_are_named_as_in_the_files_of_the_field():
     def layers(network):
-        return {name.removesuffix(".weight") for name in shapes(network) if name.endswith(".weight")}
+        return {
+            name.removesuffix(".weight") for name in shapes(network) if name.endswith(".weight")
+        }
 
     ends = {"conv_first", "conv_hr", "conv_last"}
     assert layers(MSRResNet(scale=4, **SMALL[MSRResNet])) == ends | {"upconv1", "upconv2"} | {
-        f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)}
+        f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)
+    }
     assert layers(MSRResNet(scale=3, **SMALL[MSRResNet])) == ends | {"upconv1"} | {
-        f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)}
-    assert layers(RRDBNet(scale=2, **SMALL[RRDBNet])) == ends | {"conv_body", "conv_up1", "conv_up2"} | {
-        f"body.{block}.rdb{dense}.conv{layer}" for block in range(2) for dense in (1, 2, 3) for layer in range(1, 6)}
-    assert layers(SRVGGNetCompact(scale=2, **SMALL[SRVGGNetCompact])) == {f"body.{layer}" for layer in range(9)}
-    assert shapes(MSRResNet(scale=2)).keys() - shapes(MSRResNet(scale=2, global_residual="bilinear")).keys() == {
-        "residual_kernel"}
+        f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)
+    }
+    assert layers(RRDBNet(scale=2, **SMALL[RRDBNet])) == ends | {
+        "conv_body",
+        "conv_up1",
+        "conv_up2",
+    } | {
+        f"body.{block}.rdb{dense}.conv{layer}"
+        for block in range(2)
+        for dense in (1, 2, 3)
+        for layer in range(1, 6)
+    }
+    assert layers(SRVGGNetCompact(scale=2, **SMALL[SRVGGNetCompact])) == {
+        f"body.{layer}" for layer in range(9)
+    }
+    assert shapes(MSRResNet(scale=2)).keys() - shapes(
+        MSRResNet(scale=2, global_residual="bilinear")
+    ).keys() == {"residual_kernel"}
 
 
 def as_2021(name):
     """A tensor of ours under the name that it has in the SRGAN-PyTorch of late 2021."""
     name = re.sub(r"^conv([123])\.", r"conv_block\1.", name).replace(".rcb.", ".rc_block.")
-    return re.sub(r"upsampling\.(\d+)\.upsample_block\.(\d)",
-                  lambda match: f"upsampling.{3 * int(match[1]) + int(match[2])}", name)
+    return re.sub(
+        r"upsampling\.(\d+)\.upsample_block\.(\d)",
+        lambda match: f"upsampling.{3 * int(match[1]) + int(match[2])}",
+        name,
+    )
 
 
 def as_early_2022(name):
@@ -271,8 +341,11 @@ def as_early_2022(name):
 def as_mid_2021(name):
     layers = ("conv1", "bn1", "prelu", "conv2", "bn2")
     name = re.sub(r"\.rcb\.(\d)\.", lambda match: f".{layers[int(match[1])]}.", name)
-    return re.sub(r"^upsampling\.(\d+)\.upsample_block\.(\d)\.",
-                  lambda match: f"subpixel_conv.{match[1]}.{'prelu' if match[2] == '2' else 'conv'}.", name)
+    return re.sub(
+        r"^upsampling\.(\d+)\.upsample_block\.(\d)\.",
+        lambda match: f"subpixel_conv.{match[1]}.{'prelu' if match[2] == '2' else 'conv'}.",
+        name,
+    )
 
 
 @pytest.mark.parametrize("renamed", [as_2021, as_early_2022, as_mid_2021])
@@ -282,7 +355,9 @@ def test_files_of_srgan_pytorch_are_converted(renamed, scale):
     state = network.state_dict()
     foreign = {renamed(name): tensor for name, tensor in state.items()}
     assert not foreign.keys() <= state.keys()
-    assert SRResNet.recognise({name: tuple(tensor.shape) for name, tensor in foreign.items()}) is None
+    assert (
+        SRResNet.recognise({name: tuple(tensor.shape) for name, tensor in foreign.items()}) is None
+    )
     converted = SRResNet.convert(foreign)
     assert converted.keys() == state.keys()
     assert all(converted[name] is state[name] for name in state)
@@ -295,7 +370,9 @@ def test_files_with_one_block_in_all_places_load_into_blocks_of_their_own():
     state = source.eval().state_dict()
     assert state["trunk.0.rcb.0.weight"].data_ptr() == state["trunk.15.rcb.0.weight"].data_ptr()
     converted = SRResNet.convert({as_2021(name): tensor for name, tensor in state.items()})
-    scale, params = SRResNet.recognise({name: tuple(tensor.shape) for name, tensor in converted.items()})
+    scale, params = SRResNet.recognise(
+        {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    )
     assert (scale, params["num_blocks"]) == (4, 16)
     network = SRResNet(scale=scale, **params).eval()
     network.load_state_dict(converted, strict=True)
@@ -309,8 +386,10 @@ def test_files_with_one_block_in_all_places_load_into_blocks_of_their_own():
 def test_what_is_no_file_of_the_network_is_not_converted():
     own = small(SRResNet, 4).state_dict()
     assert SRResNet.convert(own) is None
-    with_tanh = {name.replace("conv_block3.", "conv_block3.0."): tensor
-                 for name, tensor in ((as_2021(name), tensor) for name, tensor in own.items())}
+    with_tanh = {
+        name.replace("conv_block3.", "conv_block3.0."): tensor
+        for name, tensor in ((as_2021(name), tensor) for name, tensor in own.items())
+    }
     assert SRResNet.convert(with_tanh) is None
     for network_class in (MSRResNet, RRDBNet, SRVGGNetCompact):
         other = small(network_class, 4).state_dict()
@@ -320,13 +399,23 @@ def test_what_is_no_file_of_the_network_is_not_converted():
 
 def second_esrgan_names(name):
     name = re.sub(r"^body\.(\d+)\.rdb(\d)\.", r"RRDB_trunk.\1.RDB\2.", name)
-    return re.sub(r"^conv_up", "upconv", name).replace("conv_body.", "trunk_conv.").replace("conv_hr.", "HRconv.")
+    return (
+        re.sub(r"^conv_up", "upconv", name)
+        .replace("conv_body.", "trunk_conv.")
+        .replace("conv_hr.", "HRconv.")
+    )
 
 
 def first_esrgan_names(name):
     name = re.sub(r"^body\.(\d+)\.rdb(\d)\.(conv\d)\.", r"model.1.sub.\1.RDB\2.\3.0.", name)
-    for ours, place in (("conv_first", "0"), ("conv_body", "1.sub.2"), ("conv_up1", "3"), ("conv_up2", "6"),
-                        ("conv_hr", "8"), ("conv_last", "10")):
+    for ours, place in (
+        ("conv_first", "0"),
+        ("conv_body", "1.sub.2"),
+        ("conv_up1", "3"),
+        ("conv_up2", "6"),
+        ("conv_hr", "8"),
+        ("conv_last", "10"),
+    ):
         name = name.replace(f"{ours}.", f"model.{place}.")
     return name
 
@@ -335,7 +424,9 @@ def first_esrgan_names(name):
 def test_older_esrgan_files_are_converted(renamed):
     state = small(RRDBNet, 4).state_dict()
     foreign = {renamed(name): tensor for name, tensor in state.items()}
-    assert RRDBNet.recognise({name: tuple(tensor.shape) for name, tensor in foreign.items()}) is None
+    assert (
+        RRDBNet.recognise({name: tuple(tensor.shape) for name, tensor in foreign.items()}) is None
+    )
     converted = RRDBNet.convert(foreign)
     assert converted.keys() == state.keys()
     assert all(converted[name] is state[name] for name in state)
@@ -344,9 +435,16 @@ def test_older_esrgan_files_are_converted(renamed):
 def test_esrgan_plus_is_not_claimed():
     state = small(RRDBNet, 4).state_dict()
     for names in (lambda name: name, second_esrgan_names, first_esrgan_names):
-        plus = {names(name): tensor for name, tensor in {
-            **state, "body.0.rdb1.conv1x1.weight": torch.zeros(4, 8, 1, 1)}.items()}
-        assert RRDBNet.recognise({name: tuple(tensor.shape) for name, tensor in plus.items()}) is None
+        plus = {
+            names(name): tensor
+            for name, tensor in {
+                **state,
+                "body.0.rdb1.conv1x1.weight": torch.zeros(4, 8, 1, 1),
+            }.items()
+        }
+        assert (
+            RRDBNet.recognise({name: tuple(tensor.shape) for name, tensor in plus.items()}) is None
+        )
         assert RRDBNet.convert(plus) is None
 
 
@@ -357,11 +455,20 @@ def spandrel_model(path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize(("network_class", "scale", "params", "architecture"), [
-    (RRDBNet, 4, {"num_grow_ch": 32}, "ESRGAN"), (RRDBNet, 2, {"num_grow_ch": 32}, "ESRGAN"),
-    (RRDBNet, 1, {"num_grow_ch": 32}, "ESRGAN"), (SRVGGNetCompact, 2, {}, "Compact"),
-    (SRVGGNetCompact, 3, {}, "Compact"), (SRVGGNetCompact, 4, {"num_features": 12}, "Compact")])
-def test_spandrel_opens_our_files_and_computes_the_same(tmp_path, network_class, scale, params, architecture, suffix):
+@pytest.mark.parametrize(
+    ("network_class", "scale", "params", "architecture"),
+    [
+        (RRDBNet, 4, {"num_grow_ch": 32}, "ESRGAN"),
+        (RRDBNet, 2, {"num_grow_ch": 32}, "ESRGAN"),
+        (RRDBNet, 1, {"num_grow_ch": 32}, "ESRGAN"),
+        (SRVGGNetCompact, 2, {}, "Compact"),
+        (SRVGGNetCompact, 3, {}, "Compact"),
+        (SRVGGNetCompact, 4, {"num_features": 12}, "Compact"),
+    ],
+)
+def test_spandrel_opens_our_files_and_computes_the_same(
+    tmp_path, network_class, scale, params, architecture, suffix
+):
     network = small(network_class, scale, **params)
     path = tmp_path / f"a{suffix}"
     if suffix == ".pth":
@@ -370,19 +477,33 @@ def test_spandrel_opens_our_files_and_computes_the_same(tmp_path, network_class,
         safetensors.torch.save_file(network.state_dict(), path)
     opened = spandrel_model(path)
     assert (opened.architecture.id, opened.scale, opened.input_channels) == (architecture, scale, 3)
-    for height, width in ((12, 16), (13, 15)):  # the second must be extended to be folded at x1 and x2
+    for height, width in (
+        (12, 16),
+        (13, 15),
+    ):  # the second must be extended to be folded at x1 and x2
         images = torch.rand(2, 3, height, width)
         with torch.inference_mode():
-            torch.testing.assert_close(opened.model.eval()(images), network(images), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                opened.model.eval()(images), network(images), rtol=0, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(("network_class", "scale", "params"), VARIANTS)
 def test_nothing_beyond_the_receptive_radius_is_seen(network_class, scale, params):
-    network = small(network_class, scale, **{**params, "num_features": 4, **({} if network_class is SRVGGNetCompact
-                                                                             else {"num_blocks": 1})}).double()
+    network = small(
+        network_class,
+        scale,
+        **{
+            **params,
+            "num_features": 4,
+            **({} if network_class is SRVGGNetCompact else {"num_blocks": 1}),
+        },
+    ).double()
     radius = network.receptive_radius
     images = torch.rand(1, 3, 4, 4 * (radius // 4) + 16, dtype=torch.float64)
-    images[..., 0] = torch.nan  # the leftmost LR column; unlike a change, it gets through the smallest of weights
+    images[..., 0] = (
+        torch.nan
+    )  # the leftmost LR column; unlike a change, it gets through the smallest of weights
     with torch.inference_mode():
         differs = network(images).isnan().any(dim=2).any(dim=1)[0]
     assert not differs[(radius + 1) * scale :].any()
@@ -409,12 +530,16 @@ def test_batch_norm_keeps_float32_statistics_beside_half_weights(weights):
     torch.manual_seed(0)
     norm, plain = BatchNorm2d(4), torch.nn.BatchNorm2d(4)
     for parameter in norm.parameters():
-        parameter.data = parameter.data.to(weights)  # what DeepSpeed does: the parameters, not the buffers
+        parameter.data = parameter.data.to(
+            weights
+        )  # what DeepSpeed does: the parameters, not the buffers
     features = (torch.randn(8, 4, 6, 6) * 3 + 1).to(weights)
     for _ in range(3):
         found, expected = norm(features), plain(features.float())
     assert found.dtype == weights
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 if weights != torch.float32 else 1e-6)
+    torch.testing.assert_close(
+        found.float(), expected, rtol=0, atol=0.05 if weights != torch.float32 else 1e-6
+    )
     assert norm.running_mean.dtype == torch.float32
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(norm, name), getattr(plain, name), rtol=1e-3, atol=1e-4)
@@ -432,7 +557,9 @@ def test_batch_norm_keeps_its_statistics_where_a_batch_overflows():
     norm(images)
     assert torch.isfinite(norm.running_mean).all()
     assert torch.isfinite(norm.running_var).all()
-    torch.testing.assert_close((norm.running_mean[2], norm.running_var[2]), (kept[0][2], kept[1][2]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        (norm.running_mean[2], norm.running_var[2]), (kept[0][2], kept[1][2]), rtol=0, atol=0
+    )
     assert not torch.equal(norm.running_mean[:2], kept[0][:2])
 
 
@@ -462,7 +589,9 @@ def test_bytes_go_in_and_rounded_bytes_come_out(layout, dtype):
     images = torch.randint(0, 256, (2, 3, 6, 9), dtype=torch.uint8)
     with torch.inference_mode():
         values = network(images)
-        found = ByteNetwork(network, layout)(images if layout == "nchw" else images.permute(0, 2, 3, 1))
+        found = ByteNetwork(network, layout)(
+            images if layout == "nchw" else images.permute(0, 2, 3, 1)
+        )
     assert values.dtype == dtype
     assert found.dtype == torch.uint8
     assert found.is_contiguous()
@@ -485,22 +614,41 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
         ByteNetwork(module.network, "hwc")
 
 
-@pytest.mark.parametrize(("network_class", "change", "rule"), [
-    (SRResNet, {"scale": 3}, "scale 3 is not one of 2, 4 and 8"), (SRResNet, {"num_blocks": 0}, "num_blocks 0 is not"),
-    (SRResNet, {"scale": True}, "scale True"), (SRResNet, {"num_features": 8.0}, "num_features 8.0 is not a whole"),
-    (MSRResNet, {"scale": 8}, "scale 8 is not one of 2, 3 and 4"),
-    (MSRResNet, {"global_residual": "none"}, "global_residual 'none' is not one of 'bicubic', 'bilinear'"),
-    (RRDBNet, {"scale": 8}, "scale 8 is not one of 1, 2 and 4"), (RRDBNet, {"scale": 3}, "scale 3"),
-    (RRDBNet, {"fusion_kernel": 2}, "fusion_kernel 2 is neither 1 nor 3"),
-    (RRDBNet, {"fusion_kernel": 1.0}, "fusion_kernel 1.0 is neither"),
-    (RRDBNet, {"fusion_kernel": True}, "fusion_kernel True is neither"),
-    (RRDBNet, {"num_blocks": 10**8}, "num_blocks 100000000 is above 65536"),
-    (RRDBNet, {"rdb_residual_scale": 0}, "rdb_residual_scale 0 is not a number above 0"),
-    (RRDBNet, {"rrdb_residual_scale": float("nan")}, "rrdb_residual_scale nan is not a number above 0"),
-    (RRDBNet, {"num_grow_ch": -1}, "num_grow_ch -1 is not"),
-    (SRVGGNetCompact, {"activation": "gelu"}, "activation 'gelu' is not one of 'prelu', 'relu', 'leakyrelu'"),
-    (SRVGGNetCompact, {"num_conv": "16"}, "num_conv '16' is not a whole number"),
-    (SRVGGNetCompact, {"scale": 1}, "scale 1 is not one of 2, 3 and 4")])
+@pytest.mark.parametrize(
+    ("network_class", "change", "rule"),
+    [
+        (SRResNet, {"scale": 3}, "scale 3 is not one of 2, 4 and 8"),
+        (SRResNet, {"num_blocks": 0}, "num_blocks 0 is not"),
+        (SRResNet, {"scale": True}, "scale True"),
+        (SRResNet, {"num_features": 8.0}, "num_features 8.0 is not a whole"),
+        (MSRResNet, {"scale": 8}, "scale 8 is not one of 2, 3 and 4"),
+        (
+            MSRResNet,
+            {"global_residual": "none"},
+            "global_residual 'none' is not one of 'bicubic', 'bilinear'",
+        ),
+        (RRDBNet, {"scale": 8}, "scale 8 is not one of 1, 2 and 4"),
+        (RRDBNet, {"scale": 3}, "scale 3"),
+        (RRDBNet, {"fusion_kernel": 2}, "fusion_kernel 2 is neither 1 nor 3"),
+        (RRDBNet, {"fusion_kernel": 1.0}, "fusion_kernel 1.0 is neither"),
+        (RRDBNet, {"fusion_kernel": True}, "fusion_kernel True is neither"),
+        (RRDBNet, {"num_blocks": 10**8}, "num_blocks 100000000 is above 65536"),
+        (RRDBNet, {"rdb_residual_scale": 0}, "rdb_residual_scale 0 is not a number above 0"),
+        (
+            RRDBNet,
+            {"rrdb_residual_scale": float("nan")},
+            "rrdb_residual_scale nan is not a number above 0",
+        ),
+        (RRDBNet, {"num_grow_ch": -1}, "num_grow_ch -1 is not"),
+        (
+            SRVGGNetCompact,
+            {"activation": "gelu"},
+            "activation 'gelu' is not one of 'prelu', 'relu', 'leakyrelu'",
+        ),
+        (SRVGGNetCompact, {"num_conv": "16"}, "num_conv '16' is not a whole number"),
+        (SRVGGNetCompact, {"scale": 1}, "scale 1 is not one of 2, 3 and 4"),
+    ],
+)
 def test_bad_values_are_refused(network_class, change, rule):
     with pytest.raises(ValueError, match=rule):
         network_class(**{"scale": 2, **SMALL[network_class], **change})

@@ -23,20 +23,24 @@ from pipeline.run_folder import run_network_file
 @pytest.fixture
 def info(capsys):
     """Run the command in this process: exit status, stdout, stderr."""
+
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
             cli.run(Options, main, [str(argument) for argument in arguments], ends_with_reader=True)
         return stop.value.code, *capsys.readouterr()
+
     return run
 
 
 @pytest.fixture
 def numbers(info):
     """What the command prints with --json."""
+
     def run(*arguments):
         status, output, complaint = info(*arguments, "--json")
         assert (status, complaint) == (0, "")
         return json.loads(output)
+
     return run
 
 
@@ -50,18 +54,40 @@ def test_vapsr_is_the_papers():
 
 
 def test_multiply_adds_are_those_of_the_kernels():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.PReLU(), nn.Conv2d(8, 8, 5, padding=2, groups=8),
-                            nn.Conv2d(8, 12, 1), nn.PixelShuffle(2))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.PReLU(),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 12, 1),
+        nn.PixelShuffle(2),
+    )
     report = describe(network, "", 2, (10, 14))
     expected = [140 * 3 * 8 * 9, 0, 140 * 8 * 25, 140 * 8 * 12, 0]
     assert [layer.multiply_adds for layer in report.layers] == expected
     assert report.multiply_adds == sum(expected)
-    assert [layer.output for layer in report.layers] == [(8, 10, 14)] * 3 + [(12, 10, 14), (3, 20, 28)]
-    assert [layer.type for layer in report.layers] == ["Conv2d", "PReLU", "Conv2d", "Conv2d", "PixelShuffle"]
+    assert [layer.output for layer in report.layers] == [(8, 10, 14)] * 3 + [
+        (12, 10, 14),
+        (3, 20, 28),
+    ]
+    assert [layer.type for layer in report.layers] == [
+        "Conv2d",
+        "PReLU",
+        "Conv2d",
+        "Conv2d",
+        "PixelShuffle",
+    ]
 
 
-@pytest.mark.parametrize(("name", "params"), [("vapsr", {"num_blocks": 2}), ("srresnet", {}), ("msrresnet", {}),
-                                              ("rrdbnet", {"num_blocks": 1}), ("compact", {})])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("vapsr", {"num_blocks": 2}),
+        ("srresnet", {}),
+        ("msrresnet", {}),
+        ("rrdbnet", {"num_blocks": 1}),
+        ("compact", {}),
+    ],
+)
 def test_layers_hold_all_parameters_of_every_network(name, params):
     network = build_generator(name, 4, **params)
     state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
@@ -77,24 +103,47 @@ def test_layers_hold_all_parameters_of_every_network(name, params):
 
 
 def influence(network, scale, side=41):
-    """Height and width of the input pixels that the outputs of the centre depend on, by autograd in float64."""
+    """Height and width of the input pixels that the outputs of the centre depend on, by autograd in
+    float64."""
     network = network.double()
     images = torch.rand(1, 3, side, side, dtype=torch.float64, requires_grad=True)
     at = side // 2 * scale
     network(images)[..., at : at + scale, at : at + scale].square().sum().backward()
     hit = images.grad[0].ne(0).any(0)
-    return tuple(int(hit.any(axis).nonzero().max() - hit.any(axis).nonzero().min() + 1) for axis in (1, 0))
+    return tuple(
+        int(hit.any(axis).nonzero().max() - hit.any(axis).nonzero().min() + 1) for axis in (1, 0)
+    )
 
 
-@pytest.mark.parametrize(("network", "scale"), [
-    (nn.Conv2d(3, 3, 5, padding=2), 1),
-    (nn.Conv2d(3, 3, (3, 7), padding=(1, 3), bias=False), 1),
-    (nn.Sequential(nn.Conv2d(3, 4, 3, padding=4, dilation=4), nn.GELU(), nn.Conv2d(4, 3, 3, padding=1)), 1),
-    (nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(3, 3, 3, padding=1)), 2),
-    (nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 12, 1), nn.PixelShuffle(2)), 2),
-    (nn.ConvTranspose2d(3, 3, 6, stride=2, padding=2), 2),
-    (tiny_network(scale=2, num_blocks=1), 2), (tiny_network(scale=3, num_blocks=1, projection_kernel=3), 3),
-], ids=str)
+@pytest.mark.parametrize(
+    ("network", "scale"),
+    [
+        (nn.Conv2d(3, 3, 5, padding=2), 1),
+        (nn.Conv2d(3, 3, (3, 7), padding=(1, 3), bias=False), 1),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 4, 3, padding=4, dilation=4), nn.GELU(), nn.Conv2d(4, 3, 3, padding=1)
+            ),
+            1,
+        ),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(3, 3, 3, padding=1)
+            ),
+            2,
+        ),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 12, 1), nn.PixelShuffle(2)
+            ),
+            2,
+        ),
+        (nn.ConvTranspose2d(3, 3, 6, stride=2, padding=2), 2),
+        (tiny_network(scale=2, num_blocks=1), 2),
+        (tiny_network(scale=3, num_blocks=1, projection_kernel=3), 3),
+    ],
+    ids=str,
+)
 def test_the_receptive_field_is_autograds(network, scale):
     measured = receptive_field(network.eval(), scale)
     assert measured == influence(network, scale)
@@ -107,21 +156,30 @@ def test_every_architecture_of_spandrel_is_described(arch):
     assert report.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert report.multiply_adds > 16 * 24 * 100
     if arch in CONVOLUTIONAL:
-        # In evaluation PLKSR writes over what autograd needs; only batch norm sees farther in training.
+        # In evaluation PLKSR writes over what autograd needs; only batch norm sees farther in
+        # training.
         assert report.receptive_field == influence(network.train(arch != "SwiftSRGAN"), 2, side=47)
     else:
         assert "receptive field  not measured" in format_report(report)
 
 
-@pytest.mark.parametrize(("scale", "params"), [(2, {}), (4, {"num_blocks": 1}), (3, {"projection_kernel": 3}),
-                                               (2, {"global_residual": "bicubic"})])
+@pytest.mark.parametrize(
+    ("scale", "params"),
+    [
+        (2, {}),
+        (4, {"num_blocks": 1}),
+        (3, {"projection_kernel": 3}),
+        (2, {"global_residual": "bicubic"}),
+    ],
+)
 def test_the_receptive_field_is_what_vapsr_says(scale, params):
     network = tiny_network(scale=scale, **params)
     assert receptive_field(network, scale) == (2 * network.receptive_radius + 1,) * 2
 
 
 def test_with_strides_inside_the_farthest_view_counts():
-    """Against real arithmetic in float64, a NaN in each of the 8 places that the U-Net's strides tell apart."""
+    """Against real arithmetic in float64, a NaN in each of the 8 places that the U-Net's strides
+    tell apart."""
     network = build_discriminator("unet", 32, num_features=2).eval()
     images = torch.rand(1, 3, 8, 160)
     left, right = [], []
@@ -157,19 +215,32 @@ def test_layers_that_never_run_are_said_to():
             return self.conv(images)
 
     report = describe(Dead(), "", 1, (8, 8))
-    assert [(layer.name, layer.output) for layer in report.layers] == [("conv", (3, 8, 8)), ("dead", None)]
+    assert [(layer.name, layer.output) for layer in report.layers] == [
+        ("conv", (3, 8, 8)),
+        ("dead", None),
+    ]
     assert "never run" in format_report(report)
 
 
 def test_the_command_prints_an_aligned_table():
-    command = [warm.python(), "-m", "pipeline.models.info", "vapsr_x4", "generator.global_residual=none"]
-    result = subprocess.run(command, cwd=CHECKOUT, timeout=120, capture_output=True, text=True, check=False)
+    command = [
+        warm.python(),
+        "-m",
+        "pipeline.models.info",
+        "vapsr_x4",
+        "generator.global_residual=none",
+    ]
+    result = subprocess.run(
+        command, cwd=CHECKOUT, timeout=120, capture_output=True, text=True, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == "generator of recipe vapsr_x4: vapsr x4"
     table = lines[2 : lines.index("", 3)]
     assert table[0].split() == ["layer", "type", "output", "parameters", "MMACs"]
-    assert len({line.rindex(line.split()[2]) for line in table}) == 1  # a column begins in one place
+    assert (
+        len({line.rindex(line.split()[2]) for line in table}) == 1
+    )  # a column begins in one place
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["conv_first", "Conv2d", "48x180x320", "1,344", "74.6"]
     assert "parameters       342,220" in lines
@@ -184,8 +255,13 @@ def test_json_has_the_numbers_of_the_table(numbers):
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
     assert report["receptive_field"] == [41, 41]
     assert report["gmacs"] == pytest.approx(report["multiply_adds"] / 1e9)
-    assert report["layers"][0] == {"name": "conv_first", "type": "Conv2d", "output": [48, 90, 160], "parameters": 1344,
-                                   "multiply_adds": 90 * 160 * 3 * 48 * 9}
+    assert report["layers"][0] == {
+        "name": "conv_first",
+        "type": "Conv2d",
+        "output": [48, 90, 160],
+        "parameters": 1344,
+        "multiply_adds": 90 * 160 * 3 * 48 * 9,
+    }
 
 
 def test_files_and_run_folders_are_described(tmp_path, numbers):
@@ -198,7 +274,9 @@ def test_files_and_run_folders_are_described(tmp_path, numbers):
     run = make_run(tmp_path, steps=(100,), best=100, **TINY)
     report = numbers(run, "--hr", 96, 96)
     assert report["title"] == f"vapsr x2 of {run}"
-    assert numbers(run_network_file(run, 100, ema=True), "--hr", 96, 96)["layers"] == report["layers"]
+    assert (
+        numbers(run_network_file(run, 100, ema=True), "--hr", 96, 96)["layers"] == report["layers"]
+    )
 
 
 def test_the_released_file_is_described(numbers):
@@ -207,31 +285,58 @@ def test_the_released_file_is_described(numbers):
     assert report["receptive_field"] == [345, 345]
 
 
-@pytest.mark.parametrize(("name", "count", "field"), [("vgg", 14_499_401, "global"), ("unet", 4_376_897, [65, 65])])
+@pytest.mark.parametrize(
+    ("name", "count", "field"), [("vgg", 14_499_401, "global"), ("unet", 4_376_897, [65, 65])]
+)
 def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field):
-    report = numbers("vapsr_x4", "data.crop=128", "adversarial.weight=0.005", f"adversarial.discriminator.name={name}",
-                     "--part", "discriminator")
+    report = numbers(
+        "vapsr_x4",
+        "data.crop=128",
+        "adversarial.weight=0.005",
+        f"adversarial.discriminator.name={name}",
+        "--part",
+        "discriminator",
+    )
     assert report["title"] == f"discriminator of recipe vapsr_x4: {name} at crop 128"
-    assert (report["parameters"], report["receptive_field"], report["input_size"]) == (count, field, [128, 128])
+    assert (report["parameters"], report["receptive_field"], report["input_size"]) == (
+        count,
+        field,
+        [128, 128],
+    )
     assert report["layers"][0]["multiply_adds"] == 128 * 128 * 3 * 64 * 9
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("vapsr_x5",), "no recipe 'vapsr_x5'; did you mean"),
-    (("none.pth",), "no weights file 'none.pth'"),
-    (("none.CKPT",), "no weights file 'none.CKPT'"),
-    (("vapsr_x4", "scale=5"), "network 'vapsr': scale 5 is not one of 2, 3 and 4"),
-    (("vapsr_x4", "generator.num_features=100000000"), "num_features 100000000 is above 65536"),
-    (("vapsr_x4", "generator.num_features=60000"), "network 'vapsr' cannot be built with"),
-    (("vapsr_x4", "generator.scale=4"), "network 'vapsr' has no parameter 'scale'"),
-    (("vapsr_x4", "generator.name=spandrel", "generator.arch=[SPAN]"), "arch ['SPAN'] is not a name"),
-    (("none.pth", "generator.num_blocks=2"), "'none.pth' is a generator's weights: overrides and --part"),
-    (("vapsr_x4", "generator.num_blokcs=2"), "no parameter 'num_blokcs'; did you mean 'num_blocks'"),
-    (("vapsr_x4", "ds.train_batch_size=2"), "ds.train_batch_size: DeepSpeed's file does not change the network"),
-    (("vapsr_x4", "--part", "discriminator"), "recipe vapsr_x4 has no discriminator"),
-    (("vapsr_x4", "--hr", "16", "720"), "--hr 16 720: both sides must be 32 to 32768 pixels"),
-    ((), "RECIPE|FILE|RUN"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("vapsr_x5",), "no recipe 'vapsr_x5'; did you mean"),
+        (("none.pth",), "no weights file 'none.pth'"),
+        (("none.CKPT",), "no weights file 'none.CKPT'"),
+        (("vapsr_x4", "scale=5"), "network 'vapsr': scale 5 is not one of 2, 3 and 4"),
+        (("vapsr_x4", "generator.num_features=100000000"), "num_features 100000000 is above 65536"),
+        (("vapsr_x4", "generator.num_features=60000"), "network 'vapsr' cannot be built with"),
+        (("vapsr_x4", "generator.scale=4"), "network 'vapsr' has no parameter 'scale'"),
+        (
+            ("vapsr_x4", "generator.name=spandrel", "generator.arch=[SPAN]"),
+            "arch ['SPAN'] is not a name",
+        ),
+        (
+            ("none.pth", "generator.num_blocks=2"),
+            "'none.pth' is a generator's weights: overrides and --part",
+        ),
+        (
+            ("vapsr_x4", "generator.num_blokcs=2"),
+            "no parameter 'num_blokcs'; did you mean 'num_blocks'",
+        ),
+        (
+            ("vapsr_x4", "ds.train_batch_size=2"),
+            "ds.train_batch_size: DeepSpeed's file does not change the network",
+        ),
+        (("vapsr_x4", "--part", "discriminator"), "recipe vapsr_x4 has no discriminator"),
+        (("vapsr_x4", "--hr", "16", "720"), "--hr 16 720: both sides must be 32 to 32768 pixels"),
+        ((), "RECIPE|FILE|RUN"),
+    ],
+)
 def test_errors_are_one_line(info, arguments, words):
     status, output, complaint = info(*arguments)
     assert (status, output) == (2, "")

@@ -17,8 +17,14 @@ TINY = {
     "SPAN": {"feature_channels": 12},
     "Compact": {"num_feat": 8, "num_conv": 2},
     "ESRGAN": {"num_filters": 8, "num_blocks": 1},
-    "SwinIR": {"embed_dim": 12, "depths": [2], "num_heads": [2], "img_size": 16, "mlp_ratio": 2.0,
-               "upsampler": "pixelshuffledirect"},
+    "SwinIR": {
+        "embed_dim": 12,
+        "depths": [2],
+        "num_heads": [2],
+        "img_size": 16,
+        "mlp_ratio": 2.0,
+        "upsampler": "pixelshuffledirect",
+    },
     "PLKSR": {"dim": 16, "n_blocks": 2, "kernel_size": 5},
     "SAFMN": {"dim": 8, "n_blocks": 2},
 }
@@ -51,7 +57,12 @@ def tiny(arch, scale=2, **params):
 
 
 def saved(network, arch, scale=2, **params):
-    return SavedNetwork("spandrel", scale, {"arch": arch, **{**TINY, **OTHERS}[arch], **params}, network.state_dict())
+    return SavedNetwork(
+        "spandrel",
+        scale,
+        {"arch": arch, **{**TINY, **OTHERS}[arch], **params},
+        network.state_dict(),
+    )
 
 
 def opened_elsewhere(path):
@@ -63,7 +74,9 @@ def opened_elsewhere(path):
 
 
 def images_of(*shape):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def test_the_table_is_all_tried():
@@ -79,7 +92,9 @@ def test_from_training_to_other_programs_and_back(tmp_path, arch):
     assert sr.dtype == torch.float32
     F.l1_loss(sr, hr).backward()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained
+    )
     torch.optim.Adam(trained, lr=1e-3).step()
     network.eval()
     with torch.inference_mode():
@@ -93,9 +108,15 @@ def test_from_training_to_other_programs_and_back(tmp_path, arch):
         assert (str(elsewhere.architecture.id), elsewhere.scale) == (arch, 2)
         for number in range(2):  # it takes one image at a time
             one = slice(number, number + 1)
-            torch.testing.assert_close(elsewhere(lr[one] / 255), learnt[one].clamp(0, 1), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                elsewhere(lr[one] / 255), learnt[one].clamp(0, 1), rtol=0, atol=1e-5
+            )
         found = read_network(path)
-        assert (found.name, found.scale, found.params) == ("spandrel", 2, {"arch": arch, **TINY[arch]})
+        assert (found.name, found.scale, found.params) == (
+            "spandrel",
+            2,
+            {"arch": arch, **TINY[arch]},
+        )
         built = found.build()
         state = network.state_dict()
         assert all(torch.equal(state[key], tensor) for key, tensor in built.state_dict().items())
@@ -107,15 +128,19 @@ def test_from_training_to_other_programs_and_back(tmp_path, arch):
 @pytest.mark.parametrize("half", [False, True])
 def test_a_file_without_description_is_read_through_spandrel(tmp_path, arch, half):
     network = tiny(arch, 4).eval()
-    state = {f"module.{key}": tensor.half() if half and tensor.is_floating_point() else tensor
-             for key, tensor in network.state_dict().items()}
+    state = {
+        f"module.{key}": tensor.half() if half and tensor.is_floating_point() else tensor
+        for key, tensor in network.state_dict().items()
+    }
     torch.save({"params": state}, tmp_path / "bare.pth")
     found = read_network(tmp_path / "bare.pth")
     assert (found.name, found.scale, found.params["arch"]) == ("spandrel", 4, arch)
     lr = images_of(1, 3, 17, 20)
     with torch.inference_mode():
         expected = network(lr)
-        assert (found.build()(lr) - expected).abs().max() < (0.02 if half else 1e-6) * expected.abs().max().clamp(min=1)
+        assert (found.build()(lr) - expected).abs().max() < (
+            0.02 if half else 1e-6
+        ) * expected.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize(("arch", "ours"), [("Compact", "compact"), ("ESRGAN", "rrdbnet")])
@@ -133,7 +158,9 @@ def test_spandrel_and_our_own_network_agree(tmp_path, arch, ours):
 @pytest.mark.parametrize("arch", {**TINY, **OTHERS})
 def test_every_architecture_learns(arch, dtype):
     network = tiny(arch)
-    for parameter in network.parameters():  # buffers stay in float32, as where a trainer casts the parameters alone
+    for parameter in (
+        network.parameters()
+    ):  # buffers stay in float32, as where a trainer casts the parameters alone
         parameter.data = parameter.data.to(dtype)
     lr = images_of(2, 3, 19, 16)
     before = lr.clone()
@@ -142,7 +169,9 @@ def test_every_architecture_learns(arch, dtype):
     assert sr.dtype == dtype
     assert torch.equal(lr, before)
     sr.float().abs().mean().backward()
-    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
+    }
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
     assert all(parameter.grad.isfinite().all() for parameter in trained.values())
     assert trained.keys() <= network.state_dict().keys()
@@ -161,7 +190,9 @@ def test_constants_are_not_trained():
     rcan = tiny("RCAN")
     frozen = [name for name, parameter in rcan.named_parameters() if not parameter.requires_grad]
     assert frozen == ["sub_mean.weight", "sub_mean.bias", "add_mean.weight", "add_mean.bias"]
-    folded = [name for name, parameter in tiny("SPAN").named_parameters() if not parameter.requires_grad]
+    folded = [
+        name for name, parameter in tiny("SPAN").named_parameters() if not parameter.requires_grad
+    ]
     assert len(folded) == 40
     assert all(".eval_conv." in name for name in folded)
 
@@ -212,7 +243,9 @@ def test_works_in_another_colour_space():
 
 def test_one_image_is_not_enough_for_batch_statistics():
     network = tiny("DAT")
-    with pytest.raises(UserError, match="cannot train on one; set train_micro_batch_size_per_gpu to 2 or more"):
+    with pytest.raises(
+        UserError, match="cannot train on one; set train_micro_batch_size_per_gpu to 2 or more"
+    ):
         network(images_of(1, 3, 16, 16))
     assert network.eval()(images_of(1, 3, 16, 16)).shape == (1, 3, 32, 32)
 
@@ -223,16 +256,19 @@ def test_any_image_size_fits(size):
         assert tiny(arch).eval()(images_of(1, 3, *size)).shape == (1, 3, 2 * size[0], 2 * size[1])
 
 
-@pytest.mark.parametrize(("arch", "params", "message"), [
-    ("PLKSR", {"with_idt": True}, "'with_idt': False"),
-    ("SeemoRe", {"recursive": 1}, "'recursive': 2"),
-    ("HAT", {"conv_scale": 0.03}, "'conv_scale': 0.01"),
-    ("HAT", {"img_size": 16}, "'img_size': 64"),
-    ("ATD", {"category_size": 32}, "'category_size': 256"),
-    ("ATD", {"category_size": 4096}, "'category_size': 256"),
-    ("HAT", {"ape": True}, "cannot run on images of"),
-    ("CRAFT", {"split_size_1": 32}, "cannot run on images of"),
-])
+@pytest.mark.parametrize(
+    ("arch", "params", "message"),
+    [
+        ("PLKSR", {"with_idt": True}, "'with_idt': False"),
+        ("SeemoRe", {"recursive": 1}, "'recursive': 2"),
+        ("HAT", {"conv_scale": 0.03}, "'conv_scale': 0.01"),
+        ("HAT", {"img_size": 16}, "'img_size': 64"),
+        ("ATD", {"category_size": 32}, "'category_size': 256"),
+        ("ATD", {"category_size": 4096}, "'category_size': 256"),
+        ("HAT", {"ape": True}, "cannot run on images of"),
+        ("CRAFT", {"split_size_1": 32}, "cannot run on images of"),
+    ],
+)
 def test_no_seed_lets_pass_what_other_programs_read_differently(arch, params, message):
     for seed in range(4):
         torch.manual_seed(seed)
@@ -260,7 +296,9 @@ def test_a_batch_is_its_images(arch):
 def test_the_experts_are_those_of_spandrel():
     """Which one is chosen differs from image to image; spandrel itself takes one at a time."""
     torch.manual_seed(0)
-    network = build_generator("spandrel", 2, arch="SeemoRe", num_experts=3, num_layers=1, embedding_dim=12)
+    network = build_generator(
+        "spandrel", 2, arch="SeemoRe", num_experts=3, num_layers=1, embedding_dim=12
+    )
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -279,33 +317,52 @@ def test_the_experts_are_those_of_spandrel():
 
 @pytest.mark.parametrize("space", ["rgb", "y"])
 def test_a_network_that_unshuffles_first_needs_no_channels(space):
-    network = build_generator("spandrel", 2, arch="ESRGAN", **TINY["ESRGAN"], shuffle_factor=2, colour_space=space)
+    network = build_generator(
+        "spandrel", 2, arch="ESRGAN", **TINY["ESRGAN"], shuffle_factor=2, colour_space=space
+    )
     assert network(images_of(1, 3, 9, 12)).shape == (1, 3, 18, 24)
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"arch": "SPANN"}, "no arch 'SPANN'; did you mean 'SPAN'"),
-    ({"arch": "span"}, "no arch 'span'; did you mean 'SPAN'"),
-    ({"arch": 7}, "arch 7 is not a name; write one, such as SPAN"),
-    ({"arch": ["SPAN"]}, r"arch \['SPAN'\] is not a name"),
-    ({"arch": {}}, r"arch {} is not a name"),
-    ({"arch": "SPAN", "scale": 4}, "network 'spandrel' has no parameter 'scale'"),
-    ({"arch": "SPAN", "cls": 4}, "network 'spandrel' has no parameter 'cls'"),
-    ({"arch": "SPAN", "self": 4}, "network 'spandrel' has no parameter 'self'"),
-    ({"arch": "SPAN", "name": 4}, "arch 'SPAN' has no parameter 'name'"),
-    ({"arch": "ESRGAN", "num_filters": 8, "shuffle_factor": 1.5}, "unshuffle 1.5 is not a whole number"),
-    ({}, "network 'spandrel' needs the parameter 'arch'"),
-    ({"arch": "AuraSR"}, "its licence"),
-    ({"arch": "IPT"}, "patches of one size"),
-    ({"arch": "SPAN", "feature_chanels": 3}, "arch 'SPAN' has no parameter 'feature_chanels'; did you mean "
-                                             "'feature_channels'"),
-    ({"arch": "SPAN", "upscale": 4}, "arch 'SPAN' has no parameter 'upscale'"),
-    ({"arch": "Compact", "num_feat": -1}, "arch 'Compact' cannot be built with"),
-    ({"arch": "Compact", "num_feat": 8, "num_conv": 2, "act_type": "relu"}, "does not know its own 'Compact'"),
-    ({"arch": "SPAN", "feature_channels": 8, "norm": True, "img_range": 1.0}, "'img_range': 255.0"),
-    ({"arch": "SwinIR", **TINY["SwinIR"], "upsampler": ""}, "does not upscale by 2; choose its upsampler"),
-    ({"arch": "SPAN", "num_in_ch": 1}, "1 channels in"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"arch": "SPANN"}, "no arch 'SPANN'; did you mean 'SPAN'"),
+        ({"arch": "span"}, "no arch 'span'; did you mean 'SPAN'"),
+        ({"arch": 7}, "arch 7 is not a name; write one, such as SPAN"),
+        ({"arch": ["SPAN"]}, r"arch \['SPAN'\] is not a name"),
+        ({"arch": {}}, r"arch {} is not a name"),
+        ({"arch": "SPAN", "scale": 4}, "network 'spandrel' has no parameter 'scale'"),
+        ({"arch": "SPAN", "cls": 4}, "network 'spandrel' has no parameter 'cls'"),
+        ({"arch": "SPAN", "self": 4}, "network 'spandrel' has no parameter 'self'"),
+        ({"arch": "SPAN", "name": 4}, "arch 'SPAN' has no parameter 'name'"),
+        (
+            {"arch": "ESRGAN", "num_filters": 8, "shuffle_factor": 1.5},
+            "unshuffle 1.5 is not a whole number",
+        ),
+        ({}, "network 'spandrel' needs the parameter 'arch'"),
+        ({"arch": "AuraSR"}, "its licence"),
+        ({"arch": "IPT"}, "patches of one size"),
+        (
+            {"arch": "SPAN", "feature_chanels": 3},
+            "arch 'SPAN' has no parameter 'feature_chanels'; did you mean 'feature_channels'",
+        ),
+        ({"arch": "SPAN", "upscale": 4}, "arch 'SPAN' has no parameter 'upscale'"),
+        ({"arch": "Compact", "num_feat": -1}, "arch 'Compact' cannot be built with"),
+        (
+            {"arch": "Compact", "num_feat": 8, "num_conv": 2, "act_type": "relu"},
+            "does not know its own 'Compact'",
+        ),
+        (
+            {"arch": "SPAN", "feature_channels": 8, "norm": True, "img_range": 1.0},
+            "'img_range': 255.0",
+        ),
+        (
+            {"arch": "SwinIR", **TINY["SwinIR"], "upsampler": ""},
+            "does not upscale by 2; choose its upsampler",
+        ),
+        ({"arch": "SPAN", "num_in_ch": 1}, "1 channels in"),
+    ],
+)
 def test_bad_values_are_one_clear_line(params, message):
     with pytest.raises(UserError, match=message) as caught:
         build_generator("spandrel", 2, **params)
@@ -324,9 +381,13 @@ def test_files_of_other_purposes_are_refused(tmp_path):
     from spandrel.architectures.Compact import Compact
     from spandrel.architectures.DnCNN import DnCNN
 
-    for network, message in ((DnCNN(in_nc=3, out_nc=3, nc=8, nb=4), "is of spandrel's DnCNN, which is not supported"),
-                             (Compact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2, upscale=2),
-                              "is of spandrel's Compact, scale 2, with 1 channels in and 1 out")):
+    for network, message in (
+        (DnCNN(in_nc=3, out_nc=3, nc=8, nb=4), "is of spandrel's DnCNN, which is not supported"),
+        (
+            Compact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2, upscale=2),
+            "is of spandrel's Compact, scale 2, with 1 channels in and 1 out",
+        ),
+    ):
         torch.save(network.state_dict(), tmp_path / "other.pth")
         with pytest.raises(UserError, match=message):
             read_network(tmp_path / "other.pth")
@@ -339,5 +400,7 @@ def test_initial_values_do_not_depend_on_the_comparison():
     torch.manual_seed(0)
     plain = SAFMN(**TINY["SAFMN"], upscaling_factor=2).state_dict()
     expected = torch.rand(3)
-    assert all(torch.equal(plain[key], tensor) for key, tensor in tiny("SAFMN").state_dict().items())
+    assert all(
+        torch.equal(plain[key], tensor) for key, tensor in tiny("SAFMN").state_dict().items()
+    )
     assert torch.equal(torch.rand(3), expected)

@@ -17,6 +17,7 @@ VAPSR_S = {"num_features": 32, "num_blocks": 11, "conv_groups": 2}
 
 def plain_vapsr(state, images, scale, groups=1):
     """The network once more, straight from the description, with nothing but functions."""
+
     def conv(x, name, **options):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
 
@@ -26,12 +27,20 @@ def plain_vapsr(state, images, scale, groups=1):
         u = F.gelu(conv(x, f"{name}.proj_1", padding=state[f"{name}.proj_1.weight"].shape[-1] // 2))
         gate = conv(u, f"{name}.atten_branch.pointwise")
         gate = conv(gate, f"{name}.atten_branch.depthwise", padding=2, groups=gate.shape[1])
-        gate = conv(gate, f"{name}.atten_branch.depthwise_dilated", padding=6, dilation=3, groups=gate.shape[1])
+        gate = conv(
+            gate,
+            f"{name}.atten_branch.depthwise_dilated",
+            padding=6,
+            dilation=3,
+            groups=gate.shape[1],
+        )
         x = x + conv(u * gate, f"{name}.proj_2")
         mean = x.mean(dim=1, keepdim=True)
         variance = (x - mean).square().mean(dim=1, keepdim=True)
         x = (x - mean) / (variance + 1e-5).sqrt()
-        weight, bias = (state[f"{name}.pixel_norm.{kind}"].view(1, -1, 1, 1) for kind in ("weight", "bias"))
+        weight, bias = (
+            state[f"{name}.pixel_norm.{kind}"].view(1, -1, 1, 1) for kind in ("weight", "bias")
+        )
         x = x * weight + bias
     x = first + conv(x, "conv_body", padding=1, groups=groups)
     x = conv(x, "upsampler.0", padding=1)
@@ -58,7 +67,8 @@ def test_forward_is_the_description(scale, params):
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_signed_values_give_the_bytes_of_the_network_that_takes_bytes(scale):
-    """catid/upsampling: bytes / 127.5 - 1 into the network, its output * 127.5 + 128 truncated to bytes."""
+    """catid/upsampling: bytes / 127.5 - 1 into the network, its output * 127.5 + 128 truncated to
+    bytes."""
     network = tiny_network(scale=scale, projection_kernel=3, value_range="signed").double()
     images = torch.randint(0, 256, (2, 3, 13, 17), dtype=torch.uint8)
     signed = plain_vapsr(network.state_dict(), images.double() / 127.5 - 1, scale)
@@ -71,13 +81,29 @@ def test_signed_values_give_the_bytes_of_the_network_that_takes_bytes(scale):
 
 
 def test_tensors_are_named_as_in_the_released_files():
-    block = ("proj_1", "atten_branch.pointwise", "atten_branch.depthwise", "atten_branch.depthwise_dilated", "proj_2",
-             "pixel_norm")
-    expected = {f"{layer}.{kind}" for kind in ("weight", "bias") for layer in (
-        "conv_first", *(f"body.{index}.{layer}" for index in range(2) for layer in block), "conv_body", "upsampler.0",
-        "upsampler.3")}
+    block = (
+        "proj_1",
+        "atten_branch.pointwise",
+        "atten_branch.depthwise",
+        "atten_branch.depthwise_dilated",
+        "proj_2",
+        "pixel_norm",
+    )
+    expected = {
+        f"{layer}.{kind}"
+        for kind in ("weight", "bias")
+        for layer in (
+            "conv_first",
+            *(f"body.{index}.{layer}" for index in range(2) for layer in block),
+            "conv_body",
+            "upsampler.0",
+            "upsampler.3",
+        )
+    }
     assert set(VapSR(scale=4, num_blocks=2).state_dict()) == expected
-    assert set(VapSR(scale=4, num_blocks=2, global_residual="bicubic").state_dict()) == expected | {"residual_kernel"}
+    assert set(VapSR(scale=4, num_blocks=2, global_residual="bicubic").state_dict()) == expected | {
+        "residual_kernel"
+    }
 
 
 @pytest.mark.parametrize("residual", ["none", "bicubic"])
@@ -119,7 +145,9 @@ def test_channels_last_stays_so_without_copies_and_gives_the_same():
         assert layout_copies(network, images) > 0  # so the count below can fail
         network, images = (item.to(memory_format=torch.channels_last) for item in (network, images))
         assert layout_copies(network, images) == 0
-        assert network.body(network.conv_first(images)).is_contiguous(memory_format=torch.channels_last)
+        assert network.body(network.conv_first(images)).is_contiguous(
+            memory_format=torch.channels_last
+        )
         torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-5)
 
 
@@ -166,8 +194,10 @@ def test_every_layer_learns_from_the_second_step_on():
     assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(("scale", "params"), [(2, {}), (4, {}), (3, {"projection_kernel": 3}),
-                                               (2, {"global_residual": "bicubic"})])
+@pytest.mark.parametrize(
+    ("scale", "params"),
+    [(2, {}), (4, {}), (3, {"projection_kernel": 3}), (2, {"global_residual": "bicubic"})],
+)
 def test_receptive_radius_is_exact(scale, params):
     network = tiny_network(scale=scale, **params).double()
     radius = network.receptive_radius
@@ -178,25 +208,35 @@ def test_receptive_radius_is_exact(scale, params):
     with torch.inference_mode():
         differs = (network(images) != network(changed)).any(dim=2).any(dim=1)[0]
     assert not differs[(radius + 1) * scale :].any()
-    # Within an LR pixel the nearest of its outputs see furthest; at x4 the last convolution works at twice LR.
+    # Within an LR pixel the nearest of its outputs see furthest; at x4 the last convolution works
+    # at twice LR.
     assert differs[: (radius - 1) * scale].all()
 
 
-@pytest.mark.parametrize(("change", "rule"), [
-    ({"scale": 5}, "scale 5 is not one of"), ({"scale": 2.0}, "scale 2.0 is not one of"),
-    ({"num_blocks": 0}, "num_blocks 0 is not a whole number above 0"),
-    ({"num_features": "48"}, "num_features '48' is not"), ({"conv_groups": 5}, "not a multiple of conv_groups 5"),
-    ({"projection_kernel": 2}, "projection_kernel 2 is neither 1 nor 3"),
-    ({"scale": 4, "upsampler_features": 30}, "30 is not a multiple of 4"),
-    ({"global_residual": "cubic"}, "'cubic' is neither 'none' nor 'bicubic'"),
-    ({"value_range": "bytes"}, "'bytes' is neither 'unit' nor 'signed'")])
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"scale": 5}, "scale 5 is not one of"),
+        ({"scale": 2.0}, "scale 2.0 is not one of"),
+        ({"num_blocks": 0}, "num_blocks 0 is not a whole number above 0"),
+        ({"num_features": "48"}, "num_features '48' is not"),
+        ({"conv_groups": 5}, "not a multiple of conv_groups 5"),
+        ({"projection_kernel": 2}, "projection_kernel 2 is neither 1 nor 3"),
+        ({"scale": 4, "upsampler_features": 30}, "30 is not a multiple of 4"),
+        ({"global_residual": "cubic"}, "'cubic' is neither 'none' nor 'bicubic'"),
+        ({"value_range": "bytes"}, "'bytes' is neither 'unit' nor 'signed'"),
+    ],
+)
 def test_bad_values_are_refused(change, rule):
     with pytest.raises(ValueError, match=rule):
         VapSR(**{"scale": 2, **change})
 
 
 def test_build_generator_builds_and_names_the_nearest():
-    assert sum(parameter.numel() for parameter in build_generator("vapsr", 4, **VAPSR_S).parameters()) == 154_956
+    assert (
+        sum(parameter.numel() for parameter in build_generator("vapsr", 4, **VAPSR_S).parameters())
+        == 154_956
+    )
     with pytest.raises(UserError, match="no network named 'vapsrr'; did you mean 'vapsr'"):
         build_generator("vapsrr", 2)
     with pytest.raises(UserError, match="no parameter 'num_blokcs'; did you mean 'num_blocks'"):
@@ -215,6 +255,8 @@ def test_build_generator_puts_any_network_into_a_colour_space():
     assert plain.state_dict().keys() == network.state_dict().keys()
     images = torch.rand(1, 3, 8, 9)
     with torch.inference_mode():
-        torch.testing.assert_close(network(images), oklab_to_rgb(plain(rgb_to_oklab(images))), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            network(images), oklab_to_rgb(plain(rgb_to_oklab(images))), rtol=0, atol=1e-6
+        )
     with pytest.raises(UserError, match="network 'vapsr': colour_space 'lab' is not one of"):
         build_generator("vapsr", 2, **TINY, colour_space="lab")

@@ -22,14 +22,24 @@ from pipeline.models import GENERATORS, build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 
-ALL_PARAMS = {"num_features", "num_attention_features", "num_blocks", "conv_groups", "projection_kernel",
-              "upsampler_features", "global_residual", "value_range"}
+ALL_PARAMS = {
+    "num_features",
+    "num_attention_features",
+    "num_blocks",
+    "conv_groups",
+    "projection_kernel",
+    "upsampler_features",
+    "global_residual",
+    "value_range",
+}
 TINY_STATE = tiny_network().state_dict()
 
 
 def equal_states(first, second):
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
+    )
 
 
 def save_pickled(path, content):
@@ -40,33 +50,63 @@ def save_pickled(path, content):
 def test_the_same_network_gives_the_same_bytes(tmp_path):
     files = [tmp_path / f"{number}.safetensors" for number in range(8)]
     for file in files:
-        write_network(file, SavedNetwork("vapsr", 4, {}, {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.half)},
-                                         {"licence": "CC-BY-4.0", "ü": "\"", "run": "r", "step": "7"}))
+        write_network(
+            file,
+            SavedNetwork(
+                "vapsr",
+                4,
+                {},
+                {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.half)},
+                {"licence": "CC-BY-4.0", "ü": '"', "run": "r", "step": "7"},
+            ),
+        )
     assert len({file.read_bytes() for file in files}) == 1
     with safetensors.safe_open(files[0], "pt") as opened:
-        assert opened.metadata()["ü"] == "\""
+        assert opened.metadata()["ü"] == '"'
         assert opened.get_tensor("a").tolist() == [0.0] * 5
 
 
 def test_tensors_lie_in_a_file_as_the_library_lays_them(tmp_path):
     """Every kind, in its order; only the metadata is put in order."""
     torch.manual_seed(0)
-    kinds = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32,
-             torch.float32, torch.float64, torch.int64]
-    tensors = {name: (torch.rand(shape) * 100).to(kind) for kind in kinds for name, shape in (
-        (f"b.{kind}", (2, 3)), (f"a.{kind}", ()), (f"ü.\"{kind}", (5, 1, 7)), (f"empty.{kind}", (0, 4)))}
+    kinds = [
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+    ]
+    tensors = {
+        name: (torch.rand(shape) * 100).to(kind)
+        for kind in kinds
+        for name, shape in (
+            (f"b.{kind}", (2, 3)),
+            (f"a.{kind}", ()),
+            (f'ü."{kind}', (5, 1, 7)),
+            (f"empty.{kind}", (0, 4)),
+        )
+    }
     tensors["wide"] = torch.rand(1, 8, 5, 6).contiguous(memory_format=torch.channels_last)
     tensors["part"] = tensors["wide"][:, :, 1:3]
     write_network(tmp_path / "a.safetensors", SavedNetwork("vapsr", 4, {}, tensors, {"step": "7"}))
     ours = (tmp_path / "a.safetensors").read_bytes()
-    theirs = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()},
-                                    {"step": "7", "architecture": "vapsr"})
+    theirs = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {"step": "7", "architecture": "vapsr"},
+    )
     ends = [8 + int.from_bytes(content[:8], "little") for content in (ours, theirs)]
-    headers = [json.loads(content[8:end]) for content, end in zip((ours, theirs), ends, strict=True)]
+    headers = [
+        json.loads(content[8:end]) for content, end in zip((ours, theirs), ends, strict=True)
+    ]
     assert list(headers[0].pop("__metadata__")) == ["architecture", "scale", "step", "vastscale"]
     headers[1].pop("__metadata__")
     assert list(headers[0].items()) == list(headers[1].items())
-    assert ours[ends[0]:] == theirs[ends[1]:]
+    assert ours[ends[0] :] == theirs[ends[1] :]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -74,21 +114,34 @@ def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
     saved = tiny_saved(scale=3, global_residual="bicubic")
     saved.metadata = {"step": "400", "recipe": "demo"}
     saved.state_dict["conv_first.weight"] = (
-        saved.state_dict["conv_first.weight"].half().contiguous(memory_format=torch.channels_last))
+        saved.state_dict["conv_first.weight"].half().contiguous(memory_format=torch.channels_last)
+    )
     write_network(tmp_path / f"a{suffix}", saved)
     found = read_network(tmp_path / f"a{suffix}")
     assert (found.name, found.scale, found.params, found.metadata) == (
-        saved.name, saved.scale, saved.params, saved.metadata)
+        saved.name,
+        saved.scale,
+        saved.params,
+        saved.metadata,
+    )
     assert equal_states(found.state_dict, saved.state_dict)
     assert os.listdir(tmp_path) == [f"a{suffix}"]  # nothing is left of writing aside
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("params", [{"scale": 2}, {"scale": 3}, {"scale": 4},
-                                    {"scale": 2, "projection_kernel": 3, "value_range": "signed"},
-                                    {"scale": 2, "projection_kernel": 3, "global_residual": "bicubic"},
-                                    {"scale": 4, "conv_groups": 2, "num_blocks": 11},
-                                    {"scale": 2, "upsampler_features": 24}, {"scale": 3, "global_residual": "bicubic"}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"scale": 2},
+        {"scale": 3},
+        {"scale": 4},
+        {"scale": 2, "projection_kernel": 3, "value_range": "signed"},
+        {"scale": 2, "projection_kernel": 3, "global_residual": "bicubic"},
+        {"scale": 4, "conv_groups": 2, "num_blocks": 11},
+        {"scale": 2, "upsampler_features": 24},
+        {"scale": 3, "global_residual": "bicubic"},
+    ],
+)
 def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, params):
     network = tiny_network(**params)
     path = tmp_path / f"bare{suffix}"
@@ -97,8 +150,15 @@ def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, para
     else:
         safetensors.torch.save_file(network.state_dict(), path)
     found = read_network(path)
-    expected = {**TINY, "conv_groups": 1, "projection_kernel": 1, "global_residual": "none", "value_range": "unit",
-                "upsampler_features": 64 if params["scale"] == 4 else 56, **params}
+    expected = {
+        **TINY,
+        "conv_groups": 1,
+        "projection_kernel": 1,
+        "global_residual": "none",
+        "value_range": "unit",
+        "upsampler_features": 64 if params["scale"] == 4 else 56,
+        **params,
+    }
     assert found.scale == expected.pop("scale")
     assert (found.name, found.params) == ("vapsr", expected)
     assert set(found.params) == ALL_PARAMS
@@ -107,8 +167,19 @@ def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, para
         assert torch.equal(found.build()(images), network(images))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "netG.",
-                                    "net_g.module.", "module.generator._orig_mod.module.", "_forward_module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "netG.",
+        "net_g.module.",
+        "module.generator._orig_mod.module.",
+        "_forward_module.",
+    ],
+)
 def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
     state = tiny_network().state_dict()
     path = save_pickled(tmp_path / "a.pth", {prefix + key: tensor for key, tensor in state.items()})
@@ -141,8 +212,19 @@ def test_of_a_whole_gan_the_generator_is_taken(tmp_path):
     assert equal_states(read_network(path).state_dict, state)
 
 
-@pytest.mark.parametrize("key", ["params", "state_dict", "model", "model_state_dict", "generator", "ema_state_dict",
-                                 "netG", "net_g"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "params",
+        "state_dict",
+        "model",
+        "model_state_dict",
+        "generator",
+        "ema_state_dict",
+        "netG",
+        "net_g",
+    ],
+)
 def test_state_dicts_are_found_under_the_usual_names(tmp_path, key):
     state = tiny_network().state_dict()
     path = save_pickled(tmp_path / "a.pt", {key: state, "epoch": 3, "optimizer": {"state": {}}})
@@ -176,8 +258,12 @@ class _Payload:
 
 def test_pickled_code_is_refused_and_never_runs(tmp_path):
     victim = tmp_path / "executed"
-    path = save_pickled(tmp_path / "a.pth", {"params": TINY_STATE, "extra": _Payload(f"touch {victim}")})
-    with pytest.raises(UserError, match=r"pickled code besides tensors \(posix.system\), which is never run"):
+    path = save_pickled(
+        tmp_path / "a.pth", {"params": TINY_STATE, "extra": _Payload(f"touch {victim}")}
+    )
+    with pytest.raises(
+        UserError, match=r"pickled code besides tensors \(posix.system\), which is never run"
+    ):
         read_network(path)
     assert not victim.exists()
     torch.load(path, weights_only=False)  # the payload is real: read carelessly it does run
@@ -198,8 +284,12 @@ def test_a_truncated_file_is_one_line(tmp_path, suffix, kept):
 
 
 def test_files_of_no_use_are_one_clear_line_each(tmp_path):
-    rrdb = {"conv_first.weight": torch.zeros(8, 3, 3, 3), "body.0.rdb1.conv1.weight": torch.zeros(4, 8, 3, 3),
-            "conv_body.weight": torch.zeros(8, 8, 3, 3), "conv_up1.weight": torch.zeros(8, 8, 3, 3)}
+    rrdb = {
+        "conv_first.weight": torch.zeros(8, 3, 3, 3),
+        "body.0.rdb1.conv1.weight": torch.zeros(4, 8, 3, 3),
+        "conv_body.weight": torch.zeros(8, 8, 3, 3),
+        "conv_up1.weight": torch.zeros(8, 8, 3, 3),
+    }
     cases = {
         r"is of no network known here \(vapsr, .*, spandrel\); its first tensors are conv_first.weight": rrdb,
         "holds no state dict; found epoch": {"epoch": 3},
@@ -210,8 +300,11 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
         with pytest.raises(UserError, match=message):
             read_network(save_pickled(tmp_path / f"{number}.pth", content))
     (tmp_path / "text.onnx").write_text("x")
-    for path, message in ((tmp_path / "none.pth", "no weights file"), (tmp_path, "it is a folder"),
-                          (tmp_path / "text.onnx", "is none of .safetensors, .pth, .pt, .ckpt, .bin")):
+    for path, message in (
+        (tmp_path / "none.pth", "no weights file"),
+        (tmp_path, "it is a folder"),
+        (tmp_path / "text.onnx", "is none of .safetensors, .pth, .pt, .ckpt, .bin"),
+    ):
         with pytest.raises(UserError, match=message):
             read_network(path)
     with pytest.raises(UserError, match=r"must end in .safetensors or .pth"):
@@ -219,21 +312,36 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
 
 
 def test_metadata_that_cannot_be_understood_is_named(tmp_path):
-    for description in ("{", "[]", json.dumps({"name": "vapsr"}), json.dumps({"name": "vapsr", "scale": "x",
-                                                                              "params": {}})):
+    for description in (
+        "{",
+        "[]",
+        json.dumps({"name": "vapsr"}),
+        json.dumps({"name": "vapsr", "scale": "x", "params": {}}),
+    ):
         path = save_pickled(tmp_path / "a.pth", {"params": TINY_STATE, "vastscale": description})
         with pytest.raises(UserError, match="metadata cannot be understood"):
             read_network(path)
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda state: state.pop("conv_body.bias"), "needs the tensor 'conv_body.bias'"),
-    (lambda state: state.update(surplus=torch.zeros(1)), "has no tensor 'surplus'"),
-    (lambda state: state.update({"conv_body.bias": torch.zeros(9)}), r"is \(9,\) in the weights but must be \(8,\)"),
-    (lambda state: state["conv_body.bias"].fill_(float("nan")), "'conv_body.bias' holds NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("conv_body.bias"), "needs the tensor 'conv_body.bias'"),
+        (lambda state: state.update(surplus=torch.zeros(1)), "has no tensor 'surplus'"),
+        (
+            lambda state: state.update({"conv_body.bias": torch.zeros(9)}),
+            r"is \(9,\) in the weights but must be \(8,\)",
+        ),
+        (
+            lambda state: state["conv_body.bias"].fill_(float("nan")),
+            "'conv_body.bias' holds NaN or infinity",
+        ),
+    ],
+)
 def test_build_refuses_what_does_not_fit(spoil, message):
-    saved = SavedNetwork("vapsr", 2, TINY, {key: tensor.clone() for key, tensor in TINY_STATE.items()})
+    saved = SavedNetwork(
+        "vapsr", 2, TINY, {key: tensor.clone() for key, tensor in TINY_STATE.items()}
+    )
     spoil(saved.state_dict)
     with pytest.raises(UserError, match=message):
         saved.build()
@@ -264,12 +372,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def convolution(name, out, inputs, size=3, bias=True):
-    return {f"{name}.weight": (out, inputs, size, size)} | ({f"{name}.bias": (out,)} if bias else {})
+    return {f"{name}.weight": (out, inputs, size, size)} | (
+        {f"{name}.bias": (out,)} if bias else {}
+    )
 
 
 def norm(name, features):
-    return {f"{name}.{part}": (features,) for part in ("weight", "bias", "running_mean", "running_var")} | {
-        f"{name}.num_batches_tracked": ()}
+    return {
+        f"{name}.{part}": (features,) for part in ("weight", "bias", "running_mean", "running_var")
+    } | {f"{name}.num_batches_tracked": ()}
 
 
 def ancestor_vapsr(features=12, attention=8, blocks=2):
@@ -293,8 +404,11 @@ def basicsr_rrdbnet(folded=1, features=16, blocks=2, growth=32):
     for block in range(blocks):
         for dense in (1, 2, 3):
             for number in range(1, 6):
-                shapes |= convolution(f"body.{block}.rdb{dense}.conv{number}", growth if number < 5 else features,
-                                      features + (number - 1) * growth)
+                shapes |= convolution(
+                    f"body.{block}.rdb{dense}.conv{number}",
+                    growth if number < 5 else features,
+                    features + (number - 1) * growth,
+                )
     for name in ("conv_body", "conv_up1", "conv_up2", "conv_hr"):
         shapes |= convolution(name, features, features)
     return shapes | convolution("conv_last", 3, features)
@@ -302,19 +416,37 @@ def basicsr_rrdbnet(folded=1, features=16, blocks=2, growth=32):
 
 def second_esrgan():
     """ESRGAN's own RRDBNet_arch.py (BSRGAN and RealSR have it, too)."""
-    renames = {"body": "RRDB_trunk", "rdb": "RDB", "conv_body": "trunk_conv", "conv_up": "upconv", "conv_hr": "HRconv"}
-    return {re.sub(r"conv_body|body|rdb|conv_up|conv_hr", lambda match: renames[match[0]], name): shape
-            for name, shape in basicsr_rrdbnet().items()}
+    renames = {
+        "body": "RRDB_trunk",
+        "rdb": "RDB",
+        "conv_body": "trunk_conv",
+        "conv_up": "upconv",
+        "conv_hr": "HRconv",
+    }
+    return {
+        re.sub(r"conv_body|body|rdb|conv_up|conv_hr", lambda match: renames[match[0]], name): shape
+        for name, shape in basicsr_rrdbnet().items()
+    }
 
 
 def first_esrgan(blocks=2):
     """ESRGAN's first code, whose layers are numbered in one row."""
-    places = {"conv_first": "model.0", "conv_body": f"model.1.sub.{blocks}", "conv_up1": "model.3",
-              "conv_up2": "model.6", "conv_hr": "model.8", "conv_last": "model.10"}
+    places = {
+        "conv_first": "model.0",
+        "conv_body": f"model.1.sub.{blocks}",
+        "conv_up1": "model.3",
+        "conv_up2": "model.6",
+        "conv_hr": "model.8",
+        "conv_last": "model.10",
+    }
     shapes = {}
     for name, shape in basicsr_rrdbnet(blocks=blocks).items():
         layer, part = name.rsplit(".", 1)
-        layer = re.sub(r"body\.(\d+)\.rdb(\d)\.(conv\d)", r"model.1.sub.\1.RDB\2.\3.0", places.get(layer, layer))
+        layer = re.sub(
+            r"body\.(\d+)\.rdb(\d)\.(conv\d)",
+            r"model.1.sub.\1.RDB\2.\3.0",
+            places.get(layer, layer),
+        )
         shapes[f"{layer}.{part}"] = shape
     return shapes
 
@@ -328,14 +460,18 @@ def basicsr_msrresnet(scale, features=16, blocks=2):
     shapes |= convolution("upconv1", features * (9 if scale == 3 else 4), features)
     if scale == 4:
         shapes |= convolution("upconv2", features * 4, features)
-    return shapes | convolution("conv_hr", features, features) | convolution("conv_last", 3, features)
+    return (
+        shapes | convolution("conv_hr", features, features) | convolution("conv_last", 3, features)
+    )
 
 
 def basicsr_compact(scale, features=8, convolutions=3):
     """BasicSR's srvgg_arch.py with PReLU."""
     shapes = convolution("body.0", features, 3) | {"body.1.weight": (features,)}
     for number in range(2, 2 * convolutions + 2, 2):
-        shapes |= convolution(f"body.{number}", features, features) | {f"body.{number + 1}.weight": (features,)}
+        shapes |= convolution(f"body.{number}", features, features) | {
+            f"body.{number + 1}.weight": (features,)
+        }
     return shapes | convolution(f"body.{2 * convolutions + 2}", 3 * scale * scale, features)
 
 
@@ -344,9 +480,13 @@ def srgan_generator(features=8, blocks=3):
     shapes = convolution("conv1.0", features, 3, 9) | {"conv1.1.weight": (1,)}
     for block in range(blocks):
         name = f"trunk.{block}.rcb"
-        shapes |= convolution(f"{name}.0", features, features, bias=False) | norm(f"{name}.1", features)
+        shapes |= convolution(f"{name}.0", features, features, bias=False) | norm(
+            f"{name}.1", features
+        )
         shapes |= {f"{name}.2.weight": (1,)}
-        shapes |= convolution(f"{name}.3", features, features, bias=False) | norm(f"{name}.4", features)
+        shapes |= convolution(f"{name}.3", features, features, bias=False) | norm(
+            f"{name}.4", features
+        )
     shapes |= convolution("conv2.0", features, features, bias=False) | norm("conv2.1", features)
     for stage in range(2):
         name = f"upsampling.{stage}.upsample_block"
@@ -384,21 +524,27 @@ def test_foreign_files_load_strictly(tmp_path, kind, dtype):
     make, name, scale = FOREIGN[kind]
     state = foreign_state(make(), dtype)
     averaged = {f"module.{key}": tensor for key, tensor in state.items()}
-    path = save_pickled(tmp_path / "a.pth", {"params": foreign_state(make(), dtype, seed=1), "params_ema": averaged})
+    path = save_pickled(
+        tmp_path / "a.pth", {"params": foreign_state(make(), dtype, seed=1), "params_ema": averaged}
+    )
     found = read_network(path)
     assert (found.name, found.scale) == (name, scale)
     built = found.build().state_dict()
     assert len(built) == len(state)
-    for ours, theirs in zip(found.state_dict, state, strict=True):  # the order stays, whatever the names
+    for ours, theirs in zip(
+        found.state_dict, state, strict=True
+    ):  # the order stays, whatever the names
         assert torch.equal(built[ours], state[theirs].to(built[ours].dtype))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_wrong_tensor_in_a_foreign_file_is_named(tmp_path, kind):
     make, _, _ = FOREIGN[kind]
-    for spoil, message in ((lambda state, key: state.pop(key), "needs the tensor '{}'"),
-                           (lambda state, key: state.update({key: torch.zeros(5)}), "tensor '{}' is \\(5,\\) in"),
-                           (lambda state, key: state[key].fill_(float("inf")), "tensor '{}' holds NaN")):
+    for spoil, message in (
+        (lambda state, key: state.pop(key), "needs the tensor '{}'"),
+        (lambda state, key: state.update({key: torch.zeros(5)}), "tensor '{}' is \\(5,\\) in"),
+        (lambda state, key: state[key].fill_(float("inf")), "tensor '{}' holds NaN"),
+    ):
         state = foreign_state(make())
         place = max(number for number, key in enumerate(state) if key.endswith("bias"))
         key = list(state)[place]
@@ -411,10 +557,14 @@ def test_a_wrong_tensor_in_a_foreign_file_is_named(tmp_path, kind):
 def test_the_ancestors_file_makes_the_ancestors_bytes(tmp_path):
     """Its network takes bytes, works on [-1, 1] and gives bytes."""
     torch.manual_seed(0)
-    state = OrderedDict((name, (0.1 * torch.randn(shape)).half()) for name, shape in ancestor_vapsr().items())
+    state = OrderedDict(
+        (name, (0.1 * torch.randn(shape)).half()) for name, shape in ancestor_vapsr().items()
+    )
     network = read_network(save_pickled(tmp_path / "upsampling.pth", state)).build()
     images = torch.randint(0, 256, (1, 3, 9, 11), dtype=torch.uint8)
-    signed = plain_vapsr({key: tensor.double() for key, tensor in state.items()}, images.double() / 127.5 - 1, 2)
+    signed = plain_vapsr(
+        {key: tensor.double() for key, tensor in state.items()}, images.double() / 127.5 - 1, 2
+    )
     theirs = (signed * 127.5 + 128).clamp(0, 255).byte()
     assert theirs.unique().numel() > 10
     with torch.inference_mode():
@@ -439,16 +589,22 @@ def test_no_two_networks_claim_the_same_file(kind):
     for name, network in GENERATORS.items():
         for layout in (state, getattr(network, "convert", lambda _: None)(state)):
             recognise = getattr(network, "recognise", lambda _: None)
-            if layout is not None and recognise({key: tuple(tensor.shape) for key, tensor in layout.items()}):
+            if layout is not None and recognise(
+                {key: tuple(tensor.shape) for key, tensor in layout.items()}
+            ):
                 claims.append(name)
     assert claims == [FOREIGN[kind][1]]
 
 
 # To save time; networks that are not here are built as they come.
-SMALL = {"vapsr": {**TINY, "projection_kernel": 3}, "srresnet": {"num_features": 8, "num_blocks": 1},
-         "msrresnet": {"num_features": 8, "num_blocks": 1}, "rrdbnet": {"num_features": 8, "num_blocks": 1},
-         "compact": {"num_features": 8, "num_conv": 1, "activation": "relu"},
-         "spandrel": {"arch": "SPAN", "feature_channels": 8}}
+SMALL = {
+    "vapsr": {**TINY, "projection_kernel": 3},
+    "srresnet": {"num_features": 8, "num_blocks": 1},
+    "msrresnet": {"num_features": 8, "num_blocks": 1},
+    "rrdbnet": {"num_features": 8, "num_blocks": 1},
+    "compact": {"num_features": 8, "num_conv": 1, "activation": "relu"},
+    "spandrel": {"arch": "SPAN", "feature_channels": 8},
+}
 
 
 def small_generator(name, **params):
@@ -464,7 +620,9 @@ def small_generator(name, **params):
 def test_a_description_is_believed_and_rebuilds_the_network(tmp_path, name):
     network, scale = small_generator(name, colour_space="y")
     params = {**SMALL.get(name, {}), "colour_space": "y"}
-    write_network(tmp_path / "a.safetensors", SavedNetwork(name, scale, params, network.state_dict()))
+    write_network(
+        tmp_path / "a.safetensors", SavedNetwork(name, scale, params, network.state_dict())
+    )
     found = read_network(tmp_path / "a.safetensors")
     assert (found.name, found.scale, found.params) == (name, scale, params)
     images = torch.randint(0, 256, (1, 3, 10, 9), dtype=torch.uint8)
@@ -494,7 +652,9 @@ def test_every_network_keeps_the_contract(name):
 
 @pytest.mark.parametrize("name", ["a.PTH", "a.ckpt", "a.CKPT", "a.bin", "a.Pt"])
 def test_other_suffixes_are_read_as_safely(tmp_path, name):
-    path = save_pickled(tmp_path / name, {"state_dict": TINY_STATE, "hyper_parameters": {"lr": 1e-3}})
+    path = save_pickled(
+        tmp_path / name, {"state_dict": TINY_STATE, "hyper_parameters": {"lr": 1e-3}}
+    )
     assert equal_states(read_network(path).state_dict, TINY_STATE)
     victim = tmp_path / "executed"
     save_pickled(path, {"state_dict": TINY_STATE, "hyper_parameters": _Payload(f"touch {victim}")})
@@ -512,11 +672,16 @@ def test_suffixes_in_capitals_are_written_too(tmp_path):
 @pytest.mark.parametrize("attribute", ["model", "net", "network", "model.module", "net.model"])
 def test_an_attribute_of_lightnings_module_is_stripped(tmp_path, attribute):
     state = {f"{attribute}.{key}": tensor for key, tensor in TINY_STATE.items()}
-    assert equal_states(read_network(save_pickled(tmp_path / "a.ckpt", {"state_dict": state})).state_dict, TINY_STATE)
+    assert equal_states(
+        read_network(save_pickled(tmp_path / "a.ckpt", {"state_dict": state})).state_dict,
+        TINY_STATE,
+    )
 
 
 def test_a_lone_state_dict_is_found_under_any_key(tmp_path):
-    path = save_pickled(tmp_path / "a.pth", {"student": TINY_STATE, "epoch": 3, "optimizer": {"state": {}}})
+    path = save_pickled(
+        tmp_path / "a.pth", {"student": TINY_STATE, "epoch": 3, "optimizer": {"state": {}}}
+    )
     assert equal_states(read_network(path).state_dict, TINY_STATE)
     path = save_pickled(tmp_path / "a.pth", {"student": TINY_STATE, "teacher": TINY_STATE})
     with pytest.raises(UserError, match="holds no state dict; found student, teacher"):
@@ -531,17 +696,23 @@ def test_one_flipped_byte_is_damage(tmp_path, place):
         largest = max(archive.infolist(), key=lambda member: member.file_size)
         start = largest.header_offset + 30 + len(largest.filename)
     content = bytearray(path.read_bytes())
-    padding = int.from_bytes(content[largest.header_offset + 28 : largest.header_offset + 30], "little")
+    padding = int.from_bytes(
+        content[largest.header_offset + 28 : largest.header_offset + 30], "little"
+    )
     content[start + padding + int(largest.file_size * place)] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f"{str(path)!r} is damaged: the checksum of its ")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{str(path)!r} is damaged: the checksum of its ")
+    ):
         read_network(path)
 
 
 def test_a_program_is_named_as_such(tmp_path, recwarn):
     torch.jit.trace(torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4)).save(tmp_path / "a.pt")
     recwarn.clear()
-    with pytest.raises(UserError, match="is a TorchScript program, which is never run here; save its state_dict"):
+    with pytest.raises(
+        UserError, match="is a TorchScript program, which is never run here; save its state_dict"
+    ):
         read_network(tmp_path / "a.pt")
     assert not recwarn.list
 
@@ -553,15 +724,27 @@ def test_a_discriminator_is_called_one(tmp_path, kind):
         read_network(save_pickled(tmp_path / "d.pth", {"params": state}))
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    (lambda tensor: tensor.to(torch.float8_e4m3fn), "'conv_body.bias' is torch.float8_e4m3fn"),
-    (lambda tensor: tensor.to(torch.complex64), "'conv_body.bias' is torch.complex64"),
-    (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "'conv_body.bias' is quantised"),
-    (lambda tensor: tensor.to_sparse(), "'conv_body.bias' is sparse"),
-    (lambda tensor: tensor.to("meta"), "'conv_body.bias' is without values"),
-    (lambda tensor: tensor.to(torch.int8), "'conv_body.bias' is torch.int8 in the weights but must be one of float16"),
-    (lambda tensor: tensor > 0, "'conv_body.bias' is torch.bool in the weights but must be one of float16"),
-])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "'conv_body.bias' is torch.float8_e4m3fn"),
+        (lambda tensor: tensor.to(torch.complex64), "'conv_body.bias' is torch.complex64"),
+        (
+            lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+            "'conv_body.bias' is quantised",
+        ),
+        (lambda tensor: tensor.to_sparse(), "'conv_body.bias' is sparse"),
+        (lambda tensor: tensor.to("meta"), "'conv_body.bias' is without values"),
+        (
+            lambda tensor: tensor.to(torch.int8),
+            "'conv_body.bias' is torch.int8 in the weights but must be one of float16",
+        ),
+        (
+            lambda tensor: tensor > 0,
+            "'conv_body.bias' is torch.bool in the weights but must be one of float16",
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors
 def test_other_kinds_of_numbers_are_refused(tmp_path, kind, words):
     state = {**TINY_STATE, "conv_body.bias": kind(TINY_STATE["conv_body.bias"])}
@@ -577,11 +760,16 @@ def test_integers_as_weights_of_spandrels_are_refused(tmp_path):
         read_network(save_pickled(tmp_path / "a.pth", state))
 
 
-@pytest.mark.parametrize(("params", "words"), [
-    ({"scale": 4}, "network 'vapsr' has no parameter 'scale'"), ({"self": 1}, "has no parameter 'self'"),
-    ({"name": "x"}, "has no parameter 'name'"), ({"cls": 1}, "has no parameter 'cls'"),
-    ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
-])
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"scale": 4}, "network 'vapsr' has no parameter 'scale'"),
+        ({"self": 1}, "has no parameter 'self'"),
+        ({"name": "x"}, "has no parameter 'name'"),
+        ({"cls": 1}, "has no parameter 'cls'"),
+        ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
+    ],
+)
 def test_a_description_that_does_not_fit_names_the_file(tmp_path, params, words):
     write_network(tmp_path / "a.pth", SavedNetwork("vapsr", 2, {**TINY, **params}, TINY_STATE))
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.pth'}: ")) as caught:
@@ -594,9 +782,16 @@ def test_the_released_file_loads_strictly():
     path = shared("weights/VapSR_X4.pth")
     found = read_network(path)
     assert (found.name, found.scale) == ("vapsr", 4)
-    assert found.params == {"num_features": 48, "num_attention_features": 64, "num_blocks": 21, "conv_groups": 1,
-                            "projection_kernel": 1, "upsampler_features": 64, "global_residual": "none",
-                            "value_range": "unit"}
+    assert found.params == {
+        "num_features": 48,
+        "num_attention_features": 64,
+        "num_blocks": 21,
+        "conv_groups": 1,
+        "projection_kernel": 1,
+        "upsampler_features": 64,
+        "global_residual": "none",
+        "value_range": "unit",
+    }
     assert sum(parameter.numel() for parameter in found.build().parameters()) == 342_220
     official = torch.load(path, weights_only=True)
     assert equal_states(found.state_dict, official["params_ema"])
@@ -610,8 +805,11 @@ def test_a_checkpoint_exists_with_its_manifest(tmp_path):
     (run / "checkpoints" / "step-00000400.tmp" / run_folder.MANIFEST_FILE).write_text("{}")
     assert run_folder.checkpoint_steps(run) == [100, 200]
     assert run_folder.run_network_file(run, "newest", ema=False) == (
-        run / "checkpoints" / "step-00000200" / "generator.safetensors")
-    with pytest.raises(UserError, match="no complete checkpoint of step 300; choose from best, newest, 100, 200"):
+        run / "checkpoints" / "step-00000200" / "generator.safetensors"
+    )
+    with pytest.raises(
+        UserError, match="no complete checkpoint of step 300; choose from best, newest, 100, 200"
+    ):
         run_folder.choose_step(run, 300)
 
 
@@ -620,8 +818,10 @@ def test_best_is_what_the_newest_checkpoint_says(tmp_path, capsys):
     assert run_folder.choose_step(run, "best") == 100
     assert capsys.readouterr().err == ""
     assert run_folder.choose_step(make_run(tmp_path, "b", best=150), "best") == 200
-    assert "note: run 'b': the checkpoint of the best step 150 is gone; taking the newest, step 200" in (
-        capsys.readouterr().err)
+    assert (
+        "note: run 'b': the checkpoint of the best step 150 is gone; taking the newest, step 200"
+        in (capsys.readouterr().err)
+    )
     assert run_folder.choose_step(make_run(tmp_path, "c", best=None), "best") == 200
     assert "no best step yet" in capsys.readouterr().err
     (run_folder.checkpoint_dir(run, 200) / run_folder.STATE_FILE).write_text("{")

@@ -35,11 +35,15 @@ def test_run_log_keeps_what_every_life_has_printed(dataset: Path, tmp_path: Path
     train(dataset, tmp_path / "run", "steps=5")
     kept = (tmp_path / "run" / "run.log").read_text().splitlines()
     assert all(re.match(TIME, line) for line in kept)
-    assert [re.sub(f"^{TIME}", "", line) for line in kept] == output_of(tmp_path / "run").read_text().splitlines()
+    assert [re.sub(f"^{TIME}", "", line) for line in kept] == output_of(
+        tmp_path / "run"
+    ).read_text().splitlines()
     assert sum("finished at step" in line for line in kept) == 2
 
 
-def test_lines_wait_for_the_file_and_progress_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_wait_for_the_file_and_progress_is_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     screen = terminal(monkeypatch)
     voice = Console()
     voice.say("before there is a file")
@@ -50,19 +54,30 @@ def test_lines_wait_for_the_file_and_progress_is_a_bar(tmp_path: Path, monkeypat
     voice.say("PSNR-Y 30 dB", is_good=True)
     voice.note("only kept")
     voice.close()
-    texts = [re.sub(f"^{TIME}", "", line) for line in (tmp_path / "run.log").read_text().splitlines()]
-    assert texts == ["before there is a file", "step 1/4 " + "x" * 80, "warning: the disk is full", "PSNR-Y 30 dB",
-                     "only kept"]
+    texts = [
+        re.sub(f"^{TIME}", "", line) for line in (tmp_path / "run.log").read_text().splitlines()
+    ]
+    assert texts == [
+        "before there is a file",
+        "step 1/4 " + "x" * 80,
+        "warning: the disk is full",
+        "PSNR-Y 30 dB",
+        "only kept",
+    ]
     shown = screen.getvalue()
     assert f"\r\x1b[2K{bar(0.25)} step 1/4 " in shown
-    assert all(len(re.sub(r"\x1b\[\w+", "", line)) < 60 for line in re.split("[\r\n]", shown)), "no line may wrap"
+    assert all(len(re.sub(r"\x1b\[\w+", "", line)) < 60 for line in re.split("[\r\n]", shown)), (
+        "no line may wrap"
+    )
     assert "\x1b[33mwarning: the disk is full\x1b[0m\n" in shown
     assert "\x1b[32mPSNR-Y 30 dB\x1b[0m\n" in shown
     assert "only kept" not in shown
 
 
 @pytest.mark.parametrize("name", ["NO_COLOR", "TERM", "a file"])
-def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_colours_are_for_terminals_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     terminal(monkeypatch)
     if name == "a file":
         monkeypatch.setattr(sys, "stdout", io.StringIO())
@@ -85,7 +100,9 @@ def test_run_log_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "line 99 " in (tmp_path / "run.log").read_text()
 
 
-def test_a_run_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_log_that_cannot_be_written_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.log").mkdir()
     voice = Console()
     voice.keep_in(tmp_path / "run.log")

@@ -23,13 +23,22 @@ def lines(folder: Path) -> list[dict]:
 def test_a_run_is_in_tensorboard_and_in_the_log(dataset: Path, tmp_path: Path) -> None:
     done = run(command(dataset, tmp_path / "run", "steps=4", "previews.count=3"))
     assert done.returncode == 0
-    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    board = EventAccumulator(
+        str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}
+    ).Reload()
     scalars = board.Tags()["scalars"]
-    for name in ("train/loss", "train/loss_l1", "train/lr", "train/images_per_second", "train/data_wait",
-                 "validation/psnr_y"):
+    for name in (
+        "train/loss",
+        "train/loss_l1",
+        "train/lr",
+        "train/images_per_second",
+        "train/data_wait",
+        "validation/psnr_y",
+    ):
         assert name in scalars
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
-        [loss for _, loss in logged(tmp_path / "run", "train", "loss")], rel=1e-5)
+        [loss for _, loss in logged(tmp_path / "run", "train", "loss")], rel=1e-5
+    )
     pictures = board.Tags()["images"]
     for photo in ("photos/10.npy", "photos/11.npy", "photos/12.npy"):
         assert {f"{photo}/input", f"{photo}/target", f"{photo}/output"} <= set(pictures)
@@ -51,25 +60,37 @@ def test_lost_work_is_forgotten_and_a_cut_line_too(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 3)
     journal.log("train", 4, {"loss": 0.5})
     journal.close()
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.5)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 0.5),
+    ]
 
 
 def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0)
     journal.log("train", 1, {"loss": math.nan, "rate": math.inf, "lr": 0.1})
     journal.close()
-    line, = lines(tmp_path)
+    (line,) = lines(tmp_path)
     assert (line["loss"], line["rate"], line["lr"]) == (None, None, 0.1)
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = Journal(tmp_path, 0)
     journal._lines.close()
     journal._lines = open("/dev/full", "w")  # noqa: SIM115 (the journal closes it)
     for step in range(3):
         journal.log("train", step, {"loss": 0.5})
     journal.picture(1, "a/b", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    assert capsys.readouterr().out.count("warning: the log cannot be written: [Errno 28] No space left on device") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "warning: the log cannot be written: [Errno 28] No space left on device"
+        )
+        == 1
+    )
 
 
 def test_a_distribution_is_taken_of_any_number_of_values(tmp_path: Path) -> None:
@@ -105,4 +126,10 @@ def test_a_step_without_losses_reports_none() -> None:
 
 
 def test_durations() -> None:
-    assert [duration(s) for s in (0, 7.4, 65, 3600, 11_225)] == ["0:00", "0:07", "1:05", "1:00:00", "3:07:05"]
+    assert [duration(s) for s in (0, 7.4, 65, 3600, 11_225)] == [
+        "0:00",
+        "0:07",
+        "1:05",
+        "1:00:00",
+        "3:07:05",
+    ]

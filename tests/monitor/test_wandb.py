@@ -1,4 +1,5 @@
-"""Weights & Biases with its real package: offline, never in the way, and the same numbers as in log.jsonl."""
+"""Weights & Biases with its real package: offline, never in the way, and the same numbers as in
+log.jsonl."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from conftest import ROOT, command, environment
 from lives import train
 from pipeline.monitor.wandb_tracker import WandbTracker
 
-if importlib.util.find_spec("wandb") is None:  # its import takes seconds, which only the tests here shall spend
+if (
+    importlib.util.find_spec("wandb") is None
+):  # its import takes seconds, which only the tests here shall spend
     pytest.skip("wandb is not installed", allow_module_level=True)
 
 
@@ -37,7 +40,7 @@ def records(folder: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    file, = folder.glob("run-*.wandb")
+    (file,) = folder.glob("run-*.wandb")
     store = DataStore()
     store.open_for_scan(str(file))
     while (data := store.scan_data()) is not None:
@@ -62,26 +65,45 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_offline_run_has_the_numbers_of_the_log(dataset: Path, tmp_path: Path) -> None:
-    arguments = [*command(dataset, tmp_path / "run", "steps=4", "keep=9", "previews.count=3"), "--wandb",
-                 "vastscale-test"]
-    done = subprocess.run(arguments, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          timeout=120, check=False)
+    arguments = [
+        *command(dataset, tmp_path / "run", "steps=4", "keep=9", "previews.count=3"),
+        "--wandb",
+        "vastscale-test",
+    ]
+    done = subprocess.run(
+        arguments,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "W&B: " in done.stdout
-    assert "no key for https://api.wandb.ai; `wandb login` or WANDB_API_KEY gives one" in done.stdout
-    folder, = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert (
+        "no key for https://api.wandb.ai; `wandb login` or WANDB_API_KEY gives one" in done.stdout
+    )
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert f"`wandb sync {folder}` send it" in done.stdout
     run_id = (tmp_path / "run" / "wandb" / "run_id").read_text().strip()
     assert folder.name.endswith(f"-{run_id}")
     lines = history(folder)
     for event, key in (("train", "loss"), ("train", "lr"), ("validation", "psnr_y")):
         tag = f"{event}/{key}"
-        assert [(line["step"], line[tag]) for line in lines if tag in line] == logged(tmp_path / "run", event, key)
+        assert [(line["step"], line[tag]) for line in lines if tag in line] == logged(
+            tmp_path / "run", event, key
+        )
     pictures = [line for line in lines if "photos/10.npy/output" in line]
     assert [line["step"] for line in pictures] == [0, 3, 4]
-    assert (pictures[0]["photos/10.npy/output"]["height"], pictures[0]["photos/10.npy/output"]["width"]) == (84, 66)
-    config, = (record.run.config for record in records(folder) if record.WhichOneof("record_type") == "run")
+    assert (
+        pictures[0]["photos/10.npy/output"]["height"],
+        pictures[0]["photos/10.npy/output"]["width"],
+    ) == (84, 66)
+    (config,) = (
+        record.run.config for record in records(folder) if record.WhichOneof("record_type") == "run"
+    )
     values = {item.key: json.loads(item.value_json) for item in config.update}
     assert values["recipe"]["generator"]["num_features"] == 8
     assert values["ds_config"]["train_batch_size"] == 4
@@ -110,7 +132,8 @@ class _Refusing(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_is_gone_or_refuses_is_no_obstacle_and_the_run_stays_the_same(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
@@ -123,7 +146,10 @@ def test_a_server_that_is_gone_or_refuses_is_no_obstacle_and_the_run_stays_the_s
     assert "http://127.0.0.1:9 cannot be reached" in said[0]
     assert "wandb could not start online: " in said[2]
     assert not any("warning" in line or "0123456789" in line for line in said), said
-    ids = {folder.name.rpartition("-")[2] for folder in (tmp_path / "logs" / "wandb").glob("offline-run-*")}
+    ids = {
+        folder.name.rpartition("-")[2]
+        for folder in (tmp_path / "logs" / "wandb").glob("offline-run-*")
+    }
     assert ids == {(tmp_path / "logs" / "wandb" / "run_id").read_text().strip()}
     for folder in (tmp_path / "logs" / "wandb").glob("offline-run-*"):
         assert history(folder)[0]["train/loss"] == 0.5
@@ -146,9 +172,17 @@ def test_without_the_package_nothing_begins(dataset: Path, tmp_path: Path) -> No
     (tmp_path / "lacking").mkdir()
     (tmp_path / "lacking" / "wandb.py").write_text("raise ImportError('No module named wandb')\n")
     variables = environment() | {"PYTHONPATH": f"{tmp_path / 'lacking'}:{ROOT}"}
-    done = subprocess.run([*command(dataset, tmp_path / "run", "steps=4"), "--wandb", "p"], env=variables,
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*command(dataset, tmp_path / "run", "steps=4"), "--wandb", "p"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2
-    assert done.stderr == ("error: --wandb needs the package wandb (No module named wandb); `pip install wandb` into "
-                           "this environment, or leave --wandb out\n")
+    assert done.stderr == (
+        "error: --wandb needs the package wandb (No module named wandb); `pip install wandb` into "
+        "this environment, or leave --wandb out\n"
+    )
     assert not (tmp_path / "run").exists()

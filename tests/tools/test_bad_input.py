@@ -1,4 +1,5 @@
-"""What must happen with bad input, in one table: every kind, with images_to_data.py and check_training_data.py."""
+"""What must happen with bad input, in one table: every kind, with images_to_data.py and
+check_training_data.py."""
 
 from __future__ import annotations
 
@@ -21,14 +22,19 @@ SIZE = 48
 
 def huge_png(side: int) -> bytes:
     """A small and valid PNG of `side` x `side` pixels of one colour: a decompression bomb."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     deflate = zlib.compressobj(1)
     rows = bytes(100 * (1 + side // 8))
     data = b"".join(deflate.compress(rows) for _ in range(side // 100)) + deflate.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 GOOD = encoded(photograph(96, 120, 1), "png")
@@ -39,18 +45,29 @@ class Case(NamedTuple):
 
     name: str
     content: bytes
-    cutter: str | None   # what images_to_data.py says; None: it does not even look at such a file, or takes it
+    cutter: (
+        str | None
+    )  # what images_to_data.py says; None: it does not even look at such a file, or takes it
     checker: str | None  # what check_training_data.py says; None: the file is good
     fast: bool = True
 
 
 TABLE = [
     Case("truncated.png", GOOD[:-500], "truncated", "truncated"),
-    Case("truncated.jpg", encoded(photograph(200, 200, 2), "jpeg")[:-300], "truncated", "truncated"),
-    Case("truncated.webp", encoded(photograph(200, 200, 2), "webp", lossless=True)[:-9], "truncated", "truncated"),
+    Case(
+        "truncated.jpg", encoded(photograph(200, 200, 2), "jpeg")[:-300], "truncated", "truncated"
+    ),
+    Case(
+        "truncated.webp",
+        encoded(photograph(200, 200, 2), "webp", lossless=True)[:-9],
+        "truncated",
+        "truncated",
+    ),
     Case("truncated.bmp", encoded(photograph(96, 96, 2), "bmp")[:-9], "truncated", "truncated"),
     Case("truncated.tif", encoded(photograph(96, 96, 2), "tiff")[:-400], "truncated", "truncated"),
-    Case("truncated.jp2", encoded(photograph(96, 96, 2), "jpeg2000")[:-50], "truncated", "truncated"),
+    Case(
+        "truncated.jp2", encoded(photograph(96, 96, 2), "jpeg2000")[:-50], "truncated", "truncated"
+    ),
     Case("truncated.npy", npy(photograph(96, 96))[:-1], None, "truncated"),
     Case("rotten.png", GOOD[:3000] + bytes([GOOD[3000] ^ 1]) + GOOD[3001:], "CRC", "CRC"),
     Case("zero_byte.png", b"", "empty file", "empty file"),
@@ -61,7 +78,12 @@ TABLE = [
     Case("movie.png", b"\0\0\0 ftypisom" + bytes(500), "video", "video"),
     Case("tiny.png", encoded(photograph(1, 1), "png"), "too small: 1x1", "1x1 is too small"),
     Case("tiny.npy", npy(photograph(1, 1)), None, "1x1 is too small"),
-    Case("bomb.png", huge_png(40_000), "1600 megapixels, above the limit", "1600 megapixels, above the limit"),
+    Case(
+        "bomb.png",
+        huge_png(40_000),
+        "1600 megapixels, above the limit",
+        "1600 megapixels, above the limit",
+    ),
 ]
 NAMES = [case.name for case in TABLE]
 
@@ -73,9 +95,9 @@ def folder(tmp_path_factory) -> Path:
     write_files(root, {case.name: case.content for case in TABLE})
     write_files(root, {"good.png": encoded(photograph(96, 120, 5), "png")})
     os.symlink("nowhere.png", root / "dangling.png")
-    os.symlink("loop.png", root / "loop.png")          # a link to itself
-    os.symlink(".", root / "circle")                   # a folder that holds itself
-    os.symlink("/proc/self/mem", root / "disk.png")    # the real read error of a failing disk
+    os.symlink("loop.png", root / "loop.png")  # a link to itself
+    os.symlink(".", root / "circle")  # a folder that holds itself
+    os.symlink("/proc/self/mem", root / "disk.png")  # the real read error of a failing disk
     return root
 
 
@@ -88,9 +110,17 @@ def cut(folder) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
     return {entry["photo"]: entry["reason"] for entry in map(json.loads, lines)}, result
 
 
-def checked(folder: Path, *arguments: str) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
-    result = run_tool("check_training_data", "--data-dir", folder, "--min-size", SIZE, *UNGATED, *arguments)
-    lines = [line.split(": ", 2) for line in result.stdout.splitlines() if line.startswith(("bad: ", "could not"))]
+def checked(
+    folder: Path, *arguments: str
+) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
+    result = run_tool(
+        "check_training_data", "--data-dir", folder, "--min-size", SIZE, *UNGATED, *arguments
+    )
+    lines = [
+        line.split(": ", 2)
+        for line in result.stdout.splitlines()
+        if line.startswith(("bad: ", "could not"))
+    ]
     return {path: reason for _, path, reason in lines}, result
 
 
@@ -132,18 +162,34 @@ def test_links_and_a_failing_disk(cut, full):
 def test_exit_statuses_and_what_is_good(folder, cut, full, fast):
     for _, result in (cut, full, fast):
         assert (result.returncode, result.stderr) == (1, "")
-    assert {path.name for path in (folder.parent / "out").iterdir() if path.is_dir()} == {"good.png", "mislabelled.jpg"}
+    assert {path.name for path in (folder.parent / "out").iterdir() if path.is_dir()} == {
+        "good.png",
+        "mislabelled.jpg",
+    }
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="needs setpriv, as root")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="needs setpriv, as root"
+)
 def test_unreadable_files_are_named_and_kept(tmp_path):
     """Run without root's right to read everything."""
     write_files(tmp_path / "photos", {"good.png": GOOD, "secret.png": GOOD})
     (tmp_path / "photos/secret.png").chmod(0)
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    command = [*drop, sys.executable, str(CHECKOUT / "tools/check_training_data.py"), "--data-dir",
-               str(tmp_path / "photos"), "--clean", "--min-size", str(SIZE), *UNGATED]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    command = [
+        *drop,
+        sys.executable,
+        str(CHECKOUT / "tools/check_training_data.py"),
+        "--data-dir",
+        str(tmp_path / "photos"),
+        "--clean",
+        "--min-size",
+        str(SIZE),
+        *UNGATED,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd="/"
+    )
     assert result.returncode == 1, result.stderr
     assert "could not be read: secret.png: Permission denied" in result.stdout
     assert (tmp_path / "photos/secret.png").exists()
@@ -152,8 +198,11 @@ def test_unreadable_files_are_named_and_kept(tmp_path):
 def fill(folder: Path, kilobytes: int) -> Callable[[], None]:
     """Mount a file system of so many kilobytes on `folder`; returns what unmounts it."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)],
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip("mounting a small file system needs root")
     return lambda: subprocess.run(["umount", str(folder)], check=True)
@@ -161,9 +210,15 @@ def fill(folder: Path, kilobytes: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize("kilobytes", [40, 64, 96])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, kilobytes):
-    write_files(tmp_path / "photos", {f"{seed}.png": encoded(photograph(160, 160, seed), "png") for seed in range(6)})
+    write_files(
+        tmp_path / "photos",
+        {f"{seed}.png": encoded(photograph(160, 160, seed), "png") for seed in range(6)},
+    )
     whole, small = tmp_path / "whole", tmp_path / "disk/small"
-    assert run_tool("images_to_data", tmp_path / "photos", whole, "--size", SIZE, *UNGATED).returncode == 0
+    assert (
+        run_tool("images_to_data", tmp_path / "photos", whole, "--size", SIZE, *UNGATED).returncode
+        == 0
+    )
     unmount = fill(tmp_path / "disk", kilobytes)
     try:
         result = run_tool("images_to_data", tmp_path / "photos", small, "--size", SIZE, *UNGATED)
@@ -173,10 +228,18 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, kilobytes):
         written = tree(small)
         assert not [name for name in written if name.endswith(".tmp")]
         crops = {name: digest for name, digest in written.items() if name.endswith(".npy")}
-        assert crops == {name: tree(whole)[name] for name in crops}, "each crop is there whole or not at all"
+        assert crops == {name: tree(whole)[name] for name in crops}, (
+            "each crop is there whole or not at all"
+        )
         subprocess.run(["mount", "-o", "remount,size=4m", str(tmp_path / "disk")], check=True)
-        assert run_tool("images_to_data", tmp_path / "photos", small, "--size", SIZE, *UNGATED).returncode == 0
+        assert (
+            run_tool(
+                "images_to_data", tmp_path / "photos", small, "--size", SIZE, *UNGATED
+            ).returncode
+            == 0
+        )
         assert {name: digest for name, digest in tree(small).items() if name != "dataset.json"} == {
-            name: digest for name, digest in tree(whole).items() if name != "dataset.json"}
+            name: digest for name, digest in tree(whole).items() if name != "dataset.json"
+        }
     finally:
         unmount()

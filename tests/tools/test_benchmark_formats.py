@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_corpus import assert_user_error, bad_files, encoded, npy, photograph, run_tool, stamped_tree, write_files
+from dataset_corpus import (
+    assert_user_error,
+    bad_files,
+    encoded,
+    npy,
+    photograph,
+    run_tool,
+    stamped_tree,
+    write_files,
+)
 from tools import benchmark_formats
 from tools.benchmark_formats import BenchmarkImages, FormatMeter, LoaderSettings
 from tools.images import FORMATS, encode
@@ -20,14 +29,25 @@ FAST = ("--seconds", 0, "--skip-loader")
 def dataset(folder: Path) -> list[np.ndarray]:
     pixels = [photograph(80, 96, seed) for seed in range(6)]
     write_files(folder, {f"a/{number}.npy": npy(image) for number, image in enumerate(pixels[:3])})
-    write_files(folder, {f"b/{number}.png": encoded(image, "png") for number, image in enumerate(pixels[3:])})
+    write_files(
+        folder,
+        {f"b/{number}.png": encoded(image, "png") for number, image in enumerate(pixels[3:])},
+    )
     return pixels
 
 
 def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     pixels = dataset(tmp_path / "data")
     before = stamped_tree(tmp_path / "data")
-    result = run_tool("benchmark_formats", tmp_path / "data", *FAST, "--json", tmp_path / "out.json", "--threads", 2)
+    result = run_tool(
+        "benchmark_formats",
+        tmp_path / "data",
+        *FAST,
+        "--json",
+        tmp_path / "out.json",
+        "--threads",
+        2,
+    )
     assert result.returncode == 0, result.stderr
     assert stamped_tree(tmp_path / "data") == before
     numbers = json.loads((tmp_path / "out.json").read_text())
@@ -53,11 +73,28 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
 def test_the_loader_is_the_trainings_own(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     dataset(tmp_path / "data")
-    result = run_tool("benchmark_formats", tmp_path / "data", "--seconds", 0.05, "--formats", "npy", "png", "--crop",
-                      1000, "--micro-batch", 3, "--json", tmp_path / "out.json")
+    result = run_tool(
+        "benchmark_formats",
+        tmp_path / "data",
+        "--seconds",
+        0.05,
+        "--formats",
+        "npy",
+        "png",
+        "--crop",
+        1000,
+        "--micro-batch",
+        3,
+        "--json",
+        tmp_path / "out.json",
+    )
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out.json").read_text())
-    assert numbers["loader"] == {"crop": 80, "micro_batch": 3, "device_id": None}  # as large as the images allow
+    assert numbers["loader"] == {
+        "crop": 80,
+        "micro_batch": 3,
+        "device_id": None,
+    }  # as large as the images allow
     assert all(row["loader"]["wall"] > 0 for row in numbers["formats"])
     assert "fastest to train from" in result.stdout
 
@@ -89,7 +126,8 @@ def test_the_loader_counts_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_torch(tmp_path: Path) -> None:
-    """The loader's graph is driven without importing torch, so that a machine without it can measure."""
+    """The loader's graph is driven without importing torch, so that a machine without it can
+    measure."""
     pytest.importorskip("nvidia.dali")
     (tmp_path / "a.npy").write_bytes(npy(photograph(40, 40)))
     script = tmp_path / "script.py"
@@ -98,16 +136,22 @@ def test_no_torch(tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
         "from pathlib import Path\n"
         "from tools import benchmark_formats\n"
-        f"options = benchmark_formats.Options((Path({str(tmp_path / 'a.npy')!r}),), seconds=0, formats=('npy',))\n"
+        f"options = benchmark_formats.Options((Path({str(tmp_path / 'a.npy')!r}),), seconds=0, "
+        "formats=('npy',))\n"
         "assert benchmark_formats.main(options) == 0\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n")
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
     import subprocess
 
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
-def test_a_format_that_changes_a_pixel_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_changes_a_pixel_is_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.cli import RunError
 
     image = photograph(40, 40)
@@ -122,10 +166,23 @@ def test_the_sample_is_seeded_and_bad_files_are_named(tmp_path: Path) -> None:
     dataset(tmp_path / "data")
     runs = []
     for number, seed in enumerate((1, 1, 2)):
-        run = run_tool("benchmark_formats", tmp_path / "data", *FAST, "--count", 2, "--seed", seed, "--formats", "png",
-                       "--json", tmp_path / f"{number}.json")
+        run = run_tool(
+            "benchmark_formats",
+            tmp_path / "data",
+            *FAST,
+            "--count",
+            2,
+            "--seed",
+            seed,
+            "--formats",
+            "png",
+            "--json",
+            tmp_path / f"{number}.json",
+        )
         assert "2 of 6 images" in run.stdout
-        runs.append(json.loads((tmp_path / f"{number}.json").read_text())["formats"][1]["megabytes"])
+        runs.append(
+            json.loads((tmp_path / f"{number}.json").read_text())["formats"][1]["megabytes"]
+        )
     assert runs[0] == runs[1] != runs[2]
     write_files(tmp_path / "data", bad_files())
     result = run_tool("benchmark_formats", tmp_path / "data", *FAST, "--formats", "npy")
@@ -139,11 +196,21 @@ def test_the_sample_is_seeded_and_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_user_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_files(tmp_path, {"a.png": encoded(photograph(30, 30), "png"), "note.txt": b"", "thin.npy": npy(
-        photograph(1, 30))})
-    for arguments, word in (((tmp_path / "missing",), "no such folder"), ((tmp_path / "empty",), "no images"),
-                            ((tmp_path / "note.txt",), "not an image"), ((tmp_path / "a.png", "--count", 0), "--count"),
-                            ((tmp_path / "a.png", "--formats", "png", "png"), "once"),
-                            ((tmp_path / "a.png", "--seconds", -1), "--seconds -1"),
-                            ((tmp_path / "thin.npy",), "no training crop")):
+    write_files(
+        tmp_path,
+        {
+            "a.png": encoded(photograph(30, 30), "png"),
+            "note.txt": b"",
+            "thin.npy": npy(photograph(1, 30)),
+        },
+    )
+    for arguments, word in (
+        ((tmp_path / "missing",), "no such folder"),
+        ((tmp_path / "empty",), "no images"),
+        ((tmp_path / "note.txt",), "not an image"),
+        ((tmp_path / "a.png", "--count", 0), "--count"),
+        ((tmp_path / "a.png", "--formats", "png", "png"), "once"),
+        ((tmp_path / "a.png", "--seconds", -1), "--seconds -1"),
+        ((tmp_path / "thin.npy",), "no training crop"),
+    ):
         assert_user_error(run_tool("benchmark_formats", *arguments), word)

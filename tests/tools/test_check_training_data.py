@@ -38,18 +38,38 @@ from tools.dataset.cleaning import Cleaner
 from tools.dataset.judging import Judgement, Verdict
 from tools.parallel import quiet_libraries
 
-OTHERS = {"notes.txt": b"not an image", "training_file_list.txt": b"good/plain.png\n", "dataset.json": b"{}",
-          "skipped.txt": b"", ".hidden.png": b"junk", "quarantine/old.png": b"junk"}
+OTHERS = {
+    "notes.txt": b"not an image",
+    "training_file_list.txt": b"good/plain.png\n",
+    "dataset.json": b"{}",
+    "skipped.txt": b"",
+    ".hidden.png": b"junk",
+    "quarantine/old.png": b"junk",
+}
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     """Good files in good/, bad ones in bad/, and what is neither."""
-    good = {**good_files(), "crop.npy": npy(photograph(96, 96)), "UPPER.NPY": npy(photograph(97, 99))}
-    bad = {**bad_files(), **bad_npy_files(), "tiny.png": encoded(photograph(95, 200), "png"),
-           "tiny.npy": npy(photograph(200, 95))}
-    write_files(tmp_path, {**{f"good/{name}": content for name, content in good.items()},
-                           **{f"bad/deep er/{name}": content for name, content in bad.items()}, **OTHERS})
+    good = {
+        **good_files(),
+        "crop.npy": npy(photograph(96, 96)),
+        "UPPER.NPY": npy(photograph(97, 99)),
+    }
+    bad = {
+        **bad_files(),
+        **bad_npy_files(),
+        "tiny.png": encoded(photograph(95, 200), "png"),
+        "tiny.npy": npy(photograph(200, 95)),
+    }
+    write_files(
+        tmp_path,
+        {
+            **{f"good/{name}": content for name, content in good.items()},
+            **{f"bad/deep er/{name}": content for name, content in bad.items()},
+            **OTHERS,
+        },
+    )
     return tmp_path
 
 
@@ -60,7 +80,11 @@ def check(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def verdicts(stdout: str, kind: str = "bad") -> dict[str, str]:
     """Path -> reason of the lines of one kind."""
-    lines = [line.removeprefix(f"{kind}: ") for line in stdout.splitlines() if line.startswith(f"{kind}: ")]
+    lines = [
+        line.removeprefix(f"{kind}: ")
+        for line in stdout.splitlines()
+        if line.startswith(f"{kind}: ")
+    ]
     return dict(line.split(": ", 1) for line in lines)
 
 
@@ -80,8 +104,10 @@ def test_full_dry_run_finds_all_and_changes_nothing(corpus):
 
 
 def test_thread_count_does_not_matter(corpus):
-    one, four = (check("--data-dir", corpus, "--min-size", 96, "--threads", threads).stdout
-                 for threads in (1, 4))
+    one, four = (
+        check("--data-dir", corpus, "--min-size", 96, "--threads", threads).stdout
+        for threads in (1, 4)
+    )
     assert verdicts(one) == verdicts(four) != {}
 
 
@@ -115,11 +141,15 @@ def test_clean_moves_to_quarantine_with_a_report(corpus):
     assert result.returncode == 1
     assert "to undo, move a file back" in result.stdout
     after = tree(corpus)
-    report = [json.loads(line) for line in (corpus / "quarantine/report.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line) for line in (corpus / "quarantine/report.jsonl").read_text().splitlines()
+    ]
     assert {entry["path"] for entry in report} == bad
     assert all(entry["reason"] and entry["time"] for entry in report)
     del after["quarantine/report.jsonl"]
-    assert after == {f"quarantine/{path}" if path in bad else path: digest for path, digest in before.items()}
+    assert after == {
+        f"quarantine/{path}" if path in bad else path: digest for path, digest in before.items()
+    }
     assert check("--data-dir", corpus, "--min-size", 96).returncode == 0
 
 
@@ -177,11 +207,17 @@ def test_bit_rot_is_found_by_the_manifest(tmp_path, form):
 
 
 def test_a_broken_manifest_is_named(tmp_path):
-    write_files(tmp_path, {"a.png": encoded(photograph(96, 96), "png"), "manifest.jsonl": b'{"path": 1}\n\n'})
+    write_files(
+        tmp_path,
+        {"a.png": encoded(photograph(96, 96), "png"), "manifest.jsonl": b'{"path": 1}\n\n'},
+    )
     assert_user_error(check("--data-dir", tmp_path), "manifest.jsonl, line 1")
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux: /proc/self/mem gives a real read error")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(),
+    reason="needs Linux: /proc/self/mem gives a real read error",
+)
 @pytest.mark.parametrize("action", [["--clean"], ["--clean", "--delete"]])
 def test_read_errors_never_remove_a_file(tmp_path, action):
     write_files(tmp_path, {"good.png": encoded(photograph(96, 96), "png"), "bad.png": b"text"})
@@ -191,7 +227,9 @@ def test_read_errors_never_remove_a_file(tmp_path, action):
     result = check("--data-dir", tmp_path, "--min-size", 96, *action)
     assert result.returncode == 1
     unread = verdicts(result.stdout, "could not be read")
-    assert {*unread} == {f"{name}.{suffix}" for name in ("failing_disk", "dangling") for suffix in ("png", "npy")}
+    assert {*unread} == {
+        f"{name}.{suffix}" for name in ("failing_disk", "dangling") for suffix in ("png", "npy")
+    }
     assert "Input/output error" in unread["failing_disk.png"]
     assert all(os.path.islink(tmp_path / name) for name in unread)
     assert not (tmp_path / "bad.png").exists()
@@ -214,8 +252,12 @@ def test_bad_usage(tmp_path):
     os.symlink("/usr", tmp_path / "links/usr")
     assert_user_error(check("--data-dir", tmp_path), "links to folders are not followed")
     write_files(tmp_path, {"a.png": b""})
-    for arguments, word in ((["--min-size", 0], "--min-size 0"), (["--max-size", 9], "--max-size 9"),
-                            (["--force"], "--force"), (["--max-megapixels", -1], "--max-megapixels")):
+    for arguments, word in (
+        (["--min-size", 0], "--min-size 0"),
+        (["--max-size", 9], "--max-size 9"),
+        (["--force"], "--force"),
+        (["--max-megapixels", -1], "--max-megapixels"),
+    ):
         assert_user_error(check("--data-dir", tmp_path, *arguments), word)
 
 
@@ -238,13 +280,20 @@ def test_a_link_is_the_copy_and_never_its_target(tmp_path, delete):
         os.symlink(tmp_path / "z.png", tmp_path / link)
     write_files(tmp_path, {"copy\n.png": pixels})
     result = run_tool("check_training_data", "--data-dir", tmp_path, *GATED, "--clean", *delete)
-    bad = {line.split(": ")[1]: line for line in result.stdout.splitlines() if line.startswith("bad: ")}
-    assert {*bad} == {"r/a.png", "r/b.png", "zz.png", "z.png"}, "of two files that are the same, the later one"
+    bad = {
+        line.split(": ")[1]: line for line in result.stdout.splitlines() if line.startswith("bad: ")
+    }
+    assert {*bad} == {"r/a.png", "r/b.png", "zz.png", "z.png"}, (
+        "of two files that are the same, the later one"
+    )
     assert "the same file as 'copy\\n.png'" in bad["z.png"], "a name must not break the line"
     kept = {path.name for path in tmp_path.rglob("*.png") if "quarantine" not in path.parts}
     assert "other.png" in kept
     assert len(kept) == 2
-    assert all((tmp_path / name).is_file() and not (tmp_path / name).is_symlink() for name in kept - {"other.png"})
+    assert all(
+        (tmp_path / name).is_file() and not (tmp_path / name).is_symlink()
+        for name in kept - {"other.png"}
+    )
     assert "2 good, 4 bad" in result.stdout
     assert run_tool("check_training_data", "--data-dir", tmp_path, *GATED).returncode == 0
 
@@ -257,8 +306,10 @@ def test_links_among_themselves(tmp_path):
     os.link(tmp_path / "z.png", tmp_path / "z2.png")
     result = run_tool("check_training_data", "--data-dir", tmp_path, *GATED)
     reasons = verdicts(result.stdout)
-    assert reasons == {"r/a.png": "a link to z.png (--keep-duplicates)",
-                       "z2.png": "a hard link of z.png (--keep-duplicates)"}
+    assert reasons == {
+        "r/a.png": "a link to z.png (--keep-duplicates)",
+        "z2.png": "a hard link of z.png (--keep-duplicates)",
+    }
     assert "why: 2 duplicate" in result.stdout
     assert "1 good, 2 bad" in result.stdout
 
@@ -276,8 +327,18 @@ def pairs(tmp_path) -> Path:
 
 
 def cut_pairs(folder: Path) -> subprocess.CompletedProcess[str]:
-    return run_tool("pairs_to_data", folder / "HR", folder / "LR", "--scale", 4, "--size", 48, "--out",
-                    folder / "data/pairs", *UNGATED)
+    return run_tool(
+        "pairs_to_data",
+        folder / "HR",
+        folder / "LR",
+        "--scale",
+        4,
+        "--size",
+        48,
+        "--out",
+        folder / "data/pairs",
+        *UNGATED,
+    )
 
 
 def test_a_bad_side_takes_the_other_along(pairs):
@@ -287,30 +348,67 @@ def test_a_bad_side_takes_the_other_along(pairs):
     (data / "two.png/x1_000_001_lr4.npy").write_bytes(b"broken")
     (data / "two.png/x1_000_001.npy").write_bytes(b"broken")
     before = check("--data-dir", pairs / "data", "--min-size", 48)
-    assert {path: reason for path, reason in verdicts(before.stdout).items() if "pair" in reason} == {
-        "pairs/one.png/x1_000_001_lr4.npy": "the other side of its pair is bad: pairs/one.png/x1_000_001.npy",
-        "pairs/two.png/x1_000_000.npy": "the other side of its pair is bad: pairs/two.png/x1_000_000_lr4.npy"}
+    assert {
+        path: reason for path, reason in verdicts(before.stdout).items() if "pair" in reason
+    } == {
+        "pairs/one.png/x1_000_001_lr4.npy": (
+            "the other side of its pair is bad: pairs/one.png/x1_000_001.npy"
+        ),
+        "pairs/two.png/x1_000_000.npy": (
+            "the other side of its pair is bad: pairs/two.png/x1_000_000_lr4.npy"
+        ),
+    }
     assert "why: 4 file, 2 pair" in before.stdout
     assert check("--data-dir", pairs / "data", "--min-size", 48, "--clean").returncode == 1
     after = check("--data-dir", pairs / "data", "--min-size", 48)
     assert after.returncode == 0
-    hashes = [[line for line in result.stdout.splitlines() if line.startswith("hash of")] for result in (before, after)]
+    hashes = [
+        [line for line in result.stdout.splitlines() if line.startswith("hash of")]
+        for result in (before, after)
+    ]
     assert hashes[0] == hashes[1] != [], "what was taken along must not be in the hash"
-    assert "6 crops that a manifest names are not there; the tool that made them makes them again" in after.stdout
-    assert not (data / "rejects.jsonl").exists(), "broken crops are to be made again, with their other sides"
+    assert (
+        "6 crops that a manifest names are not there; the tool that made them makes them again"
+        in after.stdout
+    )
+    assert not (data / "rejects.jsonl").exists(), (
+        "broken crops are to be made again, with their other sides"
+    )
 
 
 def test_sides_are_told_by_name_without_a_manifest(tmp_path):
     crop, lr = npy(photograph(96, 96)), npy(photograph(96, 96, 3))
-    write_files(tmp_path, {"a/x1_000_000.npy": b"", "a/x1_000_000_lr4.npy": lr, "a/x1_000_001.npy": crop,
-                           "b/x1_000_000.npy": crop, "b/x1_000_000_lr2.npy": b"", "c/x1_000_000.npy": crop})
+    write_files(
+        tmp_path,
+        {
+            "a/x1_000_000.npy": b"",
+            "a/x1_000_000_lr4.npy": lr,
+            "a/x1_000_001.npy": crop,
+            "b/x1_000_000.npy": crop,
+            "b/x1_000_000_lr2.npy": b"",
+            "c/x1_000_000.npy": crop,
+        },
+    )
     bad = verdicts(check("--data-dir", tmp_path, "--min-size", 96).stdout)
-    assert {*bad} == {"a/x1_000_000.npy", "a/x1_000_000_lr4.npy", "b/x1_000_000.npy", "b/x1_000_000_lr2.npy"}
+    assert {*bad} == {
+        "a/x1_000_000.npy",
+        "a/x1_000_000_lr4.npy",
+        "b/x1_000_000.npy",
+        "b/x1_000_000_lr2.npy",
+    }
 
 
 def cut_photos(folder: Path) -> subprocess.CompletedProcess[str]:
-    return run_tool("images_to_data", folder / "photos", folder / "data/crops", "--size", 96, "--num-scales", 1,
-                    *UNGATED)
+    return run_tool(
+        "images_to_data",
+        folder / "photos",
+        folder / "data/crops",
+        "--size",
+        96,
+        "--num-scales",
+        1,
+        *UNGATED,
+    )
 
 
 @pytest.fixture
@@ -324,8 +422,19 @@ def flat_crop(tmp_path) -> Path:
 
 
 def clean_flat(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_tool("check_training_data", "--data-dir", folder / "data", "--min-size", 96, "--min-gradient", 2,
-                    "--min-sharpness", 0, "--keep-duplicates", *arguments)
+    return run_tool(
+        "check_training_data",
+        "--data-dir",
+        folder / "data",
+        "--min-size",
+        96,
+        "--min-gradient",
+        2,
+        "--min-sharpness",
+        0,
+        "--keep-duplicates",
+        *arguments,
+    )
 
 
 @pytest.mark.parametrize("delete", [[], ["--delete"]])
@@ -337,14 +446,25 @@ def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete)
     torn, line = rejects.read_text().splitlines()
     record = json.loads((flat_crop / "data/crops/manifest.jsonl").read_text().splitlines()[1])
     assert (torn, parse_reject(line)["cleaned"]) == ('{"torn": ', True)
-    expected = {name: record[name] for name in ("photo", "path", "scale", "top", "left", "photo_bytes",
-                                                "photo_mtime_ns")}
+    expected = {
+        name: record[name]
+        for name in ("photo", "path", "scale", "top", "left", "photo_bytes", "photo_mtime_ns")
+    }
     values = json.loads(line)
     assert "flat: its gradient" in values.pop("reason")
-    assert values == {**expected, "folder": "a.png", "gate": "flat", "whole": False, "cleaned": True}
+    assert values == {
+        **expected,
+        "folder": "a.png",
+        "gate": "flat",
+        "whole": False,
+        "cleaned": True,
+    }
     result = clean_flat(flat_crop)
     assert result.returncode == 0
-    assert "1 crops that a manifest names were taken away by --clean and are not made again" in result.stdout
+    assert (
+        "1 crops that a manifest names were taken away by --clean and are not made again"
+        in result.stdout
+    )
     assert "makes them again" not in result.stdout
     assert cut_photos(flat_crop).returncode == 0
     assert clean_flat(flat_crop).returncode == 0, "the cutter must not make it again"
@@ -354,18 +474,31 @@ def test_no_cleaning_beside_a_running_cutter(flat_crop):
     before = tree(flat_crop)
     with open(flat_crop / "data/crops/dataset.json", "r+b") as settings:
         fcntl.flock(settings, fcntl.LOCK_EX)
-        assert_user_error(clean_flat(flat_crop, "--clean"), "crops: a tool is writing there", "nothing was changed")
+        assert_user_error(
+            clean_flat(flat_crop, "--clean"),
+            "crops: a tool is writing there",
+            "nothing was changed",
+        )
     assert tree(flat_crop) == before
     assert clean_flat(flat_crop, "--clean").returncode == 1
 
 
 def test_one_cleaning_at_a_time(tmp_path):
-    write_files(tmp_path, {"bad.png": b"text", "good.png": encoded(photograph(96, 96), "png"),
-                           "quarantine/report.jsonl": b""})
+    write_files(
+        tmp_path,
+        {
+            "bad.png": b"text",
+            "good.png": encoded(photograph(96, 96), "png"),
+            "quarantine/report.jsonl": b"",
+        },
+    )
     with open(tmp_path / "quarantine/report.jsonl", "ab") as report:
         fcntl.flock(report, fcntl.LOCK_EX)
-        assert_user_error(check("--data-dir", tmp_path, "--min-size", 96, "--clean"), "another run",
-                          "nothing was changed")
+        assert_user_error(
+            check("--data-dir", tmp_path, "--min-size", 96, "--clean"),
+            "another run",
+            "nothing was changed",
+        )
     assert (tmp_path / "bad.png").exists()
     assert check("--data-dir", tmp_path, "--min-size", 96, "--clean").returncode == 1
     assert not (tmp_path / "bad.png").exists()
@@ -384,14 +517,19 @@ def test_what_cannot_be_moved_is_named_and_not_in_the_report(tmp_path):
     assert (result.returncode, result.stderr) == (1, "")
     assert "could not be moved: a/bad.png: " in result.stdout
     assert "moved 1 files" in result.stdout
-    report = [json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()
+    ]
     assert [entry["path"] for entry in report] == ["b.png"]
     assert (tmp_path / "a/bad.png").exists()
 
 
 def test_a_rename_that_fails_leaves_no_line(tmp_path, monkeypatch):
     write_files(tmp_path, {"bad.png": b"text", "worse.png": b"text"})
-    judgements = [Judgement(name, Verdict.BAD, "broken", gate="file") for name in ("bad.png", "gone.png", "worse.png")]
+    judgements = [
+        Judgement(name, Verdict.BAD, "broken", gate="file")
+        for name in ("bad.png", "gone.png", "worse.png")
+    ]
     rename = os.rename
 
     def rename_or_fail(source: Path, target: Path) -> None:
@@ -404,7 +542,9 @@ def test_a_rename_that_fails_leaves_no_line(tmp_path, monkeypatch):
         for judgement in judgements:
             cleaner.take(judgement)
     assert (cleaner.taken, cleaner.failed) == (1, [("bad.png", "Permission denied")])
-    report = [json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()
+    ]
     assert [entry["path"] for entry in report] == ["worse.png"]
 
 
@@ -426,13 +566,20 @@ def plain_files() -> dict[str, bytes]:
     """Images that the checker decodes by the fast decoders rather than by DALI."""
     pixels = photograph(70, 91)
     gray, profile = pixels[..., 0], PngImagePlugin.PngInfo()
-    profile.add(b"gAMA", (100_000).to_bytes(4, "big"))  # decoders that apply it would change every pixel
-    return {"rgb.png": encoded(pixels, "png"), "gray.png": encoded(gray, "png"),
-            "palette.png": encoded(Image.fromarray(pixels).convert("P"), "png"),
-            "gamma.png": encoded(pixels, "png", pnginfo=profile),
-            "color.jpg": encoded(pixels, "jpeg", quality=80, subsampling=2), "gray.jpg": encoded(gray, "jpeg"),
-            "progressive.jpg": encoded(pixels, "jpeg", progressive=True, subsampling=1),
-            "lossy.webp": encoded(pixels, "webp", quality=70), "exact.webp": encoded(pixels, "webp", lossless=True)}
+    profile.add(
+        b"gAMA", (100_000).to_bytes(4, "big")
+    )  # decoders that apply it would change every pixel
+    return {
+        "rgb.png": encoded(pixels, "png"),
+        "gray.png": encoded(gray, "png"),
+        "palette.png": encoded(Image.fromarray(pixels).convert("P"), "png"),
+        "gamma.png": encoded(pixels, "png", pnginfo=profile),
+        "color.jpg": encoded(pixels, "jpeg", quality=80, subsampling=2),
+        "gray.jpg": encoded(gray, "jpeg"),
+        "progressive.jpg": encoded(pixels, "jpeg", progressive=True, subsampling=1),
+        "lossy.webp": encoded(pixels, "webp", quality=70),
+        "exact.webp": encoded(pixels, "webp", lossless=True),
+    }
 
 
 @pytest.mark.parametrize("name", plain_files())
@@ -441,11 +588,14 @@ def test_fast_decoders_give_dalis_pixels(name):
     content = plain_files()[name]
     header = read_header(io.BytesIO(content))
     assert header.is_plain
-    assert np.array_equal(decode_plain(content, header), HostDecoder(threads=1, batch=1).decode_content(content))
+    assert np.array_equal(
+        decode_plain(content, header), HostDecoder(threads=1, batch=1).decode_content(content)
+    )
 
 
 def test_dali_decodes_after_it_refused():
-    """One bad file must not spoil the verdict on the next, whatever DALI says about its pipeline."""
+    """One bad file must not spoil the verdict on the next, whatever DALI says about its
+    pipeline."""
     decoder, pixels = HostDecoder(threads=1, batch=1), photograph(64, 80)
     with quiet_libraries():
         for content in bad_files().values():

@@ -1,4 +1,5 @@
-"""Datasets change their storage format, not a bit of their pixels; nothing is half done, nothing silently reduced."""
+"""Datasets change their storage format, not a bit of their pixels; nothing is half done, nothing
+silently reduced."""
 
 from __future__ import annotations
 
@@ -37,20 +38,46 @@ from tools.images import decode_file, encode
 
 
 def record(path: str, pixels: np.ndarray, size: int, **more: object) -> CropRecord:
-    return CropRecord(path, "a.png", 1, 0, 0, pixels.shape[0], size, hashlib.sha256(pixels).hexdigest(), "opencv",
-                      {"gradient": 3.5, "hash": "ff"}, 1000, 123456789, 3, **more)
+    return CropRecord(
+        path,
+        "a.png",
+        1,
+        0,
+        0,
+        pixels.shape[0],
+        size,
+        hashlib.sha256(pixels).hexdigest(),
+        "opencv",
+        {"gradient": 3.5, "hash": "ff"},
+        1000,
+        123456789,
+        3,
+        **more,
+    )
 
 
 def make_dataset(root: Path, form: str = "npy", count: int = 3) -> dict[str, np.ndarray]:
-    """A dataset of one source with manifest, settings, rejects and lists; name without suffix -> pixels."""
-    crops = {f"DIV2K/a.png/x1_{number:03d}_000": photograph(64, 64, number) for number in range(count)}
+    """A dataset of one source with manifest, settings, rejects and lists; name without suffix ->
+    pixels."""
+    crops = {
+        f"DIV2K/a.png/x1_{number:03d}_000": photograph(64, 64, number) for number in range(count)
+    }
     write_files(root, {f"{name}.{form}": encode(pixels, form) for name, pixels in crops.items()})
     names = [f"{name}.{form}" for name in crops]
-    records = [record(name.removeprefix("DIV2K/"), pixels, (root / name).stat().st_size,
-                      lr=name.removeprefix("DIV2K/") if not number else None, time=1.5 if number else None)
-               for number, (name, pixels) in enumerate(zip(names, crops.values(), strict=True))]
+    records = [
+        record(
+            name.removeprefix("DIV2K/"),
+            pixels,
+            (root / name).stat().st_size,
+            lr=name.removeprefix("DIV2K/") if not number else None,
+            time=1.5 if number else None,
+        )
+        for number, (name, pixels) in enumerate(zip(names, crops.values(), strict=True))
+    ]
     (root / "DIV2K/manifest.jsonl").write_text(format_lines(records))
-    (root / "DIV2K/dataset.json").write_text(json.dumps({"size": 64, "format": form, "photos": "../../photos"}))
+    (root / "DIV2K/dataset.json").write_text(
+        json.dumps({"size": 64, "format": form, "photos": "../../photos"})
+    )
     (root / "DIV2K/rejects.jsonl").write_text('{"photo": "b.png", "gate": "size"}\n')
     (root / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names[1:]))
     (root / "validation_file_list.txt").write_text(f"{names[0]}\n")
@@ -62,8 +89,11 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def pixels_of(folder: Path, form: str) -> dict[str, np.ndarray]:
-    return {path.relative_to(folder).with_suffix("").as_posix(): decode_file(path)
-            for path in folder.rglob(f"*.{form}") if path.is_file()}  # a photo's folder is called a.png
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): decode_file(path)
+        for path in folder.rglob(f"*.{form}")
+        if path.is_file()
+    }  # a photo's folder is called a.png
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -86,11 +116,14 @@ def test_there_and_back_gives_the_very_same_files(form: str, tmp_path: Path) -> 
     assert back.returncode == 0, back.stderr
     (tmp_path / "back/conversion.json").unlink()
     old, new = tree(tmp_path / "data"), tree(tmp_path / "back")
-    assert {name: new[name] for name in new if not name.endswith("dataset.json")} == \
-        {name: old[name] for name in old if not name.endswith("dataset.json")}
-    # the photographs' folder is noted relative to the dataset, and the sizes are those of this format again
-    assert json.loads((tmp_path / "back/DIV2K/dataset.json").read_text()) == \
-        json.loads((tmp_path / "data/DIV2K/dataset.json").read_text())
+    assert {name: new[name] for name in new if not name.endswith("dataset.json")} == {
+        name: old[name] for name in old if not name.endswith("dataset.json")
+    }
+    # the photographs' folder is noted relative to the dataset, and the sizes are those of this
+    # format again
+    assert json.loads((tmp_path / "back/DIV2K/dataset.json").read_text()) == json.loads(
+        (tmp_path / "data/DIV2K/dataset.json").read_text()
+    )
 
 
 def test_the_bookkeeping_follows(tmp_path: Path) -> None:
@@ -104,53 +137,99 @@ def test_the_bookkeeping_follows(tmp_path: Path) -> None:
         assert other.path == one.path.replace(".npy", ".webp")
         assert other.lr == (one.lr and one.lr.replace(".npy", ".webp"))
         assert other.bytes == (out / "DIV2K" / other.path).stat().st_size != one.bytes
-        assert (other.sha256, other.gates, other.time, other.photo) == (one.sha256, one.gates, one.time, one.photo)
+        assert (other.sha256, other.gates, other.time, other.photo) == (
+            one.sha256,
+            one.gates,
+            one.time,
+            one.photo,
+        )
     names = sorted(f"{name}.webp" for name in crops)
     assert read_file_list(out / "validation_file_list.txt", out) == names[:1]
     assert read_file_list(out / "training_file_list.txt", out) == names[1:]
     settings = json.loads((out / "DIV2K/dataset.json").read_text())
     assert (settings["format"], settings["size"]) == ("webp", 64)
     assert (out / "DIV2K" / settings["photos"]).resolve() == tmp_path / "photos"
-    assert (out / "DIV2K/rejects.jsonl").read_text() == (tmp_path / "data/DIV2K/rejects.jsonl").read_text()
+    assert (out / "DIV2K/rejects.jsonl").read_text() == (
+        tmp_path / "data/DIV2K/rejects.jsonl"
+    ).read_text()
 
 
 def test_any_images_in_any_folders(tmp_path: Path) -> None:
     pixels = photograph(40, 52)
     opaque = np.dstack([pixels, np.full((40, 52), 255, np.uint8)])
-    write_files(tmp_path / "in", {
-        "a.JPG": encoded(pixels, "jpeg"), "b c/d.png": encoded(pixels, "png"), "b c/e.tif": encoded(pixels, "tiff"),
-        "gray.bmp": encoded(Image.fromarray(pixels).convert("L"), "bmp"), "opaque.png": encoded(opaque, "png"),
-        "h.npy": npy(pixels), "notes.txt": b"no image"})
+    write_files(
+        tmp_path / "in",
+        {
+            "a.JPG": encoded(pixels, "jpeg"),
+            "b c/d.png": encoded(pixels, "png"),
+            "b c/e.tif": encoded(pixels, "tiff"),
+            "gray.bmp": encoded(Image.fromarray(pixels).convert("L"), "bmp"),
+            "opaque.png": encoded(opaque, "png"),
+            "h.npy": npy(pixels),
+            "notes.txt": b"no image",
+        },
+    )
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "png")
     assert result.returncode == 0, result.stdout
-    expected = {path.relative_to(tmp_path / "in").with_suffix("").as_posix(): decode_file(path)
-                for path in (tmp_path / "in").rglob("*.*") if path.suffix != ".txt"}
+    expected = {
+        path.relative_to(tmp_path / "in").with_suffix("").as_posix(): decode_file(path)
+        for path in (tmp_path / "in").rglob("*.*")
+        if path.suffix != ".txt"
+    }
     assert_same(pixels_of(tmp_path / "out", "png"), expected)
     # a file of the format already is copied byte by byte
     assert (tmp_path / "out/b c/d.png").read_bytes() == (tmp_path / "in/b c/d.png").read_bytes()
-    assert sorted(path.suffix for path in (tmp_path / "out").rglob("*.*") if path.name != "conversion.json") == \
-        [".png"] * 6
+    assert (
+        sorted(
+            path.suffix
+            for path in (tmp_path / "out").rglob("*.*")
+            if path.name != "conversion.json"
+        )
+        == [".png"] * 6
+    )
 
 
 def test_what_would_lose_something_is_refused_and_the_rest_is_done(tmp_path: Path) -> None:
     pixels = photograph(40, 52)
     clear = np.dstack([pixels, np.full((40, 52), 90, np.uint8)])
-    write_files(tmp_path / "in", {
-        "good.png": encoded(pixels, "png"), "deep.png": deep_png(pixels.astype(np.uint16) * 257),
-        "clear.png": encoded(clear, "png"), "cmyk.jpg": encoded(Image.fromarray(pixels).convert("CMYK"), "jpeg"),
-        "cut.png": encoded(pixels, "png")[:-90], "cut.npy_": b"", "short.npy": npy(pixels)[:-1]})
+    write_files(
+        tmp_path / "in",
+        {
+            "good.png": encoded(pixels, "png"),
+            "deep.png": deep_png(pixels.astype(np.uint16) * 257),
+            "clear.png": encoded(clear, "png"),
+            "cmyk.jpg": encoded(Image.fromarray(pixels).convert("CMYK"), "jpeg"),
+            "cut.png": encoded(pixels, "png")[:-90],
+            "cut.npy_": b"",
+            "short.npy": npy(pixels)[:-1],
+        },
+    )
     (tmp_path / "in/training_file_list.txt").write_text("good.png\ndeep.png\n")
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy", "--remove-source")
     assert result.returncode == 1, result.stderr
-    for words in ("deep.png: 16 bits", "clear.png: transparency", "cmyk.jpg: colours of mode CMYK", "cut.png: ",
-                  "short.npy: truncated", "1 images converted", "5 could not be converted"):
+    for words in (
+        "deep.png: 16 bits",
+        "clear.png: transparency",
+        "cmyk.jpg: colours of mode CMYK",
+        "cut.png: ",
+        "short.npy: truncated",
+        "1 images converted",
+        "5 could not be converted",
+    ):
         assert words in result.stdout, result.stdout
     assert_same(pixels_of(tmp_path / "out", "npy"), {"good": pixels})
     assert (tmp_path / "out/training_file_list.txt").read_text() == "good.npy\n"
     # with failures the bookkeeping stays where it was, and so does all that failed
     assert (tmp_path / "in/training_file_list.txt").exists()
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == [
-        "clear.png", "cmyk.jpg", "cut.npy_", "cut.png", "deep.png", "short.npy", "training_file_list.txt"]
+        "clear.png",
+        "cmyk.jpg",
+        "cut.npy_",
+        "cut.png",
+        "deep.png",
+        "short.npy",
+        "training_file_list.txt",
+    ]
 
 
 def test_pixels_that_the_manifest_does_not_know_are_not_carried_on(tmp_path: Path) -> None:
@@ -163,12 +242,19 @@ def test_pixels_that_the_manifest_does_not_know_are_not_carried_on(tmp_path: Pat
     assert result.returncode == 1
     assert "x1_001_000.npy: its pixels are not those that the manifest recorded" in result.stdout
     assert [record.path for _, record in iterate_lines(tmp_path / "out/DIV2K/manifest.jsonl")] == [
-        "a.png/x1_000_000.png", "a.png/x1_002_000.png"]
+        "a.png/x1_000_000.png",
+        "a.png/x1_002_000.png",
+    ]
 
 
 def test_a_collision_is_found_before_anything_is_written(tmp_path: Path) -> None:
-    write_files(tmp_path / "in", {"x/a.png": encoded(photograph(40, 40), "png"),
-                                  "x/a.jpg": encoded(photograph(40, 40), "jpeg")})
+    write_files(
+        tmp_path / "in",
+        {
+            "x/a.png": encoded(photograph(40, 40), "png"),
+            "x/a.jpg": encoded(photograph(40, 40), "jpeg"),
+        },
+    )
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy")
     assert_user_error(result, "x/a.jpg", "x/a.png", "x/a.npy", "rename")
     assert not (tmp_path / "out").exists()
@@ -181,34 +267,54 @@ def test_user_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     before = tree(tmp_path)
     for source, out, words in (
-            ("missing", "out", ["no such folder"]), ("data", "data/out", ["into itself"]), ("data", "data", ["itself"]),
-            ("data/DIV2K", "data", ["itself"]), ("data", "other", ["holds files", "new OUT"]),
-            ("empty", "out", ["no images"]), ("data", "other/mine.txt", ["not a folder"])):
+        ("missing", "out", ["no such folder"]),
+        ("data", "data/out", ["into itself"]),
+        ("data", "data", ["itself"]),
+        ("data/DIV2K", "data", ["itself"]),
+        ("data", "other", ["holds files", "new OUT"]),
+        ("empty", "out", ["no images"]),
+        ("data", "other/mine.txt", ["not a folder"]),
+    ):
         assert_user_error(convert(tmp_path / source, tmp_path / out, "--to", "png"), *words)
     assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "gif"), "gif")
-    assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "png", "--max-megapixels", 0), "megapixels")
+    assert_user_error(
+        convert(tmp_path / "data", tmp_path / "out", "--to", "png", "--max-megapixels", 0),
+        "megapixels",
+    )
     (tmp_path / "data/training_file_list.txt").write_text("../outside.npy\n")
     assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "png"), "outside.npy")
     (tmp_path / "data/training_file_list.txt").unlink()
-    assert tree(tmp_path) == {name: digest for name, digest in before.items() if "training" not in name}
+    assert tree(tmp_path) == {
+        name: digest for name, digest in before.items() if "training" not in name
+    }
 
 
 def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data")
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0
-    images = {name: stamp for name, stamp in stamped_tree(tmp_path / "out").items() if name.endswith(".png")}
+    images = {
+        name: stamp
+        for name, stamp in stamped_tree(tmp_path / "out").items()
+        if name.endswith(".png")
+    }
     again = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert again.returncode == 0
     assert "0 images converted" in again.stdout
     assert "3 were there already" in again.stdout
-    assert {name: stamp for name, stamp in stamped_tree(tmp_path / "out").items() if name.endswith(".png")} == images
+    assert {
+        name: stamp
+        for name, stamp in stamped_tree(tmp_path / "out").items()
+        if name.endswith(".png")
+    } == images
     assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "webp"), "begun as")
     # a source that changed is converted again
     write_files(tmp_path / "data", {"new.npy": npy(photograph(50, 50, 9))})
     changed = tmp_path / "data/new.npy"
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0
     changed.write_bytes(npy(photograph(50, 50, 10)))
-    assert "1 images converted" in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
+    assert (
+        "1 images converted" in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
+    )
     np.testing.assert_array_equal(decode_file(tmp_path / "out/new.png"), photograph(50, 50, 10))
 
 
@@ -220,25 +326,37 @@ def keep_time(path: Path, content: bytes) -> None:
 
 
 def test_an_equal_time_does_not_make_new_pixels_the_old_ones(tmp_path: Path) -> None:
-    write_files(tmp_path / "in", {"a.npy": npy(photograph(50, 50, 1)), "b.npy": npy(photograph(50, 50, 2))})
+    write_files(
+        tmp_path / "in", {"a.npy": npy(photograph(50, 50, 1)), "b.npy": npy(photograph(50, 50, 2))}
+    )
     assert convert(tmp_path / "in", tmp_path / "out", "--to", "webp").returncode == 0
     keep_time(tmp_path / "in/a.npy", npy(photograph(50, 50, 3)))
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "webp", "--remove-source")
     assert result.returncode == 1, result.stdout
     assert "not converted: a.npy: " in result.stdout
     assert "holds other pixels" in result.stdout
-    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.npy"]  # b was compared, and is gone
+    assert [path.name for path in (tmp_path / "in").iterdir()] == [
+        "a.npy"
+    ]  # b was compared, and is gone
     np.testing.assert_array_equal(np.load(tmp_path / "in/a.npy"), photograph(50, 50, 3))
-    assert_same(pixels_of(tmp_path / "out", "webp"), {"a": photograph(50, 50, 1), "b": photograph(50, 50, 2)})
+    assert_same(
+        pixels_of(tmp_path / "out", "webp"),
+        {"a": photograph(50, 50, 1), "b": photograph(50, 50, 2)},
+    )
     # without --remove-source the copy follows its source
     assert "1 images converted" in convert(tmp_path / "in", tmp_path / "out", "--to", "webp").stdout
-    assert_same(pixels_of(tmp_path / "out", "webp"), {"a": photograph(50, 50, 3), "b": photograph(50, 50, 2)})
+    assert_same(
+        pixels_of(tmp_path / "out", "webp"),
+        {"a": photograph(50, 50, 3), "b": photograph(50, 50, 2)},
+    )
 
 
 @pytest.mark.parametrize("removes", [False, True])
 @pytest.mark.parametrize("form", ["npy", "png"])
 @pytest.mark.parametrize("is_recorded", [False, True])
-def test_a_damaged_copy_is_made_again(form: str, removes: bool, is_recorded: bool, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_made_again(
+    form: str, removes: bool, is_recorded: bool, tmp_path: Path
+) -> None:
     crops = make_dataset(tmp_path / "data", "webp")
     if not is_recorded:
         (tmp_path / "data/DIV2K/manifest.jsonl").unlink()
@@ -249,7 +367,9 @@ def test_a_damaged_copy_is_made_again(form: str, removes: bool, is_recorded: boo
         pixels = decode_file(flipped).copy()
         pixels[7, 7] ^= 1
         keep_time(flipped, encode(pixels, form))
-    result = convert(tmp_path / "data", tmp_path / "out", "--to", form, *(["--remove-source"] if removes else []))
+    result = convert(
+        tmp_path / "data", tmp_path / "out", "--to", form, *(["--remove-source"] if removes else [])
+    )
     assert result.returncode == 0, result.stdout
     assert f"{1 if removes else 2} images converted" in result.stdout
     assert_same(pixels_of(tmp_path / "out", form), crops)
@@ -257,7 +377,9 @@ def test_a_damaged_copy_is_made_again(form: str, removes: bool, is_recorded: boo
 
 
 def test_a_copy_that_is_the_source_itself_is_no_copy(tmp_path: Path) -> None:
-    write_files(tmp_path / "in", {"h/a.npy": npy(photograph(40, 40)), "b.npy": npy(photograph(40, 40, 1))})
+    write_files(
+        tmp_path / "in", {"h/a.npy": npy(photograph(40, 40)), "b.npy": npy(photograph(40, 40, 1))}
+    )
     assert convert(tmp_path / "in", tmp_path / "out", "--to", "npy").returncode == 0
     (tmp_path / "out/h/a.npy").unlink()
     (tmp_path / "out/h").rmdir()
@@ -271,7 +393,10 @@ def test_a_copy_that_is_the_source_itself_is_no_copy(tmp_path: Path) -> None:
 
 def test_copies_without_a_source_are_named_and_stay(tmp_path: Path) -> None:
     crops = make_dataset(tmp_path / "data", count=4)
-    assert "no source any more" not in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
+    assert (
+        "no source any more"
+        not in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
+    )
     moved = tmp_path / "data/quarantine/DIV2K/a.png/x1_002_000.npy"
     moved.parent.mkdir(parents=True)
     (tmp_path / "data/DIV2K/a.png/x1_002_000.npy").rename(moved)
@@ -287,7 +412,10 @@ def test_copies_whose_source_was_removed_are_not_called_surplus(tmp_path: Path) 
     rotten = tmp_path / "data/DIV2K/a.png/x1_001_000.npy"
     content = rotten.read_bytes()
     rotten.write_bytes(content[:-1])
-    assert convert(tmp_path / "data", tmp_path / "out", "--to", "png", "--remove-source").returncode == 1
+    assert (
+        convert(tmp_path / "data", tmp_path / "out", "--to", "png", "--remove-source").returncode
+        == 1
+    )
     rotten.write_bytes(content)
     for more in ([], ["--remove-source"]):
         result = convert(tmp_path / "data", tmp_path / "out", "--to", "png", *more)
@@ -300,7 +428,17 @@ def test_the_tool_that_made_the_pairs_goes_on_in_the_converted_folder(tmp_path: 
     pixels = photograph(96, 96)
     half = cv2.resize(pixels, (48, 48), interpolation=cv2.INTER_AREA)
     write_files(tmp_path, {"HR/a.png": encoded(pixels, "png"), "LR/a.png": encoded(half, "png")})
-    cut = partial(run_tool, "pairs_to_data", tmp_path / "HR", tmp_path / "LR", "--scale", 2, "--size", 48, *UNGATED)
+    cut = partial(
+        run_tool,
+        "pairs_to_data",
+        tmp_path / "HR",
+        tmp_path / "LR",
+        "--scale",
+        2,
+        "--size",
+        48,
+        *UNGATED,
+    )
     assert cut("--out", tmp_path / "crops").returncode == 0
     out = tmp_path / "deep/down/webp"
     assert convert(tmp_path / "crops", out, "--to", "webp").returncode == 0
@@ -308,21 +446,35 @@ def test_the_tool_that_made_the_pairs_goes_on_in_the_converted_folder(tmp_path: 
     assert result.returncode == 0, result.stderr
     assert "1 pairs were there already" in result.stdout
     assert convert(tmp_path / "crops", tmp_path / "jp2", "--to", "jp2").returncode == 0
-    assert_user_error(cut("--out", tmp_path / "jp2", "--format", "webp"), 'begun with format = "jp2"')
+    assert_user_error(
+        cut("--out", tmp_path / "jp2", "--format", "webp"), 'begun with format = "jp2"'
+    )
 
 
 def test_the_places_of_all_sources_follow(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data")
-    settings = {"format": "npy", "photos": "../../HR", "lr": "../../LR", "videos": "../../films", "tool": "..",
-                "against": ["/benchmarks"]}
+    settings = {
+        "format": "npy",
+        "photos": "../../HR",
+        "lr": "../../LR",
+        "videos": "../../films",
+        "tool": "..",
+        "against": ["/benchmarks"],
+    }
     (tmp_path / "data/DIV2K/dataset.json").write_text(json.dumps(settings))
     assert convert(tmp_path / "data", tmp_path / "deep/out", "--to", "png").returncode == 0
     assert json.loads((tmp_path / "deep/out/DIV2K/dataset.json").read_text()) == settings | {
-        "format": "png", "photos": "../../../HR", "lr": "../../../LR", "videos": "../../../films"}
+        "format": "png",
+        "photos": "../../../HR",
+        "lr": "../../../LR",
+        "videos": "../../../films",
+    }
 
 
 def test_a_sparse_file_is_one_bad_image(tmp_path: Path) -> None:
-    write_files(tmp_path / "in", dict.fromkeys(["a.png", "b.png"], encoded(photograph(40, 40), "png")))
+    write_files(
+        tmp_path / "in", dict.fromkeys(["a.png", "b.png"], encoded(photograph(40, 40), "png"))
+    )
     os.truncate(tmp_path / "in/a.png", 3 << 40)
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy")
     assert (result.returncode, result.stderr) == (1, "")
@@ -335,7 +487,10 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0
     with open(tmp_path / "out/conversion.json", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "png"), "another convert_dataset.py")
+        assert_user_error(
+            convert(tmp_path / "data", tmp_path / "out", "--to", "png"),
+            "another convert_dataset.py",
+        )
 
 
 def test_remove_source_leaves_one_copy(tmp_path: Path) -> None:
@@ -350,19 +505,33 @@ def test_remove_source_leaves_one_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("form", "kills"), [("png", 3), ("jp2", 1)])
 def test_killed_at_any_time_it_goes_on(form: str, kills: int, tmp_path: Path) -> None:
-    """SIGKILL, several times: no file under its own name is ever incomplete, and in the end all is there."""
+    """SIGKILL, several times: no file under its own name is ever incomplete, and in the end all is
+    there."""
     crops = make_dataset(tmp_path / "data", count=80)
-    command = [sys.executable, str(CHECKOUT / "tools/convert_dataset.py"), str(tmp_path / "data"),
-               str(tmp_path / "out"), "--to", form, "--remove-source", "--threads", "2"]
+    command = [
+        sys.executable,
+        str(CHECKOUT / "tools/convert_dataset.py"),
+        str(tmp_path / "data"),
+        str(tmp_path / "out"),
+        "--to",
+        form,
+        "--remove-source",
+        "--threads",
+        "2",
+    ]
     for kill in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         wanted = 10 * (kill + 1)
-        while len(list((tmp_path / "out").rglob(f"x1_*.{form}"))) < wanted and process.poll() is None:
+        while (
+            len(list((tmp_path / "out").rglob(f"x1_*.{form}"))) < wanted and process.poll() is None
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=30)  # ends only when JPEG 2000's encoding processes have ended too
+        process.communicate(
+            timeout=30
+        )  # ends only when JPEG 2000's encoding processes have ended too
         done = pixels_of(tmp_path / "out", form)
         assert len(done) >= wanted
         left = pixels_of(tmp_path / "data", "npy")
@@ -378,11 +547,30 @@ def test_killed_at_any_time_it_goes_on(form: str, kills: int, tmp_path: Path) ->
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     make_dataset(tmp_path / "data")
-    script = ("import sys, resource, runpy, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = sys.argv[1:]; "
-              "runpy.run_path(sys.argv[0], run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", script, str(CHECKOUT / "tools/convert_dataset.py"),
-                             str(tmp_path / "data"), str(tmp_path / "out"), "--to", "png"],
-                            capture_output=True, text=True, timeout=120, check=False)
+    script = (
+        "import sys, resource, runpy, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            str(CHECKOUT / "tools/convert_dataset.py"),
+            str(tmp_path / "data"),
+            str(tmp_path / "out"),
+            "--to",
+            "png",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert_user_error(result, "cannot be written", "goes on where it stopped")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".png", ".tmp") and path.is_file()]
+    assert not [
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.suffix in (".png", ".tmp") and path.is_file()
+    ]

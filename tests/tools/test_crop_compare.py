@@ -1,4 +1,5 @@
-"""Comparison pictures: the right pixels in the right place, coordinates that replay, the window, one-line errors."""
+"""Comparison pictures: the right pixels in the right place, coordinates that replay, the window,
+one-line errors."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_corpus import CHECKOUT, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
+from dataset_corpus import (
+    CHECKOUT,
+    assert_user_error,
+    encoded,
+    photograph,
+    run_tool,
+    stamped_tree,
+    tree,
+    write_files,
+)
 from pipeline.cli import run as run_command
 from pipeline.metrics import measure
 from tools.compare.boxes import COLOURS, Box, differing_boxes, parse_boxes
@@ -33,14 +43,21 @@ HEADLESS = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """hr.png, lr.png (1/4, its own colours), soft.png and noisy.png (which differs from hr.png in one corner only)."""
+    """hr.png, lr.png (1/4, its own colours), soft.png and noisy.png (which differs from hr.png in
+    one corner only)."""
     hr = photograph(HEIGHT, WIDTH)
     noisy = hr.copy()
     noisy[60:90, 100:140] = 255 - noisy[60:90, 100:140]
     lr = photograph(HEIGHT // 4, WIDTH // 4, 1)
-    write_files(tmp_path, {"hr.png": encoded(hr, "png"), "lr.png": encoded(lr, "png"),
-                           "soft.png": encoded(cv2.GaussianBlur(hr, (5, 5), 0), "png"),
-                           "noisy.png": encoded(noisy, "png")})
+    write_files(
+        tmp_path,
+        {
+            "hr.png": encoded(hr, "png"),
+            "lr.png": encoded(lr, "png"),
+            "soft.png": encoded(cv2.GaussianBlur(hr, (5, 5), 0), "png"),
+            "noisy.png": encoded(noisy, "png"),
+        },
+    )
     return tmp_path
 
 
@@ -48,12 +65,25 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def compare(folder: Path, *arguments: object,
-            names: str = "hr.png lr.png soft.png noisy.png") -> subprocess.CompletedProcess[str]:
+def compare(
+    folder: Path, *arguments: object, names: str = "hr.png lr.png soft.png noisy.png"
+) -> subprocess.CompletedProcess[str]:
     """The command, without the half second that a process of its own takes."""
     out, err = io.StringIO(), io.StringIO()
-    words = [str(word) for word in (*(folder / name for name in names.split()), "--out", folder / "out", *arguments)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+    words = [
+        str(word)
+        for word in (
+            *(folder / name for name in names.split()),
+            "--out",
+            folder / "out",
+            *arguments,
+        )
+    ]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
         run_command(Options, main, words)
     return subprocess.CompletedProcess(words, stop.value.code, out.getvalue(), err.getvalue())
 
@@ -67,7 +97,10 @@ def holds(picture: np.ndarray, part: np.ndarray) -> bool:
     """Whether `part` lies somewhere in `picture`, to the byte."""
     distance = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
     candidates = np.argwhere(distance <= distance.min() + 1)
-    return any(np.array_equal(picture[y : y + part.shape[0], x : x + part.shape[1]], part) for y, x in candidates[:50])
+    return any(
+        np.array_equal(picture[y : y + part.shape[0], x : x + part.shape[1]], part)
+        for y, x in candidates[:50]
+    )
 
 
 def test_crops_are_the_pixels_of_their_boxes(results: Path) -> None:
@@ -75,7 +108,9 @@ def test_crops_are_the_pixels_of_their_boxes(results: Path) -> None:
     assert run.returncode == 0, run.stderr
     sheet = pixels(results / "out/comparison.png")
     blocks = pixels(results / "lr.png").repeat(4, 0).repeat(4, 1)
-    for number, (x, y, width, height, factor) in enumerate([(8, 4, 30, 20, 4), (100, 62, 40, 24, 3)], 1):
+    for number, (x, y, width, height, factor) in enumerate(
+        [(8, 4, 30, 20, 4), (100, 62, 40, 24, 3)], 1
+    ):
         for column, name in enumerate(("hr", "lr", "soft", "noisy"), 1):
             image = blocks if name == "lr" else pixels(results / f"{name}.png")
             expected = image[y : y + height, x : x + width].repeat(factor, 0).repeat(factor, 1)
@@ -99,8 +134,15 @@ def test_the_annotated_image_keeps_what_is_inside_the_boxes(results: Path) -> No
 
 
 def test_lines_grow_with_the_image_and_stop_at_its_edges() -> None:
-    widths = [coloured(np.asarray(annotated(np.zeros((size, size, 3), np.uint8), [Box(40, 40, 20, 20, "#d55e00")])),
-                       "#d55e00")[50, :40].sum() for size in (200, 800, 2000)]
+    widths = [
+        coloured(
+            np.asarray(
+                annotated(np.zeros((size, size, 3), np.uint8), [Box(40, 40, 20, 20, "#d55e00")])
+            ),
+            "#d55e00",
+        )[50, :40].sum()
+        for size in (200, 800, 2000)
+    ]
     assert widths == [2, 4, 10]
     whole = np.asarray(annotated(np.zeros((50, 60, 3), np.uint8), [Box(0, 0, 60, 50, "#d55e00")]))
     assert whole.shape == (50, 60, 3)
@@ -110,7 +152,12 @@ def test_lines_grow_with_the_image_and_stop_at_its_edges() -> None:
 
 def test_boxes_replay_from_the_coordinates_file(results: Path) -> None:
     coords = results / "boxes.json"
-    assert compare(results, "--box", "3,5,17,11", "--box", "50,60,33,22", "--coords", coords).returncode == 0
+    assert (
+        compare(
+            results, "--box", "3,5,17,11", "--box", "50,60,33,22", "--coords", coords
+        ).returncode
+        == 0
+    )
     stored = json.loads(coords.read_text())
     assert (stored["height"], stored["width"]) == (HEIGHT, WIDTH)
     assert stored["boxes"][1] == {"x": 50, "y": 60, "width": 33, "height": 22, "colour": COLOURS[1]}
@@ -139,7 +186,9 @@ def test_auto_finds_where_results_differ(results: Path) -> None:
 def test_auto_takes_the_best_square_and_no_overlap() -> None:
     images = [photograph(60, 80, seed) for seed in range(3)]
     variance = np.stack(images)[..., 1].astype(np.float64).var(0)
-    best = max((variance[y : y + 16, x : x + 16].sum(), -y, -x) for y in range(45) for x in range(65))
+    best = max(
+        (variance[y : y + 16, x : x + 16].sum(), -y, -x) for y in range(45) for x in range(65)
+    )
     boxes = differing_boxes(images, 4, 16)
     assert (boxes[0].y, boxes[0].x) == (-best[1], -best[2])
     covered = np.zeros((60, 80), int)
@@ -153,7 +202,10 @@ def test_auto_takes_the_best_square_and_no_overlap() -> None:
 def test_scores_are_those_of_the_evaluation(results: Path) -> None:
     run = compare(results, "--box", "8,4,60,40", "--reference", "--border", "4")
     assert run.returncode == 0, run.stderr
-    hr, soft = (torch.tensor(pixels(results / name)).permute(2, 0, 1)[None] for name in ("hr.png", "soft.png"))
+    hr, soft = (
+        torch.tensor(pixels(results / name)).permute(2, 0, 1)[None]
+        for name in ("hr.png", "soft.png")
+    )
     whole = measure(soft, hr, 4)["psnr_y"]
     part = measure(soft[..., 4:44, 8:68], hr[..., 4:44, 8:68], 0)["psnr_y"]
     line = next(line for line in run.stdout.splitlines() if line.startswith("soft"))
@@ -169,19 +221,28 @@ def test_magnification_is_by_whole_factors() -> None:
     assert magnified(crop, 239, smooth=False).shape == (140, 210, 3)
     np.testing.assert_array_equal(magnified(crop, 10, smooth=True), crop)
     smooth = magnified(crop, 240, smooth=True)
-    np.testing.assert_array_equal(smooth, cv2.resize(crop, (240, 160), interpolation=cv2.INTER_CUBIC))
+    np.testing.assert_array_equal(
+        smooth, cv2.resize(crop, (240, 160), interpolation=cv2.INTER_CUBIC)
+    )
 
 
 def test_smooth_magnification_leaves_the_blocks_of_small_images(results: Path) -> None:
     assert compare(results, "--box", "8,4,32,16", "--zoom", "cubic").returncode == 0
     crop = pixels(results / "out/crops/box1_2_lr.png")
-    np.testing.assert_array_equal(crop, pixels(results / "lr.png")[1:5, 2:10].repeat(28, 0).repeat(28, 1))
+    np.testing.assert_array_equal(
+        crop, pixels(results / "lr.png")[1:5, 2:10].repeat(28, 0).repeat(28, 1)
+    )
     hr = pixels(results / "out/crops/box1_1_hr.png")
     assert not np.array_equal(hr, pixels(results / "hr.png")[4:20, 8:40].repeat(7, 0).repeat(7, 1))
 
 
 def test_a_figure_has_the_photograph_left_of_the_crops(results: Path) -> None:
-    assert compare(results, "--box", "8,4,40,40", "--box", "60,30,40,40", "--layout", "figure").returncode == 0
+    assert (
+        compare(
+            results, "--box", "8,4,40,40", "--box", "60,30,40,40", "--layout", "figure"
+        ).returncode
+        == 0
+    )
     picture = pixels(results / "out/comparison.png")
     assert compare(results, "--box", "8,4,40,40", "--box", "60,30,40,40").returncode == 0
     grid = pixels(results / "out/comparison.png")
@@ -213,65 +274,118 @@ def test_a_second_run_takes_away_the_crops_of_the_first(results: Path) -> None:
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    write_files(tmp_path, {f"{name}/photo.png": encoded(photograph(64, 64, seed), "png")
-                           for seed, name in enumerate(("bicubic", "vapsr"))})
-    assert compare(tmp_path, "--box", "1,1,20,20", names="bicubic/photo.png vapsr/photo.png").returncode == 0
-    assert {path.name for path in (tmp_path / "out/crops").iterdir()} == {"box1_1_bicubic.png", "box1_2_vapsr.png"}
+    write_files(
+        tmp_path,
+        {
+            f"{name}/photo.png": encoded(photograph(64, 64, seed), "png")
+            for seed, name in enumerate(("bicubic", "vapsr"))
+        },
+    )
+    assert (
+        compare(
+            tmp_path, "--box", "1,1,20,20", names="bicubic/photo.png vapsr/photo.png"
+        ).returncode
+        == 0
+    )
+    assert {path.name for path in (tmp_path / "out/crops").iterdir()} == {
+        "box1_1_bicubic.png",
+        "box1_2_vapsr.png",
+    }
     run = compare(tmp_path, "--box", "1,1,20,20", names="bicubic/photo.png bicubic/photo.png")
     assert_user_error(run, "two images of this name", "--labels")
-    run = compare(tmp_path, "--box", "1,1,20,20", "--labels", "a/b c", "2", names="bicubic/photo.png vapsr/photo.png")
+    run = compare(
+        tmp_path,
+        "--box",
+        "1,1,20,20",
+        "--labels",
+        "a/b c",
+        "2",
+        names="bicubic/photo.png vapsr/photo.png",
+    )
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in (tmp_path / "out/crops").iterdir()} == {"box1_1_a_b_c.png", "box1_2_2.png"}
+    assert {path.name for path in (tmp_path / "out/crops").iterdir()} == {
+        "box1_1_a_b_c.png",
+        "box1_2_2.png",
+    }
 
 
 def test_the_same_command_gives_the_same_bytes(results: Path) -> None:
     assert compare(results, "--auto", "3", "--reference", "--layout", "figure").returncode == 0
     first = tree(results / "out")
     names = [results / name for name in ("hr.png", "lr.png", "soft.png", "noisy.png")]
-    run = run_tool("crop_compare", *names, "--auto=3", "--reference", "--layout=figure", "--out", results / "out")
+    run = run_tool(
+        "crop_compare",
+        *names,
+        "--auto=3",
+        "--reference",
+        "--layout=figure",
+        "--out",
+        results / "out",
+    )
     assert run.returncode == 0, run.stderr
     assert "comparison.png" in run.stdout
     assert tree(results / "out") == first
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--box", "150,0,20,20"], ["150,0,20,20", "160 wide and 96 high"]),
-    (["--box=-1,0,20,20"], ["-1,0,20,20", "leaves the first image"]),
-    (["--box", "0,0,20,3"], ["at least 4 pixels"]),
-    (["--box", "0,0,20"], ["X,Y,W,H"]),
-    (["--box", "0,0,9,9.5"], ["X,Y,W,H"]),
-    ([f"--box={i},0,20,20" for i in range(9)], ["9 boxes", "1 to 8"]),
-    (["--auto", "9"], ["1 to 8"]),
-    (["--auto", "-1"], ["1 to 8"]),
-    (["--auto", "2", "--auto-size", "200"], ["--auto-size 200", "4 to 96"]),
-    (["--auto", "8", "--auto-size", "90"], ["--auto 8", "only 1 squares"]),
-    (["--auto", "1", "--box", "0,0,20,20"], ["--box and --auto"]),
-    (["--box", "0,0,20,20", "--labels", "one"], ["1 names for 4 images"]),
-    (["--box", "0,0,20,20", "--labels", "hr", "lr", "weich", "größer"], ["größer", "--font"]),
-    (["--box", "0,0,20,20", "--panel", "8"], ["--panel 8"]),
-    (["--box", "0,0,20,20", "--columns", "0"], ["--columns 0"]),
-    (["--box", "0,0,20,20", "--border", "48", "--reference"], ["--border 48"]),
-    (["--box", "0,0,20,20", "--border", "-1"], ["--border -1"]),
-    (["--box", "0,0,20,20", "--font", "/nonexistent.ttf"], ["--font"]),
-    (["--boxx", "0,0,20,20"], ["--box"]),
-])
-def test_wrong_arguments_are_one_line_and_write_nothing(results: Path, arguments: list[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--box", "150,0,20,20"], ["150,0,20,20", "160 wide and 96 high"]),
+        (["--box=-1,0,20,20"], ["-1,0,20,20", "leaves the first image"]),
+        (["--box", "0,0,20,3"], ["at least 4 pixels"]),
+        (["--box", "0,0,20"], ["X,Y,W,H"]),
+        (["--box", "0,0,9,9.5"], ["X,Y,W,H"]),
+        ([f"--box={i},0,20,20" for i in range(9)], ["9 boxes", "1 to 8"]),
+        (["--auto", "9"], ["1 to 8"]),
+        (["--auto", "-1"], ["1 to 8"]),
+        (["--auto", "2", "--auto-size", "200"], ["--auto-size 200", "4 to 96"]),
+        (["--auto", "8", "--auto-size", "90"], ["--auto 8", "only 1 squares"]),
+        (["--auto", "1", "--box", "0,0,20,20"], ["--box and --auto"]),
+        (["--box", "0,0,20,20", "--labels", "one"], ["1 names for 4 images"]),
+        (["--box", "0,0,20,20", "--labels", "hr", "lr", "weich", "größer"], ["größer", "--font"]),
+        (["--box", "0,0,20,20", "--panel", "8"], ["--panel 8"]),
+        (["--box", "0,0,20,20", "--columns", "0"], ["--columns 0"]),
+        (["--box", "0,0,20,20", "--border", "48", "--reference"], ["--border 48"]),
+        (["--box", "0,0,20,20", "--border", "-1"], ["--border -1"]),
+        (["--box", "0,0,20,20", "--font", "/nonexistent.ttf"], ["--font"]),
+        (["--boxx", "0,0,20,20"], ["--box"]),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_write_nothing(
+    results: Path, arguments: list[str], words: list[str]
+) -> None:
     before = stamped_tree(results)
     assert_user_error(compare(results, *arguments), *words)
     assert stamped_tree(results) == before
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("other.png", encoded(photograph(HEIGHT, WIDTH - 1), "png"), ["96x159", "96x160", "whole factor"]),
-    ("other.png", encoded(photograph(HEIGHT * 2, WIDTH * 2), "png"), ["192x320", "name the largest first"]),
-    ("other.png", encoded(photograph(HEIGHT // 2, WIDTH // 4), "png"), ["48x40", "whole factor"]),
-    ("other.png", b"no image at all", ["other.png", "not an image"]),
-    ("other.png", encoded(photograph(HEIGHT, WIDTH), "png")[:-500], ["other.png"]),
-    ("other.png", b"", ["empty file"]),
-    ("missing.png", None, ["missing.png", "No such file"]),
-])
-def test_bad_images_are_one_line_and_write_nothing(results: Path, name: str, content: bytes | None,
-                                                   words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "other.png",
+            encoded(photograph(HEIGHT, WIDTH - 1), "png"),
+            ["96x159", "96x160", "whole factor"],
+        ),
+        (
+            "other.png",
+            encoded(photograph(HEIGHT * 2, WIDTH * 2), "png"),
+            ["192x320", "name the largest first"],
+        ),
+        (
+            "other.png",
+            encoded(photograph(HEIGHT // 2, WIDTH // 4), "png"),
+            ["48x40", "whole factor"],
+        ),
+        ("other.png", b"no image at all", ["other.png", "not an image"]),
+        ("other.png", encoded(photograph(HEIGHT, WIDTH), "png")[:-500], ["other.png"]),
+        ("other.png", b"", ["empty file"]),
+        ("missing.png", None, ["missing.png", "No such file"]),
+    ],
+)
+def test_bad_images_are_one_line_and_write_nothing(
+    results: Path, name: str, content: bytes | None, words: list[str]
+) -> None:
     if content is not None:
         (results / name).write_bytes(content)
     before = stamped_tree(results)
@@ -282,21 +396,35 @@ def test_bad_images_are_one_line_and_write_nothing(results: Path, name: str, con
 GOOD_BOX = {"x": 1, "y": 2, "width": 20, "height": 20, "colour": "#d55e00"}
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", ["broken JSON"]),
-    ("[]", ["not a coordinates file"]),
-    ("\udcff", ["broken JSON"]),
-    ({"height": HEIGHT, "width": WIDTH}, ["KeyError"]),
-    ({"height": 64, "width": 64, "boxes": [GOOD_BOX]}, ["64x64", "96x160"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": []}, ["0 boxes"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [GOOD_BOX] * 9}, ["9 boxes"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 1.5}]}, ["x must be a whole number"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": True}]}, ["x must be a whole number"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 150}]}, ["leaves the first image"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "colour": "red"}]}, ["#d55e00"]),
-    ({"height": HEIGHT, "width": WIDTH, "boxes": [None]}, ["not a coordinates file"]),
-])
-def test_bad_coordinates_are_one_line_and_write_nothing(results: Path, content: object, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["broken JSON"]),
+        ("[]", ["not a coordinates file"]),
+        ("\udcff", ["broken JSON"]),
+        ({"height": HEIGHT, "width": WIDTH}, ["KeyError"]),
+        ({"height": 64, "width": 64, "boxes": [GOOD_BOX]}, ["64x64", "96x160"]),
+        ({"height": HEIGHT, "width": WIDTH, "boxes": []}, ["0 boxes"]),
+        ({"height": HEIGHT, "width": WIDTH, "boxes": [GOOD_BOX] * 9}, ["9 boxes"]),
+        (
+            {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 1.5}]},
+            ["x must be a whole number"],
+        ),
+        (
+            {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": True}]},
+            ["x must be a whole number"],
+        ),
+        (
+            {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 150}]},
+            ["leaves the first image"],
+        ),
+        ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "colour": "red"}]}, ["#d55e00"]),
+        ({"height": HEIGHT, "width": WIDTH, "boxes": [None]}, ["not a coordinates file"]),
+    ],
+)
+def test_bad_coordinates_are_one_line_and_write_nothing(
+    results: Path, content: object, words: list[str]
+) -> None:
     text = content if isinstance(content, str) else json.dumps(content)
     (results / "c.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     before = stamped_tree(results)
@@ -313,7 +441,9 @@ def test_an_existing_coordinates_file_is_not_overwritten(results: Path) -> None:
 
 def test_images_that_do_not_differ_have_no_best_place(results: Path) -> None:
     shutil.copy(results / "hr.png", results / "same.png")
-    assert_user_error(compare(results, "--auto", "1", names="hr.png same.png"), "differ in 0 places")
+    assert_user_error(
+        compare(results, "--auto", "1", names="hr.png same.png"), "differ in 0 places"
+    )
     assert_user_error(compare(results, "--auto", "1", names="hr.png lr.png"), "needs two images")
 
 
@@ -321,14 +451,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(results: Path) -> None:
     (results / "out").write_text("a file")
     assert_user_error(compare(results, "--box", "0,0,20,20"), "not a folder")
     (results / "out").unlink()
-    assert_user_error(compare(results, "--box", "0,0,20,20", "--coords", results / "no/where/c.json"), "c.json")
+    assert_user_error(
+        compare(results, "--box", "0,0,20,20", "--coords", results / "no/where/c.json"), "c.json"
+    )
 
 
 def test_no_images(tmp_path: Path) -> None:
     assert_user_error(run_tool("crop_compare", "--auto", 1), "no images")
 
 
-def test_without_a_display_the_ways_out_are_named(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_display_the_ways_out_are_named(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in HEADLESS.items():
         monkeypatch.setenv(name, value)
     before = stamped_tree(results)
@@ -354,8 +488,11 @@ def screen() -> Iterator[str]:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     read, write = os.pipe()
-    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"],
-                              pass_fds=[write], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-screen", "0", "640x480x24", "-nolisten", "tcp"],
+        pass_fds=[write],
+        stderr=subprocess.DEVNULL,
+    )
     os.close(write)
     with os.fdopen(read) as file:
         number = file.readline().strip()
@@ -373,22 +510,58 @@ class Window:
     def __init__(self, screen: str, folder: Path, *arguments: object) -> None:
         self.environment = {**os.environ, "DISPLAY": screen}
         names = ("hr.png", "lr.png", "soft.png")
-        command = [sys.executable, CHECKOUT / "tools/crop_compare.py", *(folder / name for name in names), "--out",
-                   folder / "out", *arguments]
-        self.process = subprocess.Popen([str(part) for part in command], env=self.environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [
+            sys.executable,
+            CHECKOUT / "tools/crop_compare.py",
+            *(folder / name for name in names),
+            "--out",
+            folder / "out",
+            *arguments,
+        ]
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         search = self.do("search", "--sync", "--onlyvisible", "--name", "drag a box")
         self.id = search.split()[0]
         self.do("windowfocus", "--sync", self.id)
 
     def do(self, *arguments: object) -> str:
-        result = subprocess.run(["xdotool", *map(str, arguments)], env=self.environment, capture_output=True, text=True,
-                                timeout=30, check=True)
+        result = subprocess.run(
+            ["xdotool", *map(str, arguments)],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
         return result.stdout
 
     def drag(self, left: int, top: int, right: int, bottom: int) -> None:
-        self.do("mousemove", "--window", self.id, left, top, "mousedown", 1, "mousemove", "--window", self.id, left + 5,
-                top + 5, "mousemove", "--window", self.id, right, bottom, "mouseup", 1)
+        self.do(
+            "mousemove",
+            "--window",
+            self.id,
+            left,
+            top,
+            "mousedown",
+            1,
+            "mousemove",
+            "--window",
+            self.id,
+            left + 5,
+            top + 5,
+            "mousemove",
+            "--window",
+            self.id,
+            right,
+            bottom,
+            "mouseup",
+            1,
+        )
 
     def finish(self, *keys: str) -> subprocess.CompletedProcess[str]:
         for key in keys:
@@ -408,20 +581,27 @@ def drawn(folder: Path, name: str = "out/boxes.json") -> list[tuple[int, int, in
 def test_boxes_drawn_with_the_mouse_are_saved(results: Path, screen: str) -> None:
     window = Window(screen, results, "--coords", results / "c.json")
     window.drag(10, 20, 50, 60)
-    window.drag(150, 90, 100, 50)   # from the right bottom corner
-    window.drag(60, 5, 90, 30)      # taken back
+    window.drag(150, 90, 100, 50)  # from the right bottom corner
+    window.drag(60, 5, 90, 30)  # taken back
     window.do("key", "BackSpace")
-    window.drag(60, 5, 62, 7)       # a click rather than a box
-    window.drag(120, 10, 300, 40)   # beyond the edge of the image
+    window.drag(60, 5, 62, 7)  # a click rather than a box
+    window.drag(120, 10, 300, 40)  # beyond the edge of the image
     run = window.finish("Return")
     assert run.returncode == 0, run.stderr
-    assert drawn(results) == drawn(results, "c.json") == [(10, 20, 40, 40), (100, 50, 50, 40), (120, 10, 40, 30)]
+    assert (
+        drawn(results)
+        == drawn(results, "c.json")
+        == [(10, 20, 40, 40), (100, 50, 50, 40), (120, 10, 40, 30)]
+    )
     assert (results / "out/comparison.png").is_file()
 
 
 def test_a_large_image_is_drawn_on_in_its_own_pixels(results: Path, screen: str) -> None:
     large = encoded(photograph(576, 960), "png")  # 288 rows fit the screen: the factor is 0.5
-    write_files(results, {"hr.png": large, "lr.png": encoded(photograph(144, 240), "png"), "soft.png": large})
+    write_files(
+        results,
+        {"hr.png": large, "lr.png": encoded(photograph(144, 240), "png"), "soft.png": large},
+    )
     window = Window(screen, results)
     window.drag(10, 20, 110, 70)
     window.do("key", "Return")
@@ -436,7 +616,7 @@ def test_escape_and_closing_write_nothing(results: Path, screen: str) -> None:
     run = window.finish("Escape")
     assert (run.returncode, run.stderr) == (130, "cancelled; nothing written\n")
     window = Window(screen, results)
-    window.do("key", "Return")      # no box yet: stays open
+    window.do("key", "Return")  # no box yet: stays open
     time.sleep(0.3)
     assert window.process.poll() is None
     window.process.send_signal(2)

@@ -1,4 +1,5 @@
-"""Crops come back from every storage format bit by bit, and what cannot be held exactly is recognised."""
+"""Crops come back from every storage format bit by bit, and what cannot be held exactly is
+recognised."""
 
 from __future__ import annotations
 
@@ -22,11 +23,20 @@ def contents() -> dict[str, np.ndarray]:
     """uint8 RGB pixels of every awkward size and content."""
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (70, 91, 3), np.uint8)
-    return {"photograph": photograph(128, 150), "noise": noise, "one_pixel": noise[:1, :1], "row": noise[:1],
-            "column": noise[:, :1], "odd": noise[:33, :5], "black": np.zeros((40, 40, 3), np.uint8),
-            "white": np.full((40, 40, 3), 255, np.uint8), "extremes": (noise // 128 * 255).astype(np.uint8),
-            "red_alone": noise * np.uint8([1, 0, 0]), "gray": np.repeat(noise[..., :1], 3, 2),
-            "strided": noise[::2, ::-1]}
+    return {
+        "photograph": photograph(128, 150),
+        "noise": noise,
+        "one_pixel": noise[:1, :1],
+        "row": noise[:1],
+        "column": noise[:, :1],
+        "odd": noise[:33, :5],
+        "black": np.zeros((40, 40, 3), np.uint8),
+        "white": np.full((40, 40, 3), 255, np.uint8),
+        "extremes": (noise // 128 * 255).astype(np.uint8),
+        "red_alone": noise * np.uint8([1, 0, 0]),
+        "gray": np.repeat(noise[..., :1], 3, 2),
+        "strided": noise[::2, ::-1],
+    }
 
 
 @pytest.mark.parametrize("content", contents())
@@ -48,7 +58,13 @@ def test_every_format_is_bit_exact(form: str, content: str) -> None:
 def test_our_files_are_plain_and_lossless_to_our_own_header_reader(form: str) -> None:
     data = encode(photograph(64, 80), form)
     header = read_header(io.BytesIO(data))
-    assert (header.format, header.height, header.width, header.depth, header.channels) == (form, 64, 80, 8, 3)
+    assert (header.format, header.height, header.width, header.depth, header.channels) == (
+        form,
+        64,
+        80,
+        8,
+        3,
+    )
     assert header.is_plain
     assert not header.is_lossy
     check_complete(data, header)
@@ -62,7 +78,9 @@ def test_compression_pays() -> None:
 
 
 def test_png_is_not_larger_than_pillows_on_photographs() -> None:
-    photographs = [np.asarray(Image.open(path)) for path in sorted(shared("data/kodak").glob("*.png"))[:6]]
+    photographs = [
+        np.asarray(Image.open(path)) for path in sorted(shared("data/kodak").glob("*.png"))[:6]
+    ]
     ours = sum(len(encode(pixels, "png")) for pixels in photographs)
     assert ours <= sum(len(encoded(pixels, "png", compress_level=6)) for pixels in photographs)
 
@@ -79,8 +97,12 @@ def test_damage_is_an_error_not_half_an_image(form: str) -> None:
 
 
 def test_other_arrays_are_refused(tmp_path: Path) -> None:
-    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.uint16),
-                  np.zeros((0, 4, 3), np.uint8)):
+    for wrong in (
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match="must be uint8"):
             encode(wrong, "png")
     with pytest.raises(BadImageError, match=str(WEBP_MAX_SIDE)):
@@ -122,7 +144,9 @@ def test_a_file_far_larger_than_its_pixels_is_refused_unread(form: str, tmp_path
     os.truncate(tmp_path / "sparse.png", 3 << 40)
     with pytest.raises(BadImageError, match="40x50"):
         decode_file(tmp_path / "sparse.png")
-    (tmp_path / "notes.png").write_bytes(encoded(photograph(40, 50), form) + bytes(1 << 20))  # some thumbnail, say
+    (tmp_path / "notes.png").write_bytes(
+        encoded(photograph(40, 50), form) + bytes(1 << 20)
+    )  # some thumbnail, say
     np.testing.assert_equal(decode_file(tmp_path / "notes.png").shape, (40, 50, 3))
 
 
@@ -142,34 +166,53 @@ def palette() -> Image.Image:
     return Image.fromarray(photograph(40, 50)).convert("P")
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (deep_png(photograph(40, 50).astype(np.uint16) * 257), "16 bits"),
-    (with_alpha(254, "png"), "transparency"), (with_alpha(0, "png", "LA"), "transparency"),
-    (with_alpha(254, "webp", lossless=True, exact=True), "transparency"), (with_alpha(9, "tiff"), "transparency"),
-    (encoded(Image.fromarray(photograph(40, 50)).convert("CMYK"), "jpeg"), "CMYK"),
-    (encoded(Image.fromarray(photograph(40, 50)).convert("LAB"), "tiff"), "LAB"),
-    (encoded(palette(), "tiff"), "palette"),
-    (encoded(palette(), "png", transparency=palette().getpixel((3, 4))), "transparency"),
-    (frames("png"), "animation"), (frames("webp", lossless=True), "2 frames"), (frames("tiff"), "2 frames")])
-def test_what_uint8_rgb_cannot_hold_is_refused_where_it_must_be_exact(data: bytes, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (deep_png(photograph(40, 50).astype(np.uint16) * 257), "16 bits"),
+        (with_alpha(254, "png"), "transparency"),
+        (with_alpha(0, "png", "LA"), "transparency"),
+        (with_alpha(254, "webp", lossless=True, exact=True), "transparency"),
+        (with_alpha(9, "tiff"), "transparency"),
+        (encoded(Image.fromarray(photograph(40, 50)).convert("CMYK"), "jpeg"), "CMYK"),
+        (encoded(Image.fromarray(photograph(40, 50)).convert("LAB"), "tiff"), "LAB"),
+        (encoded(palette(), "tiff"), "palette"),
+        (encoded(palette(), "png", transparency=palette().getpixel((3, 4))), "transparency"),
+        (frames("png"), "animation"),
+        (frames("webp", lossless=True), "2 frames"),
+        (frames("tiff"), "2 frames"),
+    ],
+)
+def test_what_uint8_rgb_cannot_hold_is_refused_where_it_must_be_exact(
+    data: bytes, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     with pytest.raises(BadImageError, match=reason):
         decode_file(path, exact=True)
 
 
-@pytest.mark.parametrize(("data", "mode"), [
-    (with_alpha(255, "png"), "RGB"), (with_alpha(255, "tiff"), "RGB"),
-    (encoded(Image.fromarray(photograph(40, 50)).convert("L"), "png"), "RGB"),
-    (encoded(palette(), "png"), "RGB"),
-    (encoded(Image.fromarray(photograph(40, 50)).convert("1"), "png"), "RGB"),
-    (encoded(photograph(40, 50), "bmp"), "RGB"), (encoded(photograph(40, 50), "tiff"), "RGB"),
-    (encoded(photograph(40, 50), "webp"), "RGB"), (encoded(photograph(40, 50), "jpeg"), "RGB")])
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (with_alpha(255, "png"), "RGB"),
+        (with_alpha(255, "tiff"), "RGB"),
+        (encoded(Image.fromarray(photograph(40, 50)).convert("L"), "png"), "RGB"),
+        (encoded(palette(), "png"), "RGB"),
+        (encoded(Image.fromarray(photograph(40, 50)).convert("1"), "png"), "RGB"),
+        (encoded(photograph(40, 50), "bmp"), "RGB"),
+        (encoded(photograph(40, 50), "tiff"), "RGB"),
+        (encoded(photograph(40, 50), "webp"), "RGB"),
+        (encoded(photograph(40, 50), "jpeg"), "RGB"),
+    ],
+)
 def test_what_uint8_rgb_can_hold_is_taken(data: bytes, mode: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     with Image.open(path) as image:
-        np.testing.assert_array_equal(decode_file(path, exact=True), np.asarray(image.convert(mode)))
+        np.testing.assert_array_equal(
+            decode_file(path, exact=True), np.asarray(image.convert(mode))
+        )
 
 
 def test_a_turned_photograph_is_taken_upright(tmp_path: Path) -> None:

@@ -39,10 +39,17 @@ def decode(content: bytes) -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize(("form", "options"), [
-    ("png", {}), ("bmp", {}), ("tiff", {}), ("tiff", {"compression": "tiff_lzw"}), ("jpeg2000", {}),
-    ("webp", {"lossless": True}),
-])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("png", {}),
+        ("bmp", {}),
+        ("tiff", {}),
+        ("tiff", {"compression": "tiff_lzw"}),
+        ("jpeg2000", {}),
+        ("webp", {"lossless": True}),
+    ],
+)
 def test_lossless_formats_are_exact(form, options):
     assert np.array_equal(decode(encoded(PIXELS, form, **options)), PIXELS)
 
@@ -97,12 +104,19 @@ def gray_png(levels: np.ndarray, depth: int, clear: int) -> bytes:
     """A gray PNG of 1, 2, 4, 8 or 16 bits, one of whose levels is transparent."""
     bits = (levels[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8)
     rows = np.packbits(bits.reshape(len(levels), -1), axis=1)
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", levels.shape[1], len(levels), depth, 0, 0, 0, 0),
-              b"tRNS": struct.pack(">H", clear), b"IDAT": zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes()),
-              b"IEND": b""}
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", levels.shape[1], len(levels), depth, 0, 0, 0, 0),
+        b"tRNS": struct.pack(">H", clear),
+        b"IDAT": zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes()),
+        b"IEND": b"",
+    }
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks.items())
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks.items()
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -155,20 +169,31 @@ def test_a_jpeg_with_missing_pixels_is_an_error(cut):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 13, 400])
-@pytest.mark.parametrize(("form", "options"), [
-    ("png", {}), ("jpeg", {"progressive": True}), ("webp", {}), ("jpeg2000", {}), ("tiff", {}),
-    ("bmp", {}),
-])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("png", {}),
+        ("jpeg", {"progressive": True}),
+        ("webp", {}),
+        ("jpeg2000", {}),
+        ("tiff", {}),
+        ("bmp", {}),
+    ],
+)
 def test_a_missing_tail_is_an_error(form, options, cut):
-    """Where a decoder fills in gray for the missing pixels, or does not look at the last bytes, we must."""
+    """Where a decoder fills in gray for the missing pixels, or does not look at the last bytes, we
+    must."""
     with pytest.raises(BadImageError):
         decode(encoded(PIXELS, form, **options)[:-cut])
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
-    """A decoder may fill what is missing with gray and report success; whichever is installed, we notice."""
-    monkeypatch.setattr(image_pixels, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128))
+    """A decoder may fill what is missing with gray and report success; whichever is installed, we
+    notice."""
+    monkeypatch.setattr(
+        image_pixels, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128)
+    )
     content = encoded(PIXELS, form, **({"progressive": True} if form == "jpeg" else {}))
     assert (decode(content) == 128).all()
     with pytest.raises(BadImageError):
@@ -187,7 +212,9 @@ def test_what_cannot_be_kept_right_is_refused():
 
 def test_megapixel_limit():
     check_megapixels(ImageHeader("png", 1000, 2000), 2)
-    with pytest.raises(BadImageError, match=r"1000x2001 is 2 megapixels, above the limit of 2 \(--max-megapixels\)"):
+    with pytest.raises(
+        BadImageError, match=r"1000x2001 is 2 megapixels, above the limit of 2 \(--max-megapixels\)"
+    ):
         check_megapixels(ImageHeader("png", 1000, 2001), 2)
 
 

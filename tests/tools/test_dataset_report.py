@@ -1,4 +1,5 @@
-"""tools/dataset_report.py: the page, parsed, held against the dataset; and shown by a browser where there is one."""
+"""tools/dataset_report.py: the page, parsed, held against the dataset; and shown by a browser where
+there is one."""
 
 from __future__ import annotations
 
@@ -54,7 +55,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "xlink:href")]
+        self.links += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "data", "xlink:href")
+        ]
         assert not [name for name in attributes if name.startswith("on")]
         if tag == "img":
             self.images.append(attributes)
@@ -98,21 +103,44 @@ def report(folder: Path, out: Path, *arguments: object) -> Page:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Two sources (a broken photograph, a copy, and flat crops rejected), loose images, lists, a quarantine."""
+    """Two sources (a broken photograph, a copy, and flat crops rejected), loose images, lists, a
+    quarantine."""
     folder = tmp_path_factory.mktemp("report")
-    files = {f"{number}.png": encoded(photograph(130, 260, seed=number), "png") for number in range(6)}
+    files = {
+        f"{number}.png": encoded(photograph(130, 260, seed=number), "png") for number in range(6)
+    }
     flat = photograph(130, 260, seed=9)
     flat[:, :140] = 90
-    write_files(folder / "photos", {**files, "broken.png": files["0.png"][:-500], "flat.png": encoded(flat, "png")})
+    write_files(
+        folder / "photos",
+        {**files, "broken.png": files["0.png"][:-500], "flat.png": encoded(flat, "png")},
+    )
     gates = ("--min-sharpness", "0", "--min-gradient", "1.75", "--keep-duplicates")
     for name, more in (("gated", gates), ("other", UNGATED)):
-        made = run_tool("images_to_data", folder / "photos", folder / "data" / name, "--size", 64, *more)
+        made = run_tool(
+            "images_to_data", folder / "photos", folder / "data" / name, "--size", 64, *more
+        )
         assert made.returncode == 1, made.stderr
-    loose = {f"loose/{number}.png": encoded(photograph(70, 90, seed=number), "png") for number in range(4)}
-    write_files(folder / "data", {**loose, "loose/broken.png": b"none", "quarantine/loose/old.png": b"x"})
-    entry = {"path": "loose/old.png", "moved_to": "quarantine/loose/old.png", "reason": "an animation", "gate": "file"}
+    loose = {
+        f"loose/{number}.png": encoded(photograph(70, 90, seed=number), "png")
+        for number in range(4)
+    }
+    write_files(
+        folder / "data", {**loose, "loose/broken.png": b"none", "quarantine/loose/old.png": b"x"}
+    )
+    entry = {
+        "path": "loose/old.png",
+        "moved_to": "quarantine/loose/old.png",
+        "reason": "an animation",
+        "gate": "file",
+    }
     (folder / "data/quarantine/report.jsonl").write_text(json.dumps(entry) + "\n")
-    assert run_tool("select_training_files", "--data-dir", folder / "data", "--validation-count", 3).returncode == 0
+    assert (
+        run_tool(
+            "select_training_files", "--data-dir", folder / "data", "--validation-count", 3
+        ).returncode
+        == 0
+    )
     return folder / "data"
 
 
@@ -129,7 +157,11 @@ def page(page_file) -> Page:
 
 
 def records(folder: Path) -> list[CropRecord]:
-    return list(iterate_records(folder, [path.relative_to(folder).as_posix() for path in folder.rglob(MANIFEST)]))
+    return list(
+        iterate_records(
+            folder, [path.relative_to(folder).as_posix() for path in folder.rglob(MANIFEST)]
+        )
+    )
 
 
 def test_counts_are_those_of_the_manifests(dataset, page, page_file):
@@ -142,15 +174,21 @@ def test_counts_are_those_of_the_manifests(dataset, page, page_file):
         assert row[-1] == dataset_hash(dataset / name)[:12]
         lines = (dataset / name / "rejects.jsonl").read_text().splitlines()
         assert row[7] == str(len(lines))
-    assert page.row("gated")[0].endswith("images_to_data --min-gradient 1.75 --min-sharpness 0 --keep-duplicates")
+    assert page.row("gated")[0].endswith(
+        "images_to_data --min-gradient 1.75 --min-sharpness 0 --keep-duplicates"
+    )
     assert page.row("All 3")[2] == str(len(crops) + 5)
     assert dataset_hash(dataset, "gated", "other") in text
-    assert page.row(TRAINING_LIST)[1] == str(len((dataset / TRAINING_LIST).read_text().splitlines()))
+    assert page.row(TRAINING_LIST)[1] == str(
+        len((dataset / TRAINING_LIST).read_text().splitlines())
+    )
     assert f"{len(crops)} images: median" in " ".join(page.captions)
 
 
 def test_rejects_have_counts_and_examples(dataset, page):
-    rejects = [json.loads(line) for line in (dataset / "gated/rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (dataset / "gated/rejects.jsonl").read_text().splitlines()
+    ]
     flat = [reject for reject in rejects if reject["gate"] == "flat"]
     assert len(flat) >= 4
     row = page.row("flat")
@@ -171,7 +209,11 @@ def test_contact_sheet_shows_the_crops(dataset, page):
         assert image["alt"] in (path, f"Centre of {path}")
         content = base64.b64decode(image["src"].removeprefix("data:image/webp;base64,"))
         shown = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
-        pixels = np.load(dataset / path) if path.endswith(".npy") else np.asarray(Image.open(dataset / path))
+        pixels = (
+            np.load(dataset / path)
+            if path.endswith(".npy")
+            else np.asarray(Image.open(dataset / path))
+        )
         assert shown.shape == pixels.shape  # small enough to be shown whole
         assert np.abs(shown - pixels).mean() < 12
         if path in by_path:
@@ -179,7 +221,10 @@ def test_contact_sheet_shows_the_crops(dataset, page):
             assert by_path[path].photo in image["title"]
         else:
             assert f"gradient {crop_gates(pixels)['gradient']:.3g}" in image["title"]
-            assert f"source_sharpness {picture_gates(pixels)['source_sharpness']:.3g}" in image["title"]
+            assert (
+                f"source_sharpness {picture_gates(pixels)['source_sharpness']:.3g}"
+                in image["title"]
+            )
 
 
 def test_extremes_are_the_lowest_of_each_photograph(dataset, tmp_path):
@@ -198,7 +243,9 @@ def test_seed_decides_the_draw(dataset, page, tmp_path):
     def drawn(page: Page) -> list[str]:
         return [image["alt"] for image in page.images]
 
-    assert drawn(report(dataset, tmp_path / "a.html", "--samples", 12, "--threads", 1)) == drawn(page)
+    assert drawn(report(dataset, tmp_path / "a.html", "--samples", 12, "--threads", 1)) == drawn(
+        page
+    )
     assert drawn(report(dataset, tmp_path / "b.html", "--samples", 12, "--seed", 1)) != drawn(page)
     assert report(dataset, tmp_path / "c.html", "--samples", 0).images == []
 
@@ -207,18 +254,32 @@ def test_images_in_no_manifest_are_measured(page_file, tmp_path):
     text = " ".join(page_file.read_text().split())
     assert "5 images stand in no manifest" in text
     assert "4 of them, drawn at random with seed 0, were measured now; 1 more could not be" in text
-    write_files(tmp_path / "plain", {f"{number:02d}.npy": npy(photograph(40, 50, seed=number)) for number in range(20)})
+    write_files(
+        tmp_path / "plain",
+        {f"{number:02d}.npy": npy(photograph(40, 50, seed=number)) for number in range(20)},
+    )
     page = report(tmp_path / "plain", tmp_path / "report.html", "--samples", 6)
-    assert "6 of them, drawn at random with seed 0," in " ".join((tmp_path / "report.html").read_text().split())
+    assert "6 of them, drawn at random with seed 0," in " ".join(
+        (tmp_path / "report.html").read_text().split()
+    )
     assert len({image["title"].splitlines()[0] for image in page.images}) == 6
     assert page.row("All 1")[2] == "20"
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):
-    records = [CropRecord(path, f"photo_{number}", 1, 0, 0, 32, 1, "0" * 64, "test", {"gradient": 2.0}, 1, 1, 1)
-               for number, path in enumerate(("gone.npy", "cut.npy"))]
-    write_files(tmp_path, {f"data/source/{MANIFEST}": format_lines(records).encode(),
-                           "data/source/cut.npy": b"\x93NUMPY"})
+    records = [
+        CropRecord(
+            path, f"photo_{number}", 1, 0, 0, 32, 1, "0" * 64, "test", {"gradient": 2.0}, 1, 1, 1
+        )
+        for number, path in enumerate(("gone.npy", "cut.npy"))
+    ]
+    write_files(
+        tmp_path,
+        {
+            f"data/source/{MANIFEST}": format_lines(records).encode(),
+            "data/source/cut.npy": b"\x93NUMPY",
+        },
+    )
     page = report(tmp_path / "data", tmp_path / "report.html")
     assert page.images == []
     text = (tmp_path / "report.html").read_text()
@@ -228,29 +289,60 @@ def test_what_cannot_be_shown_is_said(tmp_path):
 
 @pytest.mark.parametrize("path", ["../secret.npy", "/etc/passwd", "a/../../secret.npy"])
 def test_a_path_that_leads_out_of_the_dataset_is_refused(tmp_path, path):
-    records = [CropRecord(name, "photo", 1, 0, 0, 32, 1, "0" * 64, "test", {"gradient": 2.0}, 1, 1, 1)
-               for name in (path, "good.npy")]
-    write_files(tmp_path, {f"data/source/{MANIFEST}": format_lines(records).encode(),
-                           "secret.npy": npy(photograph(32, 32))})
-    result = run_tool("dataset_report", "--data-dir", tmp_path / "data", "--out", tmp_path / "report.html")
+    records = [
+        CropRecord(name, "photo", 1, 0, 0, 32, 1, "0" * 64, "test", {"gradient": 2.0}, 1, 1, 1)
+        for name in (path, "good.npy")
+    ]
+    write_files(
+        tmp_path,
+        {
+            f"data/source/{MANIFEST}": format_lines(records).encode(),
+            "secret.npy": npy(photograph(32, 32)),
+        },
+    )
+    result = run_tool(
+        "dataset_report", "--data-dir", tmp_path / "data", "--out", tmp_path / "report.html"
+    )
     assert_user_error(result, MANIFEST, "line 1")
     assert not (tmp_path / "report.html").exists()
 
 
 def test_hostile_names_stay_text(tmp_path):
-    names = [f"{ALERT}.png", "line\nbreak.png", "\u202egnp.exe.png", os.fsdecode(b"not-utf8-\xff.png"),
-             "{{ 7 * 7 }}.png"]
+    names = [
+        f"{ALERT}.png",
+        "line\nbreak.png",
+        "\u202egnp.exe.png",
+        os.fsdecode(b"not-utf8-\xff.png"),
+        "{{ 7 * 7 }}.png",
+    ]
     for name in names:
-        write_files(tmp_path / "data", {f"{name}/{name}".replace("</", "<"): encoded(photograph(40, 40), "png")})
-    hostile = CropRecord(ALERT, f"{ALERT}\n\0\udcff", 1, 0, 0, 32, 1, "0" * 64, ALERT, {"gradient": 2.0}, 1, 1, 1)
-    reject = {"photo": ALERT, "folder": "x", "gate": ALERT, "reason": ALERT, "photo_bytes": 1, "photo_mtime_ns": 1,
-              "whole": True}
+        write_files(
+            tmp_path / "data",
+            {f"{name}/{name}".replace("</", "<"): encoded(photograph(40, 40), "png")},
+        )
+    hostile = CropRecord(
+        ALERT, f"{ALERT}\n\0\udcff", 1, 0, 0, 32, 1, "0" * 64, ALERT, {"gradient": 2.0}, 1, 1, 1
+    )
+    reject = {
+        "photo": ALERT,
+        "folder": "x",
+        "gate": ALERT,
+        "reason": ALERT,
+        "photo_bytes": 1,
+        "photo_mtime_ns": 1,
+        "whole": True,
+    }
     moved = {"path": ALERT, "moved_to": "source", "reason": ALERT * 1000, "gate": ALERT}
-    write_files(tmp_path / "data", {
-        f"source/{MANIFEST}": json.dumps(json.loads(format_lines([hostile]))).encode() + b"\n",
-        "source/rejects.jsonl": json.dumps(reject).encode() + b"\n{torn",
-        "source/dataset.json": json.dumps({"tool": ALERT, "min_gradient": ALERT}).encode(),
-        "quarantine/source": b"x", "quarantine/report.jsonl": json.dumps(moved).encode() + b"\n[1]\n"})
+    write_files(
+        tmp_path / "data",
+        {
+            f"source/{MANIFEST}": json.dumps(json.loads(format_lines([hostile]))).encode() + b"\n",
+            "source/rejects.jsonl": json.dumps(reject).encode() + b"\n{torn",
+            "source/dataset.json": json.dumps({"tool": ALERT, "min_gradient": ALERT}).encode(),
+            "quarantine/source": b"x",
+            "quarantine/report.jsonl": json.dumps(moved).encode() + b"\n[1]\n",
+        },
+    )
     page = report(tmp_path / "data", tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
@@ -271,19 +363,29 @@ def test_page_is_accessible_and_its_colours_have_contrast(page, page_file):
     for table in re.findall(r"<table.*?</table>", text, re.S):
         assert "<caption>" in table
         assert all('scope="' in head for head in re.findall(r"<th .*?>", table))
-    light, dark = (dict(re.findall(r"--([a-z-]+): (#\w{6})", block))
-                   for block in re.findall(r":root \{(.*?)\}", text, re.S))
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#\w{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", text, re.S)
+    )
     for colours in (light, {**light, **dark}):
-        pairs = [(ink, paper) for ink in ("text", "muted", "accent", "alert") for paper in ("page", "card")]
+        pairs = [
+            (ink, paper)
+            for ink in ("text", "muted", "accent", "alert")
+            for paper in ("page", "card")
+        ]
         for ink, paper in [*pairs, ("alert", "alert-soft"), ("text", "alert-soft")]:
             assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)  # WCAG 2.2, AA
 
 
 def contrast(first: str, second: str) -> float:
     """WCAG 2.2's contrast ratio of two colours, 1 to 21."""
+
     def luminance(colour: str) -> float:
         values = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        red, green, blue = (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values)
+        red, green, blue = (
+            value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+            for value in values
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     dark, light = sorted((luminance(first), luminance(second)))
@@ -294,12 +396,18 @@ def test_user_errors_write_nothing(dataset, tmp_path):
     before = stamped_tree(dataset)
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-            (("--data-dir", tmp_path / "none"), ("no such folder",)),
-            (("--data-dir", tmp_path / "empty"), ("no images",)),
-            (("--data-dir", dataset, "--samples", -1), ("--samples -1", "500")),
-            (("--data-dir", dataset, "--samples", 501), ("--samples 501",))):
-        assert_user_error(run_tool("dataset_report", "--out", tmp_path / "report.html", *arguments), *words)
-    for out, words in ((tmp_path / "no/report.html", "no folder"), (tmp_path / "empty", "is a folder")):
+        (("--data-dir", tmp_path / "none"), ("no such folder",)),
+        (("--data-dir", tmp_path / "empty"), ("no images",)),
+        (("--data-dir", dataset, "--samples", -1), ("--samples -1", "500")),
+        (("--data-dir", dataset, "--samples", 501), ("--samples 501",)),
+    ):
+        assert_user_error(
+            run_tool("dataset_report", "--out", tmp_path / "report.html", *arguments), *words
+        )
+    for out, words in (
+        (tmp_path / "no/report.html", "no folder"),
+        (tmp_path / "empty", "is a folder"),
+    ):
         assert_user_error(run_tool("dataset_report", "--data-dir", dataset, "--out", out), words)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]
     assert stamped_tree(dataset) == before
@@ -307,11 +415,15 @@ def test_user_errors_write_nothing(dataset, tmp_path):
 
 def test_a_browser_shows_it_on_a_phone(page_file, tmp_path):
     """At 390 pixels no sideways scrolling; every picture decodes; the dark scheme takes."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("no chromium on this machine")
     shutil.copy(page_file, tmp_path / "report.html")
-    (tmp_path / "frame.html").write_text("""<!DOCTYPE html><iframe id="f" src="report.html" width="390" height="800"
+    (
+        tmp_path / "frame.html"
+    ).write_text("""<!DOCTYPE html><iframe id="f" src="report.html" width="390" height="800"
         style="border:0"></iframe><p id="result"></p><script>
         const frame = document.getElementById('f');
         frame.onload = () => {
@@ -323,12 +435,29 @@ def test_a_browser_shows_it_on_a_phone(page_file, tmp_path):
             paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor}); };</script>""")
     for scheme, paper in ((0, "rgb(18, 21, 24)"), (1, "rgb(247, 247, 245)")):
         found = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
-             "--allow-file-access-from-files",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
-             "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-            capture_output=True, text=True, timeout=100, check=True)
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--hide-scrollbars",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--disable-quic",
+                "--allow-file-access-from-files",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--blink-settings=preferredColorScheme={scheme}",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                (tmp_path / "frame.html").as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        )
         result = json.loads(html.unescape(re.search(r'<p id="result">(.*?)</p>', found.stdout)[1]))
         assert result["width"] == 390
         assert result["wide"] == []

@@ -40,12 +40,19 @@ from tools.images import encode
 def photos(tmp_path_factory) -> Path:
     """Good photographs of several sizes, in folders, beside things that are none."""
     folder = tmp_path_factory.mktemp("photos")
-    write_files(folder, {
-        "a.png": encoded(photograph(150, 210, 1), "png"), "a.jpg": encoded(photograph(150, 210, 1), "jpeg"),
-        "deep/er/b.PNG": encoded(photograph(64, 130, 2), "png"),
-        "deep/ö c.webp": encoded(photograph(140, 90, 3), "webp"),
-        "small.png": encoded(photograph(30, 400, 4), "png"), "notes.txt": b"no photograph", ".hidden.png": b"junk",
-        "quarantine/bad.png": b"junk"})
+    write_files(
+        folder,
+        {
+            "a.png": encoded(photograph(150, 210, 1), "png"),
+            "a.jpg": encoded(photograph(150, 210, 1), "jpeg"),
+            "deep/er/b.PNG": encoded(photograph(64, 130, 2), "png"),
+            "deep/ö c.webp": encoded(photograph(140, 90, 3), "webp"),
+            "small.png": encoded(photograph(30, 400, 4), "png"),
+            "notes.txt": b"no photograph",
+            ".hidden.png": b"junk",
+            "quarantine/bad.png": b"junk",
+        },
+    )
     os.symlink("/", folder / "linked_folder")
     return folder
 
@@ -79,21 +86,32 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
         pixels = np.load(out / record["path"])
         assert npy_layout(out / record["path"])[1:] == (48, 48)
         top, left = record["top"], record["left"]
-        assert np.array_equal(pixels, pyramids[record["photo"]][record["scale"]][top : top + 48, left : left + 48])
+        assert np.array_equal(
+            pixels, pyramids[record["photo"]][record["scale"]][top : top + 48, left : left + 48]
+        )
         assert record["sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
         key = record["photo"], record["scale"]
         seen[key] = seen.get(key, 0) + 1
     assert seen == {("a.png", 1): 12, ("a.png", 2): 2, ("a.jpg", 2): 2, ("deep/er/b.PNG", 1): 2}
-    assert {record["path"] for record in records(out)} == {name for name in tree(out) if name.endswith(".npy")}
+    assert {record["path"] for record in records(out)} == {
+        name for name in tree(out) if name.endswith(".npy")
+    }
     assert "4 photos" not in result.stdout  # the .webp is 70x45 once halved
     assert "3 photos cut into 18 crops" in result.stdout
     assert "rejected small.png: too small: 30x400" in result.stdout
-    assert {entry["photo"]: entry["gate"] for entry in rejects(out)} == {"small.png": "size", "deep/ö c.webp": "size"}
+    assert {entry["photo"]: entry["gate"] for entry in rejects(out)} == {
+        "small.png": "size",
+        "deep/ö c.webp": "size",
+    }
     assert "too small: 140x90 (70x45 after halving" in rejects(out)[0]["reason"]
 
 
 def test_thread_count_does_not_matter_and_seed_does(photos, tmp_path):
-    for name, arguments in {"one": ["--threads", 1], "three": ["--threads", 3], "seed": ["--seed", 7]}.items():
+    for name, arguments in {
+        "one": ["--threads", 1],
+        "three": ["--threads", 3],
+        "seed": ["--seed", 7],
+    }.items():
         assert cut(photos, tmp_path / name, "--size", 48, *arguments).returncode == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "three")
     assert {*tree(tmp_path / "one")} == {*tree(tmp_path / "seed")}
@@ -105,7 +123,11 @@ def test_encoded_crops_hold_the_same_pixels(photos, tmp_path, form):
     for name in ("npy", form):
         assert cut(photos, tmp_path / name, "--size", 48, "--format", name).returncode == 0
     for raw, other in zip(records(tmp_path / "npy"), records(tmp_path / form), strict=True):
-        assert (raw["sha256"], raw["top"], raw["left"]) == (other["sha256"], other["top"], other["left"])
+        assert (raw["sha256"], raw["top"], raw["left"]) == (
+            other["sha256"],
+            other["top"],
+            other["left"],
+        )
         image = Image.open(tmp_path / form / other["path"])
         assert image.format.lower() == form
         assert np.array_equal(np.asarray(image), np.load(tmp_path / "npy" / raw["path"]))
@@ -119,8 +141,9 @@ def test_encoders_are_exact_on_noise():
 
 
 def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
-    result = cut(photos, tmp_path / "out", "--size", 48, "--cover", "--keep-lossy-size",
-                      "--num-scales", 1)
+    result = cut(
+        photos, tmp_path / "out", "--size", 48, "--cover", "--keep-lossy-size", "--num-scales", 1
+    )
     assert result.returncode == 0
     counts = {}
     for record in records(tmp_path / "out"):
@@ -131,7 +154,13 @@ def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
 
 def test_a_single_photograph(photos, tmp_path):
     """Beside its crops, too; a second one is added to them."""
-    write_files(tmp_path, {"a.png": (photos / "a.png").read_bytes(), "b.png": (photos / "deep/er/b.PNG").read_bytes()})
+    write_files(
+        tmp_path,
+        {
+            "a.png": (photos / "a.png").read_bytes(),
+            "b.png": (photos / "deep/er/b.PNG").read_bytes(),
+        },
+    )
     for number, name in enumerate(("a.png", "b.png"), 1):
         result = cut(tmp_path / name, tmp_path / "out", "--size", 48)
         assert result.returncode == 0
@@ -147,7 +176,9 @@ def test_every_kind_of_photograph(tmp_path):
     assert result.stderr == ""
     assert {record["photo"] for record in records(tmp_path / "out")} == {*good_files()}
     refused = rejects(tmp_path / "out")
-    assert sorted(entry["photo"] for entry in refused) == sorted(f"bad/{name}" for name in bad_files())
+    assert sorted(entry["photo"] for entry in refused) == sorted(
+        f"bad/{name}" for name in bad_files()
+    )
     assert {entry["gate"] for entry in refused} == {"decode"}
     assert not (tmp_path / "out/bad").exists()
 
@@ -162,8 +193,13 @@ def test_more_than_twenty_rejects_are_listed_in_the_file(tmp_path):
 
 
 def test_decompression_bomb_is_rejected_undecoded(tmp_path):
-    write_files(tmp_path / "photos", {"bomb.png": encoded(Image.new("L", (4000, 1000)), "png"),
-                                      "fine.png": encoded(photograph(50, 50), "png")})
+    write_files(
+        tmp_path / "photos",
+        {
+            "bomb.png": encoded(Image.new("L", (4000, 1000)), "png"),
+            "fine.png": encoded(photograph(50, 50), "png"),
+        },
+    )
     arguments = [tmp_path / "photos", tmp_path / "out", "--size", 48, "--max-megapixels", 3.9]
     result = cut(*arguments)
     assert result.returncode == 1
@@ -172,13 +208,27 @@ def test_decompression_bomb_is_rejected_undecoded(tmp_path):
 
 @pytest.mark.parametrize("bytes_written", [0, 3000, 9000, 20_000])
 def test_killed_run_goes_on_where_it_was(tmp_path, bytes_written):
-    write_files(tmp_path / "photos", {f"{number:02}.png": encoded(photograph(200, 260, number), "png", compress_level=1)
-                                      for number in range(40)})
+    write_files(
+        tmp_path / "photos",
+        {
+            f"{number:02}.png": encoded(photograph(200, 260, number), "png", compress_level=1)
+            for number in range(40)
+        },
+    )
     arguments = ["--size", "32", "--format", "webp", "--threads", "2"]
     assert cut(tmp_path / "photos", tmp_path / "whole", *arguments).returncode == 0
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(CHECKOUT / "tools/images_to_data.py"), str(tmp_path / "photos"),
-                                str(out), *arguments, *UNGATED], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(CHECKOUT / "tools/images_to_data.py"),
+            str(tmp_path / "photos"),
+            str(out),
+            *arguments,
+            *UNGATED,
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     manifest = out / "manifest.jsonl"
     deadline = time.monotonic() + 60
     while not (manifest.exists() and manifest.stat().st_size >= bytes_written):
@@ -188,7 +238,8 @@ def test_killed_run_goes_on_where_it_was(tmp_path, bytes_written):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(records_so_far(manifest)) < len(records(tmp_path / "whole"))
-    # What an unlucky moment leaves behind: a torn line, a half-written crop, a crop of a photo in no manifest.
+    # What an unlucky moment leaves behind: a torn line, a half-written crop, a crop of a photo in
+    # no manifest.
     with open(manifest, "a") as file:
         file.write('{"path": "30.png/x1_0')
     write_files(out, {"39.png/x1_000_000.webp.tmp": b"half", "39.png/x4_009_009.webp": b"orphan"})
@@ -208,12 +259,23 @@ def records_so_far(manifest: Path) -> list[str]:
 
 def test_only_what_changed_is_made_again(photos, tmp_path):
     source = tmp_path / "photos"
-    write_files(source, {f"{name}.png": encoded(photograph(150, 210, seed), "png") for seed, name in enumerate("abcd")})
+    write_files(
+        source,
+        {
+            f"{name}.png": encoded(photograph(150, 210, seed), "png")
+            for seed, name in enumerate("abcd")
+        },
+    )
     out = tmp_path / "out"
     assert cut(source, out, "--size", 48).returncode == 0
     before = stamped_tree(out)
-    write_files(source, {"b.png": encoded(photograph(60, 60, 9), "png"),
-                         "e.png": encoded(photograph(60, 60, 5), "png")})
+    write_files(
+        source,
+        {
+            "b.png": encoded(photograph(60, 60, 9), "png"),
+            "e.png": encoded(photograph(60, 60, 5), "png"),
+        },
+    )
     (out / "c.png/x1_000_000.npy").unlink()  # lost
     os.truncate(out / "d.png/x2_000_000.npy", 100)  # by a power cut
     result = cut(source, out, "--size", 48)
@@ -221,17 +283,23 @@ def test_only_what_changed_is_made_again(photos, tmp_path):
     assert "1 photos were there already" in result.stdout
     after = stamped_tree(out)
     assert {name: stamp for name, stamp in after.items() if name.startswith("a.png/")} == {
-        name: stamp for name, stamp in before.items() if name.startswith("a.png/")}
+        name: stamp for name, stamp in before.items() if name.startswith("a.png/")
+    }
     assert {name for name in after if name.startswith("b.png/")} == {"b.png/x1_000_000.npy"}
     assert np.array_equal(np.load(out / "e.png/x1_000_000.npy").shape, (48, 48, 3))
-    assert {record["path"] for record in records(out)} == {name for name in after if name.endswith(".npy")}
+    assert {record["path"] for record in records(out)} == {
+        name for name in after if name.endswith(".npy")
+    }
     for name in ("c.png", "d.png"):
         assert {path: after[path][0] for path in after if path.startswith(name)} == {
-            path: before[path][0] for path in before if path.startswith(name)}
+            path: before[path][0] for path in before if path.startswith(name)
+        }
 
 
 def test_photographs_that_went_keep_their_crops(tmp_path):
-    write_files(tmp_path / "photos", {f"{name}.png": encoded(photograph(50, 50), "png") for name in "ab"})
+    write_files(
+        tmp_path / "photos", {f"{name}.png": encoded(photograph(50, 50), "png") for name in "ab"}
+    )
     assert cut(tmp_path / "photos", tmp_path / "out", "--size", 48).returncode == 0
     (tmp_path / "photos/a.png").unlink()
     result = cut(tmp_path / "photos", tmp_path / "out", "--size", 48)
@@ -240,12 +308,17 @@ def test_photographs_that_went_keep_their_crops(tmp_path):
     assert (tmp_path / "out/a.png/x1_000_000.npy").exists()
 
 
-@pytest.mark.parametrize(("arguments", "setting"), [
-    (["--size", 64], "size = 48, now size = 64"), (["--format", "png"], "format"),
-    (["--seed", 1], "seed = 0, now seed = 1"),
-    (["--cover"], "cover = false, now cover = true"), (["--keep-lossy-size"], "keep_lossy_size"),
-    (["--num-scales", 2], "num_scales = null, now num_scales = 2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["--size", 64], "size = 48, now size = 64"),
+        (["--format", "png"], "format"),
+        (["--seed", 1], "seed = 0, now seed = 1"),
+        (["--cover"], "cover = false, now cover = true"),
+        (["--keep-lossy-size"], "keep_lossy_size"),
+        (["--num-scales", 2], "num_scales = null, now num_scales = 2"),
+    ],
+)
 def test_other_settings_are_refused(photos, dataset, arguments, setting):
     before = stamped_tree(dataset)
     arguments = arguments if "--size" in arguments else ["--size", 48, *arguments]
@@ -303,23 +376,38 @@ def test_only_too_small_photographs_is_no_success(tmp_path):
 
 
 def test_a_full_disk_is_one_line(photos, tmp_path):
-    """A file where a photo's folder must be stands for every reason why a crop cannot be written."""
+    """A file where a photo's folder must be stands for every reason why a crop cannot be
+    written."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"in the way")
-    assert_user_error(cut(photos, tmp_path / "out", "--size", 48), "a.png", "cannot be written",
-                      "goes on where it stopped")
+    assert_user_error(
+        cut(photos, tmp_path / "out", "--size", 48),
+        "a.png",
+        "cannot be written",
+        "goes on where it stopped",
+    )
     (tmp_path / "out/a.png").unlink()
     assert cut(photos, tmp_path / "out", "--size", 48).returncode == 0
 
 
 def test_the_tools_need_no_torch(photos, tmp_path):
     """With torch made unimportable, crops are still cut, checked and listed."""
-    write_files(tmp_path, {"block/torch/__init__.py": b"raise ImportError('no torch on this machine')"})
+    write_files(
+        tmp_path, {"block/torch/__init__.py": b"raise ImportError('no torch on this machine')"}
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "block")}
     out = tmp_path / "data/out"
-    for arguments in (["images_to_data", photos, out, "--size", "48", *UNGATED],
-                      ["check_training_data", "--data-dir", out, "--min-size", "48", *UNGATED],
-                      ["select_training_files", "--data-dir", out]):
-        command = [warm.python(), str(CHECKOUT / f"tools/{arguments[0]}.py"), *map(str, arguments[1:])]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    for arguments in (
+        ["images_to_data", photos, out, "--size", "48", *UNGATED],
+        ["check_training_data", "--data-dir", out, "--min-size", "48", *UNGATED],
+        ["select_training_files", "--data-dir", out],
+    ):
+        command = [
+            warm.python(),
+            str(CHECKOUT / f"tools/{arguments[0]}.py"),
+            *map(str, arguments[1:]),
+        ]
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
         assert result.returncode == 0, result.stderr

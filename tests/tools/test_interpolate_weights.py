@@ -17,13 +17,19 @@ from tools.interpolate_weights import Options, first_difference, interpolate, ma
 def equal_bits(first, second):
     return first.keys() == second.keys() and all(
         first[key].dtype == second[key].dtype
-        and torch.equal(first[key].contiguous().flatten().view(torch.uint8),
-                        second[key].contiguous().flatten().view(torch.uint8)) for key in first)
+        and torch.equal(
+            first[key].contiguous().flatten().view(torch.uint8),
+            second[key].contiguous().flatten().view(torch.uint8),
+        )
+        for key in first
+    )
 
 
 @pytest.fixture
 def refuse(capsys):
-    """Run the tool in this process: it must fail with one line that holds all the words, which is returned."""
+    """Run the tool in this process: it must fail with one line that holds all the words, which is
+    returned."""
+
     def run(*arguments, words):
         with pytest.raises(SystemExit) as stop:
             cli.run(Options, main, [str(argument) for argument in arguments])
@@ -33,6 +39,7 @@ def refuse(capsys):
         assert complaint.count("\n") == 1
         assert all(word in complaint for word in words), complaint
         return complaint
+
     return run
 
 
@@ -47,12 +54,24 @@ def pair(tmp_path):
 
 
 def test_several_alphas_write_several_files_to_the_bit_at_the_ends(tmp_path, pair):
-    result = run_tool("interpolate_weights", *pair, "--alpha", 0, 0.5, 0.8, 0.125, 1,
-                      "-o", tmp_path / "out" / "mix.pth")
+    result = run_tool(
+        "interpolate_weights",
+        *pair,
+        "--alpha",
+        0,
+        0.5,
+        0.8,
+        0.125,
+        1,
+        "-o",
+        tmp_path / "out" / "mix.pth",
+    )
     assert (result.returncode, result.stderr) == (0, "")
     a, b = (read_network(file) for file in pair)
     names = {0.0: "0.00", 0.5: "0.50", 0.8: "0.80", 0.125: "0.125", 1.0: "1.00"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"mix_a{name}.pth" for name in names.values()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"mix_a{name}.pth" for name in names.values()
+    }
     for alpha, name in names.items():
         path = tmp_path / "out" / f"mix_a{name}.pth"
         found = read_network(path)
@@ -66,7 +85,9 @@ def test_several_alphas_write_several_files_to_the_bit_at_the_ends(tmp_path, pai
             expected = (1 - alpha) * a.state_dict[key].double() + alpha * b.state_dict[key].double()
             torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
     for end, saved in (("0.00", a), ("1.00", b)):
-        assert equal_bits(read_network(tmp_path / "out" / f"mix_a{end}.pth").state_dict, saved.state_dict)
+        assert equal_bits(
+            read_network(tmp_path / "out" / f"mix_a{end}.pth").state_dict, saved.state_dict
+        )
 
 
 def test_one_alpha_writes_the_file_as_named_and_never_over_another(tmp_path, pair, refuse):
@@ -82,7 +103,15 @@ def test_one_alpha_writes_the_file_as_named_and_never_over_another(tmp_path, pai
 
 def test_none_is_written_where_one_is_there(tmp_path, pair, refuse):
     (tmp_path / "mix_a0.50.pth").write_text("mine")
-    refuse(*pair, "--alpha", 0.2, 0.5, "-o", tmp_path / "mix.pth", words=("mix_a0.50.pth is there already",))
+    refuse(
+        *pair,
+        "--alpha",
+        0.2,
+        0.5,
+        "-o",
+        tmp_path / "mix.pth",
+        words=("mix_a0.50.pth is there already",),
+    )
     assert not (tmp_path / "mix_a0.20.pth").exists()
     assert (tmp_path / "mix_a0.50.pth").read_text() == "mine"
 
@@ -119,33 +148,54 @@ def test_what_both_have_stays_and_integers_come_from_the_nearer_one():
 
 def test_a_file_without_description_blends_with_a_described_one():
     described = SavedNetwork("vapsr", 2, dict(TINY), tiny_network(1).state_dict())
-    recognised = SavedNetwork("vapsr", 2, {**TINY, "conv_groups": 1, "projection_kernel": 1, "upsampler_features": 56,
-                                           "global_residual": "none"}, tiny_network(2).state_dict())
+    recognised = SavedNetwork(
+        "vapsr",
+        2,
+        {
+            **TINY,
+            "conv_groups": 1,
+            "projection_kernel": 1,
+            "upsampler_features": 56,
+            "global_residual": "none",
+        },
+        tiny_network(2).state_dict(),
+    )
     assert first_difference(described, recognised) == first_difference(recognised, described) == ""
 
 
-@pytest.mark.parametrize(("change", "difference"), [
-    ({"scale": 3}, "vapsr x2 and vapsr x3"),
-    ({"num_blocks": 3}, "num_blocks is 2 and 3"),
-    ({"projection_kernel": 3}, "projection_kernel is 1 and 3"),
-    ({"global_residual": "bicubic"}, "global_residual is 'none' and 'bicubic'"),
-    ({"upsampler_features": 24}, r"tensor 'upsampler.0.bias' is \(56,\) and \(24,\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"scale": 3}, "vapsr x2 and vapsr x3"),
+        ({"num_blocks": 3}, "num_blocks is 2 and 3"),
+        ({"projection_kernel": 3}, "projection_kernel is 1 and 3"),
+        ({"global_residual": "bicubic"}, "global_residual is 'none' and 'bicubic'"),
+        ({"upsampler_features": 24}, r"tensor 'upsampler.0.bias' is \(56,\) and \(24,\)"),
+    ],
+)
 def test_the_first_difference_is_named(tmp_path, refuse, change, difference):
     a, b = tiny_saved(1), tiny_saved(2, **change)
     assert re.search(difference, first_difference(a, b))
     for name, saved in (("a.pth", a), ("b.pth", b)):
         write_network(tmp_path / name, saved)
-    complaint = refuse(tmp_path / "a.pth", tmp_path / "b.pth", "-o", tmp_path / "mix.pth",
-                       words=("are not the same network: ", "only weights of one network"))
+    complaint = refuse(
+        tmp_path / "a.pth",
+        tmp_path / "b.pth",
+        "-o",
+        tmp_path / "mix.pth",
+        words=("are not the same network: ", "only weights of one network"),
+    )
     assert re.search(difference, complaint)
     assert not (tmp_path / "mix.pth").exists()
 
 
-@pytest.mark.parametrize(("a", "b", "difference"), [
-    ({"colour_space": "oklab"}, {}, "colour_space is 'oklab' and 'rgb'"),
-    ({}, {"colour_space": "y"}, "colour_space is 'rgb' and 'y'"),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        ({"colour_space": "oklab"}, {}, "colour_space is 'oklab' and 'rgb'"),
+        ({}, {"colour_space": "y"}, "colour_space is 'rgb' and 'y'"),
+    ],
+)
 def test_colour_spaces_are_not_blended(a, b, difference):
     networks = [tiny_saved(seed) for seed in (1, 2)]
     for network, params in zip(networks, (a, b), strict=True):
@@ -153,12 +203,18 @@ def test_colour_spaces_are_not_blended(a, b, difference):
     assert first_difference(*networks) == difference
 
 
-@pytest.mark.parametrize(("a", "b", "difference"), [
-    ({}, {}, ""), ({"norm": False}, {}, ""), ({"norm": True}, {}, "norm is True and False"),
-    ({}, {"img_range": 1.0}, "img_range is 255.0 and 1.0"),
-    ({"feature_channels": 48}, {}, ""), ({}, {"feature_channels": 12}, "feature_channels is 48 and 12"),
-    ({}, {"arch": "PLKSR"}, "arch is 'SPAN' and 'PLKSR'"),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        ({}, {}, ""),
+        ({"norm": False}, {}, ""),
+        ({"norm": True}, {}, "norm is True and False"),
+        ({}, {"img_range": 1.0}, "img_range is 255.0 and 1.0"),
+        ({"feature_channels": 48}, {}, ""),
+        ({}, {"feature_channels": 12}, "feature_channels is 48 and 12"),
+        ({}, {"arch": "PLKSR"}, "arch is 'SPAN' and 'PLKSR'"),
+    ],
+)
 def test_parameters_of_spandrels_networks_are_compared(a, b, difference):
     networks = [SavedNetwork("spandrel", 2, {"arch": "SPAN", **params}, {}) for params in (a, b)]
     assert first_difference(*networks) == difference
@@ -168,17 +224,25 @@ def test_broken_weights_are_refused_by_name(tmp_path, pair, refuse):
     saved = tiny_saved(global_residual="bicubic")
     saved.state_dict["conv_body.bias"].fill_(float("nan"))
     write_network(tmp_path / "nan.pth", saved)
-    refuse(pair[0], tmp_path / "nan.pth", "-o", tmp_path / "mix.pth",
-           words=("nan.pth: ", "'conv_body.bias' holds NaN"))
+    refuse(
+        pair[0],
+        tmp_path / "nan.pth",
+        "-o",
+        tmp_path / "mix.pth",
+        words=("nan.pth: ", "'conv_body.bias' holds NaN"),
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("--alpha", "1.5"), ("--alpha 1.5", "from 0 (A alone) to 1")),
-    (("--alpha", "nan"), ("--alpha nan", "from 0")),
-    (("--alpha", "0.5", "0.50"), ("--alpha 0.5 is there twice",)),
-    (("--out", "mix.onnx"), ("mix.onnx", "must end in .pth or .safetensors")),
-    (("--alhpa", "1"), ("unknown option --alhpa", "--alpha")),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--alpha", "1.5"), ("--alpha 1.5", "from 0 (A alone) to 1")),
+        (("--alpha", "nan"), ("--alpha nan", "from 0")),
+        (("--alpha", "0.5", "0.50"), ("--alpha 0.5 is there twice",)),
+        (("--out", "mix.onnx"), ("mix.onnx", "must end in .pth or .safetensors")),
+        (("--alhpa", "1"), ("unknown option --alhpa", "--alpha")),
+    ],
+)
 def test_bad_options_are_one_line(tmp_path, refuse, arguments, words):
     out = () if "--out" in arguments else ("--out", tmp_path / "mix.pth")
     refuse("none.pth", "none.pth", *arguments, *out, words=words)
@@ -186,5 +250,12 @@ def test_bad_options_are_one_line(tmp_path, refuse, arguments, words):
 
 def test_help_teaches():
     text = " ".join(run_tool("interpolate_weights", "--help").stdout.split())
-    for word in ("PSNR", "discriminator", "alpha 0 is A and alpha 1 is B", "--force", "-o", "evaluate.py"):
+    for word in (
+        "PSNR",
+        "discriminator",
+        "alpha 0 is A and alpha 1 is B",
+        "--force",
+        "-o",
+        "evaluate.py",
+    ):
         assert word in text

@@ -17,7 +17,9 @@ from tools import make_demo_dataset as demo
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("skimage") and importlib.util.find_spec("sklearn")),
-    reason="the demo's photographs come with scikit-image and scikit-learn, which are not installed")
+    reason="the demo's photographs come with scikit-image and scikit-learn, which are not "
+    "installed",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +32,31 @@ def out(tmp_path_factory) -> Path:
 
 
 def test_photographs_are_on_the_right_side(out):
-    training, validation = (read_file_list(out / "dataset" / name, out / "dataset")
-                            for name in (TRAINING_LIST, VALIDATION_LIST))
+    training, validation = (
+        read_file_list(out / "dataset" / name, out / "dataset")
+        for name in (TRAINING_LIST, VALIDATION_LIST)
+    )
     assert {name.split("/")[1] for name in validation} == {"chelsea.png"}
     assert {name.split("/")[1] for name in training} == {
-        "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "retina.jpg", "china.jpg"}
-    assert all(npy_layout(out / "dataset" / name)[1:] == (128, 128) for name in training + validation)
+        "astronaut.png",
+        "rocket.jpg",
+        "hubble_deep_field.jpg",
+        "retina.jpg",
+        "china.jpg",
+    }
+    assert all(
+        npy_layout(out / "dataset" / name)[1:] == (128, 128) for name in training + validation
+    )
     assert len(training) > 80
 
 
 def test_every_clean_pixel_is_in_a_crop(out):
     astronaut = np.asarray(Image.open(out / "photographs/astronaut.png").convert("RGB"))
-    crops = [np.load(out / f"dataset/demo/astronaut.png/x1_{row:03}_{column:03}.npy")
-             for row in range(4) for column in range(4)]
+    crops = [
+        np.load(out / f"dataset/demo/astronaut.png/x1_{row:03}_{column:03}.npy")
+        for row in range(4)
+        for column in range(4)
+    ]
     rows = [np.concatenate(crops[4 * row : 4 * row + 4], 1) for row in range(4)]
     assert np.array_equal(np.concatenate(rows), astronaut)
 
@@ -60,7 +74,9 @@ def test_held_out_images_fit_every_scale_and_are_in_no_list(out):
 
 def test_licences_name_every_photograph(out):
     lines = (out / "photographs/LICENCES.txt").read_text().splitlines()
-    assert {line.split(":")[0] for line in lines} == {photograph.name for photograph in demo.DATASET + demo.HELD_OUT}
+    assert {line.split(":")[0] for line in lines} == {
+        photograph.name for photograph in demo.DATASET + demo.HELD_OUT
+    }
     assert sum("CC BY 2.0" in line for line in lines) == 2
 
 
@@ -72,7 +88,8 @@ def test_second_call_writes_no_crop_anew(out):
     after = stamped_tree(out)
     lists = {f"dataset/{TRAINING_LIST}", f"dataset/{VALIDATION_LIST}"}
     assert {name: stamp for name, stamp in after.items() if name not in lists} == {
-        name: stamp for name, stamp in before.items() if name not in lists}
+        name: stamp for name, stamp in before.items() if name not in lists
+    }
     assert all(after[name][0] == before[name][0] for name in lists)
 
 
@@ -82,14 +99,20 @@ def test_a_damaged_demo_is_completed(tmp_path):
     (first.dataset_dir / "demo/chelsea.png/x1_000_000.npy").unlink()
     (first.held_out_dir / "flower.png").unlink()
     (first.dataset_dir / VALIDATION_LIST).unlink()
-    assert demo.make_demo_dataset(tmp_path) == first == demo.DemoDataset(tmp_path / "dataset", tmp_path / "held_out")
+    assert (
+        demo.make_demo_dataset(tmp_path)
+        == first
+        == demo.DemoDataset(tmp_path / "dataset", tmp_path / "held_out")
+    )
     restored = {name: digest for name, (digest, _) in stamped_tree(tmp_path).items()}
     manifest = "dataset/demo/manifest.jsonl"  # chelsea's lines now stand last
     assert {**whole, manifest: ""} == {**restored, manifest: ""}
 
 
 def test_a_missing_package_is_named():
-    with pytest.raises(UserError, match="in pictures, which is not installed; `pip install --upgrade pictures`"):
+    with pytest.raises(
+        UserError, match="in pictures, which is not installed; `pip install --upgrade pictures`"
+    ):
         demo._read(demo.DemoPhotograph("no_such_package", "pictures", "data/a.png", "CC0"))
     with pytest.raises(UserError, match=r"scikit-image, which has no data/a\.png"):
         demo._read(demo.DemoPhotograph("skimage", "scikit-image", "data/a.png", "CC0"))
@@ -97,4 +120,6 @@ def test_a_missing_package_is_named():
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    assert_user_error(run_tool("make_demo_dataset", tmp_path / "file"), "cannot be written", "choose another OUT")
+    assert_user_error(
+        run_tool("make_demo_dataset", tmp_path / "file"), "cannot be written", "choose another OUT"
+    )

@@ -10,7 +10,16 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset_corpus import UNGATED, assert_user_error, encoded, photograph, run_tool, stamped_tree, tree, write_files
+from dataset_corpus import (
+    UNGATED,
+    assert_user_error,
+    encoded,
+    photograph,
+    run_tool,
+    stamped_tree,
+    tree,
+    write_files,
+)
 from dataset_photographs import blurred, photographs, recompressed
 from fabricate import shared
 from pipeline.cli import UserError
@@ -25,24 +34,52 @@ SCALE = 4
 def reduced(pixels: np.ndarray) -> np.ndarray:
     """The LR side: means of 4x4 pixels, so that a shift by a single HR pixel would show."""
     height, width = (side // SCALE for side in pixels.shape[:2])
-    return cv2.resize(pixels[: height * SCALE, : width * SCALE], (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        pixels[: height * SCALE, : width * SCALE], (width, height), interpolation=cv2.INTER_AREA
+    )
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """HR photographs and their LR sides, named as DIV2K, as SelfExSR and alike."""
     root = tmp_path_factory.mktemp("pairs")
-    photos = {"0001": photograph(130, 203, 1), "img_001_SRF_4": photograph(96, 96, 2), "same": photograph(101, 99, 3)}
-    write_files(root / "HR", {"0001.png": encoded(photos["0001"], "png"), "same.png": encoded(photos["same"], "png"),
-                              "img_001_SRF_4_HR.png": encoded(photos["img_001_SRF_4"], "png")})
-    write_files(root / "LR", {"X4/0001x4.png": encoded(reduced(photos["0001"]), "png"),
-                              "same.bmp": encoded(reduced(photos["same"]), "bmp"),
-                              "img_001_SRF_4_LR.png": encoded(reduced(photos["img_001_SRF_4"]), "png")})
+    photos = {
+        "0001": photograph(130, 203, 1),
+        "img_001_SRF_4": photograph(96, 96, 2),
+        "same": photograph(101, 99, 3),
+    }
+    write_files(
+        root / "HR",
+        {
+            "0001.png": encoded(photos["0001"], "png"),
+            "same.png": encoded(photos["same"], "png"),
+            "img_001_SRF_4_HR.png": encoded(photos["img_001_SRF_4"], "png"),
+        },
+    )
+    write_files(
+        root / "LR",
+        {
+            "X4/0001x4.png": encoded(reduced(photos["0001"]), "png"),
+            "same.bmp": encoded(reduced(photos["same"]), "bmp"),
+            "img_001_SRF_4_LR.png": encoded(reduced(photos["img_001_SRF_4"]), "png"),
+        },
+    )
     return root / "HR", root / "LR"
 
 
 def cut(folders: tuple[Path, Path], out: Path, *arguments: object):
-    return run_tool("pairs_to_data", *folders, "--scale", SCALE, "--out", out, "--size", 48, *UNGATED, *arguments)
+    return run_tool(
+        "pairs_to_data",
+        *folders,
+        "--scale",
+        SCALE,
+        "--out",
+        out,
+        "--size",
+        48,
+        *UNGATED,
+        *arguments,
+    )
 
 
 def records(out: Path) -> list[dict]:
@@ -60,7 +97,10 @@ def test_crops_stay_aligned(folders, tmp_path, arguments):
     for record in hr_records:
         lr_record = by_path[record["lr"]]
         assert lr_record["role"] == "lr"
-        assert (record["top"], record["left"]) == (lr_record["top"] * SCALE, lr_record["left"] * SCALE)
+        assert (record["top"], record["left"]) == (
+            lr_record["top"] * SCALE,
+            lr_record["left"] * SCALE,
+        )
         hr, lr = (_pixels(tmp_path / "out" / path) for path in (record["path"], record["lr"]))
         assert (hr.shape, lr.shape) == ((48, 48, 3), (12, 12, 3))
         assert np.array_equal(reduced(hr), lr)
@@ -82,29 +122,59 @@ def test_a_second_run_changes_nothing_and_a_lost_side_is_made_again(folders, tmp
 
 def test_the_lists_hold_hr_alone_and_the_checker_takes_both(folders, tmp_path):
     assert cut(folders, tmp_path / "data/pairs").returncode == 0
-    result = run_tool("check_training_data", "--data-dir", tmp_path / "data", "--min-size", 48, "--min-sharpness", 0)
+    result = run_tool(
+        "check_training_data",
+        "--data-dir",
+        tmp_path / "data",
+        "--min-size",
+        48,
+        "--min-sharpness",
+        0,
+    )
     assert result.returncode == 0, result.stdout
     assert run_tool("select_training_files", "--data-dir", tmp_path / "data").returncode == 0
-    listed = [name for file in (TRAINING_LIST, VALIDATION_LIST)
-              for name in read_file_list(tmp_path / "data" / file, tmp_path / "data")]
-    assert sorted(listed) == sorted(f"pairs/{record['path']}" for record in records(tmp_path / "data/pairs")
-                                    if "lr" in record)
+    listed = [
+        name
+        for file in (TRAINING_LIST, VALIDATION_LIST)
+        for name in read_file_list(tmp_path / "data" / file, tmp_path / "data")
+    ]
+    assert sorted(listed) == sorted(
+        f"pairs/{record['path']}" for record in records(tmp_path / "data/pairs") if "lr" in record
+    )
 
 
 def test_what_is_no_pair_is_turned_away(tmp_path):
     pixels = photograph(96, 96, 1)
-    write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png") for name in
-                                  ("good", "mirrored", "other", "large", "broken", "alone")})
-    write_files(tmp_path / "LR", {
-        "good.png": encoded(reduced(pixels), "png"), "mirrored.png": encoded(reduced(pixels)[:, ::-1].copy(), "png"),
-        "other.png": encoded(reduced(photograph(96, 96, 9)), "png"), "large.png": encoded(pixels[:25, :24], "png"),
-        "broken.png": b"text", "lonely.png": encoded(reduced(pixels), "png")})
+    write_files(
+        tmp_path / "HR",
+        {
+            f"{name}.png": encoded(pixels, "png")
+            for name in ("good", "mirrored", "other", "large", "broken", "alone")
+        },
+    )
+    write_files(
+        tmp_path / "LR",
+        {
+            "good.png": encoded(reduced(pixels), "png"),
+            "mirrored.png": encoded(reduced(pixels)[:, ::-1].copy(), "png"),
+            "other.png": encoded(reduced(photograph(96, 96, 9)), "png"),
+            "large.png": encoded(pixels[:25, :24], "png"),
+            "broken.png": b"text",
+            "lonely.png": encoded(reduced(pixels), "png"),
+        },
+    )
     result = cut((tmp_path / "HR", tmp_path / "LR"), tmp_path / "out")
     assert result.returncode == 1
     assert {record["photo"] for record in records(tmp_path / "out")} == {"good.png"}
-    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()
+    ]
     assert {entry["photo"]: entry["gate"] for entry in rejects} == {
-        "mirrored.png": "pair", "other.png": "pair", "large.png": "pair", "broken.png": "decode"}
+        "mirrored.png": "pair",
+        "other.png": "pair",
+        "large.png": "pair",
+        "broken.png": "decode",
+    }
     reasons = {entry["photo"]: entry["reason"] for entry in rejects}
     assert "LR must be 24x24" in reasons["large.png"]
     assert "do not show the same" in reasons["mirrored.png"]
@@ -115,8 +185,14 @@ def test_what_is_no_pair_is_turned_away(tmp_path):
 def test_names():
     hr = ["a/0001.png", "img_2_HR.png", "c.webp"]
     lr = ["0001x4.png", "b/img_2_LR.png", "c_x4.png", "d.png"]
-    assert match_pairs(hr, lr, 4) == ([NamePair("a/0001.png", "0001x4.png"), NamePair("c.webp", "c_x4.png"),
-                                       NamePair("img_2_HR.png", "b/img_2_LR.png")], ["d.png"])
+    assert match_pairs(hr, lr, 4) == (
+        [
+            NamePair("a/0001.png", "0001x4.png"),
+            NamePair("c.webp", "c_x4.png"),
+            NamePair("img_2_HR.png", "b/img_2_LR.png"),
+        ],
+        ["d.png"],
+    )
     for mark in ("x4", "x4m", "x4w", "x4d", "_x4", "-X4", "_LR", "_lq"):
         assert match_pairs(["0001.png"], [f"0001{mark}.png"], 4)[0], mark
     assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # of another scale
@@ -124,26 +200,57 @@ def test_names():
         match_pairs(["a/1.png", "b/1.png"], ["1.png"], 4)
 
 
-@pytest.mark.parametrize(("hr", "lr", "pairs", "lonely"), [
-    (["bridge_x4.png", "view_lr.png", "a_HR.png"], ["bridge_x4.png", "view_lr.png", "a_HR.bmp"],
-     {"bridge_x4.png": "bridge_x4.png", "view_lr.png": "view_lr.png", "a_HR.png": "a_HR.bmp"}, []),
-    (["c1/1.png", "c2/1.png"], ["c1/1.png", "c2/1.png"], {"c1/1.png": "c1/1.png", "c2/1.png": "c2/1.png"}, []),
-    (["c1/1_HR.png", "c2/1_HR.png"], ["c1/1x4.png", "c2/1x4.png"],
-     {"c1/1_HR.png": "c1/1x4.png", "c2/1_HR.png": "c2/1x4.png"}, []),
-    (["c1/1.png", "c2/1.png"], ["c1/1.png"], {"c1/1.png": "c1/1.png"}, ["c2/1.png"]),
-    (["1.png", "1x4.png"], ["1x4.png"], {"1x4.png": "1x4.png"}, ["1.png"]),
-    (["deep/1.png"], ["X4/1.png", "X4/2x4.png"], {"deep/1.png": "X4/1.png"}, ["X4/2x4.png"])])
+@pytest.mark.parametrize(
+    ("hr", "lr", "pairs", "lonely"),
+    [
+        (
+            ["bridge_x4.png", "view_lr.png", "a_HR.png"],
+            ["bridge_x4.png", "view_lr.png", "a_HR.bmp"],
+            {
+                "bridge_x4.png": "bridge_x4.png",
+                "view_lr.png": "view_lr.png",
+                "a_HR.png": "a_HR.bmp",
+            },
+            [],
+        ),
+        (
+            ["c1/1.png", "c2/1.png"],
+            ["c1/1.png", "c2/1.png"],
+            {"c1/1.png": "c1/1.png", "c2/1.png": "c2/1.png"},
+            [],
+        ),
+        (
+            ["c1/1_HR.png", "c2/1_HR.png"],
+            ["c1/1x4.png", "c2/1x4.png"],
+            {"c1/1_HR.png": "c1/1x4.png", "c2/1_HR.png": "c2/1x4.png"},
+            [],
+        ),
+        (["c1/1.png", "c2/1.png"], ["c1/1.png"], {"c1/1.png": "c1/1.png"}, ["c2/1.png"]),
+        (["1.png", "1x4.png"], ["1x4.png"], {"1x4.png": "1x4.png"}, ["1.png"]),
+        (["deep/1.png"], ["X4/1.png", "X4/2x4.png"], {"deep/1.png": "X4/1.png"}, ["X4/2x4.png"]),
+    ],
+)
 def test_the_most_alike_names_are_partners(hr, lr, pairs, lonely):
-    """The marks of a side count only where the whole name does not fit, and the folders where names repeat."""
-    assert match_pairs(hr, lr, 4) == ([NamePair(name, pairs[name]) for name in sorted(pairs)], lonely)
+    """The marks of a side count only where the whole name does not fit, and the folders where names
+    repeat."""
+    assert match_pairs(hr, lr, 4) == (
+        [NamePair(name, pairs[name]) for name in sorted(pairs)],
+        lonely,
+    )
 
 
 def test_one_folder_may_hold_both_sides(tmp_path):
     """As SelfExSR's archives do, results of other methods included."""
     pixels = photograph(96, 96, 2)
-    write_files(tmp_path / "both", {
-        "img_001_SRF_4_HR.png": encoded(pixels, "png"), "img_001_SRF_4_LR.png": encoded(reduced(pixels), "png"),
-        "img_001_SRF_4_bicubic.png": encoded(pixels, "png"), "img_002_SRF_4_HR.png": encoded(pixels, "png")})
+    write_files(
+        tmp_path / "both",
+        {
+            "img_001_SRF_4_HR.png": encoded(pixels, "png"),
+            "img_001_SRF_4_LR.png": encoded(reduced(pixels), "png"),
+            "img_001_SRF_4_bicubic.png": encoded(pixels, "png"),
+            "img_002_SRF_4_HR.png": encoded(pixels, "png"),
+        },
+    )
     result = cut((tmp_path / "both", tmp_path / "both"), tmp_path / "out")
     assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png"}
     assert "no partner: img_002_SRF_4_HR.png" in result.stdout
@@ -153,8 +260,10 @@ def test_one_folder_may_hold_both_sides(tmp_path):
 
 def test_folders_may_lie_in_one_another(tmp_path):
     pixels = photograph(96, 96, 2)
-    write_files(tmp_path / "DIV2K", {"0001.png": encoded(pixels, "png"),
-                                     "LR/X4/0001x4.png": encoded(reduced(pixels), "png")})
+    write_files(
+        tmp_path / "DIV2K",
+        {"0001.png": encoded(pixels, "png"), "LR/X4/0001x4.png": encoded(reduced(pixels), "png")},
+    )
     result = cut((tmp_path / "DIV2K", tmp_path / "DIV2K/LR"), tmp_path / "out")
     assert (result.returncode, result.stderr) == (0, "")
     assert {record["photo"] for record in records(tmp_path / "out")} == {"0001.png"}
@@ -163,8 +272,12 @@ def test_folders_may_lie_in_one_another(tmp_path):
 def degraded(lr: np.ndarray) -> dict[str, np.ndarray]:
     """What an LR side may have gone through and still be one."""
     noise = np.random.default_rng(0).normal(0, 25, lr.shape)
-    return {"as it is": lr, "noise": np.clip(lr + noise, 0, 255).astype(np.uint8), "JPEG": recompressed(lr, 30),
-            "blur": blurred(lr, 2)}
+    return {
+        "as it is": lr,
+        "noise": np.clip(lr + noise, 0, 255).astype(np.uint8),
+        "JPEG": recompressed(lr, 30),
+        "blur": blurred(lr, 2),
+    }
 
 
 def moved(lr: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -215,16 +328,25 @@ def test_shifted_and_swapped_pairs_are_turned_away(tmp_path):
     lr = reduced(pixels)
     sides = {"good": lr, "shifted": moved(lr, 1, 0), "swapped": lr[..., ::-1].copy()}
     write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png") for name in sides})
-    write_files(tmp_path / "LR", {f"{name}.png": encoded(side, "png") for name, side in sides.items()})
+    write_files(
+        tmp_path / "LR", {f"{name}.png": encoded(side, "png") for name, side in sides.items()}
+    )
     folders = tmp_path / "HR", tmp_path / "LR"
     assert cut(folders, tmp_path / "out").returncode == 1
-    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert {entry["photo"]: entry["gate"] for entry in rejects} == {"shifted.png": "pair", "swapped.png": "pair"}
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()
+    ]
+    assert {entry["photo"]: entry["gate"] for entry in rejects} == {
+        "shifted.png": "pair",
+        "swapped.png": "pair",
+    }
     reasons = {entry["photo"]: entry["reason"] for entry in rejects}
     assert "1 rows and 0 columns" in reasons["shifted.png"]
     assert "red and blue" in reasons["swapped.png"]
     assert cut(folders, tmp_path / "all", "--min-correlation", -1).returncode == 0
-    assert {record["photo"] for record in records(tmp_path / "all")} == {f"{name}.png" for name in sides}
+    assert {record["photo"] for record in records(tmp_path / "all")} == {
+        f"{name}.png" for name in sides
+    }
 
 
 def test_a_part_of_a_benchmark_within_a_large_picture_rejects_the_pair(tmp_path):
@@ -232,34 +354,70 @@ def test_a_part_of_a_benchmark_within_a_large_picture_rejects_the_pair(tmp_path)
     benchmark, size = photographs()["astronaut.png"], 256
     pictures = [pixels for name, pixels in photographs().items() if name != "astronaut.png"]
     tiles = [pixels[:size, :size] for pixels in pictures if min(pixels.shape[:2]) >= size]
-    clean = np.vstack([np.hstack([tiles[(3 * row + column) % len(tiles)] for column in range(4)]) for row in range(4)])
+    clean = np.vstack(
+        [
+            np.hstack([tiles[(3 * row + column) % len(tiles)] for column in range(4)])
+            for row in range(4)
+        ]
+    )
     leaking = clean.copy()
     leaking[512:768, 768:1024] = benchmark[40:296, 100:356]
     write_files(tmp_path / "bench", {"astronaut.png": encoded(benchmark, "png")})
     for name, pixels in (("clean", clean), ("leaking", leaking)):
         write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png", compress_level=1)})
-        write_files(tmp_path / "LR", {f"{name}.png": encoded(reduced(pixels), "png", compress_level=1)})
-    assert BenchmarkIndex([tmp_path / "bench"]).find(leaking) is None, "the test must need the crops"
-    run_tool("pairs_to_data", tmp_path / "HR", tmp_path / "LR", "--scale", SCALE, "--out", tmp_path / "out", "--size",
-             256, "--cover", "--against", tmp_path / "bench", *UNGATED)
+        write_files(
+            tmp_path / "LR", {f"{name}.png": encoded(reduced(pixels), "png", compress_level=1)}
+        )
+    assert BenchmarkIndex([tmp_path / "bench"]).find(leaking) is None, (
+        "the test must need the crops"
+    )
+    run_tool(
+        "pairs_to_data",
+        tmp_path / "HR",
+        tmp_path / "LR",
+        "--scale",
+        SCALE,
+        "--out",
+        tmp_path / "out",
+        "--size",
+        256,
+        "--cover",
+        "--against",
+        tmp_path / "bench",
+        *UNGATED,
+    )
     assert {record["photo"] for record in records(tmp_path / "out")} == {"clean.png"}
-    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert [(entry["photo"], entry["gate"], entry["whole"]) for entry in rejects] == [("leaking.png", "leak", True)]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()
+    ]
+    assert [(entry["photo"], entry["gate"], entry["whole"]) for entry in rejects] == [
+        ("leaking.png", "leak", True)
+    ]
     assert "astronaut.png" in rejects[0]["reason"]
-    assert not list((tmp_path / "out").glob("leaking.png/*")), "crops that were written before must go"
+    assert not list((tmp_path / "out").glob("leaking.png/*")), (
+        "crops that were written before must go"
+    )
 
 
 def test_large_pictures_are_refused_by_a_flag_that_there_is(folders, tmp_path):
     result = cut(folders, tmp_path / "out", "--max-megapixels", 0.02)
-    assert "0001.png: 130x203 is 0 megapixels, above the limit of 0.02 (--max-megapixels)" in result.stdout
-    assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png", "same.png"}
+    assert (
+        "0001.png: 130x203 is 0 megapixels, above the limit of 0.02 (--max-megapixels)"
+        in result.stdout
+    )
+    assert {record["photo"] for record in records(tmp_path / "out")} == {
+        "img_001_SRF_4_HR.png",
+        "same.png",
+    }
     assert_user_error(cut(folders, tmp_path / "none", "--max-megapixels", 0), "--max-megapixels 0")
 
 
 def test_files_of_holes_are_not_read(tmp_path):
     pixels = photograph(96, 96, 1)
     write_files(tmp_path / "HR", {name: encoded(pixels, "png") for name in ("a.png", "b.png")})
-    write_files(tmp_path / "LR", {name: encoded(reduced(pixels), "png") for name in ("a.png", "b.png")})
+    write_files(
+        tmp_path / "LR", {name: encoded(reduced(pixels), "png") for name in ("a.png", "b.png")}
+    )
     os.truncate(tmp_path / "HR/a.png", 1 << 40)
     result = cut((tmp_path / "HR", tmp_path / "LR"), tmp_path / "out")
     assert result.returncode == 1, result.stderr
@@ -279,10 +437,25 @@ def test_correlation_tells_pairs_from_others():
 def test_bad_usage(folders, tmp_path):
     out = tmp_path / "out"
     assert_user_error(cut((tmp_path / "gone", folders[1]), out), "gone: no such folder")
-    assert_user_error(cut(folders, out, "--size", 50), "--size 50", "multiple of the scale 4", "such as 48")
+    assert_user_error(
+        cut(folders, out, "--size", 50), "--size 50", "multiple of the scale 4", "such as 48"
+    )
     assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 1, "--out", out), "--scale 1")
-    assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 3, "--out", out, "--size", 48, "--min-correlation",
-                               2), "--min-correlation 2")
+    assert_user_error(
+        run_tool(
+            "pairs_to_data",
+            *folders,
+            "--scale",
+            3,
+            "--out",
+            out,
+            "--size",
+            48,
+            "--min-correlation",
+            2,
+        ),
+        "--min-correlation 2",
+    )
     assert_user_error(cut(folders, folders[0] / "crops"), "must not lie in one another")
     write_files(tmp_path / "others", {"unlike.png": encoded(photograph(50, 50), "png")})
     assert_user_error(cut((folders[0], tmp_path / "others"), out), "no HR file has a partner")

@@ -18,17 +18,24 @@ from tools.plot_run import PANELS, Options, draw, find_logs, main, moving_mean, 
 
 
 def write_log(folder: Path, steps: int, *, adversarial: bool = False) -> Path:
-    """A log as training writes it, with a validation every fourth line and one loss that was not finite."""
+    """A log as training writes it, with a validation every fourth line and one loss that was not
+    finite."""
     folder.mkdir(parents=True)
     lines = []
     for step in range(10, 10 * steps + 1, 10):
         values = {"loss": None if step == 30 else 1 / step, "lr": 1e-4, "gradient_norm": 0.1}
         if adversarial:
-            values |= {"d_real": 0.5, "d_fake": -0.5, "discriminator_gradient_norm": 0.2,
-                       **{f"colour_drift_{name}": 0.1 for name in ("red", "green", "blue")}}
+            values |= {
+                "d_real": 0.5,
+                "d_fake": -0.5,
+                "discriminator_gradient_norm": 0.2,
+                **{f"colour_drift_{name}": 0.1 for name in ("red", "green", "blue")},
+            }
         lines.append({"event": "train", "step": step, "time": 1.0, **values})
         if step % 40 == 0:
-            lines.append({"event": "validation", "step": step, "time": 1.0, "psnr_y": 30 + step / 100})
+            lines.append(
+                {"event": "validation", "step": step, "time": 1.0, "psnr_y": 30 + step / 100}
+            )
     path = folder / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -42,14 +49,21 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def plot(*words: str) -> subprocess.CompletedProcess[str]:
     """The command, without the seconds that a process of its own takes."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
         run_command(Options, main, list(words))
     return subprocess.CompletedProcess(words, stop.value.code, stdout.getvalue(), stderr.getvalue())
 
 
 def test_the_values_drawn_are_those_of_the_log(tmp_path: Path) -> None:
     log = read_log(write_log(tmp_path / "run", 8))
-    assert points(log, "train", "loss") == ([10, 20, 40, 50, 60, 70, 80], [1 / s for s in (10, 20, 40, 50, 60, 70, 80)])
+    assert points(log, "train", "loss") == (
+        [10, 20, 40, 50, 60, 70, 80],
+        [1 / s for s in (10, 20, 40, 50, 60, 70, 80)],
+    )
     assert points(log, "validation", "psnr_y") == ([40, 80], [30.4, 30.8])
     assert points(log, "validation", "lpips") == ([], [])
 
@@ -67,8 +81,8 @@ def test_the_moving_mean_is_numpys_inside_and_shorter_at_the_ends(width: int) ->
     means = moving_mean(values, width)
     inner = np.convolve(values, np.full(width, 1 / width), mode="valid")
     before = (width - 1) // 2
-    assert np.allclose(means[before:before + len(inner)], inner)
-    assert np.isclose(means[0], np.mean(values[:width // 2 + 1]))
+    assert np.allclose(means[before : before + len(inner)], inner)
+    assert np.isclose(means[0], np.mean(values[: width // 2 + 1]))
     assert len(means) == 20
 
 
@@ -76,7 +90,9 @@ def test_each_curve_leaves_its_colour_where_its_values_are() -> None:
     log = [{"event": "train", "step": step, "loss": 1.0} for step in range(0, 100, 10)]
     picture = draw({"a": log}, PANELS[:1], 1, "png")
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
-    blue = np.abs(pixels - np.array([0x1F, 0x77, 0xB4])).max(axis=-1) < 40  # matplotlib's first colour
+    blue = (
+        np.abs(pixels - np.array([0x1F, 0x77, 0xB4])).max(axis=-1) < 40
+    )  # matplotlib's first colour
     rows = np.flatnonzero(blue.any(axis=1))
     assert len(rows) > 0
     assert rows.max() - rows.min() < 5, "a constant is a level line"
@@ -85,9 +101,15 @@ def test_each_curve_leaves_its_colour_where_its_values_are() -> None:
 
 def test_runs_stages_and_log_files_are_found(tmp_path: Path) -> None:
     plain = write_log(tmp_path / "plain", 8)
-    psnr, gan = write_log(tmp_path / "staged/psnr", 8), write_log(tmp_path / "staged/gan", 8, adversarial=True)
+    psnr, gan = (
+        write_log(tmp_path / "staged/psnr", 8),
+        write_log(tmp_path / "staged/gan", 8, adversarial=True),
+    )
     assert find_logs([tmp_path / "plain", tmp_path / "staged"]) == {
-        "plain": plain, "staged psnr": psnr, "staged gan": gan}
+        "plain": plain,
+        "staged psnr": psnr,
+        "staged gan": gan,
+    }
     assert find_logs([gan]) == {"gan": gan}
     assert find_logs([plain, gan], ["A", "B"]) == {"A": plain, "B": gan}
 
@@ -98,7 +120,9 @@ def test_the_command_draws_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "runs/one/checkpoints/step-00000080/MANIFEST.json").touch()
     done = plot()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "training.png: training loss, validation PSNR-Y, dB, gradient norm, learning rate of one\n"
+    assert done.stdout == (
+        "training.png: training loss, validation PSNR-Y, dB, gradient norm, learning rate of one\n"
+    )
     with Image.open(tmp_path / "training.png") as plain:
         assert plain.size[0] > 1000
     write_log(tmp_path / "runs/gan", 8, adversarial=True)
@@ -109,16 +133,21 @@ def test_the_command_draws_what_there_is(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "both.svg").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("missing",), "missing: no log.jsonl in it"),
-    (("run", "--out", "x.bmp"), "--out x.bmp: the name must end in .png, .svg, .pdf"),
-    (("run", "--names", "a", "b"), "--names has 2 names for 1 runs; give one for each"),
-    (("run", "run"), "two runs would be called 'run'; tell them apart with --names"),
-    (("run", "--smooth", "0"), "--smooth 0: must be 1 or more log lines"),
-    (("other.json",), "other.json: line 1 is not one that training writes"),
-    (("empty",), "nothing to draw yet"),
-])
-def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing",), "missing: no log.jsonl in it"),
+        (("run", "--out", "x.bmp"), "--out x.bmp: the name must end in .png, .svg, .pdf"),
+        (("run", "--names", "a", "b"), "--names has 2 names for 1 runs; give one for each"),
+        (("run", "run"), "two runs would be called 'run'; tell them apart with --names"),
+        (("run", "--smooth", "0"), "--smooth 0: must be 1 or more log lines"),
+        (("other.json",), "other.json: line 1 is not one that training writes"),
+        (("empty",), "nothing to draw yet"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     write_log(tmp_path / "run", 4)
     write_log(tmp_path / "empty", 0)
     (tmp_path / "other.json").write_text("[1, 2]\n")

@@ -1,4 +1,5 @@
-"""The search: one small study that is killed, stopped and gone on with; its parts; what it refuses."""
+"""The search: one small study that is killed, stopped and gone on with; its parts; what it
+refuses."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def psnrs(run_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["psnr_y"] for line in log_lines(run_dir) if line["event"] == "validation"}
+    return {
+        line["step"]: line["psnr_y"] for line in log_lines(run_dir) if line["event"] == "validation"
+    }
 
 
 def is_free(lock: Path) -> bool:
@@ -81,7 +84,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 def in_process(*words: str) -> subprocess.CompletedProcess[str]:
     """The command, without the seconds that a process of its own takes."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
         run_command(Options, main, overrides_last(list(words), FLAGS))
     return subprocess.CompletedProcess(words, stop.value.code, stdout.getvalue(), stderr.getvalue())
 
@@ -107,18 +114,44 @@ class Lived(NamedTuple):
 
 @pytest.fixture(scope="module")
 def lived(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
-    """A study whose searcher is killed in trial 0, stopped by CTRL+C in trial 1, and then left alone."""
+    """A study whose searcher is killed in trial 0, stopped by CTRL+C in trial 1, and then left
+    alone."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "space.yaml").write_text(SPACE)
     study = folder / "study"
-    words = (str(folder / "space.yaml"), "--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir", str(study),
-             "--steps", str(STEPS), "--trials", str(TRIALS), "--pruner", "hyperband", "--prune-after",
-             str(PRUNE_AFTER), "--keep", "1", "--seed", "1", *SMALL)
+    words = (
+        str(folder / "space.yaml"),
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(study),
+        "--steps",
+        str(STEPS),
+        "--trials",
+        str(TRIALS),
+        "--pruner",
+        "hyperband",
+        "--prune-after",
+        str(PRUNE_AFTER),
+        "--keep",
+        "1",
+        "--seed",
+        "1",
+        *SMALL,
+    )
     command = [warm.python(), str(ROOT / "tools/search_hyperparameters.py"), *words]
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     searcher = start()
     wait_until(lambda: len(losses(study / "trial-0000")) >= 8)
@@ -156,8 +189,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(lived: Lived) -> None:
     assert lived.trials[1].state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def test_an_interrupted_trial_is_bit_for_bit_the_run_started_by_hand(lived: Lived, dataset: Path,
-                                                                     tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_bit_for_bit_the_run_started_by_hand(
+    lived: Lived, dataset: Path, tmp_path: Path
+) -> None:
     lives.train(dataset, tmp_path / "hand", f"steps={STEPS}", *lived.overrides(0))
     assert losses(lived.run_dir(0)) == losses(tmp_path / "hand")
     assert psnrs(lived.run_dir(0)) == psnrs(tmp_path / "hand")
@@ -167,7 +201,9 @@ def test_an_interrupted_trial_is_bit_for_bit_the_run_started_by_hand(lived: Live
 def test_what_was_drawn_is_what_was_trained_with(lived: Lived) -> None:
     rates, first = set(), set()
     for trial in lived.trials:
-        recipe = recipe_of(yaml.safe_load((lived.run_dir(trial.number) / "recipe.yaml").read_text()), "run")
+        recipe = recipe_of(
+            yaml.safe_load((lived.run_dir(trial.number) / "recipe.yaml").read_text()), "run"
+        )
         ds_config = json.loads((lived.run_dir(trial.number) / "ds_config.json").read_text())
         assert ds_config["optimizer"]["params"]["lr"] == trial.params["ds.optimizer.params.lr"]
         assert recipe.ema_decay == trial.params["ema_decay"]
@@ -190,7 +226,10 @@ def test_a_worse_trial_is_pruned_and_its_process_ended(lived: Lived) -> None:
 
 
 def test_only_the_best_keep_their_checkpoints_and_all_their_logs(lived: Lived) -> None:
-    best = max((trial for trial in lived.trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.value)
+    best = max(
+        (trial for trial in lived.trials if trial.state == TrialState.COMPLETE),
+        key=lambda trial: trial.value,
+    )
     for trial in lived.trials:
         run_dir = lived.run_dir(trial.number)
         assert bool(list(run_dir.glob("checkpoints/step-*"))) == (trial.number == best.number)
@@ -198,14 +237,36 @@ def test_only_the_best_keep_their_checkpoints_and_all_their_logs(lived: Lived) -
         assert (run_dir / "output.txt").stat().st_size > 0
 
 
-def test_the_best_recipe_trains_as_its_trial_did(lived: Lived, dataset: Path, tmp_path: Path) -> None:
-    best = max((trial for trial in lived.trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.value)
+def test_the_best_recipe_trains_as_its_trial_did(
+    lived: Lived, dataset: Path, tmp_path: Path
+) -> None:
+    best = max(
+        (trial for trial in lived.trials if trial.state == TrialState.COMPLETE),
+        key=lambda trial: trial.value,
+    )
     text = (lived.path / "best.yaml").read_text()
-    advice = text.splitlines()[2].removeprefix("# Say ").removesuffix(" to train as long as the trial.")
+    advice = (
+        text.splitlines()[2].removeprefix("# Say ").removesuffix(" to train as long as the trial.")
+    )
     assert yaml.safe_load(text)["steps"] == 1400, "as the demo's recipe says"
-    done = subprocess.run([warm.python(), str(ROOT / "launch/local.py"), "--recipe", str(lived.path / "best.yaml"),
-                           "--dataset-dir", str(dataset), "--output-dir", str(tmp_path / "best"), *shlex.split(advice)],
-                          env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [
+            warm.python(),
+            str(ROOT / "launch/local.py"),
+            "--recipe",
+            str(lived.path / "best.yaml"),
+            "--dataset-dir",
+            str(dataset),
+            "--output-dir",
+            str(tmp_path / "best"),
+            *shlex.split(advice),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "best") == losses(lived.run_dir(best.number))
 
@@ -216,7 +277,7 @@ def test_show_ranks_the_trials_and_draws_them(lived: Lived) -> None:
     done = in_process(*lived.words, "--show")
     assert done.returncode == 0, done.stderr
     assert (lived.path / "journal.jsonl").read_bytes() == journal
-    rows = [line.split() for line in done.stdout.splitlines()[2:2 + TRIALS]]
+    rows = [line.split() for line in done.stdout.splitlines()[2 : 2 + TRIALS]]
     complete = [float(row[2]) for row in rows if row[1] == "complete"]
     assert complete == sorted(complete, reverse=True)
     assert {int(row[0]) for row in rows} == set(range(TRIALS))
@@ -224,20 +285,30 @@ def test_show_ranks_the_trials_and_draws_them(lived: Lived) -> None:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (("--steps", "70"), "--steps: 60 in the study, 70 asked for"),
-    (("data.crop=16",), "data.crop: 32 in the study, 16 asked for"),
-    (("ds.train_batch_size=2",), "ds.train_batch_size: 4 in the study, 2 asked for"),
-    (("--metric", "lpips", "validation_lpips=squeeze"), "--metric: psnr in the study, lpips asked for"),
-])
-def test_another_search_in_the_same_folder_is_refused(lived: Lived, change: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--steps", "70"), "--steps: 60 in the study, 70 asked for"),
+        (("data.crop=16",), "data.crop: 32 in the study, 16 asked for"),
+        (("ds.train_batch_size=2",), "ds.train_batch_size: 4 in the study, 2 asked for"),
+        (
+            ("--metric", "lpips", "validation_lpips=squeeze"),
+            "--metric: psnr in the study, lpips asked for",
+        ),
+    ],
+)
+def test_another_search_in_the_same_folder_is_refused(
+    lived: Lived, change: tuple[str, ...], message: str
+) -> None:
     done = in_process(*lived.words, *change)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_another_space_is_refused_and_reset_keeps_the_old_study(lived: Lived, tmp_path: Path) -> None:
+def test_another_space_is_refused_and_reset_keeps_the_old_study(
+    lived: Lived, tmp_path: Path
+) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(SPACE.replace("0.9]", "0.99]"))
     done = in_process(str(other), *lived.words[1:])
@@ -249,35 +320,53 @@ def test_another_space_is_refused_and_reset_keeps_the_old_study(lived: Lived, tm
         assert kept is not None
         assert (kept / "journal.jsonl").read_text() == "old"
         assert not any((tmp_path / "study").iterdir())
-        with pytest.raises(UserError, match="being searched"), StudyFolder(tmp_path / "study").entered(reset=True):
+        with (
+            pytest.raises(UserError, match="being searched"),
+            StudyFolder(tmp_path / "study").entered(reset=True),
+        ):
             pass
 
 
 # Spaces
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[1, 2]", "a search space is a table"),
-    ("data.crop: {low: 64, hihg: 96}", "data.crop: unknown key 'hihg'; did you mean 'high'?"),
-    ("data.crop: {low: 64}", "data.crop: a range needs high"),
-    ("data.crop: {low: 64, high: 32}", "low 64 must be below high 32"),
-    ("data.crop: {low: 64, high: 100, step: 32}", "say high: 96"),
-    ("data.crop: {low: 64, high: 96, step: 0.5}", "step 0.5 is not a whole number"),
-    ("ema_decay: {low: 0, high: 0.9, log: true}", "low 0 must be above 0"),
-    ("ema_decay: {low: 0.1, high: 0.9, log: true, step: 0.1}", "log and step do not go together"),
-    ("ema_decay: {low: yes, high: 0.9}", "low must be a finite number, not True"),
-    ("ema_decay: {low: 0.1, high: .inf}", "high must be a finite number, not inf"),
-    ("ema_decay: []", "needs at least one"),
-    ("ema_decay: [0.9, 0.9]", "0.9 is given twice"),
-    ("ema_decay: 0.9", "there is nothing to search"),
-    ("ema_decay: [0.9, 0.99]\nema_decay: [0.5, 0.6]", "key 'ema_decay' is given 2 times"),
-    ("'ema decay': [0.9, 0.99]", "'ema decay' is not the key of an override"),
-    ("steps: [100, 200]", "say --steps N on the command line"),
-    ("stages.gan.steps: [100, 200]", "trials are compared by it"),
-    ("data.degradation.name: [gaussian, cubic]", "trials are compared by it"),
-    ("seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {sead: 1}}", "there is no 'sead' above it; did you mean"),
-    ("seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {seed: 3}}", "3 is not among the choices of seed"),
-])
-def test_a_space_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "a search space is a table"),
+        ("data.crop: {low: 64, hihg: 96}", "data.crop: unknown key 'hihg'; did you mean 'high'?"),
+        ("data.crop: {low: 64}", "data.crop: a range needs high"),
+        ("data.crop: {low: 64, high: 32}", "low 64 must be below high 32"),
+        ("data.crop: {low: 64, high: 100, step: 32}", "say high: 96"),
+        ("data.crop: {low: 64, high: 96, step: 0.5}", "step 0.5 is not a whole number"),
+        ("ema_decay: {low: 0, high: 0.9, log: true}", "low 0 must be above 0"),
+        (
+            "ema_decay: {low: 0.1, high: 0.9, log: true, step: 0.1}",
+            "log and step do not go together",
+        ),
+        ("ema_decay: {low: yes, high: 0.9}", "low must be a finite number, not True"),
+        ("ema_decay: {low: 0.1, high: .inf}", "high must be a finite number, not inf"),
+        ("ema_decay: []", "needs at least one"),
+        ("ema_decay: [0.9, 0.9]", "0.9 is given twice"),
+        ("ema_decay: 0.9", "there is nothing to search"),
+        ("ema_decay: [0.9, 0.99]\nema_decay: [0.5, 0.6]", "key 'ema_decay' is given 2 times"),
+        ("'ema decay': [0.9, 0.99]", "'ema decay' is not the key of an override"),
+        ("steps: [100, 200]", "say --steps N on the command line"),
+        ("stages.gan.steps: [100, 200]", "trials are compared by it"),
+        ("data.degradation.name: [gaussian, cubic]", "trials are compared by it"),
+        (
+            "seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {sead: 1}}",
+            "there is no 'sead' above it; did you mean",
+        ),
+        (
+            "seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {seed: 3}}",
+            "3 is not among the choices of seed",
+        ),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "space.yaml").write_text(text)
     done = in_process(str(tmp_path / "space.yaml"), "--output-dir", str(tmp_path / "study"))
     assert done.returncode == 2
@@ -286,23 +375,40 @@ def test_a_space_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, text
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("generator.num_blokcs: [1, 2]", "with generator.num_blokcs=1: recipe demo: generator: network 'vapsr' has no "
-     "parameter 'num_blokcs'"),
-    ("ema_decay: {low: 0.5, high: 1.5}", "with ema_decay=1.5: recipe demo: ema_decay"),
-])
-def test_what_training_would_refuse_is_refused_before_the_first_trial(dataset: Path, tmp_path: Path, text: str,
-                                                                      message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "generator.num_blokcs: [1, 2]",
+            "with generator.num_blokcs=1: recipe demo: generator: network 'vapsr' has no "
+            "parameter 'num_blokcs'",
+        ),
+        ("ema_decay: {low: 0.5, high: 1.5}", "with ema_decay=1.5: recipe demo: ema_decay"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_first_trial(
+    dataset: Path, tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "space.yaml").write_text(text)
-    done = in_process(str(tmp_path / "space.yaml"), "--recipe", "demo", "--dataset-dir", str(dataset), "--output-dir",
-                      str(tmp_path / "study"), *SMALL)
+    done = in_process(
+        str(tmp_path / "space.yaml"),
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(tmp_path / "study"),
+        *SMALL,
+    )
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "recipes/searches").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted((ROOT / "recipes/searches").glob("*.yaml"))]
+)
 def test_every_shipped_space_gives_overrides_that_are_read_back_exactly(name: str) -> None:
     space = read_space(name)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -313,27 +419,43 @@ def test_every_shipped_space_gives_overrides_that_are_read_back_exactly(name: st
 
 
 def test_a_condition_decides_whether_an_override_is_given() -> None:
-    space = space_of({"generator.name": ["vapsr", "rrdbnet"],
-                      "generator.num_blocks": {"choices": [3, 5], "when": {"generator.name": "rrdbnet"}}})
+    space = space_of(
+        {
+            "generator.name": ["vapsr", "rrdbnet"],
+            "generator.num_blocks": {"choices": [3, 5], "when": {"generator.name": "rrdbnet"}},
+        }
+    )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [space.suggest(study.ask()) for _ in range(20)]
     assert {values["generator.name"] for values in drawn} == {"vapsr", "rrdbnet"}
-    assert all(("generator.num_blocks" in values) == (values["generator.name"] == "rrdbnet") for values in drawn)
+    assert all(
+        ("generator.num_blocks" in values) == (values["generator.name"] == "rrdbnet")
+        for values in drawn
+    )
     checked = dict(space.checked())
-    assert checked["generator.num_blocks=5"] == {"generator.name": "rrdbnet", "generator.num_blocks": 5}
+    assert checked["generator.num_blocks=5"] == {
+        "generator.name": "rrdbnet",
+        "generator.num_blocks": 5,
+    }
 
 
 # Parts
+
 
 def test_half_lines_wait_and_a_log_written_anew_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     run = TrialRun(0, tmp_path, path, "psnr_y")
     assert run.news() == []
-    lines = [json.dumps({"event": "validation", "step": step, "psnr_y": step / 10}) + "\n" for step in (10, 20, 30)]
+    lines = [
+        json.dumps({"event": "validation", "step": step, "psnr_y": step / 10}) + "\n"
+        for step in (10, 20, 30)
+    ]
     path.write_text(lines[0] + lines[1][:20])
     assert run.news() == [(10, 1.0)]
     with open(path, "a") as file:
-        file.write(lines[1][20:] + "no JSON\n" + '{"event": "validation", "step": 25, "psnr_y": null}\n')
+        file.write(
+            lines[1][20:] + "no JSON\n" + '{"event": "validation", "step": 25, "psnr_y": null}\n'
+        )
     assert run.news() == [(20, 2.0)]
     (tmp_path / "new").write_text(lines[0] + lines[2])
     (tmp_path / "new").replace(path)
@@ -352,12 +474,16 @@ time.sleep(60)
 """
 
 
-def test_a_run_that_does_not_stop_is_killed_with_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_does_not_stop_is_killed_with_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trial_module, "GRACE_SECONDS", 0.5)
     run = TrialRun(0, tmp_path, tmp_path / "log.jsonl", "psnr_y")
     run.start([sys.executable, "-c", STUBBORN], os.environ)
     wait_until(lambda: (tmp_path / "output.txt").read_text().count("\n") == 2)
-    rank = next(int(line) for line in (tmp_path / "output.txt").read_text().splitlines() if line != "up")
+    rank = next(
+        int(line) for line in (tmp_path / "output.txt").read_text().splitlines() if line != "up"
+    )
     run.stop()
     wait_until(lambda: run.status() is not None, 10)
     assert run.status() == 128 + signal.SIGKILL
@@ -375,7 +501,11 @@ class Failing(Objective):
     """Trials that end at once."""
 
     def command(self, values: dict[str, Any], run_dir: Path, procs: int) -> list[str]:
-        return [sys.executable, "-c", "import sys; print('error: training has diverged'); sys.exit(1)"]
+        return [
+            sys.executable,
+            "-c",
+            "import sys; print('error: training has diverged'); sys.exit(1)",
+        ]
 
 
 @pytest.fixture
@@ -390,22 +520,31 @@ def budget(**changes: Any) -> Budget:
     return replace(Budget(trials=9, steps=8, prune_after=2, seconds=60, keep=1, seed=0), **changes)
 
 
-def test_trials_that_fail_from_the_start_end_the_search_with_the_reason(target: Objective, tmp_path: Path) -> None:
+def test_trials_that_fail_from_the_start_end_the_search_with_the_reason(
+    target: Objective, tmp_path: Path
+) -> None:
     folder = StudyFolder(tmp_path / "study")
     failing = Failing(**vars(target))
     with folder.entered(reset=False):
         study = open_study(folder, "maximize", pruner_of("none", 8, 2))
-        with pytest.raises(Exception, match="the first 3 trials failed, the last with: training has diverged"):
+        with pytest.raises(
+            Exception, match="the first 3 trials failed, the last with: training has diverged"
+        ):
             Search(folder, study, failing, budget(), Machine(1, 1, 0)).run()
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3
     assert {trial.user_attrs["reason"] for trial in study.trials} == {"training has diverged"}
 
 
-def test_a_single_failure_is_written_down_and_the_search_goes_on(target: Objective, tmp_path: Path) -> None:
+def test_a_single_failure_is_written_down_and_the_search_goes_on(
+    target: Objective, tmp_path: Path
+) -> None:
     folder = StudyFolder(tmp_path / "study")
     with folder.entered(reset=False):
         study = open_study(folder, "maximize", pruner_of("none", 8, 2))
-        assert Search(folder, study, Failing(**vars(target)), budget(trials=2), Machine(2, 1, 0)).run() == 0
+        assert (
+            Search(folder, study, Failing(**vars(target)), budget(trials=2), Machine(2, 1, 0)).run()
+            == 0
+        )
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 2
     assert "failed" in trial_table(study, target.space, "psnr")
 
@@ -419,7 +558,9 @@ def test_a_trial_belongs_to_one_searcher_and_is_taken_over_when_it_is_free(tmp_p
         assert first
         assert second
         assert (first[0].number, second[0].number) == (0, 1)
-        assert next_trial(folder, ours, 2, 0, {0}) is None, "enough trials, and the other one is being run"
+        assert next_trial(folder, ours, 2, 0, {0}) is None, (
+            "enough trials, and the other one is being run"
+        )
         value = first[0].suggest_float("x", 0, 1)
         first[1].close()  # as when its process is gone
         again = next_trial(folder, theirs, 2, 0, {1})
@@ -475,7 +616,11 @@ def test_trials_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Mon
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpus, "list_gpus", list)  # whatever this machine has
     machine = Machine(jobs=3, procs=2, num_gpus=6)
-    assert [machine.variables(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0,1", "2,3", "4,5"]
+    assert [machine.variables(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [
+        "0,1",
+        "2,3",
+        "4,5",
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5")
     machine = Machine(jobs=2, procs=1, num_gpus=2)
     assert [machine.variables(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["7", "GPU-5"]
@@ -484,18 +629,34 @@ def test_trials_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Mon
     assert Machine(jobs=cores, procs=1, num_gpus=0).variables(0)["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(("recipe", "overrides"), [
-    ("demo", ("generator.num_blocks=2", "ds.optimizer.params.lr=0.5")),
-    ("demo", ('generator={"name": "vapsr", "num_features": 16}',)),  # the recipe's other parameters are not kept
-    ("srgan_x4", ("stages.gan.adversarial.weight=0.1", "ds.train_batch_size=8", 'losses={"charbonnier": 2.0}')),
-    ("realesrgan_x4", ("ema_decay=0.5", "data.degradation.first.gray_noise_prob=0.3")),
-])
-def test_the_best_recipe_says_all_that_its_trial_was(dataset: Path, tmp_path: Path, recipe: str,
-                                                     overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("demo", ("generator.num_blocks=2", "ds.optimizer.params.lr=0.5")),
+        (
+            "demo",
+            ('generator={"name": "vapsr", "num_features": 16}',),
+        ),  # the recipe's other parameters are not kept
+        (
+            "srgan_x4",
+            (
+                "stages.gan.adversarial.weight=0.1",
+                "ds.train_batch_size=8",
+                'losses={"charbonnier": 2.0}',
+            ),
+        ),
+        ("realesrgan_x4", ("ema_decay=0.5", "data.degradation.first.gray_noise_prob=0.3")),
+    ],
+)
+def test_the_best_recipe_says_all_that_its_trial_was(
+    dataset: Path, tmp_path: Path, recipe: str, overrides: tuple[str, ...]
+) -> None:
     training = TrainOptions(recipe=recipe, dataset_dir=(dataset,))
     plans = make_plans(replace(training, overrides=(*overrides, "steps=7")))
     best = write_best(tmp_path, plans, make_plans(training), "said")
-    for read, plan in zip(make_plans(replace(training, recipe=str(best), overrides=("steps=7",))), plans, strict=True):
+    for read, plan in zip(
+        make_plans(replace(training, recipe=str(best), overrides=("steps=7",))), plans, strict=True
+    ):
         theirs, ours = read.recipe.model_dump(), plan.recipe.model_dump()
         for values in (theirs, ours):
             values.pop("name"), values.pop("ds_config")
@@ -506,7 +667,10 @@ def test_the_best_recipe_says_all_that_its_trial_was(dataset: Path, tmp_path: Pa
 
 def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["ds.optimizer.params.lr", "a.lr", "ema_decay"]) == {
-        "ds.optimizer.params.lr": "params.lr", "a.lr": "a.lr", "ema_decay": "ema_decay"}
+        "ds.optimizer.params.lr": "params.lr",
+        "a.lr": "a.lr",
+        "ema_decay": "ema_decay",
+    }
 
 
 def test_importance_goes_to_the_parameter_that_matters() -> None:

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, stamped_tree, write_files
+from dataset_corpus import (
+    assert_user_error,
+    encoded,
+    npy,
+    photograph,
+    run_tool,
+    stamped_tree,
+    write_files,
+)
 from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, lists_hash, read_file_list
 from tools.crops.manifest import CropRecord, format_lines
@@ -21,8 +29,10 @@ CROP = npy(photograph(32, 32))
 
 def manifest(crops: dict[str, str]) -> bytes:
     """The manifest of crops (path -> photo)."""
-    records = [CropRecord(path, photo, 1, 0, 0, 32, len(CROP), "0" * 64, "numpy", {}, 1, 1, 1)
-               for path, photo in crops.items()]
+    records = [
+        CropRecord(path, photo, 1, 0, 0, 32, len(CROP), "0" * 64, "numpy", {}, 1, 1, 1)
+        for path, photo in crops.items()
+    ]
     return format_lines(records).encode()
 
 
@@ -31,8 +41,12 @@ def dataset(tmp_path) -> Path:
     """Two sources with equal photo names, of 4 crops a photograph, and 5 loose files."""
     crops = {f"{photo}.png/{crop}.npy": f"{photo}.png" for photo in "abcdefgh" for crop in range(4)}
     for source in ("one", "two"):
-        write_files(tmp_path / source, {**dict.fromkeys(crops, CROP), "manifest.jsonl": manifest(crops)})
-    write_files(tmp_path, {f"loose/{number}.png": encoded(photograph(40, 40), "png") for number in range(5)})
+        write_files(
+            tmp_path / source, {**dict.fromkeys(crops, CROP), "manifest.jsonl": manifest(crops)}
+        )
+    write_files(
+        tmp_path, {f"loose/{number}.png": encoded(photograph(40, 40), "png") for number in range(5)}
+    )
     return tmp_path
 
 
@@ -50,8 +64,11 @@ def test_lists_are_whole_disjoint_and_by_photograph(dataset):
     result = run_tool("select_training_files", "--data-dir", dataset, "--validation-fraction", 0.3)
     assert (result.returncode, result.stderr) == (0, "")
     training, validation = lists(dataset)
-    images = {path.relative_to(dataset).as_posix() for path in dataset.rglob("*.*") if path.suffix in (".npy", ".png")
-              and path.is_file()}
+    images = {
+        path.relative_to(dataset).as_posix()
+        for path in dataset.rglob("*.*")
+        if path.suffix in (".npy", ".png") and path.is_file()
+    }
     assert {*training, *validation} == images
     assert not {*map(photo, training)} & {*map(photo, validation)}
     assert len({*map(photo, validation)}) == 6  # round(0.3 * 21)
@@ -62,14 +79,25 @@ def test_lists_are_whole_disjoint_and_by_photograph(dataset):
     again = run_tool("select_training_files", "--data-dir", dataset, "--validation-fraction", 0.3)
     assert again.stdout == result.stdout
     assert {name: stamp[0] for name, stamp in stamped_tree(dataset).items()} == {
-        name: stamp[0] for name, stamp in before.items()}
+        name: stamp[0] for name, stamp in before.items()
+    }
 
 
 def test_seed_and_count(dataset):
     chosen = set()
     for seed in range(4):
-        assert run_tool("select_training_files", "--data-dir", dataset, "--validation-count", 2, "--seed",
-                        seed).returncode == 0
+        assert (
+            run_tool(
+                "select_training_files",
+                "--data-dir",
+                dataset,
+                "--validation-count",
+                2,
+                "--seed",
+                seed,
+            ).returncode
+            == 0
+        )
         validation = lists(dataset)[1]
         assert len({*map(photo, validation)}) == 2
         chosen.add(tuple(validation))
@@ -77,20 +105,36 @@ def test_seed_and_count(dataset):
 
 
 def test_photographs_by_name(dataset):
-    result = run_tool("select_training_files", "--data-dir", dataset, "--validation-photo", "*/c.png", "loose/3*")
+    result = run_tool(
+        "select_training_files", "--data-dir", dataset, "--validation-photo", "*/c.png", "loose/3*"
+    )
     assert result.returncode == 0, result.stderr
     assert {*map(photo, lists(dataset)[1])} == {"one/c.png", "two/c.png", "loose/3.png"}
     before = stamped_tree(dataset)
-    assert_user_error(run_tool("select_training_files", "--data-dir", dataset, "--validation-photo", "one/cc.png"),
-                      "matches none of the 21 photographs", "did you mean 'one/c.png'")
-    assert_user_error(run_tool("select_training_files", "--data-dir", dataset, "--validation-photo", "*"),
-                      "none would be left to train")
+    assert_user_error(
+        run_tool(
+            "select_training_files", "--data-dir", dataset, "--validation-photo", "one/cc.png"
+        ),
+        "matches none of the 21 photographs",
+        "did you mean 'one/c.png'",
+    )
+    assert_user_error(
+        run_tool("select_training_files", "--data-dir", dataset, "--validation-photo", "*"),
+        "none would be left to train",
+    )
     assert stamped_tree(dataset) == before
 
 
 def test_quarantine_hidden_files_and_stale_entries(dataset):
-    write_files(dataset, {"quarantine/x.npy": CROP, "one/quarantine/y.npy": CROP, ".z.npy": CROP,
-                          "loose/._0.png": b"mac"})
+    write_files(
+        dataset,
+        {
+            "quarantine/x.npy": CROP,
+            "one/quarantine/y.npy": CROP,
+            ".z.npy": CROP,
+            "loose/._0.png": b"mac",
+        },
+    )
     (dataset / "one/a.png/0.npy").unlink()
     with open(dataset / "one/manifest.jsonl", "a") as file:
         file.write('{"path": "torn')
@@ -104,17 +148,24 @@ def test_quarantine_hidden_files_and_stale_entries(dataset):
 def test_min_size_looks_into_the_files(dataset):
     result = run_tool("select_training_files", "--data-dir", dataset, "--min-size", 33)
     assert "left out 64 files smaller than 33" in result.stdout
-    assert {photo(name) for names in lists(dataset) for name in names} == {f"loose/{number}.png" for number in range(5)}
+    assert {photo(name) for names in lists(dataset) for name in names} == {
+        f"loose/{number}.png" for number in range(5)
+    }
     write_files(dataset, {"loose/9.png": b"text"})
-    assert_user_error(run_tool("select_training_files", "--data-dir", dataset, "--min-size", 33), "loose/9.png",
-                      "check_training_data.py")
+    assert_user_error(
+        run_tool("select_training_files", "--data-dir", dataset, "--min-size", 33),
+        "loose/9.png",
+        "check_training_data.py",
+    )
 
 
 def test_bad_usage(tmp_path):
     def select(*arguments):
         return run_tool("select_training_files", "--data-dir", tmp_path, *arguments)
 
-    assert_user_error(run_tool("select_training_files", "--data-dir", tmp_path / "gone"), "no such folder")
+    assert_user_error(
+        run_tool("select_training_files", "--data-dir", tmp_path / "gone"), "no such folder"
+    )
     assert_user_error(select(), "no images below this folder", "images_to_data.py")
     write_files(tmp_path, {"a.npy": CROP})
     assert_user_error(select(), "1 of 1 photographs", "none would be left to train")
@@ -123,7 +174,9 @@ def test_bad_usage(tmp_path):
     assert_user_error(select("--validation-count", 2), "2 of 2 photographs")
     assert_user_error(select("--validation-fraction", 1), "--validation-fraction 1")
     assert_user_error(select("--validation-count", 0), "--validation-count 0")
-    assert_user_error(select("--validation-count", 1, "--validation-photo", "a.npy"), "use one of the two")
+    assert_user_error(
+        select("--validation-count", 1, "--validation-photo", "a.npy"), "use one of the two"
+    )
     assert select().returncode == 0
     assert select("--validation-photos", "a.npy").returncode == 2
 
@@ -133,7 +186,9 @@ NAMES = st.lists(st.text("abcdefgh/", min_size=1, max_size=6), min_size=2, max_s
 
 @settings(max_examples=100, deadline=None)
 @given(NAMES, st.integers(0, 5), st.floats(0.01, 0.5), st.randoms(use_true_random=False))
-def test_order_does_not_matter_and_no_photo_is_on_both_sides(names, seed, fraction, order: random.Random):
+def test_order_does_not_matter_and_no_photo_is_on_both_sides(
+    names, seed, fraction, order: random.Random
+):
     photo_of = {f"{name}_{crop}": name for name in names for crop in range(3)}
     files = [*photo_of, *(f"loose_{number}" for number in range(3))]
     photos = group_by_photo(files, photo_of)
@@ -143,7 +198,9 @@ def test_order_does_not_matter_and_no_photo_is_on_both_sides(names, seed, fracti
     training = {name for photo in photos.keys() - validation for name in photos[photo]}
     held = {name for photo in validation for name in photos[photo]}
     assert training | held == {*files}
-    assert not {photo_of.get(name, name) for name in training} & {photo_of.get(name, name) for name in held}
+    assert not {photo_of.get(name, name) for name in training} & {
+        photo_of.get(name, name) for name in held
+    }
     shuffled = order.sample(files, len(files))
     assert choose_validation(group_by_photo(shuffled, photo_of), options) == validation
 

@@ -1,4 +1,5 @@
-"""The sheet of training pairs: training's own pixels, replay by number, words and JSON, one-line errors."""
+"""The sheet of training pairs: training's own pixels, replay by number, words and JSON, one-line
+errors."""
 
 from __future__ import annotations
 
@@ -23,12 +24,26 @@ from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
 from pipeline.training.options import TrainOptions, make_plan
 from tools import show_batch
-from tools.show_batch import GAP, DrawnPair, Options, describe, main, make_pairs, positionals_last, side_by_side
+from tools.show_batch import (
+    GAP,
+    DrawnPair,
+    Options,
+    describe,
+    main,
+    make_pairs,
+    positionals_last,
+    side_by_side,
+)
 
 CROP = 32
 SMALL = "data.crop=32"
-DEGRADED = (SMALL, "data.degradation=realesrgan", "data.degradation.surroundings=16", "data.brightness.probability=0.5",
-            "data.lr_noise.probability=0.5")
+DEGRADED = (
+    SMALL,
+    "data.degradation=realesrgan",
+    "data.degradation.surroundings=16",
+    "data.brightness.probability=0.5",
+    "data.lr_noise.probability=0.5",
+)
 
 
 def write_lists(root: Path, names: list[str]) -> None:
@@ -44,17 +59,25 @@ def data(tmp_path: Path) -> Path:
         pixels = photograph(50 + 4 * i, 72, i)
         half = cv2.resize(pixels, (36, 25 + 2 * i), interpolation=cv2.INTER_AREA)
         suffix, content = (".png", encoded) if i == 5 else (".npy", lambda image, _: npy(image))
-        files |= {f"photo/{i}{suffix}": content(pixels, "png"), f"photo/{i}_lr2{suffix}": content(half, "png")}
+        files |= {
+            f"photo/{i}{suffix}": content(pixels, "png"),
+            f"photo/{i}_lr2{suffix}": content(half, "png"),
+        }
     write_files(root, files)
     write_lists(root, [name for name in files if "_lr2" not in name])
     return root
 
 
 def show(data: Path, *words: object, out: str = "sheet.png") -> subprocess.CompletedProcess[str]:
-    """The command on `data`, writing beside it, without the seconds that a process of its own takes."""
+    """The command on `data`, writing beside it, without the seconds that a process of its own
+    takes."""
     stdout, stderr = io.StringIO(), io.StringIO()
     line = [str(word) for word in (data.parent / out, "--dataset-dir", data, *words)]
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
         run_command(Options, main, positionals_last(line))
     return subprocess.CompletedProcess(line, stop.value.code, stdout.getvalue(), stderr.getvalue())
 
@@ -63,14 +86,24 @@ def pairs_of(data: Path, numbers: list[int] | range, *overrides: str) -> list[Dr
     return make_pairs(make_plan(TrainOptions(overrides, dataset_dir=(data,))), numbers)
 
 
-def trained_on(data: Path, micro_batch: int, batches: int, *overrides: str, degrades_on_host: bool = True
-               ) -> list[tuple[np.ndarray, np.ndarray]]:
+def trained_on(
+    data: Path, micro_batch: int, batches: int, *overrides: str, degrades_on_host: bool = True
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(HR, LR) of the first samples of a run, HWC, out of its micro-batches."""
     plan = make_plan(TrainOptions(overrides, dataset_dir=(data,)))
-    source = CropSource.of_dataset(plan.dataset, plan.recipe.data, scale=plan.recipe.scale, seed=plan.recipe.seed,
-                                   position=Position(0, 1, micro_batch), degrades_on_host=degrades_on_host)
+    source = CropSource.of_dataset(
+        plan.dataset,
+        plan.recipe.data,
+        scale=plan.recipe.scale,
+        seed=plan.recipe.seed,
+        position=Position(0, 1, micro_batch),
+        degrades_on_host=degrades_on_host,
+    )
     pipeline = training_pipeline(source, 0, device_id=None, threads=2, prefetch=2)
-    made = [[np.array(output.as_tensor()).transpose(0, 2, 3, 1) for output in pipeline.run()] for _ in range(batches)]
+    made = [
+        [np.array(output.as_tensor()).transpose(0, 2, 3, 1) for output in pipeline.run()]
+        for _ in range(batches)
+    ]
     return [pair for hr, lr in made for pair in zip(hr, lr, strict=True)]
 
 
@@ -82,12 +115,20 @@ def holds(picture: np.ndarray, part: np.ndarray) -> bool:
     """Whether `part` lies somewhere in `picture`, to the byte."""
     distance = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
     y, x = np.unravel_index(distance.argmin(), distance.shape)
-    return np.array_equal(picture[y:y + part.shape[0], x:x + part.shape[1]], part)
+    return np.array_equal(picture[y : y + part.shape[0], x : x + part.shape[1]], part)
 
 
-@pytest.mark.parametrize("overrides", [
-    (SMALL,), (SMALL, "data.degradation=gaussian"), (SMALL, "data.degradation=paired"), DEGRADED,
-    (*DEGRADED, "data.cache_gb=0.1")], ids=["bicubic", "gaussian", "paired", "realesrgan", "cached"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (SMALL,),
+        (SMALL, "data.degradation=gaussian"),
+        (SMALL, "data.degradation=paired"),
+        DEGRADED,
+        (*DEGRADED, "data.cache_gb=0.1"),
+    ],
+    ids=["bicubic", "gaussian", "paired", "realesrgan", "cached"],
+)
 def test_pixels_are_those_of_training(data: Path, overrides: tuple[str, ...]) -> None:
     expected = trained_on(data, 8, 2, *overrides)
     numbers = [13, 0, 1, 2, 7, 8, 13]  # any order, and twice
@@ -101,13 +142,24 @@ def test_pixels_are_those_of_training(data: Path, overrides: tuple[str, ...]) ->
 def test_sheet_holds_every_pair_in_blocks(data: Path) -> None:
     done = show(data, "--first", 3, "--count", 5, "--panel", 70, *DEGRADED)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"written to {data.parent / 'sheet.png'}: samples 3 to 7; an epoch has 6\n"
+    assert (
+        done.stdout == f"written to {data.parent / 'sheet.png'}: samples 3 to 7; an epoch has 6\n"
+    )
     picture = sheet_of(data)
     for hr, lr in trained_on(data, 8, 1, *DEGRADED)[3:8]:
         assert holds(picture, hr.repeat(2, 0).repeat(2, 1))
         assert holds(picture, lr.repeat(4, 0).repeat(4, 1))
-        assert holds(picture, np.concatenate([lr.repeat(4, 0).repeat(4, 1), np.full((64, 4, 3), 255, np.uint8),
-                                              hr.repeat(2, 0).repeat(2, 1)], 1))
+        assert holds(
+            picture,
+            np.concatenate(
+                [
+                    lr.repeat(4, 0).repeat(4, 1),
+                    np.full((64, 4, 3), 255, np.uint8),
+                    hr.repeat(2, 0).repeat(2, 1),
+                ],
+                1,
+            ),
+        )
 
 
 def test_single_samples_are_large_and_replay_exactly(data: Path) -> None:
@@ -116,14 +168,18 @@ def test_single_samples_are_large_and_replay_exactly(data: Path) -> None:
     assert (data.parent / "one.png").read_bytes() == (data.parent / "again.png").read_bytes()
     picture = sheet_of(data, "one.png")
     assert picture.shape[1] == 2 * 768 + 4 + 2 * GAP
-    pair, = pairs_of(data, [9], *DEGRADED)
-    top = next(row for row in range(len(picture)) if (picture[row, GAP:-GAP] != 255).mean() > 0.8)  # below the title
-    np.testing.assert_array_equal(picture[top:top + 768, GAP:-GAP], side_by_side(pair, 2, 768))
+    (pair,) = pairs_of(data, [9], *DEGRADED)
+    top = next(
+        row for row in range(len(picture)) if (picture[row, GAP:-GAP] != 255).mean() > 0.8
+    )  # below the title
+    np.testing.assert_array_equal(picture[top : top + 768, GAP:-GAP], side_by_side(pair, 2, 768))
 
 
 def test_words_and_json_tell_what_was_drawn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(show_batch, "_write", lambda draw, left, top, lines, letters: written.extend(lines))
+    monkeypatch.setattr(
+        show_batch, "_write", lambda draw, left, top, lines, letters: written.extend(lines)
+    )
     done = show(data, "--sample", 4, "--sample", 11, "--json", *DEGRADED)
     assert done.returncode == 0
     assert "samples 4, 11" in done.stderr
@@ -138,14 +194,31 @@ def test_words_and_json_tell_what_was_drawn(data: Path, monkeypatch: pytest.Monk
         assert f"{first['mode']}, {first['size'][0]}x{first['size'][1]} |" in text
         assert f"| JPEG {first['jpeg']} 2: " in text
         assert f"JPEG {record['degradation']['second']['jpeg']}" in text
-        assert ("sigma" in first["blur"]) == (f", sigma {first['blur'].get('sigma', [0])[0]:.2f}" in text)
+        assert ("sigma" in first["blur"]) == (
+            f", sigma {first['blur'].get('sigma', [0])[0]:.2f}" in text
+        )
 
 
-@pytest.mark.parametrize(("degradation", "words"), [
-    ("bicubic", "bicubic to 1/2"), ("gaussian", "gaussian to 1/2, sigma 1.6"), ("paired", "_lr2.npy")])
+@pytest.mark.parametrize(
+    ("degradation", "words"),
+    [
+        ("bicubic", "bicubic to 1/2"),
+        ("gaussian", "gaussian to 1/2, sigma 1.6"),
+        ("paired", "_lr2.npy"),
+    ],
+)
 def test_words_of_simple_degradations(data: Path, degradation: str, words: str) -> None:
-    plan = make_plan(TrainOptions((SMALL, f"data.degradation={degradation}", "data.lr_noise={probability: 1, sigma: 7}",
-                                   "data.brightness={probability: 1, range: 0.75}"), dataset_dir=(data,)))
+    plan = make_plan(
+        TrainOptions(
+            (
+                SMALL,
+                f"data.degradation={degradation}",
+                "data.lr_noise={probability: 1, sigma: 7}",
+                "data.brightness={probability: 1, range: 0.75}",
+            ),
+            dataset_dir=(data,),
+        )
+    )
     pair = next(pair for pair in make_pairs(plan, range(3)) if pair.name.endswith(".npy"))
     lines = describe(pair, plan.recipe.data, 2)
     assert lines[2].endswith(words)
@@ -169,7 +242,9 @@ def test_paired_lr_from_a_folder_of_its_own(data: Path) -> None:
 def test_a_run_shows_its_own_samples(data: Path) -> None:
     run_dir = data.parent / "run"
     run_dir.mkdir()
-    plan = make_plan(TrainOptions((*DEGRADED, "seed=5", "ds.train_batch_size=3"), dataset_dir=(data,)))
+    plan = make_plan(
+        TrainOptions((*DEGRADED, "seed=5", "ds.train_batch_size=3"), dataset_dir=(data,))
+    )
     write_recipe(plan.recipe, run_dir / "recipe.yaml")
     (run_dir / "ds_config.json").write_text(json.dumps(plan.ds_config))
     plan.dataset.write_lists(run_dir / "file_lists")
@@ -195,7 +270,9 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
     assert_user_error(show(data, "--run", data), "no run folder", "recipe.yaml")
     other = data.parent / "other"
     shutil.copytree(data, other)
-    assert_user_error(show(data, "--run", run_dir, "--dataset-dir", other), "1 dataset folders, not 2")
+    assert_user_error(
+        show(data, "--run", run_dir, "--dataset-dir", other), "1 dataset folders, not 2"
+    )
     write_lists(data, ["photo/0.npy", "photo/1.npy"])
     assert_user_error(show(data, "--run", run_dir), "lists have changed", "4 gone (photo/2.npy, …)")
 
@@ -205,7 +282,8 @@ def damage(data: Path, kind: str) -> Path:
     if kind == "npy":
         path = data / "photo/2.npy"
         path.write_bytes(path.read_bytes()[:-9])
-    else:  # a filter that does not exist: a stream that is whole, which only decoding finds out about
+    # a filter that does not exist: a stream that is whole, which only decoding finds out about
+    else:
         path = data / "photo/5.png"
         path.write_bytes(_png(72, 70, b"".join(bytes([9]) + bytes(72 * 3) for _ in range(70))))
     return path
@@ -213,18 +291,31 @@ def damage(data: Path, kind: str) -> Path:
 
 def _png(width: int, height: int, rows: bytes) -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def pairs_of_others(data: Path, bad: Path) -> list[DrawnPair]:
     """Those samples of the first epoch that are not of the bad file."""
     plan = make_plan(TrainOptions((SMALL,), dataset_dir=(data,)))
-    source = CropSource.of_dataset(plan.dataset, plan.recipe.data, scale=2, seed=plan.recipe.seed,
-                                   position=Position(0, 1, 1))
-    return make_pairs(plan, [number for number in range(6) if source.files_of(number) != [str(bad)]])
+    source = CropSource.of_dataset(
+        plan.dataset, plan.recipe.data, scale=2, seed=plan.recipe.seed, position=Position(0, 1, 1)
+    )
+    return make_pairs(
+        plan, [number for number in range(6) if source.files_of(number) != [str(bad)]]
+    )
 
 
 @pytest.mark.parametrize("kind", ["npy", "png"])
@@ -240,8 +331,20 @@ def test_a_bad_file_is_named_and_no_picture_is_left(data: Path, kind: str) -> No
 
 def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
     bad = damage(data, "png")
-    done = show(data, "--first", 6, "--count", 6, "--panel", 64, "--json", SMALL, "data.on_error=skip",
-                "data.max_bad_files=0.5", "data.augment=false")
+    done = show(
+        data,
+        "--first",
+        6,
+        "--count",
+        6,
+        "--panel",
+        64,
+        "--json",
+        SMALL,
+        "data.on_error=skip",
+        "data.max_bad_files=0.5",
+        "data.augment=false",
+    )
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in done.stdout.splitlines()]
     assert [sample["number"] for sample in samples] == list(range(6, 12))
@@ -249,36 +352,48 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
     assert [skip["path"] for sample in samples for skip in sample["skipped"]] == [str(bad)]
     picture = sheet_of(data)
     for sample in samples:
-        hr = np.load(sample["path"])[sample["top"]:sample["top"] + CROP, sample["left"]:sample["left"] + CROP]
+        hr = np.load(sample["path"])[
+            sample["top"] : sample["top"] + CROP, sample["left"] : sample["left"] + CROP
+        ]
         assert holds(picture, hr.repeat(2, 0).repeat(2, 1))
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["--count", 0], "--count 0: must be at least 1"),
-    (["--first", -1], "sample -1: must be 0"),
-    (["--sample", 3, "--sample", -2], "sample -2: must be 0"),
-    (["--sample", 10**30], "sample 1000000000000000000000000000000: must be 0"),
-    (["--sample", 3, "--count", 2], "--sample and --count 2"),
-    (["--step", 0], "--step 0: must be at least 1"),
-    (["--step", 2, "--first", 7], "--first 7 and --step 2"),
-    (["--panel", 5], "--panel 5: must be 32 to 4096"),
-    (["--count", 100_000], "megapixels"),
-    (["--count", 10**12], "megapixels"),
-    (["--sample", 1, "data.crop=8000"], "take a smaller data.crop"),
-    (["second.png"], "one OUT only"),
-    (["data.corp=64"], "unknown key; did you mean 'crop'?"),
-    (["data.degradation=realesgran"], "did you mean 'realesrgan'?"),
-    (["--recipe", "vapsr_x9"], "no recipe 'vapsr_x9'"),
-    (["--lr-dir", "/nowhere"], "--lr-dir is for LR that is read"),
-    (["data.crop=64"], "smaller than data.crop 64"),
-    (["--frist", 3], "did you mean '--first'?")])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--count", 0], "--count 0: must be at least 1"),
+        (["--first", -1], "sample -1: must be 0"),
+        (["--sample", 3, "--sample", -2], "sample -2: must be 0"),
+        (["--sample", 10**30], "sample 1000000000000000000000000000000: must be 0"),
+        (["--sample", 3, "--count", 2], "--sample and --count 2"),
+        (["--step", 0], "--step 0: must be at least 1"),
+        (["--step", 2, "--first", 7], "--first 7 and --step 2"),
+        (["--panel", 5], "--panel 5: must be 32 to 4096"),
+        (["--count", 100_000], "megapixels"),
+        (["--count", 10**12], "megapixels"),
+        (["--sample", 1, "data.crop=8000"], "take a smaller data.crop"),
+        (["second.png"], "one OUT only"),
+        (["data.corp=64"], "unknown key; did you mean 'crop'?"),
+        (["data.degradation=realesgran"], "did you mean 'realesrgan'?"),
+        (["--recipe", "vapsr_x9"], "no recipe 'vapsr_x9'"),
+        (["--lr-dir", "/nowhere"], "--lr-dir is for LR that is read"),
+        (["data.crop=64"], "smaller than data.crop 64"),
+        (["--frist", 3], "did you mean '--first'?"),
+    ],
+)
 def test_wrong_input_is_said_in_one_line(data: Path, words: list[object], told: str) -> None:
     assert_user_error(show(data, *words), told)
     assert not (data.parent / "sheet.png").exists()
 
 
-@pytest.mark.parametrize(("out", "told"), [("sheet.jpg", "must end in .png"), ("none/sheet.png", "no such folder"),
-                                           ("folder.png", "a folder")])
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("sheet.jpg", "must end in .png"),
+        ("none/sheet.png", "no such folder"),
+        ("folder.png", "a folder"),
+    ],
+)
 def test_out_that_cannot_be_written(data: Path, out: str, told: str) -> None:
     (data.parent / "folder.png").mkdir()
     assert_user_error(show(data, SMALL, out=out), told)
@@ -295,12 +410,25 @@ def test_names_that_the_font_lacks_and_long_ones(data: Path) -> None:
 
 
 def test_as_a_command_with_words_anywhere(data: Path) -> None:
-    done = run_tool("show_batch", "--json", SMALL, "--count", 3, data.parent / "x.png", "data.augment=false",
-                    "--dataset-dir", data)
+    done = run_tool(
+        "show_batch",
+        "--json",
+        SMALL,
+        "--count",
+        3,
+        data.parent / "x.png",
+        "data.augment=false",
+        "--dataset-dir",
+        data,
+    )
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(sample["flip_vertical"], sample["flip_horizontal"], sample["transpose"]) for sample in samples] == [
-        (0, 0, 0)] * 3
+    assert [
+        (sample["flip_vertical"], sample["flip_horizontal"], sample["transpose"])
+        for sample in samples
+    ] == [(0, 0, 0)] * 3
     assert done.stderr.startswith(f"written to {data.parent / 'x.png'}")
-    assert_user_error(run_tool("show_batch", data.parent / "x.png", "--dataset-dir", data.parent / "nowhere"),
-                      "no such file list")
+    assert_user_error(
+        run_tool("show_batch", data.parent / "x.png", "--dataset-dir", data.parent / "nowhere"),
+        "no such file list",
+    )

@@ -23,20 +23,28 @@ from tools.monitor_folder import FolderState, line, measure
 
 def test_images_of_every_kind_in_any_format(tmp_path: Path) -> None:
     for form in ("png", "npy", "jp2"):
-        result = run_tool("make_test_images", tmp_path / form, "--count", 8, "--size", 96, 128, "--format", form)
+        result = run_tool(
+            "make_test_images", tmp_path / form, "--count", 8, "--size", 96, 128, "--format", form
+        )
         assert result.returncode == 0, result.stderr
     for number, kind in enumerate([*KINDS, "noise"]):
         pixels = make_image(kind, (96, 128), 0, number)
         assert pixels.shape == (96, 128, 3)
         assert pixels.dtype == np.uint8
         for form in ("png", "npy", "jp2"):
-            np.testing.assert_array_equal(decode_file(tmp_path / form / f"{number:05d}_{kind}.{form}"), pixels)
+            np.testing.assert_array_equal(
+                decode_file(tmp_path / form / f"{number:05d}_{kind}.{form}"), pixels
+            )
     assert len(list((tmp_path / "png").iterdir())) == 8
 
 
 def test_the_seed_decides_not_the_number_of_threads_or_images(tmp_path: Path) -> None:
-    for name, more in {"one": ("--threads", 1), "many": ("--threads", 8), "more": ("--count", 20),
-                       "other": ("--seed", 1)}.items():
+    for name, more in {
+        "one": ("--threads", 1),
+        "many": ("--threads", 8),
+        "more": ("--count", 20),
+        "other": ("--seed", 1),
+    }.items():
         arguments = {"--count": 14, "--size": 64, **dict([more])}
         flat = [part for flag, value in arguments.items() for part in (flag, value)]
         flat.insert(flat.index(64), 64)
@@ -83,23 +91,38 @@ def test_images_that_are_there_stay(tmp_path: Path) -> None:
     assert "0 images" in again.stdout
     assert "3 were there already" in again.stdout
     assert stamped_tree(tmp_path) == before
-    assert_user_error(run_tool(*arguments, "--seed", 5), "00000_noise.png", "another file of that name")
+    assert_user_error(
+        run_tool(*arguments, "--seed", 5), "00000_noise.png", "another file of that name"
+    )
     assert stamped_tree(tmp_path) == before
 
 
 def test_make_test_images_user_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for arguments, word in ((("--count", 0), "--count 0"), (("--size", 0, 5), "--size 0 5"),
-                            (("--size", 17000, 5), "16384"), (("--seed", -1), "--seed -1"),
-                            (("--size", 16384, 5, "--format", "webp"), "16383"), (("--kinds", "cats"), "cats")):
+    for arguments, word in (
+        (("--count", 0), "--count 0"),
+        (("--size", 0, 5), "--size 0 5"),
+        (("--size", 17000, 5), "16384"),
+        (("--seed", -1), "--seed -1"),
+        (("--size", 16384, 5, "--format", "webp"), "16383"),
+        (("--kinds", "cats"), "cats"),
+    ):
         assert_user_error(run_tool("make_test_images", tmp_path / "out", *arguments), word)
     assert not (tmp_path / "out").exists()
     assert_user_error(run_tool("make_test_images", tmp_path / "file"), "cannot be written")
 
 
 def test_the_folder_is_counted(tmp_path: Path) -> None:
-    write_files(tmp_path, {"a.npy": bytes(1000), "b/c/d.npy": bytes(500), "b/e.png": bytes(7), ".b.npy.tmp": bytes(9),
-                           "b/x.tmp": bytes(9)})
+    write_files(
+        tmp_path,
+        {
+            "a.npy": bytes(1000),
+            "b/c/d.npy": bytes(500),
+            "b/e.png": bytes(7),
+            ".b.npy.tmp": bytes(9),
+            "b/x.tmp": bytes(9),
+        },
+    )
     (tmp_path / "b/loop").symlink_to(tmp_path)
     (tmp_path / "b/nowhere").symlink_to(tmp_path / "missing")
     assert measure(tmp_path, "*")[1:] == (3, 1507)
@@ -107,15 +130,25 @@ def test_the_folder_is_counted(tmp_path: Path) -> None:
     result = run_tool("monitor_folder", tmp_path, "--count", 3, "--interval", 0.05)
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) == 3
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  3 files  0\.0 MB  \+0\.0 files/s  \+0\.00 MB/s  [\d.]+ GB free",
-                        result.stdout.splitlines()[2])
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d  3 files  0\.0 MB  \+0\.0 files/s  \+0\.00 MB/s  [\d.]+ GB free",
+        result.stdout.splitlines()[2],
+    )
 
 
 def test_rates_and_time_to_go() -> None:
-    recent = deque([FolderState(100.0, 1000, 10_000_000), FolderState(102.0, 1100, 12_000_000),
-                    FolderState(104.0, 1400, 20_000_000)])
+    recent = deque(
+        [
+            FolderState(100.0, 1000, 10_000_000),
+            FolderState(102.0, 1100, 12_000_000),
+            FolderState(104.0, 1400, 20_000_000),
+        ]
+    )
     text = line(recent, 5_000_000_000, 2000)
-    assert "1400 files  20.0 MB  +100.0 files/s  +2.50 MB/s  600 to go, ETA 0:00:06  5.0 GB free" in text
+    assert (
+        "1400 files  20.0 MB  +100.0 files/s  +2.50 MB/s  600 to go, ETA 0:00:06  5.0 GB free"
+        in text
+    )
     assert "398600 to go, ETA 1:06:26" in line(recent, 1, 400_000)
     assert "done" in line(recent, 1, 1400)
     assert "no growth" in line(deque([FolderState(0, 9, 9), FolderState(1, 5, 5)]), 1, 10)
@@ -141,7 +174,9 @@ def test_files_that_come_and_go_do_no_harm(tmp_path: Path, monkeypatch: pytest.M
 
     def churn() -> None:
         while not stop.is_set():
-            write_files(tmp_path, {f"folder{number % 3}/{number}.npy": b"x" for number in range(30)})
+            write_files(
+                tmp_path, {f"folder{number % 3}/{number}.npy": b"x" for number in range(30)}
+            )
             for number in range(30):
                 (tmp_path / f"folder{number % 3}/{number}.npy").unlink()
             for number in range(3):
@@ -169,12 +204,24 @@ def test_files_that_come_and_go_do_no_harm(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
-    command = [sys.executable, str(CHECKOUT / "tools/monitor_folder.py"), str(tmp_path / "in"), "--interval", "0.05"]
+    command = [
+        sys.executable,
+        str(CHECKOUT / "tools/monitor_folder.py"),
+        str(tmp_path / "in"),
+        "--interval",
+        "0.05",
+    ]
     for end in ("interrupt", "remove"):
         (tmp_path / "in").mkdir()
-        # Where the tests run in a shell's background, SIGINT is ignored, and a child would inherit that.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        # Where the tests run in a shell's background, SIGINT is ignored, and a child would inherit
+        # that.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert "0 files" in process.stdout.readline()
         if end == "interrupt":
             process.send_signal(signal.SIGINT)
@@ -190,7 +237,11 @@ def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
 
 
 def test_monitor_folder_user_errors(tmp_path: Path) -> None:
-    for arguments, word in (((tmp_path / "missing",), "no such folder"), ((tmp_path, "--interval", 0), "--interval 0"),
-                            ((tmp_path, "--count", 0), "--count 0"), ((tmp_path, "--until", -3), "--until -3"),
-                            ((tmp_path, "--interval", "nan"), "--interval nan")):
+    for arguments, word in (
+        ((tmp_path / "missing",), "no such folder"),
+        ((tmp_path, "--interval", 0), "--interval 0"),
+        ((tmp_path, "--count", 0), "--count 0"),
+        ((tmp_path, "--until", -3), "--until -3"),
+        ((tmp_path, "--interval", "nan"), "--interval nan"),
+    ):
         assert_user_error(run_tool("monitor_folder", *arguments), word)

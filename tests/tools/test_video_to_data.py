@@ -47,7 +47,9 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_crops_are_the_pixels_of_the_frames(films: Path, tmp_path: Path) -> None:
-    result = run_tool("video_to_data", films, "--out", tmp_path / "out", *SMALL, "--segment-time", 2)
+    result = run_tool(
+        "video_to_data", films, "--out", tmp_path / "out", *SMALL, "--segment-time", 2
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     records = lines(tmp_path / "out" / "manifest.jsonl")
@@ -56,11 +58,17 @@ def test_crops_are_the_pixels_of_the_frames(films: Path, tmp_path: Path) -> None
     for name in ("a.mp4", "deep/ö b.mkv"):
         info = probe(films / name)
         for piece in segments(info, 2):
-            for frame in sample_frames(films / name, info, piece, Sampling(), f"0/{name}/{piece.start_s}"):
+            for frame in sample_frames(
+                films / name, info, piece, Sampling(), f"0/{name}/{piece.start_s}"
+            ):
                 expected[f"{name}/{piece.start_s:06d}/f{frame.index:06d}"] = frame
     for record in records:
         frame = expected[record["path"].rpartition("_x2_")[0]]
-        pixels, top, left = np.load(tmp_path / "out" / record["path"]), record["top"], record["left"]
+        pixels, top, left = (
+            np.load(tmp_path / "out" / record["path"]),
+            record["top"],
+            record["left"],
+        )
         assert np.array_equal(pixels, halved(frame.pixels)[top : top + 96, left : left + 96])
         assert record["sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
         assert (record["scale"], record["time"]) == (2, round(frame.time_s, 6))
@@ -74,32 +82,84 @@ def test_crops_are_the_pixels_of_the_frames(films: Path, tmp_path: Path) -> None
 
 
 def test_threads_do_not_matter_and_seed_and_sampling_do(films: Path, tmp_path: Path) -> None:
-    runs = {"one": ["--threads", 1], "five": ["--threads", 5], "seed": ["--seed", 1],
-            "often": ["--min-interval", 2, "--frame-interval", 3, "--max-interval", 4, "--min-change", 0]}
+    runs = {
+        "one": ["--threads", 1],
+        "five": ["--threads", 5],
+        "seed": ["--seed", 1],
+        "often": [
+            "--min-interval",
+            2,
+            "--frame-interval",
+            3,
+            "--max-interval",
+            4,
+            "--min-change",
+            0,
+        ],
+    }
     for name, arguments in runs.items():
-        assert run_tool("video_to_data", films, "--out", tmp_path / name, *SMALL, *arguments).returncode == 0
+        assert (
+            run_tool(
+                "video_to_data", films, "--out", tmp_path / name, *SMALL, *arguments
+            ).returncode
+            == 0
+        )
     assert tree(tmp_path / "one") == tree(tmp_path / "five")
     assert tree(tmp_path / "one") != tree(tmp_path / "seed")
     assert len(tree(tmp_path / "often")) > 2 * len(tree(tmp_path / "one"))
 
 
 def test_files_and_folders_and_full_size(films: Path, tmp_path: Path) -> None:
-    result = run_tool("video_to_data", films / "a.mp4", films / "deep", "--out", tmp_path / "out", *SMALL,
-                      "--keep-lossy-size", "--num-scales", 1)
+    result = run_tool(
+        "video_to_data",
+        films / "a.mp4",
+        films / "deep",
+        "--out",
+        tmp_path / "out",
+        *SMALL,
+        "--keep-lossy-size",
+        "--num-scales",
+        1,
+    )
     assert result.returncode == 0, result.stderr
     records = lines(tmp_path / "out" / "manifest.jsonl")
-    assert {(record["photo"], record["scale"]) for record in records} == {("a.mp4", 1), ("deep/ö b.mkv", 1)}
+    assert {(record["photo"], record["scale"]) for record in records} == {
+        ("a.mp4", 1),
+        ("deep/ö b.mkv", 1),
+    }
 
 
 def test_killed_and_started_again(films: Path, tmp_path: Path) -> None:
-    ffmpeg("-f", "lavfi", "-i", "mandelbrot=size=640x360:rate=25", "-t", 12, *H264, tmp_path / "long.mp4")
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        "mandelbrot=size=640x360:rate=25",
+        "-t",
+        12,
+        *H264,
+        tmp_path / "long.mp4",
+    )
     arguments = [*SMALL, "--segment-time", 1, "--threads", 1]
-    assert run_tool("video_to_data", tmp_path / "long.mp4", "--out", tmp_path / "whole", *arguments).returncode == 0
+    assert (
+        run_tool(
+            "video_to_data", tmp_path / "long.mp4", "--out", tmp_path / "whole", *arguments
+        ).returncode
+        == 0
+    )
     out = tmp_path / "killed"
-    command = [sys.executable, str(CHECKOUT / "tools" / "video_to_data.py"), tmp_path / "long.mp4", "--out", out]
+    command = [
+        sys.executable,
+        str(CHECKOUT / "tools" / "video_to_data.py"),
+        tmp_path / "long.mp4",
+        "--out",
+        out,
+    ]
     kills = 0
     for num_lines in (1, 40):
-        process = subprocess.Popen([*map(str, command), *map(str, arguments)], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*map(str, command), *map(str, arguments)], stdout=subprocess.DEVNULL
+        )
         manifest = out / "manifest.jsonl"
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:
@@ -129,16 +189,31 @@ def test_killed_and_started_again(films: Path, tmp_path: Path) -> None:
 def test_a_changed_video_is_cut_anew(films: Path, tmp_path: Path) -> None:
     shutil.copytree(films / "deep", tmp_path / "films")
     shutil.copy(films / "a.mp4", tmp_path / "films" / "a.mp4")
-    assert run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "out", *SMALL).returncode == 0
+    assert (
+        run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "out", *SMALL).returncode
+        == 0
+    )
     before = stamped_tree(tmp_path / "out")
     from_pixels(tmp_path / "films" / "a.mp4", pan(9, 30, 5.0), *H264)
-    assert run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "out", *SMALL).returncode == 0
+    assert (
+        run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "out", *SMALL).returncode
+        == 0
+    )
     after = stamped_tree(tmp_path / "out")
     assert {name for name in after if name.startswith("ö") and after[name] != before[name]} == set()
-    assert {name for name in before if name.startswith("a.mp4")} != {name for name in after if name.startswith("a.mp4")}
-    assert run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "new", *SMALL).returncode == 0
-    crops = {name: digest for name, digest in tree(tmp_path / "out").items() if name.endswith(".npy")}
-    assert crops == {name: digest for name, digest in tree(tmp_path / "new").items() if name.endswith(".npy")}
+    assert {name for name in before if name.startswith("a.mp4")} != {
+        name for name in after if name.startswith("a.mp4")
+    }
+    assert (
+        run_tool("video_to_data", tmp_path / "films", "--out", tmp_path / "new", *SMALL).returncode
+        == 0
+    )
+    crops = {
+        name: digest for name, digest in tree(tmp_path / "out").items() if name.endswith(".npy")
+    }
+    assert crops == {
+        name: digest for name, digest in tree(tmp_path / "new").items() if name.endswith(".npy")
+    }
 
 
 def test_videos_that_cannot_be_used_are_named(films: Path, tmp_path: Path) -> None:
@@ -147,21 +222,35 @@ def test_videos_that_cannot_be_used_are_named(films: Path, tmp_path: Path) -> No
     shutil.copy(films / "a.mp4", folder / "good.mp4")
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.avi").write_text("This is not a video.\n" * 99)
-    ffmpeg(*TESTSRC, "-t", 0.4, "-vf", "format=yuv420p10le,setparams=color_trc=smpte2084", *H265, folder / "hdr.mkv")
+    ffmpeg(
+        *TESTSRC,
+        "-t",
+        0.4,
+        "-vf",
+        "format=yuv420p10le,setparams=color_trc=smpte2084",
+        *H265,
+        folder / "hdr.mkv",
+    )
     ffmpeg(*TESTSRC, "-t", 0.4, "-s", "160x120", *VP9, folder / "small.webm")
     from_pixels(folder / "black.mp4", [np.full((360, 640, 3), 16, np.uint8)] * 30, *H264)
     result = run_tool("video_to_data", folder, "--out", tmp_path / "out", *SMALL)
     assert result.returncode == 1
     assert result.stderr == ""
-    rejects = {reject["photo"]: (reject["gate"], reject["reason"])
-               for reject in lines(tmp_path / "out" / "rejects.jsonl")}
+    rejects = {
+        reject["photo"]: (reject["gate"], reject["reason"])
+        for reject in lines(tmp_path / "out" / "rejects.jsonl")
+    }
     assert rejects["empty.mp4"] == ("decode", "empty file")
     assert rejects["text.avi"][1].startswith("not a video")
-    assert rejects["hdr.mkv"][1].startswith("HDR: its transfer characteristic is SMPTE ST 2084 (PQ)")
+    assert rejects["hdr.mkv"][1].startswith(
+        "HDR: its transfer characteristic is SMPTE ST 2084 (PQ)"
+    )
     assert rejects["small.webm"][0] == "size"
     assert rejects["black.mp4"][0] == "flat"
     assert "no frame worth storing among 30" in rejects["black.mp4"][1]
-    assert {record["photo"] for record in lines(tmp_path / "out" / "manifest.jsonl")} == {"good.mp4"}
+    assert {record["photo"] for record in lines(tmp_path / "out" / "manifest.jsonl")} == {
+        "good.mp4"
+    }
     for name in ("empty.mp4", "text.avi", "hdr.mkv"):
         assert f"rejected {name}: " in result.stdout
     again = run_tool("video_to_data", folder, "--out", tmp_path / "out", *SMALL)
@@ -181,31 +270,58 @@ def test_damage_and_missing_ends_are_reported_and_the_rest_is_cut(tmp_path: Path
     result = run_tool("video_to_data", *arguments, "--out", tmp_path / "out", "--threads", 1)
     assert result.returncode == 1, result.stderr
     assert "rejected hole.ts at 0.000 s: damaged: " in result.stdout
-    reasons = {reject["photo"]: reject["reason"] for reject in lines(tmp_path / "out" / "rejects.jsonl")}
+    reasons = {
+        reject["photo"]: reject["reason"] for reject in lines(tmp_path / "out" / "rejects.jsonl")
+    }
     assert "damaged: " in reasons["hole.ts"]
     assert "cut off: " in reasons["cut.mkv"]
-    times = {name: [record["time"] for record in lines(tmp_path / "out" / "manifest.jsonl") if record["photo"] == name]
-             for name in ("hole.ts", "cut.mkv")}
+    times = {
+        name: [
+            record["time"]
+            for record in lines(tmp_path / "out" / "manifest.jsonl")
+            if record["photo"] == name
+        ]
+        for name in ("hole.ts", "cut.mkv")
+    }
     assert max(times["hole.ts"]) > 3
     assert 1 < max(times["cut.mkv"]) < 3.5
     # Two decoder threads a film, until damage is met.
-    assert run_tool("video_to_data", *arguments, "--out", tmp_path / "four", "--threads", 4).returncode == 1
+    assert (
+        run_tool("video_to_data", *arguments, "--out", tmp_path / "four", "--threads", 4).returncode
+        == 1
+    )
     assert tree(tmp_path / "out") == tree(tmp_path / "four")
 
 
 def test_bad_arguments_are_said_in_one_line(films: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
-    assert_user_error(run_tool("video_to_data", films, *out, "--min-interval", 12), "--min-interval 12", "all three")
-    assert_user_error(run_tool("video_to_data", films, *out, "--segment-time", 0.5), "--segment-time 0.5", "1 to")
+    assert_user_error(
+        run_tool("video_to_data", films, *out, "--min-interval", 12),
+        "--min-interval 12",
+        "all three",
+    )
+    assert_user_error(
+        run_tool("video_to_data", films, *out, "--segment-time", 0.5), "--segment-time 0.5", "1 to"
+    )
     assert_user_error(run_tool("video_to_data", films, *out, "--min-change", -1), "--min-change -1")
-    assert_user_error(run_tool("video_to_data", tmp_path / "none", *out), "none", "no such file or folder")
+    assert_user_error(
+        run_tool("video_to_data", tmp_path / "none", *out), "none", "no such file or folder"
+    )
     (tmp_path / "empty").mkdir()
-    assert_user_error(run_tool("video_to_data", tmp_path / "empty", *out), "no videos below this folder", ".mkv")
-    assert_user_error(run_tool("video_to_data", films, "--out", films / "out"), "must not lie in one another")
+    assert_user_error(
+        run_tool("video_to_data", tmp_path / "empty", *out), "no videos below this folder", ".mkv"
+    )
+    assert_user_error(
+        run_tool("video_to_data", films, "--out", films / "out"), "must not lie in one another"
+    )
     assert_user_error(run_tool("video_to_data", *out), "no video given")
     assert not (tmp_path / "out").exists()
     assert run_tool("video_to_data", films, *out, *SMALL).returncode == 0
-    assert_user_error(run_tool("video_to_data", films, *out, *SMALL, "--segment-time", 3), "segment_time", "another")
+    assert_user_error(
+        run_tool("video_to_data", films, *out, *SMALL, "--segment-time", 3),
+        "segment_time",
+        "another",
+    )
 
 
 def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
@@ -213,21 +329,30 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
     (folder / "deep").mkdir(parents=True)
     sound = ["-f", "lavfi", "-i", "sine=duration=4"]
     (tmp_path / "text.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nHello\n")
-    ffmpeg(*TESTSRC, *sound, "-i", tmp_path / "text.srt", *H264, "-c:a", "libopus", folder / "a.mkv")
+    ffmpeg(
+        *TESTSRC, *sound, "-i", tmp_path / "text.srt", *H264, "-c:a", "libopus", folder / "a.mkv"
+    )
     ffmpeg(*TESTSRC, *H265, "-pix_fmt", "yuv420p10le", folder / "deep" / "b.MKV")
     ffmpeg(*TESTSRC, "-c:v", "libvpx", "-deadline", "realtime", folder / "vp8.mkv")
     shutil.copy(folder / "a.mkv", folder / "cut.mkv")
     os.truncate(folder / "cut.mkv", (folder / "a.mkv").stat().st_size // 2)
     (folder / "taken.mkv").write_bytes(b"whatever")
     (folder / "taken.mp4").write_bytes(b"mine")
-    sources = {name: digest for name, digest in tree(folder).items() if name.lower().endswith("mkv")}
+    sources = {
+        name: digest for name, digest in tree(folder).items() if name.lower().endswith("mkv")
+    }
     result = run_tool("mkv_to_mp4", folder)
     assert result.returncode == 1
     assert "2 films written as .mp4; 1 were there already, 2 left out" in result.stdout
     assert "MP4 cannot hold its video codec, vp8" in result.stdout
     assert "cut.mkv: cut off: " in result.stdout
     assert "a.mkv: left behind: subtitle" in result.stdout
-    assert {*tree(folder)} == {*sources, "a.mp4", "deep/b.mp4", "taken.mp4"}  # no half-written files
+    assert {*tree(folder)} == {
+        *sources,
+        "a.mp4",
+        "deep/b.mp4",
+        "taken.mp4",
+    }  # no half-written files
     assert (folder / "taken.mp4").read_bytes() == b"mine"
     assert {name: tree(folder)[name] for name in sources} == sources
     for before, after in (("a.mkv", "a.mp4"), ("deep/b.MKV", "deep/b.mp4")):
@@ -247,31 +372,61 @@ def frames(path: Path) -> list[tuple[float, str]]:
     info, found = probe(path), []
     for frame in segment_frames(path, info, Segment(0, None, None), FrameCounts()):
         seconds = float((frame.pts - info.start) * info.time_base)
-        found.append((round(seconds, 2), hashlib.sha256(frame.to_ndarray(format="rgb24").tobytes()).hexdigest()))
+        found.append(
+            (
+                round(seconds, 2),
+                hashlib.sha256(frame.to_ndarray(format="rgb24").tobytes()).hexdigest(),
+            )
+        )
     return found
 
 
 def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
-    """A fixed camera: the checker finds no copies among the crops, however often the tool was stopped on the way."""
+    """A fixed camera: the checker finds no copies among the crops, however often the tool was
+    stopped on the way."""
     background, frames = still(5, 256, 512), []
     for step in range(60):
         frame = background.copy()
-        frame[20:120, 4 * step : 4 * step + 100] = still(6, 100, 100)  # moves through the upper half alone
+        frame[20:120, 4 * step : 4 * step + 100] = still(
+            6, 100, 100
+        )  # moves through the upper half alone
         frames.append(frame)
     (tmp_path / "films").mkdir()
     from_pixels(tmp_path / "films" / "fixed.mp4", frames, *H264)
-    arguments = [tmp_path / "films", "--size", 128, "--keep-lossy-size", "--min-sharpness", 0, "--segment-time", 1,
-                 "--num-scales", 1]
+    arguments = [
+        tmp_path / "films",
+        "--size",
+        128,
+        "--keep-lossy-size",
+        "--min-sharpness",
+        0,
+        "--segment-time",
+        1,
+        "--num-scales",
+        1,
+    ]
     out = tmp_path / "data" / "films"
     assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
     records = lines(out / "manifest.jsonl")
     lower = [record for record in records if record["top"] >= 128]
     assert len({record["time"] for record in records}) > 3
     assert 0 < len(lower) <= 8, "each place of the still half at most once, but for its random gaps"
-    result = run_tool("check_training_data", "--data-dir", tmp_path / "data", "--min-size", 128, "--min-sharpness", 0)
+    result = run_tool(
+        "check_training_data",
+        "--data-dir",
+        tmp_path / "data",
+        "--min-size",
+        128,
+        "--min-sharpness",
+        0,
+    )
     assert result.returncode == 0, result.stdout
-    shutil.rmtree(out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1])  # the last piece is lost
+    shutil.rmtree(
+        out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1]
+    )  # the last piece is lost
     before = set(tree(out))
     assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
-    assert {record["path"] for record in lines(out / "manifest.jsonl")} == {record["path"] for record in records}
+    assert {record["path"] for record in lines(out / "manifest.jsonl")} == {
+        record["path"] for record in records
+    }
     assert before < set(tree(out))

@@ -1,4 +1,5 @@
-"""Adversarial training: whose gradients flow where, at every ZeRO stage, and what the recipe's keys do."""
+"""Adversarial training: whose gradients flow where, at every ZeRO stage, and what the recipe's keys
+do."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from lives import in_a_fresh_process
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe
 from pipeline.config.specs import AdversarialSpec, LabelsSpec
-from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, discriminator_loss, draw_labels
+from pipeline.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    AdversarialLoss,
+    discriminator_loss,
+    draw_labels,
+)
 
 KINDS = tuple(ADVERSARIAL_LOSSES)
 TRAINER = """
@@ -61,7 +67,9 @@ TRAINER = """
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) -> None:
-    found = in_a_fresh_process(TRAINER + f"""
+    found = in_a_fresh_process(
+        TRAINER
+        + f"""
     found = {{}}
     for kind in {(*KINDS, "added")!r}:
         for accumulation in (1, 2):
@@ -95,7 +103,8 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
             off_d = error(moved(trainer.discriminator.module, before[1]), wanted_d)
             found[f"{{kind}} {{accumulation}}"] = [scale, off, untouched and clean, off_d]
     print(json.dumps(found))
-    """)
+    """
+    )
     assert len(found) == 2 * (len(KINDS) + 1)
     for case, (scale, off, is_untouched, off_discriminator) in found.items():
         assert scale > 1e-4, case
@@ -105,7 +114,9 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
 
 
 def test_accumulation_equals_one_large_batch() -> None:
-    found = in_a_fresh_process(TRAINER + """
+    found = in_a_fresh_process(
+        TRAINER
+        + """
     weights = []
     for accumulation in (1, 2, 4):
         trainer, _ = trainer_for(AdversarialSpec(weight=0.1), 0, accumulation, {"l1": 1.0})
@@ -114,13 +125,18 @@ def test_accumulation_equals_one_large_batch() -> None:
                 trainer.step(Batch(*part, 0), step)
         weights.append((states(trainer.generator.module), states(trainer.discriminator.module)))
     print(json.dumps([error(weights[0][i], weights[k][i]) for k in (1, 2) for i in (0, 1)]))
-    """)
+    """
+    )
     assert max(found) < 1e-5
 
 
-@pytest.mark.parametrize(("every", "updates"), [("discriminator_every", [1, 3]), ("generator_every", [3, 1])])
+@pytest.mark.parametrize(
+    ("every", "updates"), [("discriminator_every", [1, 3]), ("generator_every", [3, 1])]
+)
 def test_one_network_may_learn_oftener(every: str, updates: list[int]) -> None:
-    found = in_a_fresh_process(TRAINER + f"""
+    found = in_a_fresh_process(
+        TRAINER
+        + f"""
     trainer, _ = trainer_for(AdversarialSpec(weight=0.1, {every}=3), 0, 1, {{"l1": 1.0}})
     changes = [0, 0]
     for step in range(3):
@@ -130,13 +146,16 @@ def test_one_network_may_learn_oftener(every: str, updates: list[int]) -> None:
         for i in (0, 1):
             changes[i] += any(not torch.equal(before[i][n], t) for n, t in modules[i].state_dict().items())
     print(json.dumps(changes))
-    """)
+    """
+    )
     assert found == updates
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_batch_norm_and_half_precision(precision: str) -> None:
-    found = in_a_fresh_process(TRAINER + f"""
+    found = in_a_fresh_process(
+        TRAINER
+        + f"""
     torch.manual_seed(3)
     class Half(Generator):
         def forward(self, x):
@@ -159,7 +178,8 @@ def test_batch_norm_and_half_precision(precision: str) -> None:
         finite=all(bool(torch.isfinite(t.float()).all()) for a in after for t in a.values()),
         falls=(first.losses["l1"] - last.losses["l1"]).item(),
         learns=(first.statistics["discriminator"] - last.statistics["discriminator"]).item())))
-    """)
+    """
+    )
     assert all(found["moved"])
     assert found["finite"]
     assert found["falls"] > 0
@@ -180,17 +200,24 @@ def test_losses_are_those_of_the_papers() -> None:
     plain = draw_labels(LabelsSpec(), real)
     relative, opposite = sigmoid(r - f.mean()), sigmoid(f - r.mean())
     expected = {
-        "vanilla": (-np.log(sigmoid(f)).mean(), (-np.log(sigmoid(r)).mean() - np.log(1 - sigmoid(f)).mean()) / 2),
+        "vanilla": (
+            -np.log(sigmoid(f)).mean(),
+            (-np.log(sigmoid(r)).mean() - np.log(1 - sigmoid(f)).mean()) / 2,
+        ),
         "least_squares": (((f - 1) ** 2).mean(), (((r - 1) ** 2).mean() + (f**2).mean()) / 2),
         "hinge": (-f.mean(), (np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean()) / 2),
-        "relativistic_average": ((-np.log(opposite).mean() - np.log(1 - relative).mean()) / 2,
-                                 (-np.log(relative).mean() - np.log(1 - opposite).mean()) / 2),
+        "relativistic_average": (
+            (-np.log(opposite).mean() - np.log(1 - relative).mean()) / 2,
+            (-np.log(relative).mean() - np.log(1 - opposite).mean()) / 2,
+        ),
         "relativistic": (-np.log(sigmoid(f - r)).mean(), -np.log(sigmoid(r - f)).mean()),
     }
     for kind, (generators, discriminators) in expected.items():
         loss = ADVERSARIAL_LOSSES[kind]
         assert loss.generator(fake, real).item() == pytest.approx(generators, rel=1e-5), kind
-        assert discriminator_loss(loss, real, fake, plain).item() == pytest.approx(discriminators, rel=1e-5), kind
+        assert discriminator_loss(loss, real, fake, plain).item() == pytest.approx(
+            discriminators, rel=1e-5
+        ), kind
     assert expected.keys() == ADVERSARIAL_LOSSES.keys()
 
 
@@ -231,25 +258,38 @@ def test_a_flipped_sample_counts_as_its_opposite() -> None:
     plain = draw_labels(LabelsSpec(), real)
     all_flipped = plain._replace(flipped=torch.ones_like(plain.flipped))
     for loss in ADVERSARIAL_LOSSES.values():
-        assert discriminator_loss(loss, real, fake, all_flipped) == discriminator_loss(loss, fake, real, plain)
+        assert discriminator_loss(loss, real, fake, all_flipped) == discriminator_loss(
+            loss, fake, real, plain
+        )
 
 
 def test_a_row_makes_a_loss_known_to_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it trains, too, is seen with the others above, under the name `added`."""
-    with pytest.raises(UserError, match="no adversarial loss named 'wasserstein'; choose from hinge"):
+    with pytest.raises(
+        UserError, match="no adversarial loss named 'wasserstein'; choose from hinge"
+    ):
         load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
-    row = AdversarialLoss(lambda fake, real: -fake.mean(), lambda real, fake, labels: fake.mean() - real.mean(),
-                          takes_labels=False, sees_real=False)
+    row = AdversarialLoss(
+        lambda fake, real: -fake.mean(),
+        lambda real, fake, labels: fake.mean() - real.mean(),
+        takes_labels=False,
+        sees_real=False,
+    )
     monkeypatch.setitem(ADVERSARIAL_LOSSES, "wasserstein", row)
     recipe = load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
     assert recipe.adversarial is not None
     assert recipe.adversarial.loss == "wasserstein"
     with pytest.raises(UserError, match="loss wasserstein has no targets to smooth or to move"):
-        load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein", "labels": {"noise": 0.1}}})
+        load_recipe(
+            "vapsr_x2",
+            {"adversarial": {"weight": 1, "loss": "wasserstein", "labels": {"noise": 0.1}}},
+        )
 
 
 def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
-    found = in_a_fresh_process(TRAINER + """
+    found = in_a_fresh_process(
+        TRAINER
+        + """
     trainer, _ = trainer_for(AdversarialSpec(weight=0.1, instance_noise={"sigma": 0.2, "steps": 10}))
     seen = []
     trainer.discriminator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
@@ -262,7 +302,8 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
         z = noise / max(noise.std().item(), 1e-9)
         found.append([len(seen), noise.mean().item(), noise.std().item(), (z**4).mean().item()])
     print(json.dumps(found))
-    """)
+    """
+    )
     assert [count for count, *_ in found] == [3, 3, 3, 3]
     for (_, mean, deviation, kurtosis), wanted in zip(found, (0.2, 0.1, 0, 0), strict=True):
         assert mean == pytest.approx(0, abs=0.01)
@@ -270,16 +311,37 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
         assert not wanted or kurtosis == pytest.approx(3, abs=0.15)
 
 
-@pytest.mark.parametrize(("adversarial", "message"), [
-    ({}, "adversarial.weight: field required"),
-    ({"weight": 0}, "adversarial.weight: input should be greater than 0"),
-    ({"weight": 1, "loss": "hing"}, "adversarial.loss: no adversarial loss named 'hing'; did you mean 'hinge'?"),
-    ({"weight": 1, "discriminator": "unett"}, "no discriminator named 'unett'; did you mean 'unet'?"),
-    ({"weight": 1, "discriminator": {"name": "vgg", "num_feature": 4}}, "'num_feature'; did you mean 'num_features'?"),
-    ({"weight": 1, "loss": "hinge", "labels": {"smoothing": 0.1}}, "hinge has no targets to smooth"),
-    ({"weight": 1, "generator_every": 2, "discriminator_every": 2}, "must be 1: every step updates something"),
-    ({"weight": 1, "instance_noize": {}}, "adversarial.instance_noize: unknown key; did you mean 'instance_noise'?"),
-])
+@pytest.mark.parametrize(
+    ("adversarial", "message"),
+    [
+        ({}, "adversarial.weight: field required"),
+        ({"weight": 0}, "adversarial.weight: input should be greater than 0"),
+        (
+            {"weight": 1, "loss": "hing"},
+            "adversarial.loss: no adversarial loss named 'hing'; did you mean 'hinge'?",
+        ),
+        (
+            {"weight": 1, "discriminator": "unett"},
+            "no discriminator named 'unett'; did you mean 'unet'?",
+        ),
+        (
+            {"weight": 1, "discriminator": {"name": "vgg", "num_feature": 4}},
+            "'num_feature'; did you mean 'num_features'?",
+        ),
+        (
+            {"weight": 1, "loss": "hinge", "labels": {"smoothing": 0.1}},
+            "hinge has no targets to smooth",
+        ),
+        (
+            {"weight": 1, "generator_every": 2, "discriminator_every": 2},
+            "must be 1: every step updates something",
+        ),
+        (
+            {"weight": 1, "instance_noize": {}},
+            "adversarial.instance_noize: unknown key; did you mean 'instance_noise'?",
+        ),
+    ],
+)
 def test_a_wrong_adversarial_part_is_named(adversarial: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe("vapsr_x2", {"adversarial": adversarial})

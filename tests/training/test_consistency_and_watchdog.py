@@ -1,4 +1,5 @@
-"""Ranks that would not do the same are named before they begin, and one that hangs is ended with what it was doing."""
+"""Ranks that would not do the same are named before they begin, and one that hangs is ended with
+what it was doing."""
 
 from __future__ import annotations
 
@@ -38,8 +39,14 @@ stages:
 
 
 def plans(dataset: Path, *overrides: str, recipe: str = "demo") -> list[Plan]:
-    return make_plans(TrainOptions(overrides=(*SMALL, *overrides), recipe=recipe, dataset_dir=(dataset,),
-                                   runtime="deepspeed"))
+    return make_plans(
+        TrainOptions(
+            overrides=(*SMALL, *overrides),
+            recipe=recipe,
+            dataset_dir=(dataset,),
+            runtime="deepspeed",
+        )
+    )
 
 
 @pytest.fixture
@@ -47,11 +54,15 @@ def changed(dataset: Path, tmp_path: Path) -> Path:
     """The same files, of which a manifest says that one was made anew."""
     copy = tmp_path / "changed"
     shutil.copytree(dataset, copy)
-    (copy / "manifest.jsonl").write_text(json.dumps({"path": "photos/03.npy", "sha256": "0" * 64}) + "\n")
+    (copy / "manifest.jsonl").write_text(
+        json.dumps({"path": "photos/03.npy", "sha256": "0" * 64}) + "\n"
+    )
     return copy
 
 
-# --- Facts ------------------------------------------------------------------------------------------------------------
+# --- Facts
+# --------------------------------------------------------------------------------------------------
+
 
 def test_differences_name_what_differs() -> None:
     ours, theirs = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}
@@ -66,15 +77,20 @@ def test_facts_hold_the_packages_and_the_files(dataset: Path) -> None:
     assert platform.python_version().startswith(f"{found['python']}.")
     for name in ("torch", "deepspeed", "accelerate", "numpy", "opencv-python-headless"):
         assert found[f"package {name}"] == version(name)
-    sources = {path.relative_to(ROOT).as_posix(): path for kind in ("*.py", "*.cpp")
-               for path in (ROOT / "pipeline").rglob(kind)}
-    assert {name.removeprefix("file ") for name in found if name.startswith("file ")} == sources.keys()
+    sources = {
+        path.relative_to(ROOT).as_posix(): path
+        for kind in ("*.py", "*.cpp")
+        for path in (ROOT / "pipeline").rglob(kind)
+    }
+    assert {
+        name.removeprefix("file ") for name in found if name.startswith("file ")
+    } == sources.keys()
     for name, path in sources.items():
         assert found[f"file {name}"] == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def test_facts_hold_the_dataset_the_recipe_and_the_ds_config(dataset: Path) -> None:
-    plan, = plans(dataset, "steps=7", "losses={l1: 0.5, mse: 2.0}")
+    (plan,) = plans(dataset, "steps=7", "losses={l1: 0.5, mse: 2.0}")
     found = facts([plan])
     for key, value in plan.dataset.identity().items():
         assert found[f"dataset {key}"] == str(value)
@@ -98,27 +114,41 @@ def test_facts_of_stages_bear_their_names(dataset: Path, tmp_path: Path) -> None
     assert differences(found, later) == ["stage gan: recipe steps (5, there 4)"]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    ((), []), (("seed=5",), ["recipe seed (5, there 0)"]),
-    (("ds.optimizer.params.lr=1e-4",), ["ds_config optimizer.params.lr (0.0001, there 0.002)"]),
-    (("ds.zero_optimization.stage=1",), ["ds_config zero_optimization.stage (1, there 0)"]),
-    (("losses={mse: 1}",), ["recipe losses.l1 (none, there 1.0)", "recipe losses.mse (1.0, there none)"]),
-], ids=["same", "seed", "rate", "zero", "losses"])
-def test_another_command_line_is_told_by_what_it_changes(dataset: Path, overrides: tuple[str, ...],
-                                                         expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), []),
+        (("seed=5",), ["recipe seed (5, there 0)"]),
+        (("ds.optimizer.params.lr=1e-4",), ["ds_config optimizer.params.lr (0.0001, there 0.002)"]),
+        (("ds.zero_optimization.stage=1",), ["ds_config zero_optimization.stage (1, there 0)"]),
+        (
+            ("losses={mse: 1}",),
+            ["recipe losses.l1 (none, there 1.0)", "recipe losses.mse (1.0, there none)"],
+        ),
+    ],
+    ids=["same", "seed", "rate", "zero", "losses"],
+)
+def test_another_command_line_is_told_by_what_it_changes(
+    dataset: Path, overrides: tuple[str, ...], expected: list[str]
+) -> None:
     assert differences(facts(plans(dataset)), facts(plans(dataset, *overrides))) == expected
 
 
 def test_another_file_of_the_same_name_is_told(dataset: Path, changed: Path) -> None:
-    told, = differences(facts(plans(dataset)), facts(plans(changed)))
+    (told,) = differences(facts(plans(dataset)), facts(plans(changed)))
     assert told.startswith("dataset contents_sha256 (")
     lists = changed / "training_file_list.txt"
     lists.write_text("\n".join(lists.read_text().split()[:-1]) + "\n")
-    names = [told.partition(" (")[0] for told in differences(facts(plans(dataset)), facts(plans(changed)))]
+    names = [
+        told.partition(" (")[0]
+        for told in differences(facts(plans(dataset)), facts(plans(changed)))
+    ]
     assert names == ["dataset contents_sha256", "dataset lists_sha256", "dataset training_files"]
 
 
-# --- Ranks ------------------------------------------------------------------------------------------------------------
+# --- Ranks
+# --------------------------------------------------------------------------------------------------
+
 
 class Told:
     """Ranks that have told `values`, of which this is the first."""
@@ -134,12 +164,22 @@ def test_the_first_rank_that_differs_is_named_with_its_host(dataset: Path) -> No
     ours, here = plans(dataset), socket.gethostname()
     same = facts(ours)
     refuse_other_hosts(ours, Told((here, same), ("node2", dict(same))))  # type: ignore[arg-type]
-    other = {**same, "package torch": "1.0", "python": "2.7", "recipe seed": "9", "recipe steps": "1", "zzz": "0"}
+    other = {
+        **same,
+        "package torch": "1.0",
+        "python": "2.7",
+        "recipe seed": "9",
+        "recipe steps": "1",
+        "zzz": "0",
+    }
     with pytest.raises(UserError) as caught:
         refuse_other_hosts(ours, Told((here, same), ("node2", other), ("node3", {})))  # type: ignore[arg-type]
     assert str(caught.value) == (
-        f"rank 2 on node2 differs from rank 0 on {here}: package torch (1.0, there {version('torch')}); python (2.7, "
-        f"there {same['python']}); recipe seed (9, there 0) and 2 more; make the hosts alike with launch/sync.sh")
+        f"rank 2 on node2 differs from rank 0 on {here}: package torch (1.0, there "
+        f"{version('torch')}); python (2.7, "
+        f"there {same['python']}); recipe seed (9, there 0) and 2 more; make the hosts alike with "
+        "launch/sync.sh"
+    )
 
 
 def test_a_rank_alone_has_nobody_to_differ_from(dataset: Path) -> None:
@@ -147,11 +187,16 @@ def test_a_rank_alone_has_nobody_to_differ_from(dataset: Path) -> None:
 
 
 def _refusals(datasets: list[str], overrides: list[list[str]]) -> list[str]:
-    """What this rank is told where its neighbour has another dataset, another command line, the same."""
+    """What this rank is told where its neighbour has another dataset, another command line, the
+    same."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
 
     ranks, said = start_distributed(), []
-    for places, words in ((datasets, [[], []]), (datasets[:1] * 2, overrides), (datasets[:1] * 2, [[], []])):
+    for places, words in (
+        (datasets, [[], []]),
+        (datasets[:1] * 2, overrides),
+        (datasets[:1] * 2, [[], []]),
+    ):
         try:
             refuse_other_hosts(plans(Path(places[ranks.rank]), *words[ranks.rank]), ranks)
             said.append("")
@@ -162,7 +207,9 @@ def _refusals(datasets: list[str], overrides: list[list[str]]) -> list[str]:
 
 
 def test_both_ranks_are_told_the_same(dataset: Path, changed: Path, tmp_path: Path) -> None:
-    told = in_ranks(_refusals, tmp_path / "ranks", 2, [str(dataset), str(changed)], [["seed=1"], ["seed=2"]])
+    told = in_ranks(
+        _refusals, tmp_path / "ranks", 2, [str(dataset), str(changed)], [["seed=1"], ["seed=2"]]
+    )
     assert told[0] == told[1]
     who = f"rank 1 on {socket.gethostname()} differs from rank 0 on {socket.gethostname()}: "
     files, seeds, same = told[0]
@@ -176,10 +223,19 @@ def _train(datasets: list[str], run_dir: str) -> None:
     from pipeline.training.run import main
 
     own = Path(datasets[int(os.environ["RANK"])])
-    main(TrainOptions(overrides=(*SMALL, "steps=2"), recipe="demo", dataset_dir=(own,), output_dir=Path(run_dir)))
+    main(
+        TrainOptions(
+            overrides=(*SMALL, "steps=2"),
+            recipe="demo",
+            dataset_dir=(own,),
+            output_dir=Path(run_dir),
+        )
+    )
 
 
-def test_training_does_not_begin_on_unlike_ranks(dataset: Path, changed: Path, tmp_path: Path) -> None:
+def test_training_does_not_begin_on_unlike_ranks(
+    dataset: Path, changed: Path, tmp_path: Path
+) -> None:
     with pytest.raises(AssertionError, match=r"the ranks ended with \[2, 2\]"):
         in_ranks(_train, tmp_path / "ranks", 2, [str(dataset), str(changed)], str(tmp_path / "run"))
     first, second = ((tmp_path / "ranks" / f"{rank}.output").read_text() for rank in (0, 1))
@@ -191,19 +247,38 @@ def test_training_does_not_begin_on_unlike_ranks(dataset: Path, changed: Path, t
     assert not (tmp_path / "run").exists()
 
 
-# --- Watchdog ---------------------------------------------------------------------------------------------------------
+# --- Watchdog
+# --------------------------------------------------------------------------------------------------
+
 
 def watched(code: str, **more: Any) -> tuple[subprocess.CompletedProcess[str], float]:
     """A process that runs `code`, to its end; the seconds it took."""
     began = time.monotonic()
-    prelude = "import ctypes, sys, threading, time\nfrom pipeline.distributed.stopping import Watchdog\n"
-    done = subprocess.run([sys.executable, "-c", prelude + textwrap.dedent(code)], env=environment(), cwd=ROOT,
-                          text=True, timeout=60, check=False, **{"capture_output": True, **more})
+    prelude = (
+        "import ctypes, sys, threading, time\nfrom pipeline.distributed.stopping import Watchdog\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(code)],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        timeout=60,
+        check=False,
+        **{"capture_output": True, **more},
+    )
     return done, time.monotonic() - began
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(30)", "ctypes.PyDLL(None).sleep(30)", "lock.acquire(), lock.acquire()",
-                                  "exec('while True: pass')"], ids=["python", "c-with-the-lock", "deadlock", "loop"])
+@pytest.mark.parametrize(
+    "hang",
+    [
+        "time.sleep(30)",
+        "ctypes.PyDLL(None).sleep(30)",
+        "lock.acquire(), lock.acquire()",
+        "exec('while True: pass')",
+    ],
+    ids=["python", "c-with-the-lock", "deadlock", "loop"],
+)
 def test_a_process_that_hangs_is_ended_with_its_tracebacks(hang: str) -> None:
     """Also where it is C that does not let go of Python's lock."""
     done, seconds = watched(f"""
@@ -257,12 +332,17 @@ def test_a_process_that_stops_making_progress_is_ended() -> None:
     assert 0.6 < float(done.stdout.split()[-1]) < 1.5
 
 
-@pytest.mark.parametrize("code", [
-    "w = Watchdog(0); w.feed(); time.sleep(0.4); w.feed(); w.stop()",
-    "w = Watchdog(0.2); time.sleep(0.4); w.stop()",
-    "w = Watchdog(0.2); w.feed(); w.stop(); time.sleep(0.4)",
-    "w = Watchdog(0.2); w.feed(); w.stop(); time.sleep(0.1); v = Watchdog(0); v.feed(); time.sleep(0.4)",
-], ids=["zero-seconds", "never-fed", "stopped", "another-with-zero"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "w = Watchdog(0); w.feed(); time.sleep(0.4); w.feed(); w.stop()",
+        "w = Watchdog(0.2); time.sleep(0.4); w.stop()",
+        "w = Watchdog(0.2); w.feed(); w.stop(); time.sleep(0.4)",
+        "w = Watchdog(0.2); w.feed(); w.stop(); time.sleep(0.1); v = Watchdog(0); v.feed(); "
+        "time.sleep(0.4)",
+    ],
+    ids=["zero-seconds", "never-fed", "stopped", "another-with-zero"],
+)
 def test_what_nobody_minds_goes_on(code: str) -> None:
     done, _ = watched(f"{code}; print('on')")
     assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
@@ -303,19 +383,30 @@ def _hang_in_the_third_step(dataset: str, run_dir: str, output: str) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     step = ReconstructionTrainer.step
     ReconstructionTrainer.step = lambda self, batch, number: (  # type: ignore[method-assign]
-        step(self, batch, number) if number < 2 else ctypes.PyDLL(None).sleep(60))
-    main(TrainOptions(overrides=(*SMALL, "steps=4", "save_every=1"), recipe="demo", dataset_dir=(Path(dataset),),
-                      output_dir=Path(run_dir), watchdog_minutes=0.02))
+        step(self, batch, number) if number < 2 else ctypes.PyDLL(None).sleep(60)
+    )
+    main(
+        TrainOptions(
+            overrides=(*SMALL, "steps=4", "save_every=1"),
+            recipe="demo",
+            dataset_dir=(Path(dataset),),
+            output_dir=Path(run_dir),
+            watchdog_minutes=0.02,
+        )
+    )
 
 
-def test_training_that_hangs_is_ended_and_keeps_what_it_saved(dataset: Path, tmp_path: Path) -> None:
+def test_training_that_hangs_is_ended_and_keeps_what_it_saved(
+    dataset: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "output"
     process = warm.Fork(_hang_in_the_third_step, str(dataset), str(tmp_path / "run"), str(output))
     process.join(50)
     assert process.exitcode == 1
     assert "Timeout (0:00:01.2" in output.read_text()
     assert "_hang_in_the_third_step" in output.read_text()
-    # That of step 2 was being written while the step hung, with the interpreter's lock in its hands.
+    # That of step 2 was being written while the step hung, with the interpreter's lock in its
+    # hands.
     steps = checkpoint_steps(tmp_path / "run")
     assert steps in ([1], [1, 2])
     assert [damage(checkpoint_dir(tmp_path / "run", step)) for step in steps] == [""] * len(steps)
@@ -323,12 +414,25 @@ def test_training_that_hangs_is_ended_and_keeps_what_it_saved(dataset: Path, tmp
 
 def test_a_closed_stderr_stops_no_training(tmp_path: Path) -> None:
     """`train.py 2>&-`: progress is progress, and a hang is still ended."""
-    for number, (code, status) in enumerate((("Watchdog(5).feed(); file.write_text('on')", 0),
-                                             ("Watchdog(0.3).feed(); time.sleep(30)", 1))):
+    for number, (code, status) in enumerate(
+        (
+            ("Watchdog(5).feed(); file.write_text('on')", 0),
+            ("Watchdog(0.3).feed(); time.sleep(30)", 1),
+        )
+    ):
         kept = tmp_path / str(number)
-        line = ("import pathlib, time; from pipeline.distributed.stopping import Watchdog; "
-                f"file = pathlib.Path({str(kept)!r})")
-        done = subprocess.run(["sh", "-c", '"$0" -c "$1" 2>&-', sys.executable, f"{line}; {code}"], env=environment(),
-                              cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        line = (
+            "import pathlib, time; from pipeline.distributed.stopping import Watchdog; "
+            f"file = pathlib.Path({str(kept)!r})"
+        )
+        done = subprocess.run(
+            ["sh", "-c", '"$0" -c "$1" 2>&-', sys.executable, f"{line}; {code}"],
+            env=environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == status
         assert kept.exists() == (status == 0)

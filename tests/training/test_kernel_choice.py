@@ -1,4 +1,5 @@
-"""Which kernel a run takes, on what it goes on, and that on a CPU it is not compiled unless asked to be."""
+"""Which kernel a run takes, on what it goes on, and that on a CPU it is not compiled unless asked
+to be."""
 
 from __future__ import annotations
 
@@ -18,12 +19,20 @@ from pipeline.models import build_generator, native
 from pipeline.training import setup
 from pipeline.training.options import Plan, TrainOptions, make_plans
 
-needs_native = pytest.mark.skipif(bool(native.why_not_native()), reason=f"no native kernel: {native.why_not_native()}")
+needs_native = pytest.mark.skipif(
+    bool(native.why_not_native()), reason=f"no native kernel: {native.why_not_native()}"
+)
 
 
 def plan_of(dataset: Path, *overrides: str) -> Plan:
-    return make_plans(TrainOptions(overrides=("data.crop=32", *overrides), recipe="demo", dataset_dir=(dataset,),
-                                   output_dir=dataset / "nowhere"))[0]
+    return make_plans(
+        TrainOptions(
+            overrides=("data.crop=32", *overrides),
+            recipe="demo",
+            dataset_dir=(dataset,),
+            output_dir=dataset / "nowhere",
+        )
+    )[0]
 
 
 def network() -> torch.nn.Module:
@@ -50,8 +59,16 @@ def test_a_run_goes_on_with_the_kernel_it_began_with(dataset: Path, tmp_path: Pa
 @needs_native
 def test_both_kernels_learn_the_same_but_for_rounding(dataset: Path, tmp_path: Path) -> None:
     for way in ("on", "off"):
-        train(dataset, tmp_path / way, "steps=4", "generator.global_residual=none", f"native_kernels={way}")
-    ours, theirs = (logged(tmp_path / way, "train", "loss", "gradient_norm") for way in ("on", "off"))
+        train(
+            dataset,
+            tmp_path / way,
+            "steps=4",
+            "generator.global_residual=none",
+            f"native_kernels={way}",
+        )
+    ours, theirs = (
+        logged(tmp_path / way, "train", "loss", "gradient_norm") for way in ("on", "off")
+    )
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     # Validated by the same kernel: the weights differ by rounding alone.
@@ -60,7 +77,9 @@ def test_both_kernels_learn_the_same_but_for_rounding(dataset: Path, tmp_path: P
 
 
 def test_a_checkpoint_that_names_no_kernel_is_of_pytorchs(dataset: Path) -> None:
-    saved = Path(ROOT) / "tests/fixtures/runs-before-the-house/gan/checkpoints/step-00000003/state.json"
+    saved = (
+        Path(ROOT) / "tests/fixtures/runs-before-the-house/gan/checkpoints/step-00000003/state.json"
+    )
     began = Progress.of_state(json.loads(saved.read_text()))
     assert began.kernel == ""
     for asked in ("auto", "on"):
@@ -68,13 +87,22 @@ def test_a_checkpoint_that_names_no_kernel_is_of_pytorchs(dataset: Path) -> None
         assert setup._kernel(plan, network(), 2, began, Ranks()) == ("torch", "")
 
 
-def test_without_a_compiler_pytorch_computes_and_the_run_says_why(dataset: Path, monkeypatch) -> None:
-    monkeypatch.setattr(native, "why_not_native", lambda: "there is no C++ compiler (Debian: apt install g++)")
+def test_without_a_compiler_pytorch_computes_and_the_run_says_why(
+    dataset: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        native, "why_not_native", lambda: "there is no C++ compiler (Debian: apt install g++)"
+    )
     kernel, remark = setup._kernel(plan_of(dataset), network(), 2, None, Ranks())
     assert kernel == "torch"
-    assert remark == ("depthwise convolutions: PyTorch's, slower than our own: there is no C++ compiler (Debian: apt "
-                      "install g++)")
-    kernel, remark = setup._kernel(plan_of(dataset), network(), 2, Progress(kernel="native"), Ranks())
+    assert remark == (
+        "depthwise convolutions: PyTorch's, slower than our own: there is no C++ compiler (Debian: "
+        "apt "
+        "install g++)"
+    )
+    kernel, remark = setup._kernel(
+        plan_of(dataset), network(), 2, Progress(kernel="native"), Ranks()
+    )
     assert kernel == "torch"
     assert "rounded differently" in remark
     with pytest.raises(UserError, match="native_kernels: on, but there is no C"):
@@ -84,12 +112,23 @@ def test_without_a_compiler_pytorch_computes_and_the_run_says_why(dataset: Path,
 def test_networks_without_such_convolutions_ask_for_no_compiler(dataset: Path, monkeypatch) -> None:
     monkeypatch.setattr(native, "why_not_native", None)  # calling it would fail
     other = build_generator("compact", 2, num_features=4, num_conv=1)
-    assert setup._kernel(plan_of(dataset, "native_kernels=on"), other, 2, None, Ranks()) == ("torch", "")
-    assert setup._kernel(plan_of(dataset, "native_kernels=off"), network(), 2, None, Ranks()) == ("torch", "")
-    assert setup._kernel(plan_of(dataset, "compile=on"), network(), 2, None, Ranks()) == ("torch", "")
+    assert setup._kernel(plan_of(dataset, "native_kernels=on"), other, 2, None, Ranks()) == (
+        "torch",
+        "",
+    )
+    assert setup._kernel(plan_of(dataset, "native_kernels=off"), network(), 2, None, Ranks()) == (
+        "torch",
+        "",
+    )
+    assert setup._kernel(plan_of(dataset, "compile=on"), network(), 2, None, Ranks()) == (
+        "torch",
+        "",
+    )
 
 
-def test_on_a_cpu_auto_does_not_compile_but_old_runs_go_on_as_they_began(dataset: Path, monkeypatch) -> None:
+def test_on_a_cpu_auto_does_not_compile_but_old_runs_go_on_as_they_began(
+    dataset: Path, monkeypatch
+) -> None:
     compiled = []
     monkeypatch.setattr(setup, "compile_module", lambda module, **_: compiled.append(module))
     monkeypatch.setattr(setup, "why_not_compiled", lambda _: "")
@@ -99,5 +138,7 @@ def test_on_a_cpu_auto_does_not_compile_but_old_runs_go_on_as_they_began(dataset
         assert (said, compiled) == ("not compiled (compile: auto, on a CPU)", [])
     setup._compile(network(), recipe, Ranks(), Progress(layout="channels_last"), channels_last=True)
     assert len(compiled) == 1
-    setup._compile(network(), plan_of(dataset, "compile=on").recipe, Ranks(), None, channels_last=True)
+    setup._compile(
+        network(), plan_of(dataset, "compile=on").recipe, Ranks(), None, channels_last=True
+    )
     assert len(compiled) == 2

@@ -1,4 +1,5 @@
-"""Less memory by computing activations twice; and what is said where there is not enough, before the first stage."""
+"""Less memory by computing activations twice; and what is said where there is not enough, before
+the first stage."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def test_gradients_are_the_same_with_less_kept(name: str) -> None:
             loss = network(lr).square().mean()
         kept.append(sum(sizes.values()))
         loss.backward()
-    for (parameter, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+    for (parameter, a), (_, b) in zip(
+        plain.named_parameters(), saving.named_parameters(), strict=True
+    ):
         assert torch.equal(a.grad, b.grad), parameter
     assert kept[1] < (0.9 if name == "msrresnet" else 0.7) * kept[0]
     with torch.inference_mode():
@@ -67,15 +70,21 @@ def test_gradients_are_the_same_with_less_kept(name: str) -> None:
 
 def test_batch_norms_must_not_count_twice() -> None:
     assert checkpoint_activations(build_generator("srresnet", 2, num_features=8, num_blocks=3)) == 0
-    assert checkpoint_activations(build_generator("compact", 2, num_conv=3)) == 0, "single layers keep what they need"
+    assert checkpoint_activations(build_generator("compact", 2, num_conv=3)) == 0, (
+        "single layers keep what they need"
+    )
 
 
 def test_a_run_may_begin_to_save_memory_half_way() -> None:
-    plain, saving = (load_recipe("demo", {"activation_checkpointing": value}) for value in ("off", "on"))
+    plain, saving = (
+        load_recipe("demo", {"activation_checkpointing": value}) for value in ("off", "on")
+    )
     assert recipe_differences(plain, saving) == []
 
 
-def _train(stages: str, dataset: str, run_dir: str, output: str, overrides: list[str], change: str) -> None:
+def _train(
+    stages: str, dataset: str, run_dir: str, output: str, overrides: list[str], change: str
+) -> None:
     """A run of two stages that rehearses on a CPU, too, with a `change` made to the code first."""
     from pipeline.cli import RunError
     from pipeline.training import memory
@@ -96,8 +105,16 @@ def _train(stages: str, dataset: str, run_dir: str, output: str, overrides: list
     if change == "no room in the first stage":
         ReconstructionTrainer.step = full  # type: ignore[method-assign]
     try:
-        sys.exit(main(TrainOptions(overrides=(*SMALL, *overrides), recipe=stages, dataset_dir=(Path(dataset),),
-                                   output_dir=Path(run_dir))))
+        sys.exit(
+            main(
+                TrainOptions(
+                    overrides=(*SMALL, *overrides),
+                    recipe=stages,
+                    dataset_dir=(Path(dataset),),
+                    output_dir=Path(run_dir),
+                )
+            )
+        )
     except (UserError, RunError) as error:
         print(f"error: {error}")
         sys.exit(2)
@@ -110,8 +127,15 @@ def trained(dataset: Path, tmp_path: Path):
 
     def train(change: str, *overrides: str) -> tuple[int | None, Path, str]:
         run_dir, output = tmp_path / change, tmp_path / f"{change}.output"
-        process = warm.Fork(_train, str(tmp_path / "two.yaml"), str(dataset), str(run_dir), str(output),
-                            list(overrides), change)
+        process = warm.Fork(
+            _train,
+            str(tmp_path / "two.yaml"),
+            str(dataset),
+            str(run_dir),
+            str(output),
+            list(overrides),
+            change,
+        )
         process.join(100)
         process.kill()
         return process.exitcode, run_dir, output.read_text()
@@ -120,7 +144,8 @@ def trained(dataset: Path, tmp_path: Path):
 
 
 def test_a_rehearsal_leaves_no_trace(trained) -> None:
-    """The same bits as without; which also shows that a whole update of the second stage was made."""
+    """The same bits as without; which also shows that a whole update of the second stage was
+    made."""
     status, rehearsed, output = trained("a rehearsal")
     assert status == 0, output
     assert "stage gan fits into memory, as an update on random pixels has shown" in output
@@ -131,12 +156,19 @@ def test_a_rehearsal_leaves_no_trace(trained) -> None:
         assert checkpoint_differences(plain / stage, rehearsed / stage, 2) == []
 
 
-@pytest.mark.parametrize(("which", "line"), [
-    ("second", "error: stage gan: rank 0: a micro-batch of 4 crops of 32x32 does not fit into this machine's memory; "
-               "say ds.gradient_accumulation_steps=2 (the same global batch, in smaller parts), or "
-               "activation_checkpointing=on (slower), or a smaller data.crop or ds.train_batch_size\n"),
-    ("first", "error: stage psnr: rank 0: a micro-batch of 4 crops of 32x32 does not fit into"),
-])
+@pytest.mark.parametrize(
+    ("which", "line"),
+    [
+        (
+            "second",
+            "error: stage gan: rank 0: a micro-batch of 4 crops of 32x32 does not fit into this "
+            "machine's memory; "
+            "say ds.gradient_accumulation_steps=2 (the same global batch, in smaller parts), or "
+            "activation_checkpointing=on (slower), or a smaller data.crop or ds.train_batch_size\n",
+        ),
+        ("first", "error: stage psnr: rank 0: a micro-batch of 4 crops of 32x32 does not fit into"),
+    ],
+)
 def test_what_does_not_fit_says_what_would(trained, which: str, line: str) -> None:
     status, run_dir, output = trained(f"no room in the {which} stage")
     assert status == 1, output

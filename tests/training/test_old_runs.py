@@ -1,8 +1,10 @@
-"""Runs saved by an earlier version of the code go on as that version went on, and every command reads them.
+"""Runs saved by an earlier version of the code go on as that version went on, and every command
+reads them.
 
-`tests/fixtures/runs-before-the-house/` holds three run folders, stopped at step 3 of 8, as version 86232c9 wrote them:
-a GAN under DeepSpeed, Accelerate, and two ranks at ZeRO stage 1. Beside each lies what that version made of it without
-the stop: the weights of step 8, and in `straight.json` the losses, rates and PSNR of the steps in between.
+`tests/fixtures/runs-before-the-house/` holds three run folders, stopped at step 3 of 8, as version
+86232c9 wrote them: a GAN under DeepSpeed, Accelerate, and two ranks at ZeRO stage 1. Beside each
+lies what that version made of it without the stop: the weights of step 8, and in `straight.json`
+the losses, rates and PSNR of the steps in between.
 """
 
 from __future__ import annotations
@@ -29,12 +31,21 @@ from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 RUNS = Path(__file__).resolve().parents[1] / "fixtures" / "runs-before-the-house"
 STRAIGHT = json.loads((RUNS / "straight.json").read_text())
-RECIPE = ("name=old", "keep=2", "steps=8", "generator={name: compact, num_features: 4, num_conv: 2}")
-GAN = ("adversarial={weight: 0.01, discriminator: {name: unet, num_features: 2}, labels: {noise: 0.1}}",)
+RECIPE = (
+    "name=old",
+    "keep=2",
+    "steps=8",
+    "generator={name: compact, num_features: 4, num_conv: 2}",
+)
+GAN = (
+    "adversarial={weight: 0.01, discriminator: {name: unet, num_features: 2}, labels: {noise: "
+    "0.1}}",
+)
 
 
 def picture(number: int, height: int, width: int) -> np.ndarray:
-    """Curved stripes and a chessboard, HWC uint8, in whole numbers: the same pixels on every machine."""
+    """Curved stripes and a chessboard, HWC uint8, in whole numbers: the same pixels on every
+    machine."""
     y, x = np.mgrid[:height, :width]
     curves = (x - width // 2) ** 2 // (number + 5) + (x // 9 + y // 7) % 2 * 60
     planes = [(x * (number + 3) + y * (channel + 2) + curves) % 256 for channel in range(3)]
@@ -54,12 +65,20 @@ def old_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("name", "procs", "extra"), [
-    ("gan", 1, GAN), ("zero", 2, ("ds.zero_optimization.stage=1",)), ("accelerate", 1, ("--runtime", "accelerate")),
-], ids=["gan", "zero", "accelerate"])
-def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, name: str, procs: int,
-                                             extra: tuple[str, ...]) -> None:
-    """Weights, moments, schedule and random states must all come back, or the numbers would differ."""
+@pytest.mark.parametrize(
+    ("name", "procs", "extra"),
+    [
+        ("gan", 1, GAN),
+        ("zero", 2, ("ds.zero_optimization.stage=1",)),
+        ("accelerate", 1, ("--runtime", "accelerate")),
+    ],
+    ids=["gan", "zero", "accelerate"],
+)
+def test_an_old_run_goes_on_as_it_would_have(
+    old_dataset: Path, tmp_path: Path, name: str, procs: int, extra: tuple[str, ...]
+) -> None:
+    """Weights, moments, schedule and random states must all come back, or the numbers would
+    differ."""
     run_dir = tmp_path / name
     shutil.copytree(RUNS / name, run_dir)
     if name == "accelerate":
@@ -69,7 +88,10 @@ def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, 
     else:
         printed = train(old_dataset, run_dir, *RECIPE, *extra, procs=procs)
     assert "continuing from step 3 of 8" in printed
-    expected, got = STRAIGHT[name], {step: values for step, *values in logged(run_dir, "train", "loss", "lr")}
+    expected, got = (
+        STRAIGHT[name],
+        {step: values for step, *values in logged(run_dir, "train", "loss", "lr")},
+    )
     assert sorted(got) == list(range(1, 9))
     for line in expected["train"]:
         loss, rate = got[line["step"]]
@@ -78,7 +100,8 @@ def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, 
     if name == "gan":
         judged = dict(logged(run_dir, "train", "discriminator"))
         assert [judged[line["step"]] for line in expected["train"]] == pytest.approx(
-            [line["discriminator"] for line in expected["train"]], rel=1e-5)
+            [line["discriminator"] for line in expected["train"]], rel=1e-5
+        )
     psnrs = dict(logged(run_dir, "validation", "psnr_y"))
     assert psnrs[8] == pytest.approx(expected["validation"][-1]["psnr_y"], abs=1e-3)
     wanted = load_file(RUNS / f"{name}-step-8.safetensors")
@@ -88,23 +111,53 @@ def test_an_old_run_goes_on_as_it_would_have(old_dataset: Path, tmp_path: Path, 
         torch.testing.assert_close(found[tensor], values, rtol=1e-5, atol=1e-6)
 
 
-def test_an_old_run_is_evaluated_exported_and_used(old_dataset: Path, tmp_path: Path, capsys) -> None:
+def test_an_old_run_is_evaluated_exported_and_used(
+    old_dataset: Path, tmp_path: Path, capsys
+) -> None:
     run_dir, images = tmp_path / "gan", tmp_path / "images"
     shutil.copytree(RUNS / "gan", run_dir)
     assert checkpoint_steps(run_dir) == [3]
     images.mkdir()
     Image.fromarray(picture(6, 60, 56)).save(images / "6.png")
-    code, _, err = run_command(capsys, evaluate, "--model", run_dir, "--hr", images, "--out", tmp_path / "results",
-                               "--json", tmp_path / "numbers.json", "--device", "cpu")
+    code, _, err = run_command(
+        capsys,
+        evaluate,
+        "--model",
+        run_dir,
+        "--hr",
+        images,
+        "--out",
+        tmp_path / "results",
+        "--json",
+        tmp_path / "numbers.json",
+        "--device",
+        "cpu",
+    )
     assert code == 0, err
     averaged_file = checkpoint_dir(run_dir, 3) / "generator_ema.safetensors"
-    assert hashlib.sha256(averaged_file.read_bytes()).hexdigest() in (tmp_path / "numbers.json").read_text()
-    code, _, err = run_command(capsys, export_trained_model, run_dir, "--output-dir", tmp_path / "exported")
+    assert (
+        hashlib.sha256(averaged_file.read_bytes()).hexdigest()
+        in (tmp_path / "numbers.json").read_text()
+    )
+    code, _, err = run_command(
+        capsys, export_trained_model, run_dir, "--output-dir", tmp_path / "exported"
+    )
     assert code == 0, err
     exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
     averaged = load_file(averaged_file)
     assert all(torch.equal(exported[name], tensor) for name, tensor in averaged.items())
-    code, _, err = run_command(capsys, upscale, images / "6.png", "--out", tmp_path / "upscaled", "--model", run_dir,
-                               "--backend", "torch", "--device", "cpu")
+    code, _, err = run_command(
+        capsys,
+        upscale,
+        images / "6.png",
+        "--out",
+        tmp_path / "upscaled",
+        "--model",
+        run_dir,
+        "--backend",
+        "torch",
+        "--device",
+        "cpu",
+    )
     assert code == 0, err
     assert Image.open(next((tmp_path / "upscaled").iterdir())).size == (112, 120)

@@ -1,7 +1,9 @@
-"""Everything that training computes, on a device that is not the CPU: what stays behind on the CPU shows here.
+"""Everything that training computes, on a device that is not the CPU: what stays behind on the CPU
+shows here.
 
-The device is torch's "meta", which computes shapes and nothing else, and raises where somebody looks at a value, for
-which a GPU would be waited for. `OneDevice` raises where an operation mixes devices.
+The device is torch's "meta", which computes shapes and nothing else, and raises where somebody
+looks at a value, for which a GPU would be waited for. `OneDevice` raises where an operation mixes
+devices.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 
 META = torch.device("meta")
 SIZES: dict[str, dict[str, Any]] = {
-    "vapsr": {"num_blocks": 2, "global_residual": "bicubic"}, "srresnet": {"num_blocks": 2},
-    "msrresnet": {"num_blocks": 2}, "rrdbnet": {"num_blocks": 1}, "compact": {"num_conv": 2},
+    "vapsr": {"num_blocks": 2, "global_residual": "bicubic"},
+    "srresnet": {"num_blocks": 2},
+    "msrresnet": {"num_blocks": 2},
+    "rrdbnet": {"num_blocks": 1},
+    "compact": {"num_conv": 2},
     "spandrel": {"arch": "PLKSR", "dim": 16, "n_blocks": 2},
 }
 
@@ -71,11 +76,17 @@ class PlainEngine:
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses, as CUDA does, an operation with tensors on several devices; a CPU's scalar may take part."""
+    """Refuses, as CUDA does, an operation with tensors on several devices; a CPU's scalar may take
+    part."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = {tensor.device for tensor in tree_leaves((args, kwargs))
-                 if isinstance(tensor, Tensor) and (tensor.dim() or tensor.device == META)}
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = {
+            tensor.device
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor) and (tensor.dim() or tensor.device == META)
+        }
         if len(found) > 1 and function._schema.name not in ("aten::copy_", "aten::_to_copy"):
             raise RuntimeError(f"{function} mixes the devices {sorted(map(str, found))}")
         return function(*args, **(kwargs or {}))
@@ -83,14 +94,17 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch has no autocast for "meta", which it has for every real device; and there are no other ranks."""
+    """torch has no autocast for "meta", which it has for every real device; and there are no other
+    ranks."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     with OneDevice():
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_every_network(name: str, dtype: torch.dtype) -> None:
     network = build_generator(name, 2, **SIZES[name]).to(META, dtype).train()
@@ -117,7 +131,9 @@ def trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses with trunks get ones without values."""
     import pipeline.losses.perceptual as perceptual
 
-    monkeypatch.setattr(perceptual, "load_trunk", lambda name, file, layers: layers.to_empty(device="cpu"))
+    monkeypatch.setattr(
+        perceptual, "load_trunk", lambda name, file, layers: layers.to_empty(device="cpu")
+    )
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -148,8 +164,11 @@ def test_the_average_and_the_meter(dtype: torch.dtype) -> None:
     loss = torch.empty((), device=META)
     for _ in range(2):
         meter.add(StepResult({"l1": loss}, {"d_real": loss}), 0)
-        meter.end_step(1, torch.empty((), dtype=torch.bool, device=META),
-                       type("Loader", (), {"waited_seconds": 0.0})())
+        meter.end_step(
+            1,
+            torch.empty((), dtype=torch.bool, device=META),
+            type("Loader", (), {"waited_seconds": 0.0})(),
+        )
 
 
 @pytest.mark.parametrize("name", sorted(ADVERSARIAL_LOSSES))
@@ -163,13 +182,20 @@ def test_both_trainers(name: str, discriminator: str) -> None:
     result = ReconstructionTrainer(engine, Criterion({"l1": 1.0}, META), ema).step(batch, 0)
     assert all(value.device == META for value in result.losses.values())
     labels = {"flip": 0.1} if name == "hinge" else {"noise": 0.1, "flip": 0.1}
-    spec = AdversarialSpec(weight=0.1, loss=name, discriminator={"name": discriminator, "num_features": 4},
-                           labels=labels, instance_noise={"sigma": 0.1, "steps": 5})
+    spec = AdversarialSpec(
+        weight=0.1,
+        loss=name,
+        discriminator={"name": discriminator, "num_features": 4},
+        labels=labels,
+        instance_noise={"sigma": 0.1, "steps": 5},
+    )
     judge = PlainEngine(build_discriminator(discriminator, 32, num_features=4).to(META))
     trainer = AdversarialTrainer(engine, judge, Criterion({"l1": 1.0}, META), ema, spec)
     trainer.criterion._is_checked = True  # it looks at the first HR image, once in a run
     result = trainer.step(batch, 0)
-    assert all(value.device == META for value in (*result.losses.values(), *result.statistics.values()))
+    assert all(
+        value.device == META for value in (*result.losses.values(), *result.statistics.values())
+    )
 
 
 def test_something_left_on_the_cpu_would_show() -> None:
@@ -181,8 +207,11 @@ def test_something_left_on_the_cpu_would_show() -> None:
         float(torch.empty((), device=META))
 
 
-def test_a_validation_and_its_metrics_run_without_tf32(monkeypatch: pytest.MonkeyPatch, dataset) -> None:
-    """What `evaluate.py` measures, training must measure, too: `best` and early stopping go by it."""
+def test_a_validation_and_its_metrics_run_without_tf32(
+    monkeypatch: pytest.MonkeyPatch, dataset
+) -> None:
+    """What `evaluate.py` measures, training must measure, too: `best` and early stopping go by
+    it."""
     from pipeline.config.recipe import load_recipe
     from pipeline.data.dataset import read_dataset
     from pipeline.training.validation import ValidationSet
@@ -200,14 +229,21 @@ def test_a_validation_and_its_metrics_run_without_tf32(monkeypatch: pytest.Monke
     assert torch.backends.cudnn.allow_tf32
     blurs = []
     convolve = nn.functional.conv2d
-    monkeypatch.setattr(nn.functional, "conv2d",
-                        lambda *args, **more: blurs.append(torch.backends.cudnn.allow_tf32) or convolve(*args, **more))
+    monkeypatch.setattr(
+        nn.functional,
+        "conv2d",
+        lambda *args, **more: (
+            blurs.append(torch.backends.cudnn.allow_tf32) or convolve(*args, **more)
+        ),
+    )
     Criterion({"ms_ssim": 1.0})(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
     assert blurs
     assert not any(blurs)
 
 
-def test_deterministic_is_asked_of_every_library_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_is_asked_of_every_library_and_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import os
 
     from torch._inductor import config as inductor

@@ -1,4 +1,5 @@
-"""Every network can learn: eight crops of photographs by heart, to above 40 dB, in a bounded number of steps."""
+"""Every network can learn: eight crops of photographs by heart, to above 40 dB, in a bounded number
+of steps."""
 
 from __future__ import annotations
 
@@ -15,8 +16,14 @@ from pipeline.losses import Criterion
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.models import GENERATORS, build_generator
 
-SMALL = {  # as published, but shallower and narrower; what is not named here is at its published size
-    "vapsr": {"num_features": 32, "num_attention_features": 48, "num_blocks": 3, "global_residual": "bicubic"},
+# as published, but shallower and narrower; what is not named here is at its published size
+SMALL = {
+    "vapsr": {
+        "num_features": 32,
+        "num_attention_features": 48,
+        "num_blocks": 3,
+        "global_residual": "bicubic",
+    },
     "srresnet": {"num_features": 32, "num_blocks": 3},
     "msrresnet": {"num_features": 32, "num_blocks": 3},
     "rrdbnet": {"num_features": 48, "num_grow_ch": 24, "num_blocks": 1},
@@ -29,17 +36,26 @@ HR, SCALE = 16, 2
 
 def eight_crops() -> tuple[Tensor, Tensor]:
     """LR and HR bytes, (8, 3, 8, 8) and (8, 3, 16, 16): a badge, spokes, wood, fur, a scaffold."""
-    places = {skimage.data.astronaut: ((384, 144), (456, 264)), skimage.data.coffee: ((192, 0), (240, 24)),
-              skimage.data.chelsea: ((24, 192), (168, 168)), skimage.data.rocket: ((216, 312), (336, 0))}
-    crops = [load()[y:y + HR, x:x + HR] for load, two in places.items() for y, x in two]
-    hr = torch.stack([torch.from_numpy(crop.copy()) for crop in crops]).permute(0, 3, 1, 2).contiguous()
+    places = {
+        skimage.data.astronaut: ((384, 144), (456, 264)),
+        skimage.data.coffee: ((192, 0), (240, 24)),
+        skimage.data.chelsea: ((24, 192), (168, 168)),
+        skimage.data.rocket: ((216, 312), (336, 0)),
+    }
+    crops = [load()[y : y + HR, x : x + HR] for load, two in places.items() for y, x in two]
+    hr = (
+        torch.stack([torch.from_numpy(crop.copy()) for crop in crops])
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
     small = cubic_resize(unit_range(hr, torch.float32), (HR // SCALE, HR // SCALE))
     return small.mul(255).round().clamp(0, 255).to(torch.uint8), hr
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Operators this small gain nothing from more threads, and lose much where other processes want the cores."""
+    """Operators this small gain nothing from more threads, and lose much where other processes want
+    the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +70,9 @@ def test_eight_crops_are_learnt_by_heart(name: str) -> None:
     network = build_generator(name, SCALE, **SMALL.get(name, {})).train()
     criterion, steps = Criterion({"l1": 1.0}, torch.device("cpu")), STEPS.get(name, 400)
     optimizer = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE.get(name, 3e-3), total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE.get(name, 3e-3), total_steps=steps
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         criterion(network(lr), target)["l1"].backward()

@@ -22,10 +22,16 @@ from pipeline.training.validation import ValidationSet, is_better
 
 
 class FakeRanks:
-    """Ranks that run one after another: `gather` is given everybody's values in the second round."""
+    """Ranks that run one after another: `gather` is given everybody's values in the second
+    round."""
 
     def __init__(self, rank: int, world_size: int, shares: list | None = None) -> None:
-        self.rank, self.world_size, self.shares, self.device = rank, world_size, shares, torch.device("cpu")
+        self.rank, self.world_size, self.shares, self.device = (
+            rank,
+            world_size,
+            shares,
+            torch.device("cpu"),
+        )
         self.given: object = None
 
     def gather(self, value: object) -> list:
@@ -33,10 +39,19 @@ class FakeRanks:
         return self.shares or [value] * self.world_size
 
 
-def validation_set(root: Path, names: list[str], limit: int, ranks: FakeRanks, **data: Any) -> ValidationSet:
-    recipe = load_recipe("demo", {"validation_images": limit, **{f"data.{key}": value for key, value in data.items()}})
+def validation_set(
+    root: Path, names: list[str], limit: int, ranks: FakeRanks, **data: Any
+) -> ValidationSet:
+    recipe = load_recipe(
+        "demo",
+        {"validation_images": limit, **{f"data.{key}": value for key, value in data.items()}},
+    )
     is_paired = recipe.data.degradation.name == "paired"
-    lr_paths = {name: str(root / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names} if is_paired else None
+    lr_paths = (
+        {name: str(root / f"{Path(name).stem}_lr2{Path(name).suffix}") for name in names}
+        if is_paired
+        else None
+    )
     return ValidationSet(Dataset((Folder(root, [], names, lr_paths),)).validation, recipe, ranks)
 
 
@@ -47,8 +62,12 @@ def psnr_of(root: Path, names: list[str], world_size: int, limit: int = 100) -> 
         ranks = FakeRanks(rank, world_size, [[{"psnr_y": 0.0}] * len(names)] * world_size)
         validation_set(root, names, limit, ranks).measure(network)
         shares.append(ranks.given)
-    results = {validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).measure(network)["psnr_y"]
-               for rank in range(world_size)}
+    results = {
+        validation_set(root, names, limit, FakeRanks(rank, world_size, shares)).measure(network)[
+            "psnr_y"
+        ]
+        for rank in range(world_size)
+    }
     assert len(results) == 1
     return results.pop()
 
@@ -86,8 +105,13 @@ def test_it_is_the_papers_psnr(tmp_path: Path, images: list[str]) -> None:
 
 def test_lr_is_made_as_in_training(tmp_path: Path, images: list[str]) -> None:
     pair = validation_set(tmp_path, images, 100, FakeRanks(0, 1)).pair(0)
-    reference = cubic_resize(unit_range(pair.hr, torch.float64), (pair.lr.shape[-2], pair.lr.shape[-1])) * 255
-    error = (pair.lr.double() - reference.clamp(0, 255)).abs()[..., 3:-3, 3:-3]  # edges: repeated, not renormalised
+    reference = (
+        cubic_resize(unit_range(pair.hr, torch.float64), (pair.lr.shape[-2], pair.lr.shape[-1]))
+        * 255
+    )
+    error = (pair.lr.double() - reference.clamp(0, 255)).abs()[
+        ..., 3:-3, 3:-3
+    ]  # edges: repeated, not renormalised
     assert error.max() < 0.501
 
 
@@ -111,7 +135,9 @@ def test_a_bad_file_is_named(tmp_path: Path, images: list[str]) -> None:
 
 
 @pytest.mark.parametrize("degradation", ["gaussian", "realesrgan"])
-def test_lr_is_degraded_the_same_way_every_time(tmp_path: Path, images: list[str], degradation: str) -> None:
+def test_lr_is_degraded_the_same_way_every_time(
+    tmp_path: Path, images: list[str], degradation: str
+) -> None:
     alone = validation_set(tmp_path, images, 100, FakeRanks(0, 1), degradation=degradation)
     second = validation_set(tmp_path, images, 100, FakeRanks(1, 2), degradation=degradation)
     plain = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
@@ -136,21 +162,32 @@ def test_lr_is_read_where_pairs_are_trained(tmp_path: Path, images: list[str]) -
         validation_set(tmp_path, names, 100, FakeRanks(0, 1), degradation="paired")
 
 
-@pytest.mark.parametrize(("new", "best", "metric", "floor", "expected"), [
-    ((30, None), None, "psnr", None, True),
-    ((30, None), (29, None), "psnr", None, True),
-    ((30, None), (30, None), "psnr", None, False),
-    ((20, 0.1), (30, 0.2), "lpips", None, True),
-    ((30, 0.2), (20, 0.1), "lpips", None, False),
-    ((26, 0.1), (30, 0.2), "lpips", 27, False),  # below the floor, the other is not
-    ((28, 0.3), (26, 0.1), "lpips", 27, True),
-    ((28, 0.1), (30, 0.2), "lpips", 27, True),
-    ((26, 0.3), (25, 0.1), "lpips", 27, True),  # both below: what is nearer to the floor
-    ((25, 0.1), (26, 0.3), "lpips", 27, False),
-])
-def test_the_best_step_is_chosen_by_the_recipes_rule(new: tuple, best: tuple | None, metric: str, floor: float | None,
-                                                     expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("new", "best", "metric", "floor", "expected"),
+    [
+        ((30, None), None, "psnr", None, True),
+        ((30, None), (29, None), "psnr", None, True),
+        ((30, None), (30, None), "psnr", None, False),
+        ((20, 0.1), (30, 0.2), "lpips", None, True),
+        ((30, 0.2), (20, 0.1), "lpips", None, False),
+        ((26, 0.1), (30, 0.2), "lpips", 27, False),  # below the floor, the other is not
+        ((28, 0.3), (26, 0.1), "lpips", 27, True),
+        ((28, 0.1), (30, 0.2), "lpips", 27, True),
+        ((26, 0.3), (25, 0.1), "lpips", 27, True),  # both below: what is nearer to the floor
+        ((25, 0.1), (26, 0.3), "lpips", 27, False),
+    ],
+)
+def test_the_best_step_is_chosen_by_the_recipes_rule(
+    new: tuple, best: tuple | None, metric: str, floor: float | None, expected: bool
+) -> None:
     spec = BestSpec(metric=metric, psnr_floor=floor)
-    found, before = (scores and {name: score for name, score in zip(("psnr_y", "lpips"), scores, strict=True)
-                                 if score is not None} for scores in (new, best))
+    found, before = (
+        scores
+        and {
+            name: score
+            for name, score in zip(("psnr_y", "lpips"), scores, strict=True)
+            if score is not None
+        }
+        for scores in (new, best)
+    )
     assert is_better(found, before, spec) is expected

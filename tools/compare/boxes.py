@@ -1,7 +1,8 @@
-"""The boxes of a comparison picture: from the command line, from a coordinates file, where results differ, or drawn.
+"""The boxes of a comparison picture: from the command line, from a coordinates file, where results
+differ, or drawn.
 
-`select_boxes` lets the user draw them with the mouse: the one window of the dataset tools, whose tkinter is imported
-only then.
+`select_boxes` lets the user draw them with the mouse: the one window of the dataset tools, whose
+tkinter is imported only then.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import numpy as np
 
 from pipeline.cli import UserError
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with every common kind of colour blindness.
+# Okabe and Ito, "Color Universal Design", 2008: told apart with every common kind of colour
+# blindness.
 COLOURS = ("#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#000000")
 MAX_BOXES = len(COLOURS)
 MIN_SIDE = 4
-_WAY_OUT = "choose the boxes again with --box, --auto or the mouse, and save them to another --coords file"
+_WAY_OUT = (
+    "choose the boxes again with --box, --auto or the mouse, and save them to another --coords file"
+)
 _HELP = "drag a box   -   Enter: save   -   Backspace or u: take the last back   -   Escape: cancel"
 _SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
-_IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)  # of the screen's width and height; bars need the rest
+_IMAGE_SHARE, _PREVIEW_SHARE = (
+    (0.92, 0.6),
+    (0.92, 0.27),
+)  # of the screen's width and height; bars need the rest
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,16 @@ class Box:
 
 
 def parse_boxes(texts: Sequence[str], height: int, width: int) -> list[Box]:
-    """Boxes of the command line (`X,Y,W,H` each) within an image of `height` x `width`, in the colours' order."""
+    """Boxes of the command line (`X,Y,W,H` each) within an image of `height` x `width`, in the
+    colours' order."""
     boxes = []
     for text in texts:
         numbers = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
         if not numbers:
-            raise UserError(f"--box {text}: must be four whole numbers X,Y,W,H (left, top, width, height in pixels)")
+            raise UserError(
+                f"--box {text}: must be four whole numbers X,Y,W,H (left, top, width, height in "
+                "pixels)"
+            )
         boxes.append(Box(*map(int, numbers.groups()), COLOURS[len(boxes) % MAX_BOXES]))
     _check(boxes, height, width, "--box", "choose a box inside the image")
     return boxes
@@ -76,17 +87,24 @@ def read_boxes(path: Path, height: int, width: int) -> list[Box]:
         size = content["height"], content["width"]
         boxes = [_stored_box(entry) for entry in content["boxes"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a coordinates file, which holds height, width and boxes of x, y, width, height "
-                        f"and colour ({type(error).__name__}: {error}); {_WAY_OUT}") from None
+        raise UserError(
+            f"{path}: not a coordinates file, which holds height, width and boxes of x, y, width, "
+            "height "
+            f"and colour ({type(error).__name__}: {error}); {_WAY_OUT}"
+        ) from None
     if size != (height, width):
-        raise UserError(f"{path}: made for an image of {size[0]}x{size[1]}, not {height}x{width} (height x width); "
-                        f"{_WAY_OUT}")
+        raise UserError(
+            f"{path}: made for an image of {size[0]}x{size[1]}, not {height}x{width} (height x "
+            "width); "
+            f"{_WAY_OUT}"
+        )
     _check(boxes, height, width, str(path), _WAY_OUT)
     return boxes
 
 
 def _stored_box(entry: dict[str, Any]) -> Box:
-    """A box of a coordinates file. Raises `TypeError` or `KeyError` with the field's name where it is not one."""
+    """A box of a coordinates file. Raises `TypeError` or `KeyError` with the field's name where it
+    is not one."""
     for name in ("x", "y", "width", "height"):
         if type(entry[name]) is not int:
             raise TypeError(f"{name} must be a whole number, not {entry[name]!r}")
@@ -96,47 +114,70 @@ def _stored_box(entry: dict[str, Any]) -> Box:
 
 
 def format_boxes(boxes: Sequence[Box], height: int, width: int) -> bytes:
-    """What a coordinates file holds: the size of the image that the boxes belong to, and the boxes."""
+    """What a coordinates file holds: the size of the image that the boxes belong to, and the
+    boxes."""
     entries = ",\n  ".join(json.dumps(asdict(box)) for box in boxes)
     return f'{{"height": {height}, "width": {width}, "boxes": [\n  {entries}\n]}}\n'.encode()
 
 
 def _check(boxes: Sequence[Box], height: int, width: int, where: str, way_out: str) -> None:
-    """Refuse boxes that leave the image, are too small to see, or are too many to tell their colours apart."""
+    """Refuse boxes that leave the image, are too small to see, or are too many to tell their
+    colours apart."""
     if not 1 <= len(boxes) <= MAX_BOXES:
-        raise UserError(f"{where}: {len(boxes)} boxes; must be 1 to {MAX_BOXES}, more colours cannot be told apart")
+        raise UserError(
+            f"{where}: {len(boxes)} boxes; must be 1 to {MAX_BOXES}, more colours cannot be told "
+            "apart"
+        )
     for box in boxes:
         if min(box.width, box.height) < MIN_SIDE:
-            raise UserError(f"{where} {box}: a box must be at least {MIN_SIDE} pixels wide and high; {way_out}")
+            raise UserError(
+                f"{where} {box}: a box must be at least {MIN_SIDE} pixels wide and high; {way_out}"
+            )
         left, top, right, bottom = box.edges
         if min(left, top) < 0 or right > width or bottom > height:
-            raise UserError(f"{where} {box}: leaves the first image, which is {width} wide and {height} high; "
-                            f"{way_out}")
+            raise UserError(
+                f"{where} {box}: leaves the first image, which is {width} wide and {height} high; "
+                f"{way_out}"
+            )
 
 
 def differing_boxes(images: Sequence[np.ndarray], count: int, side: int) -> list[Box]:
-    """The `count` squares of `side` in which images of one size differ most, one after the other, without overlap.
+    """The `count` squares of `side` in which images of one size differ most, one after the other,
+    without overlap.
 
-    What counts is the mean variance of green over the images: uint8 RGB (height, width, 3), at least two of them.
+    What counts is the mean variance of green over the images: uint8 RGB (height, width, 3), at
+    least two of them.
     """
     if not 1 <= count <= MAX_BOXES:
-        raise UserError(f"--auto {count}: must be 1 to {MAX_BOXES} boxes, more colours cannot be told apart")
+        raise UserError(
+            f"--auto {count}: must be 1 to {MAX_BOXES} boxes, more colours cannot be told apart"
+        )
     height, width = images[0].shape[:2]
     if not MIN_SIDE <= side <= min(height, width):
-        raise UserError(f"--auto-size {side}: must be {MIN_SIDE} to {min(height, width)} pixels for this image")
+        raise UserError(
+            f"--auto-size {side}: must be {MIN_SIDE} to {min(height, width)} pixels for this image"
+        )
     if len(images) < 2:
-        raise UserError("--auto looks for where results differ and needs two images of the first image's size; "
-                        "give --box X,Y,W,H")
+        raise UserError(
+            "--auto looks for where results differ and needs two images of the first image's size; "
+            "give --box X,Y,W,H"
+        )
     score = _variance_in_squares(images, side)
     boxes: list[Box] = []
     for colour in COLOURS[:count]:
         y, x = map(int, np.unravel_index(int(score.argmax()), score.shape))
         if score[y, x] < 0:
-            raise UserError(f"--auto {count}: only {len(boxes)} squares of {side} pixels fit side by side where they "
-                            "differ most; ask for fewer, or for smaller ones with --auto-size")
+            raise UserError(
+                f"--auto {count}: only {len(boxes)} squares of {side} pixels fit side by side "
+                "where they "
+                "differ most; ask for fewer, or for smaller ones with --auto-size"
+            )
         if score[y, x] == 0:
-            raise UserError(f"--auto {count}: the images differ in {len(boxes)} places only; ask for fewer, or give "
-                            "--box X,Y,W,H")
+            raise UserError(
+                f"--auto {count}: the images differ in {len(boxes)} places only; ask for fewer, or "
+                "give "
+                "--box X,Y,W,H"
+            )
         boxes.append(Box(x, y, side, side, colour))
         reach = side + side // 4  # some room between them, for their frames
         score[max(0, y - reach + 1) : y + reach, max(0, x - reach + 1) : x + reach] = -1
@@ -144,7 +185,8 @@ def differing_boxes(images: Sequence[np.ndarray], count: int, side: int) -> list
 
 
 def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Variance over the images, summed over the square of `side` whose left top corner is the pixel: float64, exact."""
+    """Variance over the images, summed over the square of `side` whose left top corner is the
+    pixel: float64, exact."""
     height, width = images[0].shape[:2]
     total, squares = np.zeros((height, width), np.int32), np.zeros((height, width), np.int32)
     for image in images:
@@ -163,17 +205,21 @@ def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
 def select_boxes(image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> list[Box] | None:
     """The boxes that the user draws on `image` (uint8 RGB), in its pixels; None where they cancel.
 
-    `preview` makes the picture (uint8 RGB) shown below the image for the box that is being drawn. Raises `UserError`
-    where there is no display.
+    `preview` makes the picture (uint8 RGB) shown below the image for the box that is being drawn.
+    Raises `UserError` where there is no display.
     """
     try:
         import tkinter
     except ImportError as error:
-        raise UserError(f"boxes cannot be drawn: this Python has no tkinter ({error}); {_SELECTION_WAY_OUT}") from None
+        raise UserError(
+            f"boxes cannot be drawn: this Python has no tkinter ({error}); {_SELECTION_WAY_OUT}"
+        ) from None
     try:
         root = tkinter.Tk()
     except tkinter.TclError as error:
-        raise UserError(f"boxes cannot be drawn: {' '.join(str(error).split())}; {_SELECTION_WAY_OUT}") from None
+        raise UserError(
+            f"boxes cannot be drawn: {' '.join(str(error).split())}; {_SELECTION_WAY_OUT}"
+        ) from None
     try:
         return _Window(root, image, preview).run()
     finally:
@@ -183,17 +229,26 @@ def select_boxes(image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> lis
 class _Window:
     """An image to draw on, and below it the preview of one box."""
 
-    def __init__(self, root: tkinter.Tk, image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> None:
+    def __init__(
+        self, root: tkinter.Tk, image: np.ndarray, preview: Callable[[Box], np.ndarray]
+    ) -> None:
         from tkinter import Canvas, Label
 
         self.root, self.preview = root, preview
         self.height, self.width = image.shape[:2]
         fitted, self.scale = self._fitted(image, _IMAGE_SHARE)
         self.photo = _photo(root, fitted)
-        self.canvas = Canvas(root, width=fitted.shape[1], height=fitted.shape[0], highlightthickness=0,
-                             cursor="crosshair")
+        self.canvas = Canvas(
+            root,
+            width=fitted.shape[1],
+            height=fitted.shape[0],
+            highlightthickness=0,
+            cursor="crosshair",
+        )
         self.canvas.create_image(0, 0, anchor="nw", image=self.photo)
-        self.canvas.pack(anchor="w")  # must not move under the pointer when what lies below becomes wider
+        self.canvas.pack(
+            anchor="w"
+        )  # must not move under the pointer when what lies below becomes wider
         self.below = Label(root, text=_HELP)
         self.below.pack(anchor="w")
         self.boxes: list[Box] = []
@@ -203,12 +258,18 @@ class _Window:
         self._bind()
 
     def _fitted(self, image: np.ndarray, share: tuple[float, float]) -> tuple[np.ndarray, float]:
-        """The image, reduced where it is larger than that share of the screen, and by which factor (at most 1)."""
+        """The image, reduced where it is larger than that share of the screen, and by which factor
+        (at most 1)."""
         height, width = image.shape[:2]
-        scale = min(1.0, share[0] * self.root.winfo_screenwidth() / width,
-                    share[1] * self.root.winfo_screenheight() / height)
+        scale = min(
+            1.0,
+            share[0] * self.root.winfo_screenwidth() / width,
+            share[1] * self.root.winfo_screenheight() / height,
+        )
         size = max(1, int(width * scale)), max(1, int(height * scale))
-        return (cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image), scale
+        return (
+            cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+        ), scale
 
     def _bind(self) -> None:
         """Connect mouse and keys."""
@@ -230,7 +291,8 @@ class _Window:
         return self.boxes if self.is_saved else None
 
     def _stay_awake(self) -> None:
-        """Give Python a turn now and then, so that CTRL+C in the terminal ends a window nobody touches."""
+        """Give Python a turn now and then, so that CTRL+C in the terminal ends a window nobody
+        touches."""
         self.root.after(200, self._stay_awake)
 
     def _press(self, event: tkinter.Event) -> None:
@@ -251,12 +313,17 @@ class _Window:
         self._redraw(self.boxes)
 
     def _drawn(self, event: tkinter.Event) -> Box | None:
-        """The box from where the button went down to the pointer; None where it is too small to be meant."""
+        """The box from where the button went down to the pointer; None where it is too small to be
+        meant."""
         if self.start is None:
             return None
         (left, right), (top, bottom) = (
             sorted(min(max(0, round(place / self.scale)), limit) for place in places)
-            for places, limit in (((self.start[0], event.x), self.width), ((self.start[1], event.y), self.height)))
+            for places, limit in (
+                ((self.start[0], event.x), self.width),
+                ((self.start[1], event.y), self.height),
+            )
+        )
         if min(right - left, bottom - top) < MIN_SIDE:
             return None
         return Box(left, top, right - left, bottom - top, COLOURS[len(self.boxes)])
@@ -288,11 +355,14 @@ class _Window:
 
 
 def _photo(root: tkinter.Tk, image: np.ndarray) -> tkinter.PhotoImage:
-    """uint8 RGB as a picture of Tk, by way of PPM: no codec in between, and Pillow's Tk part is not needed."""
+    """uint8 RGB as a picture of Tk, by way of PPM: no codec in between, and Pillow's Tk part is not
+    needed."""
     from tkinter import PhotoImage
 
     header = f"P6 {image.shape[1]} {image.shape[0]} 255\n".encode()
-    return PhotoImage(master=root, data=header + np.ascontiguousarray(image).tobytes(), format="PPM")
+    return PhotoImage(
+        master=root, data=header + np.ascontiguousarray(image).tobytes(), format="PPM"
+    )
 
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
-"""Pictures as in papers: a photograph with coloured boxes, and magnified crops of many results beside one another.
+"""Pictures as in papers: a photograph with coloured boxes, and magnified crops of many results
+beside one another.
 
-The results are read (`read_image`), named, held against the first (`ratio_to_first`) and scored (`psnr_y`); `figure`
-puts the picture together.
+The results are read (`read_image`), named, held against the first (`ratio_to_first`) and scored
+(`psnr_y`); `figure` puts the picture together.
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ ELLIPSIS = "…"
 
 @dataclass(frozen=True)
 class Result:
-    """An image (uint8 RGB) under its label; `ratio` is how many times smaller it is than the first."""
+    """An image (uint8 RGB) under its label; `ratio` is how many times smaller it is than the
+    first."""
 
     label: str
     pixels: np.ndarray
     ratio: int
 
     def crop(self, box: Box) -> np.ndarray:
-        """The pixels of a box in the first image's raster: where `ratio` is above 1, every pixel is a block."""
+        """The pixels of a box in the first image's raster: where `ratio` is above 1, every pixel is
+        a block."""
         left, top, right, bottom = box.edges
         rows, columns = np.arange(top, bottom) // self.ratio, np.arange(left, right) // self.ratio
         return np.ascontiguousarray(self.pixels[rows[:, None], columns])
 
 
 def column_labels(paths: Sequence[Path], given: Sequence[str], is_ascii: bool) -> list[str]:
-    """`given`, or else the files' names, with those of their folders where files have the same name."""
+    """`given`, or else the files' names, with those of their folders where files have the same
+    name."""
     if given and len(given) != len(paths):
         raise UserError(f"--labels: {len(given)} names for {len(paths)} images; give one each")
     labels = list(given) or _distinct_names(paths)
@@ -50,7 +54,10 @@ def column_labels(paths: Sequence[Path], given: Sequence[str], is_ascii: bool) -
         raise UserError(f"{twice[0]}: two images of this name; tell them apart with --labels")
     for label in labels:
         if is_ascii and not (label.isascii() and label.isprintable()):
-            raise UserError(f"label {label!r}: the built-in font has ASCII letters only; give --labels, or --font FILE")
+            raise UserError(
+                f"label {label!r}: the built-in font has ASCII letters only; give --labels, or "
+                "--font FILE"
+            )
     return labels
 
 
@@ -60,16 +67,22 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     if len(names) > 1 and len(set(names)) == 1:
         return folders
     counts = Counter(names)
-    return [f"{folder}/{name}" if counts[name] > 1 else name for folder, name in zip(folders, names, strict=True)]
+    return [
+        f"{folder}/{name}" if counts[name] > 1 else name
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def ratio_to_first(path: Path, image: np.ndarray, first: np.ndarray) -> int:
     """How many times smaller an image is than the first: a whole number, the same both ways."""
     ratio = first.shape[0] // image.shape[0]
     if ratio < 1 or (image.shape[0] * ratio, image.shape[1] * ratio) != first.shape[:2]:
-        raise UserError(f"{path}: {image.shape[0]}x{image.shape[1]} and the first image's {first.shape[0]}x"
-                        f"{first.shape[1]} (height x width) are no results of one photograph: every image must be as "
-                        "large as the first, or smaller by a whole factor; name the largest first")
+        raise UserError(
+            f"{path}: {image.shape[0]}x{image.shape[1]} and the first image's {first.shape[0]}x"
+            f"{first.shape[1]} (height x width) are no results of one photograph: every image must "
+            "be as "
+            "large as the first, or smaller by a whole factor; name the largest first"
+        )
     return ratio
 
 
@@ -79,8 +92,12 @@ def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
 
     from pipeline.metrics import psnr_ssim
 
-    return psnr_ssim.psnr_y(*(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-                              for image in (one, other)))
+    return psnr_ssim.psnr_y(
+        *(
+            torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+            for image in (one, other)
+        )
+    )
 
 
 # --- The picture ---
@@ -88,7 +105,8 @@ def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Style:
-    """Measures of a comparison picture in pixels, and its font (None: the one that comes with Pillow)."""
+    """Measures of a comparison picture in pixels, and its font (None: the one that comes with
+    Pillow)."""
 
     panel: int = 240  # longest side of a magnified crop
     font: Path | None = None
@@ -106,12 +124,15 @@ class Style:
     def letters(self, scale: float = 1.0) -> ImageFont.FreeTypeFont:
         """The font in a size that suits the crops."""
         size = max(10, round(self.panel / 11 * scale))
-        return ImageFont.truetype(str(self.font), size) if self.font else ImageFont.load_default(size)
+        return (
+            ImageFont.truetype(str(self.font), size) if self.font else ImageFont.load_default(size)
+        )
 
 
 @dataclass(frozen=True)
 class FigureColumn:
-    """One result: its name, a line below it ("" for none), and per box a magnified crop and a caption."""
+    """One result: its name, a line below it ("" for none), and per box a magnified crop and a
+    caption."""
 
     label: str
     note: str
@@ -119,11 +140,17 @@ class FigureColumn:
     captions: Sequence[str]
 
 
-def figure(image: np.ndarray, boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style,
-           wrap: int | None = None) -> Image.Image:
+def figure(
+    image: np.ndarray,
+    boxes: Sequence[Box],
+    columns: Sequence[FigureColumn],
+    style: Style,
+    wrap: int | None = None,
+) -> Image.Image:
     """The annotated photograph on the left, as high as the grid of crops on the right.
 
-    With one box the crops stand in two rows (three results and more), as papers like it; `wrap` overrules this.
+    With one box the crops stand in two rows (three results and more), as papers like it; `wrap`
+    overrules this.
     """
     if wrap is None and len(boxes) == 1 and len(columns) > 2:
         wrap = -(-len(columns) // 2)
@@ -138,20 +165,26 @@ def figure(image: np.ndarray, boxes: Sequence[Box], columns: Sequence[FigureColu
 
 
 def magnified(crop: np.ndarray, panel: int, smooth: bool) -> np.ndarray:
-    """A crop by the largest whole factor with which its longest side still fits `panel` (at least 1).
+    """A crop by the largest whole factor with which its longest side still fits `panel` (at least
+    1).
 
     Every pixel becomes a block of one size; with `smooth`, cubic interpolation instead of blocks.
     """
     factor = max(1, panel // max(crop.shape[:2]))
     size = crop.shape[1] * factor, crop.shape[0] * factor
-    return cv2.resize(crop, size, interpolation=cv2.INTER_CUBIC if smooth and factor > 1 else cv2.INTER_NEAREST)
+    return cv2.resize(
+        crop, size, interpolation=cv2.INTER_CUBIC if smooth and factor > 1 else cv2.INTER_NEAREST
+    )
 
 
-def annotated(image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line: int | None = None) -> Image.Image:
+def annotated(
+    image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line: int | None = None
+) -> Image.Image:
     """The photograph (uint8 RGB), resized by `scale`, with the boxes drawn around their pixels.
 
-    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline around them that parts
-    them from a background of the same colour. They lie outside of the box, except at the image's own edge.
+    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline around
+    them that parts them from a background of the same colour. They lie outside of the box, except
+    at the image's own edge.
     """
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     picture = Image.fromarray(image)
@@ -162,16 +195,25 @@ def annotated(image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line:
     for box in boxes:
         left, top, right, bottom = (round(edge * scale) for edge in box.edges)
         for grown, colour, thickness in ((line + 1, (255, 255, 255), 1), (line, box.rgb, line)):
-            outer = (max(0, left - grown), max(0, top - grown),
-                     min(width, right + grown) - 1, min(height, bottom + grown) - 1)
+            outer = (
+                max(0, left - grown),
+                max(0, top - grown),
+                min(width, right + grown) - 1,
+                min(height, bottom + grown) - 1,
+            )
             draw.rectangle(outer, outline=colour, width=thickness)
     return picture
 
 
-def strip(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style, wrap: int | None = None) -> Image.Image:
-    """Crops in a grid: a row for each box, a column for each result; after `wrap` columns the grid begins again."""
+def strip(
+    boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style, wrap: int | None = None
+) -> Image.Image:
+    """Crops in a grid: a row for each box, a column for each result; after `wrap` columns the grid
+    begins again."""
     wrap = min(wrap or len(columns), len(columns))
-    grids = [_grid(boxes, columns[start : start + wrap], style) for start in range(0, len(columns), wrap)]
+    grids = [
+        _grid(boxes, columns[start : start + wrap], style) for start in range(0, len(columns), wrap)
+    ]
     height = sum(grid.height for grid in grids) + style.gap * (len(grids) - 1)
     sheet = Image.new("RGB", (max(grid.width for grid in grids), height), BACKGROUND)
     top = 0
@@ -182,12 +224,18 @@ def strip(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style, w
 
 
 def _grid(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style) -> Image.Image:
-    """The labels, and below them the crops of every box in its colour's frame with their captions."""
+    """The labels, and below them the crops of every box in its colour's frame with their
+    captions."""
     frame, gap, letters, small = style.frame, style.gap, style.letters(), style.letters(0.8)
     cell = max(crop.shape[1] for column in columns for crop in column.crops) + 2 * frame
-    head = _line_height(letters) + (_line_height(small) if any(column.note for column in columns) else 0)
+    head = _line_height(letters) + (
+        _line_height(small) if any(column.note for column in columns) else 0
+    )
     foot = _line_height(small) if any(any(column.captions) for column in columns) else 0
-    rows = [max(column.crops[row].shape[0] for column in columns) + 2 * frame + foot for row in range(len(boxes))]
+    rows = [
+        max(column.crops[row].shape[0] for column in columns) + 2 * frame + foot
+        for row in range(len(boxes))
+    ]
     size = len(columns) * (cell + gap) + gap, gap + head + sum(rows) + len(rows) * gap
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -198,7 +246,9 @@ def _grid(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style) -
             _write(draw, left, top + _line_height(letters), cell, column.note, small, FAINT)
         top += head
         for box, crop, caption, row in zip(boxes, column.crops, column.captions, rows, strict=True):
-            framed = cv2.copyMakeBorder(crop, frame, frame, frame, frame, cv2.BORDER_CONSTANT, value=box.rgb)
+            framed = cv2.copyMakeBorder(
+                crop, frame, frame, frame, frame, cv2.BORDER_CONSTANT, value=box.rgb
+            )
             sheet.paste(Image.fromarray(framed), (left + (cell - framed.shape[1]) // 2, top))
             if caption:
                 _write(draw, left, top + framed.shape[0], cell, caption, small, TEXT)
@@ -211,8 +261,15 @@ def _line_height(letters: ImageFont.FreeTypeFont) -> int:
     return round((ascent + descent) * 1.15)
 
 
-def _write(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, text: str, letters: ImageFont.FreeTypeFont,
-           colour: tuple[int, int, int]) -> None:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    left: int,
+    top: int,
+    width: int,
+    text: str,
+    letters: ImageFont.FreeTypeFont,
+    colour: tuple[int, int, int],
+) -> None:
     """A line of text in the middle of a cell; one that is too long loses its middle."""
     kept = len(text)
     shown = text

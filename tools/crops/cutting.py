@@ -1,7 +1,7 @@
 """One picture to its crops on disk: what the tools that make datasets do on every thread.
 
-`open_picture` or `read_picture` decode it, the gates judge it, `cut_picture` cuts it at every scale and writes the
-crops. What a gate rejects is a line of rejects.jsonl (`reject_line`) beside them.
+`open_picture` or `read_picture` decode it, the gates judge it, `cut_picture` cuts it at every scale
+and writes the crops. What a gate rejects is a line of rejects.jsonl (`reject_line`) beside them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tools.images import encode
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 SETTINGS = "dataset.json"
 REJECTS = "rejects.jsonl"
-# Decided by the settings, the source and (for copies) a twin: no second look unless one of them changes. The others,
-# that is damage, may be repaired.
+# Decided by the settings, the source and (for copies) a twin: no second look unless one of them
+# changes. The others, that is damage, may be repaired.
 FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 
@@ -48,15 +48,16 @@ class CropSettings:
     min_gradient: float
     min_sharpness: float
     max_hash_distance: int | None  # None: duplicates are kept
-    against: tuple[str, ...]       # folders of benchmark images
+    against: tuple[str, ...]  # folders of benchmark images
 
 
 class Unit(NamedTuple):
-    """What is cut as a whole, and found finished as a whole by the next run: a photo, a member, a piece of a film."""
+    """What is cut as a whole, and found finished as a whole by the next run: a photo, a member, a
+    piece of a film."""
 
-    folder: str     # of its crops, relative to OUT; its own alone
-    photo: str      # what training and validation are split by
-    bytes: int      # size and modification time of the source's file
+    folder: str  # of its crops, relative to OUT; its own alone
+    photo: str  # what training and validation are split by
+    bytes: int  # size and modification time of the source's file
     mtime_ns: int
 
 
@@ -67,17 +68,17 @@ class SourcePicture:
     pixels: np.ndarray
     is_lossy: bool
     decoder: str
-    sha256: str = ""           # of the source's bytes, where it is a file of its own
-    profile: str = ""          # of the source's colours, where they were converted to sRGB
+    sha256: str = ""  # of the source's bytes, where it is a file of its own
+    profile: str = ""  # of the source's colours, where they were converted to sRGB
     time: float | None = None  # of a frame in its video, in seconds
-    prefix: str = ""           # of its crops' file names, where a folder holds several pictures
+    prefix: str = ""  # of its crops' file names, where a folder holds several pictures
 
 
 @dataclass(frozen=True)
 class Reject:
     """A picture or a crop that a gate rejected, and why."""
 
-    gate: str    # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
+    gate: str  # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
     reason: str
     scale: int | None = None  # of a crop; None: the picture as a whole
     top: int | None = None
@@ -96,10 +97,13 @@ class CutPicture:
     profile: str = ""  # see `SourcePicture`
 
 
-def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) -> SourcePicture | Reject:
+def open_picture(
+    file: BinaryIO, settings: CropSettings, max_megapixels: float
+) -> SourcePicture | Reject:
     """Decode the photograph in `file`, unless its header tells already that it holds no crop.
 
-    Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it cannot be read.
+    Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it
+    cannot be read.
     """
     header = read_header(file)
     check_megapixels(header, max_megapixels)
@@ -110,36 +114,52 @@ def open_picture(file: BinaryIO, settings: CropSettings, max_megapixels: float) 
 
 
 def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
-    """Decode the photograph in `file`, whose header was read and found good; raises as `open_picture` does."""
+    """Decode the photograph in `file`, whose header was read and found good; raises as
+    `open_picture` does."""
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
-    return SourcePicture(decode_rgb(data, header), header.is_lossy, decoder_name(header),
-                         hashlib.sha256(data).hexdigest(), foreign_profile(header))
+    return SourcePicture(
+        decode_rgb(data, header),
+        header.is_lossy,
+        decoder_name(header),
+        hashlib.sha256(data).hexdigest(),
+        foreign_profile(header),
+    )
 
 
 def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
-    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless asked otherwise."""
+    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless
+    asked otherwise."""
     return 2 if is_lossy and not settings.keep_lossy_size else 1
 
 
 def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:
-    """Where crops of `size` pixels are cut out of a picture; `key` tells its random gaps from those of others."""
+    """Where crops of `size` pixels are cut out of a picture; `key` tells its random gaps from those
+    of others."""
     if settings.cover:
         return cover_grid(height, width, size)
     return crop_grid(height, width, size, f"{settings.seed}/{key}")
 
 
-def cut_picture(picture: SourcePicture, unit: Unit, out: Path, settings: CropSettings,
-                benchmark: BenchmarkIndex | None) -> CutPicture:
-    """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away is not written.
+def cut_picture(
+    picture: SourcePicture,
+    unit: Unit,
+    out: Path,
+    settings: CropSettings,
+    benchmark: BenchmarkIndex | None,
+) -> CutPicture:
+    """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away
+    is not written.
 
     Raises `UserError` where the crops cannot be written (disk full, no permission).
     """
     height, width = picture.pixels.shape[:2]
     first = first_reduction(picture.is_lossy, settings)
     if min(height, width) // first < settings.size:
-        return CutPicture(rejects=[replace(too_small(height, width, first, settings.size), time=picture.time)])
+        return CutPicture(
+            rejects=[replace(too_small(height, width, first, settings.size), time=picture.time)]
+        )
     cutter = _Cutter(picture, unit, out, settings, benchmark)
     try:
         cutter.cut(first)
@@ -148,7 +168,9 @@ def cut_picture(picture: SourcePicture, unit: Unit, out: Path, settings: CropSet
         cutter.result = CutPicture(rejects=[leak.reject])
     cutter.result.pixels, cutter.result.profile = height * width, picture.profile
     if picture.time is not None:
-        cutter.result.rejects = [replace(reject, time=picture.time) for reject in cutter.result.rejects]
+        cutter.result.rejects = [
+            replace(reject, time=picture.time) for reject in cutter.result.rejects
+        ]
     return cutter.result
 
 
@@ -163,23 +185,36 @@ class _LeakError(Exception):
 class _Cutter:
     """The cutting of one picture."""
 
-    def __init__(self, picture: SourcePicture, unit: Unit, out: Path, settings: CropSettings,
-                 benchmark: BenchmarkIndex | None) -> None:
+    def __init__(
+        self,
+        picture: SourcePicture,
+        unit: Unit,
+        out: Path,
+        settings: CropSettings,
+        benchmark: BenchmarkIndex | None,
+    ) -> None:
         self._picture, self._unit, self._out = picture, unit, out
         self._settings, self._benchmark = settings, benchmark
-        self._source: dict[str, float | str] = {"source_sha256": picture.sha256} if picture.sha256 else {}
+        self._source: dict[str, float | str] = (
+            {"source_sha256": picture.sha256} if picture.sha256 else {}
+        )
         self.result = CutPicture()
 
     def cut(self, first: int) -> None:
-        """Write the crops at 1/`first`, half of that... beginning with the largest size that is not soft."""
+        """Write the crops at 1/`first`, half of that... beginning with the largest size that is not
+        soft."""
         self._refuse_leak(self._picture.pixels)
         settings, is_sharp = self._settings, False
-        for scale, reduced in pyramid(self._picture.pixels, settings.size, first, settings.num_scales):
+        for scale, reduced in pyramid(
+            self._picture.pixels, settings.size, first, settings.num_scales
+        ):
             if not is_sharp:
                 gates = picture_gates(reduced)
                 is_sharp = not is_soft(gates, settings.min_sharpness)
                 if not is_sharp:
-                    self.result.rejects.append(replace(soft_picture(gates, settings, f"1/{scale}"), scale=scale))
+                    self.result.rejects.append(
+                        replace(soft_picture(gates, settings, f"1/{scale}"), scale=scale)
+                    )
                     continue
                 self._source |= gates
             self._cut_scale(reduced, scale)
@@ -188,7 +223,9 @@ class _Cutter:
         settings = self._settings
         key = f"{scale}/{self._unit.photo}{self._picture.prefix}"
         for crop in crop_places(*reduced.shape[:2], settings.size, settings, key):
-            window = reduced[crop.top : crop.top + settings.size, crop.left : crop.left + settings.size]
+            window = reduced[
+                crop.top : crop.top + settings.size, crop.left : crop.left + settings.size
+            ]
             window = np.ascontiguousarray(window)
             gates = crop_gates(window)
             if is_flat(gates, settings.min_gradient):
@@ -201,27 +238,47 @@ class _Cutter:
         if leak := find_leak(pixels, self._benchmark):
             raise _LeakError(leak)
 
-    def _write(self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]) -> CropRecord:
+    def _write(
+        self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]
+    ) -> CropRecord:
         settings, picture, unit = self._settings, self._picture, self._unit
         name = f"{unit.folder}/{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
         num_bytes = write_crop(self._out, name, unit, window, settings.format)
-        return CropRecord(name, unit.photo, scale, crop.top, crop.left, settings.size, num_bytes,
-                          hashlib.sha256(window).hexdigest(), picture.decoder, {**gates, **self._source}, unit.bytes,
-                          unit.mtime_ns, 0, picture.time)
+        return CropRecord(
+            name,
+            unit.photo,
+            scale,
+            crop.top,
+            crop.left,
+            settings.size,
+            num_bytes,
+            hashlib.sha256(window).hexdigest(),
+            picture.decoder,
+            {**gates, **self._source},
+            unit.bytes,
+            unit.mtime_ns,
+            0,
+            picture.time,
+        )
 
 
 def make_folder(out: Path, folder: str) -> None:
-    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that was killed there."""
+    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that
+    was killed there."""
     try:
         (out / folder).mkdir(parents=True, exist_ok=True)
         remove_crops(out / folder)
     except OSError as error:
-        raise UserError(f"{out / folder}: cannot be written: {error.strerror}; make room or repair its permissions, "
-                        "then run the same command again: it goes on where it stopped") from error
+        raise UserError(
+            f"{out / folder}: cannot be written: {error.strerror}; make room or repair its "
+            "permissions, "
+            "then run the same command again: it goes on where it stopped"
+        ) from error
 
 
 def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
-    """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run checks what is there.
+    """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run
+    checks what is there.
 
     Raises `UserError` where it cannot be written.
     """
@@ -233,9 +290,12 @@ def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) 
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make room or "
-                            "repair its permissions, then run the same command again: it goes on where it "
-                            "stopped") from error
+            raise UserError(
+                f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make "
+                "room or "
+                "repair its permissions, then run the same command again: it goes on where it "
+                "stopped"
+            ) from error
         raise
     return len(content)
 
@@ -262,29 +322,52 @@ def too_small(height: int, width: int, first: int, size: int) -> Reject:
     return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
 
 
-def flat_crop(gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int) -> Reject:
+def flat_crop(
+    gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int
+) -> Reject:
     """Why a crop with too little detail is not written."""
-    reason = f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
+    reason = (
+        f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
+    )
     return Reject("flat", reason, scale, top, left)
 
 
 def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
     """Why a picture without a finest octave is not cut (at this size)."""
     sharpness = gates["source_sharpness"]
-    return Reject("soft", f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below {settings.min_sharpness:g} "
-                          "(--min-sharpness)")
+    return Reject(
+        "soft",
+        f"{what} is blurred or upscaled: sharpness {sharpness:.3g} below "
+        f"{settings.min_sharpness:g} "
+        "(--min-sharpness)",
+    )
 
 
 def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
     """Why a picture or a crop that the network will be measured with is not written."""
     name = benchmark.find(pixels) if benchmark else None
-    return Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)") if name else None
+    return (
+        Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)")
+        if name
+        else None
+    )
 
 
 def reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
-    values = {"photo": unit.photo, "folder": unit.folder, **asdict(reject), "photo_bytes": unit.bytes,
-              "photo_mtime_ns": unit.mtime_ns, "whole": is_whole}
-    return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False) + "\n"
+    values = {
+        "photo": unit.photo,
+        "folder": unit.folder,
+        **asdict(reject),
+        "photo_bytes": unit.bytes,
+        "photo_mtime_ns": unit.mtime_ns,
+        "whole": is_whole,
+    }
+    return (
+        json.dumps(
+            {name: value for name, value in values.items() if value is not None}, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def parse_reject(line: bytes | str) -> dict | None:
@@ -293,9 +376,18 @@ def parse_reject(line: bytes | str) -> dict | None:
         values = json.loads(line)
     except ValueError:
         return None
-    needed = {"photo": str, "folder": str, "gate": str, "reason": str, "photo_bytes": int, "photo_mtime_ns": int,
-              "whole": bool}
-    is_ours = isinstance(values, dict) and all(type(values.get(name)) is kind for name, kind in needed.items())
+    needed = {
+        "photo": str,
+        "folder": str,
+        "gate": str,
+        "reason": str,
+        "photo_bytes": int,
+        "photo_mtime_ns": int,
+        "whole": bool,
+    }
+    is_ours = isinstance(values, dict) and all(
+        type(values.get(name)) is kind for name, kind in needed.items()
+    )
     return values if is_ours else None
 
 

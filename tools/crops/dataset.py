@@ -1,7 +1,8 @@
-"""The folder that crops are written to: claimed, held to its settings, repaired after a kill, its manifest kept.
+"""The folder that crops are written to: claimed, held to its settings, repaired after a kill, its
+manifest kept.
 
-`open_dataset` gives a `CropDataset` to one process alone; `cut_all` feeds it the units that are not finished yet, on
-threads; a `Clock` reports what was done and how fast.
+`open_dataset` gives a `CropDataset` to one process alone; `cut_all` feeds it the units that are not
+finished yet, on threads; a `Clock` reports what was done and how fast.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ from tools.files import converted_note, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
-GATE_WORDS = {"size": "too small", "decode": "unreadable", "pair": "not matching", "leak": "in a benchmark"}
+GATE_WORDS = {
+    "size": "too small",
+    "decode": "unreadable",
+    "pair": "not matching",
+    "leak": "in a benchmark",
+}
 """Gate -> what it says of a picture, where its name alone would not."""
 # A change of what the same settings produce must raise this, so that one dataset never holds both.
 LAYOUT_VERSION = 2
@@ -49,9 +55,15 @@ Stamp = tuple[int, int]  # size and modification time of a source's file
 
 
 @contextmanager
-def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None], tool: str,
-                 **more: object) -> Iterator[CropDataset]:
-    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it was begun with."""
+def open_dataset(
+    out: Path,
+    settings: CropSettings,
+    stamp_of: Callable[[str], Stamp | None],
+    tool: str,
+    **more: object,
+) -> Iterator[CropDataset]:
+    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it
+    was begun with."""
     recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
     recorded["against"] = list(settings.against)
     recorded["against_files"] = benchmark_fingerprint(settings.against)
@@ -59,12 +71,16 @@ def open_dataset(out: Path, settings: CropSettings, stamp_of: Callable[[str], St
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / SETTINGS, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another OUT") from error
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; choose another OUT"
+        ) from error
     with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out}: another {tool}.py is writing there; wait for it or stop it") from None
+            raise UserError(
+                f"{out}: another {tool}.py is writing there; wait for it or stop it"
+            ) from None
         _agree(file, out, recorded)
         dataset = CropDataset(out, settings, stamp_of)
         try:
@@ -81,7 +97,10 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
     text = file.read()
     if not text:
         if (out / MANIFEST).exists():
-            raise UserError(f"{out / SETTINGS}: missing or empty beside a {MANIFEST}; restore it or choose another OUT")
+            raise UserError(
+                f"{out / SETTINGS}: missing or empty beside a {MANIFEST}; restore it or choose "
+                "another OUT"
+            )
         file.write(json.dumps(settings, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -91,19 +110,30 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
     except ValueError:
         recorded = None
     if not isinstance(recorded, dict):
-        raise UserError(f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT")
+        raise UserError(
+            f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT"
+        )
     for name in sorted({*recorded, *settings}):
         old, new = recorded.get(name), settings.get(name)
         if old != new:
             is_place = name in ("photos", "videos", "lr", "against")
-            moved = f", or correct {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
-            raise UserError(f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
-                            f"use the same settings or another OUT{moved}")
+            moved = (
+                f", or correct {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
+            )
+            raise UserError(
+                f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
+                f"use the same settings or another OUT{moved}"
+            )
 
 
-def refuse_nested(source: Path, out: Path, why: str = "crops and sources must not lie in one another, or a second run "
-                  "would cut its own crops; choose an OUT beside the sources") -> None:
-    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no folder."""
+def refuse_nested(
+    source: Path,
+    out: Path,
+    why: str = "crops and sources must not lie in one another, or a second run "
+    "would cut its own crops; choose an OUT beside the sources",
+) -> None:
+    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no
+    folder."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(f"{out} and {source}: {why}")
@@ -111,14 +141,22 @@ def refuse_nested(source: Path, out: Path, why: str = "crops and sources must no
         raise UserError(f"{out}: not a folder; choose another OUT")
 
 
-def cut_all(dataset: CropDataset, units: Iterable[Unit], cut: Callable[[Unit], UnitResult], threads: int,
-            total: int | None, name: str) -> None:
+def cut_all(
+    dataset: CropDataset,
+    units: Iterable[Unit],
+    cut: Callable[[Unit], UnitResult],
+    threads: int,
+    total: int | None,
+    name: str,
+) -> None:
     """Cut the units on threads, write the results down in their order, and show how it goes."""
     with quiet_libraries(), progress(total, name) as bar:
         for result in ordered_map(cut, units, threads):
             dataset.add(result)
             bar.update()
-            bar.set_postfix(crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False)
+            bar.set_postfix(
+                crops=dataset.totals.crops, rejected=dataset.totals.rejects.total(), refresh=False
+            )
 
 
 @dataclass
@@ -133,21 +171,28 @@ class UnitResult:
 class CropDataset:
     """A folder of crops while a tool writes it. Made by `open_dataset`."""
 
-    def __init__(self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]) -> None:
-        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand (its crops stay)."""
+    def __init__(
+        self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]
+    ) -> None:
+        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand
+        (its crops stay)."""
         self.out, self.settings, self.totals = out, settings, CuttingTotals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
-        self._film_crops = None if distance is None else NearDuplicates(distance)  # still corners of moving pictures
+        self._film_crops = (
+            None if distance is None else NearDuplicates(distance)
+        )  # still corners of moving pictures
         self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
-        self._stale: dict[str, list[CropRecord]] = {}  # crops of sources that changed, until they are cut again
+        self._stale: dict[
+            str, list[CropRecord]
+        ] = {}  # crops of sources that changed, until they are cut again
         self._is_empty = True
         self._stamp_of = stamp_of
         self._mend_manifest(_cleaned(out / REJECTS))
         self._mend_rejects()
         self._manifest: IO[str] = open(out / MANIFEST, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._rejects: IO[str] = open(out / REJECTS, "a", encoding="utf-8")    # noqa: SIM115
+        self._rejects: IO[str] = open(out / REJECTS, "a", encoding="utf-8")  # noqa: SIM115
 
     def is_finished(self, folder: str) -> bool:
         """Whether an earlier run has dealt with the unit of this folder."""
@@ -164,7 +209,8 @@ class CropDataset:
         return self._is_empty and not self.totals.crops
 
     def close(self) -> None:
-        """Make what was written durable; the crops of sources that were not reached this time stay recorded."""
+        """Make what was written durable; the crops of sources that were not reached this time stay
+        recorded."""
         try:
             for records in self._stale.values():
                 self._manifest.write(format_lines(records))
@@ -181,7 +227,8 @@ class CropDataset:
                     file.close()
 
     def forget(self, photo: str) -> None:
-        """Delete the crops of what a source that changed, and was read to its end this time, holds no more.
+        """Delete the crops of what a source that changed, and was read to its end this time, holds
+        no more.
 
         `photo` is a film, or an archive with all its members.
         """
@@ -208,9 +255,13 @@ class CropDataset:
         if not records and not is_broken:
             discard(earlier, self.out)
         try:
-            self._rejects.write("".join(reject_line(unit, reject, is_whole=not records) for reject in rejects))
+            self._rejects.write(
+                "".join(reject_line(unit, reject, is_whole=not records) for reject in rejects)
+            )
             self._rejects.flush()
-            self._manifest.write(format_lines(earlier if is_broken else records))  # better old crops than none
+            self._manifest.write(
+                format_lines(earlier if is_broken else records)
+            )  # better old crops than none
             self._manifest.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -219,8 +270,11 @@ class CropDataset:
         self.totals.count(unit, rejects, len(records))
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run the same "
-                         "command again: it goes on where it stopped")
+        return UserError(
+            f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run "
+            "the same "
+            "command again: it goes on where it stopped"
+        )
 
     def _refuse_twin(self, picture: CutPicture) -> Reject | None:
         """The reason why a picture is the twin of an earlier one; its crops are deleted then."""
@@ -233,7 +287,8 @@ class CropDataset:
         return reject
 
     def _drop_seen_crops(self, picture: CutPicture) -> list[Reject]:
-        """Delete the crops of a frame that show what one of another frame showed: behind what moves, much is still."""
+        """Delete the crops of a frame that show what one of another frame showed: behind what
+        moves, much is still."""
         rejects, kept = [], []
         for record in picture.records:
             is_of_film = self._film_crops is not None and record.time is not None
@@ -243,7 +298,9 @@ class CropDataset:
                 continue
             discard([record], self.out)
             reason = f"nearly the same crop as {twin} (--keep-duplicates)"
-            rejects.append(Reject("near-duplicate", reason, record.scale, record.top, record.left, record.time))
+            rejects.append(
+                Reject("near-duplicate", reason, record.scale, record.top, record.left, record.time)
+            )
         picture.records[:] = kept
         return rejects
 
@@ -251,7 +308,12 @@ class CropDataset:
         sha256, source = _source_sha256(record), _source(record)
         if sha256 in self._source_of_sha256:
             folder, name = _parts(self._source_of_sha256[sha256])
-            return Reject("duplicate", f"the same file as {name} (--keep-duplicates)", time=record.time, twin=folder)
+            return Reject(
+                "duplicate",
+                f"the same file as {name} (--keep-duplicates)",
+                time=record.time,
+                twin=folder,
+            )
         twin = self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
         if twin is not None:
             folder, name = _parts(twin)
@@ -262,24 +324,34 @@ class CropDataset:
         return None
 
     def _mend_manifest(self, cleaned: set[str]) -> None:
-        """Keep the units whose crops are all there, but for those that were `cleaned` away; drop the others' lines.
+        """Keep the units whose crops are all there, but for those that were `cleaned` away; drop
+        the others' lines.
 
-        Torn lines, missing or shortened crops, and sources that changed since are all found here. Of a source that is
-        gone, what is there is kept.
+        Torn lines, missing or shortened crops, and sources that changed since are all found here.
+        Of a source that is gone, what is there is kept.
         """
         with _repairing(self.out / MANIFEST) as (old, new):
             for folder, records in _by_folder(old):
                 if folder in self._finished or folder in self._stale:
                     continue  # a line that a killed run left behind
-                stamp, there = self._stamp_of(records[0].photo), [self._is_there(record) for record in records]
+                stamp, there = (
+                    self._stamp_of(records[0].photo),
+                    [self._is_there(record) for record in records],
+                )
                 is_whole = len(records) == records[0].folder_crops and all(
-                    is_there or record.path in cleaned for record, is_there in zip(records, there, strict=True))
+                    is_there or record.path in cleaned
+                    for record, is_there in zip(records, there, strict=True)
+                )
                 kept = [record for record, is_there in zip(records, there, strict=True) if is_there]
-                if stamp is None or (is_whole and stamp == (records[0].photo_bytes, records[0].photo_mtime_ns)):
+                if stamp is None or (
+                    is_whole and stamp == (records[0].photo_bytes, records[0].photo_mtime_ns)
+                ):
                     self._finished.add(folder)
                     self._is_empty = self._is_empty and not kept
                     self._remember(kept)
-                    new.write(format_lines(replace(record, folder_crops=len(kept)) for record in kept))
+                    new.write(
+                        format_lines(replace(record, folder_crops=len(kept)) for record in kept)
+                    )
                 elif is_whole:
                     self._stale[folder] = kept  # of a source that changed
 
@@ -294,7 +366,9 @@ class CropDataset:
         """Take the pictures of a finished unit among those that later ones must not repeat."""
         if self._duplicates is None:
             return
-        for source, record in {_source(record): record for record in records if record.role != "lr"}.items():
+        for source, record in {
+            _source(record): record for record in records if record.role != "lr"
+        }.items():
             self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
             if sha256 := _source_sha256(record):
                 self._source_of_sha256[sha256] = source
@@ -303,34 +377,46 @@ class CropDataset:
                 self._film_crops.add(record.path, _crop_hash(record))
 
     def _mend_rejects(self) -> None:
-        """Keep the rejects of finished units and those that stand until their source, or its twin, changes."""
+        """Keep the rejects of finished units and those that stand until their source, or its twin,
+        changes."""
         settled = set()
         with _repairing(self.out / REJECTS) as (old, new):
             for folder, lines in reject_groups(old):
                 if folder in self._finished or self._is_settled(lines):
                     settled.add(folder)
-                    new.writelines(json.dumps(values, ensure_ascii=False) + "\n" for values in lines)
+                    new.writelines(
+                        json.dumps(values, ensure_ascii=False) + "\n" for values in lines
+                    )
         self._finished |= settled
 
     def _is_settled(self, lines: list[dict]) -> bool:
         """Whether the rejects of a unit without crops would be the same again."""
         first = lines[0]
-        return (all(values["whole"] and values["gate"] in FINAL_GATES for values in lines)
-                and self._stamp_of(first["photo"]) in (None, (first["photo_bytes"], first["photo_mtime_ns"]))
-                and all(values["twin"] in self._finished for values in lines if "twin" in values))
+        return (
+            all(values["whole"] and values["gate"] in FINAL_GATES for values in lines)
+            and self._stamp_of(first["photo"])
+            in (None, (first["photo_bytes"], first["photo_mtime_ns"]))
+            and all(values["twin"] in self._finished for values in lines if "twin" in values)
+        )
 
 
 def _cleaned(rejects: Path) -> set[str]:
-    """The crops that check_training_data.py has taken away for good reasons: they are not made again."""
+    """The crops that check_training_data.py has taken away for good reasons: they are not made
+    again."""
     if not rejects.exists():
         return set()
     with open(rejects, "rb") as lines:
-        return {values["path"] for values in map(parse_reject, lines) if values and values.get("cleaned")}
+        return {
+            values["path"]
+            for values in map(parse_reject, lines)
+            if values and values.get("cleaned")
+        }
 
 
 @contextmanager
 def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
-    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be repaired."""
+    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be
+    repaired."""
     repaired = path.with_name(f".{path.name}.tmp")
     try:
         if not path.exists():
@@ -342,14 +428,17 @@ def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
         if not filecmp.cmp(path, repaired, shallow=False):
             os.replace(repaired, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be repaired: {error.strerror or error}; make room or repair its "
-                        "permissions, then run the same command again") from error
+        raise UserError(
+            f"{path}: cannot be repaired: {error.strerror or error}; make room or repair its "
+            "permissions, then run the same command again"
+        ) from error
     finally:
         repaired.unlink(missing_ok=True)
 
 
 def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]:
-    """The records of each unit: its lines follow one another. Torn and foreign lines are left out."""
+    """The records of each unit: its lines follow one another. Torn and foreign lines are left
+    out."""
     records: list[CropRecord] = []
     for record in filter(None, map(parse_line, lines)):
         folder = record.path.rpartition("/")[0]
@@ -371,9 +460,14 @@ def _source_sha256(record: CropRecord) -> bytes:
 
 
 def _source(record: CropRecord) -> str:
-    """A picture's name for the index of copies: its unit's folder, and what else tells it from the unit's others."""
+    """A picture's name for the index of copies: its unit's folder, and what else tells it from the
+    unit's others."""
     folder = record.path.rpartition("/")[0]
-    return folder if folder == record.photo and record.time is None else f"{folder}\n{record.photo}\n{record.time}"
+    return (
+        folder
+        if folder == record.photo and record.time is None
+        else f"{folder}\n{record.photo}\n{record.time}"
+    )
 
 
 def _parts(source: str) -> tuple[str, str]:
@@ -403,7 +497,9 @@ class CuttingTotals:
     pixels: int = 0
     bad: int = 0  # units that could not be decoded or read, in part or as a whole
     rejects: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(default_factory=Counter)  # pictures by the profile of their colours, if not sRGB
+    converted: Counter[str] = field(
+        default_factory=Counter
+    )  # pictures by the profile of their colours, if not sRGB
     # The first ones of pictures (not of single crops): damage, and what is merely not fit.
     reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     num_reasons: int = 0
@@ -433,16 +529,24 @@ class Clock:
     def report(self, totals: CuttingTotals, out: Path, name: str) -> None:
         """Say what was done, how fast, and what was rejected."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        print(f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} {name} were there "
-              "already")
+        print(
+            f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} "
+            f"{name} were there "
+            "already"
+        )
         if totals.crops:
             megapixels = totals.pixels / 1e6
-            print(f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
-                  f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second")
+            print(
+                f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.crops / wall:.0f} crops/s, "
+                f"{megapixels / cpu:.1f} MPix and {totals.crops / cpu:.0f} crops per core-second"
+            )
         if totals.converted:
             print(converted_note(totals.converted, name))
         if totals.rejects:
-            counts = (f"{count} {GATE_WORDS.get(gate, gate)}" for gate, count in sorted(totals.rejects.items()))
+            counts = (
+                f"{count} {GATE_WORDS.get(gate, gate)}"
+                for gate, count in sorted(totals.rejects.items())
+            )
             print(f"rejected: {', '.join(counts)}; {out / REJECTS} says what and why")
         for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
             print(f"rejected {line}")

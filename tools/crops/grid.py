@@ -1,4 +1,5 @@
-"""Where crops are cut: a jittered grid without overlap, or a covering grid; a pure function of seed, photo, scale."""
+"""Where crops are cut: a jittered grid without overlap, or a covering grid; a pure function of
+seed, photo, scale."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 
 
 class Crop(NamedTuple):
-    """A square crop: its place in the grid and its upper left corner in pixels of the (reduced) photograph."""
+    """A square crop: its place in the grid and its upper left corner in pixels of the (reduced)
+    photograph."""
 
     row: int
     column: int
@@ -20,34 +22,51 @@ class Crop(NamedTuple):
 
 
 def crop_grid(height: int, width: int, size: int, key: str) -> list[Crop]:
-    """floor(height/size) x floor(width/size) crops that do not overlap; the pixels left over become random gaps.
+    """floor(height/size) x floor(width/size) crops that do not overlap; the pixels left over become
+    random gaps.
 
-    `key` decides the gaps: the same key and size give the same crops on every machine and numpy version.
+    `key` decides the gaps: the same key and size give the same crops on every machine and numpy
+    version.
     """
     rows, columns = height // size, width // size
     if not (rows and columns):
         return []
     draws = _draws(key, rows + rows * columns)
     tops = _with_gaps(draws[:rows], height, size)
-    lefts = [_with_gaps(draws[rows + row * columns :][:columns], width, size) for row in range(rows)]
-    return [Crop(row, column, tops[row], lefts[row][column]) for row in range(rows) for column in range(columns)]
+    lefts = [
+        _with_gaps(draws[rows + row * columns :][:columns], width, size) for row in range(rows)
+    ]
+    return [
+        Crop(row, column, tops[row], lefts[row][column])
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
 def cover_grid(height: int, width: int, size: int) -> list[Crop]:
-    """ceil(height/size) x ceil(width/size) crops that cover every pixel with the least overlap, spread evenly."""
+    """ceil(height/size) x ceil(width/size) crops that cover every pixel with the least overlap,
+    spread evenly."""
     if height < size or width < size:
         return []
     tops, lefts = _spread(height, size), _spread(width, size)
-    return [Crop(row, column, top, left) for row, top in enumerate(tops) for column, left in enumerate(lefts)]
+    return [
+        Crop(row, column, top, left)
+        for row, top in enumerate(tops)
+        for column, left in enumerate(lefts)
+    ]
 
 
 def _draws(key: str, count: int) -> np.ndarray:
-    """`count` uniform 64-bit numbers from `key`. SHAKE-256 rather than numpy's generators: it never changes."""
-    return np.frombuffer(hashlib.shake_256(key.encode("utf-8", "surrogateescape")).digest(8 * count), "<u8")
+    """`count` uniform 64-bit numbers from `key`. SHAKE-256 rather than numpy's generators: it never
+    changes."""
+    return np.frombuffer(
+        hashlib.shake_256(key.encode("utf-8", "surrogateescape")).digest(8 * count), "<u8"
+    )
 
 
 def _with_gaps(draws: np.ndarray, length: int, size: int) -> list[int]:
-    """Starts of as many crops as there are draws along a side, the slack spread before, between and after them."""
+    """Starts of as many crops as there are draws along a side, the slack spread before, between and
+    after them."""
     slack = length - len(draws) * size
     gaps = sorted(int(draw) % (slack + 1) for draw in draws)
     return [gap + index * size for index, gap in enumerate(gaps)]
@@ -56,17 +75,27 @@ def _with_gaps(draws: np.ndarray, length: int, size: int) -> list[int]:
 def _spread(length: int, size: int) -> list[int]:
     """Starts of ceil(length/size) crops along a side, from edge to edge."""
     last = -(-length // size) - 1
-    return [(index * (length - size) + last // 2) // last for index in range(last + 1)] if last else [0]
+    return (
+        [(index * (length - size) + last // 2) // last for index in range(last + 1)]
+        if last
+        else [0]
+    )
 
 
 def halved(pixels: np.ndarray) -> np.ndarray:
-    """Half the size by the mean of 2x2 pixels, rounded: antialiased. An odd last row or column is cut off."""
+    """Half the size by the mean of 2x2 pixels, rounded: antialiased. An odd last row or column is
+    cut off."""
     height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
-    return cv2.resize(pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA
+    )
 
 
-def pyramid(pixels: np.ndarray, size: int, first: int, count: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(reduction, pixels) of the photograph reduced `first`, 2 `first`, 4 `first`... times, while a crop still fits.
+def pyramid(
+    pixels: np.ndarray, size: int, first: int, count: int | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(reduction, pixels) of the photograph reduced `first`, 2 `first`, 4 `first`... times, while a
+    crop still fits.
 
     `first` is a power of two; at most `count` sizes where it is given.
     """

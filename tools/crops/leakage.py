@@ -1,7 +1,8 @@
-"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed again.
+"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed
+again.
 
-`BenchmarkIndex.find` compares in two steps. Anchors, points of a picture that are found again in its copies and parts,
-propose places (`AnchorTable`); where several agree, pixels are compared.
+`BenchmarkIndex.find` compares in two steps. Anchors, points of a picture that are found again in
+its copies and parts, propose places (`AnchorTable`); where several agree, pixels are compared.
 """
 
 from __future__ import annotations
@@ -24,23 +25,29 @@ from tools.files import walk
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 RADIUS = 16  # of the patch around an anchor, in pixels: 33 x 33
-_CELLS, _FREQUENCIES = 11, 8  # the patch is reduced to 11x11 means of 3x3 pixels; its 8x8 lowest frequencies count
-_MAX_BITS = 10                # of 63, that the hashes of two patches may differ in
-_NUM_CHUNKS = 4               # of a hash, 16 bits each: one of them must be equal
-_MIN_STRENGTH = 1.0           # grey levels
+_CELLS, _FREQUENCIES = (
+    11,
+    8,
+)  # the patch is reduced to 11x11 means of 3x3 pixels; its 8x8 lowest frequencies count
+_MAX_BITS = 10  # of 63, that the hashes of two patches may differ in
+_NUM_CHUNKS = 4  # of a hash, 16 bits each: one of them must be equal
+_MIN_STRENGTH = 1.0  # grey levels
 _NEIGHBOURS = np.ones((13, 13), np.uint8)
 MIN_PART = 64  # pixels a side that a part must have in common with a benchmark picture
-_NUM_REDUCTIONS = 3  # 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
-_NUM_ANCHORS = 32    # of the picture in question, at each reduction
-_NUM_CHECKED = 12    # of the places that the anchors point at, at each reduction
-# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated places with a similar
-# edge reach 0.68, parts that went through JPEG of quality 75 or a shift by half a pixel have 0.80 or more.
+# 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
+_NUM_REDUCTIONS = 3
+_NUM_ANCHORS = 32  # of the picture in question, at each reduction
+_NUM_CHECKED = 12  # of the places that the anchors point at, at each reduction
+# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated
+# places with a similar edge reach 0.68, parts that went through JPEG of quality 75 or a shift by
+# half a pixel have 0.80 or more.
 _CHECKS = ((96, 0.6), (256, 0.76))
-_MIN_DETAIL = 0.25   # root mean square of the structure: less says nothing
+_MIN_DETAIL = 0.25  # root mean square of the structure: less says nothing
 
 
 class Match(NamedTuple):
-    """Where a picture may lie in another one: its upper left corner there, and an anchor that says so."""
+    """Where a picture may lie in another one: its upper left corner there, and an anchor that says
+    so."""
 
     picture: int
     is_mirrored: bool
@@ -51,20 +58,23 @@ class Match(NamedTuple):
 
 
 class BenchmarkIndex:
-    """Finds what must not be trained on: the pictures of benchmarks, such as Set5, Urban100 or DIV2K's validation part.
+    """Finds what must not be trained on: the pictures of benchmarks, such as Set5, Urban100 or
+    DIV2K's validation part.
 
-    Found are copies of whole pictures at any size, and parts: at the size of the benchmark's picture, at 1/2 or 1/4 of
-    it, and where the benchmark's picture is 1/2 or 1/4 of the part; also mirrored (left to right), brightened and
-    compressed again. A part must have texture, and 64 pixels a side in common with the benchmark picture at the size
-    where both match (of parts so small one in ten is missed, from 128 pixels on one in 500). Rotations, parts at other
-    scales, heavy changes of colour and overlays are not found.
+    Found are copies of whole pictures at any size, and parts: at the size of the benchmark's
+    picture, at 1/2 or 1/4 of it, and where the benchmark's picture is 1/2 or 1/4 of the part; also
+    mirrored (left to right), brightened and compressed again. A part must have texture, and 64
+    pixels a side in common with the benchmark picture at the size where both match (of parts so
+    small one in ten is missed, from 128 pixels on one in 500). Rotations, parts at other scales,
+    heavy changes of colour and overlays are not found.
 
-    Parts are found by anchors whose surroundings look alike; where these point at, pixels are compared. `find` may be
-    called by any number of threads. About 0.4 bytes a benchmark pixel.
+    Parts are found by anchors whose surroundings look alike; where these point at, pixels are
+    compared. `find` may be called by any number of threads. About 0.4 bytes a benchmark pixel.
     """
 
     def __init__(self, folders: Sequence[Path], threads: int = 0) -> None:
-        """Read all images below `folders`. `skipped` says which could not be read; `UserError` where there are none."""
+        """Read all images below `folders`. `skipped` says which could not be read; `UserError`
+        where there are none."""
         self.names: list[str] = []
         self.skipped: list[str] = []
         self._levels: list[_Reduction] = []
@@ -72,7 +82,9 @@ class BenchmarkIndex:
         hashes = []
         files = [(folder, name) for folder in folders for name in _images(folder)]
         with quiet_libraries(), progress(len(files), "benchmark image") as bar:
-            for (folder, name), image in zip(files, ordered_map(_read, files, thread_count(threads)), strict=True):
+            for (folder, name), image in zip(
+                files, ordered_map(_read, files, thread_count(threads)), strict=True
+            ):
                 bar.update()
                 if isinstance(image, str):
                     self.skipped.append(f"{folder / name}: {image}")
@@ -84,7 +96,10 @@ class BenchmarkIndex:
         if not self.names:
             where = ", ".join(map(str, folders)) or "no folder"
             reason = f" ({self.skipped[0]})" if self.skipped else ""
-            raise UserError(f"{where}: no image there that can be read{reason}; give the folders of the benchmarks")
+            raise UserError(
+                f"{where}: no image there that can be read{reason}; give the folders of the "
+                "benchmarks"
+            )
         self._hashes = np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)
         self._table = AnchorTable([level.anchors for level in self._levels])
 
@@ -93,7 +108,8 @@ class BenchmarkIndex:
         return len(self.names)
 
     def find(self, pixels: np.ndarray) -> str | None:
-        """The benchmark picture that uint8 RGB `pixels` (height, width, 3) is a copy or a part of, or `None`."""
+        """The benchmark picture that uint8 RGB `pixels` (height, width, 3) is a copy or a part of,
+        or `None`."""
         luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         image = self._find_whole(luma)
         if image is None:
@@ -105,7 +121,9 @@ class BenchmarkIndex:
             luma = halved(luma)
         for hash in (perceptual_hash(luma), perceptual_hash(cv2.flip(luma, 1))):
             if has_structure(hash):
-                distances = np.bitwise_count(self._hashes ^ np.frombuffer(hash, np.uint64)).sum(axis=1)
+                distances = np.bitwise_count(self._hashes ^ np.frombuffer(hash, np.uint64)).sum(
+                    axis=1
+                )
                 if distances.min() <= MAX_DISTANCE:
                     return int(distances.argmin())
         return None
@@ -118,14 +136,18 @@ class BenchmarkIndex:
                 return None
             anchors = find_anchors(luma, _NUM_ANCHORS)
             for match in self._table.matches(anchors, luma.shape[1])[:_NUM_CHECKED]:
-                if all(self._correlation(luma, match, window) >= least for window, least in _CHECKS):
+                if all(
+                    self._correlation(luma, match, window) >= least for window, least in _CHECKS
+                ):
                     return self._image_of_level[match.picture]
         return None
 
     def _correlation(self, luma: np.ndarray, match: Match, window: int) -> float:
-        """Normalised cross-correlation, -1 to 1, of the structure within `window` pixels around the anchor.
+        """Normalised cross-correlation, -1 to 1, of the structure within `window` pixels around the
+        anchor.
 
-        Both are halved, which takes away JPEG's artefacts and most of what a shift by half a pixel makes.
+        Both are halved, which takes away JPEG's artefacts and most of what a shift by half a pixel
+        makes.
         """
         level = self._levels[match.picture]
         if match.is_mirrored:
@@ -160,7 +182,8 @@ class _Image(NamedTuple):
 
 
 def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -> slice:
-    """The rows (or columns) of our picture around the anchor that the level has too; both ends even in the level."""
+    """The rows (or columns) of our picture around the anchor that the level has too; both ends even
+    in the level."""
     first = max(0, -offset, anchor - window // 2)
     last = min(size, level_size - offset, anchor + window // 2)
     first += (first + offset) % 2
@@ -168,7 +191,8 @@ def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -
 
 
 def _structure(luma: np.ndarray) -> np.ndarray:
-    """uint8 luma relative to its surroundings' mean and contrast, so that no edge outweighs the rest: float32."""
+    """uint8 luma relative to its surroundings' mean and contrast, so that no edge outweighs the
+    rest: float32."""
     structure = luma.astype(np.float32)
     structure -= cv2.blur(structure, (9, 9))
     return structure / (cv2.sqrt(cv2.blur(structure * structure, (9, 9))) + 2)
@@ -177,7 +201,9 @@ def _structure(luma: np.ndarray) -> np.ndarray:
 def _images(folder: Path) -> list[str]:
     """The images below a folder of benchmark pictures."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a benchmark's images, such as Urban100")
+        raise UserError(
+            f"{folder}: no such folder; give the folder of a benchmark's images, such as Urban100"
+        )
     return walk(folder, MANIFEST).encoded
 
 
@@ -210,18 +236,24 @@ class Anchors(NamedTuple):
     columns: np.ndarray
     hashes: np.ndarray
 
+
 NO_ANCHORS = Anchors(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
 
 
 def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
-    """The points of uint8 luma (height, width) where a spot differs most from what surrounds it, the `count` strongest.
+    """The points of uint8 luma (height, width) where a spot differs most from what surrounds it,
+    the `count` strongest.
 
-    Found by content alone, so a crop has the same anchors as the picture it was cut from, apart from its borders.
+    Found by content alone, so a crop has the same anchors as the picture it was cut from, apart
+    from its borders.
     """
     height, width = luma.shape
     if min(height, width) <= 2 * RADIUS:
         return NO_ANCHORS
-    spot, around = cv2.boxFilter(luma, cv2.CV_32F, (5, 5)), cv2.boxFilter(luma, cv2.CV_32F, (13, 13))
+    spot, around = (
+        cv2.boxFilter(luma, cv2.CV_32F, (5, 5)),
+        cv2.boxFilter(luma, cv2.CV_32F, (13, 13)),
+    )
     strength = cv2.absdiff(spot, around)
     is_peak = (strength == cv2.dilate(strength, _NEIGHBOURS)) & (strength > _MIN_STRENGTH)
     inner = is_peak[RADIUS : height - RADIUS, RADIUS : width - RADIUS]
@@ -230,43 +262,69 @@ def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
     if count is not None and len(rows) > count:
         strongest = np.argsort(-strength[rows, columns], kind="stable")[:count]
         rows, columns = rows[strongest], columns[strongest]
-    return Anchors(rows.astype(np.int32), columns.astype(np.int32), _patch_hashes(luma, rows, columns))
+    return Anchors(
+        rows.astype(np.int32), columns.astype(np.int32), _patch_hashes(luma, rows, columns)
+    )
 
 
 class AnchorTable:
-    """The anchors of many pictures, looked up by hash. Read-only, so any number of threads may use it."""
+    """The anchors of many pictures, looked up by hash. Read-only, so any number of threads may use
+    it."""
 
     def __init__(self, anchors: Sequence[Anchors]) -> None:
         """`anchors[i]` belong to the picture number i."""
-        self._picture = np.repeat(np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors])
-        self._rows, self._columns, self._hashes = map(np.concatenate, zip(NO_ANCHORS, *anchors, strict=True))
+        self._picture = np.repeat(
+            np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors]
+        )
+        self._rows, self._columns, self._hashes = map(
+            np.concatenate, zip(NO_ANCHORS, *anchors, strict=True)
+        )
         chunks = np.ascontiguousarray(_chunks(self._hashes).T)
         self._places = [np.argsort(chunk, kind="stable").astype(np.int32) for chunk in chunks]
-        self._bounds = [np.cumsum(np.bincount(chunk.astype(np.int32) + 1, minlength=65537)) for chunk in chunks]
+        self._bounds = [
+            np.cumsum(np.bincount(chunk.astype(np.int32) + 1, minlength=65537)) for chunk in chunks
+        ]
 
     def matches(self, anchors: Anchors, width: int) -> list[Match]:
-        """Where a picture of that width, with those anchors, may lie: what most anchors agree on comes first."""
+        """Where a picture of that width, with those anchors, may lie: what most anchors agree on
+        comes first."""
         ours, theirs, is_mirrored, bits = self._pairs(anchors.hashes)
         if not len(ours):
             return []
         rows = anchors.rows[ours]
         columns = np.where(is_mirrored, width - 1 - anchors.columns[ours], anchors.columns[ours])
-        picture, top, left = self._picture[theirs], self._rows[theirs] - rows, self._columns[theirs] - columns
+        picture, top, left = (
+            self._picture[theirs],
+            self._rows[theirs] - rows,
+            self._columns[theirs] - columns,
+        )
         place = 2 * picture.astype(np.int64) + is_mirrored
-        for shift in (top, left):  # whole pixels in +-2^17; to 4 pixels, as an anchor may move a little
+        for shift in (
+            top,
+            left,
+        ):  # whole pixels in +-2^17; to 4 pixels, as an anchor may move a little
             place = (place << 16) + ((shift + (1 << 17)) >> 2)
         _, group, votes = np.unique(place, return_inverse=True, return_counts=True)
         order = np.lexsort((group, bits, -votes[group]))
         _, firsts = np.unique(group[order], return_index=True)
         best = order[np.sort(firsts)]
-        columns_of_best = (values[best].tolist() for values in (picture, is_mirrored, top, left, rows, columns))
+        columns_of_best = (
+            values[best].tolist() for values in (picture, is_mirrored, top, left, rows, columns)
+        )
         return [Match(*match) for match in zip(*columns_of_best, strict=True)]
 
     def _pairs(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(Our anchor, theirs, whether mirrored, bits that differ) of all pairs that look alike, each pair once."""
-        hashes, count, total = np.concatenate([hashes, hashes ^ _MIRROR]), len(hashes), len(self._hashes)
+        """(Our anchor, theirs, whether mirrored, bits that differ) of all pairs that look alike,
+        each pair once."""
+        hashes, count, total = (
+            np.concatenate([hashes, hashes ^ _MIRROR]),
+            len(hashes),
+            len(self._hashes),
+        )
         pairs = []
-        for chunks, places, bounds in zip(_chunks(hashes).T.astype(np.int32), self._places, self._bounds, strict=True):
+        for chunks, places, bounds in zip(
+            _chunks(hashes).T.astype(np.int32), self._places, self._bounds, strict=True
+        ):
             firsts, lasts = bounds[chunks], bounds[chunks + 1]
             ends = np.cumsum(lasts - firsts)  # of each hash's share in the list of candidates
             found = np.arange(ends[-1] if count else 0) + np.repeat(lasts - ends, lasts - firsts)
@@ -275,11 +333,17 @@ class AnchorTable:
         ours, theirs = np.divmod(pairs, total)
         alike = np.bitwise_count(hashes[ours] ^ self._hashes[theirs]) <= _MAX_BITS
         ours, theirs = np.divmod(np.unique(pairs[alike]), total)
-        return ours % max(count, 1), theirs, ours >= count, np.bitwise_count(hashes[ours] ^ self._hashes[theirs])
+        return (
+            ours % max(count, 1),
+            theirs,
+            ours >= count,
+            np.bitwise_count(hashes[ours] ^ self._hashes[theirs]),
+        )
 
 
 def _patch_hashes(luma: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The signs of the 63 lowest frequencies (but the mean) of the patch around each point: uint64 (count,)."""
+    """The signs of the 63 lowest frequencies (but the mean) of the patch around each point: uint64
+    (count,)."""
     patches = np.lib.stride_tricks.sliding_window_view(luma, (2 * RADIUS + 1, 2 * RADIUS + 1))
     bits = np.empty((len(rows), _FREQUENCIES**2), bool)
     for start in range(0, len(rows), 1024):
@@ -305,6 +369,7 @@ def _order() -> np.ndarray:
     """Coefficients from the lowest frequencies to the highest: int (64,)."""
     row, column = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
     return np.lexsort((row, np.maximum(row, column)))
+
 
 _BASIS, _ORDER = _basis(), _order()
 

@@ -1,4 +1,5 @@
-"""manifest.jsonl: which crop came from which source, one JSON object a line, a folder's crops one after another."""
+"""manifest.jsonl: which crop came from which source, one JSON object a line, a folder's crops one
+after another."""
 
 from __future__ import annotations
 
@@ -22,25 +23,29 @@ class CropRecord:
     """One crop. Paths are POSIX paths: `path` and `lr` relative to the manifest's folder."""
 
     path: str
-    photo: str           # what it was cut from, and what training and validation are split by: a photo, a film...
-    scale: int           # the picture was reduced this many times before cropping: 1, 2, 4...
-    top: int             # upper left corner, in pixels of the reduced picture
+    # what it was cut from, and what training and validation are split by: a photo, a film...
+    photo: str
+    scale: int  # the picture was reduced this many times before cropping: 1, 2, 4...
+    top: int  # upper left corner, in pixels of the reduced picture
     left: int
-    size: int            # both sides, in pixels
-    bytes: int           # size of the crop's file
-    sha256: str          # of the pixels: uint8 RGB, rows from the top
-    decoder: str         # what decoded the source, with its version
+    size: int  # both sides, in pixels
+    bytes: int  # size of the crop's file
+    sha256: str  # of the pixels: uint8 RGB, rows from the top
+    decoder: str  # what decoded the source, with its version
     gates: Mapping[str, float | str]  # what the quality gates measured, see quality.py
-    photo_bytes: int     # size and modification time of the source's file, to notice that it changed
+    photo_bytes: int  # size and modification time of the source's file, to notice that it changed
     photo_mtime_ns: int
-    folder_crops: int    # how many crops its folder has in all, to notice that some are missing
+    folder_crops: int  # how many crops its folder has in all, to notice that some are missing
     time: float | None = field(default=None)  # of the frame in its video, in seconds
-    lr: str | None = field(default=None)      # the LR crop that belongs to it, in paired datasets
-    role: str = "hr"     # "lr": the LR side of a pair, which no list names and no gate judges
+    lr: str | None = field(default=None)  # the LR crop that belongs to it, in paired datasets
+    role: str = "hr"  # "lr": the LR side of a pair, which no list names and no gate judges
 
 
-_REQUIRED = {name: {"str": str, "int": int}.get(kind, dict) for name, kind in
-             ((entry.name, entry.type) for entry in fields(CropRecord)) if name not in ("time", "lr", "role")}
+_REQUIRED = {
+    name: {"str": str, "int": int}.get(kind, dict)
+    for name, kind in ((entry.name, entry.type) for entry in fields(CropRecord))
+    if name not in ("time", "lr", "role")
+}
 _OPTIONAL = {"time": (int, float), "lr": (str,), "role": (str,)}
 
 
@@ -50,7 +55,10 @@ def parse_line(line: str | bytes) -> CropRecord | None:
         values = json.loads(line)
     except ValueError:  # UnicodeDecodeError is one too
         return None
-    if not isinstance(values, dict) or not _REQUIRED.keys() <= values.keys() <= _REQUIRED.keys() | _OPTIONAL.keys():
+    if (
+        not isinstance(values, dict)
+        or not _REQUIRED.keys() <= values.keys() <= _REQUIRED.keys() | _OPTIONAL.keys()
+    ):
         return None
     if not all(type(values[name]) is kind for name, kind in _REQUIRED.items()):
         return None
@@ -62,14 +70,21 @@ def parse_line(line: str | bytes) -> CropRecord | None:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path stays below the folder that it is relative to: files of that name may be deleted and read."""
-    return bool(path) and not path.startswith("/") and "\0" not in path and ".." not in path.split("/")
+    """Whether a path stays below the folder that it is relative to: files of that name may be
+    deleted and read."""
+    return (
+        bool(path) and not path.startswith("/") and "\0" not in path and ".." not in path.split("/")
+    )
 
 
 def format_line(record: CropRecord) -> str:
     """The line of a manifest that describes `record`."""
     values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
-    values = {name: value for name, value in values.items() if value is not None and (name, value) != ("role", "hr")}
+    values = {
+        name: value
+        for name, value in values.items()
+        if value is not None and (name, value) != ("role", "hr")
+    }
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
@@ -81,7 +96,8 @@ def format_lines(records: Iterable[CropRecord]) -> str:
 def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
     """(Offset of the line in bytes, record) for each line of a manifest.
 
-    A torn last line (a run that was killed, or goes on right now) does not count; other broken lines are a `UserError`.
+    A torn last line (a run that was killed, or goes on right now) does not count; other broken
+    lines are a `UserError`.
     """
     offset, torn = 0, None
     with open(path, "rb") as file:
@@ -96,12 +112,16 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
             offset += len(line)
         else:
             return
-    raise UserError(f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset with the "
-                    "same arguments again, it repairs the file")
+    raise UserError(
+        f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset with "
+        "the "
+        "same arguments again, it repairs the file"
+    )
 
 
 def iterate_records(root: Path, manifests: Iterable[str]) -> Iterator[CropRecord]:
-    """All records of `manifests` (paths relative to `root`), their `path`, `photo` and `lr` made relative to `root`."""
+    """All records of `manifests` (paths relative to `root`), their `path`, `photo` and `lr` made
+    relative to `root`."""
     for name in sorted(manifests):
         folder = posixpath.dirname(name)
         for _, record in iterate_lines(root / name):
@@ -111,15 +131,19 @@ def iterate_records(root: Path, manifests: Iterable[str]) -> Iterator[CropRecord
 def _below(folder: str, record: CropRecord) -> CropRecord:
     if not folder:
         return record
-    return replace(record, path=posixpath.join(folder, record.path), photo=posixpath.join(folder, record.photo),
-                   lr=record.lr and posixpath.join(folder, record.lr))
+    return replace(
+        record,
+        path=posixpath.join(folder, record.path),
+        photo=posixpath.join(folder, record.photo),
+        lr=record.lr and posixpath.join(folder, record.lr),
+    )
 
 
 class DatasetHash:
     """One hash of a whole dataset: of every crop's path and pixels, in whatever order they come.
 
-    Two nodes that print the same hash hold the same dataset. The crops' SHA-256 are added up, so that a million of them
-    need no sorting and no memory.
+    Two nodes that print the same hash hold the same dataset. The crops' SHA-256 are added up, so
+    that a million of them need no sorting and no memory.
     """
 
     def __init__(self) -> None:
@@ -144,7 +168,8 @@ class DatasetHash:
 
 
 class ManifestIndex:
-    """The records of many manifests, looked up by path; 16 bytes of memory a crop, whatever a line holds."""
+    """The records of many manifests, looked up by path; 16 bytes of memory a crop, whatever a line
+    holds."""
 
     def __init__(self, root: Path, manifests: Iterable[str]) -> None:
         self._root, self._files, self._folders = root, [], []
@@ -164,7 +189,8 @@ class ManifestIndex:
         return len(self._keys)
 
     def get(self, path: str) -> CropRecord | None:
-        """The record of the file `path` (relative to the root), or `None` where no manifest knows it."""
+        """The record of the file `path` (relative to the root), or `None` where no manifest knows
+        it."""
         key = np.uint64(_key(path))
         at = int(np.searchsorted(self._keys, key))
         while at < len(self._keys) and self._keys[at] == key:
@@ -179,7 +205,8 @@ class ManifestIndex:
         return None
 
     def missing(self) -> int:
-        """How many crops were never asked for: files that a manifest names and that nobody found."""
+        """How many crops were never asked for: files that a manifest names and that nobody
+        found."""
         return int(len(self._seen) - self._seen.sum())
 
     def close(self) -> None:
@@ -189,7 +216,9 @@ class ManifestIndex:
 
 
 def _key(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def _line_at(descriptor: int, offset: int) -> bytes:

@@ -28,7 +28,12 @@ from pipeline.data.image_headers import (
     check_file_size,
     read_header,
 )
-from pipeline.data.image_pixels import check_megapixels, decode_rgb, foreign_profile, has_fast_decoder
+from pipeline.data.image_pixels import (
+    check_megapixels,
+    decode_rgb,
+    foreign_profile,
+    has_fast_decoder,
+)
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord, DatasetHash, ManifestIndex, iterate_records
@@ -46,16 +51,19 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one file (a path relative to the dataset), its reason, and how many bytes were read for it."""
+    """The verdict on one file (a path relative to the dataset), its reason, and how many bytes were
+    read for it."""
 
     path: str
     verdict: Verdict
     reason: str = ""
     bytes: int = 0
-    gate: str = ""             # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
+    gate: str = (
+        ""  # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
+    )
     perceptual_hash: str = ""  # of a good file, in hexadecimal, where it is known
-    sha256: str = ""           # of its pixels, where a manifest knows it
-    profile: str = ""          # of a good file's colours, where training converts them to sRGB
+    sha256: str = ""  # of its pixels, where a manifest knows it
+    profile: str = ""  # of a good file's colours, where training converts them to sRGB
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,15 @@ class Rules:
 class Judge:
     """Judges files on any number of threads."""
 
-    def __init__(self, root: Path, rules: Rules, crops: ManifestIndex, benchmark: BenchmarkIndex | None) -> None:
+    def __init__(
+        self, root: Path, rules: Rules, crops: ManifestIndex, benchmark: BenchmarkIndex | None
+    ) -> None:
         self._root, self._rules, self._crops, self._benchmark = root, rules, crops, benchmark
         self._of_thread = threading.local()
 
     def __call__(self, name: str) -> Judgement:
-        """The judgement on the file `name`, relative to the dataset. Raises nothing that a file could cause."""
+        """The judgement on the file `name`, relative to the dataset. Raises nothing that a file
+        could cause."""
         path, record = self._root / name, self._crops.get(name)
         try:
             profile = ""
@@ -95,12 +106,22 @@ class Judge:
             return Judgement(name, Verdict.BAD, error.reason, gate=error.gate)
         except BadImageError as error:
             return Judgement(name, Verdict.BAD, str(error), gate="file")
-        except MemoryError:  # says nothing about the file: what its header promises is within the limits
+        except (
+            MemoryError
+        ):  # says nothing about the file: what its header promises is within the limits
             return Judgement(name, Verdict.UNREADABLE, "not enough memory to read it")
-        except OSError as error:  # FileNotFoundError too: a link into nowhere, or a file that went while we looked
+        # FileNotFoundError too: a link into nowhere, or a file that went while we looked
+        except OSError as error:
             return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
-        return Judgement(name, Verdict.GOOD, "", size, perceptual_hash=str(gates.get("hash", "")),
-                         sha256=record.sha256 if record else "", profile=profile)
+        return Judgement(
+            name,
+            Verdict.GOOD,
+            "",
+            size,
+            perceptual_hash=str(gates.get("hash", "")),
+            sha256=record.sha256 if record else "",
+            profile=profile,
+        )
 
     def _judge_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
         """(Bytes read, pixels or `None` where only the header was read)."""
@@ -108,7 +129,9 @@ class Judge:
             raise FileNotFoundError(None, "No such file (a link into nowhere?)")
         layout = npy_layout(path)
         self._check_size(layout.height, layout.width, record)
-        check_megapixels(ImageHeader("npy", layout.height, layout.width), self._rules.max_megapixels)
+        check_megapixels(
+            ImageHeader("npy", layout.height, layout.width), self._rules.max_megapixels
+        )
         if not self._rules.decode:
             return layout.offset, None
         with open(path, "rb") as file:
@@ -116,10 +139,15 @@ class Judge:
             data = file.read()
         if record:
             _check_pixels(record, data)
-        return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(layout.height, layout.width, 3)
+        return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(
+            layout.height, layout.width, 3
+        )
 
-    def _judge_encoded(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None, str]:
-        """(Bytes read, pixels or `None` where they need not be decoded, profile that they are converted from)."""
+    def _judge_encoded(
+        self, path: Path, record: CropRecord | None
+    ) -> tuple[int, np.ndarray | None, str]:
+        """(Bytes read, pixels or `None` where they need not be decoded, profile that they are
+        converted from)."""
         with open(path, "rb") as file:
             header = read_header(file)
             self._check_size(header.height, header.width, record)
@@ -141,7 +169,8 @@ class Judge:
         return len(data), pixels if self._rules.decode else None, foreign_profile(header)
 
     def _read_into_buffer(self, file: BinaryIO) -> memoryview:
-        """All of a file, in memory that the next call uses again: to get new memory costs as much as to read."""
+        """All of a file, in memory that the next call uses again: to get new memory costs as much
+        as to read."""
         size = os.fstat(file.fileno()).st_size
         buffer = getattr(self._of_thread, "buffer", b"")
         if len(buffer) <= size:
@@ -152,10 +181,14 @@ class Judge:
         return view[:length]
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
-        """The pixels that training would read. Raises `BadImageError` also where only `decode_rgb` sees damage."""
+        """The pixels that training would read. Raises `BadImageError` also where only `decode_rgb`
+        sees damage."""
         if not header.is_for_dali or (has_fast_decoder(header) and header.format != "jp2"):
             return decode_rgb(data, header)  # the pixels that DALI gives, or is given
-        if header.format in ("tiff", "jpeg"):  # DALI takes damaged ones that the tools which cut crops turn away
+        if header.format in (
+            "tiff",
+            "jpeg",
+        ):  # DALI takes damaged ones that the tools which cut crops turn away
             decode_rgb(data, header)
         else:
             check_complete(data, header)
@@ -167,14 +200,23 @@ class Judge:
     def _check_size(self, height: int, width: int, record: CropRecord | None) -> None:
         rules = self._rules
         if min(height, width) < rules.min_size and not (record and record.role == "lr"):
-            raise _GateError("size", f"{height}x{width} is too small: both sides must be at least {rules.min_size} "
-                                     "(--min-size)")
+            raise _GateError(
+                "size",
+                f"{height}x{width} is too small: both sides must be at least {rules.min_size} "
+                "(--min-size)",
+            )
         if rules.max_size is not None and max(height, width) > rules.max_size:
-            raise _GateError("size", f"{height}x{width} is too large: both sides may be at most {rules.max_size} "
-                                     "(--max-size)")
+            raise _GateError(
+                "size",
+                f"{height}x{width} is too large: both sides may be at most {rules.max_size} "
+                "(--max-size)",
+            )
 
-    def _gates(self, record: CropRecord | None, pixels: np.ndarray | None) -> Mapping[str, float | str]:
-        """What the gates measured when the crop was cut (its pixels are still the same), or measure now."""
+    def _gates(
+        self, record: CropRecord | None, pixels: np.ndarray | None
+    ) -> Mapping[str, float | str]:
+        """What the gates measured when the crop was cut (its pixels are still the same), or measure
+        now."""
         if record:
             return record.gates if record.role != "lr" else {}
         if pixels is None or min(pixels.shape[:2]) < 8:  # nothing can be told of a few pixels
@@ -184,11 +226,17 @@ class Judge:
     def _check_gates(self, gates: Mapping[str, float | str]) -> None:
         rules = self._rules
         if gates and is_flat(gates, rules.min_gradient):
-            raise _GateError("flat", f"flat: its gradient of {gates['gradient']:.3g} grey levels a pixel is below "
-                                     f"{rules.min_gradient:g} (--min-gradient)")
+            raise _GateError(
+                "flat",
+                f"flat: its gradient of {gates['gradient']:.3g} grey levels a pixel is below "
+                f"{rules.min_gradient:g} (--min-gradient)",
+            )
         if "source_sharpness" in gates and is_soft(gates, rules.min_sharpness):
-            raise _GateError("soft", f"blurred or upscaled: its sharpness of {gates['source_sharpness']:.3g} is below "
-                                     f"{rules.min_sharpness:g} (--min-sharpness)")
+            raise _GateError(
+                "soft",
+                f"blurred or upscaled: its sharpness of {gates['source_sharpness']:.3g} is below "
+                f"{rules.min_sharpness:g} (--min-sharpness)",
+            )
 
     def _refuse_leak(self, pixels: np.ndarray | None, record: CropRecord | None) -> None:
         if self._benchmark is None or pixels is None or (record and record.role == "lr"):
@@ -208,20 +256,25 @@ class _GateError(Exception):
 
 def _check_pixels(record: CropRecord, pixels: bytes | np.ndarray) -> None:
     if hashlib.sha256(pixels).hexdigest() != record.sha256:
-        raise BadImageError("its pixels are not those that the manifest recorded (bit rot, or somebody changed it)")
+        raise BadImageError(
+            "its pixels are not those that the manifest recorded (bit rot, or somebody changed it)"
+        )
 
 
 # Copies within a dataset: files that are the same as an earlier one, or nearly so.
 
 
 class Twins:
-    """Takes the judgements on all files of a dataset, in order, and finds the good ones that repeat an earlier one.
+    """Takes the judgements on all files of a dataset, in order, and finds the good ones that repeat
+    an earlier one.
 
-    Files are remembered by their number in that order, not by name, so that millions need little memory.
+    Files are remembered by their number in that order, not by name, so that millions need little
+    memory.
     """
 
     def __init__(self, root: Path, max_distance: int) -> None:
-        """`max_distance` is of perceptual hashes, in bits: up to it two images count as the same."""
+        """`max_distance` is of perceptual hashes, in bits: up to it two images count as the
+        same."""
         self._root = root
         self._hashes = NearDuplicates(max_distance)
         self._count = 0
@@ -241,11 +294,15 @@ class Twins:
     def verdicts(self, names: Iterable[str]) -> tuple[list[Judgement], list[Judgement]]:
         """(Judgements on the twins, judgements on earlier files that were called good and are not).
 
-        The latter are links to a twin: the file stays, not the link. `names` are those of all files, in the same order
-        as before.
+        The latter are links to a twin: the file stays, not the link. `names` are those of all
+        files, in the same order as before.
         """
         wanted = {earlier for _, earlier in self._found}
-        named = {number: name for number, name in enumerate(names) if number in wanted} if wanted else {}
+        named = (
+            {number: name for number, name in enumerate(names) if number in wanted}
+            if wanted
+            else {}
+        )
         targets: dict[int, str] = {}  # the file that stays in place of an earlier link to it
         for judgement, earlier in self._found:
             if earlier not in targets and self._is_link_to(named[earlier], judgement.path):
@@ -254,16 +311,22 @@ class Twins:
         for judgement, earlier in self._found:
             if targets.get(earlier) == judgement.path:
                 twins.append(judgement)
-                links.append(self._verdict(replace(judgement, path=named[earlier], bytes=0), judgement.path))
+                links.append(
+                    self._verdict(replace(judgement, path=named[earlier], bytes=0), judgement.path)
+                )
             else:
                 twins.append(self._verdict(judgement, targets.get(earlier, named[earlier])))
         return twins, links
 
     def _is_link_to(self, name: str, other: str) -> bool:
-        """Whether `name` is a symbolic link that leads to the file `other`, and that one is none."""
+        """Whether `name` is a symbolic link that leads to the file `other`, and that one is
+        none."""
         try:
-            return ((self._root / name).is_symlink() and not (self._root / other).is_symlink()
-                    and os.path.samefile(self._root / name, self._root / other))
+            return (
+                (self._root / name).is_symlink()
+                and not (self._root / other).is_symlink()
+                and os.path.samefile(self._root / name, self._root / other)
+            )
         except OSError:  # one of them went while we looked
             return False
 
@@ -272,13 +335,20 @@ class Twins:
         what, gate = "nearly the same image as", "near-duplicate"
         try:
             if os.path.samefile(path, other):
-                what, gate = ("a link to" if path.is_symlink() or other.is_symlink() else "a hard link of"), "duplicate"
+                what, gate = (
+                    ("a link to" if path.is_symlink() or other.is_symlink() else "a hard link of"),
+                    "duplicate",
+                )
             elif filecmp.cmp(path, other, shallow=False):
                 what, gate = "the same file as", "duplicate"
         except OSError:  # one of them went while we looked
             pass
-        return replace(judgement, verdict=Verdict.BAD, gate=gate,
-                       reason=f"{what} {printable(earlier)} (--keep-duplicates)")
+        return replace(
+            judgement,
+            verdict=Verdict.BAD,
+            gate=gate,
+            reason=f"{what} {printable(earlier)} (--keep-duplicates)",
+        )
 
 
 # The other side of HR and LR crops: neither can be trained on without it.
@@ -287,11 +357,13 @@ class Twins:
 _SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
 
 
-def other_sides(root: Path, crops: ManifestIndex, manifests: Iterable[str], names: Collection[str]) -> dict[str, str]:
+def other_sides(
+    root: Path, crops: ManifestIndex, manifests: Iterable[str], names: Collection[str]
+) -> dict[str, str]:
     """Other side -> name, for those of `names` (relative to `root`) that are a side of a pair.
 
-    The manifests tell; of crops that no manifest knows, the names (`x1_000_000_lr4.npy` beside `x1_000_000.npy`). Only
-    files that are there.
+    The manifests tell; of crops that no manifest knows, the names (`x1_000_000_lr4.npy` beside
+    `x1_000_000.npy`). Only files that are there.
     """
     sides: dict[str, str] = {}
     lr_names: set[str] = set()
@@ -305,12 +377,17 @@ def other_sides(root: Path, crops: ManifestIndex, manifests: Iterable[str], name
         elif record.role == "lr":
             lr_names.add(name)
     if lr_names:
-        sides |= {record.path: record.lr for record in iterate_records(root, manifests) if record.lr in lr_names}
+        sides |= {
+            record.path: record.lr
+            for record in iterate_records(root, manifests)
+            if record.lr in lr_names
+        }
     return {other: name for other, name in sides.items() if os.path.lexists(root / other)}
 
 
 def _sides_by_name(root: Path, name: str, listings: dict[str, list[str]]) -> list[str]:
-    """The files beside `name` that are the other side of it; `listings` remembers folders that were looked into."""
+    """The files beside `name` that are the other side of it; `listings` remembers folders that were
+    looked into."""
     folder, base = posixpath.split(name)
     side = _SIDE.fullmatch(base)
     if side is None:
@@ -335,8 +412,12 @@ class Findings:
     seconds: float = 0
     bad: list[Judgement] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    converted: Counter[str] = field(default_factory=Counter)  # good files by the profile of their colours, if not sRGB
-    recorded: DatasetHash = field(default_factory=DatasetHash)  # of the good files that a manifest knows
+    converted: Counter[str] = field(
+        default_factory=Counter
+    )  # good files by the profile of their colours, if not sRGB
+    recorded: DatasetHash = field(
+        default_factory=DatasetHash
+    )  # of the good files that a manifest knows
 
     def take_back(self, judgement: Judgement, sha256: str) -> None:
         """What was counted as good is not: somebody must count it anew."""

@@ -1,4 +1,5 @@
-"""What was rejected, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl of the check.
+"""What was rejected, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl
+of the check.
 
 And what the training and the validation list name, as a set of keys: 8 bytes per line.
 """
@@ -57,7 +58,9 @@ class Rejects:
     def gates(self) -> list[str]:
         """The gates, the one that rejected most first."""
         names = {*self.pictures, *self.crops}
-        return sorted(names, key=lambda gate: (-self.pictures.get(gate, 0) - self.crops.get(gate, 0), gate))
+        return sorted(
+            names, key=lambda gate: (-self.pictures.get(gate, 0) - self.crops.get(gate, 0), gate)
+        )
 
     def add(self, gate: str, is_crop: bool, example: Example, seed: int) -> None:
         """Count one, and keep it as an example if the draw falls on it."""
@@ -79,7 +82,8 @@ class Rejects:
 
 
 def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
-    """Count the lines of a rejects.jsonl; names get `folder` before them. Torn and foreign lines do not count."""
+    """Count the lines of a rejects.jsonl; names get `folder` before them. Torn and foreign lines do
+    not count."""
     rejects = Rejects()
     for values in filter(None, map(parse_reject, _lines(path))):
         if values.get("cleaned"):
@@ -91,7 +95,9 @@ def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
             name += f", 1/{values['scale']}"
         if values.get("top") is not None:
             name += f", crop at ({values['top']}, {values.get('left')})"
-        rejects.add(values["gate"], values.get("top") is not None, Example(name, values["reason"]), seed)
+        rejects.add(
+            values["gate"], values.get("top") is not None, Example(name, values["reason"]), seed
+        )
     return rejects
 
 
@@ -113,7 +119,9 @@ def _parse_entry(line: bytes) -> Mapping[str, str] | None:
         values = json.loads(line)
     except ValueError:
         return None
-    is_ours = isinstance(values, dict) and all(type(values.get(name)) is str for name in ("path", "moved_to", "reason"))
+    is_ours = isinstance(values, dict) and all(
+        type(values.get(name)) is str for name in ("path", "moved_to", "reason")
+    )
     return values if is_ours and "\0" not in values["moved_to"] else None
 
 
@@ -131,12 +139,15 @@ class FileList:
     """A list that was read: which files it names, how many of them are on disk."""
 
     keys: KeySet = field(default_factory=KeySet)
-    found: int = 0         # named files that are on disk; whoever looks there counts
-    digest: bytes | None = None  # SHA-256 of the file; `None` where it is not as select_training_files.py writes it
+    found: int = 0  # named files that are on disk; whoever looks there counts
+    digest: bytes | None = (
+        None  # SHA-256 of the file; `None` where it is not as select_training_files.py writes it
+    )
 
 
 def read_list(path: Path) -> FileList | None:
-    """The list `path`, `None` where there is none. What is wrong with its lines training says, see `read_file_list`."""
+    """The list `path`, `None` where there is none. What is wrong with its lines training says, see
+    `read_file_list`."""
     names, digest, last, is_ours = FileList(), hashlib.sha256(), b"", True
     try:
         with open(path, "rb") as file:
@@ -150,14 +161,22 @@ def read_list(path: Path) -> FileList | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); write the lists with "
-                        "`python tools/select_training_files.py`") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); write the lists with "
+            "`python tools/select_training_files.py`"
+        ) from None
     names.digest = digest.digest() if is_ours else None
     return names
 
 
 def hash_of_lists(training: FileList | None, validation: FileList | None) -> str | None:
-    """The hash that select_training_files.py printed; `None` where a list is missing or was changed by hand."""
-    if training is None or validation is None or training.digest is None or validation.digest is None:
+    """The hash that select_training_files.py printed; `None` where a list is missing or was changed
+    by hand."""
+    if (
+        training is None
+        or validation is None
+        or training.digest is None
+        or validation.digest is None
+    ):
         return None
     return hashlib.sha256(training.digest + validation.digest).hexdigest()

@@ -55,7 +55,8 @@ class KeySet:
 
 
 class Tally(dict[str, int]):
-    """How often each kind occurs; after `MAX_KINDS` of them the further ones are counted together, as "other"."""
+    """How often each kind occurs; after `MAX_KINDS` of them the further ones are counted together,
+    as "other"."""
 
     def add(self, kind: str, count: int = 1) -> str:
         """Count a kind; returns the kind that it counts as."""
@@ -75,15 +76,19 @@ class Tally(dict[str, int]):
 
 
 class HashSample(Generic[Item]):
-    """A uniform sample of named things: those whose hash with the seed is least, whatever order they come in.
+    """A uniform sample of named things: those whose hash with the seed is least, whatever order
+    they come in.
 
-    The samples of two parts of a dataset, put together and drawn from again, are the sample of the whole.
+    The samples of two parts of a dataset, put together and drawn from again, are the sample of the
+    whole.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         """`size`: the most that are kept."""
         self._size, self._salt = size, f"{seed}".encode()[:64]
-        self._heap: list[tuple[int, int, Item]] = []  # (-rank, -number, item): the first is the one to go
+        self._heap: list[
+            tuple[int, int, Item]
+        ] = []  # (-rank, -number, item): the first is the one to go
         self._number = 0
 
     def add(self, name: str, item: Item) -> None:
@@ -104,7 +109,8 @@ class HashSample(Generic[Item]):
 
 
 class LowestOfGroups(Generic[Item]):
-    """The things of least value, at most one of each group, so that one soft film does not fill the page."""
+    """The things of least value, at most one of each group, so that one soft film does not fill the
+    page."""
 
     def __init__(self, size: int) -> None:
         """`size`: the most that are kept."""
@@ -126,14 +132,19 @@ class LowestOfGroups(Generic[Item]):
 
     def __iter__(self) -> Iterator[tuple[float, Item]]:
         """(Value, thing), the lowest first."""
-        return ((value, item) for value, _, item in sorted(self._best.values(), key=lambda entry: entry[:2]))
+        return (
+            (value, item)
+            for value, _, item in sorted(self._best.values(), key=lambda entry: entry[:2])
+        )
 
 
 class Histogram:
-    """Counts in fixed bins; what lies below the first edge or above the last counts in the outer bins."""
+    """Counts in fixed bins; what lies below the first edge or above the last counts in the outer
+    bins."""
 
     def __init__(self, edges: Sequence[float], threshold: float | None = None) -> None:
-        """`edges`: ascending, one more than there are bins. `under` counts, exactly, what lies below `threshold`."""
+        """`edges`: ascending, one more than there are bins. `under` counts, exactly, what lies
+        below `threshold`."""
         self.edges, self.threshold = list(edges), threshold
         self.counts = [0] * (len(self.edges) - 1)
         self.below = self.above = self.under = 0
@@ -148,15 +159,20 @@ class Histogram:
         self.counts[min(max(bisect_right(self.edges, value) - 1, 0), len(self.counts) - 1)] += 1
 
     def coarser(self, bins: int) -> Histogram:
-        """The same counts with every `bins` bins put together; their number must be a multiple of it."""
+        """The same counts with every `bins` bins put together; their number must be a multiple of
+        it."""
         result = Histogram(self.edges[::bins], self.threshold)
-        result.counts = [sum(self.counts[at : at + bins]) for at in range(0, len(self.counts), bins)]
+        result.counts = [
+            sum(self.counts[at : at + bins]) for at in range(0, len(self.counts), bins)
+        ]
         result.below, result.above, result.under = self.below, self.above, self.under
         return result
 
     def merge(self, other: Histogram) -> None:
         """Count what a histogram with the same edges counted."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.counts = [
+            mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)
+        ]
         self.below, self.above = self.below + other.below, self.above + other.above
         self.under += other.under
 
@@ -166,7 +182,8 @@ class Histogram:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """The value that this share of all lies below, to within a bin; NaN where nothing was counted."""
+        """The value that this share of all lies below, to within a bin; NaN where nothing was
+        counted."""
         left = share * self.total
         for low, high, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
             if count and left <= count:

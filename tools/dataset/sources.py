@@ -1,7 +1,8 @@
-"""One source of a dataset, in numbers: a folder with a manifest, or the images that no manifest knows.
+"""One source of a dataset, in numbers: a folder with a manifest, or the images that no manifest
+knows.
 
-`ManifestReader` reads a manifest line by line, `PlainReader` looks at files; both fill a `Source`. How many crops each
-photograph gave is counted in a few bytes per photograph (`PhotoRuns`).
+`ManifestReader` reads a manifest line by line, `PlainReader` looks at files; both fill a `Source`.
+How many crops each photograph gave is counted in a few bytes per photograph (`PhotoRuns`).
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from tools.dataset.sampling import HashSample, Histogram, KeySet, LowestOfGroups
 NUM_LARGEST = 10
 # Values below the first edge and above the last count in the outer bins.
 GATE_EDGES = {
-    "gradient": [2 ** (step / 8) for step in range(-16, 49)],  # grey levels a pixel, 0.25 to 64, eight bins an octave
-    "source_sharpness": [step / 40 for step in range(81)],     # 0 to 2, a ratio
+    "gradient": [
+        2 ** (step / 8) for step in range(-16, 49)
+    ],  # grey levels a pixel, 0.25 to 64, eight bins an octave
+    "source_sharpness": [step / 40 for step in range(81)],  # 0 to 2, a ratio
     "sharpness": [step / 40 for step in range(81)],
-    "entropy": [step / 10 for step in range(81)],              # 0 to 8 bits a pixel
+    "entropy": [step / 10 for step in range(81)],  # 0 to 8 bits a pixel
 }
 GATE_THRESHOLDS = {"gradient": MIN_GRADIENT, "source_sharpness": MIN_SHARPNESS}
 SIZES_LOOKED_AT = 16  # files of a folder without a manifest whose headers are read
@@ -44,11 +47,15 @@ class PhotoCounts:
 
     photographs: int = 0  # films included
     films: int = 0
-    training: int = 0     # photographs of which a crop stands in the list
+    training: int = 0  # photographs of which a crop stands in the list
     validation: int = 0
-    in_both: int = 0      # validation sees what was trained on
-    by_size: Counter[int] = field(default_factory=Counter)  # n -> photographs with 2^n to 2^(n+1) - 1 crops
-    largest: list[tuple[int, str]] = field(default_factory=list)  # (crops, photograph), the largest first
+    in_both: int = 0  # validation sees what was trained on
+    by_size: Counter[int] = field(
+        default_factory=Counter
+    )  # n -> photographs with 2^n to 2^(n+1) - 1 crops
+    largest: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (crops, photograph), the largest first
 
 
 def new_histograms() -> dict[str, Histogram]:
@@ -58,21 +65,26 @@ def new_histograms() -> dict[str, Histogram]:
 
 @dataclass
 class Source:
-    """A folder with a manifest (`is_recorded`), or the images in no manifest of one top-level folder."""
+    """A folder with a manifest (`is_recorded`), or the images in no manifest of one top-level
+    folder."""
 
     folder: str  # relative to the dataset; ".": the dataset itself
     is_recorded: bool
     tool: str = "no manifest"
     settings: Mapping[str, object] = field(default_factory=dict)
-    images: int = 0     # what training may read: crops, or files in no manifest; without the LR sides of pairs
+    images: int = (
+        0  # what training may read: crops, or files in no manifest; without the LR sides of pairs
+    )
     lr_images: int = 0
-    bytes: int = 0      # of the files: as the manifest recorded them, or of the files on disk
-    pixels: int = 0     # of the recorded images
-    missing: int = 0    # recorded, but not on disk; or a link into nowhere
-    training: int = 0   # images that the lists name
+    bytes: int = 0  # of the files: as the manifest recorded them, or of the files on disk
+    pixels: int = 0  # of the recorded images
+    missing: int = 0  # recorded, but not on disk; or a link into nowhere
+    training: int = 0  # images that the lists name
     validation: int = 0
     scales: Tally = field(default_factory=Tally)
-    sizes: Tally = field(default_factory=Tally)  # "512", or "480x640"; without a manifest: of SIZES_LOOKED_AT files
+    sizes: Tally = field(
+        default_factory=Tally
+    )  # "512", or "480x640"; without a manifest: of SIZES_LOOKED_AT files
     formats: Tally = field(default_factory=Tally)
     decoders: Tally = field(default_factory=Tally)
     hash: DatasetHash = field(default_factory=DatasetHash)  # paths relative to `folder`
@@ -86,8 +98,13 @@ class Source:
         """The sizes of the crops, or the range of those that were looked at, in pixels."""
         if self.is_recorded:
             sizes = [size for size, _ in self.sizes.by_count()]
-            return ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "") or "-"
-        sides = sorted({int(side) for size in self.sizes for side in size.split("x") if side.isdigit()})
+            return (
+                ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "")
+                or "-"
+            )
+        sides = sorted(
+            {int(side) for size in self.sizes for side in size.split("x") if side.isdigit()}
+        )
         return f"{sides[0]} to {sides[-1]}" if sides else "-"
 
     @property
@@ -98,7 +115,8 @@ class Source:
 
 @dataclass(frozen=True)
 class SampledImage:
-    """An image that may be shown; `path` and `photo` are relative to the dataset, no `record`: in no manifest."""
+    """An image that may be shown; `path` and `photo` are relative to the dataset, no `record`: in
+    no manifest."""
 
     path: str
     photo: str
@@ -113,7 +131,9 @@ class SampledImages:
         self.recorded: HashSample[SampledImage] = HashSample(size, seed)
         self.plain: HashSample[SampledImage] = HashSample(size, seed)
         self.lowest: dict[str, LowestOfGroups[SampledImage]] = {
-            name: LowestOfGroups(size // 2) for name in ("source_sharpness", "sharpness", "gradient")}
+            name: LowestOfGroups(size // 2)
+            for name in ("source_sharpness", "sharpness", "gradient")
+        }
         self.size, self.seed = size, seed
 
     def add(self, image: SampledImage, gates: Mapping[str, object]) -> None:
@@ -133,8 +153,10 @@ class Lists:
 
     def name(self, key: int) -> tuple[bool, bool]:
         """Whether the training and the validation list name the file with this key."""
-        return (self.training is not None and key in self.training.keys,
-                self.validation is not None and key in self.validation.keys)
+        return (
+            self.training is not None and key in self.training.keys,
+            self.validation is not None and key in self.validation.keys,
+        )
 
     def find(self, key: int) -> tuple[bool, bool]:
         """As `name`, for a file that is on disk."""
@@ -148,11 +170,15 @@ class Lists:
 class ManifestReader:
     """Reads one manifest into a `Source` and remembers the keys of its files."""
 
-    def __init__(self, root: Path, manifest: str, lists: Lists, samples: SampledImages, total: DatasetHash) -> None:
+    def __init__(
+        self, root: Path, manifest: str, lists: Lists, samples: SampledImages, total: DatasetHash
+    ) -> None:
         self._path, self._lists, self._samples, self._total = root / manifest, lists, samples, total
         self._prefix = posixpath.dirname(manifest)
         settings = _read_settings(self._path.with_name(SETTINGS))
-        self.source = Source(self._prefix or ".", True, str(settings.get("tool", "unknown tool")), settings)
+        self.source = Source(
+            self._prefix or ".", True, str(settings.get("tool", "unknown tool")), settings
+        )
         self.files = KeySet()
         self._photos = PhotoRuns()
 
@@ -164,8 +190,11 @@ class ManifestReader:
                 if number % 1000 == 0:
                     yield offset
         except UnicodeEncodeError as error:
-            raise UserError(f"{self._path}: {ascii(error.object)[:80]} is a name that no file can have; remove its "
-                            "line, then run the tool that made the dataset again") from None
+            raise UserError(
+                f"{self._path}: {ascii(error.object)[:80]} is a name that no file can have; remove "
+                "its "
+                "line, then run the tool that made the dataset again"
+            ) from None
         self.source.photos = self._photos.summary(self._path, self._prefix)
 
     def _add(self, offset: int, record: CropRecord) -> None:
@@ -214,14 +243,17 @@ def _read_settings(path: Path) -> Mapping[str, object]:
 
 
 class PhotoRuns:
-    """Crops in the order of a manifest, whose photographs' crops follow one another: 23 bytes a run of them."""
+    """Crops in the order of a manifest, whose photographs' crops follow one another: 23 bytes a run
+    of them."""
 
     def __init__(self) -> None:
         self._photo: str | None = None
         self._keys, self._places, self._counts = array("Q"), array("Q"), array("L")
         self._flags = array("B")  # 1: a film; 2: in the training list; 4: in the validation list
 
-    def add(self, photo: str, is_film: bool, in_training: bool, in_validation: bool, offset: int) -> None:
+    def add(
+        self, photo: str, is_film: bool, in_training: bool, in_validation: bool, offset: int
+    ) -> None:
         """Count a crop, whose line starts at `offset` in its manifest."""
         if photo != self._photo:
             self._photo = photo
@@ -233,20 +265,33 @@ class PhotoRuns:
         self._flags[-1] |= is_film | in_training << 1 | in_validation << 2
 
     def summary(self, manifest: Path, folder: str) -> PhotoCounts:
-        """The numbers by photograph. `manifest` is read for the largest ones' names; `folder` is put before them."""
+        """The numbers by photograph. `manifest` is read for the largest ones' names; `folder` is
+        put before them."""
         if not self._keys:
             return PhotoCounts()
-        _, first, photo_of_run = np.unique(np.frombuffer(self._keys, np.uint64), return_index=True, return_inverse=True)
-        counts = np.bincount(photo_of_run, np.frombuffer(self._counts, f"u{self._counts.itemsize}")).astype(np.int64)
+        _, first, photo_of_run = np.unique(
+            np.frombuffer(self._keys, np.uint64), return_index=True, return_inverse=True
+        )
+        counts = np.bincount(
+            photo_of_run, np.frombuffer(self._counts, f"u{self._counts.itemsize}")
+        ).astype(np.int64)
         flags = np.zeros(len(counts), np.uint8)
         np.bitwise_or.at(flags, photo_of_run, np.frombuffer(self._flags, np.uint8))
         exponents, numbers = np.unique(np.frexp(counts)[1] - 1, return_counts=True)
         order = np.lexsort((first, -counts))[:NUM_LARGEST]
         names = _photos_at(manifest, [self._places[int(first[at])] for at in order])
         return PhotoCounts(
-            len(counts), int((flags & 1 > 0).sum()), int((flags & 2 > 0).sum()), int((flags & 4 > 0).sum()),
-            int((flags & 6 == 6).sum()), Counter(dict(zip(exponents.tolist(), numbers.tolist(), strict=True))),
-            [(int(counts[at]), posixpath.join(folder, name)) for at, name in zip(order, names, strict=True)])
+            len(counts),
+            int((flags & 1 > 0).sum()),
+            int((flags & 2 > 0).sum()),
+            int((flags & 4 > 0).sum()),
+            int((flags & 6 == 6).sum()),
+            Counter(dict(zip(exponents.tolist(), numbers.tolist(), strict=True))),
+            [
+                (int(counts[at]), posixpath.join(folder, name))
+                for at, name in zip(order, names, strict=True)
+            ],
+        )
 
 
 def _photos_at(manifest: Path, offsets: list[int]) -> list[str]:
@@ -268,7 +313,8 @@ class PlainReader:
         self._looked_at: HashSample[str] = HashSample(SIZES_LOOKED_AT, lists_seed)
 
     def add(self, name: str, named: tuple[bool, bool]) -> None:
-        """Take in a file, by its name relative to the dataset; `named`: by the training and the validation list."""
+        """Take in a file, by its name relative to the dataset; `named`: by the training and the
+        validation list."""
         source = self.source
         source.images += 1
         source.training += named[0]
@@ -292,7 +338,8 @@ class PlainReader:
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
-    """(Height, width) by the header of an image, `None` where that cannot be read; check_training_data.py says why."""
+    """(Height, width) by the header of an image, `None` where that cannot be read;
+    check_training_data.py says why."""
     try:
         if is_npy(path):
             layout = npy_layout(path)

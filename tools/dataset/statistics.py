@@ -1,4 +1,5 @@
-"""What a dataset holds: manifests, files on disk, lists and rejects, each read once and never held in memory."""
+"""What a dataset holds: manifests, files on disk, lists and rejects, each read once and never held
+in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from tools.crops.cutting import REJECTS
 from tools.crops.manifest import DatasetHash
 from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
 from tools.dataset.sampling import Tally, path_key
-from tools.dataset.sources import Lists, ManifestReader, PlainReader, SampledImage, SampledImages, Source
+from tools.dataset.sources import (
+    Lists,
+    ManifestReader,
+    PlainReader,
+    SampledImage,
+    SampledImages,
+    Source,
+)
 from tools.files import IMAGES, EntryKind, links_note, printable, scan
 from tools.parallel import progress
 
@@ -43,13 +51,16 @@ class Statistics:
 
     @property
     def lists_hash(self) -> str | None:
-        """The hash that select_training_files.py printed; `None` where a list is missing or was changed by hand."""
+        """The hash that select_training_files.py printed; `None` where a list is missing or was
+        changed by hand."""
         return hash_of_lists(self.lists.training, self.lists.validation)
 
 
 def total(sources: list[Source], name: str) -> int:
     """The sum of a number (a field of `Source`, or of its `photos`) over sources."""
-    return sum(getattr(source if hasattr(source, name) else source.photos, name) for source in sources)
+    return sum(
+        getattr(source if hasattr(source, name) else source.photos, name) for source in sources
+    )
 
 
 def tally(sources: list[Source], name: str) -> Tally:
@@ -61,14 +72,17 @@ def tally(sources: list[Source], name: str) -> Tally:
 
 
 def gather(root: Path, samples: int = 0, seed: int = 0) -> Statistics:
-    """Read the manifests, lists and rejects below `root`, and see which files are there. Opens no recorded image.
+    """Read the manifests, lists and rejects below `root`, and see which files are there. Opens no
+    recorded image.
 
-    `samples` images are drawn for a report. Memory: about 50 bytes a crop. Raises `UserError` for a missing or empty
-    dataset, and for a broken manifest.
+    `samples` images are drawn for a report. Memory: about 50 bytes a crop. Raises `UserError` for a
+    missing or empty dataset, and for a broken manifest.
     """
     survey = _survey(root)
     lists = Lists(read_list(root / TRAINING_LIST), read_list(root / VALIDATION_LIST))
-    statistics = Statistics(root, lists, SampledImages(samples, seed), linked_folders=survey.linked_folders)
+    statistics = Statistics(
+        root, lists, SampledImages(samples, seed), linked_folders=survey.linked_folders
+    )
     readers = _read_manifests(statistics, survey.manifests)
     plain = _find_files(statistics, readers, survey.images)
     statistics.sources = [*(reader.source for reader in readers.values()), *plain]
@@ -90,8 +104,11 @@ class _Survey:
 
 def _survey(root: Path) -> _Survey:
     survey = _Survey()
-    names = {EntryKind.MANIFEST: survey.manifests, EntryKind.QUARANTINE: survey.quarantines,
-             EntryKind.LINKED_FOLDER: survey.linked_folders}
+    names = {
+        EntryKind.MANIFEST: survey.manifests,
+        EntryKind.QUARANTINE: survey.quarantines,
+        EntryKind.LINKED_FOLDER: survey.linked_folders,
+    }
     for kind, name in scan(root, MANIFEST):
         survey.images += kind in IMAGES
         if kind in names:
@@ -99,8 +116,11 @@ def _survey(root: Path) -> _Survey:
         elif kind is EntryKind.FOREIGN and posixpath.basename(name) == REJECTS:
             survey.rejects.append(name)
     if not (survey.images or survey.manifests):
-        raise UserError(f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops with "
-                        "`python tools/images_to_data.py`, or give another --data-dir")
+        raise UserError(
+            f"{root}: no images below this folder{links_note(survey.linked_folders)}; make crops "
+            "with "
+            "`python tools/images_to_data.py`, or give another --data-dir"
+        )
     return survey
 
 
@@ -111,7 +131,9 @@ def _read_manifests(statistics: Statistics, manifests: list[str]) -> dict[str, M
     with progress(sum(sizes.values()), "B") as bar:
         bar.unit_scale = True
         for name, size in sizes.items():
-            reader = ManifestReader(statistics.root, name, statistics.lists, statistics.samples, statistics.hash)
+            reader = ManifestReader(
+                statistics.root, name, statistics.lists, statistics.samples, statistics.hash
+            )
             readers[reader.source.folder] = reader
             read = 0
             for offset in reader.read():
@@ -121,7 +143,9 @@ def _read_manifests(statistics: Statistics, manifests: list[str]) -> dict[str, M
     return readers
 
 
-def _find_files(statistics: Statistics, readers: Mapping[str, ManifestReader], images: int) -> list[Source]:
+def _find_files(
+    statistics: Statistics, readers: Mapping[str, ManifestReader], images: int
+) -> list[Source]:
     """See which recorded files are there; returns the sources of those that no manifest knows."""
     found, plain = dict.fromkeys(readers, 0), {}
     with progress(images, "file") as bar:
@@ -131,8 +155,14 @@ def _find_files(statistics: Statistics, readers: Mapping[str, ManifestReader], i
             bar.update()
             key = path_key(name)
             named = statistics.lists.find(key)
-            owner = next((folder for folder in _folders_above(name)
-                          if folder in readers and key in readers[folder].files), None)
+            owner = next(
+                (
+                    folder
+                    for folder in _folders_above(name)
+                    if folder in readers and key in readers[folder].files
+                ),
+                None,
+            )
             if owner is not None:
                 found[owner] += 1
                 continue
@@ -147,7 +177,8 @@ def _find_files(statistics: Statistics, readers: Mapping[str, ManifestReader], i
 
 
 def _folders_above(name: str) -> Iterator[str]:
-    """The folders that a file lies in, the innermost first; the last one, ".", is the dataset itself."""
+    """The folders that a file lies in, the innermost first; the last one, ".", is the dataset
+    itself."""
     while "/" in name:
         name = name.rpartition("/")[0]
         yield name
@@ -164,26 +195,51 @@ def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
         if (folder or ".") in by_folder:
             by_folder[folder or "."].rejects = rejects
     for name in sorted(survey.quarantines):
-        statistics.quarantine.merge(read_quarantine(statistics.root / name, posixpath.dirname(name), seed), seed)
+        statistics.quarantine.merge(
+            read_quarantine(statistics.root / name, posixpath.dirname(name), seed), seed
+        )
 
 
 def warnings(statistics: Statistics) -> list[str]:
     """What will go wrong in training, or go unused: a line each."""
-    lines = [f"{printable(source.folder)}: {source.missing} of its files are not there; the tool that made them "
-             "makes them again" for source in statistics.recorded if source.missing]
+    lines = [
+        f"{printable(source.folder)}: {source.missing} of its files are not there; the tool that "
+        "made them "
+        "makes them again"
+        for source in statistics.recorded
+        if source.missing
+    ]
     lists = statistics.lists
     if lists.training is None or lists.validation is None:
-        names = [name for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation))
-                 if names is None]
-        return [*lines, f"no {' and no '.join(names)}; write both with "
-                        f"`python tools/select_training_files.py --data-dir {statistics.root}`"]
-    lines += [f"{printable(source.folder)}: {source.unlisted} of its {source.images} images stand in neither list"
-              for source in statistics.sources if source.unlisted]
+        names = [
+            name
+            for name, names in (
+                (TRAINING_LIST, lists.training),
+                (VALIDATION_LIST, lists.validation),
+            )
+            if names is None
+        ]
+        return [
+            *lines,
+            f"no {' and no '.join(names)}; write both with "
+            f"`python tools/select_training_files.py --data-dir {statistics.root}`",
+        ]
+    lines += [
+        f"{printable(source.folder)}: {source.unlisted} of its {source.images} images stand in "
+        "neither list"
+        for source in statistics.sources
+        if source.unlisted
+    ]
     for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
         if len(names.keys) > names.found:
-            lines.append(f"{name} names {len(names.keys) - names.found} files that are not there; write the "
-                         f"lists again with `python tools/select_training_files.py --data-dir {statistics.root}`")
+            lines.append(
+                f"{name} names {len(names.keys) - names.found} files that are not there; write the "
+                "lists again with `python tools/select_training_files.py --data-dir "
+                f"{statistics.root}`"
+            )
     in_both = total(statistics.sources, "in_both")
     if in_both:
-        lines.append(f"{in_both} photographs stand in both lists: validation sees what was trained on")
+        lines.append(
+            f"{in_both} photographs stand in both lists: validation sees what was trained on"
+        )
     return lines

@@ -30,15 +30,18 @@ class Thumbnail:
 
     path: str
     photo: str
-    where: str = ""    # scale, place and time within the photograph; of a file in no manifest, its size
+    where: str = (
+        ""  # scale, place and time within the photograph; of a file in no manifest, its size
+    )
     gates: Mapping[str, float] = field(default_factory=dict)
-    whole: str = ""    # data URIs: all of it, made smaller
-    detail: str = ""   # its centre, pixel for pixel
+    whole: str = ""  # data URIs: all of it, made smaller
+    detail: str = ""  # its centre, pixel for pixel
     problem: str = ""
 
 
 def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iterator[Thumbnail]:
-    """Decode the images and make their small copies, in their order. Measures those that no manifest knows."""
+    """Decode the images and make their small copies, in their order. Measures those that no
+    manifest knows."""
     images = list({image.path: image for image in images}.values())
     with quiet_libraries(), progress(len(images), "image") as bar:
         for tile in ordered_map(lambda image: _tile(root, image), images, threads):
@@ -58,8 +61,12 @@ def _tile(root: Path, image: SampledImage) -> Thumbnail:
         return replace(tile, problem=error.strerror or str(error))
     except (BadImageError, UserError) as error:
         return replace(tile, problem=getattr(error, "reason", str(error)))
-    tile = replace(tile, where=tile.where or f"{pixels.shape[0]}x{pixels.shape[1]}",
-                   whole=_data_uri(_smaller(pixels), 80), detail=_data_uri(_centre(pixels), 90))
+    tile = replace(
+        tile,
+        where=tile.where or f"{pixels.shape[0]}x{pixels.shape[1]}",
+        whole=_data_uri(_smaller(pixels), 80),
+        detail=_data_uri(_centre(pixels), 90),
+    )
     if record is None and min(pixels.shape[:2]) >= _LEAST_SIDE:
         return replace(tile, gates=_numbers({**crop_gates(pixels), **picture_gates(pixels)}))
     return tile

@@ -1,6 +1,8 @@
-"""Whether training would take every candidate of a search: a process of its own, for it needs torch.
+"""Whether training would take every candidate of a search: a process of its own, for it needs
+torch.
 
-Reads a task as JSON from stdin; writes a line for each candidate that is right, or one error on stderr (status 2).
+Reads a task as JSON from stdin; writes a line for each candidate that is right, or one error on
+stderr (status 2).
 """
 
 from __future__ import annotations
@@ -35,14 +37,28 @@ class Candidate(NamedTuple):
 
 
 def check(options: TrainOptions, candidates: Sequence[Candidate], world_size: int) -> None:
-    """Raise `UserError` for the first candidate that training with `options` on so many ranks would refuse."""
-    places = {name: [str(path) for path in getattr(options, name)] for name in ("dataset_dir", "lr_dir")}
-    task = {"recipe": options.recipe, "ds_config": str(options.ds_config) if options.ds_config else None, **places,
-            "world_size": world_size, "candidates": candidates}
+    """Raise `UserError` for the first candidate that training with `options` on so many ranks would
+    refuse."""
+    places = {
+        name: [str(path) for path in getattr(options, name)] for name in ("dataset_dir", "lr_dir")
+    }
+    task = {
+        "recipe": options.recipe,
+        "ds_config": str(options.ds_config) if options.ds_config else None,
+        **places,
+        "world_size": world_size,
+        "candidates": candidates,
+    }
     with tempfile.TemporaryFile("w+") as complaints, progress(len(candidates), "value") as bar:
         bar.set_description("checking the space")
-        with subprocess.Popen([sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, text=True,
-                              stdout=subprocess.PIPE, stderr=complaints, env=prepare(1, on_gpu=False)) as process:
+        with subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            env=prepare(1, on_gpu=False),
+        ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(json.dumps(task))
@@ -50,7 +66,9 @@ def check(options: TrainOptions, candidates: Sequence[Candidate], world_size: in
             for _ in process.stdout:
                 bar.update()
         complaints.seek(0)
-        said = complaints.read().strip().splitlines() or [f"it ended with status {process.returncode}"]
+        said = complaints.read().strip().splitlines() or [
+            f"it ended with status {process.returncode}"
+        ]
     if process.returncode == 2 and said[-1].startswith("error: "):
         raise UserError(said[-1].removeprefix("error: "))
     if process.returncode:
@@ -70,16 +88,28 @@ def _check_one(options: TrainOptions, candidate: Candidate, world_size: int) -> 
     plans = make_plans(replace(options, overrides=candidate.overrides))
     for plan in plans:
         batch_sizes(plan.ds_config, world_size)
-    plans = [replace(plan, ds_config={key: value for key, value in plan.ds_config.items() if key not in FREE_BATCH})
-             for plan in plans]
-    check_stages([plans[0], *plans], Alone(0, 1, 0, None, None))  # the first is looked at as a stage after itself
+    plans = [
+        replace(
+            plan,
+            ds_config={
+                key: value for key, value in plan.ds_config.items() if key not in FREE_BATCH
+            },
+        )
+        for plan in plans
+    ]
+    check_stages(
+        [plans[0], *plans], Alone(0, 1, 0, None, None)
+    )  # the first is looked at as a stage after itself
 
 
 def _main() -> int:
     task = json.load(sys.stdin)
-    options = TrainOptions(recipe=task["recipe"], ds_config=task["ds_config"] and Path(task["ds_config"]),
-                           dataset_dir=tuple(map(Path, task["dataset_dir"])),
-                           lr_dir=tuple(map(Path, task["lr_dir"])))
+    options = TrainOptions(
+        recipe=task["recipe"],
+        ds_config=task["ds_config"] and Path(task["ds_config"]),
+        dataset_dir=tuple(map(Path, task["dataset_dir"])),
+        lr_dir=tuple(map(Path, task["lr_dir"])),
+    )
     for shown, overrides in task["candidates"]:
         try:
             _check_one(options, Candidate(shown, tuple(overrides)), task["world_size"])

@@ -17,8 +17,13 @@ from tools.search.space import Range, Space
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
-          TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
 MOST_ROWS = 20
 LEAST_FOR_IMPORTANCE = 8  # complete trials
 PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.3  # inches, of 110 pixels
@@ -37,7 +42,13 @@ def sign_of(metric: str) -> int:
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
     """All trials: complete ones from the best on, then pruned, failed and running ones."""
     sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-    order = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
+    order = (
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.RUNNING,
+        TrialState.WAITING,
+        TrialState.FAIL,
+    )
 
     def place(trial: FrozenTrial) -> tuple[int, float, int]:
         score = best_score(trial, sign)
@@ -74,20 +85,38 @@ def trial_table(study: optuna.Study, space: Space, metric: str) -> str:
     trials = ranked(study)
     for trial in trials[:MOST_ROWS]:
         score = best_score(trial, sign)
-        step = next((step for step, value in trial.intermediate_values.items() if value == score), None)
+        step = next(
+            (step for step, value in trial.intermediate_values.items() if value == score), None
+        )
         values = trial_values(trial, space)
-        rows.append([str(trial.number), STATES[trial.state],
-                     "-" if score is None else metric_of(metric).text(score),
-                     "-" if step is None else str(step),
-                     *(_number(values[key]) if key in values else "-" for key in keys)])
+        rows.append(
+            [
+                str(trial.number),
+                STATES[trial.state],
+                "-" if score is None else metric_of(metric).text(score),
+                "-" if step is None else str(step),
+                *(_number(values[key]) if key in values else "-" for key in keys),
+            ]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
     hidden = len(trials) - MOST_ROWS
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *([f"… and {hidden} more"] if hidden > 0 else [])])
+    return "\n".join(
+        [
+            lines[0],
+            "-" * len(lines[0]),
+            *lines[1:],
+            *([f"… and {hidden} more"] if hidden > 0 else []),
+        ]
+    )
 
 
 def trial_values(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    """Key -> value of a trial's overrides; of one that was cut off while it was being made, what there is."""
+    """Key -> value of a trial's overrides; of one that was cut off while it was being made, what
+    there is."""
     try:
         return space.suggest(FixedTrial(trial.params))
     except ValueError:  # Optuna's for a parameter that has no value yet
@@ -95,18 +124,30 @@ def trial_values(trial: FrozenTrial, space: Space) -> dict[str, Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
 
 
 def importances(study: optuna.Study, space: Space) -> dict[str, float]:
-    """Each parameter's share of the variance of the results of complete trials (fANOVA), the largest first.
+    """Each parameter's share of the variance of the results of complete trials (fANOVA), the
+    largest first.
 
-    Empty where there are too few trials, or all results are the same. Parameters that not all trials have are left out.
+    Empty where there are too few trials, or all results are the same. Parameters that not all
+    trials have are left out.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < LEAST_FOR_IMPORTANCE or len({trial.value for trial in complete}) == 1:
         return {}
-    keys = [parameter.key for parameter in space.parameters if parameter.is_searched and not parameter.when]
+    keys = [
+        parameter.key
+        for parameter in space.parameters
+        if parameter.is_searched and not parameter.when
+    ]
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=keys)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
@@ -114,23 +155,36 @@ def importances(study: optuna.Study, space: Space) -> dict[str, float]:
 
 def importance_lines(found: Mapping[str, float]) -> str:
     width = max(map(len, found))
-    return "\n".join(f"{key.ljust(width)}  {share:4.0%}  {'#' * round(40 * share)}" for key, share in found.items())
+    return "\n".join(
+        f"{key.ljust(width)}  {share:4.0%}  {'#' * round(40 * share)}"
+        for key, share in found.items()
+    )
 
 
 def draw(study: optuna.Study, space: Space, metric: str) -> bytes:
-    """A PNG: results in the order of the trials, the parameters' importances, and results over each parameter."""
+    """A PNG: results in the order of the trials, the parameters' importances, and results over each
+    parameter."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     searched = [parameter for parameter in space.parameters if parameter.is_searched]
-    shares, names = importances(study, space), short_names([parameter.key for parameter in searched])
+    shares, names = (
+        importances(study, space),
+        short_names([parameter.key for parameter in searched]),
+    )
     count = 1 + bool(shares) + len(searched)
     columns = min(3, count)
     rows = math.ceil(count / columns)
-    figure, grid = pyplot.subplots(rows, columns, squeeze=False, dpi=110, layout="constrained",
-                                   figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT))
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        dpi=110,
+        layout="constrained",
+        figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT),
+    )
     panels = iter(grid.flat)
     _draw_history(next(panels), study, metric)
     if shares:
@@ -158,10 +212,17 @@ def _draw_history(axes: Axes, study: optuna.Study, metric: str) -> None:
         if own:
             axes.plot(*zip(*own, strict=True), "o", color=colour, markersize=4, label=STATES[state])
     better = min if metric_of(metric).lower_is_better else max
-    complete = [(trial.number, score) for trial, score in points if trial.state == TrialState.COMPLETE]
-    best = [(number, better(score for _, score in complete[:i + 1])) for i, (number, _) in enumerate(complete)]
+    complete = [
+        (trial.number, score) for trial, score in points if trial.state == TrialState.COMPLETE
+    ]
+    best = [
+        (number, better(score for _, score in complete[: i + 1]))
+        for i, (number, _) in enumerate(complete)
+    ]
     if best:
-        axes.step(*zip(*best, strict=True), where="post", color="C3", linewidth=1.2, label="best so far")
+        axes.step(
+            *zip(*best, strict=True), where="post", color="C3", linewidth=1.2, label="best so far"
+        )
     axes.legend(fontsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(axes, "trials", "trial", metric)
@@ -176,15 +237,29 @@ def _draw_importances(axes: Axes, shares: Mapping[str, float]) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _draw_parameter(axes: Axes, study: optuna.Study, space: Space, key: str, metric: str, logarithmic: bool) -> None:
+def _draw_parameter(
+    axes: Axes, study: optuna.Study, space: Space, key: str, metric: str, logarithmic: bool
+) -> None:
     domain = next(parameter.domain for parameter in space.parameters if parameter.key == key)
-    labels = {} if isinstance(domain, Range) else {_number(value): i for i, value in enumerate(domain.values)}
+    labels = (
+        {}
+        if isinstance(domain, Range)
+        else {_number(value): i for i, value in enumerate(domain.values)}
+    )
     for state, colour in ((TrialState.PRUNED, "0.6"), (TrialState.COMPLETE, "C0")):
-        own = [(values[key], score) for trial, score in _points(study, metric) if trial.state == state
-               and key in (values := trial_values(trial, space))]
+        own = [
+            (values[key], score)
+            for trial, score in _points(study, metric)
+            if trial.state == state and key in (values := trial_values(trial, space))
+        ]
         if own:
-            axes.plot([labels[_number(value)] if labels else value for value, _ in own], [score for _, score in own],
-                      "o", color=colour, markersize=4)
+            axes.plot(
+                [labels[_number(value)] if labels else value for value, _ in own],
+                [score for _, score in own],
+                "o",
+                color=colour,
+                markersize=4,
+            )
     if labels:
         axes.set_xticks(list(labels.values()), list(labels), fontsize=8)
         axes.set_xlim(-0.5, len(labels) - 0.5)

@@ -1,7 +1,7 @@
 """The search itself: trials started, watched, pruned, ended and written down, on this machine.
 
-The best trial so far is always there as a recipe that trains as it is (`write_best`): its file, and DeepSpeed's files
-beside it.
+The best trial so far is always there as a recipe that trains as it is (`write_best`): its file, and
+DeepSpeed's files beside it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Machine:
         variables = dict(os.environ)
         if self.num_gpus:
             names = device_names(variables) or list(map(str, range(self.num_gpus)))
-            own = names[slot * self.procs:(slot + 1) * self.procs]
+            own = names[slot * self.procs : (slot + 1) * self.procs]
             variables.update(CUDA_VISIBLE_DEVICES=",".join(own))
             variables.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         else:
@@ -92,7 +92,11 @@ class Objective:
 
     def command(self, values: dict[str, Any], run_dir: Path, procs: int) -> list[str]:
         """The training line of a trial."""
-        options = [("--recipe", self.training.recipe), ("--output-dir", str(run_dir)), ("--procs", str(procs))]
+        options = [
+            ("--recipe", self.training.recipe),
+            ("--output-dir", str(run_dir)),
+            ("--procs", str(procs)),
+        ]
         options += [("--dataset-dir", str(path)) for path in self.training.dataset_dir]
         options += [("--lr-dir", str(path)) for path in self.training.lr_dir]
         if self.training.ds_config:
@@ -116,8 +120,14 @@ class Running:
 class Search:
     """Runs the trials of a study on this machine until there are enough of them."""
 
-    def __init__(self, folder: StudyFolder, study: optuna.Study, target: Objective, budget: Budget,
-                 machine: Machine) -> None:
+    def __init__(
+        self,
+        folder: StudyFolder,
+        study: optuna.Study,
+        target: Objective,
+        budget: Budget,
+        machine: Machine,
+    ) -> None:
         self._folder, self._study, self._target = folder, study, target
         self._budget, self._machine = budget, machine
         self._running: dict[int, Running] = {}
@@ -128,7 +138,8 @@ class Search:
         self._deadline = self._began + budget.seconds
 
     def run(self) -> int:
-        """Search to the end. 0, or 128 + the signal that stopped it. `RunError` if trials fail from the start."""
+        """Search to the end. 0, or 128 + the signal that stopped it. `RunError` if trials fail from
+        the start."""
         with self._signals(), self._bar() as bar:
             while True:
                 self._fill(bar)
@@ -139,13 +150,18 @@ class Search:
                     self._watch(running, bar)
                 self._show(bar)
         if len(self._failures) >= MOST_FAILURES:
-            raise RunError(f"the first {len(self._failures)} trials failed, the last with: {self._failures[-1]}")
+            raise RunError(
+                f"the first {len(self._failures)} trials failed, the last with: "
+                f"{self._failures[-1]}"
+            )
         interrupted = len(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if self._received:
             print("stopped and saved; the same command goes on")
             return 128 + self._received
         if self._is_over:
-            print(f"the time is up after {self._budget.seconds / 60:g} min; the same command goes on")
+            print(
+                f"the time is up after {self._budget.seconds / 60:g} min; the same command goes on"
+            )
         elif interrupted and waits_for_others(self._study, set()):
             print(f"{interrupted} trials are still run by others")
         return 0
@@ -158,7 +174,10 @@ class Search:
                     print("\nsaving the trials that run ...", file=sys.stderr, flush=True)
             self._received = self._received or number
 
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        previous = {
+            number: signal.signal(number, note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         try:
             yield
         finally:
@@ -170,7 +189,13 @@ class Search:
     def _fill(self, bar: tqdm) -> None:
         """Start trials where there is room for them."""
         while len(self._running) < self._machine.jobs and not self._is_ending():
-            found = next_trial(self._folder, self._study, self._budget.trials, self._budget.seed, set(self._running))
+            found = next_trial(
+                self._folder,
+                self._study,
+                self._budget.trials,
+                self._budget.seed,
+                set(self._running),
+            )
             if found is None:
                 return
             self._start(*found, bar)
@@ -184,12 +209,23 @@ class Search:
         values = self._target.space.suggest(trial)
         run_dir = self._folder.trial_dir(trial.number)
         stage = self._target.plans[-1].recipe.stage
-        run = TrialRun(trial.number, run_dir, run_dir / stage / "log.jsonl", metric_of(self._target.metric).name)
-        slot = min(set(range(self._machine.jobs)) - {other.slot for other in self._running.values()})
+        run = TrialRun(
+            trial.number,
+            run_dir,
+            run_dir / stage / "log.jsonl",
+            metric_of(self._target.metric).name,
+        )
+        slot = min(
+            set(range(self._machine.jobs)) - {other.slot for other in self._running.values()}
+        )
         names = short_names(list(values))
-        told = ", ".join(f"{names[key]} {value:.4g}" if isinstance(value, float) else f"{names[key]} {value}"
-                         for key, value in values.items())
-        self._say(bar, f"trial {trial.number} {'goes on' if run_dir.exists() else 'begins'}: {told}")
+        told = ", ".join(
+            f"{names[key]} {value:.4g}" if isinstance(value, float) else f"{names[key]} {value}"
+            for key, value in values.items()
+        )
+        self._say(
+            bar, f"trial {trial.number} {'goes on' if run_dir.exists() else 'begins'}: {told}"
+        )
         variables = self._machine.variables(slot)
         run.start(self._target.command(values, run_dir, self._machine.procs), variables)
         self._running[trial.number] = Running(trial, lock, run, slot, values, time.monotonic())
@@ -201,7 +237,12 @@ class Search:
         status = running.run.status()  # before the log is read: what it holds then is all
         news = running.run.news()
         for step, score in news:
-            if step not in self._study.get_trials(deepcopy=False)[running.trial.number].intermediate_values:
+            if (
+                step
+                not in self._study.get_trials(deepcopy=False)[
+                    running.trial.number
+                ].intermediate_values
+            ):
                 running.trial.report(score, step)
         if status is not None:
             self._finish(running, status, bar)
@@ -215,7 +256,9 @@ class Search:
         """Write down a trial's end, unless it was interrupted: then it stays to be gone on with."""
         run, number = running.run, running.trial.number
         scores = run.scores.values()
-        best = (min if metric_of(self._target.metric).lower_is_better else max)(scores, default=None)
+        best = (min if metric_of(self._target.metric).lower_is_better else max)(
+            scores, default=None
+        )
         del self._running[number]
         with contextlib.closing(running.lock):
             if run.is_pruned:
@@ -225,14 +268,20 @@ class Search:
                 self._study.tell(number, best)
                 text = self._result(number, best)
             elif run.is_told_to_stop and status in (130, 143):
-                self._say(bar, f"trial {number}: saved at step {run.step} of {self._budget.steps}" if run.step else
-                          f"trial {number}: stopped before there was anything to save")
+                self._say(
+                    bar,
+                    f"trial {number}: saved at step {run.step} of {self._budget.steps}"
+                    if run.step
+                    else f"trial {number}: stopped before there was anything to save",
+                )
                 return
             else:
                 reason = run.reason(status) if status else "no validation gave a finite score"
                 running.trial.set_user_attr("reason", reason)
                 self._study.tell(number, state=TrialState.FAIL)
-                if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+                if not self._study.get_trials(
+                    deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
+                ):
                     self._failures.append(reason)
                 text = f"failed: {reason} (all of it: {short_path(run.folder / OUTPUT_FILE)})"
         self._finished_here += 1
@@ -243,9 +292,14 @@ class Search:
     def _left(self) -> str:
         """`3 of 12 trials done, 5:10 left`."""
         done = self._done()
-        left = max(0, self._budget.trials - done) * (time.monotonic() - self._began) / self._finished_here
-        return f"{done} of {self._budget.trials} trials done" + (f", about {tqdm.format_interval(left)} left" if left
-                                                                 else "")
+        left = (
+            max(0, self._budget.trials - done)
+            * (time.monotonic() - self._began)
+            / self._finished_here
+        )
+        return f"{done} of {self._budget.trials} trials done" + (
+            f", about {tqdm.format_interval(left)} left" if left else ""
+        )
 
     def _done(self) -> int:
         """Trials that have come to their end, here or elsewhere."""
@@ -257,14 +311,18 @@ class Search:
         text = f"{title} {score_text(best, self._target.metric)}"
         if self._study.best_trial.number != number:
             before = self._study.best_trial
-            return f"{text} (best: {score_text(before.value, self._target.metric)}, trial {before.number})"
+            return (
+                f"{text} (best: {score_text(before.value, self._target.metric)}, trial "
+                f"{before.number})"
+            )
         return f"{text}, best so far"
 
     def _tidy_up(self) -> None:
-        """Write the best trial's recipe, and remove the checkpoints of all finished ones but the best."""
+        """Write the best trial's recipe, and remove the checkpoints of all finished ones but the
+        best."""
         trials = ranked(self._study)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        kept = {trial.number for trial in complete[:self._budget.keep]}
+        kept = {trial.number for trial in complete[: self._budget.keep]}
         for trial in trials:
             if trial.state.is_finished() and trial.number not in kept:
                 for checkpoints in self._folder.trial_dir(trial.number).glob("**/checkpoints"):
@@ -276,26 +334,43 @@ class Search:
         assert best.value is not None
         values = self._target.space.suggest(FixedTrial(best.params))
         plans = make_plans(replace(self._target.training, overrides=self._target.overrides(values)))
-        said = (f"Trial {best.number} of {self._folder.path.name}: {metric_of(self._target.metric).title} "
-                f"{score_text(best.value, self._target.metric)} in {self._budget.steps} steps of recipe "
-                f"{self._target.training.recipe}, with\n"
-                f"{' '.join(override(key, value) for key, value in values.items())}\n"
-                f"Say {' '.join(self._target.fixed[-2:])} to train as long as the trial.")
+        said = (
+            f"Trial {best.number} of {self._folder.path.name}: "
+            f"{metric_of(self._target.metric).title} "
+            f"{score_text(best.value, self._target.metric)} in {self._budget.steps} steps of "
+            "recipe "
+            f"{self._target.training.recipe}, with\n"
+            f"{' '.join(override(key, value) for key, value in values.items())}\n"
+            f"Say {' '.join(self._target.fixed[-2:])} to train as long as the trial."
+        )
         write_best(self._folder.path, plans, self._target.base, said)
 
     # Telling
 
     def _bar(self) -> tqdm:
         bar = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} trials [{elapsed}<{remaining}]{postfix}"
-        return tqdm(total=self._budget.trials, initial=self._done(), unit="trial", file=sys.stderr, bar_format=bar,
-                    **bar_options())
+        return tqdm(
+            total=self._budget.trials,
+            initial=self._done(),
+            unit="trial",
+            file=sys.stderr,
+            bar_format=bar,
+            **bar_options(),
+        )
 
     def _show(self, bar: tqdm) -> None:
         """The bar moves with the steps of the trials that run."""
-        steps = sum(min(1.0, running.run.step / self._budget.steps) for running in self._running.values())
+        steps = sum(
+            min(1.0, running.run.step / self._budget.steps) for running in self._running.values()
+        )
         bar.n = min(self._budget.trials, self._done() + steps)
-        bar.set_postfix_str(", ".join(f"trial {number}: step {running.run.step}"
-                                      for number, running in self._running.items()), refresh=False)
+        bar.set_postfix_str(
+            ", ".join(
+                f"trial {number}: step {running.run.step}"
+                for number, running in self._running.items()
+            ),
+            refresh=False,
+        )
         bar.refresh()
 
     def _say(self, bar: tqdm, line: str) -> None:
@@ -307,9 +382,9 @@ class Search:
 def write_best(folder: Path, plans: Sequence[Plan], base: Sequence[Plan], said: str) -> Path:
     """Write best.yaml and what it needs into `folder`.
 
-    It says all that the recipe of the trial (its `plans`, one a stage) says, so that no later change of a base recipe
-    alters it; how long to train and how often to measure are as in the recipe that the search began with (`base`).
-    `said` goes on top as a comment.
+    It says all that the recipe of the trial (its `plans`, one a stage) says, so that no later
+    change of a base recipe alters it; how long to train and how often to measure are as in the
+    recipe that the search began with (`base`). `said` goes on top as a comment.
     """
     stages = {}
     for plan, before in zip(plans, base, strict=True):
@@ -318,24 +393,37 @@ def write_best(folder: Path, plans: Sequence[Plan], base: Sequence[Plan], said: 
             values[name] = getattr(before.recipe, name)
         prefix = f"best_{plan.recipe.stage}" if plan.recipe.stage else "best"
         values["ds_config"] = _write_ds_config(folder / f"{prefix}_ds_config.json", plan.ds_config)
-        if plan.recipe.adversarial and plan.recipe.adversarial.ds_config and plan.discriminator_ds_config:
+        if (
+            plan.recipe.adversarial
+            and plan.recipe.adversarial.ds_config
+            and plan.discriminator_ds_config
+        ):
             values["adversarial"]["ds_config"] = _write_ds_config(
-                folder / f"{prefix}_discriminator_ds_config.json", plan.discriminator_ds_config)
+                folder / f"{prefix}_discriminator_ds_config.json", plan.discriminator_ds_config
+            )
         stages[plan.recipe.stage] = values
     name = {"name": re.sub(r"[^A-Za-z0-9._-]", "-", f"{folder.name}-best")}
     if "" in stages:
         recipe = {**stages[""], **name}
     else:
-        recipe = {**name, "scale": plans[0].recipe.scale, "stages": {
-            stage: {key: value for key, value in values.items() if key not in NOT_OF_A_STAGE}
-            for stage, values in stages.items()}}
+        recipe = {
+            **name,
+            "scale": plans[0].recipe.scale,
+            "stages": {
+                stage: {key: value for key, value in values.items() if key not in NOT_OF_A_STAGE}
+                for stage, values in stages.items()
+            },
+        }
     comment = "".join(f"# {line}\n" for line in said.splitlines())
-    write_atomically(folder / BEST_FILE, (comment + yaml.safe_dump(recipe, sort_keys=False)).encode())
+    write_atomically(
+        folder / BEST_FILE, (comment + yaml.safe_dump(recipe, sort_keys=False)).encode()
+    )
     return folder / BEST_FILE
 
 
 def _write_ds_config(path: Path, values: dict[str, Any]) -> str:
-    """Write DeepSpeed's file; returns its name for a recipe, seen from the checkout if it lies in there."""
+    """Write DeepSpeed's file; returns its name for a recipe, seen from the checkout if it lies in
+    there."""
     path = path.absolute()
     write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

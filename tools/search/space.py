@@ -1,4 +1,5 @@
-"""A search space: which values the overrides of a training line may take, as YAML. Needs no torch and no Optuna."""
+"""A search space: which values the overrides of a training line may take, as YAML. Needs no torch
+and no Optuna."""
 
 from __future__ import annotations
 
@@ -18,15 +19,27 @@ from pipeline.config import recipe
 SEARCHES = recipe.RECIPES / "searches"
 RANGE_KEYS, WHEN = ("low", "high", "log", "step"), "when"
 MOST_CHECKED = 16  # values of a range of whole numbers that are all checked before the first trial
-MEASURE = ("scale", "steps", "validate_every", "validation_images", "validation_lpips", "lpips_weights", "best",
-           "patience", "data.degradation", "name")
+MEASURE = (
+    "scale",
+    "steps",
+    "validate_every",
+    "validation_images",
+    "validation_lpips",
+    "lpips_weights",
+    "best",
+    "patience",
+    "data.degradation",
+    "name",
+)
 """What trials are compared by: the same in all of them."""
 
 
 class TrialLike(Protocol):
     """What Optuna's trials and its `FixedTrial` are asked for."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float: ...
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
 
@@ -48,7 +61,9 @@ class Range:
 
     def suggest(self, sampler: TrialLike, key: str) -> float:
         if isinstance(self.low, int) and isinstance(self.high, int):
-            return sampler.suggest_int(key, self.low, self.high, step=int(self.step or 1), log=self.log)
+            return sampler.suggest_int(
+                key, self.low, self.high, step=int(self.step or 1), log=self.log
+            )
         return sampler.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
 
     def checked(self) -> list[Any]:
@@ -69,7 +84,9 @@ class Choices:
     def suggest(self, sampler: TrialLike, key: str) -> Any:
         if len(self.values) == 1:
             return self.values[0]
-        if all(value is None or isinstance(value, (bool, int, float, str)) for value in self.values):
+        if all(
+            value is None or isinstance(value, (bool, int, float, str)) for value in self.values
+        ):
             return sampler.suggest_categorical(key, self.values)
         by_text = {json.dumps(value): value for value in self.values}  # Optuna takes scalars alone
         return by_text[sampler.suggest_categorical(key, tuple(by_text))]
@@ -80,7 +97,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An override that is searched, or fixed, and the values of earlier ones under which it is given at all."""
+    """An override that is searched, or fixed, and the values of earlier ones under which it is
+    given at all."""
 
     key: str
     domain: Range | Choices
@@ -110,7 +128,8 @@ class Space:
         return values
 
     def checked(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """`("ema_decay=0.9", overrides)` of both ends of each range and of each choice, the others at their first."""
+        """`("ema_decay=0.9", overrides)` of both ends of each range and of each choice, the others
+        at their first."""
         for parameter in self.parameters:
             for value in parameter.domain.checked():
                 forced = {**self._conditions(parameter), parameter.key: value}
@@ -133,11 +152,15 @@ class Space:
         return next(parameter for parameter in self.parameters if parameter.key == key)
 
     def differences(self, held: Mapping[str, Any]) -> list[str]:
-        """`["ema_decay: [0.9] in the study, [0.99] asked for", …]` against the plain values that a study holds."""
+        """`["ema_decay: [0.9] in the study, [0.99] asked for", …]` against the plain values that a
+        study holds."""
         wanted = json.loads(json.dumps(self.source))
-        return [f"{key}: {json.dumps(held[key]) if key in held else 'unset'} in the study, "
-                f"{json.dumps(wanted[key]) if key in wanted else 'unset'} asked for"
-                for key in sorted(held.keys() | wanted.keys()) if held.get(key) != wanted.get(key)]
+        return [
+            f"{key}: {json.dumps(held[key]) if key in held else 'unset'} in the study, "
+            f"{json.dumps(wanted[key]) if key in wanted else 'unset'} asked for"
+            for key in sorted(held.keys() | wanted.keys())
+            if held.get(key) != wanted.get(key)
+        ]
 
 
 def override(key: str, value: Any) -> str:
@@ -146,11 +169,16 @@ def override(key: str, value: Any) -> str:
 
 
 def read_space(name: str) -> Space:
-    """The space `name` (of `recipes/searches/`, or the path of a YAML file). `UserError` names what is wrong in it."""
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SEARCHES / f"{name}.yaml"
+    """The space `name` (of `recipes/searches/`, or the path of a YAML file). `UserError` names what
+    is wrong in it."""
+    path = (
+        Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SEARCHES / f"{name}.yaml"
+    )
     if not path.is_file():
         known = [file.stem for file in SEARCHES.glob("*.yaml")]
-        raise UserError(f"no search space {name!r}{nearest(name, known)} (or give the path of a .yaml file)")
+        raise UserError(
+            f"no search space {name!r}{nearest(name, known)} (or give the path of a .yaml file)"
+        )
     try:
         source = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -177,19 +205,27 @@ class _UniqueKeys(recipe._Loader):
 def space_of(source: Any) -> Space:
     """The space of a file's plain values."""
     if not isinstance(source, dict) or not source:
-        raise UserError("a search space is a table of overrides and their values, such as "
-                        "`ds.optimizer.params.lr: {low: 1e-4, high: 1e-2, log: true}`")
+        raise UserError(
+            "a search space is a table of overrides and their values, such as "
+            "`ds.optimizer.params.lr: {low: 1e-4, high: 1e-2, log: true}`"
+        )
     parameters: list[Parameter] = []
     for key, value in source.items():
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-            raise UserError(f"{key!r} is not the key of an override, such as data.crop or ds.train_batch_size")
+            raise UserError(
+                f"{key!r} is not the key of an override, such as data.crop or ds.train_batch_size"
+            )
         _refuse_measure(key)
         try:
-            parameters.append(_parameter(key, value, {earlier.key: earlier for earlier in parameters}))
+            parameters.append(
+                _parameter(key, value, {earlier.key: earlier for earlier in parameters})
+            )
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
     if not any(parameter.is_searched for parameter in parameters):
-        raise UserError("there is nothing to search: every value is fixed; give one a range or several choices")
+        raise UserError(
+            "there is nothing to search: every value is fixed; give one a range or several choices"
+        )
     return Space(tuple(parameters), source)
 
 
@@ -198,8 +234,11 @@ def _refuse_measure(key: str) -> None:
     for name in MEASURE:
         if plain == name or plain.startswith(f"{name}."):
             how = "--steps N" if name == "steps" else f"{key}=VALUE"
-            raise UserError(f"{key}: trials are compared by it, so it is the same in all of them; say {how} on the "
-                            "command line")
+            raise UserError(
+                f"{key}: trials are compared by it, so it is the same in all of them; say {how} on "
+                "the "
+                "command line"
+            )
 
 
 def _parameter(key: str, value: Any, earlier: Mapping[str, Parameter]) -> Parameter:
@@ -227,21 +266,29 @@ def _choices(values: list[Any]) -> Choices:
         try:
             json.dumps(value)
         except TypeError as error:  # a date
-            raise UserError(f"{value!r} is no value of a recipe; put it in quotes if it is text") from error
+            raise UserError(
+                f"{value!r} is no value of a recipe; put it in quotes if it is text"
+            ) from error
     return Choices(tuple(values))
 
 
 def _range(table: dict[Any, Any]) -> Range:
     for name in table:
         if name not in RANGE_KEYS:
-            raise UserError(f"unknown key {name!r}{nearest(str(name), (*RANGE_KEYS, WHEN, 'choices'))} "
-                            "(a table that is itself a value goes into a list: [{…}])")
+            raise UserError(
+                f"unknown key {name!r}{nearest(str(name), (*RANGE_KEYS, WHEN, 'choices'))} "
+                "(a table that is itself a value goes into a list: [{…}])"
+            )
     for name in ("low", "high"):
         if name not in table:
             raise UserError(f"a range needs {name}, such as {{low: 1e-4, high: 1e-2, log: true}}")
     for name in ("low", "high", "step"):
         number = table.get(name, 1)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, (int, float))
+            or not math.isfinite(number)
+        ):
             raise UserError(f"{name} must be a finite number, not {number!r}")
     low, high, log, step = table["low"], table["high"], table.get("log", False), table.get("step")
     if not isinstance(log, bool):
@@ -263,11 +310,15 @@ def _check_step(low: float, high: float, step: float, log: bool) -> None:
     if step <= 0:
         raise UserError(f"step {step:g} must be above 0")
     if isinstance(low, int) and not isinstance(step, int):
-        raise UserError(f"step {step:g} is not a whole number, though low and high are; write low as {low}.0")
+        raise UserError(
+            f"step {step:g} is not a whole number, though low and high are; write low as {low}.0"
+        )
     count = round((high - low) / step, 6)
     if count != int(count) or count < 1:
-        raise UserError(f"high {high:g} is not low {low:g} + a multiple of step {step:g}; say high: "
-                        f"{low + max(1, math.floor(count)) * step:g}")
+        raise UserError(
+            f"high {high:g} is not low {low:g} + a multiple of step {step:g}; say high: "
+            f"{low + max(1, math.floor(count)) * step:g}"
+        )
 
 
 def _when(table: Any, earlier: Mapping[str, Parameter]) -> dict[str, tuple[Any, ...]]:
@@ -276,11 +327,17 @@ def _when(table: Any, earlier: Mapping[str, Parameter]) -> dict[str, tuple[Any, 
     conditions: dict[str, tuple[Any, ...]] = {}
     for key, allowed in table.items():
         if key not in earlier:
-            raise UserError(f"when: there is no {key!r} above it{nearest(str(key), earlier) if earlier else ''}")
+            raise UserError(
+                f"when: there is no {key!r} above it{nearest(str(key), earlier) if earlier else ''}"
+            )
         domain = earlier[key].domain
         if isinstance(domain, Range):
             raise UserError(f"when: {key} is a range; only choices can be a condition")
-        values = tuple(allowed) if isinstance(allowed, list) and allowed not in domain.values else (allowed,)
+        values = (
+            tuple(allowed)
+            if isinstance(allowed, list) and allowed not in domain.values
+            else (allowed,)
+        )
         for value in values:
             if value not in domain.values:
                 raise UserError(f"when: {value!r} is not among the choices of {key}")

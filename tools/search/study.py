@@ -1,10 +1,12 @@
-"""A study on disk: its folder, its journal, what it is a study of, and which searcher has which trial.
+"""A study on disk: its folder, its journal, what it is a study of, and which searcher has which
+trial.
 
     runs/<study>/journal.jsonl           Optuna's, of all trials
     runs/<study>/trial-0007/             the training run of trial 7, an ordinary run folder
 
-Several searchers, on several machines, may share it: a trial belongs to whoever holds its lock, which dies with its
-process. A trial that is running after the journal, but whose lock is free, was interrupted and is gone on with.
+Several searchers, on several machines, may share it: a trial belongs to whoever holds its lock,
+which dies with its process. A trial that is running after the journal, but whose lock is free, was
+interrupted and is gone on with.
 """
 
 from __future__ import annotations
@@ -40,15 +42,20 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def entered(self, *, reset: bool) -> Iterator[Path | None]:
-        """Take part in the study. With `reset`, move an old one aside, which yields its new place."""
+        """Take part in the study. With `reset`, move an old one aside, which yields its new
+        place."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.parent / f".{self.path.name}.study.lock", "a") as file:
             is_alone = _try_lock(file)
             if reset and not is_alone:
-                raise UserError(f"{self.path} is being searched by another process; stop it before --reset")
+                raise UserError(
+                    f"{self.path} is being searched by another process; stop it before --reset"
+                )
             kept = self._move_aside() if reset else None
             self.path.mkdir(exist_ok=True)
-            if is_alone:  # one left by a searcher that was killed while it wrote would be waited for
+            if (
+                is_alone
+            ):  # one left by a searcher that was killed while it wrote would be waited for
                 (self.path / f"{JOURNAL_FILE}.lock").unlink(missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_SH)
             yield kept
@@ -68,7 +75,8 @@ class StudyFolder:
             yield
 
     def take(self, number: int) -> IO[str] | None:
-        """The lock of a trial, to be closed once its end is written down; None if another searcher has it."""
+        """The lock of a trial, to be closed once its end is written down; None if another searcher
+        has it."""
         file = open(self.path / f".{trial_name(number)}.searcher.lock", "a")  # noqa: SIM115 (lives as long as it)
         if _try_lock(file):
             return file
@@ -95,11 +103,13 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
-def open_study(folder: StudyFolder, direction: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+def open_study(
+    folder: StudyFolder, direction: str, pruner: optuna.pruners.BasePruner
+) -> optuna.Study:
     """The study of a folder, made if there is none.
 
-    The journal is locked by a file that only one process can create (NFS 3 and later). Optuna's other lock, by a
-    symbolic link, is not possible on every shared disk.
+    The journal is locked by a file that only one process can create (NFS 3 and later). Optuna's
+    other lock, by a symbolic link, is not possible on every shared disk.
     """
     lock = JournalFileOpenLock(str(folder.journal))
     lock.acquire()
@@ -107,18 +117,29 @@ def open_study(folder: StudyFolder, direction: str, pruner: optuna.pruners.BaseP
         _cut_torn_line(folder.journal)
     finally:
         lock.release()
-    return _reading(folder, lambda: optuna.create_study(
-        study_name=STUDY, direction=direction, pruner=pruner, load_if_exists=True,
-        storage=JournalStorage(JournalFileBackend(str(folder.journal), lock_obj=lock))))
+    return _reading(
+        folder,
+        lambda: optuna.create_study(
+            study_name=STUDY,
+            direction=direction,
+            pruner=pruner,
+            load_if_exists=True,
+            storage=JournalStorage(JournalFileBackend(str(folder.journal), lock_obj=lock)),
+        ),
+    )
 
 
 def read_study(folder: StudyFolder) -> optuna.Study | None:
     """The study of a folder, to be looked at; None where there is none yet."""
     if not folder.journal.is_file():
         return None
-    backend = JournalFileBackend(str(folder.journal), lock_obj=JournalFileOpenLock(str(folder.journal)))
+    backend = JournalFileBackend(
+        str(folder.journal), lock_obj=JournalFileOpenLock(str(folder.journal))
+    )
     try:
-        return _reading(folder, lambda: optuna.load_study(study_name=STUDY, storage=JournalStorage(backend)))
+        return _reading(
+            folder, lambda: optuna.load_study(study_name=STUDY, storage=JournalStorage(backend))
+        )
     except KeyError:  # Optuna's: the journal was just begun
         return None
 
@@ -127,12 +148,16 @@ def _reading(folder: StudyFolder, read: Callable[[], optuna.Study]) -> optuna.St
     try:
         return read()
     except ValueError as error:  # Optuna's for a line that is no JSON
-        raise UserError(f"{folder.journal} cannot be read ({error}); search again with --reset, which keeps the old "
-                        "study, or give another --output-dir") from error
+        raise UserError(
+            f"{folder.journal} cannot be read ({error}); search again with --reset, which keeps "
+            "the old "
+            "study, or give another --output-dir"
+        ) from error
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Take off what a searcher that was killed in the middle of a line has left: the next line would join it."""
+    """Take off what a searcher that was killed in the middle of a line has left: the next line
+    would join it."""
     if not path.is_file():
         return
     with open(path, "rb+") as file:
@@ -144,7 +169,8 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def pruner_of(name: Pruner, steps: int, prune_after: int) -> optuna.pruners.BasePruner:
-    """Median: below the median of the finished trials at that step, once there are five. Hyperband: by its brackets."""
+    """Median: below the median of the finished trials at that step, once there are five. Hyperband:
+    by its brackets."""
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=prune_after)
     if name == "hyperband":
@@ -153,16 +179,20 @@ def pruner_of(name: Pruner, steps: int, prune_after: int) -> optuna.pruners.Base
 
 
 def sampler_of(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of trial `number`: what it draws follows from the seed, the number and the trials before alone.
+    """The sampler of trial `number`: what it draws follows from the seed, the number and the trials
+    before alone.
 
-    So a study that was interrupted goes on as it would have, and searchers beside each other do not repeat each other.
+    So a study that was interrupted goes on as it would have, and searchers beside each other do not
+    repeat each other.
     """
     return optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32)
 
 
-def next_trial(folder: StudyFolder, study: optuna.Study, most: int, seed: int, own: set[int]
-               ) -> tuple[Trial, IO[str]] | None:
-    """An interrupted trial, or else a new one as long as there are fewer than `most`; None if there is none to run."""
+def next_trial(
+    folder: StudyFolder, study: optuna.Study, most: int, seed: int, own: set[int]
+) -> tuple[Trial, IO[str]] | None:
+    """An interrupted trial, or else a new one as long as there are fewer than `most`; None if there
+    is none to run."""
     with folder.alone():
         trials = study.get_trials(deepcopy=False)
         for frozen in trials:

@@ -19,11 +19,14 @@ import psutil
 from pipeline.distributed.launcher import end_with_parent
 
 OUTPUT_FILE = "output.txt"
-GRACE_SECONDS = 180  # for saving, once told to stop; longer than launch/local.py waits for its ranks
+GRACE_SECONDS = (
+    180  # for saving, once told to stop; longer than launch/local.py waits for its ranks
+)
 
 
 class LogTail:
-    """The lines of a log.jsonl, as they are written. A continued run writes its log again, which is then read again."""
+    """The lines of a log.jsonl, as they are written. A continued run writes its log again, which is
+    then read again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,7 +47,7 @@ class LogTail:
                 text = file.read()
         except FileNotFoundError:
             return []
-        whole = text[:text.rfind(b"\n") + 1]
+        whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         found = []
         for line in whole.splitlines():
@@ -56,7 +59,8 @@ class LogTail:
 
 
 class TrialRun:
-    """The training run of a trial in `folder`, whose validations `log` tells under the name `key`."""
+    """The training run of a trial in `folder`, whose validations `log` tells under the name
+    `key`."""
 
     def __init__(self, number: int, folder: Path, log: Path, key: str) -> None:
         self.number, self.folder = number, folder
@@ -73,10 +77,17 @@ class TrialRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / OUTPUT_FILE, "ab") as output:
             self._output_from = output.tell()
-            # In a session of its own: CTRL+C reaches the searcher alone, which then tells all of them.
-            self._process = subprocess.Popen(command, env=dict(variables), stdin=subprocess.DEVNULL, stdout=output,
-                                             stderr=subprocess.STDOUT, start_new_session=True,
-                                             preexec_fn=functools.partial(end_with_parent, signal.SIGTERM))
+            # In a session of its own: CTRL+C reaches the searcher alone, which then tells all of
+            # them.
+            self._process = subprocess.Popen(
+                command,
+                env=dict(variables),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
+            )
 
     def news(self) -> list[tuple[int, float]]:
         """(step, score) of the validations since the last time."""
@@ -87,7 +98,11 @@ class TrialRun:
         for line in lines:
             self.step = line["step"]
             score = line.get(self._key)
-            if line.get("event") == "validation" and isinstance(score, (int, float)) and self.step not in self.scores:
+            if (
+                line.get("event") == "validation"
+                and isinstance(score, (int, float))
+                and self.step not in self.scores
+            ):
                 self.scores[self.step] = float(score)
                 found.append((self.step, float(score)))
         return found
@@ -103,12 +118,16 @@ class TrialRun:
         return self._told_at is not None
 
     def status(self) -> int | None:
-        """The exit status once the run has ended, as a shell gives it. One that does not stop when told is killed."""
+        """The exit status once the run has ended, as a shell gives it. One that does not stop when
+        told is killed."""
         assert self._process is not None
         if self._told_at is not None and time.monotonic() - self._told_at > GRACE_SECONDS:
             with contextlib.suppress(psutil.NoSuchProcess):
                 run = psutil.Process(self._process.pid)
-                for process in (run, *run.children(recursive=True)):  # DeepSpeed gives each rank its own session
+                for process in (
+                    run,
+                    *run.children(recursive=True),
+                ):  # DeepSpeed gives each rank its own session
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
         status = self._process.poll()
@@ -118,10 +137,15 @@ class TrialRun:
         """Why the run failed, in one line: its error, or the last that it said."""
         with open(self.folder / OUTPUT_FILE, "rb") as output:
             output.seek(self._output_from)
-            lines = [line.strip() for line in re.split(r"[\r\n]+", output.read().decode(errors="replace"))]
+            lines = [
+                line.strip()
+                for line in re.split(r"[\r\n]+", output.read().decode(errors="replace"))
+            ]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         said = errors or [line for line in lines if line]
         if status > 128:
             with contextlib.suppress(ValueError):
-                return f"ended by {signal.Signals(status - 128).name}" + (f"; it said last: {said[-1]}" if said else "")
+                return f"ended by {signal.Signals(status - 128).name}" + (
+                    f"; it said last: {said[-1]}" if said else ""
+                )
         return said[-1] if said else f"ended with status {status} and no word"

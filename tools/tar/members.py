@@ -1,7 +1,8 @@
-"""Photographs in tar archives, read forwards in bounded memory: plain or compressed, tars in tars, broken, hostile.
+"""Photographs in tar archives, read forwards in bounded memory: plain or compressed, tars in tars,
+broken, hostile.
 
-`TarReader` gives the photographs and the problems of an archive in its order. Each has a name that is clean, so that
-crops can lie in folders of these names, and its own (`Names`).
+`TarReader` gives the photographs and the problems of an archive in its order. Each has a name that
+is clean, so that crops can lie in folders of these names, and its own (`Names`).
 """
 
 from __future__ import annotations
@@ -39,14 +40,29 @@ from tools.tar.streams import (
     next_header,
 )
 
-_MAX_PART, _MAX_NAME = 200, 1000  # bytes of a part of a path and of a path; file systems end at 255 and 4096
-_CROP_NAME = re.compile(r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?")  # a folder of such a name would stand in a crop's way
+_MAX_PART, _MAX_NAME = (
+    200,
+    1000,
+)  # bytes of a part of a path and of a path; file systems end at 255 and 4096
+_CROP_NAME = re.compile(
+    r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?"
+)  # a folder of such a name would stand in a crop's way
 DEFAULT_LIMITS = Limits()
-_OTHERS = {b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
-           b"Rar!\x1a\x07": "a rar archive", b"\x04\x22\x4d\x18": "compressed by lz4",
-           b"\x1f\x9d": "compressed by compress (.Z)"}
+_OTHERS = {
+    b"PK\3\4": "a zip archive",
+    b"PK\5\6": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
+    b"\x1f\x9d": "compressed by compress (.Z)",
+}
 _TAR_NAME = re.compile(r".+\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
-_NO_FILES = (b"D", b"M", b"N", b"V")  # GNU's folder listings, parts of files of another volume, old names, labels
+_NO_FILES = (
+    b"D",
+    b"M",
+    b"N",
+    b"V",
+)  # GNU's folder listings, parts of files of another volume, old names, labels
 
 
 @dataclass(frozen=True)
@@ -59,18 +75,25 @@ class Member:
 
 @dataclass(frozen=True)
 class Problem:
-    """A member that cannot be had, or an archive whose rest is lost; `name` is empty where it is the outermost one."""
+    """A member that cannot be had, or an archive whose rest is lost; `name` is empty where it is
+    the outermost one."""
 
     name: str
     reason: str
 
 
 class TarReader:
-    """Reads the photographs of one archive. `passed` counts what was passed by: links, devices, hidden, other."""
+    """Reads the photographs of one archive. `passed` counts what was passed by: links, devices,
+    hidden, other."""
 
-    def __init__(self, path: Path, limits: Limits = DEFAULT_LIMITS,
-                 wanted: Callable[[str], bool] | None = None) -> None:
-        """Members for whose name `wanted` says no are skipped: in an uncompressed archive without being read."""
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits = DEFAULT_LIMITS,
+        wanted: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Members for whose name `wanted` says no are skipped: in an uncompressed archive without
+        being read."""
         self._path, self._limits, self._wanted = path, limits, wanted or (lambda name: True)
         self.passed: Counter[str] = Counter()
         self._file: File | None = None
@@ -81,7 +104,8 @@ class TarReader:
         return self._file.position if self._file else 0
 
     def __iter__(self) -> Iterator[Member | Problem]:
-        """The photographs and the problems, in the archive's order; raises `UserError` as `check_archive` does."""
+        """The photographs and the problems, in the archive's order; raises `UserError` as
+        `check_archive` does."""
         with _opened(self._path) as (file, status):
             self._file = File(file, status.st_size)
             self._growth = Growth(self._file, self._limits)
@@ -109,10 +133,13 @@ class TarReader:
         except BombError:
             raise
         except LostError as error:
-            yield Problem(prefix[:-1], f"{error}; the rest of this archive is lost (after {count} members)")
+            yield Problem(
+                prefix[:-1], f"{error}; the rest of this archive is lost (after {count} members)"
+            )
 
-    def _member(self, header: TarHeader, body: Window, names: Names, prefix: str,
-                depth: int) -> Iterator[Member | Problem]:
+    def _member(
+        self, header: TarHeader, body: Window, names: Names, prefix: str, depth: int
+    ) -> Iterator[Member | Problem]:
         """One member: a photograph, an archive, or neither."""
         kind = _passed_by(header)
         if kind:
@@ -122,7 +149,10 @@ class TarReader:
         clean = clean_name(header.name)
         name = names.propose(clean)
         if header.is_sparse:
-            yield Problem(prefix + name, "stored with holes (tar --sparse), which is not read; pack it without")
+            yield Problem(
+                prefix + name,
+                "stored with holes (tar --sparse), which is not read; pack it without",
+            )
         elif not self._wanted(prefix + name):
             names.take(name)
         elif (inner := self._inner(body, clean)) is not None:
@@ -136,10 +166,13 @@ class TarReader:
             self.passed["other"] += 1
 
     def _inner(self, body: Window, name: str) -> Window | Problem | None:
-        """The member as an archive to be read, the reason why it cannot be, or `None` where it is none."""
+        """The member as an archive to be read, the reason why it cannot be, or `None` where it is
+        none."""
         head = body.peek(BLOCK)
         is_named_tar = _TAR_NAME.fullmatch(name) is not None
-        may_be = is_tar(head) or (is_named_tar and not _is_image(head))  # a tar may begin with BM, as bitmaps do
+        may_be = is_tar(head) or (
+            is_named_tar and not _is_image(head)
+        )  # a tar may begin with BM, as bitmaps do
         if not may_be and not head.startswith(COMPRESSED):
             return None
         try:
@@ -150,11 +183,15 @@ class TarReader:
         except LostError as error:
             return Problem("", str(error)) if is_named_tar else None
 
-    def _inner_archive(self, inner: Window | Problem, name: str, depth: int) -> Iterator[Member | Problem]:
+    def _inner_archive(
+        self, inner: Window | Problem, name: str, depth: int
+    ) -> Iterator[Member | Problem]:
         if isinstance(inner, Problem):
             yield Problem(name, inner.reason)
         elif depth == self._limits.depth:
-            yield Problem(name, f"an archive within {depth + 1} others; unpack the outermost one first")
+            yield Problem(
+                name, f"an archive within {depth + 1} others; unpack the outermost one first"
+            )
         else:
             yield from self._archive(inner, name + "/", depth + 1)
 
@@ -168,7 +205,8 @@ class TarReader:
 
 
 def check_archive(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of an archive. Raises `UserError` for what is no tar we can read."""
+    """Size in bytes and modification time in ns of an archive. Raises `UserError` for what is no
+    tar we can read."""
     with _opened(path) as (_, status):
         return status.st_size, status.st_mtime_ns
 
@@ -183,11 +221,15 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a tar archive") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; repair its permissions or the disk") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; repair its permissions or the disk"
+        ) from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file any more; give a tar archive that lies on a disk")
+            raise UserError(
+                f"{path}: not a regular file any more; give a tar archive that lies on a disk"
+            )
         _check_start(path, file, status.st_size)
         file.seek(0)
         yield file, status
@@ -202,7 +244,10 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
         head = window.peek(BLOCK)
         other = next((name for start, name in _OTHERS.items() if head.startswith(start)), None)
         if other:
-            raise UserError(f"{path}: {other}, not a tar; unpack it and give the photographs to images_to_data.py")
+            raise UserError(
+                f"{path}: {other}, not a tar; unpack it and give the photographs to "
+                "images_to_data.py"
+            )
         head = expanded(window, Growth(source, Limits())).peek(BLOCK)
     except LostError as error:
         raise UserError(f"{path}: {error}; {way_out}") from None
@@ -220,7 +265,10 @@ def _passed_by(header: TarHeader) -> str:
     if header.type == tarfile.DIRTYPE:
         return "folders"  # which nobody counts
     parts = header.name.replace("\\", "/").split("/")
-    if any((part.startswith(".") and part.strip(".")) or part in (QUARANTINE, "__MACOSX") for part in parts):
+    if any(
+        (part.startswith(".") and part.strip(".")) or part in (QUARANTINE, "__MACOSX")
+        for part in parts
+    ):
         return "hidden"
     return "other" if header.type in _NO_FILES else ""
 
@@ -234,7 +282,8 @@ def _is_image(head: bytes) -> bool:
 
 
 def clean_name(name: str) -> str:
-    """`name` as a relative POSIX path that leads nowhere but down, printable, in UTF-8, short enough for a disk."""
+    """`name` as a relative POSIX path that leads nowhere but down, printable, in UTF-8, short
+    enough for a disk."""
     parts = []
     for part in re.sub(r"^/*[A-Za-z]:", "", name.replace("\\", "/")).split("/"):
         part = "".join(letter if letter.isprintable() else "_" for letter in part)
@@ -255,18 +304,23 @@ def _short(part: str) -> str:
 
 
 class Names:
-    """Gives every photograph and archive within one archive a name of its own: the second `a.jpg` becomes `a.jpg~2`."""
+    """Gives every photograph and archive within one archive a name of its own: the second `a.jpg`
+    becomes `a.jpg~2`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._taken: set[int] = set()      # hashes: a million names take 80 MB less
-        self._folders: set[int] = set()    # which a taken name lies in
+        self._taken: set[int] = set()  # hashes: a million names take 80 MB less
+        self._folders: set[int] = set()  # which a taken name lies in
         self._archives: set[int] = set()
-        self._numbers: dict[int, int] = {}  # where to go on counting, or a million equal names would take a day
+        self._numbers: dict[
+            int, int
+        ] = {}  # where to go on counting, or a million equal names would take a day
 
     def propose(self, name: str, is_archive: bool = False) -> str:
         """`name`, changed if it is taken; the same until `take` is called."""
-        if self._archives and any(name_hash(folder) in self._archives for folder in _folders_of(name)):
+        if self._archives and any(
+            name_hash(folder) in self._archives for folder in _folders_of(name)
+        ):
             name = name.replace("/", "~")  # or it would look like a member of that archive
         key = name_hash(name)
         number, candidate = self._numbers.get(key, 1), name

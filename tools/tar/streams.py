@@ -1,7 +1,8 @@
-"""The bytes of an archive, read forwards and bounded whatever they say; and the headers of tar archives among them.
+"""The bytes of an archive, read forwards and bounded whatever they say; and the headers of tar
+archives among them.
 
-A `File` is the archive on disk, a `Window` a part of another stream, `expanded` a decompressed one. `next_header` reads
-a tar header with the long names and large sizes of whoever wrote it.
+A `File` is the archive on disk, a `Window` a part of another stream, `expanded` a decompressed one.
+`next_header` reads a tar header with the long names and large sizes of whoever wrote it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import BinaryIO, NamedTuple
 
 MIB = 1 << 20
 BLOCK = tarfile.BLOCKSIZE
-_XZ_MEMORY = 512 * MIB        # what `xz -9` and all usual settings stay below
+_XZ_MEMORY = 512 * MIB  # what `xz -9` and all usual settings stay below
 COMPRESSED = _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
 ZEROS = bytes(BLOCK)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_MAX_TAIL = 4 * MIB           # zero bytes after an archive's end: more are a hole, as unfinished downloads have
+_MAX_TAIL = (
+    4 * MIB
+)  # zero bytes after an archive's end: more are a hole, as unfinished downloads have
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Limits:
     """What an archive may ask for, so that a hostile one fills neither memory nor the day."""
 
     member_bytes: int = 256 * MIB  # a photograph, since it is held in memory
-    expansion: int = 100           # a compressed archive may expand to this many times its size (gzip ends at 1032)
-    free_bytes: int = 256 * MIB    # ... and so much larger on top
-    names: int = 10_000_000        # photographs in one archive: their names are remembered, 80 bytes each
-    header_bytes: int = MIB        # an extended header: long names, attributes
-    depth: int = 2                 # archives within archives
+    expansion: int = (
+        100  # a compressed archive may expand to this many times its size (gzip ends at 1032)
+    )
+    free_bytes: int = 256 * MIB  # ... and so much larger on top
+    names: int = 10_000_000  # photographs in one archive: their names are remembered, 80 bytes each
+    header_bytes: int = MIB  # an extended header: long names, attributes
+    depth: int = 2  # archives within archives
 
 
 class LostError(Exception):
@@ -57,7 +62,10 @@ class Growth:
         """Count bytes that came out of a decompressor."""
         self._expanded += count
         if self._expanded > self._limits.free_bytes + self._limits.expansion * self._file.position:
-            raise BombError(f"it expands to more than {self._limits.expansion} times its size: a decompression bomb?")
+            raise BombError(
+                f"it expands to more than {self._limits.expansion} times its size: a decompression "
+                "bomb?"
+            )
 
 
 class Bytes(ABC):
@@ -112,7 +120,9 @@ class _Expanded(Bytes):
             raise
         except EOFError:
             self._failure = "its compressed data is cut off"
-        except Exception as error:  # decompressors meet hostile bytes here and raise whatever they like
+        except (
+            Exception
+        ) as error:  # decompressors meet hostile bytes here and raise whatever they like
             self._failure = f"its compressed data is damaged ({' '.join(str(error).split())[:100]})"
         if self._failure:
             raise LostError(self._failure)
@@ -171,7 +181,9 @@ class _XzFile(io.RawIOBase):
         data = chunk = b""
         while not data:
             if self._decoder.eof:
-                chunk = self._decoder.unused_data.lstrip(b"\0")  # streams may follow one another, padded
+                chunk = self._decoder.unused_data.lstrip(
+                    b"\0"
+                )  # streams may follow one another, padded
                 while not chunk:
                     chunk = self._source.read(1 << 16)
                     if not chunk:
@@ -200,7 +212,9 @@ def expanded(source: Window, growth: Growth) -> Window:
         try:
             file = importlib.import_module("compression.zstd").ZstdFile(source)
         except ImportError:
-            raise LostError("compressed by zstd, which needs Python 3.14; decompress it with `unzstd`") from None
+            raise LostError(
+                "compressed by zstd, which needs Python 3.14; decompress it with `unzstd`"
+            ) from None
     else:
         return source
     return Window(_Expanded(file, growth))
@@ -217,7 +231,8 @@ class TarHeader(NamedTuple):
 
 
 def next_header(source: Window, limit: int) -> TarHeader | None:
-    """The header of the next member, long names and sizes included; `None` at the end of the archive."""
+    """The header of the next member, long names and sizes included; `None` at the end of the
+    archive."""
     extended: dict[str, bytes] = {}
     while True:
         block = source.read(BLOCK)
@@ -259,7 +274,11 @@ def _parsed(block: bytes, source: Window) -> TarHeader:
         if len(block) < BLOCK:
             raise LostError("it is cut off within a header")
         more = block[504]
-    has_data = info.type not in (*LINKS, *DEVICES, tarfile.DIRTYPE)  # the others' sizes mean something else
+    has_data = info.type not in (
+        *LINKS,
+        *DEVICES,
+        tarfile.DIRTYPE,
+    )  # the others' sizes mean something else
     return TarHeader(info.name, info.type, info.size if has_data else 0, is_sparse)
 
 
@@ -303,12 +322,15 @@ def _with_extended(header: TarHeader, extended: dict[str, bytes]) -> TarHeader:
 
 
 def after_end(source: Window) -> bytes:
-    """The block after the zeros that end an archive; empty at the file's end, else another tar was put behind it."""
+    """The block after the zeros that end an archive; empty at the file's end, else another tar was
+    put behind it."""
     for _ in range(_MAX_TAIL // BLOCK):
         block = source.read(BLOCK)
         if not block or block.count(0) < len(block):
             return block
-    raise LostError(f"more than {_MAX_TAIL} zero bytes where a header should be (an unfinished download?)")
+    raise LostError(
+        f"more than {_MAX_TAIL} zero bytes where a header should be (an unfinished download?)"
+    )
 
 
 def is_tar(head: bytes) -> bool:

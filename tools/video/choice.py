@@ -1,7 +1,8 @@
-"""Which frames of a film are worth storing: drawn at random, but no near-duplicates, blank frames or cross-fades.
+"""Which frames of a film are worth storing: drawn at random, but no near-duplicates, blank frames
+or cross-fades.
 
-All judgements are made on thumbnails of the luma, 64x36 bytes, so that looking at every frame costs a few percent of
-decoding it.
+All judgements are made on thumbnails of the luma, 64x36 bytes, so that looking at every frame costs
+a few percent of decoding it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 THUMBNAIL = (64, 36)  # width, height
-# Mean absolute difference of two frames' thumbnails, in grey levels: neighbouring frames of one scene have 0 to 5, even
-# of fast pans; PySceneDetect, too, sees a cut at some 10 % of the range.
+# Mean absolute difference of two frames' thumbnails, in grey levels: neighbouring frames of one
+# scene have 0 to 5, even of fast pans; PySceneDetect, too, sees a cut at some 10 % of the range.
 CUT_DIFFERENCE = 20.0
-# Standard deviation of a thumbnail, in grey levels: black, white and one-coloured frames, the ends of fades to them.
+# Standard deviation of a thumbnail, in grey levels: black, white and one-coloured frames, the ends
+# of fades to them.
 MIN_CONTRAST = 5.0
-# A frame within a cross-fade (or a fade) is the mean of the frames some time before and after it. Motion is not: there
-# the mean is a double image. What is left of the frame without that mean, in parts of the change from before to after,
-# is 0 for still pictures, 0.17 for two pans that take 30 frames to fade (change: 18 grey levels), 0.18 and more for
-# pans over photographs (change: 2 to 13). So the more a scene changes, the more may be left. Pans over smooth surfaces
-# come near 0, too, but keep their contrast (the mean squared step between neighbouring pixels: 0.99 to 1.01 of before
-# and after), which a cross-fade loses (0.87 to 0.95). Slow fades between moving scenes go unseen.
+# A frame within a cross-fade (or a fade) is the mean of the frames some time before and after it.
+# Motion is not: there the mean is a double image. What is left of the frame without that mean, in
+# parts of the change from before to after, is 0 for still pictures, 0.17 for two pans that take 30
+# frames to fade (change: 18 grey levels), 0.18 and more for pans over photographs (change: 2 to
+# 13). So the more a scene changes, the more may be left. Pans over smooth surfaces come near 0,
+# too, but keep their contrast (the mean squared step between neighbouring pixels: 0.99 to 1.01 of
+# before and after), which a cross-fade loses (0.87 to 0.95). Slow fades between moving scenes go
+# unseen.
 BLEND_REACH = 5  # frames before and after
 BLEND_RESIDUAL = 1 / 80  # of the change, for every grey level of it
 MAX_BLEND_RESIDUAL = 0.2
@@ -45,7 +49,9 @@ class Sampling:
     frame_interval: int = 10  # average number of frames from one candidate to the next
     min_interval: int = 4
     max_interval: int = 15
-    min_change: float = 4.0   # mean absolute difference of luma thumbnails to every stored frame, in grey levels
+    min_change: float = (
+        4.0  # mean absolute difference of luma thumbnails to every stored frame, in grey levels
+    )
 
 
 class FrameCandidate(NamedTuple, Generic[Item]):
@@ -65,10 +71,16 @@ def thumbnail(frame: VideoFrame) -> np.ndarray:
     if not is_planar or kind.name.endswith("be") or plane.line_size <= 0:
         small = frame.reformat(*THUMBNAIL, format="gray", interpolation="AREA", threads=1)
         plane = small.planes[0]
-        return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: THUMBNAIL[1], : THUMBNAIL[0]].copy()
+        return (
+            np.frombuffer(plane, np.uint8)
+            .reshape(-1, plane.line_size)[: THUMBNAIL[1], : THUMBNAIL[0]]
+            .copy()
+        )
     samples = np.frombuffer(plane, np.uint8 if luma.bits == 8 else np.uint16)
     rows = samples.reshape(-1, plane.line_size // samples.itemsize)[: frame.height, : frame.width]
-    small = cv2.resize(rows[:: max(1, frame.height // 180)], THUMBNAIL, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        rows[:: max(1, frame.height // 180)], THUMBNAIL, interpolation=cv2.INTER_AREA
+    )
     return small if luma.bits == 8 else (small >> (luma.bits - 8)).astype(np.uint8)
 
 
@@ -84,10 +96,12 @@ def _contrast(small: np.ndarray) -> float:
 
 
 class FrameChooser(Generic[Item]):
-    """Told of every frame of a segment in order, gives back those to store, `BLEND_REACH` frames late."""
+    """Told of every frame of a segment in order, gives back those to store, `BLEND_REACH` frames
+    late."""
 
     def __init__(self, sampling: Sampling, key: str, is_beginning: bool) -> None:
-        """`key` decides the draws; at the beginning of a film the first frame is a candidate, as after a cut."""
+        """`key` decides the draws; at the beginning of a film the first frame is a candidate, as
+        after a cut."""
         self._sampling = sampling
         self._draws = _draws(key)
         self._next = 0 if is_beginning else next(self._draws) % sampling.frame_interval
@@ -98,7 +112,8 @@ class FrameChooser(Generic[Item]):
         self.dropped: Counter[str] = Counter()  # why candidates were not chosen
 
     def add(self, item: Item, small: np.ndarray) -> Iterator[tuple[int, Item]]:
-        """Take in the next frame and its thumbnail; yields (number, frame) of what is to be stored."""
+        """Take in the next frame and its thumbnail; yields (number, frame) of what is to be
+        stored."""
         is_cut = bool(self._recent) and difference(self._recent[-1], small) >= CUT_DIFFERENCE
         self._recent.append(small)
         if is_cut or self._index == self._next:
@@ -131,12 +146,17 @@ class FrameChooser(Generic[Item]):
         reach = min(BLEND_REACH, at, last - at)
         if reach == 0:
             return False
-        before, now, after = (self._recent[at + step].astype(np.int16) for step in (-reach, 0, reach))
+        before, now, after = (
+            self._recent[at + step].astype(np.int16) for step in (-reach, 0, reach)
+        )
         change = float(np.abs(after - before).mean())
         residual = float(np.abs(2 * now - before - after).mean()) / 2
         limit = min(BLEND_RESIDUAL * change, MAX_BLEND_RESIDUAL) * change
-        return change >= MIN_BLEND_CHANGE and residual < limit and (
-            _contrast(now) < MAX_BLEND_CONTRAST * (_contrast(before) + _contrast(after)) / 2)
+        return (
+            change >= MIN_BLEND_CHANGE
+            and residual < limit
+            and (_contrast(now) < MAX_BLEND_CONTRAST * (_contrast(before) + _contrast(after)) / 2)
+        )
 
     def _is_known(self, small: np.ndarray) -> bool:
         if not len(self._stored):
@@ -145,9 +165,11 @@ class FrameChooser(Generic[Item]):
         return bool(changes.min() < self._sampling.min_change)
 
     def _gap(self) -> int:
-        """Frames to the next candidate, between the least and the most, `frame_interval` on average.
+        """Frames to the next candidate, between the least and the most, `frame_interval` on
+        average.
 
-        Uniform below the average or uniform above it, one of the two so often that the mean is right.
+        Uniform below the average or uniform above it, one of the two so often that the mean is
+        right.
         """
         sampling, draw = self._sampling, next(self._draws)
         least, mean, most = sampling.min_interval, sampling.frame_interval, sampling.max_interval
@@ -159,9 +181,12 @@ class FrameChooser(Generic[Item]):
 
 
 def _draws(key: str) -> Iterator[int]:
-    """Uniform 64-bit numbers from `key`, without end. SHAKE-256, as in crop_grid.py: it never changes."""
+    """Uniform 64-bit numbers from `key`, without end. SHAKE-256, as in crop_grid.py: it never
+    changes."""
     block = 0
     while True:
-        digest = hashlib.shake_256(f"{key}/{block}".encode("utf-8", "surrogateescape")).digest(8 * 512)
+        digest = hashlib.shake_256(f"{key}/{block}".encode("utf-8", "surrogateescape")).digest(
+            8 * 512
+        )
         yield from np.frombuffer(digest, "<u8").tolist()
         block += 1

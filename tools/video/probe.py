@@ -1,7 +1,8 @@
-"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it cannot.
+"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it
+cannot.
 
-`probe` reads it from the header and the first frames: colour tags, display matrix and the shape of the pixels say how
-stored samples become a picture.
+`probe` reads it from the header and the first frames: colour tags, display matrix and the shape of
+the pixels say how stored samples become a picture.
 """
 
 from __future__ import annotations
@@ -24,23 +25,57 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 
 # AVColorSpace -> the matrix for swscale; RGB (0) needs none
-_MATRICES = {0: Colorspace.DEFAULT, 1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601,
-             6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
+_MATRICES = {
+    0: Colorspace.DEFAULT,
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+}
 _UNKNOWN_MATRIX = 2
-_TONE_MAP = ("zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
-             "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
+_TONE_MAP = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
 _GAMUT_MAP = "zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
-VIDEO_SUFFIXES = frozenset({
-    ".3gp", ".avi", ".flv", ".m2t", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm",
-    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"})
-MAX_MEGAPIXELS = 64         # of a frame: 8K has 33; what a header claims beyond that would only fill the memory
-MAX_HOURS = 7 * 24          # what the timestamps of a file may span; beyond that they are broken
-MAX_READ_ERRORS = 100       # in a row, without a packet between them: a file of damage must not be read for ever
-NUM_FIRST_FRAMES = 8        # looked at for what the header does not say
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2t",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogm",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    }
+)
+MAX_MEGAPIXELS = (
+    64  # of a frame: 8K has 33; what a header claims beyond that would only fill the memory
+)
+MAX_HOURS = 7 * 24  # what the timestamps of a file may span; beyond that they are broken
+MAX_READ_ERRORS = (
+    100  # in a row, without a packet between them: a file of damage must not be read for ever
+)
+NUM_FIRST_FRAMES = 8  # looked at for what the header does not say
 _MAX_FIRST_PACKETS = 600
 _OPTIONS = {  # a "video" could be a playlist that names other files, or servers
     "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe"}
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe",
+}
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _INTERLACED_ORDERS = range(2, 6)  # AV_FIELD_TT, _BB, _TB, _BT
 _MAX_ASPECT = 4  # of a pixel, either way; DVDs have up to 1.46, anamorphic lenses 2
@@ -52,28 +87,29 @@ class BadVideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are read. `start` and `end` are in ticks of `time_base` seconds."""
+    """What is known of a video before its frames are read. `start` and `end` are in ticks of
+    `time_base` seconds."""
 
-    height: int              # of a frame as `sample_frames` gives it: upright, of square pixels
+    height: int  # of a frame as `sample_frames` gives it: upright, of square pixels
     width: int
-    coded_height: int        # as stored
+    coded_height: int  # as stored
     coded_width: int
-    start: int               # presentation time of the first frame
-    end: int                 # of the end of the last one
+    start: int  # presentation time of the first frame
+    end: int  # of the end of the last one
     time_base: Fraction
     frame_rate: float | None  # on average, as the file says
     codec: str
     pixel_format: str
-    bits: int                # a sample
+    bits: int  # a sample
     transfer: str
     matrix: Colorspace
     is_full_range: bool
     is_interlaced: bool
-    pixel_aspect: Fraction   # width of a stored pixel by its height
+    pixel_aspect: Fraction  # width of a stored pixel by its height
     orientation: Orientation
-    is_lossy: bool           # by its codec, or by halved colour
+    is_lossy: bool  # by its codec, or by halved colour
     refusals: tuple[str, ...]  # why it must not be used; empty: it may
-    truncated: str           # how much of it is missing at its end, or ""
+    truncated: str  # how much of it is missing at its end, or ""
 
     @property
     def duration_s(self) -> float:
@@ -82,7 +118,8 @@ class VideoInfo:
 
 
 class Segment(NamedTuple):
-    """A piece of a video: the frames with first <= pts < end, in ticks; `None` is open, so that no frame is lost."""
+    """A piece of a video: the frames with first <= pts < end, in ticks; `None` is open, so that no
+    frame is lost."""
 
     start_s: int  # rounded down; counted from the first frame
     first: int | None
@@ -94,47 +131,81 @@ def segments(info: VideoInfo, segment_time: float) -> list[Segment]:
     ticks = Fraction(segment_time) / info.time_base
     count = max(1, math.ceil((info.end - info.start) / ticks))
     borders = [None, *(info.start + math.ceil(index * ticks) for index in range(1, count)), None]
-    return [Segment(int(index * segment_time), borders[index], borders[index + 1]) for index in range(count)]
+    return [
+        Segment(int(index * segment_time), borders[index], borders[index + 1])
+        for index in range(count)
+    ]
 
 
 def probe(path: Path) -> VideoInfo:
-    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where the file cannot."""
+    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where
+    the file cannot."""
     with open_video(path) as (container, stream):
         frames = _first_frames(container, stream)
-        transfer, matrix, is_full_range, refusals = colours(frames[0], stream.codec_context.color_range)
+        transfer, matrix, is_full_range, refusals = colours(
+            frames[0], stream.codec_context.color_range
+        )
         is_interlaced = stream.codec_context.field_order in _INTERLACED_ORDERS or any(
-            frame.interlaced_frame for frame in frames)
+            frame.interlaced_frame for frame in frames
+        )
         turn = orientation(frames[0])
         aspect = _pixel_aspect(stream)
         time_base = stream.time_base
         codec, rate = stream.codec_context.codec, stream.average_rate
         kind = frames[0].format
         is_rgb = kind.is_rgb
-        is_halved = not is_rgb and len(kind.components) > 2 and kind.components[1].width < frames[0].width
+        is_halved = (
+            not is_rgb and len(kind.components) > 2 and kind.components[1].width < frames[0].width
+        )
     with open_video(path) as (container, stream):
         start, end, missing_s = _span(container, stream)
     height, width = square_size(frames[0].height, frames[0].width, aspect)
     if turn and turn.transpose:
         height, width = width, height
     if is_interlaced and codec.canonical_name == "hevc":
-        refusals += ("interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
-                     "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",)
+        refusals += (
+            "interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
+            "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",
+        )
     if turn is None:
         refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
     if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
-        refusals += (f"its pixels have an aspect of {aspect}; correct it with `ffmpeg -i IN -c copy -aspect 16:9 OUT`",)
+        refusals += (
+            f"its pixels have an aspect of {aspect}; correct it with `ffmpeg -i IN -c copy -aspect "
+            "16:9 OUT`",
+        )
     if (end - start) * time_base > MAX_HOURS * 3600:
-        refusals += (f"its timestamps span more than {MAX_HOURS} hours; write it again with ffmpeg",)
-    return VideoInfo(height, width, frames[0].height, frames[0].width, start, end, time_base,
-                     float(rate) if rate else None, codec.canonical_name, kind.name, kind.components[0].bits, transfer,
-                     matrix, is_full_range, is_interlaced, aspect, turn or Orientation(),
-                     codec.lossy or not codec.lossless or is_halved, refusals,
-                     f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "")
+        refusals += (
+            f"its timestamps span more than {MAX_HOURS} hours; write it again with ffmpeg",
+        )
+    return VideoInfo(
+        height,
+        width,
+        frames[0].height,
+        frames[0].width,
+        start,
+        end,
+        time_base,
+        float(rate) if rate else None,
+        codec.canonical_name,
+        kind.name,
+        kind.components[0].bits,
+        transfer,
+        matrix,
+        is_full_range,
+        is_interlaced,
+        aspect,
+        turn or Orientation(),
+        codec.lossy or not codec.lossless or is_halved,
+        refusals,
+        f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "",
+    )
 
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The open file and its video stream (of several: the largest; cover art is none). Raises `BadVideoError`."""
+    """The open file and its video stream (of several: the largest; cover art is none). Raises
+    `BadVideoError`."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise BadVideoError("not a plain file")
@@ -143,7 +214,9 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
-        raise BadVideoError(f"not a video, or its header is damaged or cut off ({error.strerror})") from error
+        raise BadVideoError(
+            f"not a video, or its header is damaged or cut off ({error.strerror})"
+        ) from error
     with container:
         yield container, _main_stream(container)
 
@@ -158,10 +231,14 @@ def _main_stream(container: InputContainer) -> VideoStream:
     if context is None or not context.is_decoder:
         raise BadVideoError("its codec is unknown, or encrypted; no decoder for it")
     if _area(stream) > MAX_MEGAPIXELS * 1e6:
-        raise BadVideoError(f"{stream.height}x{stream.width} is above {MAX_MEGAPIXELS} megapixels a frame")
+        raise BadVideoError(
+            f"{stream.height}x{stream.width} is above {MAX_MEGAPIXELS} megapixels a frame"
+        )
     if not stream.time_base:
         raise BadVideoError("its video stream has no time base")
-    context.options = {"max_pixels": str(int(MAX_MEGAPIXELS * 1e6))}  # the size may change within the stream
+    context.options = {
+        "max_pixels": str(int(MAX_MEGAPIXELS * 1e6))
+    }  # the size may change within the stream
     return stream
 
 
@@ -171,7 +248,9 @@ def _area(stream: VideoStream) -> int:
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:
     aspect = stream.sample_aspect_ratio
-    if not aspect or abs(aspect - 1) < Fraction(1, 100):  # encoders round; 1 % is nobody's anamorphic format
+    if not aspect or abs(aspect - 1) < Fraction(
+        1, 100
+    ):  # encoders round; 1 % is nobody's anamorphic format
         return Fraction(1)
     return aspect
 
@@ -189,12 +268,17 @@ def _first_frames(container: InputContainer, stream: VideoStream) -> list[VideoF
             break
     frames = [frame for frame in frames if frame.width and frame.height]
     if not frames:
-        raise BadVideoError(f"none of its first frames can be decoded ({stream.codec_context.name})")
+        raise BadVideoError(
+            f"none of its first frames can be decoded ({stream.codec_context.name})"
+        )
     return frames
 
 
-def read_packets(container: InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet | None]:
-    """Packets to the end of the file, the empty one that flushes the decoder included; `None` for a read error."""
+def read_packets(
+    container: InputContainer, *streams: av.stream.Stream
+) -> Iterator[av.Packet | None]:
+    """Packets to the end of the file, the empty one that flushes the decoder included; `None` for a
+    read error."""
     errors = 0
     while errors < MAX_READ_ERRORS:
         try:
@@ -202,7 +286,8 @@ def read_packets(container: InputContainer, *streams: av.stream.Stream) -> Itera
                 errors = 0
                 yield packet
             return
-        except IndexError:  # PyAV, flushing streams that appeared on the way (MPEG-TS), after those it knows: the end
+        # PyAV, flushing streams that appeared on the way (MPEG-TS), after those it knows: the end
+        except IndexError:
             return
         except av.InvalidDataError:  # damage: what follows may be good
             errors += 1
@@ -212,9 +297,11 @@ def read_packets(container: InputContainer, *streams: av.stream.Stream) -> Itera
 
 
 def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, float]:
-    """(First presentation time, end, in ticks; seconds missing at the end): what the packets say, not the header.
+    """(First presentation time, end, in ticks; seconds missing at the end): what the packets say,
+    not the header.
 
-    Reads the packets after the last key frame; all of them where the header does not know the duration or is wrong.
+    Reads the packets after the last key frame; all of them where the header does not know the
+    duration or is wrong.
     """
     claimed_s = container.duration / av.time_base if container.duration else 0.0
     origin_s = (container.start_time or 0) / av.time_base
@@ -230,18 +317,27 @@ def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, flo
         first, end, reached_s = _read_all_times(container, stream)
         start = first if start is None else start
     if start is None or end is None:
-        raise BadVideoError("its frames have no times; write it again with `ffmpeg -i IN -c copy OUT.mkv`")
-    missing_s = claimed_s + min(origin_s, 0) - reached_s  # Matroska counts from 0, wherever the first frame lies
+        raise BadVideoError(
+            "its frames have no times; write it again with `ffmpeg -i IN -c copy OUT.mkv`"
+        )
+    missing_s = (
+        claimed_s + min(origin_s, 0) - reached_s
+    )  # Matroska counts from 0, wherever the first frame lies
     return start, max(end, start + 1), missing_s if missing_s > max(1.0, claimed_s / 50) else 0.0
 
 
-def _read_all_times(container: InputContainer, stream: VideoStream) -> tuple[int | None, int | None, float]:
+def _read_all_times(
+    container: InputContainer, stream: VideoStream
+) -> tuple[int | None, int | None, float]:
     with av.open(container.name, options=_OPTIONS, metadata_errors="replace") as anew:
         return _read_times(anew, anew.streams[stream.index])
 
 
-def _read_times(container: InputContainer, stream: VideoStream) -> tuple[int | None, int | None, float]:
-    """(First and last presentation time of the video's packets, latest second of any stream), from here to the end."""
+def _read_times(
+    container: InputContainer, stream: VideoStream
+) -> tuple[int | None, int | None, float]:
+    """(First and last presentation time of the video's packets, latest second of any stream), from
+    here to the end."""
     first = end = None
     reached_s = 0.0
     for packet in read_packets(container):
@@ -258,7 +354,8 @@ def _read_times(container: InputContainer, stream: VideoStream) -> tuple[int | N
 
 
 class Orientation(NamedTuple):
-    """How a stored frame becomes upright: transposed first, then its rows, then its columns in reverse."""
+    """How a stored frame becomes upright: transposed first, then its rows, then its columns in
+    reverse."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -286,26 +383,42 @@ def square_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
 
 
 def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool, tuple[str, ...]]:
-    """(Transfer characteristic, matrix, full range?, refusals), by the tags; untagged, as players take them."""
+    """(Transfer characteristic, matrix, full range?, refusals), by the tags; untagged, as players
+    take them."""
     transfer, primaries, matrix = frame.color_trc, frame.color_primaries, frame.colorspace
     name = _enum_name(ColorTrc, transfer)
     refusals: tuple[str, ...] = ()
     if transfer in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
-        refusals = (f"HDR: its transfer characteristic is {name}, which needs tone-mapping to taste first, such as "
-                    f"`ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",)
+        refusals = (
+            f"HDR: its transfer characteristic is {name}, which needs tone-mapping to taste first, "
+            "such as "
+            f"`ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",
+        )
     elif primaries == ColorPrimaries.BT2020 or matrix in (9, 10):
-        refusals = (f"wide gamut: BT.2020 colours (transfer characteristic {name}); map them to BT.709 first, such as "
-                    f"`ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",)
-    elif transfer == ColorTrc.UNSPECIFIED and any(data.type.name.startswith("DOVI") for data in frame.side_data):
-        refusals = ("Dolby Vision without a layer for ordinary screens; tone-map it with an editor first",)
+        refusals = (
+            f"wide gamut: BT.2020 colours (transfer characteristic {name}); map them to BT.709 "
+            "first, such as "
+            f"`ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",
+        )
+    elif transfer == ColorTrc.UNSPECIFIED and any(
+        data.type.name.startswith("DOVI") for data in frame.side_data
+    ):
+        refusals = (
+            "Dolby Vision without a layer for ordinary screens; tone-map it with an editor first",
+        )
     elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
-        refusals = (f"its colour matrix (number {matrix} of H.273) is not one of BT.601, BT.709, FCC, SMPTE 240M and "
-                    "RGB; convert it with ffmpeg",)
+        refusals = (
+            f"its colour matrix (number {matrix} of H.273) is not one of BT.601, BT.709, FCC, "
+            "SMPTE 240M and "
+            "RGB; convert it with ffmpeg",
+        )
     elif frame.format.is_rgb is False and matrix == 0:
         matrix = _UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
     # mpv's and others' rule where a file does not say
     default = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-    is_full = (frame.color_range or header_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    is_full = (
+        frame.color_range or header_range
+    ) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     return name, _MATRICES.get(matrix, default), is_full or frame.format.is_rgb, refusals
 
 

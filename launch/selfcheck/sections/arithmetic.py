@@ -1,4 +1,5 @@
-"""Whether the device computes what the CPU does: networks, gradients, losses, metrics, rounding, TF32's switch."""
+"""Whether the device computes what the CPU does: networks, gradients, losses, metrics, rounding,
+TF32's switch."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def exact() -> AbstractContextManager[Any]:
 
 
 def _network(report: Report, name: str, params: dict[str, int]) -> None:
-    """Output and gradient against float64 on the CPU; FP16's output and BF16's gradient against float32's."""
+    """Output and gradient against float64 on the CPU; FP16's output and BF16's gradient against
+    float32's."""
     import torch
 
     from pipeline.models import build_generator
@@ -65,34 +67,64 @@ def _network(report: Report, name: str, params: dict[str, int]) -> None:
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = torch.rand(2, 3, SIDE, SIDE)
     reference, wanted = _output_and_gradient(copy.deepcopy(network).double(), images.double())
-    found, gradient = _output_and_gradient(copy.deepcopy(network).to(report.device), images.to(report.device))
+    found, gradient = _output_and_gradient(
+        copy.deepcopy(network).to(report.device), images.to(report.device)
+    )
     span = float(reference.max() - reference.min())
-    report.at_most(f"network.{name}", float((found - reference).abs().max()) / span, EXACT, note="FP32, of its range")
-    report.at_most(f"gradient.{name}", float((gradient - wanted).norm() / wanted.norm()), 1e-3, note="FP32, relative")
+    report.at_most(
+        f"network.{name}",
+        float((found - reference).abs().max()) / span,
+        EXACT,
+        note="FP32, of its range",
+    )
+    report.at_most(
+        f"gradient.{name}",
+        float((gradient - wanted).norm() / wanted.norm()),
+        1e-3,
+        note="FP32, relative",
+    )
     if report.is_on_gpu:
-        half, _ = _output_and_gradient(copy.deepcopy(network).to(report.device).half(), images.to(report.device).half())
+        half, _ = _output_and_gradient(
+            copy.deepcopy(network).to(report.device).half(), images.to(report.device).half()
+        )
         report.at_least(f"half.{name}", psnr(half, reference, span), HALF_PSNR, "dB", note="FP16")
     layout = torch.channels_last
     coarse = copy.deepcopy(network).to(report.device, torch.bfloat16)
-    _, gradient = _output_and_gradient(coarse, images.to(report.device, torch.bfloat16).to(memory_format=layout))
+    _, gradient = _output_and_gradient(
+        coarse, images.to(report.device, torch.bfloat16).to(memory_format=layout)
+    )
     cosine = float(torch.dot(gradient, wanted) / (gradient.norm() * wanted.norm()))
-    report.at_least(f"bf16_gradient.{name}", cosine, GRADIENT_COSINE, note="BF16, channels last; cosine")
+    report.at_least(
+        f"bf16_gradient.{name}", cosine, GRADIENT_COSINE, note="BF16, channels last; cosine"
+    )
 
 
 def _output_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What it makes of images, and the gradient of all weights towards the mean of squares; float64 on the CPU."""
+    """What it makes of images, and the gradient of all weights towards the mean of squares; float64
+    on the CPU."""
     import torch
 
     output = network(images)
     output.float().square().mean().backward() if output.dtype != torch.float64 else output.square().mean().backward()
-    gradient = torch.cat([parameter.grad.flatten().double().cpu() for parameter in network.parameters()
-                          if parameter.grad is not None])
+    gradient = torch.cat(
+        [
+            parameter.grad.flatten().double().cpu()
+            for parameter in network.parameters()
+            if parameter.grad is not None
+        ]
+    )
     return output.detach().double().cpu(), gradient
 
 
 def psnr(found: Tensor, reference: Tensor, span: float) -> float:
     error = float((found.double() - reference.double()).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(span**2 / error) if math.isfinite(error) else -math.inf
+    return (
+        math.inf
+        if error == 0
+        else 10 * math.log10(span**2 / error)
+        if math.isfinite(error)
+        else -math.inf
+    )
 
 
 def _losses(report: Report) -> None:
@@ -114,7 +146,9 @@ def _losses(report: Report) -> None:
             wanted.backward()
             error = (own.grad.double().cpu() - exactly.grad).norm() / exactly.grad.norm()
             error = max(float(error), abs(float(value) - float(wanted)) / abs(float(wanted)))
-            report.at_most(f"loss.{name}", error, 1e-3, note="value and gradient against float64, relative")
+            report.at_most(
+                f"loss.{name}", error, 1e-3, note="value and gradient against float64, relative"
+            )
 
 
 def _metrics(report: Report) -> None:
@@ -139,7 +173,9 @@ def _rounding(report: Report) -> None:
     values = torch.cat([torch.linspace(-0.1, 1.1, 100_001), (torch.arange(511) / 2) / 255])
     same = torch.equal(to_bytes(values.to(report.device)).cpu(), to_bytes(values))
     levels = torch.arange(256, dtype=torch.uint8)
-    same = same and torch.equal(to_bytes(unit_range(levels.to(report.device), torch.float32)).cpu(), levels)
+    same = same and torch.equal(
+        to_bytes(unit_range(levels.to(report.device), torch.float32)).cpu(), levels
+    )
     report.fact("rounding", same, note="floats to bytes, byte for byte the CPU's")
 
 

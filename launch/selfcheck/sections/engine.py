@@ -1,4 +1,5 @@
-"""Updates of both runtimes against plain autograd, and what one update costs: kernels, waits, read-backs."""
+"""Updates of both runtimes against plain autograd, and what one update costs: kernels, waits,
+read-backs."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 UPDATES = 20
 BATCH, SIDE = 8, 16
 TOLERANCES = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.2}
-"""How far the losses may be from autograd's, relative to how far they fell. FP16 and BF16 round weights and gradients;
-and at ZeRO 0 DeepSpeed has Adam make a step of zeros when it is built, so that its first ones are up to a quarter
-shorter (0.09 here, on a CPU)."""
+"""How far the losses may be from autograd's, relative to how far they fell. FP16 and BF16 round
+weights and gradients; and at ZeRO 0 DeepSpeed has Adam make a step of zeros when it is built, so
+that its first ones are up to a quarter shorter (0.09 here, on a CPU)."""
 MOST_OPERATIONS = 600
 """Of an update of VapSR x4 in FP16, forward, backward, loss and EMA included."""
-CASES = [("deepspeed", precision, stage) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2)]
+CASES = [
+    ("deepspeed", precision, stage) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2)
+]
 CASES += [("accelerate", precision, 0) for precision in ("fp32", "bf16", "fp16")]
 
 
@@ -43,8 +46,12 @@ def run(report: Report) -> None:
             report.skip(name, "FP16 is for GPUs")
             continue
         with report.guarded(name):
-            report.at_most(name, _distance(ranks, runtime, precision, stage), TOLERANCES[precision],
-                           note=f"{UPDATES} updates against autograd's, relative")
+            report.at_most(
+                name,
+                _distance(ranks, runtime, precision, stage),
+                TOLERANCES[precision],
+                note=f"{UPDATES} updates against autograd's, relative",
+            )
     if report.is_on_gpu:
         with report.guarded("overflow"):
             _overflow(report, ranks)
@@ -55,21 +62,41 @@ def run(report: Report) -> None:
             _costs(report, ranks, precision)
     if report.is_on_gpu:
         with report.guarded("fp16"):
-            report.at_most("fp16", _distance(ranks, "deepspeed", "fp16", 0), TOLERANCES["fp16"],
-                           note="FP16 as ds_config.json has it, against autograd's")
+            report.at_most(
+                "fp16",
+                _distance(ranks, "deepspeed", "fp16", 0),
+                TOLERANCES["fp16"],
+                note="FP16 as ds_config.json has it, against autograd's",
+            )
     else:
         report.skip("fp16", "no GPU")
 
 
-def _engine(ranks: Any, network: nn.Module, runtime: str, precision: str, stage: int = 0, batch: int = BATCH,
-            **fp16: Any) -> Any:
+def _engine(
+    ranks: Any,
+    network: nn.Module,
+    runtime: str,
+    precision: str,
+    stage: int = 0,
+    batch: int = BATCH,
+    **fp16: Any,
+) -> Any:
     from pipeline.engine.engine import build_engine, resolve_ds_config
 
-    config = {"train_batch_size": batch, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage},
-              "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}}}
+    config = {
+        "train_batch_size": batch,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}},
+    }
     if precision != "fp32":
-        config[precision] = {"enabled": True, **({"initial_scale_power": 8, **fp16} if precision == "fp16" else {})}
-    resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=100, device=ranks.device, runtime=runtime)
+        config[precision] = {
+            "enabled": True,
+            **({"initial_scale_power": 8, **fp16} if precision == "fp16" else {}),
+        }
+    resolved, *_ = resolve_ds_config(
+        config, world_size=1, total_steps=100, device=ranks.device, runtime=runtime
+    )
     return build_engine(network, resolved, ranks, runtime)
 
 
@@ -87,7 +114,9 @@ def _network(*, full: bool = False) -> nn.Module:
     return network
 
 
-def _batches(device: Any, count: int, batch: int = BATCH, side: int = SIDE) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    device: Any, count: int, batch: int = BATCH, side: int = SIDE
+) -> Iterator[tuple[Tensor, Tensor]]:
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -108,10 +137,12 @@ def _update(engine: Any, lr: Tensor, hr: Tensor) -> Tensor:
 
 
 def _distance(ranks: Any, runtime: str, precision: str, stage: int) -> float:
-    """Between the losses that an engine and plain FP32 autograd come to, relative to how far they fell.
+    """Between the losses that an engine and plain FP32 autograd come to, relative to how far they
+    fell.
 
-    Adam divides a gradient by its size, so that rounding decides about the sign of the smallest ones: weights of single
-    parameters part while the networks do the same. What they do is compared.
+    Adam divides a gradient by its size, so that rounding decides about the sign of the smallest
+    ones: weights of single parameters part while the networks do the same. What they do is
+    compared.
     """
     import torch
 
@@ -131,11 +162,16 @@ def _distance(ranks: Any, runtime: str, precision: str, stage: int) -> float:
             wanted.append(float(loss.detach()))
     fell = max(wanted) - min(wanted)
     engine.destroy()
-    return max(abs(one - other) for one, other in zip(ours, wanted, strict=True)) / fell if fell else math.nan
+    return (
+        max(abs(one - other) for one, other in zip(ours, wanted, strict=True)) / fell
+        if fell
+        else math.nan
+    )
 
 
 def _overflow(report: Report, ranks: Any) -> None:
-    """From a loss scale that is too large: updates are left out, weights stay, the scale falls until they are made."""
+    """From a loss scale that is too large: updates are left out, weights stay, the scale falls
+    until they are made."""
     import torch
 
     engine = _engine(ranks, _network(), "deepspeed", "fp16", initial_scale_power=24, hysteresis=1)
@@ -150,8 +186,13 @@ def _overflow(report: Report, ranks: Any) -> None:
             moved += not same
         before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     engine.destroy()
-    report.fact("overflow", 0 < skipped == stayed and moved == 30 - skipped,
-                f"{skipped} of 30 left out", limit="weights stay", note="from a loss scale of 2^24")
+    report.fact(
+        "overflow",
+        0 < skipped == stayed and moved == 30 - skipped,
+        f"{skipped} of 30 left out",
+        limit="weights stay",
+        note="from a loss scale of 2^24",
+    )
 
 
 # --- What an update costs ---
@@ -170,7 +211,8 @@ class Costs:
 
 
 def _costs(report: Report, ranks: Any, precision: str) -> None:
-    """Of an update of VapSR x4 (small: a smaller one), in DeepSpeed at ZeRO 0, with the moving average."""
+    """Of an update of VapSR x4 (small: a smaller one), in DeepSpeed at ZeRO 0, with the moving
+    average."""
     from pipeline.models.ema import ExponentialMovingAverage
 
     network = _network(full=not report.is_small)
@@ -192,13 +234,28 @@ def _costs(report: Report, ranks: Any, precision: str) -> None:
     if report.is_small:
         report.number(f"{name}.operations", costs.operations, "", note="of a small network")
     elif precision == "fp32":
-        report.number(f"{name}.operations", costs.operations, "", note="kernels and copies of an update of VapSR x4")
+        report.number(
+            f"{name}.operations",
+            costs.operations,
+            "",
+            note="kernels and copies of an update of VapSR x4",
+        )
     else:
-        report.at_most(f"{name}.operations", costs.operations, MOST_OPERATIONS,
-                       note="kernels and copies of an update of VapSR x4")
-    report.at_most(f"{name}.waits", costs.waits, 0 if precision == "fp32" else 1,
-                   note="times that the host waits for the device")
-    report.at_most(f"{name}.synchronize", costs.synchronizations, 0, note="waits for the whole device")
+        report.at_most(
+            f"{name}.operations",
+            costs.operations,
+            MOST_OPERATIONS,
+            note="kernels and copies of an update of VapSR x4",
+        )
+    report.at_most(
+        f"{name}.waits",
+        costs.waits,
+        0 if precision == "fp32" else 1,
+        note="times that the host waits for the device",
+    )
+    report.at_most(
+        f"{name}.synchronize", costs.synchronizations, 0, note="waits for the whole device"
+    )
 
 
 @contextmanager
@@ -212,7 +269,9 @@ def counted(is_on_gpu: bool) -> Iterator[Costs]:
     read = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
     class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             calls["all"] += 1
             calls["read"] += function in read
             return function(*args, **(kwargs or {}))
@@ -238,12 +297,15 @@ def counted(is_on_gpu: bool) -> Iterator[Costs]:
         costs.synchronizations = made
         costs.waits = sum("synchronizing CUDA operation" in str(one.message) for one in caught)
         names = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
-        costs.operations = sum(event.count for event in profiler.key_averages() if event.key.startswith(names))
+        costs.operations = sum(
+            event.count for event in profiler.key_averages() if event.key.startswith(names)
+        )
 
 
 @contextmanager
 def _counting_synchronize(costs: Costs) -> Iterator[None]:
-    """Count waits for the whole device: torch's, and those of DeepSpeed's accelerator, which on a CPU do nothing."""
+    """Count waits for the whole device: torch's, and those of DeepSpeed's accelerator, which on a
+    CPU do nothing."""
     import torch
 
     places: list[tuple[Any, str, Any]] = [(torch.cuda, "synchronize", torch.cuda.synchronize)]
@@ -256,6 +318,7 @@ def _counting_synchronize(costs: Costs) -> Iterator[None]:
         def count(*args: Any, **kwargs: Any) -> Any:
             costs.synchronizations += 1
             return action(*args, **kwargs)
+
         return count
 
     for owner, name, action in places:

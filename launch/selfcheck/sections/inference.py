@@ -1,4 +1,5 @@
-"""Pictures and a film through a network: the same in tiles and whole, in little memory, and how fast."""
+"""Pictures and a film through a network: the same in tiles and whole, in little memory, and how
+fast."""
 
 from __future__ import annotations
 
@@ -74,12 +75,16 @@ def picture(height: int, width: int) -> np.ndarray:
     import numpy as np
 
     random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3)).astype(np.uint8)
+    coarse = random.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3)).astype(
+        np.uint8
+    )
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(smooth + random.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
 
 
-def _upscaler(report: Report, network: Any, precision: str = "auto", tile: int = 0, *, compiles: bool = False) -> Any:
+def _upscaler(
+    report: Report, network: Any, precision: str = "auto", tile: int = 0, *, compiles: bool = False
+) -> Any:
     from pipeline.inference import TorchBackend, Upscaler
 
     return Upscaler(TorchBackend(network, report.device, precision, compiles=compiles), tile)
@@ -95,18 +100,33 @@ def _tiles(report: Report, network: Any) -> None:
     import numpy as np
 
     image = picture(96, 128) if report.is_small else picture(360, 640)
-    whole, tiled = (_upscale(_upscaler(report, network, "fp32", tile), image).astype(int)
-                    for tile in (4096, 48 if report.is_small else 128))
-    report.at_most("tiles", int(np.abs(whole - tiled).max()), 1, "levels", note="tiles against the whole picture, FP32")
+    whole, tiled = (
+        _upscale(_upscaler(report, network, "fp32", tile), image).astype(int)
+        for tile in (4096, 48 if report.is_small else 128)
+    )
+    report.at_most(
+        "tiles",
+        int(np.abs(whole - tiled).max()),
+        1,
+        "levels",
+        note="tiles against the whole picture, FP32",
+    )
 
 
 def _half(report: Report, network: Any) -> None:
     image = picture(360, 640)
-    half, single = (_upscale(_upscaler(report, network, precision), image).astype(float)
-                    for precision in ("fp16", "fp32"))
+    half, single = (
+        _upscale(_upscaler(report, network, precision), image).astype(float)
+        for precision in ("fp16", "fp32")
+    )
     error = float(((half - single) ** 2).mean())
-    report.at_least("half", math.inf if error == 0 else 10 * math.log10(255**2 / error), HALF_PSNR, "dB",
-                    note="FP16 against FP32")
+    report.at_least(
+        "half",
+        math.inf if error == 0 else 10 * math.log10(255**2 / error),
+        HALF_PSNR,
+        "dB",
+        note="FP16 against FP32",
+    )
 
 
 def _rates(report: Report, network: Any) -> None:
@@ -118,16 +138,25 @@ def _rates(report: Report, network: Any) -> None:
     for way in ("fp16", "fp32", "bf16", "fp16_compiled") if report.is_on_gpu else ("fp32",):
         precision, compiled = way[:4], way.endswith("compiled")
         for name, (height, width) in sizes.items():
-            if compiled and name != "720p":  # it would take 64 batches of that shape before it is compiled
+            if (
+                compiled and name != "720p"
+            ):  # it would take 64 batches of that shape before it is compiled
                 continue
             if report.left < 5 and best:
                 report.skip(f"{way}.{name}", "the time of this section is over")
                 continue
             with report.guarded(f"{way}.{name}"):
                 upscaler = _upscaler(report, network, precision, compiles=compiled)
-                rate = _rate(upscaler, picture(height, width), warm_ups=COMPILED_AFTER + 2 if compiled else 1)
-                report.number(f"{way}.{name}", rate, "MPix/s", note="of the result, copies to and fro included",
-                              command="python benchmarks/inference.py --model VapSR_X4.pth")
+                rate = _rate(
+                    upscaler, picture(height, width), warm_ups=COMPILED_AFTER + 2 if compiled else 1
+                )
+                report.number(
+                    f"{way}.{name}",
+                    rate,
+                    "MPix/s",
+                    note="of the result, copies to and fro included",
+                    command="python benchmarks/inference.py --model VapSR_X4.pth",
+                )
                 best = max(best, rate if precision == "fp16" and name == "720p" else 0.0)
     if best:
         report.number("fp16", best, "MPix/s", note="VapSR x4, 1280x720 to 5120x2880")
@@ -174,18 +203,27 @@ def _film(report: Report, weights: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         wide = picture(height, width + 4 * count)
         for number in range(count):
-            frame = av.VideoFrame.from_ndarray(wide[:, 4 * number:4 * number + width].copy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                wide[:, 4 * number : 4 * number + width].copy(), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     began = time.perf_counter()
     out = report.scratch / "film-large.mp4"
-    run_script(["upscale.py", str(film), "-o", str(out), "--model", str(weights), "--backend", "torch"],
-               seconds=max(90.0, report.left))
+    run_script(
+        ["upscale.py", str(film), "-o", str(out), "--model", str(weights), "--backend", "torch"],
+        seconds=max(90.0, report.left),
+    )
     seconds = time.perf_counter() - began
     with av.open(str(out)) as container:
         frames = list(container.decode(video=0))
-    report.fact("film", len(frames) == count and frames[0].width == SCALE * width, f"{len(frames)} frames",
-                note=f"{count / seconds:.2f} frames/s from {width}x{height}, the start of the program included")
+    report.fact(
+        "film",
+        len(frames) == count and frames[0].width == SCALE * width,
+        f"{len(frames)} frames",
+        note=f"{count / seconds:.2f} frames/s from {width}x{height}, the start of the program "
+        "included",
+    )
 
 
 def _onnx(report: Report, weights: Path) -> None:
@@ -196,11 +234,27 @@ def _onnx(report: Report, weights: Path) -> None:
     try:
         importlib.metadata.version("onnxruntime-gpu")
     except importlib.metadata.PackageNotFoundError:
-        report.skip("onnx", "onnxruntime-gpu is not installed (it excludes onnxruntime: uninstall that first)")
+        report.skip(
+            "onnx",
+            "onnxruntime-gpu is not installed (it excludes onnxruntime: uninstall that first)",
+        )
         return
     import cv2
 
     cv2.imwrite(str(report.scratch / "photo.png"), picture(180, 320)[..., ::-1])
-    run_script(["upscale.py", str(report.scratch / "photo.png"), "-o", str(report.scratch / "onnx.png"), "--model",
-                str(weights), "--backend", "onnx", "--device", "cuda"], seconds=max(120.0, report.left))
+    run_script(
+        [
+            "upscale.py",
+            str(report.scratch / "photo.png"),
+            "-o",
+            str(report.scratch / "onnx.png"),
+            "--model",
+            str(weights),
+            "--backend",
+            "onnx",
+            "--device",
+            "cuda",
+        ],
+        seconds=max(120.0, report.left),
+    )
     report.fact("onnx", True, note="upscale.py --backend onnx --device cuda")

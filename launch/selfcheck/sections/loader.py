@@ -1,4 +1,5 @@
-"""Batches made on the device against those made on the CPU, sample by sample; then how many a second."""
+"""Batches made on the device against those made on the CPU, sample by sample; then how many a
+second."""
 
 from __future__ import annotations
 
@@ -26,20 +27,30 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> the files, and more of the recipe's data part."""
 CHAIN_PSNR, JPEG_PSNR = 35.0, 45.0
-"""dB between a GPU's and the CPU's: of LR after Real-ESRGAN's chain, three JPEGs included; of decoded JPEG files."""
+"""dB between a GPU's and the CPU's: of LR after Real-ESRGAN's chain, three JPEGs included; of
+decoded JPEG files."""
 AHEAD = 6
-SPEEDS = {"npy": "this loader, npy", "npy_torch": "this loader, npy, as torch tensors", "png": "this loader, PNG",
-          "npy_realesrgan": "this loader, npy, realesrgan", "npy_gaussian": "this loader, npy, gaussian",
-          "npy_noise": "this loader, npy, noise on LR", "png_cached": "this loader, PNG, from its cache",
-          "npy_paired": "this loader, npy, paired LR", "npy_brightness": "this loader, npy, brightness of 20 %"}
+SPEEDS = {
+    "npy": "this loader, npy",
+    "npy_torch": "this loader, npy, as torch tensors",
+    "png": "this loader, PNG",
+    "npy_realesrgan": "this loader, npy, realesrgan",
+    "npy_gaussian": "this loader, npy, gaussian",
+    "npy_noise": "this loader, npy, noise on LR",
+    "png_cached": "this loader, PNG, from its cache",
+    "npy_paired": "this loader, npy, paired LR",
+    "npy_brightness": "this loader, npy, brightness of 20 %",
+}
 """Id -> the way of benchmarks/loader.py."""
 COMMAND = "python benchmarks/loader.py PHOTOS --gpu"
 
 
 def run(report: Report) -> None:
     """What is in the batches, then the rates."""
-    if not any((one.metadata["Name"] or "").lower().startswith("nvidia-dali-cuda")
-               for one in importlib.metadata.distributions()):
+    if not any(
+        (one.metadata["Name"] or "").lower().startswith("nvidia-dali-cuda")
+        for one in importlib.metadata.distributions()
+    ):
         raise SkippedError("DALI is not installed")
     files = _files(report.scratch / "files")
     for name in KINDS:
@@ -47,9 +58,16 @@ def run(report: Report) -> None:
             _compare(report, files, name)
     for name in ("npy", "jpeg", "realesrgan"):
         with report.guarded(f"batches.{name}"):
-            small, large = (_batches(report.device, files, name, size, count) for size, count in ((4, 2), (8, 1)))
+            small, large = (
+                _batches(report.device, files, name, size, count)
+                for size, count in ((4, 2), (8, 1))
+            )
             same = all(_equal(one, other) for one, other in zip(small, large, strict=True))
-            report.fact(f"batches.{name}", same, note="the same eight samples in batches of 4 and of 8, byte for byte")
+            report.fact(
+                f"batches.{name}",
+                same,
+                note="the same eight samples in batches of 4 and of 8, byte for byte",
+            )
     with report.guarded("aliasing"):
         _aliasing(report, files)
     with report.guarded("overlap"):
@@ -70,7 +88,13 @@ def _files(folder: Path) -> dict[str, list[str]]:
         image = cv2.resize(image, (256, 256), interpolation=cv2.INTER_CUBIC)
         for _ in range(20):
             x, y, radius = (int(value) for value in random.integers(0, 256, 3))
-            cv2.circle(image, (x, y), radius // 8 + 2, [int(value) for value in random.integers(0, 256, 3)], -1)
+            cv2.circle(
+                image,
+                (x, y),
+                radius // 8 + 2,
+                [int(value) for value in random.integers(0, 256, 3)],
+                -1,
+            )
         image = np.clip(image + random.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
         np.save(folder / f"{number:02d}.npy", np.ascontiguousarray(image[..., ::-1]))
         cv2.imwrite(str(folder / f"{number:02d}.png"), image)
@@ -87,13 +111,19 @@ def _loader(device: torch.device, files: dict[str, list[str]], name: str, micro_
     from pipeline.data.spec import DataSpec
 
     suffix, more = KINDS[name]
-    source = CropSource(files[suffix], Sampler([len(files[suffix])], seed=0), DataSpec(crop=CROP, **more), scale=SCALE,
-                        position=Position(0, 1, micro_batch))
+    source = CropSource(
+        files[suffix],
+        Sampler([len(files[suffix])], seed=0),
+        DataSpec(crop=CROP, **more),
+        scale=SCALE,
+        position=Position(0, 1, micro_batch),
+    )
     return Loader(source, 0, device, threads=2, prefetch=2)
 
 
-def _batches(device: torch.device, files: dict[str, list[str]], name: str, micro_batch: int,
-             count: int) -> tuple[Tensor, Tensor]:
+def _batches(
+    device: torch.device, files: dict[str, list[str]], name: str, micro_batch: int, count: int
+) -> tuple[Tensor, Tensor]:
     """HR and LR of the first `count` micro-batches, on the CPU."""
     import torch
 
@@ -115,19 +145,39 @@ def _compare(report: Report, files: dict[str, list[str]], name: str) -> None:
     """The same samples on the device and on the CPU."""
     import torch
 
-    (hr, lr), (wanted_hr, wanted_lr) = (_batches(device, files, name, MICRO_BATCH, 2)
-                                        for device in (report.device, torch.device("cpu")))
+    (hr, lr), (wanted_hr, wanted_lr) = (
+        _batches(device, files, name, MICRO_BATCH, 2)
+        for device in (report.device, torch.device("cpu"))
+    )
     if name == "jpeg":
-        report.at_least("same.jpeg", _psnr(hr, wanted_hr), JPEG_PSNR, "dB", note="HR of JPEG files against the CPU's")
-        report.number("same.jpeg_most", _most(hr, wanted_hr), "levels", note="the greatest difference of HR")
+        report.at_least(
+            "same.jpeg",
+            _psnr(hr, wanted_hr),
+            JPEG_PSNR,
+            "dB",
+            note="HR of JPEG files against the CPU's",
+        )
+        report.number(
+            "same.jpeg_most", _most(hr, wanted_hr), "levels", note="the greatest difference of HR"
+        )
         return
     most_hr = _most(hr, wanted_hr)
     if name == "realesrgan":
-        report.at_least("same.realesrgan", _psnr(lr, wanted_lr) if most_hr == 0 else -math.inf, CHAIN_PSNR, "dB",
-                        note="LR against the CPU's, HR equal")
+        report.at_least(
+            "same.realesrgan",
+            _psnr(lr, wanted_lr) if most_hr == 0 else -math.inf,
+            CHAIN_PSNR,
+            "dB",
+            note="LR against the CPU's, HR equal",
+        )
         return
-    report.at_most(f"same.{name}", max(_most(lr, wanted_lr), 256 * most_hr if name != "brightness" else most_hr), 1,
-                   "levels", note="LR against the CPU's, HR equal" if name != "brightness" else "HR and LR")
+    report.at_most(
+        f"same.{name}",
+        max(_most(lr, wanted_lr), 256 * most_hr if name != "brightness" else most_hr),
+        1,
+        "levels",
+        note="LR against the CPU's, HR equal" if name != "brightness" else "HR and LR",
+    )
 
 
 def _most(one: Tensor, other: Tensor) -> int:
@@ -140,7 +190,8 @@ def _psnr(one: Tensor, other: Tensor) -> float:
 
 
 def _aliasing(report: Report, files: dict[str, list[str]]) -> None:
-    """A batch that is kept is the same after the next ones were made: nothing of DALI's is written over."""
+    """A batch that is kept is the same after the next ones were made: nothing of DALI's is written
+    over."""
     loader = _loader(report.device, files, "npy", MICRO_BATCH)
     try:
         kept = [next(loader) for _ in range(2)]
@@ -150,22 +201,32 @@ def _aliasing(report: Report, files: dict[str, list[str]]) -> None:
         after = [(int(one.hr.long().sum()), int(one.lr.long().sum())) for one in kept]
     finally:
         loader.close()
-    report.fact("aliasing", before == after, note=f"batches keep their bytes while {AHEAD} more are made")
+    report.fact(
+        "aliasing", before == after, note=f"batches keep their bytes while {AHEAD} more are made"
+    )
 
 
 def _overlap(report: Report, files: dict[str, list[str]]) -> None:
-    """How much longer a step takes while batches of the most work are made beside it on the same GPU."""
+    """How much longer a step takes while batches of the most work are made beside it on the same
+    GPU."""
     if not report.is_on_gpu:
         report.skip("overlap", "no GPU: the cores do both")
         return
     alone, beside = step_seconds(report.device, files, micro_batch=32, side=48)
-    report.number("overlap", beside / alone, "", note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN's batches "
-                                                      "made beside it, against the step alone")
+    report.number(
+        "overlap",
+        beside / alone,
+        "",
+        note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN's batches "
+        "made beside it, against the step alone",
+    )
 
 
-def step_seconds(device: torch.device, files: dict[str, list[str]], *, micro_batch: int,
-                 side: int) -> tuple[float, float]:
-    """Of forward and backward of RRDBNet: alone, and with a batch taken from the loader for each."""
+def step_seconds(
+    device: torch.device, files: dict[str, list[str]], *, micro_batch: int, side: int
+) -> tuple[float, float]:
+    """Of forward and backward of RRDBNet: alone, and with a batch taken from the loader for
+    each."""
     import torch
 
     from pipeline.models import build_generator
@@ -179,6 +240,7 @@ def step_seconds(device: torch.device, files: dict[str, list[str]], *, micro_bat
     alone = seconds_of(step, device)
     loader = _loader(device, files, "realesrgan", micro_batch)
     try:
+
         def both() -> None:
             next(loader)
             step()
@@ -196,8 +258,14 @@ def _speeds(report: Report) -> None:
 
     photographs = make_demo_dataset(report.scratch / "demo").dataset_dir.parent / "photographs"
     crop, size = (64, 128) if report.is_small else (256, 512)
-    setting = Setting(report.scratch / "cut", crop, 2, 4 if report.is_small else 32, max(2, _threads()),
-                      0 if report.is_on_gpu else None)
+    setting = Setting(
+        report.scratch / "cut",
+        crop,
+        2,
+        4 if report.is_small else 32,
+        max(2, _threads()),
+        0 if report.is_on_gpu else None,
+    )
     setting.folder.mkdir()
     cut_photographs([photographs], setting, size, 16)
     for name, way in SPEEDS.items():
@@ -208,8 +276,13 @@ def _speeds(report: Report) -> None:
         else:
             with report.guarded(name):
                 cost = _in_child(measure, OUR_WAYS[way], setting, 0.3 if report.is_small else 2.0)
-                report.number(name, cost.wall_rate, "images/s", command=COMMAND,
-                              note=f"{1e6 / cost.core_rate:.0f} us of CPU an image")
+                report.number(
+                    name,
+                    cost.wall_rate,
+                    "images/s",
+                    command=COMMAND,
+                    note=f"{1e6 / cost.core_rate:.0f} us of CPU an image",
+                )
 
 
 def _threads() -> int:

@@ -1,4 +1,5 @@
-"""What there is: whether driver, torch, Triton and the GPUs fit, and how fast memory and matrix units are."""
+"""What there is: whether driver, torch, Triton and the GPUs fit, and how fast memory and matrix
+units are."""
 
 from __future__ import annotations
 
@@ -26,43 +27,85 @@ def run(report: Report) -> None:
     told = ask_torch()
     listed = [] if gpus.is_cpu_wanted() else list_gpus()
     report.fact("torch", None, f"{told['torch']}, CUDA {told['cuda'] or 'none'}")
-    report.fact("gpus", not told["complaint"] and (len(told["gpus"]) == len(listed) or any(one.slices for one in listed)
-                                                   or VISIBLE in os.environ),
-                f"{len(told['gpus'])} usable of {len(listed)}", note=told["complaint"])
+    report.fact(
+        "gpus",
+        not told["complaint"]
+        and (
+            len(told["gpus"]) == len(listed)
+            or any(one.slices for one in listed)
+            or VISIBLE in os.environ
+        ),
+        f"{len(told['gpus'])} usable of {len(listed)}",
+        note=told["complaint"],
+    )
     if report.is_on_gpu:
         _facts(report, told, listed)
     else:
         report.skip("driver", "no GPU")
         report.skip("mig", "no GPU")
     reason = why_not_compiled(report.device)
-    report.fact("compile", not reason if report.is_on_gpu else None, "works" if not reason else "does not", note=reason)
+    report.fact(
+        "compile",
+        not reason if report.is_on_gpu else None,
+        "works" if not reason else "does not",
+        note=reason,
+    )
     _rates(report)
 
 
 def _facts(report: Report, told: dict, listed: list[gpus.Gpu]) -> None:
     first = FIRST_DRIVER.get(int(told["cuda"].partition(".")[0] or 0), FIRST_DRIVER[13])
     major = int(told["driver"].partition(".")[0] or 0)
-    report.fact("driver", major >= first if major else None, told["driver"] or "not known", limit=f">= {first}")
-    report.fact("capability", True, ", ".join(sorted({gpu["capability"] for gpu in told["gpus"]})), limit=">= 7.5")
+    report.fact(
+        "driver",
+        major >= first if major else None,
+        told["driver"] or "not known",
+        limit=f">= {first}",
+    )
+    report.fact(
+        "capability",
+        True,
+        ", ".join(sorted({gpu["capability"] for gpu in told["gpus"]})),
+        limit=">= 7.5",
+    )
     for gpu in probe_gpus()["gpus"]:
         if gpu["slowed_by"]:
-            report.fact(f"slowed.{gpu['index']}", False, ", ".join(gpu["slowed_by"]), note="see cooling and power")
+            report.fact(
+                f"slowed.{gpu['index']}",
+                False,
+                ", ".join(gpu["slowed_by"]),
+                note="see cooling and power",
+            )
     with report.guarded("uuid"):
-        report.fact("uuid", _count_with(listed[0].uuid) == 1 if listed and not listed[0].slices else None,
-                    note="a GPU named by its UUID is one GPU")
+        report.fact(
+            "uuid",
+            _count_with(listed[0].uuid) == 1 if listed and not listed[0].slices else None,
+            note="a GPU named by its UUID is one GPU",
+        )
     slices = [one for gpu in listed for one in gpu.slices]
     if not slices:
         report.skip("mig", "no GPU is cut into MIG devices")
         return
     with report.guarded("mig"):
-        report.fact("mig", all(_count_with(one) == 1 for one in slices), f"{len(slices)} devices",
-                    note="each is one GPU to a process that is shown it alone")
+        report.fact(
+            "mig",
+            all(_count_with(one) == 1 for one in slices),
+            f"{len(slices)} devices",
+            note="each is one GPU to a process that is shown it alone",
+        )
 
 
 def _count_with(name: str) -> int:
     """GPUs that a process sees for which CUDA_VISIBLE_DEVICES is `name`."""
-    done = subprocess.run([sys.executable, "-c", _COUNT], env={**os.environ, VISIBLE: name}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT],
+        env={**os.environ, VISIBLE: name},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return int(done.stdout)
 
 
@@ -71,8 +114,12 @@ def _rates(report: Report) -> None:
     import torch
 
     device, size = report.device, 1 << (23 if report.is_small else 30)
-    report.number("copy", 2 * size / _copy_seconds(size, device) / 1e9, "GB/s",
-                  note="read and written, within the device")
+    report.number(
+        "copy",
+        2 * size / _copy_seconds(size, device) / 1e9,
+        "GB/s",
+        note="read and written, within the device",
+    )
     if report.is_on_gpu:
         pinned = torch.zeros(size // 4, dtype=torch.uint8).pin_memory()
         there = torch.empty(size // 4, dtype=torch.uint8, device=device)
@@ -85,7 +132,9 @@ def _rates(report: Report) -> None:
         matrix = torch.rand(side, side, device=device, dtype=getattr(torch, name))
         seconds = seconds_of(lambda matrix=matrix: matrix @ matrix, device)
         report.number(f"matmul_{name}", 2 * side**3 / seconds / 1e12, "TFLOP/s")
-    report.number("launch", 1e6 * _launch_seconds(device), "us", note="a kernel on four numbers, from Python")
+    report.number(
+        "launch", 1e6 * _launch_seconds(device), "us", note="a kernel on four numbers, from Python"
+    )
 
 
 def _copy_seconds(size: int, device: torch.device) -> float:

@@ -1,4 +1,5 @@
-"""A run that is killed with -9 and continued, against one that is not: the same bits on this device?"""
+"""A run that is killed with -9 and continued, against one that is not: the same bits on this
+device?"""
 
 from __future__ import annotations
 
@@ -11,18 +12,37 @@ from launch.selfcheck.runs import TrainingRun
 from tools.make_demo_dataset import make_demo_dataset
 
 STEPS, KILLED_AT = 12, 6
-COMMON = (f"steps={STEPS}", f"save_every={KILLED_AT // 2}", "save_minutes=1000", "validate_every=1000", "log_every=1",
-          "validation_images=1", "previews=[]", "channels_last=on", "native_kernels=off", "keep=10")
-SMALL = ("generator.num_blocks=1", "generator.num_features=8", "generator.num_attention_features=8", "data.crop=32",
-         "ds.train_batch_size=4")
+COMMON = (
+    f"steps={STEPS}",
+    f"save_every={KILLED_AT // 2}",
+    "save_minutes=1000",
+    "validate_every=1000",
+    "log_every=1",
+    "validation_images=1",
+    "previews=[]",
+    "channels_last=on",
+    "native_kernels=off",
+    "keep=10",
+)
+SMALL = (
+    "generator.num_blocks=1",
+    "generator.num_features=8",
+    "generator.num_attention_features=8",
+    "data.crop=32",
+    "ds.train_batch_size=4",
+)
 
 
 def run(report: Report) -> None:
-    """As ds_config.json and the recipe have it, compiled too, and with the recipe's key `deterministic`."""
+    """As ds_config.json and the recipe have it, compiled too, and with the recipe's key
+    `deterministic`."""
     dataset = make_demo_dataset(report.scratch / "demo").dataset_dir
     ways = {"default": ("compile=off",)}
     if report.is_on_gpu:
-        ways |= {"deterministic": ("compile=off", "deterministic=on"), "compiled": ("compile=auto",)}
+        ways |= {
+            "deterministic": ("compile=off", "deterministic=on"),
+            "compiled": ("compile=auto",),
+        }
     else:
         report.skip("deterministic", "on a CPU every run gives the same bits")
     took = 0.0
@@ -34,10 +54,16 @@ def run(report: Report) -> None:
         with report.guarded(name):
             own = (*COMMON, *(SMALL if report.is_small else ()), *overrides)
             same = _is_exact(report, dataset, report.scratch / name, own)
-            # By default a GPU promises nothing: cuDNN's gradients and atomics may differ from run to run.
+            # By default a GPU promises nothing: cuDNN's gradients and atomics may differ from run
+            # to run.
             must = not report.is_on_gpu or name == "deterministic"
-            report.fact(name, same if must else None, "the same bits" if same else "other bits",
-                        limit="same bits" if must else "", note=f"{STEPS} steps, against {KILLED_AT} + kill -9 + rest")
+            report.fact(
+                name,
+                same if must else None,
+                "the same bits" if same else "other bits",
+                limit="same bits" if must else "",
+                note=f"{STEPS} steps, against {KILLED_AT} + kill -9 + rest",
+            )
         took = time.monotonic() - began
 
 

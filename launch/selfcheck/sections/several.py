@@ -1,4 +1,5 @@
-"""Several GPUs, or two ranks on a CPU: all-reduce, evaluation byte for byte, and what more ranks gain."""
+"""Several GPUs, or two ranks on a CPU: all-reduce, evaluation byte for byte, and what more ranks
+gain."""
 
 from __future__ import annotations
 
@@ -17,10 +18,18 @@ from pipeline.distributed.launcher import free_port
 from tools.make_demo_dataset import make_demo_dataset
 
 REDUCE_SECONDS = 90
-SMALL_OVERRIDES = ("compile=off", "data.crop=32", "generator.num_blocks=1", "generator.num_features=8",
-                   "generator.num_attention_features=8")
-_ROW = re.compile(r"^(?P<kind>strong|weak)\s+(?P<ranks>\d+)\s+(?P<batch>\d+)\s+(?P<rate>[\d.]+)\s+(?P<gain>[\d.]+)"
-                  r"\s+(?P<efficiency>[\d.]+)%", re.MULTILINE)
+SMALL_OVERRIDES = (
+    "compile=off",
+    "data.crop=32",
+    "generator.num_blocks=1",
+    "generator.num_features=8",
+    "generator.num_attention_features=8",
+)
+_ROW = re.compile(
+    r"^(?P<kind>strong|weak)\s+(?P<ranks>\d+)\s+(?P<batch>\d+)\s+(?P<rate>[\d.]+)\s+(?P<gain>[\d.]+)"
+    r"\s+(?P<efficiency>[\d.]+)%",
+    re.MULTILINE,
+)
 
 
 def run(report: Report) -> None:
@@ -39,12 +48,27 @@ def run(report: Report) -> None:
 
 def _all_reduce(report: Report, ranks: int) -> None:
     """The doctor's, between the ranks of this machine."""
-    task = {"ranks": list(range(ranks)), "devices": list(range(ranks)) if report.is_on_gpu else None,
-            "world_size": ranks, "address": "127.0.0.1", "port": free_port(), "seconds": REDUCE_SECONDS,
-            "join_seconds": REDUCE_SECONDS // 2,
-            "environment": {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(remote.command(sys.executable), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    task = {
+        "ranks": list(range(ranks)),
+        "devices": list(range(ranks)) if report.is_on_gpu else None,
+        "world_size": ranks,
+        "address": "127.0.0.1",
+        "port": free_port(),
+        "seconds": REDUCE_SECONDS,
+        "join_seconds": REDUCE_SECONDS // 2,
+        "environment": {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        },
+    }
+    process = subprocess.Popen(
+        remote.command(sys.executable),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -57,14 +81,22 @@ def _all_reduce(report: Report, ranks: int) -> None:
     told: dict[str, Any] = answer["ranks"] if answer else {}
     errors = [said["error"] for said in told.values() if "error" in said]
     right = len(told) == ranks and all(said.get("is_right") for said in told.values())
-    report.fact("all_reduce", right, f"{ranks} ranks", limit="sums right", note=errors[0] if errors else "")
+    report.fact(
+        "all_reduce", right, f"{ranks} ranks", limit="sums right", note=errors[0] if errors else ""
+    )
     seconds = {int(size): value for size, value in told.get("0", {}).get("seconds", {}).items()}
     if LATENCY_BYTES in seconds:
-        report.number("latency", 1e6 * seconds[LATENCY_BYTES], "us", note="an all-reduce of 4 bytes")
+        report.number(
+            "latency", 1e6 * seconds[LATENCY_BYTES], "us", note="an all-reduce of 4 bytes"
+        )
     for size in SIZES:
         if size in seconds:
-            report.number(f"bandwidth_{size // 10**6}mb", 2 * (ranks - 1) / ranks * size / seconds[size] / 1e9, "GB/s",
-                          note="bus bandwidth, as nccl-tests counts it")
+            report.number(
+                f"bandwidth_{size // 10**6}mb",
+                2 * (ranks - 1) / ranks * size / seconds[size] / 1e9,
+                "GB/s",
+                note="bus bandwidth, as nccl-tests counts it",
+            )
 
 
 def _evaluate(report: Report, ranks: int) -> None:
@@ -78,16 +110,44 @@ def _evaluate(report: Report, ranks: int) -> None:
     torch.manual_seed(0)
     params = {"num_features": 8, "num_attention_features": 8, "num_blocks": 1}
     weights = report.scratch / "network.safetensors"
-    write_network(weights, SavedNetwork("vapsr", 2, params, build_generator("vapsr", 2, **params).state_dict()))
+    write_network(
+        weights,
+        SavedNetwork("vapsr", 2, params, build_generator("vapsr", 2, **params).state_dict()),
+    )
     written = []
     for procs in (1, ranks):
         out = report.scratch / f"evaluated-{procs}"
-        run_script(["evaluate.py", "--model", str(weights), "--hr", str(demo.held_out_dir), "--scale", "2", "--procs",
-                    str(procs), "--out", str(out)],
-                   seconds=max(90.0, report.left), variables={"OMP_NUM_THREADS": "1"})
-        written.append({path.name: path.read_bytes() for path in out.rglob("*") if path.suffix in (".csv", ".png")})
-    report.fact("evaluate", len(written[0]) > 1 and written[0] == written[1], f"{ranks} processes", limit="equal bytes",
-                note="--procs N against one process: table and pictures")
+        run_script(
+            [
+                "evaluate.py",
+                "--model",
+                str(weights),
+                "--hr",
+                str(demo.held_out_dir),
+                "--scale",
+                "2",
+                "--procs",
+                str(procs),
+                "--out",
+                str(out),
+            ],
+            seconds=max(90.0, report.left),
+            variables={"OMP_NUM_THREADS": "1"},
+        )
+        written.append(
+            {
+                path.name: path.read_bytes()
+                for path in out.rglob("*")
+                if path.suffix in (".csv", ".png")
+            }
+        )
+    report.fact(
+        "evaluate",
+        len(written[0]) > 1 and written[0] == written[1],
+        f"{ranks} processes",
+        limit="equal bytes",
+        note="--procs N against one process: table and pictures",
+    )
 
 
 def _scaling(report: Report, ranks: int) -> None:
@@ -96,15 +156,38 @@ def _scaling(report: Report, ranks: int) -> None:
     overrides = SMALL_OVERRIDES if report.is_small else ("data.crop=256",)
     batch = 4 if report.is_small else 64
     batch = batch - batch % max(numbers) or max(numbers)
-    words = ["benchmarks/scaling.py", "--ranks", ",".join(map(str, numbers)), "--rounds", "1", "--steps",
-             "10" if report.is_small else "40", "--batch", str(batch),
-             "--recipe", "demo" if report.is_small else "vapsr_x4", *overrides]
-    printed = run_script(words, seconds=max(180.0, report.left), variables={
-        name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"})
+    words = [
+        "benchmarks/scaling.py",
+        "--ranks",
+        ",".join(map(str, numbers)),
+        "--rounds",
+        "1",
+        "--steps",
+        "10" if report.is_small else "40",
+        "--batch",
+        str(batch),
+        "--recipe",
+        "demo" if report.is_small else "vapsr_x4",
+        *overrides,
+    ]
+    printed = run_script(
+        words,
+        seconds=max(180.0, report.left),
+        variables={name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"},
+    )
     for kind in ("strong", "weak") if report.is_small else ():
         report.skip(f"{kind}.1", "left out of the small check")
     for row in _ROW.finditer(printed):
-        report.number(f"{row['kind']}.{row['ranks']}", float(row["rate"]), "images/s",
-                      command=f"python {' '.join(words)}",
-                      note=json.dumps({"speed-up": float(row["gain"]), "efficiency": f"{row['efficiency']} %",
-                                       "global batch": int(row["batch"])})[1:-1].replace('"', ""))
+        report.number(
+            f"{row['kind']}.{row['ranks']}",
+            float(row["rate"]),
+            "images/s",
+            command=f"python {' '.join(words)}",
+            note=json.dumps(
+                {
+                    "speed-up": float(row["gain"]),
+                    "efficiency": f"{row['efficiency']} %",
+                    "global batch": int(row["batch"]),
+                }
+            )[1:-1].replace('"', ""),
+        )

@@ -1,4 +1,5 @@
-"""How fast training steps are, as `benchmarks/train_step.py` times them: the likeliest cases first, as time allows."""
+"""How fast training steps are, as `benchmarks/train_step.py` times them: the likeliest cases first,
+as time allows."""
 
 from __future__ import annotations
 
@@ -24,18 +25,36 @@ class Case:
 
     @property
     def name(self) -> str:
-        return ".".join((self.network, self.precision, self.way, *([self.layout] if self.layout != "auto" else ()),
-                         f"b{self.batch}"))
+        return ".".join(
+            (
+                self.network,
+                self.precision,
+                self.way,
+                *([self.layout] if self.layout != "auto" else ()),
+                f"b{self.batch}",
+            )
+        )
 
 
 ON_GPUS = (
-    Case("vapsr_x4", 64), Case("vapsr_x4", 64, way="compiled"), Case("vapsr_x4", 64, way="reduce-overhead"),
-    Case("rrdbnet_x4", 48, way="compiled"), Case("vapsr_x4", 64, "bf16", "compiled"),
-    Case("srresnet_x4", 64, way="compiled"), Case("vapsr_x4", 64, layout="channels_last"),
-    Case("vapsr_x4", 64, layout="contiguous"), Case("vapsr_x4", 256, way="compiled"), Case("vapsr_x4", 16),
-    Case("esrgan_x4", 16), Case("vapsr_s_x4", 64, way="compiled"), Case("msrresnet_x4", 64, way="compiled"),
-    Case("compact_x4", 64, way="compiled"), Case("vapsr_x2", 64, way="compiled"), Case("vapsr_x4", 64, "fp32"),
-    Case("srgan_x4", 16))
+    Case("vapsr_x4", 64),
+    Case("vapsr_x4", 64, way="compiled"),
+    Case("vapsr_x4", 64, way="reduce-overhead"),
+    Case("rrdbnet_x4", 48, way="compiled"),
+    Case("vapsr_x4", 64, "bf16", "compiled"),
+    Case("srresnet_x4", 64, way="compiled"),
+    Case("vapsr_x4", 64, layout="channels_last"),
+    Case("vapsr_x4", 64, layout="contiguous"),
+    Case("vapsr_x4", 256, way="compiled"),
+    Case("vapsr_x4", 16),
+    Case("esrgan_x4", 16),
+    Case("vapsr_s_x4", 64, way="compiled"),
+    Case("msrresnet_x4", 64, way="compiled"),
+    Case("compact_x4", 64, way="compiled"),
+    Case("vapsr_x2", 64, way="compiled"),
+    Case("vapsr_x4", 64, "fp32"),
+    Case("srgan_x4", 16),
+)
 ON_CPUS = (Case("compact16_x4", 1, "fp32", layout="contiguous"),)
 HEADLINE = "vapsr_x4"
 """The network of the documented number: the fastest of its cases with a batch of 64 in FP16."""
@@ -55,9 +74,13 @@ def run(report: Report) -> None:
         with report.guarded(case.name):
             row = _measured(report, case)
             rate = row["images"] / row["step"]
-            told = f"{1000 * row['step']:.1f} ms, {row['memory'] / 2**30:.2f} GiB, first step after " \
-                   f"{row['first_step']:.0f} s, {row.get('calls', 0)} calls"
-            report.number(case.name, rate, "images/s", note=told, command=" ".join(_words(case, 3.0)))
+            told = (
+                f"{1000 * row['step']:.1f} ms, {row['memory'] / 2**30:.2f} GiB, first step after "
+                f"{row['first_step']:.0f} s, {row.get('calls', 0)} calls"
+            )
+            report.number(
+                case.name, rate, "images/s", note=told, command=" ".join(_words(case, 3.0))
+            )
             if case.network == HEADLINE and case.batch == 64 and case.precision == "fp16":
                 best = max(best, rate)
     if best:
@@ -67,8 +90,22 @@ def run(report: Report) -> None:
 
 
 def _words(case: Case, seconds: float) -> list[str]:
-    return ["python", BENCHMARK, "--networks", case.network, "--ways", case.way, "--precisions", case.precision,
-            "--layouts", case.layout, "--batches", str(case.batch), "--seconds", f"{seconds:g}"]
+    return [
+        "python",
+        BENCHMARK,
+        "--networks",
+        case.network,
+        "--ways",
+        case.way,
+        "--precisions",
+        case.precision,
+        "--layouts",
+        case.layout,
+        "--batches",
+        str(case.batch),
+        "--seconds",
+        f"{seconds:g}",
+    ]
 
 
 def _measured(report: Report, case: Case) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How LR is made of HR. A new way is one file here, with its spec and its graph, and one row in `KINDS`.
+"""How LR is made of HR. A new way is one file here, with its spec and its graph, and one row in
+`KINDS`.
 
 The specs are read by launchers, too: DALI is imported inside of functions alone.
 """

@@ -24,7 +24,8 @@ from pipeline.spec import Sigma
 
 
 class GaussianSpec(DegradationSpec):
-    """LR by a Gaussian blur and taking one pixel in `scale` ("BD"), at the centre of each LR pixel."""
+    """LR by a Gaussian blur and taking one pixel in `scale` ("BD"), at the centre of each LR
+    pixel."""
 
     name: Literal["gaussian"] = "gaussian"
     sigma: Sigma = Field((1.6, 1.6), description="of the standard deviation, in HR pixels, evenly")
@@ -49,15 +50,33 @@ class Gaussian(Degradation):
         line = kernels.offset_gaussian(parameters["sigma"], self.scale).sum(axis=0)
         return {"gaussian_x": line[None], "gaussian_y": line[:, None]}
 
-    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
+    def lr(
+        self,
+        nodes: Nodes,
+        region: Any,
+        size: tuple[int, int],
+        on_device: OnDevice,
+        *,
+        as_float: bool,
+    ) -> Any:
         from nvidia.dali import fn, types
 
         start = fn.cast(nodes["start"], dtype=types.FLOAT)
         end = fn.cast(nodes["start"] + np.array(size, np.int32), dtype=types.FLOAT)
-        # Two lines instead of a square: a third of the time, and no Fourier transform (OpenCV's, for kernels of more
-        # than 49 taps on bytes and 129 on floats), whose rounding errors depend on where in the region a pixel lies.
+        # Two lines instead of a square: a third of the time, and no Fourier transform (OpenCV's,
+        # for kernels of more than 49 taps on bytes and 129 on floats), whose rounding errors depend
+        # on where in the region a pixel lies.
         levels = fn.cast(region, dtype=types.FLOAT)
-        blurred = filtered(filtered(levels, on_device(nodes["gaussian_x"])), on_device(nodes["gaussian_y"]))
-        lr = fn.resize(blurred, roi_start=start, roi_end=end, resize_y=size[0] // self.scale,
-                       resize_x=size[1] // self.scale, interp_type=types.INTERP_NN, antialias=False)
+        blurred = filtered(
+            filtered(levels, on_device(nodes["gaussian_x"])), on_device(nodes["gaussian_y"])
+        )
+        lr = fn.resize(
+            blurred,
+            roi_start=start,
+            roi_end=end,
+            resize_y=size[0] // self.scale,
+            resize_x=size[1] // self.scale,
+            interp_type=types.INTERP_NN,
+            antialias=False,
+        )
         return lr if as_float else fn.cast(lr, dtype=types.UINT8)

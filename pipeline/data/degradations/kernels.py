@@ -1,11 +1,13 @@
-"""Blur kernels of degradations, as float32 arrays (k, k) that sum to 1. Pure functions: nothing in here is random.
+"""Blur kernels of degradations, as float32 arrays (k, k) that sum to 1. Pure functions: nothing in
+here is random.
 
-The shapes are those of Real-ESRGAN (Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure
-Synthetic Data", ICCVW 2021): with d = (x, y) the offset from the middle in pixels, x along a row, and
-S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, all are functions of q = d^T S^-1 d.
+The shapes are those of Real-ESRGAN (Wang et al., "Real-ESRGAN: Training Real-World Blind
+Super-Resolution with Pure Synthetic Data", ICCVW 2021): with d = (x, y) the offset from the middle
+in pixels, x along a row, and S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, all are functions
+of q = d^T S^-1 d.
 
-DALI's `fn.filter` correlates: tap [i, j] weighs the pixel i - k // 2 rows below and j - k // 2 columns to the right.
-Only `offset_gaussian` is not its own mirror image, and is laid out for that.
+DALI's `fn.filter` correlates: tap [i, j] weighs the pixel i - k // 2 rows below and j - k // 2
+columns to the right. Only `offset_gaussian` is not its own mirror image, and is laid out for that.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ Grid = NDArray[np.float64]
 
 
 def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, theta: float) -> Kernel:
-    """exp(-q / 2), (size, size). Sigmas above 0, in pixels; theta in radians, from the x axis towards the y axis."""
+    """exp(-q / 2), (size, size). Sigmas above 0, in pixels; theta in radians, from the x axis
+    towards the y axis."""
     return _normalised(np.exp(-0.5 * _quadratic(size, sigma_x, sigma_y, theta)))
 
 
-def generalized_kernel(size: int, sigma_x: float, sigma_y: float, theta: float, beta: float) -> Kernel:
-    """exp(-q^beta / 2): the Gaussian at beta 1, more pointed below, flatter with steeper sides above."""
+def generalized_kernel(
+    size: int, sigma_x: float, sigma_y: float, theta: float, beta: float
+) -> Kernel:
+    """exp(-q^beta / 2): the Gaussian at beta 1, more pointed below, flatter with steeper sides
+    above."""
     return _normalised(np.exp(-0.5 * _quadratic(size, sigma_x, sigma_y, theta) ** beta))
 
 
@@ -36,7 +42,8 @@ def plateau_kernel(size: int, sigma_x: float, sigma_y: float, theta: float, beta
 
 
 def sinc_kernel(size: int, cutoff: float) -> Kernel:
-    """The circular low-pass filter, cutoff J1(cutoff r) / (2 pi r), cut off at the square's sides: it rings.
+    """The circular low-pass filter, cutoff J1(cutoff r) / (2 pi r), cut off at the square's sides:
+    it rings.
 
     cutoff in radians a pixel, above 0 and up to pi.
     """
@@ -58,11 +65,12 @@ def delta_kernel(size: int = 1) -> Kernel:
 
 
 def offset_gaussian(sigma: float, scale: int) -> Kernel:
-    """A Gaussian of `sigma` pixels to be followed by taking the pixels scale // 2 + i scale, as DALI's nearest does.
+    """A Gaussian of `sigma` pixels to be followed by taking the pixels scale // 2 + i scale, as
+    DALI's nearest does.
 
-    An LR pixel's centre lies at HR coordinate scale i + (scale - 1) / 2: on the pixel taken if the scale is odd, half
-    a pixel before it if even. So there the kernel's centre lies half a pixel before its middle.
-    Side 2 ceil(4 sigma) + 1 for odd scales, two more for even ones.
+    An LR pixel's centre lies at HR coordinate scale i + (scale - 1) / 2: on the pixel taken if the
+    scale is odd, half a pixel before it if even. So there the kernel's centre lies half a pixel
+    before its middle. Side 2 ceil(4 sigma) + 1 for odd scales, two more for even ones.
     """
     even = scale % 2 == 0
     radius = math.ceil(4 * sigma) + even
@@ -73,12 +81,14 @@ def offset_gaussian(sigma: float, scale: int) -> Kernel:
 
 
 def with_box(kernel: Kernel, ratio: float) -> Kernel:
-    """`kernel` widened so that linear sampling without antialias after it averages areas. ratio: input / output size.
+    """`kernel` widened so that linear sampling without antialias after it averages areas. ratio:
+    input / output size.
 
-    Averaging `ratio` pixels has the variance (ratio^2 - 1) / 12, and linear sampling brings a part of it along: with
-    the sample point at the fraction t between two pixels t (1 - t), which is 0 if the ratio is an odd integer, 1/4 if
-    even, and 1/6 on average otherwise. A box of the rest is what the kernel is convolved with along both axes: of
-    width b with b^2 = ratio^2 - 0, 3 or 2. Below b = 1 linear sampling is wide enough and the kernel stays.
+    Averaging `ratio` pixels has the variance (ratio^2 - 1) / 12, and linear sampling brings a part
+    of it along: with the sample point at the fraction t between two pixels t (1 - t), which is 0 if
+    the ratio is an odd integer, 1/4 if even, and 1/6 on average otherwise. A box of the rest is
+    what the kernel is convolved with along both axes: of width b with b^2 = ratio^2 - 0, 3 or 2.
+    Below b = 1 linear sampling is wide enough and the kernel stays.
     """
     whole = float(ratio).is_integer()
     linear = (0 if ratio % 2 else 3) if whole else 2
@@ -86,15 +96,17 @@ def with_box(kernel: Kernel, ratio: float) -> Kernel:
     if width == 1:
         return kernel
     box, size = _box(width), len(kernel)
-    # Each row holds the box one column further right than the row above: rows of one less than what was written.
+    # Each row holds the box one column further right than the row above: rows of one less than what
+    # was written.
     band = np.zeros((size, size + len(box)), np.float32)
-    band[:, :len(box)] = box
-    band = band.ravel()[:size * (size + len(box) - 1)].reshape(size, -1)
+    band[:, : len(box)] = box
+    band = band.ravel()[: size * (size + len(box) - 1)].reshape(size, -1)
     return _normalised(band.T @ kernel @ band)
 
 
 def _box(width: float) -> NDArray[np.float32]:
-    """An odd number of equal taps but for the outermost two, which hold what of `width` is left. Sums to 1."""
+    """An odd number of equal taps but for the outermost two, which hold what of `width` is left.
+    Sums to 1."""
     side = math.ceil((width - 1) / 2)
     box = np.full(2 * side + 1, 1 / width, np.float32)
     box[0] = box[-1] = (width - (2 * side - 1)) / 2 / width
@@ -123,7 +135,11 @@ def _middle(size: int) -> int:
 def _grid(size: int) -> tuple[Grid, Grid, Grid]:
     """x^2, x y and y^2 of the offsets from the middle."""
     line = np.arange(size, dtype=np.float64) - _middle(size)
-    grid = (np.tile(line * line, (size, 1)), np.outer(line, line), np.tile((line * line)[:, None], (1, size)))
+    grid = (
+        np.tile(line * line, (size, 1)),
+        np.outer(line, line),
+        np.tile((line * line)[:, None], (1, size)),
+    )
     for part in grid:
         part.setflags(write=False)
     return grid
@@ -131,7 +147,8 @@ def _grid(size: int) -> tuple[Grid, Grid, Grid]:
 
 @lru_cache(maxsize=64)
 def _radii(size: int) -> tuple[Grid, NDArray[np.intp]]:
-    """(The different distances from the middle, rising from 0; which of them each place of the kernel has)."""
+    """(The different distances from the middle, rising from 0; which of them each place of the
+    kernel has)."""
     xx, _, yy = _grid(size)
     squares, places = np.unique(xx + yy, return_inverse=True)
     radii, places = np.sqrt(squares), places.reshape(size, size)  # flat before numpy 2

@@ -8,7 +8,8 @@ from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes,
 
 
 class PairedSpec(DegradationSpec):
-    """LR as it lies on disk: beside HR (`NAME_lr<scale>.npy`), or in a folder of its own (--lr-dir)."""
+    """LR as it lies on disk: beside HR (`NAME_lr<scale>.npy`), or in a folder of its own
+    (--lr-dir)."""
 
     reads_lr: ClassVar[bool] = True
     name: Literal["paired"] = "paired"
@@ -24,7 +25,15 @@ class Paired(Degradation):
     def surroundings(self) -> int:
         return 0
 
-    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
+    def lr(
+        self,
+        nodes: Nodes,
+        region: Any,
+        size: tuple[int, int],
+        on_device: OnDevice,
+        *,
+        as_float: bool,
+    ) -> Any:
         from nvidia.dali import fn, types
 
         return fn.cast(nodes["lr"], dtype=types.FLOAT) if as_float else nodes["lr"]

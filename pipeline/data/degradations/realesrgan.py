@@ -1,7 +1,8 @@
 """The second-order degradation of Real-ESRGAN.
 
-Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", ICCVW 2021. The
-defaults are the published ones (options/train_realesrnet_x4plus.yml), under the same names.
+Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data",
+ICCVW 2021. The defaults are the published ones (options/train_realesrnet_x4plus.yml), under the
+same names.
 """
 
 from __future__ import annotations
@@ -33,19 +34,34 @@ KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso"
 
 
 class FirstRound(Spec):
-    """One round of blur, resizing, noise and JPEG. Probabilities of a list are shares: they need not add up to 1."""
+    """One round of blur, resizing, noise and JPEG. Probabilities of a list are shares: they need
+    not add up to 1."""
 
     blur_prob: Probability = Field(1.0, description="of blurring at all")
-    blur_kernel_size: int = Field(21, ge=7, le=31, description="largest side of the kernel; odd sizes from 7 on")
+    blur_kernel_size: int = Field(
+        21, ge=7, le=31, description="largest side of the kernel; odd sizes from 7 on"
+    )
     kernel_prob: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        dict(zip(KERNELS, (0.45, 0.25, 0.12, 0.03, 0.12, 0.03), strict=True)), description="share of each shape")
+        dict(zip(KERNELS, (0.45, 0.25, 0.12, 0.03, 0.12, 0.03), strict=True)),
+        description="share of each shape",
+    )
     sinc_prob: Probability = Field(0.1, description="of a sinc kernel instead (ringing)")
     blur_sigma: Sigma = Field((0.2, 3.0), description="along each axis of the kernel, in pixels")
-    betag_range: Exponent = Field((0.5, 4.0), description="exponent of the generalized kernels; half are below 1")
-    betap_range: Exponent = Field((1.0, 2.0), description="exponent of the plateau kernels; half are below 1")
-    resize_prob: tuple[float, float, float] = Field((0.2, 0.7, 0.1), description="shares of up, down, keep")
-    resize_range: Range = Field((0.15, 1.5), description="of the factor: down from its low end, up to its high end")
-    gaussian_noise_prob: Probability = Field(0.5, description="of Gaussian noise; Poisson noise otherwise")
+    betag_range: Exponent = Field(
+        (0.5, 4.0), description="exponent of the generalized kernels; half are below 1"
+    )
+    betap_range: Exponent = Field(
+        (1.0, 2.0), description="exponent of the plateau kernels; half are below 1"
+    )
+    resize_prob: tuple[float, float, float] = Field(
+        (0.2, 0.7, 0.1), description="shares of up, down, keep"
+    )
+    resize_range: Range = Field(
+        (0.15, 1.5), description="of the factor: down from its low end, up to its high end"
+    )
+    gaussian_noise_prob: Probability = Field(
+        0.5, description="of Gaussian noise; Poisson noise otherwise"
+    )
     noise_range: Levels = Field((1.0, 30.0), description="sigma of Gaussian noise, in levels")
     poisson_scale_range: Factor = Field((0.05, 3.0), description="factor of Poisson noise")
     gray_noise_prob: Probability = Field(0.4, description="of the same noise in all channels")
@@ -72,14 +88,18 @@ class FirstRound(Spec):
     @classmethod
     def _shares(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
         if not (min(shares) >= 0 and 0 < sum(shares) < math.inf):
-            raise ValueError(f"{list(shares)} must be three shares (up, down, keep), none below 0, not all 0")
+            raise ValueError(
+                f"{list(shares)} must be three shares (up, down, keep), none below 0, not all 0"
+            )
         return shares
 
     @field_validator("resize_range")
     @classmethod
     def _around_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0.05 <= value[0] <= 1 <= value[1] <= 4:
-            raise ValueError(f"{list(value)} must be [low, high] with low in 0.05..1 and high in 1..4")
+            raise ValueError(
+                f"{list(value)} must be [low, high] with low in 0.05..1 and high in 1..4"
+            )
         return value
 
 
@@ -100,17 +120,26 @@ class RealEsrganSpec(DegradationSpec):
     name: Literal["realesrgan"] = "realesrgan"
     first: FirstRound = FirstRound()
     second: SecondRound = SecondRound()
-    final_sinc_prob: Probability = Field(0.8, description="of a sinc filter at the end, before or after the last JPEG")
-    surroundings: int = Field(144, ge=0, le=1024, description="HR pixels more that are degraded than the crop has, so "
-                              "that blocks and borders fall anywhere in it; 256 + 144 = 400 as published")
+    final_sinc_prob: Probability = Field(
+        0.8, description="of a sinc filter at the end, before or after the last JPEG"
+    )
+    surroundings: int = Field(
+        144,
+        ge=0,
+        le=1024,
+        description="HR pixels more that are degraded than the crop has, so "
+        "that blocks and borders fall anywhere in it; 256 + 144 = 400 as published",
+    )
 
 
 class RealEsrgan(Degradation):
-    """The second-order chain of Real-ESRGAN: twice blur, resize, noise, JPEG, with a sinc filter at the end.
+    """The second-order chain of Real-ESRGAN: twice blur, resize, noise, JPEG, with a sinc filter at
+    the end.
 
-    Differs from the published code in this: every sample draws all of it for itself (no batch shares a factor, no pool
-    of 180 pairs); area averaging is a box filter before linear sampling; the cubic is Keys' with a = -0.5, not -0.75;
-    Poisson noise counts 256 levels in every image; HR is not sharpened.
+    Differs from the published code in this: every sample draws all of it for itself (no batch
+    shares a factor, no pool of 180 pairs); area averaging is a box filter before linear sampling;
+    the cubic is Keys' with a = -0.5, not -0.75; Poisson noise counts 256 levels in every image; HR
+    is not sharpened.
     """
 
     Spec = RealEsrganSpec
@@ -119,11 +148,29 @@ class RealEsrgan(Degradation):
 
     def __init__(self, spec: RealEsrganSpec, scale: int) -> None:
         super().__init__(spec, scale)
-        # The last resizing makes the image smaller by at most this; below sqrt(3) averaging areas needs no box.
+        # The last resizing makes the image smaller by at most this; below sqrt(3) averaging areas
+        # needs no box.
         self.has_final_box = spec.second.resize_range[1] > math.sqrt(3)
-        self.columns = (*(f"{part}_{name}" for part in ("first", "second") for name in
-                          ("kernel", "size", "mode", "poisson", "gray", *noise.NoiseKeys._fields, "level", "jpeg")),
-                        "final_kernel", "final_mode", "sinc_first", *(("final_box",) if self.has_final_box else ()))
+        self.columns = (
+            *(
+                f"{part}_{name}"
+                for part in ("first", "second")
+                for name in (
+                    "kernel",
+                    "size",
+                    "mode",
+                    "poisson",
+                    "gray",
+                    *noise.NoiseKeys._fields,
+                    "level",
+                    "jpeg",
+                )
+            ),
+            "final_kernel",
+            "final_mode",
+            "sinc_first",
+            *(("final_box",) if self.has_final_box else ()),
+        )
 
     @property
     def surroundings(self) -> int:
@@ -137,7 +184,10 @@ class RealEsrgan(Degradation):
         low = height // self.scale, width // self.scale
         first = _draw_round(self.spec.first, chances, (height, width), (height, width))
         second = _draw_round(self.spec.second, chances, tuple(first["size"]), low)
-        final = {"mode": _choose(MODES, (1, 1, 1), next(chances)), "sinc_first": next(chances) < 0.5}
+        final = {
+            "mode": _choose(MODES, (1, 1, 1), next(chances)),
+            "sinc_first": next(chances) < 0.5,
+        }
         sinc = _draw_sinc(self.spec.second.blur_kernel_size, chances, low_cutoff=math.pi / 3)
         if next(chances) < self.spec.final_sinc_prob:
             final |= {"sinc": sinc}
@@ -148,57 +198,96 @@ class RealEsrgan(Degradation):
         arrays = _round_arrays("first", parameters["first"], keys[:2])
         arrays |= _round_arrays("second", parameters["second"], keys[2:4])
         final, sizes = parameters["final"], parameters["second"]["size"]
-        arrays["final_kernel"] = (kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel())
+        arrays["final_kernel"] = (
+            kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
+        )
         arrays["final_mode"] = _mode(final["mode"])
         if self.has_final_box:
             arrays["final_box"] = _area_box(final["mode"], sizes[0] / (height // self.scale))
         arrays["sinc_first"] = np.array(final["sinc_first"])
         return arrays
 
-    def lr(self, nodes: Nodes, region: Any, size: tuple[int, int], on_device: OnDevice, *, as_float: bool) -> Any:
+    def lr(
+        self,
+        nodes: Nodes,
+        region: Any,
+        size: tuple[int, int],
+        on_device: OnDevice,
+        *,
+        as_float: bool,
+    ) -> Any:
         from nvidia.dali import fn, types
 
         noisy = _blurred_resized_noisy(nodes, "first", region, on_device)
-        noisy = _blurred_resized_noisy(nodes, "second", through_jpeg(noisy, nodes["first_jpeg"]), on_device)
+        noisy = _blurred_resized_noisy(
+            nodes, "second", through_jpeg(noisy, nodes["first_jpeg"]), on_device
+        )
         low = fn.cast(region.shape()[0:2] // self.scale, dtype=types.FLOAT)
         quality = nodes["second_jpeg"]
         sinc_first = nodes["sinc_first"]
         if sinc_first:
             lr = through_jpeg(self._resize_and_sinc(nodes, noisy, low, on_device), quality)
         else:
-            lr = fn.cast(self._resize_and_sinc(nodes, through_jpeg(noisy, quality), low, on_device), dtype=types.UINT8)
+            lr = fn.cast(
+                self._resize_and_sinc(nodes, through_jpeg(noisy, quality), low, on_device),
+                dtype=types.UINT8,
+            )
         start = nodes["start"] // self.scale
-        lr = fn.slice(lr, start=start, shape=[size[0] // self.scale, size[1] // self.scale], axes=[0, 1])
+        lr = fn.slice(
+            lr, start=start, shape=[size[0] // self.scale, size[1] // self.scale], axes=[0, 1]
+        )
         return fn.cast(lr, dtype=types.FLOAT) if as_float else lr
 
-    def lr_on_host(self, parameters: Parameters, keys: Sequence[int], region: NDArray[np.uint8], start: tuple[int, int],
-                   size: tuple[int, int], room: Any) -> NDArray[np.uint8]:
+    def lr_on_host(
+        self,
+        parameters: Parameters,
+        keys: Sequence[int],
+        region: NDArray[np.uint8],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        room: Any,
+    ) -> NDArray[np.uint8]:
         from pipeline.data.degradations import host
 
         first, second, final = parameters["first"], parameters["second"], parameters["final"]
         sinc = kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
-        (top, left), (height, width) = ([side // self.scale for side in place] for place in (start, size))
+        (top, left), (height, width) = (
+            [side // self.scale for side in place] for place in (start, size)
+        )
         noisy = _round_on_host(first, region, keys[:2], room)
-        noisy = _round_on_host(second, host.through_jpeg(noisy, first["jpeg"], room), keys[2:4], room)
+        noisy = _round_on_host(
+            second, host.through_jpeg(noisy, first["jpeg"], room), keys[2:4], room
+        )
         if final["sinc_first"]:
-            lr = host.filtered(self._resized_on_host(parameters, noisy, region.shape, room), sinc, room)
-            return host.through_jpeg(lr, second["jpeg"], room)[top : top + height, left : left + width]
-        lr = self._resized_on_host(parameters, host.through_jpeg(noisy, second["jpeg"], room), region.shape, room)
+            lr = host.filtered(
+                self._resized_on_host(parameters, noisy, region.shape, room), sinc, room
+            )
+            return host.through_jpeg(lr, second["jpeg"], room)[
+                top : top + height, left : left + width
+            ]
+        lr = self._resized_on_host(
+            parameters, host.through_jpeg(noisy, second["jpeg"], room), region.shape, room
+        )
         # After the last JPEG nothing but the sinc filter sees what lies around the crop.
         reach = len(sinc) // 2
         above, before = min(reach, top), min(reach, left)
-        near = np.ascontiguousarray(lr[top - above : top + height + reach, left - before : left + width + reach])
+        near = np.ascontiguousarray(
+            lr[top - above : top + height + reach, left - before : left + width + reach]
+        )
         near = host.rounded(host.filtered(near, sinc, room), room)
         return near[above : above + height, before : before + width]
 
-    def _resized_on_host(self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], room: Any
-                         ) -> NDArray[np.float32]:
+    def _resized_on_host(
+        self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], room: Any
+    ) -> NDArray[np.float32]:
         """`image` in the size of LR of the whole `region` (height, width, 3)."""
         from pipeline.data.degradations import host
 
         mode, low = parameters["final"]["mode"], (region[0] // self.scale, region[1] // self.scale)
         if self.has_final_box:
-            image = host.filtered(image, _area_box(mode, parameters["second"]["size"][0] / low[0]), room)
+            image = host.filtered(
+                image, _area_box(mode, parameters["second"]["size"][0] / low[0]), room
+            )
         return host.resized(image, low, is_cubic=mode == "cubic", room=room)
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
@@ -207,24 +296,39 @@ class RealEsrgan(Degradation):
         return filtered(_resized(image, low, nodes["final_mode"]), on_device(nodes["final_kernel"]))
 
 
-def _draw_round(spec: FirstRound, chances: Iterator[float], size: tuple[int, int], full: tuple[int, int]) -> Parameters:
+def _draw_round(
+    spec: FirstRound, chances: Iterator[float], size: tuple[int, int], full: tuple[int, int]
+) -> Parameters:
     """Parameters of one round on an image of `size`; its resizing is relative to `full`."""
     blur = _draw_blur(spec, chances)
     direction = _choose(("up", "down", "keep"), spec.resize_prob, next(chances))
-    low, high = {"up": (1.0, spec.resize_range[1]), "down": (spec.resize_range[0], 1.0), "keep": (1.0, 1.0)}[direction]
+    low, high = {
+        "up": (1.0, spec.resize_range[1]),
+        "down": (spec.resize_range[0], 1.0),
+        "keep": (1.0, 1.0),
+    }[direction]
     factor = between((low, high), next(chances))
     is_gaussian = next(chances) < spec.gaussian_noise_prob
     parameters: Parameters = {
-        "blur": blur, "resize": direction, "factor": factor, "size": [max(8, int(side * factor)) for side in full],
-        "mode": _choose(MODES, (1, 1, 1), next(chances)), "noise": "gaussian" if is_gaussian else "poisson",
-        "level": between(spec.noise_range if is_gaussian else spec.poisson_scale_range, next(chances)),
-        "gray": next(chances) < spec.gray_noise_prob, "jpeg": round(between(spec.jpeg_range, next(chances)))}
+        "blur": blur,
+        "resize": direction,
+        "factor": factor,
+        "size": [max(8, int(side * factor)) for side in full],
+        "mode": _choose(MODES, (1, 1, 1), next(chances)),
+        "noise": "gaussian" if is_gaussian else "poisson",
+        "level": between(
+            spec.noise_range if is_gaussian else spec.poisson_scale_range, next(chances)
+        ),
+        "gray": next(chances) < spec.gray_noise_prob,
+        "jpeg": round(between(spec.jpeg_range, next(chances))),
+    }
     parameters["ratio"] = size[0] / parameters["size"][0]
     return parameters
 
 
 def _draw_blur(spec: FirstRound, chances: Iterator[float]) -> Parameters:
-    """Shape and numbers of a blur kernel. Every number is drawn, whether the shape needs it or not."""
+    """Shape and numbers of a blur kernel. Every number is drawn, whether the shape needs it or
+    not."""
     is_blurred, is_sinc = next(chances) < spec.blur_prob, next(chances) < spec.sinc_prob
     shape = _choose(tuple(spec.kernel_prob), tuple(spec.kernel_prob.values()), next(chances))
     sinc = _draw_sinc(spec.blur_kernel_size, chances)
@@ -246,8 +350,11 @@ def _draw_blur(spec: FirstRound, chances: Iterator[float]) -> Parameters:
     return numbers
 
 
-def _draw_sinc(largest: int, chances: Iterator[float], low_cutoff: float | None = None) -> tuple[int, float]:
-    """(Side, cutoff in radians a pixel) of a sinc kernel; small kernels only cut off above pi / 3, as published."""
+def _draw_sinc(
+    largest: int, chances: Iterator[float], low_cutoff: float | None = None
+) -> tuple[int, float]:
+    """(Side, cutoff in radians a pixel) of a sinc kernel; small kernels only cut off above pi / 3,
+    as published."""
     size = 7 + 2 * int(next(chances) * ((largest - 7) // 2 + 1))
     lowest = low_cutoff or (math.pi / 3 if size < 13 else math.pi / 5)
     return size, between((lowest, math.pi), next(chances))
@@ -261,7 +368,11 @@ def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
     numbers = blur["size"], *blur["sigma"], blur.get("theta", 0.0)
     if "beta" not in blur:
         return kernels.gaussian_kernel(*numbers)
-    make = kernels.generalized_kernel if blur["shape"].startswith("generalized") else kernels.plateau_kernel
+    make = (
+        kernels.generalized_kernel
+        if blur["shape"].startswith("generalized")
+        else kernels.plateau_kernel
+    )
     return make(*numbers, blur["beta"])
 
 
@@ -273,15 +384,25 @@ def _kernel(drawn: Parameters) -> NDArray[np.float32]:
 
 def _round_arrays(part: str, drawn: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
     fields = noise.noise_keys(keys, *drawn["size"], 1 if drawn["gray"] else 3)
-    arrays = {"kernel": _kernel(drawn), "size": np.array(drawn["size"], np.float32), "mode": _mode(drawn["mode"]),
-              "poisson": np.array(drawn["noise"] == "poisson"), "gray": np.array(drawn["gray"]),
-              **dict(zip(noise.NoiseKeys._fields, fields, strict=True)),
-              "level": np.array(drawn["level"], np.float32), "jpeg": np.array(drawn["jpeg"], np.int32)}
+    arrays = {
+        "kernel": _kernel(drawn),
+        "size": np.array(drawn["size"], np.float32),
+        "mode": _mode(drawn["mode"]),
+        "poisson": np.array(drawn["noise"] == "poisson"),
+        "gray": np.array(drawn["gray"]),
+        **dict(zip(noise.NoiseKeys._fields, fields, strict=True)),
+        "level": np.array(drawn["level"], np.float32),
+        "jpeg": np.array(drawn["jpeg"], np.int32),
+    }
     return {f"{part}_{name}": array for name, array in arrays.items()}
 
 
 def _area_box(mode: str, ratio: float) -> NDArray[np.float32]:
-    return kernels.with_box(kernels.delta_kernel(), ratio) if mode == "area" else kernels.delta_kernel()
+    return (
+        kernels.with_box(kernels.delta_kernel(), ratio)
+        if mode == "area"
+        else kernels.delta_kernel()
+    )
 
 
 def _mode(name: str) -> NDArray[np.int32]:
@@ -294,7 +415,9 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
     """Node of FP32 levels, not clipped."""
     blurred = filtered(image, on_device(nodes[f"{part}_kernel"]))
     resized = _resized(blurred, nodes[f"{part}_size"], nodes[f"{part}_mode"])
-    normal = noise.standard_normal(*(on_device(nodes[f"{part}_{name}"]) for name in noise.NoiseKeys._fields))
+    normal = noise.standard_normal(
+        *(on_device(nodes[f"{part}_{name}"]) for name in noise.NoiseKeys._fields)
+    )
     level, is_poisson = nodes[f"{part}_level"], nodes[f"{part}_poisson"]
     if is_poisson:
         noisy = noise.add_poisson(resized, normal, level, gray=nodes[f"{part}_gray"])
@@ -303,13 +426,19 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
     return noisy
 
 
-def _round_on_host(drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], room: Any
-                   ) -> NDArray[np.float32]:
+def _round_on_host(
+    drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], room: Any
+) -> NDArray[np.float32]:
     """(height, width, 3) levels, not clipped, as `_blurred_resized_noisy` makes them."""
     from pipeline.data.degradations import host
 
     size = drawn["size"][0], drawn["size"][1]
-    image = host.resized(host.filtered(image, _kernel(drawn), room), size, is_cubic=drawn["mode"] == "cubic", room=room)
+    image = host.resized(
+        host.filtered(image, _kernel(drawn), room),
+        size,
+        is_cubic=drawn["mode"] == "cubic",
+        room=room,
+    )
     fields = noise.noise_keys((keys[0], keys[1]), *size, 1 if drawn["gray"] else 3)
     add = host.with_poisson if drawn["noise"] == "poisson" else host.with_gaussian
     return add(image, fields, drawn["level"], room)
@@ -326,7 +455,8 @@ def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> s
 
 
 def _resized(image: Any, size: Any, mode: Any) -> Any:
-    """Node: `image` in another size, by linear or cubic interpolation (a sample's own) without antialiasing."""
+    """Node: `image` in another size, by linear or cubic interpolation (a sample's own) without
+    antialiasing."""
     from nvidia.dali import fn, types
 
     interpolation = fn.cast(mode, dtype=types.DALIDataType.INTERP_TYPE)

@@ -1,4 +1,5 @@
-"""What the parsers of all formats share: the header that they return, the errors, reading, and EXIF, XMP and ICC.
+"""What the parsers of all formats share: the header that they return, the errors, reading, and
+EXIF, XMP and ICC.
 
 Sources: EXIF 2.3, ICC.1.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 MAX_METADATA = 1 << 24  # bytes of EXIF, XMP or a profile that are looked at
-_FAR = 1 << 62          # beyond which no file can be positioned
+_FAR = 1 << 62  # beyond which no file can be positioned
 
 Read = Callable[[int, int], bytes]
 """(offset, count) -> that many bytes from there, or as many as there are."""
@@ -28,22 +29,29 @@ class NoEndError(BadImageError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image's header says. `height` and `width` are in pixels as stored, before any rotation."""
+    """What an image's header says. `height` and `width` are in pixels as stored, before any
+    rotation."""
 
-    format: str              # the name of a row of `FORMATS`: png, jpeg, webp, bmp, tiff, jp2, avif, jxl, pnm
+    format: str  # the name of a row of `FORMATS`: png, jpeg, webp, bmp, tiff, jp2, avif, jxl, pnm
     height: int
     width: int
-    depth: int = 8           # bits a sample
-    channels: int = 3        # as stored: a palette counts as 1
-    is_lossy: bool = False   # the pixels went through a lossy codec
-    is_plain: bool = True    # gray or RGB of 8 bits without transparency, which the fast decoders read
-    orientation: int = 1     # EXIF's, 1..8, of the last EXIF; where there is none XMP's
+    depth: int = 8  # bits a sample
+    channels: int = 3  # as stored: a palette counts as 1
+    is_lossy: bool = False  # the pixels went through a lossy codec
+    is_plain: bool = (
+        True  # gray or RGB of 8 bits without transparency, which the fast decoders read
+    )
+    orientation: int = 1  # EXIF's, 1..8, of the last EXIF; where there is none XMP's
     is_for_dali: bool = False  # DALI decodes it to the right pixels, turned as EXIF says
-    pixels_at: int = 0       # byte where the pixels' code begins
+    pixels_at: int = 0  # byte where the pixels' code begins
     profile: bytes | None = field(default=None, repr=False)  # ICC's, of the colours
     is_palette: bool = False  # the one channel holds numbers of colours
-    title: str = field(default="", repr=False)  # the format's name for people, which `read_header` fills in
-    tags: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)  # of a TIFF; of others under 0
+    title: str = field(
+        default="", repr=False
+    )  # the format's name for people, which `read_header` fills in
+    tags: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict, repr=False
+    )  # of a TIFF; of others under 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -52,9 +60,12 @@ class ImageHeader:
 
     @property
     def colors(self) -> str:
-        """What the samples are: gray, RGB (a palette's too), CMYK, YCbCr or LAB; JPEG's and the like count as RGB."""
+        """What the samples are: gray, RGB (a palette's too), CMYK, YCbCr or LAB; JPEG's and the
+        like count as RGB."""
         if self.format == "tiff":
-            return {0: "gray", 1: "gray", 5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(self.tags.get(262, (1,))[0], "RGB")
+            return {0: "gray", 1: "gray", 5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(
+                self.tags.get(262, (1,))[0], "RGB"
+            )
         if self.format == "jpeg" and self.channels == 4:
             return "CMYK"
         return "gray" if self.channels <= 2 and not self.is_palette else "RGB"
@@ -67,10 +78,12 @@ class Format:
     name: str
     title: str
     suffixes: tuple[str, ...]
-    starts: tuple[bytes, ...]     # its content begins with one of them
+    starts: tuple[bytes, ...]  # its content begins with one of them
     parse: Callable[[Read], ImageHeader]
     check: Callable[[memoryview, ImageHeader, bool], None] | None = None  # see `check_complete`
-    is_start: Callable[[bytes], bool] | None = None  # of its first 32 bytes, where `starts` cannot tell
+    is_start: Callable[[bytes], bool] | None = (
+        None  # of its first 32 bytes, where `starts` cannot tell
+    )
     is_for_datasets: bool = True  # False: only upscale.py reads it
 
 
@@ -91,7 +104,8 @@ def reader_of(source: Read | BinaryIO | bytes | memoryview) -> Read:
 
 
 def unpack(form: str, read: Read, at: int) -> tuple:
-    """The values of the `struct` format `form` at byte `at`. Raises `struct.error` where the file ends before."""
+    """The values of the `struct` format `form` at byte `at`. Raises `struct.error` where the file
+    ends before."""
     return struct.unpack(form, read(at, struct.calcsize(form)))
 
 
@@ -102,14 +116,16 @@ def no_image(head: bytes) -> BadImageError:
 
 
 def is_followed_by(code: memoryview, marker: bytes) -> bool:
-    """Whether the pixels' code, in which the marker cannot occur, is followed by it; mostly the file ends with it."""
+    """Whether the pixels' code, in which the marker cannot occur, is followed by it; mostly the
+    file ends with it."""
     return marker in bytes(code[-64:]) or marker in bytes(code)
 
 
 def exif_orientation(tiff: bytes) -> int:
     """The orientation, 1..8, in EXIF that begins with a TIFF header.
 
-    As DALI reads it: the 16 bits where a SHORT stands, whatever type the tag claims; 1 where there is none.
+    As DALI reads it: the 16 bits where a SHORT stands, whatever type the tag claims; 1 where there
+    is none.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
@@ -139,8 +155,8 @@ def xmp_orientation(xmp: bytes) -> int:
 class Metadata:
     """What is gathered on the way to the pixels."""
 
-    exif: int = 1        # orientation by EXIF
-    other: int = 1       # by XMP or a text chunk, which DALI does not look at
+    exif: int = 1  # orientation by EXIF
+    other: int = 1  # by XMP or a text chunk, which DALI does not look at
     profile: bytes | None = None
 
     @property
@@ -149,6 +165,11 @@ class Metadata:
         return self.exif if self.exif > 1 else self.other
 
     def into(self, header: ImageHeader) -> ImageHeader:
-        """`header` with the orientation and the profile; not for DALI where that would turn it otherwise."""
-        return replace(header, orientation=self.orientation, profile=self.profile,
-                       is_for_dali=header.is_for_dali and self.orientation == self.exif)
+        """`header` with the orientation and the profile; not for DALI where that would turn it
+        otherwise."""
+        return replace(
+            header,
+            orientation=self.orientation,
+            profile=self.profile,
+            is_for_dali=header.is_for_dali and self.orientation == self.exif,
+        )

@@ -1,4 +1,5 @@
-"""JPEG (ITU-T T.81, table B.1), and repairs of JPEGs that a strict decoder refuses though their pixels are whole."""
+"""JPEG (ITU-T T.81, table B.1), and repairs of JPEGs that a strict decoder refuses though their
+pixels are whole."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ from pipeline.data.image_headers.base import (
 )
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15 without DHT, JPG and DAC
-_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}                # RST0..7 and TEM have no length
+_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # RST0..7 and TEM have no length
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
-# Markers within and after entropy-coded data: 0xFF followed by anything but a stuffed zero or a fill byte.
+# Markers within and after entropy-coded data: 0xFF followed by anything but a stuffed zero or a
+# fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 # What may follow entropy-coded data: DHT, DAC, EOI, SOS, DQT, DNL, DRI, application data, comments.
 _AFTER_SCAN = frozenset((0xC4, 0xCC, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
@@ -66,23 +68,44 @@ def _parse(read: Read) -> ImageHeader:
 def _frame(read: Read, at: int, marker: int) -> ImageHeader:
     depth, height, width, channels = unpack(">BHHB", read, at)
     if depth != 8:
-        raise BadImageError(f"a JPEG of {depth} bits a sample; JPEGs of 8 bits are read: save it as PNG of 16 bits")
-    is_usual = channels == 1 or (channels == 3 and _is_usual_sampling(*unpack(">xBxxBxxBx", read, at + 6)))
-    return ImageHeader("jpeg", height, width, depth, channels, is_lossy=marker not in _LOSSLESS,
-                       is_plain=is_usual, is_for_dali=channels in (1, 3) and marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA),
-                       tags={0: (marker,)})
+        raise BadImageError(
+            f"a JPEG of {depth} bits a sample; JPEGs of 8 bits are read: save it as PNG of 16 bits"
+        )
+    is_usual = channels == 1 or (
+        channels == 3 and _is_usual_sampling(*unpack(">xBxxBxxBx", read, at + 6))
+    )
+    return ImageHeader(
+        "jpeg",
+        height,
+        width,
+        depth,
+        channels,
+        is_lossy=marker not in _LOSSLESS,
+        is_plain=is_usual,
+        is_for_dali=channels in (1, 3) and marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA),
+        tags={0: (marker,)},
+    )
 
 
 def _is_usual_sampling(luma: int, blue: int, red: int) -> bool:
-    """Whether the sampling factors (0xHV: horizontal, vertical) of Y, Cb and Cr are ones that simplejpeg knows.
+    """Whether the sampling factors (0xHV: horizontal, vertical) of Y, Cb and Cr are ones that
+    simplejpeg knows.
 
-    4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1, the first, second and fourth of them in unusual spellings too.
+    4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1, the first, second and fourth of them in unusual spellings
+    too.
     """
     if blue != red:
         return False
     if blue == luma:
         return (luma >> 4) * (luma & 15) in (1, 2, 3)
-    return (luma, blue) in ((0x21, 0x11), (0x22, 0x11), (0x12, 0x11), (0x41, 0x11), (0x22, 0x12), (0x22, 0x21))
+    return (luma, blue) in (
+        (0x21, 0x11),
+        (0x22, 0x11),
+        (0x12, 0x11),
+        (0x41, 0x11),
+        (0x22, 0x12),
+        (0x22, 0x21),
+    )
 
 
 _NO_END = "truncated: the JPEG has no end-of-image marker"
@@ -97,9 +120,11 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
 
 
 def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """(Marker, where it stands, where its segment ends) of the segments of a JPEG, the last being end-of-image (0xD9).
+    """(Marker, where it stands, where its segment ends) of the segments of a JPEG, the last being
+    end-of-image (0xD9).
 
-    Markers without content are left out. Raises `BadImageError` where the JPEG is cut short or damaged.
+    Markers without content are left out. Raises `BadImageError` where the JPEG is cut short or
+    damaged.
     """
     at, has_restarts, has_scan = 2, False, False
     while True:
@@ -125,48 +150,65 @@ def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
 
 
 def _end_of_scan(data: bytes | memoryview, at: int, has_restarts: bool) -> int:
-    """Where the entropy-coded data of a JPEG that starts at byte `at` ends: at a marker that may stand there."""
+    """Where the entropy-coded data of a JPEG that starts at byte `at` ends: at a marker that may
+    stand there."""
     for restarts, match in enumerate(_MARKER.finditer(data, at)):
         at, marker = match.start(), data[match.start() + 1]
         if marker in _AFTER_SCAN:
             return at
         if not has_restarts or marker != 0xD0 + restarts % 8:
-            raise BadImageError(f"damaged: the marker 0x{marker:02x} within the JPEG's pixels, at byte {at}")
+            raise BadImageError(
+                f"damaged: the marker 0x{marker:02x} within the JPEG's pixels, at byte {at}"
+            )
     raise NoEndError(_NO_END)
 
 
 def with_end(data: bytes, header: ImageHeader) -> bytes | None:
-    """A JPEG without an end-of-image marker with one, where a strict decoder then tells whether all pixels are there.
+    """A JPEG without an end-of-image marker with one, where a strict decoder then tells whether all
+    pixels are there.
 
-    That is, where one scan holds all of the pixels: of a progressive JPEG, scans may be missing. `None` where not.
+    That is, where one scan holds all of the pixels: of a progressive JPEG, scans may be missing.
+    `None` where not.
     """
     start = header.pixels_at
-    scan = data[: start].rfind(b"\xff\xda")
+    scan = data[:start].rfind(b"\xff\xda")
     if header.tags[0][0] not in (0xC0, 0xC1) or scan < 0 or data[scan + 4] != header.channels:
         return None
     code = data[start:]
     return data[:start] + (code[:-1] if code.endswith(b"\xff") else code) + END_OF_JPEG
 
 
-# How a harmless warning of libjpeg begins -> (segment, what its content starts with, where to put what instead).
+# How a harmless warning of libjpeg begins -> (segment, what its content starts with, where to put
+# what instead).
 _PATCHES = {
     "Warning: unknown JFIF revision": (0xE0, b"JFIF\0", 5, b"\1\2"),
-    "Unknown Adobe color transform": (0xEE, b"Adobe", 11, b"\1"),  # YCbCr, which libjpeg takes it for
+    "Unknown Adobe color transform": (
+        0xEE,
+        b"Adobe",
+        11,
+        b"\1",
+    ),  # YCbCr, which libjpeg takes it for
     "Invalid SOS parameters for sequential": (0xDA, b"", -3, b"\0\x3f\0"),
 }
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 
 
 def without_sloppiness(data: bytes, warning: str) -> bytes | None:
-    """The complete JPEG `data` without that of which libjpeg gives the `warning`, where it does no harm; else `None`.
+    """The complete JPEG `data` without that of which libjpeg gives the `warning`, where it does no
+    harm; else `None`.
 
-    Cameras and old software write such files, and their pixels are whole: zeros between the last pixel and the
-    end-of-image marker, a JFIF version or an Adobe colour transform that does not exist, and, in sequential JPEGs,
-    spectral limits that mean nothing. What comes back decodes to the same pixels, without that warning.
+    Cameras and old software write such files, and their pixels are whole: zeros between the last
+    pixel and the end-of-image marker, a JFIF version or an Adobe colour transform that does not
+    exist, and, in sequential JPEGs, spectral limits that mean nothing. What comes back decodes to
+    the same pixels, without that warning.
     """
-    if match := _EXTRANEOUS.fullmatch(warning):  # only zeros: after damage, pixels that came too late stand there
+    if match := _EXTRANEOUS.fullmatch(
+        warning
+    ):  # only zeros: after damage, pixels that came too late stand there
         (*_, (_, end, _)), length = _segments(data), int(match[1])
-        return data[: end - length] + data[end:] if data[end - length : end] == bytes(length) else None
+        return (
+            data[: end - length] + data[end:] if data[end - length : end] == bytes(length) else None
+        )
     for start, patch in _PATCHES.items():
         if warning.startswith(start):
             return _patched(data, *patch)
@@ -174,7 +216,8 @@ def without_sloppiness(data: bytes, warning: str) -> bytes | None:
 
 
 def _patched(data: bytes, marker: int, start: bytes, offset: int, value: bytes) -> bytes | None:
-    """`data` with `value` at byte `offset` of the content of every JPEG segment `marker` that starts with `start`.
+    """`data` with `value` at byte `offset` of the content of every JPEG segment `marker` that
+    starts with `start`.
 
     An offset below 0 counts from the segment's end. `None` where that changes nothing.
     """
@@ -186,4 +229,6 @@ def _patched(data: bytes, marker: int, start: bytes, offset: int, value: bytes) 
     return bytes(patched) if patched != data else None
 
 
-JPEG = Format("jpeg", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), (b"\xff\xd8\xff",), _parse, _check)
+JPEG = Format(
+    "jpeg", "JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), (b"\xff\xd8\xff",), _parse, _check
+)

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from pipeline.data.image_headers.base import BadImageError, Format, ImageHeader, Read, unpack
 
-JXL_PREMULTIPLIED, JXL_LINEAR = 1, 2  # `tags` of a JPEG XL: colours are multiplied by alpha; levels are linear light
-_SRGB, _LINEAR = 13, 8                # its names of transfer functions
+JXL_PREMULTIPLIED, JXL_LINEAR = (
+    1,
+    2,
+)  # `tags` of a JPEG XL: colours are multiplied by alpha; levels are linear light
+_SRGB, _LINEAR = 13, 8  # its names of transfer functions
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 
 
@@ -45,7 +48,10 @@ def _size(bits: _Bits) -> tuple[int, int]:
 
 def _depth(bits: _Bits) -> int:
     if bits(1):
-        raise BadImageError("a JPEG XL of floating point numbers, whose white is not known; save it with 8 or 16 bits")
+        raise BadImageError(
+            "a JPEG XL of floating point numbers, whose white is not known; save it with 8 or 16 "
+            "bits"
+        )
     depth = bits.choice((0, 8), (0, 10), (0, 12), (6, 1))
     if depth > 16:
         raise BadImageError(f"a JPEG XL of {depth} bits a sample; 8 and 16 bits are read")
@@ -53,7 +59,8 @@ def _depth(bits: _Bits) -> int:
 
 
 def _parse(read: Read) -> ImageHeader:
-    """The first bits of a JPEG XL codestream, in a container or bare. libjxl turns the pixels as the header says."""
+    """The first bits of a JPEG XL codestream, in a container or bare. libjxl turns the pixels as
+    the header says."""
     at, has_jpeg = 0, False
     while read(at, 2) != b"\xff\x0a":
         length, kind = unpack(">I4s", read, at)
@@ -90,8 +97,14 @@ def _parse(read: Read) -> ImageHeader:
     is_xyb = bits(1)
     is_gray, is_linear = _colors(bits)
     channels = (1 if is_gray else 3) + (is_associated is not None)
-    return replace(header, depth=depth, channels=channels, is_lossy=bool(is_xyb) or has_jpeg,
-                   orientation=orientation, tags={JXL_PREMULTIPLIED: (is_associated or 0,), JXL_LINEAR: (is_linear,)})
+    return replace(
+        header,
+        depth=depth,
+        channels=channels,
+        is_lossy=bool(is_xyb) or has_jpeg,
+        orientation=orientation,
+        tags={JXL_PREMULTIPLIED: (is_associated or 0,), JXL_LINEAR: (is_linear,)},
+    )
 
 
 def _alpha(bits: _Bits) -> bool | None:
@@ -106,13 +119,16 @@ def _alpha(bits: _Bits) -> bool | None:
         bits.choice((0, 0), (0, 3), (0, 4), (3, 1))
         bits(8 * bits.choice((0, 0), (4, 0), (5, 16), (10, 48)))  # its name
         if kind != 0:
-            raise BadImageError("a JPEG XL with channels other than colours and alpha is not read; save it as PNG")
+            raise BadImageError(
+                "a JPEG XL with channels other than colours and alpha is not read; save it as PNG"
+            )
         found = bool(bits(1))
     return found
 
 
 def _colors(bits: _Bits) -> tuple[bool, bool]:
-    """Whether it is gray, and linear. Raises `BadImageError` for colours whose profile cannot be had."""
+    """Whether it is gray, and linear. Raises `BadImageError` for colours whose profile cannot be
+    had."""
     if bits(1):
         return False, False
     has_profile = bits(1)

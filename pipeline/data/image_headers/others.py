@@ -1,4 +1,5 @@
-"""The formats with short headers: WebP (RFC 9649), BMP, JPEG 2000 (ITU-T T.800, annexes A and I), Netpbm and others.
+"""The formats with short headers: WebP (RFC 9649), BMP, JPEG 2000 (ITU-T T.800, annexes A and I),
+Netpbm and others.
 
 Pillow reads the headers of AVIF, GIF and TGA. The row of each format stands below its parser.
 """
@@ -36,14 +37,23 @@ def _webp(read: Read) -> ImageHeader:
         code, width, height = unpack("<3sHH", read, 23)
         if code != b"\x9d\x01\x2a":
             raise BadImageError("broken WebP frame header")
-        return ImageHeader("webp", height & 0x3FFF, width & 0x3FFF, is_lossy=True, is_for_dali=True, pixels_at=12)
+        return ImageHeader(
+            "webp", height & 0x3FFF, width & 0x3FFF, is_lossy=True, is_for_dali=True, pixels_at=12
+        )
     if kind == b"VP8L":
         signature, bits = unpack("<BI", read, 20)
         if signature != 0x2F:
             raise BadImageError("broken WebP frame header")
         has_alpha = bool(bits >> 28 & 1)
-        return ImageHeader("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, channels=4 if has_alpha else 3,
-                           is_plain=not has_alpha, is_for_dali=not has_alpha, pixels_at=12)
+        return ImageHeader(
+            "webp",
+            (bits >> 14 & 0x3FFF) + 1,
+            (bits & 0x3FFF) + 1,
+            channels=4 if has_alpha else 3,
+            is_plain=not has_alpha,
+            is_for_dali=not has_alpha,
+            pixels_at=12,
+        )
     raise BadImageError(f"unknown WebP chunk {kind!r}")
 
 
@@ -57,7 +67,9 @@ def _extended_webp(read: Read, end: int) -> ImageHeader:
         elif kind == b"EXIF" and flags & 8:
             content = read(at + 8, min(length, MAX_METADATA))
             found.exif = exif_orientation(content)
-            found.other = exif_orientation(content.removeprefix(b"Exif\0\0"))  # DALI misses it behind this prefix
+            found.other = exif_orientation(
+                content.removeprefix(b"Exif\0\0")
+            )  # DALI misses it behind this prefix
         elif kind == b"XMP " and length <= MAX_METADATA:
             found.other = max(found.other, xmp_orientation(read(at + 8, length)))
         elif kind == b"ICCP" and length <= MAX_METADATA:
@@ -66,9 +78,16 @@ def _extended_webp(read: Read, end: int) -> ImageHeader:
     if not pixels_at:
         raise struct.error
     is_simple = not flags & 0x12  # 0x10: alpha, 0x02: animation
-    header = ImageHeader("webp", int.from_bytes(height, "little") + 1, int.from_bytes(width, "little") + 1,
-                         channels=3 if is_simple else 4, is_lossy=is_lossy, is_plain=is_simple, is_for_dali=is_simple,
-                         pixels_at=pixels_at)
+    header = ImageHeader(
+        "webp",
+        int.from_bytes(height, "little") + 1,
+        int.from_bytes(width, "little") + 1,
+        channels=3 if is_simple else 4,
+        is_lossy=is_lossy,
+        is_plain=is_simple,
+        is_for_dali=is_simple,
+        pixels_at=pixels_at,
+    )
     return found.into(header)
 
 
@@ -83,17 +102,19 @@ def _check_webp(data: memoryview, header: ImageHeader, thorough: bool) -> None:
 
 
 def check_riff_length(data: bytes | memoryview, file_size: int) -> None:
-    """Raise `BadImageError` where a WebP file of `file_size` bytes is shorter than its first bytes `data` promise."""
+    """Raise `BadImageError` where a WebP file of `file_size` bytes is shorter than its first bytes
+    `data` promise."""
     promised = struct.unpack_from("<I", data, 4)[0] + 8
     if promised > file_size:
         raise BadImageError(f"truncated: {file_size} of {promised} bytes")
 
 
 def make_readable(data: memoryview, header: ImageHeader) -> None:
-    """Count the padding of a WebP's odd chunks to the chunks, in place, if EXIF is among them: so that DALI reads it.
+    """Count the padding of a WebP's odd chunks to the chunks, in place, if EXIF is among them: so
+    that DALI reads it.
 
-    nvImageCodec 0.9 forgets the padding on its way to the EXIF, loses its way, and DALI raises. The pixels stay the
-    same. `data` must have passed `check_complete`.
+    nvImageCodec 0.9 forgets the padding on its way to the EXIF, loses its way, and DALI raises. The
+    pixels stay the same. `data` must have passed `check_complete`.
     """
     if header.format != "webp" or data[12:16] != b"VP8X" or not data[20] & 8:
         return
@@ -106,8 +127,15 @@ def make_readable(data: memoryview, header: ImageHeader) -> None:
         at += 8 + length
 
 
-WEBP = Format("webp", "WebP", (".webp",), (), _webp, _check_webp,
-              is_start=lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+WEBP = Format(
+    "webp",
+    "WebP",
+    (".webp",),
+    (),
+    _webp,
+    _check_webp,
+    is_start=lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP",
+)
 
 
 # BMP
@@ -122,17 +150,31 @@ def _bmp(read: Read) -> ImageHeader:
         width, height, _, bits, compression = unpack("<iiHHI", read, 18)
     else:
         raise BadImageError("broken BMP header")
-    is_for_dali = bits in (1, 4, 8, 24) or (bits == 32 and compression == 0)  # 16 bits, and alpha, differ
-    return ImageHeader("bmp", abs(height), width, channels=max(1, bits // 8), is_plain=False, is_for_dali=is_for_dali,
-                       pixels_at=start)
+    is_for_dali = bits in (1, 4, 8, 24) or (
+        bits == 32 and compression == 0
+    )  # 16 bits, and alpha, differ
+    return ImageHeader(
+        "bmp",
+        abs(height),
+        width,
+        channels=max(1, bits // 8),
+        is_plain=False,
+        is_for_dali=is_for_dali,
+        pixels_at=start,
+    )
 
 
 def _check_bmp(data: memoryview, header: ImageHeader, thorough: bool) -> None:
     (head,) = struct.unpack_from("<I", data, 14)
-    bits, compression, size = (*struct.unpack_from("<H", data, 24), 0, 0) if head == 12 else \
-        struct.unpack_from("<HII", data, 28)
+    bits, compression, size = (
+        (*struct.unpack_from("<H", data, 24), 0, 0)
+        if head == 12
+        else struct.unpack_from("<HII", data, 28)
+    )
     if compression in (0, 3, 6):  # otherwise run lengths, and `size` says how many bytes
-        size = (header.width * bits + 31) // 32 * 4 * header.height  # of one byte less, DALI makes garbage
+        size = (
+            (header.width * bits + 31) // 32 * 4 * header.height
+        )  # of one byte less, DALI makes garbage
     if len(data) < header.pixels_at + size:
         raise BadImageError(f"truncated: {len(data)} of {header.pixels_at + size} bytes")
 
@@ -158,7 +200,9 @@ def _jp2(read: Read) -> ImageHeader:
         if length == 1:
             (length,) = unpack(">Q", read, at + 8)
         if kind == b"jp2c":
-            return replace(_codestream(read, start, is_plain, color, profile), is_palette=is_palette)
+            return replace(
+                _codestream(read, start, is_plain, color, profile), is_palette=is_palette
+            )
         if kind in (b"pclr", b"cdef"):  # a palette; channel meanings, that is: alpha
             is_plain, is_palette = False, is_palette or kind == b"pclr"
         if kind == b"colr":
@@ -176,28 +220,46 @@ def _jp2(read: Read) -> ImageHeader:
         at += length
 
 
-def _codestream(read: Read, at: int, is_plain: bool, color: int, profile: bytes | None) -> ImageHeader:
+def _codestream(
+    read: Read, at: int, is_plain: bool, color: int, profile: bytes | None
+) -> ImageHeader:
     """The SIZ and COD segments of the JPEG 2000 codestream that starts at byte `at`."""
     pixels_at = at
     marker, siz, size, _, right, bottom, left, top = unpack(">HHHHIIII", read, at)
     if (marker, siz) != (0xFF4F, 0xFF51):
         raise BadImageError("broken JPEG 2000 codestream")
     (channels,) = unpack(">H", read, at + 40)
-    depths = {unpack(">B", read, at + 42 + 3 * component)[0] for component in range(min(channels, 16))}
+    depths = {
+        unpack(">B", read, at + 42 + 3 * component)[0] for component in range(min(channels, 16))
+    }
     depth = (depths.pop() if len(depths) == 1 else 0xFF) + 1
     if depth > 16:
-        raise BadImageError("a JPEG 2000 image of signed, mixed or more than 16 bits a sample is not read; save it "
-                            "with 8 or 16 bits")
+        raise BadImageError(
+            "a JPEG 2000 image of signed, mixed or more than 16 bits a sample is not read; save it "
+            "with 8 or 16 bits"
+        )
     at += 4 + size
     while True:
         marker, length = unpack(">HH", read, at)
         if marker == 0xFF52:  # COD; its tenth byte is the wavelet: 0 is 9-7, irreversible
             wavelet = unpack(">10B", read, at + 4)[9]
             is_plain &= depth == 8 and channels in (1, 3)
-            return ImageHeader("jp2", bottom - top, right - left, depth, channels, is_lossy=wavelet == 0,
-                               is_plain=is_plain, is_for_dali=is_plain, pixels_at=pixels_at, profile=profile,
-                               tags={0: (color,)})
-        if marker >> 8 != 0xFF or marker == 0xFF90 or length < 2:  # SOT: the tiles start, no COD was seen
+            return ImageHeader(
+                "jp2",
+                bottom - top,
+                right - left,
+                depth,
+                channels,
+                is_lossy=wavelet == 0,
+                is_plain=is_plain,
+                is_for_dali=is_plain,
+                pixels_at=pixels_at,
+                profile=profile,
+                tags={0: (color,)},
+            )
+        if (
+            marker >> 8 != 0xFF or marker == 0xFF90 or length < 2
+        ):  # SOT: the tiles start, no COD was seen
             raise BadImageError("broken JPEG 2000 codestream")
         at += 2 + length
 
@@ -212,11 +274,14 @@ JPEG_2000 = Format("jp2", "JPEG 2000", (".jp2",), (_JP2, _J2K), _jp2, _check_jp2
 
 # Netpbm
 
-_PNM = re.compile(rb"P([1-6])" + 2 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"(?:(?:\s|#[^\n]*\n)+(\d+))?(?:#[^\n]*\n)*\s")
+_PNM = re.compile(
+    rb"P([1-6])" + 2 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"(?:(?:\s|#[^\n]*\n)+(\d+))?(?:#[^\n]*\n)*\s"
+)
 
 
 def _pnm(read: Read) -> ImageHeader:
-    """A bitmap, graymap or pixmap; its depth is that of its greatest value, which `tags[0]` holds."""
+    """A bitmap, graymap or pixmap; its depth is that of its greatest value, which `tags[0]`
+    holds."""
     head = read(0, 4096)
     match = _PNM.match(head)
     if match is None:
@@ -230,22 +295,43 @@ def _pnm(read: Read) -> ImageHeader:
     if not 0 < most < 65536:
         raise BadImageError(f"a PNM file whose greatest value is {most}; it must be 1 to 65535")
     channels = 3 if kind in (3, 6) else 1
-    return ImageHeader("pnm", height, width, 8 if most < 256 else 16, channels, is_plain=False, pixels_at=end,
-                       tags={0: (kind, most)})
+    return ImageHeader(
+        "pnm",
+        height,
+        width,
+        8 if most < 256 else 16,
+        channels,
+        is_plain=False,
+        pixels_at=end,
+        tags={0: (kind, most)},
+    )
 
 
 def _check_pnm(data: memoryview, header: ImageHeader, thorough: bool) -> None:
     kind, most = header.tags[0]
     if kind < 4:  # written in letters: its decoder notices
         return
-    row = (header.width + 7) // 8 if kind == 4 else header.width * header.channels * (2 if most > 255 else 1)
+    row = (
+        (header.width + 7) // 8
+        if kind == 4
+        else header.width * header.channels * (2 if most > 255 else 1)
+    )
     if len(data) < header.pixels_at + row * header.height:
-        raise BadImageError(f"truncated: {len(data)} of {header.pixels_at + row * header.height} bytes")
+        raise BadImageError(
+            f"truncated: {len(data)} of {header.pixels_at + row * header.height} bytes"
+        )
 
 
-PNM = Format("pnm", "PNM", (".ppm", ".pgm", ".pbm", ".pnm"),
-             tuple(b"P%d%b" % (kind, space) for kind in range(1, 7) for space in (b" ", b"\n", b"\r", b"\t")), _pnm,
-             _check_pnm)
+PNM = Format(
+    "pnm",
+    "PNM",
+    (".ppm", ".pgm", ".pbm", ".pnm"),
+    tuple(
+        b"P%d%b" % (kind, space) for kind in range(1, 7) for space in (b" ", b"\n", b"\r", b"\t")
+    ),
+    _pnm,
+    _check_pnm,
+)
 
 
 # AVIF, GIF and TGA
@@ -258,10 +344,16 @@ def _by_pillow(name: str) -> Callable[[Read], ImageHeader]:
         try:
             with Image.open(io.BytesIO(read(0, 1 << 31)), formats=[name]) as image:
                 orientation = image.getexif().get(0x0112, 1)
-                return ImageHeader(name, image.height, image.width, channels=len(image.getbands()),
-                                   is_lossy=name == "avif", is_plain=False,
-                                   orientation=orientation if 1 <= orientation <= 8 else 1,
-                                   profile=image.info.get("icc_profile"))
+                return ImageHeader(
+                    name,
+                    image.height,
+                    image.width,
+                    channels=len(image.getbands()),
+                    is_lossy=name == "avif",
+                    is_plain=False,
+                    orientation=orientation if 1 <= orientation <= 8 else 1,
+                    profile=image.info.get("icc_profile"),
+                )
         except Exception as error:  # decoders meet hostile bytes and raise whatever they like
             if name == "tga":
                 raise no_image(read(0, 32)) from error
@@ -275,5 +367,9 @@ def _is_avif(head: bytes) -> bool:
 
 
 AVIF = Format("avif", "AVIF", (".avif",), (), _by_pillow("avif"), is_start=_is_avif)
-GIF = Format("gif", "GIF", (".gif",), (b"GIF87a", b"GIF89a"), _by_pillow("gif"), is_for_datasets=False)
-TGA = Format("tga", "TGA", (".tga",), (), _by_pillow("tga"), is_for_datasets=False)  # it begins with nothing of its own
+GIF = Format(
+    "gif", "GIF", (".gif",), (b"GIF87a", b"GIF89a"), _by_pillow("gif"), is_for_datasets=False
+)
+TGA = Format(
+    "tga", "TGA", (".tga",), (), _by_pillow("tga"), is_for_datasets=False
+)  # it begins with nothing of its own

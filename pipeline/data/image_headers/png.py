@@ -38,9 +38,19 @@ def _parse(read: Read) -> ImageHeader:
     if len(read(at - 4, 4)) < 4:
         raise BadImageError("truncated: the PNG ends before its IEND chunk does")
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    return found.into(ImageHeader("png", height, width, depth, channels, pixels_at=pixels_at, is_palette=color == 3,
-                                  is_plain=depth == 8 and not has_transparency,
-                                  is_for_dali=depth <= 8 and not has_transparency))
+    return found.into(
+        ImageHeader(
+            "png",
+            height,
+            width,
+            depth,
+            channels,
+            pixels_at=pixels_at,
+            is_palette=color == 3,
+            is_plain=depth == 8 and not has_transparency,
+            is_for_dali=depth <= 8 and not has_transparency,
+        )
+    )
 
 
 def _chunk_at(read: Read, at: int) -> tuple[int, bytes]:
@@ -87,7 +97,9 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
         end = at + 8 + length
         (crc,) = struct.unpack_from(">I", data, end)
         if zlib.crc32(data[at + 4 : end]) != crc:
-            raise BadImageError(f"damaged: the CRC of the PNG chunk {kind.decode('latin1')!r} at byte {at} is wrong")
+            raise BadImageError(
+                f"damaged: the CRC of the PNG chunk {kind.decode('latin1')!r} at byte {at} is wrong"
+            )
         if kind == b"IEND":
             return
         at = end + 4

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import struct
 
-from pipeline.data.image_headers.base import MAX_METADATA, BadImageError, Format, ImageHeader, Read, reader_of, unpack
+from pipeline.data.image_headers.base import (
+    MAX_METADATA,
+    BadImageError,
+    Format,
+    ImageHeader,
+    Read,
+    reader_of,
+    unpack,
+)
 
 _COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000, 50001))
 # libtiff's: none, fax (2, 3, 4), LZW, JPEG, deflate (8, 32946), PackBits, LZMA, Zstandard, WebP
 _FOR_DALI = frozenset((1, 5, 8, 32773, 32946, 50000))
-# LZW, JPEG, deflate, Zstandard: their first code, and their end code, marker or checksum, are never all zeros.
+# LZW, JPEG, deflate, Zstandard: their first code, and their end code, marker or checksum, are never
+# all zeros.
 _CODED = frozenset((5, 7, 8, 32946, 50000))
-# Size, bits, compression, colours, where strips and tiles lie, orientation, channels, planes, what further channels and
-# the numbers mean, profile.
-_TAGS = frozenset((256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 322, 324, 325, 338, 339, 34675))
-_DEPTHS = {0: (1, 2, 4, 8, 16), 1: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 5: (8,), 6: (8,), 8: (8,)}
-"""Photometric interpretation (0, 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr; 8: CIELab) -> bits that are read."""
+# Size, bits, compression, colours, where strips and tiles lie, orientation, channels, planes, what
+# further channels and the numbers mean, profile.
+_TAGS = frozenset(
+    (256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 322, 324, 325, 338, 339, 34675)
+)
+_DEPTHS = {
+    0: (1, 2, 4, 8, 16),
+    1: (1, 2, 4, 8, 16),
+    2: (8, 16),
+    3: (1, 2, 4, 8),
+    5: (8,),
+    6: (8,),
+    8: (8,),
+}
+"""Photometric interpretation (0, 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr; 8: CIELab) -> bits
+that are read."""
 
 
 def _parse(read: Read) -> ImageHeader:
@@ -23,29 +43,50 @@ def _parse(read: Read) -> ImageHeader:
     tags = tiff_tags(read)
     if not (tags.get(256) and tags.get(257)):
         raise BadImageError("a TIFF without a size")
-    compression, kind, channels, planes = (tags.get(tag, (default,))[0]
-                                           for tag, default in ((259, 1), (262, 1), (277, 1), (284, 1)))
+    compression, kind, channels, planes = (
+        tags.get(tag, (default,))[0] for tag, default in ((259, 1), (262, 1), (277, 1), (284, 1))
+    )
     depths = {*tags.get(258, (1,))}
     depth = depths.pop() if len(depths) == 1 else 0
     if {*tags.get(339, (1,))} - {1, 4}:
-        raise BadImageError("TIFF samples must be unsigned whole numbers, not floats or signed ones, whose white is "
-                            "not known; save it with 8 or 16 bits")
+        raise BadImageError(
+            "TIFF samples must be unsigned whole numbers, not floats or signed ones, whose white "
+            "is "
+            "not known; save it with 8 or 16 bits"
+        )
     if compression not in _COMPRESSIONS and compression != 6:
-        raise BadImageError(f"TIFF's compression {compression} is not read; save it with LZW or deflate")
+        raise BadImageError(
+            f"TIFF's compression {compression} is not read; save it with LZW or deflate"
+        )
     if kind not in _DEPTHS:
         raise BadImageError(f"TIFF's colours of kind {kind} (tag 262) are not read; save it as RGB")
     if depth not in _DEPTHS[kind]:
-        what = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}[kind]
-        raise BadImageError(f"a {what} TIFF of {depth or 'mixed'} bits a sample; only "
-                            f"{', '.join(map(str, _DEPTHS[kind]))} bits are read: save it with 8 or 16")
+        what = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}[
+            kind
+        ]
+        raise BadImageError(
+            f"a {what} TIFF of {depth or 'mixed'} bits a sample; only "
+            f"{', '.join(map(str, _DEPTHS[kind]))} bits are read: save it with 8 or 16"
+        )
     turned = tags.get(274, (1,))[0]
-    is_easy = 322 not in tags or (planes == 1 and turned == 1)  # tiles of some sizes fail in DALI otherwise
+    is_easy = 322 not in tags or (
+        planes == 1 and turned == 1
+    )  # tiles of some sizes fail in DALI otherwise
     is_common = depth == 8 and (kind, channels) in ((1, 1), (2, 3)) and 338 not in tags
-    return ImageHeader("tiff", tags[257][0], tags[256][0], depth, channels,
-                       is_lossy=compression in (6, 7, 50001), is_plain=is_common and planes == 1,
-                       orientation=turned if 1 <= turned <= 8 else 1,
-                       is_for_dali=is_common and compression in _FOR_DALI and is_easy,
-                       profile=bytes(tags[34675]) if 34675 in tags else None, is_palette=kind == 3, tags=tags)
+    return ImageHeader(
+        "tiff",
+        tags[257][0],
+        tags[256][0],
+        depth,
+        channels,
+        is_lossy=compression in (6, 7, 50001),
+        is_plain=is_common and planes == 1,
+        orientation=turned if 1 <= turned <= 8 else 1,
+        is_for_dali=is_common and compression in _FOR_DALI and is_easy,
+        profile=bytes(tags[34675]) if 34675 in tags else None,
+        is_palette=kind == 3,
+        tags=tags,
+    )
 
 
 def tiff_tags(read: Read) -> dict[int, tuple[int, ...]]:
@@ -73,7 +114,8 @@ def tiff_tags(read: Read) -> dict[int, tuple[int, ...]]:
 
 
 def tiff_page_count(data: bytes) -> int:
-    """How many images a TIFF file holds, each in a directory that says where the next one stands."""
+    """How many images a TIFF file holds, each in a directory that says where the next one
+    stands."""
     read = reader_of(data)
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:4].strip(b"\0") == b"+"
     slot, entry, start = ("Q", 20, 8) if is_big else ("I", 12, 4)
@@ -92,9 +134,19 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
         for start, size in zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False):
             if start + size > len(data):
                 raise BadImageError(f"truncated: {len(data)} of at least {start + size} bytes")
-            if compression in _CODED and size and not (
-                    any(data[start : start + min(size, 4)]) and any(data[start + max(0, size - 16) : start + size])):
-                raise BadImageError(f"damaged: zeros instead of the TIFF's pixels, about byte {start}")
+            if (
+                compression in _CODED
+                and size
+                and not (
+                    any(data[start : start + min(size, 4)])
+                    and any(data[start + max(0, size - 16) : start + size])
+                )
+            ):
+                raise BadImageError(
+                    f"damaged: zeros instead of the TIFF's pixels, about byte {start}"
+                )
 
 
-TIFF = Format("tiff", "TIFF", (".tif", ".tiff"), (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _parse, _check)
+TIFF = Format(
+    "tiff", "TIFF", (".tif", ".tiff"), (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _parse, _check
+)

@@ -1,4 +1,5 @@
-"""Training on several hosts: the scripts that a user runs, over ssh and pdsh, on hosts of their own (`cluster.py`)."""
+"""Training on several hosts: the scripts that a user runs, over ssh and pdsh, on hosts of their own
+(`cluster.py`)."""
 
 from __future__ import annotations
 
@@ -49,11 +50,29 @@ class Run:
     def hostfile(self, *lines: str) -> None:
         (self.folder / "hostfile").write_text("".join(f"{line}\n" for line in lines))
 
-    def start(self, *arguments: str, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        command = [str(self.script), "-H", "hostfile", "--recipe", "demo", "--dataset-dir",
-                   str(self.dataset), "--output-dir", str(self.run_dir), *SMALL, *arguments]
-        return self.cluster.start("node1", command, cwd=self.folder, output=self.output,
-                                  variables={"VIRTUAL_ENV": str(PYTHON), **(variables or {})})
+    def start(
+        self, *arguments: str, variables: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        command = [
+            str(self.script),
+            "-H",
+            "hostfile",
+            "--recipe",
+            "demo",
+            "--dataset-dir",
+            str(self.dataset),
+            "--output-dir",
+            str(self.run_dir),
+            *SMALL,
+            *arguments,
+        ]
+        return self.cluster.start(
+            "node1",
+            command,
+            cwd=self.folder,
+            output=self.output,
+            variables={"VIRTUAL_ENV": str(PYTHON), **(variables or {})},
+        )
 
     def finish(self, process: subprocess.Popen[bytes], seconds: float = 120) -> tuple[int, str]:
         """(Exit status, output); nothing of the job may be left on any host."""
@@ -107,7 +126,8 @@ def run(cluster: Cluster, dataset: Path, tmp_path: Path) -> Iterator[Run]:
 
 
 def test_two_hosts_train_as_one_rank_does(run: Run, dataset: Path, tmp_path: Path) -> None:
-    """The whole way, doctor included; losses are those of one rank, for samples and global batch are the same."""
+    """The whole way, doctor included; losses are those of one rank, for samples and global batch
+    are the same."""
     status, printed = run.run("--reset", "steps=6")
     assert status == 0, printed
     assert "2 hosts, 2 ranks" in printed
@@ -119,8 +139,10 @@ def test_two_hosts_train_as_one_rank_does(run: Run, dataset: Path, tmp_path: Pat
     assert "Warning" not in printed
 
     train(dataset, tmp_path / "alone", "steps=6")
-    together, alone = ([loss for _, loss in logged(folder, "train", "loss")]
-                       for folder in (run.run_dir, tmp_path / "alone"))
+    together, alone = (
+        [loss for _, loss in logged(folder, "train", "loss")]
+        for folder in (run.run_dir, tmp_path / "alone")
+    )
     assert len(together) == 6
     assert together == pytest.approx(alone, rel=1e-5)
     # logs and curves are the first rank's alone, and each rank's own words lie in a file
@@ -159,7 +181,10 @@ def test_a_cut_cable_ends_the_job_on_both_sides(run: Run, cluster: Cluster) -> N
         status, printed = run.finish(process, SECONDS)
         assert status == 1
         assert time.monotonic() - began < SECONDS
-        assert re.search(r"error: node2 fell silent .*: the machine or its network is down", printed.splitlines()[-1])
+        assert re.search(
+            r"error: node2 fell silent .*: the machine or its network is down",
+            printed.splitlines()[-1],
+        )
     finally:
         cluster.mend("node2")
     assert damage(checkpoint_dir(run.run_dir, checkpoint_steps(run.run_dir)[-1])) == ""
@@ -168,8 +193,15 @@ def test_a_cut_cable_ends_the_job_on_both_sides(run: Run, cluster: Cluster) -> N
 def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -> None:
     """Three hosts, of which one goes; the global batch stays."""
     run.hostfile("node1 slots=1", "node2 slots=1", "node3 slots=2")
-    process = run.start("--no-doctor", "--max-restarts", "1", "--elastic", "steps=100000", "save_every=5",
-                        "ds.train_batch_size=8")
+    process = run.start(
+        "--no-doctor",
+        "--max-restarts",
+        "1",
+        "--elastic",
+        "steps=100000",
+        "save_every=5",
+        "ds.train_batch_size=8",
+    )
     run.wait_for("step 12/")
     cluster.cut("node3")
     try:
@@ -184,15 +216,22 @@ def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -
         cluster.mend("node3")
     assert status == 130, printed
     assert "stopped and saved at step" in printed
-    steps = [json.loads(line)["step"] for line in (run.run_dir / "log.jsonl").read_text().splitlines()
-             if json.loads(line)["event"] == "train"]
+    steps = [
+        json.loads(line)["step"]
+        for line in (run.run_dir / "log.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "train"
+    ]
     assert steps == list(range(1, len(steps) + 1))
 
 
 def test_ctrl_c_saves_everywhere_and_the_next_start_continues(run: Run, tmp_path: Path) -> None:
-    """Another run on the same hosts goes on undisturbed; by DeepSpeed's own means it would be killed."""
+    """Another run on the same hosts goes on undisturbed; by DeepSpeed's own means it would be
+    killed."""
     other = Run(run.cluster, run.dataset, tmp_path / "other")
-    process, others = run.start("--no-doctor", "steps=100000"), other.start("--no-doctor", "steps=100000")
+    process, others = (
+        run.start("--no-doctor", "steps=100000"),
+        other.start("--no-doctor", "steps=100000"),
+    )
     run.wait_for("step 12/")
     other.wait_for("step 12/")
     run.interrupt()
@@ -236,20 +275,27 @@ AdamW.step = step
 """
 
 
-def test_a_rank_that_never_meets_the_others_is_named(run: Run, cluster: Cluster, dataset: Path) -> None:
-    """Plain DeepSpeed waits ten minutes for it. The old run, which --reset did not reach, is not taken for the new."""
+def test_a_rank_that_never_meets_the_others_is_named(
+    run: Run, cluster: Cluster, dataset: Path
+) -> None:
+    """Plain DeepSpeed waits ten minutes for it. The old run, which --reset did not reach, is not
+    taken for the new."""
     train(dataset, run.run_dir, "steps=3")
     broken = run.folder / "train.py"
     broken.write_text("import no_such_module\n")
     with replaced(cluster, "node2", broken, ROOT / "train.py"):
         began = time.monotonic()
-        status, printed = run.finish(run.start("--no-doctor", "--reset", "--max-restarts", "1", "steps=3"), SECONDS)
+        status, printed = run.finish(
+            run.start("--no-doctor", "--reset", "--max-restarts", "1", "steps=3"), SECONDS
+        )
     assert time.monotonic() - began < 50
     assert "restart 1 of 1, from the beginning, afresh" in printed
     assert "nothing left to do" not in printed
     assert status == 1
-    assert printed.splitlines()[-2:] == ["ModuleNotFoundError: No module named 'no_such_module'",
-                                         "error: rank 1 on node2 ended with status 1"]
+    assert printed.splitlines()[-2:] == [
+        "ModuleNotFoundError: No module named 'no_such_module'",
+        "error: rank 1 on node2 ended with status 1",
+    ]
 
 
 def test_a_rank_that_hangs_is_ended(run: Run) -> None:
@@ -272,12 +318,19 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(run: Run, cluster: Clus
     process.wait(10)
     run.assert_nothing_left(40)
     # Its ranks have saved: they lost their supervisor and not each other.
-    assert "stopped and saved at step" in (run.run_dir.with_name("rack.logs") / "rank-00000.log").read_text()
+    assert (
+        "stopped and saved at step"
+        in (run.run_dir.with_name("rack.logs") / "rank-00000.log").read_text()
+    )
 
 
-def test_another_dataset_on_one_host_is_refused_by_the_ranks_too(run: Run, cluster: Cluster, dataset: Path) -> None:
+def test_another_dataset_on_one_host_is_refused_by_the_ranks_too(
+    run: Run, cluster: Cluster, dataset: Path
+) -> None:
     other = run.folder / "other.txt"
-    other.write_text("".join((dataset / "training_file_list.txt").read_text().splitlines(keepends=True)[:9]))
+    other.write_text(
+        "".join((dataset / "training_file_list.txt").read_text().splitlines(keepends=True)[:9])
+    )
     with replaced(cluster, "node2", other, dataset / "training_file_list.txt"):
         status, printed = run.run("--no-doctor")
     assert status == 2
@@ -290,31 +343,75 @@ def test_hosts_that_share_nothing(run: Run, cluster: Cluster, dataset: Path) -> 
     """launch/sync.sh brings checkout and dataset; the run folder is the first host's alone."""
     checkout, data = cluster.disk / "checkout", cluster.disk / "dataset"
     run.run_dir = cluster.disk / "runs" / "rack"
-    copied = " ".join(str(ROOT / name) for name in ("launch", "pipeline", "recipes", "train.py", "requirements.txt",
-                                                    "launch_distributed_train.sh"))
-    done = cluster.run("node1", ["sh", "-c", f"mkdir {checkout} {run.run_dir.parent} && cp -r {copied} {checkout} && "
-                                             f"cp -r {dataset} {data}"])
+    copied = " ".join(
+        str(ROOT / name)
+        for name in (
+            "launch",
+            "pipeline",
+            "recipes",
+            "train.py",
+            "requirements.txt",
+            "launch_distributed_train.sh",
+        )
+    )
+    done = cluster.run(
+        "node1",
+        [
+            "sh",
+            "-c",
+            f"mkdir {checkout} {run.run_dir.parent} && cp -r {copied} {checkout} && "
+            f"cp -r {dataset} {data}",
+        ],
+    )
     assert done.returncode == 0, done.stderr
     stale = checkout / "pipeline" / "ema.py"
-    cluster.run("node2", ["sh", "-c", f"mkdir -p {stale.parent} && cd {stale.parent} && echo old > ema.py && "
-                                      "echo own > mine.py"])
+    cluster.run(
+        "node2",
+        [
+            "sh",
+            "-c",
+            f"mkdir -p {stale.parent} && cd {stale.parent} && echo old > ema.py && "
+            "echo own > mine.py",
+        ],
+    )
     run.hostfile("node1 slots=1", "node2 slots=1")
 
     def sync(*more: str) -> tuple[int, str]:
-        done = cluster.run("node1", [str(checkout / "launch" / "sync.sh"), "-H", str(run.folder / "hostfile"),
-                                     "--dataset-dir", str(data), *more], variables={"VIRTUAL_ENV": str(PYTHON)})
+        done = cluster.run(
+            "node1",
+            [
+                str(checkout / "launch" / "sync.sh"),
+                "-H",
+                str(run.folder / "hostfile"),
+                "--dataset-dir",
+                str(data),
+                *more,
+            ],
+            variables={"VIRTUAL_ENV": str(PYTHON)},
+        )
         return done.returncode, done.stdout + done.stderr
 
     status, printed = sync()
     assert status == 0, printed
     assert "node1: checkout: on the same disk" in printed
     assert printed.splitlines()[-1] == "2 of 2 hosts have everything"
-    digests = [cluster.run(host, ["sh", "-c", f"cd {cluster.disk} && find checkout/pipeline checkout/launch dataset "
-                                              "-type f ! -name '*.pyc' -exec sha256sum {} + | sort"]).stdout
-               for host in ("node1", "node2")]
+    digests = [
+        cluster.run(
+            host,
+            [
+                "sh",
+                "-c",
+                f"cd {cluster.disk} && find checkout/pipeline checkout/launch dataset "
+                "-type f ! -name '*.pyc' -exec sha256sum {} + | sort",
+            ],
+        ).stdout
+        for host in ("node1", "node2")
+    ]
     assert digests[0].count("\n") > 100
     assert digests[0] == digests[1]
-    kept = cluster.run("node2", ["sh", "-c", f"cd {checkout}/.synced_away/pipeline && cat ema.py mine.py"]).stdout
+    kept = cluster.run(
+        "node2", ["sh", "-c", f"cd {checkout}/.synced_away/pipeline && cat ema.py mine.py"]
+    ).stdout
     assert kept == "old\nown\n"
     status, printed = sync()
     assert status == 0, printed
@@ -326,13 +423,19 @@ def test_hosts_that_share_nothing(run: Run, cluster: Cluster, dataset: Path) -> 
         status, printed = run.run("--no-doctor", f"steps={steps}", "ds.zero_optimization.stage=1")
         assert status == 0, printed
         assert said in printed
-    listed = {host: cluster.run(host, ["sh", "-c", f"ls {run.run_dir}/checkpoints {run.run_dir}.logs"]).stdout.split()
-              for host in ("node1", "node2")}
+    listed = {
+        host: cluster.run(
+            host, ["sh", "-c", f"ls {run.run_dir}/checkpoints {run.run_dir}.logs"]
+        ).stdout.split()
+        for host in ("node1", "node2")
+    }
     assert "step-00000006" in listed["node1"]
     assert listed["node2"] == [f"{run.run_dir}.logs:", "rank-00001.log"]
 
 
-@pytest.mark.skipif(not shutil.which("ompi_info") and not MUST_RUN, reason="needs openmpi-bin (apt install)")
+@pytest.mark.skipif(
+    not shutil.which("ompi_info") and not MUST_RUN, reason="needs openmpi-bin (apt install)"
+)
 def test_open_mpi_starts_guarded_ranks(run: Run) -> None:
     status, printed = run.run("--no-doctor", "--launcher", "openmpi", "steps=3", "save_every=1")
     assert status == 0, printed
@@ -355,46 +458,89 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def test_slurm_starts_guarded_ranks(run: Run) -> None:
-    """By a stand-in for srun, which starts one task a host with the variables that Slurm gives it."""
+    """By a stand-in for srun, which starts one task a host with the variables that Slurm gives
+    it."""
     programs = run.folder / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    status, printed = run.finish(run.start("--no-doctor", "--launcher", "slurm", "steps=3", "save_every=1",
-                                           variables={"PATH": f"{programs}:{os.environ['PATH']}"}))
+    status, printed = run.finish(
+        run.start(
+            "--no-doctor",
+            "--launcher",
+            "slurm",
+            "steps=3",
+            "save_every=1",
+            variables={"PATH": f"{programs}:{os.environ['PATH']}"},
+        )
+    )
     assert status == 0, printed
     assert "started by srun of Slurm (job 7), network interface eth0" in printed
     assert "all 2 ranks ended well" in printed
 
 
-# --- The doctor -------------------------------------------------------------------------------------------------------
+# --- The doctor
+# --------------------------------------------------------------------------------------------------
 
-def diagnose(cluster: Cluster, folder: Path, hostfile: str, *arguments: str) -> tuple[int, str, dict]:
+
+def diagnose(
+    cluster: Cluster, folder: Path, hostfile: str, *arguments: str
+) -> tuple[int, str, dict]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "hostfile").write_text(hostfile)
-    done = cluster.run("node1", ["env", "-C", str(ROOT), f"{sys.executable}", "-m", "launch.doctor", "-H",
-                                 str(folder / "hostfile"), "--json", str(folder / "found.json"), *arguments])
-    found = json.loads((folder / "found.json").read_text()) if (folder / "found.json").is_file() else {}
+    done = cluster.run(
+        "node1",
+        [
+            "env",
+            "-C",
+            str(ROOT),
+            f"{sys.executable}",
+            "-m",
+            "launch.doctor",
+            "-H",
+            str(folder / "hostfile"),
+            "--json",
+            str(folder / "found.json"),
+            *arguments,
+        ],
+    )
+    found = (
+        json.loads((folder / "found.json").read_text()) if (folder / "found.json").is_file() else {}
+    )
     return done.returncode, done.stdout + done.stderr, found
 
 
 def verdicts(found: dict, host: str) -> dict[str, str]:
-    return {finding["check"]: finding["verdict"] for finding in found["findings"] if finding["host"] == host}
+    return {
+        finding["check"]: finding["verdict"]
+        for finding in found["findings"]
+        if finding["host"] == host
+    }
 
 
-def test_the_doctor_names_what_is_wrong_and_where(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+def test_the_doctor_names_what_is_wrong_and_where(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
     """node2: another file in the checkout and another crop in the dataset. node3: out of reach."""
     changed, crop = tmp_path / "ema.py", tmp_path / "crop.npy"
     changed.write_text((ROOT / "pipeline" / "models" / "ema.py").read_text() + "# changed\n")
     crop.write_bytes((dataset / "photos" / "03.npy").read_bytes()[:-1] + b"\x01")
     cluster.cut("node3")
     try:
-        with replaced(cluster, "node2", changed, ROOT / "pipeline" / "models" / "ema.py"), \
-                replaced(cluster, "node2", crop, dataset / "photos" / "03.npy"):
+        with (
+            replaced(cluster, "node2", changed, ROOT / "pipeline" / "models" / "ema.py"),
+            replaced(cluster, "node2", crop, dataset / "photos" / "03.npy"),
+        ):
             began = time.monotonic()
-            status, printed, found = diagnose(cluster, tmp_path, "node1 slots=1\nnode2 slots=3\nnode3 slots=1\n",
-                                              "--dataset-dir", str(dataset), "--no-allreduce")
+            status, printed, found = diagnose(
+                cluster,
+                tmp_path,
+                "node1 slots=1\nnode2 slots=3\nnode3 slots=1\n",
+                "--dataset-dir",
+                str(dataset),
+                "--no-allreduce",
+            )
     finally:
         cluster.mend("node3")
     assert status == 2, printed
@@ -406,15 +552,31 @@ def test_the_doctor_names_what_is_wrong_and_where(cluster: Cluster, dataset: Pat
     assert re.search(r"node3: ssh: (no route|no answer|too slow)", printed), printed
     assert verdicts(found, "node1")["dataset"] == "PASS"
     own = verdicts(found, "node2")
-    assert (own["ssh"], own["checkout"], own["dataset"], own["network"]) == ("PASS", "FAIL", "FAIL", "PASS")
+    assert (own["ssh"], own["checkout"], own["dataset"], own["network"]) == (
+        "PASS",
+        "FAIL",
+        "FAIL",
+        "PASS",
+    )
     if len(os.sched_getaffinity(0)) < 3:
         assert own["cores"] == "WARN"
     assert verdicts(found, "node3") == {"ssh": "FAIL"}
 
 
-def test_the_doctor_measures_an_all_reduce_and_predicts(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
-    status, printed, found = diagnose(cluster, tmp_path, "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n",
-                                      "--dataset-dir", str(dataset), "--parameters", "1000000", "--step-seconds", "0.1")
+def test_the_doctor_measures_an_all_reduce_and_predicts(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
+    status, printed, found = diagnose(
+        cluster,
+        tmp_path,
+        "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n",
+        "--dataset-dir",
+        str(dataset),
+        "--parameters",
+        "1000000",
+        "--step-seconds",
+        "0.1",
+    )
     assert status == 0, printed
     measured = found["all_reduce"]
     assert (measured["backend"], measured["ranks"]) == ("Gloo", 3)
@@ -434,16 +596,25 @@ def test_the_doctor_counts_gpus(cluster: Cluster, tmp_path: Path) -> None:
     smi.write_text(FAKE_SMI)
     smi.chmod(0o755)
     for host in ("node1", "node2"):
-        assert cluster.run(host, ["sh", "-c", f"mount -t tmpfs t /usr/local/bin && cp {smi} /usr/local/bin/"]) \
-            .returncode == 0
+        assert (
+            cluster.run(
+                host, ["sh", "-c", f"mount -t tmpfs t /usr/local/bin && cp {smi} /usr/local/bin/"]
+            ).returncode
+            == 0
+        )
     try:
-        status, printed, found = diagnose(cluster, tmp_path, "node1 slots=2\nnode2 slots=4\n", "--no-allreduce")
+        status, printed, found = diagnose(
+            cluster, tmp_path, "node1 slots=2\nnode2 slots=4\n", "--no-allreduce"
+        )
     finally:
         for host in ("node1", "node2"):
             cluster.run(host, ["umount", "/usr/local/bin"])
     assert status == 2, printed
     assert verdicts(found, "node1")["GPUs"] == "PASS"
-    assert "node2: GPUs: it has 2 GPUs, and the hostfile wants 2, 3, too (counted from 0); write slots=2" in printed
+    assert (
+        "node2: GPUs: it has 2 GPUs, and the hostfile wants 2, 3, too (counted from 0); write "
+        "slots=2"
+    ) in printed
     assert "node2: GPUs: GPU 1 (NVIDIA Test) is slowed by heat (hardware) at 90 C" in printed
 
 
@@ -466,10 +637,10 @@ class replaced:  # noqa: N801 - reads as the verb that it is
         self._cluster, self._host, self._source, self._target = cluster, host, source, target
 
     def __enter__(self) -> None:
-        done = self._cluster.run(self._host, ["mount", "--bind", str(self._source), str(self._target)])
+        done = self._cluster.run(
+            self._host, ["mount", "--bind", str(self._source), str(self._target)]
+        )
         assert done.returncode == 0, done.stderr
 
     def __exit__(self, *_: object) -> None:
         self._cluster.run(self._host, ["umount", str(self._target)])
-
-

@@ -1,4 +1,5 @@
-"""The hostfile, `.deepspeed_env` and training arguments: nothing in them runs anything, on this host or another."""
+"""The hostfile, `.deepspeed_env` and training arguments: nothing in them runs anything, on this
+host or another."""
 
 from __future__ import annotations
 
@@ -17,7 +18,14 @@ from hypothesis import strategies as st
 
 from conftest import environment
 from launch.cluster import messages
-from launch.cluster.hostfile import as_filter, choose, find_hostfile, is_host, read_hostfile, world_size
+from launch.cluster.hostfile import (
+    as_filter,
+    choose,
+    find_hostfile,
+    is_host,
+    read_hostfile,
+    world_size,
+)
 from launch.cluster.job import Job, check_launcher, choose_port
 from launch.environment import read_env_file, variables_for_ranks
 from pipeline.cli import UserError
@@ -42,7 +50,9 @@ def refused(read: object, *arguments: object) -> str:
     return message
 
 
-# --- The hostfile -----------------------------------------------------------------------------------------------------
+# --- The hostfile
+# --------------------------------------------------------------------------------------------------
+
 
 def hostfile(folder: Path, text: str) -> Path:
     path = folder / "hosts"
@@ -50,14 +60,23 @@ def hostfile(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("text", "slots"), [
-    ("node1 slots=2\nnode2 slots=1\n", {"node1": (0, 1), "node2": (0,)}),
-    ("node1 slots=1", {"node1": (0,)}),
-    ("\n# the rack\n\n   # more\n  node1\tslots=2  \n\n", {"node1": (0, 1)}),
-    ("node1 slots=1 # the first\nnode2   slots=1# the second\r\n", {"node1": (0,), "node2": (0,)}),
-    ("10.0.0.7 slots=1\nn-1.rack_2.example.com slots=1\n", {"10.0.0.7": (0,), "n-1.rack_2.example.com": (0,)}),
-    ("b slots=1\na slots=64\n", {"b": (0,), "a": tuple(range(64))}),
-])
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [
+        ("node1 slots=2\nnode2 slots=1\n", {"node1": (0, 1), "node2": (0,)}),
+        ("node1 slots=1", {"node1": (0,)}),
+        ("\n# the rack\n\n   # more\n  node1\tslots=2  \n\n", {"node1": (0, 1)}),
+        (
+            "node1 slots=1 # the first\nnode2   slots=1# the second\r\n",
+            {"node1": (0,), "node2": (0,)},
+        ),
+        (
+            "10.0.0.7 slots=1\nn-1.rack_2.example.com slots=1\n",
+            {"10.0.0.7": (0,), "n-1.rack_2.example.com": (0,)},
+        ),
+        ("b slots=1\na slots=64\n", {"b": (0,), "a": tuple(range(64))}),
+    ],
+)
 def test_a_hostfile_says_which_hosts_in_which_order(tmp_path: Path, text: str, slots: dict) -> None:
     found = read_hostfile(hostfile(tmp_path, text))
     assert found == slots
@@ -117,7 +136,9 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "why"), BAD_LINES)
-def test_a_wrong_line_is_refused_where_it_stands(tmp_path: Path, canary: Path, line: str, why: str) -> None:
+def test_a_wrong_line_is_refused_where_it_stands(
+    tmp_path: Path, canary: Path, line: str, why: str
+) -> None:
     path = hostfile(tmp_path, f"# hosts\n\nnode1 slots=2\n{line.replace(CANARY, str(canary))}\n")
     message = refused(read_hostfile, path)
     assert message.startswith(f"{path}:4: ")
@@ -127,9 +148,12 @@ def test_a_wrong_line_is_refused_where_it_stands(tmp_path: Path, canary: Path, l
 
 @pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x1c", "\x85", "\u2028"])
 def test_a_comment_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
-    """What some programs take for the end of a line ends it here, so that the rest is read as strictly."""
+    """What some programs take for the end of a line ends it here, so that the rest is read as
+    strictly."""
     path = hostfile(tmp_path, f"node1 slots=1 # spare:{end}-oProxyCommand=x slots=1\n")
-    assert refused(read_hostfile, path).startswith(f"{path}:2: '-oProxyCommand=x' is not a host's name")
+    assert refused(read_hostfile, path).startswith(
+        f"{path}:2: '-oProxyCommand=x' is not a host's name"
+    )
 
 
 def test_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
@@ -138,13 +162,18 @@ def test_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_host_in_capitals_is_the_same_host(tmp_path: Path) -> None:
-    assert "occurs twice" in refused(read_hostfile, hostfile(tmp_path, "node1 slots=1\nNode1 slots=1\n"))
+    assert "occurs twice" in refused(
+        read_hostfile, hostfile(tmp_path, "node1 slots=1\nNode1 slots=1\n")
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# node1 slots=8\n"])
 def test_a_file_without_hosts_is_refused(tmp_path: Path, text: str) -> None:
     path = hostfile(tmp_path, text)
-    assert refused(read_hostfile, path) == f"{path} names no host; write lines like `node1 slots=8`, one per machine"
+    assert (
+        refused(read_hostfile, path)
+        == f"{path} names no host; write lines like `node1 slots=8`, one per machine"
+    )
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -158,7 +187,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     assert refused(read_hostfile, binary).startswith(f"{binary} cannot be read: ")
 
 
-def test_the_file_here_comes_before_the_one_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_here_comes_before_the_one_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("launch.cluster.hostfile.ROOT", tmp_path / "checkout")
     assert find_hostfile(Path("hostfile")) == Path("hostfile")
@@ -182,32 +213,46 @@ def test_a_hosts_name_is_one_plain_word_to_a_shell(name: str) -> None:
 HOSTS = {"node1": (0, 1, 2, 3), "node2": (0, 1), "node3": (0,)}
 
 
-@pytest.mark.parametrize(("include", "exclude", "chosen"), [
-    ("", "", HOSTS),
-    ("node2", "", {"node2": (0, 1)}),
-    ("node3@node1:2,0", "", {"node1": (0, 2), "node3": (0,)}),  # in the hostfile's order
-    ("node1:1@node1:3", "", {"node1": (1, 3)}),
-    ("", "node1", {"node2": (0, 1), "node3": (0,)}),
-    ("", "node1:0,1@node3:0", {"node1": (2, 3), "node2": (0, 1)}),
-    ("", "node1:0,1,2,3@node2", {"node3": (0,)}),
-])
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ("", "", HOSTS),
+        ("node2", "", {"node2": (0, 1)}),
+        ("node3@node1:2,0", "", {"node1": (0, 2), "node3": (0,)}),  # in the hostfile's order
+        ("node1:1@node1:3", "", {"node1": (1, 3)}),
+        ("", "node1", {"node2": (0, 1), "node3": (0,)}),
+        ("", "node1:0,1@node3:0", {"node1": (2, 3), "node2": (0, 1)}),
+        ("", "node1:0,1,2,3@node2", {"node3": (0,)}),
+    ],
+)
 def test_hosts_and_slots_are_chosen(include: str, exclude: str, chosen: dict) -> None:
     found = choose(HOSTS, include, exclude)
     assert found == chosen
     assert list(found) == list(chosen)
 
 
-@pytest.mark.parametrize(("include", "exclude", "message"), [
-    ("node1", "node2", "--include and --exclude exclude each other; give one of them"),
-    ("nod1", "", "--include nod1: no host 'nod1' in the hostfile; did you mean 'node1'?"),
-    ("xyz", "", "--include xyz: no host 'xyz' in the hostfile; it has node1, node2, node3"),
-    ("", "node1;reboot", "--exclude node1;reboot: no host 'node1;reboot' in the hostfile; did you mean 'node1'?"),
-    ("node1:", "", "--include node1:: '' is not a list of slots; write node1:0,1"),
-    ("node1:0-3", "", "--include node1:0-3: '0-3' is not a list of slots; write node1:0,1"),
-    ("node1:$(reboot)", "", "--include node1:$(reboot): '$(reboot)' is not a list of slots; write node1:0,1"),
-    ("node2:0,2,7", "", "--include node2:0,2,7: node2 has the slots 0, 1, and not 2, 7"),
-    ("", "node1@node2@node3", "--exclude node1@node2@node3 leaves no host"),
-])
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("node1", "node2", "--include and --exclude exclude each other; give one of them"),
+        ("nod1", "", "--include nod1: no host 'nod1' in the hostfile; did you mean 'node1'?"),
+        ("xyz", "", "--include xyz: no host 'xyz' in the hostfile; it has node1, node2, node3"),
+        (
+            "",
+            "node1;reboot",
+            "--exclude node1;reboot: no host 'node1;reboot' in the hostfile; did you mean 'node1'?",
+        ),
+        ("node1:", "", "--include node1:: '' is not a list of slots; write node1:0,1"),
+        ("node1:0-3", "", "--include node1:0-3: '0-3' is not a list of slots; write node1:0,1"),
+        (
+            "node1:$(reboot)",
+            "",
+            "--include node1:$(reboot): '$(reboot)' is not a list of slots; write node1:0,1",
+        ),
+        ("node2:0,2,7", "", "--include node2:0,2,7: node2 has the slots 0, 1, and not 2, 7"),
+        ("", "node1@node2@node3", "--exclude node1@node2@node3 leaves no host"),
+    ],
+)
 def test_a_choice_that_is_none_is_refused(include: str, exclude: str, message: str) -> None:
     assert refused(choose, HOSTS, include, exclude) == message
 
@@ -224,7 +269,9 @@ def test_a_choice_can_be_written_down_and_read_again(numbers: list[set[int]]) ->
     assert choose(hosts, as_filter(chosen)) == chosen
 
 
-# --- .deepspeed_env ---------------------------------------------------------------------------------------------------
+# --- .deepspeed_env
+# --------------------------------------------------------------------------------------------------
+
 
 def env_file(folder: Path, text: str) -> Path:
     path = folder / ".deepspeed_env"
@@ -233,17 +280,27 @@ def env_file(folder: Path, text: str) -> Path:
 
 
 def test_variables_are_read_as_they_stand(tmp_path: Path) -> None:
-    path = env_file(tmp_path, "\n# for all\nNCCL_DEBUG=WARN\r\n  GLOO_SOCKET_IFNAME = eth0 \n\nEMPTY=\n"
-                              "_x1=a=b,c:/d e^f\nNCCL_DEBUG=INFO\n")
-    assert read_env_file(path) == {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "EMPTY": "",
-                                   "_x1": "a=b,c:/d e^f"}
+    path = env_file(
+        tmp_path,
+        "\n# for all\nNCCL_DEBUG=WARN\r\n  GLOO_SOCKET_IFNAME = eth0 \n\nEMPTY=\n"
+        "_x1=a=b,c:/d e^f\nNCCL_DEBUG=INFO\n",
+    )
+    assert read_env_file(path) == {
+        "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "EMPTY": "",
+        "_x1": "a=b,c:/d e^f",
+    }
     assert read_env_file(tmp_path / "missing") == {}
 
 
 NO_VARIABLE = "this is not a NAME=value; write lines like NCCL_DEBUG=WARN"
 NO_VALUE = "has characters that shells read"
 NO_PROGRAMS = "decides which programs run, and is not taken from a file"
-OURS = "is the launcher's to set; for the first host's address and port use --master-addr and --master-port"
+OURS = (
+    "is the launcher's to set; for the first host's address and port use --master-addr and "
+    "--master-port"
+)
 BAD_VARIABLES = [
     ("A=$(touch CANARY)", NO_VALUE),
     ("A=`touch CANARY`", NO_VALUE),
@@ -298,7 +355,9 @@ BAD_VARIABLES = [
 
 
 @pytest.mark.parametrize(("line", "why"), BAD_VARIABLES)
-def test_a_wrong_variable_is_refused_where_it_stands(tmp_path: Path, canary: Path, line: str, why: str) -> None:
+def test_a_wrong_variable_is_refused_where_it_stands(
+    tmp_path: Path, canary: Path, line: str, why: str
+) -> None:
     path = env_file(tmp_path, f"NCCL_DEBUG=WARN\n\n{line.replace(CANARY, str(canary))}\n")
     message = refused(read_env_file, path)
     assert message.startswith(f"{path}:3: ")
@@ -306,9 +365,16 @@ def test_a_wrong_variable_is_refused_where_it_stands(tmp_path: Path, canary: Pat
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(("name", "why"), [
-    ("TRITON_PTXAS_PATH", NO_PROGRAMS), ("CUDA_HOME", NO_PROGRAMS), ("OMP_TOOL_LIBRARIES", NO_PROGRAMS),
-    ("LOCAL_WORLD_SIZE", "is the launcher's to set"), ("VASTSCALE_LAUNCHER_PID", "is the launcher's to set")])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("TRITON_PTXAS_PATH", NO_PROGRAMS),
+        ("CUDA_HOME", NO_PROGRAMS),
+        ("OMP_TOOL_LIBRARIES", NO_PROGRAMS),
+        ("LOCAL_WORLD_SIZE", "is the launcher's to set"),
+        ("VASTSCALE_LAUNCHER_PID", "is the launcher's to set"),
+    ],
+)
 def test_no_variable_chooses_programs_or_ranks(tmp_path: Path, name: str, why: str) -> None:
     assert why in refused(read_env_file, env_file(tmp_path, f"{name}=1\n"))
 
@@ -316,7 +382,9 @@ def test_no_variable_chooses_programs_or_ranks(tmp_path: Path, name: str, why: s
 @pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x1c", "\x85", "\u2028"])
 def test_a_value_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
     path = env_file(tmp_path, f"NCCL_DEBUG=WARN{end}LD_PRELOAD=/tmp/evil.so\n")
-    assert refused(read_env_file, path).startswith(f"{path}:2: LD_PRELOAD decides which programs run")
+    assert refused(read_env_file, path).startswith(
+        f"{path}:2: LD_PRELOAD decides which programs run"
+    )
 
 
 def test_an_environment_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -328,20 +396,43 @@ def test_an_environment_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_of_the_shell_only_what_ranks_need_is_handed_on(tmp_path: Path) -> None:
     """Its values are the user's own, and travel as data, whatever is in them."""
-    shell = {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "UCX_TLS": "tcp", "TORCH_SHOW_CPP_STACKTRACES": "1",
-             "OMP_NUM_THREADS": "4", "HTTPS_PROXY": "http://a$(b)", "no_proxy": "localhost", "WANDB_MODE": "offline"}
-    others = {"PATH": "/bin", "LD_PRELOAD": "x.so", "PYTHONPATH": "/x", "RANK": "0", "MASTER_ADDR": "x", "HOME": "/x",
-              "CUDA_VISIBLE_DEVICES": "1", "SSH_AUTH_SOCK": "/x", "AWS_SECRET_ACCESS_KEY": "x", "MY_NCCL_DEBUG": "x"}
+    shell = {
+        "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "UCX_TLS": "tcp",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
+        "OMP_NUM_THREADS": "4",
+        "HTTPS_PROXY": "http://a$(b)",
+        "no_proxy": "localhost",
+        "WANDB_MODE": "offline",
+    }
+    others = {
+        "PATH": "/bin",
+        "LD_PRELOAD": "x.so",
+        "PYTHONPATH": "/x",
+        "RANK": "0",
+        "MASTER_ADDR": "x",
+        "HOME": "/x",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "SSH_AUTH_SOCK": "/x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "MY_NCCL_DEBUG": "x",
+    }
     assert variables_for_ranks([], {**others, **shell}) == shell
     home, checkout = tmp_path / "home", tmp_path / "checkout"
     for folder, text in ((home, "NCCL_DEBUG=WARN\nA=home\n"), (checkout, "A=checkout\n")):
         folder.mkdir()
         env_file(folder, text)
     files = [home / ".deepspeed_env", checkout / ".deepspeed_env", tmp_path / "missing"]
-    assert variables_for_ranks(files, {**others, **shell}) == {**shell, "NCCL_DEBUG": "WARN", "A": "checkout"}
+    assert variables_for_ranks(files, {**others, **shell}) == {
+        **shell,
+        "NCCL_DEBUG": "WARN",
+        "A": "checkout",
+    }
 
 
-# --- Arguments on their way to other hosts ----------------------------------------------------------------------------
+# --- Arguments on their way to other hosts
+# ----------------------------------------------------------------------------
 
 ARGUMENTS = [
     "--dataset-dir=/data;touch${IFS}CANARY",
@@ -403,13 +494,36 @@ class Remote:
         return Path(f"{self.python}.said").read_bytes().decode().split("\0")[:-1]
 
     def environment(self) -> dict[str, str]:
-        words = Path(f"{self.python}.environment").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+        words = (
+            Path(f"{self.python}.environment")
+            .read_bytes()
+            .decode(errors="surrogateescape")
+            .split("\0")[:-1]
+        )
         return dict(word.split("=", 1) for word in words)
 
 
-def job(tmp_path: Path, *arguments: str, variables: Mapping[str, str] | None = None, launcher: str = "pdsh") -> Job:
-    slots = {"node1": (0, 1), "node2": (1,)} if launcher == "pdsh" else {"node1": (0, 1), "node2": (0, 1)}
-    return Job(slots, "10.0.0.1", 12345, arguments, variables or {}, "/work; touch x", tmp_path / "logs", launcher)
+def job(
+    tmp_path: Path,
+    *arguments: str,
+    variables: Mapping[str, str] | None = None,
+    launcher: str = "pdsh",
+) -> Job:
+    slots = (
+        {"node1": (0, 1), "node2": (1,)}
+        if launcher == "pdsh"
+        else {"node1": (0, 1), "node2": (0, 1)}
+    )
+    return Job(
+        slots,
+        "10.0.0.1",
+        12345,
+        arguments,
+        variables or {},
+        "/work; touch x",
+        tmp_path / "logs",
+        launcher,
+    )
 
 
 def line_for_a_shell(command: list[str], python: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -417,40 +531,56 @@ def line_for_a_shell(command: list[str], python: Path, monkeypatch: pytest.Monke
     from deepspeed.launcher.multinode_runner import PDSHRunner
     from deepspeed.launcher.runner import encode_world_info, parse_args
 
-    arguments = parse_args(command[command.index("deepspeed.launcher.runner") + 1:])
+    arguments = parse_args(command[command.index("deepspeed.launcher.runner") + 1 :])
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(python))
         resources = {"node1": [0, 1], "node2": [1]}
         words, _, _ = PDSHRunner(arguments, encode_world_info(resources)).get_cmd({}, resources)
-    return " ".join(words[words.index("-w") + 2:])
+    return " ".join(words[words.index("-w") + 2 :])
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_an_argument_runs_nothing_and_arrives_unchanged(tmp_path: Path, canary: Path, argument: str,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_runs_nothing_and_arrives_unchanged(
+    tmp_path: Path, canary: Path, argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     payload = argument.replace(CANARY, str(canary))
     monkeypatch.chdir(canary.parent)
-    remote, sent = Remote(tmp_path), job(tmp_path, "--recipe", payload, payload, variables={"NCCL_X": payload})
+    remote, sent = (
+        Remote(tmp_path),
+        job(tmp_path, "--recipe", payload, payload, variables={"NCCL_X": payload}),
+    )
     line = line_for_a_shell(sent.command(tmp_path, sent.word("run", 1)), remote.python, monkeypatch)
     for shell in ("sh", "bash"):
-        done = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            [shell, "-c", line], capture_output=True, text=True, timeout=20, check=False
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         *words, word = remote.told()
         assert words[-1].endswith("/launch/cluster/guard.py")
         assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
     # What a rank is to do never sees a shell: it travels over the guard's connection, as JSON.
     assert json.loads(json.dumps(sent.task)) == {
-        "logs": str(tmp_path / "logs"), "arguments": ["--recipe", payload, payload], "environment": {"NCCL_X": payload},
-        "directory": "/work; touch x"}
+        "logs": str(tmp_path / "logs"),
+        "arguments": ["--recipe", payload, payload],
+        "environment": {"NCCL_X": payload},
+        "directory": "/work; touch x",
+    }
     assert list(canary.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("payload", ARGUMENTS[:7])
-def test_the_same_way_an_argument_of_plain_deepspeed_does_run(tmp_path: Path, canary: Path, payload: str,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_way_an_argument_of_plain_deepspeed_does_run(
+    tmp_path: Path, canary: Path, payload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that the test above would tell."""
     monkeypatch.chdir(canary.parent)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "train.py", payload.replace(CANARY, str(canary))]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "train.py",
+        payload.replace(CANARY, str(canary)),
+    ]
     line = line_for_a_shell(command, Remote(tmp_path).python, monkeypatch)
     subprocess.run(["sh", "-c", line], capture_output=True, timeout=20, check=False)
     assert canary.exists()
@@ -465,22 +595,48 @@ sys.exit(subprocess.run(["sh", "-c", " ".join(words)]).returncode)
 
 
 def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> None:
-    """The launcher's own process, with every payload at once, in variables that DeepSpeed pastes into a line, too."""
-    remote, payloads = Remote(tmp_path), [argument.replace(CANARY, str(canary)) for argument in ARGUMENTS]
+    """The launcher's own process, with every payload at once, in variables that DeepSpeed pastes
+    into a line, too."""
+    remote, payloads = (
+        Remote(tmp_path),
+        [argument.replace(CANARY, str(canary)) for argument in ARGUMENTS],
+    )
     (tmp_path / "bin").mkdir()
     pdsh = tmp_path / "bin" / "pdsh"
     pdsh.write_text(f"#!{sys.executable}{PDSH}")
     pdsh.chmod(0o755)
     hostile = f'x"; touch {canary}; $(touch {canary}) `touch {canary}`'
-    base = environment() | {"PATH": f"{pdsh.parent}:{os.environ['PATH']}", "TELL": str(remote.python)}
-    base |= dict.fromkeys(("NCCL_DEBUG", "UCX_TLS", "MLFLOW_RUN", "MV2_X", "PYTHONPATH", "WCOLL", "PDSH_RCMD_TYPE",
-                           "OMPI_MCA_plm_rsh_agent", "PMIX_X"), hostile)
+    base = environment() | {
+        "PATH": f"{pdsh.parent}:{os.environ['PATH']}",
+        "TELL": str(remote.python),
+    }
+    base |= dict.fromkeys(
+        (
+            "NCCL_DEBUG",
+            "UCX_TLS",
+            "MLFLOW_RUN",
+            "MV2_X",
+            "PYTHONPATH",
+            "WCOLL",
+            "PDSH_RCMD_TYPE",
+            "OMPI_MCA_plm_rsh_agent",
+            "PMIX_X",
+        ),
+        hostile,
+    )
     (canary.parent / ".deepspeed_env").write_text(f"A={hostile}\n")
     sent = job(tmp_path, *payloads, variables={"A": hostile})
     variables = sent.launcher_variables(tmp_path, base)
     assert hostile not in variables.values()
-    done = subprocess.run(sent.command(tmp_path, sent.word("run", 1)), env=variables, cwd=canary.parent,
-                          capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        sent.command(tmp_path, sent.word("run", 1)),
+        env=variables,
+        cwd=canary.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert messages.unpack(remote.told()[-1]) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
     assert sent.task["arguments"] == payloads
@@ -502,7 +658,9 @@ def test_a_task_is_one_word_in_which_no_shell_finds_anything(arguments: list[str
     assert messages.unpack(word) == json.loads(json.dumps({"arguments": arguments}))
 
 
-@pytest.mark.parametrize("slots", [{"node1": (0, 1), "node2": (1,)}, {"node1": (2, 5), "node2": (0,), "node3": (7,)}])
+@pytest.mark.parametrize(
+    "slots", [{"node1": (0, 1), "node2": (1,)}, {"node1": (2, 5), "node2": (0,), "node3": (7,)}]
+)
 def test_deepspeed_reads_the_slots_that_were_chosen(tmp_path: Path, slots: dict) -> None:
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
@@ -514,7 +672,9 @@ def test_deepspeed_reads_the_slots_that_were_chosen(tmp_path: Path, slots: dict)
     assert list(found) == list(slots)
 
 
-def test_what_launchers_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_launchers_cannot_do_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ompi_info").touch(0o755)
     (tmp_path / "srun").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -523,16 +683,27 @@ def test_what_launchers_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest
     check_launcher("openmpi", both, "--mca btl tcp")
     check_launcher("slurm", both, "")
     assert refused(check_launcher, "pdsh", both, "") == (
-        "--launcher pdsh needs pdsh, which is not installed here; `apt install pdsh`, or choose another --launcher")
-    assert "of node2 it would be 1" in refused(check_launcher, "openmpi", {"node1": (0, 1), "node2": (1,)}, "")
+        "--launcher pdsh needs pdsh, which is not installed here; `apt install pdsh`, or choose "
+        "another --launcher"
+    )
+    assert "of node2 it would be 1" in refused(
+        check_launcher, "openmpi", {"node1": (0, 1), "node2": (1,)}, ""
+    )
     uneven = {"node1": (0, 1), "node2": (0,)}
     assert "the same number of slots on every host" in refused(check_launcher, "slurm", uneven, "")
-    assert refused(check_launcher, "openmpi", both, "'") == "--launcher-args \"'\": No closing quotation"
+    assert (
+        refused(check_launcher, "openmpi", both, "'")
+        == '--launcher-args "\'": No closing quotation'
+    )
     monkeypatch.setattr("launch.cluster.job.ROOT", Path("/data/my $(reboot)"))
-    assert "move the checkout to a path of letters, digits and ./_-" in refused(check_launcher, "pdsh", both, "")
+    assert "move the checkout to a path of letters, digits and ./_-" in refused(
+        check_launcher, "pdsh", both, ""
+    )
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1;touch x", "$(touch x)", "-x", "127.0.0.1 x", "192.0.2.1"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1;touch x", "$(touch x)", "-x", "127.0.0.1 x", "192.0.2.1"]
+)
 def test_ranks_meet_at_an_address_of_this_machine_alone(address: str) -> None:
     """It is put into command lines as it is."""
     from pipeline.distributed.launcher import is_own
@@ -545,9 +716,12 @@ def test_ranks_meet_at_an_address_of_this_machine_alone(address: str) -> None:
 def test_a_port_is_a_free_one_of_this_machine() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert refused(choose_port, "127.0.0.1", port).startswith(f"127.0.0.1 port {port} cannot be listened on here: ")
+        assert refused(choose_port, "127.0.0.1", port).startswith(
+            f"127.0.0.1 port {port} cannot be listened on here: "
+        )
     assert choose_port("127.0.0.1", port) == port
     assert 1024 <= choose_port("127.0.0.1", 0) <= 65535
     for number in (-1, 65536):
         assert refused(choose_port, "127.0.0.1", number) == (
-            f"--master-port {number} must be between 1 and 65535, or 0 for a free one")
+            f"--master-port {number} must be between 1 and 65535, or 0 for a free one"
+        )

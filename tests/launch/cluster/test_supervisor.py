@@ -1,6 +1,8 @@
-"""The supervisor and its guards: whatever ends one rank ends all, with the cause named. Real processes, no network.
+"""The supervisor and its guards: whatever ends one rank ends all, with the cause named. Real
+processes, no network.
 
-`train.py` is a stand-in here, in a copy of the checkout: each rank runs the lines of Python that the test gives it.
+`train.py` is a stand-in here, in a copy of the checkout: each rank runs the lines of Python that
+the test gives it.
 """
 
 from __future__ import annotations
@@ -106,13 +108,16 @@ SHORT = {"TOGETHER_SECONDS": 0.5, "END_SECONDS": 2, "GRACE_SECONDS": 5, "LAUNCHE
 """The supervisor's patience, in these tests."""
 
 SLEEP = "leave(f'ready-{rank}'); time.sleep(60)\n"
-SAVE = """
+SAVE = (
+    """
 def save(*_):
     leave(f'saved-{rank}')
     print('stopped and saved')
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
-""" + SLEEP
+"""
+    + SLEEP
+)
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP
 WELL = "wait_for('go')\n"
 RAISE = "wait_for('ready-0')\nraise ArithmeticError('the seventh step')\n"
@@ -148,34 +153,68 @@ def is_alive(pid: int) -> bool:
 
 
 class Run:
-    """A supervisor in a process of its own, with a launcher that starts a guard for each rank on this machine."""
+    """A supervisor in a process of its own, with a launcher that starts a guard for each rank on
+    this machine."""
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.checkout, self.folder, self.logs = checkout, folder, folder / "run.logs"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *ranks: str, hosts: tuple[str, ...] = HOSTS, first: str = "", launcher: str = LAUNCHER,
-              guard: Mapping[str, float] | None = None, names_are_ranks: bool = True, directory: str = "",
-              variables: Mapping[str, str] | None = None, logs: Path | None = None, **constants: float) -> None:
+    def start(
+        self,
+        *ranks: str,
+        hosts: tuple[str, ...] = HOSTS,
+        first: str = "",
+        launcher: str = LAUNCHER,
+        guard: Mapping[str, float] | None = None,
+        names_are_ranks: bool = True,
+        directory: str = "",
+        variables: Mapping[str, str] | None = None,
+        logs: Path | None = None,
+        **constants: float,
+    ) -> None:
         """Begin. `guard` and `constants`: time-outs of the guards and of the supervisor.
 
-        `launcher`: its program, empty for DeepSpeed's own; `first`: what it does before it starts any guard.
+        `launcher`: its program, empty for DeepSpeed's own; `first`: what it does before it starts
+        any guard.
         """
         program = self.folder / "launcher.py"
         program.write_text(launcher.replace("FIRST", first).replace("CHECKOUT", str(self.checkout)))
-        command = [sys.executable, str(program), json.dumps(guard or {}), str(len(hosts))] if launcher else []
-        given = {"constants": {**SHORT, **constants}, "hosts": hosts, "ranks": ranks, "variables": variables or {},
-                 "directory": directory or str(self.folder), "logs": str(logs or self.logs), "token": TOKEN,
-                 "names_are_ranks": names_are_ranks, "launcher": command}
+        command = (
+            [sys.executable, str(program), json.dumps(guard or {}), str(len(hosts))]
+            if launcher
+            else []
+        )
+        given = {
+            "constants": {**SHORT, **constants},
+            "hosts": hosts,
+            "ranks": ranks,
+            "variables": variables or {},
+            "directory": directory or str(self.folder),
+            "logs": str(logs or self.logs),
+            "token": TOKEN,
+            "names_are_ranks": names_are_ranks,
+            "launcher": command,
+        }
         own = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-        with open(self.folder / "stdout", "wb") as stdout, open(self.folder / "stderr", "wb") as stderr:
-            self.process = subprocess.Popen([sys.executable, str(self.checkout / "supervise.py"), json.dumps(given)],
-                                            env=own | {"TORCH_EXTENSIONS_DIR": str(self.folder / "extensions")},
-                                            cwd=self.folder, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
+        with (
+            open(self.folder / "stdout", "wb") as stdout,
+            open(self.folder / "stderr", "wb") as stderr,
+        ):
+            self.process = subprocess.Popen(
+                [sys.executable, str(self.checkout / "supervise.py"), json.dumps(given)],
+                env=own | {"TORCH_EXTENSIONS_DIR": str(self.folder / "extensions")},
+                cwd=self.folder,
+                stdout=stdout,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+            )
 
     def read(self, name: str) -> str:
         """The text of a file, which may still have to come."""
-        wait_until(lambda: (self.folder / name).exists(), f"{name} did not come: {self.printed('stderr')}")
+        wait_until(
+            lambda: (self.folder / name).exists(), f"{name} did not come: {self.printed('stderr')}"
+        )
         return (self.folder / name).read_text()
 
     def printed(self, name: str) -> str:
@@ -194,7 +233,12 @@ class Run:
         self.assert_nothing_left()
         told = json.loads(self.read("outcome"))
         failure = told["failure"] or {"cause": "", "tail": "", "status": 0}
-        return JobOutcome(told["stopped_by"], **failure, stdout=self.printed("stdout"), stderr=self.printed("stderr"))
+        return JobOutcome(
+            told["stopped_by"],
+            **failure,
+            stdout=self.printed("stdout"),
+            stderr=self.printed("stderr"),
+        )
 
     def run(self, *ranks: str, **options: Any) -> JobOutcome:
         self.start(*ranks, **options)
@@ -235,16 +279,23 @@ def run(checkout: Path, tmp_path: Path) -> Iterator[Run]:
         made.process.wait()
 
 
-# --- What a rank is given, and what is heard of it --------------------------------------------------------------------
+# --- What a rank is given, and what is heard of it
+# --------------------------------------------------------------------
+
 
 def test_a_job_that_ends_well(run: Run) -> None:
     """The first rank's output is the job's; each rank's own lies in a file."""
-    # Each line in one write: print() on an unbuffered stream makes several, between which the other's may come.
-    say = ("sys.stdout.write(f\"out of {rank} {os.environ['NCCL_X']} {os.getcwd()}\\n\"); "
-           "sys.stderr.write(f'err of {rank}\\n')\n")
+    # Each line in one write: print() on an unbuffered stream makes several, between which the
+    # other's may come.
+    say = (
+        "sys.stdout.write(f\"out of {rank} {os.environ['NCCL_X']} {os.getcwd()}\\n\"); "
+        "sys.stderr.write(f'err of {rank}\\n')\n"
+    )
     for _ in range(2):
         outcome = run.run(say, say, variables={"NCCL_X": "$(a) 'b'"})
-        assert outcome == JobOutcome(0, "", "", 0, f"out of 0 $(a) 'b' {run.folder}\n", "err of 0\n")
+        assert outcome == JobOutcome(
+            0, "", "", 0, f"out of 0 $(a) 'b' {run.folder}\n", "err of 0\n"
+        )
     for rank in (0, 1):
         lines = (run.logs / f"rank-0000{rank}.log").read_text().splitlines()
         assert len(lines) == 6  # the second job's behind the first's
@@ -262,8 +313,10 @@ sys.exit(3)
     outcome = run.run(say, SLEEP)
     whole = "".join(f"line {number:06} of rank 0\n" for number in range(40_000))
     assert outcome.stdout == "\ufffd\0\n" + whole
-    assert (run.logs / "rank-00000.log").read_bytes().partition(b"\n")[2] == b"\xff\0\n" + whole.encode()
-    assert outcome.tail == whole[-messages.TAIL_CHARACTERS:]
+    assert (run.logs / "rank-00000.log").read_bytes().partition(b"\n")[
+        2
+    ] == b"\xff\0\n" + whole.encode()
+    assert outcome.tail == whole[-messages.TAIL_CHARACTERS :]
     assert outcome.cause == "rank 0 on here ended with status 3"
 
 
@@ -280,13 +333,17 @@ def test_a_folder_that_is_not_there_is_no_failure(run: Run) -> None:
 
 def test_what_a_rank_leaves_behind_is_ended(run: Run) -> None:
     """Though it holds the rank's output open."""
-    leave = "import subprocess; child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)\n" \
-            "with open('train-left', 'w') as file: file.write(str(child.pid))\n"
+    leave = (
+        "import subprocess; child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)\n"
+        "with open('train-left', 'w') as file: file.write(str(child.pid))\n"
+    )
     assert run.run(leave + "print('done')", "").stdout == "done\n"
     assert run.pid("train-left")
 
 
-# --- A rank fails -----------------------------------------------------------------------------------------------------
+# --- A rank fails
+# --------------------------------------------------------------------------------------------------
+
 
 def test_a_rank_that_raises_ends_the_others(run: Run) -> None:
     run.start(SLEEP, "sys.stderr.write('x' * 30_000 + '\\n')\n" + RAISE)
@@ -304,7 +361,9 @@ def test_a_rank_that_raises_ends_the_others(run: Run) -> None:
 
 
 def test_an_error_of_the_user_keeps_its_status(run: Run) -> None:
-    outcome = run.run(SLEEP, "wait_for('ready-0'); sys.stderr.write('error: no such recipe\\n'); sys.exit(2)")
+    outcome = run.run(
+        SLEEP, "wait_for('ready-0'); sys.stderr.write('error: no such recipe\\n'); sys.exit(2)"
+    )
     assert (outcome.cause, outcome.status) == ("rank 1 on there ended with status 2", 2)
     assert outcome.tail == "error: no such recipe\n"
 
@@ -328,8 +387,15 @@ def test_a_rank_that_does_not_listen_is_killed(run: Run) -> None:
 
 def test_the_cause_is_told_from_its_echo(run: Run) -> None:
     """Rank 0 ends first, for want of rank 1, whose own error takes a moment more."""
-    echo = "print('RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:4711', file=sys.stderr); sys.exit(1)"
-    cause = "signal.signal(signal.SIGTERM, signal.SIG_IGN); leave('ready'); time.sleep(0.3); raise MemoryError('none')"
+    echo = (
+        "print('RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:4711', "
+        "file=sys.stderr); sys.exit(1)"
+    )
+    cause = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); leave('ready'); time.sleep(0.3); "
+        "raise "
+        "MemoryError('none')"
+    )
     outcome = run.run("wait_for('ready'); " + echo, cause, TOGETHER_SECONDS=5)
     assert outcome.cause == "rank 1 on there ended with status 1"
     assert outcome.tail.endswith("MemoryError: none\n")
@@ -338,12 +404,16 @@ def test_the_cause_is_told_from_its_echo(run: Run) -> None:
 def test_a_watchdogs_end_names_the_rank_that_is_stuck(run: Run) -> None:
     watchdog = "wait_for('ready-1'); print('Timeout (0:00:06)!\\nThread 0x1:'); sys.exit(1)"
     outcome = run.run(watchdog, DEAF, END_SECONDS=0.3)
-    assert outcome.cause == ("rank 0 on here made no step for too long (--watchdog-minutes); rank 1 on there did not "
-                             "answer: stopped or stuck")
+    assert outcome.cause == (
+        "rank 0 on here made no step for too long (--watchdog-minutes); rank 1 on there did not "
+        "answer: stopped or stuck"
+    )
     assert "Thread 0x1:" in outcome.tail
 
 
-# --- CTRL+C -----------------------------------------------------------------------------------------------------------
+# --- CTRL+C
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ranks_save_when_the_user_stops_them(run: Run, number: int) -> None:
@@ -353,7 +423,11 @@ def test_ranks_save_when_the_user_stops_them(run: Run, number: int) -> None:
     for _ in range(3):  # an impatient one
         os.kill(run.process.pid, number)
     outcome = run.finish()
-    assert (outcome.stopped_by, outcome.status, outcome.stdout) == (number, 0, "stopped and saved\n")
+    assert (outcome.stopped_by, outcome.status, outcome.stdout) == (
+        number,
+        0,
+        "stopped and saved\n",
+    )
     assert (run.folder / "saved-0").exists()
     assert (run.folder / "saved-1").exists()
 
@@ -368,13 +442,19 @@ def test_ranks_that_have_not_begun_are_stopped_too(run: Run) -> None:
 
 
 def test_a_rank_that_fails_while_it_saves_is_told(run: Run) -> None:
-    fail = "def fail(*_): raise OSError('No space left on device')\nsignal.signal(signal.SIGTERM, fail)\n" + SLEEP
+    fail = (
+        "def fail(*_): raise OSError('No space left on device')\nsignal.signal(signal.SIGTERM, "
+        "fail)\n"
+    ) + SLEEP
     run.start(SAVE, fail)
     for rank in (0, 1):
         run.read(f"ready-{rank}")
     os.kill(run.process.pid, signal.SIGINT)
     outcome = run.finish()
-    assert (outcome.stopped_by, outcome.cause) == (signal.SIGINT, "rank 1 on there ended with status 1")
+    assert (outcome.stopped_by, outcome.cause) == (
+        signal.SIGINT,
+        "rank 1 on there ended with status 1",
+    )
     assert outcome.tail.endswith("OSError: No space left on device\n")
 
 
@@ -384,11 +464,17 @@ def test_a_rank_that_does_not_save_in_time_is_told(run: Run) -> None:
         run.read(f"ready-{rank}")
     os.kill(run.process.pid, signal.SIGINT)
     outcome = run.finish()
-    assert (outcome.stopped_by, outcome.status, outcome.stdout) == (signal.SIGINT, 1, "stopped and saved\n")
+    assert (outcome.stopped_by, outcome.status, outcome.stdout) == (
+        signal.SIGINT,
+        1,
+        "stopped and saved\n",
+    )
     assert outcome.cause == "rank 1 on there did not end within 0 s and was killed"
 
 
-# --- Strangers --------------------------------------------------------------------------------------------------------
+# --- Strangers
+# --------------------------------------------------------------------------------------------------
+
 
 def hello(rank: int) -> bytes:
     return b'{"hello": "%s", "rank": %d, "host": "x"}\n' % (TOKEN.encode(), rank)
@@ -423,8 +509,11 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_strangers_are_no_ranks(run: Run) -> None:
-    """Neither before the ranks have come nor after; one that says nothing at all does no harm either."""
-    run.start("print('well'); " + WELL, WELL, first="while not os.path.exists('begin'): time.sleep(0.02)")
+    """Neither before the ranks have come nor after; one that says nothing at all does no harm
+    either."""
+    run.start(
+        "print('well'); " + WELL, WELL, first="while not os.path.exists('begin'): time.sleep(0.02)"
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.connect())
         for said in STRANGE:
@@ -432,14 +521,19 @@ def test_strangers_are_no_ranks(run: Run) -> None:
         (run.folder / "begin").touch()
         for rank in (0, 1):
             run.read(f"train-{rank}")
-        for said in (*STRANGE, hello(0) + b'{"exit": 1}\n', hello(1) + b'{"out": "evil"}\n'):  # both are there already
+        for said in (
+            *STRANGE,
+            hello(0) + b'{"exit": 1}\n',
+            hello(1) + b'{"out": "evil"}\n',
+        ):  # both are there already
             assert is_closed(stack.enter_context(run.connect(said)))
         run.go()
         outcome = run.finish()
     assert outcome == JobOutcome(0, "", "", 0, "well\n", "")
 
 
-# --- Guards and launchers that go -------------------------------------------------------------------------------------
+# --- Guards and launchers that go
+# -------------------------------------------------------------------------------------
 
 NO_GUARDS = """
 import os, time
@@ -449,7 +543,8 @@ while not os.path.exists("go"):
 
 
 def heard(connection: socket.socket) -> messages.Message:
-    """The next message of the supervisor that is no beat and no task; none if it has closed the connection."""
+    """The next message of the supervisor that is no beat and no task; none if it has closed the
+    connection."""
     told = (json.loads(line) for line in connection.makefile())
     return next((message for message in told if not message.keys() & {"beat", "task"}), {})
 
@@ -462,7 +557,10 @@ def test_a_guard_that_vanishes_is_named(run: Run) -> None:
         run.go()
         one.sendall(b'{"exit": 143, "tail": "stopped and saved"}\n')
         outcome = run.finish()
-    assert (outcome.cause, outcome.status) == ("rank 1 on there vanished together with its guard", 1)
+    assert (outcome.cause, outcome.status) == (
+        "rank 1 on there vanished together with its guard",
+        1,
+    )
 
 
 def test_a_host_that_falls_silent_is_named(run: Run) -> None:
@@ -480,20 +578,28 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
         run.go()
         one.sendall(b'{"exit": 143, "tail": ""}\n')
         outcome = run.finish()
-    assert outcome.cause == ("there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
-                             "down")
+    assert outcome.cause == (
+        "there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
+        "down"
+    )
 
 
-@pytest.mark.parametrize("echo", ["recv: No route to host", "[gloo] Connection closed by peer [10.0.0.2]:4711"])
+@pytest.mark.parametrize(
+    "echo", ["recv: No route to host", "[gloo] Connection closed by peer [10.0.0.2]:4711"]
+)
 def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, echo: str) -> None:
     """The kernel may tell a rank that the other host is gone long before the silence has lasted."""
     run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2, TOGETHER_SECONDS=0.1)
     with run.connect(hello(1)):
-        run.connect(hello(0), json.dumps({"exit": 1, "tail": f"RuntimeError: {echo}"}).encode() + b"\n")
+        run.connect(
+            hello(0), json.dumps({"exit": 1, "tail": f"RuntimeError: {echo}"}).encode() + b"\n"
+        )
         run.go()
         outcome = run.finish()
-    assert outcome.cause == ("there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
-                             "down")
+    assert outcome.cause == (
+        "there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
+        "down"
+    )
 
 
 def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
@@ -515,7 +621,10 @@ def test_the_first_of_several_echoes_is_told_where_there_is_no_more(run: Run) ->
         run.go()
         other.sendall(said)
         outcome = run.finish()
-    assert (outcome.cause, outcome.tail) == ("rank 1 on there ended with status 1", "Connection reset by peer")
+    assert (outcome.cause, outcome.tail) == (
+        "rank 1 on there ended with status 1",
+        "Connection reset by peer",
+    )
 
 
 def test_a_launcher_that_is_killed_leaves_nothing(run: Run) -> None:
@@ -537,8 +646,11 @@ def test_a_rank_that_never_comes_is_named(run: Run) -> None:
 
 def test_a_host_that_ssh_does_not_reach_is_named(run: Run) -> None:
     """With what was said there; DeepSpeed's chatter is left out."""
-    said = ("there: [2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] chatter", "there: No module named deepspeed",
-            "pdsh@here: there: ssh exited with exit code 1")
+    said = (
+        "there: [2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] chatter",
+        "there: No module named deepspeed",
+        "pdsh@here: there: ssh exited with exit code 1",
+    )
     first = f"print({chr(10).join(said)!r}, flush=True); size = 1"
     run.start(SLEEP, SLEEP, first=first)
     outcome = run.finish()
@@ -551,7 +663,11 @@ def test_a_launcher_that_ends_at_once_ends_the_job(run: Run) -> None:
     began = time.monotonic()
     outcome = run.run(launcher="print('here: no such option')\nraise SystemExit(2)")
     assert time.monotonic() - began < SECONDS
-    assert (outcome.cause, outcome.tail, outcome.status) == ("rank 0 on here did not start", "no such option\n", 1)
+    assert (outcome.cause, outcome.tail, outcome.status) == (
+        "rank 0 on here did not start",
+        "no such option\n",
+        1,
+    )
 
 
 def test_and_what_it_said_is_told_whoever_said_it(run: Run) -> None:
@@ -568,9 +684,12 @@ def test_a_long_line_of_the_launcher_does_no_harm(run: Run) -> None:
 
 
 def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
-    """It starts the guards itself, with nothing of the task in their command lines, and is gone when they are."""
-    ranks = ("print(os.environ['CROSS_SIZE'], os.environ['LOCAL_SIZE'])\n" + SLEEP,
-             "wait_for('ready-0')\nraise ArithmeticError('the seventh step')")
+    """It starts the guards itself, with nothing of the task in their command lines, and is gone
+    when they are."""
+    ranks = (
+        "print(os.environ['CROSS_SIZE'], os.environ['LOCAL_SIZE'])\n" + SLEEP,
+        "wait_for('ready-0')\nraise ArithmeticError('the seventh step')",
+    )
     run.start(*ranks, hosts=("localhost", "localhost"), launcher="")
     outcome = run.finish()
     assert outcome.cause == "rank 1 on localhost ended with status 1"
@@ -578,7 +697,9 @@ def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
     assert outcome.stdout == "1 2\n"
 
 
-# --- A guard without its supervisor -----------------------------------------------------------------------------------
+# --- A guard without its supervisor
+# -----------------------------------------------------------------------------------
+
 
 def test_ranks_save_when_their_supervisor_is_killed(run: Run) -> None:
     """And one that does not listen is killed."""
@@ -601,10 +722,18 @@ def test_ranks_save_when_their_supervisor_falls_silent(run: Run) -> None:
 
 def lone_guard(run: Run, port: int, seconds: float) -> subprocess.Popen[str]:
     word = messages.pack({"run": TOKEN, "supervisor": ["127.0.0.1", port]})
-    code = (f"import sys; sys.path.insert(0, {str(run.checkout)!r}); from launch.cluster import guard; "
-            f"guard.CONNECT_SECONDS = {seconds}; sys.exit(guard.main())")
-    return subprocess.Popen([sys.executable, "-c", code, word], env={**environment(), "RANK": "0", "WORLD_SIZE": "1"},
-                            cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(run.checkout)!r}); from launch.cluster import guard; "
+        f"guard.CONNECT_SECONDS = {seconds}; sys.exit(guard.main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, word],
+        env={**environment(), "RANK": "0", "WORLD_SIZE": "1"},
+        cwd=run.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -617,8 +746,12 @@ def test_a_guard_that_cannot_reach_its_supervisor_says_so(run: Run, closed_port:
     guard = lone_guard(run, closed_port, 0.2)
     stdout, stderr = guard.communicate(timeout=10)
     assert (guard.returncode, stdout, stderr.count("\n")) == (1, "", 1)
-    assert stderr.startswith(f"error: {socket.gethostname()} cannot reach the first node at 127.0.0.1:{closed_port}: ")
-    assert stderr.endswith("; open its firewall for this network, or name its address with --master-addr\n")
+    assert stderr.startswith(
+        f"error: {socket.gethostname()} cannot reach the first node at 127.0.0.1:{closed_port}: "
+    )
+    assert stderr.endswith(
+        "; open its firewall for this network, or name its address with --master-addr\n"
+    )
     assert not (run.folder / "begun").exists()
 
 
@@ -638,20 +771,27 @@ def test_a_log_that_cannot_be_written_is_the_cause(run: Run) -> None:
     assert str(run.folder / "file" / "logs") in outcome.cause + outcome.tail
 
 
-# --- What they say to each other --------------------------------------------------------------------------------------
+# --- What they say to each other
+# --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("said", "heard"), [
-    (b'{"beat": 0}\n{"out": "a\\nb"}\n', [{"beat": 0}, {"out": "a\nb"}]),
-    (b'{"exit": 0}', [{"exit": 0}]),  # the connection broke behind it
-    (b'{"beat": 0}\n{"ex', [{"beat": 0}]),
-    (b'{"beat": 0}\n[]\n{"beat": 1}\n', [{"beat": 0}]),
-    (b'{"beat": 0}\nno message\n{"beat": 1}\n', [{"beat": 0}]),
-    (b'{"beat": 0}\n\xff\n{"beat": 1}\n', [{"beat": 0}]),
-    (b'{"beat": 0}\n' + b"x" * (2 * messages.MOST_BYTES) + b'\n{"beat": 1}\n', [{"beat": 0}]),
-    (b'{"beat": 0}\n' + b"[" * 100_000 + b'\n{"beat": 1}\n', [{"beat": 0}]),
-    (b"", []),
-])
-def test_nothing_is_heard_behind_what_is_no_message(said: bytes, heard: list[dict[str, Any]]) -> None:
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        (b'{"beat": 0}\n{"out": "a\\nb"}\n', [{"beat": 0}, {"out": "a\nb"}]),
+        (b'{"exit": 0}', [{"exit": 0}]),  # the connection broke behind it
+        (b'{"beat": 0}\n{"ex', [{"beat": 0}]),
+        (b'{"beat": 0}\n[]\n{"beat": 1}\n', [{"beat": 0}]),
+        (b'{"beat": 0}\nno message\n{"beat": 1}\n', [{"beat": 0}]),
+        (b'{"beat": 0}\n\xff\n{"beat": 1}\n', [{"beat": 0}]),
+        (b'{"beat": 0}\n' + b"x" * (2 * messages.MOST_BYTES) + b'\n{"beat": 1}\n', [{"beat": 0}]),
+        (b'{"beat": 0}\n' + b"[" * 100_000 + b'\n{"beat": 1}\n', [{"beat": 0}]),
+        (b"", []),
+    ],
+)
+def test_nothing_is_heard_behind_what_is_no_message(
+    said: bytes, heard: list[dict[str, Any]]
+) -> None:
     async def listen() -> list[dict[str, Any]]:
         reader = asyncio.StreamReader(limit=messages.MOST_BYTES)
         reader.feed_data(said)

@@ -44,35 +44,70 @@ from pipeline.distributed.launcher import own_addresses
 
 PYTHON = "/work/main/.venv/bin/python"
 
-# --- What facts mean --------------------------------------------------------------------------------------------------
+# --- What facts mean
+# --------------------------------------------------------------------------------------------------
+
 
 def gpu(index: int, **changes: Any) -> dict[str, Any]:
-    return {"index": index, "name": "NVIDIA H100 80GB HBM3", "driver_version": "550.54.15", "memory.total": 81559,
-            "memory.used": 4, "pstate": "P0", "temperature.gpu": 31, "power.limit": 700.0,
-            "power.default_limit": 700.0, "ecc.errors.uncorrected.volatile.total": 0, "mig.mode.current": "Disabled",
-            "slowed_by": [], **changes}
+    return {
+        "index": index,
+        "name": "NVIDIA H100 80GB HBM3",
+        "driver_version": "550.54.15",
+        "memory.total": 81559,
+        "memory.used": 4,
+        "pstate": "P0",
+        "temperature.gpu": 31,
+        "power.limit": 700.0,
+        "power.default_limit": 700.0,
+        "ecc.errors.uncorrected.volatile.total": 0,
+        "mig.mode.current": "Disabled",
+        "slowed_by": [],
+        **changes,
+    }
 
 
 FACTS: dict[str, Any] = {
     "python": {"version": "3.11.7", "executable": PYTHON},
-    "checkout": {"exists": True, "commit": "a" * 40, "files": {"train.py": "1", "launch/cluster/job.py": "2"}},
+    "checkout": {
+        "exists": True,
+        "commit": "a" * 40,
+        "files": {"train.py": "1", "launch/cluster/job.py": "2"},
+    },
     "packages": {"torch": "2.13.0", "numpy": "2.3.1", "nvidia-dali-cuda120": "2.4.0"},
-    "cores": 16, "memory": {"total": 64 * GIB, "free": 60 * GIB},
+    "cores": 16,
+    "memory": {"total": 64 * GIB, "free": 60 * GIB},
     "output": {"at": "/runs", "free": 100 * GIB, "complaint": ""},
     "limits": {"open_files": 65536, "most_open_files": 1 << 20, "shm": 16 * GIB},
     "nvidia": {"gpus": [gpu(0), gpu(1)], "complaint": ""},
-    "datasets": [{"directory": "/data", "files": 300, "checked": 300, "missing": 0, "first_missing": "",
-                  "lists": {name: {"count": 150, "sha256": name, "complaint": ""} for name in probe.LISTS},
-                  "sample": {"a.npy": "1", "b.npy": "2"}}],
+    "datasets": [
+        {
+            "directory": "/data",
+            "files": 300,
+            "checked": 300,
+            "missing": 0,
+            "first_missing": "",
+            "lists": {
+                name: {"count": 150, "sha256": name, "complaint": ""} for name in probe.LISTS
+            },
+            "sample": {"a.npy": "1", "b.npy": "2"},
+        }
+    ],
 }
 
 
-TORCH = {"torch": "2.13.0", "cuda": "13.0", "driver": "580.65.06", "complaint": "", "uncompiled": "",
-         "gpus": [{"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}] * 2}
+TORCH = {
+    "torch": "2.13.0",
+    "cuda": "13.0",
+    "driver": "580.65.06",
+    "complaint": "",
+    "uncompiled": "",
+    "gpus": [{"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}] * 2,
+}
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """`FACTS` with other values at dotted keys; numbers are positions in lists, `None` takes a key away."""
+    """`FACTS` with other values at dotted keys; numbers are positions in lists, `None` takes a key
+    away."""
     facts = copy.deepcopy(FACTS)
     for key, value in changes.items():
         *path, last = key.split("/")
@@ -86,7 +121,9 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def question(own: dict[str, Any], first: dict[str, Any] | None = None, host: str = "node2") -> Question:
+def question(
+    own: dict[str, Any], first: dict[str, Any] | None = None, host: str = "node2"
+) -> Question:
     return Question(host, (0, 1), changed(own), "node1", changed(first or {}), 4, PYTHON)
 
 
@@ -100,106 +137,355 @@ def found(check: str, ask: Question) -> list[Finding]:
     return findings
 
 
-@pytest.mark.parametrize(("check", "told"), [
-    ("checkout", "aaaaaaaaa"), ("python", "3.11.7"), ("packages", "torch 2.13.0"), ("cores", "16 for 2 ranks"),
-    ("memory", "60 GiB free"), ("disk", "100 GiB free"), ("limits", "65536 open files"),
-    ("GPUs", "2 x H100 80GB HBM3 80 GiB P0"), ("dataset", "300 files")])
+@pytest.mark.parametrize(
+    ("check", "told"),
+    [
+        ("checkout", "aaaaaaaaa"),
+        ("python", "3.11.7"),
+        ("packages", "torch 2.13.0"),
+        ("cores", "16 for 2 ranks"),
+        ("memory", "60 GiB free"),
+        ("disk", "100 GiB free"),
+        ("limits", "65536 open files"),
+        ("GPUs", "2 x H100 80GB HBM3 80 GiB P0"),
+        ("dataset", "300 files"),
+    ],
+)
 def test_a_host_like_the_first_passes(check: str, told: str) -> None:
     assert found(check, question({})) == [Finding("node2", check, PASS, told)]
 
 
-@pytest.mark.parametrize(("check", "own", "verdict", "told", "advice"), [
-    ("checkout", {"checkout/exists": False}, FAIL, "missing",
-     "there is no checkout where node1 has its own; run launch/sync.sh"),
-    ("checkout", {"checkout/files/train.py": "3"}, FAIL, "1 file other",
-     "train.py differ from those of node1; run launch/sync.sh"),
-    ("checkout", {"checkout/files": {}, "checkout/commit": "b" * 40}, FAIL, "2 files other",
-     "launch/cluster/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there aaaaaaaaa); run "
-     "launch/sync.sh"),
-    ("checkout", {"checkout/files": {f"{n}.py": "1" for n in range(3)}}, FAIL, "5 files other",
-     "0.py, 1.py, 2.py and 2 more differ from those of node1; run launch/sync.sh"),
-    ("checkout", {"checkout/commit": ""}, PASS, "no commit known, same files", ""),
-    ("python", {"python/executable": "/usr/bin/python3"}, FAIL, "not there",
-     f"there is no {PYTHON}; run launch/sync.sh"),
-    ("python", {"python/version": "3.12.1"}, FAIL, "3.12.1",
-     "Python 3.12.1, and node1 has 3.11.7; make the environment again with 3.11"),
-    ("python", {"python/version": "3.11.9"}, WARN, "3.11.9", "likely harmless"),
-    ("packages", {"packages/torch": "2.12.0"}, FAIL, "1 package other", "torch 2.12.0 (2.13.0 on node1); run "
-     "launch/sync.sh, or `pip install -r requirements.txt` there"),
-    ("packages", {"packages/numpy": "", "packages/torch": "2.12.0"}, FAIL, "2 packages other",
-     "no numpy; torch 2.12.0 (2.13.0 on node1); "),
-    ("packages", {"packages/nvidia-dali-cuda120": None, "packages/nvidia-dali-cuda130": "2.4.0"}, FAIL,
-     "2 packages other", "no nvidia-dali-cuda120; nvidia-dali-cuda130 2.4.0 (none on node1); "),
-    ("cores", {"cores": 1}, WARN, "1 for 2 ranks",
-     "1 core for 2 ranks: they will wait for each other; give fewer slots"),
-    ("memory", {"memory/free": 3 * GIB}, WARN, "3 GiB free", "3.0 GiB of memory are free for 2 ranks, of about 2 each"),
-    ("disk", {"output/complaint": "Permission denied"}, WARN, "not writable", "/runs cannot be written to: Permission "
-     "denied; name another --output-dir"),
-    ("disk", {"output/free": GIB // 4}, WARN, "0 GiB free", "0.2 GiB are free at /runs; make room"),
-    ("disk", {"output/free": GIB}, PASS, "1 GiB free", ""),  # only the first keeps checkpoints
-    ("limits", {"limits/open_files": 256}, WARN, "256 open files", "ulimit -n is 256, and 4 ranks may need 1024 "
-     "connections and files; say `ulimit -n 1024` in ~/.bashrc there"),
-    ("limits", {"limits/open_files": 256, "limits/most_open_files": 512}, WARN, "256 open files",
-     "say `* - nofile 1024` in /etc/security/limits.conf there"),
-    ("limits", {"limits/shm": 64 << 20}, WARN, "/dev/shm 67 MB", "is too small; in a container: --shm-size=8g"),
-    ("GPUs", {"nvidia/complaint": "nvidia-smi did not answer within 15 s"}, FAIL, "driver silent",
-     "nvidia-smi did not answer within 15 s; reboot, or reinstall the NVIDIA driver"),
-    ("GPUs", {"nvidia/gpus": []}, FAIL, "0 GPUs", "node1 has GPUs and node2 has none; leave one of them out"),
-    ("GPUs", {"nvidia/gpus": [gpu(0)]}, FAIL, "1 GPUs",
-     "it has 1 GPUs, and the hostfile wants 1, too (counted from 0); write slots=1"),
-    ("GPUs", {"nvidia/gpus": [gpu(0), gpu(1, name="NVIDIA A100-SXM4-40GB")]}, WARN, "mixed GPUs",
-     "GPUs differ (NVIDIA A100-SXM4-40GB, NVIDIA H100 80GB HBM3): every step takes as long as on the slowest"),
-    ("GPUs", {"nvidia/gpus": [gpu(n, driver_version="535.1") for n in range(2)]}, WARN, "driver 535.1",
-     "NVIDIA driver 535.1, and node1 has 550.54.15; install the same on all hosts"),
-    ("GPUs", {"nvidia/gpus/1/memory.used": 70000}, WARN, "GPU 1: see below", "has 68.4 of 80 GiB in use by others"),
-    ("GPUs", {"nvidia/gpus/1/power.limit": 500.0}, WARN, "GPU 1: see below", "may take 500 W of its usual 700"),
-    ("GPUs", {"nvidia/gpus/1/slowed_by": ["heat (hardware)", "power brake"], "nvidia/gpus/1/temperature.gpu": 91},
-     WARN, "GPU 1: see below", "is slowed by heat (hardware), power brake at 91 C; look after cooling"),
-    ("GPUs", {"nvidia/gpus/1/ecc.errors.uncorrected.volatile.total": 2}, WARN, "GPU 1: see below",
-     "has had 2 uncorrected memory errors"),
-    ("GPUs", {"nvidia/gpus/1/mig.mode.current": "Enabled"}, WARN, "GPU 1: see below", "is cut into MIG slices"),
-    ("GPUs", {"torch": {"error": "torch did not answer within 40 s"}}, WARN, "torch silent",
-     "what torch makes of the GPUs could not be found out: torch did not answer within 40 s"),
-    ("GPUs", {"torch": TORCH | {"complaint": "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old"}},
-     FAIL, "not usable", "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old"),
-    ("GPUs", {"torch": TORCH | {"gpus": []}}, FAIL, "not usable", "nvidia-smi lists GPUs, and torch 2.13.0 sees none"),
-    ("GPUs", {"torch": TORCH | {"uncompiled": "there is no C compiler (Debian: apt install gcc)"}}, WARN,
-     "not compiled", "torch.compile will not work, and training be slower: there is no C compiler (Debian: apt"),
-    ("GPUs", {"torch": TORCH}, PASS, "2 x H100 80GB HBM3 80 GiB P0", ""),
-    ("GPUs", {"torch": TORCH | {"gpus": []}, "python/executable": "/usr/bin/python3"}, PASS,
-     "2 x H100 80GB HBM3 80 GiB P0", ""),  # the packages of another Python say nothing
-    ("GPUs", {"nvidia/gpus": [gpu(0), gpu(1), gpu(2, **{"memory.used": 70000})]}, PASS, "2 x H100 80GB HBM3 80 GiB P0",
-     ""),  # the third is nobody's
-    ("dataset", {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"}, FAIL, "no list",
-     "/data/training_file_list.txt: No such file or directory; run launch/sync.sh --dataset-dir /data"),
-    ("dataset", {"datasets/0/lists/training_file_list.txt/sha256": "x"}, FAIL, "other list",
-     "/data/training_file_list.txt names 150 files, and that of node1 150, or others; run launch/sync.sh"),
-    ("dataset", {"datasets/0/missing": 2, "datasets/0/first_missing": "c.npy"}, FAIL, "2 missing",
-     "2 of the 300 files looked for in /data are not there (c.npy); run launch/sync.sh --dataset-dir /data"),
-    ("dataset", {"datasets/0/sample/b.npy": "3"}, FAIL, "other files",
-     "1 of 2 sampled files of /data are not those of node1 (b.npy); run launch/sync.sh --dataset-dir /data"),
-    ("dataset", {"datasets/0/checked": 256}, WARN, "256 of 300 seen", "its disk is slow"),
-])
-def test_a_difference_is_told_with_a_way_out(check: str, own: dict[str, Any], verdict: str, told: str,
-                                             advice: str) -> None:
+@pytest.mark.parametrize(
+    ("check", "own", "verdict", "told", "advice"),
+    [
+        (
+            "checkout",
+            {"checkout/exists": False},
+            FAIL,
+            "missing",
+            "there is no checkout where node1 has its own; run launch/sync.sh",
+        ),
+        (
+            "checkout",
+            {"checkout/files/train.py": "3"},
+            FAIL,
+            "1 file other",
+            "train.py differ from those of node1; run launch/sync.sh",
+        ),
+        (
+            "checkout",
+            {"checkout/files": {}, "checkout/commit": "b" * 40},
+            FAIL,
+            "2 files other",
+            "launch/cluster/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there "
+            "aaaaaaaaa); run "
+            "launch/sync.sh",
+        ),
+        (
+            "checkout",
+            {"checkout/files": {f"{n}.py": "1" for n in range(3)}},
+            FAIL,
+            "5 files other",
+            "0.py, 1.py, 2.py and 2 more differ from those of node1; run launch/sync.sh",
+        ),
+        ("checkout", {"checkout/commit": ""}, PASS, "no commit known, same files", ""),
+        (
+            "python",
+            {"python/executable": "/usr/bin/python3"},
+            FAIL,
+            "not there",
+            f"there is no {PYTHON}; run launch/sync.sh",
+        ),
+        (
+            "python",
+            {"python/version": "3.12.1"},
+            FAIL,
+            "3.12.1",
+            "Python 3.12.1, and node1 has 3.11.7; make the environment again with 3.11",
+        ),
+        ("python", {"python/version": "3.11.9"}, WARN, "3.11.9", "likely harmless"),
+        (
+            "packages",
+            {"packages/torch": "2.12.0"},
+            FAIL,
+            "1 package other",
+            "torch 2.12.0 (2.13.0 on node1); run "
+            "launch/sync.sh, or `pip install -r requirements.txt` there",
+        ),
+        (
+            "packages",
+            {"packages/numpy": "", "packages/torch": "2.12.0"},
+            FAIL,
+            "2 packages other",
+            "no numpy; torch 2.12.0 (2.13.0 on node1); ",
+        ),
+        (
+            "packages",
+            {"packages/nvidia-dali-cuda120": None, "packages/nvidia-dali-cuda130": "2.4.0"},
+            FAIL,
+            "2 packages other",
+            "no nvidia-dali-cuda120; nvidia-dali-cuda130 2.4.0 (none on node1); ",
+        ),
+        (
+            "cores",
+            {"cores": 1},
+            WARN,
+            "1 for 2 ranks",
+            "1 core for 2 ranks: they will wait for each other; give fewer slots",
+        ),
+        (
+            "memory",
+            {"memory/free": 3 * GIB},
+            WARN,
+            "3 GiB free",
+            "3.0 GiB of memory are free for 2 ranks, of about 2 each",
+        ),
+        (
+            "disk",
+            {"output/complaint": "Permission denied"},
+            WARN,
+            "not writable",
+            "/runs cannot be written to: Permission denied; name another --output-dir",
+        ),
+        (
+            "disk",
+            {"output/free": GIB // 4},
+            WARN,
+            "0 GiB free",
+            "0.2 GiB are free at /runs; make room",
+        ),
+        ("disk", {"output/free": GIB}, PASS, "1 GiB free", ""),  # only the first keeps checkpoints
+        (
+            "limits",
+            {"limits/open_files": 256},
+            WARN,
+            "256 open files",
+            "ulimit -n is 256, and 4 ranks may need 1024 "
+            "connections and files; say `ulimit -n 1024` in ~/.bashrc there",
+        ),
+        (
+            "limits",
+            {"limits/open_files": 256, "limits/most_open_files": 512},
+            WARN,
+            "256 open files",
+            "say `* - nofile 1024` in /etc/security/limits.conf there",
+        ),
+        (
+            "limits",
+            {"limits/shm": 64 << 20},
+            WARN,
+            "/dev/shm 67 MB",
+            "is too small; in a container: --shm-size=8g",
+        ),
+        (
+            "GPUs",
+            {"nvidia/complaint": "nvidia-smi did not answer within 15 s"},
+            FAIL,
+            "driver silent",
+            "nvidia-smi did not answer within 15 s; reboot, or reinstall the NVIDIA driver",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus": []},
+            FAIL,
+            "0 GPUs",
+            "node1 has GPUs and node2 has none; leave one of them out",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus": [gpu(0)]},
+            FAIL,
+            "1 GPUs",
+            "it has 1 GPUs, and the hostfile wants 1, too (counted from 0); write slots=1",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus": [gpu(0), gpu(1, name="NVIDIA A100-SXM4-40GB")]},
+            WARN,
+            "mixed GPUs",
+            "GPUs differ (NVIDIA A100-SXM4-40GB, NVIDIA H100 80GB HBM3): every step takes as long "
+            "as on the slowest",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus": [gpu(n, driver_version="535.1") for n in range(2)]},
+            WARN,
+            "driver 535.1",
+            "NVIDIA driver 535.1, and node1 has 550.54.15; install the same on all hosts",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus/1/memory.used": 70000},
+            WARN,
+            "GPU 1: see below",
+            "has 68.4 of 80 GiB in use by others",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus/1/power.limit": 500.0},
+            WARN,
+            "GPU 1: see below",
+            "may take 500 W of its usual 700",
+        ),
+        (
+            "GPUs",
+            {
+                "nvidia/gpus/1/slowed_by": ["heat (hardware)", "power brake"],
+                "nvidia/gpus/1/temperature.gpu": 91,
+            },
+            WARN,
+            "GPU 1: see below",
+            "is slowed by heat (hardware), power brake at 91 C; look after cooling",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus/1/ecc.errors.uncorrected.volatile.total": 2},
+            WARN,
+            "GPU 1: see below",
+            "has had 2 uncorrected memory errors",
+        ),
+        (
+            "GPUs",
+            {"nvidia/gpus/1/mig.mode.current": "Enabled"},
+            WARN,
+            "GPU 1: see below",
+            "is cut into MIG slices",
+        ),
+        (
+            "GPUs",
+            {"torch": {"error": "torch did not answer within 40 s"}},
+            WARN,
+            "torch silent",
+            "what torch makes of the GPUs could not be found out: torch did not answer within 40 s",
+        ),
+        (
+            "GPUs",
+            {
+                "torch": TORCH
+                | {
+                    "complaint": (
+                        "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old"
+                    )
+                }
+            },
+            FAIL,
+            "not usable",
+            "this machine has 2 GPUs (H100, NVIDIA driver 550.1), which is too old",
+        ),
+        (
+            "GPUs",
+            {"torch": TORCH | {"gpus": []}},
+            FAIL,
+            "not usable",
+            "nvidia-smi lists GPUs, and torch 2.13.0 sees none",
+        ),
+        (
+            "GPUs",
+            {"torch": TORCH | {"uncompiled": "there is no C compiler (Debian: apt install gcc)"}},
+            WARN,
+            "not compiled",
+            "torch.compile will not work, and training be slower: there is no C compiler (Debian: "
+            "apt",
+        ),
+        ("GPUs", {"torch": TORCH}, PASS, "2 x H100 80GB HBM3 80 GiB P0", ""),
+        (
+            "GPUs",
+            {"torch": TORCH | {"gpus": []}, "python/executable": "/usr/bin/python3"},
+            PASS,
+            "2 x H100 80GB HBM3 80 GiB P0",
+            "",
+        ),  # the packages of another Python say nothing
+        (
+            "GPUs",
+            {"nvidia/gpus": [gpu(0), gpu(1), gpu(2, **{"memory.used": 70000})]},
+            PASS,
+            "2 x H100 80GB HBM3 80 GiB P0",
+            "",
+        ),  # the third is nobody's
+        (
+            "dataset",
+            {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"},
+            FAIL,
+            "no list",
+            "/data/training_file_list.txt: No such file or directory; run launch/sync.sh "
+            "--dataset-dir /data",
+        ),
+        (
+            "dataset",
+            {"datasets/0/lists/training_file_list.txt/sha256": "x"},
+            FAIL,
+            "other list",
+            "/data/training_file_list.txt names 150 files, and that of node1 150, or others; run "
+            "launch/sync.sh",
+        ),
+        (
+            "dataset",
+            {"datasets/0/missing": 2, "datasets/0/first_missing": "c.npy"},
+            FAIL,
+            "2 missing",
+            "2 of the 300 files looked for in /data are not there (c.npy); run launch/sync.sh "
+            "--dataset-dir /data",
+        ),
+        (
+            "dataset",
+            {"datasets/0/sample/b.npy": "3"},
+            FAIL,
+            "other files",
+            "1 of 2 sampled files of /data are not those of node1 (b.npy); run launch/sync.sh "
+            "--dataset-dir /data",
+        ),
+        ("dataset", {"datasets/0/checked": 256}, WARN, "256 of 300 seen", "its disk is slow"),
+    ],
+)
+def test_a_difference_is_told_with_a_way_out(
+    check: str, own: dict[str, Any], verdict: str, told: str, advice: str
+) -> None:
     finding = worst(found(check, question(own)))
     assert finding is not None
     assert (finding.verdict, finding.told) == (verdict, told)
     assert advice in finding.advice
 
 
-@pytest.mark.parametrize(("check", "facts", "verdict", "advice"), [
-    ("packages", {"packages/torch": ""}, FAIL, "torch is not installed; run ./launch_local_train.sh --help once"),
-    ("disk", {"output/complaint": "Read-only file system"}, FAIL, "/runs cannot be written to: Read-only file system"),
-    ("disk", {"output/free": GIB // 4}, FAIL, "268 MB are free at /runs, where checkpoints go; make room"),
-    ("disk", {"output/free": 5 * GIB}, WARN, "5.0 GiB are free at /runs; make room"),
-    ("GPUs", {"nvidia/gpus": []}, PASS, ""),
-    ("dataset", {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"}, FAIL,
-     "write it with `python tools/select_training_files.py --data-dir /data`"),
-    ("dataset", {"datasets/0/missing": 2}, FAIL, "write the lists again, or bring the files back"),
-])
-def test_the_first_host_is_told_what_it_needs_itself(check: str, facts: dict[str, Any], verdict: str,
-                                                     advice: str) -> None:
+@pytest.mark.parametrize(
+    ("check", "facts", "verdict", "advice"),
+    [
+        (
+            "packages",
+            {"packages/torch": ""},
+            FAIL,
+            "torch is not installed; run ./launch_local_train.sh --help once",
+        ),
+        (
+            "disk",
+            {"output/complaint": "Read-only file system"},
+            FAIL,
+            "/runs cannot be written to: Read-only file system",
+        ),
+        (
+            "disk",
+            {"output/free": GIB // 4},
+            FAIL,
+            "268 MB are free at /runs, where checkpoints go; make room",
+        ),
+        ("disk", {"output/free": 5 * GIB}, WARN, "5.0 GiB are free at /runs; make room"),
+        ("GPUs", {"nvidia/gpus": []}, PASS, ""),
+        (
+            "dataset",
+            {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"},
+            FAIL,
+            "write it with `python tools/select_training_files.py --data-dir /data`",
+        ),
+        (
+            "dataset",
+            {"datasets/0/missing": 2},
+            FAIL,
+            "write the lists again, or bring the files back",
+        ),
+    ],
+)
+def test_the_first_host_is_told_what_it_needs_itself(
+    check: str, facts: dict[str, Any], verdict: str, advice: str
+) -> None:
     finding = worst(found(check, question(facts, facts, host="node1")))
     assert finding is not None
     assert finding.verdict == verdict
@@ -207,12 +493,18 @@ def test_the_first_host_is_told_what_it_needs_itself(check: str, facts: dict[str
 
 
 def test_packages_of_another_interpreter_say_nothing() -> None:
-    assert found("packages", question({"python/executable": "/usr/bin/python3", "packages": {}})) == []
+    assert (
+        found("packages", question({"python/executable": "/usr/bin/python3", "packages": {}})) == []
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(ahead=st.floats(-1000, 1000), there=st.floats(0, 5), back=st.floats(0, 5), work=st.floats(0, 5))
-def test_a_clock_is_judged_only_beyond_doubt(ahead: float, there: float, back: float, work: float) -> None:
+@given(
+    ahead=st.floats(-1000, 1000), there=st.floats(0, 5), back=st.floats(0, 5), work=st.floats(0, 5)
+)
+def test_a_clock_is_judged_only_beyond_doubt(
+    ahead: float, there: float, back: float, work: float
+) -> None:
     facts = {"began": 1000 + there + ahead, "ended": 1000 + there + work + ahead}
     skew, doubt = clock_skew(1000, 1000 + there + work + back, facts)
     assert abs(skew - ahead) <= doubt + 1e-6
@@ -224,12 +516,19 @@ def test_a_clock_is_judged_only_beyond_doubt(ahead: float, there: float, back: f
 def test_a_clock_that_is_off_is_told() -> None:
     finding = clock("node2", "node1", (-3600.0, 0.2), (0.1, 0.2))
     assert (finding.verdict, finding.told) == (WARN, "-3600.1 s")
-    assert finding.advice.startswith("its clock is 3600 s behind that of node1; switch time synchronisation on")
-    assert clock("node2", "node1", (0.1, 0.3), (0.0, 0.2)) == Finding("node2", "clock", PASS, "within 0.5 s")
-    assert clock("node1", "node1", (0.1, 0.3), (0.1, 0.3)) == Finding("node1", "clock", PASS, "reference")
+    assert finding.advice.startswith(
+        "its clock is 3600 s behind that of node1; switch time synchronisation on"
+    )
+    assert clock("node2", "node1", (0.1, 0.3), (0.0, 0.2)) == Finding(
+        "node2", "clock", PASS, "within 0.5 s"
+    )
+    assert clock("node1", "node1", (0.1, 0.3), (0.1, 0.3)) == Finding(
+        "node1", "clock", PASS, "reference"
+    )
 
 
-# --- nvidia-smi -------------------------------------------------------------------------------------------------------
+# --- nvidia-smi
+# --------------------------------------------------------------------------------------------------
 
 SMI = """\
 0, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 1, P0, 31, 700.00, 700.00, 0, 0x0000000000000001, 0x0000000000000001, Disabled
@@ -244,23 +543,41 @@ Unable to determine the device handle for GPU0000:C1:00.0: Unknown Error
 def test_nvidia_smis_lines_are_read() -> None:
     h100, slowed, rtx, ill = probe.parse_gpus(SMI, probe.GPU_FIELDS)
     assert {name: h100[name] for name in gpu(0)} == gpu(0, **{"memory.used": 1})
-    assert slowed["slowed_by"] == ["heat (hardware)", "power brake"]  # 0x4 is the power cap, which is no trouble
-    assert (slowed["memory.used"], slowed["power.limit"], slowed["mig.mode.current"]) == (70123, 500.0, "Enabled")
+    assert slowed["slowed_by"] == [
+        "heat (hardware)",
+        "power brake",
+    ]  # 0x4 is the power cap, which is no trouble
+    assert (slowed["memory.used"], slowed["power.limit"], slowed["mig.mode.current"]) == (
+        70123,
+        500.0,
+        "Enabled",
+    )
     assert slowed["ecc.errors.uncorrected.volatile.total"] == 3
     assert (rtx["ecc.errors.uncorrected.volatile.total"], rtx["mig.mode.current"]) == (None, None)
     assert rtx["slowed_by"] == ["hardware slowdown", "heat (software)"]
     assert (ill["index"], ill["slowed_by"]) == (3, [])
     assert {name for name, value in ill.items() if value is None} == {
-        "memory.used", "pstate", "temperature.gpu", "power.limit", "power.default_limit", probe.GPU_FIELDS[9],
-        probe.GPU_FIELDS[10], probe.GPU_FIELDS[11]}
+        "memory.used",
+        "pstate",
+        "temperature.gpu",
+        "power.limit",
+        "power.default_limit",
+        probe.GPU_FIELDS[9],
+        probe.GPU_FIELDS[10],
+        probe.GPU_FIELDS[11],
+    }
     ask = question({"nvidia/gpus": [h100, slowed, rtx, ill]}, {"nvidia/gpus": [gpu(0)]})
-    assert [finding.verdict for finding in gpus(ask)] == [WARN] * 5 + [PASS]  # four of the second, one of its memory
+    assert [finding.verdict for finding in gpus(ask)] == [WARN] * 5 + [
+        PASS
+    ]  # four of the second, one of its memory
 
 
 def test_what_is_no_gpu_is_passed_over() -> None:
     assert probe.parse_gpus("", probe.GPU_FIELDS) == []
     assert probe.parse_gpus("No devices were found\n", probe.GPU_FIELDS) == []
-    assert probe.parse_gpus("[N/A], x\n1, y\nz, y\n", ("index", "name")) == [{"index": 1, "name": "y", "slowed_by": []}]
+    assert probe.parse_gpus("[N/A], x\n1, y\nz, y\n", ("index", "name")) == [
+        {"index": 1, "name": "y", "slowed_by": []}
+    ]
 
 
 @pytest.fixture
@@ -272,7 +589,9 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "nvidia-smi"
 
 
-def test_torch_is_asked_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_asked_where_there_are_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the checkout's own module, in a process of its own, which may fail or hang."""
     found = {"gpus": [gpu(0)]}
     assert probe._torch(tmp_path, {"gpus": []}) is None
@@ -280,7 +599,9 @@ def test_torch_is_asked_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest
     assert "No module named" in probe._torch(tmp_path, found)["error"]
     (tmp_path / "pipeline/engine").mkdir(parents=True)
     module = tmp_path / "pipeline/engine/triton_check.py"
-    module.write_text("import json\nprint('a note')\nprint(json.dumps({'torch': '2.13.0', 'gpus': []}))\n")
+    module.write_text(
+        "import json\nprint('a note')\nprint(json.dumps({'torch': '2.13.0', 'gpus': []}))\n"
+    )
     assert probe._torch(tmp_path, found) == {"torch": "2.13.0", "gpus": []}
     module.write_text("raise MemoryError('no memory')\n")
     assert probe._torch(tmp_path, found) == {"error": "MemoryError: no memory"}
@@ -290,7 +611,13 @@ def test_torch_is_asked_where_there_are_gpus(tmp_path: Path, monkeypatch: pytest
 
 
 def test_gpus_of_a_run_on_the_cpu_are_not_asked(smi: Path) -> None:
-    task = {"root": "/nowhere", "synced": "x", "packages": [], "output_dir": "/tmp", "dataset_dirs": []}
+    task = {
+        "root": "/nowhere",
+        "synced": "x",
+        "packages": [],
+        "output_dir": "/tmp",
+        "dataset_dirs": [],
+    }
     assert probe.answer(task)["nvidia"]["complaint"] == "nvidia-smi: status 9"
     facts = probe.answer({**task, "is_on_cpu": True})
     assert (facts["nvidia"], facts["torch"]) == ({"gpus": [], "complaint": ""}, None)
@@ -306,7 +633,9 @@ esac
 """)
     told = probe.probe_gpus()
     assert told["complaint"] == ""
-    assert [(one["name"], one["slowed_by"]) for one in told["gpus"]] == [("Tesla V100", ["heat (hardware)"])]
+    assert [(one["name"], one["slowed_by"]) for one in told["gpus"]] == [
+        ("Tesla V100", ["heat (hardware)"])
+    ]
     asked = Path(f"{smi}.asked").read_text().split()
     assert asked[1] == "--format=csv,noheader,nounits"
     expected = [name for name in probe.GPU_FIELDS if "event" not in name]
@@ -315,14 +644,21 @@ esac
 
 def test_a_driver_that_fails_is_told(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.probe_gpus() == {"gpus": [], "complaint": "nvidia-smi: status 9"}
-    smi.write_text("#!/bin/sh\necho\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
-    assert probe.probe_gpus()["complaint"] == "Failed to initialize NVML: Driver/library version mismatch"
+    smi.write_text(
+        "#!/bin/sh\necho\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit "
+        "18\n"
+    )
+    assert (
+        probe.probe_gpus()["complaint"]
+        == "Failed to initialize NVML: Driver/library version mismatch"
+    )
     smi.write_text("#!/bin/sh\nexec sleep 20\n")
     monkeypatch.setattr(probe, "NVIDIA_SECONDS", 0.2)
     assert probe.probe_gpus()["complaint"] == "nvidia-smi did not answer within 0.2 s"
 
 
-# --- What the network costs -------------------------------------------------------------------------------------------
+# --- What the network costs
+# -------------------------------------------------------------------------------------------
 
 NETWORK = Network(4, "NCCL", {4: 60e-6, 1_000_000: 1e-3, 64_000_000: 0.016})
 """At 64 MB: 2 * 3/4 * 64e6 / 0.016 = 6e9 bytes a second. A step's latency: 60e-6 / 6 = 1e-5 s."""
@@ -331,13 +667,19 @@ NETWORK = Network(4, "NCCL", {4: 60e-6, 1_000_000: 1e-3, 64_000_000: 0.016})
 def test_an_all_reduce_takes_what_the_formula_says() -> None:
     assert NETWORK.best_known == pytest.approx(6e9)
     assert NETWORK.bus_bandwidth(1_000_000) == pytest.approx(1.5e9)
-    assert all_reduce_seconds(64e6, 4, NETWORK) == pytest.approx(0.016 + 60e-6)  # as measured, and the latency
+    assert all_reduce_seconds(64e6, 4, NETWORK) == pytest.approx(
+        0.016 + 60e-6
+    )  # as measured, and the latency
     assert all_reduce_seconds(12e6, 2, NETWORK) == pytest.approx(2 * 1 / 2 * 12e6 / 6e9 + 2 * 1e-5)
-    assert all_reduce_seconds(12e6, 16, NETWORK) == pytest.approx(2 * 15 / 16 * 12e6 / 6e9 + 30 * 1e-5)
+    assert all_reduce_seconds(12e6, 16, NETWORK) == pytest.approx(
+        2 * 15 / 16 * 12e6 / 6e9 + 30 * 1e-5
+    )
     assert all_reduce_seconds(12e6, 1, NETWORK) == 0
     assert efficiency(0.9, 0.1) == pytest.approx(0.9)
-    assert NETWORK.text() == ("all-reduce of 4 ranks over NCCL: 4 bytes 60 us; 1 MB 1.50 GB/s, 64 MB 6.00 GB/s "
-                              "(bus bandwidth)")
+    assert NETWORK.text() == (
+        "all-reduce of 4 ranks over NCCL: 4 bytes 60 us; 1 MB 1.50 GB/s, 64 MB 6.00 GB/s "
+        "(bus bandwidth)"
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -353,34 +695,63 @@ def test_a_prediction_is_of_both_precisions() -> None:
     told = prediction(NETWORK, 8, 1_000_000, 0.01).splitlines()
     assert told[0].startswith("prediction for 8 ranks and 1,000,000 parameters")
     half = 2 * 7 / 8 * 2e6 / 6e9 + 14e-5
-    assert told[1].split() == ["FP16/BF16", "gradients", f"{half * 1e3:.3g}", "ms", f"{0.01 / (0.01 + half):.1%}", "at",
-                               "10", "ms", "a", "step;", "a", "step", "must", "take", "at", "least",
-                               f"{half * 9e3:.3g}", "ms", "for", "90%"]
+    assert told[1].split() == [
+        "FP16/BF16",
+        "gradients",
+        f"{half * 1e3:.3g}",
+        "ms",
+        f"{0.01 / (0.01 + half):.1%}",
+        "at",
+        "10",
+        "ms",
+        "a",
+        "step;",
+        "a",
+        "step",
+        "must",
+        "take",
+        "at",
+        "least",
+        f"{half * 9e3:.3g}",
+        "ms",
+        "for",
+        "90%",
+    ]
     assert "FP32" in told[2]
     assert " at " not in prediction(NETWORK, 8, 1_000_000, None).replace("at least", "")
 
 
-# --- The table --------------------------------------------------------------------------------------------------------
+# --- The table
+# --------------------------------------------------------------------------------------------------
+
 
 def finding(host: str, check: str, verdict: str = PASS, told: str = "well") -> Finding:
     return Finding(host, check, verdict, told, "" if verdict == PASS else "mend it")
 
 
 def test_two_hosts_have_a_column_each() -> None:
-    findings = [finding("node1", "ssh"), finding("node2", "ssh", FAIL, "no route"),
-                finding("node1", "disk", WARN, "low"), finding("node1", "disk", FAIL, "full"), finding("node1", "disk")]
+    findings = [
+        finding("node1", "ssh"),
+        finding("node2", "ssh", FAIL, "no route"),
+        finding("node1", "disk", WARN, "low"),
+        finding("node1", "disk", FAIL, "full"),
+        finding("node1", "disk"),
+    ]
     assert format_table(["node1", "node2"], ["ssh", "disk", "clock"], findings).splitlines() == [
         "       node1      node2",
         "ssh    PASS well  FAIL no route",
         "disk   FAIL full  -",
-        "clock  -          -"]
+        "clock  -          -",
+    ]
 
 
 def test_of_twenty_hosts_those_that_are_alike_share_a_column() -> None:
     hosts = [f"node{number}" for number in range(1, 21)]
     findings = [finding(host, check, told=f"on {host}") for host in hosts for check in ROWS]
     findings[0] = finding("node1", ROWS[0], WARN, "slow")
-    findings += [finding("node7", "disk", FAIL, "a very long story of what is wrong with this disk")] * 2
+    findings += [
+        finding("node7", "disk", FAIL, "a very long story of what is wrong with this disk")
+    ] * 2
     lines = format_table(hosts, ROWS, findings).splitlines()
     assert re.split(r" {2,}", lines[0].strip()) == ["node1", "node2 and 17 alike", "node7"]
     assert len(lines) == len(ROWS) + 1
@@ -393,8 +764,11 @@ def test_hosts_that_all_differ_are_all_shown() -> None:
     """In blocks, none wider than a terminal."""
     hosts = [f"node{number}" for number in range(1, 7)]
     names = [f"check{number}" for number in range(6)]
-    findings = [finding(host, check, FAIL if host[4:] == str(int(check[5:]) + 1) else PASS, "x" * 15)
-                for host in hosts for check in names]
+    findings = [
+        finding(host, check, FAIL if host[4:] == str(int(check[5:]) + 1) else PASS, "x" * 15)
+        for host in hosts
+        for check in names
+    ]
     table = format_table(hosts, names, findings)
     assert len(table.split("\n\n")) == 2
     assert [word for word in table.split() if word.startswith("node")] == hosts
@@ -408,57 +782,141 @@ def test_long_names_stay_apart() -> None:
 
 
 def test_a_diagnosis_for_people_and_for_machines() -> None:
-    whole = Diagnosis({"node1": (0, 1), "node2": (0,)}, [finding("node1", "ssh"), finding("node2", "ssh", WARN, "slow"),
-                                                         finding("node2", "disk", FAIL, "full")],
-                      Route("10.0.0.1", 1234, {"node1": {"name": "eth0"}}), NETWORK, "the prediction", seconds=1.25)
+    whole = Diagnosis(
+        {"node1": (0, 1), "node2": (0,)},
+        [
+            finding("node1", "ssh"),
+            finding("node2", "ssh", WARN, "slow"),
+            finding("node2", "disk", FAIL, "full"),
+        ],
+        Route("10.0.0.1", 1234, {"node1": {"name": "eth0"}}),
+        NETWORK,
+        "the prediction",
+        seconds=1.25,
+    )
     assert not whole.ok
     assert whole.failures == ["node2: disk: mend it"]
-    assert whole.table().splitlines()[len(ROWS) + 2:] == [
-        "FAIL  node2: disk: mend it", "WARN  node2: ssh: mend it", "", NETWORK.text(), "", "the prediction", "",
-        "2 hosts, 3 ranks, 1.2 s: 1 failed, 1 warnings"]
+    assert whole.table().splitlines()[len(ROWS) + 2 :] == [
+        "FAIL  node2: disk: mend it",
+        "WARN  node2: ssh: mend it",
+        "",
+        NETWORK.text(),
+        "",
+        "the prediction",
+        "",
+        "2 hosts, 3 ranks, 1.2 s: 1 failed, 1 warnings",
+    ]
     told = json.loads(json.dumps(whole.as_json()))
-    assert (told["ok"], told["slots"], told["master_address"]) == (False, {"node1": [0, 1], "node2": [0]}, "10.0.0.1")
-    assert told["findings"][2] == {"host": "node2", "check": "disk", "verdict": "FAIL", "told": "full",
-                                   "advice": "mend it"}
+    assert (told["ok"], told["slots"], told["master_address"]) == (
+        False,
+        {"node1": [0, 1], "node2": [0]},
+        "10.0.0.1",
+    )
+    assert told["findings"][2] == {
+        "host": "node2",
+        "check": "disk",
+        "verdict": "FAIL",
+        "told": "full",
+        "advice": "mend it",
+    }
     assert told["all_reduce"]["bus_bandwidth"] == pytest.approx(6e9)
     assert told["interfaces"] == {"node1": "eth0"}
 
 
-# --- ssh --------------------------------------------------------------------------------------------------------------
+# --- ssh
+# --------------------------------------------------------------------------------------------------
 
 SSH_SAYS = [
-    ("ssh: Could not resolve hostname node2: Name or service not known", "name does not resolve",
-     "write `ADDRESS node2` into /etc/hosts on every host, or a HostName into ~/.ssh/config"),
-    ("ssh: Could not resolve hostname node2: Temporary failure in name resolution", "name does not resolve", "node2"),
-    ("ssh: connect to host node2 port 22: Connection refused", "connection refused", "apt install openssh-server"),
+    (
+        "ssh: Could not resolve hostname node2: Name or service not known",
+        "name does not resolve",
+        "write `ADDRESS node2` into /etc/hosts on every host, or a HostName into ~/.ssh/config",
+    ),
+    (
+        "ssh: Could not resolve hostname node2: Temporary failure in name resolution",
+        "name does not resolve",
+        "node2",
+    ),
+    (
+        "ssh: connect to host node2 port 22: Connection refused",
+        "connection refused",
+        "apt install openssh-server",
+    ),
     ("ssh: connect to host node2 port 22: No route to host", "no route", "`ping node2`"),
     ("ssh: connect to host node2 port 22: Network is unreachable", "no route", "`ping node2`"),
-    ("ssh: connect to host node2 port 22: Connection timed out", "no answer", "does a firewall drop port 22?"),
-    ("Connection timed out during banner exchange\nConnection to 10.0.0.2 port 22 timed out", "no answer",
-     "`ping node2`"),
+    (
+        "ssh: connect to host node2 port 22: Connection timed out",
+        "no answer",
+        "does a firewall drop port 22?",
+    ),
+    (
+        "Connection timed out during banner exchange\nConnection to 10.0.0.2 port 22 timed out",
+        "no answer",
+        "`ping node2`",
+    ),
     ("Timeout, server node2 not responding.", "no answer", "`ping node2`"),
-    ("root@node2: Permission denied (publickey,password).", "permission denied", "`ssh-copy-id node2`"),
-    ("Received disconnect from 10.0.0.2 port 22:2: Too many authentication failures\n"
-     "Disconnected from 10.0.0.2 port 22", "permission denied", "`ssh-copy-id node2`"),
-    ("Host key verification failed.", "unknown host key", "`ssh-keyscan -H node2 >> ~/.ssh/known_hosts`"),
-    ("No ED25519 host key is known for node2 and you have requested strict checking.\nHost key verification failed.",
-     "unknown host key", "`ssh-keyscan -H node2 >> ~/.ssh/known_hosts`"),
-    ("@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@\n"
-     "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
-     "Offending ED25519 key in /root/.ssh/known_hosts:3\nHost key verification failed.",
-     "another host key than known", "`ssh-keygen -R node2`, then `ssh-keyscan -H node2 >> ~/.ssh/known_hosts`"),
-    ("@         WARNING: UNPROTECTED PRIVATE KEY FILE!          @\n"
-     "Permissions 0644 for '/root/.ssh/id_rsa' are too open.\nroot@node2: Permission denied (publickey).",
-     "private key readable by others", "`chmod 600`"),
+    (
+        "root@node2: Permission denied (publickey,password).",
+        "permission denied",
+        "`ssh-copy-id node2`",
+    ),
+    (
+        "Received disconnect from 10.0.0.2 port 22:2: Too many authentication failures\n"
+        "Disconnected from 10.0.0.2 port 22",
+        "permission denied",
+        "`ssh-copy-id node2`",
+    ),
+    (
+        "Host key verification failed.",
+        "unknown host key",
+        "`ssh-keyscan -H node2 >> ~/.ssh/known_hosts`",
+    ),
+    (
+        "No ED25519 host key is known for node2 and you have requested strict checking.\nHost key "
+        "verification failed.",
+        "unknown host key",
+        "`ssh-keyscan -H node2 >> ~/.ssh/known_hosts`",
+    ),
+    (
+        "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@\n"
+        "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
+        "Offending ED25519 key in /root/.ssh/known_hosts:3\nHost key verification failed.",
+        "another host key than known",
+        "`ssh-keygen -R node2`, then `ssh-keyscan -H node2 >> ~/.ssh/known_hosts`",
+    ),
+    (
+        "@         WARNING: UNPROTECTED PRIVATE KEY FILE!          @\n"
+        "Permissions 0644 for '/root/.ssh/id_rsa' are too open.\nroot@node2: Permission denied "
+        "(publickey).",
+        "private key readable by others",
+        "`chmod 600`",
+    ),
     ("Bad owner or permissions on /root/.ssh/config", "~/.ssh/config is refused", "`ssh node2`"),
-    ("/root/.ssh/config: line 3: Bad configuration option: hostnam\n"
-     "/root/.ssh/config: terminating, 1 bad configuration options", "~/.ssh/config is refused", "`ssh node2`"),
-    ("kex_exchange_identification: Connection closed by remote host", "connection closed by its sshd", "MaxStartups"),
-    ("kex_exchange_identification: read: Connection reset by peer\nConnection reset by 10.0.0.2 port 22",
-     "connection closed by its sshd", "journalctl -u ssh"),
-    ("Unable to negotiate with 10.0.0.2 port 22: no matching host key type found. Their offer: ssh-rsa", "ssh failed",
-     "ssh says: Unable to negotiate with 10.0.0.2 port 22: no matching host key type found. Their offer: ssh-rsa; try "
-     "`ssh node2 true`"),
+    (
+        "/root/.ssh/config: line 3: Bad configuration option: hostnam\n"
+        "/root/.ssh/config: terminating, 1 bad configuration options",
+        "~/.ssh/config is refused",
+        "`ssh node2`",
+    ),
+    (
+        "kex_exchange_identification: Connection closed by remote host",
+        "connection closed by its sshd",
+        "MaxStartups",
+    ),
+    (
+        "kex_exchange_identification: read: Connection reset by peer\nConnection reset by 10.0.0.2 "
+        "port 22",
+        "connection closed by its sshd",
+        "journalctl -u ssh",
+    ),
+    (
+        "Unable to negotiate with 10.0.0.2 port 22: no matching host key type found. Their offer: "
+        "ssh-rsa",
+        "ssh failed",
+        "ssh says: Unable to negotiate with 10.0.0.2 port 22: no matching host key type found. "
+        "Their offer: ssh-rsa; try "
+        "`ssh node2 true`",
+    ),
     ("", "ssh failed", "ssh says: status 255; try `ssh node2 true`"),
 ]
 
@@ -485,8 +943,11 @@ def test_a_key_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.M
 def test_a_host_that_takes_too_long_is_no_network_error() -> None:
     cause, remedy = explain(Done("node2", 124, "", "no answer within 30 s"))
     assert cause == "too slow"
-    assert remedy == ("no answer within 30 s: a disk that hangs (`ssh node2 df`), a slow login script? or allow more "
-                      "with --timeout")
+    assert remedy == (
+        "no answer within 30 s: a disk that hangs (`ssh node2 df`), a slow login script? or allow "
+        "more "
+        "with --timeout"
+    )
 
 
 SSH = """#!/bin/sh
@@ -503,7 +964,8 @@ exec sh -c "$3"
 
 @pytest.fixture
 def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ssh that gives the command to a shell of this machine, as sshd gives it to the other's, after some noise."""
+    """An ssh that gives the command to a shell of this machine, as sshd gives it to the other's,
+    after some noise."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text(SSH)
     (tmp_path / "bin" / "ssh").chmod(0o755)
@@ -526,7 +988,8 @@ def test_noise_in_another_encoding_does_no_harm() -> None:
     assert run_on(["latin"], ["echo", "well"], timeout=5)["latin"].stdout.endswith("well\n")
 
 
-# --- Programs that travel ---------------------------------------------------------------------------------------------
+# --- Programs that travel
+# ---------------------------------------------------------------------------------------------
 
 PROBE = "launch.doctor.probe"
 
@@ -534,19 +997,35 @@ PROBE = "launch.doctor.probe"
 def through_a_shell(stdin: str, *pythons: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A parcel run as sshd would have it run, by a login shell that has its own to say."""
     noise = "echo Welcome; echo 'vastscale-answer:{\"forged\": 1}'; printf 'no end of line'"
-    return subprocess.run(["sh", "-c", f"{noise}; {shlex.join(remote.command(*pythons))}"], input=stdin, cwd=folder,
-                          capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["sh", "-c", f"{noise}; {shlex.join(remote.command(*pythons))}"],
+        input=stdin,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def probe_task(folder: Path, *dataset_dirs: Path) -> dict[str, Any]:
-    return {"root": str(ROOT), "synced": remote.SYNCED, "dataset_dirs": list(map(str, dataset_dirs)),
-            "output_dir": str(folder / "runs" / "new"), "packages": ["numpy", "no-such-package"]}
+    return {
+        "root": str(ROOT),
+        "synced": remote.SYNCED,
+        "dataset_dirs": list(map(str, dataset_dirs)),
+        "output_dir": str(folder / "runs" / "new"),
+        "packages": ["numpy", "no-such-package"],
+    }
 
 
 def test_a_program_arrives_and_answers(tmp_path: Path, dataset: Path) -> None:
     task = probe_task(tmp_path, dataset)
-    (tmp_path / "hashlib.py").write_text("raise SystemExit('the folder of the login shell is on the path')")
-    done = through_a_shell(remote.parcel(PROBE, task), "/no/python", sys.executable, folder=tmp_path)
+    (tmp_path / "hashlib.py").write_text(
+        "raise SystemExit('the folder of the login shell is on the path')"
+    )
+    done = through_a_shell(
+        remote.parcel(PROBE, task), "/no/python", sys.executable, folder=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     there, here = remote.answer(done.stdout), probe.answer(task)
     assert "forged" not in there
@@ -556,24 +1035,42 @@ def test_a_program_arrives_and_answers(tmp_path: Path, dataset: Path) -> None:
 
 
 def test_no_file_of_the_login_folder_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "json.py").write_text("raise SystemExit('the folder of the login shell is on the path')")
-    done = through_a_shell(remote.parcel(PROBE, probe_task(tmp_path)), sys.executable, folder=tmp_path)
+    (tmp_path / "json.py").write_text(
+        "raise SystemExit('the folder of the login shell is on the path')"
+    )
+    done = through_a_shell(
+        remote.parcel(PROBE, probe_task(tmp_path)), sys.executable, folder=tmp_path
+    )
     assert done.stderr == ""
 
 
 def test_a_task_is_data(tmp_path: Path) -> None:
-    task = {"is_first": False, "seconds": 0, "addresses": ["$(touch canary)", "'; touch canary; '\n\"\\", "é\u2028"],
-            "ports": [], "source": ""}
-    done = through_a_shell(remote.parcel("launch.doctor.reach", task), sys.executable, folder=tmp_path)
-    assert remote.answer(done.stdout) == {"reached": {}, "refused": dict.fromkeys(task["addresses"], "")}
+    task = {
+        "is_first": False,
+        "seconds": 0,
+        "addresses": ["$(touch canary)", "'; touch canary; '\n\"\\", "é\u2028"],
+        "ports": [],
+        "source": "",
+    }
+    done = through_a_shell(
+        remote.parcel("launch.doctor.reach", task), sys.executable, folder=tmp_path
+    )
+    assert remote.answer(done.stdout) == {
+        "reached": {},
+        "refused": dict.fromkeys(task["addresses"], ""),
+    }
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
-    done = through_a_shell(remote.parcel("launch.doctor.reach", {}), sys.executable, folder=tmp_path)
+    done = through_a_shell(
+        remote.parcel("launch.doctor.reach", {}), sys.executable, folder=tmp_path
+    )
     assert done.returncode == 1
     assert remote.last_line(done.stderr) == "KeyError: 'seconds'"
-    assert remote.answer(done.stdout) == {"forged": 1}  # which is for the caller to see by the status
+    assert remote.answer(done.stdout) == {
+        "forged": 1
+    }  # which is for the caller to see by the status
 
 
 def test_a_host_without_python_is_told_apart(tmp_path: Path) -> None:
@@ -581,16 +1078,27 @@ def test_a_host_without_python_is_told_apart(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (127, "no /no/python here\n")
 
 
-@pytest.mark.parametrize(("printed", "answer"), [
-    ("", None), ("well\n", None), ("x vastscale-answer:1\n", None), ("vastscale-answer:{\n", None),
-    ("vastscale-answer:" + "[" * 100_000 + "\n", None), ("vastscale-answer:[1]\nlater\n", [1]),
-    ("vastscale-answer:1\nvastscale-answer:2\n", 2), ("vastscale-answer:null\n", None),
-    ("vastscale-answer:" + " " * (4 << 20) + "1\n", None)])
+@pytest.mark.parametrize(
+    ("printed", "answer"),
+    [
+        ("", None),
+        ("well\n", None),
+        ("x vastscale-answer:1\n", None),
+        ("vastscale-answer:{\n", None),
+        ("vastscale-answer:" + "[" * 100_000 + "\n", None),
+        ("vastscale-answer:[1]\nlater\n", [1]),
+        ("vastscale-answer:1\nvastscale-answer:2\n", 2),
+        ("vastscale-answer:null\n", None),
+        ("vastscale-answer:" + " " * (4 << 20) + "1\n", None),
+    ],
+)
 def test_an_answer_is_found_in_what_was_printed(printed: str, answer: Any) -> None:
     assert remote.answer(printed) == answer
 
 
-# --- What is found out of a host --------------------------------------------------------------------------------------
+# --- What is found out of a host
+# --------------------------------------------------------------------------------------
+
 
 def test_the_facts_of_this_machine(tmp_path: Path, dataset: Path) -> None:
     began = time.time()
@@ -600,15 +1108,21 @@ def test_the_facts_of_this_machine(tmp_path: Path, dataset: Path) -> None:
     assert began <= facts["began"] <= facts["ended"] <= time.time()
     assert facts["python"] == {"version": sys.version.split()[0], "executable": sys.executable}
     assert facts["cores"] == len(os.sched_getaffinity(0))
-    assert {name: facts["packages"][name] for name in ("numpy", "no-such-package")} == {"numpy": version("numpy"),
-                                                                                       "no-such-package": ""}
+    assert {name: facts["packages"][name] for name in ("numpy", "no-such-package")} == {
+        "numpy": version("numpy"),
+        "no-such-package": "",
+    }
     assert 0 < facts["memory"]["free"] <= facts["memory"]["total"]
     assert facts["output"]["at"] == str(tmp_path)
     assert (facts["output"]["complaint"], facts["output"]["free"] > 0) == ("", True)
-    assert {one["address"] for one in facts["interfaces"]} <= {address for _, address in own_addresses()}
+    assert {one["address"] for one in facts["interfaces"]} <= {
+        address for _, address in own_addresses()
+    }
     assert 0 < facts["limits"]["open_files"] <= facts["limits"]["most_open_files"]
     files = facts["checkout"]["files"]
-    assert {"train.py", "launch/doctor/probe.py", "recipes/demo.yaml", "ds_config.json"} <= set(files)
+    assert {"train.py", "launch/doctor/probe.py", "recipes/demo.yaml", "ds_config.json"} <= set(
+        files
+    )
     assert files["train.py"] == hashlib.sha256((ROOT / "train.py").read_bytes()).hexdigest()[:16]
     assert not list(tmp_path.iterdir())
 
@@ -633,15 +1147,25 @@ def test_the_commit_of_a_checkout_with_and_without_git(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert commit() == head
     assert probe.answer({**probe_task(tmp_path), "root": str(tmp_path / "none")})["checkout"] == {
-        "exists": False, "commit": "", "files": {}}
+        "exists": False,
+        "commit": "",
+        "files": {},
+    }
 
 
 def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
     whole = probe.probe_dataset(str(dataset))
-    assert (whole["files"], whole["checked"], whole["missing"], whole["first_missing"]) == (13, 13, 0, "")
+    assert (whole["files"], whole["checked"], whole["missing"], whole["first_missing"]) == (
+        13,
+        13,
+        0,
+        "",
+    )
     assert [own["count"] for own in whole["lists"].values()] == [10, 3]
     assert set(whole["sample"]) == {f"photos/{number:02}.npy" for number in range(13)}
     assert all(whole["sample"].values())
@@ -651,12 +1175,19 @@ def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         (copied / name).write_bytes((dataset / name).read_bytes())
     lines = (dataset / "training_file_list.txt").read_text().splitlines()
-    (copied / "training_file_list.txt").write_bytes(("\ufeff" + "\r\n".join(reversed(lines))).encode())
-    (copied / "validation_file_list.txt").write_bytes((dataset / "validation_file_list.txt").read_bytes())
+    (copied / "training_file_list.txt").write_bytes(
+        ("\ufeff" + "\r\n".join(reversed(lines))).encode()
+    )
+    (copied / "validation_file_list.txt").write_bytes(
+        (dataset / "validation_file_list.txt").read_bytes()
+    )
     same = probe.probe_dataset(str(copied))
     assert same == {**whole, "directory": str(copied)}  # neither order nor line ends matter
     own = {**FACTS, "datasets": [same]}
-    assert [one.verdict for one in datasets(Question("b", (0,), own, "a", {"datasets": [whole]}, 2, PYTHON))] == [PASS]
+    assert [
+        one.verdict
+        for one in datasets(Question("b", (0,), own, "a", {"datasets": [whole]}, 2, PYTHON))
+    ] == [PASS]
 
     values = np.load(copied / "photos/03.npy")
     values[-1, -1, -1] ^= 1
@@ -666,7 +1197,10 @@ def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
     os.mkfifo(copied / "photos/07.npy")  # must not keep anybody waiting
     other = probe.probe_dataset(str(copied))
     assert {name for name in whole["sample"] if whole["sample"][name] != other["sample"][name]} == {
-        "photos/03.npy", "photos/05.npy", "photos/07.npy"}
+        "photos/03.npy",
+        "photos/05.npy",
+        "photos/07.npy",
+    }
     assert (other["missing"], other["first_missing"]) == (2, "photos/05.npy")
 
 
@@ -676,13 +1210,17 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
     assert (told["files"], told["missing"], told["sample"]) == (0, 0, {})
 
 
-def test_a_slow_disk_is_not_looked_through_to_the_end(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_is_not_looked_through_to_the_end(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(probe, "LOOK_SECONDS", -1)
     told = probe.probe_dataset(str(dataset))
     assert (told["files"], told["checked"], told["sample"]) == (13, 0, {})
 
 
-# --- The network ------------------------------------------------------------------------------------------------------
+# --- The network
+# --------------------------------------------------------------------------------------------------
+
 
 def interface(name: str, address: str, speed: int = 0) -> dict[str, Any]:
     return {"name": name, "address": address, "speed": speed, "mtu": 1500}
@@ -701,11 +1239,16 @@ def test_the_fastest_real_interface_comes_first() -> None:
 def test_each_host_is_told_its_own_interface_and_ranks() -> None:
     route = Route("10.0.0.1", 4711, {"a": {"name": "eth0"}, "b": {"name": "ib0"}})
     tasks = task_of({"a": (1, 3), "b": (0,)}, route, on_gpus=True)
-    assert [(task["ranks"], task["devices"], task["world_size"]) for task in tasks.values()] == [([0, 1], [1, 3], 3),
-                                                                                                 ([2], [0], 3)]
+    assert [(task["ranks"], task["devices"], task["world_size"]) for task in tasks.values()] == [
+        ([0, 1], [1, 3], 3),
+        ([2], [0], 3),
+    ]
     assert tasks["b"]["environment"]["NCCL_SOCKET_IFNAME"] == "=ib0"
     tasks = task_of({"a": (1, 3), "b": (0,)}, route, on_gpus=False)
-    assert [(task["ranks"], task["devices"]) for task in tasks.values()] == [([0], None), ([1], None)]
+    assert [(task["ranks"], task["devices"]) for task in tasks.values()] == [
+        ([0], None),
+        ([1], None),
+    ]
     assert {(task["address"], task["port"]) for task in tasks.values()} == {("10.0.0.1", 4711)}
 
 
@@ -729,35 +1272,66 @@ def test_hosts_find_the_first_by_its_token() -> None:
     closed, tried = free_ports(2)
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        common = {"token": "abc", "seconds": 3, "others": 1, "source": "", "addresses": ["127.0.0.1", "192.0.2.1"]}
+        common = {
+            "token": "abc",
+            "seconds": 3,
+            "others": 1,
+            "source": "",
+            "addresses": ["127.0.0.1", "192.0.2.1"],
+        }
         first: dict[str, Any] = {}
-        thread = threading.Thread(target=lambda: first.update(reach.answer(
-            {**common, "is_first": True, "name": "a", "ports": [tried, taken]})))
+        thread = threading.Thread(
+            target=lambda: first.update(
+                reach.answer({**common, "is_first": True, "name": "a", "ports": [tried, taken]})
+            )
+        )
         thread.start()
         answer = reach.answer({**common, "is_first": False, "name": "b", "ports": [closed, tried]})
         thread.join()
-    assert {address: own for address, (own, _) in answer["reached"].items()} == {"127.0.0.1": "127.0.0.1"}
+    assert {address: own for address, (own, _) in answer["reached"].items()} == {
+        "127.0.0.1": "127.0.0.1"
+    }
     assert set(answer["refused"]) == {"192.0.2.1"}
     assert first == {"busy": [taken]}
 
 
 def test_a_first_host_that_is_none_is_told() -> None:
-    port, = free_ports(1)
-    answer = reach.answer({"token": "abc", "seconds": 0.3, "source": "", "addresses": ["127.0.0.1"], "is_first": False,
-                           "name": "b", "ports": [port]})
+    (port,) = free_ports(1)
+    answer = reach.answer(
+        {
+            "token": "abc",
+            "seconds": 0.3,
+            "source": "",
+            "addresses": ["127.0.0.1"],
+            "is_first": False,
+            "name": "b",
+            "ports": [port],
+        }
+    )
     assert answer == {"reached": {}, "refused": {"127.0.0.1": "Connection refused"}}
 
 
-# --- All of it, on this machine under other names ---------------------------------------------------------------------
+# --- All of it, on this machine under other names
+# ---------------------------------------------------------------------
+
 
 @pytest.mark.usefixtures("fake_ssh")
 def test_the_whole_diagnosis(tmp_path: Path, dataset: Path) -> None:
     said: list[str] = []
-    whole = diagnose({"here": (0,), "closed": (0,)}, dataset_dirs=[dataset], output_dir=tmp_path / "runs",
-                     say=said.append, with_all_reduce=False)
+    whole = diagnose(
+        {"here": (0,), "closed": (0,)},
+        dataset_dirs=[dataset],
+        output_dir=tmp_path / "runs",
+        say=said.append,
+        with_all_reduce=False,
+    )
     verdicts = {(one.host, one.check): one.verdict for one in whole.findings}
     assert {check for host, check in verdicts if host == "here"} == set(ROWS) - {"all-reduce"}
-    assert {check: verdict for (host, check), verdict in verdicts.items() if host == "here" and verdict == FAIL} == {}
+    assert {
+        check: verdict
+        for (host, check), verdict in verdicts.items()
+        if host == "here" and verdict == FAIL
+    } == {}
     assert {host: verdicts[host, "ssh"] for host in whole.slots} == {"here": PASS, "closed": FAIL}
     assert len(whole.failures) == 1
     assert whole.failures[0].startswith("closed: ssh: connection refused; start sshd there")
@@ -765,7 +1339,9 @@ def test_the_whole_diagnosis(tmp_path: Path, dataset: Path) -> None:
     assert "2 hosts, 2 ranks" in whole.table()
 
 
-# --- The pace of a run ------------------------------------------------------------------------------------------------
+# --- The pace of a run
+# ------------------------------------------------------------------------------------------------
+
 
 def make_run(folder: Path, *log: str, batch: Any = 64, world_size: Any = 4) -> Path:
     manifest = folder / "checkpoints" / "step-00000010" / "MANIFEST.json"
@@ -781,9 +1357,16 @@ STEP = '{"event": "train", "step": 9, "images_per_second": 320.0}'
 
 def test_the_log_of_a_run_tells_its_pace(tmp_path: Path) -> None:
     """64 images at 320 a second: 0.2 s a step of 4 ranks; 8 ranks will do half as much each."""
-    run = make_run(tmp_path / "run", STEP.replace("320", "5"), STEP, '{"event": "validation", "psnr": 30}', "[]",
-                   '{"event": "train", "images_per_second": 0.0}', '{"event": "train", "images_per_second": null}',
-                   '{"event": "train", "images_per_sec')
+    run = make_run(
+        tmp_path / "run",
+        STEP.replace("320", "5"),
+        STEP,
+        '{"event": "validation", "psnr": 30}',
+        "[]",
+        '{"event": "train", "images_per_second": 0.0}',
+        '{"event": "train", "images_per_second": null}',
+        '{"event": "train", "images_per_sec',
+    )
     assert step_seconds_of(run, 4) == pytest.approx(0.2)
     assert step_seconds_of(run, 8) == pytest.approx(0.1)
     assert step_seconds_of(run, 1) == pytest.approx(0.8)
@@ -800,11 +1383,18 @@ def test_a_run_that_tells_nothing_has_no_pace(tmp_path: Path) -> None:
     assert step_seconds_of(unsaved, 4) is None
 
 
-def test_parameters_are_those_of_generator_and_discriminator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RRDBNet x4 with 23 blocks has 16,697,987, Real-ESRGAN's U-Net 4,376,897; here one block is left out."""
+def test_parameters_are_those_of_generator_and_discriminator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RRDBNet x4 with 23 blocks has 16,697,987, Real-ESRGAN's U-Net 4,376,897; here one block is
+    left out."""
     monkeypatch.chdir(tmp_path)  # any folder will do
-    dense = 9 * 32 * (64 + 96 + 128 + 160) + 4 * 32 + 9 * 192 * 64 + 64  # of which a block has three
-    counted = count_parameters("realesrgan_x4", ["generator.num_blocks=22", "ds.train_batch_size=4"])
+    dense = (
+        9 * 32 * (64 + 96 + 128 + 160) + 4 * 32 + 9 * 192 * 64 + 64
+    )  # of which a block has three
+    counted = count_parameters(
+        "realesrgan_x4", ["generator.num_blocks=22", "ds.train_batch_size=4"]
+    )
     assert counted == 16_697_987 - 3 * dense + 4_376_897
 
 
@@ -816,7 +1406,9 @@ def test_a_recipe_that_is_none_has_no_parameters() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_current_folder_is_not_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('not this one')")
     monkeypatch.chdir(tmp_path)
     assert count_parameters("compact_x4") > 0

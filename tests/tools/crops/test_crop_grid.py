@@ -56,7 +56,8 @@ def test_gaps_reach_everywhere_and_depend_on_the_key():
 
 
 def test_the_grid_never_changes():
-    """Pinned: datasets made on different days and machines must agree (images_to_data.LAYOUT_VERSION)."""
+    """Pinned: datasets made on different days and machines must agree
+    (images_to_data.LAYOUT_VERSION)."""
     assert [crop[2:] for crop in crop_grid(120, 170, 48, "0/1/kodak/1.png")] == PINNED
 
 
@@ -70,7 +71,10 @@ def test_halving_is_the_rounded_mean_of_four():
 def test_pyramid_sizes():
     pixels = photograph(200, 330)
     assert [(scale, *reduced.shape[:2]) for scale, reduced in pyramid(pixels, 48, 1, None)] == [
-        (1, 200, 330), (2, 100, 165), (4, 50, 82)]
+        (1, 200, 330),
+        (2, 100, 165),
+        (4, 50, 82),
+    ]
     assert [scale for scale, _ in pyramid(pixels, 48, 2, None)] == [2, 4]
     assert [scale for scale, _ in pyramid(pixels, 48, 2, 1)] == [2]
     assert list(pyramid(pixels, 201, 1, None)) == []

@@ -1,4 +1,5 @@
-"""tools.crops.leakage: parts and copies of benchmark pictures are found, other photographs are not."""
+"""tools.crops.leakage: parts and copies of benchmark pictures are found, other photographs are
+not."""
 
 from __future__ import annotations
 
@@ -23,9 +24,12 @@ def _mirrored(pixels: np.ndarray) -> np.ndarray:
 
 
 CHANGES = {
-    "exact": lambda pixels: pixels, "JPEG 75": lambda pixels: recompressed(pixels, 75),
-    "brighter": lambda pixels: brightened(pixels, 5), "darker": lambda pixels: brightened(pixels, -5),
-    "mirrored": _mirrored, "all": lambda pixels: _mirrored(recompressed(brightened(pixels, 5), 80)),
+    "exact": lambda pixels: pixels,
+    "JPEG 75": lambda pixels: recompressed(pixels, 75),
+    "brighter": lambda pixels: brightened(pixels, 5),
+    "darker": lambda pixels: brightened(pixels, -5),
+    "mirrored": _mirrored,
+    "all": lambda pixels: _mirrored(recompressed(brightened(pixels, 5), 80)),
 }
 
 
@@ -62,7 +66,9 @@ def test_parts_are_found(index, change, size):
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_parts_of_reduced_pictures_are_found(tmp_path, factor):
-    large = {f"{name}.png": resized(photographs()[name], 2) for name in ("coffee.png", "astronaut.png")}
+    large = {
+        f"{name}.png": resized(photographs()[name], 2) for name in ("coffee.png", "astronaut.png")
+    }
     index = BenchmarkIndex([write_images(tmp_path / "large", large)])
     for name, pixels in large.items():
         reduced = resized(pixels, 1 / factor)
@@ -89,14 +95,21 @@ def test_whole_copies_are_found_at_any_size(index, factor):
 
 def test_a_picture_that_holds_a_benchmark_picture_is_found(tmp_path):
     pixels = photographs()["coffee.png"]
-    index = BenchmarkIndex([write_images(tmp_path / "parts", {"part.png": _part(pixels, 50, 90, 160)})])
+    index = BenchmarkIndex(
+        [write_images(tmp_path / "parts", {"part.png": _part(pixels, 50, 90, 160)})]
+    )
     assert index.find(pixels) == "parts/part.png"
 
 
 def test_other_photographs_are_not_found(index):
     for name in OTHERS:
         pixels = photographs()[name]
-        queries = [pixels, resized(pixels, 2), *crops(pixels, 128), *crops(np.ascontiguousarray(pixels[::-1]), 160)]
+        queries = [
+            pixels,
+            resized(pixels, 2),
+            *crops(pixels, 128),
+            *crops(np.ascontiguousarray(pixels[::-1]), 160),
+        ]
         assert [index.find(query) for query in queries] == [None] * len(queries)
 
 
@@ -109,7 +122,11 @@ def test_pictures_that_say_nothing_are_not_found(index, shape):
 
 
 def test_threads_get_the_same_answers(index):
-    queries = [crop for name in ("astronaut.png", "chelsea.png") for crop in crops(photographs()[name], 128)]
+    queries = [
+        crop
+        for name in ("astronaut.png", "chelsea.png")
+        for crop in crops(photographs()[name], 128)
+    ]
     expected = [index.find(query) for query in queries]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(index.find, queries)) == expected
@@ -120,7 +137,9 @@ def test_unreadable_files_are_named_and_the_rest_is_used(tmp_path, folder):
     (tmp_path / "broken.png").write_bytes((folder / "coffee.png").read_bytes()[:5000])
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "coffee.png").write_bytes((folder / "coffee.png").read_bytes())
-    (tmp_path / "tiny.png").write_bytes(cv2.imencode(".png", np.zeros((3, 5, 3), np.uint8))[1].tobytes())
+    (tmp_path / "tiny.png").write_bytes(
+        cv2.imencode(".png", np.zeros((3, 5, 3), np.uint8))[1].tobytes()
+    )
     index = BenchmarkIndex([tmp_path, folder])
     assert len(index) == 5
     assert len(index.skipped) == 1
@@ -130,7 +149,11 @@ def test_unreadable_files_are_named_and_the_rest_is_used(tmp_path, folder):
 
 def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
-    for folders, words in (([], "no folder"), ([tmp_path], "empty file"), ([tmp_path / "gone"], "no such folder")):
+    for folders, words in (
+        ([], "no folder"),
+        ([tmp_path], "empty file"),
+        ([tmp_path / "gone"], "no such folder"),
+    ):
         with pytest.raises(UserError, match=words):
             BenchmarkIndex(folders)
 

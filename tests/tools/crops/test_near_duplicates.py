@@ -1,4 +1,5 @@
-"""tools.crops.duplicates: copies are found, other photographs are not, and a plain search agrees."""
+"""tools.crops.duplicates: copies are found, other photographs are not, and a plain search
+agrees."""
 
 from __future__ import annotations
 
@@ -30,10 +31,14 @@ def _next_frame(pixels: np.ndarray) -> np.ndarray:
 
 
 COPIES = {
-    "JPEG 60": lambda pixels: recompressed(pixels, 60), "half": lambda pixels: resized(pixels, 0.5),
-    "0.7": lambda pixels: resized(pixels, 0.7), "twice": lambda pixels: resized(pixels, 2),
-    "brighter": lambda pixels: brightened(pixels, 8), "darker": lambda pixels: brightened(pixels, -8),
-    "trimmed": lambda pixels: _trimmed(pixels, 0.01), "blurred": lambda pixels: blurred(pixels, 1),
+    "JPEG 60": lambda pixels: recompressed(pixels, 60),
+    "half": lambda pixels: resized(pixels, 0.5),
+    "0.7": lambda pixels: resized(pixels, 0.7),
+    "twice": lambda pixels: resized(pixels, 2),
+    "brighter": lambda pixels: brightened(pixels, 8),
+    "darker": lambda pixels: brightened(pixels, -8),
+    "trimmed": lambda pixels: _trimmed(pixels, 0.01),
+    "blurred": lambda pixels: blurred(pixels, 1),
     "all": lambda pixels: recompressed(resized(_trimmed(brightened(pixels, 4), 0.01), 0.6), 70),
     "next frame": _next_frame,
 }
@@ -55,11 +60,18 @@ def test_copies_are_found(change):
 
 
 def test_different_photographs_and_crops_are_not_copies():
-    hashes = [perceptual_hash(crop) for pixels in photographs().values() for crop in (pixels, *crops(pixels, 160))
-              if cv2.Laplacian(crop, cv2.CV_16S).std() > 10]
+    hashes = [
+        perceptual_hash(crop)
+        for pixels in photographs().values()
+        for crop in (pixels, *crops(pixels, 160))
+        if cv2.Laplacian(crop, cv2.CV_16S).std() > 10
+    ]
     assert len(hashes) > 25
     numbers = [int.from_bytes(hash, "big") for hash in hashes]
-    assert min((a ^ b).bit_count() for place, a in enumerate(numbers) for b in numbers[:place]) > MAX_DISTANCE + 20
+    assert (
+        min((a ^ b).bit_count() for place, a in enumerate(numbers) for b in numbers[:place])
+        > MAX_DISTANCE + 20
+    )
     table = NearDuplicates()
     assert [table.add(number, hash) for number, hash in enumerate(hashes)] == [None] * len(hashes)
 
@@ -80,11 +92,16 @@ def test_the_hash_is_the_same_on_every_machine():
     assert hashlib.sha256(perceptual_hash(pattern)).hexdigest() == PINNED
 
 
-@pytest.mark.parametrize("pixels", [
-    np.zeros((64, 64, 3), np.uint8), np.full((300, 200, 3), 200, np.uint8),
-    np.arange(256, dtype=np.uint8)[:, None, None].repeat(256, 1).repeat(3, 2),
-    (np.arange(256, dtype=np.uint8)[None, :, None] // 16 % 2 * 255).repeat(256, 0).repeat(3, 2),
-], ids=["black", "gray", "ramp", "stripes"])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((64, 64, 3), np.uint8),
+        np.full((300, 200, 3), 200, np.uint8),
+        np.arange(256, dtype=np.uint8)[:, None, None].repeat(256, 1).repeat(3, 2),
+        (np.arange(256, dtype=np.uint8)[None, :, None] // 16 % 2 * 255).repeat(256, 0).repeat(3, 2),
+    ],
+    ids=["black", "gray", "ramp", "stripes"],
+)
 def test_pictures_without_structure_are_nobodys_copies(pixels):
     hash = perceptual_hash(np.ascontiguousarray(pixels))
     assert not has_structure(hash)
@@ -125,7 +142,9 @@ def test_a_large_table_agrees_with_a_plain_search():
 def test_the_same_calls_give_the_same_answers():
     rng = np.random.default_rng(3)
     originals = [rng.bytes(HASH_BYTES) for _ in range(3000)]
-    stream = [_flipped(originals[rng.integers(3000)], int(rng.integers(0, 30)), rng) for _ in range(6000)]
+    stream = [
+        _flipped(originals[rng.integers(3000)], int(rng.integers(0, 30)), rng) for _ in range(6000)
+    ]
     tables = NearDuplicates(), NearDuplicates()
     answers = [[table.add(number, hash) for number, hash in enumerate(stream)] for table in tables]
     assert answers[0] == answers[1]

@@ -1,4 +1,5 @@
-"""Files whose headers and ends are whole but whose data is damaged, and sloppy files whose pixels are whole."""
+"""Files whose headers and ends are whole but whose data is damaged, and sloppy files whose pixels
+are whole."""
 
 from __future__ import annotations
 
@@ -29,8 +30,15 @@ from tools.crops.manifest import ManifestIndex
 from tools.dataset.judging import Judge, Rules, Verdict
 
 PIXELS = photograph(301, 403)
-KINDS = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2},
-         "progressive": {"progressive": True}, "optimized": {"optimize": True}, "rgb": {"keep_rgb": True}, "gray": {}}
+KINDS = {
+    "444": {"subsampling": 0},
+    "422": {"subsampling": 1},
+    "420": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "optimized": {"optimize": True},
+    "rgb": {"keep_rgb": True},
+    "gray": {},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +70,9 @@ def judge(folder, decodes: bool = True, megapixels: float = 300) -> Judge:
 
 
 def jpeg(kind: str = "420", quality: int = 92) -> bytes:
-    return encoded(PIXELS[..., 0] if kind == "gray" else PIXELS, "jpeg", quality=quality, **KINDS[kind])
+    return encoded(
+        PIXELS[..., 0] if kind == "gray" else PIXELS, "jpeg", quality=quality, **KINDS[kind]
+    )
 
 
 def damaged(content: bytes, how: str, seed: int = 0) -> bytes:
@@ -84,11 +94,14 @@ def insert_before_scan(content: bytes, added: bytes) -> bytes:
 @pytest.mark.parametrize("how", ["zeroed", "random", "cut out"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_jpeg_data_is_turned_away(kind, how):
-    """Nearly always: zeros may be valid code by chance, and often are in the refining scans of a progressive JPEG."""
+    """Nearly always: zeros may be valid code by chance, and often are in the refining scans of a
+    progressive JPEG."""
     content = jpeg(kind)
     decode(content)
     reasons = [reason_against(damaged(content, how, seed)) for seed in range(8)]
-    assert sum(map(bool, reasons)) >= (4 if (kind, how) == ("progressive", "zeroed") else 7), reasons
+    assert sum(map(bool, reasons)) >= (4 if (kind, how) == ("progressive", "zeroed") else 7), (
+        reasons
+    )
     assert "\n" not in "".join(reasons)
 
 
@@ -103,18 +116,28 @@ def test_damaged_cmyk_jpeg_is_turned_away(how):
 def test_the_tools_agree_on_damage(tmp_path):
     """The cutter turns away what the full check calls bad, and nothing else."""
     tiff = encoded(photograph(300, 400, seed=9), "tiff", compression="tiff_lzw")
-    files = {"good.jpg": jpeg(), "good.tif": tiff, "zeroed.jpg": damaged(jpeg(), "zeroed"),
-             "random.jpg": damaged(jpeg(), "random"), "cut_out.jpg": damaged(jpeg(), "cut out"),
-             "progressive.jpg": damaged(jpeg("progressive"), "zeroed"), "random.tif": damaged(tiff, "random"),
-             "zeroed.tif": damaged(tiff, "zeroed")}
+    files = {
+        "good.jpg": jpeg(),
+        "good.tif": tiff,
+        "zeroed.jpg": damaged(jpeg(), "zeroed"),
+        "random.jpg": damaged(jpeg(), "random"),
+        "cut_out.jpg": damaged(jpeg(), "cut out"),
+        "progressive.jpg": damaged(jpeg("progressive"), "zeroed"),
+        "random.tif": damaged(tiff, "random"),
+        "zeroed.tif": damaged(tiff, "zeroed"),
+    }
     write_files(tmp_path / "photos", files)
     bad = sorted(set(files) - {"good.jpg", "good.tif"})
-    cut = run_tool("images_to_data", tmp_path / "photos", tmp_path / "crops", "--size", 96, *UNGATED)
+    cut = run_tool(
+        "images_to_data", tmp_path / "photos", tmp_path / "crops", "--size", 96, *UNGATED
+    )
     assert cut.returncode == 1, cut.stderr
     folders = {path.parent.name for path in (tmp_path / "crops").rglob("*.npy")}
     assert len(folders) == 2
     assert all(name.startswith("good") for name in folders)
-    checked = run_tool("check_training_data", "--data-dir", tmp_path / "photos", "--min-size", 64, *UNGATED)
+    checked = run_tool(
+        "check_training_data", "--data-dir", tmp_path / "photos", "--min-size", 64, *UNGATED
+    )
     assert checked.returncode == 1, checked.stderr
     told = checked.stdout + checked.stderr
     assert [name for name in sorted(files) if f"{name}: " in told] == bad, told
@@ -132,9 +155,13 @@ def test_lzw_tiff_that_dali_takes_is_bad(tmp_path):
 @pytest.mark.parametrize("size", [(64, 64), (61, 83), (1, 1), (17, 300)])
 def test_strict_decoder_gives_opencvs_pixels(kind, size):
     pixels = photograph(*size, seed=3)
-    content = encoded(pixels[..., 0] if kind == "gray" else pixels, "jpeg", quality=75, **KINDS[kind])
+    content = encoded(
+        pixels[..., 0] if kind == "gray" else pixels, "jpeg", quality=75, **KINDS[kind]
+    )
     header = read_header(io.BytesIO(content))
-    expected = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    expected = cv2.imdecode(
+        np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    )
     assert header.is_plain
     assert decoder_name(header) == f"simplejpeg {simplejpeg.__version__}"
     assert np.array_equal(decode_plain(content, header), expected)
@@ -144,17 +171,36 @@ def test_strict_decoder_gives_opencvs_pixels(kind, size):
 @pytest.mark.parametrize("restarts", [0, 3])
 def test_samplings_and_restarts(sampling, restarts):
     setting = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{sampling}")
-    content = cv2.imencode(".jpg", PIXELS, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, setting,
-                                            cv2.IMWRITE_JPEG_RST_INTERVAL, restarts])[1].tobytes()
+    content = cv2.imencode(
+        ".jpg",
+        PIXELS,
+        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, setting, cv2.IMWRITE_JPEG_RST_INTERVAL, restarts],
+    )[1].tobytes()
     header = read_header(io.BytesIO(content))
     assert header.is_plain
-    assert np.array_equal(decode_plain(content, header),
-                          cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB))
+    assert np.array_equal(
+        decode_plain(content, header),
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB),
+    )
 
 
-@pytest.mark.parametrize("factors", [(0x21, 0x21, 0x21), (0x12, 0x12, 0x12), (0x31, 0x31, 0x31), (0x22, 0x12, 0x12),
-                                     (0x22, 0x21, 0x21), (0x14, 0x11, 0x11), (0x41, 0x11, 0x11), (0x22, 0x11, 0x12),
-                                     (0x11, 0x22, 0x22), (0x31, 0x11, 0x11), (0x22, 0x22, 0x22), (0x42, 0x11, 0x11)])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        (0x21, 0x21, 0x21),
+        (0x12, 0x12, 0x12),
+        (0x31, 0x31, 0x31),
+        (0x22, 0x12, 0x12),
+        (0x22, 0x21, 0x21),
+        (0x14, 0x11, 0x11),
+        (0x41, 0x11, 0x11),
+        (0x22, 0x11, 0x12),
+        (0x11, 0x22, 0x22),
+        (0x31, 0x11, 0x11),
+        (0x22, 0x22, 0x22),
+        (0x42, 0x11, 0x11),
+    ],
+)
 def test_plain_are_the_samplings_that_the_strict_decoder_knows(factors):
     content = bytearray(jpeg("444"))
     start = content.index(b"\xff\xc0")
@@ -170,7 +216,10 @@ def test_plain_are_the_samplings_that_the_strict_decoder_knows(factors):
 def sloppy_files() -> dict[str, bytes]:
     """JPEGs such as cameras and old software write, of the pixels of `jpeg()`."""
     content = jpeg()
-    tables, adobe = content[:2] + content[content.index(b"\xff\xdb") :], b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0"
+    tables, adobe = (
+        content[:2] + content[content.index(b"\xff\xdb") :],
+        b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0",
+    )
     jfif = bytearray(content)
     jfif[11] = 3
     scan = bytearray(content)
@@ -180,10 +229,17 @@ def sloppy_files() -> dict[str, bytes]:
         "bytes after the end": content + b"appended by a camera" * 99,
         "some bytes before the end": content[:-2] + b"\x5a\x17" + content[-2:],
         "zeros before the end": content[:-2] + bytes(3000) + content[-2:],
-        "fill bytes": insert_before_scan(content, b"\xff\xff"), "no JFIF": tables,
-        "Adobe": tables[:2] + adobe + b"\1" + tables[2:], "strange Adobe": tables[:2] + adobe + b"\7" + tables[2:],
-        "strange JFIF": bytes(jfif), "strange scan": bytes(scan),
-        "all of it": bytes(jfif)[: limits] + bytes(3) + content[limits + 3 : -2] + bytes(3000) + content[-2:],
+        "fill bytes": insert_before_scan(content, b"\xff\xff"),
+        "no JFIF": tables,
+        "Adobe": tables[:2] + adobe + b"\1" + tables[2:],
+        "strange Adobe": tables[:2] + adobe + b"\7" + tables[2:],
+        "strange JFIF": bytes(jfif),
+        "strange scan": bytes(scan),
+        "all of it": bytes(jfif)[:limits]
+        + bytes(3)
+        + content[limits + 3 : -2]
+        + bytes(3000)
+        + content[-2:],
     }
 
 
@@ -194,7 +250,9 @@ def test_sloppy_jpegs_are_good(name):
     assert np.array_equal(HostDecoder(threads=1, batch=1).decode_content(content), decode(content))
 
 
-@pytest.mark.parametrize("name", ["strange JFIF", "strange scan", "strange Adobe", "zeros before the end"])
+@pytest.mark.parametrize(
+    "name", ["strange JFIF", "strange scan", "strange Adobe", "zeros before the end"]
+)
 def test_a_harmless_warning_does_not_hide_damage(name):
     """libjpeg tells the first warning only."""
     content = sloppy_files()[name]
@@ -207,7 +265,8 @@ def test_a_harmless_warning_does_not_hide_damage(name):
 
 
 def test_pixels_that_came_too_late_are_damage():
-    """Bytes before the end that are not padding: the code lost its place, and found it again a few blocks late."""
+    """Bytes before the end that are not padding: the code lost its place, and found it again a few
+    blocks late."""
     content = jpeg()
     with pytest.raises(BadImageError, match=r"damaged: \d+ extraneous bytes before marker 0xd9"):
         decode(content[:-2] + b"\x5a" * 300 + content[-2:])
@@ -218,9 +277,11 @@ def test_markers_in_the_scan_show_without_decoding():
     header = read_header(io.BytesIO(content))
     check_complete(content, header)
     first, second = content.index(b"\xff\xd0"), content.index(b"\xff\xd1")
-    for broken in (content[:first] + content[second:],                       # an interval is missing
-                   content[:second] + content[first:second] + content[second:],  # one comes twice
-                   content[: first + 9] + b"\xff\x4f" + content[first + 9 :]):
+    for broken in (
+        content[:first] + content[second:],  # an interval is missing
+        content[:second] + content[first:second] + content[second:],  # one comes twice
+        content[: first + 9] + b"\xff\x4f" + content[first + 9 :],
+    ):
         with pytest.raises(BadImageError, match="damaged: the marker"):
             check_complete(broken, header)
     plain = jpeg()
@@ -231,7 +292,9 @@ def test_markers_in_the_scan_show_without_decoding():
 
 def test_hostile_jpegs_end_in_pixels_or_in_a_reason():
     rng = np.random.default_rng(5)
-    contents = [encoded(photograph(40, 50), "jpeg", **KINDS[kind]) for kind in ("420", "progressive")]
+    contents = [
+        encoded(photograph(40, 50), "jpeg", **KINDS[kind]) for kind in ("420", "progressive")
+    ]
     for turn in range(1500):
         content = bytearray(contents[turn % 2])
         for at in rng.integers(2, len(content), 3):
@@ -258,7 +321,9 @@ def test_sparse_giants_are_bad_and_not_read(tmp_path, name, decodes):
 
 
 def test_sparse_npy_giants_are_bad_and_not_read(tmp_path):
-    header = npy(np.zeros((0, 1, 3), np.uint8)).replace(b"(0, 1, 3), }         ", b"(1000000, 1000, 3), }")
+    header = npy(np.zeros((0, 1, 3), np.uint8)).replace(
+        b"(0, 1, 3), }         ", b"(1000000, 1000, 3), }"
+    )
     (tmp_path / "giant.npy").write_bytes(header)
     os.truncate(tmp_path / "giant.npy", len(header) + 3 * 10**9)
     result = judge(tmp_path)("giant.npy")
@@ -267,15 +332,37 @@ def test_sparse_npy_giants_are_bad_and_not_read(tmp_path):
 
 
 def test_too_little_memory_says_nothing_about_the_file(tmp_path):
-    """Within the limits that the user set, yet more than the machine has: not bad, and the other files are judged."""
-    header = npy(np.zeros((0, 1, 3), np.uint8)).replace(b"(0, 1, 3), }          ", b"(1000000, 4000, 3), } ")
+    """Within the limits that the user set, yet more than the machine has: not bad, and the other
+    files are judged."""
+    header = npy(np.zeros((0, 1, 3), np.uint8)).replace(
+        b"(0, 1, 3), }          ", b"(1000000, 4000, 3), } "
+    )
     write_files(tmp_path, {"giant.npy": header, "good.npy": npy(PIXELS)})
     os.truncate(tmp_path / "giant.npy", len(header) + 12 * 10**9)
-    command = [sys.executable, str(CHECKOUT / "tools/check_training_data.py"), "--data-dir", str(tmp_path),
-               "--min-size", "64", "--max-megapixels", "5000", "--min-gradient", "0", "--min-sharpness", "0"]
+    command = [
+        sys.executable,
+        str(CHECKOUT / "tools/check_training_data.py"),
+        "--data-dir",
+        str(tmp_path),
+        "--min-size",
+        "64",
+        "--max-megapixels",
+        "5000",
+        "--min-gradient",
+        "0",
+        "--min-sharpness",
+        "0",
+    ]
     limit = 8 << 30
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False,
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
     assert result.returncode == 1, result.stderr
     assert "not enough memory" in result.stdout + result.stderr
     assert "Traceback" not in result.stderr

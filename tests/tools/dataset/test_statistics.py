@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from dataset_corpus import CHECKOUT
 from pipeline.data.image_files import MANIFEST
 from tools.crops.manifest import CropRecord, format_line
-from tools.dataset.sampling import MAX_KINDS, HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key
+from tools.dataset.sampling import (
+    MAX_KINDS,
+    HashSample,
+    Histogram,
+    KeySet,
+    LowestOfGroups,
+    Tally,
+    path_key,
+)
 from tools.dataset.sources import GATE_EDGES
 from tools.dataset.statistics import gather
 from tools.report.charts import gate_chart, photos_chart
@@ -26,7 +34,21 @@ FAST = settings(deadline=None, max_examples=50)
 
 def record(number: int, photo: str, **gates: float) -> CropRecord:
     """A crop whose file is not there."""
-    return CropRecord(f"{photo}/{number}.npy", photo, 1, 0, 0, 512, 786560, f"{number:064x}", "test 1", gates, 1, 1, 1)
+    return CropRecord(
+        f"{photo}/{number}.npy",
+        photo,
+        1,
+        0,
+        0,
+        512,
+        786560,
+        f"{number:064x}",
+        "test 1",
+        gates,
+        1,
+        1,
+        1,
+    )
 
 
 def write_manifest(folder: Path, records: list[CropRecord]) -> None:
@@ -45,7 +67,12 @@ def test_a_key_set_is_a_set(inside, asked):
 
 
 @FAST
-@given(st.lists(st.text("abc", min_size=1), unique=True), st.integers(0, 8), st.integers(0, 3), st.randoms())
+@given(
+    st.lists(st.text("abc", min_size=1), unique=True),
+    st.integers(0, 8),
+    st.integers(0, 3),
+    st.randoms(),
+)
 def test_a_sample_does_not_depend_on_order_or_parts(names, size, seed, rng):
     def drawn(names):
         sample = HashSample(size, seed)
@@ -72,7 +99,10 @@ def test_a_sample_is_uniform():
 
 
 @FAST
-@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 9)), max_size=60), st.integers(0, 5))
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 9)), max_size=60),
+    st.integers(0, 5),
+)
 def test_lowest_of_groups_is_what_sorting_gives(entries, size):
     lowest = LowestOfGroups(size)
     best: dict[str, tuple[float, str]] = {}
@@ -90,7 +120,10 @@ def test_histograms_count_like_numpy():
             histogram.add(float(value))
         histogram.add(math.nan)
         assert histogram.counts == np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist()
-        assert (histogram.below, histogram.above) == ((values < edges[0]).sum(), (values > edges[-1]).sum())
+        assert (histogram.below, histogram.above) == (
+            (values < edges[0]).sum(),
+            (values > edges[-1]).sum(),
+        )
         assert (histogram.total, histogram.under) == (5000, (values < 1.1).sum())
         inside = float(np.median(values.clip(edges[0], edges[-1])))
         bin_width = np.diff(edges)[np.searchsorted(edges, inside) - 1]
@@ -114,7 +147,9 @@ def test_photographs_are_counted_wherever_their_crops_stand(tmp_path):
     first, second = gather(tmp_path).sources
     counts = Counter(photos)
     assert first.photos.photographs == len(counts)
-    assert sorted(first.photos.largest) == sorted((count, f"a/{photo}") for photo, count in counts.most_common(10))
+    assert sorted(first.photos.largest) == sorted(
+        (count, f"a/{photo}") for photo, count in counts.most_common(10)
+    )
     assert first.photos.by_size == Counter(count.bit_length() - 1 for count in counts.values())
     assert (second.photos.photographs, second.photos.largest) == (1, [(2, "b/photo_00")])
     assert first.missing == 500
@@ -134,20 +169,36 @@ def test_charts_hold_every_image():
     floors = {round(bar.y + bar.height, 6) for bar in chart.bars}
     assert len(floors) == 1
     photos = photos_chart({0: 5, 3: 40})
-    assert [bar.text for bar in photos.bars] == ["1 crops: 5 photographs", "8 to 15 crops: 40 photographs"]
+    assert [bar.text for bar in photos.bars] == [
+        "1 crops: 5 photographs",
+        "8 to 15 crops: 40 photographs",
+    ]
     assert [tick.text for tick in photos.x_ticks] == ["1", "2+", "4+", "8+"]
 
 
 def test_memory_hardly_grows_with_the_crops(tmp_path):
     """A record takes about 3 KB of Python objects: holding 25000 of them would take 75 MB."""
+
     def peak(count: int) -> int:
-        records = [record(number, f"photo_{number // 20}", gradient=5.0, sharpness=0.7) for number in range(count)]
+        records = [
+            record(number, f"photo_{number // 20}", gradient=5.0, sharpness=0.7)
+            for number in range(count)
+        ]
         write_manifest(tmp_path / str(count) / "source", records)
-        code = ("import resource, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-                "from tools.dataset.statistics import gather; statistics = gather(Path(sys.argv[2]), 48); "
-                "print(statistics.sources[0].images, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        done = subprocess.run([sys.executable, "-c", code, str(CHECKOUT), str(tmp_path / str(count))], check=True,
-                              capture_output=True, text=True, timeout=120)
+        code = (
+            "import resource, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+            "from tools.dataset.statistics import gather; statistics = gather(Path(sys.argv[2]), "
+            "48); "
+            "print(statistics.sources[0].images, "
+            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(CHECKOUT), str(tmp_path / str(count))],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         images, kilobytes = map(int, done.stdout.split())
         assert images == count
         return kilobytes // 1024

@@ -1,4 +1,5 @@
-"""tools/tar/members.py: tars in tars, names that lie, damage, bombs, and how much memory all that takes."""
+"""tools/tar/members.py: tars in tars, names that lie, damage, bombs, and how much memory all that
+takes."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("_no_hanging")
 @pytest.fixture
 def _no_hanging():
     """Every test here ends within a minute, whatever a hostile archive makes the reader do."""
+
     def stop(*_):
         raise TimeoutError("the reader hangs")
 
@@ -41,8 +43,10 @@ def _no_hanging():
     signal.signal(signal.SIGALRM, before)
 
 
-def tar(files: dict[str, bytes | tarfile.TarInfo] | list[tuple[str, bytes | tarfile.TarInfo]],
-        form: int = tarfile.PAX_FORMAT) -> bytes:
+def tar(
+    files: dict[str, bytes | tarfile.TarInfo] | list[tuple[str, bytes | tarfile.TarInfo]],
+    form: int = tarfile.PAX_FORMAT,
+) -> bytes:
     """A tar archive; a `TarInfo` stands for itself, without data."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as archive:
@@ -51,11 +55,15 @@ def tar(files: dict[str, bytes | tarfile.TarInfo] | list[tuple[str, bytes | tarf
             if not isinstance(content, tarfile.TarInfo):
                 info.size = len(content)
             info.name = name
-            archive.addfile(info, None if isinstance(content, tarfile.TarInfo) else io.BytesIO(content))
+            archive.addfile(
+                info, None if isinstance(content, tarfile.TarInfo) else io.BytesIO(content)
+            )
     return file.getvalue()
 
 
-def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, form: int = tarfile.GNU_FORMAT) -> bytes:
+def header(
+    name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, form: int = tarfile.GNU_FORMAT
+) -> bytes:
     """A header block alone, whatever it claims."""
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
@@ -72,7 +80,9 @@ def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
     return info
 
 
-def read(path: Path, content: bytes, **limits: int) -> tuple[dict[str, bytes], list[Problem], TarReader]:
+def read(
+    path: Path, content: bytes, **limits: int
+) -> tuple[dict[str, bytes], list[Problem], TarReader]:
     """(Members, problems, reader) of an archive of this content."""
     path = path / "a.tar" if path.is_dir() else path
     path.write_bytes(content)
@@ -81,29 +91,46 @@ def read(path: Path, content: bytes, **limits: int) -> tuple[dict[str, bytes], l
     members = [item for item in items if isinstance(item, Member)]
     names = [member.name for member in members]
     assert len(names) == len(set(names)), "a name was given twice"
-    return {member.name: member.data for member in members}, [i for i in items if isinstance(i, Problem)], reader
+    return (
+        {member.name: member.data for member in members},
+        [i for i in items if isinstance(i, Problem)],
+        reader,
+    )
 
 
 def test_tar_of_tars(tmp_path):
-    inner = {f"n0{number}.tar": tar({f"n0{number}_{image}.JPEG": JPEG + bytes([number, image]) for image in range(3)})
-             for number in range(4)}
+    inner = {
+        f"n0{number}.tar": tar(
+            {f"n0{number}_{image}.JPEG": JPEG + bytes([number, image]) for image in range(3)}
+        )
+        for number in range(4)
+    }
     members, problems, _ = read(tmp_path, tar(inner))
-    assert members == {f"n0{number}.tar/n0{number}_{image}.JPEG": JPEG + bytes([number, image])
-                       for number in range(4) for image in range(3)}
+    assert members == {
+        f"n0{number}.tar/n0{number}_{image}.JPEG": JPEG + bytes([number, image])
+        for number in range(4)
+        for image in range(3)
+    }
     assert problems == []
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"]
+)
 def test_compressed_archives(tmp_path, pack):
     content = tar({"a.jpg": JPEG, "in.tar.x": pack(tar({"b.png": PNG}))})
     assert read(tmp_path, pack(content))[:2] == ({"a.jpg": JPEG, "in.tar.x/b.png": PNG}, [])
     # compressed in pieces, as pigz, pbzip2 and `cat` leave them
     middle = len(content) // 2
     assert read(tmp_path, pack(content[:middle]) + pack(content[middle:]))[:2] == (
-        {"a.jpg": JPEG, "in.tar.x/b.png": PNG}, [])
+        {"a.jpg": JPEG, "in.tar.x/b.png": PNG},
+        [],
+    )
     large = {f"{number}.jpg": np.random.default_rng(number).bytes(1 << 20) for number in range(3)}
     cut = pack(tar(large))
-    members, problems, _ = read(tmp_path, cut[: int(0.9 * len(cut))])  # bzip2 works in blocks of 900 kB
+    members, problems, _ = read(
+        tmp_path, cut[: int(0.9 * len(cut))]
+    )  # bzip2 works in blocks of 900 kB
     assert members == {"0.jpg": large["0.jpg"], "1.jpg": large["1.jpg"]}
     assert [problem.name for problem in problems] == [""]
     assert "cut off" in problems[0].reason
@@ -120,11 +147,26 @@ def test_a_wrong_checksum_at_the_end_of_a_compressed_archive_is_noticed(tmp_path
 
 
 def test_photographs_are_known_by_content_archives_too(tmp_path):
-    files = {"a.dat": JPEG, "b": PNG, "c.txt": b"text", "labels.csv.gz": gzip.compress(b"1,2,3\n" * 300),
-             "BM.txt": b"BM", "bmw.bin": tar({"BMW/x": PNG}), "e": gzip.compress(tar({"x": JPEG})), "photo.tar": JPEG,
-             "none.jpg": b"no"}
+    files = {
+        "a.dat": JPEG,
+        "b": PNG,
+        "c.txt": b"text",
+        "labels.csv.gz": gzip.compress(b"1,2,3\n" * 300),
+        "BM.txt": b"BM",
+        "bmw.bin": tar({"BMW/x": PNG}),
+        "e": gzip.compress(tar({"x": JPEG})),
+        "photo.tar": JPEG,
+        "none.jpg": b"no",
+    }
     members, problems, reader = read(tmp_path, tar(files))
-    assert members == {"a.dat": JPEG, "b": PNG, "bmw.bin/BMW/x": PNG, "e/x": JPEG, "photo.tar": JPEG, "none.jpg": b"no"}
+    assert members == {
+        "a.dat": JPEG,
+        "b": PNG,
+        "bmw.bin/BMW/x": PNG,
+        "e/x": JPEG,
+        "photo.tar": JPEG,
+        "none.jpg": b"no",
+    }
     assert problems == []
     assert reader.passed == {"other": 3}
 
@@ -132,23 +174,46 @@ def test_photographs_are_known_by_content_archives_too(tmp_path):
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
 def test_long_names(tmp_path, form):
     name = "/".join(["folder" * 20] * 4) + "/ö.jpg"
-    assert read(tmp_path, tar({name: JPEG, "b.jpg": PNG}, form))[:2] == ({name: JPEG, "b.jpg": PNG}, [])
+    assert read(tmp_path, tar({name: JPEG, "b.jpg": PNG}, form))[:2] == (
+        {name: JPEG, "b.jpg": PNG},
+        [],
+    )
 
 
 def test_sizes_beyond_8_gb_come_from_the_pax_header(tmp_path):
     """The ustar field cannot hold them; here it says 0 while pax says the truth."""
     record = next(line for n in range(99) if len(line := b"%d size=%d\n" % (n, len(JPEG))) == n)
-    content = header("x", len(record), tarfile.XHDTYPE) + padded(record) + header("a.jpg", 0) + padded(JPEG) + tar({})
+    content = (
+        header("x", len(record), tarfile.XHDTYPE)
+        + padded(record)
+        + header("a.jpg", 0)
+        + padded(JPEG)
+        + tar({})
+    )
     assert read(tmp_path, content)[:2] == ({"a.jpg": JPEG}, [])
 
 
-@pytest.mark.parametrize(("name", "clean"), [
-    ("../../etc/x.jpg", "etc/x.jpg"), ("/abs/x.jpg", "abs/x.jpg"), ("C:\\Users\\x.jpg", "Users/x.jpg"),
-    ("c:x.jpg", "x.jpg"), ("/C:/x.jpg", "x.jpg"), ("a/./b//x.jpg", "a/b/x.jpg"), ("..\\..\\x.jpg", "x.jpg"),
-    ("a\nb\x1b[31m.jpg", "a_b_[31m.jpg"), ("caf\udce9.jpg", "caf_.jpg"), ("", "unnamed"), ("../..", "unnamed"),
-    ("...", "unnamed"), ("C:../x.jpg", "x.jpg"), ("ö/日本.jpg", "ö/日本.jpg"),
-    ("a/x1_000_000.npy", "a/x1_000_000.npy_"), ("f000012_x2_001_000.webp/b", "f000012_x2_001_000.webp_/b"),
-])
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("../../etc/x.jpg", "etc/x.jpg"),
+        ("/abs/x.jpg", "abs/x.jpg"),
+        ("C:\\Users\\x.jpg", "Users/x.jpg"),
+        ("c:x.jpg", "x.jpg"),
+        ("/C:/x.jpg", "x.jpg"),
+        ("a/./b//x.jpg", "a/b/x.jpg"),
+        ("..\\..\\x.jpg", "x.jpg"),
+        ("a\nb\x1b[31m.jpg", "a_b_[31m.jpg"),
+        ("caf\udce9.jpg", "caf_.jpg"),
+        ("", "unnamed"),
+        ("../..", "unnamed"),
+        ("...", "unnamed"),
+        ("C:../x.jpg", "x.jpg"),
+        ("ö/日本.jpg", "ö/日本.jpg"),
+        ("a/x1_000_000.npy", "a/x1_000_000.npy_"),
+        ("f000012_x2_001_000.webp/b", "f000012_x2_001_000.webp_/b"),
+    ],
+)
 def test_names_lead_nowhere_but_down(name, clean):
     assert clean_name(name) == clean
 
@@ -164,20 +229,42 @@ def test_endless_names_fit_on_a_disk_and_stay_different(tmp_path):
 
 
 def test_equal_names_are_all_kept(tmp_path):
-    """Later members of a name replace earlier ones when tar unpacks; for training each is a photograph."""
-    files = [("a.jpg", b"\xff\xd8\xff1"), ("./a.jpg", b"\xff\xd8\xff2"), ("../a.jpg", b"\xff\xd8\xff3"),
-             ("a.jpg~2", b"\xff\xd8\xff4"), ("b\x01.jpg", b"\xff\xd8\xff5"), ("b_.jpg", b"\xff\xd8\xff6")]
+    """Later members of a name replace earlier ones when tar unpacks; for training each is a
+    photograph."""
+    files = [
+        ("a.jpg", b"\xff\xd8\xff1"),
+        ("./a.jpg", b"\xff\xd8\xff2"),
+        ("../a.jpg", b"\xff\xd8\xff3"),
+        ("a.jpg~2", b"\xff\xd8\xff4"),
+        ("b\x01.jpg", b"\xff\xd8\xff5"),
+        ("b_.jpg", b"\xff\xd8\xff6"),
+    ]
     members, problems, _ = read(tmp_path, tar(files))
     assert list(members.items()) == [
-        ("a.jpg", b"\xff\xd8\xff1"), ("a.jpg~2", b"\xff\xd8\xff2"), ("a.jpg~3", b"\xff\xd8\xff3"),
-        ("a.jpg~2~2", b"\xff\xd8\xff4"), ("b_.jpg", b"\xff\xd8\xff5"), ("b_.jpg~2", b"\xff\xd8\xff6")]
+        ("a.jpg", b"\xff\xd8\xff1"),
+        ("a.jpg~2", b"\xff\xd8\xff2"),
+        ("a.jpg~3", b"\xff\xd8\xff3"),
+        ("a.jpg~2~2", b"\xff\xd8\xff4"),
+        ("b_.jpg", b"\xff\xd8\xff5"),
+        ("b_.jpg~2", b"\xff\xd8\xff6"),
+    ]
     assert problems == []
 
 
 def test_a_folder_and_an_inner_archive_of_one_name_stay_apart(tmp_path):
     inner = tar({"a.jpg": PNG, "b.jpg": PNG})
-    members, _, _ = read(tmp_path, tar([("n.tar/a.jpg", JPEG), ("n.tar", inner), ("n.tar/b.jpg", JPEG),
-                                        ("n.tar~2/b.jpg", JPEG), ("n.tar", inner)]))
+    members, _, _ = read(
+        tmp_path,
+        tar(
+            [
+                ("n.tar/a.jpg", JPEG),
+                ("n.tar", inner),
+                ("n.tar/b.jpg", JPEG),
+                ("n.tar~2/b.jpg", JPEG),
+                ("n.tar", inner),
+            ]
+        ),
+    )
     assert sorted(members.values(), key=len) == sorted([JPEG] * 3 + [PNG] * 4, key=len)
     assert members["n.tar/a.jpg"] == JPEG
     assert members["n.tar~2/a.jpg"] == PNG
@@ -192,10 +279,20 @@ def test_thousands_of_equal_names_take_no_day(tmp_path):
 
 
 def test_links_devices_and_hidden_files_are_counted(tmp_path):
-    files = {"a.jpg": JPEG, "hard.jpg": special(tarfile.LNKTYPE, "/etc/passwd"),
-             "soft.jpg": special(tarfile.SYMTYPE, "../../x"), "fifo.jpg": special(tarfile.FIFOTYPE),
-             "null.jpg": special(tarfile.CHRTYPE), "disk.jpg": special(tarfile.BLKTYPE), "d": special(tarfile.DIRTYPE),
-             "._a.jpg": JPEG, ".git/x.jpg": JPEG, "__MACOSX/a.jpg": JPEG, "quarantine/a.jpg": JPEG, "./b.jpg": PNG}
+    files = {
+        "a.jpg": JPEG,
+        "hard.jpg": special(tarfile.LNKTYPE, "/etc/passwd"),
+        "soft.jpg": special(tarfile.SYMTYPE, "../../x"),
+        "fifo.jpg": special(tarfile.FIFOTYPE),
+        "null.jpg": special(tarfile.CHRTYPE),
+        "disk.jpg": special(tarfile.BLKTYPE),
+        "d": special(tarfile.DIRTYPE),
+        "._a.jpg": JPEG,
+        ".git/x.jpg": JPEG,
+        "__MACOSX/a.jpg": JPEG,
+        "quarantine/a.jpg": JPEG,
+        "./b.jpg": PNG,
+    }
     members, problems, reader = read(tmp_path, tar(files))
     assert members == {"a.jpg": JPEG, "b.jpg": PNG}
     assert problems == []
@@ -203,7 +300,9 @@ def test_links_devices_and_hidden_files_are_counted(tmp_path):
 
 
 def test_links_with_a_size_have_no_data(tmp_path):
-    content = header("l.jpg", 999, tarfile.LNKTYPE) + header("a.jpg", len(JPEG)) + padded(JPEG) + tar({})
+    content = (
+        header("l.jpg", 999, tarfile.LNKTYPE) + header("a.jpg", len(JPEG)) + padded(JPEG) + tar({})
+    )
     assert read(tmp_path, content)[:2] == ({"a.jpg": JPEG}, [])
 
 
@@ -215,7 +314,9 @@ def sparse_header(real_size: int, stored: int, extensions: int = 0) -> bytes:
     block[483:495] = b"%011o\0" % real_size
     block[148:156] = b"        "
     block[148:156] = b"%06o\0 " % sum(block)
-    more = b"".join(bytes(504) + bytes([number < extensions - 1]) + bytes(7) for number in range(extensions))
+    more = b"".join(
+        bytes(504) + bytes([number < extensions - 1]) + bytes(7) for number in range(extensions)
+    )
     return bytes(block) + more
 
 
@@ -248,8 +349,10 @@ def test_sparse_members_as_gnu_tar_writes_them(tmp_path, form):
 def test_a_corrupt_inner_header_loses_the_rest_of_that_archive_only(tmp_path):
     inner = bytearray(tar({f"{number}.jpg": JPEG for number in range(5)}, tarfile.USTAR_FORMAT))
     inner[2 * (512 + len(padded(JPEG))) + 5] ^= 0xFF
-    members, problems, _ = read(tmp_path, tar({"a.tar": tar({"x.jpg": PNG}), "b.tar": bytes(inner),
-                                               "c.tar": tar({"y.jpg": PNG})}))
+    members, problems, _ = read(
+        tmp_path,
+        tar({"a.tar": tar({"x.jpg": PNG}), "b.tar": bytes(inner), "c.tar": tar({"y.jpg": PNG})}),
+    )
     assert set(members) == {"a.tar/x.jpg", "b.tar/0.jpg", "b.tar/1.jpg", "c.tar/y.jpg"}
     assert [problem.name for problem in problems] == ["b.tar"]
     assert "corrupt header" in problems[0].reason
@@ -257,9 +360,15 @@ def test_a_corrupt_inner_header_loses_the_rest_of_that_archive_only(tmp_path):
 
 
 def test_damaged_inner_archives_are_problems_by_their_names(tmp_path):
-    files = {"junk.tar": b"junk" * 500, "empty.tar": b"", "junk.tar.gz": b"junk" * 500, "cut.tgz":
-             gzip.compress(tar({"a.jpg": os.urandom(5000)}))[:60], "zstd.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(600),
-             "none.tar": tar({}), "fine.jpg": JPEG}
+    files = {
+        "junk.tar": b"junk" * 500,
+        "empty.tar": b"",
+        "junk.tar.gz": b"junk" * 500,
+        "cut.tgz": gzip.compress(tar({"a.jpg": os.urandom(5000)}))[:60],
+        "zstd.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(600),
+        "none.tar": tar({}),
+        "fine.jpg": JPEG,
+    }
     members, problems, _ = read(tmp_path, tar(files))
     assert members == {"fine.jpg": JPEG}
     assert [problem.name for problem in problems] == [name for name in files if name != "fine.jpg"]
@@ -293,34 +402,73 @@ def test_cut_anywhere_what_came_before_is_used_and_the_cut_is_said(tmp_path):
 
 
 def test_ten_terabytes_in_a_header_cost_nothing(tmp_path):
-    """As a photograph, as another file, as an extended header; skipping must end where the file ends."""
-    claims = [header("a.jpg", 10**13), header("a.txt", 10**13), header("a.jpg", 2**63 - 1),
-              header("x", 10**13, tarfile.XHDTYPE), header("x", 10**13, tarfile.GNUTYPE_LONGNAME),
-              header("x", 10**13, tarfile.XGLTYPE)]
+    """As a photograph, as another file, as an extended header; skipping must end where the file
+    ends."""
+    claims = [
+        header("a.jpg", 10**13),
+        header("a.txt", 10**13),
+        header("a.jpg", 2**63 - 1),
+        header("x", 10**13, tarfile.XHDTYPE),
+        header("x", 10**13, tarfile.GNUTYPE_LONGNAME),
+        header("x", 10**13, tarfile.XGLTYPE),
+    ]
     for claim in claims:
         for pack in (bytes, gzip.compress):
-            members, problems, _ = read(tmp_path, pack(tar({"0.jpg": JPEG}, tarfile.USTAR_FORMAT)[:512 * 10] + claim))
+            members, problems, _ = read(
+                tmp_path, pack(tar({"0.jpg": JPEG}, tarfile.USTAR_FORMAT)[: 512 * 10] + claim)
+            )
             assert set(members) <= {"0.jpg"}
             assert problems[-1].name == ""
-    members, problems, _ = read(tmp_path, header("0.jpg", len(JPEG)) + padded(JPEG) + claims[0] + JPEG)
+    members, problems, _ = read(
+        tmp_path, header("0.jpg", len(JPEG)) + padded(JPEG) + claims[0] + JPEG
+    )
     assert members == {"0.jpg": JPEG}
     assert "above the limit" in problems[0].reason
     assert "cut off within a.jpg" in problems[1].reason
 
 
 def test_negative_sizes_do_not_go_backwards(tmp_path):
-    for kind in (tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE):
-        content = header("0.jpg", len(JPEG)) + padded(JPEG) + header("a.jpg", -1536, kind) + padded(JPEG) + tar({})
+    for kind in (
+        tarfile.REGTYPE,
+        tarfile.XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_SPARSE,
+    ):
+        content = (
+            header("0.jpg", len(JPEG))
+            + padded(JPEG)
+            + header("a.jpg", -1536, kind)
+            + padded(JPEG)
+            + tar({})
+        )
         members, problems, _ = read(tmp_path, content)
         assert members == {"0.jpg": JPEG}
         assert len(problems) == 1
 
 
-@pytest.mark.parametrize("record", [b"11 size=-5\n", b"0 size=5\n", b"99999 path=a\n", b"path=a\n", b"9 path=a",
-                                    b"\0" * 9, b"99999999999999999999999 path=a\n", b"12 size=1e9\n", b"x" * 600])
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"11 size=-5\n",
+        b"0 size=5\n",
+        b"99999 path=a\n",
+        b"path=a\n",
+        b"9 path=a",
+        b"\0" * 9,
+        b"99999999999999999999999 path=a\n",
+        b"12 size=1e9\n",
+        b"x" * 600,
+    ],
+)
 def test_broken_pax_headers(tmp_path, record):
     start = header("0.jpg", len(JPEG)) + padded(JPEG)
-    content = start + header("x", len(record), tarfile.XHDTYPE) + padded(record) + header("a.jpg", 3) + padded(b"abc")
+    content = (
+        start
+        + header("x", len(record), tarfile.XHDTYPE)
+        + padded(record)
+        + header("a.jpg", 3)
+        + padded(b"abc")
+    )
     members, problems, _ = read(tmp_path, content + tar({}))
     assert members == {"0.jpg": JPEG}
     assert len(problems) == 1
@@ -329,9 +477,13 @@ def test_broken_pax_headers(tmp_path, record):
 
 def test_a_million_extended_headers_are_no_recursion(tmp_path):
     chain = (header("x", 9, tarfile.XHDTYPE) + padded(b"9 path=a\n")[:512]) * 20_000
-    assert read(tmp_path, chain + header("b.jpg", len(JPEG)) + padded(JPEG) + tar({}))[0] == {"a": JPEG}
+    assert read(tmp_path, chain + header("b.jpg", len(JPEG)) + padded(JPEG) + tar({}))[0] == {
+        "a": JPEG
+    }
     chain = (header("x", 5, tarfile.GNUTYPE_LONGNAME) + padded(b"long\0")) * 20_000
-    assert read(tmp_path, chain + header("b.jpg", len(JPEG)) + padded(JPEG) + tar({}))[0] == {"long": JPEG}
+    assert read(tmp_path, chain + header("b.jpg", len(JPEG)) + padded(JPEG) + tar({}))[0] == {
+        "long": JPEG
+    }
 
 
 def test_tars_put_one_behind_another_are_all_read(tmp_path):
@@ -353,7 +505,9 @@ def test_a_hole_in_place_of_members_is_noticed(tmp_path):
     assert ["zero bytes" in item.reason for item in TarReader(tmp_path / "zeros.tar")] == [True]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"]
+)
 @pytest.mark.parametrize("name", ["a.jpg", "a.txt", "a.tar"])
 def test_decompression_bombs(tmp_path, pack, name):
     content = tar({"0.jpg": JPEG, name: bytes(8 << 20)})
@@ -370,12 +524,16 @@ def test_decompression_bombs(tmp_path, pack, name):
 
 def test_ordinary_compressed_archives_are_no_bombs(tmp_path):
     flat = encoded(np.full((500, 500, 3), 7, np.uint8), "bmp")
-    assert read(tmp_path, gzip.compress(tar({f"{number}.bmp": flat for number in range(9)})))[1] == []
+    assert (
+        read(tmp_path, gzip.compress(tar({f"{number}.bmp": flat for number in range(9)})))[1] == []
+    )
 
 
 def test_xz_cannot_ask_for_any_memory(tmp_path):
     packed = bytearray(lzma.compress(tar({"a.jpg": JPEG})))
-    assert packed[14:16] == b"\x21\x01"  # the LZMA2 filter, whose one byte says how large a dictionary it needs
+    assert (
+        packed[14:16] == b"\x21\x01"
+    )  # the LZMA2 filter, whose one byte says how large a dictionary it needs
     packed[16] = 40  # 4 GiB
     packed[20:24] = zlib.crc32(packed[12:20]).to_bytes(4, "little")
     (tmp_path / "a.tar.xz").write_bytes(packed)
@@ -384,11 +542,16 @@ def test_xz_cannot_ask_for_any_memory(tmp_path):
 
 
 def test_large_members_many_members_and_deep_archives_are_limited(tmp_path):
-    members, problems, _ = read(tmp_path, tar({"a.jpg": JPEG, "b.jpg": JPEG + bytes(9999), "c.jpg": JPEG}),
-                                member_bytes=len(JPEG))
+    members, problems, _ = read(
+        tmp_path,
+        tar({"a.jpg": JPEG, "b.jpg": JPEG + bytes(9999), "c.jpg": JPEG}),
+        member_bytes=len(JPEG),
+    )
     assert set(members) == {"a.jpg", "c.jpg"}
     assert [problem.name for problem in problems] == ["b.jpg"]
-    members, problems, _ = read(tmp_path, tar({f"{number}.jpg": JPEG for number in range(9)}), names=5)
+    members, problems, _ = read(
+        tmp_path, tar({f"{number}.jpg": JPEG for number in range(9)}), names=5
+    )
     assert len(members) == 5
     assert "more than 5 names" in problems[0].reason
     content = tar({"a.jpg": JPEG})
@@ -400,8 +563,14 @@ def test_large_members_many_members_and_deep_archives_are_limited(tmp_path):
 
 
 def test_unwanted_members_are_not_even_read(tmp_path):
-    """A plain archive is skipped through: the file's pages are not touched. Names stay what they were."""
-    files = [("a.jpg", JPEG), ("in.tar", tar([("b.jpg", JPEG), ("b.jpg", PNG)])), ("a.jpg", PNG), ("c.txt", b"text")]
+    """A plain archive is skipped through: the file's pages are not touched. Names stay what they
+    were."""
+    files = [
+        ("a.jpg", JPEG),
+        ("in.tar", tar([("b.jpg", JPEG), ("b.jpg", PNG)])),
+        ("a.jpg", PNG),
+        ("c.txt", b"text"),
+    ]
     (tmp_path / "a.tar").write_bytes(tar(files))
     asked = []
 
@@ -415,17 +584,30 @@ def test_unwanted_members_are_not_even_read(tmp_path):
 
 def test_what_is_no_archive_on_a_disk_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo.tar")
-    for path, word in ((tmp_path / "fifo.tar", "not a regular file"), (Path("/dev/zero"), "not a regular file"),
-                       (tmp_path, "not a regular file"), (tmp_path / "gone.tar", "no such file")):
+    for path, word in (
+        (tmp_path / "fifo.tar", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "gone.tar", "no such file"),
+    ):
         with pytest.raises(UserError, match=word):
             check_archive(path)
         with pytest.raises(UserError, match=word):
             list(TarReader(path))
-    contents = {b"": "empty", b"PK\3\4" + bytes(600): "a zip archive", b"text" * 300: "not a tar archive",
-                gzip.compress(b"text" * 300): "not a tar archive", gzip.compress(b"")[:12]: "cut off",
-                JPEG: "not a tar", b"7z\xbc\xaf\x27\x1c" + bytes(600): "7-zip", _BAD_GZIP: "damaged"}
+    contents = {
+        b"": "empty",
+        b"PK\3\4" + bytes(600): "a zip archive",
+        b"text" * 300: "not a tar archive",
+        gzip.compress(b"text" * 300): "not a tar archive",
+        gzip.compress(b"")[:12]: "cut off",
+        JPEG: "not a tar",
+        b"7z\xbc\xaf\x27\x1c" + bytes(600): "7-zip",
+        _BAD_GZIP: "damaged",
+    }
     if sys.version_info < (3, 14):
-        contents[b"\x28\xb5\x2f\xfd" + bytes(600)] = "zstd, which needs Python 3.14; decompress it with `unzstd`"
+        contents[b"\x28\xb5\x2f\xfd" + bytes(600)] = (
+            "zstd, which needs Python 3.14; decompress it with `unzstd`"
+        )
     for content, words in contents.items():
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(UserError, match=words):
@@ -438,14 +620,23 @@ def test_an_archive_that_changes_meanwhile_is_reported(tmp_path):
     items = iter(TarReader(path))
     assert next(items) == Member("a.jpg", JPEG)
     os.utime(path, ns=(0, 0))
-    assert list(items)[-1] == Problem("", "it changed while it was read; run the same command again")
+    assert list(items)[-1] == Problem(
+        "", "it changed while it was read; run the same command again"
+    )
 
 
 def test_any_bytes_are_survived(tmp_path):
-    """Flipped, dropped and doubled bytes in plain and compressed archives: problems, never an exception or a hang."""
+    """Flipped, dropped and doubled bytes in plain and compressed archives: problems, never an
+    exception or a hang."""
     rng = np.random.default_rng(0)
-    whole = tar({"a.tar": tar({"ö" * 90 + ".jpg": JPEG[:900]}), "b.tgz": gzip.compress(tar({"c.png": PNG[:900]})),
-                 "d": special(tarfile.SYMTYPE, "x" * 200), "e.jpg": JPEG[:900]})
+    whole = tar(
+        {
+            "a.tar": tar({"ö" * 90 + ".jpg": JPEG[:900]}),
+            "b.tgz": gzip.compress(tar({"c.png": PNG[:900]})),
+            "d": special(tarfile.SYMTYPE, "x" * 200),
+            "e.jpg": JPEG[:900],
+        }
+    )
     whole = whole[: len(whole.rstrip(b"\0")) + 1536]
     for _ in range(600):
         content = bytearray(whole)
@@ -494,12 +685,17 @@ def stream_through(path: Path) -> tuple[int, int, int]:
     return count, size, after - before
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc"
+)
 def test_memory_stays_bounded(tmp_path):
     """A tar of a tar of 200 x 1 MiB, plain and as a tar.gz of 1 MB."""
     photo = b"\xff\xd8\xff" + bytes((1 << 20) - 3)
     inner = 200 * (512 + len(photo)) + 1024
-    with open(tmp_path / "a.tar", "wb") as file, gzip.open(tmp_path / "b.tar.gz", "wb", 1) as packed:
+    with (
+        open(tmp_path / "a.tar", "wb") as file,
+        gzip.open(tmp_path / "b.tar.gz", "wb", 1) as packed,
+    ):
         for target in (file, packed):
             target.write(header("in.tar", inner))
             for number in range(200):
