@@ -27,7 +27,8 @@ import json, os, subprocess, sys, time
 start = time.perf_counter()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, used = os.wait4(process.pid, 0)
-print(json.dumps([time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+wall, cpu = time.perf_counter() - start, used.ru_utime + used.ru_stime
+print(json.dumps([wall, cpu, used.ru_maxrss * 1024]))
 sys.exit(os.waitstatus_to_exitcode(status) != 0)
 """
 """Runs a command from a small process: Linux counts the memory of whoever starts a process for its
@@ -126,8 +127,8 @@ def measure_png(folder: Path, rounds: int) -> str:
             f"{len(pictures)} pictures of {folder}, medians of {rounds} rounds",
             f"{'':16}{'CPU ms':>9}{'kB':>9}{'size':>8}",
             *(
-                f"{name:16}{1e3 * statistics.median(times[name]):9.1f}{sizes[name] / len(pictures) / 1e3:9.1f}"
-                f"{sizes[name] / sizes[first]:8.3f}"
+                f"{name:16}{1e3 * statistics.median(times[name]):9.1f}"
+                f"{sizes[name] / len(pictures) / 1e3:9.1f}{sizes[name] / sizes[first]:8.3f}"
                 for name in ways
             ),
         ]

@@ -1,9 +1,10 @@
 """Loops that upscale a folder of PNG pictures as people write them, each a whole program, to
 compare `upscale.py` with.
 
-    python benchmarks/inference_loops.py onnx VapSR_X4.onnx FOLDER OUT      a bare ONNX Runtime loop
-    python benchmarks/inference_loops.py torch VapSR_X4.pth FOLDER OUT      a plain PyTorch script
-    python benchmarks/inference_loops.py tiles VapSR_X4.pth FOLDER OUT      PyTorch in tiles, as chaiNNer's node does it
+    python benchmarks/inference_loops.py onnx VapSR_X4.onnx FOLDER OUT    a bare ONNX Runtime loop
+    python benchmarks/inference_loops.py torch VapSR_X4.pth FOLDER OUT    a plain PyTorch script
+    python benchmarks/inference_loops.py tiles VapSR_X4.pth FOLDER OUT    PyTorch in tiles, as
+                                                                          chaiNNer's node does it
 
 `torch` and `tiles` take the network from this project, in NCHW as they would have it; nothing else
 is ours.

@@ -370,7 +370,8 @@ def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
     """A line for each way; the ratios are to `base`, each within its round."""
     width = max(map(len, costs)) + 2
     print(
-        f"\n{'':{width}}{'images/s':>10}{'ratio':>8}{'images/core-s':>15}{'ratio':>8}{'CPU us/image':>14}"
+        f"\n{'':{width}}{'images/s':>10}{'ratio':>8}"
+        f"{'images/core-s':>15}{'ratio':>8}{'CPU us/image':>14}"
     )
     for name, runs in costs.items():
         wall, core = (

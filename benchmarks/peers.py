@@ -268,15 +268,18 @@ def _print_table(participants: list[Participant], options: Options) -> None:
     images = options.batch * options.steps
     rates = {p.name: [images / wall for wall in p.walls] for p in participants}
     print(
-        f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}{'CPU s an image':>16}{'MiB':>8}"
+        f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}"
+        f"{'CPU s an image':>16}{'MiB':>8}"
     )
     for participant in participants:
         own, theirs = participant.walls, participants[0].walls
         ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
         rate = rates[participant.name]
         print(
-            f"{participant.name:16}{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
-            f"{statistics.median(participant.cpus) / images:16.3f}{participant.resident_mebibytes():8.0f}"
+            f"{participant.name:16}"
+            f"{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
+            f"{statistics.median(participant.cpus) / images:16.3f}"
+            f"{participant.resident_mebibytes():8.0f}"
         )
     print(f"ratio: to {participants[0].name}, window by window within a round; above 1 is faster")
 

@@ -182,7 +182,8 @@ def print_table(speeds: dict[Way, list[float]], options: Options) -> None:
         "rounds"
     )
     print(
-        f"{'scaling':8}{'ranks':>6}{'global batch':>14}{'images/s':>10}{'speed-up':>10}{'efficiency':>12}"
+        f"{'scaling':8}{'ranks':>6}{'global batch':>14}"
+        f"{'images/s':>10}{'speed-up':>10}{'efficiency':>12}"
     )
     for way, runs in speeds.items():
         reference = next(other for other in speeds if other.kind == way.kind)

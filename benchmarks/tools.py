@@ -114,14 +114,16 @@ def _measure_cut(photos: Path, scratch: Path, options: Options) -> None:
     base = _rate(costs["straightforward, png"])
     print(f"\ncut into {options.size}x{options.size} crops (median of {options.rounds})")
     print(
-        f"{'':24}{'crops':>8}{'MB':>8}{'kB/crop':>9}{'CPU s':>8}{'wall s':>8}{'crops/core-s':>14}{'ratio':>8}"
+        f"{'':24}{'crops':>8}{'MB':>8}{'kB/crop':>9}"
+        f"{'CPU s':>8}{'wall s':>8}{'crops/core-s':>14}{'ratio':>8}"
     )
     for way, runs in costs.items():
         crops, megabytes = runs[0].crops, runs[0].bytes / 1e6
         print(
             f"{way:24}{crops:8}{megabytes:8.0f}{megabytes * 1e3 / crops:9.0f}"
             f"{statistics.median(cost.cpu for cost in runs):8.2f}"
-            f"{statistics.median(cost.wall for cost in runs):8.2f}{_rate(runs):14.1f}{_rate(runs) / base:8.2f}"
+            f"{statistics.median(cost.wall for cost in runs):8.2f}"
+            f"{_rate(runs):14.1f}{_rate(runs) / base:8.2f}"
         )
     more = costs["images_to_data, npy"][0].crops / costs["straightforward, png"][0].crops
     print(f"crops from the same photographs: {more:.2f} times as many")
@@ -154,7 +156,8 @@ def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
         "and wall)"
     )
     print(
-        f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}{'wall':>7}{'--fast s':>10}{'full / fast':>13}"
+        f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}"
+        f"{'wall':>7}{'--fast s':>10}{'full / fast':>13}"
     )
     for what, folder in folders.items():
         runs: dict[str, list[Cost]] = {"bare": [], "full": [], "fast": []}
@@ -167,7 +170,8 @@ def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
         }
         print(
             f"{what:24}{wall['bare']:12.2f}{wall['full']:9.2f}{cpu['bare'] / cpu['full']:8.2f}"
-            f"{wall['bare'] / wall['full']:7.2f}{wall['fast']:10.3f}{cpu['full'] / cpu['fast']:13.1f}"
+            f"{wall['bare'] / wall['full']:7.2f}"
+            f"{wall['fast']:10.3f}{cpu['full'] / cpu['fast']:13.1f}"
         )
     for form in ("npy", "webp"):
         shutil.rmtree(scratch / form)

@@ -1,7 +1,8 @@
 """The run folder: what training leaves behind and everything after it reads. Needs no torch.
 
-    runs/<name>/recipe.yaml, ds_config.json, file_lists/    (of a recipe with stages: runs/<name>/<stage>/…)
-    runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json, generator.safetensors, generator_ema.safetensors}
+    runs/<name>/recipe.yaml, ds_config.json, file_lists/    (with stages: runs/<name>/<stage>/…)
+    runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json,
+                                           generator.safetensors, generator_ema.safetensors}
 
 A checkpoint exists if and only if its MANIFEST.json does, which is written last. `find_run`,
 `choose_step` and `network_file` find the weights that a command asks for; `run_lock` holds the

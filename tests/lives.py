@@ -90,7 +90,9 @@ def in_a_fresh_process(code: str) -> dict:
         def engine_for(module, **changes):
             config = {"train_batch_size": 4, "gradient_clipping": 1.0,
                       "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}} | changes
-            resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=10, device=ranks.device)
+            resolved, *_ = resolve_ds_config(
+                config, world_size=1, total_steps=10, device=ranks.device
+            )
             if "fp16" in changes:  # DeepSpeed refuses FP16 on most CPUs, though it works on all
                 from deepspeed.accelerator import get_accelerator
                 type(get_accelerator()).is_fp16_supported = lambda self: True

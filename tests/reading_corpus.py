@@ -169,7 +169,8 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
             **options,
         )
         inexact = "16 bits" if bits == 16 else "transparency" if "associated" in extra else ""
-        name = f"{bits}-{colors}-{extra}-{planes}-{'tiles' if tiles else 'strips'}-{'be' if order == '>' else 'le'}"
+        layout, endian = "tiles" if tiles else "strips", "be" if order == ">" else "le"
+        name = f"{bits}-{colors}-{extra}-{planes}-{layout}-{endian}"
         yield f"tiff-{name}-turn{turn}.tif", Case(content, expected, tolerance, inexact=inexact)
 
 
@@ -350,9 +351,10 @@ def exif(turn: int) -> bytes:
 
 def xmp(turn: int) -> bytes:
     return (
-        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF>'
-        b"</x:xmpmeta>" % turn
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/>'
+        b"</rdf:RDF></x:xmpmeta>" % turn
     )
 
 

@@ -102,7 +102,8 @@ script = os.path.realpath(words[0]) if words else ""
 known = (words[1] in {modules!r} if words[:1] == ["-m"] and len(words) > 1 else
          words[1].startswith({mark!r}) if words[:1] == ["-c"] and len(words) > 1 else
          script.startswith({root!r}) and script.endswith(".py"))
-if {watched!r} in os.environ:  # a process of an evaluation looks whether its parent still is who it was
+if {watched!r} in os.environ:
+    # a process of an evaluation looks whether its parent still is who it was
     known = False
 server = socket.socket(socket.AF_UNIX)
 try:
@@ -120,9 +121,10 @@ for number in {handed_on!r}:
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, hand_on)
 limits = {{number: resource.getrlimit(number) for number in {limits!r}}}
-request = json.dumps(dict(words=words, limits=limits, folder=os.getcwd(), environment=dict(os.environ),
-                          umask=os.umask(0o22), unbuffered=words is not sys.argv[1:] and "-u" in sys.argv[1:2],
-                          ignored=[n for n in {handed_on!r} if signal.getsignal(n) == signal.SIG_IGN])).encode()
+request = json.dumps(dict(
+    words=words, limits=limits, folder=os.getcwd(), environment=dict(os.environ),
+    umask=os.umask(0o22), unbuffered=words is not sys.argv[1:] and "-u" in sys.argv[1:2],
+    ignored=[n for n in {handed_on!r} if signal.getsignal(n) == signal.SIG_IGN])).encode()
 socket.send_fds(server, [struct.pack("!I", len(request))], [0, 1, 2])
 server.sendall(request)
 for number in range(3):
@@ -132,7 +134,8 @@ for number in waiting:
     os.kill(child, number)
 status = int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big")
 if os.WIFSIGNALED(status):
-    signal.signal(os.WTERMSIG(status), signal.SIG_DFL) if os.WTERMSIG(status) != signal.SIGKILL else None
+    if os.WTERMSIG(status) != signal.SIGKILL:
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
     os.kill(os.getpid(), os.WTERMSIG(status))
 os._exit(os.WEXITSTATUS(status))
 """

@@ -305,8 +305,8 @@ def _print(numbers: dict, seconds: float, failed: int) -> None:
     }
     print(f"height {sides['height']}, width {sides['width']} pixels\n")
     print(
-        f"{'':7}{'mean':>9}{'std':>9}{'min':>5}{'1 %':>5}{'50 %':>5}{'99 %':>5}{'max':>5}{'at 0':>10}{'at 255':>10}"
-        f"{'std of image means':>20}"
+        f"{'':7}{'mean':>9}{'std':>9}{'min':>5}{'1 %':>5}{'50 %':>5}{'99 %':>5}{'max':>5}"
+        f"{'at 0':>10}{'at 255':>10}{'std of image means':>20}"
     )
     for name, row in channels.items():
         percentiles = "".join(f"{row['percentiles'][str(percent)]:5d}" for percent in PERCENTILES)

@@ -1,8 +1,10 @@
 """What the supervisor and the guards say to each other: JSON objects over TCP, one per line.
 
-    guard -> supervisor   {"hello": RUN, "rank": 3, "host": "node2"}   {"beat": 0}   {"out": TEXT}   {"err": TEXT}
-                          {"exit": STATUS, "tail": TEXT, "ago": SECONDS, "overdue": BOOL}   {"note": TEXT}
-    supervisor -> guard   {"task": WHAT TO RUN}   {"beat": 0}   {"stop": 60}   save, and end within so many seconds
+    guard -> supervisor   {"hello": RUN, "rank": 3, "host": "node2"}   {"beat": 0}
+                          {"out": TEXT}   {"err": TEXT}   {"note": TEXT}
+                          {"exit": STATUS, "tail": TEXT, "ago": SECONDS, "overdue": BOOL}
+    supervisor -> guard   {"task": WHAT TO RUN}   {"beat": 0}
+                          {"stop": 60}   save, and end within so many seconds
 
 Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption:
 this is for a LAN, and users of its machines, that are trusted. RUN is drawn for every launch, so

@@ -201,7 +201,8 @@ def _copy(host: str, part: SyncedFolder, options: Options) -> str:
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
-        return f"{_RSYNCS_STATUS.get(done.returncode, f'rsync ended with status {done.returncode}')}: {lines[0]}"
+        unknown = f"rsync ended with status {done.returncode}"
+        return f"{_RSYNCS_STATUS.get(done.returncode, unknown)}: {lines[0]}"
     say(f"{host}: {part.name}: {_told(done.stdout)}")
     return _leave_commit(host) if is_checkout else ""
 

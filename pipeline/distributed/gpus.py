@@ -175,7 +175,8 @@ def _why_not(torch: Any) -> str:
         return ""
     driver = driver_version()
     has = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({gpus[0].name}" if gpus else "a GPU ("
-    has += f"{', ' if gpus else ''}{f'NVIDIA driver {driver}' if driver else 'its driver does not answer'})"
+    answer = f"NVIDIA driver {driver}" if driver else "its driver does not answer"
+    has += f"{', ' if gpus else ''}{answer})"
     if torch.version.cuda is None:
         return (
             f"this machine has {has}, and torch {torch.__version__} is built for CPUs alone; "

@@ -248,7 +248,8 @@ def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
 
 def _announce(evaluation: Evaluation, num_processes: int, *, is_ensemble: bool) -> None:
     models, device = evaluation.models, evaluation.device
-    where = f"on {device.type if num_processes > 1 else device}{', self-ensemble of eight' if is_ensemble else ''}"
+    where = f"on {device.type if num_processes > 1 else device}"
+    where += ", self-ensemble of eight" if is_ensemble else ""
     where += f", in {num_processes} processes" if num_processes > 1 else ""
     sets = evaluation.work.sets
     if len(sets) == 1 and len(models) == 1:

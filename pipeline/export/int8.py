@@ -260,7 +260,8 @@ def table(title: str, scores: Sequence[PhotographScore]) -> str:
         [
             head,
             *(
-                f"  {name:<{width}}{values[0]:8.3f}{values[1]:8.3f}{values[2]:+8.3f}{values[3]:7.1f}"
+                f"  {name:<{width}}{values[0]:8.3f}{values[1]:8.3f}"
+                f"{values[2]:+8.3f}{values[3]:7.1f}"
                 for name, values in (*rows, ("mean", mean))
             ),
         ]

@@ -35,8 +35,13 @@ def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
     code = f"""
         import dataclasses, json, sys
         from pipeline.config import names
-        found = {{table: {{name: dataclasses.asdict(row) for name, row in getattr(names, table).rows().items()}}
-                 for table in {list(TABLES)!r}}}
+        found = {{
+            table: {{
+                name: dataclasses.asdict(row)
+                for name, row in getattr(names, table).rows().items()
+            }}
+            for table in {list(TABLES)!r}
+        }}
         assert "torch" not in sys.modules
         print(json.dumps(found))
     """
@@ -129,7 +134,9 @@ def test_every_wrong_name_is_found_before_a_process_starts_and_without_torch(dat
         found = []
         for overrides in {list(WRONG)!r}:
             try:
-                make_plans(TrainOptions(overrides=overrides, recipe="vapsr_x2", dataset_dir=(Path({str(dataset)!r}),)))
+                make_plans(TrainOptions(
+                    overrides=overrides, recipe="vapsr_x2", dataset_dir=(Path({str(dataset)!r}),)
+                ))
                 found.append("nothing")
             except UserError as error:
                 found.append(str(error))

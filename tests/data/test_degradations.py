@@ -1074,9 +1074,14 @@ def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> Non
                 from nvidia.dali import fn, types
 
                 crop = fn.slice(region, start=nodes["start"], shape=size, axes=[0, 1])
-                picked = fn.resize(crop, size=[side // self.scale for side in size], interp_type=types.INTERP_NN,
-                                   antialias=False)
-                return fn.cast(picked - self.spec.darker, dtype=types.FLOAT if as_float else types.UINT8)
+                picked = fn.resize(
+                    crop,
+                    size=[side // self.scale for side in size],
+                    interp_type=types.INTERP_NN,
+                    antialias=False,
+                )
+                dtype = types.FLOAT if as_float else types.UINT8
+                return fn.cast(picked - self.spec.darker, dtype=dtype)
     ''')
     )
     code = f"""
@@ -1094,16 +1099,23 @@ def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> Non
         from pipeline.training.run import main
 
         pixels = np.random.default_rng(0).integers(16, 256, (32, 48, 3)).astype(np.uint8)
-        spec = load_recipe("demo", {{"data.degradation": {{"name": "corner", "darker": 3}}}}).data.degradation
+        recipe = load_recipe("demo", {{"data.degradation": {{"name": "corner", "darker": 3}}}})
+        spec = recipe.data.degradation
         lr = low_resolution(pixels, spec, 2, seed=0, number=0)
-        assert (lr.astype(int) + 3 == pixels[1::2, 1::2]).all() or (lr.astype(int) + 3 == pixels[::2, ::2]).all()
+        picked = lr.astype(int) + 3
+        assert (picked == pixels[1::2, 1::2]).all() or (picked == pixels[::2, ::2]).all()
         try:
             load_recipe("demo", {{"data.degradation": {{"name": "corner", "drker": 3}}}})
         except UserError as error:
-            assert "data.degradation.drker: unknown key; did you mean 'darker'?" in str(error), error
+            words = "data.degradation.drker: unknown key; did you mean 'darker'?"
+            assert words in str(error), error
         overrides = (*{SMALL!r}, "steps=2", "data.degradation=corner")
-        sys.exit(main(TrainOptions(overrides=overrides, recipe="demo", dataset_dir=(Path({str(dataset)!r}),),
-                                   output_dir=Path({str(tmp_path / "run")!r}))))
+        sys.exit(main(TrainOptions(
+            overrides=overrides,
+            recipe="demo",
+            dataset_dir=(Path({str(dataset)!r}),),
+            output_dir=Path({str(tmp_path / "run")!r}),
+        )))
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],

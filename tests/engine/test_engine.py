@@ -75,10 +75,10 @@ def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int
         ours, reference = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
         reference.load_state_dict(ours.state_dict())
         begun = ours.weight.detach().clone()
+        fp16 = {{"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1}}
         engine = engine_for(ours, zero_optimization={{"stage": {stage}}}, gradient_clipping=0.05,
                             gradient_accumulation_steps={accumulation},
-                            optimizer={{"type": "SGD", "params": {{"lr": 1.0}}}},
-                            fp16={{"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1}})
+                            optimizer={{"type": "SGD", "params": {{"lr": 1.0}}}}, fp16=fp16)
         optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
         scales, norms, wanted = [], [], []
         for _ in range(4):
@@ -91,7 +91,8 @@ def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int
             optimizer.step()
             optimizer.zero_grad()
         moved, reference_moved = ours.weight.float() - begun, reference.weight - begun
-        print(json.dumps(dict(error=((moved - reference_moved).norm() / reference_moved.norm()).item(), scales=scales,
+        error = (moved - reference_moved).norm() / reference_moved.norm()
+        print(json.dumps(dict(error=error.item(), scales=scales,
                               norms=[norm / want for norm, want in zip(norms, wanted)])))
     """)
     assert found["scales"][-1] > found["scales"][0] >= 256, (

@@ -294,13 +294,15 @@ def test_deepspeed_follows_it_keeps_it_and_stretches_it(stage: int) -> None:
             steps(plateau, 1)
             observe(plateau, psnr)
         auto = build("CosineAnnealingLR", T_max="auto")
-        short, longer = build("CosineAnnealingLR", T_max=4), build("CosineAnnealingLR", T_max="auto")
+        short = build("CosineAnnealingLR", T_max=4)
+        longer = build("CosineAnnealingLR", T_max="auto")
         steps(short, 4)
         with tempfile.TemporaryDirectory() as folder:
             save(short, folder)
             load_engine(longer, folder, "x")
         of_auto = steps(auto, 11)
-        print(json.dumps([straight, begun + steps(second, 3), steps(plateau, 1), of_auto, steps(longer, 7)]))
+        print(json.dumps([straight, begun + steps(second, 3), steps(plateau, 1), of_auto,
+                          steps(longer, 7)]))
     """)
     straight, resumed, plateau, of_auto, stretched = found
     assert straight == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])

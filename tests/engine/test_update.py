@@ -10,7 +10,8 @@ from lives import in_a_fresh_process
 COUNTING = """
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    FREE = ("empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias", "is_same_size", "sym_")
+    FREE = ("empty", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias",
+            "is_same_size", "sym_")
 
     class Counting(TorchDispatchMode):
         # Operations that a device would run, and those whose result the host looks at.
@@ -19,8 +20,9 @@ COUNTING = """
             self.operations, self.looks = 0, 0
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function._schema.name.split("::")[1]
-            self.looks += name == "_local_scalar_dense"
-            self.operations += not (function.is_view or name.startswith(FREE) or name == "_local_scalar_dense")
+            is_look = name == "_local_scalar_dense"
+            self.looks += is_look
+            self.operations += not (function.is_view or name.startswith(FREE) or is_look)
             return function(*args, **(kwargs or {}))
 """
 
@@ -38,10 +40,12 @@ ONE_UPDATE = """
         setattr(torch.Tensor, name, lambda self, *_, kind=name: waits.append(kind))
     network = build_generator({name!r}, 4, **{params!r})
     ema = ExponentialMovingAverage(network, 0.999)
-    engine = engine_for(network, train_batch_size=1, zero_optimization={{"stage": {stage}}}, **{changes!r})
+    engine = engine_for(network, train_batch_size=1, zero_optimization={{"stage": {stage}}},
+                        **{changes!r})
     trainer = ReconstructionTrainer(engine, Criterion({{"l1": 1.0}}, ranks.device), ema)
     lr = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    batch = Batch(hr=torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8), lr=lr, index=0, skipped=[])
+    hr = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(hr=hr, lr=lr, index=0, skipped=[])
     trainer.step(batch, 0)
     waits.clear()
     with Counting() as counting:
@@ -117,24 +121,28 @@ def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float)
             torch.manual_seed(3)
             network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.PReLU(),
                                           torch.nn.Conv2d(8, 3, 3, padding=1))
-            section = {{"enabled": True}} | ({{"initial_scale_power": {power}, "loss_scale_window": 7, "hysteresis": 1}}
-                                            if {changes!r} == "fp16" else {{}})
+            scaling = {{"initial_scale_power": {power}, "loss_scale_window": 7, "hysteresis": 1}}
+            section = {{"enabled": True}} | (scaling if {changes!r} == "fp16" else {{}})
             engine = engine_for(network, gradient_clipping={clipping}, **{{{changes!r}: section}})
             dtype, scales, skips, norms = next(network.parameters()).dtype, [], [], []
             for number in range(50):
-                images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number)).to(dtype)
+                generator = torch.Generator().manual_seed(number)
+                images = torch.randn(4, 3, 8, 8, generator=generator).to(dtype)
                 factor = float("inf") if number == 20 else 3e4 if number == 30 else 1.0
                 backward_and_step(engine, (engine(images).float() - 1).square().mean() * factor)
                 scales.append(engine.loss_scale)
                 skips.append(bool(engine.was_skipped))
                 norms.append(float(engine.gradient_norm))
-            masters = torch.cat([p.flatten() for group in engine.optimizer.fp32_groups for p in group])
-            lives.append((scales, skips, norms, masters.detach(), torch.cat([p.detach().float().flatten()
-                                                                          for p in network.parameters()])))
+            masters = torch.cat(
+                [p.flatten() for group in engine.optimizer.fp32_groups for p in group]
+            )
+            halves = torch.cat([p.detach().float().flatten() for p in network.parameters()])
+            lives.append((scales, skips, norms, masters.detach(), halves))
         ours, theirs = lives
         distance = ((ours[3] - theirs[3]).norm() / theirs[3].norm()).item()
-        print(json.dumps(dict(scales=ours[0] == theirs[0], skips=ours[1] == theirs[1], skipped=sum(ours[1]),
-                              distance=distance, halves=(ours[4] - ours[3]).abs().max().item(),
+        print(json.dumps(dict(scales=ours[0] == theirs[0], skips=ours[1] == theirs[1],
+                              skipped=sum(ours[1]), distance=distance,
+                              halves=(ours[4] - ours[3]).abs().max().item(),
                               norms=[(a, b) for a, b in zip(ours[2], theirs[2]) if a < 1e30])))
     """)
     assert found["scales"]
@@ -155,14 +163,17 @@ def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) ->
 
         network = torch.nn.Conv2d(3, 4, 3)
         ema = ExponentialMovingAverage(network, 0.0)
-        engine = engine_for(network, zero_optimization={{"stage": {stage}}}, bf16={{"enabled": True}},
+        engine = engine_for(network, zero_optimization={{"stage": {stage}}},
+                            bf16={{"enabled": True}},
                             optimizer={{"type": "SGD", "params": {{"lr": 1e-6}}}})
         before = network.weight.detach().clone()
         for _ in range(3):
-            backward_and_step(engine, engine(torch.randn(4, 3, 8, 8).bfloat16()).float().square().mean())
+            output = engine(torch.randn(4, 3, 8, 8).bfloat16())
+            backward_and_step(engine, output.float().square().mean())
             ema.update(engine.module, engine.weights)
         weights = [weight.detach() for weight in engine.weights]
-        print(json.dumps(dict(halves=torch.equal(before, network.weight), dtype=str(weights[0].dtype),
+        print(json.dumps(dict(halves=torch.equal(before, network.weight),
+                              dtype=str(weights[0].dtype),
                               same=torch.equal(ema.network.weight, weights[0].float()),
                               moved=(ema.network.weight - before.float()).abs().max().item())))
     """)
@@ -183,7 +194,8 @@ def test_a_parameter_without_a_gradient_decays_as_under_several_ranks() -> None:
             def forward(self, images):
                 return self.used(images)
         network = Half()
-        engine = engine_for(network, optimizer={"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}})
+        optimizer = {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}}
+        engine = engine_for(network, optimizer=optimizer)
         before = network.idle.weight.detach().clone()
         backward_and_step(engine, engine(torch.randn(4, 3)).square().mean())
         print(json.dumps(dict(ratio=(network.idle.weight / before).mean().item())))

@@ -185,7 +185,8 @@ def test_a_failed_comparison_leaves_no_file_under_its_name(tmp_path, monkeypatch
     told = capsys.readouterr()
     assert "-> x2" not in told.out
     assert re.fullmatch(
-        r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; do not use it\n",
+        r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; "
+        r"do not use it\n",
         told.err,
     )
 

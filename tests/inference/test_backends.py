@@ -211,7 +211,8 @@ def judged(conversion, **verdicts):
         (
             None,
             None,
-            r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)",
+            r"by PyTorch [\d.]+ "
+            r"\(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)",
         ),
     ],
 )

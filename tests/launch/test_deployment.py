@@ -251,11 +251,13 @@ with open("{folder}/srun.calls", "a") as calls:
 if "FAKE_STATUS" in os.environ:
     sys.exit(int(os.environ["FAKE_STATUS"]))
 if any(option.startswith("--container-image=") for option in options):  # the image is a folder here
-    within = {{"/opt/venv/bin/python": sys.executable, "/vastscale/train.py": os.environ["FAKE_IMAGE"] + "/train.py"}}
+    within = {{"/opt/venv/bin/python": sys.executable,
+              "/vastscale/train.py": os.environ["FAKE_IMAGE"] + "/train.py"}}
     command = [within.get(word, word) for word in command]
 step = {{"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}}
-tasks = [subprocess.Popen(command, env={{**os.environ, **step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}})
-         for rank in ("0", "1")]
+environments = [{{**os.environ, **step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}}
+                for rank in ("0", "1")]
+tasks = [subprocess.Popen(command, env=environment) for environment in environments]
 with open("{folder}/tasks", "w") as file:
     file.write(" ".join(str(task.pid) for task in tasks))
 statuses = [task.wait() for task in tasks]
@@ -468,14 +470,18 @@ with open("{folder}/rclone.calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 verb, *words = sys.argv[1:]
 places = [word for word in words if not word.startswith("-")]
-source, target = [place if place.startswith("/") else "{folder}/bucket/" + place.rpartition(":")[2] for place in places]
+source, target = [
+    place if place.startswith("/") else "{folder}/bucket/" + place.rpartition(":")[2]
+    for place in places
+]
 if not Path(source).is_dir():
     sys.exit(3)
 excluded = [word for word in words if word.startswith("--exclude=") and not word.endswith("**")]
 updating = ["--update"] if "--update" in words else []
 Path(target).mkdir(parents=True, exist_ok=True)
 deleting = ["--delete"] if verb == "sync" else []
-sys.exit(subprocess.call(["rsync", "--archive", *excluded, *updating, *deleting, source + "/", target + "/"]))
+options = [*excluded, *updating, *deleting]
+sys.exit(subprocess.call(["rsync", "--archive", *options, source + "/", target + "/"]))
 """
 
 
@@ -545,7 +551,8 @@ class CloudJob:
 
 needs_rsync = pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync (apt install)")
 CHECKPOINT = """save() {
-    folder=runs/a/checkpoints/step-0000000$1; mkdir -p $folder; echo $1 > $folder/weights; touch $folder/MANIFEST.json
+    folder=runs/a/checkpoints/step-0000000$1
+    mkdir -p $folder; echo $1 > $folder/weights; touch $folder/MANIFEST.json
 }"""
 
 

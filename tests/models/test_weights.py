@@ -291,7 +291,10 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
         "conv_up1.weight": torch.zeros(8, 8, 3, 3),
     }
     cases = {
-        r"is of no network known here \(vapsr, .*, spandrel\); its first tensors are conv_first.weight": rrdb,
+        (
+            r"is of no network known here \(vapsr, .*, spandrel\); "
+            r"its first tensors are conv_first.weight"
+        ): rrdb,
         "holds no state dict; found epoch": {"epoch": 3},
         "holds a list, not a state dict": [torch.zeros(1)],
         "holds no state dict; found nothing": {},

@@ -428,11 +428,14 @@ def test_a_browser_shows_it_on_a_phone(page_file, tmp_path):
         const frame = document.getElementById('f');
         frame.onload = () => {
           const page = frame.contentDocument, images = [...page.images];
-          const wide = [...page.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 390.5
-            && !e.closest('thead'));
-          document.getElementById('result').textContent = JSON.stringify({width: page.documentElement.scrollWidth,
-            wide: wide.map(e => e.tagName), images: images.filter(image => image.naturalWidth > 0).length,
-            paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor}); };</script>""")
+          const wide = [...page.querySelectorAll('body *')].filter(
+            e => e.getBoundingClientRect().right > 390.5 && !e.closest('thead'));
+          document.getElementById('result').textContent = JSON.stringify({
+            width: page.documentElement.scrollWidth,
+            wide: wide.map(e => e.tagName),
+            images: images.filter(image => image.naturalWidth > 0).length,
+            paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor}); };
+        </script>""")
     for scheme, paper in ((0, "rgb(18, 21, 24)"), (1, "rgb(247, 247, 245)")):
         found = subprocess.run(
             [

@@ -467,8 +467,9 @@ def test_half_lines_wait_and_a_log_written_anew_is_read_again(tmp_path: Path) ->
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-                          "print('up', flush=True); time.sleep(60)"], start_new_session=True)
+code = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('up', flush=True); time.sleep(60)")
+child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(60)
 """

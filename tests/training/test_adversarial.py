@@ -27,11 +27,13 @@ TRAINER = """
     from pipeline.data.loader import Batch
     from pipeline.models.ema import ExponentialMovingAverage
     from pipeline.losses import Criterion
-    from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, discriminator_loss, draw_labels
+    from pipeline.losses.adversarial import (ADVERSARIAL_LOSSES, AdversarialLoss,
+                                             discriminator_loss, draw_labels)
     # A loss that is added: this row, and two functions of logits.
-    ADVERSARIAL_LOSSES["added"] = AdversarialLoss(lambda fake, real: (real.mean() - fake).abs().mean(),
-                                                  lambda real, fake, labels: (fake - real).tanh().mean(),
-                                                  takes_labels=False, sees_real=True)
+    ADVERSARIAL_LOSSES["added"] = AdversarialLoss(
+        lambda fake, real: (real.mean() - fake).abs().mean(),
+        lambda real, fake, labels: (fake - real).tanh().mean(),
+        takes_labels=False, sees_real=True)
     from pipeline.models.discriminators import build_discriminator
     from pipeline.training.trainers import AdversarialTrainer
 
@@ -74,7 +76,8 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
     for kind in {(*KINDS, "added")!r}:
         for accumulation in (1, 2):
             spec = AdversarialSpec(weight=0.7, loss=kind, discriminator_every=2)
-            trainer, (generator, discriminator) = trainer_for(spec, {stage}, accumulation, {{"l1": 0.5}})
+            trainer, twins = trainer_for(spec, {stage}, accumulation, {{"l1": 0.5}})
+            generator, discriminator = twins
             before = states(trainer.generator.module), states(trainer.discriminator.module)
             for part in zip(lr.chunk(accumulation), hr.chunk(accumulation)):
                 trainer.step(Batch(*part, 0), 1)  # an update of the generator alone
@@ -88,8 +91,9 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
                     p.grad = g if p.grad is None else p.grad + g
             wanted = {{name: p.grad for name, p in generator.named_parameters()}}
             scale = max(g.abs().max().item() for g in wanted.values())
-            untouched = all(torch.equal(before[1][n], t) for n, t in trainer.discriminator.module.state_dict().items())
-            clean = all(p.grad is None or not p.grad.any() for p in trainer.discriminator.module.parameters())
+            still = trainer.discriminator.module
+            untouched = all(torch.equal(before[1][n], t) for n, t in still.state_dict().items())
+            clean = all(p.grad is None or not p.grad.any() for p in still.parameters())
             off = error(moved(trainer.generator.module, before[0]), wanted)
             middle = states(trainer.generator.module)
             for part in zip(lr.chunk(accumulation), hr.chunk(accumulation)):
@@ -97,7 +101,8 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
             generator.load_state_dict(middle)
             for small, large in pieces:
                 fake, real = discriminator(generator(small).detach()), discriminator(large / 255)
-                loss = discriminator_loss(ADVERSARIAL_LOSSES[kind], real, fake, draw_labels(spec.labels, real))
+                labels = draw_labels(spec.labels, real)
+                loss = discriminator_loss(ADVERSARIAL_LOSSES[kind], real, fake, labels)
                 (loss / accumulation).backward()
             wanted_d = {{name: p.grad for name, p in discriminator.named_parameters()}}
             off_d = error(moved(trainer.discriminator.module, before[1]), wanted_d)
@@ -144,7 +149,8 @@ def test_one_network_may_learn_oftener(every: str, updates: list[int]) -> None:
         before = [states(module) for module in modules]
         outcome = trainer.step(Batch(lr, hr, 0), step)
         for i in (0, 1):
-            changes[i] += any(not torch.equal(before[i][n], t) for n, t in modules[i].state_dict().items())
+            after = modules[i].state_dict()
+            changes[i] += any(not torch.equal(before[i][n], t) for n, t in after.items())
     print(json.dumps(changes))
     """
     )
@@ -160,7 +166,8 @@ def test_batch_norm_and_half_precision(precision: str) -> None:
     class Half(Generator):
         def forward(self, x):
             return self.up(self.conv(x.to(self.conv.weight.dtype) / 255))
-    half = dict({precision}={{"enabled": True}}, optimizer={{"type": "AdamW", "params": {{"lr": 1e-3}}}})
+    half = dict({precision}={{"enabled": True}},
+                optimizer={{"type": "AdamW", "params": {{"lr": 1e-3}}}})
     if "{precision}" == "fp16":
         half["fp16"]["initial_scale_power"] = 8
     discriminator = build_discriminator("vgg", 32, num_features=4, norm="batch")
@@ -174,7 +181,8 @@ def test_batch_norm_and_half_precision(precision: str) -> None:
         last = trainer.step(Batch(lr, hr, 0), step)
     after = states(trainer.generator.module), states(trainer.discriminator.module)
     print(json.dumps(dict(
-        moved=[not torch.equal(before[i][n], after[i][n]) for i in (0, 1) for n in before[i] if "tracked" not in n],
+        moved=[not torch.equal(before[i][n], after[i][n])
+               for i in (0, 1) for n in before[i] if "tracked" not in n],
         finite=all(bool(torch.isfinite(t.float()).all()) for a in after for t in a.values()),
         falls=(first.losses["l1"] - last.losses["l1"]).item(),
         learns=(first.statistics["discriminator"] - last.statistics["discriminator"]).item())))
@@ -290,9 +298,11 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
     found = in_a_fresh_process(
         TRAINER
         + """
-    trainer, _ = trainer_for(AdversarialSpec(weight=0.1, instance_noise={"sigma": 0.2, "steps": 10}))
+    spec = AdversarialSpec(weight=0.1, instance_noise={"sigma": 0.2, "steps": 10})
+    trainer, _ = trainer_for(spec)
     seen = []
-    trainer.discriminator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    trainer.discriminator.module.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].detach()))
     gray = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
     found = []
     for step in (0, 5, 10, 20):

@@ -29,7 +29,10 @@ stages:
   gan:
     steps: 4
     losses: {l1: 0.1}
-    adversarial: {weight: 0.01, loss: relativistic_average, discriminator: {name: vgg, num_features: 4}}
+    adversarial:
+      weight: 0.01
+      loss: relativistic_average
+      discriminator: {name: vgg, num_features: 4}
 """
 
 
@@ -300,7 +303,10 @@ def test_a_discriminator_goes_on_in_the_next_stage(
   large:
     steps: 1
     data: {crop: 48}
-    adversarial: {weight: 0.01, start: previous, discriminator: {name: vgg, num_features: 4, head: pool}}
+    adversarial:
+      weight: 0.01
+      start: previous
+      discriminator: {name: vgg, num_features: 4, head: pool}
 """
     )
     crop = (

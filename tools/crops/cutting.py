@@ -242,7 +242,8 @@ class _Cutter:
         self, window: np.ndarray, crop: Crop, scale: int, gates: dict[str, float | str]
     ) -> CropRecord:
         settings, picture, unit = self._settings, self._picture, self._unit
-        name = f"{unit.folder}/{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}.{settings.format}"
+        stem = f"{picture.prefix}x{scale}_{crop.row:03d}_{crop.column:03d}"
+        name = f"{unit.folder}/{stem}.{settings.format}"
         num_bytes = write_crop(self._out, name, unit, window, settings.format)
         return CropRecord(
             name,

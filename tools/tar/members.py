@@ -292,7 +292,8 @@ def clean_name(name: str) -> str:
     if not parts:
         return "unnamed"
     if len("/".join(parts).encode()) > _MAX_NAME:
-        return f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}/{parts[-1]}"
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{digest[:16]}/{parts[-1]}"
     return "/".join(parts)
 
 
@@ -300,7 +301,8 @@ def _short(part: str) -> str:
     content = part.encode()
     if len(content) <= _MAX_PART:
         return part
-    return f"{content[: _MAX_PART - 20].decode(errors='ignore')}~{hashlib.sha256(content).hexdigest()[:16]}"
+    start = content[: _MAX_PART - 20].decode(errors="ignore")
+    return f"{start}~{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 class Names:

@@ -105,7 +105,8 @@ def _output_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Te
     import torch
 
     output = network(images)
-    output.float().square().mean().backward() if output.dtype != torch.float64 else output.square().mean().backward()
+    wide = output if output.dtype == torch.float64 else output.float()
+    wide.square().mean().backward()
     gradient = torch.cat(
         [
             parameter.grad.flatten().double().cpu()

@@ -446,12 +446,13 @@ def test_open_mpi_starts_guarded_ranks(run: Run) -> None:
 SRUN = """#!/usr/bin/env python3
 import os, shlex, subprocess, sys
 words = sys.argv[1:]
-command = words[next(place for place, word in enumerate(words) if word.startswith("--export=")) + 1:]
+export = next(place for place, word in enumerate(words) if word.startswith("--export="))
+command = words[export + 1:]
 hosts = next(word for word in words if word.startswith("--nodelist=")).partition("=")[2].split(",")
-variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": len(hosts), "SLURM_LOCALID": 0,
-             "SLURM_STEP_NODELIST": ",".join(hosts)}
-tasks = [subprocess.Popen(["ssh", host, shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()),
-                                                    f"SLURM_PROCID={rank}", *command])])
+variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": len(hosts),
+             "SLURM_LOCALID": 0, "SLURM_STEP_NODELIST": ",".join(hosts)}
+env = ["env", *(f"{name}={value}" for name, value in variables.items())]
+tasks = [subprocess.Popen(["ssh", host, shlex.join([*env, f"SLURM_PROCID={rank}", *command])])
          for rank, host in enumerate(hosts)]
 sys.exit(max(task.wait() for task in tasks))
 """
@@ -621,8 +622,9 @@ def test_the_doctor_counts_gpus(cluster: Cluster, tmp_path: Path) -> None:
 FAKE_SMI = """#!/usr/bin/env python3
 import sys
 fields = sys.argv[1].removeprefix("--query-gpu=").split(",")
-known = {"name": "NVIDIA Test", "driver_version": "580.1", "memory.total": "81920", "memory.used": "10",
-         "pstate": "P0", "temperature.gpu": "90", "power.limit": "700.0", "power.default_limit": "700.0"}
+known = {"name": "NVIDIA Test", "driver_version": "580.1", "memory.total": "81920",
+         "memory.used": "10", "pstate": "P0", "temperature.gpu": "90", "power.limit": "700.0",
+         "power.default_limit": "700.0"}
 for index in range(2):
     mask = "0x0000000000000040" if index == 1 else "0x0000000000000000"
     print(", ".join(str(index) if field == "index" else mask if field.endswith("reasons.active")

@@ -66,9 +66,10 @@ sys.exit(guard.main())
     command = [sys.executable, "-u", "-c", code, word]
 guards = []
 for rank in range(size):
-    guards.append(subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size),
-                                                 "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(size), "CROSS_SIZE": "1",
-                                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}))
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+                 "LOCAL_SIZE": str(size), "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": "29500"}
+    guards.append(subprocess.Popen(command, env={**os.environ, **variables}))
     with open(f"guard-{rank}", "w") as file:
         file.write(str(guards[-1].pid))
 sys.exit(max(guard.wait() != 0 for guard in guards))
@@ -84,8 +85,9 @@ from launch.cluster.job import Job
 given = json.loads(sys.argv[1])
 for name, value in given["constants"].items():
     setattr(supervisor if hasattr(supervisor, name) else messages, name, value)
-job = Job({host: tuple(range(given["hosts"].count(host))) for host in given["hosts"]}, "127.0.0.1", 29500,
-          tuple(given["ranks"]), given["variables"], given["directory"], Path(given["logs"]))
+hosts = {host: tuple(range(given["hosts"].count(host))) for host in given["hosts"]}
+job = Job(hosts, "127.0.0.1", 29500, tuple(given["ranks"]), given["variables"],
+          given["directory"], Path(given["logs"]))
 
 async def supervise(watch):
     port = await watch.listen("127.0.0.1")
@@ -95,10 +97,12 @@ async def supervise(watch):
     if given["launcher"]:
         await watch.watch([*given["launcher"], word], own, os.getcwd())
     else:
-        await watch.watch(job.command(Path.cwd(), word), job.launcher_variables(Path.cwd(), own), "CHECKOUT")
+        command, variables = job.command(Path.cwd(), word), job.launcher_variables(Path.cwd(), own)
+        await watch.watch(command, variables, "CHECKOUT")
 
 with open("launcher.log", "w") as log:
-    watch = supervisor.Supervisor(job.hosts, given["token"], job.task, log, names_are_ranks=given["names_are_ranks"])
+    watch = supervisor.Supervisor(job.hosts, given["token"], job.task, log,
+                                  names_are_ranks=given["names_are_ranks"])
     asyncio.run(supervise(watch))
 failure = watch.failure and vars(watch.failure)
 Path("outcome").write_text(json.dumps({"stopped_by": watch.stopped_by, "failure": failure}))
@@ -482,7 +486,8 @@ def hello(rank: int) -> bytes:
 
 STRANGE = [
     b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
-    b'{"hello": "wrong", "rank": 0, "host": "evil"}\n{"out": "evil"}\n{"exit": 1, "tail": "evil"}\n',
+    b'{"hello": "wrong", "rank": 0, "host": "evil"}\n'
+    b'{"out": "evil"}\n{"exit": 1, "tail": "evil"}\n',
     b'{"rank": 0}\n{"exit": 1}\n',
     b'{"hello": "%s", "rank": 2}\n{"exit": 1}\n' % TOKEN.encode(),
     b'{"hello": "%s", "rank": -1}\n{"exit": 1}\n' % TOKEN.encode(),

@@ -626,9 +626,13 @@ def test_gpus_of_a_run_on_the_cpu_are_not_asked(smi: Path) -> None:
 def test_a_driver_that_does_not_know_a_field_is_asked_without(smi: Path) -> None:
     smi.write_text("""#!/bin/sh
 case "$1" in
-    *clocks_event_reasons.active*) echo 'Field "clocks_event_reasons.active" is not a valid field to query.'; exit 2 ;;
-    *) echo "$@" >"$0.asked"
-       echo "0, Tesla V100, 470.1, 16160, 0, P0, 30, 300.00, 300.00, 0, 0x0000000000000040, [N/A]" ;;
+    *clocks_event_reasons.active*)
+        echo 'Field "clocks_event_reasons.active" is not a valid field to query.'
+        exit 2 ;;
+    *)
+        echo "$@" >"$0.asked"
+        echo "0, Tesla V100, 470.1, 16160, 0, P0, 30, 300.00, 300.00, 0, 0x0000000000000040, [N/A]"
+        ;;
 esac
 """)
     told = probe.probe_gpus()

@@ -147,7 +147,8 @@ COLOURS = np.array(
 def test_colours_come_back_by_the_tags(
     matrix: str, is_full: bool, bits: int, tmp_path: Path
 ) -> None:
-    tags = f"setparams=colorspace={'smpte170m' if matrix == 'bt601' else matrix}:range={'pc' if is_full else 'tv'}"
+    space = "smpte170m" if matrix == "bt601" else matrix
+    tags = f"setparams=colorspace={space}:range={'pc' if is_full else 'tv'}"
     pixel_format = "yuv420p" if bits == 8 else "yuv420p10le"
     encoder = LOSSLESS if bits == 8 else [*H265[:-1], "log-level=error:lossless=1"]
     path = from_pixels(
@@ -424,8 +425,9 @@ from tools.video.probe import BadVideoError, probe, segments
 for path in map(Path, sys.argv[2:]):
     try:
         info = probe(path)
-        pieces = segments(info, 1)
-        print("read", sum(len([*sample_frames(path, info, piece, Sampling(), "key")]) for piece in pieces[:9]))
+        pieces = segments(info, 1)[:9]
+        frames = ([*sample_frames(path, info, piece, Sampling(), "key")] for piece in pieces)
+        print("read", sum(map(len, frames)))
     except (BadVideoError, OSError) as error:
         assert str(error)
         print("refused")
