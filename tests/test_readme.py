@@ -1,4 +1,4 @@
-"""The documents name nothing that is not there."""
+"""README and docs name only files, links, anchors and options that exist."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ OTHERS = {  # of torchrun, Slurm, enroot and Docker
     "rm",
     "stop-timeout",
 }
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_scripts_exist(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#]+?)\)", text):
@@ -31,11 +32,51 @@ def test_links_and_scripts_exist(document: Path) -> None:
             assert (document.parent / target).exists(), target
     for script in re.findall(r"(?:python |\./)((?:[\w]+/)*\w+\.(?:py|sh))\b", text):
         assert (ROOT / script).is_file(), script
-    for test in re.findall(r"tests/\w+\.py", text):
+    for test in re.findall(r"tests/[\w/]+\.py", text):
         assert (ROOT / test).is_file(), test
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_anchors_exist(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", document.read_text()):
+        if not target.startswith("http"):
+            page = document.parent / target if target else document
+            assert anchor in anchors(page), f"{target}#{anchor}"
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_tree_in_the_readme_exists() -> None:
+    """Each line names files or folders, those that are indented relative to the folder above."""
+    tree = README.read_text().partition("## The code\n\n```\n")[2].partition("\n```")[0]
+    folder, named = ROOT, []
+    for line in tree.splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split(", ")
+        parent = folder if line.startswith("  ") else ROOT
+        for name in names:
+            path = parent / name if "/" not in names[0] or "/" in name else None
+            # "data/sampling.py, source.py": the second name is in the same folder as the first
+            path = path or (parent / names[0]).parent / name
+            assert path.exists(), path
+            named.append(path)
+        if not line.startswith("  ") and names[0].endswith("/"):
+            folder = ROOT / names[0]
+    assert len(named) > 40
+    for path in (ROOT / "pipeline").iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert any(path in (known, *known.parents) for known in named), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_exist(document: Path) -> None:
     sources = "".join(
         path.read_text()

@@ -74,7 +74,7 @@ def test_measured_values_are_put_into_the_lines_of_the_documents() -> None:
     )
     assert any(
         line.startswith("README.md: ")
-        and "as BasicSR's; 12,346 images/s <!-- selfcheck: loader.npy -->" in line
+        and "on PNG; 12,346 images/s <!-- selfcheck: loader.npy -->" in line
         for line in lines
     )
     assert not any("PNG | 181" in line for line in lines)
