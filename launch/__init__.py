@@ -1,1 +1,1 @@
-"""Starting training: on this machine, over a rack. Imports nothing by itself."""
+"""Start training on this machine or on several. Importing this package imports nothing else."""

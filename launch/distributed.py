@@ -1,5 +1,4 @@
-"""Training on the machines of a hostfile: doctor, launcher, supervisor, restarts, and the truth at
-the end."""
+"""Train on the machines of a hostfile: check the hosts, launch and supervise the ranks, restart."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from launch.cluster.hostfile import (
     world_size,
 )
 from launch.cluster.job import (
-    Job,
+    ClusterJob,
     Launcher,
     answering,
     check_launcher,
@@ -59,9 +58,7 @@ from pipeline.training.options import (
     overrides_last,
 )
 
-RETURN_SECONDS = (
-    300  # for a host that has failed to be there again, where a run may not go on without it
-)
+RETURN_SECONDS = 300  # how long to wait for a failed host to return (without --elastic)
 _VALUES = (
     "--hostfile",
     "-H",
@@ -79,46 +76,45 @@ _FLAGS = ("--no-doctor", "--elastic", "--reset")
 
 @dataclass
 class Options(TrainOptions):
-    """Train on every machine of a hostfile, one rank a slot, from the first of them.
+    """Train on every machine of a hostfile, one rank per slot. Start it on the first machine.
 
-    Looks at all hosts first (python -m launch.doctor), then starts the ranks and watches over them:
-    what ends one ends all, with the reason last. The options of ./launch_local_train.sh are here,
-    too, with the same meaning.
+    Checks all hosts first (python -m launch.doctor), then starts the ranks and supervises them: if
+    one rank dies, all are stopped, and the cause is printed last. Accepts the options of
+    ./launch_local_train.sh as well, with the same meaning.
 
     Example: ./launch_distributed_train.sh --reset --recipe vapsr_x4 --max-restarts 5 --elastic
     """
 
     hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
-    """Lines such as `node1 slots=8`, this machine's first. Default: hostfile here, or in the
-    checkout."""
+    """File with lines such as `node1 slots=8`, this machine first. Default: hostfile in the current
+    folder, else in the checkout."""
     include: str = ""
-    """Only these hosts and slots of it: node1@node2:0,2."""
+    """Use only these hosts and slots: node1@node2:0,2."""
     exclude: str = ""
-    """All but these."""
+    """Use all hosts and slots but these."""
     launcher: Launcher = "pdsh"
     """How DeepSpeed starts the ranks: pdsh over ssh, Open MPI's mpirun, or Slurm's srun."""
     launcher_args: str = ""
-    """Further arguments for pdsh, mpirun or srun, in one word: "--partition=gpu"."""
+    """Additional arguments for pdsh, mpirun or srun, quoted as one word: "--partition=gpu"."""
     master_addr: str = ""
-    """This machine's address for the other hosts. Default: the doctor finds the one that all of
-    them reach."""
+    """Address of this machine that the other hosts connect to. Default: the doctor picks one that
+    all of them can reach."""
     master_port: int = 0
-    """Port of it on which the ranks meet. Default: a free one."""
+    """Port on that address at which the ranks meet. Default: a free one."""
     interface: str = ""
-    """Name of the network interface on every host. Default: each host's own on the way to the
-    first."""
+    """Name of the network interface to use on every host. Default: on each host, the one that leads
+    to the first host."""
     no_doctor: bool = False
-    """Start at once, without looking at the hosts."""
+    """Start immediately, without checking the hosts."""
     max_restarts: int = 0
-    """Start again up to this many times from the newest whole checkpoint when a rank or a host has
-    failed."""
+    """Restart up to this many times from the newest complete checkpoint when a rank or a host
+    fails."""
     elastic: bool = False
-    """Then go on with the hosts that still answer; the global batch stays, by accumulation."""
+    """Restart with the hosts that still answer; gradient accumulation keeps the global batch."""
 
 
 def main(options: Options) -> int:
-    """Train as `options` say. Exit status as `train.py`'s, and 1 for a failure of any rank on any
-    host."""
+    """Train as `options` say. Return `train.py`'s exit status, or 1 if any rank failed."""
     began = time.time()
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     _check(options, slots)
@@ -136,8 +132,8 @@ def main(options: Options) -> int:
         variables |= {CPU: "1"}
     elif os.environ.get(VISIBLE):
         say(
-            f"note: {VISIBLE} is for one machine and is not looked at here; --include HOST:0,1 "
-            "chooses GPUs"
+            f"note: {VISIBLE} applies to one machine and is ignored here; choose GPUs with "
+            "--include HOST:0,1"
         )
     if options.interface:
         variables |= {
@@ -146,7 +142,7 @@ def main(options: Options) -> int:
         }
     arguments = overrides_last(without(sys.argv[1:], _VALUES, _FLAGS), _FLAGS)
     logs = plan.home.with_name(f"{plan.home.name}.logs")
-    job = Job(
+    job = ClusterJob(
         slots,
         address,
         0,
@@ -166,75 +162,68 @@ def main(options: Options) -> int:
         before = _newest_steps(plans)
         say(_introduction(now))
         stopped_by, failure = _run(now)
-        # An attempt that failed early may have left the old run where it was: it must not be
-        # continued.
+        # If this attempt failed before it moved the old run away, the next one must still reset,
+        # or it would continue the old run.
         must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
         if stopped_by or failure is None or attempt == options.max_restarts:
             break
-        if failure.status == 2 and _newest_steps(plans) == before:  # bad input, which stays bad
+        if failure.status == 2 and _newest_steps(plans) == before:  # bad input: a retry fails too
             break
-        _tell(failure, now)
+        _report(failure, now)
         say(
             f"restart {attempt + 1} of {options.max_restarts}, from "
-            f"{'the beginning, afresh' if must_reset else _newest(plans)}"
+            f"{'the beginning (--reset)' if must_reset else _newest(plans)}"
         )
         job = _for_restart(job, slots, options.elastic, plans, micro_batch)
     if failure is not None:
-        _tell(failure, now)
+        _report(failure, now)
         return 1 if stopped_by else failure.status
     if stopped_by:
         return 128 + stopped_by
     if not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
         raise RunError(
-            f"every rank ended well, but {plan.run_dir} holds no checkpoint of the last step; is "
-            "the run "
-            "folder on this machine, and is this machine the first of the hostfile?"
+            f"every rank succeeded, but {plan.run_dir} has no checkpoint of the last step; check "
+            "that the run folder is on this machine and that this machine is the first in the "
+            "hostfile"
         )
-    say(f"all {world_size(job.slots)} ranks ended well, {time.time() - began:.0f} s")
+    say(f"all {world_size(job.slots)} ranks finished in {time.time() - began:.0f} s")
     return 0
 
 
 def _check(options: Options, slots: Slots) -> None:
     if options.procs:
         raise UserError(
-            f"--procs {options.procs} is for one machine; here slots= in the hostfile says how "
-            "many ranks "
-            "a host has, and --include which of them"
+            f"--procs {options.procs} is for one machine; set the ranks of a host with slots= in "
+            "the hostfile, and choose among them with --include"
         )
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts {options.max_restarts} must be 0 or more")
     if options.elastic and options.launcher == "slurm":
         raise UserError(
-            "--elastic chooses among hosts, and with --launcher slurm Slurm does; leave it out, or "
-            "choose "
-            "pdsh"
+            "--elastic does not work with --launcher slurm, where Slurm chooses the hosts; omit "
+            "--elastic or use --launcher pdsh"
         )
     if options.max_restarts and len(slots) > 1 and not shutil.which("ssh"):
         raise UserError(
-            "--max-restarts asks hosts over ssh whether they are back, and there is no ssh here; "
-            "`apt "
-            "install openssh-client`"
+            "--max-restarts needs ssh to ask whether hosts are back, and ssh is not installed "
+            "here; run `apt install openssh-client`"
         )
     if options.elastic and not options.max_restarts:
         raise UserError(
-            "--elastic says with which hosts a restart goes on; say how many restarts there may "
-            "be: "
-            "--max-restarts 3"
+            "--elastic has no effect without restarts; add --max-restarts 3, for example"
         )
     if not has_lists(options):
         places = " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,))
         raise UserError(
-            f"there are no file lists in {places}; make a dataset with `python "
-            "tools/images_to_data.py "
-            "PHOTOS ~/dataset/NAME` and `python tools/select_training_files.py`, and bring it to "
-            "all hosts "
-            "with launch/sync.sh"
+            f"no file lists in {places}; make a dataset with `python tools/images_to_data.py "
+            "PHOTOS ~/dataset/NAME` and `python tools/select_training_files.py`, and copy it to "
+            "all hosts with launch/sync.sh"
         )
     check_launcher(options.launcher, slots, options.launcher_args)
 
 
 def _ask_doctor(options: Options, slots: Slots, plan: Plan, is_on_cpu: bool) -> str:
-    """This machine's address for the others, if all is well with all of them."""
+    """Check all hosts; return this machine's address for the others. `UserError` if one fails."""
     folders = [path.absolute() for path in dataset_dirs(options)] + [
         path.absolute() for path in options.lr_dir
     ]
@@ -257,72 +246,72 @@ def _ask_doctor(options: Options, slots: Slots, plan: Plan, is_on_cpu: bool) -> 
         count = len(found.failures)
         raise UserError(
             f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
-            "(--exclude leaves a host out, --no-doctor starts all the same)"
+            "(--exclude HOST omits a host, --no-doctor skips the checks)"
         )
     return _own_address(found.master_address, slots)
 
 
 def _address(options: Options, slots: Slots) -> str:
-    """Likewise, without asking anybody: the address with which this machine speaks to the second
-    host."""
+    """Return this machine's address for the others without asking any host.
+
+    It is --master-addr, or the address from which this machine reaches the second host.
+    """
     first, *others = slots
     if options.master_addr:
         return _own_address(options.master_addr, slots)
     if launcher.is_known(first):
-        _insist_on_first(first, slots)
+        _check_is_first(first, slots)
     return launcher.address_towards(others[0]) if others else "127.0.0.1"
 
 
-def _insist_on_first(address: str, slots: Slots) -> None:
-    """`UserError` unless `address`, of the first host, is this machine's."""
+def _check_is_first(address: str, slots: Slots) -> None:
+    """Raise `UserError` unless `address`, which is the first host's, belongs to this machine."""
     first = next(iter(slots))
     if not address or not launcher.is_own(address):
         raise UserError(
-            f"{first}, the first host of the hostfile ({address or 'no address found'}), is not "
-            "this "
-            f"machine; start the run there, or move this machine's line to the top"
+            f"{first}, the first host in the hostfile ({address or 'no address found'}), is not "
+            "this machine; start the run there, or move this machine's line to the top"
         )
 
 
 def _own_address(address: str, slots: Slots) -> str:
-    """The IP address behind `address`, a name or an address that must be this machine's and lead
-    here from others."""
-    _insist_on_first(address, slots)
+    """Return the IP address of `address`, a name or an address of this machine.
+
+    Raises `UserError` if it belongs to another machine, or is a loopback address and there are
+    other hosts.
+    """
+    _check_is_first(address, slots)
     own = launcher.outer_addresses(address)
     if len(slots) > 1 and not own:
         raise UserError(
-            f"--master-addr {address} leads to this machine itself alone (a loopback address); "
-            "give its "
-            "address in the network, such as 10.0.0.1"
+            f"--master-addr {address} is a loopback address, which other hosts cannot reach; give "
+            "this machine's network address, such as 10.0.0.1"
         )
     return own[0] if own else address
 
 
-def _introduction(job: Job) -> str:
+def _introduction(job: ClusterJob) -> str:
     hosts = ", ".join(f"{host} {len(numbers)}" for host, numbers in job.slots.items())
     count = world_size(job.slots)
     return (
-        f"starting {count} rank{'s' if count > 1 else ''} on {len(job.slots)} host"
-        f"{'s' if len(job.slots) > 1 else ''} ({hosts}) by {job.launcher}; they meet at "
-        f"{job.address} port "
-        f"{job.port}; each rank's output: {job.logs}/ on its host"
+        f"starting {count} rank{'s' if count > 1 else ''} on {len(job.slots)} "
+        f"host{'s' if len(job.slots) > 1 else ''} ({hosts}) with {job.launcher}; they meet at "
+        f"{job.address} port {job.port}; each rank's output: {job.logs}/ on its host"
     )
 
 
-def _run(job: Job) -> tuple[int, Failure | None]:
-    """Start the ranks and see them to their end: the signal that stopped them, and why they
-    failed."""
+def _run(job: ClusterJob) -> tuple[int, Failure | None]:
+    """Run all ranks to their end. Return the signal that stopped them (0: none) and the failure."""
     try:
         job.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{job.logs} cannot be made ({error.strerror}), where each rank's output goes; give "
-            "another "
+            f"cannot create {job.logs} for the ranks' output ({error.strerror}); give another "
             "--output-dir"
         ) from error
     with (
         tempfile.TemporaryDirectory(prefix="vastscale-") as folder,
-        open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_for_me_alone) as log,
+        open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_open_private) as log,
     ):
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_introduction(job)}\n")
         supervisor = Supervisor(
@@ -332,20 +321,26 @@ def _run(job: Job) -> tuple[int, Failure | None]:
     return supervisor.stopped_by, supervisor.failure
 
 
-async def _supervise(supervisor: Supervisor, job: Job, folder: Path) -> None:
+async def _supervise(supervisor: Supervisor, job: ClusterJob, folder: Path) -> None:
     port = await supervisor.listen(job.address)
     command = job.command(folder, job.word(supervisor.run, port))
     await supervisor.watch(command, job.launcher_variables(folder), str(ROOT))
 
 
-def _for_me_alone(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
+    """An opener for `open` that creates files only their owner can read."""
     return os.open(path, flags, 0o600)
 
 
 def _for_restart(
-    job: Job, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int
-) -> Job:
-    """The job as it is started again: on all hosts once they are back, or on those that answer."""
+    job: ClusterJob, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int
+) -> ClusterJob:
+    """Return the job to restart: on all hosts once they are back or, if `elastic`, on those that
+    answer.
+
+    With fewer ranks the micro-batch and the accumulation change so that each stage keeps its global
+    batch. `RunError` if no single split fits all stages.
+    """
     if not elastic:
         wait_for_all(slots, RETURN_SECONDS, say)
         return job
@@ -354,13 +349,12 @@ def _for_restart(
     used, micro = share_batch(left, total, micro_batch)
     gone = [host for host in slots if host not in used]
     if gone:
-        say(f"going on without {', '.join(gone)}")
+        say(f"continuing without {', '.join(gone)}")
     totals = {plan.ds_config["train_batch_size"] for plan in plans}
     say(
         "; ".join(
             f"global batch {total} = {micro} x {total // (micro * world_size(used))} accumulation "
-            "x "
-            f"{world_size(used)} ranks"
+            f"x {world_size(used)} ranks"
             for total in sorted(totals)
         )
     )
@@ -368,9 +362,8 @@ def _for_restart(
     if any("gradient_accumulation_steps" in plan.ds_config for plan in plans):
         if len(totals) > 1:
             raise RunError(
-                "the stages' global batches differ and gradient_accumulation_steps is set, so that "
-                "no split "
-                "over fewer ranks fits all; leave it out, or go on by hand"
+                "the stages' global batches differ and gradient_accumulation_steps is set, so no "
+                "split over fewer ranks fits every stage; omit it, or restart by hand"
             )
         split.append(f"ds.gradient_accumulation_steps={total // (micro * world_size(used))}")
     kept = [
@@ -384,8 +377,7 @@ def _for_restart(
 
 
 def _folder_number(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None where there is none, or nothing in
-    it."""
+    """(device, inode) of `folder`, which tells it from a later one. None if absent or empty."""
     try:
         found = folder.stat()
         return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None
@@ -394,28 +386,26 @@ def _folder_number(folder: Path) -> tuple[int, int] | None:
 
 
 def _newest_steps(plans: Sequence[Plan]) -> list[int]:
-    """Of each stage."""
+    """The newest checkpoint's step of each stage; 0 if it has none."""
     return [max(checkpoint_steps(plan.run_dir), default=0) for plan in plans]
 
 
 def _newest(plans: Sequence[Plan]) -> str:
-    """The checkpoint that a run goes on from, for people."""
+    """Describe the checkpoint that a run continues from, for the log."""
     for plan in reversed(plans):
         steps = checkpoint_steps(plan.run_dir)
         stage = f" of stage {plan.recipe.stage}" if plan.recipe.stage else ""
         if steps:
             return f"the checkpoint of step {steps[-1]}{stage}"
-    return "the beginning: there is no checkpoint yet"
+    return "the beginning (no checkpoint yet)"
 
 
-def _tell(failure: Failure, job: Job) -> None:
-    """Why a job ended: what the rank in question said last, then the cause in one line."""
+def _report(failure: Failure, job: ClusterJob) -> None:
+    """Print the last output of the rank or host at fault, then the cause in one line."""
     said = failure.tail.strip()
     with suppress(OSError):
         if said:
-            print(
-                f"--- the end of what was heard from there ({job.logs}):\n{said}", file=sys.stderr
-            )
+            print(f"--- last output from there (all logs: {job.logs}):\n{said}", file=sys.stderr)
         print(f"error: {failure.cause}", file=sys.stderr, flush=True)
 
 

@@ -1,11 +1,10 @@
-"""The environment of the ranks on one host, and what a run over many hosts hands on to them. Needs
-no torch.
+"""Environment variables of the ranks, on one host and across hosts. Needs no torch.
 
-`prepare` makes the variables of the ranks that start here. `variables_for_ranks` collects those
-that travel to every host: from the shell, and from `.deepspeed_env`, a file of `NAME=value` lines.
-DeepSpeed pastes that file into a command line of every host, where a value of `$(command)` runs it,
-and fails at an empty line. Here it is read strictly, nothing in it is ever run, and DeepSpeed gets
-a file of our own.
+`prepare` builds the environment of the ranks that start on this host. `variables_for_ranks`
+collects the variables that every host gets: from the shell and from `.deepspeed_env`, a file of
+`NAME=value` lines. DeepSpeed pastes that file into a command line on every host, where a value such
+as `$(command)` would run, and it fails on an empty line. Here the file is parsed strictly, nothing
+in it is ever executed, and DeepSpeed is given a file of ours instead.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ HANDED_ON = (
     "NO_PROXY",
     "WANDB_",
 )
-"""Beginnings of the names that a run on many hosts takes over from the shell that starts it."""
+"""Name prefixes of the variables that a multi-host run copies from the shell that starts it."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _VALUE = re.compile(r"[\w@%+=:,./ ^-]*", re.ASCII)
-_RUNS_THINGS = re.compile(
+_RUNS_PROGRAMS = re.compile(
     r"PATH|\w+_PATH|\w+_DIR|\w*HOME|LD_\w+|PYTHON\w*|BASH_ENV|ENV|IFS|SHELL\w*|"
     r"PROMPT_COMMAND|CC|CXX|\w+_PLUGIN|\w+_LIBRAR(Y|IES)|\w*PRELOAD\w*|\w+_FLAGS|\w+_CONF"
 )
-_LAUNCHERS = re.compile(
+_SET_BY_LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)|"
     r"CUDA_VISIBLE_DEVICES|VASTSCALE_\w+|(SLURM|OMPI|PMIX|TORCHELASTIC|ACCELERATE)_\w+"
 )
 
 
 def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
-    """The environment for `num_processes` ranks on this machine; what the user has set stays."""
+    """Return the environment for `num_processes` ranks on this machine; the user's settings win."""
     environment = dict(os.environ)
     if "TORCH_EXTENSIONS_DIR" not in environment:
         environment["TORCH_EXTENSIONS_DIR"] = str(_extensions_dir())
@@ -63,20 +62,18 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     environment["VASTSCALE_LAUNCHER_PID"] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
-    environment.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # it warns of addresses that have no name
-    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers GPUs as nvidia-smi does
+    # Without this torch warns about every address without a host name.
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # number GPUs as nvidia-smi does
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-        environment[CPU] = (
-            # what the ranks go by: DeepSpeed's launcher refuses an empty list of GPUs, and fills it
-            "1"
-        )
+        # The ranks read this variable. An empty CUDA_VISIBLE_DEVICES would not do: DeepSpeed's
+        # launcher rejects an empty list of GPUs, and otherwise fills the list itself.
+        environment[CPU] = "1"
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         return environment | allocator_variables(environment)
-    # Blocks of memory that grow: validation's images of all sizes, DALI's pool and the steps leave
-    # fewer gaps that way.
+    # Growing segments fragment memory less, with validation images of all sizes, DALI's pool and
+    # the training steps sharing one GPU.
     if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others
@@ -95,8 +92,7 @@ def num_gpus() -> int:
 
 
 def variables_for_ranks(files: Sequence[Path], shell: Mapping[str, str]) -> dict[str, str]:
-    """The variables that every rank gets: those handed on from the shell, overridden by the files
-    in order."""
+    """Return the variables that every rank gets: the shell's, overridden by `files` in order."""
     found = {name: value for name, value in shell.items() if name.upper().startswith(HANDED_ON)}
     for file in files:
         found |= read_env_file(file)
@@ -104,8 +100,8 @@ def variables_for_ranks(files: Sequence[Path], shell: Mapping[str, str]) -> dict
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a file; empty where there is no file. `UserError` names the line that is not
-    one."""
+    """Parse a file of `NAME=value` lines; empty if it does not exist. `UserError` names a bad
+    line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -125,8 +121,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 def without(
     arguments: Sequence[str], names: Collection[str], flags: Collection[str] = ()
 ) -> list[str]:
-    """`arguments` less the options `names`, each with its value, and the `flags`, which have
-    none."""
+    """Return `arguments` without the options in `names` (and their values) and without `flags`."""
     kept: list[str] = []
     rest: Iterator[str] = iter(arguments)
     for argument in rest:
@@ -143,29 +138,29 @@ def without(
 
 def _check_variable(name: str, sign: str, value: str, where: str) -> None:
     if not sign or not _NAME.fullmatch(name):
-        raise UserError(f"{where}: this is not a NAME=value; write lines like NCCL_DEBUG=WARN")
+        raise UserError(f"{where}: not a NAME=value line; write lines like NCCL_DEBUG=WARN")
     if not _VALUE.fullmatch(value):
         raise UserError(
-            f"{where}: the value of {name} has characters that shells read (letters, digits, "
-            "blanks "
-            "and @%+=:,./^_- are allowed); nothing in this file is ever run"
+            f"{where}: the value of {name} contains characters that a shell would interpret; "
+            "allowed are letters, digits, spaces and @%+=:,./^_- (nothing in this file is ever run)"
         )
-    if _RUNS_THINGS.fullmatch(name):
+    if _RUNS_PROGRAMS.fullmatch(name):
         raise UserError(
-            f"{where}: {name} decides which programs run, and is not taken from a file; set it in "
-            "the "
-            "login shell of each host"
+            f"{where}: {name} decides which programs run, so it is not read from a file; set it in "
+            "the login shell of each host"
         )
-    if _LAUNCHERS.fullmatch(name):
+    if _SET_BY_LAUNCHER.fullmatch(name):
         raise UserError(
-            f"{where}: {name} is the launcher's to set; for the first host's address and port use "
-            "--master-addr and --master-port, for GPUs --include"
+            f"{where}: {name} is set by the launcher; use --master-addr and --master-port for the "
+            "first host's address and port, and --include for GPUs"
         )
 
 
 def _extensions_dir() -> Path:
-    """Where torch and DeepSpeed build kernels on first use: private to this environment, its
-    versions, this host."""
+    """Where torch and DeepSpeed build kernels on first use.
+
+    One folder per environment, versions and host, so that no build is loaded by another torch.
+    """
     try:
         deepspeed = version("deepspeed")
     except PackageNotFoundError:
@@ -178,8 +173,7 @@ def _extensions_dir() -> Path:
 
 
 def _clear_stale_locks(directory: Path) -> None:
-    """Remove the locks of killed builds, for which every later build would wait for ever, in
-    silence."""
+    """Remove locks left by killed builds; later builds would silently wait for them forever."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".clearing", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
@@ -191,9 +185,9 @@ def _clear_stale_locks(directory: Path) -> None:
 
 
 def _is_building(directory: Path) -> bool:
-    """Whether a live process works in `directory`: torch starts ninja there, as its own folder."""
+    """Whether a live process has `directory` as its working directory; torch runs ninja there."""
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has ended, or is another user's
+        with suppress(psutil.Error):  # the process has ended, or belongs to another user
             if Path(process.cwd()) == directory.resolve():
                 return True
     return False

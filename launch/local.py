@@ -1,5 +1,4 @@
-"""Training on this machine: environment, demo where there is no dataset, launcher, and the truth at
-the end."""
+"""Train on this machine: prepare the environment and the demo, launch the ranks, report the end."""
 
 from __future__ import annotations
 
@@ -38,12 +37,14 @@ from pipeline.training.saved_run import says_finished
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
-GRACE_SECONDS = 60  # for ranks that still save after their launcher has ended
+GRACE_SECONDS = 60  # for ranks that are still saving after their launcher has ended
 
 
 def main(options: TrainOptions) -> int:
-    """Train as `options` say. Exit status as `train.py`'s, and 1 for a run that ended early without
-    saying why."""
+    """Train as `options` say.
+
+    Returns `train.py`'s exit status, or 1 for a run that ended early without an error message.
+    """
     if options.procs < 0:
         raise UserError(f"--procs {options.procs} must be 1 or more, or 0 for one per GPU")
     arguments = sys.argv[1:]
@@ -54,7 +55,7 @@ def main(options: TrainOptions) -> int:
     plan, began = plans[-1], time.time()
     if options.device == "cpu":
         os.environ[gpus.CPU] = "1"
-    if says_finished(plans):  # before GPUs are counted, which may take torch
+    if says_finished(plans):  # checked first: counting GPUs may import torch
         return 0 if held_out is None else _show_demo(plan, held_out, began)
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
@@ -67,7 +68,7 @@ def main(options: TrainOptions) -> int:
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)
     if status == 0 and not has_ended(plan.run_dir, plan.total_steps, plan.recipe.patience):
         print(
-            "error: training ended before its last step and left no message; see above",
+            "error: training ended before its last step without an error message; see above",
             file=sys.stderr,
         )
         return 1
@@ -77,8 +78,10 @@ def main(options: TrainOptions) -> int:
 
 
 def _check_batch(plan: Plan, processes: int, *, is_chosen: bool) -> None:
-    """`UserError` for a global batch that the processes cannot share, with the most that can where
-    nobody chose."""
+    """Raise `UserError` if the processes cannot share the global batch.
+
+    If the user did not choose their number, the message suggests the largest one that can.
+    """
     try:
         batch_sizes(plan.ds_config, processes)
     except UserError as error:
@@ -86,15 +89,13 @@ def _check_batch(plan: Plan, processes: int, *, is_chosen: bool) -> None:
         if not most:
             raise
         raise UserError(
-            f"{error}, such as --procs {most}, the most of this machine's {processes} GPUs that "
-            "can share "
-            "it"
+            f"{error}, such as --procs {most}, the largest number of this machine's {processes} "
+            "GPUs that can share it"
         ) from error
 
 
 def largest_share(ds_config: Mapping[str, Any], processes: int) -> int:
-    """The greatest number of ranks below `processes` that can share the global batch; 0 if there is
-    none."""
+    """Return the largest number of ranks below `processes` that can share the batch, or 0."""
     for number in range(processes - 1, 0, -1):
         with suppress(UserError):
             batch_sizes(ds_config, number)
@@ -103,17 +104,14 @@ def largest_share(ds_config: Mapping[str, Any], processes: int) -> int:
 
 
 def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
-    """Run the ranks to their end, handing on signals to stop. Returns a shell's exit status."""
+    """Run the ranks to their end, forwarding signals to stop. Return a shell's exit status."""
     variables = environment.prepare(processes, on_gpu=on_gpu)
     script = str(ROOT / "train.py")
-    command = [
-        sys.executable,
-        script,
-        *arguments,
-    ]  # one process needs no launcher, which takes seconds to start
+    # One process needs no launcher, which takes seconds to start.
+    command = [sys.executable, script, *arguments]
     if processes > 1:
-        # Without --num_gpus the launcher takes the GPUs of CUDA_VISIBLE_DEVICES; with it, it would
-        # ignore them.
+        # Without --num_gpus the launcher uses the GPUs in CUDA_VISIBLE_DEVICES; with it, the
+        # launcher ignores that variable.
         count = (
             ["--num_gpus", str(processes)]
             if not on_gpu or gpus.share_out(variables, processes)
@@ -133,24 +131,24 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
             script,
             *arguments,
         ]
-    # In a session of their own, so that CTRL+C reaches only this process, which then tells all of
-    # them at once: a launcher that is interrupted itself tells one rank after another and prints a
-    # traceback.
+    # The ranks get a session of their own, so that CTRL+C reaches only this process, which then
+    # signals all of them at once. An interrupted DeepSpeed launcher would stop one rank after
+    # another and print a traceback.
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if child is not None:
             _signal_group(child.pid, signal.SIGTERM)
 
     previous = {
-        number: signal.signal(number, hand_on)
+        number: signal.signal(number, forward)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         child = subprocess.Popen(command, env=variables, start_new_session=True)
-        if received:  # while the process was being made
+        if received:  # a signal arrived while the process was being created
             _signal_group(child.pid, signal.SIGTERM)
         status = child.wait()
         _wait_for_group(child.pid)
@@ -163,8 +161,7 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to every process of a group (0: none, only look); False if there is no such
-    process any more."""
+    """Send a signal to a process group (0 only probes it). False if no process of it is left."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -173,7 +170,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def _wait_for_group(group: int) -> None:
-    """Give ranks that outlive their launcher time to save; then end them."""
+    """Give ranks that outlive their launcher time to save, then kill them."""
     deadline = time.monotonic() + GRACE_SECONDS
     while _signal_group(group, 0) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -181,29 +178,26 @@ def _wait_for_group(group: int) -> None:
 
 
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:
-    """The options of the demo, in place of a dataset that is not there."""
+    """Return options, arguments and held-out folder of the demo, which runs without a dataset."""
     default, places = (
         TrainOptions(),
         " or ".join(str(path) for path in options.dataset_dir or (DATASET_DIR,)),
     )
     if options.dataset_dir or options.recipe not in (default.recipe, DEMO_RECIPE):
         raise UserError(
-            f"there are no file lists in {places}; make a dataset with "
-            "`python tools/images_to_data.py PHOTOS ~/dataset/NAME` and "
-            "`python tools/select_training_files.py`, or leave --recipe and --dataset-dir out to "
-            "see the "
-            "demo"
+            f"no file lists in {places}; make a dataset with `python tools/images_to_data.py "
+            "PHOTOS ~/dataset/NAME` and `python tools/select_training_files.py`, or omit --recipe "
+            "and --dataset-dir to run the demo"
         )
     say(
         f"no file lists in {places}: running the demo on photographs that ship with scikit-image "
-        "and "
-        "scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)"
+        "and scikit-learn (your own: python tools/images_to_data.py PHOTOS ~/dataset/NAME)"
     )
     from tools.make_demo_dataset import make_demo_dataset
 
     dataset = make_demo_dataset(DEMO_FILES)
     options = replace(options, recipe=DEMO_RECIPE, dataset_dir=(dataset.dataset_dir,))
-    # Options given twice count as given last.
+    # If an option is given twice, the last one counts: drop the user's --recipe and --dataset-dir.
     return (
         options,
         [
@@ -218,9 +212,8 @@ def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, li
 
 
 def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
-    """Evaluate the demo's network on the photographs that it has never seen, and say where to
-    look."""
-    say("\nheld-out photographs, seen neither in training nor in validation:")
+    """Evaluate the demo's network on the held-out photographs and print where the pictures are."""
+    say("\nheld-out photographs, used neither for training nor for validation:")
     command = [
         sys.executable,
         str(ROOT / "evaluate.py"),

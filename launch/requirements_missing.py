@@ -1,5 +1,4 @@
-"""Print the pinned requirements that this interpreter lacks; name on stderr those it has in another
-version."""
+"""Print the pinned requirements that this interpreter lacks; list other versions on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from pathlib import Path
 
 
 def pins(path: Path) -> list[tuple[str, str]]:
-    """(package, version) of every line that holds for this Python, those of `-r` files first."""
+    """Return (package, version) of every line that applies to this Python, `-r` files inline."""
     found = []
     for line in path.read_text().splitlines():
         line = line.split("#")[0].strip()
@@ -32,7 +31,7 @@ def main() -> None:
         try:
             have = version(name)
         except PackageNotFoundError:
-            # Any build of DALI will do: which one fits depends on the CUDA of this environment.
+            # Any build of DALI will do: the right one depends on the CUDA of this environment.
             if not (name.startswith("nvidia-dali-cuda") and _has_dali()):
                 print(f"{name}=={number}")
             continue
@@ -40,7 +39,7 @@ def main() -> None:
             other.append(f"{name} {have} (tested: {number})")
     if other:
         print(
-            f"note: the active environment has {', '.join(other)}; left as it is", file=sys.stderr
+            f"note: the active environment has {', '.join(other)}; left unchanged", file=sys.stderr
         )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bring this checkout and the dataset to every host of a hostfile, and make the environment there. `--help` lists the options.
+# Copy this checkout and the dataset to every host of a hostfile, and make the environment there. `--help` lists the options.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/bootstrap.sh"

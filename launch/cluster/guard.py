@@ -1,9 +1,8 @@
-"""One rank's guard: starts `train.py` as its child, and ends it when the first node says so or
-falls silent.
+"""The guard of one rank: runs `train.py` and ends it when the first node says so or falls silent.
 
-DeepSpeed's launcher starts it once a rank, with everything it has to know in one base64 word:
-shells on the way find nothing in it to read. It needs neither torch nor DeepSpeed, so that it can
-act where a rank hangs inside them.
+DeepSpeed's launcher starts one guard per rank, with all it needs to know in one base64 word, in
+which shells on the way find nothing to interpret. It imports neither torch nor DeepSpeed, so it can
+still act while a rank hangs inside them.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from launch.environment import prepare
 from pipeline.distributed import gpus, launcher
 
 CONNECT_SECONDS = 30
-GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, where nobody waits for a checkpoint
-ORPHAN_SECONDS = 60  # where the supervisor is gone and the other ranks are there: they save
-LAST_WORDS_SECONDS = 3  # for what the child has said and is still on its way
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, if nobody waits for a checkpoint
+ORPHAN_SECONDS = 60  # the same if the supervisor is gone but the other ranks live: they save
+LAST_WORDS_SECONDS = 3  # for output of the child that is still in the pipe
 
 
 class Guard:
-    """A child process, the connection to the supervisor, and what follows when either ends."""
+    """Runs a child process, reports to the supervisor, and stops the child if either side ends."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._task = task
@@ -53,8 +52,10 @@ class Guard:
         self._ended = 0.0
 
     async def run(self) -> int:
-        """The child's whole life. Exit status: the child's, as a shell tells it; 1 if there is no
-        supervisor."""
+        """Run the child from start to end.
+
+        Returns its exit status as a shell reports it, or 1 if the supervisor cannot be reached.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop, GRACE_SECONDS)
         try:
@@ -63,8 +64,8 @@ class Guard:
             address, port = self._task["supervisor"]
             print(
                 f"error: {socket.gethostname()} cannot reach the first node at {address}:{port}: "
-                f"{error}; open its "
-                "firewall for this network, or name its address with --master-addr",
+                f"{error}; open its firewall for this network, or give its address with "
+                "--master-addr",
                 file=sys.stderr,
             )
             return 1
@@ -76,9 +77,8 @@ class Guard:
             self._task |= (await asyncio.wait_for(anext(heard), CONNECT_SECONDS))["task"]
         except (StopAsyncIteration, asyncio.TimeoutError, KeyError):
             print(
-                f"error: the first node takes no rank {self._rank} from {socket.gethostname()}: "
-                "its run is over, or "
-                "there is one already",
+                f"error: the first node rejected rank {self._rank} from {socket.gethostname()}: "
+                "its run is over, or it already has this rank",
                 file=sys.stderr,
             )
             return 1
@@ -86,7 +86,7 @@ class Guard:
             log = self._open_log(writer)
             child = self._child = self._start()
         except OSError as error:
-            await self._take_leave(
+            await self._sign_off(
                 writer,
                 1,
                 f"error: {socket.gethostname()}: {error.filename or self._task['logs']}: "
@@ -104,15 +104,16 @@ class Guard:
             status = await asyncio.to_thread(child.wait)
             self._ended = time.monotonic()
             await asyncio.to_thread(_join, copies, LAST_WORDS_SECONDS)
-            self._signal(signal.SIGKILL)  # whatever the child has left behind
+            self._signal(signal.SIGKILL)  # any processes that the child has left behind
             await asyncio.to_thread(_join, copies, 1)
             for chore in chores:
                 chore.cancel()
         status = status if status >= 0 else 128 - status
-        await self._take_leave(writer, status, "".join(self._tail)[-messages.TAIL_CHARACTERS :])
+        await self._sign_off(writer, status, "".join(self._tail)[-messages.TAIL_CHARACTERS :])
         return status
 
-    async def _take_leave(self, writer: asyncio.StreamWriter, status: int, tail: str) -> None:
+    async def _sign_off(self, writer: asyncio.StreamWriter, status: int, tail: str) -> None:
+        """Send the exit status and the last output, then close the connection."""
         ago = time.monotonic() - self._ended if self._ended else 0.0
         messages.send(
             writer, {"exit": status, "tail": tail, "ago": ago, "overdue": self._was_killed}
@@ -136,8 +137,10 @@ class Guard:
                 await asyncio.sleep(0.5)
 
     def _open_log(self, writer: asyncio.StreamWriter) -> IO[bytes]:
-        """This rank's file; on a host that can have no such folder, somewhere else, which is
-        told."""
+        """Open this rank's log. A host that cannot create its folder uses a temporary one.
+
+        The supervisor is told which; on rank 0 an `OSError` is raised instead.
+        """
         name = f"rank-{self._rank:05d}.log"
         try:
             log = _open(Path(self._task["logs"]), name)
@@ -149,7 +152,8 @@ class Guard:
                 writer,
                 {
                     "note": (
-                        f"{socket.gethostname()}: {folder / name} has rank {self._rank}'s output\n"
+                        f"{socket.gethostname()}: rank {self._rank}'s output is in "
+                        f"{folder / name}\n"
                     )
                 },
             )
@@ -182,7 +186,8 @@ class Guard:
     def _copy(
         self, stream: IO[bytes] | None, log: IO[bytes], writer: asyncio.StreamWriter, name: str
     ) -> Thread:
-        """What the child says goes to its log; of the first rank also to the supervisor."""
+        """Start a thread that copies the child's output to the log and, on rank 0, to the
+        supervisor."""
         assert stream is not None
         loop, descriptor = asyncio.get_running_loop(), stream.fileno()
 
@@ -194,7 +199,7 @@ class Guard:
                     log.write(data)
                 with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(
-                        self._tell, writer, name, decoder.decode(data, final=not data)
+                        self._forward, writer, name, decoder.decode(data, final=not data)
                     )
                 if not data:
                     return
@@ -203,7 +208,8 @@ class Guard:
         thread.start()
         return thread
 
-    def _tell(self, writer: asyncio.StreamWriter, name: str, text: str) -> None:
+    def _forward(self, writer: asyncio.StreamWriter, name: str, text: str) -> None:
+        """Keep the last `TAIL_CHARACTERS` of output; send rank 0's to the supervisor."""
         self._tail.append(text)
         while (
             len(self._tail) > 1
@@ -231,8 +237,10 @@ class Guard:
             await asyncio.sleep(messages.BEAT_SECONDS / 4)
 
     def _stop(self, grace: float) -> None:
-        """Ask the child to save and stop, once; end it after `grace` seconds, or sooner if somebody
-        said so."""
+        """Ask the child once to save and stop, and kill it after `grace` seconds.
+
+        A later call can only shorten the time left.
+        """
         if self._child is None:
             sys.exit(128 + signal.SIGTERM)
         if self._kill_at == float("inf"):
@@ -251,7 +259,7 @@ def _open(folder: Path, name: str) -> IO[bytes]:
 
 
 def _join(threads: Iterable[Thread], seconds: float) -> None:
-    """Wait so long for all of them together."""
+    """Join all threads, waiting at most `seconds` in total."""
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -259,8 +267,8 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
 
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    launcher.end_with_parent(signal.SIGTERM)  # DeepSpeed's launcher on this host
-    with suppress(OSError, ValueError):  # many ranks have many connections
+    launcher.end_with_parent(signal.SIGTERM)  # the parent is DeepSpeed's launcher on this host
+    with suppress(OSError, ValueError):  # many ranks open many connections
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
         )

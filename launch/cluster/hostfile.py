@@ -1,10 +1,11 @@
-"""The hostfile: which machines, and how many ranks on each. Nothing in it can run anything.
+"""The hostfile: which machines to train on, and how many ranks on each.
 
-    node1 slots=8     # DeepSpeed's own format: a host's name and its GPUs (on a CPU: its ranks)
+    node1 slots=8     # DeepSpeed's format: a host name and its number of GPUs (CPUs: of ranks)
     node2 slots=8
 
-DeepSpeed's parser takes `-oProxyCommand=…` for a host and `slots=2extra` for a number, and trains
-on this machine alone where the file is missing; here each of these is an error.
+DeepSpeed's parser accepts `-oProxyCommand=…` as a host and `slots=2extra` as a number, and trains
+on this machine alone if the file is missing. Here each of these is an error, so that nothing in a
+hostfile can run a command.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from pipeline.cli import UserError, nearest
 ROOT = Path(__file__).resolve().parents[2]
 HOSTFILE = "hostfile"
 MOST_SLOTS = 64
-PORTS = range(20000, 32000)  # below those that kernels give out by themselves
+PORTS = range(20000, 32000)  # below the kernel's ephemeral ports
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,4})(?:\s*#.*)?")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9._-]{1,253}")
 _EXAMPLE = "write lines like `node1 slots=8`"
 
 Slots = dict[str, tuple[int, ...]]
-"""For each host, in the hostfile's order, the numbers of the slots that are used."""
+"""Host -> the slot numbers in use, in the hostfile's order."""
 
 
 def find_hostfile(path: Path) -> Path:
-    """`path`; for the default name, where there is none in the current folder, the checkout's."""
+    """Return `path`; for the default name, fall back from the current folder to the checkout."""
     path, own = path.expanduser(), ROOT / HOSTFILE
     return own if path == Path(HOSTFILE) and not path.is_file() and own.is_file() else path
 
 
 def read_hostfile(path: Path) -> Slots:
-    """The hosts of a hostfile with all their slots. `UserError` names the line that is not one."""
+    """Return the hosts of a hostfile with all their slots. `UserError` names an invalid line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -68,32 +69,33 @@ def _parse(line: str, where: str) -> tuple[str, int]:
     host, slots = match["host"], int(match["slots"])
     if not is_host(host):
         raise UserError(
-            f"{where}: {host!r} is not a host's name (letters, digits, dot, dash; user and port go "
-            "into "
-            "~/.ssh/config)"
+            f"{where}: {host!r} is not a valid host name (letters, digits, dot, dash; put user and "
+            "port into ~/.ssh/config)"
         )
     if not 1 <= slots <= MOST_SLOTS:
         raise UserError(
-            f"{where}: slots={slots} must be between 1 and {MOST_SLOTS}: the GPUs of {host}"
+            f"{where}: slots={slots} must be 1 to {MOST_SLOTS}: the number of GPUs of {host}"
         )
     return host, slots
 
 
 def is_host(name: str) -> bool:
-    """Whether `name` can only be a host's name or IPv4 address: nothing that ssh or a shell would
-    interpret."""
+    """Whether `name` is a plain host name or IPv4 address, which neither ssh nor a shell would
+    interpret as anything else."""
     return _HOST.fullmatch(name) is not None
 
 
 def choose(hosts: Mapping[str, Sequence[int]], include: str = "", exclude: str = "") -> Slots:
-    """The part of `hosts` that --include names, or that --exclude leaves: `node1@node2:0,2`,
-    DeepSpeed's syntax."""
+    """Return the hosts and slots that --include names, or all but those that --exclude names.
+
+    Both use DeepSpeed's syntax: `node1@node2:0,2`. The hostfile's order is kept.
+    """
     if include and exclude:
-        raise UserError("--include and --exclude exclude each other; give one of them")
+        raise UserError("--include and --exclude are mutually exclusive; give one of them")
     named = _filter(include or exclude, "--include" if include else "--exclude", hosts)
     if include and not named:
         raise UserError(
-            f"--include {include} names no host; write {next(iter(hosts))}@... or leave it out"
+            f"--include {include} names no host; write {next(iter(hosts))}@... or omit it"
         )
     if include:
         return {
@@ -126,7 +128,7 @@ def _filter(text: str, flag: str, hosts: Mapping[str, Sequence[int]]) -> dict[st
         slots = {int(number) for number in numbers.split(",")} if colon else set(hosts[host])
         if not slots <= set(hosts[host]):
             raise UserError(
-                f"{flag} {text}: {host} has the slots {', '.join(map(str, hosts[host]))}, and not "
+                f"{flag} {text}: {host} has slots {', '.join(map(str, hosts[host]))}, not "
                 f"{', '.join(map(str, sorted(slots - set(hosts[host]))))}"
             )
         named[host] = named.get(host, set()) | slots
@@ -134,9 +136,10 @@ def _filter(text: str, flag: str, hosts: Mapping[str, Sequence[int]]) -> dict[st
 
 
 def world_size(slots: Mapping[str, Sequence[int]]) -> int:
+    """Return the number of ranks on all hosts."""
     return sum(len(numbers) for numbers in slots.values())
 
 
 def as_filter(slots: Mapping[str, Sequence[int]]) -> str:
-    """`slots` in the syntax of --include."""
+    """Write `slots` in the syntax of --include."""
     return "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())

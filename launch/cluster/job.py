@@ -1,8 +1,8 @@
-"""One launch of all ranks, as a command line and an environment for DeepSpeed's launcher; and what
-a restart may use.
+"""One launch of all ranks: command line and environment for DeepSpeed's launcher; restart helpers.
 
-DeepSpeed passes much of its shell's environment on to a shell of every host. Here it gets an
-environment without those variables, and each rank's guard gets its own as data, in one word.
+DeepSpeed copies much of its own environment into a shell command on every host. Here its launcher
+gets an environment without those variables; each rank's guard receives them as data from the
+supervisor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.cli import RunError, UserError
 from pipeline.distributed.gpus import CPU, may_have_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-PORT_SECONDS = 15  # for one that should become free again
+PORT_SECONDS = 15  # how long to wait for a busy port to become free
 POLL_SECONDS = 5
 Launcher = Literal["pdsh", "openmpi", "slurm"]
 PROGRAMS = {
@@ -35,25 +35,25 @@ PROGRAMS = {
     "openmpi": ("ompi_info", "openmpi-bin"),
     "slurm": ("srun", "slurm-client"),
 }
-"""Launcher -> the program it cannot do without, and the Debian package that has it."""
+"""Launcher -> the program it requires, and the Debian package that contains it."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""Beginnings of names that DeepSpeed pastes into the command line of every host; ours travel as
-data."""
-_PDSHS = ("WCOLL", "DSHPATH", "PDSH_RCMD_TYPE")
+"""Prefixes of variables that DeepSpeed pastes into the command line of every host; ours travel as
+data instead."""
+_PDSH_VARIABLES = ("WCOLL", "DSHPATH", "PDSH_RCMD_TYPE")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All ranks of a run, and where they meet."""
+class ClusterJob:
+    """All ranks of a run, how they are launched and where they meet."""
 
     slots: Slots
-    address: str  # of this machine, the first host, for the others
-    port: int  # free there: of rank 0's store
+    address: str  # of this machine, the first host, as the others reach it
+    port: int  # of rank 0's store, on `address`
     arguments: tuple[str, ...]  # for train.py
-    variables: Mapping[str, str]  # for every rank
-    directory: str  # in which each rank works, where it is there
-    logs: Path  # on every host
+    variables: Mapping[str, str]  # environment variables for every rank
+    directory: str  # each rank's working directory, on hosts where it exists
+    logs: Path  # folder of the ranks' logs, on every host
     launcher: Launcher = "pdsh"
     launcher_args: str = ""
 
@@ -63,12 +63,12 @@ class Job:
         return [host for host, slots in self.slots.items() for _ in slots]
 
     def word(self, run: str, supervisor_port: int) -> str:
-        """What each rank's guard needs to find the supervisor, as one word."""
+        """Return what a guard needs to find the supervisor, as one word for its command line."""
         return messages.pack({"run": run, "supervisor": [self.address, supervisor_port]})
 
     @property
     def task(self) -> dict[str, Any]:
-        """What the supervisor makes each guard run."""
+        """What the supervisor tells each guard to run."""
         return {
             "logs": str(self.logs),
             "arguments": list(self.arguments),
@@ -77,8 +77,10 @@ class Job:
         }
 
     def command(self, folder: Path, word: str) -> list[str]:
-        """DeepSpeed's launcher, whose files go into `folder`, starting a guard with `word` for each
-        rank."""
+        """Return the command of DeepSpeed's launcher that starts a guard with `word` for each rank.
+
+        Writes the launcher's hostfile into `folder`.
+        """
         hostfile = folder / "hostfile"
         hostfile.write_text(
             "".join(f"{host} slots={1 + max(numbers)}\n" for host, numbers in self.slots.items())
@@ -86,8 +88,8 @@ class Job:
         chosen = ["--include", as_filter(self.slots)] if self.launcher == "pdsh" else []
         own = ""
         if self.launcher == "openmpi":
-            # The ranks never speak MPI: its network must only not be looked for. DeepSpeed would
-            # say eth0.
+            # The ranks never use MPI to communicate, so any interface will do for it; DeepSpeed's
+            # default is eth0, which may not exist.
             own = "--mca btl_tcp_if_include lo" + (
                 " --allow-run-as-root" if os.geteuid() == 0 else ""
             )
@@ -123,16 +125,16 @@ class Job:
     def launcher_variables(
         self, folder: Path, base: Mapping[str, str] = os.environ
     ) -> dict[str, str]:
-        """The launcher's own environment: this one, but for what would end in a shell on other
+        """Return the launcher's environment: `base` without what DeepSpeed would copy to other
         hosts."""
         variables = {
             name: value
             for name, value in base.items()
-            if not name.startswith((*_EXPORTED, "OMPI_", "PMIX_")) and name not in _PDSHS
+            if not name.startswith((*_EXPORTED, "OMPI_", "PMIX_")) and name not in _PDSH_VARIABLES
         }
         file = folder / "deepspeed_env"
-        # Slurm itself says where rank 0 is, which need not be here; with the others it is this
-        # machine.
+        # Under Slurm, Slurm says where rank 0 runs, which may be another machine; the other
+        # launchers start it on this one.
         own = (
             {}
             if self.launcher == "slurm"
@@ -142,22 +144,20 @@ class Job:
         variables["DS_ENV_FILE"] = str(file)
         if CPU in self.variables or not may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
-        # The guards notice a host that is gone; ssh must not give up sooner, over a short break of
-        # the network.
+        # The guards detect a lost host; ssh must not give up before they do, during a short
+        # interruption of the network.
         words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))
         variables["PDSH_SSH_ARGS_APPEND"] = " ".join(words).strip()
         return variables
 
 
 def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None:
-    """`UserError` where the launcher is not installed, or cannot start ranks on just these
-    slots."""
+    """Raise `UserError` if the launcher is not installed or cannot start ranks on these slots."""
     for path in (sys.executable, str(ROOT)):
-        if not _PLAIN.fullmatch(path):  # DeepSpeed leaves it to shells as it is
+        if not _PLAIN.fullmatch(path):  # DeepSpeed passes it to shells unquoted
             raise UserError(
-                f"{path!r} has characters that shells on other hosts would read; move the checkout "
-                "to a "
-                "path of letters, digits and ./_-"
+                f"{path!r} contains characters that a shell on another host would interpret; move "
+                "the checkout to a path of letters, digits and ./_-"
             )
     try:
         words = shlex.split(launcher_args)
@@ -166,36 +166,37 @@ def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None
     for word in words:
         if not _PLAIN.fullmatch(word) or (launcher == "pdsh" and not word.startswith("-")):
             raise UserError(
-                f"--launcher-args {launcher_args!r}: {word!r} could be read as a command; of pdsh "
-                "only "
-                "options are taken (-t10, not -t 10), of the others words without blanks and quotes"
+                f"--launcher-args {launcher_args!r}: {word!r} could be run as a command; for pdsh "
+                "give options only (-t10, not -t 10), for the others words without spaces and "
+                "quotes"
             )
     program, package = PROGRAMS[launcher]
     if len(slots) > 1 and not shutil.which(program):
         raise UserError(
             f"--launcher {launcher} needs {program}, which is not installed here; `apt install "
-            f"{package}`, "
-            "or choose another --launcher"
+            f"{package}`, or choose another --launcher"
         )
     if launcher == "pdsh":
         return
     for host, numbers in slots.items():
         if numbers != tuple(range(len(numbers))):
             raise UserError(
-                f"--launcher {launcher} cannot leave out single slots (of {host} it would be "
-                f"{','.join(map(str, numbers))}); choose pdsh, or whole hosts"
+                f"--launcher {launcher} cannot use single slots of a host (here slots "
+                f"{','.join(map(str, numbers))} of {host}); use --launcher pdsh, or choose whole "
+                "hosts"
             )
     if launcher == "slurm" and len({len(numbers) for numbers in slots.values()}) > 1:
         raise UserError(
             "--launcher slurm needs the same number of slots on every host; change the hostfile, "
-            "or choose "
-            "pdsh"
+            "or use --launcher pdsh"
         )
 
 
 def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
-    """`wanted`, or a free port of `address` where it is 0. `UserError` if it is taken, with `wait`
-    for a while."""
+    """Return the port `wanted`, or a free port of `address` if it is 0.
+
+    `UserError` if there is none; with `wait`, only after `PORT_SECONDS`.
+    """
     if not 0 <= wanted <= 65535:
         raise UserError(f"--master-port {wanted} must be between 1 and 65535, or 0 for a free one")
     deadline = time.monotonic() + (PORT_SECONDS if wait else 0)
@@ -211,17 +212,17 @@ def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
         if time.monotonic() > deadline:
             where = f"{address} port {wanted}" if wanted else address
             raise UserError(
-                f"{where} cannot be listened on here: {why}; choose another --master-port, or this "
-                "machine's own address as --master-addr"
+                f"cannot listen on {where}: {why}; choose another --master-port, or give an "
+                "address of this machine as --master-addr"
             )
         time.sleep(0.5)
 
 
-# --- What a run can continue with after a failure ---
+# --- Restarting after a failure ---
 
 
 def answering(slots: Slots, *, timeout: float = 2 * CONNECT_SECONDS) -> Slots:
-    """The hosts that run a command now. The first is this machine."""
+    """Return the hosts that run a command over ssh now. The first one is this machine."""
     first, *others = slots
     done = run_on(others, ["true"], timeout=timeout)
     return {
@@ -230,8 +231,7 @@ def answering(slots: Slots, *, timeout: float = 2 * CONNECT_SECONDS) -> Slots:
 
 
 def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> None:
-    """Return when every host answers. `RunError` names those that still do not after so many
-    seconds."""
+    """Wait until every host answers. `RunError` names those that do not within `seconds`."""
     deadline, has_said = time.monotonic() + seconds, False
     while True:
         there = answering(slots)
@@ -241,22 +241,20 @@ def wait_for_all(slots: Slots, seconds: float, say: Callable[[str], None]) -> No
         names = ", ".join(missing)
         if time.monotonic() > deadline:
             raise RunError(
-                f"{names} did not come back within {seconds:.0f} s; repair them, or go on without "
-                "them: "
-                f"--exclude {'@'.join(missing)}, or --elastic"
+                f"{names} did not come back within {seconds:.0f} s; repair them, or continue "
+                f"without them: --exclude {'@'.join(missing)}, or --elastic"
             )
         if not has_said:
-            say(f"waiting up to {seconds:.0f} s for {names} (--elastic goes on without)")
+            say(f"waiting up to {seconds:.0f} s for {names} (--elastic continues without)")
             has_said = True
         time.sleep(POLL_SECONDS)
 
 
 def share_batch(slots: Slots, total: int, largest_micro_batch: int) -> tuple[Slots, int]:
-    """As many of the slots as can share the global batch `total`, and the micro-batch with which
-    they do.
+    """Return the most slots that can share the global batch `total`, and their micro-batch.
 
-    No rank gets more samples at a time than before, `largest_micro_batch`: accumulation makes up
-    for ranks that are gone. The last slots of the last hosts are left out where there are too many.
+    The micro-batch never exceeds `largest_micro_batch`, so memory suffices as before; accumulation
+    makes up for lost ranks. Surplus slots are dropped from the end of the last host.
     """
     used = dict(slots)
     while total % world_size(used):

@@ -1,15 +1,15 @@
-"""What the supervisor and the guards say to each other: JSON objects over TCP, one per line.
+"""The protocol between supervisor and guards: JSON objects over TCP, one per line.
 
     guard -> supervisor   {"hello": RUN, "rank": 3, "host": "node2"}   {"beat": 0}
                           {"out": TEXT}   {"err": TEXT}   {"note": TEXT}
                           {"exit": STATUS, "tail": TEXT, "ago": SECONDS, "overdue": BOOL}
     supervisor -> guard   {"task": WHAT TO RUN}   {"beat": 0}
-                          {"stop": 60}   save, and end within so many seconds
+                          {"stop": 60}   save, and end within this many seconds
 
-Whoever hears nothing for `SILENCE_SECONDS` takes the other side for lost. There is no encryption:
-this is for a LAN, and users of its machines, that are trusted. RUN is drawn for every launch, so
-that a stranger's connection is not taken for a rank. A rank's task, with any keys in its
-environment, is in no command line and no log.
+A side that hears nothing for `SILENCE_SECONDS` considers the other one lost. Nothing is encrypted:
+the LAN and the users of its machines are trusted. RUN is a random token drawn for each launch, so
+that a stray connection is not mistaken for a rank. A rank's task, which includes any keys in its
+environment, appears in no command line and no log.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ Message = dict[str, Any]
 
 
 def send(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send without waiting. A side that is gone gets nothing; that is no error here: its silence is
-    one."""
+    """Send without waiting. A lost connection is not an error here; the other side's silence is."""
     with suppress(OSError, RuntimeError):
         writer.write(json.dumps(message).encode() + b"\n")
 
 
 async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-    """The messages of the other side, until it closes or breaks the connection, or sends what is
-    not a message."""
+    """Yield the other side's messages until the connection ends or an invalid message arrives."""
     with suppress(OSError, ValueError, RecursionError, asyncio.IncompleteReadError):
         while line := await reader.readline():
             message = json.loads(line)
@@ -48,9 +46,10 @@ async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
 
 
 def pack(value: Mapping[str, Any]) -> str:
-    """Anything that JSON can express, as one word in which shells find nothing to read."""
+    """Encode a JSON value as one base64 word, in which a shell finds nothing to interpret."""
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
 
 
 def unpack(word: str) -> dict[str, Any]:
+    """Decode a word made by `pack`."""
     return json.loads(base64.urlsafe_b64decode(word))

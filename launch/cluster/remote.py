@@ -1,12 +1,10 @@
-"""Commands on other hosts, over ssh: never a question, never a wait without an end, nothing for a
-shell to read.
+"""Run commands on other hosts over ssh, without prompts, unbounded waits or shell interpretation.
 
-`run_on` runs a command on several hosts at once. Where this checkout may be missing or another one,
-a program travels along as source: a module of the standard library alone (or of torch, imported
-late) with a function `answer(task)` that takes and returns what JSON can express. `command` starts
-a Python there, `parcel` is what it reads: one line on stdin, so that no shell reads any of it. The
-answer is the line of its output that begins with `MARK`: what a login script prints before it does
-no harm.
+`run_on` runs a command on several hosts at once. A host may have another checkout or none, so a
+program is sent to it as source: a module that imports only the standard library (and torch, late),
+with a function `answer(task)` that takes and returns JSON values. `command` starts a Python there
+and `parcel` is what it reads: one line on stdin, which no shell sees. The answer is the output line
+that begins with `MARK`, so that whatever a login script prints before it does no harm.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ CONNECT_SECONDS = 5
 ALIVE_SECONDS = 5
 """Interval at which ssh asks whether the other host is still there."""
 SYNCED = ".synced_from.json"
-"""In a checkout that `launch/sync.sh`, which copies no .git, has made: the commit."""
+"""File with the commit, in a checkout made by `launch/sync.sh` (which does not copy .git)."""
 MARK = "vastscale-answer:"
 MOST_CHARACTERS = 4 << 20  # of an answer
 
 _START = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; import json; "
-    "parcel = json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])"
+    "import sys; sys.path[:] = [path for path in sys.path if path]; import json; parcel = "
+    "json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])"
 )
-"""Without the folder that the login shell starts in, whose files must not be taken for modules."""
+"""Removes the login shell's folder from sys.path: files there must not be imported as modules."""
 _UNPACK = """
 import types
 module = sys.modules[parcel["name"]] = types.ModuleType(parcel["name"])
@@ -50,10 +48,10 @@ _CHOOSE = (
 
 @dataclass(frozen=True)
 class Done:
-    """A command's end on one host."""
+    """The result of a command on one host."""
 
     host: str
-    status: int  # the command's own; 255: ssh's, 124: it took too long
+    status: int  # exit status of the command; 255: ssh failed, 124: it took too long
     stdout: str
     stderr: str
 
@@ -66,8 +64,10 @@ class Done:
 def run_on(
     hosts: Iterable[str], command: Sequence[str], *, timeout: float, stdin: str = ""
 ) -> dict[str, Done]:
-    """Run `command` on every host at once. A host that does not answer has status 255 or, after
-    `timeout` s, 124."""
+    """Run `command` on all hosts at once.
+
+    The status of a host that does not answer is 255 or, after `timeout` seconds, 124.
+    """
 
     def run(host: str) -> Done:
         try:
@@ -90,13 +90,12 @@ def run_on(
 
 
 def ssh(host: str, command: Sequence[str]) -> list[str]:
-    """The command line that runs `command`, word by word as given, on `host`."""
+    """Return the command line that runs `command` on `host`, each word quoted."""
     return ["ssh", *ssh_options(), "-T", "--", host, shlex.join(command)]
 
 
 def ssh_options(silences: int = 3) -> list[str]:
-    """Options for an ssh that never asks anything, and ends after `silences` unanswered
-    questions."""
+    """Return options for an ssh that never prompts and ends after `silences` missed keepalives."""
     return [
         "-o",
         "BatchMode=yes",
@@ -110,14 +109,18 @@ def ssh_options(silences: int = 3) -> list[str]:
 
 
 def command(*pythons: str) -> list[str]:
-    """What runs a parcel on another host, with the first of `pythons` that exists there; status 127
-    if none does."""
+    """Return the command that runs a parcel with the first of `pythons` that exists on the host.
+
+    Its status is 127 if none of them exists.
+    """
     return ["sh", "-c", _CHOOSE, _START, *pythons]
 
 
 def parcel(name: str, task: Mapping[str, Any]) -> str:
-    """A program for stdin: the module `name` of this checkout, which imports nothing else from it,
-    and its task."""
+    """Return a program for stdin: the source of module `name` of this checkout, and its task.
+
+    The module must not import anything else from the checkout.
+    """
     source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     return (
         json.dumps({"start": _UNPACK, "name": name, "source": source, "task": task, "mark": MARK})
@@ -126,7 +129,7 @@ def parcel(name: str, task: Mapping[str, Any]) -> str:
 
 
 def answer(stdout: str) -> Any | None:
-    """The answer in what a program has printed; `None` where there is none."""
+    """Return the answer in the output of a program; `None` if there is none."""
     for line in reversed(stdout.splitlines()):
         if line.startswith(MARK) and len(line) <= MOST_CHARACTERS:
             try:
@@ -137,6 +140,6 @@ def answer(stdout: str) -> Any | None:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty: of a traceback, the exception."""
+    """Return the last non-empty line (the exception, in a traceback)."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

@@ -1,10 +1,9 @@
-"""Watches over a job on many hosts from the first node, so that it either goes on everywhere or
-ends everywhere.
+"""Supervise a job on many hosts from the first node: it runs on all of them or is stopped on all.
 
-DeepSpeed's launcher starts the ranks; by itself it waits for ever for a rank that died before the
-others met it, for a host that fell off the network, and for one that hangs, and its own way to stop
-kills other people's runs (deepspeed issue 6807). So each rank has a guard (`guard.py`) that reports
-here, and if one rank ends early, all are stopped.
+DeepSpeed's launcher starts the ranks. By itself it waits forever for a rank that died before it met
+the others, for a host that fell off the network and for one that hangs, and its own way of stopping
+a job kills other users' runs (deepspeed issue 6807). So each rank has a guard (`guard.py`) that
+reports here, and if one rank ends early, all are stopped.
 """
 
 from __future__ import annotations
@@ -26,38 +25,38 @@ import psutil
 
 from launch.cluster import messages
 
-START_SECONDS = 180  # for all guards to report, after DeepSpeed was imported on their hosts
+START_SECONDS = 180  # for all guards to report; DeepSpeed is imported on their hosts first
 GRACE_SECONDS = 60  # for saving, after CTRL+C
-END_SECONDS = 10  # for the others, once a rank has failed
-TOGETHER_SECONDS = 3  # in which failures are taken for one, and the cause is looked for among them
-LAUNCHER_SECONDS = 15  # for the launcher, after the last rank
-MOST_LINES = 100  # kept of what the launcher says
-MOST_WAITING = 10_000  # texts for a terminal that does not take them; what comes on top is lost
+END_SECONDS = 10  # for the other ranks to end, once one has failed
+TOGETHER_SECONDS = 3  # failures this close together are treated as one, with one cause
+LAUNCHER_SECONDS = 15  # for the launcher to end, after the last rank
+MOST_LINES = 100  # of the launcher's output that are kept
+MOST_WAITING = 10_000  # texts queued for a terminal that does not read; further ones are dropped
 _SSH_END = re.compile(r"pdsh@[^:\s]+: ([^:\s]+): (ssh exited with exit code \d+)")
 _CHATTER = re.compile(r"\[[\d:, -]+\] \[(INFO|WARNING)\]")
 _LOST_PEER = re.compile(
     r"[Cc]onnection (closed|reset|refused|timed out)|Broken pipe|No route to host|"
     r"(Network|Host) is (unreachable|down)|DistBackendError|NCCL|Socket Timeout|Timed out waiting"
 )
-_WORD = re.compile(r"eyJ[\w-]{20,}=*")  # what a guard is told, in base64
+_WORD = re.compile(r"eyJ[\w-]{20,}=*")  # a guard's command-line word: base64 of JSON
 
 
 @dataclass
 class Rank:
-    """What is known of one rank."""
+    """State of one rank. Times are seconds of the monotonic clock."""
 
     number: int
     host: str
-    writer: asyncio.StreamWriter | None = None
-    heard: float = 0.0
-    told: float = 0.0  # when it last got a sign of life
-    status: int | None = None  # of its end, as a shell tells it
-    tail: str = ""  # the last that it said
+    writer: asyncio.StreamWriter | None = None  # None until its guard reports
+    heard: float = 0.0  # when its guard last sent a message
+    beat_sent: float = 0.0  # when it was last sent a sign of life
+    status: int | None = None  # exit status, as a shell reports it
+    tail: str = ""  # its last output
     ended: float = 0.0
-    is_lost: bool = False
-    is_silent: bool = False  # lost because nothing was heard of it any more
-    is_late: bool = False  # it has not reported in time, though the launcher was at work
-    is_overdue: bool = False  # its guard has killed it, for it did not end when told
+    is_lost: bool = False  # ended without an exit status
+    is_silent: bool = False  # lost because its guard stopped sending messages
+    is_late: bool = False  # did not report in time, though the launcher was still running
+    is_overdue: bool = False  # killed by its guard because it did not stop when asked to
 
     def __str__(self) -> str:
         return f"rank {self.number} on {self.host}"
@@ -69,8 +68,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job ended: one line, what the rank in question said last, and the exit status that
-    tells it."""
+    """Why a job failed: the cause in one line, the last output from there, and the exit status."""
 
     cause: str
     tail: str
@@ -79,29 +77,28 @@ class Failure:
 
 @dataclass
 class Supervisor:
-    """One launch of all ranks. `hosts` gives the host of each rank, `task` is what each guard is
-    told to run."""
+    """Supervises one launch of all ranks.
 
-    hosts: Sequence[str]
-    run: str
-    task: Mapping[str, Any]
-    log: IO[str]  # for what the launcher itself says
-    names_are_ranks: bool = (
-        True  # whether `hosts` are in the order of the ranks, or a guard must say where it is
-    )
+    After `watch`, `stopped_by` is the signal that stopped the job (0: none) and `failure` says why
+    it failed (None: it did not).
+    """
+
+    hosts: Sequence[str]  # the host of each rank
+    run: str  # token of this launch, see `messages`
+    task: Mapping[str, Any]  # what each guard is told to run
+    log: IO[str]  # for the launcher's own output
+    names_are_ranks: bool = True  # `hosts` is in the order of the ranks; else guards name theirs
     stopped_by: int = 0
     failure: Failure | None = None
     _ranks: list[Rank] = field(default_factory=list)
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
     _launcher_said: deque[str] = field(
         default_factory=lambda: deque(maxlen=MOST_LINES)
-    )  # on whichever host
+    )  # about any host
     _launcher_status: int | None = None
-    _ssh_ended: str = (
-        ""  # the first host whose part of the launcher ended while its ranks were there
-    )
+    _ssh_ended: str = ""  # the first host whose ssh ended while its ranks were still running
     _speaker: _Speaker = field(default_factory=lambda: _Speaker())
-    _labels: dict[str, str] = field(default_factory=dict)  # by which the launcher names hosts
+    _labels: dict[str, str] = field(default_factory=dict)  # the launcher's name of a host -> host
     _began: float = field(default_factory=time.monotonic)
     _failed_at: float | None = None
     _end_at: float | None = None
@@ -109,7 +106,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
         first_parts = [host.partition(".")[0] for host in dict.fromkeys(self.hosts)]
-        # pdsh leaves a domain out that all hosts share
+        # pdsh omits a domain that all hosts share
         self._labels = {
             part: host
             for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
@@ -117,21 +114,20 @@ class Supervisor:
         } | {host: host for host in self.hosts}
 
     async def listen(self, address: str) -> int:
-        """Wait for guards at a free port of `address`, which is returned."""
+        """Listen for guards on a free port of `address`; return the port."""
         self._server = await asyncio.start_server(self._meet, address, 0, limit=messages.MOST_BYTES)
         return self._server.sockets[0].getsockname()[1]
 
     async def watch(
         self, command: Sequence[str], variables: Mapping[str, str], directory: str
     ) -> None:
-        """Run the launcher until every rank has ended. Sets `failure` if they did not all end
-        well."""
+        """Run the launcher until every rank has ended. Sets `failure` unless all of them
+        succeeded."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupted, number)
-        signal.signal(
-            signal.SIGTSTP, signal.SIG_IGN
-        )  # CTRL+Z here would look to the ranks like a lost node
+        # Stopped by CTRL+Z, this process would look like a lost node to the ranks.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         launcher = await asyncio.create_subprocess_exec(
             *command,
             env=dict(variables),
@@ -151,7 +147,7 @@ class Supervisor:
         finally:
             reading.cancel()
             _kill_tree(launcher.pid)
-            # asyncio would do it after the loop's end, and print a traceback last of all
+            # asyncio would close it after the loop has ended, and print a traceback
             launcher._transport.close()
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
@@ -168,16 +164,15 @@ class Supervisor:
             )
         if self._end_at is not None and time.monotonic() > self._end_at:
             return True
-        # ranks that never reported end with the launcher
+        # ranks that never reported end together with the launcher
         absent = all(rank.has_ended or rank.writer is None for rank in self._ranks)
         return self._launcher_status is not None and absent and self._failed_at is not None
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A guard's connection, from its first word to its last."""
+        """Serve a guard's connection from its first message to its last."""
         rank = None
-        with suppress(
-            asyncio.CancelledError, ValueError, TypeError
-        ):  # the job is over; nonsense ends a connection
+        # CancelledError: the job is over. The others: an invalid message, which ends a connection.
+        with suppress(asyncio.CancelledError, ValueError, TypeError):
             async for message in messages.receive(reader):
                 if rank is None:
                     rank = self._welcome(message, writer)
@@ -192,6 +187,7 @@ class Supervisor:
             self._fail()
 
     def _welcome(self, message: messages.Message, writer: asyncio.StreamWriter) -> Rank | None:
+        """Answer a guard's first message with its task. None if it is not a rank of this launch."""
         number = message.get("rank")
         if (
             message.get("hello") != self.run
@@ -206,11 +202,12 @@ class Supervisor:
         if not self.names_are_ranks:
             rank.host = str(message.get("host", rank.host))
         messages.send(writer, {"task": dict(self.task)})
-        if self._end_at is not None:  # too late
+        if self._end_at is not None:  # the job is being stopped already
             messages.send(writer, {"stop": max(0.0, self._end_at - time.monotonic())})
         return rank
 
     def _hear(self, rank: Rank, message: messages.Message) -> None:
+        """Handle a guard's message."""
         if "out" in message:
             self._speaker.say(sys.stdout, str(message["out"]))
         elif "err" in message:
@@ -227,7 +224,7 @@ class Supervisor:
                 self._fail()
 
     def _look(self) -> None:
-        """What can only be seen by looking: silence, ranks that did not come, a launcher that
+        """Detect what no message reports: silent guards, ranks that never reported, a launcher that
         ended."""
         now = time.monotonic()
         for rank in self._ranks:
@@ -237,8 +234,8 @@ class Supervisor:
                 if now - rank.heard > messages.SILENCE_SECONDS:
                     rank.is_lost, rank.is_silent, rank.ended = True, True, now
                     self._fail()
-                elif now - rank.told > messages.BEAT_SECONDS:
-                    rank.told = now
+                elif now - rank.beat_sent > messages.BEAT_SECONDS:
+                    rank.beat_sent = now
                     messages.send(rank.writer, {"beat": 0})
         missing = [rank for rank in self._ranks if rank.writer is None and not rank.has_ended]
         if missing and (now - self._began > START_SECONDS or self._launcher_status is not None):
@@ -247,8 +244,10 @@ class Supervisor:
             self._fail()
 
     def _fail(self) -> None:
-        """Something ended that should not: all end now. Why is judged when the rest has been
-        heard."""
+        """Stop all ranks because one ended that should not have.
+
+        `_settle` names the cause later, once the other ranks have reported.
+        """
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         self._stop(END_SECONDS)
@@ -259,15 +258,18 @@ class Supervisor:
             self._stop(GRACE_SECONDS)
 
     def _stop(self, grace: float) -> None:
+        """Tell all guards to stop their ranks within `grace` seconds; only ever shortens the
+        time."""
         deadline = time.monotonic() + grace
         if self._end_at is not None and self._end_at <= deadline + END_SECONDS:
             return
-        self._end_at = deadline + END_SECONDS  # the guards need a moment to kill, and to tell
+        self._end_at = deadline + END_SECONDS  # the guards need a moment to kill and to report
         for rank in self._ranks:
             if rank.writer is not None and not rank.has_ended:
                 messages.send(rank.writer, {"stop": grace})
 
     async def _read_launcher(self, launcher: asyncio.subprocess.Process) -> None:
+        """Log the launcher's output, sort it by host, and notice an ssh that ends."""
         assert launcher.stdout is not None
         async for line in _lines(launcher.stdout):
             line = _WORD.sub("…", line)
@@ -286,8 +288,7 @@ class Supervisor:
         self._launcher_status = await launcher.wait()
 
     def _host_ended(self, host: str) -> None:
-        """The launcher's part on `host` has ended. Its ranks, if they are still there, are
-        nobody's."""
+        """Fail if the launcher's ssh to `host` has ended but its ranks have not."""
         ranks = [rank for rank in self._ranks if rank.host == host and not rank.has_ended]
         for rank in ranks:
             if rank.writer is None:
@@ -302,8 +303,10 @@ class Supervisor:
             await asyncio.sleep(0.1)
 
     def _settle(self) -> None:
-        """Name the cause: the first rank that failed of itself, neither for its peer's sake nor
-        because it was told."""
+        """Name the cause: the first rank that failed by itself.
+
+        A rank that failed because it lost a peer, or because it was told to stop, is not the cause.
+        """
         if self._failed_at is None:
             late = [rank for rank in self._ranks if rank.is_overdue or not rank.has_ended]
             if late:
@@ -321,11 +324,11 @@ class Supervisor:
             rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS
         ] or failed
         candidates = [rank for rank in first if self._speaks_for_itself(rank)]
-        # a cut cable may break connections long before the silence has lasted
+        # a cut cable may break connections long before a host counts as silent
         candidates = candidates or [rank for rank in failed if rank.is_silent]
         if not candidates and self._ssh_ended:
             self.failure = Failure(
-                f"the connection to {self._ssh_ended} ended, and with it its ranks",
+                f"the connection to {self._ssh_ended} ended, and its ranks with it",
                 self._said_on(self._ssh_ended),
                 1,
             )
@@ -340,6 +343,7 @@ class Supervisor:
             )
 
     def _describe(self, rank: Rank) -> Failure:
+        """Say in one line how `rank` ended."""
         said = self._said_on(rank.host)
         if self._launcher_status is not None and not said and not rank.is_late:
             said = "".join(line for line in self._launcher_said if not _CHATTER.match(line))
@@ -359,22 +363,22 @@ class Supervisor:
             return Failure(f"{rank} {what}", said, 1)
         if rank.is_silent:
             return Failure(
-                f"{rank.host} fell silent ({messages.SILENCE_SECONDS:.0f} s without a sign of "
-                f"{rank}): the "
-                "machine or its network is down",
+                f"{rank.host} fell silent (no sign of {rank} for {messages.SILENCE_SECONDS:.0f} "
+                "s): the machine or its network is down",
                 said,
                 1,
             )
         return Failure(f"{rank} vanished together with its guard", said, 1)
 
     def _said_on(self, host: str) -> str:
+        """The launcher's output about `host`, without DeepSpeed's log lines."""
         return "".join(
             line for line in self._launcher_says.get(host, []) if not _CHATTER.match(line)
         )
 
     def _speaks_for_itself(self, rank: Rank) -> bool:
-        """Whether a failed rank's end is its own, and not the echo of another's, nor what we have
-        asked for."""
+        """Whether a rank failed by itself, and neither followed another's failure nor was stopped
+        by us."""
         if rank.is_overdue:
             return False
         if rank.status == 128 + signal.SIGTERM:
@@ -392,8 +396,11 @@ class Supervisor:
         return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
 
     def _hung(self, rank: Rank) -> str:
-        """A watchdog has ended `rank`; one that hangs so fast that its own could not is the likely
-        cause."""
+        """Describe the end of `rank` by its watchdog.
+
+        The likely cause is a rank that did not answer: one that hangs so hard that even its own
+        watchdog could not run.
+        """
         mute = [
             other
             for other in self._ranks
@@ -404,20 +411,19 @@ class Supervisor:
                 f" and {len(mute) - 3} more" if len(mute) > 3 else ""
             )
             return (
-                f"made no step for too long (--watchdog-minutes); {names} did not answer: "
+                f"made no progress for too long (--watchdog-minutes); {names} did not answer: "
                 "stopped or stuck"
             )
         return (
-            "made no step for too long (--watchdog-minutes); what every rank was doing then is "
-            "in its log"
+            "made no progress for too long (--watchdog-minutes); each rank's log shows what it was "
+            "doing"
         )
 
 
 class _Speaker:
-    """Writes texts to streams that may be slow, stopped or full, without making anybody wait for
-    them.
+    """Writes texts to streams that may be slow, stopped or full, without blocking the caller.
 
-    A thread of its own writes them in the order in which they came.
+    A thread writes them in the order in which they were given.
     """
 
     def __init__(self) -> None:
@@ -425,13 +431,16 @@ class _Speaker:
         threading.Thread(target=self._write, daemon=True).start()
 
     def say(self, stream: IO[str], text: str) -> None:
-        """Write `text`, later. Where nobody reads the stream any more (CTRL+S, `| less`), it waits,
-        or is lost."""
+        """Queue `text` for `stream`.
+
+        While nobody reads the stream (CTRL+S, `| less`), the text waits; it is dropped if the queue
+        is full.
+        """
         with suppress(queue.Full):
             self._waiting.put_nowait((stream, text))
 
     def finish(self, seconds: float) -> None:
-        """Return when all is written, or after so many seconds."""
+        """Return once everything is written, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while self._waiting.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -446,8 +455,10 @@ class _Speaker:
 
 
 def _kill_tree(pid: int) -> None:
-    """Kill a process and all that it has started. A signal to its group misses some: pdsh gives
-    each ssh its own."""
+    """Kill a process and all its descendants.
+
+    A signal to its group would miss some: pdsh puts each ssh into a group of its own.
+    """
     with suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(pid)
         for process in (launcher, *launcher.children(recursive=True)):
@@ -460,7 +471,7 @@ def _is_signal(status: int) -> bool:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """A stream's lines; what is longer than a line can be comes in parts."""
+    """Yield the lines of a stream; one longer than a message may be comes in parts."""
     rest = b""
     while data := await stream.read(1 << 16):
         *lines, rest = (rest + data).split(b"\n")

@@ -1,4 +1,4 @@
-"""The same checkout, dataset and environment on every host: rsync over ssh, all hosts at once."""
+"""Copy checkout and dataset to every host with rsync, and make the environment there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipeline.data.image_files import TRAINING_LIST
 from pipeline.training.options import DATASET_DIR
 
 REPLACED = ".synced_away"
-"""Where a host keeps what a copy replaced or removed in its checkout."""
+"""Folder in a host's checkout with the files that a copy replaced or removed."""
 OWN = (
     ".git",
     ".venv",
@@ -45,9 +45,9 @@ OWN = (
     "/results",
     "/export",
 )
-"""What a host has of its own, and keeps."""
+"""Names in a checkout that belong to each host and are never copied or removed."""
 ENVIRONMENT_SECONDS = 3600
-_RSYNCS_STATUS = {
+_RSYNC_STATUS = {
     23: "some files could not be copied",
     12: "rsync is missing there, or died",
     127: "rsync is missing there",
@@ -58,48 +58,48 @@ _RSYNCS_STATUS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Bring this checkout and the dataset to every host of the hostfile, and make the Python
+    """Copy this checkout and the dataset to every host of the hostfile, and install the Python
     environment there.
 
-    What is there already is not copied again, and a copy that was broken off goes on where it
-    stopped. A host that sees this disk is left alone. In a host's checkout nothing is lost: what is
-    replaced or removed goes to .synced_away.
+    Files that are already there are not copied again, and an interrupted copy continues where it
+    stopped. A host that shares this disk is skipped. Nothing in a host's checkout is lost: files
+    that are replaced or removed go to .synced_away.
 
     Example: launch/sync.sh --dataset-dir ~/dataset
     """
 
     hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
-    """Lines such as `node1 slots=8`; the first is this machine. Default: hostfile here, or in the
-    checkout."""
+    """File with lines such as `node1 slots=8`, this machine first. Default: hostfile in the current
+    folder, else in the checkout."""
     include: str = ""
-    """Only these hosts: node2@node3."""
+    """Copy only to these hosts: node2@node3."""
     exclude: str = ""
-    """All but these."""
+    """Copy to all hosts but these."""
     dataset_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """A folder to copy to the same place; may be given several times. Default: ~/dataset, if it has
+    """Dataset folder, copied to the same path; may be repeated. Default: ~/dataset, if it has file
     lists."""
     no_checkout: bool = False
-    """Leave the checkout as it is there."""
+    """Do not copy the checkout."""
     no_dataset: bool = False
-    """Copy no dataset."""
+    """Do not copy any dataset."""
     no_environment: bool = False
-    """Install nothing."""
+    """Do not install anything."""
     delete: bool = False
-    """Also remove from the dataset there what is not in it here."""
+    """Also remove files from a host's copy of the dataset that are not in this one."""
 
 
 @dataclass(frozen=True)
 class SyncedFolder:
-    """Something that a host shall have."""
+    """A folder that every host gets, and what to call it in messages."""
 
     name: str
     folder: Path
 
 
 def main(options: Options) -> int:
-    """Copy, install, say what became of each host. Exit status 1 if any of it failed."""
+    """Copy and install on all hosts at once, and print the result. Return 1 if a host failed."""
     if not shutil.which("rsync"):
         raise UserError("rsync is not installed here; `apt install rsync` on every host")
     hosts = list(
@@ -116,7 +116,7 @@ def main(options: Options) -> int:
     failed = [complaint for complaint in complaints if complaint]
     for complaint in failed:
         print(f"error: {complaint}", file=sys.stderr)
-    print(f"{len(hosts) - len(failed)} of {len(hosts)} hosts have everything")
+    print(f"{len(hosts) - len(failed)} of {len(hosts)} hosts are up to date")
     return 1 if failed else 0
 
 
@@ -127,18 +127,18 @@ def _datasets(options: Options) -> list[Path]:
     folders = [path.expanduser().absolute() for path in options.dataset_dir] or default
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"--dataset-dir {folder}: there is no such folder")
+            raise UserError(f"--dataset-dir {folder}: no such folder")
     return folders
 
 
 def _bring(host: str, parts: Sequence[SyncedFolder], options: Options) -> str:
-    """All of it to one host; why it failed, empty if it did not."""
+    """Copy and install everything on one host; return an error message, or "" if all went well."""
     for part in parts:
         seen = _sees(host, part.folder)
         if isinstance(seen, str):
             return f"{host}: {seen}"
         if seen:
-            say(f"{host}: {part.name}: on the same disk")
+            say(f"{host}: {part.name}: shares this disk, nothing to copy")
             continue
         complaint = _copy(host, part, options)
         if complaint:
@@ -147,13 +147,14 @@ def _bring(host: str, parts: Sequence[SyncedFolder], options: Options) -> str:
 
 
 def _sees(host: str, folder: Path) -> bool | str:
-    """Whether a host sees this very folder; why that cannot be found out."""
+    """Whether a host sees this very folder (a shared disk), or a message why this is unknown."""
     mark = folder / f".vastscale-{uuid.uuid4().hex}"
     try:
         mark.touch()
     except OSError as error:
         return (
-            f"{folder} cannot be written to here ({error.strerror}), by which a shared disk is told"
+            f"cannot write to {folder} here ({error.strerror}), which is how a shared disk is "
+            "recognised"
         )
     try:
         done = run_on([host], ["test", "-e", str(mark)], timeout=30)[host]
@@ -202,13 +203,13 @@ def _copy(host: str, part: SyncedFolder, options: Options) -> str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
         unknown = f"rsync ended with status {done.returncode}"
-        return f"{_RSYNCS_STATUS.get(done.returncode, unknown)}: {lines[0]}"
-    say(f"{host}: {part.name}: {_told(done.stdout)}")
-    return _leave_commit(host) if is_checkout else ""
+        return f"{_RSYNC_STATUS.get(done.returncode, unknown)}: {lines[0]}"
+    say(f"{host}: {part.name}: {_summary(done.stdout)}")
+    return _write_commit(host) if is_checkout else ""
 
 
-def _told(stats: str) -> str:
-    """What rsync did, in a few words."""
+def _summary(stats: str) -> str:
+    """Summarise rsync's --stats in a few words."""
     lines = dict(line.split(": ", 1) for line in stats.splitlines() if ": " in line)
     files, size = (
         lines.get(name, "?").strip()
@@ -217,7 +218,9 @@ def _told(stats: str) -> str:
     return f"{files} files, {size} bytes sent"
 
 
-def _leave_commit(host: str) -> str:
+def _write_commit(host: str) -> str:
+    """Record this checkout's commit in the host's copy, which has no .git; return an error or
+    ""."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -229,15 +232,14 @@ def _leave_commit(host: str) -> str:
 
 
 def _make_environment(host: str) -> str:
-    """Run on a host what makes or completes the environment that this process runs in."""
+    """Make or complete, on a host, the environment that this process runs in."""
     own = Path(sys.prefix)
     lead = []
     if own != ROOT / ".venv":
         if run_on([host], ["test", "-x", str(own / "bin" / "python")], timeout=30)[host].status:
             return (
-                f"{host}: there is no environment {own}, which is active here; make one there, or "
-                "deactivate it "
-                "here, so that .venv in the checkout is used"
+                f"{host}: no environment at {own}, which is active here; make one there, or "
+                "deactivate it here, so that .venv in the checkout is used"
             )
         lead = [f"export VIRTUAL_ENV={shlex.quote(str(own))}"]
     elif os.environ.get("VASTSCALE_PYTHON"):
@@ -249,7 +251,7 @@ def _make_environment(host: str) -> str:
             "vastscale_bootstrap requirements.txt",
         ]
     )
-    say(f"{host}: environment: looking after {own}")
+    say(f"{host}: environment: checking {own}")
     done = run_on([host], ["bash", "-c", script], timeout=ENVIRONMENT_SECONDS)[host]
     if done.status:
         return f"{host}: environment: {done.complaint}"

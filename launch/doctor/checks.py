@@ -61,8 +61,7 @@ _CAUSES = (
         r"Connection refused",
         "connection refused",
         "start sshd there: `apt install openssh-server; systemctl enable --now ssh`; if on another "
-        "port: Port in "
-        "~/.ssh/config",
+        "port: Port in ~/.ssh/config",
     ),
     (
         r"No route to host|Network is unreachable|Host is down",
@@ -144,17 +143,16 @@ def python(ask: Question) -> Iterator[Finding]:
             "python",
             FAIL,
             "not there",
-            f"there is no {ask.python}; {SYNC}, which makes .venv there, or "
-            "make an environment at that path",
+            f"there is no {ask.python}; {SYNC}, which makes .venv there, or make an environment at "
+            "that path",
         )
     elif ours.split(".")[:2] != theirs.split(".")[:2]:
         yield ask.say(
             "python",
             FAIL,
             theirs,
-            f"Python {theirs}, and {ask.first} has {ours}; make the environment "
-            f"again with {ours.rpartition('.')[0]}: remove .venv there and {SYNC} with "
-            "VASTSCALE_PYTHON",
+            f"Python {theirs}, and {ask.first} has {ours}; make the environment again with "
+            f"{ours.rpartition('.')[0]}: remove .venv there and {SYNC} with VASTSCALE_PYTHON",
         )
     elif ours != theirs:
         yield ask.say(
@@ -187,8 +185,8 @@ def packages(ask: Question) -> Iterator[Finding]:
             "packages",
             FAIL,
             "no torch",
-            "torch is not installed; run ./launch_local_train.sh --help once, "
-            "which makes the environment",
+            "torch is not installed; run ./launch_local_train.sh --help once, which makes the "
+            "environment",
         )
     else:
         yield ask.say("packages", PASS, f"torch {theirs['torch']}")
@@ -201,8 +199,8 @@ def cores(ask: Question) -> Iterator[Finding]:
             "cores",
             WARN,
             f"{number} for {ranks} ranks",
-            f"{_count(number, 'core')} for {ranks} ranks: they "
-            "will wait for each other; give fewer slots in the hostfile",
+            f"{_count(number, 'core')} for {ranks} ranks: they will wait for each other; give "
+            "fewer slots in the hostfile",
         )
     else:
         yield ask.say("cores", PASS, f"{number} for {_count(ranks, 'rank')}")
@@ -216,8 +214,8 @@ def memory(ask: Question) -> Iterator[Finding]:
             "memory",
             WARN,
             told,
-            f"{free / GIB:.1f} GiB of memory are free for {_count(ranks, 'rank')}, of "
-            f"about {LOW_MEMORY_BYTES_A_RANK / GIB:.0f} each; see what else runs there (`top`)",
+            f"{free / GIB:.1f} GiB of memory are free for {_count(ranks, 'rank')}, of about "
+            f"{LOW_MEMORY_BYTES_A_RANK / GIB:.0f} each; see what else runs there (`top`)",
         )
     else:
         yield ask.say("memory", PASS, told)
@@ -231,16 +229,16 @@ def disk(ask: Question) -> Iterator[Finding]:
             "disk",
             FAIL if ask.is_first else WARN,
             "not writable",
-            f"{where} cannot be written to: "
-            f"{output['complaint']}; name another --output-dir, or change its owner (`chown`)",
+            f"{where} cannot be written to: {output['complaint']}; name another --output-dir, or "
+            "change its owner (`chown`)",
         )
     elif output["free"] < LEAST_DISK_BYTES and ask.is_first:
         yield ask.say(
             "disk",
             FAIL,
             told,
-            f"{output['free'] / 1e6:.0f} MB are free at {where}, where checkpoints go; "
-            "make room, or name another --output-dir",
+            f"{output['free'] / 1e6:.0f} MB are free at {where}, where checkpoints go; make room, "
+            "or name another --output-dir",
         )
     elif output["free"] < (LOW_DISK_BYTES if ask.is_first else LEAST_DISK_BYTES):
         yield ask.say(
@@ -263,8 +261,8 @@ def limits(ask: Question) -> Iterator[Finding]:
             "limits",
             WARN,
             f"{facts['open_files']} open files",
-            f"ulimit -n is {facts['open_files']}, and "
-            f"{ask.world_size} ranks may need {wanted} connections and files; say {raise_it} there",
+            f"ulimit -n is {facts['open_files']}, and {ask.world_size} ranks may need {wanted} "
+            f"connections and files; say {raise_it} there",
         )
     if facts["shm"] < LEAST_SHM_BYTES and len(ask.slots) > 1:
         told = f"/dev/shm {facts['shm'] / 1e6:.0f} MB"
@@ -272,8 +270,8 @@ def limits(ask: Question) -> Iterator[Finding]:
             "limits",
             WARN,
             told,
-            f"{told}, through which NCCL joins the GPUs of a host, is too small; in a "
-            "container: --shm-size=8g or --ipc=host",
+            f"{told}, through which NCCL joins the GPUs of a host, is too small; in a container: "
+            "--shm-size=8g or --ipc=host",
         )
     yield ask.say("limits", PASS, f"{facts['open_files']} open files")
 
@@ -311,10 +309,8 @@ def clock(
             "clock",
             WARN,
             told,
-            f"its clock is {abs(seconds):.0f} s "
-            f"{'ahead of' if seconds > 0 else 'behind'} that of {first}; switch time "
-            "synchronisation on: "
-            "`timedatectl set-ntp true`",
+            f"its clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} that of "
+            f"{first}; switch time synchronisation on: `timedatectl set-ntp true`",
         )
     return Finding(host, "clock", PASS, told if host != first else "reference")
 
@@ -343,8 +339,8 @@ def gpus(ask: Question) -> Iterator[Finding]:
             "GPUs",
             FAIL,
             f"{len(found)} GPUs",
-            f"{has} has GPUs and {lacks} has none; leave one of them out "
-            "with --exclude, or install the NVIDIA driver",
+            f"{has} has GPUs and {lacks} has none; leave one of them out with --exclude, or "
+            "install the NVIDIA driver",
         )
         return
     missing = sorted({*ask.slots} - {gpu["index"] for gpu in found})
@@ -354,8 +350,8 @@ def gpus(ask: Question) -> Iterator[Finding]:
             "GPUs",
             FAIL,
             f"{len(found)} GPUs",
-            f"it has {len(found)} GPUs, and the hostfile wants "
-            f"{numbers}, too (counted from 0); write slots={len(found)}",
+            f"it has {len(found)} GPUs, and the hostfile wants {numbers}, too (counted from 0); "
+            f"write slots={len(found)}",
         )
     yield from _torch(ask)
     used = [gpu for gpu in found if gpu["index"] in ask.slots]
@@ -392,8 +388,8 @@ def _torch(ask: Question) -> Iterator[Finding]:
             "GPUs",
             FAIL,
             "not usable",
-            f"nvidia-smi lists GPUs, and torch {told['torch']} sees none; is "
-            "CUDA_VISIBLE_DEVICES set in the login shell there?",
+            f"nvidia-smi lists GPUs, and torch {told['torch']} sees none; is CUDA_VISIBLE_DEVICES "
+            "set in the login shell there?",
         )
     elif told["uncompiled"]:
         yield ask.say(
@@ -411,8 +407,8 @@ def _differences(ask: Question, used: Sequence[Gpu], first: Sequence[Gpu]) -> It
             "GPUs",
             WARN,
             "mixed GPUs",
-            f"GPUs differ ({', '.join(sorted(map(str, names)))}): every step "
-            "takes as long as on the slowest, and the batch must fit the smallest",
+            f"GPUs differ ({', '.join(sorted(map(str, names)))}): every step takes as long as on "
+            "the slowest, and the batch must fit the smallest",
         )
     drivers = [{gpu["driver_version"] for gpu in gpus} for gpus in (used, first)]
     if used and drivers[0] != drivers[1]:
@@ -430,8 +426,7 @@ def _troubles(gpu: Gpu) -> Iterator[str]:
     if busy is not None and busy > USED_MIB:
         yield (
             f"has {busy / 1024:.1f} of {(total or 0) / 1024:.0f} GiB in use by others; see "
-            "`nvidia-smi` there, or "
-            "leave it out with --exclude"
+            "`nvidia-smi` there, or leave it out with --exclude"
         )
     limit, usual = gpu.get("power.limit"), gpu.get("power.default_limit")
     if limit and usual and limit < POWER_SHARE * usual:
@@ -449,8 +444,8 @@ def _troubles(gpu: Gpu) -> Iterator[str]:
     if gpu.get("ecc.errors.uncorrected.volatile.total"):
         yield (
             f"has had {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors "
-            "since its driver "
-            "started; reset it (`nvidia-smi -r`) and, if they come back, have it exchanged"
+            "since its driver started; reset it (`nvidia-smi -r`) and, if they come back, have it "
+            "exchanged"
         )
     if gpu.get("mig.mode.current") == "Enabled":
         yield (
@@ -497,8 +492,8 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
                 "dataset",
                 FAIL,
                 "other list",
-                f"{directory}/{name} names {found['count']} files, and that "
-                f"of {ask.first} {wanted['count']}, or others; {sync}",
+                f"{directory}/{name} names {found['count']} files, and that of {ask.first} "
+                f"{wanted['count']}, or others; {sync}",
             )
     if own["missing"]:
         way_out = "write the lists again, or bring the files back" if ask.is_first else sync
@@ -506,8 +501,8 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
             "dataset",
             FAIL,
             f"{own['missing']} missing",
-            f"{own['missing']} of the {own['checked']} files "
-            f"looked for in {directory} are not there ({own['first_missing']}); {way_out}",
+            f"{own['missing']} of the {own['checked']} files looked for in {directory} are not "
+            f"there ({own['first_missing']}); {way_out}",
         )
     other = sorted(
         name
@@ -519,8 +514,8 @@ def _dataset(ask: Question, own: dict[str, Any], first: dict[str, Any]) -> Findi
             "dataset",
             FAIL,
             "other files",
-            f"{len(other)} of {len(own['sample'])} sampled files of "
-            f"{directory} are not those of {ask.first} ({other[0]}); {sync}",
+            f"{len(other)} of {len(own['sample'])} sampled files of {directory} are not those of "
+            f"{ask.first} ({other[0]}); {sync}",
         )
     if own["checked"] < own["files"]:
         seen = f"{own['checked']} of {own['files']}"

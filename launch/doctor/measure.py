@@ -64,8 +64,8 @@ def all_reduce(
             "all-reduce",
             FAIL,
             "absent",
-            f"did not join within {JOIN_SECONDS} s; is its "
-            "disk slow, or a firewall between it and the first host?",
+            f"did not join within {JOIN_SECONDS} s; is its disk slow, or a firewall between it and "
+            "the first host?",
         )
         for host in absent
         if host not in told
@@ -91,8 +91,8 @@ def all_reduce(
                 "all-reduce",
                 FAIL,
                 "failed",
-                f"it did not end within "
-                f"{SECONDS} s; try again with --no-allreduce to go on without",
+                f"it did not end within {SECONDS} s; try again with --no-allreduce to go on "
+                "without",
             )
         )
     return measured
@@ -216,8 +216,7 @@ def _complaint(answer: Mapping[str, Any]) -> str:
         if said.get("is_right") is False:
             return (
                 f"rank {rank}: a wrong sum: network, its driver or memory corrupts data; do not "
-                "train before this "
-                "is repaired (--exclude shows which host it is)"
+                "train before this is repaired (--exclude shows which host it is)"
             )
     return ""
 

@@ -175,8 +175,7 @@ def _judge_ports(
     for port in wanted:
         if port in busy:
             advice = (
-                f"port {port} is another program's (`ss -ltnp` names it); choose another "
-                "with "
+                f"port {port} is another program's (`ss -ltnp` names it); choose another with "
                 "--master-port"
             )
             route.findings.append(Finding(first, "network", FAIL, f"port {port} taken", advice))
@@ -189,9 +188,8 @@ def _cut_off(host: str, first: str, address: str, answer: Any) -> Finding:
         "network",
         FAIL,
         "cut off",
-        f"cannot connect to {first} at {address}: {why}; open all TCP "
-        "ports between the hosts (`ufw allow from NETWORK` on each), or name the network with "
-        "--interface",
+        f"cannot connect to {first} at {address}: {why}; open all TCP ports between the hosts "
+        "(`ufw allow from NETWORK` on each), or name the network with --interface",
     )
 
 
@@ -211,8 +209,8 @@ def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Findin
             "network",
             WARN,
             told,
-            f"{own['name']} is a bridge of containers; name the interface of "
-            "your network with --interface",
+            f"{own['name']} is a bridge of containers; name the interface of your network with "
+            "--interface",
         )
     if 0 < own["speed"] < SLOW_MEGABITS:
         return Finding(
@@ -225,8 +223,8 @@ def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Findin
                 "network",
                 WARN,
                 told,
-                f"{own['name']} has {own[what]} {unit}, and "
-                f"{of_first['name']} of {first} {of_first[what]}; set both to the same",
+                f"{own['name']} has {own[what]} {unit}, and {of_first['name']} of {first} "
+                f"{of_first[what]}; set both to the same",
             )
     return Finding(host, "network", PASS, told)
 

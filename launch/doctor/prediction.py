@@ -75,8 +75,7 @@ class Network:
         )
         return (
             f"all-reduce of {self.ranks} ranks over {self.backend}: 4 bytes "
-            f"{self.latency * 1e6:.0f} us; {speeds} "
-            "(bus bandwidth)"
+            f"{self.latency * 1e6:.0f} us; {speeds} (bus bandwidth)"
         )
 
 
@@ -84,8 +83,8 @@ def prediction(network: Network, ranks: int, parameters: int, step_seconds: floa
     """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in
     FP32."""
     lines = [
-        f"prediction for {ranks} ranks and {parameters:,} parameters, after "
-        "T = 2(N-1)/N * bytes / bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"
+        f"prediction for {ranks} ranks and {parameters:,} parameters, after T = 2(N-1)/N * bytes / "
+        "bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"
     ]
     for name, num_bytes in (("FP16/BF16", 2), ("FP32", 4)):
         seconds = all_reduce_seconds(parameters * num_bytes, ranks, network)

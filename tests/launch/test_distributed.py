@@ -91,7 +91,7 @@ ONE, TWO = "localhost slots=1\n", f"localhost slots=1\n{ELSEWHERE} slots=1\n"
         (
             "localhost slots=1\n-oProxyCommand=reboot slots=1\n",
             (),
-            ("hosts:2: '-oProxyCommand=reboot' is not a host's name",),
+            ("hosts:2: '-oProxyCommand=reboot' is not a valid host name",),
         ),
         (
             TWO,
@@ -101,12 +101,12 @@ ONE, TWO = "localhost slots=1\n", f"localhost slots=1\n{ELSEWHERE} slots=1\n"
         (
             ONE,
             ("--procs", "2"),
-            ("--procs 2 is for one machine; here slots= in the hostfile says how many",),
+            ("--procs 2 is for one machine; set the ranks of a host with slots= in the hostfile",),
         ),
         (
             ONE,
             ("--elastic",),
-            ("--elastic says with which hosts a restart goes on", "--max-restarts 3"),
+            ("--elastic has no effect without restarts", "--max-restarts 3"),
         ),
         (ONE, ("--max-restarts", "-1"), ("--max-restarts -1 must be 0 or more",)),
     ],
@@ -121,8 +121,8 @@ def test_no_dataset_starts_nothing(tmp_path: Path) -> None:
     assert_refused(
         start(tmp_path, ONE),
         tmp_path,
-        "there are no file lists in ~/dataset; make a dataset with `python tools/images_to_data.py",
-        "bring it to all hosts with launch/sync.sh",
+        "no file lists in ~/dataset; make a dataset with `python tools/images_to_data.py",
+        "copy it to all hosts with launch/sync.sh",
     )
 
 
@@ -153,7 +153,7 @@ def test_a_first_host_that_is_another_machine_starts_nothing(
     assert_refused(
         done,
         tmp_path,
-        f"localhost, the first host of the hostfile ({ELSEWHERE}), is not this machine",
+        f"localhost, the first host in the hostfile ({ELSEWHERE}), is not this machine",
         "start the run there, or move this machine's line to the top",
     )
 
@@ -163,7 +163,7 @@ def test_nor_does_one_that_only_the_hostfile_names(dataset: Path, tmp_path: Path
         tmp_path, f"{ELSEWHERE} slots=1\n", "--dataset-dir", str(dataset), "--master-port", "70000"
     )
     assert_refused(
-        done, tmp_path, f"{ELSEWHERE}, the first host of the hostfile", "is not this machine"
+        done, tmp_path, f"{ELSEWHERE}, the first host in the hostfile", "is not this machine"
     )
 
 
@@ -174,7 +174,7 @@ def test_a_port_that_is_taken_starts_nothing(dataset: Path, tmp_path: Path) -> N
     assert_refused(
         done,
         tmp_path,
-        f"127.0.0.1 port {port} cannot be listened on here: Address already in use",
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use",
         "choose another --master-port",
     )
 
@@ -322,11 +322,11 @@ def test_hosts_that_do_not_come_back_are_named(ssh: Path, monkeypatch: pytest.Mo
     said: list[str] = []
     with pytest.raises(
         RunError,
-        match="node3 did not come back within 0 s; repair them, or go on without them: "
+        match="node3 did not come back within 0 s; repair them, or continue without them: "
         "--exclude node3, or --elastic",
     ):
         wait_for_all(THREE, 0.3, said.append)
-    assert said == ["waiting up to 0 s for node3 (--elastic goes on without)"]
+    assert said == ["waiting up to 0 s for node3 (--elastic continues without)"]
     wait_for_all({"node1": (0,), "node2": (0, 1)}, 0, said.append)
     assert len(said) == 1
 
@@ -389,4 +389,4 @@ def test_all_hosts_are_told_to_train_on_the_cpu(
     assert distributed.main(options) == 0
     assert (jobs[0].variables.get("VASTSCALE_CPU") == "1") == is_on_cpu
     assert jobs[0].arguments == tuple(arguments)
-    assert ("--include HOST:0,1 chooses GPUs" in capsys.readouterr().out) != is_on_cpu
+    assert ("choose GPUs with --include HOST:0,1" in capsys.readouterr().out) != is_on_cpu

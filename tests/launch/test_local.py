@@ -129,7 +129,7 @@ def test_missing_requirements_are_found(tmp_path: Path) -> None:
     )
     assert done.stdout.split() == ["not-there-at-all==1.0", "new-thing==2"]
     assert "numpy" in done.stderr
-    assert "(tested: 0.0.1); left as it is" in done.stderr
+    assert "(tested: 0.0.1); left unchanged" in done.stderr
 
 
 def test_tensorboard_says_what_is_missing(checkout: Path, lent: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_batch_that_all_gpus_cannot_share_names_how_many_can(
     plan = SimpleNamespace(ds_config=batch)
     with pytest.raises(
         UserError,
-        match=rf"or use another number of ranks, such as --procs {most}, the most of this "
-        rf"machine's {gpus} GPUs that can share it$",
+        match=rf"or use another number of ranks, such as --procs {most}, the largest number of "
+        rf"this machine's {gpus} GPUs that can share it$",
     ):
         _check_batch(plan, gpus, is_chosen=False)
     with pytest.raises(UserError, match=r"or use another number of ranks$"):

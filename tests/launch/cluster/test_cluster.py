@@ -135,7 +135,7 @@ def test_two_hosts_train_as_one_rank_does(run: Run, dataset: Path, tmp_path: Pat
     assert "2 x CPU, FP32" in printed
     assert "network interface eth0" in printed
     assert printed.count("finished at step 6") == 1
-    assert printed.splitlines()[-1].startswith("all 2 ranks ended well")
+    assert printed.splitlines()[-1].startswith("all 2 ranks finished")
     assert "Warning" not in printed
 
     train(dataset, tmp_path / "alone", "steps=6")
@@ -206,7 +206,7 @@ def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -
     cluster.cut("node3")
     try:
         run.wait_for("restart 1 of 1, from the checkpoint of step ", SECONDS)
-        run.wait_for("going on without node3")
+        run.wait_for("continuing without node3")
         run.wait_for("global batch 8 = 2 x 2 accumulation x 2 ranks")
         run.wait_for("4 ranks saved step ")
         run.wait_for("step 60/", SECONDS)
@@ -289,7 +289,7 @@ def test_a_rank_that_never_meets_the_others_is_named(
             run.start("--no-doctor", "--reset", "--max-restarts", "1", "steps=3"), SECONDS
         )
     assert time.monotonic() - began < 50
-    assert "restart 1 of 1, from the beginning, afresh" in printed
+    assert "restart 1 of 1, from the beginning (--reset)" in printed
     assert "nothing left to do" not in printed
     assert status == 1
     assert printed.splitlines()[-2:] == [
@@ -306,7 +306,7 @@ def test_a_rank_that_hangs_is_ended(run: Run) -> None:
     status, printed = run.finish(process, SECONDS)
     assert status == 1
     assert time.monotonic() - began < 6 + 20
-    assert "made no step for too long (--watchdog-minutes)" in printed.splitlines()[-1]
+    assert "made no progress for too long (--watchdog-minutes)" in printed.splitlines()[-1]
     assert "rank 1 on node2 did not answer: stopped or stuck" in printed.splitlines()[-1]
 
 
@@ -393,8 +393,8 @@ def test_hosts_that_share_nothing(run: Run, cluster: Cluster, dataset: Path) -> 
 
     status, printed = sync()
     assert status == 0, printed
-    assert "node1: checkout: on the same disk" in printed
-    assert printed.splitlines()[-1] == "2 of 2 hosts have everything"
+    assert "node1: checkout: shares this disk, nothing to copy" in printed
+    assert printed.splitlines()[-1] == "2 of 2 hosts are up to date"
     digests = [
         cluster.run(
             host,
@@ -440,7 +440,7 @@ def test_open_mpi_starts_guarded_ranks(run: Run) -> None:
     status, printed = run.run("--no-doctor", "--launcher", "openmpi", "steps=3", "save_every=1")
     assert status == 0, printed
     assert "started by mpirun of Open MPI, network interface eth0" in printed
-    assert "all 2 ranks ended well" in printed
+    assert "all 2 ranks finished" in printed
 
 
 SRUN = """#!/usr/bin/env python3
@@ -478,7 +478,7 @@ def test_slurm_starts_guarded_ranks(run: Run) -> None:
     )
     assert status == 0, printed
     assert "started by srun of Slurm (job 7), network interface eth0" in printed
-    assert "all 2 ranks ended well" in printed
+    assert "all 2 ranks finished" in printed
 
 
 # --- The doctor

@@ -26,7 +26,7 @@ from launch.cluster.hostfile import (
     read_hostfile,
     world_size,
 )
-from launch.cluster.job import Job, check_launcher, choose_port
+from launch.cluster.job import ClusterJob, check_launcher, choose_port
 from launch.environment import read_env_file, variables_for_ranks
 from pipeline.cli import UserError
 
@@ -84,9 +84,11 @@ def test_a_hostfile_says_which_hosts_in_which_order(tmp_path: Path, text: str, s
     assert world_size(found) == sum(map(len, slots.values()))
 
 
-NO_HOST = "is not a host's name (letters, digits, dot, dash; user and port go into ~/.ssh/config)"
+NO_HOST = (
+    "is not a valid host name (letters, digits, dot, dash; put user and port into ~/.ssh/config)"
+)
 NO_LINE = "is not `HOST slots=N`; write lines like `node1 slots=8`"
-NO_NUMBER = "must be between 1 and 64: the GPUs of node2"
+NO_NUMBER = "must be 1 to 64: the number of GPUs of node2"
 BAD_LINES = [
     ("-oProxyCommand=touch${IFS}CANARY slots=1", NO_HOST),
     ("-w slots=1", NO_HOST),
@@ -152,13 +154,15 @@ def test_a_comment_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
     strictly."""
     path = hostfile(tmp_path, f"node1 slots=1 # spare:{end}-oProxyCommand=x slots=1\n")
     assert refused(read_hostfile, path).startswith(
-        f"{path}:2: '-oProxyCommand=x' is not a host's name"
+        f"{path}:2: '-oProxyCommand=x' is not a valid host name"
     )
 
 
 def test_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
     path = hostfile(tmp_path, "\ufeffnode1 slots=1\n")
-    assert refused(read_hostfile, path).startswith(f"{path}:1: '\\ufeffnode1' is not a host's name")
+    assert refused(read_hostfile, path).startswith(
+        f"{path}:1: '\\ufeffnode1' is not a valid host name"
+    )
 
 
 def test_a_host_in_capitals_is_the_same_host(tmp_path: Path) -> None:
@@ -234,7 +238,7 @@ def test_hosts_and_slots_are_chosen(include: str, exclude: str, chosen: dict) ->
 @pytest.mark.parametrize(
     ("include", "exclude", "message"),
     [
-        ("node1", "node2", "--include and --exclude exclude each other; give one of them"),
+        ("node1", "node2", "--include and --exclude are mutually exclusive; give one of them"),
         ("nod1", "", "--include nod1: no host 'nod1' in the hostfile; did you mean 'node1'?"),
         ("xyz", "", "--include xyz: no host 'xyz' in the hostfile; it has node1, node2, node3"),
         (
@@ -249,7 +253,7 @@ def test_hosts_and_slots_are_chosen(include: str, exclude: str, chosen: dict) ->
             "",
             "--include node1:$(reboot): '$(reboot)' is not a list of slots; write node1:0,1",
         ),
-        ("node2:0,2,7", "", "--include node2:0,2,7: node2 has the slots 0, 1, and not 2, 7"),
+        ("node2:0,2,7", "", "--include node2:0,2,7: node2 has slots 0, 1, not 2, 7"),
         ("", "node1@node2@node3", "--exclude node1@node2@node3 leaves no host"),
     ],
 )
@@ -294,12 +298,12 @@ def test_variables_are_read_as_they_stand(tmp_path: Path) -> None:
     assert read_env_file(tmp_path / "missing") == {}
 
 
-NO_VARIABLE = "this is not a NAME=value; write lines like NCCL_DEBUG=WARN"
-NO_VALUE = "has characters that shells read"
-NO_PROGRAMS = "decides which programs run, and is not taken from a file"
+NO_VARIABLE = "not a NAME=value line; write lines like NCCL_DEBUG=WARN"
+NO_VALUE = "contains characters that a shell would interpret"
+NO_PROGRAMS = "decides which programs run, so it is not read from a file"
 OURS = (
-    "is the launcher's to set; for the first host's address and port use --master-addr and "
-    "--master-port"
+    "is set by the launcher; use --master-addr and --master-port for the first host's address and "
+    "port"
 )
 BAD_VARIABLES = [
     ("A=$(touch CANARY)", NO_VALUE),
@@ -371,8 +375,8 @@ def test_a_wrong_variable_is_refused_where_it_stands(
         ("TRITON_PTXAS_PATH", NO_PROGRAMS),
         ("CUDA_HOME", NO_PROGRAMS),
         ("OMP_TOOL_LIBRARIES", NO_PROGRAMS),
-        ("LOCAL_WORLD_SIZE", "is the launcher's to set"),
-        ("VASTSCALE_LAUNCHER_PID", "is the launcher's to set"),
+        ("LOCAL_WORLD_SIZE", "is set by the launcher"),
+        ("VASTSCALE_LAUNCHER_PID", "is set by the launcher"),
     ],
 )
 def test_no_variable_chooses_programs_or_ranks(tmp_path: Path, name: str, why: str) -> None:
@@ -508,13 +512,13 @@ def job(
     *arguments: str,
     variables: Mapping[str, str] | None = None,
     launcher: str = "pdsh",
-) -> Job:
+) -> ClusterJob:
     slots = (
         {"node1": (0, 1), "node2": (1,)}
         if launcher == "pdsh"
         else {"node1": (0, 1), "node2": (0, 1)}
     )
-    return Job(
+    return ClusterJob(
         slots,
         "10.0.0.1",
         12345,
@@ -664,7 +668,7 @@ def test_a_task_is_one_word_in_which_no_shell_finds_anything(arguments: list[str
 def test_deepspeed_reads_the_slots_that_were_chosen(tmp_path: Path, slots: dict) -> None:
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
-    command = Job(slots, "10.0.0.1", 1, (), {}, "/", tmp_path).command(tmp_path, "word")
+    command = ClusterJob(slots, "10.0.0.1", 1, (), {}, "/", tmp_path).command(tmp_path, "word")
     told = {option: command[command.index(option) + 1] for option in ("--hostfile", "--include")}
     pool = fetch_hostfile(told["--hostfile"])
     found = parse_inclusion_exclusion(pool, told["--include"], "")
@@ -686,7 +690,7 @@ def test_what_launchers_cannot_do_is_refused(
         "--launcher pdsh needs pdsh, which is not installed here; `apt install pdsh`, or choose "
         "another --launcher"
     )
-    assert "of node2 it would be 1" in refused(
+    assert "(here slots 1 of node2)" in refused(
         check_launcher, "openmpi", {"node1": (0, 1), "node2": (1,)}, ""
     )
     uneven = {"node1": (0, 1), "node2": (0,)}
@@ -705,19 +709,19 @@ def test_what_launchers_cannot_do_is_refused(
     "address", ["127.0.0.1;touch x", "$(touch x)", "-x", "127.0.0.1 x", "192.0.2.1"]
 )
 def test_ranks_meet_at_an_address_of_this_machine_alone(address: str) -> None:
-    """It is put into command lines as it is."""
+    """The address is put into command lines unquoted."""
     from pipeline.distributed.launcher import is_own
 
     assert not is_own(address)
     assert is_own("127.0.0.1")
-    assert "cannot be listened on here" in refused(choose_port, "192.0.2.1", 0)
+    assert "cannot listen on 192.0.2.1: " in refused(choose_port, "192.0.2.1", 0)
 
 
 def test_a_port_is_a_free_one_of_this_machine() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert refused(choose_port, "127.0.0.1", port).startswith(
-            f"127.0.0.1 port {port} cannot be listened on here: "
+            f"cannot listen on 127.0.0.1 port {port}: "
         )
     assert choose_port("127.0.0.1", port) == port
     assert 1024 <= choose_port("127.0.0.1", 0) <= 65535

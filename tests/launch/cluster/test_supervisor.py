@@ -80,13 +80,13 @@ import asyncio, json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, "CHECKOUT")
 from launch.cluster import messages, supervisor
-from launch.cluster.job import Job
+from launch.cluster.job import ClusterJob
 
 given = json.loads(sys.argv[1])
 for name, value in given["constants"].items():
     setattr(supervisor if hasattr(supervisor, name) else messages, name, value)
 hosts = {host: tuple(range(given["hosts"].count(host))) for host in given["hosts"]}
-job = Job(hosts, "127.0.0.1", 29500, tuple(given["ranks"]), given["variables"],
+job = ClusterJob(hosts, "127.0.0.1", 29500, tuple(given["ranks"]), given["variables"],
           given["directory"], Path(given["logs"]))
 
 async def supervise(watch):
@@ -409,8 +409,8 @@ def test_a_watchdogs_end_names_the_rank_that_is_stuck(run: Run) -> None:
     watchdog = "wait_for('ready-1'); print('Timeout (0:00:06)!\\nThread 0x1:'); sys.exit(1)"
     outcome = run.run(watchdog, DEAF, END_SECONDS=0.3)
     assert outcome.cause == (
-        "rank 0 on here made no step for too long (--watchdog-minutes); rank 1 on there did not "
-        "answer: stopped or stuck"
+        "rank 0 on here made no progress for too long (--watchdog-minutes); rank 1 on there did "
+        "not answer: stopped or stuck"
     )
     assert "Thread 0x1:" in outcome.tail
 
@@ -584,8 +584,7 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
         one.sendall(b'{"exit": 143, "tail": ""}\n')
         outcome = run.finish()
     assert outcome.cause == (
-        "there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
-        "down"
+        "there fell silent (no sign of rank 1 on there for 2 s): the machine or its network is down"
     )
 
 
@@ -602,8 +601,7 @@ def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, 
         run.go()
         outcome = run.finish()
     assert outcome.cause == (
-        "there fell silent (2 s without a sign of rank 1 on there): the machine or its network is "
-        "down"
+        "there fell silent (no sign of rank 1 on there for 2 s): the machine or its network is down"
     )
 
 

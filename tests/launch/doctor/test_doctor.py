@@ -178,8 +178,7 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             FAIL,
             "2 files other",
             "launch/cluster/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there "
-            "aaaaaaaaa); run "
-            "launch/sync.sh",
+            "aaaaaaaaa); run launch/sync.sh",
         ),
         (
             "checkout",
@@ -209,8 +208,8 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"packages/torch": "2.12.0"},
             FAIL,
             "1 package other",
-            "torch 2.12.0 (2.13.0 on node1); run "
-            "launch/sync.sh, or `pip install -r requirements.txt` there",
+            "torch 2.12.0 (2.13.0 on node1); run launch/sync.sh, or `pip install -r "
+            "requirements.txt` there",
         ),
         (
             "packages",
@@ -260,8 +259,8 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"limits/open_files": 256},
             WARN,
             "256 open files",
-            "ulimit -n is 256, and 4 ranks may need 1024 "
-            "connections and files; say `ulimit -n 1024` in ~/.bashrc there",
+            "ulimit -n is 256, and 4 ranks may need 1024 connections and files; say `ulimit -n "
+            "1024` in ~/.bashrc there",
         ),
         (
             "limits",
@@ -681,8 +680,8 @@ def test_an_all_reduce_takes_what_the_formula_says() -> None:
     assert all_reduce_seconds(12e6, 1, NETWORK) == 0
     assert efficiency(0.9, 0.1) == pytest.approx(0.9)
     assert NETWORK.text() == (
-        "all-reduce of 4 ranks over NCCL: 4 bytes 60 us; 1 MB 1.50 GB/s, 64 MB 6.00 GB/s "
-        "(bus bandwidth)"
+        "all-reduce of 4 ranks over NCCL: 4 bytes 60 us; 1 MB 1.50 GB/s, 64 MB 6.00 GB/s (bus "
+        "bandwidth)"
     )
 
 
@@ -918,8 +917,7 @@ SSH_SAYS = [
         "ssh-rsa",
         "ssh failed",
         "ssh says: Unable to negotiate with 10.0.0.2 port 22: no matching host key type found. "
-        "Their offer: ssh-rsa; try "
-        "`ssh node2 true`",
+        "Their offer: ssh-rsa; try `ssh node2 true`",
     ),
     ("", "ssh failed", "ssh says: status 255; try `ssh node2 true`"),
 ]
@@ -949,8 +947,7 @@ def test_a_host_that_takes_too_long_is_no_network_error() -> None:
     assert cause == "too slow"
     assert remedy == (
         "no answer within 30 s: a disk that hangs (`ssh node2 df`), a slow login script? or allow "
-        "more "
-        "with --timeout"
+        "more with --timeout"
     )
 
 
