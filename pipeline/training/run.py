@@ -20,7 +20,7 @@ from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
 from pipeline.files import short_path
-from pipeline.libraries import keep_freed_memory
+from pipeline.libraries import keep_freed_memory, postpone_dynamo
 from pipeline.monitor.console import Console
 from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import run_lock
@@ -127,6 +127,7 @@ def train(options: TrainOptions, plans: Sequence[Plan]) -> int:
     watchdog.begin()
     patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
     ranks = start_distributed(max(10.0, patience))
+    postpone_dynamo()
     if ranks.device.type == "cpu":
         keep_freed_memory()
     try:
