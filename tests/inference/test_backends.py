@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,25 @@ def alone(tmp_path, monkeypatch):
     """A folder of converted networks for one test alone, which does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "vastscale" / "converted"
+
+
+@pytest.fixture(scope="module")
+def conversion(work):
+    """The network as an ONNX file, as the cache keeps it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(work / "conversion"))
+        cache = ConversionCache(Original(work / "tiny.safetensors", CPU, "auto"))
+        cache.title(FILE_BACKENDS["onnx"])
+    (file,) = (work / "conversion" / "vastscale" / "converted").glob("*.onnx")
+    return file
+
+
+@pytest.fixture
+def converted(alone, conversion):
+    """As `alone`, but the network has been converted already; nothing has been measured yet."""
+    alone.mkdir(parents=True)
+    shutil.copy2(conversion, alone)
+    return alone
 
 
 def run(capsys, *arguments):
@@ -217,8 +237,9 @@ def judged(conversion, **verdicts):
     ],
 )
 def test_the_fastest_as_measured_is_chosen(
-    work, alone, capsys, tmp_path, openvino, onnx_runtime, line
+    work, request, capsys, tmp_path, openvino, onnx_runtime, line
 ):
+    request.getfixturevalue("converted" if openvino else "alone")
     verdicts = {"openvino": openvino, "onnx": onnx_runtime}
     judged(conversion_of(work), **{name: verdict for name, verdict in verdicts.items() if verdict})
     _, told = upscaled(capsys, work, tmp_path / "out", names=("gray.png",))
@@ -246,7 +267,7 @@ def test_much_work_is_worth_a_conversion_which_measures_both(
 
 
 def test_a_runtime_with_other_images_is_refused_and_not_tried_again(
-    work, alone, expected, capsys, tmp_path, monkeypatch
+    work, converted, expected, capsys, tmp_path, monkeypatch
 ):
     class Wrong(FILE_BACKENDS["onnx"].load):
         def __call__(self, images):
@@ -474,7 +495,7 @@ def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
 
 @pytest.mark.parametrize("kind", FILE_BACKENDS)
 def test_torch_is_not_imported_where_another_backend_computes(
-    work, alone, expected, tmp_path, kind
+    work, converted, expected, tmp_path, kind
 ):
     """Pictures of every mode, tiles, and a resize, by what an earlier run has converted and
     measured."""
