@@ -1,5 +1,4 @@
-"""Looks at every host before a run: what would break there, and what to do about each. See
-`diagnose`."""
+"""Check every host before a run: what would break there, and how to fix it. See `diagnose`."""
 
 from __future__ import annotations
 
@@ -15,7 +14,16 @@ from launch.cluster import remote
 from launch.cluster.hostfile import Slots, world_size
 from launch.cluster.remote import run_on
 from launch.doctor import measure
-from launch.doctor.checks import CHECKS, Check, Question, clock, clock_skew, datasets, explain, gpus
+from launch.doctor.checks import (
+    CHECKS,
+    Check,
+    Comparison,
+    clock,
+    clock_skew,
+    datasets,
+    explain,
+    gpus,
+)
 from launch.doctor.diagnosis import ROWS, Diagnosis
 from launch.doctor.findings import FAIL, PASS, Finding
 from launch.doctor.network import find_route
@@ -29,7 +37,7 @@ _FACT_CHECKS: dict[str, tuple[str, Check]] = {
     "GPUs": ("nvidia", gpus),
     "dataset": ("datasets", datasets),
 }
-"""Row -> the fact that it is about, and the check."""
+"""Row of the table -> the fact that the check needs, and the check."""
 
 
 def diagnose(
@@ -47,16 +55,23 @@ def diagnose(
     with_all_reduce: bool = True,
     is_on_cpu: bool = False,
 ) -> Diagnosis:
-    """Look at every host of `slots` at once. A host that does not answer costs `timeout` seconds,
-    once.
+    """Check all hosts of `slots` at once. A host that does not answer costs `timeout` seconds once.
 
-    `~` in a folder is each host's own. `ports` must be free on the first host. How many
-    `parameters` a run trains, asked for while the hosts answer, and the seconds of work in a step
-    of one rank are for the prediction. GPUs are not looked at where the run `is_on_cpu`.
-    `UserError` where there is no ssh.
+    Args:
+        dataset_dirs: must be the same on every host; `~` is each host's own home.
+        output_dir: the run folder, which need not exist yet.
+        interface: name of the network interface to use; default: the one to the first host.
+        parameters: returns the number of trained parameters, for the prediction; it is called
+            while the hosts answer.
+        step_seconds: seconds of work of one rank per step, for the prediction.
+        master_address: the first host's address; default: one that all hosts reach.
+        ports: must be free on the first host.
+        is_on_cpu: the run does not use GPUs, so they are not checked.
+
+    Raises `UserError` if ssh is not installed here.
     """
     if not shutil.which("ssh"):
-        raise UserError("there is no ssh on this machine; `apt install openssh-client`")
+        raise UserError("ssh is not installed on this machine; run `apt install openssh-client`")
     began, python = time.monotonic(), sys.executable
     found = Diagnosis(slots)
     say(f"doctor: asking {', '.join(slots)}")
@@ -85,7 +100,7 @@ def diagnose(
 
 
 def _ask(found: Diagnosis, task: Mapping[str, Any], timeout: float, python: str) -> dict[str, Any]:
-    """The facts of every host that answers, each with its `skew` against our clock."""
+    """Return the facts of every host that answers, with its clock's `skew` against ours."""
     stdin = remote.parcel("launch.doctor.probe", task)
 
     def ask(host: str) -> tuple[Finding, Any]:
@@ -97,9 +112,9 @@ def _ask(found: Diagnosis, task: Mapping[str, Any], timeout: float, python: str)
             return Finding(host, "ssh", FAIL, cause, f"{cause}; {remedy}"), None
         if not isinstance(answer, dict):
             why = (
-                f"there is no python3; {'`apt install python3-venv`'}"
+                "python3 is not installed; run `apt install python3-venv`"
                 if done.status == 127
-                else f"its python says: {done.complaint}; Python 3.10 or newer is needed"
+                else f"its Python failed: {done.complaint}; Python 3.10 or newer is needed"
             )
             return Finding(
                 host, "python", FAIL, "none" if done.status == 127 else "broken", why
@@ -116,17 +131,17 @@ def _ask(found: Diagnosis, task: Mapping[str, Any], timeout: float, python: str)
 def _check_facts(found: Diagnosis, facts: Mapping[str, Any], python: str) -> None:
     if not facts:
         return
-    first = next(iter(facts))  # of those that have answered
+    first = next(iter(facts))  # of the hosts that have answered
     for host, own in facts.items():
-        ask = Question(
+        pair = Comparison(
             host, found.slots[host], own, first, facts[first], world_size(found.slots), python
         )
         for row, (fact, check) in _FACT_CHECKS.items():
             if _is_unknown(own[fact]):
-                why = f"could not be found out: {own[fact]['error']}"
-                found.findings.append(Finding(host, row, FAIL, "not known", why))
+                why = f"could not be determined: {own[fact]['error']}"
+                found.findings.append(Finding(host, row, FAIL, "unknown", why))
             elif not _is_unknown(facts[first][fact]):
-                found.findings += check(ask)
+                found.findings += check(pair)
         found.findings.append(clock(host, first, own["skew"], facts[first]["skew"]))
 
 
@@ -143,7 +158,7 @@ def _check_network(
     ports: Sequence[int],
 ) -> None:
     hosts = [host for host in facts if not _is_unknown(facts[host]["interfaces"])]
-    if hosts[:1] != list(found.slots)[:1]:  # nothing can be said without the first host
+    if hosts[:1] != list(found.slots)[:1]:  # every connection is tested against the first host
         return
     found.route = find_route(
         hosts,
@@ -159,7 +174,7 @@ def _check_network(
 def _check_all_reduce(
     found: Diagnosis, facts: Mapping[str, Any], python: str, say: Callable[[str], None]
 ) -> None:
-    """Among the hosts that can take part; the others have failed already."""
+    """Run an all-reduce between the hosts that can take part; the others have failed already."""
     failed = {
         finding.host
         for finding in found.findings

@@ -1,4 +1,4 @@
-"""The doctor as a command.
+"""Command line of the doctor.
 
 python -m launch.doctor -H hostfile --dataset-dir ~/dataset
 """
@@ -25,55 +25,55 @@ from pipeline.training.options import DATASET_DIR
 
 @dataclass(frozen=True)
 class Options:
-    """Look at every host of a hostfile before a run: what would break there, and what to do about
-    each.
+    """Check every host of a hostfile before a run: what would break there, and how to fix it.
 
-    Asks all hosts at once over ssh, then lets them add up numbers over the network. Exit status 0
-    if a run can start (there may be warnings), 2 if something failed.
+    Asks all hosts at once over ssh, then runs an all-reduce between them. Exit status 0 if a run
+    can start (there may be warnings), 2 if a check failed.
 
     Example: python -m launch.doctor -H hostfile --dataset-dir ~/dataset --recipe vapsr_x4
     """
 
     hostfile: Annotated[Path, tyro.conf.arg(aliases=["-H"])] = Path(HOSTFILE)
-    """Lines such as `node1 slots=8`."""
+    """File with lines such as `node1 slots=8`."""
     include: str = ""
-    """Only these hosts and slots of it: node1@node2:0,2."""
+    """Check only these hosts and slots: node1@node2:0,2."""
     exclude: str = ""
-    """All but these."""
+    """Check all hosts and slots but these."""
     dataset_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """A dataset that must be the same on every host; may be given several times. Default:
-    ~/dataset, if it is there."""
+    """Dataset folder that must be the same on every host; may be repeated. Default: ~/dataset, if
+    it has a training list."""
     output_dir: Path = RUNS_DIR
-    """The run folder, which may not be there yet; if it is, its log tells the time of a step."""
+    """Run folder. It need not exist yet; if it does, the step time is taken from its log."""
     interface: str = ""
-    """Name of the network interface, on every host. Default: whichever leads to the first host."""
+    """Name of the network interface on every host. Default: the one that leads to the first
+    host."""
     master_addr: str = ""
-    """The first host's address. Default: of its addresses that all hosts reach, the one on its
+    """Address of the first host. Default: of its addresses that all hosts reach, the one on its
     fastest interface."""
     timeout: float = 90
-    """Seconds for a host's answer."""
+    """Seconds to wait for a host's answer."""
     json: Path | None = None
-    """Write the diagnosis to this file, too."""
+    """Also write the diagnosis to this JSON file."""
     no_allreduce: bool = False
-    """Leave out the all-reduce, which takes some seconds, and with it the prediction."""
+    """Skip the all-reduce, which takes some seconds, and with it the prediction."""
     recipe: str = ""
-    """Predict the cost of the network for this recipe."""
+    """Predict the scaling efficiency for this recipe."""
     parameters: int | None = None
-    """Predict it for this many parameters."""
+    """Predict it for this number of parameters."""
     step_seconds: float | None = None
-    """Seconds that a rank works on a step. Default: from the log of the run in --output-dir."""
+    """Seconds of work per step and rank. Default: from the log of the run in --output-dir."""
 
 
 def main(options: Options) -> int:
-    """Diagnose and print."""
+    """Diagnose all hosts and print the result. Return 0, or 2 if a check failed."""
     for name in ("timeout", "parameters", "step_seconds"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
     if options.recipe and options.parameters:
-        raise UserError("--recipe and --parameters exclude each other; give one of them")
+        raise UserError("--recipe and --parameters are mutually exclusive; give one of them")
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     parameters = None
     if options.recipe or options.parameters:
@@ -105,7 +105,7 @@ def main(options: Options) -> int:
 
 
 def _absolute(path: Path) -> Path:
-    """As every host shall see it: only `~` is left to each."""
+    """Make `path` absolute, but leave a leading `~`, which each host expands itself."""
     return path if str(path).startswith("~") else path.absolute()
 
 

@@ -1,8 +1,8 @@
-"""One host's part in a short all-reduce between all hosts. It is sent to every host, and imports
-torch there, late.
+"""One host's part in a short all-reduce between all hosts.
 
-Each rank says to a store on the first host that it is there, so that one that is not can be named;
-then all add up tensors of a few sizes. The sums are checked, the times are of the first rank.
+This file is sent to every host as source, and imports torch there, late. Each rank announces itself
+in a store on the first host, so that missing ranks can be named; then all ranks sum tensors of a
+few sizes. Every rank checks the sums; the times are the first rank's.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 
 LATENCY_BYTES = 4
 SIZES = (1_000_000, 16_000_000, 64_000_000)
-"""Bytes of float32."""
+"""Sizes of the float32 tensors in bytes."""
 WARM_UPS, MOST_REPEATS = 3, 50
 BUDGET_SECONDS = 0.6  # for the repeats of one size
-MOST_SECONDS = 5.0  # that a single one may be expected to take, or the size is left out
+MOST_SECONDS = 5.0  # a size whose all-reduce is expected to take longer is skipped
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """{"ranks": {rank: what `_rank` says}} of this host's ranks; see `measure.task_of`."""
+    """Run this host's ranks; return {"ranks": {rank: result of `_rank`}}. See `measure.task_of`."""
     with suppress(OSError):
         os.setpgid(0, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(task["seconds"]) + 5)  # nothing stays behind, whatever hangs
+    signal.alarm(int(task["seconds"]) + 5)  # end this process whatever hangs
     threading.Thread(target=_end_with_reader, daemon=True).start()
     os.environ.update(task["environment"])
-    import torch  # noqa: F401 - here, so that ranks that are forked off share it
+    import torch  # noqa: F401 - imported before the fork, so that all ranks share it
 
     if len(task["ranks"]) == 1:
         return {"ranks": {task["ranks"][0]: _guarded(task, 0)}}
@@ -43,7 +43,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_reader() -> None:
-    """Whoever started this holds its stdin open for as long as it waits."""
+    """End this process group once stdin closes: whoever waits for the answer holds it open."""
     while sys.stdin.buffer.read(1):
         pass
     with suppress(OSError):
@@ -54,7 +54,7 @@ def _end_with_reader() -> None:
 def _fork(task: dict[str, Any], position: int) -> int:
     reader, writer = os.pipe()
     if os.fork() == 0:
-        signal.alarm(int(task["seconds"]) + 5)  # a child does not inherit it
+        signal.alarm(int(task["seconds"]) + 5)  # a forked child does not inherit the alarm
         with open(writer, "w") as pipe:
             json.dump(_guarded(task, position), pipe)
         os._exit(0)
@@ -68,13 +68,15 @@ def _read(pipe: int) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError:
-        return {"error": "the rank ended without a word: killed, or crashed in the network library"}
+        return {
+            "error": "the rank ended without an answer: killed, or crashed in the network library"
+        }
 
 
 def _guarded(task: dict[str, Any], position: int) -> dict[str, Any]:
     try:
         return _rank(task, position)
-    except Exception as error:  # the doctor tells what it was
+    except Exception as error:  # any error is part of the answer; the doctor reports it
         return {
             "error": (
                 f"{type(error).__name__}: "
@@ -84,8 +86,10 @@ def _guarded(task: dict[str, Any], position: int) -> dict[str, Any]:
 
 
 def _rank(task: dict[str, Any], position: int) -> dict[str, Any]:
-    """{"absent": [rank, ...]}, or of every rank {"is_right": bool}, of the first also {"seconds":
-    {bytes: median}}."""
+    """Run one rank; return {"is_right": bool}.
+
+    The first rank adds {"seconds": {bytes: median}}, or returns {"absent": [rank, ...]}.
+    """
     import torch
     import torch.distributed as dist
 
@@ -126,14 +130,14 @@ def _rank(task: dict[str, Any], position: int) -> dict[str, Any]:
     )
     seconds, is_right = _measure(dist, device, rank, world_size)
     store.set(f"done/{rank}", "")
-    if rank == 0:  # the store lives here: the others shall have got their last answers
+    if rank == 0:  # the store lives in this process: the others must be done with it first
         store.wait([f"done/{other}" for other in range(world_size)], timeout)
     dist.destroy_process_group()
     return {"is_right": is_right, **({"seconds": seconds} if rank == 0 else {})}
 
 
 def _absent(store: Any, world_size: int, deadline: float) -> list[int]:
-    """The ranks that have not come by then."""
+    """Return the ranks that have not announced themselves by `deadline` (monotonic seconds)."""
     missing = list(range(world_size))
     while missing and time.monotonic() < deadline:
         missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
@@ -142,7 +146,8 @@ def _absent(store: Any, world_size: int, deadline: float) -> list[int]:
 
 
 def _measure(dist: Any, device: Any, rank: int, world_size: int) -> tuple[dict[int, float], bool]:
-    """Median seconds of an all-reduce of each size in bytes, and whether all sums were right."""
+    """Return the median seconds of an all-reduce by size in bytes, and whether all sums were
+    right."""
     import torch
 
     medians: dict[int, float] = {}
@@ -150,12 +155,12 @@ def _measure(dist: Any, device: Any, rank: int, world_size: int) -> tuple[dict[i
     for size in (LATENCY_BYTES, *SIZES):
         tensor = torch.empty(size // 4, device=device)
         expected = medians[before] * size / before if before > LATENCY_BYTES else 0.0
-        if _agreed(dist, device, rank, int(expected > MOST_SECONDS)):
+        if _broadcast(dist, device, rank, int(expected > MOST_SECONDS)):
             break
         times = []
         for _ in range(WARM_UPS if size < SIZES[-1] else 1):
             times.append(_all_reduce(dist, tensor, rank))
-        repeats = _agreed(
+        repeats = _broadcast(
             dist, device, rank, max(2, min(MOST_REPEATS, int(BUDGET_SECONDS / times[-1])))
         )
         times = [_all_reduce(dist, tensor, rank) for _ in range(repeats)]
@@ -166,7 +171,7 @@ def _measure(dist: Any, device: Any, rank: int, world_size: int) -> tuple[dict[i
 
 
 def _all_reduce(dist: Any, tensor: Any, rank: int) -> float:
-    """Seconds for the sum of `rank + 1` over the ranks, which begin together."""
+    """Sum `rank + 1` over all ranks, which start together; return the seconds it took."""
     import torch
 
     tensor.fill_(rank + 1)
@@ -183,8 +188,8 @@ def _wait(torch: Any, tensor: Any) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _agreed(dist: Any, device: Any, rank: int, number: int) -> int:
-    """The first rank's number, on every rank."""
+def _broadcast(dist: Any, device: Any, rank: int, number: int) -> int:
+    """Return the first rank's `number` on every rank."""
     import torch
 
     value = torch.tensor([number], device=device)

@@ -1,4 +1,4 @@
-"""What the doctor has found on the hosts of a run."""
+"""The doctor's diagnosis of all hosts, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = (
 
 @dataclass
 class Diagnosis:
-    """What was found on the hosts, and what a run can make use of."""
+    """What the doctor found, and the addresses and speeds that a run can use."""
 
     slots: Slots
     findings: list[Finding] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Diagnosis:
 
     @property
     def failures(self) -> list[str]:
-        """One line each: host, what is wrong, what to do."""
+        """One line per failed check: host, what is wrong, how to fix it."""
         return [finding.line for finding in self.findings if finding.verdict == FAIL]
 
     @property
@@ -54,7 +54,7 @@ class Diagnosis:
 
     @property
     def master_address(self) -> str:
-        """The first host's address for the others; "" if it was not found out."""
+        """The first host's address as the others reach it; "" if unknown."""
         return self.route.address
 
     @property
@@ -63,7 +63,7 @@ class Diagnosis:
         return {host: str(interface["name"]) for host, interface in self.route.interfaces.items()}
 
     def table(self) -> str:
-        """Everything, for people: the table, what to do, the network, the prediction."""
+        """Format everything for people: table, advice, network speeds and prediction."""
         lines = [
             f"{verdict}  {text}"
             for verdict, texts in ((FAIL, self.failures), (WARN, self.warnings))
@@ -84,7 +84,7 @@ class Diagnosis:
         return "\n\n".join(part for part in parts if part)
 
     def as_json(self) -> dict[str, Any]:
-        """The same for machines. Seconds and bytes; `all_reduce` by size in bytes."""
+        """Return the diagnosis as JSON values: times in seconds, `all_reduce` by size in bytes."""
         network = self.network and {
             "backend": self.network.backend,
             "ranks": self.network.ranks,
@@ -95,7 +95,8 @@ class Diagnosis:
         return {
             "ok": self.ok,
             "slots": self.slots,
-            "findings": [asdict(finding) for finding in self.findings],
+            # "told" is the former name of "summary"
+            "findings": [{**asdict(finding), "told": finding.summary} for finding in self.findings],
             "master_address": self.master_address,
             "interfaces": self.interfaces,
             "all_reduce": network,

@@ -1,4 +1,4 @@
-"""What the doctor says: one finding a host and check, and the table of them."""
+"""The doctor's findings, one or more per host and check, and the table of them."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ NOT_CHECKED = "-"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found on one host."""
+    """The result of one check on one host."""
 
     host: str
     check: str
     verdict: str  # PASS, WARN or FAIL
-    told: str  # a few words for the table
-    advice: str = ""  # unless it passed: what is wrong and what to do about it, in one line
+    summary: str  # a few words for the table
+    advice: str = ""  # what is wrong and how to fix it, in one line; empty for PASS
 
     @property
     def line(self) -> str:
-        return f"{self.host}: {self.check}: {self.advice or self.told}"
+        return f"{self.host}: {self.check}: {self.advice or self.summary}"
 
 
 def worst(findings: Iterable[Finding]) -> Finding | None:
-    """The finding that stands for several in a cell of the table."""
+    """Return the finding that represents several of them in one cell of the table."""
     return min(findings, key=lambda finding: _WORST_FIRST.index(finding.verdict), default=None)
 
 
 def format_table(hosts: Sequence[str], checks: Sequence[str], findings: Sequence[Finding]) -> str:
-    """A row for each check, a column for each host; of many hosts those that are all alike share
-    one column."""
+    """Format a table with a row per check and a column per host.
+
+    If there are too many hosts for one block, those with the same verdicts share a column.
+    """
     cells = {host: [_cell(findings, host, check) for check in checks] for host in hosts}
     label = max(map(len, checks)) + 2
     per_block = max(1, (WIDTH - label) // (LEAST_CELL + 2))
     columns = [(host, cells[host]) for host in hosts]
     if len(hosts) > per_block:
-        columns = _alike(columns)
+        columns = _grouped(columns)
     blocks = [columns[i : i + per_block] for i in range(0, len(columns), per_block)]
     return "\n\n".join(_block(block, checks, label) for block in blocks)
 
@@ -49,22 +51,22 @@ def _cell(findings: Iterable[Finding], host: str, check: str) -> str:
     finding = worst(
         finding for finding in findings if (finding.host, finding.check) == (host, check)
     )
-    return f"{finding.verdict} {finding.told}" if finding else NOT_CHECKED
+    return f"{finding.verdict} {finding.summary}" if finding else NOT_CHECKED
 
 
-def _alike(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """The hosts whose verdicts are the first such host's, under one head."""
+def _grouped(columns: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Merge the columns of hosts with the same verdicts into the first one's."""
     groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
     for host, cells in columns:
         groups.setdefault(tuple(cell.partition(" ")[0] for cell in cells), []).append((host, cells))
     return [
-        (group[0][0] + (f" and {len(group) - 1} alike" if group[1:] else ""), group[0][1])
+        (group[0][0] + (f" and {len(group) - 1} like it" if group[1:] else ""), group[0][1])
         for group in groups.values()
     ]
 
 
 def _shortened(text: str, width: int) -> str:
-    """Without its end, where it is too long."""
+    """Cut `text` to `width` characters, ending in an ellipsis."""
     return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 

@@ -1,5 +1,4 @@
-"""A short all-reduce between all hosts, started and watched from here; `allreduce.py` is each
-host's part."""
+"""Start and watch a short all-reduce between all hosts; `allreduce.py` is each host's part."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ from launch.doctor.findings import FAIL, PASS, Finding
 from launch.doctor.network import Route
 from launch.doctor.prediction import Network
 
-JOIN_SECONDS = 40  # for every host to import torch and to meet
-SECONDS = JOIN_SECONDS + 30  # for all of it
-GRACE_SECONDS = 4  # for the other hosts, once one has failed
+JOIN_SECONDS = 40  # for every host to import torch and to meet the others
+SECONDS = JOIN_SECONDS + 30  # for the whole measurement
+GRACE_SECONDS = 4  # for the other hosts to end, once one has failed
 _ENDED = "ended"
 
 
 @dataclass
 class AllReduce:
-    """What was measured: `network` is None where it failed, which `findings` say."""
+    """The measurement. If it failed, `network` is None and `findings` say why."""
 
     network: Network | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -36,10 +35,10 @@ class AllReduce:
 def all_reduce(
     slots: Slots, route: Route, addresses: Mapping[str, str], python: str, *, on_gpus: bool
 ) -> AllReduce:
-    """Measure it between the hosts of `slots`: one rank per slot over NCCL on GPUs, else one per
-    host over Gloo.
+    """Measure an all-reduce between the hosts of `slots`.
 
-    `addresses`: address -> host, by which complaints of the network library are made readable.
+    On GPUs it has one rank per slot, over NCCL; else one rank per host, over Gloo. `addresses` maps
+    IP addresses to hosts, to name hosts in the network library's error messages.
     """
     tasks = task_of(slots, route, on_gpus=on_gpus)
     answers = run_together(
@@ -57,18 +56,18 @@ def all_reduce(
     lead = answers.get(next(iter(slots)))
     ranks = lead["ranks"] if isinstance(lead, dict) else {}
     absent = sorted({host_of[rank] for rank in ranks.get("0", {}).get("absent", [])})
-    told = {finding.host for finding in measured.findings}
+    reported = {finding.host for finding in measured.findings}
     measured.findings += [
         Finding(
             host,
             "all-reduce",
             FAIL,
             "absent",
-            f"did not join within {JOIN_SECONDS} s; is its disk slow, or a firewall between it and "
-            "the first host?",
+            f"did not join within {JOIN_SECONDS} s; check for a slow disk, or a firewall between "
+            "it and the first host",
         )
         for host in absent
-        if host not in told
+        if host not in reported
     ]
     seconds = ranks.get("0", {}).get("seconds")
     if seconds and not measured.findings:
@@ -77,11 +76,11 @@ def all_reduce(
             "NCCL" if on_gpus else "Gloo",
             {int(size): value for size, value in seconds.items()},
         )
-        told_first = (
+        speeds = (
             f"{measured.network.latency * 1e6:.0f} us, {measured.network.best_known / 1e9:.2f} GB/s"
         )
         measured.findings = [
-            Finding(host, "all-reduce", PASS, "sums right" if position else told_first)
+            Finding(host, "all-reduce", PASS, "sums right" if position else speeds)
             for position, host in enumerate(slots)
         ]
     elif not measured.findings:
@@ -91,15 +90,14 @@ def all_reduce(
                 "all-reduce",
                 FAIL,
                 "failed",
-                f"it did not end within {SECONDS} s; try again with --no-allreduce to go on "
-                "without",
+                f"it did not end within {SECONDS} s; try again, or skip it with --no-allreduce",
             )
         )
     return measured
 
 
 def task_of(slots: Slots, route: Route, *, on_gpus: bool) -> dict[str, dict[str, Any]]:
-    """What each host's `allreduce.answer` is told."""
+    """Return each host's task for `allreduce.answer`."""
     number_of = {host: len(numbers) if on_gpus else 1 for host, numbers in slots.items()}
     tasks, rank = {}, 0
     for host, number in number_of.items():
@@ -123,8 +121,10 @@ def task_of(slots: Slots, route: Route, *, on_gpus: bool) -> dict[str, dict[str,
 
 
 def run_together(parcels: Mapping[str, str], python: str) -> dict[str, Any]:
-    """Each host's answer, or in its place what went wrong; "ended" for one that was stopped because
-    another failed."""
+    """Run the parcels on all hosts at once; return each host's answer, or an error message.
+
+    The message is "ended" for a host that was stopped because another one failed.
+    """
     with ExitStack() as stack:
         outputs = {
             host: (
@@ -161,8 +161,10 @@ def _wait(
     processes: Mapping[str, subprocess.Popen[bytes]],
     outputs: Mapping[str, tuple[IO[bytes], IO[bytes]]],
 ) -> set[str]:
-    """Until all have ended or a failed one has been waited for long enough. The hosts that have not
-    ended."""
+    """Wait until all have ended, at most `GRACE_SECONDS` after one has failed.
+
+    Returns the hosts that have not ended.
+    """
     deadline, failed = time.monotonic() + SECONDS, False
     while time.monotonic() < deadline:
         running = {host for host, process in processes.items() if process.poll() is None}
@@ -183,7 +185,7 @@ def _wait(
 
 
 def _end(processes: Any) -> None:
-    """End each ssh; that closes stdin on the other host, by which the program there ends, too."""
+    """End each ssh. That closes stdin on the other host, which ends the program there."""
     for process in processes:
         with suppress(OSError):
             process.stdin.close()
@@ -209,20 +211,20 @@ def _outcome(process: subprocess.Popen[bytes], out: IO[bytes], complaints: IO[by
 
 
 def _complaint(answer: Mapping[str, Any]) -> str:
-    """What is wrong with a host's answer, "" if nothing is."""
+    """Return what is wrong with a host's answer, or ""."""
     for rank, said in answer["ranks"].items():
         if "error" in said:
             return f"rank {rank}: {said['error']}"
         if said.get("is_right") is False:
             return (
-                f"rank {rank}: a wrong sum: network, its driver or memory corrupts data; do not "
-                "train before this is repaired (--exclude shows which host it is)"
+                f"rank {rank}: wrong sum: the network, its driver or memory corrupts data; do not "
+                "train until this is repaired (find the host by trying --exclude)"
             )
     return ""
 
 
 def _readable(complaint: str, addresses: Mapping[str, str]) -> str:
-    """With the name of a host behind each address, and what to do."""
+    """Add host names to the addresses in a network error, and what to do about it."""
     text = re.sub(
         r"\d+\.\d+\.\d+\.\d+",
         lambda match: f"{match[0]} ({addresses[match[0]]})" if match[0] in addresses else match[0],
@@ -236,7 +238,7 @@ def _readable(complaint: str, addresses: Mapping[str, str]) -> str:
 
 
 def hosts_of(interfaces: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Address -> host, of those addresses that one host alone has."""
+    """Return address -> host for the addresses that only one host has."""
     pairs = [(one["address"], host) for host, own in interfaces.items() for one in own]
     return {
         address: host for address, host in pairs if sum(other == address for other, _ in pairs) == 1

@@ -1,5 +1,4 @@
-"""Which address the first host has for the others, through which interface each host sees it, and
-whether it does."""
+"""Find an address of the first host that all others reach, and the interface each one uses."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from launch.cluster.hostfile import PORTS
 from launch.cluster.remote import run_on
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 
-SECONDS = 8  # until a host that cannot connect gives up
+SECONDS = 8  # after which a host that cannot connect gives up
 VIRTUAL = (
     "docker*",
     "br-*",
@@ -31,28 +30,31 @@ VIRTUAL = (
 )
 SLOW_MEGABITS = 1000
 
-Interface = Mapping[str, Any]  # of probe.py: name, address, speed, mtu
+Interface = Mapping[str, Any]  # from probe.py: name, address, speed in Mb/s, mtu in bytes
 
 
 @dataclass
 class Route:
-    """What was found. `address` is "" where no host can reach the first."""
+    """How the hosts reach the first one. `address` is "" if it has no usable interface."""
 
     address: str = ""
-    port: int = 0  # free on the first host a moment ago
+    port: int = 0  # was free on the first host a moment ago
     interfaces: dict[str, Interface] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
 
 def usable(interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that may lead to other hosts, the fastest first; loopback and containers' bridges only
-    for want of else."""
+    """Return the interfaces that may lead to other hosts, the fastest first.
+
+    Loopback and the bridges of containers are used only if there is nothing else.
+    """
     outer = [interface for interface in interfaces if interface["name"] != "lo"]
     real = [interface for interface in outer if not is_virtual(interface["name"])]
     return sorted(real or outer or interfaces, key=lambda interface: -interface["speed"])
 
 
 def is_virtual(name: str) -> bool:
+    """Whether an interface of this name belongs to containers or virtual machines."""
     return any(fnmatch(name, pattern) for pattern in VIRTUAL)
 
 
@@ -65,10 +67,10 @@ def find_route(
     master_address: str = "",
     ports: Sequence[int] = (),
 ) -> Route:
-    """Let every host connect to the first. `interface` and `master_address`, where given, are what
-    is tried.
+    """Let every host connect to the first, and choose the address that most of them reach.
 
-    `ports` must be free on the first host.
+    `interface` and `master_address`, if given, are the only ones tried. `ports` must be free on the
+    first host. Failures are findings of the route.
     """
     route = Route()
     own = {host: _own(host, interfaces[host], interface, route.findings) for host in hosts}
@@ -108,7 +110,7 @@ def find_route(
 def _own(
     host: str, interfaces: Sequence[Interface], wanted: str, findings: list[Finding]
 ) -> list[Interface]:
-    """The interfaces of a host that come into question."""
+    """Return the interfaces of a host to try; without any, add a finding."""
     found = [one for one in interfaces if one["name"] == wanted] if wanted else usable(interfaces)
     if not found:
         has = (
@@ -122,7 +124,7 @@ def _own(
                 "network",
                 FAIL,
                 "no interface",
-                f"{what}; it has {has}; name one that all hosts have with --interface, or none",
+                f"{what}; it has {has}; give --interface a name that all hosts have, or omit it",
             )
         )
     return found
@@ -136,7 +138,7 @@ def _meet(
     wanted_ports: Sequence[int],
     python: str,
 ) -> tuple[dict[str, Any], list[int]]:
-    """Answers of `reach.py` by host, and the ports that nobody connected to."""
+    """Run `reach.py` on all hosts; return the answers by host, and ports that nobody used."""
     drawn = random.SystemRandom().sample(PORTS, 6)
     tried, spare = drawn[:3], drawn[3:]
     common = {
@@ -175,8 +177,8 @@ def _judge_ports(
     for port in wanted:
         if port in busy:
             advice = (
-                f"port {port} is another program's (`ss -ltnp` names it); choose another with "
-                "--master-port"
+                f"port {port} is in use by another program (`ss -ltnp` names it); choose another "
+                "with --master-port"
             )
             route.findings.append(Finding(first, "network", FAIL, f"port {port} taken", advice))
 
@@ -189,32 +191,31 @@ def _cut_off(host: str, first: str, address: str, answer: Any) -> Finding:
         FAIL,
         "cut off",
         f"cannot connect to {first} at {address}: {why}; open all TCP ports between the hosts "
-        "(`ufw allow from NETWORK` on each), or name the network with --interface",
+        "(`ufw allow from NETWORK` on each), or choose the network with --interface",
     )
 
 
 def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Finding:
-    told = f"{own['name']} {_speed(own['speed'])}".rstrip()
+    summary = f"{own['name']} {_speed(own['speed'])}".rstrip()
     if own["name"] == "lo" and host != first:
         return Finding(
             host,
             "network",
             WARN,
-            told,
-            f"it reaches {first} through loopback: two names of one machine?",
+            summary,
+            f"it reaches {first} through loopback; check whether both names are one machine",
         )
     if is_virtual(own["name"]):
         return Finding(
             host,
             "network",
             WARN,
-            told,
-            f"{own['name']} is a bridge of containers; name the interface of your network with "
-            "--interface",
+            summary,
+            f"{own['name']} is a container bridge; give your network's interface with --interface",
         )
     if 0 < own["speed"] < SLOW_MEGABITS:
         return Finding(
-            host, "network", WARN, told, f"{told}, which is slow; look at cable and switch"
+            host, "network", WARN, summary, f"{summary}, which is slow; check cable and switch"
         )
     for what, unit in (("speed", "Mb/s"), ("mtu", "bytes of MTU")):
         if own[what] and of_first[what] and own[what] != of_first[what]:
@@ -222,11 +223,11 @@ def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Findin
                 host,
                 "network",
                 WARN,
-                told,
-                f"{own['name']} has {own[what]} {unit}, and {of_first['name']} of {first} "
+                summary,
+                f"{own['name']} has {own[what]} {unit}, but {of_first['name']} of {first} has "
                 f"{of_first[what]}; set both to the same",
             )
-    return Finding(host, "network", PASS, told)
+    return Finding(host, "network", PASS, summary)
 
 
 def _speed(megabits: int) -> str:

@@ -1,4 +1,4 @@
-"""What the network costs: how much of the speed of N lone ranks N ranks together keep.
+"""Predict the scaling efficiency: the share of the speed of N independent ranks that is kept.
 
 A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which sends S/N bytes
 (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009):
@@ -6,11 +6,11 @@ A ring all-reduce of S bytes between N ranks takes 2(N-1) steps, each of which s
     T = 2(N-1)/N * S / B + 2(N-1) * a
 
 B is the bus bandwidth in bytes per second as nccl-tests counts it (2(n-1)/n * size / time,
-doc/PERFORMANCE.md there), a the latency of one step in seconds: the time of a 4-byte all-reduce
-between n ranks is 2(n-1) * a. Of a training step with C seconds of work per rank and nothing of T
-hidden behind it, C / (C + T) is left: the worst case, for communication may overlap with the
-backward pass. S comes from the recipe's networks (`count_parameters`), C from the log of an earlier
-run (`step_seconds_of`).
+doc/PERFORMANCE.md there), and a is the latency of one step in seconds: a 4-byte all-reduce between
+n ranks takes 2(n-1) * a. If a training step has C seconds of work per rank, and none of T is hidden
+behind it, the efficiency is C / (C + T). That is the worst case, since communication can overlap
+with the backward pass. S comes from the recipe's networks (`count_parameters`), C from the log of
+an earlier run (`step_seconds_of`).
 """
 
 from __future__ import annotations
@@ -56,19 +56,20 @@ class Network:
 
     @property
     def latency(self) -> float:
-        """Seconds of a 4-byte all-reduce."""
+        """Seconds that a 4-byte all-reduce takes."""
         return self.seconds[LATENCY_BYTES]
 
     def bus_bandwidth(self, size: int) -> float:
-        """Bytes a second, at `size` bytes."""
+        """Bus bandwidth in bytes per second for tensors of `size` bytes."""
         return 2 * (self.ranks - 1) / self.ranks * size / self.seconds[size]
 
     @property
     def best_known(self) -> float:
-        """Bus bandwidth in bytes a second at the largest size that was measured."""
+        """Bus bandwidth in bytes per second at the largest size measured."""
         return self.bus_bandwidth(max(self.seconds))
 
     def text(self) -> str:
+        """Describe the measurement in one line."""
         sizes = [size for size in self.seconds if size != LATENCY_BYTES]
         speeds = ", ".join(
             f"{size / 1e6:.0f} MB {self.bus_bandwidth(size) / 1e9:.2f} GB/s" for size in sizes
@@ -80,26 +81,24 @@ class Network:
 
 
 def prediction(network: Network, ranks: int, parameters: int, step_seconds: float | None) -> str:
-    """Lines for people: communication and efficiency, with gradients in FP16 or BF16 and in
-    FP32."""
+    """Describe communication time and efficiency, for gradients in FP16 or BF16 and in FP32."""
     lines = [
-        f"prediction for {ranks} ranks and {parameters:,} parameters, after T = 2(N-1)/N * bytes / "
-        "bandwidth + 2(N-1) * latency (ring all-reduce, none of it hidden):"
+        f"prediction for {ranks} ranks and {parameters:,} parameters, by T = 2(N-1)/N * bytes / "
+        "bandwidth + 2(N-1) * latency (ring all-reduce, no overlap):"
     ]
     for name, num_bytes in (("FP16/BF16", 2), ("FP32", 4)):
         seconds = all_reduce_seconds(parameters * num_bytes, ranks, network)
         least = seconds * GOOD / (1 - GOOD)
-        told = f"a step must take at least {_time(least)} for {GOOD:.0%}"
+        text = f"a step must take at least {_time(least)} for {GOOD:.0%}"
         if step_seconds is not None:
-            told = (
-                f"{efficiency(step_seconds, seconds):.1%} at {_time(step_seconds)} a step; {told}"
-            )
-        lines.append(f"  {name:9} gradients {_time(seconds):>8}  {told}")
+            kept = efficiency(step_seconds, seconds)
+            text = f"{kept:.1%} at {_time(step_seconds)} per step; {text}"
+        lines.append(f"  {name:9} gradients {_time(seconds):>8}  {text}")
     return "\n".join(lines)
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
-    """T of the module's formula, for another number of ranks than was measured, too."""
+    """T of the module's formula in seconds; `ranks` may differ from the number measured."""
     steps = 2 * (ranks - 1)
     return steps / ranks * num_bytes / network.best_known + steps * network.latency / (
         2 * (network.ranks - 1)
@@ -107,6 +106,7 @@ def all_reduce_seconds(num_bytes: float, ranks: int, network: Network) -> float:
 
 
 def efficiency(step_seconds: float, communication_seconds: float) -> float:
+    """Share of a step that is work, 0 to 1: C / (C + T)."""
     return step_seconds / (step_seconds + communication_seconds)
 
 
@@ -115,9 +115,9 @@ def _time(seconds: float) -> str:
 
 
 def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
-    """The parameters that a recipe (of its stages the last) trains, its discriminator's among them.
+    """Count the parameters that a recipe trains (in its last stage), including a discriminator's.
 
-    Networks are torch's, so another process counts them. `UserError` for an invalid recipe.
+    Another process counts them, because networks need torch. `UserError` for an invalid recipe.
     """
     done = subprocess.run(
         [sys.executable, "-c", _COUNT, recipe, *overrides],
@@ -133,11 +133,10 @@ def count_parameters(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 
 def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
-    """Seconds that each of `ranks` ranks will work on a step, by the speed in a run's log; `None`
-    without one.
+    """Estimate the seconds of work per step of each of `ranks` ranks from a run's log, if any.
 
-    What its own ranks spent on communication counts as work. The global batch stays, so its time
-    goes down with ranks.
+    The time that the run's own ranks spent on communication counts as work. The global batch stays
+    the same, so the time falls as the number of ranks grows.
     """
     run_dir = run_folder.newest_stage(run_dir)
     try:

@@ -1,9 +1,8 @@
-"""What the doctor wants to know of a host: facts about its checkout, packages, network, GPUs and
-datasets.
+"""Collect facts about a host for the doctor: checkout, packages, network, GPUs and datasets.
 
-This file is sent as source to every host, whatever is installed there, and runs in its python3: it
-uses the standard library alone and imports nothing of the checkout. What a fact means is judged on
-the first host, by `checks.py`.
+This file is sent as source to every host, whatever is installed there, and runs in its python3. So
+it uses only the standard library and imports nothing from the checkout. `checks.py` judges the
+facts on the first host.
 """
 
 from __future__ import annotations
@@ -39,15 +38,14 @@ SOURCES = (
     "recipes/**/*.yml",
     "recipes/**/*.json",
 )
-"""What a run depends on, whether git knows of it or not."""
+"""Files that a run depends on, tracked by git or not."""
 MOST_SOURCES = 5000
 LISTS = ("training_file_list.txt", "validation_file_list.txt")
-# for looking whether files are there: a list of millions on a network disk is not looked through
-LOOK_SECONDS = 6
-SAMPLE = 200
-END_BYTES = 1 << 15  # at both ends of each file of the sample, that are compared
-NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
-TORCH_SECONDS = 40  # to import torch, from a slow disk too, and to compile a small kernel
+LOOK_SECONDS = 6  # for checking that files exist: not enough for millions on a network disk
+SAMPLE = 200  # files whose contents are compared
+END_BYTES = 1 << 15  # compared at each end of a sampled file
+NVIDIA_SECONDS = 15  # a GPU that fell off the bus can make nvidia-smi hang forever
+TORCH_SECONDS = 40  # to import torch, even from a slow disk, and to compile a small kernel
 GPU_FIELDS = (
     "index",
     "name",
@@ -63,8 +61,8 @@ GPU_FIELDS = (
     "clocks_throttle_reasons.active",
     "mig.mode.current",
 )
-"""As `nvidia-smi --help-query-gpu` has them; drivers differ in which they know. MiB, degrees
-Celsius, W."""
+"""Fields of `nvidia-smi --help-query-gpu`, in MiB, degrees Celsius and W. Not every driver knows
+all of them."""
 _NO_GPUS = {"gpus": [], "complaint": ""}
 _WHOLE = {
     "index",
@@ -81,12 +79,12 @@ SLOWED_BY = {
     0x40: "heat (hardware)",
     0x80: "power brake",
 }
-"""Bits of nvml.h's nvmlClocksEventReasons that mean trouble; idle clocks and a reached power cap do
-not."""
+"""Bits of nvml.h's nvmlClocksEventReasons that indicate a problem, unlike idle clocks or a reached
+power cap."""
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Facts by name. What could not be found out is {"error": why} in place of its value."""
+    """Return the facts by name. A fact that could not be determined is {"error": why}."""
     facts: dict[str, Any] = {"began": time.time()}
     parts = {
         "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
@@ -104,7 +102,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     for name, part in parts.items():
         try:
             facts[name] = part()
-        except Exception as error:  # a part that fails must not keep the others from answering
+        except Exception as error:  # a failing part must not keep the others from answering
             facts[name] = {"error": f"{type(error).__name__}: {error}"}
     facts["hostname"] = socket.gethostname()
     facts["ended"] = time.time()
@@ -125,7 +123,7 @@ def _checkout(root: Path, synced: str) -> dict[str, Any]:
 
 
 def _commit(root: Path, synced: str) -> str:
-    """The commit that is checked out, or that the file `synced` names; "" where that is unknown."""
+    """Return the commit that is checked out, or that the file `synced` names; "" if unknown."""
     if (root / ".git").exists():
         try:
             done = subprocess.run(
@@ -145,7 +143,8 @@ def _commit(root: Path, synced: str) -> str:
 
 
 def _packages(names: list[str]) -> dict[str, str]:
-    """Versions of the packages `names`, and of every build of DALI and NCCL that is there."""
+    """Return the versions of the packages `names` ("" if missing), and of all builds of DALI and
+    NCCL."""
     from importlib.metadata import PackageNotFoundError, distributions, version
 
     found = {}
@@ -162,7 +161,7 @@ def _packages(names: list[str]) -> dict[str, str]:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes: of the machine, and free of them; a container's limit counts where it is lower."""
+    """Return total and free memory in bytes, within a container's limit if that is lower."""
     lines = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
@@ -177,8 +176,7 @@ def _memory() -> dict[str, int]:
 
 
 def _output(directory: str) -> dict[str, Any]:
-    """Free bytes where the run folder is or would be made, and whether something can be written
-    there."""
+    """Return the free bytes where the run folder is or would be, and whether it is writable."""
     path = Path(os.path.expanduser(directory))
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -197,8 +195,10 @@ def _output(directory: str) -> dict[str, Any]:
 
 
 def _interfaces() -> list[dict[str, Any]]:
-    """Those that are up and have an IPv4 address. `speed` in Mb/s and `mtu` in bytes, 0 where
-    unknown."""
+    """Return the interfaces that are up and have an IPv4 address.
+
+    `speed` is in Mb/s and `mtu` in bytes; 0 means unknown.
+    """
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
@@ -251,12 +251,12 @@ def _limits() -> dict[str, int]:
 
 
 def probe_gpus() -> dict[str, Any]:
-    """{"gpus": [...], "complaint": why nvidia-smi gives no answer, "" if it does}."""
+    """Return {"gpus": [...], "complaint": why nvidia-smi failed, or ""}."""
     if not shutil.which("nvidia-smi"):
         present = Path("/dev/nvidia0").exists()
         return {
             "gpus": [],
-            "complaint": "there is /dev/nvidia0 but no nvidia-smi" if present else "",
+            "complaint": "/dev/nvidia0 exists, but nvidia-smi is missing" if present else "",
         }
     fields = list(GPU_FIELDS)
     while True:
@@ -285,8 +285,8 @@ def probe_gpus() -> dict[str, Any]:
 
 
 def _torch(root: Path, nvidia: dict[str, Any]) -> dict[str, Any] | None:
-    """What this Python's torch makes of the GPUs, as `pipeline.engine.triton_check` reports it;
-    None without GPUs."""
+    """Return the report of `pipeline.engine.triton_check`: whether this Python's torch can use the
+    GPUs. None without GPUs."""
     if not nvidia.get("gpus"):
         return None
     try:
@@ -311,8 +311,8 @@ def _torch(root: Path, nvidia: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def parse_gpus(output: str, fields: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
-    """A dict for each line of the CSV; `None` for what the GPU leaves out ([N/A], [Not Supported],
-    [Unknown …])."""
+    """Parse nvidia-smi's CSV into a dict per GPU; values that it does not report ([N/A], [Not
+    Supported], [Unknown Error]) are `None`."""
     gpus = []
     for line in output.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -345,12 +345,14 @@ def _slowed_by(gpu: dict[str, Any]) -> list[str]:
     return [reason for bit, reason in SLOWED_BY.items() if active & bit]
 
 
-# --- What a host has of a dataset ---
+# --- Datasets ---
 
 
 def probe_dataset(directory: str) -> dict[str, Any]:
-    """The two lists, how many of their files are missing, and digests of a sample that is the same
-    everywhere."""
+    """Return facts about a dataset: its two lists, missing files, and digests of a sample.
+
+    The sample depends only on the lists, so it is the same on every host.
+    """
     root = os.path.expanduser(directory)
     found: dict[str, Any] = {
         "directory": directory,
@@ -384,8 +386,7 @@ def probe_dataset(directory: str) -> dict[str, Any]:
 
 
 def _sample(root: str, names: list[str]) -> dict[str, str]:
-    """`SAMPLE` names, evenly apart -> a digest of size and first bytes; "" for a file that cannot
-    be read."""
+    """Return digests of up to `SAMPLE` evenly spaced files; "" for a file that cannot be read."""
     apart = max(1, len(names) // SAMPLE)
     deadline = time.monotonic() + LOOK_SECONDS
     sample: dict[str, str] = {}
@@ -397,10 +398,10 @@ def _sample(root: str, names: list[str]) -> dict[str, str]:
 
 
 def _digest(path: str) -> str:
+    """Hash the size and both ends of a file."""
     try:
-        with open(
-            os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
-        ) as file:  # a named pipe must not keep us waiting
+        # Non-blocking, so that a named pipe does not keep us waiting.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             ends = file.read(END_BYTES)
             file.seek(max(0, size - END_BYTES))
@@ -410,8 +411,8 @@ def _digest(path: str) -> str:
 
 
 def _look(root: str, names: list[str], found: dict[str, Any]) -> None:
-    """Count the files that are not there, in an order that is the same on every host, as far as the
-    time allows."""
+    """Count missing files within `LOOK_SECONDS`, in a random order that is the same on every
+    host."""
     order = list(range(len(names)))
     random.Random(0).shuffle(order)
     deadline = time.monotonic() + LOOK_SECONDS

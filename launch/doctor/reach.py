@@ -1,9 +1,9 @@
-"""Whether every host can open a TCP connection to the first. Of the standard library alone: it is
-sent to every host.
+"""Test whether every host can open a TCP connection to the first.
 
-The first host listens on all its addresses; the others try each of them. A token tells the first
-host from another that has the same address (every docker bridge is 172.17.0.1) or from another
-program on the port.
+This file is sent to every host as source, so it uses only the standard library. The first host
+listens on all its addresses and the others try each of them. A token distinguishes the first host
+from another one with the same address (every docker bridge is 172.17.0.1) and from another program
+on the port.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ RETRY_SECONDS = 0.1
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """As the first host {"busy": [port, ...]}, as another {"reached": {address: own}, "refused":
-    {address: why}}."""
+    """Run this host's part of the test.
+
+    The first host returns {"busy": [port, ...]}, the others {"reached": {address: (own address,
+    time)}, "refused": {address: why}}.
+    """
     deadline = time.monotonic() + task["seconds"]
     return _listen(task, deadline) if task["is_first"] else _connect(task, deadline)
 
@@ -45,12 +48,12 @@ def _listen(task: dict[str, Any], deadline: float) -> dict[str, Any]:
             heard.add(_greet(key.fileobj, task["token"]))
         if len(heard - {""}) == task["others"]:
             ends = min(ends, time.monotonic() + LINGER_SECONDS + 0.2)
-            task["others"] = -1  # from here on the clock decides
+            task["others"] = -1  # all have connected: only the shortened deadline counts now
     return {"busy": busy}
 
 
 def _greet(listener: socket.socket, token: str) -> str:
-    """Take a connection; the name of the host that has made it, "" if it is none of ours."""
+    """Accept a connection; return the name of the host that made it, or "" for a stranger."""
     try:
         connection, _ = listener.accept()
     except OSError:
@@ -81,7 +84,7 @@ def _connect(task: dict[str, Any], deadline: float) -> dict[str, Any]:
 
 
 def _try(task: dict[str, Any], address: str, deadline: float, found: dict[str, Any]) -> None:
-    """Until it succeeds, or, once another address has answered, a little longer."""
+    """Try `address` until it answers, or until shortly after another address has answered."""
     why = ""
     while time.monotonic() < deadline:
         moments = [moment for _, moment in list(found["reached"].values())]
@@ -97,7 +100,7 @@ def _try(task: dict[str, Any], address: str, deadline: float, found: dict[str, A
 
 
 def _ask(address: str, port: int, task: dict[str, Any]) -> tuple[str, str]:
-    """(Own address of the connection, "") or ("", why there is none)."""
+    """Connect once; return (own address of the connection, "") or ("", why it failed)."""
     try:
         source = (task["source"], 0) if task["source"] else None
         with contextlib.closing(

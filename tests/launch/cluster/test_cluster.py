@@ -546,7 +546,7 @@ def test_the_doctor_names_what_is_wrong_and_where(
         cluster.mend("node3")
     assert status == 2, printed
     assert time.monotonic() - began < 25
-    assert "node2: checkout: pipeline/models/ema.py differ from those of node1" in printed
+    assert "node2: checkout: differs from node1 in pipeline/models/ema.py" in printed
     assert "run launch/sync.sh" in printed
     assert "node2: dataset: 1 of 13 sampled files" in printed
     assert "photos/03.npy" in printed
@@ -613,7 +613,7 @@ def test_the_doctor_counts_gpus(cluster: Cluster, tmp_path: Path) -> None:
     assert status == 2, printed
     assert verdicts(found, "node1")["GPUs"] == "PASS"
     assert (
-        "node2: GPUs: it has 2 GPUs, and the hostfile wants 2, 3, too (counted from 0); write "
+        "node2: GPUs: it has 2 GPUs, but the hostfile also uses slots 2, 3 (counted from 0); write "
         "slots=2"
     ) in printed
     assert "node2: GPUs: GPU 1 (NVIDIA Test) is slowed by heat (hardware) at 90 C" in printed

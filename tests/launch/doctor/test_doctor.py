@@ -26,7 +26,7 @@ from conftest import ROOT
 from launch.cluster import remote
 from launch.cluster.remote import Done, run_on, ssh
 from launch.doctor import checks, diagnose, probe, reach
-from launch.doctor.checks import GIB, Question, clock, clock_skew, datasets, explain, gpus
+from launch.doctor.checks import GIB, Comparison, clock, clock_skew, datasets, explain, gpus
 from launch.doctor.diagnosis import ROWS, Diagnosis
 from launch.doctor.findings import FAIL, PASS, WARN, WIDTH, Finding, format_table, worst
 from launch.doctor.measure import hosts_of, task_of
@@ -121,16 +121,16 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def question(
+def compared(
     own: dict[str, Any], first: dict[str, Any] | None = None, host: str = "node2"
-) -> Question:
-    return Question(host, (0, 1), changed(own), "node1", changed(first or {}), 4, PYTHON)
+) -> Comparison:
+    return Comparison(host, (0, 1), changed(own), "node1", changed(first or {}), 4, PYTHON)
 
 
-def found(check: str, ask: Question) -> list[Finding]:
+def found(check: str, pair: Comparison) -> list[Finding]:
     table = {**checks.CHECKS, "GPUs": gpus, "dataset": datasets}
-    findings = list(table[check](ask))
-    assert {(finding.host, finding.check) for finding in findings} <= {(ask.host, check)}
+    findings = list(table[check](pair))
+    assert {(finding.host, finding.check) for finding in findings} <= {(pair.host, check)}
     for finding in findings:
         assert bool(finding.advice) == (finding.verdict != PASS)
         assert "\n" not in finding.line
@@ -138,7 +138,7 @@ def found(check: str, ask: Question) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("check", "told"),
+    ("check", "summary"),
     [
         ("checkout", "aaaaaaaaa"),
         ("python", "3.11.7"),
@@ -151,48 +151,48 @@ def found(check: str, ask: Question) -> list[Finding]:
         ("dataset", "300 files"),
     ],
 )
-def test_a_host_like_the_first_passes(check: str, told: str) -> None:
-    assert found(check, question({})) == [Finding("node2", check, PASS, told)]
+def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
+    assert found(check, compared({})) == [Finding("node2", check, PASS, summary)]
 
 
 @pytest.mark.parametrize(
-    ("check", "own", "verdict", "told", "advice"),
+    ("check", "own", "verdict", "summary", "advice"),
     [
         (
             "checkout",
             {"checkout/exists": False},
             FAIL,
             "missing",
-            "there is no checkout where node1 has its own; run launch/sync.sh",
+            "there is no checkout at the path that node1 uses; run launch/sync.sh",
         ),
         (
             "checkout",
             {"checkout/files/train.py": "3"},
             FAIL,
-            "1 file other",
-            "train.py differ from those of node1; run launch/sync.sh",
+            "1 different file",
+            "differs from node1 in train.py; run launch/sync.sh",
         ),
         (
             "checkout",
             {"checkout/files": {}, "checkout/commit": "b" * 40},
             FAIL,
-            "2 files other",
-            "launch/cluster/job.py, train.py differ from those of node1 (commit bbbbbbbbb, there "
+            "2 different files",
+            "differs from node1 in launch/cluster/job.py, train.py (commit bbbbbbbbb, not "
             "aaaaaaaaa); run launch/sync.sh",
         ),
         (
             "checkout",
             {"checkout/files": {f"{n}.py": "1" for n in range(3)}},
             FAIL,
-            "5 files other",
-            "0.py, 1.py, 2.py and 2 more differ from those of node1; run launch/sync.sh",
+            "5 different files",
+            "differs from node1 in 0.py, 1.py, 2.py and 2 more; run launch/sync.sh",
         ),
         ("checkout", {"checkout/commit": ""}, PASS, "no commit known, same files", ""),
         (
             "python",
             {"python/executable": "/usr/bin/python3"},
             FAIL,
-            "not there",
+            "missing",
             f"there is no {PYTHON}; run launch/sync.sh",
         ),
         (
@@ -200,14 +200,14 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"python/version": "3.12.1"},
             FAIL,
             "3.12.1",
-            "Python 3.12.1, and node1 has 3.11.7; make the environment again with 3.11",
+            "Python 3.12.1, but node1 has 3.11.7; make the environment again with 3.11",
         ),
         ("python", {"python/version": "3.11.9"}, WARN, "3.11.9", "likely harmless"),
         (
             "packages",
             {"packages/torch": "2.12.0"},
             FAIL,
-            "1 package other",
+            "1 different package",
             "torch 2.12.0 (2.13.0 on node1); run launch/sync.sh, or `pip install -r "
             "requirements.txt` there",
         ),
@@ -215,14 +215,14 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             "packages",
             {"packages/numpy": "", "packages/torch": "2.12.0"},
             FAIL,
-            "2 packages other",
+            "2 different packages",
             "no numpy; torch 2.12.0 (2.13.0 on node1); ",
         ),
         (
             "packages",
             {"packages/nvidia-dali-cuda120": None, "packages/nvidia-dali-cuda130": "2.4.0"},
             FAIL,
-            "2 packages other",
+            "2 different packages",
             "no nvidia-dali-cuda120; nvidia-dali-cuda130 2.4.0 (none on node1); ",
         ),
         (
@@ -230,21 +230,21 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"cores": 1},
             WARN,
             "1 for 2 ranks",
-            "1 core for 2 ranks: they will wait for each other; give fewer slots",
+            "1 core for 2 ranks, which will wait for each other; set fewer slots",
         ),
         (
             "memory",
             {"memory/free": 3 * GIB},
             WARN,
             "3 GiB free",
-            "3.0 GiB of memory are free for 2 ranks, of about 2 each",
+            "3.0 GiB of memory are free for 2 ranks that need about 2 each",
         ),
         (
             "disk",
             {"output/complaint": "Permission denied"},
             WARN,
             "not writable",
-            "/runs cannot be written to: Permission denied; name another --output-dir",
+            "cannot write to /runs: Permission denied; give another --output-dir",
         ),
         (
             "disk",
@@ -259,7 +259,7 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"limits/open_files": 256},
             WARN,
             "256 open files",
-            "ulimit -n is 256, and 4 ranks may need 1024 connections and files; say `ulimit -n "
+            "ulimit -n is 256, and 4 ranks may need 1024 connections and files; set `ulimit -n "
             "1024` in ~/.bashrc there",
         ),
         (
@@ -267,14 +267,14 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"limits/open_files": 256, "limits/most_open_files": 512},
             WARN,
             "256 open files",
-            "say `* - nofile 1024` in /etc/security/limits.conf there",
+            "set `* - nofile 1024` in /etc/security/limits.conf there",
         ),
         (
             "limits",
             {"limits/shm": 64 << 20},
             WARN,
             "/dev/shm 67 MB",
-            "is too small; in a container: --shm-size=8g",
+            "/dev/shm 67 MB is too small for NCCL, which connects the GPUs of a host through it",
         ),
         (
             "GPUs",
@@ -288,14 +288,14 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"nvidia/gpus": []},
             FAIL,
             "0 GPUs",
-            "node1 has GPUs and node2 has none; leave one of them out",
+            "node1 has GPUs and node2 has none; omit one of them",
         ),
         (
             "GPUs",
             {"nvidia/gpus": [gpu(0)]},
             FAIL,
             "1 GPUs",
-            "it has 1 GPUs, and the hostfile wants 1, too (counted from 0); write slots=1",
+            "it has 1 GPU, but the hostfile also uses slots 1 (counted from 0); write slots=1",
         ),
         (
             "GPUs",
@@ -310,21 +310,21 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"nvidia/gpus": [gpu(n, driver_version="535.1") for n in range(2)]},
             WARN,
             "driver 535.1",
-            "NVIDIA driver 535.1, and node1 has 550.54.15; install the same on all hosts",
+            "NVIDIA driver 535.1, but node1 has 550.54.15; install the same on all hosts",
         ),
         (
             "GPUs",
             {"nvidia/gpus/1/memory.used": 70000},
             WARN,
             "GPU 1: see below",
-            "has 68.4 of 80 GiB in use by others",
+            "has 68.4 of 80 GiB in use by other processes",
         ),
         (
             "GPUs",
             {"nvidia/gpus/1/power.limit": 500.0},
             WARN,
             "GPU 1: see below",
-            "may take 500 W of its usual 700",
+            "is limited to 500 W instead of its default 700 W",
         ),
         (
             "GPUs",
@@ -334,7 +334,7 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             },
             WARN,
             "GPU 1: see below",
-            "is slowed by heat (hardware), power brake at 91 C; look after cooling",
+            "is slowed by heat (hardware), power brake at 91 C; check cooling",
         ),
         (
             "GPUs",
@@ -348,14 +348,14 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"nvidia/gpus/1/mig.mode.current": "Enabled"},
             WARN,
             "GPU 1: see below",
-            "is cut into MIG slices",
+            "is split into MIG devices",
         ),
         (
             "GPUs",
             {"torch": {"error": "torch did not answer within 40 s"}},
             WARN,
             "torch silent",
-            "what torch makes of the GPUs could not be found out: torch did not answer within 40 s",
+            "could not find out whether torch can use the GPUs: torch did not answer within 40 s",
         ),
         (
             "GPUs",
@@ -376,15 +376,15 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"torch": TORCH | {"gpus": []}},
             FAIL,
             "not usable",
-            "nvidia-smi lists GPUs, and torch 2.13.0 sees none",
+            "nvidia-smi lists GPUs, but torch 2.13.0 sees none",
         ),
         (
             "GPUs",
             {"torch": TORCH | {"uncompiled": "there is no C compiler (Debian: apt install gcc)"}},
             WARN,
             "not compiled",
-            "torch.compile will not work, and training be slower: there is no C compiler (Debian: "
-            "apt",
+            "torch.compile will not work, so training will be slower: there is no C compiler "
+            "(Debian: apt",
         ),
         ("GPUs", {"torch": TORCH}, PASS, "2 x H100 80GB HBM3 80 GiB P0", ""),
         (
@@ -413,8 +413,8 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             "dataset",
             {"datasets/0/lists/training_file_list.txt/sha256": "x"},
             FAIL,
-            "other list",
-            "/data/training_file_list.txt names 150 files, and that of node1 150, or others; run "
+            "list differs",
+            "/data/training_file_list.txt (150 files) differs from that of node1 (150 files); run "
             "launch/sync.sh",
         ),
         (
@@ -422,26 +422,26 @@ def test_a_host_like_the_first_passes(check: str, told: str) -> None:
             {"datasets/0/missing": 2, "datasets/0/first_missing": "c.npy"},
             FAIL,
             "2 missing",
-            "2 of the 300 files looked for in /data are not there (c.npy); run launch/sync.sh "
+            "2 of the 300 files looked for in /data are missing (c.npy); run launch/sync.sh "
             "--dataset-dir /data",
         ),
         (
             "dataset",
             {"datasets/0/sample/b.npy": "3"},
             FAIL,
-            "other files",
-            "1 of 2 sampled files of /data are not those of node1 (b.npy); run launch/sync.sh "
+            "files differ",
+            "1 of 2 sampled files of /data differ from those of node1 (b.npy); run launch/sync.sh "
             "--dataset-dir /data",
         ),
         ("dataset", {"datasets/0/checked": 256}, WARN, "256 of 300 seen", "its disk is slow"),
     ],
 )
 def test_a_difference_is_told_with_a_way_out(
-    check: str, own: dict[str, Any], verdict: str, told: str, advice: str
+    check: str, own: dict[str, Any], verdict: str, summary: str, advice: str
 ) -> None:
-    finding = worst(found(check, question(own)))
+    finding = worst(found(check, compared(own)))
     assert finding is not None
-    assert (finding.verdict, finding.told) == (verdict, told)
+    assert (finding.verdict, finding.summary) == (verdict, summary)
     assert advice in finding.advice
 
 
@@ -458,7 +458,7 @@ def test_a_difference_is_told_with_a_way_out(
             "disk",
             {"output/complaint": "Read-only file system"},
             FAIL,
-            "/runs cannot be written to: Read-only file system",
+            "cannot write to /runs: Read-only file system",
         ),
         (
             "disk",
@@ -478,14 +478,14 @@ def test_a_difference_is_told_with_a_way_out(
             "dataset",
             {"datasets/0/missing": 2},
             FAIL,
-            "write the lists again, or bring the files back",
+            "write the lists again, or restore the files",
         ),
     ],
 )
 def test_the_first_host_is_told_what_it_needs_itself(
     check: str, facts: dict[str, Any], verdict: str, advice: str
 ) -> None:
-    finding = worst(found(check, question(facts, facts, host="node1")))
+    finding = worst(found(check, compared(facts, facts, host="node1")))
     assert finding is not None
     assert finding.verdict == verdict
     assert advice in finding.advice
@@ -493,7 +493,7 @@ def test_the_first_host_is_told_what_it_needs_itself(
 
 def test_packages_of_another_interpreter_say_nothing() -> None:
     assert (
-        found("packages", question({"python/executable": "/usr/bin/python3", "packages": {}})) == []
+        found("packages", compared({"python/executable": "/usr/bin/python3", "packages": {}})) == []
     )
 
 
@@ -514,9 +514,9 @@ def test_a_clock_is_judged_only_beyond_doubt(
 
 def test_a_clock_that_is_off_is_told() -> None:
     finding = clock("node2", "node1", (-3600.0, 0.2), (0.1, 0.2))
-    assert (finding.verdict, finding.told) == (WARN, "-3600.1 s")
+    assert (finding.verdict, finding.summary) == (WARN, "-3600.1 s")
     assert finding.advice.startswith(
-        "its clock is 3600 s behind that of node1; switch time synchronisation on"
+        "its clock is 3600 s behind that of node1; turn on time synchronisation"
     )
     assert clock("node2", "node1", (0.1, 0.3), (0.0, 0.2)) == Finding(
         "node2", "clock", PASS, "within 0.5 s"
@@ -565,8 +565,8 @@ def test_nvidia_smis_lines_are_read() -> None:
         probe.GPU_FIELDS[10],
         probe.GPU_FIELDS[11],
     }
-    ask = question({"nvidia/gpus": [h100, slowed, rtx, ill]}, {"nvidia/gpus": [gpu(0)]})
-    assert [finding.verdict for finding in gpus(ask)] == [WARN] * 5 + [
+    pair = compared({"nvidia/gpus": [h100, slowed, rtx, ill]}, {"nvidia/gpus": [gpu(0)]})
+    assert [finding.verdict for finding in gpus(pair)] == [WARN] * 5 + [
         PASS
     ]  # four of the second, one of its memory
 
@@ -707,7 +707,7 @@ def test_a_prediction_is_of_both_precisions() -> None:
         "at",
         "10",
         "ms",
-        "a",
+        "per",
         "step;",
         "a",
         "step",
@@ -728,8 +728,8 @@ def test_a_prediction_is_of_both_precisions() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def finding(host: str, check: str, verdict: str = PASS, told: str = "well") -> Finding:
-    return Finding(host, check, verdict, told, "" if verdict == PASS else "mend it")
+def finding(host: str, check: str, verdict: str = PASS, summary: str = "well") -> Finding:
+    return Finding(host, check, verdict, summary, "" if verdict == PASS else "repair it")
 
 
 def test_two_hosts_have_a_column_each() -> None:
@@ -748,15 +748,15 @@ def test_two_hosts_have_a_column_each() -> None:
     ]
 
 
-def test_of_twenty_hosts_those_that_are_alike_share_a_column() -> None:
+def test_hosts_with_the_same_verdicts_share_a_column() -> None:
     hosts = [f"node{number}" for number in range(1, 21)]
-    findings = [finding(host, check, told=f"on {host}") for host in hosts for check in ROWS]
+    findings = [finding(host, check, summary=f"on {host}") for host in hosts for check in ROWS]
     findings[0] = finding("node1", ROWS[0], WARN, "slow")
     findings += [
         finding("node7", "disk", FAIL, "a very long story of what is wrong with this disk")
     ] * 2
     lines = format_table(hosts, ROWS, findings).splitlines()
-    assert re.split(r" {2,}", lines[0].strip()) == ["node1", "node2 and 17 alike", "node7"]
+    assert re.split(r" {2,}", lines[0].strip()) == ["node1", "node2 and 17 like it", "node7"]
     assert len(lines) == len(ROWS) + 1
     assert max(map(len, lines)) <= WIDTH
     disk = next(line for line in lines if line.startswith("disk"))
@@ -798,10 +798,10 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
         seconds=1.25,
     )
     assert not whole.ok
-    assert whole.failures == ["node2: disk: mend it"]
+    assert whole.failures == ["node2: disk: repair it"]
     assert whole.table().splitlines()[len(ROWS) + 2 :] == [
-        "FAIL  node2: disk: mend it",
-        "WARN  node2: ssh: mend it",
+        "FAIL  node2: disk: repair it",
+        "WARN  node2: ssh: repair it",
         "",
         NETWORK.text(),
         "",
@@ -819,8 +819,9 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
         "host": "node2",
         "check": "disk",
         "verdict": "FAIL",
+        "summary": "full",
         "told": "full",
-        "advice": "mend it",
+        "advice": "repair it",
     }
     assert told["all_reduce"]["bus_bandwidth"] == pytest.approx(6e9)
     assert told["interfaces"] == {"node1": "eth0"}
@@ -833,7 +834,7 @@ SSH_SAYS = [
     (
         "ssh: Could not resolve hostname node2: Name or service not known",
         "name does not resolve",
-        "write `ADDRESS node2` into /etc/hosts on every host, or a HostName into ~/.ssh/config",
+        "add `ADDRESS node2` to /etc/hosts on every host, or a HostName to ~/.ssh/config",
     ),
     (
         "ssh: Could not resolve hostname node2: Temporary failure in name resolution",
@@ -850,7 +851,7 @@ SSH_SAYS = [
     (
         "ssh: connect to host node2 port 22: Connection timed out",
         "no answer",
-        "does a firewall drop port 22?",
+        "no firewall drops port 22",
     ),
     (
         "Connection timed out during banner exchange\nConnection to 10.0.0.2 port 22 timed out",
@@ -884,7 +885,7 @@ SSH_SAYS = [
         "@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@\n"
         "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
         "Offending ED25519 key in /root/.ssh/known_hosts:3\nHost key verification failed.",
-        "another host key than known",
+        "host key has changed",
         "`ssh-keygen -R node2`, then `ssh-keyscan -H node2 >> ~/.ssh/known_hosts`",
     ),
     (
@@ -894,11 +895,11 @@ SSH_SAYS = [
         "private key readable by others",
         "`chmod 600`",
     ),
-    ("Bad owner or permissions on /root/.ssh/config", "~/.ssh/config is refused", "`ssh node2`"),
+    ("Bad owner or permissions on /root/.ssh/config", "~/.ssh/config is invalid", "`ssh node2`"),
     (
         "/root/.ssh/config: line 3: Bad configuration option: hostnam\n"
         "/root/.ssh/config: terminating, 1 bad configuration options",
-        "~/.ssh/config is refused",
+        "~/.ssh/config is invalid",
         "`ssh node2`",
     ),
     (
@@ -946,8 +947,8 @@ def test_a_host_that_takes_too_long_is_no_network_error() -> None:
     cause, remedy = explain(Done("node2", 124, "", "no answer within 30 s"))
     assert cause == "too slow"
     assert remedy == (
-        "no answer within 30 s: a disk that hangs (`ssh node2 df`), a slow login script? or allow "
-        "more with --timeout"
+        "no answer within 30 s; look for a disk that hangs (`ssh node2 df`) or a slow login "
+        "script, or raise --timeout"
     )
 
 
@@ -1187,7 +1188,7 @@ def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
     own = {**FACTS, "datasets": [same]}
     assert [
         one.verdict
-        for one in datasets(Question("b", (0,), own, "a", {"datasets": [whole]}, 2, PYTHON))
+        for one in datasets(Comparison("b", (0,), own, "a", {"datasets": [whole]}, 2, PYTHON))
     ] == [PASS]
 
     values = np.load(copied / "photos/03.npy")
@@ -1257,7 +1258,7 @@ def test_an_interface_that_no_host_has_is_told() -> None:
     hosts = ["node1", "node2"]
     interfaces = {host: [interface("eth0", "10.0.0.1")] for host in hosts}
     route = find_route(hosts, interfaces, PYTHON, interface="eth9")
-    assert [one.told for one in route.findings] == ["no interface", "no interface"]
+    assert [one.summary for one in route.findings] == ["no interface", "no interface"]
 
 
 def free_ports(count: int) -> list[int]:
