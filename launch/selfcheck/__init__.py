@@ -1,2 +1,1 @@
-"""Checks a machine's GPUs, or its CPU, by this project's own work, in some minutes: `python -m
-launch.selfcheck`."""
+"""Check a GPU or CPU with this project's own work, in minutes: `python -m launch.selfcheck`."""

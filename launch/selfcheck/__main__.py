@@ -1,4 +1,4 @@
-"""The self-check as a command.
+"""Command line of the self-check.
 
 python -m launch.selfcheck
 """
@@ -28,47 +28,46 @@ from pipeline.cli import UserError, nearest, run
 from pipeline.distributed.gpus import CPU, VISIBLE, driver_version, is_cpu_wanted, list_gpus
 from pipeline.files import write_atomically
 
-LEAST_SECONDS = 8.0  # that a section needs for its imports alone
+LEAST_SECONDS = 8.0  # a section needs this long for its imports alone
 DEFAULT_MINUTES = 8.0
-_OF_GPUS = ("name", "memory.total", "pstate", "power.limit", "slowed_by", "mig.mode.current")
+_GPU_FIELDS = ("name", "memory.total", "pstate", "power.limit", "slowed_by", "mig.mode.current")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Check this machine's first GPU, or its CPU, by this project's own work: what it can, and
-    whether it is right.
+    """Check whether this machine's first GPU, or its CPU, computes correctly, and how fast.
 
-    Sections run one after the other, each in a process of its own, so that what crashes or hangs is
-    one line; what is missing is skipped with the reason. Prints a table and writes all of it to
-    selfcheck-<gpu>-<date>.json, without names of hosts, users or folders: attach that file to a
-    report. Exit status 1 where something failed.
+    The sections do this project's own work, one after the other, each in its own process, so a
+    crash or hang is one line of the result. Whatever is missing is skipped with the reason. Prints
+    a table and writes everything to selfcheck-<gpu>-<date>.json, without names of hosts, users or
+    folders: attach that file to a report. Exit status 1 if a check failed.
 
     Example: python -m launch.selfcheck --minutes 4
     """
 
     minutes: float = DEFAULT_MINUTES
-    """When it shall be over; the sections that matter least are left out."""
+    """Time limit in minutes; if it is too short, the least important sections are skipped."""
     only: Annotated[str, tyro.conf.arg(metavar="A,B")] = ""
-    """Only these sections: machine, arithmetic, engine, speed, loader, resume, training, inference,
-    several."""
+    """Run only these sections: machine, arithmetic, engine, speed, loader, resume, training,
+    inference, several."""
     json: Path | None = None
-    """File for everything. Default: selfcheck-<gpu>-<date>.json in the current folder."""
+    """Output file. Default: selfcheck-<gpu>-<date>.json in the current folder."""
     docs: bool = False
-    """Print the lines of README and docs with the numbers in them, too."""
+    """Also print the lines of README and docs with the measured numbers filled in."""
     small: bool = False
-    """Small networks, images and numbers of steps, as on a CPU: to see whether things run."""
+    """Use small networks, small images and few steps, as on a CPU, to see whether things run."""
 
 
 def main(options: Options) -> int:
-    """Check, print and write."""
+    """Run the sections, print the results and write them to a file. Return 1 if a check failed."""
     if not 0 < options.minutes < 24 * 60:
         raise UserError(f"--minutes {options.minutes:g} must be above 0")
     chosen = choose(options.only)
     gpus = [] if is_cpu_wanted() else [gpu.name for gpu in list_gpus()]
     is_small = options.small or not gpus
-    where = gpus[0] if gpus else "the CPU (no GPU, or none wanted): small, its speeds say little"
+    where = gpus[0] if gpus else "the CPU (no GPU in use): small, its speeds say little"
     print(
-        f"self-check of {where}; {len(chosen)} sections, {options.minutes:g} minutes at most",
+        f"self-check of {where}; {len(chosen)} sections, at most {options.minutes:g} minutes",
         flush=True,
     )
     found = check(chosen, options.minutes * 60, is_small=is_small)
@@ -83,11 +82,11 @@ def main(options: Options) -> int:
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(
-            f"{file} cannot be written: {error.strerror}; name another with --json"
+            f"cannot write {file}: {error.strerror}; give another path with --json"
         ) from error
     failed = [one.name for one in found if one.status == FAIL]
     verdict = f"failed: {', '.join(failed)}" if failed else "nothing failed"
-    print(f"\n{verdict}; everything is in {file}, to be attached to a report")
+    print(f"\n{verdict}; everything is in {file}, which you can attach to a report")
     if options.docs:
         print(
             "\n"
@@ -97,7 +96,7 @@ def main(options: Options) -> int:
 
 
 def choose(only: str) -> list[Section]:
-    """The sections that are named, or all; in their own order."""
+    """Return the sections named in `only`, or all of them, in the table's order."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in SECTIONS:
@@ -106,9 +105,9 @@ def choose(only: str) -> list[Section]:
 
 
 def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[Found]:
-    """Run the sections within so many seconds and print each as it ends."""
+    """Run the sections within `seconds` and print each one as it ends."""
     end, scale = time.monotonic() + seconds, seconds / (60 * DEFAULT_MINUTES)
-    if len(chosen) < len(SECTIONS):  # the time is theirs alone
+    if len(chosen) < len(SECTIONS):  # fewer sections share the time
         scale *= min(
             4.0, sum(one.seconds for one in SECTIONS.values()) / sum(one.seconds for one in chosen)
         )
@@ -131,7 +130,7 @@ def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[Foun
 
 
 def table(found: Found) -> str:
-    """A section for people."""
+    """Format the results of a section for people."""
     lines = [
         f"\n{found.name:<12}{found.status:<8}{found.seconds:6.1f} s  "
         f"{found.why or SECTIONS[found.name].about}"
@@ -151,7 +150,7 @@ def _verdict(check: Check) -> str:
 
 
 def environment_facts(is_small: bool) -> dict[str, Any]:
-    """The machine and its packages, without names of hosts, users and folders."""
+    """Describe the machine and its packages, without names of hosts, users or folders."""
     names = [name for name, _ in pins(ROOT / "requirements.txt")]
     facts = answer(
         {
@@ -175,7 +174,7 @@ def environment_facts(is_small: bool) -> dict[str, Any]:
         "memory": facts["memory"].get("total"),
         "shm": facts["limits"].get("shm"),
         "driver": driver_version(),
-        "gpus": [{key: gpu.get(key) for key in _OF_GPUS} for gpu in gpus["gpus"]],
+        "gpus": [{key: gpu.get(key) for key in _GPU_FIELDS} for gpu in gpus["gpus"]],
         "nvidia_smi": gpus["complaint"],
         "packages": facts["packages"],
         "variables": {
@@ -188,13 +187,14 @@ def environment_facts(is_small: bool) -> dict[str, Any]:
 
 
 def _kinds_of_names() -> dict[str, str]:
-    """What CUDA_VISIBLE_DEVICES names: UUIDs are a machine's own, and nobody else's business."""
+    """Return CUDA_VISIBLE_DEVICES with UUIDs shortened, since they identify a machine."""
     if VISIBLE not in os.environ:
         return {}
     return {VISIBLE: re.sub(r"(GPU|MIG)-[^,]*", r"\1-…", os.environ[VISIBLE])}
 
 
 def processor() -> str:
+    """Return the processor's model name, or the machine's architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(
@@ -205,7 +205,7 @@ def processor() -> str:
 
 
 def slug(name: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `h100-80gb-hbm3`."""
+    """Turn a GPU's name into part of a file name: `NVIDIA H100 80GB HBM3` -> `h100-80gb-hbm3`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 

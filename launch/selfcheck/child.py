@@ -1,7 +1,7 @@
-"""A section in a process of its own: the side that starts it, and the process itself.
+"""Run a section in its own process: the parent's side and the child's.
 
-What crashes or hangs takes its process with it, and is a line of the report. The process writes its
-checks into a file, one a line, and at the end a line that says that it has ended.
+A crash or hang ends only that process and is one line of the report. The process writes its checks
+to a file, one per line, and a last line that says that it has ended.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PASS, FAIL, SKIPPED = "PASS", "FAIL", "skipped"
 
 @dataclass
 class Found:
-    """What came out of a section."""
+    """The result of a section."""
 
     name: str
     status: str
     """PASS, FAIL or skipped."""
     why: str = ""
-    """Of one that was skipped, crashed or hung."""
+    """Why it was skipped, crashed or hung; empty otherwise."""
     seconds: float = 0.0
     checks: list[Check] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class Found:
 
 
 def run_section(section: Section, *, share: float, most: float, is_small: bool) -> Found:
-    """Run it to its end, for about `share` seconds and at most `most`."""
+    """Run a section to its end: it should take about `share` seconds and is killed after `most`."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"selfcheck-{section.name}-") as folder:
         lines, log = Path(folder) / "checks.jsonl", Path(folder) / "log.txt"
@@ -81,7 +81,7 @@ def run_section(section: Section, *, share: float, most: float, is_small: bool) 
                 status = None
             finally:
                 with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)  # and what it has left behind
+                    os.killpg(child.pid, signal.SIGKILL)  # together with what it has left behind
                 child.wait()
         found = _read(section.name, lines)
         if not found.status:
@@ -91,10 +91,10 @@ def run_section(section: Section, *, share: float, most: float, is_small: bool) 
 
 
 def _read(name: str, lines: Path) -> Found:
-    """The checks in a file; without a status where it does not say how the section ended."""
+    """Read the checks in a file; the status is "" if it does not say how the section ended."""
     found = Found(name, "")
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
-        with suppress(ValueError):  # a line that a kill has cut off
+        with suppress(ValueError):  # a line that was cut off when the process was killed
             entry = json.loads(line)
             if "ended" in entry:
                 failed = any(check.ok is False for check in found.checks)
@@ -105,7 +105,7 @@ def _read(name: str, lines: Path) -> Found:
 
 
 def _why(status: int | None, most: float, log: Path) -> str:
-    """Why a section did not come to its end."""
+    """Say why a section did not reach its end."""
     said = [
         line.strip()
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -120,7 +120,7 @@ def _why(status: int | None, most: float, log: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The process itself."""
+    """Run a section in this process and write its checks to a file."""
     name, lines, scratch, share, most, size = arguments
     with open(lines, "a", encoding="utf-8") as file:
         report = Report(

@@ -1,5 +1,4 @@
-"""The places in README and docs that wait for a GPU's numbers: `not measured <!-- selfcheck:
-loader.npy -->`."""
+"""Places in README and docs for a GPU's numbers: `not measured <!-- selfcheck: loader.npy -->`."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from typing import NamedTuple
 from launch.selfcheck.report import ROOT, Check
 
 PLACE = re.compile(r"(?P<said>[^|<;:,(.]*?)\s*<!-- selfcheck: (?P<id>[a-z0-9_.-]+) -->")
-"""What is said about a number, up to the comment with its id."""
+"""The text about a number, followed by the comment with the id of its check."""
 
 
-class Place(NamedTuple):
-    """A line of a document with the id of a check in it."""
+class DocumentPlace(NamedTuple):
+    """A place in a document where a number belongs: the line, and the id of the check in it."""
 
     document: str
     line: str
@@ -23,20 +22,23 @@ class Place(NamedTuple):
 
 
 def documents() -> list[Path]:
+    """Return README and all pages of docs."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def places() -> Iterator[Place]:
-    """Every id in README and docs."""
+def places() -> Iterator[DocumentPlace]:
+    """Yield every place for a number in README and docs."""
     for path in documents():
         for line in path.read_text(encoding="utf-8").splitlines():
             for match in PLACE.finditer(line):
-                yield Place(path.relative_to(ROOT).as_posix(), line, match["id"])
+                yield DocumentPlace(path.relative_to(ROOT).as_posix(), line, match["id"])
 
 
 def filled_in(checks: Mapping[str, Check]) -> list[str]:
-    """The lines of README and docs in which something was measured, each with its document, and the
-    number in it."""
+    """Return the lines of README and docs for which `checks` has numbers, with these filled in.
+
+    Each line follows the name of its document.
+    """
     lines: dict[tuple[str, str], str] = {}
     for place in places():
         check = checks.get(place.id)
@@ -58,10 +60,10 @@ def _with_value(match: re.Match[str], check: Check) -> str:
 
 
 def text_of(check: Check) -> str:
-    """`1,234 images/s`."""
+    """Format a check's value and unit: `1,234 images/s`."""
     value = check.value
-    told = value if isinstance(value, str) else "-" if value is None else _digits(value)
-    return f"{told} {check.unit}".strip()
+    text = value if isinstance(value, str) else "-" if value is None else _digits(value)
+    return f"{text} {check.unit}".strip()
 
 
 def _digits(value: float) -> str:

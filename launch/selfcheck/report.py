@@ -1,5 +1,4 @@
-"""What a section finds: checks, written down one by one, so that a crash loses none of those before
-it."""
+"""The checks of a section, written to a file one by one, so that a crash does not lose them."""
 
 from __future__ import annotations
 
@@ -23,38 +22,38 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class SkippedError(Exception):
-    """A section that cannot run here; the message says why."""
+    """Raised by a section or check that cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: a number, or whether something is as it should be."""
+    """One result: a measured number, or whether something is as it should be."""
 
     id: str
     value: float | str | None
     unit: str = ""
     limit: str = ""
-    """What the value must keep to, for people; empty for a number alone."""
+    """What the value must be, for people; empty for a plain number."""
     ok: bool | None = None
-    """None: a number, or not checked."""
+    """Whether the check passed; None for a plain number and for a skipped check."""
     note: str = ""
-    """Why it was not checked, or what to do."""
+    """What was measured, why it was skipped, or what to do."""
     command: str = ""
-    """That measures the same, at length."""
+    """Command that measures the same in more detail."""
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "note" or value}
 
 
 class Report:
-    """Where a section puts its checks.
+    """Collects the checks of a section.
 
     Args:
-        file: each check is a line of it, written at once.
+        file: receives each check as a line, immediately.
         scratch: a folder that is removed afterwards.
-        seconds: how long the section shall take.
-        most: after how many seconds it is ended.
-        is_small: small networks, images and numbers of steps, for CPUs and for the tests.
+        seconds: how long the section should take.
+        most: seconds after which the section is killed.
+        is_small: use small networks, small images and few steps, for CPUs and for the tests.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Report:
 
     @cached_property
     def device(self) -> torch.device:
-        """The first GPU, or the CPU where there is none."""
+        """The first GPU, or the CPU if there is none."""
         import torch
 
         from pipeline.distributed.gpus import torch_gpus
@@ -86,23 +85,23 @@ class Report:
 
     @property
     def left(self) -> float:
-        """Seconds until the section's time is over."""
+        """Seconds until the section should end."""
         return self._end - time.monotonic()
 
     def has_time_for(self, seconds: float) -> bool:
-        """Whether so many seconds are left before the section is ended, whatever its share was."""
+        """Whether work of that many seconds, and 30 % more, fits before the section is killed."""
         return self._last - time.monotonic() > 1.3 * seconds
 
     def number(
         self, name: str, value: float, unit: str, *, note: str = "", command: str = ""
     ) -> None:
-        """A measured value."""
+        """Add a measured value."""
         self._add(Check(f"{self.section}.{name}", value, unit, note=note, command=command))
 
     def at_most(
         self, name: str, value: float, limit: float, unit: str = "", *, note: str = ""
     ) -> None:
-        """A value that must not be above `limit`; NaN is."""
+        """Add a value that must not exceed `limit`; NaN fails."""
         self._add(
             Check(
                 f"{self.section}.{name}", value, unit, f"<= {limit:g}", bool(value <= limit), note
@@ -112,7 +111,7 @@ class Report:
     def at_least(
         self, name: str, value: float, limit: float, unit: str = "", *, note: str = ""
     ) -> None:
-        """A value that must not be below `limit`; NaN is."""
+        """Add a value that must not be below `limit`; NaN fails."""
         self._add(
             Check(
                 f"{self.section}.{name}", value, unit, f">= {limit:g}", bool(value >= limit), note
@@ -128,22 +127,22 @@ class Report:
         limit: str = "",
         note: str = "",
     ) -> None:
-        """Something that must be so; `is_so` None: something that is merely told."""
-        told = value if value != "" else {True: "yes", False: "no", None: ""}[is_so]
-        self._add(Check(f"{self.section}.{name}", told, limit=limit, ok=is_so, note=note))
+        """Add a statement that must be true; with `is_so` None, a mere statement."""
+        text = value if value != "" else {True: "yes", False: "no", None: ""}[is_so]
+        self._add(Check(f"{self.section}.{name}", text, limit=limit, ok=is_so, note=note))
 
     def skip(self, name: str, why: str) -> None:
-        """A check that cannot be made here."""
+        """Add a check that cannot run here, and the reason."""
         self._add(Check(f"{self.section}.{name}", None, note=f"skipped: {why}"))
 
     @contextmanager
     def guarded(self, name: str) -> Iterator[None]:
-        """An exception in here is a check that failed, and the section goes on."""
+        """Turn an exception in the block into a failed check, so that the section continues."""
         try:
             yield
         except SkippedError as why:
             self.skip(name, str(why))
-        except Exception as error:  # whatever fails on this machine is what is asked for
+        except Exception as error:  # any failure on this machine is a result
             said = str(error).strip().splitlines()
             self.fact(
                 name,
@@ -153,9 +152,8 @@ class Report:
             )
 
     def _add(self, check: Check) -> None:
-        if isinstance(check.value, float) and not math.isfinite(
-            check.value
-        ):  # which JSON has no word for
+        # JSON cannot express infinities and NaN.
+        if isinstance(check.value, float) and not math.isfinite(check.value):
             check = replace(check, value=str(check.value))
         self._file.write(json.dumps(asdict(check)) + "\n")
         self._file.flush()
@@ -164,7 +162,8 @@ class Report:
 def run_script(
     words: Sequence[str], *, seconds: float, variables: Mapping[str, str] | None = None
 ) -> str:
-    """What a script of the checkout prints; `RuntimeError` with its last line where it fails."""
+    """Run a script of the checkout and return its output; `RuntimeError` with its last line if it
+    fails."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
@@ -183,7 +182,8 @@ def run_script(
 def seconds_of(
     action: Callable[[], Any], device: torch.device, *, least: float = 0.3, warm_ups: int = 2
 ) -> float:
-    """Seconds that `action` takes on `device`, the mean over at least `least` seconds."""
+    """Return the mean seconds that `action` takes on `device`, measured for `least` seconds or
+    more."""
     for _ in range(warm_ups):
         action()
     count, taken = 1, 0.0
@@ -200,7 +200,7 @@ def seconds_of(
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all queued work."""
     import torch
 
     if device.type == "cuda":

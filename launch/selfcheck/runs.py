@@ -1,5 +1,4 @@
-"""Training runs of the self-check: real ones, by `launch/local.py`, which can be killed and
-continued."""
+"""Real training runs for the self-check, through `launch/local.py`: start, kill and continue."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ WEIGHTS = ("generator.safetensors", "generator_ema.safetensors")
 
 
 class TrainingRun:
-    """One run folder and the command that begins or continues it.
+    """A run folder and the command that starts or continues the run.
 
     Args:
         folder: the run folder.
-        dataset: with its lists.
-        overrides: of the recipe.
+        dataset: a dataset folder with its file lists.
+        overrides: overrides of the recipe, such as `steps=10`.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class TrainingRun:
         self._log = folder.with_name(f"{folder.name}.output")
 
     def finish(self, seconds: float) -> None:
-        """Run to the end. `RuntimeError` with what it said last where that is not a good one."""
+        """Train to the end. `RuntimeError` with the last line of output if the run fails."""
         process = self.start()
         try:
             status = process.wait(max(1.0, seconds))
@@ -60,6 +59,7 @@ class TrainingRun:
             raise RuntimeError(f"training ended with status {status}: {self._last_line()}")
 
     def start(self) -> subprocess.Popen[bytes]:
+        """Start or continue the run in a process group of its own."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "ab") as output:
             return subprocess.Popen(
@@ -73,7 +73,7 @@ class TrainingRun:
             )
 
     def wait_for_step(self, process: subprocess.Popen[bytes], step: int, seconds: float) -> None:
-        """Until there is a checkpoint of `step` or a later one."""
+        """Wait for a checkpoint of `step` or later. `RuntimeError` if none comes in `seconds`."""
         end = time.monotonic() + seconds
         while max(checkpoint_steps(self.folder), default=0) < step:
             if process.poll() is not None:
@@ -85,8 +85,11 @@ class TrainingRun:
             time.sleep(0.01)
 
     def kill(self, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> int:
-        """End the launcher and its ranks, and wait for them. Ranks are in a session of their own,
-        and with its end they get SIGTERM; what matters here is that none is left."""
+        """Send a signal to the launcher and wait for its end; SIGKILL goes to the ranks, too.
+
+        The ranks have a session of their own, which a signal to the launcher's group does not
+        reach. When the launcher dies they get SIGTERM, but here none may be left.
+        """
         ranks = _children(process.pid)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -97,14 +100,14 @@ class TrainingRun:
         return process.wait(120)
 
     def digest(self, step: int) -> str:
-        """Of the weights in the checkpoint of `step`."""
+        """Return the SHA-256 of the weights in the checkpoint of `step`."""
         folder = checkpoint_dir(self.folder, step)
         return hashlib.sha256(
             b"".join((folder / name).read_bytes() for name in WEIGHTS)
         ).hexdigest()
 
     def log(self, event: str) -> list[dict[str, Any]]:
-        """The lines of its log about `event`."""
+        """Return the entries of the run's log about `event`."""
         lines = (
             json.loads(line)
             for line in (self.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
@@ -121,7 +124,7 @@ class TrainingRun:
 
 
 def _children(process: int) -> list[int]:
-    """All processes that `process` has started, and those that they have."""
+    """Return the ids of all descendants of `process`."""
     found: list[int] = []
     with suppress(OSError, ValueError):
         for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():

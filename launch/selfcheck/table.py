@@ -1,7 +1,7 @@
-"""The sections of the self-check, and the numbers in README and docs that they give. Needs no
+"""The sections of the self-check, and which numbers in README and docs they provide. Needs no
 torch.
 
-The order is the priority: where the time does not suffice, the last ones are left out.
+They are in order of priority: if time runs out, the last ones are skipped.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the self-check, which runs in a process of its own."""
+    """A part of the self-check, which runs in its own process."""
 
     name: str
     seconds: float
     """Its share of the default eight minutes."""
     about: str
     documented: tuple[str, ...] = field(default=())
-    """The ids of its checks that README and docs name, in comments behind what is not measured
-    yet."""
+    """Ids of its checks that README and docs name in comments, after numbers not measured yet."""
     most_seconds: float = 0.0
-    """After which it hangs; 0: twice its share and 45 s, for the imports from a cold disk."""
+    """Time limit; 0: twice `seconds`, plus 45 s for imports from a cold disk."""
 
     @property
     def limit(self) -> float:
@@ -34,7 +33,7 @@ SECTIONS = {
         Section(
             "machine",
             10,
-            "what there is: driver, torch, capability, compiler, bandwidth, matrix rate",
+            "driver, torch, capability, compiler, bandwidth, matrix rate",
             ("machine.mig",),
         ),
         Section(
@@ -55,7 +54,7 @@ SECTIONS = {
         Section(
             "loader",
             70,
-            "every kind of batch against the CPU's; batches a second",
+            "every kind of batch against the CPU's; batches per second",
             (
                 "loader.npy",
                 "loader.npy_torch",
@@ -72,14 +71,14 @@ SECTIONS = {
         Section(
             "resume",
             80,
-            "a run that is killed and continued against one that is not",
+            "a run that is killed and continued against an uninterrupted one",
             ("resume.deterministic",),
         ),
         Section("training", 60, "the demo: stopped, continued and evaluated", ("training.gain",)),
         Section(
             "inference",
             40,
-            "pictures and a film: tiles, precisions, little memory",
+            "pictures and a video: tiles, precisions, little memory",
             ("inference.tiles", "inference.fp16"),
         ),
         Section(
@@ -99,5 +98,5 @@ SECTIONS = {
 
 
 def documented() -> dict[str, str]:
-    """Id of a check that README or docs name -> its section."""
+    """Return the ids of checks that README and docs name -> their section."""
     return {name: section.name for section in SECTIONS.values() for name in section.documented}

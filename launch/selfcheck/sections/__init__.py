@@ -1,2 +1,1 @@
-"""What is checked: a module for each section, whose `run(report)` adds checks to a
-`launch.selfcheck.report.Report`."""
+"""The sections: one module each, whose `run(report)` adds checks to a `selfcheck.report.Report`."""

@@ -1,5 +1,4 @@
-"""Whether the device computes what the CPU does: networks, gradients, losses, metrics, rounding,
-TF32's switch."""
+"""Compare the device with the CPU: networks, gradients, losses, metrics, rounding, TF32 switch."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ SIDE = 48
 
 
 def run(report: Report) -> None:
-    """Every network, then what is measured and minimised."""
+    """Check every network, then losses, metrics, rounding and TF32."""
     import torch
 
     torch.manual_seed(0)
@@ -48,22 +47,21 @@ def run(report: Report) -> None:
 
 
 def exact() -> AbstractContextManager[Any]:
-    """In here convolutions in float32 are computed in float32."""
+    """Return a context in which float32 convolutions do not use TF32."""
     import torch
 
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _network(report: Report, name: str, params: dict[str, int]) -> None:
-    """Output and gradient against float64 on the CPU; FP16's output and BF16's gradient against
-    float32's."""
+    """Compare a network's output and gradient in FP32, FP16 and BF16 with float64 on the CPU."""
     import torch
 
     from pipeline.models import build_generator
 
     network = build_generator(name, 4, **params)
     with torch.no_grad():
-        for parameter in network.parameters():  # some begin at zero, which hides mistakes
+        for parameter in network.parameters():  # some are initialised to zero, which hides errors
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = torch.rand(2, 3, SIDE, SIDE)
     reference, wanted = _output_and_gradient(copy.deepcopy(network).double(), images.double())
@@ -75,7 +73,7 @@ def _network(report: Report, name: str, params: dict[str, int]) -> None:
         f"network.{name}",
         float((found - reference).abs().max()) / span,
         EXACT,
-        note="FP32, of its range",
+        note="FP32, relative to the range",
     )
     report.at_most(
         f"gradient.{name}",
@@ -100,8 +98,8 @@ def _network(report: Report, name: str, params: dict[str, int]) -> None:
 
 
 def _output_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What it makes of images, and the gradient of all weights towards the mean of squares; float64
-    on the CPU."""
+    """Return the output, and the gradient of its mean square for all weights, as float64 on the
+    CPU."""
     import torch
 
     output = network(images)
@@ -118,6 +116,7 @@ def _output_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Te
 
 
 def psnr(found: Tensor, reference: Tensor, span: float) -> float:
+    """Return the PSNR in dB for values with a range of `span`."""
     error = float((found.double() - reference.double()).square().mean())
     return (
         math.inf
@@ -153,7 +152,7 @@ def _losses(report: Report) -> None:
 
 
 def _metrics(report: Report) -> None:
-    """PSNR and SSIM of the same bytes on both."""
+    """Compare PSNR and SSIM of the same images on the device and on the CPU."""
     import torch
 
     from pipeline.metrics import measure
@@ -166,7 +165,7 @@ def _metrics(report: Report) -> None:
 
 
 def _rounding(report: Report) -> None:
-    """`to_bytes` gives the CPU's bytes, halves and overshoot too."""
+    """Check that `to_bytes` gives the CPU's bytes, including halves and values out of range."""
     import torch
 
     from pipeline.images import to_bytes, unit_range
@@ -181,7 +180,7 @@ def _rounding(report: Report) -> None:
 
 
 def _tf32(report: Report) -> None:
-    """That the switch does what metrics and validation rely on."""
+    """Check that allow_tf32=False works, which metrics and validation rely on."""
     import torch
 
     images, weights = torch.rand(1, 64, 64, 64), torch.rand(64, 64, 3, 3) - 0.5

@@ -1,5 +1,4 @@
-"""Updates of both runtimes against plain autograd, and what one update costs: kernels, waits,
-read-backs."""
+"""Compare both runtimes' updates with plain autograd, and count the kernels and waits of one."""
 
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ UPDATES = 20
 BATCH, SIDE = 8, 16
 TOLERANCES = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.2}
 """How far the losses may be from autograd's, relative to how far they fell. FP16 and BF16 round
-weights and gradients; and at ZeRO 0 DeepSpeed has Adam make a step of zeros when it is built, so
-that its first ones are up to a quarter shorter (0.09 here, on a CPU)."""
+weights and gradients; and at ZeRO 0 DeepSpeed makes a step of zeros when it builds Adam, so that
+its first real steps are up to a quarter shorter (0.09 here, on a CPU)."""
 MOST_OPERATIONS = 600
-"""Of an update of VapSR x4 in FP16, forward, backward, loss and EMA included."""
+"""Kernels and copies of one update of VapSR x4 in FP16: forward, loss, backward, step and EMA."""
 CASES = [
     ("deepspeed", precision, stage) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2)
 ]
@@ -32,7 +31,7 @@ CASES += [("accelerate", precision, 0) for precision in ("fp32", "bf16", "fp16")
 
 
 def run(report: Report) -> None:
-    """Every runtime, precision and ZeRO stage; then the costs of an update."""
+    """Check every runtime, precision and ZeRO stage, then count the cost of an update."""
     import torch
 
     from pipeline.distributed.ranks import start_distributed
@@ -127,7 +126,7 @@ def _batches(
 
 
 def _update(engine: Any, lr: Tensor, hr: Tensor) -> Tensor:
-    """One update as the trainers make it; the loss."""
+    """Make one update as the trainers do; return the loss."""
     from pipeline.engine.engine import backward_and_step
 
     dtype = next(engine.module.parameters()).dtype
@@ -137,12 +136,11 @@ def _update(engine: Any, lr: Tensor, hr: Tensor) -> Tensor:
 
 
 def _distance(ranks: Any, runtime: str, precision: str, stage: int) -> float:
-    """Between the losses that an engine and plain FP32 autograd come to, relative to how far they
-    fell.
+    """Return the largest difference between an engine's losses and FP32 autograd's.
 
-    Adam divides a gradient by its size, so that rounding decides about the sign of the smallest
-    ones: weights of single parameters part while the networks do the same. What they do is
-    compared.
+    It is relative to how far the losses fell. Losses are compared instead of weights because Adam
+    divides a gradient by its size, so rounding decides the sign of the smallest ones: single
+    weights drift apart although the networks do the same.
     """
     import torch
 
@@ -170,8 +168,8 @@ def _distance(ranks: Any, runtime: str, precision: str, stage: int) -> float:
 
 
 def _overflow(report: Report, ranks: Any) -> None:
-    """From a loss scale that is too large: updates are left out, weights stay, the scale falls
-    until they are made."""
+    """Start with a loss scale that is too large: updates must be skipped, without changing weights,
+    until the scale is small enough."""
     import torch
 
     engine = _engine(ranks, _network(), "deepspeed", "fp16", initial_scale_power=24, hysteresis=1)
@@ -189,30 +187,32 @@ def _overflow(report: Report, ranks: Any) -> None:
     report.fact(
         "overflow",
         0 < skipped == stayed and moved == 30 - skipped,
-        f"{skipped} of 30 left out",
-        limit="weights stay",
+        f"{skipped} of 30 skipped",
+        limit="weights unchanged",
         note="from a loss scale of 2^24",
     )
 
 
-# --- What an update costs ---
+# --- Cost of an update ---
 
 
 @dataclass
 class Costs:
-    """Counted in one update."""
+    """Counts of one update."""
 
     operations: int = 0
     """Kernels and copies on a GPU, calls into ATen on a CPU."""
     waits: int = 0
     """Times that the host waits for the device, or reads a number back from it."""
     synchronizations: int = 0
-    """Of all streams of the device."""
+    """Waits for all streams of the device."""
 
 
 def _costs(report: Report, ranks: Any, precision: str) -> None:
-    """Of an update of VapSR x4 (small: a smaller one), in DeepSpeed at ZeRO 0, with the moving
-    average."""
+    """Count the cost of an update of VapSR x4 under DeepSpeed at ZeRO 0, including the EMA.
+
+    The small check uses a smaller network.
+    """
     from pipeline.models.ema import ExponentialMovingAverage
 
     network = _network(full=not report.is_small)
@@ -260,7 +260,7 @@ def _costs(report: Report, ranks: Any, precision: str) -> None:
 
 @contextmanager
 def counted(is_on_gpu: bool) -> Iterator[Costs]:
-    """What is done in here, as counts; they are there when it is left."""
+    """Count what is done in the block; the counts are complete once it is left."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -291,7 +291,7 @@ def counted(is_on_gpu: bool) -> Iterator[Costs]:
                     torch.cuda.set_sync_debug_mode("warn")
                     yield costs
                     torch.cuda.set_sync_debug_mode("default")
-                made = costs.synchronizations  # the profiler's own waits come after
+                made = costs.synchronizations  # before the profiler adds its own waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
         costs.synchronizations = made
@@ -304,12 +304,11 @@ def counted(is_on_gpu: bool) -> Iterator[Costs]:
 
 @contextmanager
 def _counting_synchronize(costs: Costs) -> Iterator[None]:
-    """Count waits for the whole device: torch's, and those of DeepSpeed's accelerator, which on a
-    CPU do nothing."""
+    """Count waits for the whole device: torch's, and DeepSpeed's, which do nothing on a CPU."""
     import torch
 
     places: list[tuple[Any, str, Any]] = [(torch.cuda, "synchronize", torch.cuda.synchronize)]
-    loaded = sys.modules.get("deepspeed.accelerator")  # where an engine was built before
+    loaded = sys.modules.get("deepspeed.accelerator")  # if an engine was built before
     if loaded is not None:
         accelerator = type(loaded.get_accelerator())
         places.append((accelerator, "synchronize", accelerator.synchronize))

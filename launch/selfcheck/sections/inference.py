@@ -1,5 +1,4 @@
-"""Pictures and a film through a network: the same in tiles and whole, in little memory, and how
-fast."""
+"""Upscale pictures and a video: tiles against whole pictures, little memory, speed."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ SMALL = {"num_features": 16, "num_attention_features": 16, "num_blocks": 2}
 PICTURES = {"720p": (720, 1280), "4k": (2160, 3840)}
 SMALL_PICTURES = {"tiny": (64, 96)}
 LITTLE_MEMORY = 0.05
-"""Of the GPU's, which forces smaller tiles for a 4K picture."""
+"""Share of the GPU's memory, which forces smaller tiles for a 4K picture."""
 HALF_PSNR = 50.0
 FRAMES, FRAME_SIZE = 24, (180, 320)
 
 
 def run(report: Report) -> None:
-    """The network is VapSR x4 with random weights, which are no slower than trained ones."""
+    """Check VapSR x4 with random weights, which are as fast as trained ones."""
     network = _network(report)
     with report.guarded("tiles"):
         _tiles(report, network)
@@ -42,7 +41,7 @@ def run(report: Report) -> None:
         report.skip("little_memory", "no GPU")
     weights = _write(report, network)
     with report.guarded("film"):
-        _film(report, weights)
+        _video(report, weights)
     with report.guarded("onnx"):
         _onnx(report, weights)
 
@@ -70,7 +69,7 @@ def _write(report: Report, network: Any) -> Path:
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """uint8 RGB (height, width, 3) with edges, texture and noise."""
+    """Return a uint8 RGB image (height, width, 3) with edges, texture and noise."""
     import cv2
     import numpy as np
 
@@ -109,7 +108,7 @@ def _tiles(report: Report, network: Any) -> None:
         int(np.abs(whole - tiled).max()),
         1,
         "levels",
-        note="tiles against the whole picture, FP32",
+        note="tiled against whole, FP32",
     )
 
 
@@ -130,7 +129,7 @@ def _half(report: Report, network: Any) -> None:
 
 
 def _rates(report: Report, network: Any) -> None:
-    """Megapixels of the result a second, from an array to an array on the host."""
+    """Measure output megapixels per second, from array to array in host memory."""
     from pipeline.inference.torch_backend import COMPILED_AFTER
 
     sizes = SMALL_PICTURES if report.is_small else PICTURES
@@ -138,12 +137,11 @@ def _rates(report: Report, network: Any) -> None:
     for way in ("fp16", "fp32", "bf16", "fp16_compiled") if report.is_on_gpu else ("fp32",):
         precision, compiled = way[:4], way.endswith("compiled")
         for name, (height, width) in sizes.items():
-            if (
-                compiled and name != "720p"
-            ):  # it would take 64 batches of that shape before it is compiled
+            # A shape is compiled only after 64 batches of it, which take too long at 4K.
+            if compiled and name != "720p":
                 continue
             if report.left < 5 and best:
-                report.skip(f"{way}.{name}", "the time of this section is over")
+                report.skip(f"{way}.{name}", "out of time for this section")
                 continue
             with report.guarded(f"{way}.{name}"):
                 upscaler = _upscaler(report, network, precision, compiles=compiled)
@@ -154,7 +152,7 @@ def _rates(report: Report, network: Any) -> None:
                     f"{way}.{name}",
                     rate,
                     "MPix/s",
-                    note="of the result, copies to and fro included",
+                    note="output, including copies to and from the device",
                     command="python benchmarks/inference.py --model VapSR_X4.pth",
                 )
                 best = max(best, rate if precision == "fp16" and name == "720p" else 0.0)
@@ -175,7 +173,7 @@ def _rate(upscaler: Any, image: np.ndarray, warm_ups: int) -> float:
 
 
 def _little_memory(report: Report, network: Any) -> None:
-    """A 4K picture where a twentieth of the memory may be used: smaller tiles, the same picture."""
+    """Upscale a 4K picture with a twentieth of the memory: smaller tiles must give the same."""
     import numpy as np
     import torch
 
@@ -188,11 +186,11 @@ def _little_memory(report: Report, network: Any) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, report.device)
     most = int(np.abs(found.astype(np.int16) - wanted.astype(np.int16)).max())
-    report.at_most("little_memory", most, 3, "levels", note="FP16, tiles of other sizes")
+    report.at_most("little_memory", most, 3, "levels", note="FP16, other tile sizes")
 
 
-def _film(report: Report, weights: Path) -> None:
-    """`upscale.py` on a short film, from its file to the result's."""
+def _video(report: Report, weights: Path) -> None:
+    """Run `upscale.py` on a short video, from file to file."""
     import av
 
     height, width = FRAME_SIZE
@@ -221,13 +219,13 @@ def _film(report: Report, weights: Path) -> None:
         "film",
         len(frames) == count and frames[0].width == SCALE * width,
         f"{len(frames)} frames",
-        note=f"{count / seconds:.2f} frames/s from {width}x{height}, the start of the program "
-        "included",
+        note=f"{count / seconds:.2f} frames/s from {width}x{height}, including the start of the "
+        "program",
     )
 
 
 def _onnx(report: Report, weights: Path) -> None:
-    """ONNX Runtime on the GPU, where a build of it for GPUs is installed."""
+    """Run ONNX Runtime on the GPU, if its GPU build is installed."""
     if not report.is_on_gpu:
         report.skip("onnx", "no GPU")
         return
@@ -236,7 +234,7 @@ def _onnx(report: Report, weights: Path) -> None:
     except importlib.metadata.PackageNotFoundError:
         report.skip(
             "onnx",
-            "onnxruntime-gpu is not installed (it excludes onnxruntime: uninstall that first)",
+            "onnxruntime-gpu is not installed (uninstall onnxruntime first: they conflict)",
         )
         return
     import cv2

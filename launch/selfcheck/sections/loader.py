@@ -1,5 +1,4 @@
-"""Batches made on the device against those made on the CPU, sample by sample; then how many a
-second."""
+"""Compare the device's batches with the CPU's, sample by sample; then measure the loader's rate."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gaussian": ("npy", {"degradation": "gaussian"}),
     "realesrgan": ("npy", {"degradation": "realesrgan"}),
 }
-"""Name -> the files, and more of the recipe's data part."""
+"""Name -> the kind of files, and further keys of the recipe's data section."""
 CHAIN_PSNR, JPEG_PSNR = 35.0, 45.0
-"""dB between a GPU's and the CPU's: of LR after Real-ESRGAN's chain, three JPEGs included; of
-decoded JPEG files."""
+"""Least PSNR in dB between a GPU's images and the CPU's: of LR after Real-ESRGAN's degradations,
+which include three JPEG passes; of decoded JPEG files."""
 AHEAD = 6
 SPEEDS = {
     "npy": "this loader, npy",
@@ -41,12 +40,12 @@ SPEEDS = {
     "npy_paired": "this loader, npy, paired LR",
     "npy_brightness": "this loader, npy, brightness of 20 %",
 }
-"""Id -> the way of benchmarks/loader.py."""
+"""Id -> name of the loader variant in benchmarks/loader.py."""
 COMMAND = "python benchmarks/loader.py PHOTOS --gpu"
 
 
 def run(report: Report) -> None:
-    """What is in the batches, then the rates."""
+    """Check the contents of batches, then measure the rates."""
     if not any(
         (one.metadata["Name"] or "").lower().startswith("nvidia-dali-cuda")
         for one in importlib.metadata.distributions()
@@ -76,7 +75,8 @@ def run(report: Report) -> None:
 
 
 def _files(folder: Path) -> dict[str, list[str]]:
-    """Twelve pictures with edges, texture and noise as .npy, .png and .jpg (4:2:0, quality 95)."""
+    """Write twelve images with edges, texture and noise as .npy, .png and .jpg (4:2:0, quality
+    95); return the paths by suffix."""
     import cv2
     import numpy as np
 
@@ -124,7 +124,7 @@ def _loader(device: torch.device, files: dict[str, list[str]], name: str, micro_
 def _batches(
     device: torch.device, files: dict[str, list[str]], name: str, micro_batch: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """HR and LR of the first `count` micro-batches, on the CPU."""
+    """Return HR and LR of the first `count` micro-batches, copied to the CPU."""
     import torch
 
     loader = _loader(device, files, name, micro_batch)
@@ -142,7 +142,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _compare(report: Report, files: dict[str, list[str]], name: str) -> None:
-    """The same samples on the device and on the CPU."""
+    """Compare the same samples made on the device and on the CPU."""
     import torch
 
     (hr, lr), (wanted_hr, wanted_lr) = (
@@ -158,7 +158,7 @@ def _compare(report: Report, files: dict[str, list[str]], name: str) -> None:
             note="HR of JPEG files against the CPU's",
         )
         report.number(
-            "same.jpeg_most", _most(hr, wanted_hr), "levels", note="the greatest difference of HR"
+            "same.jpeg_most", _most(hr, wanted_hr), "levels", note="largest difference of HR"
         )
         return
     most_hr = _most(hr, wanted_hr)
@@ -190,8 +190,7 @@ def _psnr(one: Tensor, other: Tensor) -> float:
 
 
 def _aliasing(report: Report, files: dict[str, list[str]]) -> None:
-    """A batch that is kept is the same after the next ones were made: nothing of DALI's is written
-    over."""
+    """Check that a batch keeps its contents while more are made: DALI must not reuse its memory."""
     loader = _loader(report.device, files, "npy", MICRO_BATCH)
     try:
         kept = [next(loader) for _ in range(2)]
@@ -207,8 +206,7 @@ def _aliasing(report: Report, files: dict[str, list[str]]) -> None:
 
 
 def _overlap(report: Report, files: dict[str, list[str]]) -> None:
-    """How much longer a step takes while batches of the most work are made beside it on the same
-    GPU."""
+    """Measure how much longer a step takes while the GPU also makes the most expensive batches."""
     if not report.is_on_gpu:
         report.skip("overlap", "no GPU: the cores do both")
         return
@@ -217,16 +215,16 @@ def _overlap(report: Report, files: dict[str, list[str]]) -> None:
         "overlap",
         beside / alone,
         "",
-        note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN's batches "
-        "made beside it, against the step alone",
+        note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN batches made beside it, against "
+        "the step alone",
     )
 
 
 def step_seconds(
     device: torch.device, files: dict[str, list[str]], *, micro_batch: int, side: int
 ) -> tuple[float, float]:
-    """Of forward and backward of RRDBNet: alone, and with a batch taken from the loader for
-    each."""
+    """Return the seconds of RRDBNet's forward and backward pass: alone, and with a batch taken from
+    the loader for each."""
     import torch
 
     from pipeline.models import build_generator
@@ -251,7 +249,7 @@ def step_seconds(
 
 
 def _speeds(report: Report) -> None:
-    """Images a second and host CPU an image, of each way in a process of its own."""
+    """Measure images per second and CPU time per image of each variant, in its own process."""
     from benchmarks.loader import _in_child, cut_photographs, measure
     from benchmarks.loader_ways import OUR_WAYS, Setting
     from tools.make_demo_dataset import make_demo_dataset
@@ -270,9 +268,9 @@ def _speeds(report: Report) -> None:
     cut_photographs([photographs], setting, size, 16)
     for name, way in SPEEDS.items():
         if report.is_small and name not in ("npy", "npy_torch"):
-            report.skip(name, "left out of the small check")
+            report.skip(name, "not part of the small check")
         elif report.left < 6:
-            report.skip(name, "the time of this section is over")
+            report.skip(name, "out of time for this section")
         else:
             with report.guarded(name):
                 cost = _in_child(measure, OUR_WAYS[way], setting, 0.3 if report.is_small else 2.0)
@@ -281,7 +279,7 @@ def _speeds(report: Report) -> None:
                     cost.wall_rate,
                     "images/s",
                     command=COMMAND,
-                    note=f"{1e6 / cost.core_rate:.0f} us of CPU an image",
+                    note=f"{1e6 / cost.core_rate:.0f} us of CPU time per image",
                 )
 
 

@@ -1,5 +1,4 @@
-"""What there is: whether driver, torch, Triton and the GPUs fit, and how fast memory and matrix
-units are."""
+"""Check that driver, torch, Triton and GPUs fit together, and how fast memory and matmul are."""
 
 from __future__ import annotations
 
@@ -20,26 +19,26 @@ _COUNT = "from pipeline.distributed.gpus import torch_gpus; print(torch_gpus())"
 
 
 def run(report: Report) -> None:
-    """Facts first, then rates."""
+    """Add the facts first, then the rates."""
     from pipeline.engine.engine import why_not_compiled
     from pipeline.engine.triton_check import report as ask_torch
 
-    told = ask_torch()
+    facts = ask_torch()
     listed = [] if gpus.is_cpu_wanted() else list_gpus()
-    report.fact("torch", None, f"{told['torch']}, CUDA {told['cuda'] or 'none'}")
+    report.fact("torch", None, f"{facts['torch']}, CUDA {facts['cuda'] or 'none'}")
     report.fact(
         "gpus",
-        not told["complaint"]
+        not facts["complaint"]
         and (
-            len(told["gpus"]) == len(listed)
+            len(facts["gpus"]) == len(listed)
             or any(one.slices for one in listed)
             or VISIBLE in os.environ
         ),
-        f"{len(told['gpus'])} usable of {len(listed)}",
-        note=told["complaint"],
+        f"{len(facts['gpus'])} usable of {len(listed)}",
+        note=facts["complaint"],
     )
     if report.is_on_gpu:
-        _facts(report, told, listed)
+        _facts(report, facts, listed)
     else:
         report.skip("driver", "no GPU")
         report.skip("mig", "no GPU")
@@ -53,19 +52,19 @@ def run(report: Report) -> None:
     _rates(report)
 
 
-def _facts(report: Report, told: dict, listed: list[gpus.Gpu]) -> None:
-    first = FIRST_DRIVER.get(int(told["cuda"].partition(".")[0] or 0), FIRST_DRIVER[13])
-    major = int(told["driver"].partition(".")[0] or 0)
+def _facts(report: Report, facts: dict, listed: list[gpus.Gpu]) -> None:
+    first = FIRST_DRIVER.get(int(facts["cuda"].partition(".")[0] or 0), FIRST_DRIVER[13])
+    major = int(facts["driver"].partition(".")[0] or 0)
     report.fact(
         "driver",
         major >= first if major else None,
-        told["driver"] or "not known",
+        facts["driver"] or "unknown",
         limit=f">= {first}",
     )
     report.fact(
         "capability",
         True,
-        ", ".join(sorted({gpu["capability"] for gpu in told["gpus"]})),
+        ", ".join(sorted({gpu["capability"] for gpu in facts["gpus"]})),
         limit=">= 7.5",
     )
     for gpu in probe_gpus()["gpus"]:
@@ -74,7 +73,7 @@ def _facts(report: Report, told: dict, listed: list[gpus.Gpu]) -> None:
                 f"slowed.{gpu['index']}",
                 False,
                 ", ".join(gpu["slowed_by"]),
-                note="see cooling and power",
+                note="check cooling and power supply",
             )
     with report.guarded("uuid"):
         report.fact(
@@ -84,19 +83,19 @@ def _facts(report: Report, told: dict, listed: list[gpus.Gpu]) -> None:
         )
     slices = [one for gpu in listed for one in gpu.slices]
     if not slices:
-        report.skip("mig", "no GPU is cut into MIG devices")
+        report.skip("mig", "no GPU is split into MIG devices")
         return
     with report.guarded("mig"):
         report.fact(
             "mig",
             all(_count_with(one) == 1 for one in slices),
             f"{len(slices)} devices",
-            note="each is one GPU to a process that is shown it alone",
+            note="a process that is given one of them sees one GPU",
         )
 
 
 def _count_with(name: str) -> int:
-    """GPUs that a process sees for which CUDA_VISIBLE_DEVICES is `name`."""
+    """Return the number of GPUs that a process sees with CUDA_VISIBLE_DEVICES=`name`."""
     done = subprocess.run(
         [sys.executable, "-c", _COUNT],
         env={**os.environ, VISIBLE: name},
@@ -110,7 +109,7 @@ def _count_with(name: str) -> int:
 
 
 def _rates(report: Report) -> None:
-    """Bytes a second within the device and to it, and multiply-adds a second of matrix products."""
+    """Measure memory bandwidth, copies to the device, matrix products and kernel launches."""
     import torch
 
     device, size = report.device, 1 << (23 if report.is_small else 30)

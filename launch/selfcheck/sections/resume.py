@@ -1,5 +1,4 @@
-"""A run that is killed with -9 and continued, against one that is not: the same bits on this
-device?"""
+"""Check that a run killed with SIGKILL and continued gives the bits of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ SMALL = (
 
 
 def run(report: Report) -> None:
-    """As ds_config.json and the recipe have it, compiled too, and with the recipe's key
-    `deterministic`."""
+    """Check the default settings and, on a GPU, also `compile` and `deterministic`."""
     dataset = make_demo_dataset(report.scratch / "demo").dataset_dir
     ways = {"default": ("compile=off",)}
     if report.is_on_gpu:
@@ -48,14 +46,14 @@ def run(report: Report) -> None:
     took = 0.0
     for name, overrides in ways.items():
         if not report.has_time_for(took):
-            report.skip(name, "the time of this section is over")
+            report.skip(name, "out of time for this section")
             continue
         began = time.monotonic()
         with report.guarded(name):
             own = (*COMMON, *(SMALL if report.is_small else ()), *overrides)
             same = _is_exact(report, dataset, report.scratch / name, own)
-            # By default a GPU promises nothing: cuDNN's gradients and atomics may differ from run
-            # to run.
+            # By default a GPU gives no guarantee: cuDNN's gradients and atomic additions may differ
+            # from run to run.
             must = not report.is_on_gpu or name == "deterministic"
             report.fact(
                 name,

@@ -1,5 +1,4 @@
-"""Several GPUs, or two ranks on a CPU: all-reduce, evaluation byte for byte, and what more ranks
-gain."""
+"""Several GPUs, or two ranks on a CPU: all-reduce, evaluation byte for byte, scaling."""
 
 from __future__ import annotations
 
@@ -33,10 +32,10 @@ _ROW = re.compile(
 
 
 def run(report: Report) -> None:
-    """With one GPU there is nothing to do."""
+    """Check all GPUs together; skipped if there is only one."""
     gpus = count_gpus()
     if gpus == 1:
-        raise SkippedError("there is one GPU")
+        raise SkippedError("there is only one GPU")
     ranks = min(gpus, 8) or 2
     with report.guarded("all_reduce"):
         _all_reduce(report, ranks)
@@ -47,7 +46,7 @@ def run(report: Report) -> None:
 
 
 def _all_reduce(report: Report, ranks: int) -> None:
-    """The doctor's, between the ranks of this machine."""
+    """Run the doctor's all-reduce between ranks on this machine."""
     task = {
         "ranks": list(range(ranks)),
         "devices": list(range(ranks)) if report.is_on_gpu else None,
@@ -73,18 +72,18 @@ def _all_reduce(report: Report, ranks: int) -> None:
     assert process.stdout is not None
     try:
         process.stdin.write(remote.parcel("launch.doctor.allreduce", task))
-        process.stdin.flush()  # and stays open: the ranks end with whoever reads their answer
+        process.stdin.flush()  # stdin stays open: when it closes, the ranks end
         answer = remote.answer(process.stdout.read())
     finally:
         process.kill()
         process.wait()
-    told: dict[str, Any] = answer["ranks"] if answer else {}
-    errors = [said["error"] for said in told.values() if "error" in said]
-    right = len(told) == ranks and all(said.get("is_right") for said in told.values())
+    results: dict[str, Any] = answer["ranks"] if answer else {}
+    errors = [result["error"] for result in results.values() if "error" in result]
+    right = len(results) == ranks and all(one.get("is_right") for one in results.values())
     report.fact(
         "all_reduce", right, f"{ranks} ranks", limit="sums right", note=errors[0] if errors else ""
     )
-    seconds = {int(size): value for size, value in told.get("0", {}).get("seconds", {}).items()}
+    seconds = {int(size): value for size, value in results.get("0", {}).get("seconds", {}).items()}
     if LATENCY_BYTES in seconds:
         report.number(
             "latency", 1e6 * seconds[LATENCY_BYTES], "us", note="an all-reduce of 4 bytes"
@@ -100,7 +99,7 @@ def _all_reduce(report: Report, ranks: int) -> None:
 
 
 def _evaluate(report: Report, ranks: int) -> None:
-    """`evaluate.py --procs N` writes what one process writes."""
+    """Check that `evaluate.py --procs N` writes the same bytes as one process."""
     import torch
 
     from pipeline.models import build_generator
@@ -151,7 +150,7 @@ def _evaluate(report: Report, ranks: int) -> None:
 
 
 def _scaling(report: Report, ranks: int) -> None:
-    """`benchmarks/scaling.py`; rows of other numbers of ranks than 1 and 2 are told, too."""
+    """Run `benchmarks/scaling.py` and add every row of its table."""
     numbers = [2] if report.is_small else sorted({1, 2, ranks} if ranks % 2 == 0 else {1, 2})
     overrides = SMALL_OVERRIDES if report.is_small else ("data.crop=256",)
     batch = 4 if report.is_small else 64
@@ -176,7 +175,7 @@ def _scaling(report: Report, ranks: int) -> None:
         variables={name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"},
     )
     for kind in ("strong", "weak") if report.is_small else ():
-        report.skip(f"{kind}.1", "left out of the small check")
+        report.skip(f"{kind}.1", "not part of the small check")
     for row in _ROW.finditer(printed):
         report.number(
             f"{row['kind']}.{row['ranks']}",

@@ -1,5 +1,4 @@
-"""How fast training steps are, as `benchmarks/train_step.py` times them: the likeliest cases first,
-as time allows."""
+"""Time training steps with `benchmarks/train_step.py`, the most common cases first."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 from launch.selfcheck.report import ROOT, Report, SkippedError, run_script
 
 BENCHMARK = "benchmarks/train_step.py"
-LEAST_SECONDS = 12.0  # of a case: a process, its imports, two layouts
+LEAST_SECONDS = 12.0  # per case: a process, its imports, two layouts
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ ON_GPUS = (
 )
 ON_CPUS = (Case("compact16_x4", 1, "fp32", layout="contiguous"),)
 HEADLINE = "vapsr_x4"
-"""The network of the documented number: the fastest of its cases with a batch of 64 in FP16."""
+"""Network of the documented number, which is its fastest case with a batch of 64 in FP16."""
 
 
 def run(report: Report) -> None:
-    """Case by case until the time is over."""
+    """Measure case by case until the time is over."""
     if not (ROOT / BENCHMARK).is_file():
         raise SkippedError(f"{BENCHMARK} is missing")
     best = 0.0
@@ -69,24 +68,24 @@ def run(report: Report) -> None:
         report.skip(case.name, "no GPU")
     for case in ON_GPUS if report.is_on_gpu else ON_CPUS:
         if report.left < LEAST_SECONDS and not report.is_small:
-            report.skip(case.name, "the time of this section is over")
+            report.skip(case.name, "out of time for this section")
             continue
         with report.guarded(case.name):
             row = _measured(report, case)
             rate = row["images"] / row["step"]
-            told = (
+            note = (
                 f"{1000 * row['step']:.1f} ms, {row['memory'] / 2**30:.2f} GiB, first step after "
                 f"{row['first_step']:.0f} s, {row.get('calls', 0)} calls"
             )
             report.number(
-                case.name, rate, "images/s", note=told, command=" ".join(_words(case, 3.0))
+                case.name, rate, "images/s", note=note, command=" ".join(_words(case, 3.0))
             )
             if case.network == HEADLINE and case.batch == 64 and case.precision == "fp16":
                 best = max(best, rate)
     if best:
         report.number(HEADLINE, best, "images/s", note="the fastest with a batch of 64 in FP16")
     else:
-        report.skip(HEADLINE, "no GPU" if not report.is_on_gpu else "no case of it was measured")
+        report.skip(HEADLINE, "no GPU" if not report.is_on_gpu else "none of its cases ran")
 
 
 def _words(case: Case, seconds: float) -> list[str]:

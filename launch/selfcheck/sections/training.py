@@ -1,5 +1,4 @@
-"""The demo as a user runs it: begun, stopped by CTRL+C, continued, evaluated on photographs that it
-has not seen."""
+"""Run the demo as a user does: start, stop with CTRL+C, continue, evaluate on held-out pictures."""
 
 from __future__ import annotations
 
@@ -16,15 +15,15 @@ LEAST_GAIN = 1.0
 
 
 def _median(training: TrainingRun, key: str) -> float:
-    """Over the lines of its log that know it: the first of each start does not know how long a step
-    takes."""
+    """Median of `key` over the run's log lines that have it; the first after a start has no
+    times."""
     return statistics.median(
         line[key] for line in training.log("train") if line.get(key) is not None
     )
 
 
 def run(report: Report) -> None:
-    """Stop, continue, evaluate."""
+    """Train, stop, continue and evaluate."""
     demo = make_demo_dataset(report.scratch / "demo")
     steps = SMALL_STEPS if report.is_small else STEPS
     overrides = [
@@ -51,7 +50,7 @@ def run(report: Report) -> None:
         status in (130, 0),
         f"status {status}",
         limit="130",
-        note="CTRL+C saves and ends; 0 where it was done already",
+        note="CTRL+C saves and ends; 0 if training was already done",
     )
     training.finish(patience)
     report.number(
@@ -63,7 +62,7 @@ def run(report: Report) -> None:
     )
     report.number("images", _median(training, "images_per_second"), "images/s", note="median")
     report.number(
-        "data_wait", 100 * _median(training, "data_wait"), "%", note="of the time, for tiny steps"
+        "data_wait", 100 * _median(training, "data_wait"), "%", note="of the time; steps are tiny"
     )
     file = report.scratch / "evaluation.json"
     run_script(
@@ -84,7 +83,7 @@ def run(report: Report) -> None:
     )
     mean = json.loads(file.read_text(encoding="utf-8"))["mean"]
     gain = mean["model"]["psnr_y"] - mean["bicubic"]["psnr_y"]
-    note = f"PSNR-Y over bicubic on photographs not seen, after {steps} steps"
+    note = f"PSNR-Y over bicubic on held-out photographs, after {steps} steps"
     if report.is_small:
         report.number("gain", gain, "dB", note=note)
     else:
