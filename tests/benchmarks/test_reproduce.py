@@ -3,9 +3,11 @@ its document; the command compares, reports and updates."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import checkpoint, inference, loader, train_step
 from benchmarks.reproduce import FIGURES, MARK, Options, _layout, holds, load, main, read_values
 from conftest import ROOT
 from pipeline.cli import RunError, UserError
@@ -137,6 +140,61 @@ def count_values(reader: Any) -> int:
         assert all(count_values(operand) == 1 for operand in operands)
         return 1
     return re.compile(reader).groups if isinstance(reader, str) and "#" not in reader else 1
+
+
+def printed_by_benchmarks() -> dict[str, str]:
+    """What the benchmarks print of made-up measurements: command -> output."""
+
+    def costs(names: Iterable[str]) -> dict[str, list[loader.Cost]]:
+        return {name: [loader.Cost(2.0, 3.0, 4000)] for name in names}
+
+    def table(ways: dict[str, list[loader.Cost]], base: str, ratios: bool = False) -> str:
+        with redirect_stdout(io.StringIO()) as stream:
+            loader.print_table(ways, base)
+            if ratios:
+                loader.print_ratios(ways)
+        return stream.getvalue()
+
+    realesrgan = [name for name in loader.WAYS if "realesrgan" in name or "gaussian" in name]
+    rows = [inference.Row(name, 9.0, 8.0, 10.0, 0.5, 1.5, 40.0) for name in inference.WAYS]
+    saves = checkpoint.IN_STEP, checkpoint.IN_BACKGROUND, checkpoint.PLAIN
+    step = {
+        **dict.fromkeys(("step", "macs", "macs_per_second", "bytes", "bytes_per_second"), 1.0),
+        "layout": "NCHW",
+        "kernel": "native",
+        "images": 8,
+        "memory": 1e9,
+        "first_step": 9.0,
+        "device": "cpu",
+        "calls": 1,
+        "parts": dict.fromkeys(train_step.PARTS, 0.1),
+    }
+    bare = {"plain": 0.6, "contiguous": 1.02}
+    cases = {
+        train_step.Case("vapsr_x4", "eager", "fp32", "auto", 8): bare,
+        train_step.Case("msrresnet_x4", "eager", "fp32", "auto", 8): {"contiguous": 1.0},
+    }
+    return {
+        "loader": table(costs(loader.WAYS), loader.DALI_PNG, ratios=True),
+        "loader-realesrgan": table(costs(realesrgan), realesrgan[-1]),
+        "loader-operators": table(costs(loader.OPERATORS), loader.OURS),
+        "inference-1": inference._table("title", rows),
+        "inference-2": inference._table("title", rows),
+        "inference-fp16": inference._table("title", rows),
+        "checkpoint": "a checkpoint of 335 MB; torch\n"
+        + checkpoint._table([checkpoint.Row(name, [0.7], [0.6], [0.8]) for name in saves]),
+        "train-step": train_step.report(
+            {case: {**step, "ours_in_parts_of_bare": ratios} for case, ratios in cases.items()}
+        ),
+    }
+
+
+def test_readers_find_what_the_benchmarks_print(tmp_path: Path) -> None:
+    commands = load().commands
+    for name, output in printed_by_benchmarks().items():
+        for figure in commands[name].figures.values():
+            for reader in figure.read:
+                assert read_values(reader, output, tmp_path)
 
 
 @pytest.mark.parametrize(
