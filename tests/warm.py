@@ -37,7 +37,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
@@ -395,6 +395,50 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
     return Path(file).read_text(encoding="utf-8"), file
 
 
+def _run(code: str, main: dict[str, Any]) -> NoReturn:
+    """Run the script in `main`, and end as an interpreter does, but for the taking down of its
+    modules.
+
+    To free a million objects copies every page that they lie in: 0.4 s of a core, ten times what
+    the fork and a short script need. `main` is the namespace of this module, emptied, so whatever
+    is needed afterwards is imported here.
+    """
+    import atexit
+    import os
+    import signal
+    import sys
+    import threading
+
+    status, interrupted = 0, False
+    try:
+        exec(compile(code, main["__file__"], "exec"), main)
+    except SystemExit as error:
+        if isinstance(error.code, int):
+            status = error.code & 0xFF
+        elif error.code is not None:
+            print(error.code, file=sys.stderr)
+            status = 1
+    except BaseException as error:
+        sys.excepthook(
+            type(error), error.with_traceback(error.__traceback__.tb_next), error.__traceback__
+        )
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            status = 120
+            if stream is sys.stdout:
+                print(f"Exception ignored in: {stream!r}\n{error!r}", file=sys.stderr)
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
+
+
 if __name__ == "__main__":
     for _name in PRELOAD:
         __import__(_name)
@@ -411,10 +455,10 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # else the first collection in a fork copies every page that it visits
     _code, __file__ = _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
-    _main = sys.modules["__main__"].__dict__
+    _main, _go = sys.modules["__main__"].__dict__, _run
     for _key in [
-        key for key in _main if not key.startswith("__") and key not in ("_main", "_code")
+        key for key in _main if not key.startswith("__") and key not in ("_main", "_code", "_go")
     ]:
         del _main[_key]
     del _key
-    exec(compile(_code, __file__, "exec"), _main)
+    _go(_code, _main)
