@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from pipeline import cli
 from pipeline.distributed.gpus import settle
 from pipeline.training.options import TrainOptions, overrides_last, plans_of_rank
-from pipeline.training.saved_run import says_finished
+from pipeline.training.saved_run import report_if_finished
 
 
 def main(options: TrainOptions) -> int:
@@ -20,7 +20,7 @@ def main(options: TrainOptions) -> int:
     plans = plans_of_rank(options)
     if plans is None:
         return 2
-    if says_finished(plans):
+    if report_if_finished(plans):
         return 0
     # torch and DeepSpeed take seconds to import: --help and a finished run need not wait for them.
     from pipeline.training.run import train

@@ -35,7 +35,7 @@ from pipeline.engine.layout import LAYOUTS
 from pipeline.images import unit_range
 from pipeline.libraries import keep_freed_memory
 from pipeline.models.depthwise import use_kernel
-from pipeline.training.meter import Meter
+from pipeline.training.meter import TrainMeter
 from pipeline.training.options import TrainOptions, make_plans
 from pipeline.training.setup import set_up
 
@@ -145,7 +145,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         trainer.generator.module.compile(mode="reduce-overhead", dynamic=False)
     loader, meter = (
         run.open_loader(),
-        Meter(ranks, plan.total_steps, plan.ds_config["train_batch_size"]),
+        TrainMeter(ranks, plan.total_steps, plan.ds_config["train_batch_size"]),
     )
     number = 0
 

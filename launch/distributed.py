@@ -50,8 +50,8 @@ from pipeline.distributed.gpus import CPU, VISIBLE, is_cpu_wanted
 from pipeline.run_folder import checkpoint_steps, has_ended
 from pipeline.training.options import (
     DATASET_DIR,
-    Plan,
     TrainOptions,
+    TrainPlan,
     dataset_dirs,
     has_lists,
     make_plans,
@@ -222,7 +222,7 @@ def _check(options: Options, slots: Slots) -> None:
     check_launcher(options.launcher, slots, options.launcher_args)
 
 
-def _ask_doctor(options: Options, slots: Slots, plan: Plan, is_on_cpu: bool) -> str:
+def _ask_doctor(options: Options, slots: Slots, plan: TrainPlan, is_on_cpu: bool) -> str:
     """Check all hosts; return this machine's address for the others. `UserError` if one fails."""
     folders = [path.absolute() for path in dataset_dirs(options)] + [
         path.absolute() for path in options.lr_dir
@@ -333,7 +333,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _for_restart(
-    job: ClusterJob, slots: Slots, elastic: bool, plans: Sequence[Plan], micro_batch: int
+    job: ClusterJob, slots: Slots, elastic: bool, plans: Sequence[TrainPlan], micro_batch: int
 ) -> ClusterJob:
     """Return the job to restart: on all hosts once they are back or, if `elastic`, on those that
     answer.
@@ -385,12 +385,12 @@ def _folder_number(folder: Path) -> tuple[int, int] | None:
         return None
 
 
-def _newest_steps(plans: Sequence[Plan]) -> list[int]:
+def _newest_steps(plans: Sequence[TrainPlan]) -> list[int]:
     """The newest checkpoint's step of each stage; 0 if it has none."""
     return [max(checkpoint_steps(plan.run_dir), default=0) for plan in plans]
 
 
-def _newest(plans: Sequence[Plan]) -> str:
+def _newest(plans: Sequence[TrainPlan]) -> str:
     """Describe the checkpoint that a run continues from, for the log."""
     for plan in reversed(plans):
         steps = checkpoint_steps(plan.run_dir)

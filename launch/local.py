@@ -27,13 +27,13 @@ from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import has_ended
 from pipeline.training.options import (
     DATASET_DIR,
-    Plan,
     TrainOptions,
+    TrainPlan,
     has_lists,
     make_plans,
     overrides_last,
 )
-from pipeline.training.saved_run import says_finished
+from pipeline.training.saved_run import report_if_finished
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
@@ -55,7 +55,7 @@ def main(options: TrainOptions) -> int:
     plan, began = plans[-1], time.time()
     if options.device == "cpu":
         os.environ[gpus.CPU] = "1"
-    if says_finished(plans):  # checked first: counting GPUs may import torch
+    if report_if_finished(plans):  # checked first: counting GPUs may import torch
         return 0 if held_out is None else _show_demo(plan, held_out, began)
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
@@ -77,7 +77,7 @@ def main(options: TrainOptions) -> int:
     return status
 
 
-def _check_batch(plan: Plan, processes: int, *, is_chosen: bool) -> None:
+def _check_batch(plan: TrainPlan, processes: int, *, is_chosen: bool) -> None:
     """Raise `UserError` if the processes cannot share the global batch.
 
     If the user did not choose their number, the message suggests the largest one that can.
@@ -211,7 +211,7 @@ def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, li
     )
 
 
-def _show_demo(plan: Plan, held_out: Path, began: float) -> int:
+def _show_demo(plan: TrainPlan, held_out: Path, began: float) -> int:
     """Evaluate the demo's network on the held-out photographs and print where the pictures are."""
     say("\nheld-out photographs, used neither for training nor for validation:")
     command = [

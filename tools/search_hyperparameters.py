@@ -23,7 +23,7 @@ from pipeline.config.recipe import changes, parse_overrides, recipe_differences,
 from pipeline.files import short_path, write_atomically
 from pipeline.metrics import metric_of
 from pipeline.run_folder import RUNS_DIR
-from pipeline.training.options import Plan, TrainOptions, make_plans, overrides_last
+from pipeline.training.options import TrainOptions, TrainPlan, make_plans, overrides_last
 from tools.search import report
 from tools.search.check import Candidate, check
 from tools.search.run import Budget, Machine, Objective, Search
@@ -218,7 +218,7 @@ def _with(training: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
     return TrainOptions(**{**vars(training), "overrides": tuple(overrides)})
 
 
-def _machine(options: Options, plans: Sequence[Plan]) -> Machine:
+def _machine(options: Options, plans: Sequence[TrainPlan]) -> Machine:
     """How many trials run at once, and on which GPUs."""
     gpus = num_gpus()
     jobs = options.jobs or (gpus // options.procs if gpus else 1)

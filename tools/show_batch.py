@@ -37,7 +37,7 @@ from pipeline.run_folder import (
     checkpoint_dir,
     checkpoint_steps,
 )
-from pipeline.training.options import Plan, TrainOptions, make_plan
+from pipeline.training.options import TrainOptions, TrainPlan, make_plan
 from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
 from tools.parallel import progress, quiet_libraries
@@ -197,7 +197,7 @@ def _out_and_overrides(words: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
     return out, overrides
 
 
-def _plan(options: Options, overrides: tuple[str, ...]) -> Plan:
+def _plan(options: Options, overrides: tuple[str, ...]) -> TrainPlan:
     """What training would read of these options."""
     training = TrainOptions(overrides, dataset_dir=options.dataset_dir, lr_dir=options.lr_dir)
     if options.run is None:
@@ -297,7 +297,7 @@ def _told(numbers: Sequence[int]) -> str:
 
 
 def make_pairs(
-    plan: Plan, numbers: Sequence[int], *, degrades_on_host: bool = True
+    plan: TrainPlan, numbers: Sequence[int], *, degrades_on_host: bool = True
 ) -> list[DrawnPair]:
     """The samples of these numbers as training makes them, on the CPU, by DALI alone unless
     `degrades_on_host`.

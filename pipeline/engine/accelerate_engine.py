@@ -1,8 +1,7 @@
-"""An engine of Hugging Face Accelerate: plain PyTorch, DistributedDataParallel between ranks, no
-DeepSpeed.
+"""Engine on Hugging Face Accelerate: plain PyTorch with DistributedDataParallel, no DeepSpeed.
 
-Weights and optimizer are FP32 in every precision; BF16 and FP16 are autocast, FP16 with torch's
-loss scaling.
+Weights and optimizer states are FP32 in every precision; BF16 and FP16 run under autocast, FP16
+with torch's loss scaling.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.schedules import Schedule
 
-STATES_FILE = "mp_rank_00_model_states.pt"  # DeepSpeed's name for it, and "module" in it its key
+STATES_FILE = "mp_rank_00_model_states.pt"  # DeepSpeed's file name; its key "module" is used too
 INITIAL_SCALE_POWER, SCALE_WINDOW = 16, 1000  # DeepSpeed's defaults for FP16
-DEFAULT_CLIPPING = 1.0  # likewise for the gradient's norm
+DEFAULT_CLIPPING = 1.0  # DeepSpeed's default for the gradient norm
 
 
 class AccelerateEngine:
-    """A module, its optimizer and schedule, as `accelerate` prepares them for these ranks.
+    """A module, its optimizer and its schedule, prepared by Accelerate for these ranks.
 
-    It is an `Engine` as `pipeline.engine.engine` describes one.
+    Implements `pipeline.engine.engine.Engine`.
     """
 
     def __init__(
@@ -51,11 +50,11 @@ class AccelerateEngine:
         self._accumulation = ds_config["gradient_accumulation_steps"]
         self._max_norm = ds_config.get("gradient_clipping", DEFAULT_CLIPPING) or float("inf")
         self._micro_steps = 0
-        # One for each engine: loss scales are a network's own. What they share is the process's
-        # place and precision.
+        # One accelerator per engine, because each network has its own loss scale. All of them share
+        # the process's device and precision (Accelerate keeps those in a singleton).
         self._accelerator = _accelerator(ds_config, ranks)
         self._replica, self.optimizer = self._accelerator.prepare(module, optimizer)
-        # Fused optimizers leave everything alone where `found_inf` is set; a scaler sets its own.
+        # Fused optimizers change nothing where `found_inf` is set. A scaler sets it itself.
         self._guards_itself = self._accelerator.scaler is not None or bool(
             optimizer.defaults.get("fused")
         )
@@ -63,8 +62,10 @@ class AccelerateEngine:
             optimizer.found_inf = self.was_skipped
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the module; ranks exchange gradients in the backward of an accumulation boundary
-        alone."""
+        """Run the module.
+
+        Ranks exchange gradients only in the backward pass of an accumulation boundary.
+        """
         is_exchanging = self.is_gradient_accumulation_boundary() or not torch.is_grad_enabled()
         with nullcontext() if is_exchanging else self._accelerator.no_sync(self._replica):
             return self._replica(*inputs)
@@ -75,26 +76,24 @@ class AccelerateEngine:
 
     @property
     def loss_scale(self) -> float:
-        scaler = self._accelerator.scaler  # at FP16
+        scaler = self._accelerator.scaler  # None except at FP16
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch under way completes an update."""
+        """Whether the current micro-batch completes an update."""
         return (self._micro_steps + 1) % self._accumulation == 0
 
     def get_lr(self) -> list[float]:
         return [group["lr"] for group in self._inner.param_groups]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over
+        """Accumulate the gradient of `loss` / accumulation; at a boundary, average it over
         ranks."""
-        self._accelerator.gradient_accumulation_steps = (
-            self._accumulation
-        )  # is the process's, not the engine's
+        # Accelerate keeps this number per process, not per engine.
+        self._accelerator.gradient_accumulation_steps = self._accumulation
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Grad strides do not match bucket view"
-            )  # of channels_last
+            # channels_last activations cause it.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             self._accelerator.backward(loss)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +102,7 @@ class AccelerateEngine:
                 yield name, parameter.grad
 
     def check_gradient(self) -> None:
-        """Clip the gradient of an update and note its norm, and whether all of it is finite."""
+        """Clip the gradient of an update; record its norm and whether it is finite."""
         self.gradient_norm = self._accelerator.clip_grad_norm_(
             self.module.parameters(), self._max_norm
         )
@@ -111,7 +110,8 @@ class AccelerateEngine:
         self._nonfinite_steps += self.was_skipped
 
     def step(self) -> None:
-        """After a micro-batch; at a boundary the update, unless its gradient is not finite."""
+        """Finish a micro-batch; at a boundary, make the update unless its gradient is not
+        finite."""
         is_update = self.is_gradient_accumulation_boundary()
         self._micro_steps += 1
         if not is_update:
@@ -120,12 +120,12 @@ class AccelerateEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         overflowed = self._accelerator.scaler is not None and self.optimizer.step_was_skipped
-        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed's at FP16
+        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed does at FP16
             self.lr_scheduler.step()
 
     def save(self, directory: str, name: str, files: Any) -> None:
-        """Write weights, moments, schedule and loss scale, the same on all ranks, from the
-        first."""
+        """Write weights, optimizer state, schedule and loss scale from the first rank: all ranks
+        hold the same."""
         folder = os.path.join(directory, name)
         if self._ranks.is_first:
             scaler = self._accelerator.scaler
@@ -143,7 +143,7 @@ class AccelerateEngine:
         dist.barrier(group=self._ranks.control)
 
     def load(self, directory: str, name: str, files: Any) -> bool:
-        """Put back what `save` wrote; False where there is nothing."""
+        """Restore what `save` wrote; return False if there is nothing."""
         try:
             states = files.load(os.path.join(directory, name, STATES_FILE), map_location="cpu")
         except FileNotFoundError:
@@ -157,7 +157,7 @@ class AccelerateEngine:
         return True
 
     def destroy(self) -> None:
-        """Let go of memory, and of the process's precision: the next stage may have another."""
+        """Free memory, and the process's precision, because the next stage may use another."""
         from accelerate.state import AcceleratorState
 
         self._accelerator.free_memory()
@@ -165,8 +165,10 @@ class AccelerateEngine:
 
 
 def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
-    """An `Accelerator` for the precision of a resolved ds_config, on the device that these ranks
-    have."""
+    """Build an `Accelerator` with the precision of a resolved ds_config on this rank's device.
+
+    Raises `UserError` if Accelerate refuses, or is configured for other processes or devices.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs, GradScalerKwargs
 
     fp16 = ds_config.get("fp16", {})
@@ -181,8 +183,9 @@ def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
         init_scale=2.0 ** fp16.get("initial_scale_power", INITIAL_SCALE_POWER),
         growth_interval=fp16.get("loss_scale_window", SCALE_WINDOW),
     )
-    # Batch norm's statistics are averaged after an update, not replaced by the first rank's before
-    # it. Some networks have weights that serve only after training, and get no gradient.
+    # Buffers are not broadcast: batch norm's statistics are averaged over ranks after an update,
+    # not overwritten by the first rank's before it. Some networks have weights that are used only
+    # after training and get no gradient, hence find_unused_parameters.
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     threads = torch.get_num_threads()
     try:
@@ -194,14 +197,14 @@ def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
         )
     except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"accelerate refuses: {' '.join(str(error).split())}") from error
-    torch.set_num_threads(threads)  # on CPUs it takes all cores for every rank
+    torch.set_num_threads(threads)  # Accelerate lets every rank on a CPU use all cores
     if (
         accelerator.device.type != ranks.device.type
         or accelerator.num_processes != ranks.world_size
     ):
         raise UserError(
             f"accelerate is set to {accelerator.num_processes} processes on {accelerator.device}, "
-            "and "
-            f"these are {ranks.world_size} on {ranks.device}; unset its variables (ACCELERATE_…)"
+            f"but there are {ranks.world_size} on {ranks.device}; unset its variables "
+            "(ACCELERATE_…)"
         )
     return accelerator

@@ -1,9 +1,10 @@
-"""DeepSpeed's engine behind the project's, without four faults of 0.19.8.
+"""Engine on DeepSpeed, which works around four faults of DeepSpeed 0.19.8.
 
-At FP32 and ZeRO stage 0 it lets a gradient that is not finite through; at FP16 and stage 0 it
-scales the loss wrongly. It waits for the whole GPU twice a micro-batch, to measure its own speed.
-At FP16 and BF16 and stage 0 it updates the network parameter by parameter: 1,800 small kernels for
-VapSR, in whose gaps the GPU has nothing to do.
+- At FP32 and ZeRO stage 0, updates with non-finite gradients are not skipped.
+- At FP16 and ZeRO stage 0, the loss is scaled wrongly.
+- It synchronises with the GPU twice per micro-batch to measure its own speed.
+- At FP16 and BF16 and ZeRO stage 0, it updates the network parameter by parameter: 1,800 small
+  kernels for VapSR, between which the GPU is idle.
 """
 
 from __future__ import annotations
@@ -27,16 +28,14 @@ from pipeline.engine.schedules import DEEPSPEED_WARMUPS, Schedule
 
 BuildSchedule = Callable[[torch.optim.Optimizer], Schedule]
 SMALL_NETWORK = 4_000_000
-"""Parameters up to which gradients of 16 bits are summed over ranks in FP32: the wire hardly feels
-it, and the sum of N ranks does not overflow log2(N) bits sooner."""
+"""Largest number of parameters for which 16-bit gradients are summed over ranks in FP32: the extra
+traffic hardly matters, and a sum over N ranks does not overflow log2(N) bits sooner."""
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine for a resolved ds_config, as `pipeline.engine.engine.Engine` describes
-    one.
+    """DeepSpeed's engine for a resolved ds_config; implements `pipeline.engine.engine.Engine`.
 
-    `build_schedule` makes the learning rate schedule; None: what the ds_config says is left to
-    DeepSpeed.
+    `build_schedule` makes the learning rate schedule; None leaves it to DeepSpeed.
     """
 
     def __init__(
@@ -49,18 +48,15 @@ class DeepSpeedEngine:
     ) -> None:
         self._inner = inner = _initialise(module, optimizer, build_schedule, ds_config, ranks)
         self.before_update: list[Callable[[], None]] = []
-        self._norm: Tensor | float = float(
-            "nan"
-        )  # of the last update, where DeepSpeed does not know it
-        self._found_nonfinite: Tensor | None = (
-            None  # 1 where the last update was left out, if we guard it
-        )
+        # Norm of the last update's gradient, where DeepSpeed does not provide it.
+        self._norm: Tensor | float = float("nan")
+        # 1 if the last update was skipped, where this class guards against NaN.
+        self._found_nonfinite: Tensor | None = None
         self._nonfinite_steps: Tensor | None = None
         self._scaling = None
         self.weights: list[Tensor] = list(module.parameters())
-        self._lacking: list[
-            nn.Parameter
-        ] = []  # whose gradients may be missing, where nothing else fills them in
+        # Parameters whose missing gradients must be filled with zeros here.
+        self._lacking: list[nn.Parameter] = []
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
         if isinstance(inner.optimizer, FP16_UnfusedOptimizer):
@@ -76,29 +72,27 @@ class DeepSpeedEngine:
             masters = {id(half): master.detach() for half, master in pairs}
             self.weights = [masters.get(id(parameter), parameter) for parameter in self.weights]
         if not inner.zero_optimization():
-            if (
-                ranks.world_size == 1
-            ):  # DeepSpeed would copy every gradient to its only rank and back
+            # With one rank, skip the exchange: DeepSpeed would copy every gradient to this rank
+            # and back.
+            if ranks.world_size == 1:
                 inner.enable_backward_allreduce = False
                 self._lacking = [
                     parameter for parameter in module.parameters() if parameter.requires_grad
                 ]
             inner.allreduce_and_copy = partial(_reduce, inner)
-        # FP32 at ZeRO stage 0, where DeepSpeed would write a NaN into weights and moments for good.
+        # At FP32 and ZeRO stage 0 DeepSpeed would write NaN into weights and moments, permanently.
         if not inner.zero_optimization() and isinstance(inner.optimizer, torch.optim.Optimizer):
             if not inner.optimizer.defaults.get("fused"):
                 raise UserError(
                     f"optimizer {type(inner.optimizer).__name__} at FP32 and ZeRO stage 0 has no "
-                    "guard "
-                    "against NaN; choose one of Adam, AdamW, SGD, or zero_optimization.stage 1, or "
-                    "--runtime accelerate"
+                    "guard against NaN; choose Adam, AdamW or SGD, or zero_optimization.stage 1, "
+                    "or --runtime accelerate"
                 )
             self._found_nonfinite = torch.zeros((), device=ranks.device)
             self._nonfinite_steps = torch.zeros((), device=ranks.device)
             inner.clip_fp32_gradients = self._clip
-            inner.optimizer.found_inf = (
-                self._found_nonfinite
-            )  # fused optimizers change nothing where it is set
+            # Fused optimizers change nothing where it is set.
+            inner.optimizer.found_inf = self._found_nonfinite
 
     def __call__(self, *inputs: Any) -> Any:
         return self._inner(*inputs)
@@ -140,9 +134,8 @@ class DeepSpeedEngine:
     def loss_scale(self) -> float:
         if self._scaling is not None:
             return self._scaling.scale
-        return float(
-            getattr(self._inner.optimizer, "loss_scale", 1.0)
-        )  # ZeRO's optimizers have one
+        # ZeRO's optimizers have this attribute.
+        return float(getattr(self._inner.optimizer, "loss_scale", 1.0))
 
     def get_lr(self) -> list[float]:
         return self._inner.get_lr()
@@ -153,14 +146,14 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self._inner.backward(loss if self._scaling is None else loss * self._scaling.scale)
         if self.is_gradient_accumulation_boundary():
-            for (
-                parameter
-            ) in self._lacking:  # zeros, as DeepSpeed's exchange between ranks makes of them
+            # Zeros, which DeepSpeed's exchange between ranks would have filled in.
+            for parameter in self._lacking:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Collected from all ranks where ZeRO has spread them; all ranks call it together."""
+        """See `Engine.gradients`. Gradients that ZeRO has partitioned are collected from all
+        ranks."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.module.named_parameters():
@@ -173,7 +166,7 @@ class DeepSpeedEngine:
                     yield name, gradient
 
     def check_gradient(self) -> None:
-        """Elsewhere than at FP32 and ZeRO stage 0 DeepSpeed checks it itself, in `step`."""
+        """Check the gradient at FP32 and ZeRO stage 0; otherwise DeepSpeed does so in `step`."""
         if self._found_nonfinite is None or self._nonfinite_steps is None:
             return
         norms = torch._foreach_norm(
@@ -184,11 +177,10 @@ class DeepSpeedEngine:
         self._nonfinite_steps += self._found_nonfinite
 
     def _clip(self) -> None:
-        """Clip the gradient of an FP32 update by the norm that `check_gradient` has found, in a few
-        kernels for all.
+        """Clip the gradient of an FP32 update by the norm that `check_gradient` found.
 
-        Every rank has found the same. DeepSpeed's own asks for the norm again, parameter by
-        parameter and over ranks.
+        This takes a few kernels for all parameters, and every rank has found the same norm.
+        DeepSpeed's own function would compute it again, parameter by parameter and over ranks.
         """
         clip = torch.clamp(
             self._inner.gradient_clipping() / (torch.as_tensor(self._norm) + 1e-6), max=1.0
@@ -210,14 +202,14 @@ class DeepSpeedEngine:
         path, _ = self._inner.load_checkpoint(directory, tag=name)
         schedule = self.lr_scheduler
         if path is not None and schedule is not None and not isinstance(schedule, Schedule):
-            # DeepSpeed's own: its length may be another one now.
+            # DeepSpeed's own schedule: set the rate again, because its length may have changed.
             for group, rate in zip(self.optimizer.param_groups, schedule.get_lr(), strict=True):
                 group["lr"] = rate
         return path is not None
 
     def zero_shapes(self) -> Any:
-        """Shapes of the parameters by name, group by group, in the order in which ZeRO lays them
-        out."""
+        """Return the parameters' shapes by name, per group, in the order of ZeRO's flat
+        partitions."""
         return self._inner._get_zero_param_shapes()
 
     def destroy(self) -> None:
@@ -231,16 +223,15 @@ def _initialise(
     ds_config: Mapping[str, Any],
     ranks: Ranks,
 ) -> Any:
-    """DeepSpeed's own engine. `UserError` for what it refuses of the ds_config."""
+    """Build DeepSpeed's own engine; raise `UserError` if it refuses the ds_config."""
     deepspeed = _import_deepspeed(ranks)
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     config = {
-        # all of ours work element by element, as ZeRO needs it
+        # All our optimizers work element by element, which is what ZeRO needs.
         "zero_allow_untested_optimizer": True,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # it waits for the whole GPU twice a micro-batch
+        # The throughput timer synchronises with the GPU twice per micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **copy.deepcopy(dict(ds_config)),
     }
     is_plain = not config.get("zero_optimization", {}).get("stage", 0)
@@ -248,9 +239,8 @@ def _initialise(
         config.setdefault("communication_data_type", "fp32")
     config.pop("optimizer")
     if build_schedule is not None and config["scheduler"]["type"] not in DEEPSPEED_WARMUPS:
-        config.pop(
-            "scheduler"
-        )  # DeepSpeed knows none of torch's; of its own it keeps a note in its files
+        # DeepSpeed does not know torch's schedules; of its own it records the name in its files.
+        config.pop("scheduler")
     try:
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -272,14 +262,13 @@ def _initialise(
         raise UserError(
             f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}"
         ) from error
-    engine._copy_recovery_script = lambda *_: (
-        None
-    )  # a script beside every checkpoint, written past our error handling
+    # DeepSpeed would write a script next to every checkpoint, bypassing our error handling.
+    engine._copy_recovery_script = lambda *_: None
     return engine
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    """DeepSpeed, quiet, on the process group that there is."""
+    """Import DeepSpeed, silence it, and attach it to the existing process group."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -287,9 +276,9 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for handler in deepspeed.utils.logger.handlers:
         handler.setLevel(logging.ERROR)
-    # Nothing of its own C++ is used here. Asked what it could build, it would start compilers and
-    # query GPUs; and its shared-memory collectives between CPU ranks would be built on first use,
-    # under a lock that a killed process leaves behind for ever.
+    # None of DeepSpeed's C++ ops are used. Probing which could be built would start compilers and
+    # query GPUs. Its shared-memory collectives between CPU ranks would be built on first use, under
+    # a lock file that a killed process leaves behind, on which every later start would hang.
     deepspeed.ops.__compatible_ops__ = {}
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -297,12 +286,11 @@ def _import_deepspeed(ranks: Ranks) -> Any:
 
 
 class LossScaling:
-    """Loss scaling at FP16 and ZeRO stage 0, where DeepSpeed 0.19.8 divides gradients by a scale no
-    loss ever had.
+    """Loss scaling at FP16 and ZeRO stage 0, where DeepSpeed 0.19.8 unscales by the wrong factor.
 
-    Its `engine.backward` scales for ZeRO's optimizers alone (deepspeed pull request 8393), and its
-    optimizer lets the scale grow before it divides by it. Here the loss is scaled, and the scale
-    grows after the update.
+    DeepSpeed's `engine.backward` scales the loss for ZeRO's optimizers only (deepspeed pull request
+    8393), and its optimizer raises the scale before it divides the gradients by it. This class
+    scales the loss, and raises the scale after the update.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -311,13 +299,13 @@ class LossScaling:
 
     @property
     def scale(self) -> float:
-        """The factor of the loss."""
+        """The factor by which the loss is multiplied."""
         scaling = self._optimizer.loss_scale_config
         return float(scaling.cur_scale) if scaling.use_grad_scaling else 1.0
 
     def finish(self) -> float:
-        """After an update: let the scale grow if it is time. Returns the update's gradient norm,
-        before clipping."""
+        """Finish an update: raise the scale if it is time. Returns the gradient norm before
+        clipping."""
         norm = float(self._optimizer._global_grad_norm) / self.scale
         if not self._optimizer.overflow:
             self._update_scale(False)
@@ -325,11 +313,11 @@ class LossScaling:
 
 
 class ForeachUpdate:
-    """`FP16_UnfusedOptimizer.step` in a handful of kernels for all parameters, with one wait for
-    the device.
+    """`FP16_UnfusedOptimizer.step` in a handful of kernels, waiting for the device once.
 
-    Skips what DeepSpeed's own skips, and else makes the same update: the norm is summed in another
-    order. The wait is for the norm: not finite, it stands for an overflow, and clipping needs it.
+    Skips what DeepSpeed's own step skips and otherwise makes the same update, except that the norm
+    is summed in another order. The wait is for the norm, which clipping needs; a non-finite norm
+    counts as an overflow.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -340,13 +328,13 @@ class ForeachUpdate:
 
     @torch.no_grad()
     def __call__(self) -> bool:
-        """Update weights and moments unless a gradient is not finite; whether one was."""
+        """Update weights and moments unless a gradient is not finite; return whether one was."""
         optimizer, gradients = self._optimizer, self._gradients
         halves = [
             half.grad if half.grad is not None else torch.zeros_like(half) for half in self._halves
         ]
         torch._foreach_copy_(gradients, halves)
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # times the loss scale
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # includes the loss scale
         optimizer.overflow = not math.isfinite(norm)
         if optimizer.overflow:
             return optimizer._skip_invalid_grad_norm()
@@ -367,22 +355,21 @@ class ForeachUpdate:
 def _reduce(
     inner: Any, gradients: Sequence[Tensor], group: Any, world_size: float | None = None
 ) -> None:
-    """The mean over ranks of some gradients, in place, as DeepSpeed's `allreduce_and_copy`, which
+    """Average gradients over ranks, in place: DeepSpeed's `allreduce_and_copy` without its
     copies one by one."""
     flat = inner.allreduce_bucket(gradients, group, world_size)
     torch._foreach_copy_(list(gradients), list(inner.unflatten(flat, gradients)))
 
 
-# What DeepSpeed's `comms_logger` has counted: how often, how much and how long ranks have spoken to
-# each other.
+# Statistics of DeepSpeed's `comms_logger`: number, size and duration of collectives.
 
 
 def read_comms() -> dict[str, float]:
-    """Of this rank since it was read last, for each operation: calls, megabytes, milliseconds, bus
-    bandwidth in Gbit/s.
+    """Return and reset this rank's statistics since the last call, for each collective.
 
-    `{"all_reduce_calls": 50, "all_reduce_mb": 68.4, "all_reduce_ms": 31.0, "all_reduce_gbps":
-    35.3}`. DeepSpeed itself only adds to its lists, call by call.
+    Calls, megabytes, milliseconds, and bus bandwidth in Gbit/s: `{"all_reduce_calls": 50,
+    "all_reduce_mb": 68.4, "all_reduce_ms": 31.0, "all_reduce_gbps": 35.3}`. Without the reset,
+    DeepSpeed's lists would grow with every call.
     """
     import deepspeed.comm.comm as comm
 

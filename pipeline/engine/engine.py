@@ -1,5 +1,4 @@
-"""The one door to the two runtimes, DeepSpeed and Accelerate. The project sees an `Engine` and not
-whose it is."""
+"""The `Engine` interface, the only access to the two runtimes, DeepSpeed and Accelerate."""
 
 from __future__ import annotations
 
@@ -30,11 +29,9 @@ from pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.engine.schedules import AUTO, Schedule, build_schedule
 from pipeline.engine.triton_check import why_no_triton
 
-FUSED = (
-    "Adam",
-    "AdamW",
-    "SGD",
-)  # have one kernel for all parameters, and leave them alone where `found_inf` is set
+# Optimizers with one fused kernel for all parameters, which changes nothing where `found_inf` is
+# set.
+FUSED = ("Adam", "AdamW", "SGD")
 
 
 def resolve_ds_config(
@@ -45,12 +42,12 @@ def resolve_ds_config(
     device: torch.device,
     runtime: str = "deepspeed",
 ) -> tuple[dict[str, Any], str, str]:
-    """ds_config.json as the runtime will get it on these ranks, the precision, and why it is
-    another than asked for.
+    """Resolve ds_config.json for a runtime and number of ranks.
 
-    The precision is as `precision_of` names it. Fills in the micro-batch and the accumulation,
-    `"total_num_steps": "auto"` by `total_steps`, which are updates of this network, and FP32 for
-    FP16 where there is no GPU. The optimizer section stays for `build_engine`.
+    Returns the resolved configuration, the precision as `precision_of` names it, and, if that is
+    not the one asked for, a text that says why. Fills in the micro-batch, the accumulation, and
+    `"total_num_steps": "auto"` with `total_steps`, counted in updates of this network; replaces
+    FP16 by FP32 if there is no GPU. The optimizer section is left to `build_engine`.
     """
     resolved = copy.deepcopy(dict(config))
     micro, accumulation = batch_sizes(config, world_size)
@@ -68,74 +65,78 @@ def resolve_ds_config(
         )
     why = ""
     if device.type == "cpu" and resolved.pop("fp16", {}).get("enabled"):
-        why = " (there is no GPU, and FP16 is for GPUs)"
+        why = " (there is no GPU, and FP16 needs one)"
     return resolved, precision_of(config, on_cpu=device.type == "cpu", runtime=runtime), why
 
 
 class Engine(Protocol):
-    """A network that is trained on these ranks: its weights, its optimizer, its learning rate.
+    """A network in training on these ranks, with its weights, optimizer and learning rate.
 
-    Calling it runs the network. Then come `backward` for each micro-batch, `check_gradient` at the
-    end of an accumulation, and `step` after every `backward`: see `backward_and_step`.
+    Calling it runs the network. Each micro-batch then takes one `backward` and one `step`, with
+    `check_gradient` between them at the end of an accumulation; `backward_and_step` does this.
     """
 
-    before_update: list[
-        Callable[[], None]
-    ]  # called between the last backward of an update and the update
+    before_update: list[Callable[[], None]]
+    """Called between the last backward pass of an update and the update."""
     weights: list[Tensor]
-    """In the order of `module.parameters()`: what the optimizer updates, FP32 where the network
-    itself has 16 bits, or the parameters themselves where no rank has all of it."""
+    """What the optimizer updates, in the order of `module.parameters()`: FP32 masters if the
+    network has 16-bit weights, or the parameters themselves if no rank holds a whole master."""
 
     @property
     def module(self) -> nn.Module: ...
     @property
     def optimizer(self) -> Any:
-        """torch's, or the runtime's around it; both have `param_groups` and `state_dict`."""
+        """torch's optimizer or the runtime's wrapper; both have `param_groups` and `state_dict`."""
 
     @property
     def lr_scheduler(self) -> Any: ...
     @property
     def gradient_norm(self) -> Tensor | float:
-        """L2 norm of the last update's gradient, over all ranks and before clipping; NaN before the
-        first."""
+        """L2 norm of the last update's gradient over all ranks, before clipping; NaN before the
+        first update."""
 
     @property
     def was_skipped(self) -> Tensor | bool:
-        """Whether the last update was left out because its gradient was not finite."""
+        """Whether the last update was skipped because its gradient was not finite."""
 
     @property
     def skipped_steps(self) -> int:
-        """How many were; at FP32 those of this process. Waits for the device."""
+        """Number of skipped updates; at FP32 only those of this process. Waits for the device."""
 
     @property
     def loss_scale(self) -> float:
-        """The factor of gradients between backward and update; 1 but for FP16."""
+        """Factor of the gradients between backward and update; always 1 except at FP16."""
 
     def __call__(self, *inputs: Any) -> Any: ...
     def get_lr(self) -> list[float]: ...
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch under way completes an update."""
+        """Whether the current micro-batch completes an update."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` / accumulation; at a boundary it becomes the mean over
+        """Accumulate the gradient of `loss` / accumulation; at a boundary, average it over
         ranks."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's whole gradient before the update, times `loss_scale`. All ranks call it
-        together."""
+        """Yield each parameter's name and whole gradient before the update, times `loss_scale`.
+
+        All ranks call it together.
+        """
 
     def check_gradient(self) -> None:
-        """Look whether the update's gradient is finite, unless `step` does."""
+        """Check whether the update's gradient is finite, unless `step` does that itself."""
 
     def step(self) -> None:
-        """After a micro-batch; at a boundary the update, unless its gradient is not finite."""
+        """Finish a micro-batch; at a boundary, make the update unless its gradient is not
+        finite."""
 
     def save(self, directory: str, name: str, files: Any) -> None:
-        """Write all of it to `directory`/`name` through `files`. On return every rank is done."""
+        """Write the full state to `directory`/`name` through `files`; returns once all ranks have.
+
+        All ranks call it together.
+        """
 
     def load(self, directory: str, name: str, files: Any) -> bool:
-        """Put back what `save` wrote, on this or another number of ranks; False where there is
-        nothing."""
+        """Restore what `save` wrote, on any number of ranks; return False if there is nothing."""
 
     def destroy(self) -> None: ...
 
@@ -143,10 +144,10 @@ class Engine(Protocol):
 def build_engine(
     module: nn.Module, ds_config: Mapping[str, Any], ranks: Ranks, runtime: str = "deepspeed"
 ) -> Engine:
-    """An engine of `runtime` (deepspeed or accelerate) around `module` for a resolved ds_config.
+    """Build an engine of `runtime` (deepspeed or accelerate) around `module`.
 
-    The optimizer is torch's own, built from the optimizer section: the same on every device, and
-    nothing to compile.
+    `ds_config` must be resolved. The optimizer is torch's, built from the optimizer section: the
+    same on every device, with nothing to compile. Raises `UserError`.
     """
     module.to(ranks.device)
     optimizer = build_optimizer(
@@ -163,8 +164,8 @@ def build_engine(
 def _schedule(
     section: Mapping[str, Any] | None, runtime: str
 ) -> Callable[[torch.optim.Optimizer], Schedule] | None:
-    """What builds the schedule for an optimizer; None where there is none, or where it is left to
-    DeepSpeed."""
+    """Return what builds the schedule for an optimizer; None if there is none or DeepSpeed builds
+    it."""
     if section is None:
         return None
     if section["type"] in LEFT_TO_DEEPSPEED:
@@ -178,7 +179,7 @@ def build_optimizer(
     check_optimizer(section)
     name = section["type"]
     params = dict(section.get("params", {}))
-    for key in ("torch_adam", "fused", "foreach"):  # how, not what: chosen here
+    for key in ("torch_adam", "fused", "foreach"):  # implementation choices, made here instead
         params.pop(key, None)
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
@@ -191,12 +192,12 @@ def build_optimizer(
 
 
 def backward_and_step(engine: Engine, loss: Tensor) -> None:
-    """Backward and, at an accumulation boundary, one update. Gradients that are not finite change
-    nothing.
+    """Run backward and, at an accumulation boundary, one update; skip it if not all gradients are
+    finite.
 
-    Gradients are already summed over ranks when they are judged, so every rank judges the same. At
-    FP32 nothing here waits for the device; with weights of 16 bits the gradient's norm is waited
-    for, once an update.
+    Gradients are already summed over ranks when they are checked, so all ranks decide alike. At
+    FP32 nothing here waits for the device; with 16-bit weights each update waits once, for the
+    gradient's norm.
     """
     at_boundary = engine.is_gradient_accumulation_boundary()
     engine.backward(loss)
@@ -210,8 +211,8 @@ def backward_and_step(engine: Engine, loss: Tensor) -> None:
 
 
 def _average_statistics(module: nn.Module) -> None:
-    """The mean over ranks of batch norm's running statistics, in place: each rank has seen its own
-    samples only."""
+    """Average batch norm's running statistics over ranks, in place: each rank saw only its own
+    samples."""
     if dist.get_world_size() == 1:
         return
     statistics = [
@@ -237,7 +238,7 @@ def _average_statistics(module: nn.Module) -> None:
 
 
 def step_was_skipped(engines: Iterable[Engine]) -> Tensor | bool:
-    """Whether the update that one of `engines` just made was left out because a gradient was not
+    """Whether the last update of any of `engines` was skipped because its gradient was not
     finite."""
     flags = [engine.was_skipped for engine in engines]
     if all(isinstance(flag, bool) for flag in flags):
@@ -246,18 +247,18 @@ def step_was_skipped(engines: Iterable[Engine]) -> Tensor | bool:
 
 
 def observe(engine: Engine, psnr: float) -> None:
-    """Tell a validation's PSNR to the schedule that lowers the rate where it no longer rises."""
+    """Pass a validation's PSNR to a schedule that lowers the rate on a plateau."""
     if isinstance(engine.lr_scheduler, Schedule):
         engine.lr_scheduler.observe(psnr)
 
 
 def compile_module(module: nn.Module, *, channels_last: bool, mode: str | None = None) -> None:
-    """torch.compile with Inductor, in place: names in the state dict stay as they are.
+    """Compile `module` with Inductor, in place; names in the state dict do not change.
 
-    Inductor gives up channels_last in backward graphs (pytorch #188236); told to keep it, it is 1.5
-    times faster on a CPU. Told to keep contiguous, it would still choose channels_last for wide
-    convolutions, but for the second switch. `mode`: "reduce-overhead" replays CUDA graphs: what the
-    module returned is then overwritten by its next call.
+    Forcing channels_last makes it 1.5 times faster on a CPU, because Inductor otherwise drops that
+    format in backward graphs (pytorch #188236). For contiguous inputs, layout optimization is
+    switched off, because Inductor would choose channels_last for wide convolutions. `mode`
+    "reduce-overhead" replays CUDA graphs: the next call then overwrites what the module returned.
     """
     import torch._inductor.config
 
@@ -266,11 +267,10 @@ def compile_module(module: nn.Module, *, channels_last: bool, mode: str | None =
     module.compile(backend="inductor", dynamic=False, mode=mode)
 
 
-def be_deterministic(is_on: bool) -> None:
-    """Ask torch, cuDNN, cuBLAS and Inductor for the same bits in every run on the same device, or
-    not.
+def set_deterministic(is_on: bool) -> None:
+    """Make torch, cuDNN, cuBLAS and Inductor deterministic on the same device, or undo that.
 
-    cuBLAS reads its variable when it is first used. Operators that cannot give the same bits warn.
+    Operators without a deterministic implementation warn. cuBLAS reads its variable on first use.
     """
     if not is_on and not torch.are_deterministic_algorithms_enabled():
         return
@@ -284,8 +284,10 @@ def be_deterministic(is_on: bool) -> None:
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Empty if Inductor can work here, else what it lacks. On a GPU a small kernel is compiled,
-    within a second or two."""
+    """Return "" if Inductor works here, else what is missing.
+
+    On a GPU this compiles a small kernel, within a second or two.
+    """
     if device.type == "cuda":
         return why_no_triton(device)
     import sysconfig
@@ -309,17 +311,16 @@ def quiet() -> Any:
         yield
 
 
-# The gradient of an update, parameter by parameter: whole, in FP32, as it was before clipping and
-# loss scaling.
+# Capture the gradients of an update: whole, in FP32, before clipping and without loss scaling.
 
 
 @contextmanager
 def gradients_of_update(engines: Mapping[str, Engine]) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """In here each of `engines` makes one update, or none; its gradients are then in the table that
-    is given.
+    """Yield a table that holds each engine's gradients once it has made its update in this block.
 
-    Engine's name -> parameter's name -> gradient. All ranks call it together, for with ZeRO each
-    has a part of them; the table is the same on all. The update is what it would have been without.
+    The table maps engine name -> parameter name -> gradient. Each of `engines` makes at most one
+    update in the block, and the update itself is unaffected. All ranks call it together, because
+    with ZeRO each holds a part of the gradients; the table is the same on all.
     """
     found: dict[str, dict[str, Tensor]] = {}
 

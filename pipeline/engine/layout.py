@@ -1,7 +1,7 @@
-"""Which memory layout of the activations a network trains faster in, measured where it will run.
+"""Choose the memory format in which a network trains faster, measured on the device of the run.
 
-The layout of the input decides: convolutions hand it on. Weights stay contiguous, as DeepSpeed
-wants to send them.
+The format of the input decides: convolutions pass it on. Weights stay contiguous, which DeepSpeed
+needs to communicate them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ import torch
 from torch import nn
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-MARGIN = 1.1  # contiguous must be this much faster: other processes on the machine shall not decide
-BUDGET = 1.0  # seconds of measuring, after the first step in each layout
-PATIENCE = 3.0  # seconds, where the rounds do not agree
+MARGIN = 1.1  # contiguous must be faster by this factor, so that noise does not decide
+BUDGET = 1.0  # seconds of measuring, after the first step in each format
+PATIENCE = 3.0  # seconds of measuring if the rounds disagree
 LEAST_ROUNDS, MOST_ROUNDS = 2, 25
 
 
 def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.device) -> str:
-    """ "channels_last" or "contiguous": whichever takes less time forward and backward on (batch,
-    3, patch, patch).
+    """Return "channels_last" or "contiguous": whichever is faster, forward and backward.
 
-    Measured without torch.compile (which keeps the layout it is given), in FP16 on a GPU, in FP32
-    on a CPU and there with 2 images at most, or with 1 where they take long. After a first step in
-    each layout, in which memory is allocated and kernels are chosen, it takes a second, and up to
-    three where its rounds do not agree: then the machine is busy, and the least times of more
-    rounds count.
+    `network` is measured on inputs of shape (batch, 3, patch, patch), without torch.compile (which
+    keeps the format it is given): in FP16 on a GPU, in FP32 on a CPU, and there with at most 2
+    images, or 1 if they take long. The first step in each format is not counted, because it
+    allocates memory and chooses kernels. Measuring takes one second, or up to three if the rounds
+    disagree: then the machine is busy, and the minimum over more rounds counts.
     """
     images = torch.rand(
         batch if device.type == "cuda" else min(batch, 2), 3, patch, patch, device=device
@@ -37,14 +36,14 @@ def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.devi
         trial, images = trial.half(), images.half()
     try:
         return _measured(trial, images)
-    except torch.OutOfMemoryError:  # uncompiled it takes more than the run itself will
+    except torch.OutOfMemoryError:  # uncompiled, a step takes more memory than the run will need
         torch.cuda.empty_cache()
         return "channels_last"
 
 
 def _measured(network: nn.Module, images: torch.Tensor) -> str:
-    """The faster layout by the least times of rounds in which each takes its turn."""
-    first = _round(network, images[:1])  # also tells how long a step takes
+    """Return the faster format by its minimum over rounds that alternate between the formats."""
+    first = _round(network, images[:1])  # also shows how long a step takes
     if len(images) * sum(first.values()) * LEAST_ROUNDS > BUDGET and images.device.type == "cpu":
         images = images[:1]
     began = time.perf_counter()
@@ -63,8 +62,7 @@ def _measured(network: nn.Module, images: torch.Tensor) -> str:
 def _round(
     network: nn.Module, images: torch.Tensor, *, is_reversed: bool = False
 ) -> dict[str, float]:
-    """Seconds of a step in each layout, one after the other, so that a slow moment of the machine
-    meets both."""
+    """Time one step in each format, one after the other, so that a slow moment affects both."""
     names = list(LAYOUTS)[::-1] if is_reversed else list(LAYOUTS)
     return {
         name: _step_seconds(network, images.contiguous(memory_format=LAYOUTS[name]))

@@ -1,13 +1,13 @@
-"""Learning rate schedules by torch's names, each behind a warm-up if the ds_config wants it, and
-DeepSpeed's warm-ups.
+"""Learning rate schedules: torch's by name, each with an optional warm-up, and DeepSpeed's
+warm-ups.
 
-DeepSpeed's warm-up schedules are formulas here, for both runtimes: the same rates, to the last bit.
-Its OneCycle and LRRangeTest are left to DeepSpeed itself. `pipeline.config.ds_config.SCHEDULES`
-names them all.
+DeepSpeed's warm-up schedules are implemented as formulas here, for both runtimes, with bit-equal
+rates. Its OneCycle and LRRangeTest are left to DeepSpeed. `pipeline.config.ds_config.SCHEDULES`
+lists all names.
 
-A schedule counts the updates of its own network, not the steps of the run: where a network learns
-at every third step only, `milestones`, `T_max`, `total_iters` and `warmup_num_steps` are thirds of
-the steps.
+A schedule counts the updates of its own network, not the steps of the run: if a network learns at
+every third step, `milestones`, `T_max`, `total_iters` and `warmup_num_steps` are a third of the
+steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from pipeline.cli import UserError
 from pipeline.config.ds_config import LEFT_TO_DEEPSPEED, check_schedule
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "CyclicLR": {"cycle_momentum": False},  # of Adam it would cycle beta 1
-    "ReduceLROnPlateau": {
-        "mode": "max"
-    },  # what is watched is PSNR, and `patience` counts validations
+    "CyclicLR": {"cycle_momentum": False},  # with Adam it would cycle beta1
+    "ReduceLROnPlateau": {"mode": "max"},  # it watches PSNR, and `patience` counts validations
     "ConstantLR": {"factor": 1.0},
 }
 AUTO = ("total_num_steps", "T_max", "total_iters")
-"""Parameters that may be "auto": the updates of the network in the whole run."""
+"""Parameters that may be "auto": the number of updates of the network in the whole run."""
 WARMUP_DEFAULTS = {"warmup_num_steps": 0, "warmup_min_ratio": 0.0}
 WHOLE = {
     "step_size": 1,
@@ -45,26 +43,26 @@ WHOLE = {
     "cooldown": 0,
     "warmup_num_steps": 0,
 }
-"""Parameters that are whole numbers -> the least that makes sense. All but these and the next are
-numbers."""
+"""Whole-number parameters -> smallest sensible value. All others but the following are numbers."""
 WORDS, SWITCHES, LISTS = (
     ("mode", "threshold_mode"),
     ("cycle_momentum",),
     ("base_lr", "max_lr", "min_lr"),
 )
 PROGRESS = ("last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter")
-"""Where one of torch's schedules stands. Its other attributes follow from the ds_config."""
+"""State of torch's schedules. Their other attributes follow from the ds_config."""
 
 
 class Schedule:
-    """One of torch's schedules, stepped once an update, behind a linear warm-up.
+    """One of torch's schedules, stepped once per update, behind a linear warm-up.
 
-    In update number k (0, 1, …) of the warm-up the rate is `min_ratio` + (1 - `min_ratio`) (k + 1)
-    / `steps` times what the schedule says; the schedule itself counts from the first update on.
-    Where torch knows a closed form, the rate is a function of k and the parameters alone: after a
-    change of length it is that of a run begun with the new one.
+    In update k (0, 1, …) of the warm-up, the rate is `min_ratio` + (1 - `min_ratio`) (k + 1) /
+    `steps` times the schedule's; the schedule itself counts from the first update on. If torch has
+    a closed form, the rate depends on k and the parameters alone, so that after a change of length
+    it equals the rate of a run started with the new length.
 
-    `writes_as_deepspeed`: the state has the form of DeepSpeed's own schedules. Either form is read.
+    `writes_as_deepspeed`: write the state in the form of DeepSpeed's own schedules. Both forms can
+    be loaded.
     """
 
     def __init__(
@@ -76,16 +74,15 @@ class Schedule:
         self._has_closed_form = hasattr(inner, "_get_closed_form_lr") or isinstance(
             inner, lr_scheduler.LambdaLR
         )
-        self._rates = (
-            self._closed_form() if self._has_closed_form else self.get_last_lr()
-        )  # without the warm-up
+        # Rates without the warm-up.
+        self._rates = self._closed_form() if self._has_closed_form else self.get_last_lr()
         self._apply()
-        # An optimizer's state brings the rate it was saved with, and ZeRO's is loaded after the
-        # schedule's.
+        # An optimizer's state contains the rate it was saved with, and ZeRO loads it after the
+        # schedule's state.
         inner.optimizer.register_load_state_dict_post_hook(lambda _: self._apply())
 
     def step(self) -> None:
-        """After an update: set the rate of the next one."""
+        """Set the rate of the next update; called after each update."""
         self.count += 1
         if self._has_closed_form:
             self._rates = self._closed_form()
@@ -95,7 +92,7 @@ class Schedule:
         self._apply()
 
     def observe(self, psnr: float) -> None:
-        """Tell a validation's result to the schedule that wants to know it."""
+        """Pass a validation's PSNR to ReduceLROnPlateau; other schedules ignore it."""
         if isinstance(self.inner, lr_scheduler.ReduceLROnPlateau):
             self._set(self._rates)
             self.inner.step(psnr)
@@ -106,7 +103,7 @@ class Schedule:
         return [group["lr"] for group in self.inner.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values alone, which safe loading accepts; what is left out follows from the
+        """Return plain values only, which safe loading accepts; the rest follows from the
         ds_config."""
         if self._writes_as_deepspeed:
             return {"last_batch_iteration": self.count - 1}
@@ -149,19 +146,17 @@ def build_schedule(
     *,
     writes_as_deepspeed: bool = False,
 ) -> Schedule:
-    """The schedule of a resolved ds_config's `scheduler` section, unless it is one of
-    `LEFT_TO_DEEPSPEED`.
+    """Build the schedule of a resolved ds_config's `scheduler` section.
 
-    `writes_as_deepspeed`: write the state of DeepSpeed's warm-ups in DeepSpeed's form; see
-    `Schedule`.
+    The section must not name one of `LEFT_TO_DEEPSPEED`. `writes_as_deepspeed`: write the state of
+    DeepSpeed's warm-ups in DeepSpeed's form; see `Schedule`. Raises `UserError`.
     """
     validate_schedule(section)
     return _build(section, optimizer, writes_as_deepspeed)
 
 
 def validate_schedule(section: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a `scheduler` section, resolved or not, that names no schedule, or one
-    wrongly."""
+    """Raise `UserError` for an invalid `scheduler` section, which may be resolved or not."""
     check_schedule(section)
     if section["type"] in LEFT_TO_DEEPSPEED:
         return
@@ -172,7 +167,7 @@ def validate_schedule(section: Mapping[str, Any]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule = _build({**section, "params": params}, optimizer)
     try:
-        for _ in range(2):  # much of what torch cannot use it notices only when it counts with it
+        for _ in range(2):  # torch notices many invalid values only when it computes with them
             optimizer.step()
             schedule.observe(30.0)
             schedule.step()
@@ -204,8 +199,8 @@ def _build(
 
 
 def _checked(schedule: str, key: str, value: Any) -> Any:
-    """`value` as torch wants it; whole numbers may be written 1e5. `UserError` for one of another
-    kind."""
+    """Return `value` as torch needs it; whole numbers may be written as 1e5. Raises `UserError` for
+    another type."""
     is_good, rule = _rule(key)
     if not is_good(value):
         raise UserError(f"ds_config: schedule {schedule}: {key} must be {rule}, not {value!r}")
@@ -215,7 +210,7 @@ def _checked(schedule: str, key: str, value: Any) -> Any:
 
 
 def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
-    """What a parameter's value must be: a judge of it, and words."""
+    """Return a parameter's check and a description of valid values."""
     if key in WHOLE:
         return lambda value: _is_whole(value, WHOLE[key]), f"a whole number, {WHOLE[key]} or above"
     if key == "milestones":
@@ -224,7 +219,7 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
             "a list of whole numbers, 1 or above",
         )
     if key in WORDS:
-        return lambda value: isinstance(value, str), "a word"
+        return lambda value: isinstance(value, str), "a string"
     if key in SWITCHES:
         return lambda value: isinstance(value, bool), "true or false"
     return (
@@ -244,12 +239,12 @@ def _is_whole(value: Any, least: int) -> bool:
     return _is_number(value) and value == int(value) and value >= least
 
 
-# DeepSpeed's warm-up schedules as formulas. As there, the first update goes at the least rate:
-# WarmupCosineLR's at 0, the others' at `warmup_min_lr`.
+# DeepSpeed's warm-up schedules as formulas. As in DeepSpeed, the first update uses the lowest rate:
+# 0 for WarmupCosineLR, `warmup_min_lr` for the others.
 
 
 _WARMUP = {"warmup_num_steps": 1000, "warmup_type": "log"}
-_RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": None}  # None: the optimizer's own
+_RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": None}  # None: the optimizer's rate
 DEEPSPEED_WARMUPS: dict[str, dict[str, Any]] = {
     "WarmupLR": {**_RATES, **_WARMUP},
     "WarmupDecayLR": {**_RATES, "warmup_max_lr": 0.001, "total_num_steps": None, **_WARMUP},
@@ -260,7 +255,7 @@ DEEPSPEED_WARMUPS: dict[str, dict[str, Any]] = {
         **_WARMUP,
     },
 }
-"""Name -> its parameters with DeepSpeed's defaults."""
+"""Name -> parameters with DeepSpeed's defaults."""
 
 
 def _deepspeed_warmup(
@@ -274,18 +269,19 @@ def _deepspeed_warmup(
             factors.append(functools.partial(_cosine_factor, params))
         else:
             factors.append(functools.partial(_linear_rate, name, params, group["lr"]))
-            group["initial_lr"] = (
-                1.0  # what LambdaLR multiplies with: these factors are rates themselves
-            )
+            # LambdaLR multiplies it with the factors, which are absolute rates here.
+            group["initial_lr"] = 1.0
     schedule = lr_scheduler.LambdaLR(optimizer, factors)
     for group in optimizer.param_groups:
-        del group["initial_lr"]  # or the optimizer would write it into every checkpoint
+        del group["initial_lr"]  # otherwise the optimizer would write it into every checkpoint
     return schedule
 
 
 def _linear_rate(name: str, params: Mapping[str, Any], base: float, count: int) -> float:
-    """The rate after `count` updates: WarmupLR stays at the top, WarmupDecayLR falls to 0 in a
-    line."""
+    """Return the rate after `count` updates.
+
+    After the warm-up, WarmupLR stays at the top and WarmupDecayLR falls linearly to 0.
+    """
     least, most, length = params["warmup_min_lr"], params["warmup_max_lr"], _length(params)
     step, top = count - 1, base if most is None else most
     if step < 0:
@@ -300,7 +296,7 @@ def _linear_rate(name: str, params: Mapping[str, Any], base: float, count: int) 
 
 
 def _cosine_factor(params: Mapping[str, Any], count: int) -> float:
-    """The rate after `count` updates, in parts of the optimizer's own."""
+    """Return the rate after `count` updates, as a fraction of the optimizer's."""
     least, floor, length = params["warmup_min_ratio"], params["cos_min_ratio"], _length(params)
     decay, step = max(1, params["total_num_steps"] - length), count - 1
     if step < 0:
@@ -316,7 +312,7 @@ def _length(params: Mapping[str, Any]) -> int:
 
 
 def _warmth(step: int, params: Mapping[str, Any]) -> float:
-    """How much of the warm-up is done in its step 0, 1, …: from 0 to 1."""
+    """Return how much of the warm-up is complete at its step 0, 1, …, from 0 to 1."""
     if params["warmup_type"] == "linear":
         return step / _length(params)
     return 1.0 / math.log(_length(params)) * math.log(step + 1)

@@ -1,4 +1,4 @@
-"""A Triton kernel of one element, compiled to find out whether kernels can be. Importing this wants
+"""A one-element Triton kernel, compiled to find out whether Triton works. Importing this needs
 Triton."""
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ def _double(pointer, SIZE: tl.constexpr):  # noqa: N803 - Triton's language
 
 
 def doubled(device: torch.device) -> float:
-    """2.0, computed on `device`; raises whatever Triton, its C compiler, the linker or the disk of
-    its cache do."""
-    triton.runtime.driver.active.get_current_target()  # compiles and loads Triton's own piece of C
+    """Return 2.0, computed on `device`.
+
+    Raises whatever Triton, its C compiler, the linker or its cache's file system raises.
+    """
+    triton.runtime.driver.active.get_current_target()  # compiles and loads Triton's C helper
     number = torch.ones(1, device=device)
     _double[(1,)](number, SIZE=1)
     return float(number.item())

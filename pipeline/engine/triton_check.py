@@ -1,10 +1,10 @@
-"""Whether Triton can compile a kernel here, found out by compiling one.
+"""Find out whether Triton can compile a kernel on this machine, by compiling one.
 
-On a GPU, Inductor writes Triton's kernels. That `import triton` works says little: at its first
-kernel Triton also compiles a piece of C against Python's headers and the driver's library, and
-loads it from its cache. Each of these is missing on some plain GPU image, and would otherwise end a
-run in its first step. `python -m pipeline.engine.triton_check` prints what torch and Triton make of
-this machine's GPUs as one line of JSON, for the doctor.
+On a GPU, Inductor generates Triton kernels. A successful `import triton` proves little: at its
+first kernel Triton also compiles a C helper against Python's headers and the driver's library, and
+loads it from its cache. Each of these is missing on some plain GPU image and would end a run in its
+first step. `python -m pipeline.engine.triton_check` prints what torch and Triton report about this
+machine's GPUs as one line of JSON, for the doctor.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 def why_no_triton(device: torch.device) -> str:
-    """Empty if a kernel compiles and computes the right thing on `device`, else what is lacking and
-    the way out."""
+    """Return "" if a kernel compiles and computes correctly on `device`, else what is missing and
+    how to fix it."""
     from torch.utils._triton import has_triton, has_triton_package
 
     if not has_triton_package():
-        return "Triton is missing (pip install triton, of the version that torch names)"
+        return "Triton is missing (pip install triton, in the version that torch requires)"
     try:
         from pipeline.engine.smallest_kernel import doubled
 
-        # In this order: Inductor's own question hides why the answer is no.
+        # A kernel first: `has_triton` hides why its answer is no.
         return "" if doubled(device) == 2.0 and has_triton() else "Triton does not know this GPU"
-    except (
-        Exception
-    ) as error:  # a compiler's, a linker's, a disk's: whatever it is, compiling does not work here
+    except Exception as error:  # a compiler's, a linker's, a disk's: each means it does not work
         return _explain(error)
 
 
 def _explain(error: Exception) -> str:
-    """What an error of Triton's means, and what to do about it."""
+    """Translate a Triton error into its cause and remedy."""
     said = str(error) or type(error).__name__
     if not (os.environ.get("CC") or any(map(shutil.which, _COMPILERS))):
         return "there is no C compiler (Debian: apt install gcc)"
@@ -54,19 +52,18 @@ def _explain(error: Exception) -> str:
         )
     if "libcuda" in said or "ldconfig" in said:
         return (
-            "Triton does not find libcuda.so.1, which it looks for with `ldconfig -p`; run "
-            "ldconfig as root, or "
-            "set TRITON_LIBCUDA_PATH to its folder"
+            "Triton does not find libcuda.so.1 in the output of `ldconfig -p`; run ldconfig as "
+            "root, or set TRITON_LIBCUDA_PATH to its folder"
         )
     if "failed to map segment" in said:
         return (
             "Triton's cache is on a disk mounted noexec; set TRITON_CACHE_DIR to a folder on "
-            "another"
+            "another disk"
         )
     if isinstance(error, PermissionError):
         return (
-            f"Triton's cache cannot be written ({error.filename}); set TRITON_CACHE_DIR to a "
-            "folder that can"
+            f"Triton's cache is not writable ({error.filename}); set TRITON_CACHE_DIR to a "
+            "writable folder"
         )
     return f"Triton cannot compile a kernel: {type(error).__name__}: {_one_line(said)}"
 
@@ -77,8 +74,8 @@ def _one_line(text: str, most: int = 200) -> str:
 
 
 def report() -> dict[str, Any]:
-    """Versions, the GPUs that torch sees with their compute capabilities, and why not more or not
-    compiled."""
+    """Return versions, the GPUs that torch sees with their compute capabilities, and what keeps
+    torch or Triton from using them."""
     from pipeline.cli import UserError
     from pipeline.distributed.gpus import driver_version, refuse_old_gpu, torch_gpus
 
@@ -101,7 +98,7 @@ def report() -> dict[str, Any]:
             found["uncompiled"] = why_no_triton(torch.device("cuda", 0))
     except UserError as error:
         found["complaint"] = str(error)
-    except RuntimeError as error:  # a driver that fails when it is used
+    except RuntimeError as error:  # a driver that fails on first use
         found["complaint"] = f"torch cannot use the GPUs: {_one_line(str(error))}"
     return found
 

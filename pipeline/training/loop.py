@@ -1,4 +1,4 @@
-"""The loop around a trainer: step, log, validate, save, stop."""
+"""The training loop around a trainer: step, log, validate, save, stop."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.files import short_path
 from pipeline.metrics import text_of
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
-from pipeline.training.memory import enough_memory
-from pipeline.training.meter import Meter, SkippedFiles
+from pipeline.training.memory import explain_out_of_memory
+from pipeline.training.meter import SkippedFiles, TrainMeter
 from pipeline.training.reporting import Reporter
 from pipeline.training.saved_run import nothing_left
 from pipeline.training.setup import Run
@@ -29,7 +29,7 @@ from pipeline.training.validation import is_better
 
 
 class Training:
-    """A run under way. `reporter`: of the first rank."""
+    """The training loop of one run (one stage). `reporter` is None on all ranks but the first."""
 
     def __init__(
         self, run: Run, reporter: Reporter | None, console: Console, signals: StopSignals
@@ -46,9 +46,9 @@ class Training:
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
         self._watchdog = Watchdog(self.plan.watchdog_minutes * 60)
         self._step_ends: deque[float] = deque(maxlen=4)
-        self._skips: list[Skip] = []  # of this rank, since they were reported
+        self._skips: list[Skip] = []  # this rank's, since the last report
         self._skipped_files = SkippedFiles()
-        self._profiles_are_named = False
+        self._has_logged_profiles = False
 
     def close(self) -> None:
         self._watchdog.stop()
@@ -60,8 +60,7 @@ class Training:
         self.console.close()
 
     def train(self) -> int:
-        """Steps, validations and saves until the end, patience or a signal. Returns the exit
-        status."""
+        """Train until the last step, the end of patience or a signal. Returns the exit status."""
         recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
         if self._is_finished():
             self.console.say(nothing_left(self.plan, progress.step))
@@ -70,8 +69,11 @@ class Training:
             self.reporter.begin()
         began, first, agreed = time.perf_counter(), progress.step + 1, Request()
         agreement = Agreement(self.ranks)
-        meter = Meter(self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"])
-        if progress.step and self._validation_is_due():  # the run was stopped before it, or in it
+        meter = TrainMeter(
+            self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"]
+        )
+        # The run may have been stopped before or during the validation that was due.
+        if progress.step and self._validation_is_due():
             self._validate()
             self._show_previews()
         self.loader = loader = self.run.open_loader()
@@ -87,22 +89,24 @@ class Training:
                     self._watchdog.feed(only_if_armed=True)
                     batch = next(loader)
                     self._skips += batch.skipped
-                    with enough_memory(self.plan, self.ranks):
+                    with explain_out_of_memory(self.plan, self.ranks):
                         meter.add(trainer.step(batch, progress.step), batch.index)
             progress.step += 1
             meter.end_step(
                 progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader
             )
-            self._name_profiles(loader)
+            self._log_notes(loader)
             self._watchdog.feed()
-            self.signals.is_patient = True  # from now on there is something to save
+            self.signals.is_patient = True  # a step is done: the first signal now saves and stops
             self._log_eta(progress.step)
             if progress.step == first:
                 self._saver.prepare()
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
+            # Ranks must leave the loop at the same step. A request travels with the next step's
+            # exchange, one step late, so that no step waits for it.
             agreed = agreement.exchange(self._request(loader))
-            self._warn_of(self._saver.poll())
+            self._warn_about(self._saver.poll())
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
             with meter.paused():
@@ -123,12 +127,11 @@ class Training:
         if agreed.kind == RequestKind.FAIL:
             self._raise_failure(loader)
         if not self._is_finished():
-            # Without an agreement to stop, the signal came in the last validation.
+            # If no request was agreed on, the signal arrived during the last validation.
             signal = agreed.signal or max(self.ranks.gather(self.signals.received))
             self.console.say(
-                f"stopped and saved at step {progress.step}; the same command without --reset "
-                "continues "
-                "there"
+                f"stopped and saved at step {progress.step}; run the same command without --reset "
+                "to continue"
             )
             return 128 + signal
         if self.reporter:
@@ -136,26 +139,23 @@ class Training:
         best = text_of(progress.best_scores or {"psnr_y": math.nan})
         self.console.say(
             f"finished at step {progress.step} in {duration(time.perf_counter() - began)}; best "
-            f"{best} at "
-            f"step {progress.best_step}; run folder {short_path(self.plan.run_dir)}"
+            f"{best} at step {progress.best_step}; run folder {short_path(self.plan.run_dir)}"
         )
         return 0
 
     def _log_eta(self, step: int) -> None:
-        """How long it will take, as soon as that can be known: after the third step of this
-        process."""
+        """Log the step time and the remaining time, once, after this process's third step."""
         self._step_ends.append(time.perf_counter())
         if len(self._step_ends) == 3:
             seconds = (self._step_ends[2] - self._step_ends[0]) / 2
             left = self.plan.total_steps - step
             self.console.say(
-                f"a step takes about {seconds:.2g} s: {left} more take {duration(seconds * left)}, "
-                "without validation; CTRL+C saves"
+                f"a step takes about {seconds:.2g} s; the remaining {left} steps take about "
+                f"{duration(seconds * left)} without validation; CTRL+C saves and stops"
             )
 
     def _gradients(self) -> contextlib.AbstractContextManager[dict[str, dict[str, Tensor]]]:
-        """What keeps the gradients of the update under way, where the recipe wants their
-        histograms."""
+        """Capture the gradients of the next update if a histogram is due, else nothing."""
         every = self.recipe.histograms
         if every and (self.progress.step + 1) % every == 0:
             return gradients_of_update(self.run.trainer.engines)
@@ -169,12 +169,14 @@ class Training:
             )
 
     def _epoch(self, step: int) -> int:
-        """Whole epochs that lie behind after `step` updates."""
+        """Return how many whole epochs are complete after `step` updates."""
         return step * self.plan.ds_config["train_batch_size"] // self.plan.epoch_length
 
     def _report_skips(self) -> None:
-        """Say which files were passed over since the last time, on any rank; too many end the run
-        on all."""
+        """Report the files skipped on any rank since the last report.
+
+        Ends the run on all ranks if too many files are bad.
+        """
         data = self.recipe.data
         if data.on_error == "stop":
             return
@@ -191,32 +193,32 @@ class Training:
             lambda: refuse_too_many(self._skipped_files.reasons, num_files, data)
         )
 
-    def _name_profiles(self, loader: Loader) -> None:
-        """Say once that files have other colours than sRGB's, as soon as this rank has met one; and
-        the notes."""
-        if not self._profiles_are_named and (note := loader.source.profile_note()):
-            self._profiles_are_named = True
+    def _log_notes(self, loader: Loader) -> None:
+        """Log, once, that files have a colour profile other than sRGB; log the source's notes."""
+        if not self._has_logged_profiles and (note := loader.source.profile_note()):
+            self._has_logged_profiles = True
             self.console.say(f"note: {note}")
         while loader.source.notes:
             self.console.say(f"note: {loader.source.notes.pop(0)}")
 
     def _is_supplied(self, loader: Loader) -> bool:
-        """Whether this rank has the batches of two steps, or of all that are left.
+        """Return whether this rank has the batches of the next two steps (or of all that are left).
 
-        An agreement takes a step: a rank whose data end must say so while it still can take part in
-        the next one.
+        Two, because a request takes effect one step late: a rank whose data ran out must say so
+        while it can still take part in the next step.
         """
         return loader.is_ahead(
             min(2, self.plan.total_steps - self.progress.step) * self.run.accumulation
         )
 
     def _request(self, loader: Loader) -> Request:
-        """What this rank would have all of them do."""
+        """Return what this rank asks all ranks to do."""
         if not self._is_supplied(loader):
             return Request(RequestKind.FAIL)
         if self.signals.received:
             return Request(RequestKind.STOP, self.signals.received)
-        # One rank's clock, and not twice while the first request is under way.
+        # Only the first rank's clock counts. Resetting `last_save` here keeps it from asking again
+        # while the first request is under way.
         if (
             self.ranks.is_first
             and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60
@@ -226,12 +228,12 @@ class Training:
         return Request()
 
     def _raise_failure(self, loader: Loader) -> None:
-        def complain() -> None:
+        def raise_failure() -> None:
             failure = loader.failure()
             if failure:
                 raise failure
 
-        self.ranks.on_all_ranks(complain)
+        self.ranks.on_all_ranks(raise_failure)
 
     def _is_finished(self) -> bool:
         return self.progress.is_finished(self.plan.total_steps, self.recipe.patience)
@@ -241,20 +243,18 @@ class Training:
         is_point = step % self.recipe.validate_every == 0 or step >= self.plan.total_steps
         return is_point and self.progress.validated_step != step
 
-    def _log(self, meter: Meter, loader: Loader) -> None:
+    def _log(self, meter: TrainMeter, loader: Loader) -> None:
         values = meter.read(self.progress.step, loader)
         if values.has_diverged:
             files = ", ".join(dict.fromkeys(loader.source.files_of(values.bad_batch)))
             raise RunError(
-                f"training has diverged: the last {values.skipped_run} updates were skipped for "
-                "gradients "
-                f"that are not finite, and the last {values.bad_loss_run} had such a loss (seen "
-                "last with "
-                f"{files}); start afresh with a smaller ds.optimizer.params.lr"
+                f"training has diverged: the last {values.skipped_run} updates were skipped "
+                "because of non-finite gradients, and the loss was not finite in the last "
+                f"{values.bad_loss_run} updates (last seen with {files}); start again with a "
+                "smaller ds.optimizer.params.lr"
             )
-        comms = (
-            read_comms() if self.plan.counts_comms else {}
-        )  # on all ranks, or their lists would grow
+        # Read on all ranks, including those that do not log: reading empties DeepSpeed's lists.
+        comms = read_comms() if self.plan.counts_comms else {}
         if self.reporter:
             step = self.progress.step
             self.reporter.log(
@@ -264,10 +264,10 @@ class Training:
                 self.reporter.journal.log("comms", step, comms)
 
     def _validate(self) -> bool:
-        """Measure the averaged weights; True if they are the best so far.
+        """Score the averaged weights; return True if they are the best so far.
 
-        Abandoned when a signal asks to stop, for a launcher waits only so long: the continuation
-        does it then.
+        A signal to stop abandons the validation, since launchers kill processes that take long to
+        end. The continued run then repeats it.
         """
         scores = self.run.validation.measure(self.run.averaged, self._before_validating)
         if scores is None:
@@ -285,18 +285,20 @@ class Training:
         return is_best
 
     def _before_validating(self, done: int, share: int) -> bool:
-        """Called before each image; False if there is no time for it any more."""
+        """Called before each image; returns False to abandon the validation."""
         self._watchdog.feed(only_if_armed=True)
         self.console.passing(f"validating: image {done + 1} of {share}")
         return not self.signals.received
 
     def _save(self, *, must: bool = False) -> None:
-        """Save in the background. If it `must` be, wait until it is done, and raise `RunError`
-        where it fails."""
+        """Start saving in the background.
+
+        With `must`, wait until the checkpoint is written, and raise `RunError` if that fails.
+        """
         if self.progress.step == 0:
             return
         self._watchdog.feed(only_if_armed=True)
-        self._warn_of(self._saver.wait())
+        self._warn_about(self._saver.wait())
         try:
             self._saver.begin(self.progress)
             failure = self._saver.wait() if must else None
@@ -304,12 +306,12 @@ class Training:
             failure = error
         if failure and must:
             raise RunError(
-                f"{failure}; the one before is untouched in {self.plan.run_dir}"
+                f"{failure}; the previous checkpoint in {self.plan.run_dir} is intact"
             ) from failure
-        self._warn_of(failure)
+        self._warn_about(failure)
         self.last_save = time.perf_counter()
         self._watchdog.feed(only_if_armed=True)
 
-    def _warn_of(self, failure: SaveError | None) -> None:
+    def _warn_about(self, failure: SaveError | None) -> None:
         if failure:
-            self.console.say(f"warning: {failure}; training goes on and will try again")
+            self.console.say(f"warning: {failure}; training continues and will try again")

@@ -1,5 +1,4 @@
-"""Whether each stage fits into the memory of its device: known before the first one begins, and
-said with a way out."""
+"""Check that each stage fits into device memory before the first begins; explain out-of-memory."""
 
 from __future__ import annotations
 
@@ -16,33 +15,39 @@ from pipeline.data.loader import Batch
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import resolve_ds_config
 from pipeline.run_folder import checkpoint_steps
-from pipeline.training.options import Plan
+from pipeline.training.options import TrainPlan
 from pipeline.training.setup import build_networks
 
 REHEARSED = ("cuda",)
-"""Devices on which later stages are rehearsed: a CPU has memory enough, and would take minutes."""
+"""Device types on which later stages are rehearsed: a CPU has enough memory, and would take
+minutes."""
 
 
 class MemoryShortageError(RunError):
-    """A rank's device has no memory left. Each rank says so itself: the others wait for it in a
-    collective."""
+    """A rank's device ran out of memory.
+
+    Each rank reports it by itself, because the others wait for it in a collective.
+    """
 
 
 @contextmanager
-def enough_memory(plan: Plan, ranks: Ranks) -> Iterator[None]:
-    """Turn "out of memory" in here into one line that says what was too large, and what makes it
-    smaller."""
+def explain_out_of_memory(plan: TrainPlan, ranks: Ranks) -> Iterator[None]:
+    """Turn an out-of-memory error in this block into one line: what was too large, how to shrink
+    it.
+
+    Raises `MemoryShortageError`.
+    """
     try:
         yield
-    except RuntimeError as error:  # a GPU's is a kind of it; a CPU's is a plain one
+    except RuntimeError as error:  # the base class: CPU allocations raise no OutOfMemoryError
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
             error
         ):
             raise
-        raise MemoryShortageError(_way_out(plan, ranks)) from error
+        raise MemoryShortageError(_memory_advice(plan, ranks)) from error
 
 
-def _way_out(plan: Plan, ranks: Ranks) -> str:
+def _memory_advice(plan: TrainPlan, ranks: Ranks) -> str:
     recipe, batch = plan.recipe, plan.ds_config["train_batch_size"]
     micro, accumulation = batch_sizes(plan.ds_config, ranks.world_size)
     share = batch // ranks.world_size
@@ -62,32 +67,30 @@ def _way_out(plan: Plan, ranks: Ranks) -> str:
     )
     return (
         f"{stage}rank {ranks.rank}: a micro-batch of {micro} crops of "
-        f"{recipe.data.crop}x{recipe.data.crop} does "
-        f"not fit into {where}; say "
+        f"{recipe.data.crop}x{recipe.data.crop} does not fit into {where}; set "
         f"{', or '.join([*ways, 'a smaller data.crop or ds.train_batch_size'])}"
     )
 
 
-def rehearse(plans: Sequence[Plan], ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Make one update of each stage but the first on random pixels, and forget it; all ranks call
-    it together.
+def rehearse(plans: Sequence[TrainPlan], ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Make one update of each stage but the first on random pixels, then discard it.
 
-    The first stage shows by itself whether it fits. A later one would show it after days. What is
-    drawn at random here leaves no trace: each stage seeds its generators when it is set up.
+    The first stage shows within one step whether it fits; a later one would show it after days.
+    Random numbers drawn here have no effect, because each stage seeds its generators when it is
+    set up. All ranks call it together.
     """
     for plan in plans[1:]:
         if ranks.device.type in REHEARSED and not ranks.agree(bool(checkpoint_steps(plan.run_dir))):
-            with enough_memory(plan, ranks):
+            with explain_out_of_memory(plan, ranks):
                 _rehearse(plan, ranks)
             say(
-                f"stage {plan.recipe.stage} fits into memory, as an update on random pixels has "
-                f"shown{_peak(ranks)}"
+                f"stage {plan.recipe.stage} fits into memory (tested with one update{_peak(ranks)})"
             )
 
 
-def _rehearse(plan: Plan, ranks: Ranks) -> None:
+def _rehearse(plan: TrainPlan, ranks: Ranks) -> None:
     recipe, spec = plan.recipe, plan.recipe.adversarial
-    # With random weights: the stage's own are those that the stages before it will leave.
+    # Random weights: the stage's own start does not exist before the stages before it have run.
     recipe = recipe.model_copy(
         update={
             "start": None,
@@ -129,4 +132,4 @@ def _rehearse(plan: Plan, ranks: Ranks) -> None:
 def _peak(ranks: Ranks) -> str:
     if ranks.device.type != "cuda":
         return ""
-    return f" ({torch.cuda.max_memory_allocated(ranks.device) / 2**30:.1f} GiB)"
+    return f", peak {torch.cuda.max_memory_allocated(ranks.device) / 2**30:.1f} GiB"

@@ -19,28 +19,27 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.monitor.journal import duration
 from pipeline.training.trainers import StepResult
 
-# updates in a row with a loss that is not finite, on some rank, after which a run has diverged
+# Consecutive updates with a non-finite loss on some rank after which a run has diverged.
 BAD_LOSS_LIMIT = 10
-SKIPPED_LIMIT = (
-    50  # updates in a row that were skipped: more than FP16 ever needs to find its loss scale
-)
+# Consecutive skipped updates, likewise: more than FP16 ever needs to find its loss scale.
+SKIPPED_LIMIT = 50
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What happened since the reading before, the same on every rank but for the last field."""
+    """Measurements since the previous reading; all but `data_wait*` and `bad_batch` are equal on
+    all ranks."""
 
-    losses: dict[
-        str, float
-    ]  # the generator's, weighted; mean over batches and ranks; none where it did not learn
+    # The generator's terms, weighted; means over batches and ranks. Empty if it did not learn.
+    losses: dict[str, float]
     statistics: dict[str, float]  # likewise
-    images_per_second: float  # HR crops, all ranks
-    data_wait: float  # share of the time that this rank waited for the loader
-    data_wait_worst: float  # the greatest such share of one step
+    images_per_second: float  # HR crops, all ranks; NaN before the second step of a process
+    data_wait: float  # share of this rank's time spent waiting for the loader, 0 to 1
+    data_wait_worst: float  # the largest such share of a single step
     remaining_seconds: float
-    skipped_run: int  # updates in a row, up to now
-    bad_loss_run: int
-    bad_batch: int  # this rank's last micro-batch with a loss that was not finite
+    skipped_run: int  # consecutive skipped updates, up to now
+    bad_loss_run: int  # consecutive updates with a non-finite loss, up to now
+    bad_batch: int  # index of this rank's last micro-batch with a non-finite loss
 
     @property
     def has_diverged(self) -> bool:
@@ -71,23 +70,23 @@ class Reading:
         return f"loss {loss}{speed}"
 
 
-class Meter:
-    """Adds up on the device; only `read` looks."""
+class TrainMeter:
+    """Sums losses and counts trouble on the device; only `read` synchronises with it."""
 
     def __init__(self, ranks: Ranks, total_steps: int, global_batch: int) -> None:
         self._ranks, self._total_steps, self._global_batch = ranks, total_steps, global_batch
         self._sums: dict[tuple[str, str], Tensor] = {}  # by kind and name
         self._counts: Counter[tuple[str, str]] = Counter()
-        # Updates in a row that were skipped; in which the loss was not finite; the last micro-batch
-        # where it was not.
+        # Consecutive skipped updates, consecutive updates with a non-finite loss, and the index of
+        # the last micro-batch with such a loss.
         self._trouble = torch.zeros(3, dtype=torch.int64, device=ranks.device)
         self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._began: float | None = None
 
-    def add(self, outcome: StepResult, index: int) -> None:
-        """Count one micro-batch."""
-        values = {("loss", name): loss for name, loss in outcome.losses.items()}
-        values |= {("statistic", name): value for name, value in outcome.statistics.items()}
+    def add(self, result: StepResult, index: int) -> None:
+        """Add the result of micro-batch `index`."""
+        values = {("loss", name): loss for name, loss in result.losses.items()}
+        values |= {("statistic", name): value for name, value in result.statistics.items()}
         for key, value in values.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
             self._counts[key] += 1
@@ -96,7 +95,7 @@ class Meter:
         self._trouble[2] = torch.where(bad, index, self._trouble[2])
 
     def end_step(self, step: int, skipped: Tensor | bool, loader: Loader) -> None:
-        """Count an update. The clock starts with the first one, which compiles."""
+        """Count an update. The clock starts after the first one, which includes compilation."""
         self._trouble[0] = (self._trouble[0] + 1) * skipped
         self._trouble[1] = (self._trouble[1] + 1) * self._bad_loss
         self._bad_loss = torch.zeros_like(self._bad_loss)
@@ -110,7 +109,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not training time."""
+        """Exclude the time spent in this block from the measured training time."""
         began = time.perf_counter()
         yield
         if self._began is not None:
@@ -118,7 +117,10 @@ class Meter:
             self._step_began += time.perf_counter() - began
 
     def read(self, step: int, loader: Loader) -> Reading:
-        """Means since the last reading; every rank calls it. Waits for the device."""
+        """Return the measurements since the last reading.
+
+        Waits for the device. All ranks call it together.
+        """
         assert self._began is not None
         sums = torch.stack(list(self._sums.values())).double().cpu()
         means = (sums / torch.tensor([self._counts[key] for key in self._sums])).tolist()
@@ -128,9 +130,8 @@ class Meter:
             of[kind][name] = sum(share[0][i] for share in shares) / len(shares)
         now = time.perf_counter()
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
-        rate = (
-            steps / elapsed if steps else float("nan")
-        )  # the very first step of a process is not timed
+        # The first step of a process is not timed.
+        rate = steps / elapsed if steps else float("nan")
         reading = Reading(
             of["loss"],
             of["statistic"],
@@ -152,30 +153,31 @@ class Meter:
         return reading
 
 
-# Files that training passed over because they are bad: counted over all ranks, named once.
+# Bad files that training skipped: counted over all ranks, each named once.
 
 
 NUM_NAMED = 20  # bad files named in a report
 
 
 class SkippedFiles:
-    """What all ranks have passed over in this process, the same on every rank."""
+    """The bad files that any rank skipped in this process; the same on every rank."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         """Path -> why it cannot be trained on."""
 
     def add(self, skips: Iterable[Skip]) -> tuple[dict[str, int], str]:
-        """Count what all ranks have skipped since the last time: numbers for the log, and a line
-        for people."""
+        """Add what all ranks skipped since the last report.
+
+        Returns values for the log and a line (or several) for the console.
+        """
         skips = list(skips)
         new = {skip.path: skip.reason for skip in skips if skip.path not in self.reasons}
         self.reasons |= new
-        samples = len({skip.sample for skip in skips})  # what stands in may have been bad, too
+        samples = len({skip.sample for skip in skips})  # a substitute may have been bad as well
         named = "".join(f"\n  {path}: {reason}" for path, reason in list(new.items())[:NUM_NAMED])
         return (
             {"samples": samples, "bad_files": len(self.reasons)},
-            f"samples replaced since the last report, for files that are bad: {samples}; such "
-            "files so far: "
-            f"{len(self.reasons)}{named}",
+            f"replaced samples whose files are bad: {samples} (bad files so far: "
+            f"{len(self.reasons)}){named}",
         )

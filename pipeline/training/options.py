@@ -1,5 +1,7 @@
-"""The command line of training and what it comes to: recipe, ds_config, lists, folders. Needs no
-torch."""
+"""Command-line options of training, and the plan made of them: recipe, ds_config, data, folders.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,94 +22,93 @@ from pipeline.distributed.launcher import find_place
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
-LONGEST_EPOCH = (
-    1 << 25
-)  # samples, by a multiplier: the order of an epoch is drawn at once, on every rank
+# Samples in an epoch enlarged by a multiplier: every rank draws the whole epoch's order at once.
+LONGEST_EPOCH = 1 << 25
 
 
 @dataclass
 class TrainOptions:
     """Train a super-resolution network.
 
-    Continues the run in --output-dir if there is one, from the very sample where it stopped;
-    --reset starts afresh. CTRL+C saves and stops. Values of the recipe and of DeepSpeed's file can
-    be overridden at the end of the line: data.crop=128 generator.num_blocks=11
+    Continues the run in --output-dir if there is one, from the sample at which it stopped; --reset
+    starts a new one. CTRL+C saves and stops. Values of the recipe and of DeepSpeed's file can be
+    overridden at the end of the line: data.crop=128 generator.num_blocks=11
     ds.train_batch_size=32 ds.optimizer.params.lr=5e-4
     """
 
     overrides: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
     ] = ()
-    """key=value over the recipe, ds.key=value over DeepSpeed's file."""
+    """key=value overrides the recipe, ds.key=value overrides DeepSpeed's file."""
     recipe: str = "vapsr_x2"
     """A name in recipes/ or the path of a YAML file."""
     dataset_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """Folder with training_file_list.txt and validation_file_list.txt; may be given several times,
-    with data.weights for how often each is shown. Default: ~/dataset."""
+    """Folder with training_file_list.txt and validation_file_list.txt. Repeat it for several
+    folders; data.weights sets how often each is sampled. Default: ~/dataset."""
     lr_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
     """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default: LR
-    lies beside HR."""
+    files are next to the HR files."""
     start: Path | None = None
-    """Weights to begin with: a file, or a run folder, whose best averaged weights are taken.
+    """Initial weights: a weights file, or a run folder, whose best averaged weights are used.
     Default: the recipe's."""
     vgg_weights: Path | None = None
-    """VGG19's weights for the loss vgg_feature. Default: the recipe's, or torchvision's cache."""
+    """VGG19 weights for the loss vgg_feature. Default: the recipe's, or torchvision's cache."""
     dataset_multiplier: int | None = None
-    """Random crops of every file an epoch. Default: the recipe's data.multiplier, 1."""
+    """Random crops per file and epoch. Default: the recipe's data.multiplier, 1."""
     output_dir: Path | None = None
     """The run folder: checkpoints, recipe, log. Default: runs/<recipe> in the current folder."""
     log_dir: Path | None = None
-    """Where log.jsonl, run.log, tensorboard/ and samples/ go. Default: the run folder."""
+    """Folder for log.jsonl, run.log, tensorboard/ and samples/. Default: the run folder."""
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
-    """Log to this project of Weights & Biases, too; offline where it cannot be reached. Needs `pip
+    """Also log to this Weights & Biases project; offline if it cannot be reached. Needs `pip
     install wandb`."""
     ds_config: Path | None = None
     """DeepSpeed's configuration. Default: the recipe's, usually ds_config.json."""
     reset: bool = False
-    """Start a fresh run; the old one is moved aside to <output-dir>.bak-<time>, never deleted."""
+    """Start a new run; the old one is moved to <output-dir>.bak-<time>, never deleted."""
     max_epochs: int | None = None
-    """Stop after so many passes over the training list, if that comes before the recipe's steps."""
+    """Stop after this many passes over the training list, or at the recipe's steps if sooner."""
     patience: int | None = None
-    """Stop after so many validations in a row without a better PSNR (0: never). Default: the
+    """Stop after this many validations in a row without an improvement; 0 disables. Default: the
     recipe's."""
     procs: int = 0
-    """Processes on this machine; 0: one a GPU, or a single one on the CPU."""
+    """Processes on this machine; 0: one per GPU, or one on the CPU."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: this machine's GPUs, and a CPU where there are none; cpu: the CPU all the same (also
+    """auto: this machine's GPUs, or the CPU if there are none; cpu: always the CPU (also
     VASTSCALE_CPU=1)."""
     runtime: Runtime = "auto"
-    """What drives the ranks: DeepSpeed, or Accelerate's plain PyTorch. auto: Accelerate under
-    `accelerate launch` and where DeepSpeed is not installed."""
+    """DeepSpeed, or plain PyTorch through Accelerate. auto: Accelerate under `accelerate launch`
+    and if DeepSpeed is not installed."""
     watchdog_minutes: float = 10
-    """End a rank that has made no step for so long, after the first one, and say what it was doing;
-    0: never."""
+    """Kill a rank that makes no progress for this many minutes and print its stack traces; 0
+    disables. Counts from the first step."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Options, read and checked."""
+class TrainPlan:
+    """Everything one stage of training needs, read from the options and checked."""
 
     recipe: Recipe
     ds_config: dict[str, Any]
     dataset: Dataset
     run_dir: Path
     log_dir: Path
-    home: Path  # the run's folder: `run_dir` itself, or where it lies as one of several stages
-    previous: Path | None  # the run folder of the stage before
+    home: Path  # the run's folder: `run_dir`, or its parent if the recipe has stages
+    previous: Path | None  # run folder of the previous stage
     discriminator_ds_config: dict[str, Any] | None
     reset: bool
     total_steps: int
     runtime: str = "deepspeed"  # or accelerate
     watchdog_minutes: float = 10
-    wandb: str | None = None  # a project of Weights & Biases
+    wandb: str | None = None  # a Weights & Biases project
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
+        """What defines a run: a checkpoint is continued only by a plan of the same identity."""
         gan = (
             {"discriminator_ds_config": self.discriminator_ds_config}
             if self.discriminator_ds_config
@@ -122,18 +123,20 @@ class Plan:
 
     @property
     def counts_comms(self) -> bool:
-        """Whether what ranks say to each other is counted."""
+        """Whether DeepSpeed counts the communication between ranks (`comms_logger`)."""
         return self.runtime == "deepspeed" and "comms_logger" in self.ds_config
 
     @property
     def epoch_length(self) -> int:
-        """Samples in an epoch."""
+        """Samples per epoch."""
         return sum(self.dataset.folder_sizes) * self.recipe.data.multiplier
 
 
 def overrides_last(arguments: Sequence[str], flags: Collection[str] = ("--reset",)) -> list[str]:
-    """The command line with its overrides behind its options, wherever they were typed. `flags`
-    take no value."""
+    """Move overrides (key=value) behind the options, wherever they were typed.
+
+    `flags` are the options that take no value.
+    """
     options: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
@@ -146,14 +149,16 @@ def overrides_last(arguments: Sequence[str], flags: Collection[str] = ("--reset"
     return options + overrides
 
 
-def make_plan(options: TrainOptions) -> Plan:
-    """Read and check what `options` name: of a recipe with stages, the last. `UserError` for
-    whatever does not fit."""
+def make_plan(options: TrainOptions) -> TrainPlan:
+    """Read and check what `options` name; of a recipe with stages, the last stage.
+
+    Raises `UserError` for anything missing or inconsistent.
+    """
     return make_plans(options)[-1]
 
 
-def make_plans(options: TrainOptions) -> list[Plan]:
-    """A plan for each stage of the recipe, in order; see `make_plan`."""
+def make_plans(options: TrainOptions) -> list[TrainPlan]:
+    """Return a plan for each stage of the recipe, in order; see `make_plan`."""
     recipe_overrides, ds_overrides = parse_overrides(options.overrides)
     given = {
         "patience": options.patience,
@@ -170,18 +175,18 @@ def make_plans(options: TrainOptions) -> list[Plan]:
                 f"--vgg-weights {options.vgg_weights}: recipe {options.recipe} has no loss "
                 "vgg_feature"
             )
-    if start is not None:  # the stages after the first begin with each other's
+    if start is not None:  # each later stage starts from the one before
         recipes[0] = recipes[0].model_copy(update={"start": str(start)})
-    plans: list[Plan] = []
+    plans: list[TrainPlan] = []
     for recipe in recipes:
         plans.append(_stage_plan(options, recipe, ds_overrides, plans[-1] if plans else None))
     return plans
 
 
-def plans_of_rank(options: TrainOptions) -> list[Plan] | None:
-    """As `make_plans`. None on a host's other ranks for what its first one has a `UserError` for.
+def plans_of_rank(options: TrainOptions) -> list[TrainPlan] | None:
+    """Like `make_plans`, but only each host's first rank raises `UserError`; others return None.
 
-    One rank of every host speaks, for a host may lack what another has.
+    One rank per host reports, because one host may lack what another has.
     """
     try:
         return make_plans(options)
@@ -202,20 +207,20 @@ def _with_vgg_weights(recipe: Recipe, file: Path) -> Recipe:
 
 
 def _stage_plan(
-    options: TrainOptions, recipe: Recipe, ds_overrides: dict[str, Any], before: Plan | None
-) -> Plan:
+    options: TrainOptions, recipe: Recipe, ds_overrides: dict[str, Any], before: TrainPlan | None
+) -> TrainPlan:
     ds_config = load_ds_config(
         (options.ds_config or recipe.ds_config_path()).expanduser(), ds_overrides
     )
-    is_read = (
-        before is not None and before.recipe.data == recipe.data
-    )  # lists of millions take seconds
+    # Reading lists of millions of files takes seconds: stages with the same data share them.
+    is_read = before is not None and before.recipe.data == recipe.data
     dataset = before.dataset if before is not None and is_read else _dataset(options, recipe)
     if options.max_epochs is not None and options.max_epochs < 1:
         raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
     if not 0 <= options.watchdog_minutes < 1e6:
         raise UserError(
-            f"--watchdog-minutes {options.watchdog_minutes} must be above 0, or 0 for no watchdog"
+            f"--watchdog-minutes {options.watchdog_minutes} must be above 0, or 0 to disable the "
+            "watchdog"
         )
     total = recipe.steps
     if options.max_epochs is not None:
@@ -230,7 +235,7 @@ def _stage_plan(
             check_accelerate(config)
     home = (options.output_dir or RUNS_DIR / recipe.name).expanduser().absolute()
     log_dir = (options.log_dir or home).expanduser().absolute()
-    return Plan(
+    return TrainPlan(
         recipe,
         ds_config,
         dataset,
@@ -250,8 +255,7 @@ def _stage_plan(
 def _discriminator_ds_config(
     recipe: Recipe, ds_config: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """DeepSpeed's configuration of the discriminator, which sees the generator's batches in the
-    same precision."""
+    """Return the discriminator's ds_config: its own, with the generator's batch and precision."""
     if recipe.adversarial is None:
         return None
     if recipe.adversarial.ds_config is None:
@@ -281,8 +285,7 @@ def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:
     if recipe.data.weights and len(recipe.data.weights) != len(dataset.folders):
         raise UserError(
             f"data.weights has {len(recipe.data.weights)} numbers for {len(dataset.folders)} "
-            "dataset "
-            "folders; give one for each --dataset-dir, or none"
+            "dataset folders; give one for each --dataset-dir, or omit it"
         )
     if (
         recipe.data.multiplier > 1
@@ -291,8 +294,8 @@ def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:
         raise UserError(
             f"data.multiplier {recipe.data.multiplier} makes an epoch of "
             f"{sum(dataset.folder_sizes) * recipe.data.multiplier:,} samples, more than "
-            f"{LONGEST_EPOCH:,}; "
-            f"say at most {max(1, LONGEST_EPOCH // sum(dataset.folder_sizes))}"
+            f"{LONGEST_EPOCH:,}; set at most "
+            f"{max(1, LONGEST_EPOCH // sum(dataset.folder_sizes))}"
         )
     return dataset
 
@@ -302,13 +305,15 @@ def dataset_dirs(options: TrainOptions) -> list[Path]:
 
 
 def steps_in_epochs(epochs: int, epoch_length: int, global_batch: int) -> int:
-    """Steps in so many epochs of `epoch_length` samples; the last batch may reach into the next
-    epoch."""
+    """Return the steps that cover `epochs` epochs of `epoch_length` samples, rounded up.
+
+    The last batch may reach into the next epoch.
+    """
     return -(-epochs * epoch_length // global_batch)
 
 
 def has_lists(options: TrainOptions) -> bool:
-    """Whether there is a dataset where the options look for one."""
+    """Whether a dataset folder of the options contains a file list."""
     return any(
         (root / name).is_file()
         for root in dataset_dirs(options)

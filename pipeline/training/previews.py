@@ -1,7 +1,6 @@
-"""Sample pictures: the same photographs, upscaled again and again, so that one sees the network
-learn.
+"""Previews: the same pictures, upscaled during training, which show what the network has learnt.
 
-<log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with their PSNR
+<log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with PSNR
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from pipeline.files import write_atomically
 from pipeline.metrics import METRICS, load_measures, measure
 from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
-PREVIEWS_DIR = "samples"  # as it has always been called on disk
-ENLARGED = 320  # pixels, to which a smaller picture is brought by whole factors
-GAP, CAPTION = 8, 28  # pixels between and around panels, and for the line below them
+PREVIEWS_DIR = "samples"  # the name that existing run folders use
+ENLARGED = 320  # pixels; smaller pictures are enlarged up to this by a whole factor
+GAP, CAPTION = 8, 28  # pixels between and around panels; height of the caption below them
 BACKGROUND, TEXT = (250, 250, 250), (24, 24, 24)
-FONT_SIZES = range(16, 7, -1)  # the largest that fits
-FROM_LIST, MOST_NAMED = 3, 16  # pictures, where previews.count says nothing
+FONT_SIZES = range(16, 7, -1)  # the largest one that fits is used
+FROM_LIST, MOST_NAMED = 3, 16  # default number of validation images; limit without previews.count
 TOO_SMALL = "name a larger picture in previews.files"
 
 
 def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
-    """The pictures that the recipe wants to see, LR and HR, the middle of what is larger than
-    `previews.side`.
+    """Read the recipe's preview pictures, LR and HR.
 
-    Raises `UserError` for one that cannot be read, is too small, or has no LR.
+    Pictures larger than `previews.side` are cropped to their centre. Raises `UserError` for one
+    that cannot be read, is too small, or has no LR.
     """
     spec = recipe.previews
     if spec.count == 0:
@@ -47,24 +46,21 @@ def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
     if spec.files:
         if recipe.data.degradation.reads_lr:
             raise UserError(
-                "previews.files: where LR is read and not made, previews are of the validation "
-                "list; leave "
-                "it out"
+                "previews.files: this recipe reads LR files, so its previews are taken from the "
+                "validation list; omit previews.files"
             )
         images = _named(spec.files)[: spec.count]
         if spec.count is None and len(images) > MOST_NAMED:
             raise UserError(
-                f"previews.files: {len(images)} images are many to upscale again and again; name "
-                "at most "
-                f"{MOST_NAMED}, or say previews.count"
+                f"previews.files: {len(images)} images are too many to upscale repeatedly; name at "
+                f"most {MOST_NAMED}, or set previews.count"
             )
         chosen = list(range(len(images)))
     else:
         images = dataset.validation
         count = min(len(images), FROM_LIST if spec.count is None else spec.count)
-        chosen = [
-            i * len(images) // count for i in range(count)
-        ]  # neighbours may be crops of one photograph
+        # Evenly spaced, because neighbours in the list may be crops of the same photograph.
+        chosen = [i * len(images) // count for i in range(count)]
     way_out = TOO_SMALL if spec.files else ""
     return [
         _middle(read_pair(images[i], i, recipe, way_out), spec.side, recipe.scale) for i in chosen
@@ -77,14 +73,10 @@ def _named(names: Sequence[str]) -> list[ImageFile]:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         images = [file for file in inside if is_npy(file) or is_encoded(file)]
         if not images or not images[0].is_file():
-            what = (
-                "there is no such file"
-                if not path.exists()
-                else "no image that training could read"
-            )
+            what = "no such file" if not path.exists() else "not an image that training can read"
             raise UserError(
-                f"previews.files: {path}: {what}; name images (PNG, JPEG, WebP, …), or a folder of "
-                "them"
+                f"previews.files: {path}: {what}; name images (PNG, JPEG, WebP, …) or a folder of "
+                "images"
             )
         found += images
     return [ImageFile(path.name, str(path), None) for path in found]
@@ -104,7 +96,8 @@ def _middle(pair: ValidationPair, side: int, scale: int) -> ValidationPair:
 
 
 class Previews:
-    """The sheets of a run. Those after `step` belong to lost work, and are removed."""
+    """The preview sheets of a run. Sheets of steps after `step` belong to lost work; they are
+    deleted."""
 
     def __init__(
         self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int
@@ -122,10 +115,10 @@ class Previews:
                     sheet.unlink()
 
     def write(self, step: int, outputs: Sequence[Tensor]) -> None:
-        """A sheet for each picture. `outputs`: what the network made of each, bytes (1, 3, height,
-        width), on the CPU.
+        """Write a sheet for each picture.
 
-        Raises `OSError` where it cannot be written.
+        `outputs`: the network's output for each, uint8 (1, 3, height, width), on the CPU. Raises
+        `OSError` if a file cannot be written.
         """
         for pair, cubic, sr, folder in zip(
             self.pairs, self._bicubic, outputs, self._folders, strict=True
@@ -140,7 +133,7 @@ class Previews:
 
 
 def _folders(root: Path, names: Sequence[str]) -> list[Path]:
-    """A folder for each name, none twice."""
+    """Return a folder for each name, all different."""
     folders: list[Path] = []
     for name in names:
         plain = re.sub(r"[^\w.-]+", "-", str(Path(name).with_suffix(""))).strip("-.") or "picture"
@@ -157,8 +150,8 @@ def _fonts() -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
 
 
 def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
-    """A PNG of the panels side by side, each with its caption. Small ones are enlarged, a pixel
-    becoming a square."""
+    """Encode a PNG of the panels side by side, each with its caption; small panels are enlarged by
+    a whole factor, without interpolation."""
     height, width = panels[0][0].shape[-2:]
     zoom = max(1, ENLARGED // max(height, width))
     height, width = height * zoom, width * zoom
@@ -183,5 +176,5 @@ def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
 
 
 def every_nth(count: int, most: int) -> int:
-    """1 to use all of `count` occasions, 2 for every second, …, so that at most `most` are used."""
+    """Return n such that every n-th of `count` occasions are at most `most`; 1 uses them all."""
     return count // (most + 1) + 1

@@ -1,4 +1,4 @@
-"""What the first rank tells of a run, once in a while: log, curves, sample pictures, histograms."""
+"""Reports of the first rank: log entries, curves, previews, histograms."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
 from pipeline.training.validation import bicubic
 
-MOST_WAIT = (
-    0.1  # share of the time that goes into waiting for data, above which the ways out are named
-)
-TIME_SHARE, FREE_SECONDS = (
-    0.05,
-    5.0,
-)  # of a process's time, and besides, for previews at the ends of epochs
+MOST_WAIT = 0.1  # share of time spent waiting for data above which a remedy is logged
+TIME_SHARE = 0.05  # of the process's time, for previews at the ends of epochs
+FREE_SECONDS = 5.0  # for previews, in addition to that share
 
 
 class Reporter:
-    """Of the first rank. Writes into the run folder what was asked for, and into the log folder
-    what becomes of it."""
+    """Reports of the first rank.
+
+    Writes the recipe, ds_config and file lists into the run folder, and logs and previews into the
+    log folder.
+    """
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console, self._plan, self._progress = run, console, run.plan, run.progress
@@ -50,9 +49,10 @@ class Reporter:
         self._previews = Previews(
             plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step
         )
-        self._names_ways_out = True  # of waiting for data, once
-        self._shown: int | None = None  # the step of the last set of previews
-        self._began, self._seconds = time.perf_counter(), 0.0  # that previews have taken since then
+        self._may_advise = True  # whether the remedy for data waits may still be logged (once)
+        self._shown: int | None = None  # step of the last set of previews
+        self._began = time.perf_counter()
+        self._seconds = 0.0  # spent on previews since `_began`
         for line in run.introduction:
             console.say(line)
         if self._tracker:
@@ -77,8 +77,7 @@ class Reporter:
         return WandbTracker(plan.log_dir, plan.wandb, name, config, self._console.say)
 
     def begin(self) -> None:
-        """Show what the previews are made of, and of a run that begins what its network makes of
-        them."""
+        """Log the previews' inputs and targets, and, at step 0, the initial output."""
         for pair in self._previews.pairs:
             self.journal.picture(self._progress.step, f"{pair.name}/input", bicubic(pair))
             self.journal.picture(self._progress.step, f"{pair.name}/target", pair.hr)
@@ -86,12 +85,12 @@ class Reporter:
             self.show_previews()
 
     def log(self, reading: Reading, epoch: float) -> None:
-        """Means over a log interval, and the state of the engines."""
+        """Log the means over a log interval and the state of the engines."""
         trainer, step, total = self._run.trainer, self._progress.step, self._plan.total_steps
         learning_rate = trainer.generator.get_lr()[0]
         values = {
             **reading.as_dict(),
-            **_split(reading, self._plan.ds_config["train_batch_size"]),
+            **_split_step_time(reading, self._plan.ds_config["train_batch_size"]),
             "lr": learning_rate,
             "epoch": round(epoch, 4),
         }
@@ -106,17 +105,16 @@ class Reporter:
             f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
             step / total,
         )
-        if self._names_ways_out and reading.data_wait > MOST_WAIT:
-            self._names_ways_out = False
+        if self._may_advise and reading.data_wait > MOST_WAIT:
+            self._may_advise = False
             self._console.say(
-                f"note: {reading.data_wait:.0%} of the time goes into waiting for data; raise "
+                f"note: {reading.data_wait:.0%} of the time is spent waiting for data; raise "
                 f"data.threads (now {self._plan.recipe.data.threads}), or convert encoded files to "
-                ".npy "
-                "(tools/convert_dataset.py), which need no decoding"
+                ".npy, which need no decoding (tools/convert_dataset.py)"
             )
 
     def validated(self, scores: Mapping[str, float], *, is_best: bool) -> None:
-        """What a validation has measured, beside the best so far."""
+        """Log a validation's scores and the best so far."""
         progress = self._progress
         best = progress.best_scores or {}
         values: dict[str, float | None] = {}
@@ -133,9 +131,10 @@ class Reporter:
         )
 
     def show_previews_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
-        """At the end of an epoch and after a validation, or of every n-th, as `previews.keep` says.
+        """Show previews at the end of an epoch and after a validation, thinned out to
+        `previews.keep`.
 
-        An epoch is passed over once the previews have taken more than `TIME_SHARE` of the time.
+        Ends of epochs are skipped while previews have taken more than `TIME_SHARE` of the time.
         """
         step, recipe = self._progress.step, self._plan.recipe
         nth = every_nth(all_epochs, recipe.previews.keep)
@@ -148,8 +147,8 @@ class Reporter:
             self.show_previews()
 
     def show_previews(self) -> None:
-        """What the averaged weights make of the previews, as sheets and in TensorBoard; once a
-        step."""
+        """Write what the averaged weights make of the previews to sheets and TensorBoard, at most
+        once per step."""
         step = self._progress.step
         if self._shown == step:
             return
@@ -163,7 +162,7 @@ class Reporter:
         self._seconds += time.perf_counter() - began
 
     def histograms(self, gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Of every parameter's values after an update, and of the `gradients` of that update."""
+        """Log histograms of every parameter's values and of the given `gradients` of an update."""
         for name, engine in self._run.trainer.engines.items():
             for parameter, values in engine.module.named_parameters():
                 self.journal.histogram(self._progress.step, f"weights/{name}/{parameter}", values)
@@ -178,8 +177,8 @@ class Reporter:
             self._tracker.finish()
 
 
-def _split(reading: Reading, global_batch: int) -> dict[str, float]:
-    """Seconds that a step took, and how they divide into waiting for data and all else."""
+def _split_step_time(reading: Reading, global_batch: int) -> dict[str, float]:
+    """Split the seconds per step into waiting for data and everything else."""
     seconds = global_batch / reading.images_per_second
     data = seconds * reading.data_wait
     return {

@@ -1,4 +1,4 @@
-"""The training run: one rank's life, stage after stage."""
+"""Run all training stages on one rank."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import run_lock
 from pipeline.training.loop import Training
 from pipeline.training.memory import MemoryShortageError, rehearse
-from pipeline.training.options import Plan, TrainOptions, plans_of_rank
+from pipeline.training.options import TrainOptions, TrainPlan, plans_of_rank
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import check_stages, move_aside, set_up
 
-# Whether all ranks are about to do the same: code, packages, recipe and data.
-
+# Before training, all ranks compare code, packages, recipe and data: ranks that differ would train
+# on wrong gradients, or hang.
 
 SOURCES = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "deepspeed", "accelerate", "numpy", "opencv-python-headless")
 MOST_NAMED = 3
 
 
-def refuse_other_hosts(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Raise `UserError` naming the host, and what differs there from the first rank's; all ranks
-    call it together."""
+def refuse_other_hosts(plans: Sequence[TrainPlan], ranks: Ranks) -> None:
+    """Raise `UserError` if another host differs from the first rank's, naming host and differences.
+
+    All ranks call it together.
+    """
     if ranks.world_size == 1:
         return
-    told = ranks.gather((socket.gethostname(), facts(plans)))
-    (first, ours), others = told[0], told[1:]
+    gathered = ranks.gather((socket.gethostname(), facts(plans)))
+    (first, ours), others = gathered[0], gathered[1:]
     for rank, (host, theirs) in enumerate(others, 1):
         named = differences(ours, theirs)
         if named:
@@ -52,12 +54,12 @@ def refuse_other_hosts(plans: Sequence[Plan], ranks: Ranks) -> None:
             raise UserError(
                 f"rank {rank} on {host} differs from rank 0 on {first}: "
                 f"{'; '.join(named[:MOST_NAMED])}"
-                f"{more}; make the hosts alike with launch/sync.sh"
+                f"{more}; bring the hosts in line with launch/sync.sh"
             )
 
 
-def facts(plans: Sequence[Plan]) -> dict[str, str]:
-    """What decides what a rank computes, by name."""
+def facts(plans: Sequence[TrainPlan]) -> dict[str, str]:
+    """Return everything that determines what a rank computes: name -> version, hash or value."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), **_packages()}
     for plan in plans:
         stage = f"stage {plan.recipe.stage}: " if plan.recipe.stage else ""
@@ -77,7 +79,7 @@ def facts(plans: Sequence[Plan]) -> dict[str, str]:
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """One text for each fact that is not the same."""
+    """Describe each fact that differs, one text per fact."""
     return [
         f"{name} ({theirs.get(name, 'none')}, there {ours.get(name, 'none')})"
         for name in sorted(ours.keys() | theirs.keys())
@@ -92,11 +94,11 @@ def _packages() -> dict[str, str]:
             found[f"package {name}"] = version(name)
         except PackageNotFoundError:
             found[f"package {name}"] = "none"
-    dali = {
+    dali = {  # its package name ends in the CUDA version
         distribution.version
         for distribution in distributions()
         if str(distribution.metadata["Name"]).startswith("nvidia-dali-cuda")
-    }  # of whichever CUDA
+    }
     return found | {"package nvidia-dali": ", ".join(sorted(dali))}
 
 
@@ -115,14 +117,17 @@ def _digest(path: Path) -> str:
 
 
 def main(options: TrainOptions) -> int:
-    """Read and check what `options` name, and `train`."""
+    """Read and check what `options` name, then `train`. Returns the exit status."""
     plans = plans_of_rank(options)
     return 2 if plans is None else train(options, plans)
 
 
-def train(options: TrainOptions, plans: Sequence[Plan]) -> int:
-    """One rank's whole life. Exit status: 0 finished, 128 + signal stopped and saved, 2 bad input,
-    1 anything else."""
+def train(options: TrainOptions, plans: Sequence[TrainPlan]) -> int:
+    """Run all stages on this rank.
+
+    Returns the exit status: 0 finished, 128 + signal stopped and saved, 2 bad input, 1 any other
+    failure.
+    """
     watchdog = Watchdog(options.watchdog_minutes * 60)
     watchdog.begin()
     patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
@@ -134,13 +139,13 @@ def train(options: TrainOptions, plans: Sequence[Plan]) -> int:
         status = _train_all(plans, ranks, watchdog)
     except BaseException as error:
         if ranks.world_size > 1 or isinstance(error, Exception):
-            _leave(error, ranks)
+            _exit_at_once(error, ranks)
         raise
     stop_distributed()
     return status
 
 
-def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
+def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> int:
     console = Console(is_mute=not ranks.is_first)
     with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
         refuse_other_hosts(plans, ranks)
@@ -156,14 +161,14 @@ def _train_all(plans: Sequence[Plan], ranks: Ranks, watchdog: Watchdog) -> int:
         return status
 
 
-def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
-    """Tell what happened to a rank, and end at once.
+def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
+    """Report an error and exit at once, without interpreter shutdown.
 
-    Of one rank alone, because threads of its libraries may not survive the interpreter's own end:
-    now and then that aborted, with status 134 in place of 2. Of several, because the others may
-    wait for this one in a collective, and to close the group in an orderly way it would wait for
-    them (pytorch issue 180611). What all ranks raise alike the first one says, or each in its log
-    where a guard keeps it. A rank without memory speaks for itself.
+    With one rank, library threads occasionally abort during shutdown (exit status 134 instead of
+    2). With several, the other ranks may be waiting for this one in a collective, and an orderly
+    shutdown of the process group would wait for them (pytorch issue 180611). Errors that all ranks
+    raise together are printed by the first rank only, or by each rank if a supervisor keeps its
+    log. A rank that is out of memory always prints its own error.
     """
     status = 1
     if isinstance(error, SystemExit):
@@ -180,17 +185,17 @@ def _leave(error: BaseException, ranks: Ranks) -> NoReturn:
     os._exit(status)
 
 
-def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> int:
-    """One stage from where it stands to its end."""
+def _train(plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals) -> int:
+    """Run one stage from its current step to its end."""
     run = set_up(plan, ranks, console.say)
     reporter = ranks.on_all_ranks(lambda: Reporter(run, console) if ranks.is_first else None)
     training = Training(run, reporter, console, signals)
     try:
         return training.train()
     except BaseException as error:
-        is_told = isinstance(error, (UserError, RunError))
+        is_plain = isinstance(error, (UserError, RunError))
         console.note(
-            f"error: {error}" if is_told else "".join(traceback.format_exception(error)).rstrip()
+            f"error: {error}" if is_plain else "".join(traceback.format_exception(error)).rstrip()
         )
         raise
     finally:
@@ -200,10 +205,9 @@ def _train(plan: Plan, ranks: Ranks, console: Console, signals: StopSignals) -> 
 
 
 def _take_run_folder(
-    plan: Plan, ranks: Ranks, console: Console, stack: contextlib.ExitStack
+    plan: TrainPlan, ranks: Ranks, console: Console, stack: contextlib.ExitStack
 ) -> None:
-    """Lock the run folder for as long as `stack` lives, and make room in it for a fresh run if one
-    is asked for."""
+    """Lock the run folder for the lifetime of `stack`; with --reset, move the old run aside."""
     if not ranks.is_first:
         return
     if plan.wandb:

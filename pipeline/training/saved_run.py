@@ -1,5 +1,7 @@
-"""The run on disk that a plan asks for: whether it is that one, and whether it is finished already.
-Needs no torch."""
+"""The run on disk: whether it is the one a plan asks for, and whether it is already finished.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,13 @@ from pipeline.distributed.gpus import is_cpu_wanted, may_have_gpu
 from pipeline.distributed.launcher import GUARDED, find_place
 from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.run_folder import FILE_LISTS_DIR, checkpoint_dir, checkpoint_steps
-from pipeline.training.options import Plan
+from pipeline.training.options import TrainPlan
 
 
-def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Raise `UserError` naming the fields in which the run on disk differs from what is asked for.
+def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise `UserError` naming the fields in which the run on disk differs from `plan`.
 
-    The number of ranks may differ: a global batch that it does not divide is refused by
-    `batch_sizes`.
+    The number of ranks may differ; `batch_sizes` refuses a global batch that it does not divide.
     """
     found, step = manifest["identity"], manifest["step"]
     differences = recipe_differences(
@@ -38,9 +39,8 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
         )
     ]
     differences += changes({"precision": found["precision"]}, {"precision": wanted["precision"]})
-    known = {
-        key: wanted["dataset"][key] for key in found["dataset"]
-    }  # a run of an earlier version may hold fewer
+    # A run of an earlier version may have recorded fewer keys.
+    known = {key: wanted["dataset"][key] for key in found["dataset"]}
     changed = changes(found["dataset"], known, "dataset ")
     if changed:
         named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
@@ -48,39 +48,40 @@ def refuse_strangers(plan: Plan, wanted: dict[str, Any], manifest: dict[str, Any
     if differences:
         raise UserError(
             f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue "
-            "with what "
-            "it was begun with, give --output-dir, or start afresh with --reset (the old run is "
-            "kept)"
+            "it with its original settings, give another --output-dir, or start a new run with "
+            "--reset (the old run is kept)"
         )
 
 
-def newest_of_previous(plan: Plan) -> int | None:
-    """The step of the stage before that this one begins with, if it does."""
+def newest_of_previous(plan: TrainPlan) -> int | None:
+    """Return the newest step of the previous stage if this stage starts from it, else None."""
     if plan.previous is None or plan.recipe.start != "previous":
         return None
     return max(checkpoint_steps(plan.previous), default=None)
 
 
-def nothing_left(plan: Plan, step: int) -> str:
-    """What a stage says that is finished at `step`."""
+def nothing_left(plan: TrainPlan, step: int) -> str:
+    """Return the message for a stage that is finished at `step`."""
     what = f"stage {plan.recipe.stage}" if plan.recipe.stage else "this run"
     return (
         f"nothing left to do: {what} is finished at step {step} of {plan.total_steps} (--reset "
-        "starts afresh; for "
-        "a longer one say steps=N, or --patience N)"
+        "starts a new run; to train longer, set steps=N or --patience N)"
     )
 
 
-# A finished run answers from its checkpoint. Importing torch and DeepSpeed, building engines and
-# reading the validation set take seconds, to find nothing to do. Only what is certain is answered,
-# by one process before there are ranks: the newest checkpoint of every stage is of its end, is
-# whole by its hashes, and belongs to what is asked for. All else, a damaged checkpoint, another
-# run, another precision, goes the usual way, which knows what to say and what to repair.
+# A finished run is reported from its checkpoint alone: importing torch and DeepSpeed, building
+# engines and reading the validation set would take seconds to find that nothing is left to do. One
+# process does this before any ranks exist, and only if it is certain: the newest checkpoint of
+# every stage is at its end, is whole by its hashes, and belongs to this plan. Everything else (a
+# damaged checkpoint, another run, another precision) goes through the normal start, which reports
+# and repairs.
 
 
-def says_finished(plans: Sequence[Plan]) -> bool:
-    """Say of every stage that nothing is left to do, if that is certain. Otherwise nothing is said
-    or changed."""
+def report_if_finished(plans: Sequence[TrainPlan]) -> bool:
+    """Report that nothing is left to do if that is certain for every stage.
+
+    Returns whether it is; otherwise nothing is printed or changed.
+    """
     if any(plan.reset or plan.wandb for plan in plans) or not _is_alone():
         return False
     steps = [_last_step(plan) for plan in plans]
@@ -95,34 +96,33 @@ def says_finished(plans: Sequence[Plan]) -> bool:
 
 
 def _is_alone() -> bool:
-    """Whether no other rank would wait for this process, and no supervisor for a rank."""
-    with suppress(UserError):  # the usual way tells it
+    """Whether no other rank waits for this process and no supervisor waits for a rank."""
+    with suppress(UserError):  # the normal start reports it
         return find_place().world_size == 1 and GUARDED not in os.environ
     return False
 
 
-def _last_step(plan: Plan) -> int | None:
-    """The step at which the stage is finished; None where it is not, or where that is not
-    certain."""
+def _last_step(plan: TrainPlan) -> int | None:
+    """Return the step at which the stage is finished, or None if it is not or that is uncertain."""
     with suppress(UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         step = max(checkpoint_steps(plan.run_dir), default=None)
         if step is None or not read_progress(plan.run_dir, step).is_finished(
             plan.total_steps, plan.recipe.patience
         ):
             return None
-        # A replacement that was cut off between its two renames is put back by the usual way.
+        # The normal start repairs a replacement that was interrupted between its two renames.
         if any(checkpoint_dir(plan.run_dir, step).parent.glob(".old-step-*")):
             return None
         manifest = read_manifest(plan.run_dir, step)
         began = manifest["identity"].get("began_with_step")
         if began is not None and began != newest_of_previous(plan):
             return None
-        # Where there are signs of a GPU, it is taken for one that can be used; another precision
-        # goes the usual way.
+        # Signs of a GPU are taken for a usable one. If that is wrong, the precision differs and the
+        # normal start decides.
         precision = precision_of(
             plan.ds_config, on_cpu=is_cpu_wanted() or not may_have_gpu(), runtime=plan.runtime
         )
-        refuse_strangers(plan, {**plan.identity, "precision": precision}, manifest)
+        refuse_other_run(plan, {**plan.identity, "precision": precision}, manifest)
         if not damage(checkpoint_dir(plan.run_dir, step)):
             return step
     return None

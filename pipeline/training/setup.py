@@ -1,4 +1,4 @@
-"""From a plan to a run that can take its first step: what is on disk, the network, its engine, its
+"""Build a live run from a plan: find it on disk, build the networks, restore state, open the
 data."""
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import num_threads
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import (
-    be_deterministic,
     build_engine,
     build_optimizer,
     compile_module,
     resolve_ds_config,
+    set_deterministic,
     why_not_compiled,
 )
 from pipeline.engine.layout import LAYOUTS, faster_layout
@@ -50,36 +50,36 @@ from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
 from pipeline.run_folder import LOG_FILE, checkpoint_steps
-from pipeline.training.options import Plan
+from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
-from pipeline.training.saved_run import newest_of_previous, refuse_strangers
-from pipeline.training.start import begin_discriminator, begin_with
+from pipeline.training.saved_run import newest_of_previous, refuse_other_run
+from pipeline.training.start import load_start_discriminator, load_start_weights
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
 
 @dataclass
 class Run:
-    """Everything that a run holds while it lives."""
+    """All state of a live training run."""
 
-    plan: Plan
+    plan: TrainPlan
     ranks: Ranks
     trainer: ReconstructionTrainer | AdversarialTrainer
-    contents: Contents  # of its checkpoints
+    contents: Contents  # what its checkpoints hold
     progress: Progress
     validation: ValidationSet
-    previews: list[ValidationPair]  # the first rank's
+    previews: list[ValidationPair]  # empty on all ranks but the first
     micro_batch: int
     accumulation: int
-    introduction: list[str]  # lines for people
+    introduction: list[str]  # lines for the console
 
     @property
     def averaged(self) -> nn.Module:
-        """The network that is validated and meant to be used."""
+        """The averaged network: the one that is validated and exported."""
         return self.trainer.ema.network
 
     def open_loader(self) -> Loader:
-        """The training data from where the run stands; all ranks call it together."""
+        """Open the training data at the run's current step; all ranks call it together."""
         recipe, threads = (
             self.plan.recipe,
             num_threads(self.plan.recipe.data.threads, _cores(self.ranks)),
@@ -100,27 +100,31 @@ class Run:
             self.progress.step * self.accumulation,
             self.ranks.device,
             threads=threads,
+            # Room for a whole step, on top of what the recipe wants prefetched.
             prefetch=max(data.prefetch, self.accumulation) + self.accumulation,
         )
 
 
 def _cores(ranks: Ranks) -> int:
-    """This rank's share of the cores that it may run on; all ranks call it together."""
+    """Return this rank's share of the cores it may run on; all ranks call it together."""
     host, own = socket.gethostname(), os.sched_getaffinity(0)
     others = [cores for name, cores in ranks.gather((host, own)) if name == host]
     return int(sum(1 / sum(core in cores for cores in others) for core in own) + 1e-9)
 
 
-def check_stages(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Raise `UserError` now for what a later stage would stumble over after days."""
+def check_stages(plans: Sequence[TrainPlan], ranks: Ranks) -> None:
+    """Validate later stages up front, so that mistakes fail now and not days into the run.
+
+    Raises `UserError`; all ranks call it together.
+    """
     ranks.on_all_ranks(
         lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)]
     )
 
 
-def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
-    """Batches, optimizers, schedules, losses on a crop, networks, trunks, and what it begins
-    with."""
+def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
+    """Check batch sizes, optimizers, schedules, losses on a crop, networks, metric trunks, and the
+    initial weights."""
     recipe = plan.recipe
     batch_sizes(plan.ds_config, ranks.world_size)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
@@ -136,22 +140,20 @@ def _check_stage(plan: Plan, before: Plan, ranks: Ranks) -> None:
         and recipe.start not in (None, "previous")
         and not checkpoint_steps(plan.run_dir)
     ):
-        begin_with(generator, plan)
+        load_start_weights(generator, plan)
     if recipe.adversarial:
         spec = recipe.adversarial.discriminator
         build_discriminator(spec.name, recipe.data.crop, **spec.params)
         if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
             raise UserError(
                 f"stage {recipe.stage}: adversarial.start: previous, but stage "
-                f"{before.recipe.stage} has "
-                "no discriminator; leave it out"
+                f"{before.recipe.stage} has no discriminator; omit adversarial.start"
             )
     validation_measures(recipe)
 
 
-def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
-    """Build the run that `plan` asks for, or put the one on disk back as it was; all ranks call it
-    together.
+def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Build the run that `plan` asks for, or restore it from disk; all ranks call it together.
 
     Raises `UserError` if the run on disk is another one.
     """
@@ -163,7 +165,7 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
         device=ranks.device,
         runtime=plan.runtime,
     )
-    be_deterministic(plan.recipe.deterministic == "on")
+    set_deterministic(plan.recipe.deterministic == "on")
     saved = _find_run(plan, precision, ranks, say)
     trainer, execution = build_networks(plan, ds_config, saved.step, ranks, say)
     contents, progress = _restore(plan, saved, trainer, execution, ranks)
@@ -186,63 +188,66 @@ def set_up(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Run:
 class _SavedRun:
     """What is on disk of the run that a plan asks for."""
 
-    step: int | None  # of the newest whole checkpoint; None: the run begins
-    identity: dict[str, Any]  # what its checkpoints belong to
+    step: int | None  # of the newest whole checkpoint; None for a new run
+    identity: dict[str, Any]  # of the run, as its checkpoints record it
     sees_run_dir: bool  # whether this rank sees the first rank's run folder
 
 
-def _find_run(plan: Plan, precision: str, ranks: Ranks, say: Callable[[str], None]) -> _SavedRun:
-    """Look for the run on disk and refuse another one."""
+def _find_run(
+    plan: TrainPlan, precision: str, ranks: Ranks, say: Callable[[str], None]
+) -> _SavedRun:
+    """Find the run on disk; raise `UserError` if it is another one."""
     identity = {**plan.identity, "precision": precision}
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
     began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:
         manifest = ranks.agree(read_manifest(plan.run_dir, step) if ranks.is_first else None)
-        ranks.on_all_ranks(lambda: refuse_strangers(plan, identity, manifest))
+        ranks.on_all_ranks(lambda: refuse_other_run(plan, identity, manifest))
         began = manifest["identity"].get("began_with_step")
         if manifest["world_size"] != ranks.world_size:
             say(
-                f"note: {manifest['world_size']} ranks saved step {step}, {ranks.world_size} "
-                "continue: the samples "
-                "are the same, sums are rounded differently"
+                f"note: step {step} was saved by {manifest['world_size']} ranks and continues on "
+                f"{ranks.world_size}: the samples stay the same, but sums are rounded differently"
             )
     if began != newest and began is not None:
         say(
-            f"note: stage {plan.recipe.stage} began with step {began} of the stage before, which "
-            f"has step {newest} "
-            f"now; to begin it again, move {short_path(plan.run_dir)} away"
+            f"note: stage {plan.recipe.stage} started from step {began} of the previous stage, "
+            f"which is now at step {newest}; to start the stage again, move "
+            f"{short_path(plan.run_dir)} away"
         )
     return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
 
 
 @dataclass(frozen=True)
 class _Execution:
-    """How the networks are computed. Layout and kernel decide the rounding: a continuation keeps
-    them."""
+    """How the networks are computed.
+
+    Layout and kernel affect rounding, so a continued run keeps them.
+    """
 
     layout: str
     kernel: str
-    compiled: str  # for people
-    remark: str  # for people, on the kernel; may be empty
+    compiled: str  # text for the console
+    remark: str  # text for the console about the kernel; may be empty
 
 
 def build_networks(
-    plan: Plan,
+    plan: TrainPlan,
     ds_config: dict[str, Any],
     step: int | None,
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> tuple[ReconstructionTrainer | AdversarialTrainer, _Execution]:
-    """The trainer with its networks in their engines, and how they are computed.
+    """Build the networks in their engines and the trainer; return it and how they are computed.
 
-    `step`: of the checkpoint that will be restored into them; None for a run that begins.
+    `step`: the checkpoint that will be restored into them; None for a new run.
     """
     recipe = plan.recipe
     _seed(recipe.seed)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if step is None and recipe.start is not None:
-        _begin(generator, lambda: begin_with(generator, plan), ranks, say)
+        _share_start_weights(generator, lambda: load_start_weights(generator, plan), ranks, say)
     began = (
         None
         if step is None
@@ -255,17 +260,17 @@ def build_networks(
     )
     use_kernel(generator, kernel)
     layout = _layout(plan, generator, micro_batch, began, ranks)
-    # The average copies the weights before the engine takes them: it may cast them to half
+    # Copy the weights into the average before the engine takes them: it may cast them to half
     # precision.
     ema = ExponentialMovingAverage(generator, recipe.ema_decay)
     ema.network.to(ranks.device)
-    use_kernel(ema.network, "torch")  # a validation is what evaluate.py will measure, to the bit
+    # PyTorch's kernel, so that validation measures exactly what evaluate.py will measure.
+    use_kernel(ema.network, "torch")
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
     if recipe.activation_checkpointing == "on" and not checkpoint_activations(engine.module):
         raise UserError(
             f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without "
-            "batch norm, "
-            "whose activations could be computed twice; leave it out"
+            "batch norm, whose activations could be recomputed; omit it"
         )
     compiled = _compile(
         engine.module, recipe, ranks, began, channels_last=layout == "channels_last"
@@ -276,14 +281,13 @@ def build_networks(
 
 
 def _restore(
-    plan: Plan,
+    plan: TrainPlan,
     saved: _SavedRun,
     trainer: ReconstructionTrainer | AdversarialTrainer,
     execution: _Execution,
     ranks: Ranks,
 ) -> tuple[Contents, Progress]:
-    """What checkpoints will hold, with the saved one's state in it, and how far the run has
-    come."""
+    """Load the saved state, if any; return what checkpoints will hold, and the progress."""
     recipe = plan.recipe
     described = SavedNetwork(
         recipe.generator.name,
@@ -293,9 +297,8 @@ def _restore(
         {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})},
     )
     contents = Contents(trainer.engines, trainer.ema, described, saved.identity, saved.sees_run_dir)
-    _seed(
-        recipe.seed + 1 + ranks.rank
-    )  # what is drawn in training, labels and noise, is each rank's own
+    # From here on each rank draws its own random numbers (labels, instance noise).
+    _seed(recipe.seed + 1 + ranks.rank)
     progress = (
         Progress(cpu_degradation="host")
         if saved.step is None
@@ -306,7 +309,7 @@ def _restore(
 
 
 def _trainer(
-    plan: Plan,
+    plan: TrainPlan,
     engine: Any,
     ema: ExponentialMovingAverage,
     ranks: Ranks,
@@ -314,7 +317,8 @@ def _trainer(
     began: Progress | None,
     begin: Callable[[str], None] | None,
 ) -> ReconstructionTrainer | AdversarialTrainer:
-    """The trainer of `plan`; `begin`: of a run that begins, which is told so."""
+    """Build the trainer of `plan`. `begin` logs a line about initial weights; None if the run
+    continues."""
     recipe, spec = plan.recipe, plan.recipe.adversarial
     criterion = ranks.on_all_ranks(lambda: Criterion(recipe.losses, ranks.device))
     if spec is None:
@@ -327,48 +331,50 @@ def _trainer(
         device=ranks.device,
         runtime=plan.runtime,
     )
-    _seed(recipe.seed)  # measuring the layout drew on the first rank alone
+    # Seed again: measuring the layout drew random numbers on the first rank only.
+    _seed(recipe.seed)
     network = build_discriminator(
         spec.discriminator.name, recipe.data.crop, **spec.discriminator.params
     )
     if begin and spec.start is not None:
-        _begin(network, lambda: begin_discriminator(network, str(spec.start), plan), ranks, begin)
+        _share_start_weights(
+            network, lambda: load_start_discriminator(network, str(spec.start), plan), ranks, begin
+        )
     discriminator = build_engine(network, ds_config, ranks, plan.runtime)
     _compile(discriminator.module, recipe, ranks, began, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
 
 
-def _begin(
+def _share_start_weights(
     network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]
 ) -> None:
-    """Let the first rank give its `network` weights, which only its host may have, and all have the
-    same."""
+    """Load initial weights on the first rank, whose host may be the only one that has them, and
+    send them to all."""
     say(ranks.on_all_ranks(lambda: give_weights() if ranks.is_first else ""))
     network.load_state_dict(ranks.agree(network.state_dict()))
 
 
-def move_aside(plan: Plan) -> Path | None:
-    """Make room for a fresh run: the old one is renamed, with its logs, and stays. Returns where it
-    is now."""
+def move_aside(plan: TrainPlan) -> Path | None:
+    """Rename the old run and its logs to make room for a new one; return where it is now."""
     suffix = time.strftime("bak-%Y%m%d-%H%M%S")
     move_logs_aside(plan)
     if plan.home.is_dir() and any(plan.home.iterdir()):
-        kept = _unused(plan.home.with_name(f"{plan.home.name}.{suffix}"))
+        kept = _free_path(plan.home.with_name(f"{plan.home.name}.{suffix}"))
         plan.home.rename(kept)
         return kept
     return None
 
 
-def move_logs_aside(plan: Plan) -> None:
-    """In a --log-dir of its own, keep what an earlier run has written there: a new log begins."""
+def move_logs_aside(plan: TrainPlan) -> None:
+    """Rename what an earlier run has left in a separate --log-dir: a new log begins."""
     if plan.log_dir != plan.run_dir:
         for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, PREVIEWS_DIR, WANDB_DIR):
             if (plan.log_dir / name).exists():
-                kept = _unused(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
+                kept = _free_path(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
                 (plan.log_dir / name).rename(kept)
 
 
-def _unused(path: Path) -> Path:
+def _free_path(path: Path) -> Path:
     number = 1
     candidate = path
     while candidate.exists():
@@ -383,7 +389,7 @@ def _seed(seed: int) -> None:
 
 
 def _layout(
-    plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
+    plan: TrainPlan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
 ) -> str:
     if began is not None:
         return began.layout
@@ -399,12 +405,12 @@ def _uses_cuda_graphs(recipe: Recipe, ranks: Ranks) -> bool:
 
 
 def _kernel(
-    plan: Plan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
+    plan: TrainPlan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
 ) -> tuple[str, str]:
-    """Which of `depthwise.KERNELS` computes the depthwise convolutions of an FP32 run, and a line
-    about it.
+    """Choose which of `depthwise.KERNELS` computes the depthwise convolutions of an FP32 run.
 
-    Runs of earlier versions began with PyTorch's, and did not say so.
+    Returns the kernel and a line about it. Runs of versions before there was a choice used
+    PyTorch's kernel and recorded none.
     """
     asked, is_eager = plan.recipe.native_kernels, plan.recipe.compile in ("auto", "off")
     if (
@@ -418,15 +424,18 @@ def _kernel(
         return "torch", ""
     lacking = next((reason for reason in ranks.gather(native.why_not_native()) if reason), "")
     if lacking and asked == "on":
-        raise UserError(f"native_kernels: on, but {lacking}; install it or say native_kernels=auto")
+        raise UserError(f"native_kernels: on, but {lacking}; install it or set native_kernels=auto")
     if lacking and began is not None:
         return (
             "torch",
-            "depthwise convolutions: PyTorch's from here on, rounded differently from our own: "
-            f"{lacking}",
+            "depthwise convolutions: PyTorch's kernel from here on, which rounds differently from "
+            f"our C++ kernel: {lacking}",
         )
     if lacking:
-        return "torch", f"depthwise convolutions: PyTorch's, slower than our own: {lacking}"
+        return (
+            "torch",
+            f"depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: {lacking}",
+        )
     if began is not None or asked == "on":
         return "native", "depthwise convolutions: our own C++ kernel"
     patch = plan.recipe.data.crop // plan.recipe.scale
@@ -436,19 +445,20 @@ def _kernel(
 def _compile(
     module: nn.Module, recipe: Recipe, ranks: Ranks, began: Progress | None, *, channels_last: bool
 ) -> str:
-    """Compile `module` in place if the recipe wants it and every rank can. Returns what became of
-    it, for people."""
+    """Compile `module` in place if the recipe wants it and every rank can.
+
+    Returns a text for the console. Raises `UserError` if the recipe insists and a rank cannot.
+    """
     if recipe.compile == "off":
         return "not compiled (compile: off)"
-    # Runs of earlier versions, which name no kernel, were compiled on CPUs too, and go on like
-    # that.
+    # Runs of earlier versions, which record no kernel, were compiled on CPUs and stay compiled.
     if recipe.compile == "auto" and ranks.device.type == "cpu" and (began is None or began.kernel):
         return "not compiled (compile: auto, on a CPU)"
     lacking = next(
         (reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), ""
     )
     if lacking and recipe.compile != "auto":
-        raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or say compile=auto")
+        raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or set compile=auto")
     if lacking:
         return f"NOT compiled, slower: {lacking}"
     graphs = _uses_cuda_graphs(recipe, ranks)
@@ -460,7 +470,7 @@ def _compile(
 
 
 def _introduction(
-    plan: Plan,
+    plan: TrainPlan,
     ranks: Ranks,
     module: nn.Module,
     execution: _Execution,
@@ -474,16 +484,13 @@ def _introduction(
     title = f"{recipe.name}, stage {recipe.stage}" if recipe.stage else recipe.name
     lines = [
         f"{title}: {recipe.generator.name} x{recipe.scale}, {parameters:,} parameters, "
-        f"{execution.layout}, "
-        f"{execution.compiled}",
+        f"{execution.layout}, {execution.compiled}",
         f"{ranks.world_size} x {where}, {precision}"
         + (f"; started by {ranks.launcher}" if ranks.launcher else "")
         + (f", network interface {ranks.interface}" if ranks.interface else ""),
         f"global batch {plan.ds_config['train_batch_size']} = {batch[0]} x {batch[1]} accumulation "
-        "x "
-        f"{ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and "
-        f"{len(plan.dataset.validation)} "
-        "validation files in "
+        f"x {ranks.world_size} ranks; {sum(plan.dataset.folder_sizes)} training and "
+        f"{len(plan.dataset.validation)} validation files in "
         f"{', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
         f"{short_path(plan.run_dir)}",
     ]

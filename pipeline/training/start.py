@@ -1,4 +1,4 @@
-"""What a run begins with: the weights of another, or of the stage before."""
+"""Initial weights of a run: from a file, another run, or the previous stage."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from pipeline.files import short_path
 from pipeline.models import GENERATORS
 from pipeline.models.weights import read_network
 from pipeline.run_folder import Step, checkpoint_dir, choose_step, newest_stage, run_network_file
-from pipeline.training.options import Plan
+from pipeline.training.options import TrainPlan
 
 
-def begin_with(generator: nn.Module, plan: Plan) -> str:
-    """Give `generator` the weights that the recipe's `start` names. Returns what was done, for
-    people.
+def load_start_weights(generator: nn.Module, plan: TrainPlan) -> str:
+    """Load the weights that the recipe's `start` names into `generator`; return a line about it.
 
-    Weights of another scale are taken as far as their shapes agree: all but the upsampler's.
-    Otherwise all must agree.
+    From a network of another scale, the tensors whose shapes agree are taken: all but the
+    upsampler's. At the same scale all tensors must agree. Raises `UserError`.
     """
     recipe = plan.recipe
     start = plan.previous if recipe.start == "previous" else Path(str(recipe.start)).expanduser()
     if start is None:
         raise UserError(
-            "start: previous, but this run has no stage before; name a file or a run folder with "
+            "start: previous, but this run has no previous stage; name a file or a run folder with "
             "--start"
         )
     step: Step = "newest" if start == plan.previous else "best"
     file = run_network_file(start, step, ema=True) if start.is_dir() else start
     saved, own = read_network(file), generator.state_dict()
-    saved.build()  # a file that does not fit its own network is refused here
+    saved.build()  # raises UserError if the file does not even fit the network it names
     tensors = {
         name: tensor
         for name, tensor in saved.state_dict.items()
@@ -45,34 +44,34 @@ def begin_with(generator: nn.Module, plan: Plan) -> str:
     if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
         lacking = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
         raise UserError(
-            f"start: {file} is of {saved.name} x{saved.scale} {saved.params}, which does not fit "
-            f"{name} "
-            f"x{recipe.scale} {recipe.generator.params}"
+            f"start: {file} holds {saved.name} x{saved.scale} {saved.params}, which does not fit "
+            f"{name} x{recipe.scale} {recipe.generator.params}"
             + (f" (tensor {lacking!r})" if lacking else "")
         )
     generator.load_state_dict({**own, **tensors})
-    of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others begin at random"
+    of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others start at random"
     other = _other_params(name, saved.params, recipe.generator.params)
     note = f"; note: trained with {', '.join(other)}" if other else ""
-    return f"beginning with the weights of {short_path(file)}{of}{note}"
+    return f"starting from the weights of {short_path(file)}{of}{note}"
 
 
-def begin_discriminator(network: nn.Module, start: str, plan: Plan) -> str:
-    """Give a discriminator the newest weights of a run's, as far as shapes agree. Returns what was
-    done, for people."""
+def load_start_discriminator(network: nn.Module, start: str, plan: TrainPlan) -> str:
+    """Load a run's newest discriminator into `network`, as far as tensor shapes agree.
+
+    Returns a line about it. Raises `UserError` if nothing fits.
+    """
     folder = plan.previous if start == "previous" else newest_stage(Path(start).expanduser())
     if folder is None:
         raise UserError(
-            "adversarial.start: previous, but this run has no stage before; name a run folder"
+            "adversarial.start: previous, but this run has no previous stage; name a run folder"
         )
     checkpoint_folder = checkpoint_dir(folder, choose_step(folder, "newest"))
     try:
         found = read_module(checkpoint_folder, "discriminator")
     except OSError as error:
         raise UserError(
-            f"adversarial.start: {short_path(checkpoint_folder)} holds no discriminator; name the "
-            "folder "
-            "of a GAN's run, or leave it out"
+            f"adversarial.start: {short_path(checkpoint_folder)} contains no discriminator; name "
+            "the run folder of a GAN, or omit adversarial.start"
         ) from error
     own = network.state_dict()
     tensors = {
@@ -82,20 +81,22 @@ def begin_discriminator(network: nn.Module, start: str, plan: Plan) -> str:
     }
     if not any(name in tensors for name, _ in network.named_parameters()):
         raise UserError(
-            f"adversarial.start: the discriminator in {short_path(checkpoint_folder)} is another "
-            "one; "
-            "leave it out, or choose that one with adversarial.discriminator"
+            f"adversarial.start: the discriminator in {short_path(checkpoint_folder)} is a "
+            "different network; omit adversarial.start, or choose that network with "
+            "adversarial.discriminator"
         )
     network.load_state_dict({**own, **tensors})
     return (
-        f"its discriminator begins with {len(tensors)} of {len(own)} tensors of "
+        f"the discriminator starts from {len(tensors)} of {len(own)} tensors of "
         f"{short_path(checkpoint_folder)}"
     )
 
 
 def _other_params(name: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`["colour_space rgb, here ycbcr", …]`: what no tensor's shape tells, but changes the
-    output."""
+    """Describe parameters that differ without changing tensor shapes, though they change outputs.
+
+    Example: `["colour_space rgb, here ycbcr", …]`.
+    """
     signature = inspect.signature(GENERATORS[name]).parameters.values()
     usual = {
         "colour_space": "rgb",

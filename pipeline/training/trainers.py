@@ -1,4 +1,4 @@
-"""Training of one network towards the HR image."""
+"""Trainers: one network towards the HR image, and a generator against a discriminator."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, 
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
 
-# What a trainer returns of one micro-batch.
-
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars, detached, on the device."""
+    """Result of one micro-batch: detached scalars on the device."""
 
-    losses: dict[str, Tensor]  # the generator's terms, weighted; their sum is what it minimises
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # whatever else is worth a curve
+    losses: dict[str, Tensor]  # the generator's terms, weighted; it minimises their sum
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # anything else worth plotting
 
 
 class ReconstructionTrainer:
-    """A generator that learns from what its output is beside the HR image."""
+    """Trains one generator to reproduce the HR image."""
 
-    uses_cuda_graphs = False  # they must be told where a step begins
+    uses_cuda_graphs = False  # if True, `step` marks where a step begins, as CUDA graphs need
 
     def __init__(
         self,
@@ -49,11 +47,11 @@ class ReconstructionTrainer:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """Name -> engine: what a checkpoint must hold."""
+        """Name -> engine; what a checkpoint holds."""
         return {"generator": self.generator}
 
     def learners(self, number: int) -> list[Engine]:
-        """The engines that learn in update `number` of the run."""
+        """Return the engines that learn in update `number` of the run."""
         return [self.generator]
 
     def step(self, batch: Batch, number: int) -> StepResult:
@@ -69,20 +67,17 @@ class ReconstructionTrainer:
         return StepResult({name: loss.detach() for name, loss in losses.items()})
 
 
-# Training of a generator against a discriminator: two engines, two optimizers, one batch.
-
-
 class AdversarialTrainer:
-    """First the generator learns from its losses and the discriminator as it stands, then the
-    discriminator.
+    """Trains a generator against a discriminator: two engines, two optimizers, one batch.
 
-    The generator's gradient flows through the discriminator's module with its weights switched off,
-    never through its engine: nothing of the discriminator changes in the generator's part. The
-    discriminator sees the output detached. Each engine scales its own FP16 loss and skips its own
-    overflows.
+    The generator learns first, from its losses and the discriminator as it is; then the
+    discriminator learns. The generator's gradient flows through the discriminator's module with
+    its weights frozen, never through its engine, so the discriminator does not change in the
+    generator's part. The discriminator sees the generator's output detached. Each engine scales
+    its own FP16 loss and skips its own overflows.
     """
 
-    uses_cuda_graphs = False  # they must be told where a step begins
+    uses_cuda_graphs = False  # if True, `step` marks where a step begins, as CUDA graphs need
 
     def __init__(
         self,
@@ -104,18 +99,17 @@ class AdversarialTrainer:
             ADVERSARIAL_LOSSES[spec.loss],
             memory_format,
         )
-        self._noise = 0.0  # standard deviation of the instance noise, at this step
-        self.logits: dict[
-            str, Tensor
-        ] = {}  # the last micro-batch's, of the discriminator's own part
+        self._noise = 0.0  # standard deviation of this step's instance noise
+        # The last micro-batch's logits, from the discriminator's own part.
+        self.logits: dict[str, Tensor] = {}
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """Name -> engine: what a checkpoint must hold."""
+        """Name -> engine; what a checkpoint holds."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
     def learners(self, number: int) -> list[Engine]:
-        """The engines that learn in update `number` of the run."""
+        """Return the engines that learn in update `number` of the run."""
         turns = (
             (self.generator, self.spec.generator_every),
             (self.discriminator, self.spec.discriminator_every),
@@ -133,20 +127,20 @@ class AdversarialTrainer:
         learners = self.learners(number)
         with torch.set_grad_enabled(self.generator in learners):
             sr = self.generator(lr).float()
-        losses = self._improve_generator(sr, hr) if self.generator in learners else {}
+        losses = self._update_generator(sr, hr) if self.generator in learners else {}
         statistics = _colour_drift(sr.detach(), hr)
         if self.discriminator in learners:
-            statistics |= self._improve_discriminator(sr.detach(), hr)
+            statistics |= self._update_discriminator(sr.detach(), hr)
         return StepResult(losses, statistics)
 
-    def _improve_generator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    def _update_generator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         losses = self.criterion(sr, hr)
         with frozen(self.discriminator.module):
-            fake = self._judge(self.discriminator.module, sr)
+            fake = self._logits(self.discriminator.module, sr)
             real = None
             if self.loss.sees_real:
                 with torch.no_grad():
-                    real = self._judge(self.discriminator.module, hr)
+                    real = self._logits(self.discriminator.module, hr)
             losses["adversarial"] = self.spec.weight * self.loss.generator(fake, real)
             at_boundary = self.generator.is_gradient_accumulation_boundary()
             backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
@@ -154,8 +148,8 @@ class AdversarialTrainer:
             self.ema.update(self.generator.module, self.generator.weights)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _improve_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        real, fake = self._judge(self.discriminator, hr), self._judge(self.discriminator, sr)
+    def _update_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        real, fake = self._logits(self.discriminator, hr), self._logits(self.discriminator, sr)
         loss = discriminator_loss(self.loss, real, fake, draw_labels(self.spec.labels, real))
         backward_and_step(self.discriminator, loss)
         self.logits = {"real": real.detach(), "fake": fake.detach()}
@@ -165,10 +159,11 @@ class AdversarialTrainer:
             "d_fake": self.logits["fake"].mean(),
         }
 
-    def _judge(self, discriminator: Any, images: Tensor) -> Tensor:
-        """Float32 logits of float images in [0, 1], with the instance noise of this step.
+    def _logits(self, discriminator: Any, images: Tensor) -> Tensor:
+        """Return float32 logits of float images in [0, 1], with this step's instance noise.
 
-        A copy: with CUDA graphs the discriminator's next pass writes over what this one returned.
+        The logits are copied, because with CUDA graphs the discriminator's next call overwrites
+        what this one returned.
         """
         if self._noise:
             images = images + self._noise * torch.randn_like(images)
@@ -176,7 +171,9 @@ class AdversarialTrainer:
 
 
 def _colour_drift(sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-    """How much lighter SR is than HR in each channel, in levels of 255, mean over the
-    micro-batch."""
+    """Return the mean of SR - HR for each channel over the micro-batch, in levels of 0..255.
+
+    `sr`, `hr`: (N, 3, H, W), floats in [0, 1].
+    """
     drift = (sr - hr).mean(dim=(0, 2, 3)) * 255
     return {f"colour_drift_{name}": drift[i] for i, name in enumerate(("red", "green", "blue"))}

@@ -1,4 +1,4 @@
-"""The scores of the network in training on the validation list, the same for any number of
+"""Validation during training: mean scores on the validation list, equal for any number of
 ranks."""
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.images import cubic_resize, to_bytes, to_tensor, unit_range, without_tf32
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
 
-KEPT_BYTES = 1 << 29  # of images kept in memory a rank; what is over is read again each time
+KEPT_BYTES = 1 << 29  # of images kept in memory per rank; the rest is read again each time
 
 
 class ValidationPair(NamedTuple):
-    """A validation image, bytes, (1, 3, height, width) each, in host memory."""
+    """A validation image: uint8 tensors (1, 3, height, width) in host memory."""
 
     name: str
     hr: Tensor
@@ -33,10 +33,9 @@ class ValidationPair(NamedTuple):
 
 
 def validation_measures(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
-    """What a validation measures: PSNR-Y, the metrics whose trunk the recipe names, and that of
-    `best`.
+    """Load the measures of validation: PSNR-Y, metrics whose trunk the recipe names, and `best`'s.
 
-    `UserError` for a trunk's weights that are not there or do not fit.
+    Raises `UserError` if a trunk's weights are missing or do not fit.
     """
     trunks = (
         {}
@@ -50,8 +49,7 @@ def validation_measures(recipe: Recipe, device: torch.device | str = "cpu") -> l
 
 
 def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: BestSpec) -> bool:
-    """Whether the scores `new` are to be preferred to the `best` so far, after the recipe's
-    rule."""
+    """Whether the scores `new` beat the `best` so far, by the recipe's rule."""
     if best is None:
         return True
     metric, psnr_y = metric_of(spec.metric), METRICS["psnr_y"]
@@ -61,15 +59,15 @@ def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: 
     is_above, was_above = (scores["psnr_y"] >= floor for scores in (new, best))
     if is_above != was_above:
         return is_above
-    metric = metric if is_above else psnr_y  # both below: the one nearer to the floor
+    metric = metric if is_above else psnr_y  # both are below the floor: prefer the nearer one
     return metric.is_better(new[metric.name], best[metric.name])
 
 
 class ValidationSet:
-    """This rank's share of the validation images: every `world_size`-th, whole, with LR made or
-    read as in training.
+    """This rank's share of the validation images: every `world_size`-th, uncropped.
 
-    Raises `UserError` naming a file that cannot be read or is too small.
+    LR is made or read as in training. Raises `UserError` naming a file that cannot be read or is
+    too small.
     """
 
     def __init__(
@@ -93,20 +91,19 @@ class ValidationSet:
         self._measures = validation_measures(recipe, ranks.device)
         self._kept: dict[int, ValidationPair] = {}
         room = KEPT_BYTES
-        for place in range(
-            len(self._images)
-        ):  # all are read once, so that a bad one shows now and not in the night
+        # Read all of them now, so that a bad file fails the run at its start and not hours later.
+        for place in range(len(self._images)):
             pair = self.pair(place)
             room -= pair.hr.numel() + pair.lr.numel()
             if room > 0:
                 self._kept[place] = pair
 
     def __len__(self) -> int:
-        """Images in this rank's share."""
+        """Number of images in this rank's share."""
         return len(self._images)
 
     def pair(self, place: int) -> ValidationPair:
-        """The image at `place` in this rank's share."""
+        """Return the image at index `place` of this rank's share."""
         number, image = self._images[place]
         return self._kept.get(place) or self._checked_pair(image, number)
 
@@ -120,10 +117,9 @@ class ValidationSet:
                     f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
                 )
                 raise UserError(
-                    f"{image.path}: {height}x{width} is too small for {option}, which takes "
-                    f"{smallest} "
-                    f"pixels within borders of {self.scale}; take it off the validation list, or "
-                    "say "
+                    f"{image.path}: {height}x{width} is too small for {option}, which needs "
+                    f"{smallest} pixels inside borders of {self.scale}; remove it from the "
+                    "validation list, or set "
                     f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}"
                 )
         return pair
@@ -132,11 +128,11 @@ class ValidationSet:
     def measure(
         self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True
     ) -> dict[str, float] | None:
-        """Mean scores of `network` over all ranks' images, by metric; borders of `scale` pixels are
-        cut off.
+        """Return the mean scores of `network` over all ranks' images, by metric.
 
-        Before each image of this rank's share `go_on(images done, share)` is asked; None if some
-        rank's said no. All ranks call it together.
+        Borders of `scale` pixels are cut off. `go_on(images done, share)` is called before each
+        image of this rank's share; if it returns False on any rank, the result is None. All ranks
+        call it together.
         """
         scores: list[dict[str, float]] | None = []
         for place in range(len(self)):
@@ -148,43 +144,44 @@ class ValidationSet:
         shares = self.ranks.gather(scores)
         if any(share is None for share in shares):
             return None
-        # In the order of the list, so that rounding does not depend on how the images were shared
-        # out.
+        # Sum in the order of the list, so that rounding does not depend on the number of ranks.
         return means([shares[i % len(shares)][i // len(shares)] for i in range(self.count)])
 
     def score(self, sr: Tensor, pair: ValidationPair) -> dict[str, float]:
-        """The scores of one image; infinite ones are limited, because they would make the mean
-        infinite."""
+        """Return the scores of one image, infinite ones limited so that the mean stays finite."""
         scores = measure(sr, pair.hr.to(sr.device), self.scale, self._measures)
         return {name: METRICS[name].limited(value) for name, value in scores.items()}
 
     @torch.inference_mode()
     def upscale(self, network: nn.Module, pair: ValidationPair) -> Tensor:
-        """The network's output for a pair, as bytes on the device."""
+        """Return the network's output for a pair: uint8, on the device."""
         lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
         with without_tf32():
             return to_bytes(network(lr)).contiguous()
 
 
 def bicubic(pair: ValidationPair) -> Tensor:
-    """A pair's LR made large by the cubic alone, as bytes."""
+    """Upscale a pair's LR bicubically: uint8, on the host."""
     size = (pair.hr.shape[-2], pair.hr.shape[-1])
     return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
 
 
 def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> ValidationPair:
-    """HR and LR of the image at place `number` of a list, which decides what is random in its LR.
+    """Read HR and LR of an image, or make its LR.
 
-    Raises `UserError` naming a file that cannot be read, or is too small, with the `way_out`.
+    `number`, its index in the list, seeds what is random in the LR. Raises `UserError` naming a
+    file that cannot be read or is too small; `way_out` replaces the advice.
     """
     pixels, scale = _read(image.path), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
-        way_out = way_out or "select again after `python tools/check_training_data.py --clean`"
+        way_out = way_out or (
+            "run `python tools/check_training_data.py --clean`, then select the training files "
+            "again"
+        )
         raise UserError(
             f"{image.path}: {pixels.shape[0]}x{pixels.shape[1]} is too small to validate at scale "
-            f"{scale}; "
-            f"{way_out}"
+            f"{scale}; {way_out}"
         )
     pixels = np.ascontiguousarray(pixels[:height, :width])
     if image.lr_path is None:
@@ -194,14 +191,14 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
         if lr.shape[:2] != (height // scale, width // scale):
             raise UserError(
                 f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of "
-                f"{height}x{width}, the "
-                f"size of {image.path}; make the pairs again with `python tools/pairs_to_data.py`"
+                f"{height}x{width}, the size of {image.path}; make the pairs again with "
+                "`python tools/pairs_to_data.py`"
             )
     return ValidationPair(image.name, to_tensor(pixels), to_tensor(lr))
 
 
 def _read(path: str) -> np.ndarray:
-    """HWC bytes, by the decoder that training uses."""
+    """Read uint8 pixels, (height, width, 3), with the decoder that training uses."""
     if is_npy(path):
         layout = npy_layout(path)
         return np.fromfile(path, np.uint8, offset=layout.offset).reshape(

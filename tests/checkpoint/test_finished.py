@@ -16,12 +16,11 @@ from lives import train
 from pipeline.checkpoint.progress import Progress
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from pipeline.training.options import TrainOptions, make_plans
-from pipeline.training.saved_run import says_finished
+from pipeline.training.saved_run import report_if_finished
 
 LINE = (
-    "nothing left to do: this run is finished at step 3 of 3 (--reset starts afresh; for a longer "
-    "one say steps=N, "
-    "or --patience N)"
+    "nothing left to do: this run is finished at step 3 of 3 (--reset starts a new run; to train "
+    "longer, set steps=N or --patience N)"
 )
 HEAVY = ("torch", "deepspeed", "accelerate", "nvidia.dali", "cv2")
 
@@ -49,7 +48,7 @@ def options(dataset: Path, run_dir: Path, *overrides: str, **changes: object) ->
 
 
 def is_answered(dataset: Path, run_dir: Path, *overrides: str, **changes: object) -> bool:
-    return says_finished(make_plans(options(dataset, run_dir, *overrides, **changes)))
+    return report_if_finished(make_plans(options(dataset, run_dir, *overrides, **changes)))
 
 
 @pytest.mark.parametrize("script", ["launch/local.py", "train.py"])
@@ -168,7 +167,7 @@ def test_of_stages_all_must_be_finished(
     assert checkpoint_steps(tmp_path / "run" / "two") == [2]
     again = options(dataset, tmp_path / "run")
     again.recipe = str(recipe)
-    assert says_finished(make_plans(again))
+    assert report_if_finished(make_plans(again))
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in said] == [
         "nothing left to do: stage one is finished at step 3 of 3",
@@ -177,7 +176,7 @@ def test_of_stages_all_must_be_finished(
     for stage in ("one", "two"):
         assert said.pop(0) in (tmp_path / "run" / stage / "run.log").read_text()
     (checkpoint_dir(tmp_path / "run" / "two", 2) / "MANIFEST.json").unlink()
-    assert not says_finished(make_plans(again))
+    assert not report_if_finished(make_plans(again))
     assert capsys.readouterr().out == ""
 
 

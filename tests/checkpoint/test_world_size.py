@@ -276,7 +276,7 @@ def test_another_number_of_ranks_continues(
         tmp_path / "same", tmp_path / "other", ignore=shutil.ignore_patterns("step-00000004")
     )
     printed = train(dataset, tmp_path / "other", "steps=4", *extra, procs=after)
-    assert f"note: {before} ranks saved step 3, {after} continue" in printed
+    assert f"note: step 3 was saved by {before} ranks and continues on {after}:" in printed
     assert "continuing from step 3 of 4" in printed
     measured = ("loss", "lr", *(("discriminator",) if GAN[0] in extra else ()))
     (*_, same), (*_, other) = (

@@ -108,7 +108,7 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
         ),
         _progress=Progress(step=50),
         journal=SimpleNamespace(log=lambda *_: None),
-        _names_ways_out=True,
+        _may_advise=True,
         _plan=SimpleNamespace(
             total_steps=99, ds_config={"train_batch_size": 4}, recipe=load_recipe("vapsr_x4")
         ),
@@ -117,7 +117,6 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
     for wait in (0.02, 0.31, 0.5):
         reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, 0, 0, 0), 1.0)
     assert said == [
-        "note: 31% of the time goes into waiting for data; raise data.threads (now auto), or "
-        "convert "
-        "encoded files to .npy (tools/convert_dataset.py), which need no decoding"
+        "note: 31% of the time is spent waiting for data; raise data.threads (now auto), or "
+        "convert encoded files to .npy, which need no decoding (tools/convert_dataset.py)"
     ]

@@ -59,9 +59,7 @@ def test_bad_files_are_skipped_counted_and_reported_at_the_end_of_an_epoch(
     )  # 16 samples: two epochs of 8
     done = run(command(root, tmp_path / "run", *skipping, procs=procs))
     assert done.returncode == 0, done.stderr
-    report = (
-        "samples replaced since the last report, for files that are bad: 2; such files so far: 2"
-    )
+    report = "replaced samples whose files are bad: 2 (bad files so far: 2)"
     assert done.stdout.count(report) == 2, done.stdout
     assert done.stdout.count(f"{root}/2.png: ") == done.stdout.count(f"{root}/5.png: ") == 1
     assert [
@@ -89,7 +87,7 @@ def test_a_run_that_a_bad_file_stopped_goes_on_with_skip(tmp_path: Path) -> None
     assert_one_line(done, f"{root}/5.png: ", "(sample ")
     done = run(command(root, tmp_path / "run", "steps=4", "data.on_error=skip"))
     assert done.returncode == 0, done.stderr
-    assert f"such files so far: 1\n  {root}/5.png: " in done.stdout
+    assert f"(bad files so far: 1)\n  {root}/5.png: " in done.stdout
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

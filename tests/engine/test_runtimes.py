@@ -330,7 +330,7 @@ def test_resume_is_exact(
 def test_another_number_of_ranks_continues(dataset: Path, straight: Path, tmp_path: Path) -> None:
     copy_up_to(straight, 6, tmp_path / "run")
     printed = train(dataset, tmp_path / "run", "steps=8", "keep=9")
-    assert "note: 2 ranks saved step 6, 1 continue" in printed
+    assert "note: step 6 was saved by 2 ranks and continues on 1:" in printed
     keys = ("train", "loss", "lr", "gradient_norm")
     for found, wanted in zip(logged(tmp_path / "run", *keys), logged(straight, *keys), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)

@@ -220,7 +220,7 @@ def test_a_plateau_lowers_the_rate_after_its_patience() -> None:
             {"type": "ReduceLROnPlateau", "params": {"patience": "x"}},
             "patience must be a whole number, 0 or above",
         ),
-        ({"type": "ReduceLROnPlateau", "params": {"mode": 3}}, "mode must be a word, not 3"),
+        ({"type": "ReduceLROnPlateau", "params": {"mode": 3}}, "mode must be a string, not 3"),
         (
             {"type": "ReduceLROnPlateau", "params": {"warmup_num_steps": "x"}},
             "warmup_num_steps must be a whole number",

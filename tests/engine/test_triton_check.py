@@ -59,7 +59,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ),
         (
             PermissionError(13, "Permission denied", "/root/.triton"),
-            "cannot be written (/root/.triton); set TRITON_CACHE",
+            "is not writable (/root/.triton); set TRITON_CACHE",
         ),
         (
             subprocess.CalledProcessError(1, ["gcc", "main.c", "-l:libcuda.so.1"]),

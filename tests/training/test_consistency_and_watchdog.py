@@ -27,7 +27,7 @@ from lives import in_ranks
 from pipeline.checkpoint.manifest import damage
 from pipeline.cli import UserError
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
-from pipeline.training.options import Plan, TrainOptions, make_plans
+from pipeline.training.options import TrainOptions, TrainPlan, make_plans
 from pipeline.training.run import differences, facts, refuse_other_hosts
 
 STAGES = """
@@ -38,7 +38,7 @@ stages:
 """
 
 
-def plans(dataset: Path, *overrides: str, recipe: str = "demo") -> list[Plan]:
+def plans(dataset: Path, *overrides: str, recipe: str = "demo") -> list[TrainPlan]:
     return make_plans(
         TrainOptions(
             overrides=(*SMALL, *overrides),
@@ -177,8 +177,8 @@ def test_the_first_rank_that_differs_is_named_with_its_host(dataset: Path) -> No
     assert str(caught.value) == (
         f"rank 2 on node2 differs from rank 0 on {here}: package torch (1.0, there "
         f"{version('torch')}); python (2.7, "
-        f"there {same['python']}); recipe seed (9, there 0) and 2 more; make the hosts alike with "
-        "launch/sync.sh"
+        f"there {same['python']}); recipe seed (9, there 0) and 2 more; bring the hosts in line "
+        "with launch/sync.sh"
     )
 
 
@@ -214,7 +214,7 @@ def test_both_ranks_are_told_the_same(dataset: Path, changed: Path, tmp_path: Pa
     who = f"rank 1 on {socket.gethostname()} differs from rank 0 on {socket.gethostname()}: "
     files, seeds, same = told[0]
     assert files.startswith(f"{who}dataset contents_sha256 (")
-    assert seeds == f"{who}recipe seed (2, there 1); make the hosts alike with launch/sync.sh"
+    assert seeds == f"{who}recipe seed (2, there 1); bring the hosts in line with launch/sync.sh"
     assert same == ""
 
 

@@ -17,14 +17,14 @@ from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
 from pipeline.models import build_generator, native
 from pipeline.training import setup
-from pipeline.training.options import Plan, TrainOptions, make_plans
+from pipeline.training.options import TrainOptions, TrainPlan, make_plans
 
 needs_native = pytest.mark.skipif(
     bool(native.why_not_native()), reason=f"no native kernel: {native.why_not_native()}"
 )
 
 
-def plan_of(dataset: Path, *overrides: str) -> Plan:
+def plan_of(dataset: Path, *overrides: str) -> TrainPlan:
     return make_plans(
         TrainOptions(
             overrides=("data.crop=32", *overrides),
@@ -96,9 +96,8 @@ def test_without_a_compiler_pytorch_computes_and_the_run_says_why(
     kernel, remark = setup._kernel(plan_of(dataset), network(), 2, None, Ranks())
     assert kernel == "torch"
     assert remark == (
-        "depthwise convolutions: PyTorch's, slower than our own: there is no C++ compiler (Debian: "
-        "apt "
-        "install g++)"
+        "depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: there is no C++ "
+        "compiler (Debian: apt install g++)"
     )
     kernel, remark = setup._kernel(
         plan_of(dataset), network(), 2, Progress(kernel="native"), Ranks()

@@ -27,7 +27,7 @@ from pipeline.losses.perceptual import LpipsDistance, VggFeature
 from pipeline.models import GENERATORS, build_generator
 from pipeline.models.discriminators import DISCRIMINATORS, build_discriminator
 from pipeline.models.ema import ExponentialMovingAverage
-from pipeline.training.meter import Meter
+from pipeline.training.meter import TrainMeter
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer, StepResult
 
 META = torch.device("meta")
@@ -160,7 +160,7 @@ def test_the_average_and_the_meter(dtype: torch.dtype) -> None:
     ema.network.to(META)
     ema.update(network.to(META, dtype))
     assert all_on_meta(ema.network)
-    meter = Meter(Ranks(device=META), 10, 4)
+    meter = TrainMeter(Ranks(device=META), 10, 4)
     loss = torch.empty((), device=META)
     for _ in range(2):
         meter.add(StepResult({"l1": loss}, {"d_real": loss}), 0)
@@ -248,18 +248,18 @@ def test_deterministic_is_asked_of_every_library_and_taken_back(
 
     from torch._inductor import config as inductor
 
-    from pipeline.engine.engine import be_deterministic
+    from pipeline.engine.engine import set_deterministic
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        be_deterministic(True)
+        set_deterministic(True)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.backends.cudnn.deterministic
         assert inductor.deterministic
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
-        be_deterministic(False)
+        set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
     assert not inductor.deterministic

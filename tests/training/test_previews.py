@@ -150,19 +150,19 @@ def test_which_pictures_are_shown(listed: Dataset, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("previews=nowhere.png",), "previews.files: nowhere.png: there is no such file"),
-        (("previews={here}/text.txt",), "text.txt: no image that training could read"),
+        (("previews=nowhere.png",), "previews.files: nowhere.png: no such file"),
+        (("previews={here}/text.txt",), "text.txt: not an image that training can read"),
         (
             ("previews={here}/small.npy",),
             "small.npy: 20x20 is too small to validate at scale 2; name a larger picture",
         ),
         (
             ("previews={here}", "data.degradation=paired"),
-            "where LR is read and not made, previews are of",
+            "this recipe reads LR files, so its previews are taken from",
         ),
         (
             ("previews={here}/many",),
-            "17 images are many to upscale again and again; name at most 16, or say previews.count",
+            "17 images are too many to upscale repeatedly; name at most 16, or set previews.count",
         ),
         (("previews.cuont=2",), "previews.cuont: unknown key; did you mean 'count'?"),
     ],

@@ -66,7 +66,7 @@ def test_one_command_trains_stage_after_stage(recipe: Path, dataset: Path, tmp_p
     assert done.stderr == ""
     assert (checkpoint_steps(home / "psnr")[-1], checkpoint_steps(home / "gan")[-1]) == (3, 4)
     last = home / "psnr" / "checkpoints" / "step-00000003" / "generator_ema.safetensors"
-    assert f"beginning with the weights of {last}" in done.stdout
+    assert f"starting from the weights of {last}" in done.stdout
     assert "two, stage gan: vapsr x2" in done.stdout
     lines = events(home / "gan", "train")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -183,7 +183,7 @@ def test_weights_of_another_scale_are_taken_as_far_as_they_fit(
     )
     done = run([*larger, "--start", str(tmp_path / "x2")])
     assert done.returncode == 0, done.stderr
-    assert "tensors; the others begin at random" in done.stdout
+    assert "tensors; the others start at random" in done.stdout
     two = load_file(checkpoint_dir(tmp_path / "x2", 2) / "generator_ema.safetensors")
     three = load_file(checkpoint_dir(tmp_path / "x3", 1) / "generator.safetensors")
     torch.testing.assert_close(
@@ -321,7 +321,7 @@ def test_a_discriminator_goes_on_in_the_next_stage(
     ]
     done = run([str(recipe) if word == "demo" else word for word in words])
     assert done.returncode == 0, done.stderr
-    assert "its discriminator begins with" in done.stdout
+    assert "the discriminator starts from" in done.stdout
     before, after = (
         read_module(checkpoint_dir(tmp_path / "run" / stage, step), "discriminator")
         for stage, step in (("gan", 4), ("large", 1))
@@ -350,7 +350,8 @@ def test_a_longer_first_stage_does_not_go_unnoticed(
     done = train(recipe, dataset, home, "stages.psnr.steps=5", "stages.gan.steps=2")
     assert done.returncode == 0, done.stderr
     assert (
-        "note: stage gan began with step 3 of the stage before, which has step 5 now" in done.stdout
+        "note: stage gan started from step 3 of the previous stage, which is now at step 5"
+        in done.stdout
     )
 
 
@@ -380,7 +381,7 @@ def test_a_validation_image_too_small_for_lpips_is_named_before_training(
         )
     )
     assert_one_line(
-        done, "11.npy: 32x64 is too small for validation_lpips: alex, which takes 31 pixels"
+        done, "11.npy: 32x64 is too small for validation_lpips: alex, which needs 31 pixels"
     )
     assert checkpoint_steps(tmp_path / "run") == []
 

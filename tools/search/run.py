@@ -30,7 +30,7 @@ from pipeline.config.recipe import ROOT
 from pipeline.distributed.gpus import device_names
 from pipeline.files import short_path, write_atomically
 from pipeline.metrics import metric_of
-from pipeline.training.options import Plan, TrainOptions, make_plans
+from pipeline.training.options import TrainOptions, TrainPlan, make_plans
 from tools.search.report import ranked, score_text, short_names
 from tools.search.space import Space, override
 from tools.search.study import StudyFolder, next_trial, waits_for_others
@@ -84,8 +84,8 @@ class Objective:
     training: TrainOptions  # without overrides
     fixed: tuple[str, ...]  # overrides of all trials
     metric: str
-    plans: list[Plan]  # of a trial without searched values
-    base: list[Plan]  # the same, as long and as often validated as the recipe says
+    plans: list[TrainPlan]  # of a trial without searched values
+    base: list[TrainPlan]  # the same, as long and as often validated as the recipe says
 
     def overrides(self, values: dict[str, Any]) -> tuple[str, ...]:
         return (*self.fixed, *(override(key, value) for key, value in values.items()))
@@ -379,7 +379,9 @@ class Search:
             sys.stdout.flush()
 
 
-def write_best(folder: Path, plans: Sequence[Plan], base: Sequence[Plan], said: str) -> Path:
+def write_best(
+    folder: Path, plans: Sequence[TrainPlan], base: Sequence[TrainPlan], said: str
+) -> Path:
     """Write best.yaml and what it needs into `folder`.
 
     It says all that the recipe of the trial (its `plans`, one a stage) says, so that no later

@@ -168,7 +168,7 @@ def test_a_killed_rank_ends_all_and_fewer_hosts_go_on(run: Run) -> None:
     newest = checkpoint_steps(run.run_dir)[-1]
     status, printed = run.run("--no-doctor", f"steps={newest + 3}", "save_every=5")
     assert status == 0, printed
-    assert f"2 ranks saved step {newest}, 1 continue" in printed
+    assert f"step {newest} was saved by 2 ranks and continues on 1:" in printed
     assert f"continuing from step {newest}" in printed
 
 
@@ -208,7 +208,7 @@ def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -
         run.wait_for("restart 1 of 1, from the checkpoint of step ", SECONDS)
         run.wait_for("continuing without node3")
         run.wait_for("global batch 8 = 2 x 2 accumulation x 2 ranks")
-        run.wait_for("4 ranks saved step ")
+        run.wait_for("was saved by 4 ranks")
         run.wait_for("step 60/", SECONDS)
         run.interrupt()
         status, printed = run.finish(process, 30)
