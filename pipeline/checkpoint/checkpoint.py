@@ -1,7 +1,7 @@
-"""What a run leaves on disk and how it is read back; `saving.py` writes it.
+"""Read checkpoints back from a run folder; `saving.py` writes them.
 
-Read: the newest step whose folder is whole, by its MANIFEST.json, for every rank that sees it.
-Ranks on hosts that do not see the run folder get copies of what they must read.
+A run continues from the newest step whose folder is intact, by its MANIFEST.json, for every rank
+that sees it. Ranks on hosts that do not see the run folder receive copies of what they must read.
 """
 
 from __future__ import annotations
@@ -44,21 +44,20 @@ class Contents:
 
     engines: Mapping[str, Engine]
     ema: ExponentialMovingAverage
-    generator: SavedNetwork  # describes the network; its state_dict is filled in here
-    identity: Mapping[
-        str, Any
-    ]  # of the run: recipe, ds_config, dataset; what a continuation must agree on
-    sees_run_dir: bool = True  # this rank; see `run_disk`
+    generator: SavedNetwork  # describes the network; its state_dict is filled in when saving
+    # Of the run: recipe, ds_config, dataset. A run must have the same identity to continue.
+    identity: Mapping[str, Any]
+    sees_run_dir: bool = True  # whether this rank does; see `transfer.sees_run_dir`
 
 
 def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and the best. One rank calls it."""
+    """Remove all checkpoints except the newest `keep` and the best. Only one rank calls it."""
     for step in checkpoint_steps(run_dir)[:-keep]:
         if step != best_step:
             folder = checkpoint_dir(run_dir, step)
-            with suppress(
-                OSError
-            ):  # without its manifest it is no checkpoint any more, whatever happens next
+            # The manifest goes first: without it the folder is no checkpoint, even if the removal
+            # is interrupted.
+            with suppress(OSError):
                 (folder / MANIFEST_FILE).unlink()
                 shutil.rmtree(folder)
 
@@ -66,11 +65,11 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
 def newest_whole(
     run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bool = True
 ) -> int | None:
-    """The newest step whose checkpoint every rank that sees the run folder finds whole; None in a
-    new run.
+    """Return the newest step whose checkpoint is intact for every rank that sees the run folder.
 
-    Damaged ones newer than it are named and renamed to `damaged-step-N`, out of the way of the next
-    save. Raises `UserError` where there are checkpoints but all are damaged.
+    None in a new run. Newer, damaged checkpoints are reported and renamed to `damaged-step-N`, out
+    of the way of the next save. Raises `UserError` if all checkpoints are damaged. All ranks call
+    it together.
     """
     ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
     steps = ranks.agree(checkpoint_steps(run_dir))
@@ -86,18 +85,17 @@ def newest_whole(
             return step
         damaged.append(folder)
         if ranks.is_first:
-            say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
+            say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the previous one")
     if steps:
         raise UserError(
-            f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start afresh with "
-            "--reset, which "
-            "keeps the old run aside"
+            f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start a new run with "
+            "--reset, which keeps the old one"
         )
     return None
 
 
 def _finish_replacing(run_dir: Path) -> None:
-    """Put back a checkpoint whose replacement was cut off between its two renames."""
+    """Restore a checkpoint whose replacement was interrupted between its two renames."""
     for replaced in (run_dir / CHECKPOINTS_DIR).glob(".old-step-*"):
         final = replaced.with_name(replaced.name.removeprefix(".old-"))
         if final.exists():
@@ -107,7 +105,7 @@ def _finish_replacing(run_dir: Path) -> None:
 
 
 def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress:
-    """Put the checkpoint of `step` into the engines and the EMA; all ranks call it together.
+    """Load the checkpoint of `step` into the engines and the EMA; all ranks call it together.
 
     Raises `RuntimeError` if the ranks' weights differ afterwards.
     """
@@ -128,13 +126,13 @@ def _load(folder: Path, contents: Contents, ranks: Ranks) -> Progress:
     contents.ema.network.load_state_dict(averaged)
     contents.ema.num_updates = json.loads((folder / STATE_FILE).read_text())["ema_updates"]
     states = folder / f"random-rank-{ranks.rank:05d}.pt"
-    if states.is_file():  # a rank that was not there before starts with its own
+    if states.is_file():  # a rank that did not exist when it was saved keeps its fresh states
         restore_random_states(torch.load(states, weights_only=True))
     return progress_in(folder)
 
 
 def weight_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers, names, types and bytes."""
+    """Return the SHA-256 of a module's parameters and buffers: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

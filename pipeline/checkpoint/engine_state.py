@@ -1,4 +1,4 @@
-"""A DeepSpeed engine's part of a checkpoint, on disk. Nothing that a file brings is ever run."""
+"""An engine's files in a checkpoint: capture, load, reshard. Never executes code from a file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from pipeline.checkpoint.snapshot import Frozen, Snapshot
 from pipeline.engine.engine import Engine, quiet
 
-# ZeRO's optimizer states, written by one number of ranks, cut anew for another.
+# Resharding of ZeRO's optimizer states from one number of ranks to another.
 #
-# At ZeRO stages 1 and 2 the parameters of a group lie behind each other in one flat tensor, with
-# zeros at its end, which is cut into as many equal parts as there are ranks. A rank's file, its
-# shard, holds its part of the FP32 weights and of the optimizer's moments. Order and zeros depend
-# on the number of ranks; here numbers are moved, never calculated with. The names are those of
-# DeepSpeed 0.19.8's files (`DeepSpeedZeroOptimizer.state_dict`, `BF16_Optimizer.state_dict`).
+# At ZeRO stages 1 and 2 the parameters of a group are concatenated into one flat tensor, padded
+# with zeros and cut into equal parts, one per rank. A rank's file, its shard, holds its part of the
+# FP32 weights and of the optimizer's moments. Order and padding depend on the number of ranks;
+# resharding only moves numbers and never computes with them. The keys are those of DeepSpeed
+# 0.19.8's files (`DeepSpeedZeroOptimizer.state_dict`, `BF16_Optimizer.state_dict`).
 
 
 WEIGHTS = "single_partition_of_fp32_groups"
@@ -32,19 +32,19 @@ PADDINGS = "param_alignment_paddings"
 LAYOUT_KEYS = (END_PADDINGS, PADDINGS, "partition_count", "param_slice_mappings")
 
 Shapes = Sequence[Mapping[str, torch.Size]]
-"""Of each group: the shapes of its parameters by name, in the order of the flat tensor."""
+"""For each group: parameter name -> shape, in the order of the flat tensor."""
 
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How the parameters of a group lie in its flat tensor, for one number of ranks."""
+    """Where a group's parameters are in its flat tensor, for one number of ranks."""
 
-    places: Mapping[str, tuple[int, int]]  # of each parameter: its first element and their number
-    part: int  # elements a rank, zeros included
+    places: Mapping[str, tuple[int, int]]  # parameter name -> (first element, number of elements)
+    part: int  # elements per rank, including padding
 
 
 def layouts(shard: Mapping[str, Any], shapes: Shapes) -> list[GroupLayout]:
-    """The layout of each group in the ranks' states of which `shard` is one."""
+    """Return each group's layout in the set of shards to which `shard` belongs."""
     found = []
     for group, (weights, named) in enumerate(zip(shard[WEIGHTS], shapes, strict=True)):
         gaps = shard[PADDINGS][group] if PADDINGS in shard else [0] * len(named)
@@ -52,25 +52,25 @@ def layouts(shard: Mapping[str, Any], shapes: Shapes) -> list[GroupLayout]:
         for (name, shape), gap in zip(named.items(), gaps, strict=True):
             places[name] = (start, shape.numel())
             start += shape.numel() + gap
-        # Of the two optimizers only the one that names its stage leaves the zeros at the end out of
-        # the weights.
-        left_out = shard[END_PADDINGS][group] if "zero_stage" in shard else 0
-        found.append(GroupLayout(places, weights.numel() + left_out))
+        # Of DeepSpeed's two optimizers, only the one that records its stage stores the weights
+        # without the padding at the end.
+        padding = shard[END_PADDINGS][group] if "zero_stage" in shard else 0
+        found.append(GroupLayout(places, weights.numel() + padding))
     return found
 
 
-def recut(
+def reshard(
     shards: Iterable[Mapping[str, Any]],
     old_shapes: Shapes,
     current: Mapping[str, Any],
     new_shapes: Shapes,
     rank: int,
 ) -> dict[str, Any]:
-    """The shard of `rank` as it would be, had today's ranks written the checkpoint that consists of
-    `shards`.
+    """Return the shard that `rank` would have, had today's ranks written the checkpoint.
 
-    `shards` in rank order, read one at a time; `current`: the state that this rank's optimizer has
-    now, for its layout. Raises `RuntimeError` if the two are not of the same parameters.
+    `shards`: the checkpoint's, in rank order, read one at a time. `current`: the present state of
+    this rank's optimizer, for its layout. Raises `RuntimeError` if the two hold different
+    parameters.
     """
     new, result = layouts(current, new_shapes), {}
     for old_rank, shard in enumerate(shards):
@@ -80,19 +80,19 @@ def recut(
                 "the checkpoint's ZeRO shards hold other parameters than this network has"
             )
         if not result:
-            result = _blank(shard, old, current, new)
+            result = _empty_shard(shard, old, current, new)
         for group, (before, after) in enumerate(zip(old, new, strict=True)):
             pairs = list(_flat_pairs(shard, result, group, before.part))
-            for source, target, count in _moves(before, old_rank, after, rank):
-                for given, taken in pairs:
-                    taken[target : target + count].copy_(given[source : source + count])
+            for source, target, count in _overlaps(before, old_rank, after, rank):
+                for old_part, new_part in pairs:
+                    new_part[target : target + count].copy_(old_part[source : source + count])
     return result
 
 
-def _moves(
+def _overlaps(
     old: GroupLayout, old_rank: int, new: GroupLayout, new_rank: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(where in the old rank's part, where in the new rank's, elements) of all that the two parts
+    """Yield (offset in the old rank's part, offset in the new rank's, elements) of what they
     share."""
     for name, (source, count) in old.places.items():
         target = new.places[name][0]
@@ -106,23 +106,23 @@ def _moves(
             )
 
 
-def _blank(
+def _empty_shard(
     shard: Mapping[str, Any],
     old: Sequence[GroupLayout],
     current: Mapping[str, Any],
     new: Sequence[GroupLayout],
 ) -> dict[str, Any]:
-    """`shard` with zeros of the new size for what lies in parts; the rest, such as the step, is the
-    same everywhere."""
+    """Return `shard` with zeros of the new size for what is partitioned; the rest, such as the step
+    counter, is the same in all shards."""
     result = {**shard, **{key: current[key] for key in LAYOUT_KEYS if key in current}}
     result[WEIGHTS] = [
         weights.new_zeros(group.part) for weights, group in zip(shard[WEIGHTS], new, strict=True)
     ]
     states = {}
     for group, (before, after) in enumerate(zip(old, new, strict=True)):
-        number = _number(shard, group)
+        number = _parameter_index(shard, group)
         state = shard[OPTIMIZER]["state"].get(number)
-        if state is not None:  # a run that has skipped all of its updates has none
+        if state is not None:  # None if the run has skipped all of its updates
             states[number] = {
                 key: value.new_zeros(after.part) if _is_flat(value, before.part) else value
                 for key, value in state.items()
@@ -134,17 +134,16 @@ def _blank(
 def _flat_pairs(
     shard: Mapping[str, Any], result: Mapping[str, Any], group: int, part: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tensor of the old part, tensor of the new one): the group's FP32 weights and each of its
-    moments."""
+    """Yield (old tensor, new tensor) for the group's FP32 weights and each of its moments."""
     yield shard[WEIGHTS][group], result[WEIGHTS][group]
-    number = _number(shard, group)
+    number = _parameter_index(shard, group)
     for key, value in shard[OPTIMIZER]["state"].get(number, {}).items():
         if _is_flat(value, part):
             yield value, result[OPTIMIZER]["state"][number][key]
 
 
-def _number(shard: Mapping[str, Any], group: int) -> int:
-    """By which the optimizer knows the group's only parameter: its part."""
+def _parameter_index(shard: Mapping[str, Any], group: int) -> int:
+    """Return the optimizer's index of the group's only parameter, which is its part."""
     return shard[OPTIMIZER]["param_groups"][group]["params"][0]
 
 
@@ -153,14 +152,14 @@ def _is_flat(value: Any, part: int) -> bool:
 
 
 SHARD = re.compile(r"((?:bf16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
-"""The name of a rank's optimizer states at ZeRO stages 1 and 2."""
+"""File name of a rank's optimizer states at ZeRO stages 1 and 2."""
 
 
 def capture_engine(engine: Engine, name: str, snapshot: Snapshot) -> dict[str, Frozen]:
-    """Add to `snapshot` what this rank saves of the engine; all ranks call it together.
+    """Add what this rank saves of the engine to `snapshot`; all ranks call it together.
 
-    Returns it by its file's path in a checkpoint, `name`/FILE, where torch.save puts what
-    `Frozen.thaw` gives back.
+    Returns file path in the checkpoint (`name`/FILE) -> content, which `Frozen.thaw` gives back for
+    torch.save.
     """
     files = _CapturedFiles(snapshot)
     with quiet():
@@ -169,22 +168,23 @@ def capture_engine(engine: Engine, name: str, snapshot: Snapshot) -> dict[str, F
 
 
 def load_engine(engine: Engine, directory: os.PathLike[str] | str, name: str) -> None:
-    """Put back what was written of `capture_engine`, on this or another number of ranks."""
+    """Load what was saved from `capture_engine`, on any number of ranks."""
     with quiet():
-        if not engine.load(str(directory), name, _ShownFiles(engine)):
+        if not engine.load(str(directory), name, _LoadedFiles(engine)):
             raise RuntimeError(f"{directory}/{name} could not be loaded")
 
 
 def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tensor]:
-    """The weights by name, on the CPU, of the network that was captured as `name`. `OSError` if
-    there is none."""
+    """Return the weights by name, on the CPU, of the network captured as `name`.
+
+    Raises `OSError` if there is none.
+    """
     weights = _read(os.path.join(directory, name, "mp_rank_00_model_states.pt"), "cpu")
     return dict(weights["module"])
 
 
 class _CheckpointFiles:
-    """DeepSpeed's `CheckpointEngine`, without what its two uses here put in: it neither saves nor
-    loads."""
+    """The parts of DeepSpeed's `CheckpointEngine` that saving and loading have in common."""
 
     name = "vastscale"
 
@@ -218,10 +218,10 @@ class _CheckpointFiles:
 
 
 class _CapturedFiles(_CheckpointFiles):
-    """Keeps in memory what an engine would have written: the disk is not for the training
-    thread."""
+    """Keeps in memory what an engine would write, so that the training thread never waits for the
+    disk."""
 
-    FOLDER = "checkpoint"  # which DeepSpeed believes to write into
+    FOLDER = "checkpoint"  # the folder that DeepSpeed believes it writes into
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.states: dict[str, Frozen] = {}
@@ -231,30 +231,31 @@ class _CapturedFiles(_CheckpointFiles):
         self.states[os.path.relpath(path, self.FOLDER)] = self._snapshot.add(state_dict)
 
 
-class _ShownFiles(_CheckpointFiles):
-    """Shows `engine` a checkpoint as if this number of ranks had written it, and never runs code
-    that a file brings."""
+class _LoadedFiles(_CheckpointFiles):
+    """Presents a checkpoint to `engine` as if the present number of ranks had written it.
+
+    Never executes code from a file.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._num_shards = (
-            0  # of the checkpoint; known when the weights have been read, which come first
-        )
+        # The checkpoint's; known after the weights have been read, which come first.
+        self._num_shards = 0
         self._shapes: Shapes = []
 
     def load(self, path: str, map_location: Any = None) -> Any:
         folder, name = os.path.split(path)
         shard = SHARD.fullmatch(name)
         if shard and self._num_shards != dist.get_world_size():
-            return {"optimizer_state_dict": self._recut(folder, shard)}
+            return {"optimizer_state_dict": self._reshard(folder, shard)}
         state = _read(path, map_location)
         if "dp_world_size" in state:
             self._num_shards, self._shapes = state["dp_world_size"], state.get("param_shapes") or []
-            state["dp_world_size"] = dist.get_world_size()  # DeepSpeed refuses any other
+            state["dp_world_size"] = dist.get_world_size()  # DeepSpeed refuses any other number
         return state
 
-    def _recut(self, folder: str, wanted: re.Match[str]) -> dict[str, Any]:
-        """The optimizer states that the file `wanted`, which may not exist, would hold."""
+    def _reshard(self, folder: str, wanted: re.Match[str]) -> dict[str, Any]:
+        """Build the optimizer states for the file `wanted`, which need not exist."""
 
         def shards() -> Iterator[dict[str, Any]]:
             for rank in range(self._num_shards):
@@ -262,7 +263,7 @@ class _ShownFiles(_CheckpointFiles):
                     "optimizer_state_dict"
                 ]
 
-        return recut(
+        return reshard(
             shards(),
             self._shapes,
             self._engine.optimizer.state_dict(),
@@ -272,12 +273,13 @@ class _ShownFiles(_CheckpointFiles):
 
 
 def _read(path: str, map_location: Any) -> Any:
-    with torch.serialization.safe_globals(_deepspeeds_types()):
+    with torch.serialization.safe_globals(_deepspeed_types()):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _deepspeeds_types() -> list[type]:
-    """Those that its files may hold; none where it is not installed: then Accelerate wrote them."""
+def _deepspeed_types() -> list[type]:
+    """Return the types that DeepSpeed's files may contain; none if it is not installed, because
+    then Accelerate wrote the files."""
     if importlib.util.find_spec("deepspeed") is None:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -1,5 +1,7 @@
-"""MANIFEST.json: the files of a checkpoint with sizes and SHA-256, and whether they are still so.
-Needs no torch."""
+"""MANIFEST.json lists a checkpoint's files with sizes and SHA-256; check a checkpoint against it.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ BLOCK = 1 << 20  # bytes
 
 
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{"size": bytes, "sha256": hex}` of every file in `folder`, by its path there."""
+    """Return relative path -> `{"size": bytes, "sha256": hex}` for every file in `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
@@ -23,22 +25,22 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(run_dir: Path, step: int) -> dict[str, Any]:
-    """Of a whole checkpoint: `step`, `world_size`, `identity` of the run, `files` as `describe`
-    tells them."""
+    """Return a checkpoint's manifest: `step`, `world_size`, `identity`, and `files` (see
+    `describe`)."""
     return json.loads((checkpoint_dir(run_dir, step) / MANIFEST_FILE).read_text())
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with the checkpoint `folder`; empty if every file is as its manifest says.
+    """Return what is wrong with the checkpoint `folder`; empty if all files match its manifest.
 
-    A disk that cannot be read (`OSError`) is not damage, and is raised.
+    A disk that cannot be read is not damage: its `OSError` is raised.
     """
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
         for name, expected in files.items():
             path = folder / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"{MANIFEST_FILE}: {name} does not lie in the checkpoint"
+                return f"{MANIFEST_FILE}: {name} is outside the checkpoint"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:

@@ -1,5 +1,7 @@
-"""How far a run has come, and whether that is its end. Needs no torch: a finished run says so
-without importing it."""
+"""How far a run has come and whether it is finished.
+
+Imports no torch, so that a finished run is reported without importing it.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +17,38 @@ from pipeline.run_folder import STATE_FILE, checkpoint_dir
 
 @dataclass
 class Progress:
-    """How far a run has come; with the weights and the seed all that continuing takes."""
+    """How far a run has come. Together with weights and seed, all that is needed to continue."""
 
     step: int = 0  # optimizer updates done
     best_scores: dict[str, float] | None = None  # of the best validation, by metric
     best_step: int | None = None
-    stale_validations: int = 0  # since the best
-    validated_step: int | None = None  # the last validation
-    layout: str = ""  # of the activations: channels_last or contiguous; it decides the rounding
-    kernel: str = (
-        ""  # of the depthwise convolutions: torch or native, which round differently; "" was torch
-    )
-    cpu_degradation: str = (
-        "dali"  # what makes LR on a CPU: host, where it can, or dali, as in runs that do not say it
-    )
+    stale_validations: int = 0  # in a row without an improvement
+    validated_step: int | None = None  # step of the last validation
+    layout: str = ""  # memory format of activations, channels_last or contiguous; affects rounding
+    # Kernel of the depthwise convolutions, torch or native, which round differently; "" was torch.
+    kernel: str = ""
+    # What makes LR on a CPU: host, or dali as in runs of versions that do not record it.
+    cpu_degradation: str = "dali"
 
     def is_finished(self, total_steps: int, patience: int) -> bool:
-        """Whether all steps are done and measured, or the patience (0: endless) is used up."""
+        """Whether all steps are done and validated, or `patience` (0: unlimited) is used up."""
         if self.step >= total_steps:
             return self.validated_step == self.step
         return self.is_out_of_patience(patience)
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether as many validations in a row as `patience` (0: endless) have brought nothing
-        better."""
+        """Whether the last `patience` validations (0: unlimited) brought no improvement."""
         return 0 < patience <= self.stale_validations
 
-    def as_of_now(self) -> Progress:
-        """A copy, which stays as it is while the run goes on."""
+    def copy(self) -> Progress:
+        """Return a copy that does not change while the run continues."""
         return replace(
             self, best_scores=None if self.best_scores is None else dict(self.best_scores)
         )
 
     def as_state(self) -> dict[str, Any]:
-        """As plain values. Each best score has a key of its own; `best_psnr` and `best_lpips` are
-        always there."""
+        """Return plain values, with one key per best score; `best_psnr` and `best_lpips` are always
+        there."""
         state: dict[str, Any] = {}
         for field in fields(self):
             if field.name == "best_scores":
@@ -60,9 +59,9 @@ class Progress:
         return state
 
     @staticmethod
-    def of_state(state: Mapping[str, Any]) -> Progress:
-        """From plain values, of any version. Scores of metrics that are not in the table any more
-        are left out."""
+    def from_state(state: Mapping[str, Any]) -> Progress:
+        """Build from plain values of any version; scores of metrics that no longer exist are
+        dropped."""
         known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
         scores = {
             name: state[f"best_{metric.key}"]
@@ -73,10 +72,10 @@ class Progress:
 
 
 def read_progress(run_dir: Path, step: int) -> Progress:
-    """That of a whole checkpoint."""
+    """Read the progress that the checkpoint of `step` holds."""
     return progress_in(checkpoint_dir(run_dir, step))
 
 
 def progress_in(folder: Path) -> Progress:
-    """That of the checkpoint in `folder`."""
-    return Progress.of_state(json.loads((folder / STATE_FILE).read_text()))
+    """Read the progress that the checkpoint in `folder` holds."""
+    return Progress.from_state(json.loads((folder / STATE_FILE).read_text()))

@@ -1,4 +1,4 @@
-"""The random number generators of a process: read, and put back."""
+"""Save and restore the states of a process's random number generators."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """Those of torch (of its GPU, too), NumPy and Python, as `torch.load(weights_only=True)` can
-    read them."""
+    """Return the states of torch (CPU and current GPU), NumPy and Python.
+
+    They contain only what `torch.load(weights_only=True)` can read.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
@@ -24,7 +26,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Go on drawing where `random_states` were read."""
+    """Continue the random sequences from where `random_states` read them."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,22 +1,21 @@
-"""Write checkpoints while training goes on. A checkpoint is a folder that exists whole or not at
-all.
+"""Write checkpoints while training continues. A checkpoint folder exists completely or not at all.
 
-`Saver.begin` keeps the training thread for a copy to host memory (see `snapshot.py`); a thread does
-the rest. Written beside (`.tmp-step-N`), flushed, hashed, agreed on by all ranks, then renamed to
-`step-N`, whose MANIFEST.json names every file with its size and SHA-256. A kill or a full disk
-costs the checkpoint in the making, never one that was made: what looks for the newest or the best,
-and what is removed to make room, are committed ones alone. Ranks on hosts that do not see the run
-folder send their files to the first rank.
+`Saver.begin` stops the training thread only for a copy to host memory (see `snapshot.py`); a
+background thread does the rest. It writes to `.tmp-step-N`, flushes, hashes, agrees with all ranks,
+then renames the folder to `step-N`, whose MANIFEST.json lists every file with size and SHA-256. A
+kill or a full disk costs the checkpoint being written and never a finished one: only committed
+checkpoints count when the newest or the best is looked for and when old ones are removed. Ranks on
+hosts that do not see the run folder send their files to the first rank.
 
-Ranks write together, so the threads have to agree several times: whether all have written, what a
-network disk must show, whether the first rank has committed. They do it over a process group of
-their own. Collectives of one group must come in the same order on every rank, and where a thread
-stands beside its training thread differs from rank to rank: over the control group, or over that of
-the gradients, its messages would be taken for training's. Within the threads' group there is one
-thread a rank and one save after the other, begun by all ranks at the same step, which is an order.
-The other way, agreeing on the training thread at the following steps, would send files from hosts
-without the run folder while training waits, and could leave a save uncommitted when a run ends
-between two of those steps.
+Ranks write together, so their threads have to agree several times: that all have written, what a
+network disk must show, that the first rank has committed. They do so over a process group of their
+own. Collectives of one group must come in the same order on every rank, and how far a background
+thread is relative to its training thread differs from rank to rank: in the control group, or in the
+gradients', its messages would be mistaken for training's. In the threads' own group there is one
+thread per rank and one save after the other, started by all ranks at the same step, which fixes the
+order. The alternative, agreeing on the training thread during the following steps, would send files
+from hosts without the run folder while training waits, and could leave a save uncommitted if a run
+ends between two of those steps.
 """
 
 from __future__ import annotations
@@ -54,31 +53,31 @@ from pipeline.run_folder import (
 )
 
 Result = TypeVar("Result")
-VISIBLE_SECONDS = 90  # longer than NFS keeps what it knows of a folder
-LAST_SECONDS = 60  # for a save that is under way when the run ends with an error
+VISIBLE_SECONDS = 90  # longer than NFS caches a folder's content
+LAST_SECONDS = 60  # for a save in progress when the run ends with an error
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written, and why; the ones before are untouched."""
+    """A checkpoint could not be written, and why; earlier ones are intact."""
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What this rank has to write of one step, in host memory."""
+    """What this rank has to write for one step, in host memory."""
 
     progress: Progress
     snapshot: Snapshot
-    states: Mapping[str, Frozen]  # of the engines, by their paths in the checkpoint
-    networks: Mapping[str, Frozen]  # the first rank's: the generator's weights, by file
+    states: Mapping[str, Frozen]  # the engines', by path in the checkpoint
+    networks: Mapping[str, Frozen]  # generator weights by file; empty on all ranks but the first
     random: Mapping[str, Any]
     ema_updates: int
 
 
 class Saver:
-    """Saves a run at one step after the other. All ranks make one, and call its methods together,
-    but for `poll`.
+    """Saves a run's checkpoints, one after the other.
 
-    `keep`: of the newest checkpoints, so many stay after a save, and the best.
+    All ranks make one and call its methods together, except `poll`. `keep`: number of newest
+    checkpoints that are kept after a save, besides the best.
     """
 
     def __init__(self, run_dir: Path, contents: Contents, keep: int, ranks: Ranks) -> None:
@@ -90,9 +89,10 @@ class Saver:
         self._preparing: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Get the memory for copies in the background, once the optimizer has its states.
+        """Allocate the memory for copies in the background, once the optimizer has its states.
 
-        Without it the first save would wait for fresh pages, several times as long as for the copy.
+        Otherwise the first save would wait for fresh pages, which takes several times as long as
+        the copy.
         """
         snapshot = self._capture(Progress()).snapshot
         self._preparing = threading.Thread(
@@ -102,41 +102,38 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, progress: Progress) -> None:
-        """Copy the run as it is now, and write that as the checkpoint of `progress.step` from now
-        on.
+        """Copy the present state and start writing it as the checkpoint of `progress.step`.
 
-        Call `wait` first: there is one save at a time. Nothing is done where the disk holds all of
-        `progress` already. Raises `SaveError` on every rank where a host has no memory for the
-        copy.
+        Call `wait` first: there is one save at a time. Does nothing if the disk already holds all
+        of `progress`. Raises `SaveError` on every rank if a host has no memory for the copy.
         """
-        assert self._thread is None, "the save before was not waited for"
+        assert self._thread is None, "wait() must be called before the next save"
         final = checkpoint_dir(self._run_dir, progress.step)
         if self._ranks.agree(self._ranks.is_first and _is_saved(final, progress)):
             return
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
-        moment = self._capture(progress)  # the engines' own collectives are in there
-        _insist(moment.snapshot.copy, self._ranks, progress.step)
+        moment = self._capture(progress)  # runs the engines' own collectives
+        _attempt_on_all_ranks(moment.snapshot.copy, self._ranks, progress.step)
         self._thread = threading.Thread(
             target=self._write, args=(moment,), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def wait(self) -> SaveError | None:
-        """Wait for the save under way, if there is one. Returns why it failed, once; other errors
-        are raised."""
+        """Wait for the save in progress, if any. Returns its `SaveError`, once; raises any other
+        error."""
         if self._thread is not None:
             self._thread.join()
         return self.poll()
 
     def poll(self) -> SaveError | None:
-        """As `wait`, but only of a save that has ended since it was begun: nothing is waited
-        for."""
+        """Like `wait`, but only for a save that has ended: never blocks."""
         if self._thread is None or self.is_writing:
             return None
         self._thread, failure, self._failure = None, self._failure, None
@@ -145,8 +142,7 @@ class Saver:
         return failure
 
     def close(self) -> None:
-        """Give a save that is under way, where a run ends with an error, time to come to its
-        end."""
+        """Give a save in progress time to finish when the run ends with an error."""
         if self._thread is not None:
             self._thread.join(LAST_SECONDS)
 
@@ -163,7 +159,7 @@ class Saver:
             }
             networks = {file: snapshot.add(module.state_dict()) for file, module in modules.items()}
         return _Moment(
-            progress.as_of_now(),
+            progress.copy(),
             snapshot,
             states,
             networks,
@@ -175,28 +171,34 @@ class Saver:
         try:
             moment.snapshot.wait()
             self._write_together(moment)
-        except BaseException as error:  # which the training thread raises
+        except BaseException as error:  # raised in the training thread by `poll`
             self._failure = error
 
     def _write_together(self, moment: _Moment) -> None:
         """Commit the checkpoint of `moment`; the threads of all ranks do it together.
 
-        Raises `SaveError` on every rank, the half-written folder gone, when any rank could not
-        write.
+        Raises `SaveError` on every rank, after removing the unfinished folder, if any rank could
+        not write.
         """
         writers, contents, step = self._writers, self._contents, moment.progress.step
         final = checkpoint_dir(self._run_dir, step)
         aside = final.with_name(f".tmp-{final.name}")
         try:
             with ExitStack() as stack:
-                own = _insist(lambda: _make_folders(aside, contents, writers, stack), writers, step)
-                _insist(lambda: _write_own_files(own, moment, contents, writers), writers, step)
-                _refuse(collect(own, aside, contents.sees_run_dir, writers), writers, step)
+                own = _attempt_on_all_ranks(
+                    lambda: _make_folders(aside, contents, writers, stack), writers, step
+                )
+                _attempt_on_all_ranks(
+                    lambda: _write_own_files(own, moment, contents, writers), writers, step
+                )
+                _raise_if_any_failed(
+                    collect(own, aside, contents.sees_run_dir, writers), writers, step
+                )
                 written = set().union(
                     *writers.gather(_names(aside) if contents.sees_run_dir else set())
                 )
                 commit = partial(_commit, aside, final, moment.progress, contents, writers, written)
-                _insist(commit if writers.is_first else lambda: None, writers, step)
+                _attempt_on_all_ranks(commit if writers.is_first else lambda: None, writers, step)
         except SaveError:
             if writers.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -206,43 +208,40 @@ class Saver:
 
 
 def _reserve(snapshot: Snapshot) -> None:
-    with suppress(OSError, RuntimeError):  # a save that finds no memory says so
+    with suppress(OSError, RuntimeError):  # if memory is short, the save itself reports it
         snapshot.reserve()
 
 
-def _insist(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:
-    """Run `action`, which waits for no other rank, on every rank; `SaveError` on all if disk or
-    memory refused one."""
+def _attempt_on_all_ranks(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:
+    """Run `action`, which must not wait for other ranks, on every rank.
+
+    Raises `SaveError` on all ranks if disk or memory failed on one.
+    """
     failure, result = "", None
     try:
         result = action()
-    except (
-        OSError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch reports a full disk, or memory, as RuntimeError
+    except (OSError, RuntimeError, MemoryError) as error:  # torch: RuntimeError for a full disk
         failure = str(error) or type(error).__name__
-    _refuse(failure, ranks, step)
+    _raise_if_any_failed(failure, ranks, step)
     return cast(Result, result)
 
 
-def _refuse(failure: str, ranks: Ranks, step: int) -> None:
-    """Raise `SaveError` on every rank if one has a `failure` to tell."""
+def _raise_if_any_failed(failure: str, ranks: Ranks, step: int) -> None:
+    """Raise `SaveError` on every rank if one reports a `failure`."""
     failures = [failure for failure in ranks.gather(failure) if failure]
     if failures:
         raise SaveError(f"the checkpoint of step {step} could not be written: {failures[0]}")
 
 
 def _is_saved(final: Path, progress: Progress) -> bool:
-    """Whether `final` is a checkpoint that says all of `progress` (a validation may have come after
-    it)."""
+    """Whether `final` is a checkpoint of all of `progress` (a validation may have followed it)."""
     return (final / MANIFEST_FILE).is_file() and progress_in(final) == progress
 
 
 def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack) -> Path:
-    """The folder that this rank writes into: `aside`, or one of its own where that is not seen."""
+    """Return the folder this rank writes into: `aside`, or a private one if it cannot see that."""
     if ranks.is_first:
-        _clear_away(aside.parent)
+        _remove_unfinished(aside.parent)
     own = aside if contents.sees_run_dir else private_folder(stack)
     for name in contents.engines:
         if ranks.is_first or not contents.sees_run_dir:
@@ -250,8 +249,8 @@ def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStac
     return own
 
 
-def _clear_away(checkpoints: Path) -> None:
-    """Remove what was never committed, or removed by half."""
+def _remove_unfinished(checkpoints: Path) -> None:
+    """Remove checkpoints that were never committed or only partly removed."""
     for stale in checkpoints.glob(".tmp-step-*"):
         shutil.rmtree(stale)
     for half_removed in checkpoints.glob("step-*"):
@@ -260,7 +259,7 @@ def _clear_away(checkpoints: Path) -> None:
 
 
 def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Ranks) -> None:
-    """This rank's share, flushed here: another host cannot flush what this one has written."""
+    """Write this rank's files and flush them: a host cannot flush what another has written."""
     for path, state in moment.states.items():
         _save(state.thaw(), own / path)
     _save(moment.random, own / f"random-rank-{ranks.rank:05d}.pt")
@@ -292,14 +291,13 @@ def _names(folder: Path) -> set[str]:
 
 
 def _wait_for(folder: Path, names: set[str]) -> None:
-    """Until this host sees what others have written: a network disk may show it late."""
+    """Wait until this host sees the others' files: a network disk may show them late."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while missing := names - _names(folder):
         if time.monotonic() > deadline:
             raise OSError(
-                f"{folder} does not show {min(missing)}, which another host has written; see how "
-                "that disk "
-                "is mounted"
+                f"{folder} does not show {min(missing)}, which another host has written; check how "
+                "that disk is mounted"
             )
         time.sleep(0.5)
 

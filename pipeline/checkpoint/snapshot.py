@@ -1,10 +1,10 @@
-"""A moment of a run in host memory: what a checkpoint is written from while training goes on.
+"""Copy a run's state to host memory, from which a checkpoint is written while training continues.
 
-A training thread may be kept waiting only for a copy. What engines hand over, nested structures of
-tensors and plain values, is noted with `Snapshot.add`; `Snapshot.copy` then copies the memory
-behind all tensors at once; and whoever writes takes the structures back with `Frozen.thaw`, in
-which every tensor is the copy. Memory that tensors share is copied once and stays shared, so that
-torch.save writes the very file that it would have written of the originals.
+The training thread may wait only for the copy. Engines hand over nested structures of tensors and
+plain values, which `Snapshot.add` records; `Snapshot.copy` copies the memory of all their tensors
+at once; the writing thread gets the structures back from `Frozen.thaw`, with the copies in place of
+the tensors. Memory that tensors share is copied once and stays shared, so that torch.save writes
+the same file as from the originals.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 64  # bytes: a cache line, and more than any element has
+ALIGNMENT = 64  # bytes: a cache line, and larger than any element
 
 
 class HostMemory:
-    """Room for one snapshot after the other. It stays allocated: fresh pages cost more than the
-    copy itself."""
+    """Memory for one snapshot after the other. It stays allocated, because fresh pages cost more
+    than the copy itself."""
 
     def __init__(self) -> None:
         self._room, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
     def room(self, size: int, *, is_pinned: bool) -> Tensor:
-        """At least `size` bytes, uint8, whose content does not count any more; pinned for copies
-        from a GPU.
+        """Return at least `size` bytes (uint8) of undefined content; pinned for copies from a GPU.
 
-        Raises `OSError` or `RuntimeError` where there is not so much memory.
+        Raises `OSError` or `RuntimeError` if there is not enough memory.
         """
         if len(self._room) < size or is_pinned != self._is_pinned:
-            self._room = torch.empty(
-                0, dtype=torch.uint8
-            )  # let go of the old before there is the new
+            # Free the old memory before allocating the new.
+            self._room = torch.empty(0, dtype=torch.uint8)
             self._room = (
                 torch.empty(size, dtype=torch.uint8, pin_memory=True)
                 if is_pinned
@@ -50,22 +48,22 @@ class HostMemory:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """Zeroed memory of the kernel's, in pages of 2 MiB where it has them: faults for small ones
+    """Allocate zeroed memory in pages of 2 MiB where the kernel has them: faults for small pages
     take longer than the copy."""
     memory = mmap.mmap(-1, size)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Frozen:
-    """A structure that was added to a snapshot."""
+    """A structure that was added to a snapshot; see `thaw`."""
 
     def __init__(self, pickled: bytes, snapshot: Snapshot, tensors: list[int]) -> None:
         self._pickled, self._snapshot, self._tensors = pickled, snapshot, tensors
 
     def thaw(self) -> Any:
-        """The structure as it was, its tensors on the CPU. They are good until the memory's next
+        """Return the structure with copies of its tensors on the CPU, valid until the memory's next
         snapshot."""
         return _Thawer(
             io.BytesIO(self._pickled), [self._snapshot.copies[number] for number in self._tensors]
@@ -73,72 +71,71 @@ class Frozen:
 
 
 class Snapshot:
-    """All tensors of the structures that are added, as they are when `copy` is called."""
+    """The tensors of all added structures, with their content at the time of `copy`."""
 
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
         self._tensors: list[Tensor] = []
-        self._numbers: dict[
-            int, int
-        ] = {}  # id of a tensor -> its place in the list, which keeps it alive
+        # id of a tensor -> its index in the list, which keeps the tensor alive
+        self._numbers: dict[int, int] = {}
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._places: list[_Place] = []  # where the copies of the tensors are
+        self._places: list[_CopiedTensor] = []  # where each tensor's copy is
         self._copied: torch.cuda.Event | None = None
 
     def add(self, state: Any) -> Frozen:
-        """Note a structure of tensors and of what else can be pickled. All but the tensors' content
-        is kept as of now.
+        """Record a structure of tensors and other picklable values.
 
-        That content must not change until `copy`.
+        Everything except the tensors' content is recorded as it is now; their content must not
+        change until `copy`.
         """
         file, used = io.BytesIO(), []
         _Freezer(file, self, used).dump(state)
         return Frozen(file.getvalue(), self, used)
 
-    def number_of(self, tensor: Tensor) -> int:
-        """The place of `tensor` among those of this snapshot, which it joins."""
+    def index_of(self, tensor: Tensor) -> int:
+        """Return the index of `tensor` in this snapshot, adding it if it is new."""
         number = self._numbers.setdefault(id(tensor), len(self._tensors))
         if number == len(self._tensors):
             self._tensors.append(tensor)
         return number
 
     def reserve(self) -> None:
-        """Take the memory for a copy such as this one, and touch it, so that `copy` finds it
-        there."""
+        """Allocate the memory for a copy of this size and touch its pages, so that `copy` need
+        not."""
         _, size, gpu = self._sources()
         with _on(gpu):
             room = self._memory.room(size, is_pinned=gpu is not None)
         ctypes.memset(room.data_ptr(), 0, size)
 
     def copy(self) -> None:
-        """Copy what the tensors hold. Of a GPU's it is asked for alone, behind the work that is in
-        its stream.
+        """Copy the tensors' content. Copies from a GPU are only queued, in its current stream.
 
-        Raises `OSError` or `RuntimeError` where the host has not enough memory for it.
+        Raises `OSError` or `RuntimeError` if the host has not enough memory.
         """
         sources, size, gpu = self._sources()
         self._room = self._memory.room(size, is_pinned=gpu is not None)
         for tensor, start in sources:
             storage = tensor.untyped_storage()
             if tensor.get_device() < 0:
-                # Torch would share each copy among all threads, who would wait for each other
-                # longer than it takes.
+                # torch would split each copy among all threads, and synchronising them takes longer
+                # than the copy.
                 ctypes.memmove(self._room.data_ptr() + start, storage.data_ptr(), storage.nbytes())
             else:
                 content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 self._room[start : start + len(content)].copy_(content, non_blocking=True)
         if gpu is not None:
-            # Later work in the stream, such as the next update, finds the copies done; whoever
-            # reads waits for this.
+            # Later work in the stream, such as the next update, runs after the copies; readers on
+            # the host wait for this event.
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._tensors, self._numbers = [], {}
 
     def _sources(self) -> tuple[list[tuple[Tensor, int]], int, torch.device | None]:
-        """(a tensor of each storage, and where its bytes go; how many bytes these are; the GPU that
-        has some of them).
+        """Return (a tensor of each storage, offset of its copy), the bytes in all, and the GPU if
+        any.
 
-        Thousands of tensors: what need not be done while training waits is left to `copies`.
+        There are thousands of tensors: whatever can be done while training continues is left to
+        `copies`.
         """
         starts: dict[tuple[int, int, int], int] = {}
         sources: list[tuple[Tensor, int]] = []
@@ -153,7 +150,7 @@ class Snapshot:
                 size += -(-length // ALIGNMENT) * ALIGNMENT
                 gpu = tensor.device if device >= 0 else gpu
             self._places.append(
-                _Place(
+                _CopiedTensor(
                     start,
                     length,
                     tensor.dtype,
@@ -167,19 +164,19 @@ class Snapshot:
         return sources, size, gpu
 
     def wait(self) -> None:
-        """Until the copies are there. Not for the training thread."""
+        """Wait until the copies are complete. Not for the training thread."""
         if self._copied is not None:
             with _on(self._copied.device):
                 self._copied.synchronize()
 
     @cached_property
     def copies(self) -> list[Tensor]:
-        """The tensors on the CPU, in the order in which they were met."""
+        """The copied tensors on the CPU, in the order in which they were added."""
         storages: dict[int, torch.UntypedStorage] = {}
         for place in self._places:
             if place.length and place.start not in storages:
-                # A storage of just these bytes: torch.save writes all of a storage, whatever a
-                # tensor shows of it.
+                # A storage of exactly these bytes, because torch.save writes a storage whole, even
+                # if a tensor uses only a part of it.
                 content = self._room[place.start : place.start + place.length].numpy()
                 storages[place.start] = torch.frombuffer(
                     memoryview(content), dtype=torch.uint8
@@ -191,17 +188,17 @@ class Snapshot:
 
 
 def _on(gpu: torch.device | None) -> AbstractContextManager[Any]:
-    """Make it the current one: a thread begins with the first GPU, where another rank may be."""
+    """Make `gpu` current: a new thread starts on the first GPU, which may be another rank's."""
     return nullcontext() if gpu is None else torch.cuda.device(gpu)
 
 
-class _Place(NamedTuple):
-    """Where the copy of a tensor is in the room, and how it lies there."""
+class _CopiedTensor(NamedTuple):
+    """Where a tensor's copy is in the memory, and its dtype, shape and strides."""
 
-    start: int  # of its storage, in bytes
-    length: int
+    start: int  # of its storage, in bytes from the start of the memory
+    length: int  # of its storage, in bytes
     dtype: torch.dtype
-    offset: int  # in the storage, in elements
+    offset: int  # of the tensor in its storage, in elements
     size: torch.Size
     stride: tuple[int, ...]
     requires_grad: bool
@@ -222,15 +219,16 @@ class _Freezer(pickle.Pickler):
         self._snapshot, self._used = snapshot, used
 
     def persistent_id(self, value: Any) -> int | None:
-        """The tensor's place among those of the structure; None for all else, which is pickled."""
+        """Return the tensor's index among those of the structure; None for all other values, which
+        are pickled."""
         if not isinstance(value, Tensor):
             return None
-        self._used.append(self._snapshot.number_of(value))
+        self._used.append(self._snapshot.index_of(value))
         return len(self._used) - 1
 
 
 class _Thawer(pickle.Unpickler):
-    """Reads what this process has pickled a moment ago, and nothing else."""
+    """Unpickles what this process pickled a moment ago, and nothing else."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)

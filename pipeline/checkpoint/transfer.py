@@ -1,8 +1,8 @@
-"""Ranks on hosts that do not see the first rank's run folder, and files to and from them. All ranks
-call it together.
+"""Transfer checkpoint files to and from hosts that do not see the first rank's run folder.
 
-The run folder lies where the first rank is: on a disk that all hosts share, or on that host alone.
-Files travel over the control group, in pieces, so that no rank holds more than one in memory.
+The run folder is where the first rank is: on a disk that all hosts share, or on that host only.
+Files travel over the control group in pieces, so that no rank holds more than one piece in memory.
+All ranks call these functions together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ PIECE = 1 << 24  # bytes
 def sees_run_dir(run_dir: Path, ranks: Ranks) -> bool:
     """Whether this rank sees the first rank's `run_dir`, which need not exist yet.
 
-    What decides is the folder where checkpoints go or will go. See `Ranks.sees_folder`.
+    Checks the folder that holds the checkpoints, or its nearest existing parent; see
+    `Ranks.sees_folder`.
     """
     folder = next(
         folder
@@ -41,19 +42,20 @@ def sees_run_dir(run_dir: Path, ranks: Ranks) -> bool:
 
 
 def private_folder(stack: contextlib.ExitStack) -> Path:
-    """A folder on this host that goes when `stack` does, however that is. `OSError` where there is
-    no room."""
+    """Make a folder on this host that is removed with `stack`, even after an error.
+
+    Raises `OSError` if there is no space.
+    """
     return Path(
         stack.enter_context(TemporaryDirectory(prefix="vastscale-", ignore_cleanup_errors=True))
     )
 
 
 def collect(own: Path, to: Path, sees: bool, ranks: Ranks) -> str:
-    """Bring what ranks that do not see `to` have written into their folders `own` there, one rank
-    after the other.
+    """Copy the files in `own` of ranks that do not see `to` into `to`, one rank after the other.
 
-    Returns why this rank could not read, or write, its part; empty if it could. It is judged when
-    all is over: none waits for one that has failed.
+    Returns why this rank could not read or write its part, empty if it could. Failures are judged
+    only at the end, so that no rank waits for one that has failed.
     """
     disk = _Disk()
     listings = ranks.gather({} if sees else disk.attempt(lambda: describe(own)) or {})
@@ -61,13 +63,13 @@ def collect(own: Path, to: Path, sees: bool, ranks: Ranks) -> str:
     for source, files in enumerate(listings):
         for name, expected in files.items():
             if ranks.is_first:
-                trouble = _take(
+                trouble = _receive_file(
                     to / name,
                     expected,
                     lambda piece, source=source: dist.recv(piece, source, group=ranks.control),
                 )
             elif source == ranks.rank:
-                trouble = _give(
+                trouble = _send_file(
                     own / name, expected, lambda piece: dist.send(piece, 0, group=ranks.control)
                 )
             else:
@@ -80,11 +82,10 @@ def collect(own: Path, to: Path, sees: bool, ranks: Ranks) -> str:
 def local_copy(
     folder: Path, files: Mapping[str, Mapping[str, Any]], sees: bool, ranks: Ranks
 ) -> Iterator[Path]:
-    """`folder` for those that see it; for the others a copy of `files` (size and SHA-256 by name),
-    one a host.
+    """Yield `folder` to ranks that see it, and a copy of its `files` to the others, one per host.
 
-    `files` are the first rank's; what the others give counts for nothing. The copy is gone
-    afterwards. Raises `UserError` where a host has no room for it, or gets other bytes.
+    `files` (name -> size and SHA-256) is taken from the first rank. The copy is deleted afterwards.
+    Raises `UserError` if a host has no space for it or receives other bytes.
     """
     if all(ranks.gather(sees)):
         yield folder
@@ -92,9 +93,8 @@ def local_copy(
     with contextlib.ExitStack() as stack:
         own = ranks.on_all_ranks(lambda: None if sees else private_folder(stack))
         places = [place for place in ranks.gather(own) if place is not None]
-        mine = (
-            folder if sees else next(place for place in places if place.is_dir())
-        )  # its host's first
+        # The first folder that this host has serves all its ranks.
+        mine = folder if sees else next(place for place in places if place.is_dir())
         keepers = [rank for rank, keeps in enumerate(ranks.gather(mine == own)) if keeps]
         group = dist.new_group([0, *keepers], backend="gloo")
         failure = ""
@@ -102,17 +102,17 @@ def local_copy(
             failure = _broadcast(folder if ranks.is_first else mine, files, group)
         _raise_together(failure, ranks)
         yield mine
-        ranks.gather(None)  # all have read
+        ranks.gather(None)  # wait until all have read
 
 
 def _broadcast(
     folder: Path, files: Mapping[str, Mapping[str, Any]], group: dist.ProcessGroup
 ) -> str:
-    """Write the first rank's `files` of its `folder` into the others'."""
+    """Write the `files` of the first rank's `folder` into the other ranks' folders."""
     box = [files]
     dist.broadcast_object_list(box, src=0, group=group)
     failure = ""
-    pump = _give if dist.get_rank() == 0 else _take
+    pump = _send_file if dist.get_rank() == 0 else _receive_file
     for name, expected in box[0].items():
         trouble = pump(folder / name, expected, lambda piece: dist.broadcast(piece, 0, group=group))
         failure = failure or trouble
@@ -121,23 +121,23 @@ def _broadcast(
 
 
 def _raise_together(failure: str, ranks: Ranks) -> None:
-    def complain() -> None:
+    def raise_failure() -> None:
         if failure:
             raise UserError(
                 f"the checkpoint could not be copied: {failure}; make room there, or set TMPDIR"
             )
 
-    ranks.on_all_ranks(complain)
+    ranks.on_all_ranks(raise_failure)
 
 
 class _Disk:
-    """This host's disk, which is left alone after its first failure."""
+    """Access to this host's disk, which stops after the first failure."""
 
     def __init__(self) -> None:
         self.failure = ""
 
     def attempt(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns; None where it, or one before it, failed."""
+        """Return what `action` returns; None if it or an earlier one failed."""
         if self.failure:
             return None
         try:
@@ -147,9 +147,12 @@ class _Disk:
             return None
 
 
-def _give(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]) -> str:
-    """Move the bytes of a file on. After a failure, which is returned, as many bytes go on as were
-    announced."""
+def _send_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]) -> str:
+    """Send a file's bytes with `move` and return the failure, if any.
+
+    After a failure it still sends as many bytes as were announced, because the receivers wait for
+    them.
+    """
     disk = _Disk()
     with contextlib.ExitStack() as stack:
         file = disk.attempt(lambda: stack.enter_context(open(path, "rb")))
@@ -159,9 +162,9 @@ def _give(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]
     return disk.failure
 
 
-def _take(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]) -> str:
-    """Write what `move` brings to a new file and see that it is what was announced. Returns what
-    went wrong."""
+def _receive_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]) -> str:
+    """Write the bytes that `move` receives to a new file, check its SHA-256, and return the
+    failure, if any."""
     disk, content = _Disk(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         disk.attempt(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -176,14 +179,16 @@ def _take(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]
 
 
 def _write_all(file: Any, content: memoryview) -> None:
-    """All of it: a file without a buffer, which has nothing left to fail with when it is closed,
-    may take a part."""
+    """Write all of `content`: an unbuffered file may take only a part of it at a time.
+
+    The file is unbuffered so that nothing is left to fail when it is closed.
+    """
     while content:
         content = content[file.write(content) :]
 
 
 def _pieces(size: int) -> Iterator[Tensor]:
-    """Room for `size` bytes, piece by piece, in the same memory."""
+    """Yield buffers for `size` bytes in pieces, all in the same memory."""
     room = torch.empty(min(size, PIECE), dtype=torch.uint8)
     for start in range(0, size, PIECE):
         yield room[: min(PIECE, size - start)]

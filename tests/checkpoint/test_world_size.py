@@ -15,7 +15,7 @@ import torch
 import lives
 from comparison import differences, logged
 from lives import in_ranks, output_of, train
-from pipeline.checkpoint.engine_state import OPTIMIZER, WEIGHTS, recut
+from pipeline.checkpoint.engine_state import OPTIMIZER, WEIGHTS, reshard
 from pipeline.checkpoint.manifest import damage
 from pipeline.run_folder import checkpoint_dir
 
@@ -145,7 +145,7 @@ def test_shards_are_cut_anew_bit_for_bit(before: int, after: int, how: dict[str,
             after,
             how,
         )[rank]
-        found = recut(iter(old), layout(before, **how)[0], current, layout(after, **how)[0], rank)
+        found = reshard(iter(old), layout(before, **how)[0], current, layout(after, **how)[0], rank)
         assert differences(found, padded(expected)) == []
 
 
@@ -159,7 +159,7 @@ def test_shards_of_another_network_are_refused() -> None:
         OrderedDict((f"other.{name}", shape) for name, shape in group.items()) for group in shapes
     ]
     with pytest.raises(RuntimeError, match="other parameters"):
-        recut(shards, others, shards[0], shapes, 0)
+        reshard(shards, others, shards[0], shapes, 0)
 
 
 # --- Ranks of all kinds

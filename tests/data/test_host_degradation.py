@@ -267,4 +267,6 @@ def test_every_draw_can_be_made(tmp_path: Path) -> None:
 def test_runs_that_do_not_say_it_go_on_with_dali() -> None:
     old = ROOT / "tests/fixtures/runs-before-the-house/gan"
     assert read_progress(old, 3).cpu_degradation == "dali"
-    assert Progress.of_state(Progress(cpu_degradation="host").as_state()).cpu_degradation == "host"
+    assert (
+        Progress.from_state(Progress(cpu_degradation="host").as_state()).cpu_degradation == "host"
+    )

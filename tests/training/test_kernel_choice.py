@@ -80,7 +80,7 @@ def test_a_checkpoint_that_names_no_kernel_is_of_pytorchs(dataset: Path) -> None
     saved = (
         Path(ROOT) / "tests/fixtures/runs-before-the-house/gan/checkpoints/step-00000003/state.json"
     )
-    began = Progress.of_state(json.loads(saved.read_text()))
+    began = Progress.from_state(json.loads(saved.read_text()))
     assert began.kernel == ""
     for asked in ("auto", "on"):
         plan = plan_of(dataset, f"native_kernels={asked}")
