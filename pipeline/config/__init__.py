@@ -1,1 +1,1 @@
-"""What a run is asked to do: recipes, their specs, and DeepSpeed's configuration file."""
+"""Configuration of a run: recipes, their specs, and DeepSpeed's configuration file."""

@@ -1,7 +1,6 @@
-"""DeepSpeed's configuration file: read it, check it, and choose the runtime, DeepSpeed or
-Accelerate, that follows it.
+"""DeepSpeed's configuration file: read and check it, and choose the runtime that follows it.
 
-No torch is imported here, so that a launcher can check a configuration on a host without a GPU.
+Imports no torch, so that a launcher can check a configuration on a host without a GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from pipeline.config.recipe import assign, changes, flat
 from pipeline.distributed.launcher import is_from_accelerate
 
 Runtime = Literal["auto", "deepspeed", "accelerate"]
-DEEPSPEEDS_FP16 = (
+DEEPSPEED_FP16_KEYS = (
     "loss_scale",
     "hysteresis",
     "consecutive_hysteresis",
     "min_loss_scale",
     "fp16_master_weights_and_grads",
 )
-DEEPSPEEDS_OWN = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
-ACCELERATES_MODES = {
+DEEPSPEED_KEYS = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
+ACCELERATE_MODES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -56,8 +55,8 @@ DS_KEYS = frozenset(
         "dump_state",
     }
 )
-"""The top-level keys of DeepSpeed's file that mean something here. DeepSpeed itself ignores a
-misspelt key."""
+"""Top-level keys of DeepSpeed's file that are accepted here. DeepSpeed itself ignores misspelt
+keys."""
 DS_SECTIONS = frozenset(
     {
         "optimizer",
@@ -92,7 +91,7 @@ DS_SECTION_KEYS = {
         "bf16_optimizer_states",
     ),
 }
-"""And the keys of those sections in which a misspelt one would be passed over, too."""
+"""Keys of the sections in which DeepSpeed would ignore misspelt ones."""
 
 _ADAM = (
     "lr",
@@ -121,11 +120,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "RAdam": (*_ADAM, "decoupled_weight_decay"),
     "NAdam": (*_ADAM, "decoupled_weight_decay", "momentum_decay"),
 }
-"""torch's optimizers that a ds_config may name -> their parameters. Adding one is one row."""
-_RAMP = (
-    "warmup_num_steps",
-    "warmup_min_ratio",
-)  # the linear warm-up that any of torch's schedules may have
+"""torch's optimizers that a ds_config may name -> their parameters. A new one takes one row."""
+_RAMP = ("warmup_num_steps", "warmup_min_ratio")  # a linear warm-up for any of torch's schedules
 _WARMUP_LR = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type")
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "MultiStepLR": ("milestones", "gamma", *_RAMP),
@@ -190,15 +186,13 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
         "last_batch_iteration",
     ),
 }
-"""torch's and DeepSpeed's learning rate schedules that a ds_config may name -> their parameters."""
+"""Learning rate schedules of torch and DeepSpeed that a ds_config may name -> their parameters."""
 LEFT_TO_DEEPSPEED = ("OneCycle", "LRRangeTest")
-"""Schedules that DeepSpeed builds itself; of the others `pipeline.engine.schedules` knows the
-rates."""
+"""Schedules that DeepSpeed builds itself; the others are in `pipeline.engine.schedules`."""
 
 
 def check_optimizer(section: Mapping[str, Any], where: str = "ds_config") -> None:
-    """Raise `UserError` for an `optimizer` section with an unknown type or parameter, naming the
-    nearest real one."""
+    """Raise `UserError` for an unknown optimizer type or parameter, suggesting the nearest name."""
     _check_names(
         "optimizer",
         section,
@@ -208,7 +202,7 @@ def check_optimizer(section: Mapping[str, Any], where: str = "ds_config") -> Non
 
 
 def check_schedule(section: Mapping[str, Any], where: str = "ds_config") -> None:
-    """Likewise, for a `scheduler` section."""
+    """Raise `UserError` for an unknown schedule or parameter, suggesting the nearest name."""
     _check_names("schedule", section, SCHEDULES, where)
 
 
@@ -226,8 +220,10 @@ def _check_names(
 
 
 def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration as written, with `overrides` (dotted keys), checked for what this
-    project relies on."""
+    """Read DeepSpeed's configuration, apply `overrides` (dotted keys), and check it.
+
+    Raises `UserError`.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -239,9 +235,8 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
     for key, value in (overrides or {}).items():
         assign(config, key, value)
     _check_ds_config(config, path)
-    if not config.get("comms_logger", {}).get(
-        "enabled", False
-    ):  # DeepSpeed counts wherever the section is there
+    # DeepSpeed counts communication whenever this section exists, even if it is not enabled.
+    if not config.get("comms_logger", {}).get("enabled", False):
         config.pop("comms_logger", None)
     return config
 
@@ -293,14 +288,13 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
     for key in config.get("zero_optimization", {}):
         if key.startswith("offload"):
             raise UserError(
-                f"{path}: zero_optimization.{key} is not supported: a super-resolution network "
-                "fits a GPU"
+                f"{path}: zero_optimization.{key} is not supported (super-resolution networks fit "
+                "into GPU memory); omit it"
             )
     if config.get("comms_logger", {}).get("verbose"):
         raise UserError(
-            f"{path}: comms_logger.verbose prints a line a call, and DeepSpeed is kept quiet here; "
-            "leave "
-            "it out: the sums are in log.jsonl"
+            f"{path}: comms_logger.verbose would print a line per call; omit it (log.jsonl has the "
+            "totals)"
         )
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 and bf16 are both enabled; choose one")
@@ -315,11 +309,10 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 
 def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
-    """(micro-batch per rank, gradient accumulation steps) that make up the global batch on
-    `world_size` ranks.
+    """Return (micro-batch per rank, gradient accumulation steps) for the global batch.
 
-    Of the two, the one that the file leaves out follows from the other; when both are given they
-    must multiply up.
+    If the file gives one of the two, the other follows; if it gives both, the product with
+    `world_size` must be the global batch. Raises `UserError`.
     """
     total = config["train_batch_size"]
     micro = config.get("train_micro_batch_size_per_gpu")
@@ -333,16 +326,17 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
         choices = f"{below} or {above}" if below else str(above)
         raise UserError(
             f"train_batch_size {total} is not micro-batch x accumulation x {world_size} ranks "
-            f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); say "
+            f"({micro} x {accumulation} x {world_size} = {micro * accumulation * world_size}); set "
             f"ds.train_batch_size={choices}, or use another number of ranks"
         )
     return micro, accumulation
 
 
 def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> str:
-    """The precision of training with `config`: FP32, BF16 or FP16, which a CPU does in FP32.
+    """Return the precision of training with `config`: FP32, BF16 or FP16; on a CPU FP16 becomes
+    FP32.
 
-    It names another runtime than DeepSpeed, whose rounding and checkpoints are its own.
+    Accelerate is named in it, because its rounding and its checkpoints differ from DeepSpeed's.
     """
     names = ("bf16",) if on_cpu else ("bf16", "fp16")
     precision = next(
@@ -354,7 +348,7 @@ def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> st
 
 
 def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = "run") -> list[str]:
-    """As `recipe_differences`, of two ds_configs. How the global batch is split over ranks may
+    """Like `recipe_differences`, for two ds_configs. How the global batch is split over ranks may
     change."""
     free = (
         "train_micro_batch_size_per_gpu",
@@ -373,8 +367,11 @@ def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = 
 
 
 def choose_runtime(asked: Runtime, variables: Mapping[str, str] = os.environ) -> str:
-    """deepspeed or accelerate; for "auto" accelerate under `accelerate launch` and where DeepSpeed
-    is missing."""
+    """Return deepspeed or accelerate.
+
+    "auto" means Accelerate under `accelerate launch` and if DeepSpeed is not installed. Raises
+    `UserError` if the runtime's package is missing.
+    """
     chosen = asked
     if asked == "auto":
         chosen = (
@@ -384,7 +381,7 @@ def choose_runtime(asked: Runtime, variables: Mapping[str, str] = os.environ) ->
         )
     if not _is_installed(chosen):
         raise UserError(
-            f"--runtime {chosen}: the package {chosen} is not installed; pip install -r "
+            f"--runtime {chosen}: package {chosen} is not installed; pip install -r "
             "requirements.txt"
         )
     return chosen
@@ -397,59 +394,58 @@ def _is_installed(package: str) -> bool:
 def check_accelerate(
     ds_config: Mapping[str, Any], variables: Mapping[str, str] = os.environ
 ) -> None:
-    """Raise `UserError` for what Accelerate cannot do of a ds_config, and where accelerate's
-    settings contradict it."""
+    """Raise `UserError` for ds_config keys that Accelerate lacks and for contradicting Accelerate
+    settings."""
     if zero_stage(ds_config):
         raise UserError(
-            f"zero_optimization.stage {zero_stage(ds_config)} is DeepSpeed's, and the runtime is "
-            "accelerate; say ds.zero_optimization.stage=0 or --runtime deepspeed"
+            f"zero_optimization.stage {zero_stage(ds_config)} needs DeepSpeed, but the runtime is "
+            "accelerate; set ds.zero_optimization.stage=0 or use --runtime deepspeed"
         )
     fp16 = ds_config.get("fp16", {})
-    own = [f"fp16.{key}" for key in DEEPSPEEDS_FP16 if fp16.get("enabled") and key in fp16]
-    own += [key for key in DEEPSPEEDS_OWN if key in ds_config]
+    own = [f"fp16.{key}" for key in DEEPSPEED_FP16_KEYS if fp16.get("enabled") and key in fp16]
+    own += [key for key in DEEPSPEED_KEYS if key in ds_config]
     if own:
         raise UserError(
-            f"ds_config: {own[0]} is DeepSpeed's, and the runtime is accelerate; leave it out or "
-            "say "
+            f"ds_config: {own[0]} needs DeepSpeed, but the runtime is accelerate; omit it or use "
             "--runtime deepspeed"
         )
     schedule = ds_config.get("scheduler", {}).get("type")
     if schedule in LEFT_TO_DEEPSPEED:
         raise UserError(
-            f"ds_config: schedule {schedule} is DeepSpeed's, and the runtime is accelerate; choose "
-            "another, such as CyclicLR, or say --runtime deepspeed"
+            f"ds_config: schedule {schedule} needs DeepSpeed, but the runtime is accelerate; "
+            "choose another, such as CyclicLR, or use --runtime deepspeed"
         )
     _check_settings(ds_config, variables)
 
 
 def _check_settings(ds_config: Mapping[str, Any], variables: Mapping[str, str]) -> None:
-    """What `accelerate config` wrote or `accelerate launch` was told, beside the ds_config."""
-    for variable, mode in ACCELERATES_MODES.items():
+    """Check the variables set by `accelerate config` or `accelerate launch` against the
+    ds_config."""
+    for variable, mode in ACCELERATE_MODES.items():
         if variables.get(variable, "").lower() in ("true", "1", "yes"):
             raise UserError(
-                f"accelerate is set to use {mode}, which it does not do here; say no to it in "
-                "`accelerate "
-                "config`, or start with ./launch_local_train.sh, which uses DeepSpeed"
+                f"accelerate is set to use {mode}, which is not supported here; answer no to it in "
+                "`accelerate config`, or start with ./launch_local_train.sh, which uses DeepSpeed"
             )
-    said = variables.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    given = variables.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = next(
         (name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "no"
     )
-    if said not in ("no", wanted):
+    if given not in ("no", wanted):
         ours = "FP32" if wanted == "no" else wanted.upper()
         raise UserError(
-            f"accelerate says mixed_precision {said}, the ds_config {ours}; set accelerate's to "
-            f"{wanted}, or the ds_config's (ds.fp16.enabled, ds.bf16.enabled)"
+            f"accelerate's mixed_precision is {given}, but the ds_config's is {ours}; set "
+            f"accelerate's to {wanted}, or change the ds_config's (ds.fp16.enabled, "
+            "ds.bf16.enabled)"
         )
     if variables.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError(
-            f"accelerate says dynamo_backend {variables['ACCELERATE_DYNAMO_BACKEND']}; set it to "
-            "no: the "
-            "recipe's compile=auto, on or off decides"
+            f"accelerate's dynamo_backend is {variables['ACCELERATE_DYNAMO_BACKEND']}; set it to "
+            "no: the recipe's compile key decides"
         )
     steps = variables.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if steps not in ("", "1", str(ds_config.get("gradient_accumulation_steps", 1))):
         raise UserError(
-            f"accelerate says gradient_accumulation_steps {steps}; leave it out: the ds_config's "
+            f"accelerate's gradient_accumulation_steps is {steps}; omit it: the ds_config's "
             "gradient_accumulation_steps decides"
         )

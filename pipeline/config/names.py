@@ -1,9 +1,9 @@
-"""The names that a recipe may use, with their parameters, known without importing torch.
+"""Names that a recipe may use, with their parameters, without importing torch.
 
-The tables of networks, discriminators and losses lie beside the code, in modules that import torch:
-a launcher would wait for that a second and a half and hold 200 MB for as long as it watches the
-ranks. So the rows are read from the sources, in a hundredth of the time. A process that has
-imported a table's module already is asked for the table itself.
+The tables of networks, discriminators and losses are in modules that import torch; importing them
+would cost a launcher a second and a half, and 200 MB for as long as it watches the ranks. So the
+rows are parsed from the sources, in a hundredth of the time. If a table's module is already
+imported, the table itself is used.
 """
 
 from __future__ import annotations
@@ -25,29 +25,27 @@ Definition = ast.FunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class Row:
-    """What may be said about one name of a table."""
+    """What a recipe may write for one name of a table."""
 
     parameters: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()  # those without a default
-    takes_any: bool = False  # other parameters, too, which it judges by itself
-    flags: Mapping[str, bool] = field(
-        default_factory=dict
-    )  # of a row that is an object: its true-or-false fields
+    required: tuple[str, ...] = ()  # parameters without a default
+    takes_any: bool = False  # further parameters are accepted and checked by the function itself
+    flags: Mapping[str, bool] = field(default_factory=dict)  # boolean fields, if the row has them
 
 
 @dataclass(frozen=True)
 class Table:
-    """Where a table is: `variable` of `module`, a dict literal from names to functions, classes or
-    objects."""
+    """Where a table is: the dict literal `variable` in `module`, from names to functions, classes
+    or objects."""
 
-    kind: str  # for people
+    kind: str  # used in messages
     module: str
     variable: str
-    given: tuple[str, ...] = ()  # arguments that a recipe cannot give: the program does
-    common: tuple[str, ...] = ()  # parameters that all rows have, whatever their signatures say
+    given: tuple[str, ...] = ()  # arguments that the program passes, not the recipe
+    common: tuple[str, ...] = ()  # parameters of all rows, whatever their signatures say
 
     def rows(self) -> dict[str, Row]:
-        """Every row by its name."""
+        """Return all rows by name."""
         if self.module in sys.modules:
             table = vars(sys.modules[self.module])[self.variable]
             return {
@@ -57,8 +55,11 @@ class Table:
         return _rows_of_source(self)
 
     def check(self, name: str, params: Iterable[str] = ()) -> Row:
-        """The row `name`. `UserError` for an unknown name or parameter, with the nearest real one,
-        or a missing one."""
+        """Return the row `name`.
+
+        Raises `UserError` for an unknown name or parameter, suggesting the nearest one, and for a
+        missing parameter.
+        """
         rows = self.rows()
         if name not in rows:
             raise UserError(f"no {self.kind} named {name!r}{nearest(str(name), rows)}")
@@ -151,7 +152,7 @@ def _row_of_source(table: Table, value: ast.expr) -> Row:
         f"a row of {table.module}.{table.variable} must be a name or a call"
     )
     function = _function(table.module, value.id)
-    if function is None:  # a class without an `__init__` of its own
+    if function is None:  # a class without its own `__init__`
         return Row(table.common, takes_any=True)
     arguments = function.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
@@ -166,8 +167,10 @@ def _row_of_source(table: Table, value: ast.expr) -> Row:
 
 
 def _function(module: str, name: str) -> ast.FunctionDef | None:
-    """The function `name` of a module of this project, or what builds its class `name`, wherever it
-    comes from."""
+    """Return the function `name` of a project module, or the `__init__` of its class `name`.
+
+    Follows imports to other modules of the project. None if the class has no `__init__`.
+    """
     for statement in _module(module).body:
         if isinstance(statement, ast.FunctionDef) and statement.name == name:
             return statement

@@ -1,9 +1,8 @@
-"""What an experiment is: a recipe (what to train) and a ds_config.json (how to optimise), both
-checked when read.
+"""An experiment: a recipe (what to train) and a ds_config.json (how to optimise), both checked.
 
-A recipe is a small YAML file in `recipes/`; `base: NAME` makes it a difference from another one.
-Batch sizes, precision, optimizer and learning rate schedule live in DeepSpeed's own JSON file and
-nowhere else. Needs no torch.
+A recipe is a small YAML file in `recipes/`; with `base: NAME` it lists only its differences from
+another one. Batch sizes, precision, optimizer and learning rate schedule are in DeepSpeed's own
+JSON file and nowhere else. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,19 +57,17 @@ FREE_FIELDS = frozenset(
         "native_kernels",
     }
 )
-"""Fields that may change between a run and its continuation: when things happen, what is measured,
-not what is learnt. A continuation keeps the kernels that the run began with, whatever
-`native_kernels` says, unless it is switched off.
+"""Fields that may change when a run is continued: they decide when things happen and what is
+measured, not what is learnt. Losses count as tables, as in `recipe_differences`.
 
-A loss is a table here, as `recipe_differences` sees it.
+A continued run keeps its kernels whatever `native_kernels` says, unless that is off.
 """
-TAKEN = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
-"""Folders that a run has beside those of its stages."""
+RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
+"""Names of folders in every run folder, which a stage cannot have."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, as in YAML 1.2 (for PyYAML it is text without a
-    dot)."""
+    """YAML in which 1e-4 is a number, as in YAML 1.2 (without a dot, PyYAML reads it as text)."""
 
 
 _Loader.add_implicit_resolver(
@@ -87,17 +84,17 @@ def _yaml(text: str) -> Any:
 def _loss_term(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, Mapping)):
         raise ValueError(
-            f"{value!r} is neither a weight nor a table with one, such as {{weight: 1.0}}"
+            f"{value!r} is neither a weight nor a table with a weight, such as {{weight: 1.0}}"
         )
     return dict(value) if isinstance(value, Mapping) else float(value)
 
 
 LossTerm = Annotated[Any, BeforeValidator(_loss_term)]
-"""A weight, or a table of the weight and the loss's own parameters."""
+"""A weight, or a table of a weight and the loss's own parameters."""
 
 
 class BestSpec(Spec):
-    """Which validated step is the best, what `best` means to export and to patience."""
+    """How the best validated step is chosen; export and patience use it."""
 
     metric: str = Field(
         "psnr",
@@ -106,8 +103,8 @@ class BestSpec(Spec):
     )
     psnr_floor: Number | None = Field(
         None,
-        description="dB; with other metrics than psnr: steps below it count only "
-        "while none is above",
+        description="dB; with metrics other than psnr, steps below it count only while no step is "
+        "above it",
     )
 
     @field_validator("metric")
@@ -119,80 +116,78 @@ class BestSpec(Spec):
     def _fit(self) -> BestSpec:
         if self.metric == "psnr" and self.psnr_floor is not None:
             raise ValueError(
-                "psnr_floor is for metric lpips and others: the highest PSNR needs none; leave it "
-                "out, or "
-                "say null"
+                "psnr_floor needs another metric, such as lpips: the highest PSNR has no floor; "
+                "omit it or set it to null"
             )
         return self
 
 
 class Recipe(Spec):
-    """One experiment."""
+    """One experiment: everything about training except DeepSpeed's configuration."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and the exported files"
+        pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and exported files"
     )
-    scale: int = Field(ge=2, le=8, description="how many times larger the output is, each way")
+    scale: int = Field(ge=2, le=8, description="upscaling factor of height and width")
     stage: str = Field(
         "", pattern=r"^[A-Za-z0-9_-]*$", description="which of the recipe's stages this is"
     )
     generator: NetworkSpec
     start: str | None = Field(
         None,
-        description="weights to begin with: a file, a run folder, or `previous`, which is "
-        "the stage before; none: at random",
+        description="initial weights: a file, a run folder, or `previous` for the previous stage; "
+        "none: random",
     )
     losses: dict[str, LossTerm] = Field(
         {"l1": 1.0},
-        description="loss name -> weight, or -> a table of weight and the loss's own parameters",
+        description="loss name -> weight, or a table of weight and the loss's own parameters",
     )
     adversarial: AdversarialSpec | None = None
     data: DataSpec = DataSpec()
     ds_config: str = Field(
-        "ds_config.json", description="DeepSpeed's file, seen from the checkout's root"
+        "ds_config.json", description="DeepSpeed's file, relative to the checkout's root"
     )
-    steps: int = Field(gt=0, description="optimizer updates in all")
-    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights and of sampling")
+    steps: int = Field(gt=0, description="total number of optimizer updates")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights and of sampling")
     ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="of the averaged weights; 0 turns averaging off"
+        0.999, ge=0, lt=1, description="decay of the averaged weights; 0 disables averaging"
     )
     compile: Literal["auto", "on", "off", "reduce-overhead"] = Field(
         "auto",
-        description="torch.compile with Inductor; auto: on a GPU, if it can; reduce-overhead: also "
-        "CUDA graphs",
+        description="torch.compile with Inductor; auto: on a GPU, if possible; reduce-overhead: "
+        "with CUDA graphs",
     )
     native_kernels: Literal["auto", "on", "off"] = Field(
         "auto", description="our own C++ kernels, on CPUs at FP32; auto: where measured faster"
     )
     deterministic: Literal["off", "on"] = Field(
         "off",
-        description="on: the same bits in every run on the same GPU, slower; CPUs give them anyway",
+        description="on: bit-equal runs on the same GPU, slower; on CPUs they always are",
     )
     activation_checkpointing: Literal["off", "on"] = Field(
         "off",
-        description="on: compute the blocks' activations twice instead of keeping them, for less "
-        "memory",
+        description="on: recompute the blocks' activations instead of storing them, to save memory",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
-        "auto", description="auto: the faster layout, measured"
+        "auto", description="memory format of activations; auto: the faster one, measured"
     )
     validate_every: int = Field(1000, gt=0, description="steps")
     validation_images: int = Field(
-        200, gt=0, description="at most so many, spread evenly over the validation list"
+        200, gt=0, description="maximum number of validation images, evenly spaced over the list"
     )
     validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field(
-        "off", description="measure LPIPS, too"
+        "off", description="also measure LPIPS, with this network"
     )
     lpips_weights: str | None = Field(
-        None, description="file of that network's trunk; default: torchvision's cache"
+        None, description="weights file of the LPIPS network; default: torchvision's cache"
     )
     best: BestSpec = BestSpec()
     patience: int = Field(
-        0, ge=0, description="stop after so many validations without a better one; 0: never"
+        0, ge=0, description="stop after this many validations without an improvement; 0 disables"
     )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
-    save_minutes: float = Field(10, gt=0, description="and at least this often")
-    keep: int = Field(2, ge=2, description="newest checkpoints kept, besides the best")
+    save_minutes: float = Field(10, gt=0, description="maximum minutes between checkpoints")
+    keep: int = Field(2, ge=2, description="number of newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
     previews: PreviewsSpec = PreviewsSpec()
     histograms: int = Field(
@@ -230,8 +225,8 @@ class Recipe(Spec):
     @field_validator("stage")
     @classmethod
     def _keep_folders(cls, name: str) -> str:
-        if name in TAKEN:
-            raise ValueError(f"{name!r} is a folder of every run; name the stage otherwise")
+        if name in RESERVED_FOLDERS:
+            raise ValueError(f"{name!r} is a folder of every run; choose another stage name")
         return name
 
     @model_validator(mode="after")
@@ -256,28 +251,27 @@ class Recipe(Spec):
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe `name` (of `recipes/`, or the path of a YAML file) with `overrides` (dotted keys)
-    put over it.
+    """Load the recipe `name` (in `recipes/`, or the path of a YAML file) with `overrides` applied.
 
-    Of a recipe with stages, the last: the one whose network is meant to be used.
+    Keys of `overrides` are dotted. Of a recipe with stages, returns the last stage, whose network
+    is the final one. Raises `UserError`.
     """
     return load_stages(name, overrides)[-1]
 
 
 def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[Recipe]:
-    """The recipes of the stages of recipe `name`, in order; a recipe without stages is its only
-    one.
+    """Load the stages of recipe `name`, in order; a recipe without stages is its own only stage.
 
-    `stages` is a table: name of the stage -> what is different in it. Each begins with the weights
-    of the one before, unless it says `start`. Overrides are for all stages, or, such as
-    `stages.gan.steps`, for one.
+    `stages` is a table: stage name -> its differences. Each stage starts from the weights of the
+    previous one, unless it sets `start`. Overrides apply to all stages, or, such as
+    `stages.gan.steps`, to one. Raises `UserError`.
     """
     values = _with_bases(_recipe_path(name), ())
     _check_stages(values.get("stages"), f"recipe {name}")
-    overrides = _renamed(overrides or {})
+    overrides = _with_current_keys(overrides or {})
     for key in ("base", "stages", *(["stage"] if values.get("stages") else [])):
         if key in overrides:
-            raise UserError(f"{key}: that is said in a recipe's file, not on the command line")
+            raise UserError(f"{key} can only be set in a recipe's file, not on the command line")
     for key in [key for key in overrides if key.startswith("stages.")]:
         stage, known = key.split(".")[1], values.get("stages") or {}
         if stage not in known:
@@ -289,21 +283,22 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     recipes: list[Recipe] = []
     for stage, change in (stages or {"": {}}).items():
         start = {"start": "previous"} if recipes else {}
-        own = _merged(values, {**start, **_renamed(change), **({"stage": stage} if stage else {})})
+        own = _merged(
+            values, {**start, **_with_current_keys(change), **({"stage": stage} if stage else {})}
+        )
         for key, value in overrides.items():
             assign(own, key, value)
         recipes.append(recipe_of(own, f"recipe {name}" + (f", stage {stage}" if stage else "")))
     if recipes[0].start == "previous" and (stages or not recipes[0].stage):
         raise UserError(
-            f"recipe {name}: start: previous, but there is no stage before; name a file or a run "
+            f"recipe {name}: start: previous, but there is no previous stage; name a file or a run "
             "folder"
         )
     return recipes
 
 
 def _check_stages(stages: Any, where: str) -> None:
-    """Raise `UserError` for `stages` that are no table of tables, a name that is none, and what a
-    stage cannot hold."""
+    """Raise `UserError` unless `stages` is a table of tables with valid names and keys."""
     if stages is None:
         return
     if not isinstance(stages, dict) or not all(
@@ -318,7 +313,7 @@ def _check_stages(stages: Any, where: str) -> None:
             raise UserError(f"{where}: the name of stage {stage!r} is not text; put it in quotes")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", stage):
             raise UserError(
-                f"{where}: a stage's name is made of letters, digits, _ and -; {stage!r} is not"
+                f"{where}: stage name {stage!r} may contain only letters, digits, _ and -"
             )
         for key in ("base", "stages"):
             if key in change:
@@ -333,8 +328,10 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str]:
-    """`["data.crop: 96 in the run, 128 asked for", …]` of the fields that must not change within a
-    run."""
+    """Describe differing fields that must not change within a run.
+
+    Example: `["data.crop: 96 in the run, 128 asked for", …]`.
+    """
     before, after = (
         {
             key: value
@@ -349,8 +346,8 @@ def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str
 def changes(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, owner: str = "run"
 ) -> list[str]:
-    """A line for each key, after `prefix`, on which the run on disk (the `owner`) and the command
-    line disagree."""
+    """Describe each key, after `prefix`, whose value differs between the `owner` on disk and the
+    command line."""
     return [
         f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
         for key in sorted(old.keys() | new.keys())
@@ -359,8 +356,7 @@ def changes(
 
 
 def _with_loss_tables(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values in which every loss is a table, since `l1: 1` and `l1: {weight: 1}` say the
-    same."""
+    """Return a recipe's values with every loss as a table: `l1: 1` equals `l1: {weight: 1}`."""
     tables = {
         name: term if isinstance(term, dict) else {"weight": term}
         for name, term in values["losses"].items()
@@ -369,8 +365,10 @@ def _with_loss_tables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`["data.crop=96", "ds.train_batch_size=32"]` -> (recipe overrides, ds_config overrides);
-    values are YAML."""
+    """Split `["data.crop=96", "ds.train_batch_size=32"]` into recipe and ds_config overrides.
+
+    Values are YAML. Raises `UserError`.
+    """
     recipe: dict[str, Any] = {}
     ds_config: dict[str, Any] = {}
     for assignment in assignments:
@@ -378,7 +376,7 @@ def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[st
         if not sign or not key:
             raise UserError(
                 f"{assignment!r} is not an override; write key=value, such as data.crop=96 or "
-                "ds.train_batch_size=32, and options with two dashes (--help lists them)"
+                "ds.train_batch_size=32, and options with two dashes (see --help)"
             )
         try:
             value = _yaml(text)
@@ -407,7 +405,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, such as `scale: 2`")
+        raise UserError(f"{path} must contain keys and values, such as `scale: 2`")
     return values
 
 
@@ -416,7 +414,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"recipe {path} is its own base: {' -> '.join(p.stem for p in (*seen, path))}"
         )
-    values = _renamed(_read_yaml(path))
+    values = _with_current_keys(_read_yaml(path))
     base = values.pop("base", None)
     values.setdefault("name", path.stem)
     if base is None:
@@ -425,8 +423,10 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, key by key; losses, and a generator or degradation of another name,
-    replace all."""
+    """Merge `change` over `base`, key by key.
+
+    Losses are replaced as a whole, and so is a table (generator, degradation) of another name.
+    """
     merged = copy.deepcopy(base)
     for key, value in change.items():
         old = merged.get(key)
@@ -439,13 +439,12 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OLD_KEYS = {"samples": "previews"}
-"""Keys of recipes as they once were -> as they are. Old recipes and command lines are read as
-before."""
+"""Earlier keys of recipes -> present keys. Old recipes and command lines still work."""
 
 
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's table, or a stage's, with today's keys; a key in dots is renamed at its
-    beginning."""
+def _with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's or stage's table with present keys; of a dotted key, the first part is
+    renamed."""
     renamed = {}
     for key, value in values.items():
         first, dot, rest = str(key).partition(".")
@@ -467,10 +466,10 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def recipe_of(values: dict[str, Any], where: str) -> Recipe:
-    """The recipe of plain values. Raises `UserError` that begins with `where` and names each wrong
-    one."""
+    """Build a recipe from plain values; raise `UserError` that starts with `where` and lists the
+    faults."""
     try:
-        return Recipe.model_validate(_renamed(values))
+        return Recipe.model_validate(_with_current_keys(values))
     except ValidationError as error:
         raise UserError(
             f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())
@@ -478,7 +477,7 @@ def recipe_of(values: dict[str, Any], where: str) -> Recipe:
 
 
 def _one_line(fault: Mapping[str, Any]) -> str:
-    parts, fields = _place(fault["loc"])
+    parts, fields = _location(fault["loc"])
     key = ".".join(parts) or "recipe"
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(parts[-1], fields)}"
@@ -492,9 +491,9 @@ def _one_line(fault: Mapping[str, Any]) -> str:
     )
 
 
-def _place(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
-    """The keys that lead to a fault, as a recipe spells them, and the fields that the innermost
-    table may have."""
+def _location(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
+    """Return the keys that lead to a fault, as in the recipe, and the valid fields at that
+    place."""
     parts: list[str] = []
     spec: Any = Recipe
     fields: Sequence[str] = ()
@@ -505,7 +504,7 @@ def _place(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
                 for one in get_args(spec)
                 if isinstance(one, type) and issubclass(one, BaseModel)
             ]
-            if len(tables) > 1:  # pydantic says which of them it took
+            if len(tables) > 1:  # the location says which table pydantic chose
                 spec = next(one for one in tables if one.model_fields["name"].default == part)
                 continue
             spec = tables[0] if tables else None

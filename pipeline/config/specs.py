@@ -1,8 +1,4 @@
-"""The parts of a recipe that say which networks are trained, how the adversarial ones are, and what
-is shown meanwhile.
-
-Needs no torch.
-"""
+"""Parts of a recipe: networks, adversarial training, previews. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from pipeline.spec import Number, Spec
 
 
 class NetworkSpec(BaseModel):
-    """A network: its name in the table of its kind and, beside it, that network's own
-    parameters."""
+    """A network: its name in the table of its kind, and its own parameters next to it."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
@@ -32,65 +27,61 @@ class NetworkSpec(BaseModel):
 
 
 class InstanceNoiseSpec(Spec):
-    """Gaussian noise on all images that the discriminator sees, falling to nothing (Sønderby et
-    al., ICLR 2017)."""
+    """Gaussian noise on all images that the discriminator sees, decaying to zero (Sønderby et al.,
+    ICLR 2017)."""
 
     sigma: Number = Field(
-        0.0, ge=0, le=1, description="standard deviation at the first step; 1 is the whole range"
+        0.0, ge=0, le=1, description="standard deviation at the first step; images are in [0, 1]"
     )
     steps: int = Field(
-        100_000, gt=0, description="after so many steps of the run there is none; it falls evenly"
+        100_000, gt=0, description="step of the run from which there is none; it falls linearly"
     )
 
 
 class LabelsSpec(Spec):
-    """The targets that the discriminator learns; the generator's is always 1."""
+    """Targets of the discriminator; the generator's target is always 1."""
 
     smoothing: Number = Field(
-        0.0, ge=0, lt=0.5, description="real is 1 - smoothing, fake 0 (Salimans et al. 2016)"
+        0.0, ge=0, lt=0.5, description="real is 1 - smoothing, fake is 0 (Salimans et al. 2016)"
     )
     noise: Number = Field(
-        0.0, ge=0, lt=0.5, description="targets move by up to this, evenly, towards each other"
+        0.0, ge=0, lt=0.5, description="targets move towards each other by up to this (uniform)"
     )
     flip: Number = Field(
-        0.0, ge=0, lt=0.5, description="probability of a sample to be called its opposite"
+        0.0, ge=0, lt=0.5, description="probability that a sample's label is flipped"
     )
 
     @model_validator(mode="after")
     def _keep_order(self) -> LabelsSpec:
-        if (
-            self.smoothing + 2 * self.noise >= 1
-        ):  # real is above 1 - smoothing - noise, fake is below noise
+        # Real targets are above 1 - smoothing - noise, fake targets below noise.
+        if self.smoothing + 2 * self.noise >= 1:
             raise ValueError(
                 f"smoothing {self.smoothing:g} + 2 x noise {self.noise:g} must be below 1, or a "
-                "real "
-                "sample's target may lie below a fake one's; take less of either"
+                "real sample's target may be below a fake one's; reduce either"
             )
         return self
 
 
 class AdversarialSpec(Spec):
-    """A discriminator against the generator."""
+    """A discriminator trained against the generator."""
 
     weight: Number = Field(gt=0, description="of the adversarial term among the generator's losses")
     loss: str = Field("vanilla", description="a name in pipeline/losses/adversarial.py")
     discriminator: NetworkSpec = NetworkSpec(name="vgg")
     ds_config: str | None = Field(
         None,
-        description="DeepSpeed's file for the discriminator: optimizer, schedule, "
-        "clipping; default: the generator's",
+        description="DeepSpeed's file for the discriminator: optimizer, schedule, clipping; "
+        "default: the generator's",
     )
     start: str | None = Field(
         None,
-        description="weights of the discriminator to begin with: a run folder, or "
-        "`previous`, which is the stage before; none: at random",
+        description="initial weights of the discriminator: a run folder, or `previous` for the "
+        "previous stage; none: random",
     )
     discriminator_every: int = Field(
-        1, ge=1, description="steps from one update of the discriminator to the next"
+        1, ge=1, description="steps between updates of the discriminator"
     )
-    generator_every: int = Field(
-        1, ge=1, description="steps from one update of the generator to the next"
-    )
+    generator_every: int = Field(1, ge=1, description="steps between updates of the generator")
     labels: LabelsSpec = LabelsSpec()
     instance_noise: InstanceNoiseSpec = InstanceNoiseSpec()
 
@@ -111,41 +102,38 @@ class AdversarialSpec(Spec):
         takes_labels = names.ADVERSARIAL_LOSSES.check(self.loss).flags["takes_labels"]
         if not takes_labels and (self.labels.smoothing or self.labels.noise):
             raise ValueError(
-                f"loss {self.loss} has no targets to smooth or to move; leave labels.smoothing and "
-                "labels.noise out"
+                f"loss {self.loss} has no targets to smooth or move; omit labels.smoothing and "
+                "labels.noise"
             )
         if self.discriminator_every > 1 and self.generator_every > 1:
             raise ValueError(
-                "one of discriminator_every and generator_every must be 1: every step updates "
-                "something"
+                "one of discriminator_every and generator_every must be 1, so that every step "
+                "updates a network"
             )
         return self
 
 
-# The recipe's `previews` part: which pictures show how far the network is. Needs no torch.
-
-
 class PreviewsSpec(Spec):
-    """Pictures that are upscaled again and again while the network learns."""
+    """Pictures that are upscaled repeatedly while the network learns."""
 
     files: tuple[str, ...] = Field(
         (),
-        description="HR images, or folders of them, seen from the current folder; none: "
-        "some of the validation list, evenly apart",
+        description="HR images or folders of them, relative to the current folder; none: evenly "
+        "spaced images of the validation list",
     )
     count: int | None = Field(
         None,
         ge=0,
-        description="at most so many pictures; 0: none; default: all that are named, "
-        "or 3 of the validation list",
+        description="maximum number of pictures; 0: none; default: all that are named, or 3 of "
+        "the validation list",
     )
     side: int = Field(
-        320, ge=64, le=4096, description="HR pixels; of a larger picture the middle is taken"
+        320, ge=64, le=4096, description="HR pixels; larger pictures are cropped to their centre"
     )
     keep: int = Field(
         50,
         ge=1,
-        description="sets of pictures by epochs, and likewise by validations, in a whole run",
+        description="sets of pictures kept per run, by epochs and, separately, by validations",
     )
 
     @model_validator(mode="before")

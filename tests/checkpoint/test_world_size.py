@@ -300,7 +300,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_arithmetic(
     assert [process.exitcode for process in ranks] == [2] * 3
     printed = output_of(tmp_path / "run").read_text()
     assert (
-        "train_batch_size 4 is not micro-batch x accumulation x 3 ranks (1 x 1 x 3 = 3); say "
+        "train_batch_size 4 is not micro-batch x accumulation x 3 ranks (1 x 1 x 3 = 3); set "
         "ds.train_batch_size=3 or 6, or use another number of ranks"
     ) in printed
     assert damage(checkpoint_dir(tmp_path / "run", 3)) == ""

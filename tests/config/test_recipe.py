@@ -82,7 +82,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("data.corp=64", "data.corp: unknown key; did you mean 'crop'?"),
         ("lossess={l1: 1}", "lossess: unknown key; did you mean 'losses'?"),
         ("losses={}", "at least one loss is needed"),
-        ("start=previous", "start: previous, but there is no stage before"),
+        ("start=previous", "start: previous, but there is no previous stage"),
         ("stages.gan.steps=3", "recipe vapsr_x2 has no stages"),
         ("losses.l1=abc", "losses.l1: 'abc' is neither a weight nor a table with one"),
         ("adversarial=3", "adversarial: input should be a valid dictionary, not 3"),
@@ -96,9 +96,9 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ),
         ("steps", "'steps' is not an override; write key=value"),
         ("scale.x=1", "scale has no keys of its own"),
-        ("base=demo", "base: that is said in a recipe's file"),
+        ("base=demo", "base can only be set in a recipe's file"),
         ("stage=checkpoints", "stage: 'checkpoints' is a folder of every run"),
-        ("best={metric: psnr, psnr_floor: 25}", "best: psnr_floor is for metric lpips"),
+        ("best={metric: psnr, psnr_floor: 25}", "best: psnr_floor needs another metric"),
         (
             "best={metric: lpips, psnr_floor: .nan}",
             "best.psnr_floor: input should be a finite number, not nan",
@@ -355,12 +355,12 @@ def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) 
     [
         ("stages: [a]", "stages must be a table of tables"),
         ("stages: {a: 1}", "stages must be a table of tables"),
-        ("stages: {a: {start: previous}}", "start: previous, but there is no stage before"),
+        ("stages: {a: {start: previous}}", "start: previous, but there is no previous stage"),
         ("stages: {a: {stepz: 1}}", "stage a: stepz: unknown key; did you mean 'steps'?"),
         ("stages: {1: {steps: 2}}", "the name of stage 1 is not text; put it in quotes"),
         (
             "stages: {'..': {steps: 2}}",
-            "a stage's name is made of letters, digits, _ and -; '..' is not",
+            "stage name '..' may contain only letters, digits, _ and -",
         ),
         (
             "stages: {a/b: {steps: 2}}",
@@ -368,7 +368,7 @@ def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) 
         ),
         (
             "stages: {checkpoints: {steps: 2}}",
-            "'checkpoints' is a folder of every run; name the stage otherwise",
+            "'checkpoints' is a folder of every run; choose another stage name",
         ),
         ("stages: {file_lists: {steps: 2}}", "'file_lists' is a folder of every run"),
         ("stages: {tensorboard: {steps: 2}}", "'tensorboard' is a folder of every run"),

@@ -108,5 +108,5 @@ def test_a_comms_logger_that_is_off_costs_nothing_and_verbose_is_refused() -> No
     path = ROOT / "ds_config.json"
     assert "comms_logger" not in load_ds_config(path, {"comms_logger.enabled": False})
     assert "comms_logger" in load_ds_config(path, {"comms_logger.enabled": True})
-    with pytest.raises(UserError, match=r"comms_logger\.verbose prints a line a call"):
+    with pytest.raises(UserError, match=r"comms_logger\.verbose would print a line per call"):
         load_ds_config(path, {"comms_logger.enabled": True, "comms_logger.verbose": True})

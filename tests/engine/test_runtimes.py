@@ -374,7 +374,7 @@ def test_a_run_begins_where_deepspeed_is_not_installed(dataset: Path, tmp_path: 
     )
     assert (statuses, printed) == (
         [2],
-        "error: --runtime deepspeed: the package deepspeed is not installed; pip "
+        "error: --runtime deepspeed: package deepspeed is not installed; pip "
         "install -r requirements.txt\n",
     )
 
@@ -445,8 +445,8 @@ def test_a_gan_stage_at_bf16_follows_one_at_fp32(dataset: Path, tmp_path: Path) 
 def test_zero_is_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
     sharded = (*ACCELERATE, "ds.zero_optimization.stage=1")
     line = (
-        "error: zero_optimization.stage 1 is DeepSpeed's, and the runtime is accelerate; say "
-        "ds.zero_optimization.stage=0 or --runtime deepspeed\n"
+        "error: zero_optimization.stage 1 needs DeepSpeed, but the runtime is accelerate; set "
+        "ds.zero_optimization.stage=0 or use --runtime deepspeed\n"
     )
     assert_one_line(run(command(dataset, tmp_path / "run", *sharded)), line)
     assert live(arguments(dataset, tmp_path / "run", *sharded), tmp_path, 2) == ([2, 2], line), (
@@ -473,15 +473,15 @@ FP32 = {"fp16": {"enabled": False}}
         (
             {"fp16": {"enabled": True, "hysteresis": 2}},
             {},
-            ["fp16.hysteresis is DeepSpeed's", "leave it out"],
+            ["fp16.hysteresis needs DeepSpeed", "omit it"],
         ),
         (
             {"fp16": {"enabled": True, "loss_scale": 128}},
             {},
-            ["fp16.loss_scale is DeepSpeed's", "--runtime deepspeed"],
+            ["fp16.loss_scale needs DeepSpeed", "--runtime deepspeed"],
         ),
-        ({"prescale_gradients": True}, {}, ["prescale_gradients is DeepSpeed's", "leave it out"]),
-        ({"communication_data_type": "fp16"}, {}, ["communication_data_type is DeepSpeed's"]),
+        ({"prescale_gradients": True}, {}, ["prescale_gradients needs DeepSpeed", "omit it"]),
+        ({"communication_data_type": "fp16"}, {}, ["communication_data_type needs DeepSpeed"]),
         (
             {"scheduler": {"type": "OneCycle", "params": {}}},
             {},
@@ -497,22 +497,22 @@ FP32 = {"fp16": {"enabled": False}}
         (
             {},
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
-            ["mixed_precision bf16, the ds_config FP16", "ds.bf16.enabled"],
+            ["mixed_precision is bf16, but the ds_config's is FP16", "ds.bf16.enabled"],
         ),
         (
             FP32,
             {"ACCELERATE_MIXED_PRECISION": "fp16"},
-            ["mixed_precision fp16, the ds_config FP32", "accelerate's to no"],
+            ["mixed_precision is fp16, but the ds_config's is FP32", "accelerate's to no"],
         ),
         (
             {},
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
-            ["dynamo_backend INDUCTOR", "compile=auto"],
+            ["dynamo_backend is INDUCTOR", "compile key"],
         ),
         (
             {},
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
-            ["gradient_accumulation_steps 8", "leave it out"],
+            ["gradient_accumulation_steps is 8", "omit it"],
         ),
     ],
 )

@@ -287,7 +287,7 @@ def test_a_row_makes_a_loss_known_to_recipes(monkeypatch: pytest.MonkeyPatch) ->
     recipe = load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
     assert recipe.adversarial is not None
     assert recipe.adversarial.loss == "wasserstein"
-    with pytest.raises(UserError, match="loss wasserstein has no targets to smooth or to move"):
+    with pytest.raises(UserError, match="loss wasserstein has no targets to smooth or move"):
         load_recipe(
             "vapsr_x2",
             {"adversarial": {"weight": 1, "loss": "wasserstein", "labels": {"noise": 0.1}}},
@@ -344,7 +344,7 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
         ),
         (
             {"weight": 1, "generator_every": 2, "discriminator_every": 2},
-            "must be 1: every step updates something",
+            "must be 1, so that every step updates a network",
         ),
         (
             {"weight": 1, "instance_noize": {}},
