@@ -10,13 +10,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to it
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
-from pipeline.distributed.gpus import settle
+from pipeline.distributed.gpus import apply_device
 from pipeline.training.options import TrainOptions, overrides_last, plans_of_rank
 from pipeline.training.saved_run import report_if_finished
 
 
 def main(options: TrainOptions) -> int:
-    settle(options.device)
+    apply_device(options.device)
     plans = plans_of_rank(options)
     if plans is None:
         return 2

@@ -42,7 +42,7 @@ class Guard:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._task = task
-        self._place = launcher.find_place()
+        self._place = launcher.find_rank_info()
         self._rank = self._place.rank
         self._tail: deque[str] = deque()
         self._child: subprocess.Popen[bytes] | None = None

@@ -82,7 +82,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, contents: Contents, keep: int, ranks: Ranks) -> None:
         self._run_dir, self._contents, self._keep, self._ranks = run_dir, contents, keep, ranks
-        self._writers = ranks.apart()
+        self._writers = ranks.with_own_group()
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

@@ -1,14 +1,13 @@
-"""Which GPUs a machine has, which of them its processes may use, and why they cannot where they
-cannot.
+"""Find the GPUs that processes on this machine can use, or why they cannot use them.
 
-A process that was to have a GPU and has none would train on the CPU for days without a word. So
+A process that should have a GPU and has none would silently train on the CPU for days. So
 everything that chooses a device asks here: `count_gpus` before processes are started, `torch_gpus`
-in the process itself. Both raise `UserError` for a GPU that driver or torch make useless, unless
-the CPU is insisted on: `--device cpu`, `VASTSCALE_CPU=1` or an empty `CUDA_VISIBLE_DEVICES`. Torch
-is imported only where there are signs of a GPU.
+in the process itself. Both raise `UserError` for a GPU that the driver or torch cannot use, unless
+the CPU was requested: `--device cpu`, `VASTSCALE_CPU=1` or an empty `CUDA_VISIBLE_DEVICES`. torch
+is imported only if there are signs of a GPU.
 
-`CUDA_VISIBLE_DEVICES` names GPUs by index or by UUID (`GPU-…`), and slices of GPUs (MIG) by UUID
-alone (`MIG-…`). A process can use one slice at most, so that each of several must be shown its own:
+`CUDA_VISIBLE_DEVICES` names GPUs by index or by UUID (`GPU-…`), and slices of GPUs (MIG devices) by
+UUID only (`MIG-…`). A process can use only one MIG device, so each process must be shown its own:
 `show_own_slice`.
 """
 
@@ -26,30 +25,28 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli import UserError
-from pipeline.distributed.launcher import find_place
+from pipeline.distributed.launcher import find_rank_info
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 CPU = "VASTSCALE_CPU"
-"""Environment variable: 1 insists on the CPU."""
+"""Environment variable: 1 requests the CPU."""
 SLICES = "VASTSCALE_MIG"
-"""Environment variable with the MIG devices of the ranks of this host, in their order, by their
-UUIDs."""
-NVIDIA_SECONDS = 15  # a GPU that fell off the bus can keep nvidia-smi waiting for ever
+"""Environment variable: UUIDs of the MIG devices of this host's ranks, in rank order."""
+NVIDIA_SECONDS = 15  # a GPU that fell off the bus can block nvidia-smi forever
 FIRST_DRIVER = {13: 580, 12: 525, 11: 450}
-"""CUDA's major version -> the first driver that runs all of its minor versions."""
+"""CUDA's major version -> the oldest driver that runs all of its minor versions."""
 _NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 _LISTED = re.compile(r"GPU (?P<index>\d+): (?P<name>.*?) \(UUID: (?P<uuid>GPU-[^)\s]+)\)")
 _SLICE = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)\s]+)\)")
 _REMEDY = (
     "install driver {first} or newer, or a torch for an older CUDA (cu126 or cu128 of "
-    "download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device cpu to use the CPU all "
-    "the same"
+    "download.pytorch.org/whl, with nvidia-dali-cuda120), or use the CPU with --device cpu"
 )
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as `nvidia-smi -L` lists it."""
+    """A GPU as listed by `nvidia-smi -L`."""
 
     index: int
     name: str
@@ -58,7 +55,7 @@ class Gpu:
     """UUIDs of its MIG devices."""
 
 
-# --- What there is ---
+# --- What the machine has ---
 
 
 def may_have_gpu() -> bool:
@@ -67,8 +64,8 @@ def may_have_gpu() -> bool:
 
 
 def is_cpu_wanted(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether somebody insists on the CPU: `VASTSCALE_CPU`, or a `CUDA_VISIBLE_DEVICES` that names
-    no GPU."""
+    """Whether the CPU was requested: by `VASTSCALE_CPU`, or by a `CUDA_VISIBLE_DEVICES` without
+    GPUs."""
     return (
         variables.get(CPU, "0") not in ("", "0")
         or variables.get(VISIBLE, "0").strip().lower() in _NO_GPU
@@ -76,12 +73,12 @@ def is_cpu_wanted(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def list_gpus() -> list[Gpu]:
-    """What `nvidia-smi -L` lists; nothing where it is missing, fails or does not answer."""
+    """Return what `nvidia-smi -L` lists; nothing if it is missing, fails or does not answer."""
     return parse_list(_ask_nvidia_smi("-L"))
 
 
 def parse_list(output: str) -> list[Gpu]:
-    """The GPUs in the output of `nvidia-smi -L`, with their MIG devices."""
+    """Parse the output of `nvidia-smi -L`: GPUs with their MIG devices."""
     found: list[Gpu] = []
     for line in output.splitlines():
         if match := _LISTED.match(line):
@@ -93,10 +90,10 @@ def parse_list(output: str) -> list[Gpu]:
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, such as 580.65.06; empty where it does not say."""
-    told = _ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    if told and re.fullmatch(r"\d+(\.\d+)+", told[0].strip()):
-        return told[0].strip()
+    """Return the version of NVIDIA's driver, such as 580.65.06; empty if unknown."""
+    lines = _ask_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    if lines and re.fullmatch(r"\d+(\.\d+)+", lines[0].strip()):
+        return lines[0].strip()
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -106,7 +103,7 @@ def driver_version() -> str:
 
 
 def _ask_nvidia_smi(*arguments: str) -> str:
-    """What it prints; empty where it is missing, fails or does not answer."""
+    """Return nvidia-smi's output; empty if it is missing, fails or does not answer."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments],
@@ -124,20 +121,17 @@ def _ask_nvidia_smi(*arguments: str) -> str:
 
 
 def count_gpus() -> int:
-    """How many processes can have a GPU, or a MIG device, of their own on this machine; 0: train on
-    the CPU.
+    """Return how many processes can have a GPU (or MIG device) of their own; 0: use the CPU.
 
-    `UserError` for GPUs that cannot be used, and for a `CUDA_VISIBLE_DEVICES` that names one twice
-    or one that is not there.
+    Raises `UserError` for GPUs that cannot be used, and for a `CUDA_VISIBLE_DEVICES` that names one
+    twice or an unknown one.
     """
-    if is_cpu_wanted() or not (
-        may_have_gpu() or "torch" in sys.modules
-    ):  # torch's import takes seconds
+    # Importing torch takes seconds, so look for signs of a GPU first.
+    if is_cpu_wanted() or not (may_have_gpu() or "torch" in sys.modules):
         return 0
     gpus = list_gpus()
-    names = visible_devices(
-        os.environ, gpus
-    )  # an unknown one would end CUDA's list there, without a word
+    # Raises for unknown names; CUDA would silently end its list at the first of them.
+    names = visible_devices(os.environ, gpus)
     seen = torch_gpus()
     if not seen:
         return 0
@@ -146,9 +140,10 @@ def count_gpus() -> int:
 
 
 def torch_gpus() -> int:
-    """GPUs that torch can use in this process; 0 where there is none, or the CPU is insisted on.
+    """Return the number of GPUs that torch can use in this process; 0 if there are none or the CPU
+    was requested.
 
-    `UserError`, naming the driver's and torch's versions and the ways out, where the machine has a
+    Raises `UserError` with the driver's and torch's versions and the remedies if the machine has a
     GPU that torch cannot use.
     """
     if is_cpu_wanted():
@@ -156,9 +151,8 @@ def torch_gpus() -> int:
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # says of an old driver what the error below says in one line
+        # torch warns about an old driver; the error below says the same in one line.
+        warnings.simplefilter("ignore")
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen:
         return seen
@@ -169,7 +163,7 @@ def torch_gpus() -> int:
 
 
 def _why_not(torch: Any) -> str:
-    """Why torch sees no GPU of this machine's; empty where the machine has none of NVIDIA's."""
+    """Return why torch sees no GPU; empty if the machine has none of NVIDIA's."""
     gpus = list_gpus()
     if not gpus and not _has_device():
         return ""
@@ -179,30 +173,26 @@ def _why_not(torch: Any) -> str:
     has += f"{', ' if gpus else ''}{answer})"
     if torch.version.cuda is None:
         return (
-            f"this machine has {has}, and torch {torch.__version__} is built for CPUs alone; "
-            "install torch "
+            f"this machine has {has}, but torch {torch.__version__} is a CPU build; install torch "
             f"{torch.__version__.partition('+')[0]} from PyPI (CUDA 13: driver {FIRST_DRIVER[13]} "
-            "or newer), or "
-            "say --device cpu to use the CPU all the same"
+            "or newer), or use the CPU with --device cpu"
         )
     first = FIRST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), FIRST_DRIVER[13])
     wanted = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
     if driver and int(driver.partition(".")[0]) < first:
         return (
             f"this machine has {has}, which is too old for {wanted}: that needs driver {first} or "
-            "newer; "
-            f"{_REMEDY.format(first=first)}"
+            f"newer; {_REMEDY.format(first=first)}"
         )
     return (
-        f"this machine has {has}, and {wanted} cannot use it: {_complaint_of(torch)}; see what "
-        "`nvidia-smi` says, "
-        "and reboot after an update of the driver; or say --device cpu to use the CPU all the same"
+        f"this machine has {has}, but {wanted} cannot use it: {_complaint_of(torch)}; check "
+        "`nvidia-smi`, reboot if the driver was updated, or use the CPU with --device cpu"
     )
 
 
 def _has_device() -> bool:
-    """Whether there is a device of NVIDIA's whose driver does not answer: its file, or hardware
-    beside its tools."""
+    """Whether there is an NVIDIA device whose driver does not answer: a device file, or hardware
+    together with nvidia-smi."""
     if _has_device_file():
         return True
     return bool(shutil.which("nvidia-smi")) and any(
@@ -212,11 +202,11 @@ def _has_device() -> bool:
 
 
 def _has_device_file() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))  # a container may have been given the third alone
+    return any(Path("/dev").glob("nvidia[0-9]*"))  # a container may have only, say, nvidia2
 
 
 def _complaint_of(torch: Any) -> str:
-    """What torch says when it is made to use a GPU."""
+    """Return torch's error message when it is made to use a GPU."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -227,8 +217,10 @@ def _complaint_of(torch: Any) -> str:
 
 
 def refuse_old_gpu(number: int) -> None:
-    """`UserError` for a GPU older than the oldest that torch has kernels for. Starts CUDA in this
-    process."""
+    """Raise `UserError` for a GPU that is older than torch's kernels support.
+
+    Starts CUDA in this process.
+    """
     import torch
 
     names = [re.fullmatch(r"sm_(\d+)[a-z]?", name) for name in torch.cuda.get_arch_list()]
@@ -238,12 +230,10 @@ def refuse_old_gpu(number: int) -> None:
         oldest = min(known)
         raise UserError(
             f"GPU {number} ({torch.cuda.get_device_name(number)}) has compute capability "
-            f"{major}.{minor}, "
-            f"and torch {torch.__version__} for CUDA {torch.version.cuda} needs "
-            f"{oldest // 10}.{oldest % 10} or more; install a torch for an older CUDA (cu126 of "
-            "download.pytorch.org/whl, with nvidia-dali-cuda120), leave the GPU out with "
-            f"{VISIBLE}, or "
-            "say --device cpu"
+            f"{major}.{minor}, but torch {torch.__version__} for CUDA {torch.version.cuda} needs "
+            f"{oldest // 10}.{oldest % 10} or higher; install a torch for an older CUDA (cu126 of "
+            "download.pytorch.org/whl, with nvidia-dali-cuda120), exclude the GPU with "
+            f"{VISIBLE}, or use --device cpu"
         )
 
 
@@ -258,11 +248,11 @@ def _read(path: Path) -> str:
 
 
 def visible_devices(variables: Mapping[str, str], gpus: Sequence[Gpu]) -> list[str] | None:
-    """The names in `CUDA_VISIBLE_DEVICES`: indexes and UUIDs in full; None where it is not set.
+    """Return the names in `CUDA_VISIBLE_DEVICES`: indexes, and UUIDs in full; None if unset.
 
-    `UserError` for a name that occurs twice, one that is none of `gpus` (unless those are not
-    known), and for GPUs beside MIG devices. CUDA itself would leave out all that follows, or
-    everything, and say nothing.
+    Raises `UserError` for a name that occurs twice, one that is not in `gpus` (if those are known),
+    and for a mix of GPUs and MIG devices. CUDA would silently ignore such a name and all that
+    follow, or everything.
     """
     text = variables.get(VISIBLE)
     if text is None:
@@ -272,77 +262,74 @@ def visible_devices(variables: Mapping[str, str], gpus: Sequence[Gpu]) -> list[s
     for position, name in enumerate(names):
         if places[position] in places[:position]:
             raise UserError(
-                f"{VISIBLE}={text} names {name} twice; a GPU takes one process, so name each once"
+                f"{VISIBLE}={text} names {name} twice; each GPU takes one process, so name each "
+                "once"
             )
     sliced = [name for name in names if name.startswith("MIG-")]
     if sliced and len(sliced) < len(names):
         raise UserError(
-            f"{VISIBLE}={text} mixes whole GPUs and MIG devices, of which CUDA uses one kind at a "
-            "time; "
-            "name one kind"
+            f"{VISIBLE}={text} mixes whole GPUs and MIG devices, but CUDA uses only one kind at a "
+            "time; name one kind"
         )
     return names
 
 
 def _whole_name(name: str, gpus: Sequence[Gpu], text: str) -> str:
-    """`name`, an index or the beginning of a UUID, in full."""
+    """Return `name`, an index or the beginning of a UUID, in full."""
     known = "; ".join(
         f"{gpu.index}: {gpu.uuid}{''.join(f', {one}' for one in gpu.slices)}" for gpu in gpus
     )
     if name.isdecimal():
         if gpus and int(name) not in [gpu.index for gpu in gpus]:
             raise UserError(
-                f"{VISIBLE}={text}: there is no GPU {name}; this machine has {known} (nvidia-smi "
-                "-L)"
+                f"{VISIBLE}={text}: no GPU {name}; this machine has {known} (nvidia-smi -L)"
             )
         return str(int(name))
     if not name.startswith(("GPU-", "MIG-")):
         raise UserError(
-            f"{VISIBLE}={text}: {name!r} is neither an index nor a UUID; write numbers from 0, or "
-            "names as "
-            "`nvidia-smi -L` has them"
+            f"{VISIBLE}={text}: {name!r} is neither an index nor a UUID; write indexes from 0, or "
+            "UUIDs as listed by `nvidia-smi -L`"
         )
     if not gpus:
         return name
     found = [uuid for gpu in gpus for uuid in (gpu.uuid, *gpu.slices) if uuid.startswith(name)]
     if len(found) != 1:
-        what = (
-            "there is no such device"
-            if not found
-            else f"{name} is the beginning of {len(found)} names"
-        )
+        what = "no such device" if not found else f"{name} is the beginning of {len(found)} UUIDs"
         raise UserError(f"{VISIBLE}={text}: {what}; this machine has {known} (nvidia-smi -L)")
     return found[0]
 
 
 def _place_of(name: str, gpus: Sequence[Gpu]) -> str:
-    """The same for each name of a device."""
+    """Return the same string for all names of one device."""
     return next((str(gpu.index) for gpu in gpus if gpu.uuid == name), name)
 
 
 def _slices(names: Sequence[str] | None, gpus: Sequence[Gpu]) -> list[str]:
-    """The MIG devices among `names`; where none are given, all that there are, for then CUDA shows
-    nothing else."""
+    """Return the MIG devices among `names`.
+
+    Without names, return all there are: where MIG devices exist, CUDA shows nothing else.
+    """
     if names is None:
         return [one for gpu in gpus for one in gpu.slices]
     return [name for name in names if name.startswith("MIG-")]
 
 
 def device_names(variables: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of GPUs or MIG devices in `CUDA_VISIBLE_DEVICES`, or all MIG devices; empty: GPUs
-    by their numbers."""
+    """Return the GPUs or MIG devices named by `CUDA_VISIBLE_DEVICES`, or all MIG devices.
+
+    Empty if GPUs are chosen by number.
+    """
     gpus = list_gpus()
     names = visible_devices(variables, gpus)
     return names or _slices(names, gpus)
 
 
 def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
-    """Prepare the environment of a launcher that starts `processes` and knows GPUs by their indexes
-    alone.
+    """Prepare the environment of a launcher that starts `processes` and knows GPUs only by index.
 
-    Returns whether it must be told how many processes there are, for it is not told which GPUs. MIG
-    devices are kept from it; each rank finds its own by `show_own_slice`. `UserError` where a UUID
-    has no index here.
+    Returns whether the launcher needs the number of processes, because the environment does not
+    name the GPUs. MIG devices are hidden from it; each rank finds its own by `show_own_slice`.
+    Raises `UserError` if a UUID's index is unknown.
     """
     gpus = list_gpus()
     names = visible_devices(variables, gpus)
@@ -357,22 +344,20 @@ def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
     unknown = [index for index in indexes if not index.isdecimal()]
     if unknown:
         raise UserError(
-            f"{VISIBLE} names {unknown[0]}, whose index only nvidia-smi could tell, and it is "
-            "missing or "
-            f"does not answer; name GPUs by number, or use one: {VISIBLE}={unknown[0]} and --procs "
+            f"{VISIBLE} names {unknown[0]}, but nvidia-smi, which knows its index, is missing or "
+            f"does not answer; name GPUs by index, or use one: {VISIBLE}={unknown[0]} and --procs "
             "1"
         )
     if any(not name.isdecimal() for name in names):
-        variables["CUDA_DEVICE_ORDER"] = (
-            "PCI_BUS_ID"  # nvidia-smi's order, which the indexes are of
-        )
+        # The indexes are in nvidia-smi's order.
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     variables[VISIBLE] = ",".join(indexes)
     return False
 
 
 def take_slice(rank: int, variables: MutableMapping[str, str]) -> None:
-    """In the environment of process `rank` of this host, show the MIG device that is its own, where
-    there are some."""
+    """Show process `rank` of this host its own MIG device, if there are any, through its
+    environment."""
     gpus = list_gpus() if may_have_gpu() and not is_cpu_wanted(variables) else []
     slices = _slices(visible_devices(variables, gpus), gpus) if gpus else []
     if rank < len(slices):
@@ -380,8 +365,10 @@ def take_slice(rank: int, variables: MutableMapping[str, str]) -> None:
 
 
 def show_own_slice(local_rank: int, variables: MutableMapping[str, str] = os.environ) -> None:
-    """Where the ranks of this host have MIG devices, let this process see its own alone. Call it
-    before CUDA starts."""
+    """Make this process see only its own MIG device, if this host's ranks use any.
+
+    Call it before CUDA starts.
+    """
     slices = (
         variables.get(SLICES, "").split(",")
         if variables.get(SLICES)
@@ -390,25 +377,26 @@ def show_own_slice(local_rank: int, variables: MutableMapping[str, str] = os.env
     if len(slices) > 1 or variables.get(SLICES):
         if local_rank >= len(slices):
             raise UserError(
-                f"LOCAL_RANK is {local_rank}, and this host has {len(slices)} MIG devices for its "
-                "ranks; "
-                "start at most one process per device"
+                f"LOCAL_RANK is {local_rank}, but this host has {len(slices)} MIG devices for its "
+                "ranks; start at most one process per device"
             )
         variables[VISIBLE] = slices[local_rank]
 
 
 def has_slice(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process's GPU is a MIG device."""
+    """Whether this process uses a MIG device."""
     return variables.get(VISIBLE, "").startswith("MIG-")
 
 
-def settle(device: str, variables: MutableMapping[str, str] = os.environ) -> None:
-    """Make the environment of a rank say what `--device` ("auto" or "cpu") and its launcher do,
-    before torch starts."""
+def apply_device(device: str, variables: MutableMapping[str, str] = os.environ) -> None:
+    """Apply `--device` ("auto" or "cpu") and the launcher's choice to a rank's environment.
+
+    Call it before torch starts.
+    """
     if device == "cpu":
         variables[CPU] = "1"
     if is_cpu_wanted(variables):
-        variables[VISIBLE] = ""  # for DALI and DeepSpeed, too
+        variables[VISIBLE] = ""  # DALI and DeepSpeed read it, too
         variables[CPU] = "1"
     elif variables.get(SLICES) or has_slice(variables):
-        show_own_slice(find_place(variables).local_rank, variables)
+        show_own_slice(find_rank_info(variables).local_rank, variables)

@@ -1,8 +1,9 @@
-"""Where this process stands among those that train together, read from its launcher's environment.
+"""Read this process's rank from its launcher's environment, and choose its GPU and network.
 
-torchrun, accelerate, deepspeed, Open MPI's mpirun and Slurm's srun each describe it with variables
-of their own; `find_place` reads them all. `gpu_of` and `choose_interface` then give the process its
-GPU and the network interface that leads to the other hosts. Linux; needs no torch.
+torchrun, accelerate, deepspeed, Open MPI's mpirun and Slurm's srun each describe a rank with their
+own variables; `find_rank_info` reads them all. `gpu_of` and `choose_interface` then give the
+process its GPU and the network interface that leads to the other hosts. Linux only; imports no
+torch.
 """
 
 from __future__ import annotations
@@ -25,35 +26,35 @@ import psutil
 from pipeline.cli import UserError
 
 GUARDED = "VASTSCALE_GUARDED"
-"""Environment variable of a rank whose output a guard keeps, and that ends with its guard."""
+"""Environment variable of a rank whose output a guard logs, and which ends with its guard."""
 BY_HAND = "RANK and WORLD_SIZE"
-"""The launcher's name where somebody set the variables himself."""
-FIRST_PORT, NUM_PORTS = 20000, 10000  # below what Linux gives to outgoing connections
-FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers batch scripts, salloc's shell etc. from here on
+"""The launcher's name if the user set the variables directly."""
+FIRST_PORT, NUM_PORTS = 20000, 10000  # below the ports that Linux gives to outgoing connections
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm's numbers of batch scripts, salloc shells etc. start here
 MAX_HOSTS, MAX_RANGES = 1 << 16, 256  # of one Slurm host list
 SCONTROL_SECONDS = 20
 INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
-"""Variable -> what goes before the interface's name: with "=" NCCL takes no longer name, too."""
-ANY_PORT = 9  # nothing is sent
+"""Variable -> prefix of the interface's name: "=" makes NCCL match the name exactly."""
+ANY_PORT = 9  # no packet is sent
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among those that train together."""
+class RankInfo:
+    """This process's rank, as its launcher describes it."""
 
     rank: int
     world_size: int
     local_rank: int  # among the processes of this host
-    launcher: str  # its name for people; empty: none
-    master_addr: str = "127.0.0.1"  # of rank 0
-    master_port: int = 0  # 0: any free one, for a process alone
-    spans_hosts: bool | None = False  # None: not known
-    hosts: tuple[str, ...] = ()  # in order of their ranks, where the launcher names them
-    local_size: int | None = None  # processes of this host, where that is known
+    launcher: str  # its name for messages; empty without a launcher
+    master_addr: str = "127.0.0.1"  # rank 0's address
+    master_port: int = 0  # 0: any free port, for a process alone
+    spans_hosts: bool | None = False  # whether ranks run on several hosts; None if unknown
+    hosts: tuple[str, ...] = ()  # in rank order, if the launcher names them
+    local_size: int | None = None  # processes on this host, if known
 
     def variables(self) -> dict[str, str]:
-        """What torch.distributed and DeepSpeed read in the environment."""
+        """Return the environment variables that torch.distributed and DeepSpeed read."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -63,26 +64,26 @@ class Place:
         }
 
 
-def find_place(variables: Mapping[str, str] = os.environ) -> Place:
-    """The place that a launcher's environment variables describe; alone where there are none.
+def find_rank_info(variables: Mapping[str, str] = os.environ) -> RankInfo:
+    """Read the rank that a launcher's environment variables describe; a process alone without them.
 
     RANK and WORLD_SIZE come first: torchrun, accelerate and deepspeed set them, also under Slurm.
-    Open MPI comes before Slurm, for its mpirun may start processes as Slurm's. `UserError` for a
-    partially set environment.
+    Open MPI comes before Slurm, because its mpirun may start processes through Slurm. Raises
+    `UserError` for a partially set environment.
     """
     if "RANK" in variables:
-        place = _by_rank(variables)
+        info = _by_rank(variables)
     else:
-        place = _by_openmpi(variables) or _by_slurm(variables)
-    # A batch script may export the size alone.
+        info = _by_openmpi(variables) or _by_slurm(variables)
+    # A batch script may export WORLD_SIZE without RANK.
     size_is_set = "WORLD_SIZE" in variables
-    if size_is_set and (place is None or place.world_size != _number(variables, "WORLD_SIZE")):
+    if size_is_set and (info is None or info.world_size != _number(variables, "WORLD_SIZE")):
         raise UserError(
             f"WORLD_SIZE is {variables['WORLD_SIZE']}, but RANK is not set; start the "
             "processes with torchrun, srun or mpirun, or unset WORLD_SIZE to train alone"
         )
-    if place is not None:
-        return place
+    if info is not None:
+        return info
     if "LOCAL_RANK" in variables:
         raise UserError(
             "LOCAL_RANK is set, but RANK and WORLD_SIZE are not; set all three, or none to "
@@ -95,7 +96,7 @@ def find_place(variables: Mapping[str, str] = os.environ) -> Place:
             "--nproc_per_node N train.py --runtime accelerate`, or ask for --num_processes 1 "
             "(and unset MASTER_PORT)"
         )
-    return Place(0, 1, 0, "accelerate launch" if is_from_accelerate(variables) else "")
+    return RankInfo(0, 1, 0, "accelerate launch" if is_from_accelerate(variables) else "")
 
 
 def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:
@@ -104,7 +105,7 @@ def is_from_accelerate(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask Linux to send this process a signal when its parent ends, so that no orphan is left."""
+    """Ask Linux to send this process a signal when its parent ends, so that it is not orphaned."""
     pr_set_pdeathsig = 1
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
@@ -113,8 +114,8 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
 # --- One function per launcher ---
 
 
-def _by_rank(variables: Mapping[str, str]) -> Place:
-    """torchrun, accelerate, deepspeed, or somebody who sets the variables himself."""
+def _by_rank(variables: Mapping[str, str]) -> RankInfo:
+    """Read the variables of torchrun, accelerate, deepspeed, or a user who sets them directly."""
     if "WORLD_SIZE" not in variables:
         raise UserError("RANK is set, but WORLD_SIZE is not; set both, or neither to train alone")
     rank, world_size = _number(variables, "RANK"), _number(variables, "WORLD_SIZE")
@@ -140,7 +141,7 @@ def _by_rank(variables: Mapping[str, str]) -> Place:
     local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else 0
     port = _number(variables, "MASTER_PORT") if variables.get("MASTER_PORT") else 0
     return _checked(
-        Place(
+        RankInfo(
             rank,
             world_size,
             local_rank,
@@ -153,8 +154,9 @@ def _by_rank(variables: Mapping[str, str]) -> Place:
     )
 
 
-def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
-    """Open MPI's mpirun, by hand or under `deepspeed --launcher openmpi`."""
+def _by_openmpi(variables: Mapping[str, str]) -> RankInfo | None:
+    """Read the variables of Open MPI's mpirun, used directly or by `deepspeed --launcher
+    openmpi`."""
     if "OMPI_COMM_WORLD_RANK" not in variables:
         return None
     rank, world_size, local_rank, local_size = (
@@ -170,7 +172,7 @@ def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
     # The job's name is the same on all ranks.
     job = variables.get("PMIX_NAMESPACE") or variables.get("OMPI_MCA_ess_base_jobid") or ""
     return _checked(
-        Place(
+        RankInfo(
             rank,
             world_size,
             local_rank,
@@ -183,11 +185,11 @@ def _by_openmpi(variables: Mapping[str, str]) -> Place | None:
     )
 
 
-def _by_slurm(variables: Mapping[str, str]) -> Place | None:
-    """Slurm's srun, by hand or under `deepspeed --launcher slurm`.
+def _by_slurm(variables: Mapping[str, str]) -> RankInfo | None:
+    """Read the variables of Slurm's srun, used directly or by `deepspeed --launcher slurm`.
 
-    The shell of sbatch or salloc has SLURM_PROCID and SLURM_NTASKS, too, but is alone: it is no
-    step, or one of the special ones.
+    The shell of sbatch or salloc also has SLURM_PROCID and SLURM_NTASKS but is alone: it is not a
+    step, or a special one.
     """
     step = variables.get("SLURM_STEP_ID", "")
     if "SLURM_PROCID" not in variables or not variables.get("SLURM_STEP_NODELIST"):
@@ -196,13 +198,13 @@ def _by_slurm(variables: Mapping[str, str]) -> Place | None:
         return None
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
     hosts = tuple(expand_hosts(variables["SLURM_STEP_NODELIST"]))
-    # Not SLURM_LAUNCH_NODE_IPADDR: it names where srun was typed, maybe a login node. Rank 0 runs
-    # on the first host.
+    # Not SLURM_LAUNCH_NODE_IPADDR: it names the host on which srun was typed, perhaps a login node.
+    # Rank 0 runs on the first host.
     address = variables.get("MASTER_ADDR") or (hosts[0] if len(hosts) > 1 else "127.0.0.1")
     job, world_size = _number(variables, "SLURM_JOB_ID"), _number(variables, tasks)
     local_size = world_size // len(hosts) if world_size % len(hosts) == 0 else None
     return _checked(
-        Place(
+        RankInfo(
             _number(variables, "SLURM_PROCID"),
             world_size,
             _number(variables, "SLURM_LOCALID"),
@@ -216,29 +218,29 @@ def _by_slurm(variables: Mapping[str, str]) -> Place | None:
     )
 
 
-def _checked(place: Place) -> Place:
-    if place.rank >= place.world_size:
+def _checked(info: RankInfo) -> RankInfo:
+    if info.rank >= info.world_size:
         raise UserError(
-            f"rank {place.rank} of {place.world_size} ranks ({place.launcher}): ranks count from 0"
+            f"rank {info.rank} of {info.world_size} ranks ({info.launcher}): ranks count from 0"
         )
-    if place.local_rank >= place.world_size:
+    if info.local_rank >= info.world_size:
         raise UserError(
-            f"rank {place.rank} cannot be number {place.local_rank} of its host: there are "
-            f"{place.world_size} ranks in all ({place.launcher})"
+            f"rank {info.rank} cannot be number {info.local_rank} of its host: there are "
+            f"{info.world_size} ranks in all ({info.launcher})"
         )
-    if place.world_size > 1 and place.master_port == 0:
+    if info.world_size > 1 and info.master_port == 0:
         raise UserError(
             "MASTER_PORT 0 does not say where the ranks meet; choose one from 1024 to 65535"
         )
-    if place.master_port > 65535:
+    if info.master_port > 65535:
         raise UserError(
-            f"MASTER_PORT {place.master_port} is not a port; choose one from 1024 to 65535"
+            f"MASTER_PORT {info.master_port} is not a port; choose one from 1024 to 65535"
         )
-    return place
+    return info
 
 
 def _port(variables: Mapping[str, str], number: int) -> int:
-    """MASTER_PORT, or the port that every rank of the job `number` derives from it."""
+    """Return MASTER_PORT, or the port that every rank derives from the job's `number`."""
     if variables.get("MASTER_PORT"):
         return _number(variables, "MASTER_PORT")
     return FIRST_PORT + number % NUM_PORTS
@@ -255,10 +257,10 @@ def _number(variables: Mapping[str, str], name: str) -> int:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login.
+    """Expand a Slurm host list, in order: `n[01-03,07],login` -> n01, n02, n03, n07, login.
 
-    Slurm's own `scontrol` expands it where it is installed. Containers rarely hold Slurm's client,
-    while srun's variables reach into them, so without it the list is parsed here.
+    Uses Slurm's `scontrol` if it is installed. Containers rarely contain Slurm's client, though
+    srun's variables reach into them; then the list is parsed here. Raises `UserError`.
     """
     if text.count("[") > MAX_RANGES:
         raise UserError(
@@ -283,9 +285,10 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def _by_scontrol(text: str) -> list[str] | None:
-    """What `scontrol show hostnames` makes of a list; None where it is not installed or refuses it.
+    """Expand a host list with `scontrol show hostnames`; None if it is missing or refuses the list.
 
-    It reads no configuration and asks no server. Only what could be a host list is handed to it.
+    The command reads no configuration and contacts no server. Only text that could be a host list
+    is passed to it.
     """
     if not shutil.which("scontrol") or not re.fullmatch(r"[A-Za-z0-9][\w.,\[\]-]*", text, re.ASCII):
         return None
@@ -303,7 +306,7 @@ def _by_scontrol(text: str) -> list[str] | None:
 
 
 def _expand(item: str, text: str) -> Iterator[str]:
-    """The hosts of a part of the list `text` between two commas."""
+    """Expand one item of the list `text`, the part between two commas."""
     head, bracket, rest = item.partition("[")
     if not bracket:
         yield head
@@ -327,54 +330,53 @@ def _no_host_list(text: str) -> UserError:
 # --- This process's GPU, and its network ---
 
 
-def gpu_of(place: Place, num_gpus: int, variables: Mapping[str, str] = os.environ) -> int:
-    """Which of the `num_gpus` GPUs that this process sees is its own."""
-    if place.local_rank < num_gpus:
-        return place.local_rank
-    shows_one = place.hosts or variables.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
-    if (
-        num_gpus == 1 and shows_one
-    ):  # srun --gpus-per-task=1 and MIG show each process its own alone
+def gpu_of(info: RankInfo, num_gpus: int, variables: Mapping[str, str] = os.environ) -> int:
+    """Return the index of this process's GPU among the `num_gpus` that it sees."""
+    if info.local_rank < num_gpus:
+        return info.local_rank
+    shows_one = info.hosts or variables.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+    # srun --gpus-per-task=1 and MIG show each process only its own device.
+    if num_gpus == 1 and shows_one:
         return 0
     raise UserError(
-        f"LOCAL_RANK is {place.local_rank}, but this process sees {num_gpus} GPUs; start at "
+        f"LOCAL_RANK is {info.local_rank}, but this process sees {num_gpus} GPUs; start at "
         "most one process per GPU on each host"
     )
 
 
-def choose_interface(place: Place, variables: MutableMapping[str, str] = os.environ) -> str:
-    """Tell Gloo and NCCL, unless the user has, which network interface leads to ranks on other
-    hosts.
+def choose_interface(info: RankInfo, variables: MutableMapping[str, str] = os.environ) -> str:
+    """Set the network interface to other hosts for Gloo and NCCL, unless the user has set it.
 
-    Left alone, Gloo takes the address of the host's name, on Debian a loopback address; NCCL may
-    take a bridge of Docker. Returns the interface; empty where nothing had to be set.
+    By default Gloo uses the address of the host's name, which on Debian is a loopback address, and
+    NCCL may use a Docker bridge. Returns the interface, or "" if nothing had to be set. Raises
+    `UserError`.
     """
     missing = [name for name in INTERFACE_VARIABLES if not variables.get(name)]
-    if place.spans_hosts is False or not missing:
+    if info.spans_hosts is False or not missing:
         return ""
-    towards = place.master_addr
+    towards = info.master_addr
     if ipaddress.ip_address(address_towards(towards)).is_loopback:
-        if place.spans_hosts is None:
+        if info.spans_hosts is None:
             return ""
-        # The first host's own name may lead to itself alone; the second host then shows the way
-        # out.
-        if place.rank != 0 or len(place.hosts) < 2:
+        # The first host's own name may resolve to loopback only; then the route to the second host
+        # shows the interface.
+        if info.rank != 0 or len(info.hosts) < 2:
             raise UserError(
-                f"MASTER_ADDR {place.master_addr} is a loopback address on this host, where "
+                f"MASTER_ADDR {info.master_addr} is a loopback address on this host, where "
                 "other hosts cannot connect; give the first host's address in the network, or "
                 "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             )
-        towards = place.hosts[1]
+        towards = info.hosts[1]
     interface = interface_towards(towards)
     variables.update({name: INTERFACE_VARIABLES[name] + interface for name in missing})
     return interface
 
 
 def interface_towards(address: str) -> str:
-    """The interface through which this host reaches `address`, an IP address or a host's name.
+    """Return the interface through which this host reaches `address`, an IP address or host name.
 
-    For an address of this host's own it is the interface that has it. `UserError` where there is no
-    way.
+    For one of this host's own addresses, that is the interface which has it. Raises `UserError` if
+    there is no route.
     """
     own = address_towards(address)
     for name, one in own_addresses():
@@ -387,8 +389,10 @@ def interface_towards(address: str) -> str:
 
 
 def address_towards(address: str) -> str:
-    """The IP address of this host on its route to `address`. Sends nothing. `UserError` without a
-    route."""
+    """Return this host's IP address on its route to `address`, without sending anything.
+
+    Raises `UserError` without a route.
+    """
     try:
         found = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError) as error:
@@ -413,7 +417,7 @@ def address_towards(address: str) -> str:
 
 
 def own_addresses() -> Iterator[tuple[str, str]]:
-    """(interface, IP address) of all interfaces that are up, IPv4 first."""
+    """Yield (interface, IP address) for all interfaces that are up, IPv4 first."""
     states = psutil.net_if_stats()
     addresses = psutil.net_if_addrs()
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -426,38 +430,37 @@ def own_addresses() -> Iterator[tuple[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port of this host's loopback interface that nothing listens on now."""
+    """Return a TCP port of the loopback interface on which nothing listens at present."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def is_own(address: str) -> bool:
-    """Whether `address`, an IP address or a host's name, is this host's, as far as it can resolve
-    it."""
+    """Whether `address`, an IP address or host name, resolves to this host."""
     own = {one for _, one in own_addresses()}
     return any(one in own or ipaddress.ip_address(one).is_loopback for one in _addresses(address))
 
 
 def is_known(name: str) -> bool:
-    """Whether this host's name service knows `name`."""
+    """Whether this host can resolve `name`."""
     return bool(_addresses(name))
 
 
 def outer_addresses(name: str) -> list[str]:
-    """The addresses behind `name` that other hosts can reach: all but loopback."""
+    """Return the addresses of `name` that other hosts can reach: all except loopback."""
     return sorted(one for one in _addresses(name) if not ipaddress.ip_address(one).is_loopback)
 
 
 def _addresses(name: str) -> set[str]:
-    """The IP addresses of a name; empty where it is not known."""
+    """Return the IP addresses of a name; empty if it cannot be resolved."""
     try:
         found = socket.getaddrinfo(name, ANY_PORT, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError):  # the latter for labels that no name has
+    except (OSError, UnicodeError):  # UnicodeError: labels that are invalid in any name
         return set()
     return {_without_scope(str(target[0])) for *_, target in found}
 
 
 def _without_scope(address: str) -> str:
-    """fe80::1%eth0 -> fe80::1."""
+    """Strip an IPv6 scope: fe80::1%eth0 -> fe80::1."""
     return address.partition("%")[0]

@@ -1,4 +1,4 @@
-"""This process among the others: the process group, and what ranks do together."""
+"""The process group: this rank's number and device, and operations of all ranks together."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from pipeline.distributed.gpus import has_slice, is_cpu_wanted, refuse_old_gpu, 
 from pipeline.distributed.launcher import (
     BY_HAND,
     GUARDED,
-    Place,
+    RankInfo,
     choose_interface,
     end_with_parent,
-    find_place,
+    find_rank_info,
     gpu_of,
 )
 
 LAUNCHER = "VASTSCALE_LAUNCHER_PID"
-"""Environment variable with the process that started the ranks; they stop when it is gone."""
+"""Environment variable: PID of the process that started the ranks, which stop when it is gone."""
 
 Result = TypeVar("Result")
 
@@ -41,29 +41,27 @@ class RankLostError(RunError, RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. By default it is alone and needs no process group."""
+    """This process among the ranks. By default it is alone and has no process group."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    control: dist.ProcessGroup | None = (
-        None  # over Gloo: flags between hosts, never a synchronisation with the GPU
-    )
-    launcher: str = ""  # that started the ranks, for people
-    interface: str = ""  # of the network to other hosts, where it was chosen here
+    # Gloo group for flags between hosts; its operations never synchronise with the GPU.
+    control: dist.ProcessGroup | None = None
+    launcher: str = ""  # name of what started the ranks, for messages
+    interface: str = ""  # network interface to other hosts, if it was chosen here
     timeout: timedelta = timedelta(minutes=10)  # of `control`
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def apart(self) -> Ranks:
-        """The same ranks with a control group of their own, for a thread beside the main one; all
-        make it together.
+    def with_own_group(self) -> Ranks:
+        """Return the same ranks with another control group, for use in a background thread.
 
         A group's collectives must come in the same order on every rank, so two threads cannot share
-        one.
+        one. All ranks call it together.
         """
         control = (
             None if self.world_size == 1 else dist.new_group(backend="gloo", timeout=self.timeout)
@@ -71,7 +69,7 @@ class Ranks:
         return replace(self, control=control)
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` (any picklable object) of every rank, in rank order, on every rank."""
+        """Return every rank's `value` (any picklable object), in rank order, on every rank."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -79,7 +77,7 @@ class Ranks:
         return values
 
     def agree(self, value: Any) -> Any:
-        """The first rank's `value`, on every rank."""
+        """Return the first rank's `value` on every rank."""
         if self.control is None:
             return value
         values = [value]
@@ -87,11 +85,11 @@ class Ranks:
         return values[0]
 
     def on_all_ranks(self, action: Callable[[], Result]) -> Result:
-        """Run `action`, which waits for no other rank, on every rank; return its value if it went
-        well on all.
+        """Run `action` on every rank and return its value if it succeeded on all of them.
 
-        Otherwise the first complaint is raised on the first rank, as the `UserError` (also for a
-        disk's) or `RunError` that it was, and the others exit with its status.
+        `action` must not wait for other ranks. Otherwise the first failure is raised on the first
+        rank, as `UserError` (which includes `OSError`s) or `RunError`, and the other ranks exit
+        with its status.
         """
         complaint, result = None, None
         try:
@@ -109,12 +107,11 @@ class Ranks:
         return cast(Result, result)
 
     def sees_folder(self, folder: Path, seconds: float = 0) -> bool:
-        """Whether this rank sees the `folder` of the first rank, where it exists; all ranks call it
-        together.
+        """Whether this rank sees the first rank's `folder`; all ranks call it together.
 
-        A file that the first rank makes for a moment decides: the names of hosts, paths and mounts
-        tell nothing, and a name that was never asked for is in no cache of a shared disk. Others
-        look for it for up to `seconds`.
+        The first rank creates a file for a moment, and the others look for it for up to `seconds`.
+        Names of hosts, paths and mounts prove nothing, whereas a new file name cannot be in a
+        shared disk's cache.
         """
         if self.world_size == 1:
             return True
@@ -124,7 +121,7 @@ class Ranks:
             deadline = time.monotonic() + seconds
             while not (is_seen := mark.exists()) and time.monotonic() < deadline:
                 time.sleep(0.2)
-            self.gather(None)  # all have looked
+            self.gather(None)  # wait until all have looked
         finally:
             if self.is_first:
                 mark.unlink(missing_ok=True)
@@ -132,11 +129,14 @@ class Ranks:
 
 
 def reach_ranks(action: Callable[[], Result]) -> Result:
-    """The value of `action`, which talks to other ranks; `RankLostError` where one is gone."""
+    """Return the value of `action`, which communicates with other ranks.
+
+    Raises `RankLostError` if one of them is gone.
+    """
     try:
         return action()
-    except RuntimeError as error:  # DistError is one; Gloo's own are nothing else
-        # The supervisor knows by these words that another rank is the cause.
+    except RuntimeError as error:  # includes DistError; Gloo raises plain RuntimeErrors
+        # The supervisor recognises by these words that another rank is the cause.
         raise RankLostError(
             "another rank has ended or does not answer; see what it reported "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -144,77 +144,75 @@ def reach_ranks(action: Callable[[], Result]) -> Result:
 
 
 def start_distributed(timeout_minutes: float = 10) -> Ranks:
-    """Join the process group that the launcher's environment describes; alone where there is none.
+    """Join the process group that the launcher's environment describes, or work alone without one.
 
-    NCCL between GPUs, Gloo between CPUs. When the launcher dies, this process gets SIGTERM.
-    `UserError` for an environment that is partially set and for a GPU that cannot be used,
-    `RunError` if the ranks do not find each other.
+    Uses NCCL between GPUs and Gloo between CPUs. When the launcher dies, this process gets SIGTERM.
+    Raises `UserError` for a partially set environment and for a GPU that cannot be used, `RunError`
+    if the ranks do not find each other.
     """
-    place = find_place()
-    os.environ.update(place.variables())
-    if LAUNCHER in os.environ or place.launcher not in ("", BY_HAND):
-        # One whose guard is gone cannot save, for all others are ended; and a stopped one would not
-        # end by SIGTERM.
+    info = find_rank_info()
+    os.environ.update(info.variables())
+    if LAUNCHER in os.environ or info.launcher not in ("", BY_HAND):
+        # SIGKILL under a guard: without it a rank cannot save, because all others are ended as
+        # well, and a stopped process would not react to SIGTERM.
         end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
-    interface = choose_interface(place)
-    device = _device(place)
+    interface = choose_interface(info)
+    device = _device(info)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
-        bind_to_cores(place, device.index, torch.cuda.device_count())
-        if place.world_size == 1:
-            os.environ.setdefault(
-                "NCCL_SOCKET_IFNAME", "lo"
-            )  # alone, in a sandbox perhaps without any other
+        bind_to_cores(info, device.index, torch.cuda.device_count())
+        if info.world_size == 1:
+            # NCCL needs an interface even for one process; a sandbox may have no other.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     timeout = timedelta(minutes=timeout_minutes)
-    # Bound to its GPU, NCCL fails here and not in the first step. Alone there is no one to reach.
-    # NCCL takes two MIG devices of a GPU for the same one and refuses (NVIDIA/nccl #1716).
-    by_nccl = device.type == "cuda" and not (has_slice() and place.world_size > 1)
-    bound = device if by_nccl and place.world_size > 1 else None
+    # With device_id, NCCL connects (and fails) here and not in the first step; with one rank there
+    # is nothing to connect. NCCL takes two MIG devices of one GPU for the same device and refuses
+    # them (NVIDIA/nccl #1716).
+    by_nccl = device.type == "cuda" and not (has_slice() and info.world_size > 1)
+    bound = device if by_nccl and info.world_size > 1 else None
     try:
         dist.init_process_group("nccl" if by_nccl else "gloo", timeout=timeout, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except dist.DistError as error:
         raise RunError(
-            f"rank {place.rank} of {place.world_size} ({place.launcher or 'alone'}) could not join "
-            "the "
-            f"others at {place.master_addr} port {place.master_port}: "
-            f"{str(error).splitlines()[0]}; see "
-            "that rank 0 runs there, that no other program has the port, and that no firewall is "
-            "between"
+            f"rank {info.rank} of {info.world_size} ({info.launcher or 'alone'}) could not join "
+            f"the others at {info.master_addr} port {info.master_port}: "
+            f"{str(error).splitlines()[0]}; check that rank 0 runs there, that no other program "
+            "uses the port, and that no firewall blocks it"
         ) from error
     return Ranks(
-        place.rank,
-        place.world_size,
-        place.local_rank,
+        info.rank,
+        info.world_size,
+        info.local_rank,
         device,
         control,
-        place.launcher,
+        info.launcher,
         interface,
         timeout,
     )
 
 
-def _device(place: Place) -> torch.device:
-    """This rank's GPU, or the CPU where the machine has none or it is insisted on; never silently
-    instead of a GPU."""
+def _device(info: RankInfo) -> torch.device:
+    """Return this rank's GPU, or the CPU if it was requested or the machine has no GPU.
+
+    Raises `UserError` (on each host's first rank; others exit) for a GPU that cannot be used.
+    """
     if is_cpu_wanted() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
     try:
         count = torch_gpus()
     except UserError:
-        if place.local_rank == 0:  # one of each host says it
+        if info.local_rank == 0:  # one rank per host reports it
             raise
         sys.exit(2)
     if not count:
         return torch.device("cpu")
-    device = torch.device("cuda", gpu_of(place, count))
+    device = torch.device("cuda", gpu_of(info, count))
     refuse_old_gpu(device.index)
     torch.cuda.set_device(device)
-    for name in (
-        "LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-    ):  # by which DeepSpeed would choose another one
+    # DeepSpeed would choose another GPU by these.
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
         if name in os.environ:
             os.environ[name] = str(device.index)
     return device

@@ -1,4 +1,4 @@
-"""How ranks decide together when to save and when to stop, without waiting for each other's GPU."""
+"""How ranks agree when to save and stop, without waiting for each other's GPU; the watchdog."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ import torch.distributed as dist
 
 from pipeline.distributed.ranks import LAUNCHER, Ranks
 
-NUM_SIGNALS = 128  # more than Linux has: ranks send kind and signal as one whole number
+NUM_SIGNALS = 128  # more than Linux has; ranks send kind and signal as one integer
 
 
 class RequestKind(IntEnum):
-    """What a rank may ask of all, the most urgent last."""
+    """What a rank may ask of all ranks, the most urgent last."""
 
-    GO_ON = 0
+    CONTINUE = 0
     SAVE = 1
     STOP = 2  # save and end
-    FAIL = 3  # likewise: some rank cannot go on
+    FAIL = 3  # save and end, because some rank cannot continue
 
 
 class Request(NamedTuple):
-    """What a rank would have all of them do. Of two requests the larger one wins."""
+    """What a rank asks of all ranks. Of several requests the largest wins."""
 
-    kind: RequestKind = RequestKind.GO_ON
-    signal: int = 0  # that a STOP is for
+    kind: RequestKind = RequestKind.CONTINUE
+    signal: int = 0  # the reason for a STOP
 
     @property
-    def is_to_end(self) -> bool:
+    def ends_training(self) -> bool:
         """Whether training ends with this step."""
         return self.kind >= RequestKind.STOP
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGHUP into a number to look at; more of them change nothing.
+    """Records SIGINT, SIGTERM and SIGHUP for the training loop to check; repeats change nothing.
 
-    As long as it `is_patient`: before the first step there is nothing to save, and the process ends
-    at once.
+    While it is not `is_patient`, which is before the first step, there is nothing to save, and a
+    signal ends the process at once.
     """
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
@@ -56,8 +56,8 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """The first signal, SIGTERM if the launcher is gone (nobody could stop this process any
-        more), else 0."""
+        """The first signal received, else 0. SIGTERM if the launcher is gone, since nobody could
+        stop this process any more."""
         if not self._noted and self._launcher:
             try:
                 os.kill(self._launcher, 0)
@@ -79,22 +79,24 @@ class StopSignals:
 
     def _note(self, number: int, _frame: Any) -> None:
         if not self.is_patient:
-            self._say("stopped before the first step, where there is nothing to save")
-            os._exit(128 + number)  # not by an exception: it may come in the middle of compiling
+            self._say("stopped before the first step; there is nothing to save")
+            os._exit(128 + number)  # an exception could interrupt compilation halfway
         self._noted = self._noted or number
 
 
 class Agreement:
-    """The largest request of all ranks, a step late: it travels between the hosts while the next
-    step computes."""
+    """The largest request of all ranks, one step late: it travels between hosts while the next step
+    computes."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, request: Request) -> Request:
-        """Send this step's request; returns what was agreed of the step before. Every rank calls it
-        every step."""
+        """Send this step's request; return what was agreed on in the previous step.
+
+        All ranks call it in every step.
+        """
         if self._ranks.world_size == 1:
             return request
         agreed = self.finish()
@@ -106,7 +108,7 @@ class Agreement:
         return agreed
 
     def finish(self) -> Request:
-        """What was agreed of the request sent last; every rank calls it, before it leaves the
+        """Return what was agreed on in the last exchange; all ranks call it before leaving the
         loop."""
         if self._pending is None:
             return Request()
@@ -117,51 +119,44 @@ class Agreement:
         return Request(RequestKind(kind), number)
 
 
-# Ends a process that makes no progress any more. Needs no torch.
-
-
-EVERY_SECONDS = 0.5  # feeding it more often changes nothing
-
-
-START_SECONDS = 30 * 60  # to begin: imports, other ranks, compiling
+EVERY_SECONDS = 0.5  # minimum time between two renewals of the watchdog
+START_SECONDS = 30 * 60  # allowed for imports, other ranks and compilation
 
 
 class Watchdog:
-    """From the first `feed` on there must be another one within `seconds` (0: it never minds).
+    """Ends the process if it makes no progress.
 
-    From `begin` on there must be a first one within half an hour.
-
-    Otherwise the tracebacks of all threads are written to stderr, and the process ends with status
-    1 at once. That is done by a thread of C that needs no Python lock: it works where the process
-    hangs inside a library, too.
+    After the first `feed` it must be fed again within `seconds` (0 disables it); after `begin` it
+    must be fed within half an hour. Otherwise the tracebacks of all threads are written to stderr
+    and the process ends at once with status 1. A C thread does this without Python's lock, so that
+    it also works if the process hangs inside a library.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._fed = float("-inf")
         self._is_armed = False
-        self._told = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as it lives
+        self._stderr = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as it lives
 
     def begin(self) -> None:
-        """Say that there will be progress."""
+        """Start waiting for the first progress."""
         if self._seconds:
             faulthandler.dump_traceback_later(
-                max(START_SECONDS, self._seconds), exit=True, file=self._told
+                max(START_SECONDS, self._seconds), exit=True, file=self._stderr
             )
 
     def feed(self, *, only_if_armed: bool = False) -> None:
-        """Say that there was progress; `only_if_armed`: of the kind that comes before the first
-        step, too."""
+        """Report progress. `only_if_armed`: ignore it before the first full step."""
         now = time.monotonic()
         if only_if_armed and not self._is_armed:
             return
         self._is_armed = True
         if self._seconds and now - self._fed > min(EVERY_SECONDS, self._seconds / 10):
             self._fed = now
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._told)
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
 
     def stop(self) -> None:
-        """Mind nothing from now on."""
+        """Disable the watchdog."""
         self._is_armed = False
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.cli import UserError
 from pipeline.distributed.gpus import count_gpus
-from pipeline.distributed.launcher import Place, find_place
+from pipeline.distributed.launcher import RankInfo, find_rank_info
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.image_sets import ImageSet, find_benchmark, find_folder
 from pipeline.evaluation.models import Model, choose_models
@@ -101,7 +101,7 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
 
     `command` starts another process like this one; without it this one does everything.
     """
-    place = find_place()
+    place = find_rank_info()
     if place.world_size > 1:
         return _evaluate_among_others(options, None)
     count = num_processes(options.procs, options.device) if command else 1
@@ -125,12 +125,12 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
 
 def _evaluate_among_others(options: Options, subject: Subject | None) -> int:
     """As one process of several, which its environment describes."""
-    place = find_place()
+    place = find_rank_info()
     with joined(place) as queue:
         return _evaluate(options, subject, queue, place)
 
 
-def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place: Place) -> int:
+def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place: RankInfo) -> int:
     ranks = queue.ranks
     evaluation = ranks.on_all_ranks(lambda: _prepare(options, subject, place))
     work, outputs = evaluation.work, evaluation.outputs
@@ -165,7 +165,7 @@ def choose_subject(options: Options) -> Subject:
     return Subject(models, choose_images(options, models[0].saved.scale))
 
 
-def _prepare(options: Options, subject: Subject | None, place: Place) -> Evaluation:
+def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Evaluation:
     """All that can be refused is refused here, before the work. `subject` where the starting
     process has chosen it."""
     if (

@@ -27,7 +27,7 @@ from pipeline.cli import RunError, UserError, bar_options, exit_status
 from pipeline.distributed.gpus import count_gpus, take_slice
 from pipeline.distributed.launcher import (
     BY_HAND,
-    Place,
+    RankInfo,
     choose_interface,
     end_with_parent,
     free_port,
@@ -117,7 +117,7 @@ class TaskQueue:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[TaskQueue]:
+def joined(place: RankInfo) -> Iterator[TaskQueue]:
     """Meet the other processes that the launcher's environment describes, over Gloo; end with who
     started this one.
 
@@ -163,7 +163,7 @@ def joined(place: Place) -> Iterator[TaskQueue]:
         dist.destroy_process_group()
 
 
-def _divide_threads(place: Place) -> None:
+def _divide_threads(place: RankInfo) -> None:
     """The processes of a host share its cores, unless it is said how many threads each has."""
     if "OMP_NUM_THREADS" not in os.environ and place.local_size:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
@@ -302,7 +302,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
     take_slice(rank, variables)
-    place = Place(rank, count, rank, "", "127.0.0.1", port)
+    place = RankInfo(rank, count, rank, "", "127.0.0.1", port)
     return {
         **variables,
         **place.variables(),

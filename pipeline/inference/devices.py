@@ -11,7 +11,7 @@ import psutil
 
 from pipeline.cli import UserError
 from pipeline.distributed.gpus import may_have_gpu, torch_gpus
-from pipeline.distributed.launcher import Place, gpu_of
+from pipeline.distributed.launcher import RankInfo, gpu_of
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -50,7 +50,7 @@ def choose_device(name: str) -> Device:
     return Device(place.type, place.index)
 
 
-def device_at(place: Place, name: str) -> Device:
+def device_at(place: RankInfo, name: str) -> Device:
     """`choose_device` for one process of several: "auto" and "cuda" are then the GPU of its own."""
     if place.world_size == 1:
         return choose_device(name)

@@ -1,1 +1,1 @@
-"""What a training run reports: console, JSON lines, TensorBoard, Weights & Biases."""
+"""Reporting of a training run: console, JSON lines, TensorBoard, Weights & Biases."""

@@ -1,5 +1,7 @@
-"""The voice of a run: lines on the terminal, and the same with their times in its run.log. Needs no
-torch."""
+"""Console output of a run: lines on the terminal, and the same with timestamps in run.log.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,16 @@ from typing import TextIO
 from pipeline.cli import say
 
 RUN_LOG_FILE = "run.log"
-MOST_BYTES = 16 << 20  # of a run.log, which then becomes run.log.1, in the place of the one before
+MOST_BYTES = 16 << 20  # of a run.log, which then replaces run.log.1
 BAR = 24  # characters
-COLOURS = {"warning:": "\x1b[33m", "error:": "\x1b[31m"}  # by how a line begins
+COLOURS = {"warning:": "\x1b[33m", "error:": "\x1b[31m"}  # by the beginning of a line
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 class Console:
-    """What the first rank says; those of the other ranks are mute.
+    """Console output of the first rank; on other ranks, make it with `is_mute`.
 
-    Until `keep_in` names the run.log, lines wait for it. A run.log that cannot be written is a
-    warning, once.
+    Lines are kept until `log_to` names the run.log. If that cannot be written, one warning says so.
     """
 
     def __init__(self, *, is_mute: bool = False) -> None:
@@ -41,8 +42,8 @@ class Console:
         self._waiting: list[str] = []
         self._is_broken = False
 
-    def keep_in(self, path: Path) -> None:
-        """From now on append to the file at `path`."""
+    def log_to(self, path: Path) -> None:
+        """Append all further lines to the file at `path`."""
         if self._is_mute:
             return
         self.close()
@@ -51,7 +52,7 @@ class Console:
         self._write(*waiting)
 
     def say(self, text: str, *, is_good: bool = False) -> None:
-        """A line; green on a terminal if it `is_good` news."""
+        """Print a line; green on a terminal if it `is_good` news."""
         if self._is_mute:
             return
         self._end_line()
@@ -64,13 +65,15 @@ class Console:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line for run.log alone."""
+        """Write a line to run.log only."""
         if not self._is_mute:
             self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def progress(self, text: str, share: float) -> None:
-        """The line of progress: rewritten on a terminal, with a bar of the `share` (0 to 1) that is
-        done; else new."""
+        """Print a progress line; `share` is the part that is done, 0 to 1.
+
+        On a terminal the line is rewritten in place, with a bar; elsewhere it is a new line.
+        """
         if self._is_mute:
             return
         self.note(text)
@@ -79,13 +82,13 @@ class Console:
         else:
             say(text)
 
-    def passing(self, text: str) -> None:
-        """A word on what is being done, for terminals only: nothing that a log should keep."""
+    def show_status(self, text: str) -> None:
+        """Show what is being done in the progress line of a terminal, without logging it."""
         if self._on_terminal and not self._is_mute:
             self._rewrite(text)
 
     def close(self) -> None:
-        """End the open line and let go of run.log; what is said later waits for the next."""
+        """End the open line and close run.log; further lines wait for the next one."""
         self._end_line()
         if self._file:
             with suppress(OSError):
@@ -121,12 +124,12 @@ class Console:
             if not self._is_broken:
                 self._is_broken = True
                 self.say(
-                    f"warning: {self._path.name} cannot be written: {error}; training goes on "
-                    "without"
+                    f"warning: {self._path.name} cannot be written: {error}; training continues "
+                    "without it"
                 )
 
 
 def bar(share: float) -> str:
-    """`[======>                 ]  29%`."""
+    """Draw a progress bar such as `[======>                 ]  29%`."""
     done = max(0, min(BAR, int(share * BAR)))
     return f"[{('=' * done + '>' * (done < BAR)).ljust(BAR)}] {share:4.0%}"

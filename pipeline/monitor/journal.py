@@ -1,5 +1,4 @@
-"""What a run writes down: one JSON line a log step, TensorBoard, and Weights & Biases where that is
-wanted."""
+"""Logs of a run: JSON lines, TensorBoard, and Weights & Biases if enabled."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
 MOST_VALUES = 1_000_000
-"""So many values, evenly apart, stand for a larger distribution; torch takes quantiles of at most
-2^24."""
+"""Larger distributions are represented by this many evenly spaced values; torch computes quantiles
+of at most 2^24."""
 
 
 class Tracker(Protocol):
-    """Another place for the same numbers and pictures. Its methods raise nothing."""
+    """Another destination for the same numbers and images. Its methods never raise."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -35,8 +34,8 @@ class Tracker(Protocol):
 
 
 class Journal:
-    """Writes down a run. What was logged after `step` belongs to lost work that will be done again:
-    it is dropped."""
+    """Logs a run. Entries after `step` belong to lost work that will be repeated; they are
+    dropped."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class Journal:
 
         log_dir.mkdir(parents=True, exist_ok=True)
         self._path = log_dir / LOG_FILE
-        _forget_after(self._path, step)
+        _drop_after(self._path, step)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(
             str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30
@@ -58,35 +57,35 @@ class Journal:
         self._broken: set[str] = set()
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """One JSON line, and a scalar `event/name` for every number."""
-        plain = {
+        """Write a JSON line, and a scalar `event/name` for every number."""
+        plain = {  # JSON has no NaN
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
-        }  # JSON knows no NaN
+        }
         self._line({"event": event, "step": step, "time": round(time.time(), 3), **plain})
         scalars = {
             f"{event}/{name}": value
             for name, value in values.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-        with self.unstoppable():
+        with self.warn_on_error():
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, step)
         if self._tracker:
             self._tracker.scalars(step, scalars)
 
     def picture(self, step: int, tag: str, image: Tensor) -> None:
-        """A byte image (1, 3, height, width)."""
-        with self.unstoppable():
+        """Log an image: uint8 (1, 3, height, width)."""
+        with self.warn_on_error():
             self._board.add_image(tag, image[0].cpu(), step)
         if self._tracker:
             self._tracker.picture(step, tag, image[0].permute(1, 2, 0).cpu().numpy())
 
     def distribution(self, step: int, tag: str, values: Tensor) -> None:
-        """A histogram, and the mean and the 5, 50 and 95 % quantiles of its values as a JSON line.
+        """Log a histogram, and the mean and the 5, 50 and 95 % quantiles as a JSON line.
 
-        Of more than `MOST_VALUES` a part is taken, for the histogram and the quantiles; the mean is
-        of all.
+        Nothing is logged if a value is not finite. Of more than `MOST_VALUES`, a part is used for
+        histogram and quantiles; the mean is of all.
         """
         values = values.detach().float().flatten()
         if not torch.isfinite(values).all():
@@ -106,30 +105,32 @@ class Journal:
         )
 
     def histogram(self, step: int, tag: str, values: Tensor) -> None:
-        """How the finite ones of `values` are spread; nothing where there is none."""
+        """Log the histogram of the finite `values`; nothing if there are none."""
         values = _some(values.detach().float().flatten())
         values = values[torch.isfinite(values)].cpu()
         if not len(values):
             return
-        with self.unstoppable():
+        with self.warn_on_error():
             self._board.add_histogram(tag, values, step)
         if self._tracker:
             self._tracker.histogram(step, tag, values.numpy())
 
     def _line(self, line: Mapping[str, Any]) -> None:
-        with self.unstoppable():
+        with self.warn_on_error():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
 
     @contextmanager
-    def unstoppable(self, what: str = "the log") -> Iterator[None]:
-        """What cannot be written must not stop the run: that is said once for each `what`, and
-        checkpoints try on."""
+    def warn_on_error(self, what: str = "the log") -> Iterator[None]:
+        """Turn an `OSError` into a warning, once for each `what`: failing logs must not stop a
+        run."""
         try:
             yield
         except OSError as error:
             if what not in self._broken:
-                self._warn(f"warning: {what} cannot be written: {error}; training goes on without")
+                self._warn(
+                    f"warning: {what} cannot be written: {error}; training continues without it"
+                )
                 self._broken.add(what)
 
     def close(self) -> None:
@@ -139,17 +140,17 @@ class Journal:
 
 
 def _some(values: Tensor) -> Tensor:
-    """All of `values`, flat, or `MOST_VALUES` of them, evenly apart."""
+    """Return `values` (flat), or at most `MOST_VALUES` of them, evenly spaced."""
     apart = -(-len(values) // MOST_VALUES)
-    return values[:: apart | 1]  # an odd stride, which meets all columns of an image of even width
+    return values[:: apart | 1]  # an odd stride, so that all columns of an even width are sampled
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill goes too
+        with suppress(ValueError, TypeError, KeyError):  # drops lines cut short by a kill as well
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     aside = path.with_suffix(".tmp")
@@ -158,7 +159,7 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 def duration(seconds: float) -> str:
-    """`3:07:05`, `7:05`."""
+    """Format seconds as `3:07:05` or `7:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,5 +1,7 @@
-"""The one door to Weights & Biases: the same numbers and pictures as in TensorBoard. It never stops
-a run nor asks."""
+"""Logging to Weights & Biases: the same numbers and images as in TensorBoard.
+
+It never stops a run and never asks for input.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,22 @@ INIT_SECONDS, FINISH_SECONDS, REACH_SECONDS = 30, 60, 5
 
 
 def require_wandb() -> None:
-    """Raise `UserError` where the package is missing."""
+    """Raise `UserError` if the package wandb is missing."""
     try:
         import wandb  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--wandb needs the package wandb ({error}); `pip install wandb` into this "
-            "environment, or "
-            "leave --wandb out"
+            f"--wandb needs the package wandb ({error}); run `pip install wandb` in this "
+            "environment, or omit --wandb"
         ) from None
 
 
 class WandbTracker:
-    """A W&B run, the same one whenever this run is continued: its id is kept in `log_dir`/wandb/.
+    """A W&B run, kept when training continues: its id is stored in `log_dir`/wandb/.
 
-    Offline where WANDB_MODE says so, there is no key, or the server does not answer; then
-    everything lies in `log_dir`/wandb/ and can be sent later. Whatever goes wrong is a warning,
-    once, and the training goes on.
+    Offline if WANDB_MODE says so, there is no key, or the server does not answer; then everything
+    is stored in `log_dir`/wandb/ and can be sent later. Any error is a warning, once, and training
+    continues.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class WandbTracker:
         self._mode, self._why = "offline", ""
         self._folder = log_dir / WANDB_DIR
         states = random_states()
-        with self._unstoppable():
+        with self._warn_on_error():
             import wandb
 
             wandb.setup(wandb.Settings(silent=True))
@@ -66,14 +67,12 @@ class WandbTracker:
             self._mode, self._why = _mode()
             try:
                 self._start(name, config)
-            except (
-                Exception
-            ) as error:  # wandb raises many kinds; a server that answers badly must not stop a run
+            except Exception as error:  # wandb raises many types, also for bad server replies
                 if self._mode != "online":
                     raise
                 self._mode = "offline"
                 self._why = f"wandb could not start online: {_short(error)}"
-                wandb.teardown()  # or it would hold the id to be in use
+                wandb.teardown()  # otherwise wandb would consider the id to be in use
                 self._start(name, config)
         restore_random_states(states)
 
@@ -104,7 +103,7 @@ class WandbTracker:
 
     @property
     def introduction(self) -> str:
-        """One line: where what is logged goes."""
+        """A line that says where the logs go."""
         if self._run is None:
             return "W&B: not used"
         if self._mode != "online":
@@ -112,22 +111,21 @@ class WandbTracker:
         return f"W&B: {self._run.url}"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags, at a step. W&B draws them over `step`; its own count of calls
-        means nothing."""
+        """Log numbers by tag at `step`, which W&B uses as the x axis instead of its own counter."""
         self._log(step, values)
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """HWC bytes."""
+        """Log an image: uint8 (height, width, 3)."""
         self._log(step, lambda wandb: {tag: wandb.Image(np.ascontiguousarray(pixels))})
 
     def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-        """How values are spread, in 64 bins."""
+        """Log a histogram with 64 bins."""
         self._log(
             step, lambda wandb: {tag: wandb.Histogram(np_histogram=np.histogram(values, bins=64))}
         )
 
     def finish(self) -> None:
-        """Send what is left, for a minute at most, and say how to send what could not be sent."""
+        """Send what is left, within about a minute, and say how to send what could not be sent."""
         if self._run is None:
             return
         run, self._run = self._run, None
@@ -135,24 +133,23 @@ class WandbTracker:
         ended = threading.Event()
 
         def end() -> None:
-            with self._unstoppable():
+            with self._warn_on_error():
                 run.finish()
                 ended.set()
 
-        thread = threading.Thread(
-            target=end, daemon=True
-        )  # wandb's own time limit does not bind where it hangs
+        # A thread with a time limit, because wandb's own limit does not apply where it hangs.
+        thread = threading.Thread(target=end, daemon=True)
         thread.start()
         thread.join(FINISH_SECONDS + 10)
         if self._mode == "offline":
             self._warn(
-                f"W&B: this is not sent yet; `wandb login` and `wandb sync {short_path(folder)}` "
-                "send it"
+                f"W&B: not sent yet; send it with `wandb login` and `wandb sync "
+                f"{short_path(folder)}`"
             )
         elif self._mode == "online" and not ended.is_set():
             self._warn(
-                f"warning: W&B: not all could be sent in time; `wandb sync {short_path(folder)}` "
-                "sends the rest"
+                "warning: W&B: not everything was sent in time; send the rest with `wandb sync "
+                f"{short_path(folder)}`"
             )
 
     def _log(
@@ -160,28 +157,28 @@ class WandbTracker:
     ) -> None:
         if self._run is None:
             return
-        with self._unstoppable():
+        with self._warn_on_error():
             import wandb
 
             self._run.log({"step": step, **(values(wandb) if callable(values) else values)})
 
     @contextmanager
-    def _unstoppable(self) -> Iterator[None]:
+    def _warn_on_error(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, it is W&B's
+        except Exception as error:  # any error of W&B's
             self._run = None
-            self._warn(f"warning: W&B: {_short(error)}; training goes on without it")
+            self._warn(f"warning: W&B: {_short(error)}; training continues without it")
 
 
 def _mode() -> tuple[str, str]:
-    """(online, offline or disabled; why it is not online)."""
-    said = os.environ.get("WANDB_MODE", "").lower()
-    if said in ("offline", "dryrun", "disabled"):
-        return ("disabled" if said == "disabled" else "offline"), f"WANDB_MODE={said}"
+    """Return the mode (online, offline or disabled) and why it is not online."""
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    if asked in ("offline", "dryrun", "disabled"):
+        return ("disabled" if asked == "disabled" else "offline"), f"WANDB_MODE={asked}"
     base = os.environ.get("WANDB_BASE_URL") or _base_url()
     if not _has_key(base):
-        return "offline", f"no key for {base}; `wandb login` or WANDB_API_KEY gives one"
+        return "offline", f"no key for {base}; set one with `wandb login` or WANDB_API_KEY"
     address = urlsplit(base)
     try:
         socket.create_connection(
@@ -200,7 +197,7 @@ def _mode() -> tuple[str, str]:
 def _base_url() -> str:
     import wandb
 
-    return str(wandb.setup().settings.base_url)  # with what `wandb login --host` wrote down
+    return str(wandb.setup().settings.base_url)  # includes what `wandb login --host` stored
 
 
 def _has_key(base_url: str) -> bool:
@@ -216,7 +213,7 @@ def _has_key(base_url: str) -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """The id that this run has had from its first start on."""
+    """Return this run's W&B id, which is made at its first start."""
     if path.is_file():
         return path.read_text().strip()
     new = secrets.token_hex(4)

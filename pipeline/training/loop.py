@@ -80,7 +80,7 @@ class Training:
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
         while (
-            not agreed.is_to_end
+            not agreed.ends_training
             and progress.step < self.plan.total_steps
             and not progress.is_out_of_patience(recipe.patience)
         ):
@@ -112,14 +112,16 @@ class Training:
             with meter.paused():
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
-                is_best = not agreed.is_to_end and self._validation_is_due() and self._validate()
+                is_best = (
+                    not agreed.ends_training and self._validation_is_due() and self._validate()
+                )
                 if (
                     is_best
                     or agreed.kind == RequestKind.SAVE
                     or progress.step % recipe.save_every == 0
                 ):
                     self._save()
-                if not agreed.is_to_end:
+                if not agreed.ends_training:
                     self._show_previews()
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
@@ -287,7 +289,7 @@ class Training:
     def _before_validating(self, done: int, share: int) -> bool:
         """Called before each image; returns False to abandon the validation."""
         self._watchdog.feed(only_if_armed=True)
-        self.console.passing(f"validating: image {done + 1} of {share}")
+        self.console.show_status(f"validating: image {done + 1} of {share}")
         return not self.signals.received
 
     def _save(self, *, must: bool = False) -> None:

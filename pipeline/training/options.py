@@ -18,7 +18,7 @@ from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime,
 from pipeline.config.recipe import ROOT, Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
-from pipeline.distributed.launcher import find_place
+from pipeline.distributed.launcher import find_rank_info
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
@@ -191,7 +191,7 @@ def plans_of_rank(options: TrainOptions) -> list[TrainPlan] | None:
     try:
         return make_plans(options)
     except UserError:
-        if find_place().local_rank == 0:
+        if find_rank_info().local_rank == 0:
             raise
         return None
 

@@ -43,7 +43,7 @@ class Reporter:
         plan.dataset.write_lists(plan.run_dir / FILE_LISTS_DIR)
         if run.progress.step == 0:
             move_logs_aside(plan)
-        console.keep_in(plan.log_dir / RUN_LOG_FILE)
+        console.log_to(plan.log_dir / RUN_LOG_FILE)
         self._tracker = self._start_tracker() if plan.wandb else None
         self.journal = Journal(plan.log_dir, run.progress.step, console.say, self._tracker)
         self._previews = Previews(
@@ -157,7 +157,7 @@ class Reporter:
         outputs = [validation.upscale(averaged, pair).cpu() for pair in self._previews.pairs]
         for pair, output in zip(self._previews.pairs, outputs, strict=True):
             self.journal.picture(step, f"{pair.name}/output", output)
-        with self.journal.unstoppable(PREVIEWS_DIR):
+        with self.journal.warn_on_error(PREVIEWS_DIR):
             self._previews.write(step, outputs)
         self._seconds += time.perf_counter() - began
 

@@ -16,7 +16,7 @@ from pipeline.cli import UserError
 from pipeline.config.ds_config import ds_differences, precision_of
 from pipeline.config.recipe import changes, recipe_differences, recipe_of
 from pipeline.distributed.gpus import is_cpu_wanted, may_have_gpu
-from pipeline.distributed.launcher import GUARDED, find_place
+from pipeline.distributed.launcher import GUARDED, find_rank_info
 from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.run_folder import FILE_LISTS_DIR, checkpoint_dir, checkpoint_steps
 from pipeline.training.options import TrainPlan
@@ -89,7 +89,7 @@ def report_if_finished(plans: Sequence[TrainPlan]) -> bool:
         return False
     console = Console()
     for plan, step in zip(plans, steps, strict=True):
-        console.keep_in(plan.log_dir / RUN_LOG_FILE)
+        console.log_to(plan.log_dir / RUN_LOG_FILE)
         console.say(nothing_left(plan, step))
         console.close()
     return True
@@ -98,7 +98,7 @@ def report_if_finished(plans: Sequence[TrainPlan]) -> bool:
 def _is_alone() -> bool:
     """Whether no other rank waits for this process and no supervisor waits for a rank."""
     with suppress(UserError):  # the normal start reports it
-        return find_place().world_size == 1 and GUARDED not in os.environ
+        return find_rank_info().world_size == 1 and GUARDED not in os.environ
     return False
 
 

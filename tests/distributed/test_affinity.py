@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.distributed import affinity
 from pipeline.distributed.affinity import bind_to_cores, own_share, read_ranges
-from pipeline.distributed.launcher import Place
+from pipeline.distributed.launcher import RankInfo
 
 NODES = {0: {*range(8), *range(16, 24)}, 1: {*range(8, 16), *range(24, 32)}}
 """Two sockets of eight cores with two threads each, as Linux numbers them."""
@@ -70,15 +70,15 @@ def two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int
 
 
 def test_a_rank_is_bound_beside_its_gpu(two_sockets: list[set[int]]) -> None:
-    place = Place(0, 2, 0, "deepspeed", local_size=2)
+    place = RankInfo(0, 2, 0, "deepspeed", local_size=2)
     assert bind_to_cores(place, 0, 2) == sorted(NODES[1])
-    assert bind_to_cores(Place(1, 2, 1, "deepspeed", local_size=2), 1, 2) == sorted(NODES[0])
+    assert bind_to_cores(RankInfo(1, 2, 1, "deepspeed", local_size=2), 1, 2) == sorted(NODES[0])
     assert two_sockets == [NODES[1], NODES[0]]
 
 
 def test_a_rank_that_sees_one_gpu_leaves_room_for_all(two_sockets: list[set[int]]) -> None:
     found = [
-        bind_to_cores(Place(rank, 4, rank, "srun of Slurm", local_size=4), 0, 1)
+        bind_to_cores(RankInfo(rank, 4, rank, "srun of Slurm", local_size=4), 0, 1)
         for rank in range(4)
     ]
     assert sorted(core for share in found for core in share) == sorted(NODES[1])
@@ -87,7 +87,7 @@ def test_a_rank_that_sees_one_gpu_leaves_room_for_all(two_sockets: list[set[int]
 def test_nobody_is_bound_against_his_will(
     two_sockets: list[set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(0, 2, 0, "deepspeed", local_size=2)
+    place = RankInfo(0, 2, 0, "deepspeed", local_size=2)
     monkeypatch.setenv(affinity.OPT_OUT, "0")
     assert bind_to_cores(place, 0, 2) == []
     monkeypatch.delenv(affinity.OPT_OUT)
@@ -95,9 +95,9 @@ def test_nobody_is_bound_against_his_will(
     assert bind_to_cores(place, 0, 2) == []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
     for alone in (
-        Place(0, 1, 0, ""),
-        Place(0, 2, 0, "torchrun", local_size=1),
-        Place(0, 2, 0, "RANK and WORLD_SIZE"),
+        RankInfo(0, 1, 0, ""),
+        RankInfo(0, 2, 0, "torchrun", local_size=1),
+        RankInfo(0, 2, 0, "RANK and WORLD_SIZE"),
     ):
         assert bind_to_cores(alone, 0, 2) == []
     assert two_sockets == []

@@ -17,17 +17,17 @@ from conftest import ROOT, SMALL, assert_one_line, environment
 from pipeline.cli import UserError
 from pipeline.distributed import gpus, ranks
 from pipeline.distributed.gpus import (
+    apply_device,
     count_gpus,
     is_cpu_wanted,
     parse_list,
-    settle,
     share_out,
     show_own_slice,
     take_slice,
     torch_gpus,
     visible_devices,
 )
-from pipeline.distributed.launcher import Place, find_place, gpu_of
+from pipeline.distributed.launcher import RankInfo, find_rank_info, gpu_of
 from pipeline.inference.devices import choose_device
 
 WHOLE = """\
@@ -99,9 +99,8 @@ def test_a_driver_that_is_too_old_is_an_error(
         "old for torch 2.13.0 "
         "for CUDA 13.0: that needs driver 580 or newer; install driver 580 or newer, or a torch "
         "for an older CUDA "
-        "(cu126 or cu128 of download.pytorch.org/whl, with nvidia-dali-cuda120), or say --device "
-        "cpu to use the CPU "
-        "all the same"
+        "(cu126 or cu128 of download.pytorch.org/whl, with nvidia-dali-cuda120), or use the CPU "
+        "with --device cpu"
     )
 
 
@@ -111,11 +110,12 @@ def test_a_torch_without_cuda_is_an_error(machine: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     said = complaint(torch_gpus)
     assert (
-        "3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 580.65.06), and torch 2.13.0+cpu is built "
-        "for CPUs"
+        "3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 580.65.06), but torch 2.13.0+cpu is a "
+        "CPU build"
     ) in said
     assert (
-        "install torch 2.13.0 from PyPI (CUDA 13: driver 580 or newer), or say --device cpu" in said
+        "install torch 2.13.0 from PyPI (CUDA 13: driver 580 or newer), or use the CPU with "
+        "--device cpu" in said
     )
 
 
@@ -137,7 +137,7 @@ def test_a_driver_that_fails_otherwise_is_told_in_torchs_words(
         "cannot use it: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet "
         "initialized; "
     ) in said
-    assert said.endswith("or say --device cpu to use the CPU all the same")
+    assert said.endswith("or use the CPU with --device cpu")
 
 
 def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(
@@ -147,7 +147,7 @@ def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(
     assert torch_gpus() == count_gpus() == 0  # the driver's tools alone make no GPU
     monkeypatch.setattr(gpus, "_has_device", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "this machine has a GPU (its driver does not answer), and torch" in complaint(torch_gpus)
+    assert "this machine has a GPU (its driver does not answer), but torch" in complaint(torch_gpus)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_who_insists_on_the_cpu_gets_it(
         monkeypatch.setenv(name, value)
     assert is_cpu_wanted()
     assert (count_gpus(), torch_gpus(), str(choose_device("auto"))) == (0, 0, "cpu")
-    assert ranks._device(Place(0, 1, 0, "")) == torch.device("cpu")
+    assert ranks._device(RankInfo(0, 1, 0, "")) == torch.device("cpu")
 
 
 def test_a_gpu_older_than_torchs_kernels_is_an_error(
@@ -184,19 +184,19 @@ def test_a_gpu_older_than_torchs_kernels_is_an_error(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100-SXM2-16GB")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert ranks._device(Place(0, 2, 0, "torchrun")) == torch.device("cuda", 0)
+    assert ranks._device(RankInfo(0, 2, 0, "torchrun")) == torch.device("cuda", 0)
     said = complaint(
-        ranks._device, Place(1, 2, 1, "torchrun")
+        ranks._device, RankInfo(1, 2, 1, "torchrun")
     )  # the rank itself says it: others may be well
-    assert said.startswith("GPU 1 (Tesla V100-SXM2-16GB) has compute capability 7.0, and torch ")
-    assert "needs 7.5 or more" in said
+    assert said.startswith("GPU 1 (Tesla V100-SXM2-16GB) has compute capability 7.0, but torch ")
+    assert "needs 7.5 or higher" in said
 
 
 def test_one_rank_of_a_host_says_it(machine: Any) -> None:
     machine(driver="550.54.15", sees=0)
-    assert "--device cpu" in complaint(ranks._device, Place(4, 8, 0, "torchrun"))
+    assert "--device cpu" in complaint(ranks._device, RankInfo(4, 8, 0, "torchrun"))
     with pytest.raises(SystemExit) as stop:
-        ranks._device(Place(5, 8, 1, "torchrun"))
+        ranks._device(RankInfo(5, 8, 1, "torchrun"))
     assert stop.value.code == 2
 
 
@@ -275,13 +275,12 @@ def test_visible_devices_are_read(text: str | None, names: list[str] | None) -> 
         (
             "0,3",
             WHOLE,
-            f"there is no GPU 3; this machine has 0: {FIRST}; 1: {SECOND}; 2: {OTHER} (nvidia-smi "
-            "-L)",
+            f": no GPU 3; this machine has 0: {FIRST}; 1: {SECOND}; 2: {OTHER} (nvidia-smi -L)",
         ),
-        ("GPU-77777777", WHOLE, "there is no such device; this machine has 0: GPU-"),
-        ("GPU-5c89852c", WHOLE, "GPU-5c89852c is the beginning of 2 names"),
+        ("GPU-77777777", WHOLE, "no such device; this machine has 0: GPU-"),
+        ("GPU-5c89852c", WHOLE, "GPU-5c89852c is the beginning of 2 UUIDs"),
         ("cuda:1", WHOLE, "'cuda:1' is neither an index nor a UUID"),
-        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", WHOLE, "there is no such device"),
+        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", WHOLE, "no such device"),
         (f"{MIG[0]},{MIG[0]}", SLICED, f"names {MIG[0]} twice"),
         (f"{MIG[0]},1", SLICED, "mixes whole GPUs and MIG devices"),
     ],
@@ -331,7 +330,7 @@ def test_uuids_become_indexes_for_deepspeeds_launcher(machine: Any) -> None:
     assert share_out(variables := {}, 3)
     assert variables == {}
     machine(listed="")
-    assert "name GPUs by number, or use one" in complaint(
+    assert "name GPUs by index, or use one" in complaint(
         share_out, {gpus.VISIBLE: f"{FIRST},{SECOND}"}, 2
     )
 
@@ -352,9 +351,9 @@ def test_each_rank_sees_its_own_slice_alone(machine: Any) -> None:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": "29500",
             }
-            settle("auto", own)
+            apply_device("auto", own)
             assert own[gpus.VISIBLE] == MIG[rank]
-            assert gpu_of(find_place(own), 1, own) == 0
+            assert gpu_of(find_rank_info(own), 1, own) == 0
     assert "this host has 2 MIG devices for its ranks" in complaint(show_own_slice, 2, variables)
 
 
@@ -384,12 +383,12 @@ def test_processes_of_an_evaluation_get_slices_too(machine: Any) -> None:
 
 def test_device_cpu_hides_gpus_from_all_libraries() -> None:
     variables = {gpus.VISIBLE: "0,1"}
-    settle("cpu", variables)
+    apply_device("cpu", variables)
     assert variables == {gpus.VISIBLE: "", gpus.CPU: "1"}
     variables = {gpus.CPU: "1"}
-    settle("auto", variables)
+    apply_device("auto", variables)
     assert variables == {gpus.VISIBLE: "", gpus.CPU: "1"}
-    settle("auto", variables := {gpus.VISIBLE: "0,1"})
+    apply_device("auto", variables := {gpus.VISIBLE: "0,1"})
     assert variables == {gpus.VISIBLE: "0,1"}
 
 
@@ -416,13 +415,13 @@ def test_ranks_with_gpus_meet(
     """A lone rank needs no network, and NCCL takes slices of a GPU for the same GPU."""
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    place = Place(
+    place = RankInfo(
         0, world_size, 0, "torchrun" if world_size > 1 else "", spans_hosts=False, master_port=1
     )
     for name, value in {**place.variables(), gpus.VISIBLE: visible}.items():
         monkeypatch.setenv(name, value)
     asked = {}
-    monkeypatch.setattr(ranks, "find_place", lambda: place)
+    monkeypatch.setattr(ranks, "find_rank_info", lambda: place)
     monkeypatch.setattr(ranks, "end_with_parent", lambda number: None)
     monkeypatch.setattr(ranks, "_device", lambda place: torch.device("cuda", 0))
     monkeypatch.setattr(ranks, "bind_to_cores", lambda place, gpu, seen: asked.update(gpu=gpu))

@@ -19,10 +19,10 @@ import pytest
 from pipeline.cli import UserError
 from pipeline.distributed.launcher import (
     MAX_HOSTS,
-    Place,
+    RankInfo,
     choose_interface,
     expand_hosts,
-    find_place,
+    find_rank_info,
     gpu_of,
     own_addresses,
 )
@@ -113,10 +113,10 @@ def complaint(action: Callable[..., Any], *arguments: Any) -> str:
 
 
 def test_nobody_is_alone() -> None:
-    assert find_place({}) == Place(0, 1, 0, "")
-    assert find_place({"PATH": "/bin", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}) == Place(
-        0, 1, 0, ""
-    )
+    assert find_rank_info({}) == RankInfo(0, 1, 0, "")
+    assert find_rank_info(
+        {"PATH": "/bin", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    ) == RankInfo(0, 1, 0, "")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_nobody_is_alone() -> None:
     ids=["torchrun", "deepspeed", "accelerate", "by hand"],
 )
 def test_rank_and_world_size_say_the_place(variables: dict[str, str], launcher: str) -> None:
-    assert find_place(variables) == Place(
+    assert find_rank_info(variables) == RankInfo(
         3,
         4,
         1,
@@ -145,26 +145,28 @@ def test_rank_and_world_size_say_the_place(variables: dict[str, str], launcher: 
 @pytest.mark.parametrize("size", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 def test_ranks_of_one_host_span_none(size: str) -> None:
     hands = without(TORCHRUN, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-    assert find_place({**hands, size: "4"}).spans_hosts is False
-    assert find_place({**hands, size: "3"}).spans_hosts is True
-    assert find_place(hands).spans_hosts is None
-    assert find_place({"RANK": "0", "WORLD_SIZE": "1"}) == Place(0, 1, 0, "RANK and WORLD_SIZE")
+    assert find_rank_info({**hands, size: "4"}).spans_hosts is False
+    assert find_rank_info({**hands, size: "3"}).spans_hosts is True
+    assert find_rank_info(hands).spans_hosts is None
+    assert find_rank_info({"RANK": "0", "WORLD_SIZE": "1"}) == RankInfo(
+        0, 1, 0, "RANK and WORLD_SIZE"
+    )
 
 
 def test_accelerate_launch_of_one_process_is_named() -> None:
-    assert find_place(ACCELERATE_ALONE) == Place(0, 1, 0, "accelerate launch")
+    assert find_rank_info(ACCELERATE_ALONE) == RankInfo(0, 1, 0, "accelerate launch")
 
 
 def test_mpirun_says_the_place() -> None:
-    place = find_place({**OPENMPI, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
-    assert place == Place(
+    place = find_rank_info({**OPENMPI, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert place == RankInfo(
         3, 4, 1, "mpirun of Open MPI", "10.0.0.1", 29500, spans_hosts=True, local_size=2
     )
     # On one host neither has to be said, and a port of its own comes from the job's name, the same
     # on all ranks.
     one_host = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     places = [
-        find_place(
+        find_rank_info(
             {**one_host, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
         )
         for rank in range(4)
@@ -175,16 +177,18 @@ def test_mpirun_says_the_place() -> None:
     assert [(place.rank, place.local_rank) for place in places] == [
         (rank, rank) for rank in range(4)
     ]
-    other = find_place({**one_host, "PMIX_NAMESPACE": "prterun-node1-78@1"})
+    other = find_rank_info({**one_host, "PMIX_NAMESPACE": "prterun-node1-78@1"})
     assert 20000 <= other.master_port < 30000
     assert other.master_port != places[0].master_port
-    older = find_place({**without(one_host, "PMIX_NAMESPACE"), "OMPI_MCA_ess_base_jobid": "123"})
+    older = find_rank_info(
+        {**without(one_host, "PMIX_NAMESPACE"), "OMPI_MCA_ess_base_jobid": "123"}
+    )
     assert 20000 <= older.master_port < 30000
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_srun_gives_all_ranks_the_same_address_and_port(hosts: int) -> None:
-    places = [find_place(srun(rank, 8, hosts)) for rank in range(8)]
+    places = [find_rank_info(srun(rank, 8, hosts)) for rank in range(8)]
     assert [place.rank for place in places] == list(range(8))
     assert [place.local_rank for place in places] == [rank % (8 // hosts) for rank in range(8)]
     shared = {
@@ -215,19 +219,19 @@ def test_srun_gives_all_ranks_the_same_address_and_port(hosts: int) -> None:
 
 
 def test_two_steps_of_a_job_have_two_ports() -> None:
-    ports = [find_place(srun(0, SLURM_STEP_ID=str(step))).master_port for step in range(5)]
+    ports = [find_rank_info(srun(0, SLURM_STEP_ID=str(step))).master_port for step in range(5)]
     assert len(set(ports)) == 5
     assert all(20000 <= port < 30000 for port in ports)
-    own = find_place(srun(0, MASTER_ADDR="10.0.0.5", MASTER_PORT="29501"))
+    own = find_rank_info(srun(0, MASTER_ADDR="10.0.0.5", MASTER_PORT="29501"))
     assert (own.master_addr, own.master_port) == ("10.0.0.5", 29501)
 
 
 def test_hosts_with_unlike_numbers_of_ranks_have_no_common_one() -> None:
-    assert find_place(srun(2, 3, 2, SLURM_LOCALID="0")).local_size is None
+    assert find_rank_info(srun(2, 3, 2, SLURM_LOCALID="0")).local_size is None
 
 
 def test_an_older_slurm_tells_the_size_by_another_name() -> None:
-    assert find_place(without(srun(1), "SLURM_STEP_NUM_TASKS")).world_size == 4
+    assert find_rank_info(without(srun(1), "SLURM_STEP_NUM_TASKS")).world_size == 4
 
 
 @pytest.mark.parametrize(
@@ -245,26 +249,28 @@ def test_an_older_slurm_tells_the_size_by_another_name() -> None:
     ids=["no-step", "batch", "interactive", "empty", "word"],
 )
 def test_the_shell_of_sbatch_or_salloc_is_no_step(more: dict[str, str]) -> None:
-    assert find_place({**SBATCH, **more}) == Place(0, 1, 0, "")
+    assert find_rank_info({**SBATCH, **more}) == RankInfo(0, 1, 0, "")
 
 
 def test_torchrun_under_slurm_is_torchruns() -> None:
-    assert find_place({**srun(1), **TORCHRUN}).launcher == "torchrun"
+    assert find_rank_info({**srun(1), **TORCHRUN}).launcher == "torchrun"
     assert (
-        find_place({**srun(1), **OPENMPI, "MASTER_ADDR": "10.0.0.1"}).launcher
+        find_rank_info({**srun(1), **OPENMPI, "MASTER_ADDR": "10.0.0.1"}).launcher
         == "mpirun of Open MPI"
     )
-    assert find_place({**srun(0, 1, 1), **ACCELERATE_ALONE}).launcher == "srun of Slurm (job 4711)"
+    assert (
+        find_rank_info({**srun(0, 1, 1), **ACCELERATE_ALONE}).launcher == "srun of Slurm (job 4711)"
+    )
 
 
 def test_a_size_that_a_batch_script_exports_may_stand_beside_slurms() -> None:
-    assert find_place(srun(3, WORLD_SIZE="4")).rank == 3
-    assert find_place({**OPENMPI, "MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "4"}).rank == 3
+    assert find_rank_info(srun(3, WORLD_SIZE="4")).rank == 3
+    assert find_rank_info({**OPENMPI, "MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "4"}).rank == 3
 
 
 def test_a_place_goes_through_the_environment_unchanged() -> None:
-    place = find_place(srun(3))
-    again = find_place(place.variables())
+    place = find_rank_info(srun(3))
+    again = find_rank_info(place.variables())
     assert (
         again.rank,
         again.world_size,
@@ -340,7 +346,7 @@ ALONE = "or neither to train alone"
 def test_what_is_partially_set_is_named_with_the_way_out(
     variables: dict[str, str], parts: list[str]
 ) -> None:
-    said = complaint(find_place, variables)
+    said = complaint(find_rank_info, variables)
     for part in parts:
         assert part in said
 
@@ -441,7 +447,7 @@ def test_as_many_hosts_as_allowed_are_taken() -> None:
 )
 def test_a_list_that_names_no_host_or_never_ends_is_refused(text: str) -> None:
     assert re.search(
-        "Slurm('s)? host list", complaint(find_place, srun(0, SLURM_STEP_NODELIST=text))
+        "Slurm('s)? host list", complaint(find_rank_info, srun(0, SLURM_STEP_NODELIST=text))
     )
 
 
@@ -476,7 +482,7 @@ def test_slurms_own_scontrol_expands_host_lists_where_it_is_installed(
 
 
 def test_each_rank_of_a_host_has_a_gpu() -> None:
-    assert [gpu_of(Place(rank, 8, rank % 4, "torchrun"), 4) for rank in range(8)] == [
+    assert [gpu_of(RankInfo(rank, 8, rank % 4, "torchrun"), 4) for rank in range(8)] == [
         0,
         1,
         2,
@@ -486,18 +492,18 @@ def test_each_rank_of_a_host_has_a_gpu() -> None:
         2,
         3,
     ]
-    assert gpu_of(Place(0, 1, 0, ""), 1) == 0
+    assert gpu_of(RankInfo(0, 1, 0, ""), 1) == 0
 
 
 def test_a_gpu_that_slurm_shows_to_one_process_alone_is_its_own() -> None:
-    assert [gpu_of(find_place(srun(rank)), 1) for rank in range(4)] == [0, 0, 0, 0]
+    assert [gpu_of(find_rank_info(srun(rank)), 1) for rank in range(4)] == [0, 0, 0, 0]
 
 
 def test_more_processes_than_gpus_are_refused() -> None:
     for place, gpus in (
-        (find_place(TORCHRUN), 1),
-        (find_place(srun(3, 4, 1)), 2),
-        (find_place(srun(1)), 0),
+        (find_rank_info(TORCHRUN), 1),
+        (find_rank_info(srun(3, 4, 1)), 2),
+        (find_rank_info(srun(1)), 0),
     ):
         said = complaint(gpu_of, place, gpus)
         assert f"LOCAL_RANK is {place.local_rank}, but this process sees {gpus} GPUs" in said
@@ -523,8 +529,8 @@ def outward() -> tuple[str, str]:
     return found[0]
 
 
-def towards(address: str, **more: Any) -> Place:
-    return Place(
+def towards(address: str, **more: Any) -> RankInfo:
+    return RankInfo(
         **{
             "rank": 1,
             "world_size": 2,
@@ -611,7 +617,7 @@ def test_on_one_host_nothing_is_told(address: str) -> None:
         assert choose_interface(towards(address, spans_hosts=spans_hosts), variables) == ""
         assert variables == {}
     variables = {}
-    assert choose_interface(Place(0, 1, 0, ""), variables) == ""
+    assert choose_interface(RankInfo(0, 1, 0, ""), variables) == ""
     assert choose_interface(towards("nowhere.invalid", spans_hosts=False), variables) == ""
     assert variables == {}
 
@@ -621,7 +627,7 @@ def test_a_first_host_whose_name_is_loopback_asks_for_the_second(outward: tuple[
     elsewhere."""
     interface, address = outward
     variables: dict[str, str] = {}
-    place = find_place(srun(0, 2, SLURM_STEP_NODELIST=f"localhost,{address}"))
+    place = find_rank_info(srun(0, 2, SLURM_STEP_NODELIST=f"localhost,{address}"))
     assert (place.master_addr, place.hosts) == ("localhost", ("localhost", address))
     assert choose_interface(place, variables) == interface
     assert variables["GLOO_SOCKET_IFNAME"] == interface

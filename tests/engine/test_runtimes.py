@@ -198,7 +198,7 @@ def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Pat
             sys.executable,
             "-c",
             "from pipeline import cli; from pipeline.distributed import launcher\n"
-            "cli.run(dict, lambda _: launcher.find_place() and 0, [])",
+            "cli.run(dict, lambda _: launcher.find_rank_info() and 0, [])",
         ],
         env=variables,
         cwd=ROOT,

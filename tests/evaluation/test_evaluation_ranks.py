@@ -20,7 +20,7 @@ from conftest import environment
 from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.distributed import gpus
-from pipeline.distributed.launcher import Place
+from pipeline.distributed.launcher import RankInfo
 from pipeline.evaluation.processes import num_processes, worth_starting
 from pipeline.inference.devices import Device, device_at
 from pipeline.models.weights import write_network
@@ -292,7 +292,7 @@ def test_a_gpu_each_and_no_more(monkeypatch):
         num_processes(5, "auto")
     with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is one device"):
         num_processes(2, "cuda:1")
-    place = Place(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
+    place = RankInfo(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
     assert device_at(place, "auto") == Device("cuda", 1)
     with pytest.raises(
         UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"

@@ -47,9 +47,9 @@ def test_lines_wait_for_the_file_and_progress_is_a_bar(
     screen = terminal(monkeypatch)
     voice = Console()
     voice.say("before there is a file")
-    voice.keep_in(tmp_path / "run.log")
+    voice.log_to(tmp_path / "run.log")
     voice.progress("step 1/4 " + "x" * 80, 0.25)
-    voice.passing("validating")
+    voice.show_status("validating")
     voice.say("warning: the disk is full")
     voice.say("PSNR-Y 30 dB", is_good=True)
     voice.note("only kept")
@@ -90,7 +90,7 @@ def test_colours_are_for_terminals_that_want_them(
 def test_run_log_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "MOST_BYTES", 1000)
     voice = Console()
-    voice.keep_in(tmp_path / "run.log")
+    voice.log_to(tmp_path / "run.log")
     for number in range(100):
         voice.note(f"line {number} {'x' * 50}")
     voice.close()
@@ -105,7 +105,7 @@ def test_a_run_log_that_cannot_be_written_is_said_once(
 ) -> None:
     (tmp_path / "run.log").mkdir()
     voice = Console()
-    voice.keep_in(tmp_path / "run.log")
+    voice.log_to(tmp_path / "run.log")
     voice.say("one")
     voice.say("two")
     assert capsys.readouterr().out.count("warning: run.log cannot be written") == 1
@@ -113,7 +113,7 @@ def test_a_run_log_that_cannot_be_written_is_said_once(
 
 def test_the_other_ranks_are_mute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     voice = Console(is_mute=True)
-    voice.keep_in(tmp_path / "run.log")
+    voice.log_to(tmp_path / "run.log")
     voice.say("one")
     voice.progress("two", 0.5)
     voice.close()

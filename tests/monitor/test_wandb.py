@@ -83,10 +83,11 @@ def test_an_offline_run_has_the_numbers_of_the_log(dataset: Path, tmp_path: Path
     assert done.stderr == ""
     assert "W&B: " in done.stdout
     assert (
-        "no key for https://api.wandb.ai; `wandb login` or WANDB_API_KEY gives one" in done.stdout
+        "no key for https://api.wandb.ai; set one with `wandb login` or WANDB_API_KEY"
+        in done.stdout
     )
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert f"`wandb sync {folder}` send it" in done.stdout
+    assert f"W&B: not sent yet; send it with `wandb login` and `wandb sync {folder}`" in done.stdout
     run_id = (tmp_path / "run" / "wandb" / "run_id").read_text().strip()
     assert folder.name.endswith(f"-{run_id}")
     lines = history(folder)
@@ -165,7 +166,7 @@ def test_trouble_within_wandb_is_said_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(wandb, "init", fail)
     said: list[str] = []
     track(tmp_path / "logs", said)
-    assert said == ["warning: W&B: no such luck; training goes on without it", "W&B: not used"]
+    assert said == ["warning: W&B: no such luck; training continues without it", "W&B: not used"]
 
 
 def test_without_the_package_nothing_begins(dataset: Path, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_without_the_package_nothing_begins(dataset: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --wandb needs the package wandb (No module named wandb); `pip install wandb` into "
-        "this environment, or leave --wandb out\n"
+        "error: --wandb needs the package wandb (No module named wandb); run `pip install wandb` "
+        "in this environment, or omit --wandb\n"
     )
     assert not (tmp_path / "run").exists()

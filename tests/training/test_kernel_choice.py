@@ -103,7 +103,7 @@ def test_without_a_compiler_pytorch_computes_and_the_run_says_why(
         plan_of(dataset), network(), 2, Progress(kernel="native"), Ranks()
     )
     assert kernel == "torch"
-    assert "rounded differently" in remark
+    assert "rounds differently" in remark
     with pytest.raises(UserError, match="native_kernels: on, but there is no C"):
         setup._kernel(plan_of(dataset, "native_kernels=on"), network(), 2, None, Ranks())
 
