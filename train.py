@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Train a super-resolution network. Usually started by ./launch_local_train.sh; `python train.py
---help` teaches."""
+"""Train a super-resolution network.
+
+Usually started by ./launch_local_train.sh; see `python train.py --help`.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's notes for its own developers
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli

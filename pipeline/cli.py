@@ -1,4 +1,7 @@
-"""Shared command-line entry point: parse options, run, map errors to exit codes. Needs no torch."""
+"""Shared command-line entry point: parse options, run, map errors to exit codes.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ Options = TypeVar("Options")
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message names the thing, the rule and the way out, in
-    one line."""
+    """An error that the user can fix. Its message names the thing, the rule and the way out, in one
+    line."""
 
 
 class RunError(Exception):
-    """The work itself went wrong, through no fault of the input. The message says what, and what to
-    do, in one line."""
+    """The work failed although the input is valid. Its message says what happened and what to do,
+    in one line."""
 
 
 def one_line(error: Exception) -> str:
-    """An exception of a library in one line."""
+    """Format a library's exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def bar_options() -> dict[str, Any]:
-    """For tqdm: no bar for work of two seconds or where nobody looks, and few lines in a log
-    file."""
+    """Options for tqdm: no bar within the first two seconds or without a terminal to show it, and
+    few lines in a log file."""
     return {
         "delay": 2,
         "disable": None,
@@ -43,7 +46,7 @@ def bar_options() -> dict[str, Any]:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'crop'?"` for the choice nearest to `word`, else the list of choices."""
+    """Return `"; did you mean 'crop'?"` for the choice nearest to `word`, else list the choices."""
     choices = sorted(choices)
     same = [choice for choice in choices if choice.lower() == word.lower()]
     match = same or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
@@ -60,10 +63,10 @@ def run(
     """Parse the command line into `options` (a dataclass), call `main(options)` and exit.
 
     Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or
-    an argument that does not parse; 1 with one line for a `RunError`, and with the traceback for
-    our own mistakes; 130 after CTRL+C. Where the reader of stdout goes away (`command | head`) the
-    work continues to its end and gives its own status; with `ends_with_reader`, for commands whose
-    output is all they do, it ends with status 0.
+    an argument that does not parse; 1 with one line for a `RunError`, and with a traceback for
+    bugs; 130 after CTRL+C. If the reader of stdout goes away (`command | head`), the work continues
+    to its end and its own status; with `ends_with_reader`, for commands that do nothing but print,
+    it ends with status 0.
     """
     with _stdout_outliving_its_reader(ends_with_reader):
         status = exit_status(lambda: main(_parse(options, arguments)))
@@ -71,8 +74,8 @@ def run(
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Call `action` and flush stdout; the exit status, after one line on stderr for the errors that
-    `run` names."""
+    """Call `action`, flush stdout, and return the exit status; report the errors that `run` names
+    on stderr."""
     try:
         status = action() or 0
         sys.stdout.flush()
@@ -89,8 +92,8 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 class _Stdout(io.FileIO):
-    """stdout, which writes into nothing once its reader is gone; the child processes of later on do
-    so too."""
+    """stdout that discards output once its reader is gone; child processes started later inherit
+    this."""
 
     def __init__(self, descriptor: int, ends_with_reader: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -103,7 +106,7 @@ class _Stdout(io.FileIO):
             _silence(self.fileno())
             if not isinstance(error, BrokenPipeError):
                 raise RunError(
-                    f"stdout cannot be written: {error.strerror}; make room where it leads to"
+                    f"cannot write to stdout: {error.strerror}; free space where it is redirected"
                 ) from error
             if self._ends_with_reader:
                 sys.exit(0)
@@ -112,10 +115,9 @@ class _Stdout(io.FileIO):
 
 @contextlib.contextmanager
 def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
-    """Put a `_Stdout` in the place of `sys.stdout`, unless that is a terminal or not the process's
-    own."""
+    """Replace `sys.stdout` by a `_Stdout`, unless it is a terminal or was already replaced."""
     if sys.stdout is None:  # `>&-`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - never closed
     plain = sys.stdout
     if plain is not sys.__stdout__ or plain.isatty():
         yield
@@ -139,21 +141,21 @@ def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
 
 
 def _silence(descriptor: int) -> None:
-    """Let all that is written to a descriptor from now on go nowhere."""
+    """Redirect a file descriptor to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def say(text: str) -> None:
-    """Print a line. A terminal that is gone (CTRL+C through a launcher closes it) must not stop a
-    save."""
+    """Print a line, even if the terminal is gone: CTRL+C in a launcher closes it, and the run must
+    still save."""
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 
 
 def _tell(line: str) -> None:
-    """One line on stderr; the exit status must not depend on whether anybody reads it."""
+    """Print one line on stderr; the exit status must not depend on whether anybody reads it."""
     try:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:  # `2>&1 | head`
@@ -162,9 +164,8 @@ def _tell(line: str) -> None:
 
 def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> Options:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    prog = os.environ.get(
-        "VASTSCALE_COMMAND"
-    )  # what the user typed, where a shell script stands in front
+    # What the user typed, if a shell script called this command.
+    prog = os.environ.get("VASTSCALE_COMMAND")
     config = (tyro.conf.FlagCreatePairsOff,)
     known = tyro.extras.get_parser(options, config=config)._option_string_actions
     for argument in arguments:
@@ -190,7 +191,7 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
 
 
 def _unboxed(message: str) -> str:
-    """tyro's framed error, in one line."""
+    """Convert tyro's framed error into one line."""
     lines = [re.sub(r"[\u2500-\u257f]+", " ", line).strip() for line in message.splitlines()]
     message = " ".join(line for line in lines if line and "For full helptext" not in line)
     message = re.split(r" Argument helptext:| Got errors:", message)[0]

@@ -1,4 +1,4 @@
-"""Atomic writes, and paths as people write them. Needs no torch."""
+"""Atomic writes, and paths for messages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file `path` by `content`: a reader or a power cut finds the old or the new one,
-    never a mixture."""
+    """Replace the content of the file `path`.
+
+    A reader, or a power failure, finds either the old or the new content, never a mixture.
+    """
     write_pieces_atomically(path, [content])
 
 
 def write_pieces_atomically(
     path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]
 ) -> None:
-    """As `write_atomically`, of content that comes piece after piece and is never in memory as a
+    """Like `write_atomically`, for content that arrives in pieces and is never in memory as a
     whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,11 +33,11 @@ def write_pieces_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush(path.parent)  # the rename itself lives in the folder
+    flush(path.parent)  # the rename is stored in the folder
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Make what was written to a file, or the names in a folder, survive a loss of power."""
+    """Flush a file's content, or a folder's entries, to disk, to survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +46,7 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 
 def short_path(path: Path) -> str:
-    """A path as a person would write it."""
+    """Return a path as a person would write it: relative to the current folder or to ~."""
     for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
         with contextlib.suppress(ValueError):
             return prefix + str(path.relative_to(base))

@@ -1,12 +1,12 @@
-"""Libraries that must be used in a certain way: torchvision, with those that import it, ONNX
-Runtime, torch._dynamo and glibc.
+"""Workarounds for libraries: torchvision with a CPU build of torch, ONNX Runtime, torch._dynamo,
+glibc.
 
 torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its
-compiled operators cannot load, and torchvision 0.28.0 then fails while it is imported: it gives two
-of these operators ("nms", "qnms") a shape function without asking first whether they exist.
-Declaring the two lets the import pass. What needs the compiled operators (`torchvision.ops.nms`,
-`torchvision.io.read_image`) still raises torchvision's own clear error; the networks and the
-transforms, all that is used here, are plain PyTorch.
+compiled operators cannot load, and torchvision 0.28.0 then fails on import: it registers shape
+functions for two of these operators ("nms", "qnms") without checking that they exist. Declaring the
+two makes the import pass. What needs the compiled operators (`torchvision.ops.nms`,
+`torchvision.io.read_image`) still raises torchvision's own clear error; the networks and
+transforms, which are all that is used here, are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from types import ModuleType
 from typing import Any
 
 _SCHEMA = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_library = None  # a torch.library.Library; what it declares is gone once it is collected
+_library = None  # a torch.library.Library; its declarations vanish once it is garbage-collected
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, whichever build of torch there is; changes nothing where torchvision
-    imports by itself.
+    """Import torchvision with any build of torch; does nothing special if the import just works.
 
-    To be called before any import of a library that imports torchvision, in every process. It costs
-    about a second the first time: call it where torchvision is needed, not at the top of a module.
+    Call it before importing a library that imports torchvision, in every process. The first call
+    takes about a second: call it where torchvision is needed, not at the top of a module.
     """
     try:
         import torchvision
@@ -44,7 +43,7 @@ def import_torchvision() -> ModuleType:
 
 
 def _declare_operators() -> None:
-    """Declare the two operators, and forget what the failed import has left behind."""
+    """Declare the two operators, and remove what the failed import left in `sys.modules`."""
     global _library
     import torch
 
@@ -59,8 +58,8 @@ def _declare_operators() -> None:
 def import_onnxruntime() -> ModuleType:
     """Import ONNX Runtime without its telemetry.
 
-    Since 1.31 an import gives the machine an id and keeps events in the user's cache, unless
-    `ORT_DISABLE_TELEMETRY` is set in the environment.
+    Since version 1.31 an import assigns the machine an id and stores events in the user's cache,
+    unless `ORT_DISABLE_TELEMETRY` is set in the environment.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
@@ -68,25 +67,25 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
-# Every optimizer of torch imports torch._dynamo, the front end of torch.compile, only to break a
-# graph that is not being traced. That is 950 modules and 1.3 of the 3.5 CPU seconds before the
+# Each of torch's optimizers imports torch._dynamo, the front end of torch.compile, only to break a
+# graph that is not being traced. That costs 950 modules, and 1.3 of the 3.5 CPU seconds before the
 # first step of a run that compiles nothing.
 
 
 class _PostponedDynamo(ModuleType):
-    """Stands in for torch._dynamo; any use but the two below imports the real one in its place."""
+    """Stands in for torch._dynamo; any use except the two below replaces it with the real one."""
 
     @staticmethod
     def graph_break(*_: object, **__: object) -> None:
-        """Nothing is traced while the real module is not there, so there is nothing to break."""
+        """Do nothing: without the real module nothing is traced, so there is no graph to break."""
 
     @staticmethod
     def disable(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
-        """Nothing is traced, so the function is one that is not traced."""
+        """Return `function` unchanged: without the real module it is not traced anyway."""
         return function
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # somebody looks through all modules
+        if name.startswith("__") and name != "__path__":  # code that inspects all modules
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__], sys.modules["torch"]._dynamo
@@ -94,9 +93,9 @@ class _PostponedDynamo(ModuleType):
 
 
 def postpone_dynamo() -> None:
-    """Let torch._dynamo be imported when something is compiled, and not by the first optimizer.
+    """Let torch._dynamo be imported when something is compiled, not by the first optimizer.
 
-    To be called before the first optimizer is built. Changes nothing where it is imported already.
+    Call it before the first optimizer is built. Does nothing if the module is already imported.
     """
     import torch
 
@@ -104,17 +103,17 @@ def postpone_dynamo() -> None:
         sys.modules["torch._dynamo"] = torch._dynamo = _PostponedDynamo("torch._dynamo")
 
 
-# Tensors of a network that runs on a CPU are freed and allocated again in every step. By default
-# glibc returns that memory to the system, and the kernel zeroes new pages for the next step:
-# 125,000 page faults in a step of VapSR, a quarter of its time. With both thresholds raised the
-# process keeps it. The threshold of trimming alone would make it twice as slow: it freezes the
-# other one at 128 KiB.
+# When a network runs on a CPU, its tensors are freed and allocated again in every step. By default
+# glibc returns that memory to the system, and the kernel zeroes new pages in the next step: 125,000
+# page faults per step of VapSR, a quarter of its time. With both thresholds raised the process
+# keeps the memory. Raising only the trim threshold would make a step twice as slow, because that
+# freezes the other one at 128 KiB.
 
 MMAP_THRESHOLD = 1 << 30
 MMAP_THRESHOLD_OLD = 1 << 25
-"""The most that older versions of glibc take; they ignore a larger one. 2.36 is known to take
-more."""
-TRIM_THRESHOLD = 1 << 40  # bytes at the end of the heap that are kept: all
+"""The largest value that older versions of glibc accept; they ignore larger ones. 2.36 is known to
+accept more."""
+TRIM_THRESHOLD = 1 << 40  # bytes kept at the end of the heap: all of them
 _TUNING = {
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_",
@@ -125,10 +124,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that let a process keep the memory it frees, to be added to the `environment` it
-    starts with.
+    """Return variables that make a process keep the memory it frees.
 
-    Empty where the environment tunes the allocator already, and where there is no glibc.
+    Add them to the `environment` with which it is started. Empty if the environment already tunes
+    the allocator, or without glibc.
     """
     glibc = _glibc()
     if glibc is None or _is_tuned(environment):
@@ -138,7 +137,7 @@ def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def keep_freed_memory() -> bool:
-    """The same for the process under way, whose start did not do it. Whether anything was set."""
+    """Make the current process keep the memory it frees; return whether anything was set."""
     if _glibc() is None or _is_tuned(os.environ):
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -150,14 +149,14 @@ def keep_freed_memory() -> bool:
 
 
 def _is_tuned(environment: Mapping[str, str]) -> bool:
-    """Whether somebody has decided what the allocator keeps."""
+    """Whether the environment already tunes the allocator."""
     return not _TUNING.isdisjoint(environment) or "glibc.malloc." in environment.get(
         "GLIBC_TUNABLES", ""
     )
 
 
 def _glibc() -> tuple[int, ...] | None:
-    """Its version; `None` with another C library."""
+    """Return glibc's version; None with another C library."""
     try:
         name, _, number = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     except (AttributeError, ValueError, OSError):

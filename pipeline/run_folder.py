@@ -1,12 +1,12 @@
-"""The run folder: what training leaves behind and everything after it reads. Needs no torch.
+"""The run folder: what training writes and all later commands read. Imports no torch.
 
     runs/<name>/recipe.yaml, ds_config.json, file_lists/    (with stages: runs/<name>/<stage>/…)
     runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json,
                                            generator.safetensors, generator_ema.safetensors}
 
 A checkpoint exists if and only if its MANIFEST.json does, which is written last. `find_run`,
-`choose_step` and `network_file` find the weights that a command asks for; `run_lock` holds the
-folder for one run alone.
+`choose_step` and `network_file` find the weights that a command asks for; `run_lock` reserves the
+folder for a single run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal
 from pipeline.cli import UserError
 
 RUNS_DIR = Path("runs")
-"""Where runs go and are looked for, in the current folder, unless the command line says
+"""Where runs are written and looked for, below the current folder, unless the command line says
 otherwise."""
 RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
@@ -41,12 +41,12 @@ Step = Literal["best", "newest"] | int
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies, whether it is there or not."""
+    """Return the folder of the checkpoint of `step`, whether it exists or not."""
     return Path(run_dir) / CHECKPOINTS_DIR / f"step-{step:08d}"
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps of the complete checkpoints, ascending."""
+    """Return the steps of the complete checkpoints, ascending."""
     manifests = (Path(run_dir) / CHECKPOINTS_DIR).glob(f"step-*/{MANIFEST_FILE}")
     names = (re.fullmatch(r"step-(\d{8,})", manifest.parent.name) for manifest in manifests)
     return sorted(int(name[1]) for name in names if name)
@@ -54,7 +54,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
     """Whether the newest checkpoint is of the last step, or of the validation that used up the
-    patience (0: none)."""
+    patience (0: unlimited)."""
     steps = checkpoint_steps(run_dir)
     if not steps:
         return False
@@ -65,12 +65,13 @@ def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
 
 
 def find_run(root: Path = RUNS_DIR) -> Path:
-    """The run with the newest complete checkpoint in `root`; `UserError` where there is none."""
+    """Return the run in `root` with the newest complete checkpoint; `UserError` if there is
+    none."""
     root = Path(root)
     inner = f"{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"
     manifests = [*root.glob(f"*/{inner}"), *root.glob(f"*/*/{inner}")]
     newest_first = sorted(
-        (m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # put aside by --reset
+        (m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # moved by --reset
         key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)),
         reverse=True,
     )
@@ -83,8 +84,10 @@ def find_run(root: Path = RUNS_DIR) -> Path:
 
 
 def newest_stage(run_dir: Path) -> Path:
-    """The stage folder with the newest checkpoint; `run_dir` itself if the run has no stages or no
-    checkpoint."""
+    """Return the stage folder with the newest checkpoint.
+
+    Returns `run_dir` itself if the run has no stages or no checkpoint.
+    """
     if (run_dir / CHECKPOINTS_DIR).is_dir():
         return run_dir
     manifests = run_dir.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
@@ -95,11 +98,10 @@ def newest_stage(run_dir: Path) -> Path:
 
 
 def choose_step(run_dir: Path, step: Step) -> int:
-    """The step number meant by `step` among the complete checkpoints of the run; `UserError` where
-    there is none.
+    """Resolve `step` to the step of a complete checkpoint; `UserError` if there is none.
 
-    "best" is the best validation so far; where none was measured yet or its checkpoint is gone, a
-    note on stderr says so and the newest is taken.
+    "best" is the step of the best validation so far. If none was measured yet, or its checkpoint is
+    gone, the newest is used and a note on stderr says so.
     """
     run_dir = newest_stage(Path(run_dir))
     if not run_dir.is_dir():
@@ -107,8 +109,7 @@ def choose_step(run_dir: Path, step: Step) -> int:
     steps = checkpoint_steps(run_dir)
     if not steps:
         raise UserError(
-            f"run {str(run_dir)!r} has no complete checkpoint yet; let it train up to its first "
-            "save"
+            f"run {str(run_dir)!r} has no complete checkpoint yet; train until its first save"
         )
     if step == "newest":
         return steps[-1]
@@ -122,7 +123,7 @@ def choose_step(run_dir: Path, step: Step) -> int:
             else f"the checkpoint of the best step {best} is gone"
         )
         print(
-            f"note: run {run_dir.name!r}: {why}; taking the newest, step {steps[-1]}",
+            f"note: run {run_dir.name!r}: {why}; using the newest, step {steps[-1]}",
             file=sys.stderr,
         )
         return steps[-1]
@@ -135,22 +136,24 @@ def choose_step(run_dir: Path, step: Step) -> int:
 
 
 def run_network_file(run_dir: Path, step: Step, ema: bool) -> Path:
-    """The generator's weights at `step` ("best", "newest" or a number): averaged (`ema`) or raw.
-    See `choose_step`."""
+    """Return the file of the generator's weights at `step`, averaged (`ema`) or raw.
+
+    See `choose_step`. Raises `UserError` if it does not exist.
+    """
     run_dir = newest_stage(Path(run_dir))
     path = checkpoint_dir(run_dir, choose_step(run_dir, step)) / (
         GENERATOR_EMA_FILE if ema else GENERATOR_FILE
     )
     if not path.is_file():
-        raise UserError(
-            f"checkpoint {str(path.parent)!r} holds no {path.name}; choose another step"
-        )
+        raise UserError(f"checkpoint {str(path.parent)!r} has no {path.name}; choose another step")
     return path
 
 
 def network_file(model: Path | None) -> Path:
-    """`model` if it is a file of weights; of a run folder (`None`: the newest run) the best
-    averaged weights."""
+    """Return `model` if it is a weights file, else the best averaged weights of that run folder.
+
+    `None` means the newest run.
+    """
     if model is not None and not model.is_dir():
         return model
     return run_network_file(find_run() if model is None else model, "best", ema=True)
@@ -170,10 +173,10 @@ def _best_step(run_dir: Path, newest: int) -> int | None:
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, say: Callable[[str], None], wait_seconds: float = 60) -> Iterator[None]:
-    """Hold the run folder for this run alone. A run that is still saving is waited for.
+    """Reserve the run folder for this run; wait up to `wait_seconds` for one that is still saving.
 
-    The lock lies beside the folder, so that the folder can be moved aside, and dies with its
-    process.
+    The lock file is next to the folder, so that the folder can be moved; the lock is released when
+    the process ends. Raises `UserError` if the folder stays in use.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / f".{run_dir.name}.lock"
@@ -188,8 +191,7 @@ def run_lock(run_dir: Path, say: Callable[[str], None], wait_seconds: float = 60
                 holder = _holder(path)
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{run_dir} is in use by process {holder}; stop it, or give this run "
-                        "another "
+                        f"{run_dir} is in use by process {holder}; stop it, or use another "
                         "--output-dir"
                     ) from None
                 if not has_said:

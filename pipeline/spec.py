@@ -1,5 +1,4 @@
-"""What the parts of a recipe share: strict, frozen tables, and the kinds of numbers in them. Needs
-no torch."""
+"""Base class of a recipe's parts, strict and frozen, and their number types. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Spec(BaseModel):
-    """Part of a recipe: frozen, and strict about its keys."""
+    """A part of a recipe: frozen, and strict about its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,7 +21,7 @@ def _no_switch(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
-"""A finite one. YAML's `true` is none, though for Python it is 1."""
+"""A finite number. YAML's `true` is refused, although it equals 1 in Python."""
 
 
 def _both_ends(value: Any) -> Any:
@@ -32,7 +31,7 @@ def _both_ends(value: Any) -> Any:
 
 
 def within(lowest: float, highest: float = math.inf) -> AfterValidator:
-    """The rule of a range `[low, high]` of finite numbers within [lowest, highest]."""
+    """Validate a range `[low, high]` of finite numbers within [lowest, highest]."""
 
     def check(value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
@@ -47,10 +46,9 @@ def within(lowest: float, highest: float = math.inf) -> AfterValidator:
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[
-    tuple[float, float], BeforeValidator(_both_ends)
-]  # one number stands for both ends
-Sigma = Annotated[Range, within(1e-3, 50)]  # of a blur, in pixels
+# A single number stands for both ends.
+Range = Annotated[tuple[float, float], BeforeValidator(_both_ends)]
+Sigma = Annotated[Range, within(1e-3, 50)]  # of a blur kernel, in pixels
 Exponent = Annotated[Range, within(1e-3, 20)]
 Levels = Annotated[Range, within(0, 255)]
 Factor = Annotated[Range, within(0, 100)]

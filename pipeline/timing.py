@@ -1,5 +1,4 @@
-"""How long calls take, measured so that they can be compared: in turns, the fastest of several
-rounds."""
+"""Comparable timings of calls: alternating, the minimum over several rounds."""
 
 from __future__ import annotations
 
@@ -8,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 
 def fastest_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Seconds of the fastest of `rounds` runs of each call, after one that sets up.
+    """Return the minimum seconds of each call over `rounds` rounds, after one uncounted round.
 
-    The calls run in turns, so that what else the machine does strikes all alike. What runs on a GPU
-    must be waited for within the call.
+    The calls alternate, so that other load on the machine affects all of them. A call that uses a
+    GPU must wait for it.
     """
     times: list[list[float]] = [[] for _ in calls]
     for number in range(1 + rounds):

@@ -364,7 +364,7 @@ def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) 
         ),
         (
             "stages: {a/b: {steps: 2}}",
-            "a stage's name is made of letters, digits, _ and -; 'a/b' is not",
+            "stage name 'a/b' may contain only letters, digits, _ and -",
         ),
         (
             "stages: {checkpoints: {steps: 2}}",

@@ -270,7 +270,7 @@ def test_visible_devices_are_read(text: str | None, names: list[str] | None) -> 
 @pytest.mark.parametrize(
     ("text", "listed", "part"),
     [
-        ("0,0", WHOLE, "names 0 twice; a GPU takes one process"),
+        ("0,0", WHOLE, "names 0 twice; each GPU takes one process"),
         (f"0,{FIRST}", WHOLE, f"names {FIRST} twice"),
         (
             "0,3",

@@ -822,7 +822,7 @@ def test_best_is_what_the_newest_checkpoint_says(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert run_folder.choose_step(make_run(tmp_path, "b", best=150), "best") == 200
     assert (
-        "note: run 'b': the checkpoint of the best step 150 is gone; taking the newest, step 200"
+        "note: run 'b': the checkpoint of the best step 150 is gone; using the newest, step 200"
         in (capsys.readouterr().err)
     )
     assert run_folder.choose_step(make_run(tmp_path, "c", best=None), "best") == 200
