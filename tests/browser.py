@@ -1,5 +1,4 @@
-"""A real Chromium for tests of pages: driven over WebDriver's HTTP, so that no package is
-needed."""
+"""A real Chromium for tests of pages, driven over WebDriver's HTTP interface without a package."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-MUST_RUN = "VASTSCALE_TEST_BROWSER" in os.environ  # where a skipped test would be a lie
+MUST_RUN = "VASTSCALE_TEST_BROWSER" in os.environ  # a missing browser is an error, not a skip
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -55,7 +54,7 @@ class Browser:
         ]
 
     def open(self, page: Path, width: int, height: int, dark: bool = False) -> None:
-        """Show a file in a window whose inside has this size."""
+        """Show a file in a window whose viewport has this size."""
         self._command(
             "goog/cdp/execute",
             cmd="Emulation.setDeviceMetricsOverride",
@@ -71,12 +70,12 @@ class Browser:
         self._command("url", url=page.as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script returns."""
+        """Return the result of a script."""
         return self._command("execute/sync", script=script, args=list(arguments))
 
     def drag(self, selector: str, start: float, end: float, pointer: str = "mouse") -> None:
-        """Press the mouse (or a finger: "touch") in an element, that far along its width (0 to 1),
-        let go elsewhere."""
+        """Press the mouse (or a finger: "touch") in an element at the fraction `start` of its
+        width, and release it at `end`."""
         found = self._command("element", using="css selector", value=selector)
         width = self.run(
             "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'}); "
@@ -117,7 +116,7 @@ class Browser:
         self._command(f"element/{found[ELEMENT]}/value", text=keys)
 
     def screenshot(self, path: Path, whole: bool = False) -> Path:
-        """A picture of the window, or of the whole page."""
+        """Take a picture of the window, or of the whole page."""
         shot = self._command(
             "goog/cdp/execute",
             cmd="Page.captureScreenshot",
@@ -127,7 +126,7 @@ class Browser:
         return path
 
     def console(self) -> list[str]:
-        """What the page has said or run into since the last call."""
+        """Return the page's messages and errors since the last call."""
         return [entry["message"] for entry in self._command("se/log", type="browser")]
 
     def close(self) -> None:
@@ -154,7 +153,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser with a profile in `folder`; the test is skipped where there is none, unless it must
+    """Start a browser with a profile in `folder`; skip the test if there is none, unless it must
     run."""
     if shutil.which("chromedriver") is None or not any(
         map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))

@@ -1,4 +1,4 @@
-"""Whether two runs left the same bytes."""
+"""Compare two runs byte for byte."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.run_folder import checkpoint_dir
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
-    """Where two nested structures of tensors and plain values differ, bit for bit."""
+    """Return where two nested structures of tensors and plain values differ, bit for bit."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         same = (
             first.dtype == second.dtype
@@ -47,8 +47,8 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
 
 
 def checkpoint_differences(one: Path, other: Path, step: int) -> list[str]:
-    """Of all in two checkpoints of `step`: weights, optimizer, schedule, EMA, random states,
-    counts."""
+    """Compare two checkpoints of `step`: weights, optimizer, schedule, EMA, random states,
+    counters."""
     first, second = checkpoint_dir(one, step), checkpoint_dir(other, step)
     names = {p.relative_to(first) for p in first.rglob("*") if p.is_file()}
     assert names == {p.relative_to(second) for p in second.rglob("*") if p.is_file()}
@@ -66,7 +66,7 @@ def checkpoint_differences(one: Path, other: Path, step: int) -> list[str]:
 
 
 def logged(run_dir: Path, event: str = "train", *keys: str) -> list[tuple[Any, ...]]:
-    """(step, values of `keys`) of a run's log lines, in order."""
+    """Return (step, values of `keys`) of a run's log lines, in order."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [
         (line["step"], *(line[key] for key in keys)) for line in lines if line["event"] == event
@@ -78,9 +78,9 @@ UNET = ("adversarial={weight: 0.01, discriminator: {name: unet, num_features: 4}
 
 
 def assert_resumed_is_straight(straight: Path, broken: Path) -> None:
-    """Both have come to step 8, the second by way of a stop at step 3."""
-    # Ending at step 3 took a validation that the straight run did not have: it may have set the
-    # best.
+    """Both runs have reached step 8, the second with a stop at step 3."""
+    # Ending at step 3 took a validation that the uninterrupted run did not have, and which may be
+    # the best one.
     assert [d for d in checkpoint_differences(straight, broken, 8) if d != "state.json"] == []
     assert logged(straight, "train", "loss", "lr") == logged(broken, "train", "loss", "lr")
     assert [step for step, *_ in logged(broken)] == list(range(1, 9))

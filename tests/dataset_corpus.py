@@ -16,8 +16,7 @@ import warm
 from pipeline.data.image_files import MANIFEST
 from tools.crops.manifest import DatasetHash, iterate_records
 
-# For tests that are not about the quality gates: their pictures repeat themselves, and are made,
-# not photographed.
+# For tests that are not about the quality gates: their images are repetitive and synthetic.
 UNGATED = ("--min-gradient", "0", "--min-sharpness", "0", "--keep-duplicates")
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +30,7 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def assert_user_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit 2, nothing but one line on stderr, which holds all the words."""
+    """Exit status 2, and only one line on stderr, which contains all the words."""
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1, result.stderr
@@ -40,8 +39,8 @@ def assert_user_error(result: subprocess.CompletedProcess[str], *words: str) -> 
 
 
 def dataset_hash(root: Path, *folders: str) -> str:
-    """The hash of all crops that the manifests of `folders` in `root`, by default its own,
-    record."""
+    """Return the hash of all crops recorded by the manifests of `folders` in `root`, or of
+    `root`."""
     total = DatasetHash()
     for record in iterate_records(
         root, [f"{folder}/{MANIFEST}" for folder in folders] or [MANIFEST]
@@ -60,15 +59,14 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def stamped_tree(folder: Path) -> dict[str, tuple[str, int]]:
-    """As `tree`, with modification times: equal only if nothing was written anew."""
+    """Like `tree`, with modification times: equal only if nothing was rewritten."""
     return {
         name: (digest, (folder / name).stat().st_mtime_ns) for name, digest in tree(folder).items()
     }
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 RGB (height, width, 3): waves and a little noise, so that it compresses like a
-    photograph."""
+    """uint8 RGB (height, width, 3): waves and a little noise; compresses like a photograph."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [
@@ -81,7 +79,7 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def wheel_photograph(name: str) -> np.ndarray:
-    """A photograph that ships with scikit-image, decoded, uint8 RGB; lossy ones halved."""
+    """A photograph that ships with scikit-image, decoded to uint8 RGB; lossy ones are halved."""
     spec = importlib.util.find_spec("skimage")
     with Image.open(Path(spec.submodule_search_locations[0]) / "data" / name) as image:
         pixels = np.asarray(image.convert("RGB"))
@@ -92,7 +90,7 @@ def wheel_photograph(name: str) -> np.ndarray:
 
 
 def encoded(pixels: np.ndarray | Image.Image, form: str, **options: object) -> bytes:
-    """An image file of the format that Pillow calls `form`."""
+    """Encode an image file in the format that Pillow calls `form`."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
     image.save(file, form, **options)
@@ -100,7 +98,7 @@ def encoded(pixels: np.ndarray | Image.Image, form: str, **options: object) -> b
 
 
 def deep_png(pixels: np.ndarray) -> bytes:
-    """uint16 gray, RGB or RGBA pixels as a 16-bit PNG."""
+    """Encode uint16 gray, RGB or RGBA pixels as a 16-bit PNG."""
     order = {
         2: lambda p: p,
         3: lambda p: p[..., ::-1] if p.shape[2] == 3 else p[..., [2, 1, 0, 3]],
@@ -109,7 +107,7 @@ def deep_png(pixels: np.ndarray) -> bytes:
 
 
 def exif(orientation: int) -> bytes:
-    """EXIF data that says nothing but the orientation."""
+    """EXIF data with nothing but the orientation."""
     data = Image.Exif()
     data[0x0112] = orientation
     return data.tobytes()
@@ -123,7 +121,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def good_files(size: int = 96) -> dict[str, bytes]:
-    """Files of `size` x `size` + 10 pixels that both tools must take, of every format, mode and
+    """Files of `size` x `size` + 10 pixels that both tools must accept, in every format, mode and
     spelling."""
     pixels = photograph(size, size + 10)
     image = Image.fromarray(pixels)
@@ -158,7 +156,7 @@ def good_files(size: int = 96) -> dict[str, bytes]:
 
 
 def bad_files(size: int = 96) -> dict[str, bytes]:
-    """Encoded files that no tool may take, whatever their names promise."""
+    """Encoded files that every tool must refuse, whatever their names promise."""
     image = Image.fromarray(photograph(size, size, seed=1))
     files = {
         f"cut.{suffix}": encoded(image, form)[:-200]
@@ -187,7 +185,7 @@ def bad_files(size: int = 96) -> dict[str, bytes]:
 
 
 def bad_npy_files(size: int = 96) -> dict[str, bytes]:
-    """.npy files that no tool may take."""
+    """.npy files that every tool must refuse."""
     pixels = photograph(size, size, seed=2)
     return {
         "float.npy": npy(pixels.astype(np.float32)),

@@ -1,4 +1,4 @@
-"""Real photographs for tests, from installed packages, and what people do to photographs."""
+"""Real photographs for tests, from installed packages, and common manipulations of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.make_demo_dataset import DATASET, HELD_OUT, _read
 
 @cache
 def photographs() -> dict[str, np.ndarray]:
-    """Name -> uint8 RGB pixels of ordinary photographs, read-only; lossy ones halved, as for
+    """Name -> uint8 RGB pixels of ordinary photographs, read-only; lossy ones are halved, as for
     training."""
     pictures = {}
     for photograph in DATASET + HELD_OUT:
@@ -32,7 +32,7 @@ def photographs() -> dict[str, np.ndarray]:
 def resized(
     pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """The picture at `factor` times its size."""
+    """Resize the picture by `factor`."""
     height, width = (round(side * factor) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), kind))
 
@@ -40,7 +40,7 @@ def resized(
 def enlarged(
     pixels: np.ndarray, factor: float, kind: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Reduced by `factor` and enlarged again: a picture that promises more pixels than it has."""
+    """Reduce by `factor` and enlarge again: a picture with less detail than its size suggests."""
     return resized(resized(pixels, 1 / factor), factor, kind)
 
 
@@ -49,7 +49,7 @@ def blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """Through JPEG."""
+    """Encode as JPEG and decode."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "jpeg", quality=quality)
     return np.asarray(Image.open(file))
@@ -60,7 +60,7 @@ def brightened(pixels: np.ndarray, levels: int) -> np.ndarray:
 
 
 def crops(pixels: np.ndarray, size: int) -> list[np.ndarray]:
-    """The square crops of a plain grid."""
+    """Cut the picture into square crops on a regular grid."""
     height, width = pixels.shape[:2]
     return [
         np.ascontiguousarray(pixels[top : top + size, left : left + size])

@@ -1,5 +1,5 @@
-"""Things that several test files need: a tiny network, a run folder as training leaves it, images,
-the shared data."""
+"""Shared by several test files: a tiny network, a run folder as training writes it, images, shared
+data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = {"num_features": 8, "num_attention_features": 12, "num_blocks": 2}
 
 
 def shared(relative: str) -> Path:
-    """A file or folder of the shared data beside the checkout; the test is skipped where it is
+    """Return a file or folder of the shared data next to the checkout; skip the test if it is
     missing."""
     path = CHECKOUT.parent / "shared" / relative
     if not path.exists():
@@ -36,8 +36,8 @@ def shared(relative: str) -> Path:
 
 
 def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command (the module of its name at the top), in this
-    process."""
+    """Run a command (the top-level module of its name) in this process; return exit status, stdout
+    and stderr."""
     with pytest.raises(SystemExit) as stop:
         cli.run(command.Options, command.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -45,8 +45,7 @@ def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
 
 
 def tiny_network(seed: int = 0, **params) -> VapSR:
-    """A VapSR of a few thousand parameters, every one of them random (no zeros that could hide a
-    mistake)."""
+    """A VapSR of a few thousand parameters, all of them random: zeros could hide a mistake."""
     torch.manual_seed(seed)
     network = VapSR(**{"scale": 2, **TINY, **params})
     with torch.no_grad():
@@ -68,8 +67,8 @@ def make_run(
     best: int | None = None,
     **params,
 ) -> Path:
-    """A run folder in `root` with complete checkpoints; step N has raw weights of seed N, averaged
-    ones of N + 1."""
+    """Make a run folder in `root` with complete checkpoints; step N has raw weights of seed N and
+    averaged weights of seed N + 1."""
     run_dir = root / name
     for step in steps:
         folder = checkpoint_dir(run_dir, step)
@@ -87,7 +86,7 @@ def make_run(
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth random picture, uint8 HWC RGB, with some noise on it."""
+    """A smooth random picture with some noise, uint8 RGB HWC."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(
         generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)

@@ -1,5 +1,5 @@
-"""Image files of every kind, with the pixels that they must decode to, computed from the numbers
-written into them."""
+"""Image files of every kind with the pixels they must decode to, computed from the numbers written
+into them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Case:
     """A file: its content, and what every command must make of it."""
 
     content: bytes
-    expected: np.ndarray | None  # uint8 RGB, upright; None: it is refused
+    expected: np.ndarray | None  # uint8 RGB, upright; None: it must be refused
     tolerance: int = 0
-    refusal: str = ""  # a part of the reason
+    refusal: str = ""  # part of the reason
     inexact: str = (
         ""  # why convert_dataset.py, which keeps every bit, refuses it; empty: it takes it
     )
 
 
 def deep_picture() -> np.ndarray:
-    """uint16 RGB (HEIGHT, WIDTH, 3): smooth, so that lossy formats keep it, and with odd low
+    """uint16 RGB (HEIGHT, WIDTH, 3): smooth, so that lossy formats preserve it, and with odd low
     bytes."""
     random = np.random.default_rng(5)
     coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), np.uint8)).resize(
@@ -56,7 +56,7 @@ ALPHA = np.rint(DEEP_ALPHA / 257).astype(np.uint8)
 def as_rgb(
     values: np.ndarray, most: int, alpha: np.ndarray | None = None, most_alpha: int = 0
 ) -> np.ndarray:
-    """Levels 0..most of gray or colours, over white by `alpha` -> uint8 RGB."""
+    """Convert levels 0..most of gray or colours, over white by `alpha`, to uint8 RGB."""
     share = values.astype(np.float64) / most
     if alpha is not None:
         weight = alpha.astype(np.float64) / (most_alpha or most)
@@ -65,7 +65,7 @@ def as_rgb(
 
 
 def turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """As pixels must be stored that `orientation` turns to `pixels`."""
+    """Return the pixels to store so that `orientation` turns them into `pixels`."""
     return {
         1: pixels,
         2: pixels[:, ::-1],
@@ -86,12 +86,12 @@ def pil(pixels: np.ndarray | Image.Image, form: str, **options: Any) -> bytes:
 
 
 def opened(content: bytes) -> np.ndarray:
-    """What Pillow reads of an ordinary 8-bit file."""
+    """Decode an ordinary 8-bit file with Pillow."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 
-# TIFF: bits x channels x kind of alpha x planes x tiles x byte order, compressions taken in turn.
+# TIFF: bits x channels x kind of alpha x planes x tiles x byte order, with alternating compression.
 
 COMPRESSIONS = (
     {},
@@ -135,7 +135,7 @@ def tiff_cases() -> Iterator[tuple[str, Case]]:
             stored = white - values
         if extra in ("unassociated", "associated"):
             expected = as_rgb(values, white, alpha)
-            if extra == "associated":  # which loses what is transparent
+            if extra == "associated":  # which loses transparent content
                 values = np.rint(values * (alpha / white)).astype(kind)
                 expected, tolerance = (
                     np.clip(np.rint((values / white + 1 - alpha / white) * 255), 0, 255),
@@ -224,7 +224,7 @@ def other_tiffs() -> Iterator[tuple[str, Case]]:
     )
 
 
-# PNG, by hand: every colour type, depth and transparency.
+# PNG, written by hand: every colour type, depth and transparency.
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -542,7 +542,7 @@ def other_cases() -> Iterator[tuple[str, Case]]:
     yield "pnm-text.ppm", Case(f"P3\n{WIDTH} {HEIGHT}\n255\n{text}\n".encode(), PHOTO)
 
 
-# Colour profiles, made and undone by the formulas of ICC's matrix profiles and of sRGB.
+# Colour profiles, applied and undone by the formulas of ICC's matrix profiles and of sRGB.
 
 ADOBE = np.array(
     [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
@@ -554,7 +554,7 @@ GAMMA = 563 / 256
 
 
 def profile(space: bytes, gamma: float) -> bytes:
-    """An ICC profile of version 2: a matrix and a power for RGB, a power for gray."""
+    """An ICC profile of version 2: a matrix and a power curve for RGB, a power curve for gray."""
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
     name = b"Wide test"
     tags = {
@@ -591,14 +591,14 @@ def srgb_tone(linear: np.ndarray) -> np.ndarray:
 
 
 def to_srgb(levels: np.ndarray) -> np.ndarray:
-    """uint8 of the made RGB profile -> uint8 of sRGB."""
+    """Convert uint8 of the RGB profile above to uint8 sRGB."""
     linear = (levels / 255) ** GAMMA @ ADOBE.T @ np.linalg.inv(SRGB).T
     return np.rint(255 * srgb_tone(linear)).astype(np.uint8)
 
 
 def profile_cases() -> Iterator[tuple[str, Case]]:
     wide, inexact = profile(b"RGB ", GAMMA), "Wide test"
-    tame = PHOTO // 2 + 64  # colours that sRGB holds
+    tame = PHOTO // 2 + 64  # colours within sRGB
     assert np.abs(to_srgb(tame).astype(int) - tame).max() > 10
     for name, content in (
         ("png", pil(tame, "png", icc_profile=wide)),

@@ -1,4 +1,4 @@
-"""The allocator keeps the memory that a network frees, in every process that computes on a CPU."""
+"""The allocator keeps freed memory in every process that computes on a CPU."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ needs_glibc = pytest.mark.skipif(not allocator_variables({}), reason="the C libr
 
 
 def faults(way: str, variables: dict[str, str]) -> tuple[bool, float]:
-    """Whether the process set it itself, and the median of its page faults in a step. A fork reads
-    no variables."""
+    """Return whether the process set it itself, and the median of its page faults per step.
+
+    A fork does not read the variables.
+    """
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, way],
         env={**environment(), **variables},
@@ -58,7 +60,7 @@ def test_a_step_on_a_cpu_asks_the_system_for_no_memory() -> None:
     assert (by_variables, by_mallopt) == (False, True)
     assert with_variables < 200, plain
     assert with_mallopt < 200, plain
-    assert plain > 1000  # or there is nothing to set
+    assert plain > 1000  # otherwise there is nothing to gain
 
 
 @needs_glibc
@@ -89,4 +91,4 @@ def test_ranks_on_cpus_start_with_both_thresholds_and_those_on_gpus_with_none(
         monkeypatch.delenv(name)
     assert prepare(2, on_gpu=False).keys() >= BOTH
     assert BOTH.isdisjoint(prepare(2, on_gpu=True))
-    assert allocator_variables(prepare(1, on_gpu=False)) == {}, "a rank must not do it again"
+    assert allocator_variables(prepare(1, on_gpu=False)) == {}, "a rank must not set it again"

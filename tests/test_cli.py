@@ -1,4 +1,4 @@
-"""Bad command lines end in one clear line and exit status 2, before anything is touched."""
+"""Bad command lines end with one clear line and exit status 2, before anything is touched."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_help_without_a_reader_is_no_error() -> None:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_work_goes_on_when_the_reader_is_gone(tmp_path: Path, unbuffered: str) -> None:
-    """`check_training_data.py --clean ... | head -1` cleans all, and still says by its status that
-    files were bad."""
+    """`check_training_data.py --clean ... | head -1` cleans everything, and its exit status still
+    says that files were bad."""
     for number in range(5):
         (tmp_path / f"{number}.npy").write_bytes(b"")
     done = unread(
@@ -158,8 +158,8 @@ def test_a_command_that_only_tells_ends_with_its_reader(tmp_path: Path) -> None:
         (
             "/dev/full",
             1,
-            "error: stdout cannot be written: No space left on device; make room where it leads "
-            "to\n",
+            "error: cannot write to stdout: No space left on device; free space where it is "
+            "redirected\n",
         ),
         ("&-", 0, ""),
     ],
@@ -330,7 +330,7 @@ def test_two_runs_do_not_share_a_folder(dataset: Path, tmp_path: Path) -> None:
             line = second.stdout.readline()
             assert "is in use by process" in line
             assert "waiting" in line
-            first.terminate()  # it saves and lets go: the second one takes over where it stopped
+            first.terminate()  # it saves and releases the folder; the second takes over
             first.wait(30)
             rest = ""
             while "continuing from step" not in rest:

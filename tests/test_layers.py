@@ -1,9 +1,8 @@
-"""Who may import whom, read from the imports: the 13 folders of pipeline/, tools/, launch/, and no
-cycle among them.
+"""Allowed imports between the 13 folders of pipeline/, tools/ and launch/, without cycles.
 
-The tools are below launch/, whose demo makes a small dataset with them; the search for
-hyper-parameters is above it, for each of its trials is a launch. Within launch/ the doctor may use
-cluster/, and not the other way round.
+tools/ is below launch/, whose demo makes a small dataset with it; the hyper-parameter search is
+above launch/, because each of its trials is a launch. Within launch/, the doctor may use cluster/,
+but not the other way round.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import pytest
 
 from conftest import ROOT, environment
 
-# Folder or module -> those it may import. The ground floor (the files of pipeline/ itself) is open
+# Folder or module -> what it may import. The ground floor (the files directly in pipeline/) is open
 # to all.
 ALLOWED = {
     "pipeline/distributed": set(),
@@ -147,8 +146,10 @@ TORCH_FREE_SCRIPTS = [
 
 
 def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
-    """Every module and name that a file imports, dotted; those inside functions only where not
-    `at_import_time`."""
+    """Return every module and name that a file imports, dotted.
+
+    With `at_import_time`, imports inside functions are left out.
+    """
     found: set[str] = set()
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
@@ -171,8 +172,7 @@ def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
 
 
 def unit_of(path: Path) -> str:
-    """The row of `ALLOWED` that a file belongs to: its own, or that of the nearest folder which has
-    one."""
+    """Return the row of `ALLOWED` for a file: its own, or that of the nearest folder with a row."""
     name = path.relative_to(ROOT).with_suffix("")
     return next(
         str(unit) for unit in (name, *name.parents) if str(unit) in ALLOWED or str(unit) == GROUND
@@ -180,8 +180,8 @@ def unit_of(path: Path) -> str:
 
 
 def units_of(module: str) -> set[str]:
-    """The row that a dotted name belongs to; none for other people's modules and for names of a
-    package itself."""
+    """Return the row for a dotted name; none for third-party modules and for names of a package
+    itself."""
     path = ROOT / module.replace(".", "/")
     file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
     if module.split(".")[0] not in ("pipeline", "tools", "launch") or not file.exists():
@@ -194,7 +194,7 @@ def units_of(module: str) -> set[str]:
 
 @functools.cache
 def edges() -> dict[str, dict[str, str]]:
-    """Row -> rows that it imports, each with a file that does."""
+    """Return row -> rows that it imports, each with a file that does so."""
     found: dict[str, dict[str, str]] = {unit: {} for unit in (*ALLOWED, GROUND)}
     for folder in ("pipeline", "tools", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -253,8 +253,8 @@ def test_dali_stays_in_the_data_path() -> None:
 
 
 def test_tools_and_launch_import_no_torch() -> None:
-    """A dataset is built, and ranks are started, on machines without torch: seen by importing all
-    of them."""
+    """Datasets are built and ranks are started on machines without torch; checked by importing all
+    modules."""
     named = [
         path
         for path in TORCH_FREE_SCRIPTS
@@ -288,7 +288,7 @@ def test_tools_and_launch_import_no_torch() -> None:
 
 
 def test_every_name_in_the_list_of_slow_tests_is_a_test() -> None:
-    """A test that is renamed would leave `./run_tests.sh fast` to wait for it."""
+    """If a slow test is renamed, `./run_tests.sh fast` would otherwise run it."""
     listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
     functions = {
         file: {

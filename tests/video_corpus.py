@@ -1,5 +1,4 @@
-"""Videos for the tests, made on the spot by the ffmpeg that the wheel `imageio-ffmpeg` brings
-along."""
+"""Videos for the tests, encoded on the fly by the ffmpeg of the package `imageio-ffmpeg`."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ LOSSLESS = ["-c:v", "libx264", "-qp", "0", "-preset", "ultrafast"]
 
 
 def ffmpeg(*arguments: object, data: bytes | None = None) -> bytes:
-    """Run ffmpeg, `data` on its standard input; what it writes to its standard output."""
+    """Run ffmpeg with `data` as its standard input; return its standard output."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-nostdin", "-y", "-v", "error", *map(str, arguments)]
@@ -53,8 +52,8 @@ def from_pixels(
     rate: int = 25,
     pixel_format: str = "rgb24",
 ) -> Path:
-    """Encode raw frames, all of one size: uint8 RGB (height, width, 3), or arrays as `pixel_format`
-    wants them."""
+    """Encode raw frames of one size: uint8 RGB (height, width, 3), or arrays in the layout of
+    `pixel_format`."""
     frames = list(frames)
     height, width = frames[0].shape[:2]
     if pixel_format.startswith("yuv420p"):
@@ -78,7 +77,7 @@ def from_pixels(
 
 
 def still(seed: int, height: int = 360, width: int = 640) -> np.ndarray:
-    """A picture that no other seed's resembles: uint8 RGB, coarse random patches under fine
+    """A picture unlike that of any other seed: uint8 RGB, coarse random patches under fine
     waves."""
     patches = np.random.default_rng(seed).integers(20, 236, (6, 10, 3)).astype(np.uint8)
     coarse = cv2.resize(patches, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
@@ -90,19 +89,19 @@ def still(seed: int, height: int = 360, width: int = 640) -> np.ndarray:
 def pan(
     seed: int, count: int, speed: float, height: int = 360, width: int = 640
 ) -> list[np.ndarray]:
-    """`count` frames of a camera that moves over a still, `speed` pixels a frame."""
+    """`count` frames of a camera moving over a still at `speed` pixels per frame."""
     wide = still(seed, height, width + int(speed * count) + 1)
     return [wide[:, int(speed * index) : int(speed * index) + width] for index in range(count)]
 
 
 def fade(before: np.ndarray, after: np.ndarray, count: int) -> list[np.ndarray]:
-    """`count` frames of one picture turning into another."""
+    """`count` frames in which one picture turns into another."""
     parts = np.linspace(0, 1, count + 2)[1:-1]
     return [cv2.addWeighted(before, 1 - part, after, part, 0) for part in parts]
 
 
 def quadrants(height: int = 240, width: int = 320) -> np.ndarray:
-    """uint8 RGB, another colour in each quarter, so that every turn and mirroring shows."""
+    """uint8 RGB, another colour in each quarter, so that every rotation and reflection shows."""
     picture = np.empty((height, width, 3), np.uint8)
     picture[: height // 2, : width // 2] = 200, 30, 30
     picture[: height // 2, width // 2 :] = 30, 200, 30
@@ -114,10 +113,9 @@ def quadrants(height: int = 240, width: int = 320) -> np.ndarray:
 def yuv420p(
     colours: np.ndarray, matrix: str, is_full: bool, bits: int, side: int = 64, height: int = 0
 ) -> np.ndarray:
-    """Squares of flat colours in a row as raw yuv420p (3/2 height, width), by the formulas of
-    BT.601 and BT.709.
+    """Squares of flat colours in a row as raw yuv420p (3/2 height, width), by BT.601 or BT.709.
 
-    `colours` is RGB (count, 3) in 0..255. uint8 for 8 bits, uint16 above.
+    `colours`: RGB (count, 3) in 0..255. Returns uint8 for 8 bits, uint16 above.
     """
     kr, kb = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[matrix]
     r, g, b = colours.T / 255

@@ -1,4 +1,4 @@
-"""Checkpoints exist whole or not at all, and damage is seen."""
+"""Checkpoints are complete or do not exist, and damage is detected."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_every_mutation_is_detected(trained: Path, tmp_path: Path) -> None:
         copy = tmp_path / str(number)
         shutil.copytree(whole, copy)
         how = mutate(copy, draw)
-        # A flip within the manifest's text about the run (not about files) damages no file of the
-        # checkpoint; it is seen as a difference of identity, or it is white space.
+        # A flip in the manifest's text about the run (not about files) damages no file of the
+        # checkpoint: it shows as a difference of identity, or it hit white space.
         harmless = "MANIFEST" in how and _files(copy) == json.loads(manifest_bytes)["files"]
         if not damage(copy) and not harmless:
             unseen.append(how)
@@ -92,7 +92,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         in done.stdout
     )
     assert "continuing from step 4 of 6" in done.stdout
-    assert damage(checkpoint_dir(run_dir, 6)) == ""  # written again, whole
+    assert damage(checkpoint_dir(run_dir, 6)) == ""  # saved again, intact
     for name in ("generator.safetensors", "generator_ema.safetensors"):
         assert (checkpoint_dir(run_dir, 6) / name).read_bytes() == (
             checkpoint_dir(trained, 6) / name
@@ -125,7 +125,7 @@ def test_pruning_keeps_the_newest_and_the_best(trained: Path, tmp_path: Path) ->
 
 
 def test_a_full_disk_costs_no_checkpoint_that_was_made(dataset: Path, tmp_path: Path) -> None:
-    """Files are limited to 60 kB, as a full disk would: the engine's is larger than that."""
+    """File sizes are limited to 60 kB, which acts like a full disk: the engine's file is larger."""
     run_dir = tmp_path / "run"
     assert run(command(dataset, run_dir, "steps=3")).returncode == 0
     limited = [

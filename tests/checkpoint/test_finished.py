@@ -1,5 +1,5 @@
-"""A finished run says so from its checkpoint, without torch; whatever is not certain goes the usual
-way."""
+"""A finished run is reported from its checkpoint, without torch; all else goes through the normal
+start."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def is_answered(dataset: Path, run_dir: Path, *overrides: str, **changes: object
 def test_it_is_said_without_importing_anything_heavy(
     dataset: Path, copy: Path, script: str
 ) -> None:
-    """A real interpreter: the warm one has imported everything."""
+    """In a fresh interpreter: the warm one has imported everything."""
     arguments = [
         "--recipe",
         "demo",
@@ -131,7 +131,7 @@ def test_another_run_is_refused_as_ever(dataset: Path, copy: Path) -> None:
 
 def test_damage_goes_the_usual_way(dataset: Path, copy: Path) -> None:
     folder = checkpoint_dir(copy, 3)
-    (copy / "checkpoints" / ".old-step-00000003").mkdir()  # of a replacement that was cut off
+    (copy / "checkpoints" / ".old-step-00000003").mkdir()  # left by an interrupted replacement
     assert not is_answered(dataset, copy, "steps=3")
     (copy / "checkpoints" / ".old-step-00000003").rmdir()
     assert is_answered(dataset, copy, "steps=3")

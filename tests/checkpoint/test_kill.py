@@ -1,4 +1,4 @@
-"""A training that is killed at any moment, saves included, loses nothing that was committed."""
+"""A run that is killed at any moment, also during a save, loses no committed checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OVERRIDES = (f"steps={STEPS}", "save_every=2", "validate_every=50", "log_every=2
 def wait_for_step(run_dir: Path, process: Fork, step: int) -> None:
     deadline = time.monotonic() + 60
     while process.is_alive() and max(checkpoint_steps(run_dir), default=0) < step:
-        assert time.monotonic() < deadline, f"step {step} did not come"
+        assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.002)
 
 
 def saves_under_way(run_dir: Path) -> set[tuple[str, int]]:
-    """The half-written checkpoints, leftovers of earlier kills among them."""
+    """Return the unfinished checkpoints, including those left by earlier kills."""
     found = set()
     for folder in (run_dir / "checkpoints").glob(".tmp-step-*"):
         with contextlib.suppress(FileNotFoundError):
@@ -61,7 +61,7 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
             time.sleep(draw.uniform(0, 0.05))
         if lives % 2:
             wait_for_a_save(run_dir, life, leftovers, draw.uniform(0, 0.01))
-        assert life.is_alive(), "the run ended before its kills: give it more STEPS"
+        assert life.is_alive(), "the run ended before its kills; increase STEPS"
         with contextlib.suppress(ProcessLookupError):
             os.kill(life.pid, signal.SIGKILL)
         life.join()
@@ -69,7 +69,7 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
         interrupted_saves += bool(saves_under_way(run_dir) - leftovers)
         steps = checkpoint_steps(run_dir)
         assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
-        assert not steps or steps[-1] >= before  # nothing that was committed is lost
+        assert not steps or steps[-1] >= before  # no committed checkpoint is lost
         before = steps[-1] if steps else 0
     assert before > 0
     assert interrupted_saves >= 5

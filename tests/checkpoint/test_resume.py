@@ -1,5 +1,5 @@
-"""N steps straight and k steps + stop + N - k steps in a fresh process are the same run, bit for
-bit."""
+"""N steps in one run, and k steps, a stop and N - k steps in a new process, give bit-equal
+results."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ GAN = (
     ],
 )
 def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]) -> None:
-    """10 files in batches of 4: step 3 is in mid-epoch, and steps 3 to 8 cross the ends of two
-    epochs."""
+    """10 files in batches of 4: step 3 is in the middle of an epoch, and two epochs end in steps 3
+    to 8."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     if "native_kernels=on" in extra and native.why_not_native():
         pytest.skip(native.why_not_native())
@@ -74,7 +74,7 @@ def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple
             torch.load(checkpoint_dir(straight, 8) / f"random-rank-0000{rank}.pt")["torch"]
             for rank in range(2)
         ]
-        assert not torch.equal(*own), "labels and noise must be each rank's own draws"
+        assert not torch.equal(*own), "each rank must draw its own labels and noise"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple
 def test_resume_is_exact_by_the_command(
     dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]
 ) -> None:
-    """The same through the command that people use, the deepspeed launcher included."""
+    """The same through train.py's command line and the deepspeed launcher."""
     lacking = why_not_compiled(torch.device("cpu"))
     if "compile=on" in extra and lacking:
         pytest.skip(lacking)
@@ -108,7 +108,7 @@ def assert_nearly_equal(one: Path, other: Path, step: int) -> None:
 
 
 def test_ranks_may_come_and_go(dataset: Path, tmp_path: Path) -> None:
-    """Two ranks learn what one does, and a checkpoint goes on with another number of them, but for
+    """Two ranks learn what one does, and a checkpoint continues on another number of ranks, up to
     rounding."""
     for name, lives in (("one", [(1, 6)]), ("two", [(2, 6)]), ("mixed", [(2, 3), (1, 5), (2, 6)])):
         for procs, last in lives:
@@ -126,10 +126,10 @@ def test_ranks_may_come_and_go(dataset: Path, tmp_path: Path) -> None:
 def interrupted(
     arguments: list[str], run_dir: Path, numbers: list[int], after_step: int
 ) -> tuple[int, str, float]:
-    """Start, wait for a log line of `after_step`, send the signals; (exit status, output, seconds
-    it took to end)."""
-    # A real interpreter: DeepSpeed's launcher, forked, would have DALI to unload when the second
-    # signal comes.
+    """Start a run, wait for the log line of `after_step`, and send the signals; return (exit
+    status, output, seconds it took to end)."""
+    # In a fresh interpreter: a forked launcher would have to unload DALI when the second signal
+    # comes.
     process = subprocess.Popen(
         [sys.executable, *arguments[1:]],
         env=environment(),
@@ -182,8 +182,8 @@ def test_a_signal_saves_and_the_next_start_continues_exactly(
 
 
 def test_patience_survives_a_resume(dataset: Path, tmp_path: Path) -> None:
-    """With a learning rate of nearly nothing the PSNR stands still, and so every validation but the
-    first is stale."""
+    """With a learning rate near zero the PSNR does not change, so every validation but the first is
+    stale."""
     still = ("ds.optimizer.params.lr=1e-12", "validate_every=2", "patience=3", "ema_decay=0")
     done = run(command(dataset, tmp_path / "run", *still, "steps=4"))
     assert done.returncode == 0
@@ -216,7 +216,7 @@ def test_max_epochs_and_patience_are_options(dataset: Path, tmp_path: Path) -> N
 def test_a_signal_in_the_last_validation_leaves_it_to_the_next_start(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """The last validation is made long by repeating an image; the signal comes while it runs."""
+    """Repeating an image makes the last validation long; the signal comes while it runs."""
     import shutil
 
     root = tmp_path / "dataset"

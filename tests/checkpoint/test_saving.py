@@ -1,5 +1,5 @@
-"""Checkpoints are written while training goes on: of the step that asked for them, in turn, and
-nothing is hidden."""
+"""Checkpoints are written while training continues: of the right step, one after the other, and
+failures are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAMS = {"num_features": 4, "num_blocks": 1}
 
 
 class PlainEngine:
-    """A network whose ranks save a file each, as ZeRO's do, and the first one the weights."""
+    """A network whose ranks each save a file, as with ZeRO; the first also saves the weights."""
 
     def __init__(self, ranks: Ranks) -> None:
         torch.manual_seed(0)
@@ -64,7 +64,8 @@ def contents_of(ranks: Ranks, *, sees_run_dir: bool = True) -> Contents:
 
 
 class Gate:
-    """Lets a function of `saving` run only once it is open; says when it was come to."""
+    """Makes a function of `saving` wait until the gate is opened, and records that it was
+    reached."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
@@ -92,7 +93,7 @@ def test_the_bits_are_those_of_the_step_that_asked(
     drawn = torch.get_rng_state()
     saver.begin(progress)
     assert gate.reached.wait(60)
-    with torch.no_grad():  # training goes on
+    with torch.no_grad():  # training continues
         for network in (engine.module, ema.network):
             for tensor in network.state_dict().values():
                 tensor.add_(1)
@@ -100,7 +101,7 @@ def test_the_bits_are_those_of_the_step_that_asked(
     torch.rand(3)
     progress.step, progress.best_scores["psnr_y"], ema.num_updates = 8, 30.0, 99
     assert saver.poll() is None
-    assert checkpoint_steps(tmp_path) == [], "it is committed when all of it is written"
+    assert checkpoint_steps(tmp_path) == [], "it is committed only when everything is written"
     gate.opened.set()
     assert saver.wait() is None
     folder = checkpoint_dir(tmp_path, 7)
@@ -133,10 +134,10 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
         assert saver.wait() is None
     assert checkpoint_steps(tmp_path) == [2, 3]
     before = (checkpoint_dir(tmp_path, 3) / "MANIFEST.json").stat().st_ino
-    saver.begin(Progress(step=3))  # the disk says all of it
+    saver.begin(Progress(step=3))  # the disk already holds all of it
     assert saver.wait() is None
     assert (checkpoint_dir(tmp_path, 3) / "MANIFEST.json").stat().st_ino == before
-    saver.begin(Progress(step=3, validated_step=3))  # measured since then
+    saver.begin(Progress(step=3, validated_step=3))  # validated in the meantime
     assert saver.wait() is None
     assert read_progress(tmp_path, 3).validated_step == 3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -202,13 +203,12 @@ def test_a_fault_of_the_program_is_no_warning(
         saver.wait()
 
 
-# --- Several ranks
-# --------------------------------------------------------------------------------------------------
+# --- Several ranks ---
 
 
 def _save_beside_collectives(run_dir: str, failing: int | None, blind: int | None) -> list[Any]:
-    """Save twice while the training threads talk to each other all the time; what each save and
-    each talk said."""
+    """Save twice while the training threads run collectives all the time; return the results of
+    saves and collectives."""
     ranks = start_distributed()
     contents = contents_of(ranks, sees_run_dir=ranks.rank != blind)
     saver, told, talks = Saver(Path(run_dir), contents, 5, ranks), [], []
@@ -223,7 +223,7 @@ def _save_beside_collectives(run_dir: str, failing: int | None, blind: int | Non
     for step in (1, 2):
         saving._write_own_files = slow if step == 1 else write
         saver.begin(Progress(step=step))
-        for number in range(300):  # of the same kind and size as the threads' own
+        for number in range(300):  # of the same kind and size as the writing threads' collectives
             talks.append(ranks.gather(f"{ranks.rank}-{number}"))
         failure = saver.wait()
         told.append(str(failure) if failure else "")
@@ -270,8 +270,7 @@ def test_ranks_write_together_beside_their_training(
         assert (torch.load(folder / "generator" / "shard-1.pt")["moment"] == 1).all()
 
 
-# --- Whole runs
-# --------------------------------------------------------------------------------------------------
+# --- Whole runs ---
 
 
 def _last_logged(run_dir: Path) -> int:
@@ -282,7 +281,7 @@ def _last_logged(run_dir: Path) -> int:
 def _run(
     dataset: str, run_dir: str, overrides: list[str], slow_step: int, until: int, what: str
 ) -> int:
-    """A run whose checkpoint of `slow_step` is committed only when training has come to step
+    """Train, committing the checkpoint of `slow_step` only when training has reached step
     `until`."""
     from pipeline.training.options import TrainOptions
     from pipeline.training.run import main
@@ -327,7 +326,7 @@ RARE = ("validate_every=100", "save_every=3", "keep=9", "log_every=1")
 def test_training_goes_on_and_the_checkpoint_is_of_its_step(
     dataset: Path, tmp_path: Path, procs: int, extra: tuple[str, ...]
 ) -> None:
-    """The checkpoint of step 3 is committed after step 5, and is bit for bit what a run makes that
+    """The checkpoint of step 3 is committed after step 5 and is bit-equal to that of a run which
     waits for it."""
     overrides = [*RARE, *extra]
     statuses = in_ranks(
@@ -347,7 +346,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_step(
     found = checkpoint_differences(tmp_path / "straight", tmp_path / "slow", 3)
     assert [
         name for name in found if name != "state.json"
-    ] == []  # the shorter run's end has a validation
+    ] == []  # the shorter run ends with a validation
     train(dataset, tmp_path / "whole", "steps=6", *RARE, *extra, procs=procs)
     assert checkpoint_differences(tmp_path / "whole", tmp_path / "slow", 6) == []
 
@@ -390,7 +389,7 @@ def test_a_kill_during_a_write_costs_the_checkpoint_in_the_making_alone(
         "hang",
     )
     deadline = time.monotonic() + 60
-    while _last_logged(run_dir) < 8:  # two steps past the one whose checkpoint is being written
+    while _last_logged(run_dir) < 8:  # two steps after the one whose checkpoint is being written
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A snapshot holds a moment: what is done to the tensors afterwards does not reach it."""
+"""A snapshot holds one moment: later changes of the tensors do not reach it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.checkpoint.snapshot import HostMemory, Snapshot
 
 
 class Scaler:
-    """Something of a runtime's that is no tensor and changes in place."""
+    """An object of a runtime that is not a tensor and changes in place."""
 
     def __init__(self) -> None:
         self.scale, self.history = 8.0, [1, 2]
 
 
 def state() -> dict[str, Any]:
-    """Every kind of thing that engines save: views of one memory, halves, counts, parameters, empty
-    ones, objects."""
+    """Return every kind of value that engines save: views of shared memory, halves, counters,
+    parameters, empty tensors, objects."""
     torch.manual_seed(0)
     flat = torch.randn(1000)
     moments = torch.randn(3, 5, 7, 9).contiguous(memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ def state() -> dict[str, Any]:
 
 
 def saved(content: Any) -> Any:
-    """What comes back from a file."""
+    """Save to a file and load it again."""
     file = io.BytesIO()
     torch.save(content, file)
     file.seek(0)
@@ -98,7 +98,7 @@ def test_shared_memory_is_copied_once_and_stays_shared() -> None:
     assert type(taken["parameter"]) is nn.Parameter
     assert taken["wanted"].requires_grad
     assert len(io_bytes(taken)) == len(io_bytes(content)), (
-        "the file must not grow by copies of shared memory"
+        "copies of shared memory must not enlarge the file"
     )
 
 

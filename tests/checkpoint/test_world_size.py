@@ -1,4 +1,4 @@
-"""A checkpoint goes on with another number of ranks, and with ranks whose hosts do not see the run
+"""A checkpoint continues on another number of ranks, and with ranks whose hosts do not see the run
 folder."""
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def zero(stage: int) -> str:
     return f"ds.zero_optimization.stage={stage}"
 
 
-# --- Shards, in memory
-# ------------------------------------------------------------------------------------------------
+# --- Shards, in memory ---
 
 SHAPES = [
     {"a": (3, 5), "b": (7,), "c": (2, 2, 2), "d": (1,)},
@@ -40,7 +39,7 @@ SHAPES = [
 def layout(
     ranks: int, *, round_robin: bool, alignment: int
 ) -> tuple[list[OrderedDict], list[list[int]]]:
-    """Of each group: shapes in the order of DeepSpeed's flat tensor, and the gap behind each
+    """For each group: shapes in the order of DeepSpeed's flat tensor, and the gap after each
     parameter."""
     shapes, gaps = [], []
     for group in SHAPES:
@@ -62,8 +61,8 @@ def layout(
 def shards_of(
     values: dict[str, dict[str, torch.Tensor]], ranks: int, how: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The states that `ranks` ranks would write; `values`: of "weights" and each moment, every
-    parameter's numbers."""
+    """Return the states that `ranks` ranks would write. `values`: for "weights" and each moment,
+    every parameter's numbers."""
     shapes, gaps = layout(ranks, **how)
     shards: list[dict[str, Any]] = [
         {
@@ -102,7 +101,7 @@ def shards_of(
 
 
 def padded(shard: dict[str, Any]) -> dict[str, Any]:
-    """With the zeros at the ends of the weights, which DeepSpeed leaves out and adds again."""
+    """Append the zeros at the ends of the weights, which DeepSpeed omits when saving."""
     weights = [
         torch.nn.functional.pad(own, (0, padding))
         for own, padding in zip(shard[WEIGHTS], shard["group_paddings"], strict=True)
@@ -136,7 +135,7 @@ def test_shards_are_cut_anew_bit_for_bit(before: int, after: int, how: dict[str,
     }
     old, new = shards_of(values, before, how), shards_of(values, after, how)
     for rank, expected in enumerate(new):
-        # What it has now is of another content, and gives the layout alone.
+        # The present state has other content; only its layout is used.
         current = shards_of(
             {
                 kind: {name: tensor + 1 for name, tensor in tensors.items()}
@@ -162,12 +161,11 @@ def test_shards_of_another_network_are_refused() -> None:
         reshard(shards, others, shards[0], shapes, 0)
 
 
-# --- Ranks of all kinds
-# -----------------------------------------------------------------------------------------------
+# --- All kinds of ranks ---
 
 
 def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) -> None:
-    """An engine that takes three steps, or takes over what another has saved, and saves."""
+    """Make an engine take three steps, or load what another has saved; then save."""
     from deepspeed.accelerator import get_accelerator
 
     from pipeline.checkpoint.engine_state import capture_engine, load_engine
@@ -240,7 +238,7 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
 def test_there_and_back_changes_no_bit(
     tmp_path: Path, chain: tuple[int, ...], extra: dict[str, Any]
 ) -> None:
-    """FP32 weights, moments, loss scale and step; zeros at the ends included."""
+    """FP32 weights, moments, loss scale and step, including the zeros at the ends."""
     before = None
     for number, procs in enumerate(chain):
         in_ranks(
@@ -270,7 +268,7 @@ def test_there_and_back_changes_no_bit(
 def test_another_number_of_ranks_continues(
     dataset: Path, tmp_path: Path, before: int, after: int, extra: tuple[str, ...]
 ) -> None:
-    """The next step is what the same number of ranks would have made of it, but for rounding."""
+    """The next step is what the new number of ranks would have made, up to rounding."""
     train(dataset, tmp_path / "same", "steps=4", *extra, procs=before)
     shutil.copytree(
         tmp_path / "same", tmp_path / "other", ignore=shutil.ignore_patterns("step-00000004")
@@ -306,5 +304,4 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_arithmetic(
     assert damage(checkpoint_dir(tmp_path / "run", 3)) == ""
 
 
-# --- Hosts that do not see the run folder
-# -----------------------------------------------------------------------------
+# --- Hosts that do not see the run folder ---

@@ -1,5 +1,5 @@
-"""The names that a recipe may use: known without torch, the same as the tables, and each
-misspelling is one line."""
+"""Names that a recipe may use: known without torch, equal to the tables, and misspellings are
+reported in one line."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ WRONG = {
 
 
 def test_every_wrong_name_is_found_before_a_process_starts_and_without_torch(dataset: Path) -> None:
-    """As both launchers do it: on the recipe's own stage, and so on each of several."""
+    """As both launchers do, for a recipe without stages and for each of several stages."""
     code = f"""
         import json, sys
         from pathlib import Path

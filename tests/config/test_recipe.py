@@ -1,4 +1,4 @@
-"""Recipes and ds_configs: what is accepted, and what is said of the rest."""
+"""Recipes and ds_configs: what is accepted, and the messages for everything else."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_stages_are_changes_to_one_recipe_and_follow_each_other(tmp_path: Path) 
     assert gan.adversarial is not None
     assert (psnr.data.crop, large.data.crop) == (96, 128)
     assert load_recipe(str(path)).stage == "large"
-    for stage in (psnr, gan, large):  # as a run folder keeps it
+    for stage in (psnr, gan, large):  # as stored in a run folder
         write_recipe(stage, tmp_path / "recipe.yaml")
         assert recipe_of(yaml.safe_load((tmp_path / "recipe.yaml").read_text()), "run") == stage
         assert load_stages(str(tmp_path / "recipe.yaml")) == [stage]

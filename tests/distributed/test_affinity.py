@@ -1,4 +1,4 @@
-"""Ranks keep to the cores beside their GPUs, on emulated machines of several NUMA nodes."""
+"""Ranks are bound to cores next to their GPUs, on emulated machines with several NUMA nodes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_shares_that_are_too_small_or_unknown_bind_nobody() -> None:
 
 @pytest.fixture
 def two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """/sys of a machine with two nodes and GPUs 0 and 1 at one each; what this process is bound
-    to."""
+    """Emulate /sys of a machine with two nodes and a GPU at each; return the cores this process was
+    bound to."""
     for node, cores in NODES.items():
         folder = tmp_path / f"devices/system/node/node{node}"
         folder.mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_nobody_is_bound_against_his_will(
     monkeypatch.setenv(affinity.OPT_OUT, "0")
     assert bind_to_cores(place, 0, 2) == []
     monkeypatch.delenv(affinity.OPT_OUT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 3})  # by Slurm, or taskset
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 3})  # set by Slurm, taskset
     assert bind_to_cores(place, 0, 2) == []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
     for alone in (

@@ -1,5 +1,4 @@
-"""A GPU that cannot be used is an error and never a silent CPU run; and which names of GPUs lead to
-which."""
+"""A GPU that cannot be used is an error and never a silent run on the CPU; how GPUs are named."""
 
 from __future__ import annotations
 
@@ -41,13 +40,13 @@ GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
   MIG 3g.20gb     Device  1: (UUID: MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-aaaaaaaa-d268-c3f3-1b07-005d5ae1dc3f)
   MIG 7g.40gb     Device  0: (UUID: MIG-11111111-9bed-5b25-b243-5985ef7c9beb)
-"""  # as drivers of 2025 write them
+    """  # the format of drivers of 2025
 FIRST, SECOND, OTHER = (gpu.uuid for gpu in parse_list(WHOLE))
 MIG = [one for gpu in parse_list(SLICED) for one in gpu.slices]
 
 
 def put_nvidia_smi(folder: Path, listed: str, driver: str = "580.65.06") -> str:
-    """A program of that name, which lists `listed`; the PATH on which it comes first."""
+    """Write an nvidia-smi that lists `listed`; return the PATH on which it comes first."""
     (folder / "list").write_text(listed)
     (folder / "nvidia-smi").write_text(f"""#!/bin/sh
 case "$1" in
@@ -62,8 +61,7 @@ esac
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """machine(listed, driver): from here on this machine has those GPUs, and nobody has said which
-    to use."""
+    """machine(listed, driver) gives this machine those GPUs, without any choice of device made."""
 
     def make(listed: str = WHOLE, driver: str = "580.65.06", sees: int | None = None) -> None:
         monkeypatch.setenv("PATH", put_nvidia_smi(tmp_path, listed, driver))
@@ -144,7 +142,7 @@ def test_a_driver_that_is_silent_beside_its_hardware_is_an_error(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(listed="", sees=0)
-    assert torch_gpus() == count_gpus() == 0  # the driver's tools alone make no GPU
+    assert torch_gpus() == count_gpus() == 0  # nvidia-smi without hardware is no GPU
     monkeypatch.setattr(gpus, "_has_device", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "this machine has a GPU (its driver does not answer), but torch" in complaint(torch_gpus)
@@ -204,8 +202,7 @@ def test_one_rank_of_a_host_says_it(machine: Any) -> None:
 def test_training_ends_with_one_line_before_anything_is_written(
     script: str, dataset: Path, tmp_path: Path
 ) -> None:
-    """Torch as it is installed, which has no GPU here, on a machine that nvidia-smi says has
-    three."""
+    """The installed torch has no GPU here, while nvidia-smi lists three."""
     if gpus.list_gpus() or gpus._has_device():
         pytest.skip("there is a GPU here")
     (tmp_path / "bin").mkdir()
@@ -312,7 +309,7 @@ def test_gpus_and_slices_are_counted(
     sees: int,
     count: int,
 ) -> None:
-    """Of MIG devices torch sees one, whatever there is."""
+    """torch sees only one MIG device, however many there are."""
     machine(listed, sees=sees)
     if text is not None:
         monkeypatch.setenv(gpus.VISIBLE, text)
@@ -341,7 +338,7 @@ def test_each_rank_sees_its_own_slice_alone(machine: Any) -> None:
         variables = dict(given)
         assert share_out(variables, 2)
         assert variables == {gpus.SLICES: ",".join(MIG[:2])}
-        for rank in range(2):  # DeepSpeed's launcher numbers what it does not know
+        for rank in range(2):  # DeepSpeed's launcher numbers devices that it does not know
             own = {
                 **variables,
                 gpus.VISIBLE: "0,1",
@@ -412,7 +409,7 @@ def test_ranks_with_gpus_meet(
     is_bound: bool,
     interface: str | None,
 ) -> None:
-    """A lone rank needs no network, and NCCL takes slices of a GPU for the same GPU."""
+    """A single rank needs no network, and NCCL takes two slices of a GPU for the same GPU."""
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     place = RankInfo(

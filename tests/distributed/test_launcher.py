@@ -1,5 +1,5 @@
-"""Whoever starts the processes: each finds its place in the environment, its GPU, and the network
-to the others."""
+"""Every launcher's ranks find their number in the environment, their GPU, and the network to the
+others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.distributed.launcher import (
     own_addresses,
 )
 
-# As `env` shows them in processes that these launchers have started.
+# As printed by `env` in processes that these launchers started.
 TORCHRUN = {
     "RANK": "3",
     "WORLD_SIZE": "4",
@@ -80,7 +80,7 @@ SBATCH = {
 
 
 def srun(rank: int, world_size: int = 4, hosts: int = 2, **more: str) -> dict[str, str]:
-    """What rank `rank` of a step on node07, node08, … finds."""
+    """Return the variables of rank `rank` of a step on node07, node08, …"""
     each = world_size // hosts
     names = "node07" if hosts == 1 else f"node[07-{6 + hosts:02d}]"
     return {
@@ -101,15 +101,14 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def complaint(action: Callable[..., Any], *arguments: Any) -> str:
-    """The one line of the `UserError` that `action` raises."""
+    """Return the message of the `UserError` that `action` raises, which is one line."""
     with pytest.raises(UserError) as caught:
         action(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# --- Places
-# --------------------------------------------------------------------------------------------------
+# --- Ranks ---
 
 
 def test_nobody_is_alone() -> None:
@@ -162,8 +161,8 @@ def test_mpirun_says_the_place() -> None:
     assert place == RankInfo(
         3, 4, 1, "mpirun of Open MPI", "10.0.0.1", 29500, spans_hosts=True, local_size=2
     )
-    # On one host neither has to be said, and a port of its own comes from the job's name, the same
-    # on all ranks.
+    # On one host neither needs to be set, and the port is derived from the job's name, the same on
+    # all ranks.
     one_host = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     places = [
         find_rank_info(
@@ -204,7 +203,7 @@ def test_srun_gives_all_ranks_the_same_address_and_port(hosts: int) -> None:
         for place in places
     }
     names = tuple(f"node{7 + number:02d}" for number in range(hosts))
-    # Not where srun was typed, which SLURM_LAUNCH_NODE_IPADDR tells.
+    # Not where srun was typed, which is SLURM_LAUNCH_NODE_IPADDR.
     assert shared == {
         (
             8,
@@ -280,8 +279,7 @@ def test_a_place_goes_through_the_environment_unchanged() -> None:
     ) == (3, 4, 1, "node07", 24711)
 
 
-# --- Partially set environments
-# ---------------------------------------------------------------------------------------
+# --- Partially set environments ---
 
 ALONE = "or neither to train alone"
 
@@ -351,8 +349,7 @@ def test_what_is_partially_set_is_named_with_the_way_out(
         assert part in said
 
 
-# --- Slurm's host lists
-# -----------------------------------------------------------------------------------------------
+# --- Slurm's host lists ---
 
 
 @pytest.mark.parametrize(
@@ -477,8 +474,7 @@ def test_slurms_own_scontrol_expands_host_lists_where_it_is_installed(
     ]
 
 
-# --- GPUs
-# --------------------------------------------------------------------------------------------------
+# --- GPUs ---
 
 
 def test_each_rank_of_a_host_has_a_gpu() -> None:
@@ -510,15 +506,14 @@ def test_more_processes_than_gpus_are_refused() -> None:
         assert "at most one process per GPU" in said
 
 
-# --- The network interface
-# --------------------------------------------------------------------------------------------
+# --- The network interface ---
 
 BOTH = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @pytest.fixture
 def outward() -> tuple[str, str]:
-    """(interface, IPv4 address) of this host that is no loopback."""
+    """Return (interface, IPv4 address) of an interface of this host that is not loopback."""
     found = [
         (name, one)
         for name, one in own_addresses()
@@ -598,7 +593,7 @@ def test_the_users_own_setting_wins(outward: tuple[str, str]) -> None:
     theirs = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "^docker0"}
     kept = dict(theirs)
     assert choose_interface(towards(address), kept) == ""
-    assert choose_interface(towards("nowhere.invalid"), kept) == "", "what is not asked cannot fail"
+    assert choose_interface(towards("nowhere.invalid"), kept) == "", "no look-up, so no failure"
     assert kept == theirs
     for one, other in (BOTH, BOTH[::-1]):
         half = {one: "ib0"}
@@ -623,8 +618,7 @@ def test_on_one_host_nothing_is_told(address: str) -> None:
 
 
 def test_a_first_host_whose_name_is_loopback_asks_for_the_second(outward: tuple[str, str]) -> None:
-    """As Debian has it: a host's own name leads to 127.0.1.1 there, and to its address
-    elsewhere."""
+    """As on Debian: a host's own name resolves to 127.0.1.1 there, and to its address elsewhere."""
     interface, address = outward
     variables: dict[str, str] = {}
     place = find_rank_info(srun(0, 2, SLURM_STEP_NODELIST=f"localhost,{address}"))

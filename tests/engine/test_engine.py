@@ -1,4 +1,4 @@
-"""The engine: what DeepSpeed is given, and that nothing which is not finite reaches weights or
+"""The engine: DeepSpeed's configuration, and that non-finite gradients change no weights or
 moments."""
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_fp16_takes_steps_of_the_size_of_autograds(stage: int, accumulation: int
                               norms=[norm / want for norm, want in zip(norms, wanted)])))
     """)
     assert found["scales"][-1] > found["scales"][0] >= 256, (
-        "the scale must grow meanwhile, for that to be tested"
+        "the test needs a scale that grows meanwhile"
     )
     assert found["error"] < 0.01
     assert found["norms"] == pytest.approx([1] * 4, rel=0.01)
@@ -113,7 +113,7 @@ def test_fp16_halves_the_scale_where_a_gradient_overflows(stage: int) -> None:
             scales.append(float(engine.optimizer.loss_scale))
         print(json.dumps(dict(scales=scales, skipped=engine.skipped_steps)))
     """)
-    assert found["skipped"] > 3, "2^24 is too much for FP16"
+    assert found["skipped"] > 3, "2^24 is too large a scale for FP16"
     assert found["scales"][-1] == 2.0 ** (24 - found["skipped"])
 
 
@@ -158,7 +158,7 @@ def test_the_schedule_is_as_long_as_the_run() -> None:
     ) == (32, 1)
     short, *_ = resolve_ds_config(config, world_size=1, total_steps=100, device=CPU)
     assert short["scheduler"]["params"]["warmup_num_steps"] == 50
-    assert config["scheduler"]["params"]["total_num_steps"] == "auto"  # the caller's is left alone
+    assert config["scheduler"]["params"]["total_num_steps"] == "auto"  # the argument is unchanged
 
 
 def test_a_bad_optimizer_is_refused() -> None:

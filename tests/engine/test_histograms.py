@@ -1,4 +1,4 @@
-"""Histograms of weights and gradients, and what ranks say to each other: whole on every number of
+"""Histograms of weights and gradients, and communication statistics, are complete on any number of
 ranks."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GAN = ("adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}}"
 
 
 def parameters(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The generator's at step 4, less its one buffer."""
+    """Return the generator's parameters at step 4, without its only buffer."""
     return {
         name: tensor
         for name, tensor in load_file(checkpoint_dir(run_dir, 4) / "generator.safetensors").items()
@@ -75,7 +75,7 @@ def test_histograms_are_of_whole_gradients_and_change_nothing(
 
 
 def test_what_ranks_say_is_counted(dataset: Path, tmp_path: Path) -> None:
-    """Every update averages the gradient, FP32, of all parameters over the ranks."""
+    """Every update averages the FP32 gradients of all parameters over the ranks."""
     train(
         dataset,
         tmp_path / "run",
@@ -104,7 +104,7 @@ def test_what_ranks_say_is_counted(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_a_comms_logger_that_is_off_costs_nothing_and_verbose_is_refused() -> None:
-    """DeepSpeed waits for the device at every call as soon as the section is there."""
+    """DeepSpeed waits for the device in every collective as soon as the section exists."""
     path = ROOT / "ds_config.json"
     assert "comms_logger" not in load_ds_config(path, {"comms_logger.enabled": False})
     assert "comms_logger" in load_ds_config(path, {"comms_logger.enabled": True})

@@ -1,5 +1,5 @@
-"""How the faster layout is found: few steps of slow networks, more of fast ones, and more where
-they disagree."""
+"""Choosing the faster layout: few steps for slow networks, more for fast ones, and more if rounds
+disagree."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pipeline.engine.layout import faster_layout
 
 
 class Clock:
-    """Steps that take the seconds that a list says, or the same for ever; contiguous is `ratio`
-    times as fast."""
+    """Step times from a list, or constant ones; a contiguous step is `ratio` times as fast."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, seconds: float, ratios: list[float]

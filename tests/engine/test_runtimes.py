@@ -1,5 +1,5 @@
-"""DeepSpeed or Accelerate, by torchrun, srun or `accelerate launch`: the same network but for
-rounding."""
+"""DeepSpeed and Accelerate under torchrun, srun and `accelerate launch`: the same network except
+for rounding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ACCELERATE = ("--runtime", "accelerate")
 
 
 def arguments(dataset: Path, run_dir: Path, *extra: str) -> list[str]:
-    """Of train.py, for a small run."""
+    """Return arguments of train.py for a small run."""
     return [
         "--recipe",
         "demo",
@@ -58,7 +58,7 @@ def arguments(dataset: Path, run_dir: Path, *extra: str) -> list[str]:
 
 
 def free_port(candidates: Iterable[int] = (0,)) -> int:
-    """The first of `candidates` that nobody has; of 0, any."""
+    """Return the first of `candidates` that is free; 0 stands for any port."""
     for port in candidates:
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
@@ -66,13 +66,12 @@ def free_port(candidates: Iterable[int] = (0,)) -> int:
     raise AssertionError("there is no free port")
 
 
-# --- Launchers
-# --------------------------------------------------------------------------------------------------
+# --- Launchers ---
 
 
 @dataclass
 class Started:
-    """A run that a launcher has brought to its end."""
+    """A run that a launcher has finished."""
 
     statuses: list[int]
     printed: str
@@ -85,12 +84,12 @@ LAUNCHERS = {
     "srun": (2, "FP32", "srun of Slurm (job N)"),
     "accelerate": (1, "FP32 (Accelerate)", "accelerate launch"),
 }
-"""Name -> ranks, and how the introduction tells precision and launcher."""
+"""Name -> number of ranks, and how the introduction names precision and launcher."""
 
 
 @pytest.fixture(scope="module")
 def started(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
-    """The same run of four steps, by each launcher."""
+    """The same run of four steps under each launcher."""
     job = free_port(range(FIRST_PORT + os.getpid() % 9000, FIRST_PORT + NUM_PORTS)) - FIRST_PORT
     slurms = {
         "SLURM_JOB_ID": str(job),
@@ -147,7 +146,7 @@ def test_each_launcher_trains_and_is_named(started: dict[str, Started], name: st
     )
     assert introduction.startswith(f"{ranks} x CPU, {precision} (there is no GPU")
     assert introduction.endswith(f"; started by {launcher}")
-    assert this.printed.count("finished at step 4") == 1, "one rank speaks for all"
+    assert this.printed.count("finished at step 4") == 1, "only one rank reports"
     assert "Traceback" not in this.printed
     assert checkpoint_steps(this.run_dir) == [3, 4]
     assert read_manifest(this.run_dir, 4)["world_size"] == ranks
@@ -173,7 +172,7 @@ def test_all_learn_the_same_but_for_rounding(started: dict[str, Started]) -> Non
         ).items():
             torch.testing.assert_close(tensor, weights[key], rtol=1e-4, atol=1e-5)
     assert checkpoint_differences(started["srun"].run_dir, wanted, 4) == [], (
-        "who started them changes no bit"
+        "the launcher changes no bit"
     )
     losses = [loss for _, loss in logged(wanted, "train", "loss")]
     assert len(set(losses)) == 4
@@ -185,7 +184,7 @@ def test_no_launcher_brings_warnings(started: dict[str, Started]) -> None:
 
 
 def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Path) -> None:
-    """It starts one, in the belief that mpirun had started the others."""
+    """Accelerate starts only one, assuming that mpirun started the others."""
     variables = {
         **environment(),
         "ACCELERATE_MIXED_PRECISION": "no",
@@ -212,15 +211,14 @@ def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Pat
     )
 
 
-# --- Lives under Accelerate
-# -------------------------------------------------------------------------------------------
+# --- Runs under Accelerate ---
 
 
 def _live(
     words: list[str], output: Path, variables: dict[str, str], missing: tuple[str, ...]
 ) -> None:
-    """`python train.py WORDS` in a process that finds `variables` and lacks the packages
-    `missing`."""
+    """Run `python train.py WORDS` in a process with `variables` set and the packages `missing`
+    hidden."""
     from pipeline import cli
     from pipeline.training.options import TrainOptions, overrides_last
     from train import main
@@ -239,7 +237,7 @@ def _live(
 def live(
     words: list[str], folder: Path, procs: int = 1, missing: tuple[str, ...] = ()
 ) -> tuple[list[int | None], str]:
-    """Exit statuses of the ranks, and what they printed."""
+    """Return the exit statuses of the ranks and what they printed."""
     folder.mkdir(parents=True, exist_ok=True)
     output, port = folder / f"output-{len(list(folder.glob('output-*')))}", str(free_port())
     ranks = [
@@ -265,7 +263,7 @@ def live(
 
 
 def train(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> str:
-    """Run to the end under Accelerate, which must be a good one; what was printed."""
+    """Train to the end under Accelerate, successfully; return what was printed."""
     statuses, printed = live(
         arguments(dataset, run_dir, *ACCELERATE, *extra), run_dir.parent, procs
     )
@@ -276,14 +274,14 @@ def train(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def straight(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps by two ranks."""
+    """A run of eight steps on two ranks."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     train(dataset, run_dir, "steps=8", "keep=9", procs=2)
     return run_dir
 
 
 def copy_up_to(run_dir: Path, step: int, copy: Path) -> None:
-    """`run_dir` as it was after `step`."""
+    """Copy `run_dir` as it was after `step`."""
     newer = [
         checkpoint_dir(run_dir, other).name for other in checkpoint_steps(run_dir) if other > step
     ]
@@ -434,12 +432,11 @@ def test_a_gan_stage_at_bf16_follows_one_at_fp32(dataset: Path, tmp_path: Path) 
     assert not torch.equal(*(next(iter(weights.values())) for weights in (begun, after)))
     generator = read_module(checkpoint_dir(home / "gan", 4), "generator")
     assert {tensor.dtype for tensor in generator.values()} == {torch.float32}, (
-        "BF16 is autocast, weights are not"
+        "BF16 is used by autocast, not for weights"
     )
 
 
-# --- What Accelerate cannot do
-# ----------------------------------------------------------------------------------------
+# --- What Accelerate does not support ---
 
 
 def test_zero_is_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
@@ -450,7 +447,7 @@ def test_zero_is_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
     )
     assert_one_line(run(command(dataset, tmp_path / "run", *sharded)), line)
     assert live(arguments(dataset, tmp_path / "run", *sharded), tmp_path, 2) == ([2, 2], line), (
-        "one rank says it"
+        "one rank reports it"
     )
     assert not (tmp_path / "run").exists()
 
@@ -561,12 +558,11 @@ def test_the_runtime_follows_the_launcher_unless_it_is_given() -> None:
     assert choose_runtime("accelerate", {}) == "accelerate"
 
 
-# --- The engine
-# --------------------------------------------------------------------------------------------------
+# --- The engine ---
 
 
 class TwoHeads(torch.nn.Module):
-    """A network one of whose weights serves only after training."""
+    """A network with a weight that is used only after training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -586,15 +582,15 @@ def _images(update: int, part: int, rank: int) -> torch.Tensor:
 
 
 def _loss(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """As a discriminator's: two passes, one loss."""
+    """Like a discriminator's: two passes, one loss."""
     return (network(images) - 0.5).square().mean() + network(images.flip(3) * 0.3).abs().mean()
 
 
 def _against_autograd(
     ranks: Any, optimizer: str, precision: str, clipping: float
 ) -> dict[str, Any]:
-    """Three updates of accumulation 2 beside plain PyTorch's of all ranks' samples, then one with a
-    NaN on one rank."""
+    """Compare three updates with accumulation 2 with plain PyTorch on all ranks' samples, then make
+    one with a NaN on one rank."""
     from pipeline.engine.engine import backward_and_step, build_engine, step_was_skipped
 
     torch.manual_seed(0)
@@ -638,7 +634,7 @@ def _against_autograd(
         for of in (network, reference)
     )
     before = deepcopy((network.state_dict(), engine.optimizer.state_dict()))
-    for part in range(2):  # a NaN in the first micro-batch of the second rank, where there is one
+    for part in range(2):  # a NaN in the second rank's first micro-batch, or the only rank's
         broken = math.nan if part == 0 and ranks.rank == ranks.world_size - 1 else 1.0
         backward_and_step(engine, _loss(engine, _images(9, part, ranks.rank) * broken))
     after = deepcopy((network.state_dict(), engine.optimizer.state_dict()))
@@ -666,7 +662,7 @@ def _against_autograd(
 
 
 def _all_against_autograd(cases: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
-    """One after the other, as stages are."""
+    """Run the cases one after the other, as stages do."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
 
     ranks = start_distributed()
@@ -687,7 +683,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[str, Any]]]]:
-    """Number of ranks -> what each rank found in each case."""
+    """Number of ranks -> each rank's findings in each case."""
     folder = tmp_path_factory.mktemp("engines")
     return {
         procs: in_ranks(_all_against_autograd, folder / str(procs), procs, CASES)
@@ -708,11 +704,11 @@ def test_updates_are_autograds_and_a_nan_makes_none(
         assert rank["norms"] == pytest.approx(
             rank["wanted"], rel=1e-5 if precision == "fp32" else 1e-3
         )
-        assert min(rank["norms"]) > clipping, "clipping must have had work"
+        assert min(rank["norms"]) > clipping, "clipping must have taken effect"
         assert rank["error"] < (1e-5 if precision == "fp32" else 1e-3)
-        assert rank["idle"], "a weight without a gradient stays"
+        assert rank["idle"], "a weight without a gradient must not change"
         assert rank["rest"] == [False] * 3
-        assert rank["nan"] == [], "neither weights nor moments"
+        assert rank["nan"] == [], "neither weights nor moments may change"
         assert (rank["was_skipped"], rank["skipped"], rank["goes_on"], rank["finite"]) == (
             True,
             1,
@@ -722,11 +718,10 @@ def test_updates_are_autograds_and_a_nan_makes_none(
         assert rank["dtypes"] == ["torch.bfloat16" if precision == "bf16" else "torch.float32"]
         assert rank["weights"] == "{torch.float32}"
         assert rank["moments"] == (0 if optimizer == "SGD" else 5)
-        assert rank["sum"] == found[0]["sum"], "ranks have the same weights"
+        assert rank["sum"] == found[0]["sum"], "ranks must have the same weights"
 
 
-# --- Warm-up
-# --------------------------------------------------------------------------------------------------
+# --- Warm-up ---
 
 WARMUPS: list[tuple[str, dict[str, Any]]] = [
     ("WarmupLR", {"warmup_num_steps": 5}),
@@ -772,7 +767,7 @@ WARMUPS: list[tuple[str, dict[str, Any]]] = [
 def _rates(
     cases: list[tuple[str, dict[str, Any]]], more: dict[str, Any]
 ) -> dict[str, list[list[list[float]]]]:
-    """Runtime -> of each schedule, for each update by how much it moved the weights, and the rate
+    """Return runtime -> per schedule, for each update, how far it moved the weights and the rate
     after it."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
     from pipeline.engine.engine import backward_and_step, build_engine
@@ -809,8 +804,8 @@ def _rates(
 
 @pytest.mark.parametrize("case", range(len(WARMUPS)))
 def test_warmups_are_deepspeeds_own_to_the_last_bit(case: int) -> None:
-    """And their states: either takes the other's, so that runs go on which DeepSpeed's objects have
-    led."""
+    """Their states are equal as well: either loads the other's, so that runs begun with DeepSpeed's
+    objects continue."""
     from deepspeed.runtime import lr_schedules
 
     def optimizer() -> torch.optim.Optimizer:
@@ -833,7 +828,7 @@ def test_warmups_are_deepspeeds_own_to_the_last_bit(case: int) -> None:
     assert len(set(found[1])) > 1
     assert "initial_lr" not in optimizers[1].param_groups[0]
     plain = {"count": 5, "rates": [found[0][5]], "inner": {"last_epoch": 5}}
-    for state in (kept, plain):  # DeepSpeed's form, and the one that Accelerate's runs have
+    for state in (kept, plain):  # DeepSpeed's form, and the form of runs under Accelerate
         later = build_schedule({"type": name, "params": params}, optimizer())
         later.load_state_dict(state)
         assert later.get_last_lr() == [found[0][5]]

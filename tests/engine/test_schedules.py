@@ -1,4 +1,4 @@
-"""Learning rate schedules: torch's own, behind a warm-up, kept over a stop."""
+"""Learning rate schedules: torch's, behind a warm-up, restored after a stop."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_another_length_gives_the_rates_of_a_run_of_that_length(
 
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "ReduceLROnPlateau"])
 def test_the_state_of_an_older_version_is_taken(name: str) -> None:
-    """It held all plain attributes of torch's schedule, parameters included."""
+    """It held all plain attributes of torch's schedule, including parameters."""
     first, second = schedule(name), schedule(name)
     rates(first, 4)
     first.observe(30.0)
@@ -136,7 +136,7 @@ def test_a_plateau_lowers_the_rate_after_its_patience() -> None:
     falling = schedule("ReduceLROnPlateau", patience=1, factor=0.5, threshold=0.0)
     found = []
     for psnr in (30, 31, 31, 31, 31, 32, 32):
-        rates(falling, 3)  # steps alone change nothing
+        rates(falling, 3)  # steps by themselves change nothing
         falling.observe(psnr)
         found.append(falling.get_last_lr()[0])
     assert found == [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
@@ -244,7 +244,7 @@ def test_a_right_schedule_is_let_through(name: str) -> None:
         section = {"type": name, "params": {**PARAMS[name], key: "auto"}}
         validate_schedule(section)
         assert section["params"][key] == "auto"
-        with pytest.raises(UserError, match="not 'auto'"):  # nobody has said how long the run is
+        with pytest.raises(UserError, match="not 'auto'"):  # the length of the run is unknown
             build_schedule(section, optimizer())
 
 

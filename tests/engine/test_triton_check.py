@@ -1,5 +1,5 @@
-"""What is said where kernels cannot be compiled: each thing that is missing on some GPU image, with
-the way out."""
+"""Messages when kernels cannot be compiled: for each thing that some GPU image lacks, with the
+remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Triton as it would be imported, whose kernel raises `error` or gives `result`."""
+    """A stand-in for Triton whose kernel raises `error` or returns `result`."""
     state = SimpleNamespace(error=None, result=2.0)
     module = ModuleType("pipeline.engine.smallest_kernel")
 

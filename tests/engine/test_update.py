@@ -1,5 +1,5 @@
-"""One update as a GPU would meet it: how many operations it is given, and how often it must wait.
-Counted on a CPU."""
+"""The number of operations in an update, and of waits for the device, as a GPU would see them,
+counted on a CPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ONE_UPDATE = """
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 BF16 = {"bf16": {"enabled": True}}
 CPU_ONLY = 250
-"""Casts around the layer norms and dilated convolutions that a CPU, and no GPU, computes in FP32
+"""Casts around the layer norms and dilated convolutions that a CPU, unlike a GPU, computes in FP32
 for BF16."""
 
 
@@ -73,8 +73,7 @@ for BF16."""
 def test_an_update_is_few_operations_and_waits_once(
     name: str, changes: dict, most: int, looks: int
 ) -> None:
-    """With the published sizes: the GPU has nothing to do while the host launches what comes after
-    a wait."""
+    """With the published sizes. After a wait, the GPU is idle until the host launches more work."""
     code = COUNTING + ONE_UPDATE.format(name=name, params={}, stage=0, changes=changes)
     found = in_a_fresh_process(code)
     assert found["waits"] == []
@@ -85,7 +84,7 @@ def test_an_update_is_few_operations_and_waits_once(
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_no_step_waits_for_the_whole_device(stage: int, accumulation: int) -> None:
-    """DeepSpeed does, twice a micro-batch, to measure its own speed."""
+    """DeepSpeed does so twice per micro-batch, to measure its own speed."""
     found = in_a_fresh_process(f"""
         from deepspeed.accelerator import get_accelerator
 
@@ -104,11 +103,11 @@ def test_no_step_waits_for_the_whole_device(stage: int, accumulation: int) -> No
 @pytest.mark.parametrize("clipping", [0.0, 0.1])
 @pytest.mark.parametrize(("changes", "power"), [("fp16", 30), ("fp16", 8), ("bf16", 0)])
 def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float) -> None:
-    """Over 50 updates, overflows among them: the same are skipped, at the same loss scales, to the
-    same weights.
+    """Over 50 updates, some with overflows: the same ones are skipped, at the same loss scales, and
+    the weights are the same.
 
-    From 2^30 the scale comes down by many overflows. Without clipping every bit is the same. With
-    it the norm, whose sum is rounded in another order, is a factor of the gradient.
+    Starting at 2^30, the scale comes down by many overflows. Without clipping, the weights are
+    bit-equal. With clipping, the gradient is scaled by the norm, which is summed in another order.
     """
     found = in_a_fresh_process(f"""
         from pipeline.engine import deepspeed_engine
@@ -149,15 +148,15 @@ def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float)
     assert found["skips"]
     assert found["skipped"] >= {30: 8, 8: 1, 0: 1}[power]
     assert found["distance"] == 0 if clipping == 0 else found["distance"] < 5e-3
-    assert found["halves"] < 0.01, "the network's weights are the masters', rounded"
+    assert found["halves"] < 0.01, "the network's weights must be the rounded masters"
     for ours, theirs in found["norms"]:
         assert ours == pytest.approx(theirs, rel=1e-6 if clipping == 0 else 1e-2)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) -> None:
-    """With a rate so small that weights of 16 bits do not feel it, the FP32 weights move, and the
-    average with them."""
+    """At a rate so small that 16-bit weights do not change, the FP32 weights move, and the average
+    moves with them."""
     found = in_a_fresh_process(f"""
         from pipeline.models.ema import ExponentialMovingAverage
 
@@ -184,8 +183,8 @@ def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) ->
 
 
 def test_a_parameter_without_a_gradient_decays_as_under_several_ranks() -> None:
-    """A lone rank exchanges nothing; what the exchange makes of a missing gradient, zeros, must
-    come all the same."""
+    """A single rank exchanges nothing, but missing gradients must become zeros, as the exchange
+    makes them."""
     found = in_a_fresh_process("""
         class Half(torch.nn.Module):
             def __init__(self):

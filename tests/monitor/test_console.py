@@ -1,4 +1,4 @@
-"""What a run says, on a terminal and in its run.log."""
+"""Console output of a run, on a terminal and in its run.log."""
 
 from __future__ import annotations
 

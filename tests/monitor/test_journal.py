@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard, progress."""
+"""Logs of a run: JSON lines, TensorBoard, progress."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_is_in_tensorboard_and_in_the_log(dataset: Path, tmp_path: Path) -
     assert "images/s" in done.stdout
     assert "data wait" in done.stdout
     assert "ETA" in done.stdout
-    assert done.stderr == ""  # no warnings that a user can do nothing about
+    assert done.stderr == ""  # no warnings about which a user can do nothing
 
 
 def test_lost_work_is_forgotten_and_a_cut_line_too(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(
 def test_a_distribution_is_taken_of_any_number_of_values(tmp_path: Path) -> None:
     torch.manual_seed(0)
     few = torch.randn(1, 1, 40, 50)
-    many = torch.rand(17, 1, 1000, 1000)  # more than the 2^24 of which torch takes quantiles
-    many[..., ::2] += 1  # every other column: a stride in step with it would see one kind alone
+    many = torch.rand(17, 1, 1000, 1000)  # more than the 2^24 values that torch's quantile takes
+    many[..., ::2] += 1  # every other column; an even stride would sample only one kind
     many[3, 0, 5, 7] = 1000
     journal = Journal(tmp_path, 0)
     journal.distribution(1, "few", few)
@@ -116,7 +116,7 @@ def reading(losses: dict[str, float]) -> Reading:
 
 
 def test_a_step_without_losses_reports_none() -> None:
-    """As where the generator learns at every third step only."""
+    """As when the generator learns only at every third step."""
     assert "loss" not in reading({}).as_dict()
     assert reading({}).as_dict()["discriminator"] == 0.5
     assert reading({}).text().startswith("loss -  10.0 images/s")

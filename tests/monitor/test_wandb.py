@@ -1,4 +1,4 @@
-"""Weights & Biases with its real package: offline, never in the way, and the same numbers as in
+"""Weights & Biases with its real package, offline: it never stops a run and gets the numbers of
 log.jsonl."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _without_an_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def records(folder: Path) -> Iterator[Any]:
-    """What an offline run has written down."""
+    """Yield what an offline run has stored."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
@@ -137,7 +137,7 @@ def test_a_server_that_is_gone_or_refuses_is_no_obstacle_and_the_run_stays_the_s
 ) -> None:
     said: list[str] = []
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     track(tmp_path / "logs", said)
     with ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,5 +1,4 @@
-"""Adversarial training: whose gradients flow where, at every ZeRO stage, and what the recipe's keys
-do."""
+"""Adversarial training: where gradients flow at every ZeRO stage, and what the recipe's keys do."""
 
 from __future__ import annotations
 
@@ -272,7 +271,7 @@ def test_a_flipped_sample_counts_as_its_opposite() -> None:
 
 
 def test_a_row_makes_a_loss_known_to_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That it trains, too, is seen with the others above, under the name `added`."""
+    """The tests above also train with it, under the name `added`."""
     with pytest.raises(
         UserError, match="no adversarial loss named 'wasserstein'; choose from hinge"
     ):

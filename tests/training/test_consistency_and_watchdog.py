@@ -1,5 +1,5 @@
-"""Ranks that would not do the same are named before they begin, and one that hangs is ended with
-what it was doing."""
+"""Differing ranks are reported before training begins; a rank that hangs is ended with its stack
+traces."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plans(dataset: Path, *overrides: str, recipe: str = "demo") -> list[TrainPla
 
 @pytest.fixture
 def changed(dataset: Path, tmp_path: Path) -> Path:
-    """The same files, of which a manifest says that one was made anew."""
+    """The same files, but a manifest records another hash for one of them."""
     copy = tmp_path / "changed"
     shutil.copytree(dataset, copy)
     (copy / "manifest.jsonl").write_text(
@@ -60,8 +60,7 @@ def changed(dataset: Path, tmp_path: Path) -> Path:
     return copy
 
 
-# --- Facts
-# --------------------------------------------------------------------------------------------------
+# --- Facts ---
 
 
 def test_differences_name_what_differs() -> None:
@@ -146,12 +145,11 @@ def test_another_file_of_the_same_name_is_told(dataset: Path, changed: Path) -> 
     assert names == ["dataset contents_sha256", "dataset lists_sha256", "dataset training_files"]
 
 
-# --- Ranks
-# --------------------------------------------------------------------------------------------------
+# --- Ranks ---
 
 
 class Told:
-    """Ranks that have told `values`, of which this is the first."""
+    """A stand-in for `Ranks` on the first rank: `gather` returns the given `values`."""
 
     def __init__(self, *values: Any) -> None:
         self.world_size, self._values = len(values) + 1, values
@@ -187,8 +185,8 @@ def test_a_rank_alone_has_nobody_to_differ_from(dataset: Path) -> None:
 
 
 def _refusals(datasets: list[str], overrides: list[list[str]]) -> list[str]:
-    """What this rank is told where its neighbour has another dataset, another command line, the
-    same."""
+    """Return the errors of this rank if its neighbour has another dataset, another command line, or
+    the same."""
     from pipeline.distributed.ranks import start_distributed, stop_distributed
 
     ranks, said = start_distributed(), []
@@ -247,12 +245,11 @@ def test_training_does_not_begin_on_unlike_ranks(
     assert not (tmp_path / "run").exists()
 
 
-# --- Watchdog
-# --------------------------------------------------------------------------------------------------
+# --- Watchdog ---
 
 
 def watched(code: str, **more: Any) -> tuple[subprocess.CompletedProcess[str], float]:
-    """A process that runs `code`, to its end; the seconds it took."""
+    """Run `code` in a process until it ends; return the process and the seconds it took."""
     began = time.monotonic()
     prelude = (
         "import ctypes, sys, threading, time\nfrom pipeline.distributed.stopping import Watchdog\n"
@@ -280,7 +277,7 @@ def watched(code: str, **more: Any) -> tuple[subprocess.CompletedProcess[str], f
     ids=["python", "c-with-the-lock", "deadlock", "loop"],
 )
 def test_a_process_that_hangs_is_ended_with_its_tracebacks(hang: str) -> None:
-    """Also where it is C that does not let go of Python's lock."""
+    """Even if C code hangs while holding Python's lock."""
     done, seconds = watched(f"""
         lock = threading.Lock()
         def hang():
@@ -298,7 +295,7 @@ def test_a_process_that_hangs_is_ended_with_its_tracebacks(hang: str) -> None:
     assert done.stdout == "fed\n"
     assert done.stderr.startswith("Timeout (0:00:00.4")
     assert "in hang" in done.stderr
-    assert "in waits" in done.stderr, "the other threads are shown too"
+    assert "in waits" in done.stderr, "other threads must be shown, too"
     assert done.stderr.count("most recent call first") == 2
     assert 0.4 <= seconds < 20
 
@@ -316,7 +313,7 @@ def test_a_process_that_makes_progress_goes_on() -> None:
 
 
 def test_a_process_that_stops_making_progress_is_ended() -> None:
-    """The time counts from the last feed that was heard, at most a tenth of it ago."""
+    """The time counts from the last feed that took effect, at most a tenth of it ago."""
     done, _ = watched("""
         watchdog = Watchdog(1.0)
         for _ in range(12):
@@ -349,7 +346,7 @@ def test_what_nobody_minds_goes_on(code: str) -> None:
 
 
 def test_a_watchdog_may_begin_again() -> None:
-    """Of two stages each has its own."""
+    """Each of two stages has its own."""
     done, _ = watched("""
         first = Watchdog(0.2)
         first.feed()
@@ -405,15 +402,15 @@ def test_training_that_hangs_is_ended_and_keeps_what_it_saved(
     assert process.exitcode == 1
     assert "Timeout (0:00:01.2" in output.read_text()
     assert "_hang_in_the_third_step" in output.read_text()
-    # That of step 2 was being written while the step hung, with the interpreter's lock in its
-    # hands.
+    # The checkpoint of step 2 was still being written when the step hung while holding the
+    # interpreter's lock.
     steps = checkpoint_steps(tmp_path / "run")
     assert steps in ([1], [1, 2])
     assert [damage(checkpoint_dir(tmp_path / "run", step)) for step in steps] == [""] * len(steps)
 
 
 def test_a_closed_stderr_stops_no_training(tmp_path: Path) -> None:
-    """`train.py 2>&-`: progress is progress, and a hang is still ended."""
+    """With `train.py 2>&-` progress is still noticed, and a hang still ends the process."""
     for number, (code, status) in enumerate(
         (
             ("Watchdog(5).feed(); file.write_text('on')", 0),

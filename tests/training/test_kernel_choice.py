@@ -1,5 +1,4 @@
-"""Which kernel a run takes, on what it goes on, and that on a CPU it is not compiled unless asked
-to be."""
+"""Which kernel a run uses and keeps, and that on a CPU it is compiled only on request."""
 
 from __future__ import annotations
 
@@ -41,7 +40,8 @@ def network() -> torch.nn.Module:
 
 @needs_native
 def test_a_run_goes_on_with_the_kernel_it_began_with(dataset: Path, tmp_path: Path) -> None:
-    """And without the key in the command, or switched off, which does not make it another run."""
+    """Even if the key is missing from the command or set to off, which does not make it another
+    run."""
     printed = train(dataset, tmp_path / "run", "steps=2", "native_kernels=on")
     assert "depthwise convolutions: our own C++ kernel" in printed
     assert read_progress(tmp_path / "run", 2).kernel == "native"
@@ -71,7 +71,7 @@ def test_both_kernels_learn_the_same_but_for_rounding(dataset: Path, tmp_path: P
     )
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-    # Validated by the same kernel: the weights differ by rounding alone.
+    # Both validate with the same kernel, so only the rounding of the weights differs.
     scores = [logged(tmp_path / way, "validation", "psnr_y") for way in ("on", "off")]
     assert scores[0][-1] == pytest.approx(scores[1][-1], abs=1e-3)
 

@@ -1,5 +1,5 @@
-"""Less memory by computing activations twice; and what is said where there is not enough, before
-the first stage."""
+"""Activation checkpointing saves memory, and out-of-memory is reported with remedies before the
+first stage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ stages:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_are_the_same_with_less_kept(name: str) -> None:
-    """The bytes that the forward pass leaves for the backward pass, counted."""
+    """Counts the bytes that the forward pass keeps for the backward pass."""
     torch.manual_seed(0)
     plain = build_generator(name, 2, **NETWORKS[name]).train()
     saving = copy.deepcopy(plain)
@@ -85,7 +85,7 @@ def test_a_run_may_begin_to_save_memory_half_way() -> None:
 def _train(
     stages: str, dataset: str, run_dir: str, output: str, overrides: list[str], change: str
 ) -> None:
-    """A run of two stages that rehearses on a CPU, too, with a `change` made to the code first."""
+    """Train two stages, rehearsing on a CPU as well, after making a `change` to the code."""
     from pipeline.cli import RunError
     from pipeline.training import memory
     from pipeline.training.run import main
@@ -122,7 +122,7 @@ def _train(
 
 @pytest.fixture
 def trained(dataset: Path, tmp_path: Path):
-    """Runs the two stages; exit status, run folder, output."""
+    """Run the two stages; return exit status, run folder and output."""
     (tmp_path / "two.yaml").write_text(STAGES)
 
     def train(change: str, *overrides: str) -> tuple[int | None, Path, str]:
@@ -144,8 +144,8 @@ def trained(dataset: Path, tmp_path: Path):
 
 
 def test_a_rehearsal_leaves_no_trace(trained) -> None:
-    """The same bits as without; which also shows that a whole update of the second stage was
-    made."""
+    """The weights are bit-equal to those without a rehearsal, which is shown to make a whole
+    update."""
     status, rehearsed, output = trained("a rehearsal")
     assert status == 0, output
     assert "stage gan fits into memory (tested with one update" in output

@@ -1,10 +1,10 @@
-"""Runs saved by an earlier version of the code go on as that version went on, and every command
-reads them.
+"""Runs saved by an earlier version continue as that version would have, and every command reads
+them.
 
-`tests/fixtures/runs-before-the-house/` holds three run folders, stopped at step 3 of 8, as version
-86232c9 wrote them: a GAN under DeepSpeed, Accelerate, and two ranks at ZeRO stage 1. Beside each
-lies what that version made of it without the stop: the weights of step 8, and in `straight.json`
-the losses, rates and PSNR of the steps in between.
+`tests/fixtures/runs-before-the-house/` holds three run folders that version 86232c9 wrote, stopped
+at step 3 of 8: a GAN under DeepSpeed, a run under Accelerate, and two ranks at ZeRO stage 1. Next
+to each are that version's results without the stop: the weights of step 8, and in `straight.json`
+the losses, learning rates and PSNR of the steps in between.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GAN = (
 
 
 def picture(number: int, height: int, width: int) -> np.ndarray:
-    """Curved stripes and a chessboard, HWC uint8, in whole numbers: the same pixels on every
+    """Curved stripes and a chessboard, uint8 HWC, computed in integers: the same on every
     machine."""
     y, x = np.mgrid[:height, :width]
     curves = (x - width // 2) ** 2 // (number + 5) + (x // 9 + y // 7) % 2 * 60
@@ -54,7 +54,7 @@ def picture(number: int, height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def old_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 6 training and 2 validation images that the runs were trained on."""
+    """The 6 training and 2 validation images on which the runs were trained."""
     root = tmp_path_factory.mktemp("old-dataset")
     names = [f"photos/{number}.npy" for number in range(8)]
     (root / "photos").mkdir()
@@ -77,7 +77,7 @@ def old_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_old_run_goes_on_as_it_would_have(
     old_dataset: Path, tmp_path: Path, name: str, procs: int, extra: tuple[str, ...]
 ) -> None:
-    """Weights, moments, schedule and random states must all come back, or the numbers would
+    """Weights, moments, schedule and random states must all be restored, or the numbers would
     differ."""
     run_dir = tmp_path / name
     shutil.copytree(RUNS / name, run_dir)
@@ -107,7 +107,7 @@ def test_an_old_run_goes_on_as_it_would_have(
     wanted = load_file(RUNS / f"{name}-step-8.safetensors")
     found = load_file(checkpoint_dir(run_dir, 8) / "generator.safetensors")
     assert wanted.keys() == found.keys()
-    for tensor, values in wanted.items():  # the steps between moved them by 1e-3 and more
+    for tensor, values in wanted.items():  # the steps in between moved them by 1e-3 and more
         torch.testing.assert_close(found[tensor], values, rtol=1e-5, atol=1e-6)
 
 

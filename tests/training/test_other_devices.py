@@ -1,9 +1,7 @@
-"""Everything that training computes, on a device that is not the CPU: what stays behind on the CPU
-shows here.
+"""All of training's computations on a device that is not the CPU, to find tensors left on the CPU.
 
-The device is torch's "meta", which computes shapes and nothing else, and raises where somebody
-looks at a value, for which a GPU would be waited for. `OneDevice` raises where an operation mixes
-devices.
+The device is torch's "meta", which computes only shapes and raises when code reads a value, for
+which it would have to wait for a GPU. `OneDevice` raises when an operation mixes devices.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ def all_on_meta(module: nn.Module) -> bool:
 
 
 class PlainEngine:
-    """An engine without a runtime: plain autograd and an update by hand."""
+    """An engine without a runtime: plain autograd and a manual update."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.weights, self.before_update = module, list(module.parameters()), []
@@ -76,8 +74,7 @@ class PlainEngine:
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses, as CUDA does, an operation with tensors on several devices; a CPU's scalar may take
-    part."""
+    """Refuses operations with tensors on several devices, as CUDA does; CPU scalars are allowed."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -94,8 +91,8 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch has no autocast for "meta", which it has for every real device; and there are no other
-    ranks."""
+    """Adapt torch to "meta": it has no autocast there, unlike on any real device, and there are no
+    other ranks."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     with OneDevice():
@@ -128,7 +125,7 @@ def test_every_discriminator(name: str) -> None:
 
 @pytest.fixture
 def trunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses with trunks get ones without values."""
+    """Give losses trunks without values."""
     import pipeline.losses.perceptual as perceptual
 
     monkeypatch.setattr(
@@ -191,7 +188,7 @@ def test_both_trainers(name: str, discriminator: str) -> None:
     )
     judge = PlainEngine(build_discriminator(discriminator, 32, num_features=4).to(META))
     trainer = AdversarialTrainer(engine, judge, Criterion({"l1": 1.0}, META), ema, spec)
-    trainer.criterion._is_checked = True  # it looks at the first HR image, once in a run
+    trainer.criterion._is_checked = True  # the check reads values of the first HR image
     result = trainer.step(batch, 0)
     assert all(
         value.device == META for value in (*result.losses.values(), *result.statistics.values())
@@ -210,8 +207,8 @@ def test_something_left_on_the_cpu_would_show() -> None:
 def test_a_validation_and_its_metrics_run_without_tf32(
     monkeypatch: pytest.MonkeyPatch, dataset
 ) -> None:
-    """What `evaluate.py` measures, training must measure, too: `best` and early stopping go by
-    it."""
+    """Training must measure what `evaluate.py` measures, because `best` and early stopping depend
+    on it."""
     from pipeline.config.recipe import load_recipe
     from pipeline.data.dataset import read_dataset
     from pipeline.training.validation import ValidationSet

@@ -1,5 +1,5 @@
-"""Every network can learn: eight crops of photographs by heart, to above 40 dB, in a bounded number
-of steps."""
+"""Every network can learn: it overfits eight crops of photographs to above 40 dB in a bounded
+number of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.losses import Criterion
 from pipeline.metrics.psnr_ssim import psnr
 from pipeline.models import GENERATORS, build_generator
 
-# as published, but shallower and narrower; what is not named here is at its published size
+# The published networks, but shallower and narrower; parameters not named here keep their values.
 SMALL = {
     "vapsr": {
         "num_features": 32,
@@ -30,12 +30,12 @@ SMALL = {
     "compact": {"num_features": 48, "num_conv": 4},
     "spandrel": {"arch": "PLKSR", "dim": 32, "n_blocks": 3},
 }
-STEPS, RATE = {"rrdbnet": 600}, {"rrdbnet": 4e-3}  # begins with an output of nearly nothing
+STEPS, RATE = {"rrdbnet": 600}, {"rrdbnet": 4e-3}  # its initial output is nearly zero
 HR, SCALE = 16, 2
 
 
 def eight_crops() -> tuple[Tensor, Tensor]:
-    """LR and HR bytes, (8, 3, 8, 8) and (8, 3, 16, 16): a badge, spokes, wood, fur, a scaffold."""
+    """LR and HR, uint8 (8, 3, 8, 8) and (8, 3, 16, 16): a badge, spokes, wood, fur, a scaffold."""
     places = {
         skimage.data.astronaut: ((384, 144), (456, 264)),
         skimage.data.coffee: ((192, 0), (240, 24)),
@@ -54,8 +54,8 @@ def eight_crops() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Operators this small gain nothing from more threads, and lose much where other processes want
-    the cores."""
+    """Use one thread: operators this small gain nothing from more, and lose much if other processes
+    need the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,5 +81,5 @@ def test_eight_crops_are_learnt_by_heart(name: str) -> None:
     with torch.inference_mode():
         sr = network.eval()(lr).clamp(0, 1).mul(255).round()
     untrained = F.interpolate(lr.float(), scale_factor=SCALE, mode="bicubic", antialias=False)
-    assert psnr(untrained, hr.float()) < 23, "the crops have detail that must be learnt"
+    assert psnr(untrained, hr.float()) < 23, "the crops must have detail that has to be learnt"
     assert psnr(sr, hr.float()) > 40

@@ -1,4 +1,4 @@
-"""Sample pictures: which, when, and that training does not feel them."""
+"""Previews: which pictures are shown, when, and that training is unaffected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.training.validation import ValidationPair, bicubic, read_pair
 
 
 def panels(sheet: Path, size: tuple[int, int], zoom: int) -> list[np.ndarray]:
-    """The three images of a sheet, as they were before they were enlarged: HWC bytes."""
+    """Return the three images of a sheet at their original size: uint8 HWC."""
     pixels = np.asarray(Image.open(sheet))
     height, width = (side * zoom for side in size)
     assert pixels.shape == (height + GAP + CAPTION, 3 * (width + GAP) + GAP, 3)
@@ -50,8 +50,7 @@ def sets(run_dir: Path) -> dict[str, bytes]:
 def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """10 files in batches of 4: epochs end in steps 3, 5 and 8; validations are at steps 4 and
-    8."""
+    """10 files in batches of 4: epochs end in steps 3, 5 and 8, and steps 4 and 8 are validated."""
     run_dir = tmp_path / "run"
     assert "warning" not in train(
         dataset, run_dir, "steps=8", "keep=9", "histograms=3", "previews.count=3"
@@ -62,7 +61,7 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(
         for photo in (10, 11, 12)
         for step in (0, 3, 4, 5, 8)
     ]
-    # What a sheet shows is the averaged network's output.
+    # A sheet shows the averaged network's output.
     saved = read_network(checkpoint_dir(run_dir, 8) / "generator_ema.safetensors")
     network = build_generator(saved.name, saved.scale, **saved.params).eval()
     network.load_state_dict(saved.state_dict)
@@ -83,10 +82,10 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(
     assert not (tmp_path / "plain" / "samples").exists()
     assert checkpoint_differences(tmp_path / "plain", run_dir, 8) == []
 
-    # Work that was lost is done again, and shown again.
+    # Lost work is repeated, and so are its previews.
     for step in (4, 6, 8):
         shutil.rmtree(checkpoint_dir(run_dir, step))
-    later = run_dir / "samples/photos-12/step-00000007.png"  # of a set that is not made any more
+    later = run_dir / "samples/photos-12/step-00000007.png"  # of a set that is not repeated
     shutil.copy(run_dir / "samples/photos-12/step-00000008.png", later)
     assert "continuing from step 3 of 8" in train(
         dataset, run_dir, "steps=8", "keep=9", "previews.count=3"
@@ -203,5 +202,5 @@ def test_a_long_run_shows_every_nth(count: int, most: int) -> None:
     shown = [i for i in range(1, count + 1) if i % nth == 0]
     assert len(shown) <= most
     assert nth == 1 or len([i for i in range(1, count + 1) if i % (nth - 1) == 0]) > most, (
-        "no more seldom than needed"
+        "no fewer than necessary"
     )

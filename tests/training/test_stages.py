@@ -1,5 +1,5 @@
-"""Recipes with stages, through the command that people use: a network for PSNR first, then against
-a discriminator."""
+"""Recipes with stages, through train.py: a network is trained for PSNR first, then against a
+discriminator."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_one_command_trains_stage_after_stage(recipe: Path, dataset: Path, tmp_p
         "discriminator/real",
         "discriminator/fake",
     }
-    # What comes after training finds the stage that was trained last.
+    # Other commands use the stage that was trained last.
     assert find_run(tmp_path / "runs") == home / "gan"
     assert (
         run_network_file(home, "newest", ema=True)
@@ -387,8 +387,7 @@ def test_a_validation_image_too_small_for_lpips_is_named_before_training(
 
 
 def random_alex(folder: Path) -> Path:
-    """A trunk of random weights, which serves as well to see that the numbers arrive where they
-    belong."""
+    """Random weights of LPIPS's trunk: enough to see that the numbers arrive where they belong."""
     torch.manual_seed(0)
     layers = (
         (0, 64, 3, 11),

@@ -1,4 +1,4 @@
-"""Validation: the same number for any number of ranks, by the same LR as training."""
+"""Validation: equal scores for any number of ranks, on the same LR as in training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from pipeline.training.validation import ValidationSet, is_better
 
 
 class FakeRanks:
-    """Ranks that run one after another: `gather` is given everybody's values in the second
-    round."""
+    """Ranks that run one after another: in the second round `gather` returns everybody's values."""
 
     def __init__(self, rank: int, world_size: int, shares: list | None = None) -> None:
         self.rank, self.world_size, self.shares, self.device = (
@@ -141,7 +140,7 @@ def test_lr_is_degraded_the_same_way_every_time(
     alone = validation_set(tmp_path, images, 100, FakeRanks(0, 1), degradation=degradation)
     second = validation_set(tmp_path, images, 100, FakeRanks(1, 2), degradation=degradation)
     plain = validation_set(tmp_path, images, 100, FakeRanks(0, 1))
-    for place in range(len(second)):  # the same on another rank of another number of ranks
+    for place in range(len(second)):  # the same on another rank, among another number of ranks
         assert torch.equal(second.pair(place).lr, alone.pair(2 * place + 1).lr)
     for place in range(len(alone)):
         assert torch.equal(alone.pair(place).hr, plain.pair(place).hr)
@@ -170,10 +169,10 @@ def test_lr_is_read_where_pairs_are_trained(tmp_path: Path, images: list[str]) -
         ((30, None), (30, None), "psnr", None, False),
         ((20, 0.1), (30, 0.2), "lpips", None, True),
         ((30, 0.2), (20, 0.1), "lpips", None, False),
-        ((26, 0.1), (30, 0.2), "lpips", 27, False),  # below the floor, the other is not
+        ((26, 0.1), (30, 0.2), "lpips", 27, False),  # below the floor, and the other is above it
         ((28, 0.3), (26, 0.1), "lpips", 27, True),
         ((28, 0.1), (30, 0.2), "lpips", 27, True),
-        ((26, 0.3), (25, 0.1), "lpips", 27, True),  # both below: what is nearer to the floor
+        ((26, 0.3), (25, 0.1), "lpips", 27, True),  # both below: the one nearer to the floor wins
         ((25, 0.1), (26, 0.3), "lpips", 27, False),
     ],
 )
