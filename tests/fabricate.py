@@ -31,7 +31,7 @@ def shared(relative: str) -> Path:
     missing."""
     path = CHECKOUT.parent / "shared" / relative
     if not path.exists():
-        pytest.skip(f"shared/{relative} is not beside the checkout")
+        pytest.skip(f"shared/{relative} is not next to the checkout")
     return path
 
 

@@ -195,7 +195,7 @@ def backward_and_step(engine: Engine, loss: Tensor) -> None:
     """Run backward and, at an accumulation boundary, one update; skip it if not all gradients are
     finite.
 
-    Gradients are already summed over ranks when they are checked, so all ranks decide alike. At
+    Gradients are already summed over ranks when they are checked, so all ranks decide the same. At
     FP32 nothing here waits for the device; with 16-bit weights each update waits once, for the
     gradient's norm.
     """

@@ -40,7 +40,7 @@ def why_no_triton(device: torch.device) -> str:
 
 def _explain(error: Exception) -> str:
     """Translate a Triton error into its cause and remedy."""
-    said = str(error) or type(error).__name__
+    message = str(error) or type(error).__name__
     if not (os.environ.get("CC") or any(map(shutil.which, _COMPILERS))):
         return "there is no C compiler (Debian: apt install gcc)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -50,12 +50,12 @@ def _explain(error: Exception) -> str:
             "the C compiler failed on Triton's own code: "
             f"{_one_line(' '.join(map(str, error.cmd)))}"
         )
-    if "libcuda" in said or "ldconfig" in said:
+    if "libcuda" in message or "ldconfig" in message:
         return (
             "Triton does not find libcuda.so.1 in the output of `ldconfig -p`; run ldconfig as "
             "root, or set TRITON_LIBCUDA_PATH to its folder"
         )
-    if "failed to map segment" in said:
+    if "failed to map segment" in message:
         return (
             "Triton's cache is on a disk mounted noexec; set TRITON_CACHE_DIR to a folder on "
             "another disk"
@@ -65,7 +65,7 @@ def _explain(error: Exception) -> str:
             f"Triton's cache is not writable ({error.filename}); set TRITON_CACHE_DIR to a "
             "writable folder"
         )
-    return f"Triton cannot compile a kernel: {type(error).__name__}: {_one_line(said)}"
+    return f"Triton cannot compile a kernel: {type(error).__name__}: {_one_line(message)}"
 
 
 def _one_line(text: str, most: int = 200) -> str:

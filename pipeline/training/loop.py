@@ -77,6 +77,7 @@ class Training:
             self._validate()
             self._show_previews()
         self.loader = loader = self.run.open_loader()
+        # A rank whose data fail from the start could not take part in the first step's collectives.
         if any(self.ranks.gather(not self._is_supplied(loader))):
             self._raise_failure(loader)
         while (
@@ -100,7 +101,7 @@ class Training:
             self.signals.is_patient = True  # a step is done: the first signal now saves and stops
             self._log_eta(progress.step)
             if progress.step == first:
-                self._saver.prepare()
+                self._saver.prepare()  # the optimizer has its states since the first update
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
             # Ranks must leave the loop at the same step. A request travels with the next step's
@@ -109,7 +110,7 @@ class Training:
             self._warn_about(self._saver.poll())
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
-            with meter.paused():
+            with meter.paused():  # none of this counts as training time
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
                 is_best = (
@@ -123,6 +124,8 @@ class Training:
                     self._save()
                 if not agreed.ends_training:
                     self._show_previews()
+        # The last request is still being exchanged. After a failure, too, the finished steps are
+        # saved before it is raised.
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
         self._report_skips()
@@ -220,7 +223,7 @@ class Training:
         if self.signals.received:
             return Request(RequestKind.STOP, self.signals.received)
         # Only the first rank's clock counts. Resetting `last_save` here keeps it from asking again
-        # while the first request is under way.
+        # while the first request is being exchanged.
         if (
             self.ranks.is_first
             and time.perf_counter() - self.last_save > self.recipe.save_minutes * 60

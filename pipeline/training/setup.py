@@ -157,6 +157,7 @@ def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
 
     Raises `UserError` if the run on disk is another one.
     """
+    # A schedule counts the updates of its own network, which may be fewer than the run's steps.
     every = plan.recipe.adversarial.generator_every if plan.recipe.adversarial else 1
     ds_config, precision, why = resolve_ds_config(
         plan.ds_config,
@@ -422,19 +423,19 @@ def _kernel(
         return "torch", ""
     if began is not None and began.kernel != "native":
         return "torch", ""
-    lacking = next((reason for reason in ranks.gather(native.why_not_native()) if reason), "")
-    if lacking and asked == "on":
-        raise UserError(f"native_kernels: on, but {lacking}; install it or set native_kernels=auto")
-    if lacking and began is not None:
+    missing = next((reason for reason in ranks.gather(native.why_not_native()) if reason), "")
+    if missing and asked == "on":
+        raise UserError(f"native_kernels: on, but {missing}; install it or set native_kernels=auto")
+    if missing and began is not None:
         return (
             "torch",
             "depthwise convolutions: PyTorch's kernel from here on, which rounds differently from "
-            f"our C++ kernel: {lacking}",
+            f"our C++ kernel: {missing}",
         )
-    if lacking:
+    if missing:
         return (
             "torch",
-            f"depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: {lacking}",
+            f"depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: {missing}",
         )
     if began is not None or asked == "on":
         return "native", "depthwise convolutions: our own C++ kernel"
@@ -454,13 +455,13 @@ def _compile(
     # Runs of earlier versions, which record no kernel, were compiled on CPUs and stay compiled.
     if recipe.compile == "auto" and ranks.device.type == "cpu" and (began is None or began.kernel):
         return "not compiled (compile: auto, on a CPU)"
-    lacking = next(
+    missing = next(
         (reason for reason in ranks.gather(why_not_compiled(ranks.device)) if reason), ""
     )
-    if lacking and recipe.compile != "auto":
-        raise UserError(f"compile: {recipe.compile}, but {lacking}; install it or set compile=auto")
-    if lacking:
-        return f"NOT compiled, slower: {lacking}"
+    if missing and recipe.compile != "auto":
+        raise UserError(f"compile: {recipe.compile}, but {missing}; install it or set compile=auto")
+    if missing:
+        return f"NOT compiled, slower: {missing}"
     graphs = _uses_cuda_graphs(recipe, ranks)
     compile_module(module, channels_last=channels_last, mode="reduce-overhead" if graphs else None)
     return (

@@ -42,11 +42,11 @@ def load_start_weights(generator: nn.Module, plan: TrainPlan) -> str:
     name = recipe.generator.name
     is_whole = len(tensors) == len(own) == len(saved.state_dict)
     if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
-        lacking = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
+        missing = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
         raise UserError(
             f"start: {file} holds {saved.name} x{saved.scale} {saved.params}, which does not fit "
             f"{name} x{recipe.scale} {recipe.generator.params}"
-            + (f" (tensor {lacking!r})" if lacking else "")
+            + (f" (tensor {missing!r})" if missing else "")
         )
     generator.load_state_dict({**own, **tensors})
     of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others start at random"

@@ -185,7 +185,7 @@ def test_a_gpu_older_than_torchs_kernels_is_an_error(
     assert ranks._device(RankInfo(0, 2, 0, "torchrun")) == torch.device("cuda", 0)
     said = complaint(
         ranks._device, RankInfo(1, 2, 1, "torchrun")
-    )  # the rank itself says it: others may be well
+    )  # the rank itself reports it: others may be fine
     assert said.startswith("GPU 1 (Tesla V100-SXM2-16GB) has compute capability 7.0, but torch ")
     assert "needs 7.5 or higher" in said
 

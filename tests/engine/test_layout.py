@@ -58,9 +58,7 @@ def test_a_slow_network_takes_a_few_steps_of_one_image(network, monkeypatch) -> 
 
 
 def test_rounds_that_disagree_are_repeated_for_a_while(network, monkeypatch) -> None:
-    clock = Clock(
-        monkeypatch, 0.1, [1.0, 1.0, 2.0, 0.6, 2.0, 0.6]
-    )  # first the step that nobody counts
+    clock = Clock(monkeypatch, 0.1, [1.0, 1.0, 2.0, 0.6, 2.0, 0.6])  # the first step is not counted
     find(network)
     assert 1.0 < clock.now < 4.0
     calm = Clock(monkeypatch, 0.1, [1.0])

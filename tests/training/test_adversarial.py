@@ -79,7 +79,7 @@ def test_each_network_moves_by_its_own_gradient_and_by_nothing_else(stage: int) 
             generator, discriminator = twins
             before = states(trainer.generator.module), states(trainer.discriminator.module)
             for part in zip(lr.chunk(accumulation), hr.chunk(accumulation)):
-                trainer.step(Batch(*part, 0), 1)  # an update of the generator alone
+                trainer.step(Batch(*part, 0), 1)  # an update of the generator only
             pieces = list(zip(lr.chunk(accumulation), hr.chunk(accumulation)))
             for small, large in pieces:
                 sr, real = generator(small), large / 255
