@@ -115,7 +115,7 @@ class _Stdout(io.FileIO):
 
 @contextlib.contextmanager
 def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
-    """Replace `sys.stdout` by a `_Stdout`, unless it is a terminal or was already replaced."""
+    """Replace `sys.stdout` with a `_Stdout`, unless it is a terminal or was already replaced."""
     if sys.stdout is None:  # `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - never closed
     plain = sys.stdout

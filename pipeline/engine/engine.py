@@ -47,7 +47,7 @@ def resolve_ds_config(
     Returns the resolved configuration, the precision as `precision_of` names it, and, if that is
     not the one asked for, a text that says why. Fills in the micro-batch, the accumulation, and
     `"total_num_steps": "auto"` with `total_steps`, counted in updates of this network; replaces
-    FP16 by FP32 if there is no GPU. The optimizer section is left to `build_engine`.
+    FP16 with FP32 if there is no GPU. The optimizer section is left to `build_engine`.
     """
     resolved = copy.deepcopy(dict(config))
     micro, accumulation = batch_sizes(config, world_size)
