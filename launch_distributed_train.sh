@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on every machine of a hostfile, from the first of them. `--help` lists the options.
+# Train on every machine of a hostfile; run it on the first one. `--help` lists the options.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/launch/bootstrap.sh"

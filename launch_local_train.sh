@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine: every GPU through DeepSpeed, or one CPU process. `--help` lists the options.
+# Train on this machine: on all GPUs through DeepSpeed, or in one CPU process. `--help` lists the options.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/launch/bootstrap.sh"

@@ -5,11 +5,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case ${1:-} in -h|--help)
     cat <<'TEXT'
 usage: ./run_tests.sh                    every test, on all cores; no GPU needed
-       ./run_tests.sh fast               those of a second or less each, for use while you work
-       ./run_tests.sh [OPTIONS] [FILES]  what pytest is asked for, such as: ./run_tests.sh tests/data -k loader -x
+       ./run_tests.sh fast               only tests that take about a second or less, for use while you work
+       ./run_tests.sh [OPTIONS] [FILES]  passed on to pytest: ./run_tests.sh tests/data -k loader -x
 
 The first run installs the packages of requirements-dev.txt into .venv, or into the active environment. Tests that need
-a program that is not installed (pdsh, sshd, rsync, Open MPI, Chromium, g++) are skipped, and pytest -rs says why.
+a program that is not installed (pdsh, sshd, rsync, Open MPI, Chromium, g++) are skipped; pytest -rs says why.
 TEXT
     exit ;;
 esac
@@ -17,7 +17,7 @@ source "$root/launch/bootstrap.sh"
 vastscale_bootstrap requirements-dev.txt
 cd "$root"
 unset PYTHONDONTWRITEBYTECODE  # hundreds of interpreters start here, and each would compile the code again
-# More processes than cores: many tests wait for others' time limits, sockets and disks. tests/conftest.py orders them.
+# More processes than cores, because many tests wait for time limits, sockets or disks. tests/conftest.py orders them.
 parallel=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 if [ $# = 0 ]; then
     set -- "${parallel[@]}"

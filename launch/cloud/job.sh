@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Entry script of a cloud job: one machine or container with GPUs, which may be taken away at any moment.
+# Entry script of a cloud job: one machine or container with GPUs, which may be preempted at any time.
 #
 #   DATASET=s3://bucket/dataset RUNS=s3://bucket/first launch/cloud/job.sh --recipe vapsr_x4
 #   DATASET=/mnt/dataset RUNS=/mnt/results/first launch/cloud/job.sh --recipe vapsr_x4 ds.train_batch_size=128
 #
-# In the image of launch/docker/Dockerfile it is the command: `vastscale launch/cloud/job.sh ...`. Arguments go to
-# ./launch_local_train.sh. Started again with the same line, on this machine or another, it continues. SIGTERM saves the
-# run, copies it out and ends with 143: give it two minutes if the provider lets you choose.
+# In the image of launch/docker/Dockerfile it is the command: `vastscale launch/cloud/job.sh ...`. Arguments are passed
+# to ./launch_local_train.sh. The same command line continues the run, on this machine or another. On SIGTERM it saves
+# the run, copies it to RUNS and exits with 143: allow two minutes for that if the provider lets you choose.
 #
-#   DATASET, RUNS    a mounted folder, s3://..., gs://..., or any remote:path of rclone's configuration. RUNS belongs to
-#                    this job alone, and gets what is in runs/ elsewhere
-#   WORK             a folder on this machine's own disk, to train in (/tmp/vastscale)
-#   COPY_SECONDS     so often the run is copied to RUNS (300)
-#   MAX_FAILURES     so many starts in a row may fail without a new checkpoint in between (3)
-#   RESTART_SECONDS  from a failure to the next try (10)
+#   DATASET, RUNS    a mounted folder, s3://..., gs://..., or any remote:path of rclone's configuration. RUNS gets the
+#                    contents of runs/ and must belong to this job alone
+#   WORK             folder on this machine's own disk to train in (/tmp/vastscale)
+#   COPY_SECONDS     interval at which the run is copied to RUNS (300)
+#   MAX_FAILURES     restarts in a row that may bring no new checkpoint (3)
+#   RESTART_SECONDS  pause before a restart (10)
 #
-# Credentials are the machine's role, or files: RCLONE_CONFIG, AWS_SHARED_CREDENTIALS_FILE,
-# GOOGLE_APPLICATION_CREDENTIALS name them. Command lines and environments are seen by too many.
+# Give credentials through the machine's role or through files named by RCLONE_CONFIG, AWS_SHARED_CREDENTIALS_FILE or
+# GOOGLE_APPLICATION_CREDENTIALS. Too many programs can see command lines and environments.
 set -euo pipefail
 
 say() { printf 'job: %s\n' "$*"; }
@@ -28,7 +28,7 @@ COPY_SECONDS=${COPY_SECONDS:-300} MAX_FAILURES=${MAX_FAILURES:-3} RESTART_SECOND
 
 is_remote() { case $1 in /*) return 1 ;; *:*) ;; *) return 1 ;; esac; }
 
-rclones() {  # a place in rclone's words
+rclones() {  # translate a location into rclone's syntax
     case $1 in
         s3://*) printf ':s3,provider=AWS,env_auth=true:%s' "${1#s3://}" ;;
         gs://*) printf ':gcs,env_auth=true:%s' "${1#gs://}" ;;
@@ -36,16 +36,16 @@ rclones() {  # a place in rclone's words
     esac
 }
 
-copy() {  # FROM TO [OPTION...]; hidden files are half-written, or locks
+copy() {  # FROM TO [OPTION...]; skips hidden files, which are incomplete or locks
     local from=$1 to=$2
     if is_remote "$from" || is_remote "$to"; then
         rclone copy --exclude='.*' --exclude='.*/**' "${@:3}" "$(rclones "$from")" "$(rclones "$to")"
     else
-        rsync --archive --exclude='.*' "${@:3}" "$from/" "$to/" || [ $? = 24 ]  # 24: some file went meanwhile
+        rsync --archive --exclude='.*' "${@:3}" "$from/" "$to/" || [ $? = 24 ]  # 24: a file vanished meanwhile
     fi
 }
 
-mirror() {  # FROM TO: what is not in FROM goes
+mirror() {  # FROM TO: also remove from TO what is not in FROM
     if is_remote "$2"; then
         rclone sync --exclude='.*' --exclude='.*/**' "$1" "$(rclones "$2")"
     else
@@ -55,7 +55,7 @@ mirror() {  # FROM TO: what is not in FROM goes
 
 checkpoints() { find "$WORK/runs" -path '*/checkpoints/step-*/MANIFEST.json' | sort; }
 
-copy_out() {  # manifests last: a checkpoint counts from then on. Old ones go there when they have gone here.
+copy_out() {  # copies manifests last, since they make a checkpoint valid; then removes what was removed here
     local folder
     copy "$WORK/runs" "$RUNS" --exclude=MANIFEST.json && copy "$WORK/runs" "$RUNS" || return
     while read -r folder; do
@@ -65,12 +65,12 @@ copy_out() {  # manifests last: a checkpoint counts from then on. Old ones go th
 
 copy_out_regularly() {
     local nap=
-    trap '[ -z "$nap" ] || kill "$nap"; exit 0' TERM  # bash minds it when a copy under way is done
+    trap '[ -z "$nap" ] || kill "$nap"; exit 0' TERM  # bash handles it once a running copy is done
     while :; do
         sleep "$COPY_SECONDS" & nap=$!
         wait "$nap"
         nap=
-        copy_out || say "warning: the run could not be copied to RUNS; the next try is in $COPY_SECONDS s"
+        copy_out || say "warning: could not copy the run to RUNS; retrying in $COPY_SECONDS s"
     done
 }
 
@@ -80,7 +80,7 @@ train() {  # sets status
     [ -z "$stopping" ] || kill -TERM "$child"
     status=0
     wait "$child" || status=$?
-    while [ -n "$stopping" ] && kill -0 "$child" 2>/dev/null; do  # a signal ends `wait`, and not what it waits for
+    while [ -n "$stopping" ] && kill -0 "$child" 2>/dev/null; do  # a signal interrupts `wait`, but the child still runs
         status=0
         wait "$child" || status=$?
     done
@@ -92,7 +92,7 @@ refuse_secrets() {
     for name in DATASET RUNS; do
         case ${!name,,} in
             *://*@* | *key*=* | *secret*=* | *token*=* | *pass*=*)
-                die "$name holds a credential, which would be on command lines; put it into RCLONE_CONFIG's file" ;;
+                die "$name contains a credential, which would appear on command lines; put it into the file that RCLONE_CONFIG names" ;;
         esac
     done
     while read -r name; do
@@ -100,20 +100,20 @@ refuse_secrets() {
             RCLONE_PASSWORD_COMMAND) ;;
             AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AZURE_CLIENT_SECRET | AZURE_STORAGE_KEY \
                 | RCLONE_*SECRET* | RCLONE_*PASS* | RCLONE_*TOKEN | RCLONE_*KEY)
-                die "$name is set, and every process would inherit it; put it into the file of RCLONE_CONFIG or" \
-                    "AWS_SHARED_CREDENTIALS_FILE, or give the machine a role" ;;
+                die "$name is set, and every process would inherit it; put it into the file that RCLONE_CONFIG or" \
+                    "AWS_SHARED_CREDENTIALS_FILE names, or give the machine a role" ;;
         esac
     done < <(compgen -e)
 }
 
-[ -n "$DATASET" ] || die "DATASET is not set; name the folder or bucket with the dataset"
-[ -n "$RUNS" ] || die "RUNS is not set; name the folder or bucket for this job's checkpoints"
+[ -n "$DATASET" ] || die "DATASET is not set; set it to the folder or bucket with the dataset"
+[ -n "$RUNS" ] || die "RUNS is not set; set it to a folder or bucket for this job's checkpoints"
 for argument; do
-    [ "$argument" != --reset ] || die "--reset would start afresh after each preemption; name an empty RUNS instead"
+    [ "$argument" != --reset ] || die "--reset would start over after every preemption; use an empty RUNS instead"
 done
 refuse_secrets
 if is_remote "$DATASET" || is_remote "$RUNS"; then
-    command -v rclone >/dev/null || die "rclone is not installed, and DATASET or RUNS is not a mounted folder"
+    command -v rclone >/dev/null || die "DATASET or RUNS is not a mounted folder, which needs rclone, and rclone is not installed"
 fi
 
 mkdir -p "$WORK/runs"
@@ -129,20 +129,20 @@ fi
 if is_remote "$RUNS"; then
     status=0
     printed=$(copy "$RUNS" "$WORK/runs" --update 2>&1) || status=$?
-    if [ "$status" != 0 ] && [ "$status" != 3 ]; then  # 3: there is nothing yet
+    if [ "$status" != 0 ] && [ "$status" != 3 ]; then  # 3: RUNS does not exist yet
         printf '%s\n' "$printed" >&2
-        say "error: what is in RUNS could not be copied here" >&2
+        say "error: could not copy the contents of RUNS here" >&2
         exit 1
     fi
 else
-    # Not its parents: where the disk is not mounted, all would be lost with the machine.
-    [ -d "$RUNS" ] || mkdir "$RUNS" || die "RUNS cannot be made; is the disk mounted?"
+    # Its parents are not created: if the disk is not mounted, the run would be lost with the machine.
+    [ -d "$RUNS" ] || mkdir "$RUNS" || die "cannot create RUNS=$RUNS; check that the disk is mounted"
     copy "$RUNS" "$WORK/runs" --update
 fi
-cd "$WORK"  # runs/ is here
+cd "$WORK"  # training writes to runs/ in the current folder
 
 stopping='' child='' failures=0
-# shellcheck disable=SC2329 # by trap
+# shellcheck disable=SC2329 # called by trap
 stop() { stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
 trap stop TERM INT
 copy_out_regularly & copier=$!
@@ -158,7 +158,7 @@ while :; do
         say "training ended with status $status, and $MAX_FAILURES restarts brought no new checkpoint"
         break
     fi
-    say "training ended with status $status; it continues in $RESTART_SECONDS s"
+    say "training ended with status $status; restarting in $RESTART_SECONDS s"
     sleep "$RESTART_SECONDS" & wait $! || true
     if [ -n "$stopping" ]; then status=143; break; fi
 done
@@ -171,7 +171,7 @@ for pause in 0 "$RESTART_SECONDS" "$RESTART_SECONDS"; do
     if copy_out; then copied=1; break; fi
 done
 if [ -z "$copied" ]; then
-    say "error: the run could not be copied to RUNS; it is in $WORK/runs" >&2
+    say "error: could not copy the run to RUNS; it is in $WORK/runs" >&2
     case $status in 0 | 130 | 143) status=1 ;; esac
 fi
 exit "$status"

@@ -357,7 +357,7 @@ def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(
     assert f"started by srun of Slurm (job {slurm.job})" in printed
     (step,) = re.findall(r"stopped and saved at step (\d+)", printed)
     assert checkpoint_steps(run_dir)[-1] == int(step) < 40
-    assert f"job {slurm.job} goes back into the queue" in printed
+    assert f"requeueing job {slurm.job}" in printed
     assert slurm.scontrol() == [f"requeue {slurm.job}"]
 
     status, printed = slurm.run("module", *line, DATASET=str(dataset), SLURM_RESTART_COUNT="1")
@@ -570,7 +570,7 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
     process.send_signal(signal.SIGTERM)
     status, printed = job.finish(process)
     assert status == 143, printed
-    assert "training ended with status 1; it continues" in printed
+    assert "training ended with status 1; restarting in 0 s" in printed
     (step,) = re.findall(r"stopped and saved at step (\d+)", printed)
     assert checkpoint_steps(run_dir)[-1] == int(step) < 40
 
@@ -669,11 +669,11 @@ def test_a_bucket_serves_as_well_and_no_secret_is_on_a_command_line(tmp_path: Pa
     [
         ({"RUNS": ""}, "RUNS is not set"),
         ({"DATASET": ""}, "DATASET is not set"),
-        ({"RUNS": f":s3,secret_access_key={SECRET}:bucket"}, "RUNS holds a credential"),
-        ({"DATASET": f"https://me:{SECRET}@example.org/dataset"}, "DATASET holds a credential"),
+        ({"RUNS": f":s3,secret_access_key={SECRET}:bucket"}, "RUNS contains a credential"),
+        ({"DATASET": f"https://me:{SECRET}@example.org/dataset"}, "DATASET contains a credential"),
         ({"AWS_SECRET_ACCESS_KEY": SECRET}, "AWS_SECRET_ACCESS_KEY is set"),
         ({"RCLONE_CONFIG_LAB_PASS": SECRET}, "RCLONE_CONFIG_LAB_PASS is set"),
-        ({"RUNS": "/nowhere/mounted/runs"}, "RUNS cannot be made"),
+        ({"RUNS": "/nowhere/mounted/runs"}, "cannot create RUNS="),
     ],
 )
 def test_a_cloud_job_refuses_before_it_starts(
@@ -701,4 +701,4 @@ def test_a_run_that_cannot_be_copied_out_is_no_success(tmp_path: Path) -> None:
     )
     status, printed = job.run()
     assert status == 1
-    assert "could not be copied to RUNS; it is in" in printed
+    assert "could not copy the run to RUNS; it is in" in printed

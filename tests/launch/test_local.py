@@ -62,7 +62,7 @@ def test_an_old_python_is_named(checkout: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "error: Vastscale needs Python 3.10 or newer, and Python 3.9.2 is what is here"
+        "error: Vastscale needs Python 3.10 or newer, but found Python 3.9.2"
     )
     assert done.stderr.count("\n") == 1
     assert not (checkout / ".venv").exists()
@@ -79,7 +79,7 @@ def test_a_python_that_was_named_is_not_replaced_by_another(checkout: Path, tmp_
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: VASTSCALE_PYTHON=/nowhere/python3 is no Python 3.10 or newer\n"
+    assert done.stderr == "error: VASTSCALE_PYTHON=/nowhere/python3 is not Python 3.10 or newer\n"
 
 
 @pytest.fixture
