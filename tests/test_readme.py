@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tyro
 
 from conftest import ROOT
+from pipeline.training.options import TrainOptions
 
 OTHERS = {  # of torchrun, Slurm, enroot and Docker
     "nnodes",
@@ -86,3 +90,47 @@ def test_options_exist(document: Path) -> None:
     ) + "".join(path.read_text() for path in ROOT.glob("*.py"))
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", document.read_text())) - OTHERS:
         assert re.search(rf"\b{flag.replace('-', '_')}\b", sources), f"--{flag}"
+
+
+SCRIPTS = {  # of commands that are no Python files
+    "./launch_local_train.sh": "launch.local",
+    "./launch_distributed_train.sh": "launch.distributed",
+    "launch/sync.sh": "launch.cluster.sync",
+}
+WITHOUT_FLAGS = ("./run_tensorboard.sh", "./run_tests.sh", "launch/cloud/job.sh")
+
+
+def flags_of(command: str) -> set[str]:
+    """The flags that `--help` of a command lists."""
+    module = SCRIPTS.get(command) or command.removeprefix("-m ").removesuffix(".py")
+    if command == "-m launch.doctor" or command == "-m launch.selfcheck":
+        module += ".__main__"
+    module = import_module(module.replace("/", "."))
+    options = getattr(module, "Options", TrainOptions)
+    parser = tyro.extras.get_parser(options, config=(tyro.conf.FlagCreatePairsOff,))
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.filterwarnings("ignore:get_parser")
+def test_the_cheat_sheet_names_real_flags_of_all_commands() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    listed = set()
+    for row in re.findall(r"^\| `(.+?)` \|(.*)\|$", page, re.MULTILINE):
+        command = re.match(r"(?:python )?((?:-m )?[\w./]+)", row[0])[1]
+        listed.add(command)
+        if command in WITHOUT_FLAGS:
+            continue
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", row[1])) - flags_of(command)
+        assert not unknown, f"{command} has no {unknown}"
+    cutters = set(re.findall(r"--[a-z-]+", page.partition("All cutters take")[2].partition("|")[0]))
+    for name in ("images", "video", "imagenet", "pairs"):
+        assert cutters <= flags_of(f"tools/{name}_to_data.py")
+    scripts = {path.name for path in ROOT.glob("*.py")} | {
+        f"./{path.name}" for path in ROOT.glob("*.sh")
+    }
+    scripts |= {
+        f"tools/{path.name}"
+        for path in (ROOT / "tools").glob("*.py")
+        if any(isinstance(node, ast.If) for node in ast.parse(path.read_text()).body[-1:])
+    }
+    assert scripts <= listed
