@@ -33,8 +33,7 @@ class Options:
     """Licence of the weights, written into the files: an SPDX identifier such as CC-BY-4.0, or a
     line of text."""
     evaluation: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
-    """evaluation.json that evaluate.py made of these weights; its mean scores are written into the
-    files."""
+    """The evaluation.json of these weights; its mean scores are written into the files."""
     output_dir: Annotated[Path | None, arg(help_behavior_hint="(default: <run_dir>/export)")] = None
     """Folder for the files."""
 

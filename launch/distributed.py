@@ -47,6 +47,7 @@ from pipeline.cli import RunError, UserError, say
 from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import launcher
 from pipeline.distributed.gpus import CPU, VISIBLE, is_cpu_wanted
+from pipeline.installation import find_file
 from pipeline.run_folder import checkpoint_steps, has_ended
 from pipeline.training.options import (
     DATASET_DIR,
@@ -127,7 +128,7 @@ def main(options: Options) -> int:
         if options.no_doctor
         else _ask_doctor(options, slots, plan, is_on_cpu)
     )
-    variables = variables_for_ranks([Path.home() / ENV_FILE, ROOT / ENV_FILE], os.environ)
+    variables = variables_for_ranks([Path.home() / ENV_FILE, find_file(ENV_FILE)], os.environ)
     if is_on_cpu:
         variables |= {CPU: "1"}
     elif os.environ.get(VISIBLE):

@@ -24,6 +24,7 @@ from pipeline.cli import UserError, say
 from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import gpus
 from pipeline.distributed.launcher import free_port
+from pipeline.installation import cache_dir
 from pipeline.run_folder import has_ended
 from pipeline.training.options import (
     DATASET_DIR,
@@ -36,7 +37,7 @@ from pipeline.training.options import (
 from pipeline.training.saved_run import report_if_finished
 
 DEMO_RECIPE = "demo"
-DEMO_FILES = Path(os.environ.get("VASTSCALE_CACHE", ROOT / ".cache")) / "demo"
+DEMO_FILES = cache_dir() / "demo"
 GRACE_SECONDS = 60  # for ranks that are still saving after their launcher has ended
 
 

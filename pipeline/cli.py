@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from pipeline.installation import as_typed
+
 Options = TypeVar("Options")
 
 
@@ -151,13 +153,13 @@ def say(text: str) -> None:
     """Print a line, even if the terminal is gone: CTRL+C in a launcher closes it, and the run must
     still save."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+        print(as_typed(text), flush=True)
 
 
 def _tell(line: str) -> None:
     """Print one line on stderr; the exit status must not depend on whether anybody reads it."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(as_typed(line), file=sys.stderr, flush=True)
     except BrokenPipeError:  # `2>&1 | head`
         _silence(sys.stderr.fileno())
 
@@ -167,6 +169,7 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
     # What the user typed, if a shell script called this command.
     prog = os.environ.get("VASTSCALE_COMMAND")
     config = (tyro.conf.FlagCreatePairsOff,)
+    options.__doc__ = as_typed(options.__doc__ or "")
     known = tyro.extras.get_parser(options, config=config)._option_string_actions
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")

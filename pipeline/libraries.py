@@ -17,10 +17,27 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _SCHEMA = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _library = None  # a torch.library.Library; its declarations vanish once it is garbage-collected
+
+
+class _ImportedOnUse(ModuleType):
+    """Stands for a module, which is imported when something of it is first asked for.
+
+    Every command imports all the code it may need before it reads its arguments; without this,
+    `--help` would wait for large libraries.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import cv2
+else:
+    cv2 = _ImportedOnUse("cv2")
 
 
 def import_torchvision() -> ModuleType:

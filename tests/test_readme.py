@@ -13,7 +13,7 @@ import tyro
 from conftest import ROOT
 from pipeline.training.options import TrainOptions
 
-OTHERS = {  # of torchrun, Slurm, enroot and Docker
+OTHERS = {  # of torchrun, Slurm, enroot, Docker and pip
     "nnodes",
     "nproc_per_node",
     "rdzv_backend",
@@ -21,6 +21,7 @@ OTHERS = {  # of torchrun, Slurm, enroot and Docker
     "ntasks-per-node",
     "gpus-per-node",
     "build-arg",
+    "no-deps",
     "rm",
     "stop-timeout",
 }

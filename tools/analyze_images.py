@@ -20,7 +20,6 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 import tyro
 
@@ -29,6 +28,7 @@ from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
 from pipeline.data.image_headers import BadImageError
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from pipeline.files import write_atomically
+from pipeline.libraries import cv2
 from tools.files import printable, walk
 from tools.images import decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, run, say
 from pipeline.data.image_files import (
     MANIFEST,
     QUARANTINE,
@@ -324,7 +324,7 @@ def _say_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -
             f"old path ({REPORT} lists all, with reasons)"
         )
     if are_listed:
-        print(
+        say(
             "the file lists name some of them: write the lists again with "
             f"`python tools/select_training_files.py --data-dir {root}` (and the same options as "
             "before)"

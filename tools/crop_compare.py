@@ -91,7 +91,7 @@ class Options:
     """Write the PSNR-Y against the first image below every crop, and that of the whole images
     above."""
     border: int = 0
-    """Pixels cut from every border before the PSNR-Y of whole images; evaluate.py cuts the
+    """Pixels cut from every border before the PSNR-Y of whole images; an evaluation cuts the
     scale."""
     font: Path | None = None
     """TrueType font for labels beyond ASCII."""

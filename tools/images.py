@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -35,21 +34,11 @@ from pipeline.data.image_pixels import (
     decode_rgb,
     foreign_profile,
 )
+from pipeline.libraries import cv2
 
 FORMATS = ("npy", "png", "webp", "jp2")
 """What crops can be stored as; each is also the file's suffix."""
 WEBP_MAX_SIDE = 16383
-
-# The fastest of OpenCV's settings whose files are not larger than those of Pillow's level 6: 0.506
-# instead of 0.509 of the raw size on photographs, 2.7 times as fast.
-_PNG = (
-    cv2.IMWRITE_PNG_COMPRESSION,
-    3,
-    cv2.IMWRITE_PNG_STRATEGY,
-    cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
-    cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_FAST_FILTERS,
-)
 
 
 def encode(pixels: np.ndarray, form: str) -> bytes:
@@ -72,7 +61,17 @@ def _encode_npy(pixels: np.ndarray) -> bytes:
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:
-    is_done, content = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), _PNG)
+    # The fastest of OpenCV's settings whose files are not larger than those of Pillow's level 6:
+    # 0.506 instead of 0.509 of the raw size on photographs, 2.7 times as fast.
+    settings = (
+        cv2.IMWRITE_PNG_COMPRESSION,
+        3,
+        cv2.IMWRITE_PNG_STRATEGY,
+        cv2.IMWRITE_PNG_STRATEGY_DEFAULT,
+        cv2.IMWRITE_PNG_FILTER,
+        cv2.IMWRITE_PNG_FAST_FILTERS,
+    )
+    is_done, content = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), settings)
     if not is_done:
         raise BadImageError(f"{pixels.shape[0]}x{pixels.shape[1]} pixels cannot be written as PNG")
     return content.tobytes()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, run, say
 
 if TYPE_CHECKING:
     from pipeline.models.weights import SavedNetwork
@@ -97,7 +97,7 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
             f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
             f"({a.name} x{a.scale}, {path.stat().st_size / 1e6:.2f} MB)"
         )
-    print(f"Measure it:  python evaluate.py --model {path} --hr FOLDER")
+    say(f"Measure it:  python evaluate.py --model {path} --hr FOLDER")
     return 0
 
 

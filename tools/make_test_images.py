@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 import tyro
 
 from pipeline.cli import UserError, run
 from pipeline.data.image_pixels import prepare_decoders
+from pipeline.libraries import cv2
 from tools.images import WEBP_MAX_SIDE, encode
 from tools.parallel import ordered_map, progress, thread_count
 
@@ -26,11 +26,12 @@ ImageKind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "
 MAX_SIDE = 16384
 MAX_LEAVES = 200_000  # a second's work
 FONTS = (
-    cv2.FONT_HERSHEY_SIMPLEX,
-    cv2.FONT_HERSHEY_DUPLEX,
-    cv2.FONT_HERSHEY_TRIPLEX,
-    cv2.FONT_HERSHEY_COMPLEX,
+    "FONT_HERSHEY_SIMPLEX",
+    "FONT_HERSHEY_DUPLEX",
+    "FONT_HERSHEY_TRIPLEX",
+    "FONT_HERSHEY_COMPLEX",
 )
+"""Names of OpenCV's."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _text(height: int, width: int, random: np.random.Generator) -> np.ndarray:
             pixels,
             line,
             (4, baseline),
-            FONTS[random.integers(len(FONTS))],
+            getattr(cv2, FONTS[random.integers(len(FONTS))]),
             scale,
             random.integers(0, 120, 3).tolist(),
             1 + (scale > 1),

@@ -16,7 +16,6 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 import tyro
 
@@ -25,6 +24,7 @@ from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, read_header, unread_note
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
 from pipeline.data.pair_matching import NamePair, match_pairs, outside, split_marked
+from pipeline.libraries import cv2
 from tools.crops.cutting import (
     CropSettings,
     CutPicture,

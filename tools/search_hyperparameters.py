@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import tyro
 
 from launch.environment import num_gpus
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, run, say
 from pipeline.config.ds_config import batch_sizes, ds_differences
 from pipeline.config.recipe import changes, parse_overrides, recipe_differences, recipe_of
 from pipeline.files import short_path, write_atomically
@@ -319,7 +319,7 @@ def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
         print(f"\npicture: {short_path(folder.path / PICTURE_FILE)}")
     best = folder.path / "best.yaml"
     if best.is_file():
-        print(
+        say(
             "train the best for as long as its recipe says: ./launch_local_train.sh --recipe "
             f"{short_path(best)}"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.cluster.remote import Done
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
+from pipeline.installation import INSTALLED, as_typed
 
 Facts = Mapping[str, Any]
 Gpu = Mapping[str, Any]
@@ -25,7 +26,11 @@ LEAST_DISK_BYTES, LOW_DISK_BYTES = GIB // 2, 10 * GIB
 LOW_MEMORY_BYTES_PER_RANK = 2 * GIB
 LEAST_OPEN_FILES = 1024
 LEAST_SHM_BYTES = GIB
-SYNC = "run launch/sync.sh"
+SYNC = (
+    "run launch/sync.sh"
+    if not INSTALLED
+    else "install the same version of Vastscale there, at the same path"
+)
 USED_MIB = 1024  # more memory in use than this means that other processes use the GPU
 POWER_SHARE = 0.95  # of the GPU's default power limit; a lower limit is reported
 _KEYS = ("id_ed25519", "id_rsa", "id_ecdsa", "id_ed25519_sk", "id_ecdsa_sk")
@@ -100,7 +105,7 @@ class Comparison:
         return self.host == self.first
 
     def finding(self, check: str, verdict: str, summary: str, advice: str = "") -> Finding:
-        return Finding(self.host, check, verdict, summary, advice)
+        return Finding(self.host, check, verdict, summary, as_typed(advice))
 
 
 Check = Callable[[Comparison], Iterator[Finding]]
@@ -144,8 +149,12 @@ def python(pair: Comparison) -> Iterator[Finding]:
             "python",
             FAIL,
             "missing",
-            f"there is no {pair.python}; {SYNC}, which makes .venv there, or make an environment "
-            "at that path",
+            f"there is no {pair.python}; {SYNC}"
+            + (
+                ""
+                if INSTALLED
+                else ", which makes .venv there, or make an environment at that path"
+            ),
         )
     elif ours.split(".")[:2] != theirs.split(".")[:2]:
         yield pair.finding(
@@ -153,7 +162,8 @@ def python(pair: Comparison) -> Iterator[Finding]:
             FAIL,
             theirs,
             f"Python {theirs}, but {pair.first} has {ours}; make the environment again with "
-            f"{ours.rpartition('.')[0]}: remove .venv there and {SYNC} with VASTSCALE_PYTHON",
+            f"{ours.rpartition('.')[0]}: "
+            + (SYNC if INSTALLED else f"remove .venv there and {SYNC} with VASTSCALE_PYTHON"),
         )
     elif ours != theirs:
         yield pair.finding(
@@ -179,7 +189,8 @@ def packages(pair: Comparison) -> Iterator[Finding]:
             "packages",
             FAIL,
             _count(len(missing) + len(other), "different package"),
-            f"{'; '.join(problems)}; {SYNC}, or `pip install -r requirements.txt` there",
+            f"{'; '.join(problems)}; {SYNC}"
+            + ("" if INSTALLED else ", or `pip install -r requirements.txt` there"),
         )
     elif not theirs.get("torch"):
         yield pair.finding(
@@ -477,7 +488,11 @@ def datasets(pair: Comparison) -> Iterator[Finding]:
 
 def _dataset(pair: Comparison, own: dict[str, Any], first: dict[str, Any]) -> Finding:
     directory = own["directory"]
-    sync = f"{SYNC} --dataset-dir {directory}"
+    sync = (
+        f"copy the dataset there: rsync -a {directory}/ {pair.host}:{directory}/"
+        if INSTALLED
+        else f"{SYNC} --dataset-dir {directory}"
+    )
     for name, found in own["lists"].items():
         wanted = first["lists"][name]
         if found["complaint"]:

@@ -29,11 +29,10 @@ from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, NetworkSpec, PreviewsSpec
 from pipeline.data.spec import DataSpec
 from pipeline.files import write_atomically
+from pipeline.installation import find_file, recipe_names
 from pipeline.metrics import metric_of
 from pipeline.spec import Number, Spec
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "recipes"
 FREE_FIELDS = frozenset(
     {
         "steps",
@@ -247,7 +246,7 @@ class Recipe(Spec):
         return self
 
     def ds_config_path(self) -> Path:
-        return ROOT / self.ds_config
+        return find_file(self.ds_config)
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -388,9 +387,10 @@ def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[st
 
 
 def _recipe_path(name: str) -> Path:
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name).expanduser() if is_path else find_file(f"recipes/{name}.yaml")
     if not path.is_file():
-        known = [file.stem for file in RECIPES.glob("*.yaml")]
+        known = recipe_names()
         raise UserError(
             f"no recipe {name!r}{nearest(name, known)} (or give the path of a .yaml file)"
         )

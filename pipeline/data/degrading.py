@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.degradations.host import Room
 from pipeline.data.source import CropSource, Sample
+from pipeline.libraries import cv2
 
 Bytes = NDArray[np.uint8]
 

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import imagecodecs
 import numpy as np
 import PIL
@@ -45,6 +44,7 @@ from pipeline.data.image_headers import (
     with_end,
     without_sloppiness,
 )
+from pipeline.libraries import cv2
 
 MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
 Bytes = NDArray[np.uint8]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, say
 from pipeline.metrics import METRICS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
@@ -180,8 +180,8 @@ def run_export(
             "it into them"
         )
     print("Read back: both equal bit for bit, and the network runs.")
-    print(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
-    print(
+    say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
+    say(
         "In Python:   from pipeline.models.weights import read_network\n"
         f"             network = read_network({str(file)!r}).build()"
     )

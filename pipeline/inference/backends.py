@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import cv2
 import numpy as np
 
 from pipeline.cli import RunError
 from pipeline.export.network_files import NetworkFile
 from pipeline.inference.devices import Device, free_bytes
 from pipeline.inference.measurements import Measurements
+from pipeline.libraries import cv2
 
 DEEP = np.dtype(np.uint16)
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

@@ -7,12 +7,12 @@ on every side for VapSR x4.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from pipeline.inference.backends import Backend
 from pipeline.inference.measurements import Measurements
 from pipeline.inference.tiles import ALIGNMENT
+from pipeline.libraries import cv2
 
 ALLOWED = 0.5 / 255
 """That an overlap may change of a result, at most."""

@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -16,6 +15,7 @@ from pipeline.inference.backends import DEEP
 from pipeline.inference.devices import free_bytes
 from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import Advance, Upscaler
+from pipeline.libraries import cv2
 
 LARGEST_SCALE = 64
 LARGEST_SIDE = 1 << 20

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.cli import say
+from pipeline.installation import as_typed
 
 RUN_LOG_FILE = "run.log"
 MOST_BYTES = 16 << 20  # of a run.log, which then replaces run.log.1
@@ -67,7 +68,7 @@ class Console:
     def note(self, text: str) -> None:
         """Write a line to run.log only."""
         if not self._is_mute:
-            self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {as_typed(text)}\n")
 
     def progress(self, text: str, share: float) -> None:
         """Print a progress line; `share` is the part that is done, 0 to 1.

@@ -15,10 +15,11 @@ import tyro
 
 from pipeline.cli import UserError
 from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime, load_ds_config
-from pipeline.config.recipe import ROOT, Recipe, load_stages, parse_overrides
+from pipeline.config.recipe import Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.distributed.launcher import find_rank_info
+from pipeline.installation import find_file
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
@@ -260,7 +261,7 @@ def _discriminator_ds_config(
         return None
     if recipe.adversarial.ds_config is None:
         return ds_config
-    own = load_ds_config(ROOT / recipe.adversarial.ds_config, overrides)
+    own = load_ds_config(find_file(recipe.adversarial.ds_config), overrides)
     shared = (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",

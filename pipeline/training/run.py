@@ -20,6 +20,7 @@ from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
 from pipeline.files import short_path
+from pipeline.installation import as_typed
 from pipeline.libraries import keep_freed_memory, postpone_dynamo
 from pipeline.monitor.console import Console
 from pipeline.monitor.wandb_tracker import require_wandb
@@ -176,7 +177,7 @@ def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
     elif isinstance(error, (UserError, RunError)):
         status = 2 if isinstance(error, UserError) else 1
         if ranks.is_first or GUARDED in os.environ or isinstance(error, MemoryShortageError):
-            print(f"error: {error}", file=sys.stderr)
+            print(as_typed(f"error: {error}"), file=sys.stderr)
     else:
         traceback.print_exception(error)
     for stream in (sys.stdout, sys.stderr):

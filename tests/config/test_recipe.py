@@ -12,8 +12,6 @@ import yaml
 from pipeline.cli import UserError
 from pipeline.config.ds_config import batch_sizes, ds_differences, load_ds_config
 from pipeline.config.recipe import (
-    RECIPES,
-    ROOT,
     load_recipe,
     load_stages,
     parse_overrides,
@@ -23,13 +21,14 @@ from pipeline.config.recipe import (
 )
 from pipeline.engine.engine import build_optimizer
 from pipeline.engine.schedules import validate_schedule
+from pipeline.installation import ROOT, recipe_names
 from pipeline.losses import LOSSES
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
 from pipeline.training.options import TrainOptions, make_plan, steps_in_epochs
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     for recipe in load_stages(name):
         assert recipe.name == name

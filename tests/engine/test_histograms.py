@@ -15,7 +15,7 @@ from comparison import checkpoint_differences, logged
 from lives import train
 from pipeline.cli import UserError
 from pipeline.config.ds_config import load_ds_config
-from pipeline.config.recipe import ROOT
+from pipeline.installation import ROOT
 from pipeline.run_folder import checkpoint_dir
 
 BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
 from pipeline.cli import UserError
+from pipeline.libraries import cv2
 
 # Okabe and Ito, "Color Universal Design", 2008: told apart with every common kind of colour
 # blindness.

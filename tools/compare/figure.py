@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import UserError
+from pipeline.libraries import cv2
 from tools.compare.boxes import Box
 
 BACKGROUND, TEXT, FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)

@@ -3,9 +3,9 @@ millions."""
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
+from pipeline.libraries import cv2
 from tools.crops.grid import halved
 
 HASH_BYTES = 32

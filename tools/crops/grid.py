@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import cv2
 import numpy as np
+
+from pipeline.libraries import cv2
 
 
 class Crop(NamedTuple):

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import BadImageError, read_header
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, decode_rgb
+from pipeline.libraries import cv2
 from tools.crops.duplicates import MAX_DISTANCE, has_structure, perceptual_hash
 from tools.crops.grid import halved
 from tools.files import walk

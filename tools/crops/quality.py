@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import cv2
 import numpy as np
 
+from pipeline.libraries import cv2
 from tools.crops.duplicates import perceptual_hash
 from tools.crops.grid import halved
 

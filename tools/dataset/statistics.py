@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST, TRAINING_LIST, VALIDATION_LIST
+from pipeline.installation import as_typed
 from tools.crops.cutting import REJECTS
 from tools.crops.manifest import DatasetHash
 from tools.dataset.rejects import Rejects, hash_of_lists, read_list, read_quarantine, read_rejects
@@ -222,7 +223,7 @@ def warnings(statistics: Statistics) -> list[str]:
         return [
             *lines,
             f"no {' and no '.join(names)}; write both with "
-            f"`python tools/select_training_files.py --data-dir {statistics.root}`",
+            + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`"),
         ]
     lines += [
         f"{printable(source.folder)}: {source.unlisted} of its {source.images} images stand in "
@@ -234,8 +235,8 @@ def warnings(statistics: Statistics) -> list[str]:
         if len(names.keys) > names.found:
             lines.append(
                 f"{name} names {len(names.keys) - names.found} files that are not there; write the "
-                "lists again with `python tools/select_training_files.py --data-dir "
-                f"{statistics.root}`"
+                "lists again with "
+                + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`")
             )
     in_both = total(statistics.sources, "in_both")
     if in_both:

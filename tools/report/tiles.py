@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import BadImageError
+from pipeline.libraries import cv2
 from tools.crops.quality import crop_gates, picture_gates
 from tools.dataset.sources import SampledImage
 from tools.images import decode_file

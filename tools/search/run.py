@@ -26,9 +26,9 @@ from optuna.trial import FixedTrial, Trial, TrialState
 from tqdm import tqdm
 
 from pipeline.cli import RunError, bar_options
-from pipeline.config.recipe import ROOT
 from pipeline.distributed.gpus import device_names
 from pipeline.files import short_path, write_atomically
+from pipeline.installation import ROOT
 from pipeline.metrics import metric_of
 from pipeline.training.options import TrainOptions, TrainPlan, make_plans
 from tools.search.report import ranked, score_text, short_names

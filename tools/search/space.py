@@ -15,8 +15,9 @@ import yaml
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import recipe
+from pipeline.installation import find_file, recipe_names
 
-SEARCHES = recipe.RECIPES / "searches"
+SEARCHES = "recipes/searches"
 RANGE_KEYS, WHEN = ("low", "high", "log", "step"), "when"
 MOST_CHECKED = 16  # values of a range of whole numbers that are all checked before the first trial
 MEASURE = (
@@ -171,11 +172,10 @@ def override(key: str, value: Any) -> str:
 def read_space(name: str) -> Space:
     """The space `name` (of `recipes/searches/`, or the path of a YAML file). `UserError` names what
     is wrong in it."""
-    path = (
-        Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SEARCHES / f"{name}.yaml"
-    )
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name).expanduser() if is_path else find_file(f"{SEARCHES}/{name}.yaml")
     if not path.is_file():
-        known = [file.stem for file in SEARCHES.glob("*.yaml")]
+        known = recipe_names(SEARCHES)
         raise UserError(
             f"no search space {name!r}{nearest(name, known)} (or give the path of a .yaml file)"
         )

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 from av.video.frame import VideoFrame
+
+from pipeline.libraries import cv2
 
 THUMBNAIL = (64, 36)  # width, height
 # Mean absolute difference of two frames' thumbnails, in grey levels: neighbouring frames of one

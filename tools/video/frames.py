@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import cv2
 import numpy as np
 from av.container import InputContainer
 from av.filter import Graph
@@ -18,6 +17,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from pipeline.libraries import cv2
 from tools.video.choice import FrameChooser, Sampling, thumbnail
 from tools.video.probe import (
     BadVideoError,

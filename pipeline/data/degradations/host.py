@@ -15,13 +15,13 @@ import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.data.degradations.kernels import Kernel
 from pipeline.data.degradations.noise import GRAY, PHOTONS, NoiseKeys, normal_table, poisson_table
+from pipeline.libraries import cv2
 
 Levels = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
