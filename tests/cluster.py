@@ -1,10 +1,9 @@
-"""Hosts on one machine: name spaces of their own for network, processes, mounts and host name, and
-an sshd in each.
+"""Several hosts on one machine: Linux namespaces, each with an sshd.
 
-Each host has eth0 on a common bridge, a `docker0` that leads nowhere and looks alike on every host,
-its own name in /etc/hosts as a loopback address, as Debian does, and a disk of its own at
-`Cluster.disk`. The rest of the file system is shared. Nothing listens on the machine's own
-addresses.
+Each host has its own namespaces for network, processes, mounts and host name; an eth0 on a common
+bridge; a `docker0` that leads nowhere and has the same address on every host; its own name in
+/etc/hosts as a loopback address, as on Debian; and a disk of its own at `Cluster.disk`. The rest of
+the file system is shared. Nothing listens on the machine's own addresses.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ Host *
 
 
 def why_not() -> str:
-    """Empty if hosts can be made here."""
+    """Say why hosts cannot be created here; "" if they can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = [
@@ -80,16 +79,16 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """One of the hosts; `pid` is its first process, as seen from outside."""
+    """One host; `pid` is its first process, as seen from outside."""
 
     name: str
     address: str
     pid: int
-    link: str  # the bridge's end of its cable
+    link: str  # the bridge's end of its virtual cable
 
 
 class Cluster:
-    """`count` hosts node1, node2, … with names, keys and files in `folder`."""
+    """`count` hosts node1, node2, … whose keys and files are in `folder`."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.disk = folder, folder / "disk"
@@ -183,7 +182,7 @@ class Cluster:
             time.sleep(0.1)
 
     def inside(self, name: str, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on a host, from outside."""
+        """Return the command line that runs `command` on a host, from outside."""
         return [
             "nsenter",
             "--target",
@@ -205,7 +204,7 @@ class Cluster:
         variables: Mapping[str, str] | None = None,
         output: Path,
     ) -> subprocess.Popen[bytes]:
-        """Run `command` on a host in a session of its own, stdout and stderr to a file."""
+        """Start `command` on a host in a session of its own, with stdout and stderr in a file."""
         with open(output, "wb") as file:
             return subprocess.Popen(
                 self.inside(name, ["env", "-C", str(cwd), *command]),
@@ -238,12 +237,13 @@ class Cluster:
         """Pull the cable of a host."""
         _do("ip", "link", "set", self.hosts[name].link, "down")
 
-    def mend(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
+        """Plug the cable of a host in again."""
         _do("ip", "link", "set", self.hosts[name].link, "up")
 
     def processes(self, name: str, containing: str) -> dict[int, str]:
-        """Of a host's processes those whose command line has `containing`: as seen from outside,
-        pid -> command."""
+        """Return a host's processes whose command line contains `containing`: pid, as seen from
+        outside -> command line."""
         space = os.readlink(f"/proc/{self.hosts[name].pid}/ns/pid")
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
@@ -263,10 +263,10 @@ class Cluster:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()  # and with it, by --kill-child, all processes of the host
+            process.kill()  # --kill-child also kills all processes of the host
         for process in self._processes:
             process.wait()
-        for name in self._names:  # also of one that was made by half
+        for name in self._names:  # including one that was only partly created
             subprocess.run(
                 ["ip", "netns", "delete", f"{self._tag}{name}"], capture_output=True, check=False
             )

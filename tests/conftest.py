@@ -1,4 +1,4 @@
-"""What tests share: a checkout on the path, seeds, and small datasets made on the spot."""
+"""Shared by all tests: the checkout on the path, CPU settings, and small datasets and runs."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ if (
 
 
 SLOW = ROOT / "tests" / "slow.txt"
-"""Tests of more than a second: one `file::function` a line. `./run_tests.sh fast` leaves them
-out."""
+"""Tests that take more than a second, one `file::function` per line; `./run_tests.sh fast` skips
+them."""
 
 
 FIRST = ("launch/cluster/test_cluster.py", "checkpoint/test_kill.py", "training/test_overfit.py")
-"""Files with few tests that take minutes, the longest first. Then come the files with the most
-tests."""
+"""Files with few tests that take minutes, longest first. The files with the most tests follow."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`, and put the files in the order that keeps all processes at work to
-    the end."""
+    """Mark the tests in `SLOW`, and order the files so that all processes stay busy to the end."""
     listed = set(SLOW.read_text(encoding="utf-8").split())
     for item in items:
         name = (
@@ -54,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:
-    """A picture with edges and texture: HWC uint8."""
+    """Return an image with edges, texture and noise: uint8, (height, width, 3)."""
     import cv2
 
     random = np.random.default_rng(seed)
@@ -69,7 +67,7 @@ def photograph(seed: int, height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 training and 3 validation `.npy` files of different sizes, with their lists."""
+    """A dataset of 10 training and 3 validation `.npy` files of different sizes, with lists."""
     root = tmp_path_factory.mktemp("dataset")
     names = []
     for i in range(13):
@@ -98,7 +96,7 @@ SMALL = (
     "ds.scheduler.params.total_num_steps=20",
     "ds.scheduler.params.warmup_num_steps=2",
 )
-"""Overrides of the demo recipe for runs of a second."""
+"""Overrides of the demo recipe for runs of about a second."""
 
 
 def environment(threads: int = 1) -> dict[str, str]:
@@ -111,7 +109,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[str]:
-    """The command line of a small training run."""
+    """Return the command line of a small training run."""
     return [
         warm.python(),
         str(ROOT / "launch" / "local.py"),
@@ -129,7 +127,7 @@ def command(dataset: Path, run_dir: Path, *extra: str, procs: int = 1) -> list[s
 
 
 def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output as text."""
+    """Run a command to its end, with its output as text."""
     return subprocess.run(
         arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )

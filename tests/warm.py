@@ -1,18 +1,16 @@
-"""A Python interpreter that has imported torch, DeepSpeed and DALI already, for the many processes
-that tests start.
+"""A Python that has already imported torch, DeepSpeed and DALI, for processes that tests start.
 
-Importing them takes two seconds of a core, a small run's own work half a second. So each pytest
+The imports take two seconds of a core, the work of a small run half a second. So each pytest
 process keeps a server with all imports done, and `warm.python()` is an executable to use in place
 of `sys.executable`: it asks the server to fork, and the fork runs the script as a fresh interpreter
 would, with the caller's arguments, environment, folder, limits and open stdin, stdout and stderr.
-The executable waits for it, hands signals on to it, and ends as it ended. Where the executable is
-killed, the fork is killed, too. What the script starts with `sys.executable` comes about in the
-same way. `warm.Fork` calls a function in such a fork, without the executable between.
+The executable waits for the fork, forwards signals to it, and ends as it ended. If the executable
+is killed, so is the fork. Processes that the script starts with `sys.executable` work the same way.
+`warm.Fork` calls a function in such a fork, without an executable in between.
 
-What a fork cannot show is left to a real interpreter: options of Python, scripts outside this
-checkout, other modules than `MODULES`, and code that does not begin with `MARK`. A test about
-imports, about a parent that is killed, or about variables that are read while libraries load, says
-`sys.executable` itself.
+A real interpreter handles what a fork cannot: Python's own options, scripts outside this checkout,
+modules other than `MODULES`, and code that does not begin with `MARK`. Tests about imports, about a
+parent that is killed, or about variables that are read while libraries load use `sys.executable`.
 """
 
 from __future__ import annotations
@@ -47,10 +45,10 @@ MODULES = (
     "launch.doctor",
     "pipeline.models.info",
 )
-"""What `-m` may name."""
+"""Modules that `-m` may run in a fork."""
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
 MARK = "# warm\n"
-"""The beginning of code that `-c` may run."""
+"""Start of code that `-c` may run in a fork."""
 PRELOAD = (
     "torch",
     "torch._dynamo",
@@ -80,7 +78,8 @@ PRELOAD = (
     "pipeline.evaluation.command",
     "pipeline.inference.command",
 )
-"""Also what these import late: torch's optimizers take torch._dynamo along, 950 modules."""
+"""Including modules that these import late: torch's optimizers import torch._dynamo, 950
+modules."""
 HANDED_ON = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -103,7 +102,7 @@ known = (words[1] in {modules!r} if words[:1] == ["-m"] and len(words) > 1 else
          words[1].startswith({mark!r}) if words[:1] == ["-c"] and len(words) > 1 else
          script.startswith({root!r}) and script.endswith(".py"))
 if {watched!r} in os.environ:
-    # a process of an evaluation looks whether its parent still is who it was
+    # a process of an evaluation checks whether its parent is still the same process
     known = False
 server = socket.socket(socket.AF_UNIX)
 try:
@@ -143,8 +142,7 @@ os._exit(os.WEXITSTATUS(status))
 
 @functools.cache
 def python() -> str:
-    """The executable; the server behind it starts with the first call, and ends with this
-    process."""
+    """Return the executable. Its server starts with the first call and ends with this process."""
     folder = tempfile.mkdtemp(prefix="warm-")
     address, executable = f"{folder}/socket", Path(folder) / "python"
     listener = socket.socket(socket.AF_UNIX)
@@ -168,7 +166,7 @@ def python() -> str:
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as train.py has it before torch is loaded
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as train.py sets it before torch is loaded
         "PYTHONPATH": str(ROOT),
     }
     server = subprocess.Popen(
@@ -202,9 +200,10 @@ os._exit(status)
 
 
 class Fork:
-    """A process that calls `function(*arguments)`, with the methods of `multiprocessing.Process`;
-    `function` is found again by its module and name. It is killed where this process ends before
-    it."""
+    """A process that calls `function(*arguments)`, with methods of `multiprocessing.Process`.
+
+    `function` is looked up by its module and name. The process is killed when this process ends.
+    """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         code = CALL.format(
@@ -229,7 +228,7 @@ class Fork:
         self.exitcode: int | None = None
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end; `exitcode` stays None where it does not come in `timeout` seconds."""
+        """Wait for its end; `exitcode` stays None if it does not end within `timeout` seconds."""
         if self.exitcode is None and select.select([self._connection], [], [], timeout)[0]:
             (status,) = _LENGTH.unpack(self._connection.recv(_LENGTH.size, socket.MSG_WAITALL))
             self.exitcode = os.waitstatus_to_exitcode(status)
@@ -240,7 +239,7 @@ class Fork:
         return self.exitcode is None
 
     def kill(self) -> None:
-        """End it with SIGKILL, unless it has ended."""
+        """Kill it with SIGKILL, unless it has ended."""
         if self.is_alive():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -257,8 +256,10 @@ def _end(server: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
 
 
 def _serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork for each request; returns in the forks alone, with the request. Ends with the process at
-    the other end of stdin."""
+    """Fork for each request; returns only in the forks, with the request.
+
+    The server exits when the process at the other end of stdin does.
+    """
     children: dict[int, socket.socket] = {}
     woken, wake = socket.socketpair()
     for end in (woken, wake):
@@ -294,7 +295,7 @@ def _serve(listener: socket.socket) -> dict[str, Any]:
                     selector.register(connection, selectors.EVENT_READ, pid)
                     with suppress(OSError):
                         connection.sendall(_LENGTH.pack(pid))
-            else:  # the executable is gone before its fork
+            else:  # the executable ended before its fork
                 selector.unregister(key.fileobj)
                 if key.data in children:
                     os.kill(key.data, signal.SIGKILL)
@@ -328,8 +329,7 @@ def _read(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _become(request: dict[str, Any]) -> tuple[str, str]:
-    """Make this fork what a fresh interpreter would be. Returns the code to run as `__main__`, and
-    its file."""
+    """Make this fork like a fresh interpreter; return the code of `__main__`, and its file."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in HANDED_ON:
@@ -396,12 +396,11 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
 
 
 def _run(code: str, main: dict[str, Any]) -> NoReturn:
-    """Run the script in `main`, and end as an interpreter does, but for the taking down of its
-    modules.
+    """Run the script in `main`, then end as an interpreter does, but without tearing down modules.
 
-    To free a million objects copies every page that they lie in: 0.4 s of a core, ten times what
-    the fork and a short script need. `main` is the namespace of this module, emptied, so whatever
-    is needed afterwards is imported here.
+    Freeing a million objects would copy every memory page that holds them: 0.4 s of a core, ten
+    times what the fork and a short script need. `main` is the emptied namespace of this module, so
+    everything needed afterwards is imported here.
     """
     import atexit
     import os

@@ -1,10 +1,8 @@
-"""The image, the Slurm scripts and the cloud job, as far as they go without Docker, Slurm and a
-cloud.
+"""The image, the Slurm scripts and the cloud job, tested without Docker, Slurm and a cloud.
 
-The image is not built here: what its Dockerfile says is checked, and a run is trained from the
-files that it copies. The Slurm scripts run with an `srun` that starts two tasks with Slurm's
-variables; the cloud job copies to a folder, or with an `rclone` of which all command lines are
-kept.
+The image is not built: its Dockerfile is parsed, and a run is trained from the files that it
+copies. The Slurm scripts run with an `srun` that starts two tasks with Slurm's variables. The cloud
+job copies to a folder, or with an `rclone` that records its command lines.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ SCRIPTS = sorted(
 )
 SECRET = "hunter2-of-the-test"
 SELDOM = ("validate_every=20", "save_every=20")
-SECONDS = 100  # for any of the jobs here, on a busy machine
+SECONDS = 100  # time limit for any of these jobs, on a busy machine
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS)), ids=lambda path: path.name)
@@ -48,12 +46,11 @@ def test_bash_reads_every_script(script: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- The image
-# --------------------------------------------------------------------------------------------------
+# --- The image ---
 
 
 def instructions() -> list[tuple[str, str, str]]:
-    """(Stage, instruction, the rest of its line) of the Dockerfile."""
+    """Return (stage, instruction, rest of its line) of the Dockerfile."""
     lines = [
         line
         for line in (DOCKER / "Dockerfile").read_text().splitlines()
@@ -70,14 +67,13 @@ def instructions() -> list[tuple[str, str, str]]:
 
 
 def of_image(instruction: str) -> list[str]:
-    """The lines of an instruction in the last stage, which has no name."""
+    """Return the lines of an instruction in the last stage, which has no name."""
     begin = max(number for number, (_, name, _) in enumerate(instructions()) if name == "FROM")
     return [rest for _, name, rest in instructions()[begin:] if name == instruction]
 
 
 def is_sent(name: str) -> bool:
-    """Whether Docker's client sends the file to the builder: the last line of the ignore file that
-    fits decides."""
+    """Whether Docker's client sends a file to the builder: the last matching line decides."""
     sent, path = True, Path(name)
     for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!")
@@ -92,7 +88,7 @@ def is_sent(name: str) -> bool:
 
 
 def copied() -> Iterator[tuple[Path, str]]:
-    """(File of the checkout, where it is in the image's /vastscale)."""
+    """Yield (file of the checkout, its path in the image's /vastscale)."""
     for line in of_image("COPY"):
         *sources, target = line.split()
         if sources[0].startswith("--from="):
@@ -116,7 +112,7 @@ def copied() -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the image has in /vastscale."""
+    """A copy of the image's /vastscale."""
     folder = tmp_path_factory.mktemp("image") / "vastscale"
     for file, name in copied():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +163,7 @@ def test_what_is_private_never_reaches_the_builder() -> None:
 
 
 def test_the_scripts_write_nothing_in_the_image(image: Path, tmp_path: Path) -> None:
-    """Its user may not: all that they would note down was noted when it was built."""
+    """Its user may not write there: the stamp was written when the image was built."""
     command = ". launch/bootstrap.sh && vastscale_bootstrap requirements.txt"
     assert any(f"bash -c '{command}'" in line for line in of_image("RUN"))
     python = tmp_path / "venv" / "bin" / "python"
@@ -229,17 +225,15 @@ def test_prefetched_weights_are_the_ones_that_losses_look_for(
         (checksum,) = re.findall(r"--checksum=sha256:([0-9a-f]{64}) ", rest)
         address = rest.split()[-2]
         names.append(address.removeprefix(f"{SOURCE}/"))
-        assert Path(address).stem.endswith(
-            f"-{checksum[:8]}"
-        )  # torchvision's names tell the beginning
+        # torchvision's file names end in the first digits of the checksum
+        assert Path(address).stem.endswith(f"-{checksum[:8]}")
     assert sorted(names) == sorted(TRUNK_FILES.values())
     (home,) = re.findall(r"TORCH_HOME=(\S+)", " ".join(of_image("ENV")))
     monkeypatch.setenv("TORCH_HOME", home)
     assert f"--from=weights /weights/ {torch.hub.get_dir()}/checkpoints/" in of_image("COPY")
 
 
-# --- Slurm
-# --------------------------------------------------------------------------------------------------
+# --- Slurm ---
 
 SRUN = """#!{python}
 import json, os, signal, subprocess, sys
@@ -266,7 +260,7 @@ sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 
 
 class Slurm:
-    """What `sbatch SCRIPT ARGUMENTS` would do, on this machine."""
+    """Does what `sbatch SCRIPT ARGUMENTS` would do, on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.output, self.job = folder, folder / "output.txt", str(os.getpid())
@@ -327,11 +321,11 @@ class Slurm:
             time.sleep(0.02)
 
     def srun(self) -> list[str]:
-        """The last command line of srun."""
+        """Return the last command line of srun."""
         return json.loads((self.folder / "srun.calls").read_text().splitlines()[-1])
 
     def scontrol(self) -> list[str]:
-        """The calls that change something; ranks also ask it for the names of their hosts."""
+        """Return the calls that change something; ranks also query the names of their hosts."""
         calls = self.folder / "scontrol.calls"
         lines = calls.read_text().splitlines() if calls.exists() else []
         return [line for line in lines if not line.startswith("show hostnames")]
@@ -349,7 +343,7 @@ def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(
     run_dir = slurm.folder / "runs" / "it"
     process = slurm.start("module", *line, DATASET=str(dataset))
     slurm.wait_for("step 4/40")
-    for task in slurm.tasks():  # --signal=TERM@120 tells the tasks, and nobody else
+    for task in slurm.tasks():  # --signal=TERM@120 signals only the tasks
         os.kill(task, signal.SIGTERM)
     status, printed = slurm.finish(process)
     assert status == 143, printed
@@ -364,9 +358,9 @@ def test_the_time_limit_saves_and_the_same_job_continues_from_the_queue(
     assert status == 0, printed
     assert f"continuing from step {step} of 40" in printed
     assert "finished at step 40" in printed
-    assert [path.name for path in run_dir.parent.iterdir() if not path.name.startswith(".")] == [
-        "it"
-    ]  # none set aside
+    # no run was moved away
+    names = [path.name for path in run_dir.parent.iterdir() if not path.name.startswith(".")]
+    assert names == ["it"]
     assert len(slurm.scontrol()) == 1
 
 
@@ -449,7 +443,7 @@ def test_modules_are_loaded_and_an_environment_need_not_be(slurm: Slurm) -> None
 
 @pytest.mark.parametrize("script", ["module", "container"])
 def test_a_job_asks_slurm_for_a_task_a_gpu_and_for_time_to_save(script: str) -> None:
-    """Only the lines before the first command count for Slurm."""
+    """Slurm reads only the lines before the first command."""
     text = (SLURM / f"{script}.sbatch").read_text().split("\nset -euo pipefail\n")
     assert "#SBATCH" not in text[1]
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text[0], re.MULTILINE))
@@ -460,8 +454,7 @@ def test_a_job_asks_slurm_for_a_task_a_gpu_and_for_time_to_save(script: str) -> 
     assert asked["open-mode"] == "append"
 
 
-# --- A cloud job
-# --------------------------------------------------------------------------------------------------
+# --- A cloud job ---
 
 RCLONE = """#!{python}
 import json, os, subprocess, sys
@@ -486,8 +479,8 @@ sys.exit(subprocess.call(["rsync", "--archive", *options, source + "/", target +
 
 
 class CloudJob:
-    """`launch/cloud/job.sh` of a checkout whose training is a script of the test; machines come and
-    go."""
+    """Runs `launch/cloud/job.sh` of a checkout whose training is the test's script, on machines
+    that come and go."""
 
     def __init__(self, folder: Path, training: str) -> None:
         self.folder, self.output, self.runs = (
@@ -510,7 +503,7 @@ class CloudJob:
     def start(
         self, *arguments: str, machine: str = "machine1", **variables: str
     ) -> subprocess.Popen[bytes]:
-        """An empty value takes a variable away."""
+        """Start the job; an empty value removes a variable."""
         given = {
             "DATASET": str(self.folder),
             "RUNS": str(self.runs),
@@ -539,7 +532,7 @@ class CloudJob:
         return self.finish(self.start(*arguments, **variables))
 
     def starts(self) -> int:
-        """How often training was started."""
+        """Return how often training was started."""
         file = self.folder / "starts"
         return file.read_text().count("\n") if file.exists() else 0
 
@@ -558,8 +551,8 @@ CHECKPOINT = """save() {
 
 @needs_rsync
 def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset: Path) -> None:
-    """A crash, then training, which the provider breaks off; another machine, with the same line,
-    to the end."""
+    """Training crashes, restarts and is preempted; another machine finishes it with the same
+    command line."""
     job = CloudJob(tmp_path, f'[ $start = 1 ] && exit 1\nexec "{ROOT}/launch_local_train.sh" "$@"')
     line, run_dir = ("--recipe", "demo", *SMALL, *SELDOM, "steps=40"), job.runs / "demo"
     process = job.start(*line, DATASET=str(dataset))
@@ -579,9 +572,8 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
     assert f"continuing from step {step} of 40" in printed
     assert "finished at step 40" in printed
     steps = checkpoint_steps(run_dir)
-    assert steps == checkpoint_steps(
-        tmp_path / "machine2" / "runs" / "demo"
-    )  # old ones have gone there, too
+    # old checkpoints were removed there, too
+    assert steps == checkpoint_steps(tmp_path / "machine2" / "runs" / "demo")
     assert steps[-1] == 40
     assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
     assert (
@@ -651,7 +643,7 @@ def test_a_bucket_serves_as_well_and_no_secret_is_on_a_command_line(tmp_path: Pa
         assert status == 0, printed
         assert "the list" in printed
         assert SECRET not in printed
-    assert "\n1\n" in printed  # what the first machine had saved
+    assert "\n1\n" in printed  # saved by the first machine
     kept = tmp_path / "bucket" / "runs" / "first" / "a" / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["step-00000001", "step-00000002"]
     calls = job.rclones()
@@ -688,7 +680,7 @@ def test_a_cloud_job_refuses_before_it_starts(
 
 
 def test_a_cloud_job_takes_no_reset(tmp_path: Path) -> None:
-    """The provider says the same line again after each preemption."""
+    """The provider runs the same command line after each preemption."""
     job = CloudJob(tmp_path, "exit 0")
     assert job.run("--reset")[0] == 2
     assert job.starts() == 0

@@ -1,5 +1,4 @@
-"""Training on the machines of a hostfile: what is refused before anything starts, and what a
-restart goes on with."""
+"""Training on the machines of a hostfile: errors before anything starts, and restarts."""
 
 from __future__ import annotations
 
@@ -31,11 +30,11 @@ ELSEWHERE = "192.0.2.7"
 def start(
     folder: Path, hostfile: str | None, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """`launch/distributed.py`, as `./launch_distributed_train.sh` runs it, in a folder of its
+    """Run `launch/distributed.py` as `./launch_distributed_train.sh` does, in a folder of its
     own."""
     if hostfile is not None:
         (folder / "hosts").write_text(hostfile)
-    if not shutil.which("pdsh"):  # only looked for: nothing here comes as far as to run it
+    if not shutil.which("pdsh"):  # it must exist, but no test here gets as far as running it
         programs = folder.with_name(f"{folder.name}-programs")
         programs.mkdir(exist_ok=True)
         (programs / "pdsh").write_text("#!/bin/sh\nexit 99\n")
@@ -66,7 +65,7 @@ def start(
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: str) -> None:
-    """One line on stderr, and nothing has begun."""
+    """Assert that there is one line on stderr, and that nothing was started."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
@@ -187,8 +186,7 @@ def test_an_output_folder_that_cannot_be_made_starts_nothing(dataset: Path, tmp_
     assert "hosts/run" in done.stderr
 
 
-# --- Command lines taken apart
-# ----------------------------------------------------------------------------------------
+# --- Command lines taken apart ---
 
 
 @pytest.mark.parametrize(
@@ -245,8 +243,7 @@ def test_overrides_go_behind_options_and_flags_take_none(
     assert overrides_last(arguments, ("--reset", "--elastic", "--no-doctor")) == sorted_out
 
 
-# --- What a restart goes on with
-# --------------------------------------------------------------------------------------
+# --- What a restart goes on with ---
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -294,8 +291,8 @@ echo "$2: $3" >>"$ASKED"
 
 @pytest.fixture
 def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ssh to one host, the one that the file BACK names. Returned: what it was asked, a line
-    each."""
+    """Put an ssh on PATH that reaches the host named in the file BACK; return a file with one line
+    per call."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "ssh"
     program.write_text(SSH)
@@ -311,7 +308,7 @@ THREE = {"node1": (0,), "node2": (0, 1), "node3": (1,)}
 
 
 def test_the_hosts_that_answer_are_told_apart(ssh: Path) -> None:
-    """The first is this machine, and is not asked."""
+    """The first host is this machine, so it is not asked."""
     assert answering(THREE) == {"node1": (0,), "node2": (0, 1)}
     assert sorted(ssh.read_text().splitlines()) == ["node2: true", "node3: true"]
     assert answering({"node1": (0,)}) == {"node1": (0,)}
@@ -335,9 +332,8 @@ def test_a_host_that_comes_back_is_waited_for(ssh: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(job, "POLL_SECONDS", 0.05)
     two = {"node1": (0,), "node3": (0,)}
     began = time.monotonic()
-    wait_for_all(
-        two, 30, lambda _: (ssh.parent / "back").write_text("node3")
-    )  # once it is waited for
+    # The host comes back once the wait has begun.
+    wait_for_all(two, 30, lambda _: (ssh.parent / "back").write_text("node3"))
     assert time.monotonic() - began < 5
 
 
@@ -364,8 +360,8 @@ def test_all_hosts_are_told_to_train_on_the_cpu(
     variables: dict[str, str],
     is_on_cpu: bool,
 ) -> None:
-    """As data, for the guards of all ranks; which GPUs a shell sees says nothing about other hosts,
-    and is told."""
+    """The guards of all ranks get it as data. CUDA_VISIBLE_DEVICES of this shell says nothing about
+    other hosts, which is reported."""
     from launch import distributed
 
     for name in ("VASTSCALE_CPU", "CUDA_VISIBLE_DEVICES"):

@@ -1,5 +1,4 @@
-"""The shell scripts: environment, active environment, and the demo from nothing to an exported
-network."""
+"""The shell scripts: making and using an environment, and the demo from start to export."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ TOOLS = ("bash", "dirname", "basename", "cat", "cut", "sha256sum", "flock", "rm"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the scripts need, so that no environment is made in this checkout."""
+    """A copy of the files that the scripts need, so that none of them makes an environment here."""
     copy = tmp_path / "check out"
     shutil.copytree(ROOT / "launch", copy / "launch")
     shutil.copytree(ROOT / "pipeline", copy / "pipeline")
@@ -36,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def only_tools(folder: Path, python_version: str) -> dict[str, str]:
-    """An environment whose PATH has the shell's tools and one Python of that version."""
+    """Return variables with a PATH of the scripts' tools and one Python of that version."""
     folder.mkdir()
     for tool in TOOLS:
         (folder / tool).symlink_to(shutil.which(tool))
@@ -84,8 +83,8 @@ def test_a_python_that_was_named_is_not_replaced_by_another(checkout: Path, tmp_
 
 @pytest.fixture
 def lent(checkout: Path) -> Path:
-    """This test's own environment under another folder: everything is there, and nothing of it is
-    written to."""
+    """The tests' own Python environment under another path: it is complete, and is not written
+    to."""
     folder = checkout / "lent"
     (folder / "bin").mkdir(parents=True)
     python = folder / "bin" / "python"
@@ -95,7 +94,7 @@ def lent(checkout: Path) -> Path:
 
 
 def test_an_active_environment_is_used(checkout: Path, lent: Path) -> None:
-    """Nothing is missing in it, so nothing is made or installed."""
+    """Nothing is missing in it, so nothing is created or installed."""
     variables = {**os.environ, "VIRTUAL_ENV": str(lent)}
     for _ in range(2):
         done = subprocess.run(
@@ -172,8 +171,8 @@ def test_chosen_gpus_reach_the_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_ranks_on_a_cpu_are_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """DeepSpeed's launcher fills the list of GPUs, where the empty one was how somebody insisted on
-    the CPU."""
+    """DeepSpeed's launcher fills CUDA_VISIBLE_DEVICES, so an empty one cannot keep ranks on the
+    CPU."""
     from launch import environment as launch_environment
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -264,10 +263,10 @@ def test_one_gpu_needs_no_launcher(
 
     def start(command: list[str], *, env: dict[str, str], **_more: object) -> SimpleNamespace:
         started.update(command=command, visible=env.get("CUDA_VISIBLE_DEVICES"))
-        return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # above what Linux gives out
+        return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # above Linux's largest process id
 
     monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start))
-    monkeypatch.setattr(local.gpus, "list_gpus", list)  # whatever this machine has
+    monkeypatch.setattr(local.gpus, "list_gpus", list)  # as if this machine had no GPU
     assert local._launch(processes, on_gpu=True, arguments=["--reset"]) == 0
     assert ("deepspeed.launcher.runner" in started["command"]) == by_launcher
     assert ("--num_gpus" in started["command"]) == (by_launcher and visible is None)
@@ -276,8 +275,7 @@ def test_one_gpu_needs_no_launcher(
 
 
 def test_the_demo_from_nothing_to_an_exported_network(tmp_path: Path) -> None:
-    """Shortened: fewer and smaller steps. It must still beat bicubic on the photographs that were
-    held out."""
+    """With fewer and smaller steps. It must still beat bicubic on the held-out photographs."""
     run_dir = tmp_path / "run"
     variables = environment(threads=1) | {
         "HOME": str(tmp_path),

@@ -1,5 +1,4 @@
-"""The self-check: whole on this machine at its smallest, what becomes of sections that crash or
-hang, and its ids."""
+"""The self-check: the small check of this machine, sections that crash or hang, and its ids."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from launch.selfcheck.table import SECTIONS, Section, documented
 SAID = re.compile(
     r"\b(not (yet )?(measured|run|tried)|(measured|tried|run) on (a )?GPUs?)\b", re.IGNORECASE
 )
-"""What is said of numbers that only a GPU can give; and, here and there, of something else:"""
+"""What documents say of numbers that only a GPU can give. It can also be about something else:"""
 ABOUT_OTHERS = (
     "downloads not tried",
     "an engine build not tried",
@@ -47,8 +46,8 @@ def test_ids_in_documents_and_in_the_self_check_agree() -> None:
 
 
 def test_whatever_waits_for_a_gpu_has_an_id() -> None:
-    """Write ` <!-- selfcheck: SECTION.NAME -->` behind it, and the id into
-    launch/selfcheck/table.py."""
+    """To fix a failure, write ` <!-- selfcheck: SECTION.NAME -->` after the number and add the id
+    to launch/selfcheck/table.py."""
     lacking = [
         f"{path.name}: {line}"
         for path in documents.documents()
@@ -135,7 +134,7 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
         "nan",
         "inf",
         "-inf",
-    ]  # JSON has no numbers for these
+    ]  # JSON cannot express these as numbers
     assert found[7].note == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert found[8].note == "skipped: no such library"
 
@@ -145,7 +144,7 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
 
 @pytest.fixture
 def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """section(code): run that as the section `machine`, in its process, within a second or two."""
+    """section(code) runs the code as the section `machine`, in its process, in a second or two."""
 
     def play(code: str, most: float = 30.0) -> Found:
         (tmp_path / "sitecustomize.py").write_text(
@@ -320,7 +319,7 @@ def test_sections_are_left_out_where_the_time_is_over(
 
 
 PARTS = ("machine,arithmetic,engine", "speed", "loader,inference", "resume,training", "several")
-"""All sections, in parts that may run beside each other."""
+"""All sections, in parts that can run in parallel."""
 NEED_A_GPU = (
     "engine.fp16",
     "inference.half",
@@ -336,8 +335,8 @@ def test_the_parts_are_the_whole() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_whole_check_on_this_machine(tmp_path: Path, part: str) -> None:
-    """At its smallest. What needs a GPU says so, every id of the documents is accounted for, and
-    nothing fails."""
+    """Run the small check: nothing fails, every id in the documents appears, and the checks that
+    need a GPU say so."""
     file = tmp_path / "selfcheck.json"
     done = command(
         "--only", part, "--small", "--minutes", "30", "--json", str(file), "--docs", timeout=1200

@@ -1,5 +1,4 @@
-"""Training on several hosts: the scripts that a user runs, over ssh and pdsh, on hosts of their own
-(`cluster.py`)."""
+"""Training on several hosts with the scripts that a user runs, over ssh and pdsh (`cluster.py`)."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ from lives import train
 from pipeline.checkpoint.manifest import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
-MUST_RUN = "VASTSCALE_TEST_CLUSTER" in os.environ  # where a skipped test would be a lie
+MUST_RUN = "VASTSCALE_TEST_CLUSTER" in os.environ  # skipping would hide that nothing was tested
 pytestmark = pytest.mark.skipif(bool(why_not()) and not MUST_RUN, reason=why_not())
-SECONDS = 60  # in which a job must have ended on every host, whatever happens
+SECONDS = 60  # time limit for a job to end on every host, whatever happens
 PYTHON = Path(sys.prefix)  # an environment that all hosts share
 
 
@@ -75,7 +74,7 @@ class Run:
         )
 
     def finish(self, process: subprocess.Popen[bytes], seconds: float = 120) -> tuple[int, str]:
-        """(Exit status, output); nothing of the job may be left on any host."""
+        """Wait for the end; return (exit status, output). No process may be left on any host."""
         try:
             status = process.wait(seconds)
         finally:
@@ -88,7 +87,7 @@ class Run:
         return self.finish(self.start(*arguments))
 
     def interrupt(self) -> None:
-        """CTRL+C. (nsenter, which stands between, would die of it itself.)"""
+        """Send CTRL+C to the script itself; nsenter, its parent, would die of it."""
         for pid in self.cluster.processes("node1", f"--output-dir {self.run_dir} "):
             if b"launch/distributed.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGINT)
@@ -100,7 +99,7 @@ class Run:
             time.sleep(0.2)
 
     def left(self) -> dict[str, dict[int, str]]:
-        """The processes of the job on each host that has some."""
+        """Return the job's processes by host, for hosts that have any."""
         found = {host: self.cluster.processes(host, str(PYTHON)) for host in self.cluster.hosts}
         return {host: processes for host, processes in found.items() if processes}
 
@@ -111,7 +110,7 @@ class Run:
             time.sleep(0.05)
 
     def rank_on(self, host: str) -> int:
-        """Process id, as seen from outside, of the rank on a host."""
+        """Return the process id of the rank on a host, as seen from outside."""
         (found,) = self.cluster.processes(host, f"{ROOT / 'train.py'} ")
         return found
 
@@ -120,14 +119,14 @@ class Run:
 def run(cluster: Cluster, dataset: Path, tmp_path: Path) -> Iterator[Run]:
     made = Run(cluster, dataset, tmp_path / "work")
     yield made
-    for host in cluster.hosts:  # of a test that failed
+    for host in cluster.hosts:  # left by a test that failed
         for pid in cluster.processes(host, str(PYTHON)):
             os.kill(pid, signal.SIGKILL)
 
 
 def test_two_hosts_train_as_one_rank_does(run: Run, dataset: Path, tmp_path: Path) -> None:
-    """The whole way, doctor included; losses are those of one rank, for samples and global batch
-    are the same."""
+    """The whole way, including the doctor. The losses are those of one rank, because samples and
+    global batch are the same."""
     status, printed = run.run("--reset", "steps=6")
     assert status == 0, printed
     assert "2 hosts, 2 ranks" in printed
@@ -145,7 +144,7 @@ def test_two_hosts_train_as_one_rank_does(run: Run, dataset: Path, tmp_path: Pat
     )
     assert len(together) == 6
     assert together == pytest.approx(alone, rel=1e-5)
-    # logs and curves are the first rank's alone, and each rank's own words lie in a file
+    # only the first rank writes logs and curves; each rank's output is in a file of its own
     assert len(list((run.run_dir / "tensorboard").iterdir())) == 1
     first, second = (run.run_dir.with_name("rack.logs") / f"rank-0000{rank}.log" for rank in (0, 1))
     assert "rank 0 of 2 on node1" in first.read_text()
@@ -186,12 +185,12 @@ def test_a_cut_cable_ends_the_job_on_both_sides(run: Run, cluster: Cluster) -> N
             printed.splitlines()[-1],
         )
     finally:
-        cluster.mend("node2")
+        cluster.reconnect("node2")
     assert damage(checkpoint_dir(run.run_dir, checkpoint_steps(run.run_dir)[-1])) == ""
 
 
 def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -> None:
-    """Three hosts, of which one goes; the global batch stays."""
+    """One of three hosts is lost; the global batch stays the same."""
     run.hostfile("node1 slots=1", "node2 slots=1", "node3 slots=2")
     process = run.start(
         "--no-doctor",
@@ -213,7 +212,7 @@ def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -
         run.interrupt()
         status, printed = run.finish(process, 30)
     finally:
-        cluster.mend("node3")
+        cluster.reconnect("node3")
     assert status == 130, printed
     assert "stopped and saved at step" in printed
     steps = [
@@ -225,8 +224,7 @@ def test_the_hosts_that_answer_go_on_by_themselves(run: Run, cluster: Cluster) -
 
 
 def test_ctrl_c_saves_everywhere_and_the_next_start_continues(run: Run, tmp_path: Path) -> None:
-    """Another run on the same hosts goes on undisturbed; by DeepSpeed's own means it would be
-    killed."""
+    """Another run on the same hosts continues; DeepSpeed's own way of stopping would kill it."""
     other = Run(run.cluster, run.dataset, tmp_path / "other")
     process, others = (
         run.start("--no-doctor", "steps=100000"),
@@ -278,8 +276,8 @@ AdamW.step = step
 def test_a_rank_that_never_meets_the_others_is_named(
     run: Run, cluster: Cluster, dataset: Path
 ) -> None:
-    """Plain DeepSpeed waits ten minutes for it. The old run, which --reset did not reach, is not
-    taken for the new."""
+    """Plain DeepSpeed waits ten minutes for it. The restart does not continue the old run, which
+    --reset had not moved away yet."""
     train(dataset, run.run_dir, "steps=3")
     broken = run.folder / "train.py"
     broken.write_text("import no_such_module\n")
@@ -317,7 +315,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(run: Run, cluster: Clus
     os.kill(supervisor, signal.SIGKILL)
     process.wait(10)
     run.assert_nothing_left(40)
-    # Its ranks have saved: they lost their supervisor and not each other.
+    # The ranks have saved: they lost their supervisor, not each other.
     assert (
         "stopped and saved at step"
         in (run.run_dir.with_name("rack.logs") / "rank-00000.log").read_text()
@@ -340,7 +338,7 @@ def test_another_dataset_on_one_host_is_refused_by_the_ranks_too(
 
 
 def test_hosts_that_share_nothing(run: Run, cluster: Cluster, dataset: Path) -> None:
-    """launch/sync.sh brings checkout and dataset; the run folder is the first host's alone."""
+    """launch/sync.sh copies checkout and dataset; only the first host has the run folder."""
     checkout, data = cluster.disk / "checkout", cluster.disk / "dataset"
     run.run_dir = cluster.disk / "runs" / "rack"
     copied = " ".join(
@@ -459,8 +457,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def test_slurm_starts_guarded_ranks(run: Run) -> None:
-    """By a stand-in for srun, which starts one task a host with the variables that Slurm gives
-    it."""
+    """With a stand-in for srun, which starts one task per host with Slurm's variables."""
     programs = run.folder / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("sinfo", "#!/bin/sh\n")):
@@ -481,8 +478,7 @@ def test_slurm_starts_guarded_ranks(run: Run) -> None:
     assert "all 2 ranks finished" in printed
 
 
-# --- The doctor
-# --------------------------------------------------------------------------------------------------
+# --- The doctor ---
 
 
 def diagnose(
@@ -523,7 +519,7 @@ def verdicts(found: dict, host: str) -> dict[str, str]:
 def test_the_doctor_names_what_is_wrong_and_where(
     cluster: Cluster, dataset: Path, tmp_path: Path
 ) -> None:
-    """node2: another file in the checkout and another crop in the dataset. node3: out of reach."""
+    """node2 has a different file in the checkout and a different crop; node3 is unreachable."""
     changed, crop = tmp_path / "ema.py", tmp_path / "crop.npy"
     changed.write_text((ROOT / "pipeline" / "models" / "ema.py").read_text() + "# changed\n")
     crop.write_bytes((dataset / "photos" / "03.npy").read_bytes()[:-1] + b"\x01")
@@ -543,7 +539,7 @@ def test_the_doctor_names_what_is_wrong_and_where(
                 "--no-allreduce",
             )
     finally:
-        cluster.mend("node3")
+        cluster.reconnect("node3")
     assert status == 2, printed
     assert time.monotonic() - began < 25
     assert "node2: checkout: differs from node1 in pipeline/models/ema.py" in printed
@@ -592,7 +588,7 @@ def test_the_doctor_measures_an_all_reduce_and_predicts(
 
 
 def test_the_doctor_counts_gpus(cluster: Cluster, tmp_path: Path) -> None:
-    """By what nvidia-smi says, here one of our own that knows two GPUs."""
+    """With an nvidia-smi of the test's own that lists two GPUs."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(FAKE_SMI)
     smi.chmod(0o755)
@@ -633,7 +629,7 @@ for index in range(2):
 
 
 class replaced:  # noqa: N801 - reads as the verb that it is
-    """For as long as it is entered, `target` is the file `source` on one host alone."""
+    """Replace the file `target` by `source` on one host, within the context."""
 
     def __init__(self, cluster: Cluster, host: str, source: Path, target: Path) -> None:
         self._cluster, self._host, self._source, self._target = cluster, host, source, target

@@ -1,5 +1,5 @@
-"""The hostfile, `.deepspeed_env` and training arguments: nothing in them runs anything, on this
-host or another."""
+"""The hostfile, `.deepspeed_env` and training arguments: nothing in them runs a command on any
+host."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from launch.environment import read_env_file, variables_for_ranks
 from pipeline.cli import UserError
 
 CANARY = "CANARY"
-"""In a payload: the path of a file that is there if any of it was run."""
+"""Stands in a payload for the path of a file that exists if any part of it was run."""
 
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """The file that a payload would make, in the folder in which it would be run, too."""
+    """The file that a payload would create, in the folder in which it would run."""
     (tmp_path / "here").mkdir()
     return tmp_path / "here" / "canary"
 
 
 def refused(read: object, *arguments: object) -> str:
-    """What `read(*arguments)` says against them: one line."""
+    """Return the one-line message with which `read(*arguments)` fails."""
     with pytest.raises(UserError) as caught:
         read(*arguments)  # type: ignore[operator]
     message = str(caught.value)
@@ -50,8 +50,7 @@ def refused(read: object, *arguments: object) -> str:
     return message
 
 
-# --- The hostfile
-# --------------------------------------------------------------------------------------------------
+# --- The hostfile ---
 
 
 def hostfile(folder: Path, text: str) -> Path:
@@ -150,8 +149,8 @@ def test_a_wrong_line_is_refused_where_it_stands(
 
 @pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x1c", "\x85", "\u2028"])
 def test_a_comment_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
-    """What some programs take for the end of a line ends it here, so that the rest is read as
-    strictly."""
+    """A character that some programs take for the end of a line ends it here, too, so that the rest
+    is checked as well."""
     path = hostfile(tmp_path, f"node1 slots=1 # spare:{end}-oProxyCommand=x slots=1\n")
     assert refused(read_hostfile, path).startswith(
         f"{path}:2: '-oProxyCommand=x' is not a valid host name"
@@ -181,7 +180,7 @@ def test_a_file_without_hosts_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    """Plain DeepSpeed trains on this machine alone where the file is missing."""
+    """Plain DeepSpeed trains on this machine alone if the file is missing."""
     missing = refused(read_hostfile, tmp_path / "hosts")
     assert missing.startswith(f"no hostfile {tmp_path / 'hosts'}; write lines like `node1 slots=8`")
     assert missing.endswith("or train on this one with ./launch_local_train.sh")
@@ -273,8 +272,7 @@ def test_a_choice_can_be_written_down_and_read_again(numbers: list[set[int]]) ->
     assert choose(hosts, as_filter(chosen)) == chosen
 
 
-# --- .deepspeed_env
-# --------------------------------------------------------------------------------------------------
+# --- .deepspeed_env ---
 
 
 def env_file(folder: Path, text: str) -> Path:
@@ -399,7 +397,7 @@ def test_an_environment_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_of_the_shell_only_what_ranks_need_is_handed_on(tmp_path: Path) -> None:
-    """Its values are the user's own, and travel as data, whatever is in them."""
+    """The values are the user's and travel as data, whatever they contain."""
     shell = {
         "NCCL_DEBUG": "INFO",
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -435,8 +433,7 @@ def test_of_the_shell_only_what_ranks_need_is_handed_on(tmp_path: Path) -> None:
     }
 
 
-# --- Arguments on their way to other hosts
-# ----------------------------------------------------------------------------
+# --- Arguments on their way to other hosts ---
 
 ARGUMENTS = [
     "--dataset-dir=/data;touch${IFS}CANARY",
@@ -486,7 +483,7 @@ env -0 >>"$0.environment"
 
 
 class Remote:
-    """Another host, in so far as it has a shell, which starts `TELL` where a Python was meant."""
+    """Another host, reduced to a shell that runs `TELL` in place of Python."""
 
     def __init__(self, folder: Path) -> None:
         self.python = folder / "python"
@@ -494,7 +491,7 @@ class Remote:
         self.python.chmod(0o755)
 
     def told(self) -> list[str]:
-        """The words with which it was started."""
+        """Return the words with which it was started."""
         return Path(f"{self.python}.said").read_bytes().decode().split("\0")[:-1]
 
     def environment(self) -> dict[str, str]:
@@ -531,7 +528,7 @@ def job(
 
 
 def line_for_a_shell(command: list[str], python: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What DeepSpeed's launcher, told `command`, has pdsh say to the shell of every host."""
+    """Return what DeepSpeed's launcher, run as `command`, lets pdsh pass to the hosts' shells."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
     from deepspeed.launcher.runner import encode_world_info, parse_args
 
@@ -562,7 +559,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(
         *words, word = remote.told()
         assert words[-1].endswith("/launch/cluster/guard.py")
         assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
-    # What a rank is to do never sees a shell: it travels over the guard's connection, as JSON.
+    # A rank's task never passes through a shell: it is sent over the guard's connection as JSON.
     assert json.loads(json.dumps(sent.task)) == {
         "logs": str(tmp_path / "logs"),
         "arguments": ["--recipe", payload, payload],
@@ -576,7 +573,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(
 def test_the_same_way_an_argument_of_plain_deepspeed_does_run(
     tmp_path: Path, canary: Path, payload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the test above would tell."""
+    """Shows that the test above would notice."""
     monkeypatch.chdir(canary.parent)
     command = [
         sys.executable,
@@ -599,8 +596,8 @@ sys.exit(subprocess.run(["sh", "-c", " ".join(words)]).returncode)
 
 
 def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> None:
-    """The launcher's own process, with every payload at once, in variables that DeepSpeed pastes
-    into a line, too."""
+    """The launcher's own process, with all payloads at once, including variables that DeepSpeed
+    pastes into a command line."""
     remote, payloads = (
         Remote(tmp_path),
         [argument.replace(CANARY, str(canary)) for argument in ARGUMENTS],
@@ -658,7 +655,7 @@ def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> 
 def test_a_task_is_one_word_in_which_no_shell_finds_anything(arguments: list[str]) -> None:
     word = messages.pack({"arguments": arguments})
     assert shlex.quote(word) == word
-    assert "%" not in word  # pdsh's own
+    assert "%" not in word  # pdsh would expand it
     assert messages.unpack(word) == json.loads(json.dumps({"arguments": arguments}))
 
 

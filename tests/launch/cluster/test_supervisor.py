@@ -1,8 +1,7 @@
-"""The supervisor and its guards: whatever ends one rank ends all, with the cause named. Real
-processes, no network.
+"""The supervisor and its guards: if one rank ends early, all are stopped and the cause is named.
 
-`train.py` is a stand-in here, in a copy of the checkout: each rank runs the lines of Python that
-the test gives it.
+The processes are real, without a network. A copy of the checkout has a stand-in for `train.py`:
+each rank runs the lines of Python that the test gives it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from launch.cluster import messages
 TOKEN = "0123456789abcdef"
 HOSTS = ("here", "there")
 SECONDS = 10
-"""In which all ranks must have ended, on a machine that has other work, too."""
+"""Time limit for all ranks to end, on a busy machine."""
 
 TRAIN = """
 import os, signal, sys, time
@@ -109,7 +108,7 @@ Path("outcome").write_text(json.dumps({"stopped_by": watch.stopped_by, "failure"
 """
 
 SHORT = {"TOGETHER_SECONDS": 0.5, "END_SECONDS": 2, "GRACE_SECONDS": 5, "LAUNCHER_SECONDS": 2}
-"""The supervisor's patience, in these tests."""
+"""The supervisor's time limits in these tests."""
 
 SLEEP = "leave(f'ready-{rank}'); time.sleep(60)\n"
 SAVE = (
@@ -139,7 +138,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job ended, and what a user has seen of it."""
+    """How a job ended, and what a user has seen."""
 
     stopped_by: int
     cause: str
@@ -157,8 +156,8 @@ def is_alive(pid: int) -> bool:
 
 
 class Run:
-    """A supervisor in a process of its own, with a launcher that starts a guard for each rank on
-    this machine."""
+    """A supervisor in its own process, whose launcher starts a guard for each rank on this
+    machine."""
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.checkout, self.folder, self.logs = checkout, folder, folder / "run.logs"
@@ -177,10 +176,10 @@ class Run:
         logs: Path | None = None,
         **constants: float,
     ) -> None:
-        """Begin. `guard` and `constants`: time-outs of the guards and of the supervisor.
+        """Start the job. `guard` and `constants` are time limits of the guards and the supervisor.
 
-        `launcher`: its program, empty for DeepSpeed's own; `first`: what it does before it starts
-        any guard.
+        `launcher` is the launcher's program, empty for DeepSpeed's own; `first` is what it does
+        before it starts any guard.
         """
         program = self.folder / "launcher.py"
         program.write_text(launcher.replace("FIRST", first).replace("CHECKOUT", str(self.checkout)))
@@ -215,7 +214,7 @@ class Run:
             )
 
     def read(self, name: str) -> str:
-        """The text of a file, which may still have to come."""
+        """Return the text of a file, waiting for it if necessary."""
         wait_until(
             lambda: (self.folder / name).exists(), f"{name} did not come: {self.printed('stderr')}"
         )
@@ -231,7 +230,7 @@ class Run:
         (self.folder / "go").touch()
 
     def finish(self, seconds: float = 60) -> JobOutcome:
-        """The end; no rank, guard or launcher may be left."""
+        """Wait for the end. No rank, guard or launcher may be left."""
         assert self.process is not None
         assert self.process.wait(seconds) == 0, self.printed("stderr")
         self.assert_nothing_left()
@@ -252,14 +251,14 @@ class Run:
         wait_until(lambda: not self.left(), "something is left", seconds)
 
     def left(self) -> list[int]:
-        """Process ids of the job's that are still there."""
+        """Return the ids of the job's processes that still exist."""
         files = [*self.folder.glob("train-*"), *self.folder.glob("guard-*")]
         return [pid for pid in (int(file.read_text() or 0) for file in files) if is_alive(pid)]
 
     def connect(self, *said: bytes) -> socket.socket:
-        """A connection to the supervisor, over which these lines are said."""
+        """Connect to the supervisor and send these lines."""
         connection = socket.create_connection(("127.0.0.1", int(self.read("port"))), 10)
-        with contextlib.suppress(ConnectionError):  # it may be closed before all is said
+        with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
             connection.sendall(b"".join(said))
         return connection
 
@@ -275,7 +274,7 @@ def wait_until(holds: Callable[[], bool], otherwise: str, seconds: float = 60) -
 def run(checkout: Path, tmp_path: Path) -> Iterator[Run]:
     made = Run(checkout, tmp_path)
     yield made
-    for pid in made.left():  # of a test that failed
+    for pid in made.left():  # left by a test that failed
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     if made.process is not None and made.process.poll() is None:
@@ -283,14 +282,13 @@ def run(checkout: Path, tmp_path: Path) -> Iterator[Run]:
         made.process.wait()
 
 
-# --- What a rank is given, and what is heard of it
-# --------------------------------------------------------------------
+# --- What a rank is given, and what is heard of it ---
 
 
 def test_a_job_that_ends_well(run: Run) -> None:
-    """The first rank's output is the job's; each rank's own lies in a file."""
-    # Each line in one write: print() on an unbuffered stream makes several, between which the
-    # other's may come.
+    """The first rank's output is the job's; each rank's output is in a file of its own."""
+    # Write each line at once: print() on an unbuffered stream makes several writes, and the other
+    # stream's output may come in between.
     say = (
         "sys.stdout.write(f\"out of {rank} {os.environ['NCCL_X']} {os.getcwd()}\\n\"); "
         "sys.stderr.write(f'err of {rank}\\n')\n"
@@ -302,13 +300,13 @@ def test_a_job_that_ends_well(run: Run) -> None:
         )
     for rank in (0, 1):
         lines = (run.logs / f"rank-0000{rank}.log").read_text().splitlines()
-        assert len(lines) == 6  # the second job's behind the first's
+        assert len(lines) == 6  # the second job's lines follow the first's
         assert lines[0].endswith(f"rank {rank} of 2 on {socket.gethostname()}")
         assert sorted(lines[4:]) == [f"err of {rank}", f"out of {rank} $(a) 'b' {run.folder}"]
 
 
 def test_much_output_is_heard_to_its_end(run: Run) -> None:
-    """And bytes that are no text are no failure."""
+    """Bytes that are not text are not a failure, either."""
     say = r"""
 sys.stdout.buffer.write(b'\xff\0\n')
 print('\n'.join(f'line {number:06} of rank 0' for number in range(40_000)))
@@ -330,13 +328,13 @@ def test_no_letter_is_broken_in_the_middle(run: Run) -> None:
 
 
 def test_a_folder_that_is_not_there_is_no_failure(run: Run) -> None:
-    """A host need not have the folder in which the command was typed."""
+    """A host need not have the folder in which the command was started."""
     outcome = run.run("print(os.getcwd())", "", directory="/no/such/folder")
     assert (outcome.status, outcome.stdout) == (0, f"{run.folder}\n")  # the launcher's own
 
 
 def test_what_a_rank_leaves_behind_is_ended(run: Run) -> None:
-    """Though it holds the rank's output open."""
+    """Even if it holds the rank's output open."""
     leave = (
         "import subprocess; child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)\n"
         "with open('train-left', 'w') as file: file.write(str(child.pid))\n"
@@ -345,8 +343,7 @@ def test_what_a_rank_leaves_behind_is_ended(run: Run) -> None:
     assert run.pid("train-left")
 
 
-# --- A rank fails
-# --------------------------------------------------------------------------------------------------
+# --- A rank fails ---
 
 
 def test_a_rank_that_raises_ends_the_others(run: Run) -> None:
@@ -390,7 +387,7 @@ def test_a_rank_that_does_not_listen_is_killed(run: Run) -> None:
 
 
 def test_the_cause_is_told_from_its_echo(run: Run) -> None:
-    """Rank 0 ends first, for want of rank 1, whose own error takes a moment more."""
+    """Rank 0 ends first because it lost rank 1, whose own error arrives a moment later."""
     echo = (
         "print('RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:4711', "
         "file=sys.stderr); sys.exit(1)"
@@ -415,8 +412,7 @@ def test_a_watchdogs_end_names_the_rank_that_is_stuck(run: Run) -> None:
     assert "Thread 0x1:" in outcome.tail
 
 
-# --- CTRL+C
-# --------------------------------------------------------------------------------------------------
+# --- CTRL+C ---
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -424,7 +420,7 @@ def test_ranks_save_when_the_user_stops_them(run: Run, number: int) -> None:
     run.start(SAVE, SAVE)
     for rank in (0, 1):
         run.read(f"ready-{rank}")
-    for _ in range(3):  # an impatient one
+    for _ in range(3):  # an impatient user
         os.kill(run.process.pid, number)
     outcome = run.finish()
     assert (outcome.stopped_by, outcome.status, outcome.stdout) == (
@@ -476,8 +472,7 @@ def test_a_rank_that_does_not_save_in_time_is_told(run: Run) -> None:
     assert outcome.cause == "rank 1 on there did not end within 0 s and was killed"
 
 
-# --- Strangers
-# --------------------------------------------------------------------------------------------------
+# --- Strangers ---
 
 
 def hello(rank: int) -> bytes:
@@ -502,7 +497,7 @@ STRANGE = [
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side closes a connection, over which it has said nothing but beats."""
+    """Whether the other side closes the connection and has sent nothing but beats."""
     try:
         while data := connection.recv(1 << 16):
             assert not data.replace(b'{"beat": 0}\n', b"")
@@ -514,7 +509,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_strangers_are_no_ranks(run: Run) -> None:
-    """Neither before the ranks have come nor after; one that says nothing at all does no harm
+    """Neither before the ranks have connected nor afterwards; a silent stranger does no harm,
     either."""
     run.start(
         "print('well'); " + WELL, WELL, first="while not os.path.exists('begin'): time.sleep(0.02)"
@@ -526,19 +521,15 @@ def test_strangers_are_no_ranks(run: Run) -> None:
         (run.folder / "begin").touch()
         for rank in (0, 1):
             run.read(f"train-{rank}")
-        for said in (
-            *STRANGE,
-            hello(0) + b'{"exit": 1}\n',
-            hello(1) + b'{"out": "evil"}\n',
-        ):  # both are there already
+        # Both ranks have already connected.
+        for said in (*STRANGE, hello(0) + b'{"exit": 1}\n', hello(1) + b'{"out": "evil"}\n'):
             assert is_closed(stack.enter_context(run.connect(said)))
         run.go()
         outcome = run.finish()
     assert outcome == JobOutcome(0, "", "", 0, "well\n", "")
 
 
-# --- Guards and launchers that go
-# -------------------------------------------------------------------------------------
+# --- Guards and launchers that go ---
 
 NO_GUARDS = """
 import os, time
@@ -548,8 +539,8 @@ while not os.path.exists("go"):
 
 
 def heard(connection: socket.socket) -> messages.Message:
-    """The next message of the supervisor that is no beat and no task; none if it has closed the
-    connection."""
+    """Return the supervisor's next message that is neither a beat nor a task; None if it has closed
+    the connection."""
     told = (json.loads(line) for line in connection.makefile())
     return next((message for message in told if not message.keys() & {"beat", "task"}), {})
 
@@ -569,7 +560,7 @@ def test_a_guard_that_vanishes_is_named(run: Run) -> None:
 
 
 def test_a_host_that_falls_silent_is_named(run: Run) -> None:
-    """Beats alone keep a rank for alive, and none come from the second."""
+    """A rank counts as alive as long as its guard sends beats, and the second sends none."""
     run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2)
     with run.connect(hello(0)) as one, run.connect(hello(1)):
         began = time.monotonic()
@@ -592,7 +583,7 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
     "echo", ["recv: No route to host", "[gloo] Connection closed by peer [10.0.0.2]:4711"]
 )
 def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, echo: str) -> None:
-    """The kernel may tell a rank that the other host is gone long before the silence has lasted."""
+    """The kernel may tell a rank that its peer is gone long before that host counts as silent."""
     run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2, TOGETHER_SECONDS=0.1)
     with run.connect(hello(1)):
         run.connect(
@@ -606,7 +597,7 @@ def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, 
 
 
 def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
-    """Slurm may number ranks in another order than the hostfile's."""
+    """Slurm may number the ranks in another order than the hostfile."""
     run.start(launcher=NO_GUARDS, names_are_ranks=False)
     with run.connect(hello(0)) as one, run.connect(hello(1), b'{"exit": 1, "tail": "no"}\n'):
         assert "stop" in heard(one)
@@ -648,7 +639,7 @@ def test_a_rank_that_never_comes_is_named(run: Run) -> None:
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(run: Run) -> None:
-    """With what was said there; DeepSpeed's chatter is left out."""
+    """With the output from there, but without DeepSpeed's log lines."""
     said = (
         "there: [2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] chatter",
         "there: No module named deepspeed",
@@ -674,7 +665,7 @@ def test_a_launcher_that_ends_at_once_ends_the_job(run: Run) -> None:
 
 
 def test_and_what_it_said_is_told_whoever_said_it(run: Run) -> None:
-    """On a single host there is no pdsh to put the host's name before each line."""
+    """On a single host there is no pdsh that puts the host's name before each line."""
     outcome = run.run(launcher="print('no such option')\nraise SystemExit(2)", hosts=("here",))
     assert "did not report within" not in outcome.cause
     assert "no such option" in outcome.tail
@@ -687,8 +678,7 @@ def test_a_long_line_of_the_launcher_does_no_harm(run: Run) -> None:
 
 
 def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
-    """It starts the guards itself, with nothing of the task in their command lines, and is gone
-    when they are."""
+    """It starts the guards itself, without the task in their command lines, and ends with them."""
     ranks = (
         "print(os.environ['CROSS_SIZE'], os.environ['LOCAL_SIZE'])\n" + SLEEP,
         "wait_for('ready-0')\nraise ArithmeticError('the seventh step')",
@@ -700,12 +690,11 @@ def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
     assert outcome.stdout == "1 2\n"
 
 
-# --- A guard without its supervisor
-# -----------------------------------------------------------------------------------
+# --- A guard without its supervisor ---
 
 
 def test_ranks_save_when_their_supervisor_is_killed(run: Run) -> None:
-    """And one that does not listen is killed."""
+    """A rank that ignores the signal is killed."""
     run.start(SAVE, DEAF, guard={"ORPHAN_SECONDS": 0.5})
     for rank in (0, 1):
         run.read(f"ready-{rank}")
@@ -763,7 +752,10 @@ def test_a_guard_can_be_ended_before_it_has_begun(run: Run, closed_port: int) ->
     time.sleep(0.5)
     guard.terminate()
     assert guard.communicate(timeout=5) == ("", "")
-    assert guard.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # itself, or before it could
+    assert guard.returncode in (
+        128 + signal.SIGTERM,
+        -signal.SIGTERM,
+    )  # or before its handler was set
     assert not (run.folder / "begun").exists()
 
 
@@ -774,15 +766,14 @@ def test_a_log_that_cannot_be_written_is_the_cause(run: Run) -> None:
     assert str(run.folder / "file" / "logs") in outcome.cause + outcome.tail
 
 
-# --- What they say to each other
-# --------------------------------------------------------------------------------------
+# --- What they say to each other ---
 
 
 @pytest.mark.parametrize(
     ("said", "heard"),
     [
         (b'{"beat": 0}\n{"out": "a\\nb"}\n', [{"beat": 0}, {"out": "a\nb"}]),
-        (b'{"exit": 0}', [{"exit": 0}]),  # the connection broke behind it
+        (b'{"exit": 0}', [{"exit": 0}]),  # the connection broke after it
         (b'{"beat": 0}\n{"ex', [{"beat": 0}]),
         (b'{"beat": 0}\n[]\n{"beat": 1}\n', [{"beat": 0}]),
         (b'{"beat": 0}\nno message\n{"beat": 1}\n', [{"beat": 0}]),

@@ -1,4 +1,4 @@
-"""The doctor: what facts mean, how they are found out, and what is said of them."""
+"""The doctor: collecting facts, judging them, and reporting them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ from pipeline.distributed.launcher import own_addresses
 
 PYTHON = "/work/main/.venv/bin/python"
 
-# --- What facts mean
-# --------------------------------------------------------------------------------------------------
+# --- What facts mean ---
 
 
 def gpu(index: int, **changes: Any) -> dict[str, Any]:
@@ -106,8 +105,7 @@ TORCH = {
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """`FACTS` with other values at dotted keys; numbers are positions in lists, `None` takes a key
-    away."""
+    """`FACTS` with other values at keys such as `nvidia/gpus/1/pstate`; `None` removes a key."""
     facts = copy.deepcopy(FACTS)
     for key, value in changes.items():
         *path, last = key.split("/")
@@ -253,7 +251,13 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             "0 GiB free",
             "0.2 GiB are free at /runs; make room",
         ),
-        ("disk", {"output/free": GIB}, PASS, "1 GiB free", ""),  # only the first keeps checkpoints
+        (
+            "disk",
+            {"output/free": GIB},
+            PASS,
+            "1 GiB free",
+            "",
+        ),  # only the first host keeps checkpoints
         (
             "limits",
             {"limits/open_files": 256},
@@ -387,20 +391,22 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             "(Debian: apt",
         ),
         ("GPUs", {"torch": TORCH}, PASS, "2 x H100 80GB HBM3 80 GiB P0", ""),
+        # the packages of another Python do not matter
         (
             "GPUs",
             {"torch": TORCH | {"gpus": []}, "python/executable": "/usr/bin/python3"},
             PASS,
             "2 x H100 80GB HBM3 80 GiB P0",
             "",
-        ),  # the packages of another Python say nothing
+        ),
+        # the run does not use the third GPU
         (
             "GPUs",
             {"nvidia/gpus": [gpu(0), gpu(1), gpu(2, **{"memory.used": 70000})]},
             PASS,
             "2 x H100 80GB HBM3 80 GiB P0",
             "",
-        ),  # the third is nobody's
+        ),
         (
             "dataset",
             {"datasets/0/lists/training_file_list.txt/complaint": "No such file or directory"},
@@ -526,8 +532,7 @@ def test_a_clock_that_is_off_is_told() -> None:
     )
 
 
-# --- nvidia-smi
-# --------------------------------------------------------------------------------------------------
+# --- nvidia-smi ---
 
 SMI = """\
 0, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 1, P0, 31, 700.00, 700.00, 0, 0x0000000000000001, 0x0000000000000001, Disabled
@@ -542,10 +547,8 @@ Unable to determine the device handle for GPU0000:C1:00.0: Unknown Error
 def test_nvidia_smis_lines_are_read() -> None:
     h100, slowed, rtx, ill = probe.parse_gpus(SMI, probe.GPU_FIELDS)
     assert {name: h100[name] for name in gpu(0)} == gpu(0, **{"memory.used": 1})
-    assert slowed["slowed_by"] == [
-        "heat (hardware)",
-        "power brake",
-    ]  # 0x4 is the power cap, which is no trouble
+    # 0x4 is the power cap, which is not a problem
+    assert slowed["slowed_by"] == ["heat (hardware)", "power brake"]
     assert (slowed["memory.used"], slowed["power.limit"], slowed["mig.mode.current"]) == (
         70123,
         500.0,
@@ -566,9 +569,8 @@ def test_nvidia_smis_lines_are_read() -> None:
         probe.GPU_FIELDS[11],
     }
     pair = compared({"nvidia/gpus": [h100, slowed, rtx, ill]}, {"nvidia/gpus": [gpu(0)]})
-    assert [finding.verdict for finding in gpus(pair)] == [WARN] * 5 + [
-        PASS
-    ]  # four of the second, one of its memory
+    # slowed: memory in use, power limit, heat, memory errors and MIG, of GPU 1 alone
+    assert [finding.verdict for finding in gpus(pair)] == [WARN] * 5 + [PASS]
 
 
 def test_what_is_no_gpu_is_passed_over() -> None:
@@ -581,7 +583,7 @@ def test_what_is_no_gpu_is_passed_over() -> None:
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where an nvidia-smi of ours can be put."""
+    """Path on PATH of an nvidia-smi that the test can replace."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -591,7 +593,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_torch_is_asked_where_there_are_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the checkout's own module, in a process of its own, which may fail or hang."""
+    """The checkout's own module runs in its own process, which may fail or hang."""
     found = {"gpus": [gpu(0)]}
     assert probe._torch(tmp_path, {"gpus": []}) is None
     assert probe._torch(tmp_path, {"error": "nvidia-smi is broken"}) is None
@@ -660,19 +662,17 @@ def test_a_driver_that_fails_is_told(smi: Path, monkeypatch: pytest.MonkeyPatch)
     assert probe.probe_gpus()["complaint"] == "nvidia-smi did not answer within 0.2 s"
 
 
-# --- What the network costs
-# -------------------------------------------------------------------------------------------
+# --- What the network costs ---
 
 NETWORK = Network(4, "NCCL", {4: 60e-6, 1_000_000: 1e-3, 64_000_000: 0.016})
-"""At 64 MB: 2 * 3/4 * 64e6 / 0.016 = 6e9 bytes a second. A step's latency: 60e-6 / 6 = 1e-5 s."""
+"""At 64 MB: 2 * 3/4 * 64e6 / 0.016 = 6e9 bytes/s. Latency of one step: 60e-6 / 6 = 1e-5 s."""
 
 
 def test_an_all_reduce_takes_what_the_formula_says() -> None:
     assert NETWORK.best_known == pytest.approx(6e9)
     assert NETWORK.bus_bandwidth(1_000_000) == pytest.approx(1.5e9)
-    assert all_reduce_seconds(64e6, 4, NETWORK) == pytest.approx(
-        0.016 + 60e-6
-    )  # as measured, and the latency
+    # as measured, plus the latency
+    assert all_reduce_seconds(64e6, 4, NETWORK) == pytest.approx(0.016 + 60e-6)
     assert all_reduce_seconds(12e6, 2, NETWORK) == pytest.approx(2 * 1 / 2 * 12e6 / 6e9 + 2 * 1e-5)
     assert all_reduce_seconds(12e6, 16, NETWORK) == pytest.approx(
         2 * 15 / 16 * 12e6 / 6e9 + 30 * 1e-5
@@ -724,8 +724,7 @@ def test_a_prediction_is_of_both_precisions() -> None:
     assert " at " not in prediction(NETWORK, 8, 1_000_000, None).replace("at least", "")
 
 
-# --- The table
-# --------------------------------------------------------------------------------------------------
+# --- The table ---
 
 
 def finding(host: str, check: str, verdict: str = PASS, summary: str = "well") -> Finding:
@@ -764,7 +763,7 @@ def test_hosts_with_the_same_verdicts_share_a_column() -> None:
 
 
 def test_hosts_that_all_differ_are_all_shown() -> None:
-    """In blocks, none wider than a terminal."""
+    """In blocks that are no wider than a terminal."""
     hosts = [f"node{number}" for number in range(1, 7)]
     names = [f"check{number}" for number in range(6)]
     findings = [
@@ -827,8 +826,7 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
     assert told["interfaces"] == {"node1": "eth0"}
 
 
-# --- ssh
-# --------------------------------------------------------------------------------------------------
+# --- ssh ---
 
 SSH_SAYS = [
     (
@@ -966,8 +964,8 @@ exec sh -c "$3"
 
 @pytest.fixture
 def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ssh that gives the command to a shell of this machine, as sshd gives it to the other's,
-    after some noise."""
+    """Put an ssh on PATH that passes the command to a local shell, as sshd would, after some
+    noise."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text(SSH)
     (tmp_path / "bin" / "ssh").chmod(0o755)
@@ -990,14 +988,13 @@ def test_noise_in_another_encoding_does_no_harm() -> None:
     assert run_on(["latin"], ["echo", "well"], timeout=5)["latin"].stdout.endswith("well\n")
 
 
-# --- Programs that travel
-# ---------------------------------------------------------------------------------------------
+# --- Programs that travel ---
 
 PROBE = "launch.doctor.probe"
 
 
 def through_a_shell(stdin: str, *pythons: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A parcel run as sshd would have it run, by a login shell that has its own to say."""
+    """Run a parcel as sshd would, in a login shell that prints something of its own."""
     noise = "echo Welcome; echo 'vastscale-answer:{\"forged\": 1}'; printf 'no end of line'"
     return subprocess.run(
         ["sh", "-c", f"{noise}; {shlex.join(remote.command(*pythons))}"],
@@ -1070,9 +1067,8 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert remote.last_line(done.stderr) == "KeyError: 'seconds'"
-    assert remote.answer(done.stdout) == {
-        "forged": 1
-    }  # which is for the caller to see by the status
+    # The caller must look at the status.
+    assert remote.answer(done.stdout) == {"forged": 1}
 
 
 def test_a_host_without_python_is_told_apart(tmp_path: Path) -> None:
@@ -1098,8 +1094,7 @@ def test_an_answer_is_found_in_what_was_printed(printed: str, answer: Any) -> No
     assert remote.answer(printed) == answer
 
 
-# --- What is found out of a host
-# --------------------------------------------------------------------------------------
+# --- What is found out of a host ---
 
 
 def test_the_facts_of_this_machine(tmp_path: Path, dataset: Path) -> None:
@@ -1142,7 +1137,7 @@ def test_the_commit_of_a_checkout_with_and_without_git(tmp_path: Path) -> None:
         return probe.answer({**probe_task(tmp_path), "root": str(tmp_path)})["checkout"]["commit"]
 
     assert commit() == ""
-    (tmp_path / remote.SYNCED).write_text('{"commit": "0123456789"}')  # of launch/sync.sh
+    (tmp_path / remote.SYNCED).write_text('{"commit": "0123456789"}')  # written by launch/sync.sh
     assert commit() == "0123456789"
     (tmp_path / remote.SYNCED).write_text("[]")
     assert commit() == ""
@@ -1184,7 +1179,7 @@ def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
         (dataset / "validation_file_list.txt").read_bytes()
     )
     same = probe.probe_dataset(str(copied))
-    assert same == {**whole, "directory": str(copied)}  # neither order nor line ends matter
+    assert same == {**whole, "directory": str(copied)}  # neither order nor line endings matter
     own = {**FACTS, "datasets": [same]}
     assert [
         one.verdict
@@ -1196,7 +1191,7 @@ def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
     np.save(copied / "photos/03.npy", values)
     (copied / "photos/05.npy").unlink()
     (copied / "photos/07.npy").unlink()
-    os.mkfifo(copied / "photos/07.npy")  # must not keep anybody waiting
+    os.mkfifo(copied / "photos/07.npy")  # reading it must not block
     other = probe.probe_dataset(str(copied))
     assert {name for name in whole["sample"] if whole["sample"][name] != other["sample"][name]} == {
         "photos/03.npy",
@@ -1220,8 +1215,7 @@ def test_a_slow_disk_is_not_looked_through_to_the_end(
     assert (told["files"], told["checked"], told["sample"]) == (13, 0, {})
 
 
-# --- The network
-# --------------------------------------------------------------------------------------------------
+# --- The network ---
 
 
 def interface(name: str, address: str, speed: int = 0) -> dict[str, Any]:
@@ -1270,7 +1264,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def test_hosts_find_the_first_by_its_token() -> None:
-    """Not another program on one of the ports, nor a port that nobody listens on."""
+    """They are not fooled by another program on a port, or by a port without a listener."""
     closed, tried = free_ports(2)
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
@@ -1313,8 +1307,7 @@ def test_a_first_host_that_is_none_is_told() -> None:
     assert answer == {"reached": {}, "refused": {"127.0.0.1": "Connection refused"}}
 
 
-# --- All of it, on this machine under other names
-# ---------------------------------------------------------------------
+# --- All of it, on this machine under other names ---
 
 
 @pytest.mark.usefixtures("fake_ssh")
@@ -1341,8 +1334,7 @@ def test_the_whole_diagnosis(tmp_path: Path, dataset: Path) -> None:
     assert "2 hosts, 2 ranks" in whole.table()
 
 
-# --- The pace of a run
-# ------------------------------------------------------------------------------------------------
+# --- The pace of a run ---
 
 
 def make_run(folder: Path, *log: str, batch: Any = 64, world_size: Any = 4) -> Path:
@@ -1358,7 +1350,7 @@ STEP = '{"event": "train", "step": 9, "images_per_second": 320.0}'
 
 
 def test_the_log_of_a_run_tells_its_pace(tmp_path: Path) -> None:
-    """64 images at 320 a second: 0.2 s a step of 4 ranks; 8 ranks will do half as much each."""
+    """64 images at 320 per second: 0.2 s per step of 4 ranks; each of 8 ranks does half as much."""
     run = make_run(
         tmp_path / "run",
         STEP.replace("320", "5"),
@@ -1388,12 +1380,11 @@ def test_a_run_that_tells_nothing_has_no_pace(tmp_path: Path) -> None:
 def test_parameters_are_those_of_generator_and_discriminator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RRDBNet x4 with 23 blocks has 16,697,987, Real-ESRGAN's U-Net 4,376,897; here one block is
-    left out."""
-    monkeypatch.chdir(tmp_path)  # any folder will do
-    dense = (
-        9 * 32 * (64 + 96 + 128 + 160) + 4 * 32 + 9 * 192 * 64 + 64
-    )  # of which a block has three
+    """RRDBNet x4 with 23 blocks has 16,697,987 parameters, Real-ESRGAN's U-Net 4,376,897; this
+    network has one block less."""
+    monkeypatch.chdir(tmp_path)  # it works in any folder
+    # A block has three of these.
+    dense = 9 * 32 * (64 + 96 + 128 + 160) + 4 * 32 + 9 * 192 * 64 + 64
     counted = count_parameters(
         "realesrgan_x4", ["generator.num_blocks=22", "ds.train_batch_size=4"]
     )
