@@ -442,7 +442,7 @@ def test_modules_are_loaded_and_an_environment_need_not_be(slurm: Slurm) -> None
 
 
 @pytest.mark.parametrize("script", ["module", "container"])
-def test_a_job_asks_slurm_for_a_task_a_gpu_and_for_time_to_save(script: str) -> None:
+def test_a_job_asks_slurm_for_a_task_per_gpu_and_for_time_to_save(script: str) -> None:
     """Slurm reads only the lines before the first command."""
     text = (SLURM / f"{script}.sbatch").read_text().split("\nset -euo pipefail\n")
     assert "#SBATCH" not in text[1]
@@ -687,7 +687,7 @@ def test_a_cloud_job_takes_no_reset(tmp_path: Path) -> None:
 
 
 @needs_rsync
-def test_a_run_that_cannot_be_copied_out_is_no_success(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_copied_out_is_a_failure(tmp_path: Path) -> None:
     job = CloudJob(
         tmp_path, f'{CHECKPOINT}\nsave 1; rm -r "{tmp_path}/mounted"; touch "{tmp_path}/mounted"'
     )

@@ -157,7 +157,9 @@ def test_a_first_host_that_is_another_machine_starts_nothing(
     )
 
 
-def test_nor_does_one_that_only_the_hostfile_names(dataset: Path, tmp_path: Path) -> None:
+def test_a_first_host_named_only_in_the_hostfile_starts_nothing(
+    dataset: Path, tmp_path: Path
+) -> None:
     done = start(
         tmp_path, f"{ELSEWHERE} slots=1\n", "--dataset-dir", str(dataset), "--master-port", "70000"
     )
@@ -237,7 +239,7 @@ def test_the_launchers_own_options_are_kept_from_the_ranks(
         (["a.b=x y", "--recipe=demo", "a.b=$(z)"], ["--recipe=demo", "a.b=x y", "a.b=$(z)"]),
     ],
 )
-def test_overrides_go_behind_options_and_flags_take_none(
+def test_overrides_come_after_options_and_flags_take_no_value(
     arguments: list[str], sorted_out: list[str]
 ) -> None:
     assert overrides_last(arguments, ("--reset", "--elastic", "--no-doctor")) == sorted_out
@@ -275,7 +277,7 @@ def test_the_ranks_that_are_left_share_the_same_batch(
     assert all(used.values())
 
 
-def test_all_ranks_go_on_where_they_can() -> None:
+def test_all_ranks_continue_if_they_can() -> None:
     slots = {"node1": (0, 1), "node2": (2, 3)}
     assert share_batch(slots, 64, 16) == (slots, 16)
     assert share_batch(slots, 6, 6) == ({"node1": (0, 1), "node2": (2,)}, 2)
@@ -307,7 +309,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 THREE = {"node1": (0,), "node2": (0, 1), "node3": (1,)}
 
 
-def test_the_hosts_that_answer_are_told_apart(ssh: Path) -> None:
+def test_the_hosts_that_answer_are_found(ssh: Path) -> None:
     """The first host is this machine, so it is not asked."""
     assert answering(THREE) == {"node1": (0,), "node2": (0, 1)}
     assert sorted(ssh.read_text().splitlines()) == ["node2: true", "node3: true"]
@@ -337,7 +339,7 @@ def test_a_host_that_comes_back_is_waited_for(ssh: Path, monkeypatch: pytest.Mon
     assert time.monotonic() - began < 5
 
 
-def test_each_host_is_asked_once_a_round(ssh: Path) -> None:
+def test_each_host_is_asked_once_per_round(ssh: Path) -> None:
     wait_for_all({"node1": (0,), "node2": (0,)}, 0, print)
     assert ssh.read_text().splitlines() == ["node2: true"]
 

@@ -179,7 +179,7 @@ def test_a_file_without_hosts_is_refused(tmp_path: Path, text: str) -> None:
     )
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_hostfile_is_refused(tmp_path: Path) -> None:
     """Plain DeepSpeed trains on this machine alone if the file is missing."""
     missing = refused(read_hostfile, tmp_path / "hosts")
     assert missing.startswith(f"no hostfile {tmp_path / 'hosts'}; write lines like `node1 slots=8`")
@@ -256,11 +256,11 @@ def test_hosts_and_slots_are_chosen(include: str, exclude: str, chosen: dict) ->
         ("", "node1@node2@node3", "--exclude node1@node2@node3 leaves no host"),
     ],
 )
-def test_a_choice_that_is_none_is_refused(include: str, exclude: str, message: str) -> None:
+def test_an_invalid_choice_is_refused(include: str, exclude: str, message: str) -> None:
     assert refused(choose, HOSTS, include, exclude) == message
 
 
-def test_a_choice_of_nothing_is_refused() -> None:
+def test_an_empty_choice_is_refused() -> None:
     assert "@" in refused(choose, HOSTS, "@", "")
 
 
@@ -389,14 +389,14 @@ def test_a_value_hides_no_line_of_its_own(tmp_path: Path, end: str) -> None:
     )
 
 
-def test_an_environment_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_environment_file_is_refused(tmp_path: Path) -> None:
     assert refused(read_env_file, tmp_path).startswith(f"{tmp_path} cannot be read: ")
     path = tmp_path / "binary"
     path.write_bytes(b"A=\xff\n")
     assert refused(read_env_file, path).startswith(f"{path} cannot be read: ")
 
 
-def test_of_the_shell_only_what_ranks_need_is_handed_on(tmp_path: Path) -> None:
+def test_ranks_get_only_the_shell_variables_that_they_need(tmp_path: Path) -> None:
     """The values are the user's and travel as data, whatever they contain."""
     shell = {
         "NCCL_DEBUG": "INFO",
@@ -570,7 +570,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(
 
 
 @pytest.mark.parametrize("payload", ARGUMENTS[:7])
-def test_the_same_way_an_argument_of_plain_deepspeed_does_run(
+def test_plain_deepspeed_would_run_the_argument(
     tmp_path: Path, canary: Path, payload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shows that the test above would notice."""
@@ -595,7 +595,7 @@ sys.exit(subprocess.run(["sh", "-c", " ".join(words)]).returncode)
 """
 
 
-def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> None:
+def test_nothing_in_the_launchers_environment_runs(tmp_path: Path, canary: Path) -> None:
     """The launcher's own process, with all payloads at once, including variables that DeepSpeed
     pastes into a command line."""
     remote, payloads = (
@@ -652,7 +652,7 @@ def test_nor_does_anything_of_the_shell_around(tmp_path: Path, canary: Path) -> 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(arguments=st.lists(st.text()))
-def test_a_task_is_one_word_in_which_no_shell_finds_anything(arguments: list[str]) -> None:
+def test_a_task_is_one_plain_word_to_a_shell(arguments: list[str]) -> None:
     word = messages.pack({"arguments": arguments})
     assert shlex.quote(word) == word
     assert "%" not in word  # pdsh would expand it
@@ -705,7 +705,7 @@ def test_what_launchers_cannot_do_is_refused(
 @pytest.mark.parametrize(
     "address", ["127.0.0.1;touch x", "$(touch x)", "-x", "127.0.0.1 x", "192.0.2.1"]
 )
-def test_ranks_meet_at_an_address_of_this_machine_alone(address: str) -> None:
+def test_ranks_meet_only_at_an_address_of_this_machine(address: str) -> None:
     """The address is put into command lines unquoted."""
     from pipeline.distributed.launcher import is_own
 

@@ -322,7 +322,7 @@ sys.exit(3)
     assert outcome.cause == "rank 0 on here ended with status 3"
 
 
-def test_no_letter_is_broken_in_the_middle(run: Run) -> None:
+def test_multibyte_characters_are_not_split(run: Run) -> None:
     outcome = run.run("sys.stdout.buffer.write('x'.encode() + 'é'.encode() * 100_000)", "")
     assert outcome.stdout == "x" + "é" * 100_000
 
@@ -333,7 +333,7 @@ def test_a_folder_that_is_not_there_is_no_failure(run: Run) -> None:
     assert (outcome.status, outcome.stdout) == (0, f"{run.folder}\n")  # the launcher's own
 
 
-def test_what_a_rank_leaves_behind_is_ended(run: Run) -> None:
+def test_processes_left_by_a_rank_are_killed(run: Run) -> None:
     """Even if it holds the rank's output open."""
     leave = (
         "import subprocess; child = subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL)\n"
@@ -377,7 +377,7 @@ def test_a_rank_that_is_killed_is_named(run: Run) -> None:
     assert (outcome.cause, outcome.status) == ("rank 1 on there was killed by SIGKILL", 1)
 
 
-def test_a_rank_that_does_not_listen_is_killed(run: Run) -> None:
+def test_a_rank_that_ignores_the_signal_is_killed(run: Run) -> None:
     run.start(DEAF, RAISE, END_SECONDS=0.5)
     run.read("ready-0")
     began = time.monotonic()
@@ -386,7 +386,7 @@ def test_a_rank_that_does_not_listen_is_killed(run: Run) -> None:
     assert outcome.cause == "rank 1 on there ended with status 1"
 
 
-def test_the_cause_is_told_from_its_echo(run: Run) -> None:
+def test_the_cause_is_distinguished_from_its_echo(run: Run) -> None:
     """Rank 0 ends first because it lost rank 1, whose own error arrives a moment later."""
     echo = (
         "print('RuntimeError: [gloo] Connection closed by peer [10.0.0.2]:4711', "
@@ -441,7 +441,7 @@ def test_ranks_that_have_not_begun_are_stopped_too(run: Run) -> None:
     assert (outcome.stopped_by, outcome.status) == (signal.SIGINT, 0)
 
 
-def test_a_rank_that_fails_while_it_saves_is_told(run: Run) -> None:
+def test_a_rank_that_fails_while_it_saves_is_named(run: Run) -> None:
     fail = (
         "def fail(*_): raise OSError('No space left on device')\nsignal.signal(signal.SIGTERM, "
         "fail)\n"
@@ -458,7 +458,7 @@ def test_a_rank_that_fails_while_it_saves_is_told(run: Run) -> None:
     assert outcome.tail.endswith("OSError: No space left on device\n")
 
 
-def test_a_rank_that_does_not_save_in_time_is_told(run: Run) -> None:
+def test_a_rank_that_does_not_save_in_time_is_named(run: Run) -> None:
     run.start(SAVE, DEAF, GRACE_SECONDS=0.5)
     for rank in (0, 1):
         run.read(f"ready-{rank}")
@@ -508,7 +508,7 @@ def is_closed(connection: socket.socket) -> bool:
     return True
 
 
-def test_strangers_are_no_ranks(run: Run) -> None:
+def test_strangers_are_not_taken_for_ranks(run: Run) -> None:
     """Neither before the ranks have connected nor afterwards; a silent stranger does no harm,
     either."""
     run.start(
@@ -607,7 +607,7 @@ def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
     assert (outcome.cause, outcome.tail) == ("rank 1 on x ended with status 1", "no")
 
 
-def test_the_first_of_several_echoes_is_told_where_there_is_no_more(run: Run) -> None:
+def test_the_first_of_several_echoes_is_named_if_there_is_no_cause(run: Run) -> None:
     run.start(launcher=NO_GUARDS)
     said = b'{"exit": 1, "tail": "Connection reset by peer"}\n'
     with run.connect(hello(1), said), run.connect(hello(0)) as other:
@@ -664,7 +664,7 @@ def test_a_launcher_that_ends_at_once_ends_the_job(run: Run) -> None:
     )
 
 
-def test_and_what_it_said_is_told_whoever_said_it(run: Run) -> None:
+def test_output_without_a_hosts_name_is_reported(run: Run) -> None:
     """On a single host there is no pdsh that puts the host's name before each line."""
     outcome = run.run(launcher="print('no such option')\nraise SystemExit(2)", hosts=("here",))
     assert "did not report within" not in outcome.cause
@@ -677,7 +677,7 @@ def test_a_long_line_of_the_launcher_does_no_harm(run: Run) -> None:
     assert run.printed("launcher.log") == "x" * 200_000 + "\n"
 
 
-def test_deepspeeds_own_launcher_is_watched_likewise(run: Run) -> None:
+def test_deepspeeds_own_launcher_is_supervised_too(run: Run) -> None:
     """It starts the guards itself, without the task in their command lines, and ends with them."""
     ranks = (
         "print(os.environ['CROSS_SIZE'], os.environ['LOCAL_SIZE'])\n" + SLEEP,
@@ -783,7 +783,7 @@ def test_a_log_that_cannot_be_written_is_the_cause(run: Run) -> None:
         (b"", []),
     ],
 )
-def test_nothing_is_heard_behind_what_is_no_message(
+def test_messages_after_an_invalid_one_are_ignored(
     said: bytes, heard: list[dict[str, Any]]
 ) -> None:
     async def listen() -> list[dict[str, Any]]:

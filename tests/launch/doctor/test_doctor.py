@@ -442,7 +442,7 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
         ("dataset", {"datasets/0/checked": 256}, WARN, "256 of 300 seen", "its disk is slow"),
     ],
 )
-def test_a_difference_is_told_with_a_way_out(
+def test_a_difference_is_reported_with_a_remedy(
     check: str, own: dict[str, Any], verdict: str, summary: str, advice: str
 ) -> None:
     finding = worst(found(check, compared(own)))
@@ -488,7 +488,7 @@ def test_a_difference_is_told_with_a_way_out(
         ),
     ],
 )
-def test_the_first_host_is_told_what_it_needs_itself(
+def test_the_first_host_gets_advice_of_its_own(
     check: str, facts: dict[str, Any], verdict: str, advice: str
 ) -> None:
     finding = worst(found(check, compared(facts, facts, host="node1")))
@@ -497,7 +497,7 @@ def test_the_first_host_is_told_what_it_needs_itself(
     assert advice in finding.advice
 
 
-def test_packages_of_another_interpreter_say_nothing() -> None:
+def test_packages_of_another_interpreter_are_ignored() -> None:
     assert (
         found("packages", compared({"python/executable": "/usr/bin/python3", "packages": {}})) == []
     )
@@ -518,7 +518,7 @@ def test_a_clock_is_judged_only_beyond_doubt(
     assert finding.verdict == WARN or abs(ahead) < 2 + 2 * doubt + 1e-6
 
 
-def test_a_clock_that_is_off_is_told() -> None:
+def test_a_clock_that_is_off_is_reported() -> None:
     finding = clock("node2", "node1", (-3600.0, 0.2), (0.1, 0.2))
     assert (finding.verdict, finding.summary) == (WARN, "-3600.1 s")
     assert finding.advice.startswith(
@@ -573,7 +573,7 @@ def test_nvidia_smis_lines_are_read() -> None:
     assert [finding.verdict for finding in gpus(pair)] == [WARN] * 5 + [PASS]
 
 
-def test_what_is_no_gpu_is_passed_over() -> None:
+def test_lines_without_a_gpu_are_skipped() -> None:
     assert probe.parse_gpus("", probe.GPU_FIELDS) == []
     assert probe.parse_gpus("No devices were found\n", probe.GPU_FIELDS) == []
     assert probe.parse_gpus("[N/A], x\n1, y\nz, y\n", ("index", "name")) == [
@@ -624,7 +624,7 @@ def test_gpus_of_a_run_on_the_cpu_are_not_asked(smi: Path) -> None:
     assert (facts["nvidia"], facts["torch"]) == ({"gpus": [], "complaint": ""}, None)
 
 
-def test_a_driver_that_does_not_know_a_field_is_asked_without(smi: Path) -> None:
+def test_fields_unknown_to_the_driver_are_omitted(smi: Path) -> None:
     smi.write_text("""#!/bin/sh
 case "$1" in
     *clocks_event_reasons.active*)
@@ -647,7 +647,7 @@ esac
     assert asked[0].removeprefix("--query-gpu=").split(",") == expected
 
 
-def test_a_driver_that_fails_is_told(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_fails_is_reported(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.probe_gpus() == {"gpus": [], "complaint": "nvidia-smi: status 9"}
     smi.write_text(
         "#!/bin/sh\necho\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit "
@@ -694,7 +694,7 @@ def test_more_ranks_and_more_bytes_take_longer(ranks: int, num_bytes: int, more:
     assert 0 < efficiency(0.1, seconds) <= 1
 
 
-def test_a_prediction_is_of_both_precisions() -> None:
+def test_a_prediction_covers_both_precisions() -> None:
     told = prediction(NETWORK, 8, 1_000_000, 0.01).splitlines()
     assert told[0].startswith("prediction for 8 ranks and 1,000,000 parameters")
     half = 2 * 7 / 8 * 2e6 / 6e9 + 14e-5
@@ -941,7 +941,7 @@ def test_a_key_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.M
     assert explain(done)[1] == "`ssh-copy-id node2`"
 
 
-def test_a_host_that_takes_too_long_is_no_network_error() -> None:
+def test_a_slow_host_is_not_a_network_error() -> None:
     cause, remedy = explain(Done("node2", 124, "", "no answer within 30 s"))
     assert cause == "too slow"
     assert remedy == (
@@ -1071,7 +1071,7 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert remote.answer(done.stdout) == {"forged": 1}
 
 
-def test_a_host_without_python_is_told_apart(tmp_path: Path) -> None:
+def test_a_host_without_python_is_recognised(tmp_path: Path) -> None:
     done = through_a_shell("{}\n", "/no/python", "no-python3", folder=tmp_path)
     assert (done.returncode, done.stderr) == (127, "no /no/python here\n")
 
@@ -1124,7 +1124,7 @@ def test_the_facts_of_this_machine(tmp_path: Path, dataset: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_found_out_does_not_keep_the_rest(tmp_path: Path) -> None:
+def test_a_fact_that_fails_does_not_prevent_the_others(tmp_path: Path) -> None:
     facts = probe.answer({**probe_task(tmp_path), "root": None, "output_dir": "/proc/runs"})
     assert facts["checkout"]["error"].startswith("TypeError: ")
     assert facts["output"]["at"] == "/proc"
@@ -1155,7 +1155,7 @@ def test_the_commit_of_a_checkout_with_and_without_git(tmp_path: Path) -> None:
     }
 
 
-def test_a_dataset_is_looked_through(tmp_path: Path, dataset: Path) -> None:
+def test_a_dataset_is_checked(tmp_path: Path, dataset: Path) -> None:
     whole = probe.probe_dataset(str(dataset))
     assert (whole["files"], whole["checked"], whole["missing"], whole["first_missing"]) == (
         13,
@@ -1207,7 +1207,7 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
     assert (told["files"], told["missing"], told["sample"]) == (0, 0, {})
 
 
-def test_a_slow_disk_is_not_looked_through_to_the_end(
+def test_a_slow_disk_is_checked_only_in_part(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "LOOK_SECONDS", -1)
@@ -1232,7 +1232,7 @@ def test_the_fastest_real_interface_comes_first() -> None:
     assert hosts_of({"a": [lo, slow], "b": [lo, docker], "c": [docker]}) == {"10.0.0.1": "a"}
 
 
-def test_each_host_is_told_its_own_interface_and_ranks() -> None:
+def test_each_host_gets_its_own_interface_and_ranks() -> None:
     route = Route("10.0.0.1", 4711, {"a": {"name": "eth0"}, "b": {"name": "ib0"}})
     tasks = task_of({"a": (1, 3), "b": (0,)}, route, on_gpus=True)
     assert [(task["ranks"], task["devices"], task["world_size"]) for task in tasks.values()] == [
@@ -1248,7 +1248,7 @@ def test_each_host_is_told_its_own_interface_and_ranks() -> None:
     assert {(task["address"], task["port"]) for task in tasks.values()} == {("10.0.0.1", 4711)}
 
 
-def test_an_interface_that_no_host_has_is_told() -> None:
+def test_an_interface_that_no_host_has_is_reported() -> None:
     hosts = ["node1", "node2"]
     interfaces = {host: [interface("eth0", "10.0.0.1")] for host in hosts}
     route = find_route(hosts, interfaces, PYTHON, interface="eth9")
@@ -1291,7 +1291,7 @@ def test_hosts_find_the_first_by_its_token() -> None:
     assert first == {"busy": [taken]}
 
 
-def test_a_first_host_that_is_none_is_told() -> None:
+def test_an_unreachable_first_host_is_reported() -> None:
     (port,) = free_ports(1)
     answer = reach.answer(
         {
@@ -1349,7 +1349,7 @@ def make_run(folder: Path, *log: str, batch: Any = 64, world_size: Any = 4) -> P
 STEP = '{"event": "train", "step": 9, "images_per_second": 320.0}'
 
 
-def test_the_log_of_a_run_tells_its_pace(tmp_path: Path) -> None:
+def test_the_step_time_is_read_from_a_runs_log(tmp_path: Path) -> None:
     """64 images at 320 per second: 0.2 s per step of 4 ranks; each of 8 ranks does half as much."""
     run = make_run(
         tmp_path / "run",
@@ -1368,7 +1368,7 @@ def test_the_log_of_a_run_tells_its_pace(tmp_path: Path) -> None:
     assert step_seconds_of(tmp_path / "staged", 4) == pytest.approx(0.2)
 
 
-def test_a_run_that_tells_nothing_has_no_pace(tmp_path: Path) -> None:
+def test_a_run_without_a_log_has_no_step_time(tmp_path: Path) -> None:
     assert step_seconds_of(tmp_path / "none", 4) is None
     assert step_seconds_of(make_run(tmp_path / "a"), 4) is None
     assert step_seconds_of(make_run(tmp_path / "b", STEP, batch="many"), 4) is None
@@ -1391,7 +1391,7 @@ def test_parameters_are_those_of_generator_and_discriminator(
     assert counted == 16_697_987 - 3 * dense + 4_376_897
 
 
-def test_a_recipe_that_is_none_has_no_parameters() -> None:
+def test_an_invalid_recipe_has_no_parameters() -> None:
     with pytest.raises(UserError) as caught:
         count_parameters("vapsr_x9")
     assert str(caught.value).startswith("--recipe vapsr_x9: ")
