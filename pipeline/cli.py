@@ -22,13 +22,17 @@ Options = TypeVar("Options")
 
 
 class UserError(ValueError):
-    """An error that the user can fix. Its message names the thing, the rule and the way out, in one
-    line."""
+    """An error that the user can fix.
+
+    Its message names the thing, the rule and the way out, in one line.
+    """
 
 
 class RunError(Exception):
-    """The work failed although the input is valid. Its message says what happened and what to do,
-    in one line."""
+    """The work failed although the input is valid.
+
+    Its message says what happened and what to do, in one line.
+    """
 
 
 def one_line(error: Exception) -> str:
@@ -37,8 +41,7 @@ def one_line(error: Exception) -> str:
 
 
 def bar_options() -> dict[str, Any]:
-    """Options for tqdm: no bar within the first two seconds or without a terminal to show it, and
-    few lines in a log file."""
+    """Return tqdm's options: no bar for short work or without a terminal, few lines in a log."""
     return {
         "delay": 2,
         "disable": None,
@@ -76,8 +79,7 @@ def run(
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """Call `action`, flush stdout, and return the exit status; report the errors that `run` names
-    on stderr."""
+    """Call `action` and flush stdout; return the exit status, reporting errors as `run` does."""
     try:
         status = action() or 0
         sys.stdout.flush()
@@ -94,8 +96,7 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 class _Stdout(io.FileIO):
-    """stdout that discards output once its reader is gone; child processes started later inherit
-    this."""
+    """stdout that discards output once its reader is gone, also in child processes from then on."""
 
     def __init__(self, descriptor: int, ends_with_reader: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -150,8 +151,10 @@ def _silence(descriptor: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line, even if the terminal is gone: CTRL+C in a launcher closes it, and the run must
-    still save."""
+    """Print a line, even if the terminal is gone.
+
+    CTRL+C in a launcher closes it, and the run must still save.
+    """
     with contextlib.suppress(OSError, ValueError):
         print(as_typed(text), flush=True)
 

@@ -19,8 +19,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def write_pieces_atomically(
     path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]
 ) -> None:
-    """Like `write_atomically`, for content that arrives in pieces and is never in memory as a
-    whole."""
+    """Like `write_atomically`, for content that arrives in pieces and never as a whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -21,8 +21,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 0..255 to `dtype` in [0, 1]; floating point tensors are assumed to be in [0, 1]
-    and are only cast."""
+    """Convert uint8 0..255 to `dtype` in [0, 1]; cast floats, which are assumed to be in [0, 1]."""
     if images.dtype == torch.uint8:
         return images.to(dtype) / 255
     return images.to(dtype)
@@ -34,10 +33,9 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def cubic_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize float NCHW images to `size` (height, width) by an antialiased cubic, as MATLAB's
-    `imresize` does.
+    """Resize float NCHW images to `size` (height, width) like MATLAB's cubic `imresize`.
 
-    The kernel is Keys' with a = -0.5. On Set5 it agrees with `imresize` to within one grey level
+    Antialiased; the kernel is Keys' with a = -0.5. On Set5 it agrees with `imresize` to within one grey level
     after rounding. Values may leave [0, 1]; `to_bytes` clamps them.
     """
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)

@@ -1,5 +1,4 @@
-"""Workarounds for libraries: torchvision with a CPU build of torch, ONNX Runtime, torch._dynamo,
-glibc.
+"""Workarounds for libraries: torchvision on CPU builds of torch, ONNX Runtime, _dynamo, glibc.
 
 torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its
 compiled operators cannot load, and torchvision 0.28.0 then fails on import: it registers shape

@@ -53,8 +53,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
-    """Whether the newest checkpoint is of the last step, or of the validation that used up the
-    patience (0: unlimited)."""
+    """Whether the newest checkpoint is at the last step or used up `patience` (0: unlimited)."""
     steps = checkpoint_steps(run_dir)
     if not steps:
         return False
@@ -65,8 +64,7 @@ def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
 
 
 def find_run(root: Path = RUNS_DIR) -> Path:
-    """Return the run in `root` with the newest complete checkpoint; `UserError` if there is
-    none."""
+    """Return the run in `root` with the newest complete checkpoint; `UserError` without any."""
     root = Path(root)
     inner = f"{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"
     manifests = [*root.glob(f"*/{inner}"), *root.glob(f"*/*/{inner}")]

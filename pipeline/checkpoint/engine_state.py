@@ -92,8 +92,7 @@ def reshard(
 def _overlaps(
     old: GroupLayout, old_rank: int, new: GroupLayout, new_rank: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (offset in the old rank's part, offset in the new rank's, elements) of what they
-    share."""
+    """Yield (offset in the old part, offset in the new part, elements) of each shared range."""
     for name, (source, count) in old.places.items():
         target = new.places[name][0]
         first = max(0, old_rank * old.part - source, new_rank * new.part - target)
@@ -112,8 +111,10 @@ def _empty_shard(
     current: Mapping[str, Any],
     new: Sequence[GroupLayout],
 ) -> dict[str, Any]:
-    """Return `shard` with zeros of the new size for what is partitioned; the rest, such as the step
-    counter, is the same in all shards."""
+    """Return `shard` with zeros of the new size for everything that is partitioned.
+
+    The rest, such as the step counter, is the same in all shards.
+    """
     result = {**shard, **{key: current[key] for key in LAYOUT_KEYS if key in current}}
     result[WEIGHTS] = [
         weights.new_zeros(group.part) for weights, group in zip(shard[WEIGHTS], new, strict=True)
@@ -218,8 +219,7 @@ class _CheckpointFiles:
 
 
 class _CapturedFiles(_CheckpointFiles):
-    """Keeps in memory what an engine would write, so that the training thread never waits for the
-    disk."""
+    """Keeps in memory what an engine writes: the training thread must not wait for the disk."""
 
     FOLDER = "checkpoint"  # the folder that DeepSpeed believes it writes into
 
@@ -278,8 +278,10 @@ def _read(path: str, map_location: Any) -> Any:
 
 
 def _deepspeed_types() -> list[type]:
-    """Return the types that DeepSpeed's files may contain; none if it is not installed, because
-    then Accelerate wrote the files."""
+    """Return the types that DeepSpeed's files may contain.
+
+    None if it is not installed, because then Accelerate wrote the files.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

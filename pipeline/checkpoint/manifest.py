@@ -25,8 +25,7 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(run_dir: Path, step: int) -> dict[str, Any]:
-    """Return a checkpoint's manifest: `step`, `world_size`, `identity`, and `files` (see
-    `describe`)."""
+    """Return a checkpoint's manifest: `step`, `world_size`, `identity`, `files` (`describe`)."""
     return json.loads((checkpoint_dir(run_dir, step) / MANIFEST_FILE).read_text())
 
 

@@ -47,8 +47,7 @@ class Progress:
         )
 
     def as_state(self) -> dict[str, Any]:
-        """Return plain values, with one key per best score; `best_psnr` and `best_lpips` are always
-        there."""
+        """Return plain values, with one key per best score; psnr and lpips are always present."""
         state: dict[str, Any] = {}
         for field in fields(self):
             if field.name == "best_scores":
@@ -60,8 +59,7 @@ class Progress:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Progress:
-        """Build from plain values of any version; scores of metrics that no longer exist are
-        dropped."""
+        """Build from plain values of any version; drop scores of metrics that no longer exist."""
         known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
         scores = {
             name: state[f"best_{metric.key}"]

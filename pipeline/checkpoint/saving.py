@@ -126,8 +126,10 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> SaveError | None:
-        """Wait for the save in progress, if any. Returns its `SaveError`, once; raises any other
-        error."""
+        """Wait for the save in progress, if any.
+
+        Returns its `SaveError`, once; raises any other error.
+        """
         if self._thread is not None:
             self._thread.join()
         return self.poll()

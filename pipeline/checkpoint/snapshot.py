@@ -24,8 +24,10 @@ ALIGNMENT = 64  # bytes: a cache line, and larger than any element
 
 
 class HostMemory:
-    """Memory for one snapshot after the other. It stays allocated, because fresh pages cost more
-    than the copy itself."""
+    """Memory for one snapshot after the other.
+
+    It stays allocated, because fresh pages cost more than the copy itself.
+    """
 
     def __init__(self) -> None:
         self._room, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
@@ -48,8 +50,10 @@ class HostMemory:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """Allocate zeroed memory in pages of 2 MiB where the kernel has them: faults for small pages
-    take longer than the copy."""
+    """Allocate zeroed memory, in pages of 2 MiB where the kernel has them.
+
+    Page faults for small pages take longer than the copy.
+    """
     memory = mmap.mmap(-1, size)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -63,8 +67,10 @@ class Frozen:
         self._pickled, self._snapshot, self._tensors = pickled, snapshot, tensors
 
     def thaw(self) -> Any:
-        """Return the structure with copies of its tensors on the CPU, valid until the memory's next
-        snapshot."""
+        """Return the structure with its tensors copied to the CPU.
+
+        The copies are valid until the memory's next snapshot.
+        """
         return _Thawer(
             io.BytesIO(self._pickled), [self._snapshot.copies[number] for number in self._tensors]
         ).load()
@@ -100,8 +106,7 @@ class Snapshot:
         return number
 
     def reserve(self) -> None:
-        """Allocate the memory for a copy of this size and touch its pages, so that `copy` need
-        not."""
+        """Allocate the memory for a copy of this size and touch its pages ahead of `copy`."""
         _, size, gpu = self._sources()
         with _on(gpu):
             room = self._memory.room(size, is_pinned=gpu is not None)
@@ -131,8 +136,7 @@ class Snapshot:
         self._tensors, self._numbers = [], {}
 
     def _sources(self) -> tuple[list[tuple[Tensor, int]], int, torch.device | None]:
-        """Return (a tensor of each storage, offset of its copy), the bytes in all, and the GPU if
-        any.
+        """Return (tensor, offset) for each storage to copy, the bytes in all, and the GPU if any.
 
         There are thousands of tensors: whatever can be done while training continues is left to
         `copies`.
@@ -219,8 +223,7 @@ class _Freezer(pickle.Pickler):
         self._snapshot, self._used = snapshot, used
 
     def persistent_id(self, value: Any) -> int | None:
-        """Return the tensor's index among those of the structure; None for all other values, which
-        are pickled."""
+        """Return a tensor's index among those of the structure; None for other, pickled values."""
         if not isinstance(value, Tensor):
             return None
         self._used.append(self._snapshot.index_of(value))

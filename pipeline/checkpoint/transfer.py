@@ -163,8 +163,10 @@ def _send_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor],
 
 
 def _receive_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor], Any]) -> str:
-    """Write the bytes that `move` receives to a new file, check its SHA-256, and return the
-    failure, if any."""
+    """Write the bytes that `move` receives to a new file; return the failure, if any.
+
+    The file must have the SHA-256 that was announced.
+    """
     disk, content = _Disk(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         disk.attempt(lambda: path.parent.mkdir(parents=True, exist_ok=True))

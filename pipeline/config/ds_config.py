@@ -333,8 +333,7 @@ def batch_sizes(config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
 
 
 def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> str:
-    """Return the precision of training with `config`: FP32, BF16 or FP16; on a CPU FP16 becomes
-    FP32.
+    """Return the precision of training with `config`: FP32, BF16 or FP16 (FP32 on a CPU).
 
     Accelerate is named in it, because its rounding and its checkpoints differ from DeepSpeed's.
     """
@@ -348,8 +347,10 @@ def precision_of(config: Mapping[str, Any], *, on_cpu: bool, runtime: str) -> st
 
 
 def ds_differences(old: Mapping[str, Any], new: Mapping[str, Any], owner: str = "run") -> list[str]:
-    """Like `recipe_differences`, for two ds_configs. How the global batch is split over ranks may
-    change."""
+    """Like `recipe_differences`, for two ds_configs.
+
+    How the global batch is split over ranks may change.
+    """
     free = (
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
@@ -394,8 +395,7 @@ def _is_installed(package: str) -> bool:
 def check_accelerate(
     ds_config: Mapping[str, Any], variables: Mapping[str, str] = os.environ
 ) -> None:
-    """Raise `UserError` for ds_config keys that Accelerate lacks and for contradicting Accelerate
-    settings."""
+    """Raise `UserError` for what Accelerate cannot do, or for Accelerate settings that disagree."""
     if zero_stage(ds_config):
         raise UserError(
             f"zero_optimization.stage {zero_stage(ds_config)} needs DeepSpeed, but the runtime is "
@@ -419,8 +419,7 @@ def check_accelerate(
 
 
 def _check_settings(ds_config: Mapping[str, Any], variables: Mapping[str, str]) -> None:
-    """Check the variables set by `accelerate config` or `accelerate launch` against the
-    ds_config."""
+    """Check the variables of `accelerate config` and `accelerate launch` against the ds_config."""
     for variable, mode in ACCELERATE_MODES.items():
         if variables.get(variable, "").lower() in ("true", "1", "yes"):
             raise UserError(

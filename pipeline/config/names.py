@@ -35,8 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Where a table is: the dict literal `variable` in `module`, from names to functions, classes
-    or objects."""
+    """Location of a table: the dict literal `variable` in `module`.
+
+    Its values are functions, classes or objects.
+    """
 
     kind: str  # used in messages
     module: str

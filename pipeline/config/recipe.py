@@ -345,8 +345,10 @@ def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str
 def changes(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, owner: str = "run"
 ) -> list[str]:
-    """Describe each key, after `prefix`, whose value differs between the `owner` on disk and the
-    command line."""
+    """Describe the keys whose values differ between the `owner` on disk and the command line.
+
+    Each line starts with `prefix`.
+    """
     return [
         f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
         for key in sorted(old.keys() | new.keys())
@@ -443,8 +445,7 @@ OLD_KEYS = {"samples": "previews"}
 
 
 def _with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's or stage's table with present keys; of a dotted key, the first part is
-    renamed."""
+    """Return a recipe's or stage's table with present keys; dotted keys may start with old ones."""
     renamed = {}
     for key, value in values.items():
         first, dot, rest = str(key).partition(".")
@@ -466,8 +467,10 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def recipe_of(values: dict[str, Any], where: str) -> Recipe:
-    """Build a recipe from plain values; raise `UserError` that starts with `where` and lists the
-    faults."""
+    """Build a recipe from plain values.
+
+    Raises `UserError` that starts with `where` and lists all faults.
+    """
     try:
         return Recipe.model_validate(_with_current_keys(values))
     except ValidationError as error:
@@ -492,8 +495,7 @@ def _one_line(fault: Mapping[str, Any]) -> str:
 
 
 def _location(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
-    """Return the keys that lead to a fault, as in the recipe, and the valid fields at that
-    place."""
+    """Return the keys that lead to a fault, and the valid fields at that place."""
     parts: list[str] = []
     spec: Any = Recipe
     fields: Sequence[str] = ()

@@ -27,8 +27,7 @@ class NetworkSpec(BaseModel):
 
 
 class InstanceNoiseSpec(Spec):
-    """Gaussian noise on all images that the discriminator sees, decaying to zero (Sønderby et al.,
-    ICLR 2017)."""
+    """Gaussian noise on the discriminator's images, falling to zero (Sønderby et al. 2017)."""
 
     sigma: Number = Field(
         0.0, ge=0, le=1, description="standard deviation at the first step; images are in [0, 1]"

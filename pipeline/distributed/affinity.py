@@ -25,8 +25,7 @@ SYSTEM = Path("/sys")
 
 
 def bind_to_cores(info: RankInfo, gpu: int, num_gpus: int) -> list[int]:
-    """Bind this process to its share of cores if that is useful; return the cores, or [] if
-    unbound.
+    """Bind this process to its share of cores if that is useful; return them, or [] if unbound.
 
     `gpu`: torch's index of this rank's GPU among the `num_gpus` that it sees. A host's ranks use
     their GPUs in order.

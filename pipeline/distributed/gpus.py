@@ -64,8 +64,7 @@ def may_have_gpu() -> bool:
 
 
 def is_cpu_wanted(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether the CPU was requested: by `VASTSCALE_CPU`, or by a `CUDA_VISIBLE_DEVICES` without
-    GPUs."""
+    """Whether the CPU was requested, by `VASTSCALE_CPU` or by hiding all GPUs."""
     return (
         variables.get(CPU, "0") not in ("", "0")
         or variables.get(VISIBLE, "0").strip().lower() in _NO_GPU
@@ -140,8 +139,7 @@ def count_gpus() -> int:
 
 
 def torch_gpus() -> int:
-    """Return the number of GPUs that torch can use in this process; 0 if there are none or the CPU
-    was requested.
+    """Return the number of GPUs that torch can use here; 0 without any or if the CPU was requested.
 
     Raises `UserError` with the driver's and torch's versions and the remedies if the machine has a
     GPU that torch cannot use.
@@ -191,8 +189,10 @@ def _why_not(torch: Any) -> str:
 
 
 def _has_device() -> bool:
-    """Whether there is an NVIDIA device whose driver does not answer: a device file, or hardware
-    together with nvidia-smi."""
+    """Whether there is an NVIDIA device whose driver does not answer.
+
+    Signs are a device file, or hardware together with nvidia-smi.
+    """
     if _has_device_file():
         return True
     return bool(shutil.which("nvidia-smi")) and any(
@@ -356,8 +356,7 @@ def share_out(variables: MutableMapping[str, str], processes: int) -> bool:
 
 
 def take_slice(rank: int, variables: MutableMapping[str, str]) -> None:
-    """Show process `rank` of this host its own MIG device, if there are any, through its
-    environment."""
+    """Show process `rank` of this host its own MIG device, if any, through its environment."""
     gpus = list_gpus() if may_have_gpu() and not is_cpu_wanted(variables) else []
     slices = _slices(visible_devices(variables, gpus), gpus) if gpus else []
     if rank < len(slices):

@@ -155,8 +155,7 @@ def _by_rank(variables: Mapping[str, str]) -> RankInfo:
 
 
 def _by_openmpi(variables: Mapping[str, str]) -> RankInfo | None:
-    """Read the variables of Open MPI's mpirun, used directly or by `deepspeed --launcher
-    openmpi`."""
+    """Read the variables of Open MPI's mpirun, also used by `deepspeed --launcher openmpi`."""
     if "OMPI_COMM_WORLD_RANK" not in variables:
         return None
     rank, world_size, local_rank, local_size = (

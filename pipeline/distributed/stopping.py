@@ -56,8 +56,10 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """The first signal received, else 0. SIGTERM if the launcher is gone, since nobody could
-        stop this process any more."""
+        """The first signal received, else 0.
+
+        SIGTERM if the launcher is gone, since nobody could stop this process any more.
+        """
         if not self._noted and self._launcher:
             try:
                 os.kill(self._launcher, 0)
@@ -85,8 +87,10 @@ class StopSignals:
 
 
 class Agreement:
-    """The largest request of all ranks, one step late: it travels between hosts while the next step
-    computes."""
+    """The largest request of all ranks, one step late.
+
+    It travels between hosts while the next step computes.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -108,8 +112,7 @@ class Agreement:
         return agreed
 
     def finish(self) -> Request:
-        """Return what was agreed on in the last exchange; all ranks call it before leaving the
-        loop."""
+        """Return what was agreed on in the last exchange, before all ranks leave the loop."""
         if self._pending is None:
             return Request()
         work, value = self._pending

@@ -87,8 +87,7 @@ class AccelerateEngine:
         return [group["lr"] for group in self._inner.param_groups]
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss` / accumulation; at a boundary, average it over
-        ranks."""
+        """Accumulate the gradient of `loss` / accumulation; average it over ranks at a boundary."""
         # Accelerate keeps this number per process, not per engine.
         self._accelerator.gradient_accumulation_steps = self._accumulation
         with warnings.catch_warnings():
@@ -110,8 +109,7 @@ class AccelerateEngine:
         self._nonfinite_steps += self.was_skipped
 
     def step(self) -> None:
-        """Finish a micro-batch; at a boundary, make the update unless its gradient is not
-        finite."""
+        """Finish a micro-batch; at a boundary, make the update if its gradient is finite."""
         is_update = self.is_gradient_accumulation_boundary()
         self._micro_steps += 1
         if not is_update:
@@ -124,8 +122,10 @@ class AccelerateEngine:
             self.lr_scheduler.step()
 
     def save(self, directory: str, name: str, files: Any) -> None:
-        """Write weights, optimizer state, schedule and loss scale from the first rank: all ranks
-        hold the same."""
+        """Write weights, optimizer state, schedule and loss scale.
+
+        The first rank writes, because all ranks hold the same.
+        """
         folder = os.path.join(directory, name)
         if self._ranks.is_first:
             scaler = self._accelerator.scaler

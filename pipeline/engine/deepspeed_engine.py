@@ -152,8 +152,7 @@ class DeepSpeedEngine:
                     parameter.grad = torch.zeros_like(parameter)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.gradients`. Gradients that ZeRO has partitioned are collected from all
-        ranks."""
+        """See `Engine.gradients`; collects from all ranks what ZeRO has partitioned."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.module.named_parameters():
@@ -208,8 +207,7 @@ class DeepSpeedEngine:
         return path is not None
 
     def zero_shapes(self) -> Any:
-        """Return the parameters' shapes by name, per group, in the order of ZeRO's flat
-        partitions."""
+        """Return the parameters' shapes by name, per group, in the order of ZeRO's flat tensors."""
         return self._inner._get_zero_param_shapes()
 
     def destroy(self) -> None:
@@ -304,8 +302,7 @@ class LossScaling:
         return float(scaling.cur_scale) if scaling.use_grad_scaling else 1.0
 
     def finish(self) -> float:
-        """Finish an update: raise the scale if it is time. Returns the gradient norm before
-        clipping."""
+        """Finish an update: raise the scale if it is time; return the norm before clipping."""
         norm = float(self._optimizer._global_grad_norm) / self.scale
         if not self._optimizer.overflow:
             self._update_scale(False)
@@ -355,8 +352,10 @@ class ForeachUpdate:
 def _reduce(
     inner: Any, gradients: Sequence[Tensor], group: Any, world_size: float | None = None
 ) -> None:
-    """Average gradients over ranks, in place: DeepSpeed's `allreduce_and_copy` without its
-    copies one by one."""
+    """Average gradients over ranks, in place, like DeepSpeed's `allreduce_and_copy`.
+
+    That one copies gradient by gradient.
+    """
     flat = inner.allreduce_bucket(gradients, group, world_size)
     torch._foreach_copy_(list(gradients), list(inner.unflatten(flat, gradients)))
 

@@ -92,8 +92,7 @@ class Engine(Protocol):
     def lr_scheduler(self) -> Any: ...
     @property
     def gradient_norm(self) -> Tensor | float:
-        """L2 norm of the last update's gradient over all ranks, before clipping; NaN before the
-        first update."""
+        """L2 norm of the last update's gradient over all ranks, before clipping; NaN at first."""
 
     @property
     def was_skipped(self) -> Tensor | bool:
@@ -113,8 +112,7 @@ class Engine(Protocol):
         """Whether the current micro-batch completes an update."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss` / accumulation; at a boundary, average it over
-        ranks."""
+        """Accumulate the gradient of `loss` / accumulation; average it over ranks at a boundary."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's name and whole gradient before the update, times `loss_scale`.
@@ -126,8 +124,7 @@ class Engine(Protocol):
         """Check whether the update's gradient is finite, unless `step` does that itself."""
 
     def step(self) -> None:
-        """Finish a micro-batch; at a boundary, make the update unless its gradient is not
-        finite."""
+        """Finish a micro-batch; at a boundary, make the update if its gradient is finite."""
 
     def save(self, directory: str, name: str, files: Any) -> None:
         """Write the full state to `directory`/`name` through `files`; returns once all ranks have.
@@ -164,8 +161,7 @@ def build_engine(
 def _schedule(
     section: Mapping[str, Any] | None, runtime: str
 ) -> Callable[[torch.optim.Optimizer], Schedule] | None:
-    """Return what builds the schedule for an optimizer; None if there is none or DeepSpeed builds
-    it."""
+    """Return what builds the schedule; None if there is none or if DeepSpeed builds it."""
     if section is None:
         return None
     if section["type"] in LEFT_TO_DEEPSPEED:
@@ -192,8 +188,7 @@ def build_optimizer(
 
 
 def backward_and_step(engine: Engine, loss: Tensor) -> None:
-    """Run backward and, at an accumulation boundary, one update; skip it if not all gradients are
-    finite.
+    """Run backward and, at an accumulation boundary, one update if its gradient is finite.
 
     Gradients are already summed over ranks when they are checked, so all ranks decide the same. At
     FP32 nothing here waits for the device; with 16-bit weights each update waits once, for the
@@ -211,8 +206,7 @@ def backward_and_step(engine: Engine, loss: Tensor) -> None:
 
 
 def _average_statistics(module: nn.Module) -> None:
-    """Average batch norm's running statistics over ranks, in place: each rank saw only its own
-    samples."""
+    """Average batch norm's running statistics over ranks: each rank saw only its own samples."""
     if dist.get_world_size() == 1:
         return
     statistics = [
@@ -238,8 +232,7 @@ def _average_statistics(module: nn.Module) -> None:
 
 
 def step_was_skipped(engines: Iterable[Engine]) -> Tensor | bool:
-    """Whether the last update of any of `engines` was skipped because its gradient was not
-    finite."""
+    """Whether one of `engines` skipped its last update because its gradient was not finite."""
     flags = [engine.was_skipped for engine in engines]
     if all(isinstance(flag, bool) for flag in flags):
         return any(flags)

@@ -1,5 +1,4 @@
-"""Learning rate schedules: torch's by name, each with an optional warm-up, and DeepSpeed's
-warm-ups.
+"""Learning rate schedules: torch's, with an optional warm-up, and DeepSpeed's warm-ups.
 
 DeepSpeed's warm-up schedules are implemented as formulas here, for both runtimes, with bit-equal
 rates. Its OneCycle and LRRangeTest are left to DeepSpeed. `pipeline.config.ds_config.SCHEDULES`
@@ -103,8 +102,10 @@ class Schedule:
         return [group["lr"] for group in self.inner.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values only, which safe loading accepts; the rest follows from the
-        ds_config."""
+        """Return plain values only, which safe loading accepts.
+
+        Everything else follows from the ds_config.
+        """
         if self._writes_as_deepspeed:
             return {"last_batch_iteration": self.count - 1}
         inner = {name: getattr(self.inner, name) for name in PROGRESS if hasattr(self.inner, name)}
@@ -199,8 +200,10 @@ def _build(
 
 
 def _checked(schedule: str, key: str, value: Any) -> Any:
-    """Return `value` as torch needs it; whole numbers may be written as 1e5. Raises `UserError` for
-    another type."""
+    """Return `value` as torch needs it; whole numbers may be written as 1e5.
+
+    Raises `UserError` for a value of another type.
+    """
     is_good, rule = _rule(key)
     if not is_good(value):
         raise UserError(f"ds_config: schedule {schedule}: {key} must be {rule}, not {value!r}")

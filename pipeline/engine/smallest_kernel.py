@@ -1,5 +1,4 @@
-"""A one-element Triton kernel, compiled to find out whether Triton works. Importing this needs
-Triton."""
+"""A one-element Triton kernel, compiled to find out whether Triton works. Imports Triton."""
 
 from __future__ import annotations
 

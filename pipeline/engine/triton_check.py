@@ -23,8 +23,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 def why_no_triton(device: torch.device) -> str:
-    """Return "" if a kernel compiles and computes correctly on `device`, else what is missing and
-    how to fix it."""
+    """Return "" if a kernel compiles and computes correctly, else what is missing and a remedy."""
     from torch.utils._triton import has_triton, has_triton_package
 
     if not has_triton_package():
@@ -74,8 +73,7 @@ def _one_line(text: str, most: int = 200) -> str:
 
 
 def report() -> dict[str, Any]:
-    """Return versions, the GPUs that torch sees with their compute capabilities, and what keeps
-    torch or Triton from using them."""
+    """Return versions, GPUs, and what keeps torch from using or Triton from compiling for them."""
     from pipeline.cli import UserError
     from pipeline.distributed.gpus import driver_version, refuse_old_gpu, torch_gpus
 

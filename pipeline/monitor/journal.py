@@ -34,8 +34,10 @@ class Tracker(Protocol):
 
 
 class Journal:
-    """Logs a run. Entries after `step` belong to lost work that will be repeated; they are
-    dropped."""
+    """Logs a run.
+
+    Entries after `step` belong to lost work that will be repeated; they are dropped.
+    """
 
     def __init__(
         self,
@@ -122,8 +124,7 @@ class Journal:
 
     @contextmanager
     def warn_on_error(self, what: str = "the log") -> Iterator[None]:
-        """Turn an `OSError` into a warning, once for each `what`: failing logs must not stop a
-        run."""
+        """Turn an `OSError` into one warning per `what`: failing logs must not stop a run."""
         try:
             yield
         except OSError as error:

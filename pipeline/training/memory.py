@@ -32,8 +32,7 @@ class MemoryShortageError(RunError):
 
 @contextmanager
 def explain_out_of_memory(plan: TrainPlan, ranks: Ranks) -> Iterator[None]:
-    """Turn an out-of-memory error in this block into one line: what was too large, how to shrink
-    it.
+    """Turn an out-of-memory error in this block into one line with remedies.
 
     Raises `MemoryShortageError`.
     """

@@ -27,8 +27,10 @@ SKIPPED_LIMIT = 50
 
 @dataclass(frozen=True)
 class Reading:
-    """Measurements since the previous reading; all but `data_wait*` and `bad_batch` are equal on
-    all ranks."""
+    """Measurements since the previous reading.
+
+    All but `data_wait`, `data_wait_worst` and `bad_batch` are equal on all ranks.
+    """
 
     # The generator's terms, weighted; means over batches and ranks. Empty if it did not learn.
     losses: dict[str, float]

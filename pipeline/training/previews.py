@@ -96,8 +96,10 @@ def _middle(pair: ValidationPair, side: int, scale: int) -> ValidationPair:
 
 
 class Previews:
-    """The preview sheets of a run. Sheets of steps after `step` belong to lost work; they are
-    deleted."""
+    """The preview sheets of a run.
+
+    Sheets of steps after `step` belong to lost work; they are deleted.
+    """
 
     def __init__(
         self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int
@@ -150,8 +152,10 @@ def _fonts() -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
 
 
 def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
-    """Encode a PNG of the panels side by side, each with its caption; small panels are enlarged by
-    a whole factor, without interpolation."""
+    """Encode a PNG of the panels side by side, each with its caption.
+
+    Small panels are enlarged by a whole factor, without interpolation.
+    """
     height, width = panels[0][0].shape[-2:]
     zoom = max(1, ENLARGED // max(height, width))
     height, width = height * zoom, width * zoom

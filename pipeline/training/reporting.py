@@ -131,8 +131,7 @@ class Reporter:
         )
 
     def show_previews_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
-        """Show previews at the end of an epoch and after a validation, thinned out to
-        `previews.keep`.
+        """Show previews if an epoch or a validation has ended, thinned out to `previews.keep`.
 
         Ends of epochs are skipped while previews have taken more than `TIME_SHARE` of the time.
         """
@@ -147,8 +146,7 @@ class Reporter:
             self.show_previews()
 
     def show_previews(self) -> None:
-        """Write what the averaged weights make of the previews to sheets and TensorBoard, at most
-        once per step."""
+        """Write the averaged network's output for the previews, at most once per step."""
         step = self._progress.step
         if self._shown == step:
             return

@@ -1,5 +1,4 @@
-"""Build a live run from a plan: find it on disk, build the networks, restore state, open the
-data."""
+"""Build a live run from a plan: find it on disk, build the networks, restore their state."""
 
 from __future__ import annotations
 
@@ -123,8 +122,7 @@ def check_stages(plans: Sequence[TrainPlan], ranks: Ranks) -> None:
 
 
 def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
-    """Check batch sizes, optimizers, schedules, losses on a crop, networks, metric trunks, and the
-    initial weights."""
+    """Check batches, optimizers, schedules, losses, networks, metric trunks and initial weights."""
     recipe = plan.recipe
     batch_sizes(plan.ds_config, ranks.world_size)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
@@ -318,8 +316,10 @@ def _trainer(
     began: Progress | None,
     begin: Callable[[str], None] | None,
 ) -> ReconstructionTrainer | AdversarialTrainer:
-    """Build the trainer of `plan`. `begin` logs a line about initial weights; None if the run
-    continues."""
+    """Build the trainer of `plan`.
+
+    `begin` logs a line about initial weights; None if the run continues.
+    """
     recipe, spec = plan.recipe, plan.recipe.adversarial
     criterion = ranks.on_all_ranks(lambda: Criterion(recipe.losses, ranks.device))
     if spec is None:
@@ -349,8 +349,10 @@ def _trainer(
 def _share_start_weights(
     network: nn.Module, give_weights: Callable[[], str], ranks: Ranks, say: Callable[[str], None]
 ) -> None:
-    """Load initial weights on the first rank, whose host may be the only one that has them, and
-    send them to all."""
+    """Load initial weights on the first rank and send them to all.
+
+    Only the first rank's host may have the file.
+    """
     say(ranks.on_all_ranks(lambda: give_weights() if ranks.is_first else ""))
     network.load_state_dict(ranks.agree(network.state_dict()))
 

@@ -1,5 +1,4 @@
-"""Validation during training: mean scores on the validation list, equal for any number of
-ranks."""
+"""Validation during training: mean scores that are equal for any number of ranks."""
 
 from __future__ import annotations
 
