@@ -104,8 +104,8 @@ class Training:
                 self._saver.prepare()  # the optimizer has its states since the first update
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
-            # Ranks must leave the loop at the same step. A request travels with the next step's
-            # exchange, one step late, so that no step waits for it.
+            # Ranks must leave the loop at the same step. Requests travel between ranks while the
+            # next step computes and take effect one step late, so that no step waits for them.
             agreed = agreement.exchange(self._request(loader))
             self._warn_about(self._saver.poll())
             if progress.step % recipe.log_every == 0:

@@ -19,8 +19,8 @@ from pipeline.training.options import TrainPlan
 from pipeline.training.setup import build_networks
 
 REHEARSED = ("cuda",)
-"""Device types on which later stages are rehearsed: a CPU has enough memory, and would take
-minutes."""
+"""Device types on which later stages are rehearsed: on a CPU it would take minutes, and memory is
+rarely short."""
 
 
 class MemoryShortageError(RunError):
@@ -89,7 +89,7 @@ def rehearse(plans: Sequence[TrainPlan], ranks: Ranks, say: Callable[[str], None
 
 def _rehearse(plan: TrainPlan, ranks: Ranks) -> None:
     recipe, spec = plan.recipe, plan.recipe.adversarial
-    # Random weights: the stage's own start does not exist before the stages before it have run.
+    # Random weights: the stage's initial weights do not exist until the previous stage has run.
     recipe = recipe.model_copy(
         update={
             "start": None,

@@ -72,7 +72,7 @@ def nothing_left(plan: TrainPlan, step: int) -> str:
 # A finished run is reported from its checkpoint alone: importing torch and DeepSpeed, building
 # engines and reading the validation set would take seconds to find that nothing is left to do. One
 # process does this before any ranks exist, and only if it is certain: the newest checkpoint of
-# every stage is at its end, is whole by its hashes, and belongs to this plan. Everything else (a
+# every stage is at its end, is intact by its hashes, and belongs to this plan. Everything else (a
 # damaged checkpoint, another run, another precision) goes through the normal start, which reports
 # and repairs.
 

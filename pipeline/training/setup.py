@@ -187,7 +187,7 @@ def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
 class _SavedRun:
     """What is on disk of the run that a plan asks for."""
 
-    step: int | None  # of the newest whole checkpoint; None for a new run
+    step: int | None  # of the newest intact checkpoint; None for a new run
     identity: dict[str, Any]  # of the run, as its checkpoints record it
     sees_run_dir: bool  # whether this rank sees the first rank's run folder
 
