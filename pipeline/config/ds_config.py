@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration file: read and check it, and choose the runtime that follows it.
+"""DeepSpeed's configuration file: read it, check it, and choose the runtime that uses it.
 
 Imports no torch, so that a launcher can check a configuration on a host without a GPU.
 """
