@@ -1,5 +1,7 @@
-"""Evaluation: networks against bicubic and nearest on pairs of images, as numbers, tables, pictures
-and a page."""
+"""Compare networks with bicubic and nearest upscaling on pairs of images.
+
+The results are numbers, tables, pictures and an HTML page.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What `evaluate.py` does: choose the models and the images, measure, print, write.
+"""The work of `evaluate.py`: choose models and images, measure, print and write the results.
 
-`run_evaluation` starts processes, or is one of them. Every process prepares the whole evaluation,
-so that each refuses what can be refused before the work; they then share the images, and the first
-prints and writes.
+`run_evaluation` starts several processes or runs as one of them. Every process prepares the whole
+evaluation, so that mistakes are reported before the work begins. The processes then share the
+images, and the first one prints and writes the results.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RESULTS_DIR = Path("results")
 
 
 class Options(Protocol):
-    """The options of `evaluate.py`, which says what they mean."""
+    """The options of `evaluate.py`, which documents them."""
 
     hr: Path | None
     lr: Path | None
@@ -71,7 +71,7 @@ class Options(Protocol):
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where everything goes."""
+    """Where the results are written."""
 
     pictures: Path
     numbers: Path
@@ -80,7 +80,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and on what."""
+    """The models to evaluate and the image sets to evaluate them on."""
 
     models: list[Model]
     sets: list[ImageSet]
@@ -88,7 +88,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one process knows before it begins."""
+    """Everything that one process has prepared before it measures."""
 
     models: list[Model]
     work: Work
@@ -97,9 +97,12 @@ class Evaluation:
 
 
 def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
-    """See `evaluate.py --help`. Returns the exit status.
+    """Run the evaluation that `evaluate.py --help` describes; return the exit status.
 
-    `command` starts another process like this one; without it this one does everything.
+    Args:
+        options: the options of `evaluate.py`.
+        command: the command line that starts another process like this one. Without it, this
+            process does all the work.
     """
     place = find_rank_info()
     if place.world_size > 1:
@@ -110,13 +113,13 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
     subject = None
     if count > 1:
         threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # a fork has no threads but one, and would wait for the others for ever
+        # fork() copies only the calling thread: a child of a process with a thread pool would wait
+        # for the missing threads forever.
+        torch.set_num_threads(1)
         subject = choose_subject(options)
         num_images = sum(len(data.pairs) for data in subject.sets)
         if (fewer := worth_starting(count, num_images)) < count:
-            print(f"note: {num_images} images are too few for {count} processes; {fewer} will do")
+            print(f"note: {num_images} images are too few for {count} processes; using {fewer}")
         if fewer > 1:
             return fork_processes(fewer, lambda: _evaluate_among_others(options, subject))
         torch.set_num_threads(threads)
@@ -124,7 +127,7 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
 
 
 def _evaluate_among_others(options: Options, subject: Subject | None) -> int:
-    """As one process of several, which its environment describes."""
+    """Evaluate as one of several processes, as described by the environment variables."""
     place = find_rank_info()
     with joined(place) as queue:
         return _evaluate(options, subject, queue, place)
@@ -159,15 +162,16 @@ def _evaluate(options: Options, subject: Subject | None, queue: TaskQueue, place
 
 
 def choose_subject(options: Options) -> Subject:
-    """The models and images that the options name; `UserError` where there is something wrong with
-    them."""
+    """Return the models and images that the options name; raise `UserError` if one is unusable."""
     models = choose_models(options.model, options.scale)
     return Subject(models, choose_images(options, models[0].saved.scale))
 
 
 def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Evaluation:
-    """All that can be refused is refused here, before the work. `subject` where the starting
-    process has chosen it."""
+    """Prepare everything; raise `UserError` for every mistake that shows before the work.
+
+    `subject` is what the starting process has chosen; `None` if this process has to choose.
+    """
     if (
         subject is None
         and options.procs > 1
@@ -176,8 +180,7 @@ def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Eval
     ):
         raise UserError(
             f"--procs {options.procs}, but {place.launcher} has started {place.world_size} "
-            "processes; "
-            "leave --procs out"
+            "processes; omit --procs"
         )
     subject = subject or choose_subject(options)
     models, sets = subject.models, subject.sets
@@ -193,26 +196,27 @@ def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Eval
 
 
 def _measures(options: Options, device: Device) -> list[Measure]:
-    """All metrics that need no trunk, and those for which one was chosen."""
+    """Load all metrics that need no trunk, and those for which the options choose one."""
     weights = None if options.lpips_weights is None else str(options.lpips_weights)
     if options.lpips == "off" and weights is not None:
         raise UserError(
-            f"--lpips-weights {weights} without --lpips; say --lpips alex, squeeze or vgg"
+            f"--lpips-weights {weights} without --lpips; add --lpips alex, squeeze or vgg"
         )
     trunks = {} if options.lpips == "off" else {"lpips": Trunk(options.lpips, weights)}
     return load_measures(METRICS.values(), trunks, str(device))
 
 
 def choose_images(options: Options, scale: int) -> list[ImageSet]:
-    """The folder of --hr, if any, and the benchmarks that were named, each once."""
+    """Return the folder of --hr, if given, and each named benchmark once."""
     if options.hr is None and not options.benchmark:
         raise UserError(
-            "nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark set5 "
-            "set14…"
+            "no images to evaluate on; give a folder with --hr, or benchmarks with --benchmark "
+            "set5 set14…"
         )
     if options.hr is None and options.lr is not None:
         raise UserError(
-            f"--lr {options.lr} without --hr; a benchmark's LR images lie in its own folder"
+            f"--lr {options.lr} without --hr; add --hr (a benchmark's LR images are in its own "
+            "folder)"
         )
     root = options.benchmarks.expanduser()
     folders = [] if options.hr is None else [find_folder(options.hr, options.lr, scale)]
@@ -227,13 +231,14 @@ def choose_images(options: Options, scale: int) -> list[ImageSet]:
 
 
 def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
-    """Made before the work rather than after it."""
+    """Create the output folders before the work, so that an unusable one fails early."""
     name = "_".join(model.title for model in models)[:80].replace("/", "-")
     pictures = options.out or RESULTS_DIR / name
     numbers = options.json or pictures / "evaluation.json"
     if numbers.suffix.lower() in (".csv", ".md"):
         raise UserError(
-            f"--json {numbers} would be written over by its own {numbers.suffix}; name it .json"
+            f"--json {numbers} would be overwritten by the {numbers.suffix} file written beside "
+            "it; use the suffix .json"
         )
     page = None if options.html is None else options.html / "index.html"
     for folder in (pictures, numbers.parent, *([page.parent] if page else [])):
@@ -241,7 +246,7 @@ def _make_folders(options: Options, models: Sequence[Model]) -> Outputs:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot make the folder {str(folder)!r} ({error.strerror}); choose another"
+                f"cannot create the folder {str(folder)!r} ({error.strerror}); choose another"
             ) from error
     return Outputs(pictures, numbers, page)
 

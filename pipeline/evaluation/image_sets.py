@@ -1,9 +1,8 @@
-"""The images to evaluate on: pairs of HR and LR in any folder, and the benchmarks that papers
-report.
+"""The images to evaluate on: pairs of HR and LR images in any folder, and the usual benchmarks.
 
 `find_folder` pairs the images of a folder by name. `find_benchmark` looks for a benchmark in the
-folder layouts that people have them in. Both give an `ImageSet` of `ImagePair`s, which are read
-when they are measured.
+folder layouts in common use. Both return an `ImageSet` of `ImagePair`s, which are read when they
+are measured.
 """
 
 from __future__ import annotations
@@ -23,26 +22,29 @@ from pipeline.data.pair_matching import match_pairs
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, to_tensor, unit_range
 
 COMMON_MULTIPLE = 12
-"""HR images are often cut to multiples of it, for x2, x3 and x4 at once."""
+"""HR images are often cropped to multiples of 12, which suit x2, x3 and x4 alike."""
 
 
 @dataclass(frozen=True)
 class ImagePair:
-    """An HR image and its LR image, on the disk."""
+    """The files of an HR image and its LR image."""
 
     name: str
     hr: Path
     lr: Path | None
-    """None: it is made from the HR image."""
+    """`None`: made from the HR image."""
 
     def load(self, scale: int) -> tuple[Tensor, Tensor]:
-        """HR and LR, uint8 RGB 1 x 3 x H x W; the HR cut at the bottom and the right to a multiple
-        of `scale`.
+        """Read HR and LR as uint8 RGB 1 x 3 x H x W, the HR cropped to a multiple of `scale`.
 
-        An LR image that has to be made is MATLAB's bicubic one, rounded to bytes. One that is there
-        may be of the HR image cut to a multiple of another number (as `GTmod12` of every x2, x3 and
-        x4): HR is then cut as it was. It may also be of the whole HR image, and so have a part of a
-        pixel more than the cut one.
+        The HR image loses pixels at the bottom and the right. A missing LR image is made by
+        MATLAB's bicubic downscaling, rounded to uint8. An existing one may have been made from an
+        HR image cropped to another multiple (`GTmod12` serves x2, x3 and x4); HR is then cropped
+        in the same way. It may also have been made from the whole HR image; its last row or column
+        then covers less than `scale` HR pixels.
+
+        Raises:
+            UserError: an image cannot be read, is too small, or does not fit its partner's size.
         """
         whole = to_tensor(read_rgb(self.hr))
         hr = crop_to_multiple(whole, scale)
@@ -63,29 +65,31 @@ class ImagePair:
         ):
             raise UserError(
                 f"LR image {str(self.lr)!r} is {lr.shape[-1]}x{lr.shape[-2]} (width x height), so "
-                "at scale "
-                f"{scale} its HR image must be {lr.shape[-1] * scale}x{lr.shape[-2] * scale}, but "
-                f"{str(self.hr)!r} is {width}x{height}; was it made for another scale?"
+                f"at scale {scale} its HR image must be {lr.shape[-1] * scale}x"
+                f"{lr.shape[-2] * scale}, but {str(self.hr)!r} is {width}x{height}; was it made "
+                "for another scale?"
             )
         return hr[..., : lr.shape[-2] * scale, : lr.shape[-1] * scale], lr
 
 
 def _fits(large: int, small: int, scale: int) -> bool:
-    """Whether a side of an LR image may come from that of an HR image, whole or cut to a multiple
-    of something."""
+    """Whether an LR side length fits an HR one, whole or cropped to a usual multiple."""
     return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(
         COMMON_MULTIPLE, scale
     )
 
 
 def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImagePair]:
-    """ImagePair the images of folder `hr` with those of `lr`, sorted by name; `UserError` naming
-    what does not pair.
+    """Pair the images of folder `hr` with those of `lr`; return the pairs sorted by name.
 
-    Without `lr`: `NAME_HR.png` beside `NAME_LR.png` where the folder holds such (other files there
-    do not count), otherwise every image is HR and its LR image is made. With `lr`: names match as
-    `match_pairs` says, so LR may have `_LR`, `xS` or `_xS` behind, S being the scale. Where
-    `NAME_SRF_S_HR.png` lie there for several scales, only this one's count.
+    Without `lr`, a folder that contains `NAME_HR.png` files is searched for `NAME_LR.png` beside
+    them, and other files are ignored; in any other folder every image is an HR image and its LR
+    image is made. With `lr`, names match by the rules of `match_pairs`: the LR name may end with
+    `_LR`, `xS` or `_xS`, where S is the scale. If the folder contains `NAME_SRF_S_HR.png` for
+    several scales, only those of this scale are used.
+
+    Raises:
+        UserError: a folder has no images, two names are equal, or an HR image has no LR image.
     """
     images = _images_by_stem(Path(hr), "HR")
     marked = {stem: path for stem, path in images.items() if stem.lower().endswith("_hr")}
@@ -110,35 +114,34 @@ def find_pairs(hr: str | Path, lr: str | Path | None, scale: int) -> list[ImageP
     missing = [pair.hr for pair in pairs if pair.lr is None]
     if missing and lr is not None:
         raise UserError(
-            f"{len(missing)} of {len(pairs)} HR images have no LR image in {str(lr)!r}, the first "
-            "being "
-            f"{missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})"
+            f"{len(missing)} of {len(pairs)} HR images have no LR image in {str(lr)!r}; the first "
+            f"is {missing[0].name!r} (looked for {missing[0].stem} and {missing[0].stem}x{scale})"
         )
     if missing and partners:
         raise UserError(
             f"{len(missing)} of {len(pairs)} HR images in {str(hr)!r} have no LR image beside "
-            "them, the "
-            f"first being {missing[0].name!r}; add it or give the LR images with --lr"
+            f"them; the first is {missing[0].name!r}; add it or give the LR images with --lr"
         )
     return sorted(pairs, key=lambda pair: pair.name)
 
 
 def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
     if not folder.is_dir():
-        raise UserError(f"no folder of {title} images {str(folder)!r}")
+        raise UserError(f"the folder of {title} images {str(folder)!r} does not exist")
     paths = sorted(
         path for path in folder.iterdir() if suffix_of(path) in IMAGE_SUFFIXES and path.is_file()
     )
     if not paths:
         raise UserError(
-            f"folder {str(folder)!r} holds no {title} images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+            f"folder {str(folder)!r} contains no {title} images "
+            f"({' '.join(sorted(IMAGE_SUFFIXES))})"
         )
     images: dict[str, Path] = {}
     for path in paths:
         if path.stem in images:
             raise UserError(
-                f"folder {str(folder)!r} holds both {images[path.stem].name!r} and {path.name!r}; "
-                "image names must differ before the dot"
+                f"folder {str(folder)!r} contains both {images[path.stem].name!r} and "
+                f"{path.name!r}; image names must differ before the suffix"
             )
         images[path.stem] = path
     return images
@@ -146,8 +149,7 @@ def _images_by_stem(folder: Path, title: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Preset:
-    """A benchmark: its name in papers, how many images it has, and the names that its folder goes
-    by."""
+    """A benchmark: its name in papers, its number of images, and its possible folder names."""
 
     title: str
     num_images: int
@@ -156,19 +158,19 @@ class Preset:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to measure on, under one name."""
+    """A named set of images to measure on."""
 
     name: str
     pairs: list[ImagePair]
     hr: Path
     lr: Path | None = None
-    """Folder of the LR images; None where they lie beside the HR ones or are made."""
+    """Folder of the LR images; `None` if they are beside the HR images or are made."""
     note: str = ""
-    """What makes its mean another number than the papers'."""
+    """What makes its mean differ from published ones."""
 
     @property
     def lr_made_by(self) -> str | None:
-        """How the LR images come about; None where they are read."""
+        """How the LR images are made; `None` if they are read."""
         return "bicubic" if self.pairs[0].lr is None else None
 
 
@@ -194,14 +196,9 @@ PRESETS = {
         ),
     ),
 }
-# Where a benchmark's folder holds its HR images; {s} is the scale, case does not matter, the first
-# that fits counts.
-SIDE_BY_SIDE = (
-    "image_SRF_{s}",
-    "SRF_{s}",
-    "x{s}",
-    ".",
-)  # SelfExSR: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png
+# Where the HR images are in a benchmark's folder. {s} is the scale, case is ignored, and the first
+# match is used. SIDE_BY_SIDE is SelfExSR's layout: NAME_SRF_4_HR.png beside NAME_SRF_4_LR.png.
+SIDE_BY_SIDE = ("image_SRF_{s}", "SRF_{s}", "x{s}", ".")
 HR_FOLDERS = (
     "DIV2K_valid_HR",
     "HR",
@@ -225,19 +222,19 @@ LR_FOLDERS = (
     "{s}x_downsampled",
 )
 LR_BESIDE = ("{name}_LR_bicubic/x{s}", "{name}_LR_x{s}")
-LR_OF_ANY_SCALE = ("LR_bicubic", "LR")  # taken only where the sizes say that the scale is this one
+LR_OF_ANY_SCALE = ("LR_bicubic", "LR")  # used only if the image sizes confirm the scale
 
 
 def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
-    """The benchmark `key` of `PRESETS` under `root`, with LR images where there are some, else they
-    are made.
+    """Find the benchmark `key` of `PRESETS` under `root`; LR images are made if it has none.
 
-    `UserError` names the folders that were looked for.
+    Raises:
+        UserError: it is not there; the message names the folders that were looked for.
     """
     preset = PRESETS[key]
     if not root.is_dir():
         raise UserError(
-            f"no folder of benchmarks {str(root)!r}; say where they are with --benchmarks DIR"
+            f"the folder of benchmarks {str(root)!r} does not exist; give it with --benchmarks DIR"
         )
     try:
         for folder in _folders(root, preset):
@@ -247,24 +244,26 @@ def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
                 return ImageSet(preset.title, pairs, hr, lr, _note(preset, pairs, hr))
     except OSError as error:
         raise UserError(
-            f"folder {error.filename!r} cannot be read ({error.strerror}); repair its permissions"
+            f"folder {error.filename!r} cannot be read ({error.strerror}); fix its permissions"
         ) from error
     raise UserError(
         f"no benchmark {key} in {str(root)!r} (looked for a folder {' or '.join(preset.folders)} "
-        "with "
-        f"images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md"
+        f"with images in it, in HR, GTmod12 or image_SRF_{scale}); see docs/evaluation.md"
     )
 
 
 def find_folder(hr: Path, lr: Path | None, scale: int) -> ImageSet:
-    """Any folder of images, by the rules of `find_pairs`."""
+    """Return any folder of images as a set, paired by the rules of `find_pairs`."""
     pairs = find_pairs(hr, lr, scale)
     return ImageSet(hr.resolve().name or str(hr), pairs, hr, lr, _note(None, pairs, hr))
 
 
 def _folders(root: Path, preset: Preset) -> Iterator[Path]:
-    """What may be the benchmark's folder: Set5, set5, Set5_HR (as the download recipes unpack it),
-    benchmark/Set5; or `root` itself, if it has such a name."""
+    """Yield the folders that may be the benchmark's.
+
+    These are Set5, set5, Set5_HR (as the download recipes unpack it) and benchmark/Set5 below
+    `root`, and `root` itself if it has such a name.
+    """
     if root.resolve().name.lower() in {name.lower() for name in preset.folders}:
         yield root
     for place in (root, *_inside(root, "benchmark"), *_inside(root, "benchmarks")):
@@ -274,7 +273,7 @@ def _folders(root: Path, preset: Preset) -> Iterator[Path]:
 
 
 def _inside(folder: Path, relative: str) -> list[Path]:
-    """The folder of that relative path, whatever its case, as a list of one or none."""
+    """Return the folder at a relative path, ignoring case, as a list of one or none."""
     for part in relative.split("/"):
         if part == ".":
             continue
@@ -290,8 +289,7 @@ def _inside(folder: Path, relative: str) -> list[Path]:
 
 
 def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[ImagePair]] | None:
-    """SelfExSR's layout: `*_SRF_4_HR.png`, with the LR images beside them or, where there are none,
-    made."""
+    """Look for SelfExSR's layout: `*_SRF_4_HR.png`, with LR images beside them or made."""
     for pattern in SIDE_BY_SIDE:
         for place in _inside(folder, pattern.format(s=scale)):
             if any(path.stem.lower().endswith(f"_srf_{scale}_hr") for path in place.iterdir()):
@@ -300,7 +298,7 @@ def _side_by_side(folder: Path, scale: int) -> tuple[Path, Path | None, list[Ima
 
 
 def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[ImagePair]] | None:
-    """HR images in a folder, LR images in another one, or none of those."""
+    """Look for HR images in one folder, with LR images in another folder or made."""
     for pattern in HR_FOLDERS:
         for hr in _inside(folder, pattern.format(s=scale)):
             if any(suffix_of(path) in IMAGE_SUFFIXES and path.is_file() for path in hr.iterdir()):
@@ -311,7 +309,7 @@ def _two_folders(folder: Path, scale: int) -> tuple[Path, Path | None, list[Imag
 def _with_lr(
     folder: Path, hr: Path, pairs: list[ImagePair], scale: int
 ) -> tuple[Path, Path | None, list[ImagePair]]:
-    """The pairs with the benchmark's LR images, where it has any of this scale."""
+    """Return the pairs with the benchmark's LR images if it has any of this scale."""
     for lr in _lr_folders(folder, hr, scale):
         return hr, lr, find_pairs(hr, lr, scale)
     for pattern in LR_OF_ANY_SCALE:
@@ -323,8 +321,10 @@ def _with_lr(
 
 
 def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
-    """The folders of LR images that name the scale: in the benchmark's own, and beside one named
-    NAME_HR."""
+    """Yield the LR folders whose names give the scale.
+
+    They are inside the benchmark's folder, or beside it if that is named NAME_HR.
+    """
     for pattern in LR_FOLDERS:
         yield from _inside(folder, pattern.format(s=scale))
     if hr == folder and folder.name.lower().endswith("_hr"):
@@ -333,8 +333,10 @@ def _lr_folders(folder: Path, hr: Path, scale: int) -> Iterator[Path]:
 
 
 def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[ImagePair]:
-    """The pairs of two folders where the first has sizes that fit the scale; empty where they do
-    not pair or fit."""
+    """Return the pairs of two folders, or none if they do not pair or do not fit the scale.
+
+    The sizes of the first pair decide.
+    """
     try:
         pairs = find_pairs(hr, lr, scale)
         sizes = zip(read_size(pairs[0].hr), read_size(pairs[0].lr), strict=True)
@@ -345,11 +347,11 @@ def _of_this_scale(hr: Path, lr: Path, scale: int) -> list[ImagePair]:
 
 
 def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
-    """What differs from the benchmark as published, and what became of the images of the folder."""
+    """Say what differs from the published benchmark and how unusual images were treated."""
     notes = []
     if preset is not None and len(pairs) != preset.num_images:
         notes.append(
-            f"{len(pairs)} images in {str(hr)!r}, where {preset.title} has {preset.num_images}: "
+            f"{len(pairs)} images in {str(hr)!r}, but {preset.title} has {preset.num_images}: "
             "the means are not comparable with published ones"
         )
     profiles = {
@@ -361,8 +363,8 @@ def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
     if profiles:
         path, profile = next(iter(profiles.items()))
         notes.append(
-            f"{len(profiles)} images have another colour profile than sRGB (such as {path.name!r}: "
-            f"{profile}); they are converted to sRGB"
+            f"{len(profiles)} images have a colour profile other than sRGB (such as "
+            f"{path.name!r}: {profile}); they are converted to sRGB"
         )
     if unread := unread_note(sorted(path.name for path in hr.iterdir())):
         notes.append(unread)

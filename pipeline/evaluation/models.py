@@ -1,5 +1,4 @@
-"""The models that are evaluated: the files that were named, or those of run folders, of one
-scale."""
+"""The models to evaluate: weights files, or the best weights of run folders, all of one scale."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from pipeline.run_folder import find_run, run_network_file
 
 @dataclass(frozen=True)
 class Model:
-    """What is evaluated."""
+    """A model to evaluate: its weights file, its title in the results, and the loaded network."""
 
     file: Path
     title: str
@@ -27,11 +26,11 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, in hexadecimal digits."""
+        """SHA-256 of the file, in hexadecimal digits."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What tells this model from every other, as JSON values."""
+        """Return what identifies this model, as JSON values."""
         return {
             "file": str(self.file),
             "sha256": self.sha256,
@@ -42,7 +41,7 @@ class Model:
 
 
 def choose_model(model: Path | None) -> Model:
-    """A weights file, or the best averaged weights of a run folder (`None`: of the newest run)."""
+    """Load a weights file, or the best averaged weights of a run folder (`None`: the newest)."""
     if model is not None and not model.is_dir():
         return Model(model, model.stem, read_network(model))
     run_dir = model if model is not None else find_run()
@@ -51,27 +50,29 @@ def choose_model(model: Path | None) -> Model:
 
 
 def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
-    """The models of those paths (none: the newest run's), all of one scale, with titles that
-    differ."""
+    """Load the models at the given paths, or the newest run's if there are none.
+
+    Returns them with unique titles. `UserError` unless they all have the same scale, and `scale`
+    if that is given.
+    """
     chosen = [choose_model(model) for model in models] or [choose_model(None)]
     for model in chosen:
         if scale is not None and scale != model.saved.scale:
             raise UserError(
                 f"--scale {scale} contradicts the model, which is x{model.saved.scale}: "
-                f"{str(model.file)!r}; leave --scale out or choose another --model"
+                f"{str(model.file)!r}; omit --scale or choose another --model"
             )
         if model.saved.scale != chosen[0].saved.scale:
             raise UserError(
-                f"models of several scales cannot be compared: {str(chosen[0].file)!r} is "
+                f"models of different scales cannot be compared: {str(chosen[0].file)!r} is "
                 f"x{chosen[0].saved.scale}, {str(model.file)!r} is x{model.saved.scale}; evaluate "
-                "them "
-                "one after the other"
+                "them one at a time"
             )
-    return _with_titles_that_differ(chosen)
+    return _with_unique_titles(chosen)
 
 
-def _with_titles_that_differ(models: list[Model]) -> list[Model]:
-    """Equal titles get the folder in front, and a number behind where that is not enough."""
+def _with_unique_titles(models: list[Model]) -> list[Model]:
+    """Prefix equal titles with their folder, and number those that are then still equal."""
     count = Counter(model.title for model in models)
     models = [
         replace(model, title=f"{model.file.resolve().parent.name}/{model.title}")

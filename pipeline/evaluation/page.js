@@ -1,5 +1,5 @@
 "use strict";
-// Each slider has a layer for every method; the left one lies on top and is cut off at the border.
+// Each slider has one layer per method; the left layer is on top and is clipped at the border.
 for (const figure of document.querySelectorAll(".compare")) {
   const stage = figure.querySelector(".stage"), range = figure.querySelector("input");
   const [left, right] = figure.querySelectorAll("select");

@@ -1,9 +1,7 @@
-"""An evaluation as one HTML file that needs nothing else: tables, scatter, crops, and sliders
-between the images.
+"""An evaluation as one self-contained HTML file: tables, a scatter plot, crops and sliders.
 
-A `Gallery` sees every image while it is in memory and keeps those with the largest and the smallest
-gain, `scatter` places the gains in an SVG, and `write_page` puts all into the template
-`page.html.j2`.
+A `Gallery` is shown every image while it is in memory and keeps those with the largest and smallest
+gain. `scatter` plots the gains for an SVG, and `write_page` fills the template `page.html.j2`.
 """
 
 from __future__ import annotations
@@ -32,17 +30,19 @@ from pipeline.evaluation.tables import Interval, SetScores, main_metrics, number
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS
 
-# The scatter: how much each model gains over bicubic on every image, as places in an SVG.
+# The scatter plot: each model's gain over bicubic on every image, in SVG coordinates.
 
 WIDTH, HEIGHT = 800, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 40, 64
 NUM_MARKS = 6
-"""Colours and shapes that the page's style has; further models repeat them."""
+"""Marks (colour and shape) in the page's style; further models reuse them."""
 
 
 def scatter(measured: SetScores) -> dict[str, Any]:
-    """PSNR-Y of bicubic to the right, the model's less that upwards; images with an infinite PSNR
-    are left out."""
+    """Plot the gain in PSNR-Y over bicubic (y) against bicubic's PSNR-Y (x), for every image.
+
+    Images with an infinite PSNR are omitted and counted.
+    """
     models = [method for method in measured.methods if method not in BASELINES]
     points = []
     for image in measured.images:
@@ -87,7 +87,7 @@ def scatter(measured: SetScores) -> dict[str, Any]:
 
 
 class _Axis:
-    """An axis over all of some values, with round ticks."""
+    """An axis with round ticks that covers all values."""
 
     def __init__(self, values: list[float]) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
@@ -101,11 +101,11 @@ class _Axis:
         self.ticks = [index * self.step for index in range(first, last + 1)]
 
     def share(self, value: float) -> float:
-        """How far along the axis a value is, 0 to 1."""
+        """Return a value's position along the axis, 0 to 1."""
         return (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
 
     def text(self, tick: float, sign: str = "") -> str:
-        """The tick with as many digits as the step has."""
+        """Format a tick with as many decimals as the step has."""
         digits = max(0, -math.floor(math.log10(self.step) + 1e-9))
         return f"{0.0 if abs(tick) < 1e-9 else tick:{sign if abs(tick) > 1e-9 else ''}.{digits}f}"
 
@@ -118,48 +118,48 @@ def _up(share: float) -> float:
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-# The gallery: which images the page shows, cut out while they are in memory.
+# The gallery: the images that the page shows, cropped while they are in memory.
 
 STAGE = 384
-"""Pixels a side of what a slider shows, at most."""
+"""Largest side of a slider's image, in pixels."""
 CROP = 64
-"""Pixels a side of a magnified crop."""
+"""Side of a magnified crop, in pixels."""
 KINDS = ("best", "worst")
 ORIGINAL = "HR"
 
 
 class GalleryPlace(NamedTuple):
-    """An image's place among the best or the worst of its set; the smallest comes first."""
+    """An image's rank among the best or the worst of its set, as a sort key."""
 
     name: str
-    """The set's."""
+    """The set's name."""
     kind: str
     """One of `KINDS`."""
     order: float
+    """The smallest comes first."""
     index: int
-    """In the set."""
+    """The image's index in the set."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the page: a large part of it for the slider, and a small one that is
-    magnified."""
+    """An image on the page: a large part of it for the slider, and a small one to magnify."""
 
     scores: ImageScores
     gain: float
-    """PSNR-Y of the first model less bicubic's."""
+    """PSNR-Y of the first model minus that of bicubic, in dB."""
     stage: dict[str, Tensor]
+    """The slider's images by method, HR last: uint8 1 x 3 x H x W."""
     crop: dict[str, Tensor]
-    """By method, HR being the last, uint8 1 x 3 x H x W."""
+    """The crops to magnify, likewise."""
     place: tuple[int, int]
     """Top and left of the crop in the image."""
 
 
 class Gallery:
-    """Keeps of every image set the images in which the first model gains most and least over
-    bicubic.
+    """Keeps the images of every set on which the first model gains most and least over bicubic.
 
-    Of equal gains the earlier image counts, in whatever order they are seen.
+    If gains are equal, the earlier image of the set is kept, whatever the order of the visits.
     """
 
     def __init__(self, num_sets: int) -> None:
@@ -167,8 +167,7 @@ class Gallery:
         self._kept: dict[GalleryPlace, Shown] = {}
 
     def visit(self, name: str, index: int, views: Views) -> None:
-        """Look at the image of that index in the set `name`, and keep what the page needs of it, if
-        anything."""
+        """Keep crops of image `index` of the set `name` if it is so far among the best or worst."""
         model = first_model(views.scores)
         gain = _gain(views.scores, model)
         for kind in KINDS:
@@ -178,25 +177,29 @@ class Gallery:
         self.keep(_foremost(self._kept, self._num_shown))
 
     def keep(self, places: Iterable[GalleryPlace]) -> None:
-        """Let go of all others."""
+        """Discard all images except those in `places`."""
         self._kept = {place: self._kept[place] for place in places if place in self._kept}
 
     def best(self, name: str) -> list[Shown]:
-        """Those with the largest gain, falling; the crop is where bicubic's error is most above the
-        model's."""
+        """Return the images with the largest gain, in descending order.
+
+        Their crop is where bicubic's error exceeds the model's most.
+        """
         return [self._kept[place] for place in self._of(name, "best")]
 
     def worst(self, name: str) -> list[Shown]:
-        """Those with the smallest gain, rising, not in `best`; the crop is where the model's error
-        is largest."""
+        """Return the images with the smallest gain, in ascending order, without those in `best`.
+
+        Their crop is where the model's error is largest.
+        """
         best = {place.index for place in self._of(name, "best")}
         return [self._kept[place] for place in self._of(name, "worst") if place.index not in best]
 
-    def unite(self, ranks: Ranks) -> None:
-        """Have on the first rank what all ranks together would have kept; on the others, nothing of
-        use."""
+    def merge(self, ranks: Ranks) -> None:
+        """Collect on the first rank what a single process would have kept."""
         everywhere = [place for places in ranks.gather(list(self._kept)) for place in places]
-        self.keep(_foremost(everywhere, self._num_shown))  # few: they hold the pictures
+        # Discard before the pictures travel: only a few of them are still needed.
+        self.keep(_foremost(everywhere, self._num_shown))
         self._kept = {
             place: shown for kept in ranks.gather(self._kept) for place, shown in kept.items()
         }
@@ -206,7 +209,7 @@ class Gallery:
 
 
 def _foremost(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
-    """The first `count` of every set and kind."""
+    """Return the first `count` places of every set and kind."""
     ordered = sorted(places)
     return [
         place
@@ -216,8 +219,10 @@ def _foremost(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
 
 
 def _errors(views: Views, model: str, kind: str) -> Tensor:
-    """Where to look for a crop: 1 x 1 x H x W, large where bicubic errs more than the model, or
-    where the model errs."""
+    """Return a 1 x 1 x H x W map whose maximum is the place to crop.
+
+    For "best" it is bicubic's squared error minus the model's, for "worst" the model's.
+    """
     errors = {
         method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
         for method in (model, "bicubic")
@@ -226,12 +231,12 @@ def _errors(views: Views, model: str, kind: str) -> Tensor:
 
 
 def first_model(scores: ImageScores) -> str:
-    """The title of the first method that is a model."""
+    """Return the title of the first model among the methods."""
     return next(method for method in scores.methods if method not in BASELINES)
 
 
 def data_uri(pixels: Tensor) -> str:
-    """uint8 1 x 3 x H x W as a lossless WebP in a data URI."""
+    """Encode uint8 1 x 3 x H x W as a lossless WebP in a data URI."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())).save(
         file, "webp", lossless=True
@@ -240,7 +245,7 @@ def data_uri(pixels: Tensor) -> str:
 
 
 def layers(pixels: dict[str, Tensor], methods: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """The methods' pictures for the template."""
+    """Encode the pictures of the methods (all by default) for the template."""
     chosen: Iterable[str] = pixels if methods is None else methods
     return [{"method": method, "uri": data_uri(pixels[method])} for method in chosen]
 
@@ -251,8 +256,7 @@ def _gain(scores: ImageScores, model: str) -> float:
 
 
 def _cut(views: Views, gain: float, where: Tensor) -> Shown:
-    """The square of `CROP` where a map is largest, and about it the part of the image for the
-    slider."""
+    """Cut out the `CROP` square where the map is largest, and the slider's part around it."""
     height, width = views.hr.shape[-2:]
     side = min(CROP, height, width)
     top, left = largest_square(where, side)
@@ -278,18 +282,18 @@ def _cut(views: Views, gain: float, where: Tensor) -> Shown:
 
 _HERE = Path(__file__).parent
 SHOWN = ("recipe", "step", "weights", "dtype", "license")
-"""Of what a model file says of itself; the JSON file has it all."""
+"""Metadata of a model file that the page shows; the JSON file has all of it."""
 
 
 def write_page(
     path: Path, sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]
 ) -> None:
-    """Write the page of what was measured; `report` is what goes into evaluation.json."""
+    """Write the page; `report` is the content of evaluation.json."""
     write_atomically(path, render(sets, gallery, report))
 
 
 def render(sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) -> bytes:
-    """The page, in UTF-8."""
+    """Return the page in UTF-8."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -319,7 +323,7 @@ def render(sets: Sequence[SetScores], gallery: Gallery, report: dict[str, Any]) 
 
 
 def _printable(value: object) -> object:
-    """What others named, made printable; it is then escaped."""
+    """Replace unprintable characters in names from outside; jinja2 escapes the result."""
     if (
         not isinstance(value, str)
         or isinstance(value, Markup)
@@ -366,18 +370,19 @@ def _head(sets: Sequence[SetScores], report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
-    """Everything of one image set."""
+    """Return the template's values for one image set."""
     best, worst = gallery.best(measured.name), gallery.worst(measured.name)
     data = measured.data
     crops = [
         {
             "title": "Best",
-            "what": "largest gain over bicubic; where bicubic errs more than the model",
+            "what": "largest gain over bicubic, cropped where bicubic's error exceeds the model's "
+            "most",
             "shown": [_crop(shown) for shown in best],
         },
         {
             "title": "Worst",
-            "what": "smallest gain over bicubic; where the model errs most",
+            "what": "smallest gain over bicubic, cropped where the model's error is largest",
             "shown": [_crop(shown) for shown in worst],
         },
     ]
@@ -414,8 +419,7 @@ def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
 
 
 def _rows(measured: SetScores) -> list[dict[str, Any]]:
-    """The table of means: a row for every method, with the intervals, and which model is best in
-    what."""
+    """Return the table of means, one row per method, with intervals and the best value marked."""
     best = {metric: _best(measured.intervals, metric) for metric in measured.metrics}
     return [
         {
@@ -435,7 +439,7 @@ def _rows(measured: SetScores) -> list[dict[str, Any]]:
 
 
 def _differences(measured: SetScores) -> list[dict[str, Any]]:
-    """A row for every two methods, with a cell for every metric."""
+    """Return one row per compared pair of methods, with one cell per metric."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in measured.differences:
         rows.setdefault(f"{entry.method} over {entry.against}", []).append(
@@ -474,8 +478,7 @@ def _crop(shown: Shown) -> dict[str, Any]:
 
 
 def _slider(shown: Shown) -> dict[str, Any]:
-    """The layers of a slider; it starts with bicubic to the left and the first model to the
-    right."""
+    """Return a slider's layers; at first bicubic is on the left, the first model on the right."""
     height, width = shown.stage[ORIGINAL].shape[-2:]
     captions, model = _captions(shown), first_model(shown.scores)
     methods = list(shown.stage)

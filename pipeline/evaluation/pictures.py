@@ -1,5 +1,7 @@
-"""Side-by-side pictures: bicubic, the network and the original, whole and magnified where they
-differ most."""
+"""Side-by-side pictures: bicubic, the models and the original, whole and magnified.
+
+The magnified part is where bicubic differs most from the original.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,14 @@ from pipeline.evaluation.scoring import Views
 PANEL = 448
 """Width of a column, in pixels."""
 ZOOM = 4
-"""A pixel of the image is a block of this side in the magnified part, wherever the image is large
-enough."""
+"""Magnification of the lower part, if the image is large enough."""
 GAP = 16
 BACKGROUND, TEXT, FAINT, FRAME = (250, 250, 250), (24, 24, 24), (110, 110, 110), (230, 60, 40)
 
 
 @dataclass(frozen=True)
 class Column:
-    """An image of the sheet, and what stands below it."""
+    """An image of the sheet, with its title and caption."""
 
     pixels: Tensor
     title: str
@@ -32,11 +33,11 @@ class Column:
 
 
 def write_views(views: Views, folder: str | Path) -> Path:
-    """Write `<folder>/<image name>.png` with columns bicubic, every model and HR; return where it
-    is.
+    """Write `<folder>/<image name>.png` with a column each for bicubic, every model and HR.
 
-    Top: the whole images. Below: the square where bicubic is furthest from HR, framed red above,
-    magnified without smoothing. Under each its PSNR-Y and SSIM-Y.
+    The top row shows the whole images. Below is the square where bicubic differs most from HR,
+    framed in red above and magnified without smoothing, then PSNR-Y and SSIM-Y of the image.
+    Returns the file's path.
     """
     scores = views.scores
     columns = [
@@ -80,12 +81,16 @@ def write_views(views: Views, folder: str | Path) -> Path:
 
 
 def most_different(first: Tensor, second: Tensor, side: int) -> tuple[int, int]:
-    """Top and left of the square of `side` in which |first - second| is largest on average."""
+    """Return top and left of the `side` x `side` square with the largest mean |first - second|."""
     return largest_square((first.float() - second.float()).abs().mean(dim=1, keepdim=True), side)
 
 
 def largest_square(values: Tensor, side: int) -> tuple[int, int]:
-    """Top and left of the square of `side` in which a 1 x 1 x H x W map is largest on average."""
+    """Return top and left of the `side` x `side` square with the largest mean of a 1 x 1 x H x W
+    map.
+
+    It is searched for in steps of an eighth of its side.
+    """
     stride = max(1, side // 8)
     means = F.avg_pool2d(values, side, stride)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
@@ -100,9 +105,7 @@ def _write_centred(
     draw: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int, colour: tuple[int, int, int]
 ) -> None:
     font = ImageFont.load_default(size)
-    while (
-        draw.textlength(text, font=font) > PANEL and len(text) > 4
-    ):  # long file names lose their middle
+    while draw.textlength(text, font=font) > PANEL and len(text) > 4:  # shorten in the middle
         middle = len(text) // 2
         text = text[: middle - 2] + "…" + text[middle + 1 :]
     draw.text((x + PANEL / 2, y), text, fill=colour, font=font, anchor="ma")

@@ -1,9 +1,8 @@
-"""The processes that evaluate together: started and watched by `evaluate.py --procs N`, or by a
-launcher.
+"""The processes of one evaluation, started by `evaluate.py --procs N` or by a launcher.
 
-`run_processes` starts them for GPUs, `fork_processes` for CPUs, and both say why one has ended.
-`joined` makes one of them a rank among the others. They take images from one `TaskQueue`, and the
-first one has everything in the end.
+`run_processes` starts and watches them for GPUs, `fork_processes` for CPUs; both report why a
+process ended early. `joined` makes a process one of the ranks. The ranks take images from one
+`TaskQueue`, and the first rank collects the results.
 """
 
 from __future__ import annotations
@@ -35,27 +34,25 @@ from pipeline.distributed.launcher import (
 from pipeline.distributed.ranks import RankLostError, Ranks, reach_ranks
 
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
-"""Environment variable of a process that `run_processes` started and watches: the id of the one
-that did."""
+"""Environment variable of a process that `run_processes` started: the parent's process id."""
 LOST = 70
-"""Exit status of a watched process that lost another one: whoever watches knows the cause."""
+"""Exit status of a watched process that lost another one; the parent finds the cause."""
 MINUTES_TO_MEET = 10
-LONGEST_WAIT = timedelta(
-    days=7
-)  # for the last image of another process; one that is gone is noticed at once
+# The longest wait for another process's last image; a process that has died is noticed at once.
+LONGEST_WAIT = timedelta(days=7)
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_FOR_THE_CAUSE = (
-    3.0  # how much later than its effect on others the end of a process may be seen
-)
+# A process may be seen to have ended this much later than its effect on the others.
+SECONDS_FOR_THE_CAUSE = 3.0
 
 
 class TaskQueue:
-    """Tasks shared out among ranks: whoever is ready takes the next one. All ranks call it
-    together.
+    """Distribute tasks over ranks: a rank that is ready takes the next one.
+
+    All ranks call its methods together.
 
     Args:
-        ranks: this process among the others.
-        store: numbers that all ranks share; `None` where there is one rank.
+        ranks: this process and the others.
+        store: counters that all ranks share; `None` for a single rank.
     """
 
     def __init__(self, ranks: Ranks, store: dist.Store | None = None) -> None:
@@ -63,10 +60,9 @@ class TaskQueue:
         self._store = store
 
     def run(self, action: Callable[[int], None], tasks: Sequence[int], title: str) -> None:
-        """Do `action` for every task, each in one process, until all are done or a process has
-        failed.
+        """Call `action` for every task, each in one process, until all are done or one has failed.
 
-        The first process shows under a progress bar how many all have done.
+        The first process shows a progress bar that counts the tasks of all processes.
         """
         if self._store is None:
 
@@ -98,7 +94,7 @@ class TaskQueue:
         with tqdm(total=total, desc=title, unit="image", **bar_options()) as bar:
 
             def follow() -> None:
-                with suppress(RankLostError):  # the other thread will run into it, too
+                with suppress(RankLostError):  # the main thread raises it as well
                     while not over.wait(SECONDS_BETWEEN_LOOKS):
                         bar.update(self._add("done", 0) - bar.n)
 
@@ -112,20 +108,23 @@ class TaskQueue:
             bar.update(total - bar.n)
 
     def _add(self, name: str, amount: int) -> int:
-        """Add to a number that all share; what it is then."""
+        """Add to a counter that all ranks share; return its new value."""
         return reach_ranks(lambda: self._store.add(name, amount))
 
 
 @contextmanager
 def joined(place: RankInfo) -> Iterator[TaskQueue]:
-    """Meet the other processes that the launcher's environment describes, over Gloo; end with who
-    started this one.
+    """Join the other processes that the launcher's environment describes, over Gloo.
 
-    Where another process is lost, a watched one exits with `LOST`.
+    From then on this process ends when the process that started it ends. If another process is
+    lost, a watched process exits with status `LOST`.
+
+    Raises:
+        RunError: the others could not be reached in `MINUTES_TO_MEET`.
     """
     if WATCHED in os.environ:
         end_with_parent(signal.SIGKILL)
-        if os.getppid() != int(os.environ[WATCHED]):  # gone meanwhile
+        if os.getppid() != int(os.environ[WATCHED]):  # the parent has already ended
             sys.exit(LOST)
     elif place.launcher not in ("", BY_HAND):
         end_with_parent(signal.SIGTERM)
@@ -140,10 +139,9 @@ def joined(place: RankInfo) -> Iterator[TaskQueue]:
     except RuntimeError as error:
         raise RunError(
             f"process {place.rank} of {place.world_size} could not join the others at "
-            f"{place.master_addr} "
-            f"port {place.master_port}: {str(error).splitlines()[0]}; see that the first one runs "
-            "there, "
-            "that no other program has the port, and that no firewall is between"
+            f"{place.master_addr} port {place.master_port}: {str(error).splitlines()[0]}; check "
+            "that process 0 runs there, that no other program uses the port, and that no firewall "
+            "blocks it"
         ) from error
     ranks = Ranks(
         place.rank,
@@ -154,7 +152,7 @@ def joined(place: RankInfo) -> Iterator[TaskQueue]:
     )
     try:
         yield TaskQueue(ranks, dist.PrefixStore("evaluation", store))
-        ranks.gather(None)  # none leaves while another still asks
+        ranks.gather(None)  # the store lives in rank 0: nobody leaves while others still use it
     except RankLostError:
         if WATCHED in os.environ:
             sys.exit(LOST)
@@ -164,72 +162,71 @@ def joined(place: RankInfo) -> Iterator[TaskQueue]:
 
 
 def _divide_threads(place: RankInfo) -> None:
-    """The processes of a host share its cores, unless it is said how many threads each has."""
+    """Divide the host's cores among its processes, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ and place.local_size:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
 
 
 def num_processes(wanted: int, device: str) -> int:
-    """How many processes evaluate: `wanted`, 0 being one for every GPU that `device` may mean, and
-    else one.
+    """Return the number of processes to start: `wanted`, or by default one per GPU (CPU: one).
 
-    `UserError` where there are fewer GPUs, or where `device` is one GPU.
+    Raises:
+        UserError: there are fewer GPUs, or `device` names a single GPU.
     """
     if wanted < 0:
-        raise UserError(f"--procs {wanted} must be 1 or more; leave it out for one per GPU")
+        raise UserError(f"--procs {wanted} must be 1 or more; omit it for one per GPU")
     if device not in ("auto", "cuda"):
         if wanted > 1 and device != "cpu":
             raise UserError(
-                f"--procs {wanted} on --device {device}, which is one device; leave --device out "
-                "for a GPU "
-                "each"
+                f"--procs {wanted} on --device {device}, which is a single device; omit --device "
+                "to give each process a GPU"
             )
         return wanted or 1
     num_gpus = count_gpus()
     if num_gpus and wanted > num_gpus:
         raise UserError(
-            f"--procs {wanted}: this machine has {num_gpus} GPU{'s' if num_gpus > 1 else ''}; one "
-            "process "
-            "per GPU is the most"
+            f"--procs {wanted} is more than this machine's {num_gpus} "
+            f"GPU{'s' if num_gpus > 1 else ''}; use at most one process per GPU"
         )
     return wanted or num_gpus or 1
 
 
 IMAGES_PER_PROCESS = 2
-"""At least, or one process more takes longer to start than it saves."""
+"""Minimum: with fewer, starting another process takes longer than it saves."""
 
 
 def worth_starting(wanted: int, num_images: int) -> int:
-    """How many of `wanted` processes are worth their start on a CPU."""
+    """Return how many of the `wanted` processes are worth starting on a CPU."""
     return max(1, min(wanted, num_images // IMAGES_PER_PROCESS))
 
 
 def run_processes(count: int, command: Sequence[str]) -> int:
-    """Run `command` in `count` processes that find each other, to the end. Returns the exit status.
+    """Run `command` in `count` processes that find each other; return the exit status.
 
-    `RunError` where one of them was killed. All are ended before this returns or raises.
+    All of them have ended when this returns or raises.
+
+    Raises:
+        RunError: one of them was killed, or they lost each other.
     """
-    # In sessions of their own, so that CTRL+C reaches this process alone.
-    return _watched(
+    # In sessions of their own, so that CTRL+C reaches only this process.
+    return _run_watched(
         count, lambda variables: subprocess.Popen(command, env=variables, start_new_session=True)
     )
 
 
 def fork_processes(count: int, work: Callable[[], int]) -> int:
-    """As `run_processes`, with `work` in forks of this process, which have imported and read what
-    it has.
+    """Like `run_processes`, but call `work` in forks, which share what this process has loaded.
 
-    For CPUs: CUDA does not live through a fork, and neither do torch's threads, of which this
-    process must not have started any.
+    For CPUs only: CUDA does not survive a fork. Neither do torch's threads, so this process must
+    not have started any.
     """
-    sys.stdout.flush()  # or every fork would print what waits there
+    sys.stdout.flush()  # otherwise every fork would print the buffered output again
     sys.stderr.flush()
-    return _watched(count, lambda variables: _Fork(work, variables))
+    return _run_watched(count, lambda variables: _Fork(work, variables))
 
 
 class _Fork:
-    """A fork of this process that does `work`, with what `_watched` asks of a
-    `subprocess.Popen`."""
+    """A fork of this process that calls `work`, with the `subprocess.Popen` methods used here."""
 
     def __init__(self, work: Callable[[], int], variables: dict[str, str]) -> None:
         self._pid = os.fork()
@@ -238,26 +235,25 @@ class _Fork:
             os._exit(_work_in_fork(work, variables))
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; `None` while it runs."""
+        """Return the exit status, negative for a signal; `None` while it runs."""
         if self._status is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
         return self._status
 
     def kill(self) -> None:
-        """End it, unless it has ended."""
+        """Kill it, unless it has already ended."""
         if self.poll() is None:
             os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until it has ended."""
         if self._status is None:
             self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
 def _work_in_fork(work: Callable[[], int], variables: dict[str, str]) -> int:
-    """Be what a process started with `variables` would be; the exit status, all output being
-    flushed."""
+    """Call `work` as in a process started with `variables`; flush and return the exit status."""
     status = 1
     try:
         os.setsid()
@@ -267,17 +263,17 @@ def _work_in_fork(work: Callable[[], int], variables: dict[str, str]) -> int:
         status = exit_status(work)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
-    except (
-        BaseException
-    ):  # our own mistake: nothing above this frame may go on with the parent's work
+    except BaseException:  # a bug: no frame above may go on with the parent's work
         traceback.print_exc()
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     return status
 
 
-def _watched(count: int, start: Callable[[dict[str, str]], subprocess.Popen[bytes] | _Fork]) -> int:
-    """Start `count` processes, by their environments, and watch them to the end."""
+def _run_watched(
+    count: int, start: Callable[[dict[str, str]], subprocess.Popen[bytes] | _Fork]
+) -> int:
+    """Start `count` processes, given their environments, and watch them until they end."""
     port = free_port()
     processes: list[subprocess.Popen[bytes] | _Fork] = []
     try:
@@ -300,7 +296,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own notes to its developers
+    variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no notes for torch's developers
     take_slice(rank, variables)
     place = RankInfo(rank, count, rank, "", "127.0.0.1", port)
     return {
@@ -312,7 +308,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _outcome(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
-    """Wait until all have ended well, or one has not; what it said is on the screen already."""
+    """Wait until all have succeeded or one has failed; the latter has printed its message."""
     while True:
         statuses = [process.poll() for process in processes]
         if all(status == 0 for status in statuses):
@@ -323,20 +319,23 @@ def _outcome(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
 
 
 def _cause(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
+    """Return the status of the process that failed first.
+
+    The others fail with `LOST` as a consequence, and may be seen to end before it.
+    """
     deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
     while time.monotonic() < deadline:
         for rank, process in enumerate(processes):
             status = process.poll()
             if status is not None and status < 0:
                 raise RunError(
-                    f"process {rank + 1} of {len(processes)} was ended by {_signal_name(-status)}; "
-                    "if "
-                    "memory ran out, start fewer with --procs"
+                    f"process {rank + 1} of {len(processes)} was killed by "
+                    f"{_signal_name(-status)}; if memory ran out, start fewer with --procs"
                 )
             if status not in (None, 0, LOST):
                 return status
         time.sleep(0.05)
-    raise RunError("the processes lost each other; start again, or use --procs 1")
+    raise RunError("the processes lost contact with each other; try again, or use --procs 1")
 
 
 def _signal_name(number: int) -> str:

@@ -1,8 +1,7 @@
-"""Run networks over a pair of images and measure them against bicubic and nearest.
+"""Run networks on a pair of images and measure them against bicubic and nearest upscaling.
 
-Networks run by the tiler of `pipeline.inference`, in FP32, and shown no more than
-`WHOLE_IMAGE_PIXELS` at once: tiles depend on the image alone, so the numbers do not change with the
-memory that happens to be free.
+Networks run in the tiler of `pipeline.inference`, in FP32, on at most `WHOLE_IMAGE_PIXELS` at
+once. The tiles depend only on the image, so the numbers do not depend on the free memory.
 """
 
 from __future__ import annotations
@@ -24,37 +23,37 @@ from pipeline.metrics import Measure, measure
 from pipeline.metrics.psnr_ssim import mean_of
 
 WHOLE_IMAGE_PIXELS = 1024 * 1024
-"""LR pixels that are upscaled in one piece; larger images go in tiles. VapSR then peaks at about
-1.5 GB."""
+"""LR pixels upscaled in one piece; larger images are tiled. VapSR then peaks at about 1.5 GB."""
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
 BASELINES = ("nearest", "bicubic")
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """What was measured on one image, by method: `BASELINES`, then the networks by their titles."""
+    """The scores of one image by method: `BASELINES`, then the networks by their titles."""
 
     name: str
     methods: dict[str, dict[str, float]]
-    """Each with the metrics, by name, and the drift of each colour (`DRIFTS`)."""
+    """For each method the metrics by name, and the drift of each colour (`DRIFTS`)."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """One image as measured: uint8 RGB 1 x 3 x H x W on the CPU, all of one size, by method."""
+    """One image as measured: uint8 RGB 1 x 3 x H x W on the CPU, all of the same size."""
 
     scores: ImageScores
     hr: Tensor
     pixels: dict[str, Tensor]
+    """The upscaled image of each method."""
 
 
 def upscaler_of(
     network: nn.Module, device: Device = CPU, *, self_ensemble: bool = False
 ) -> Upscaler:
-    """A copy of the network on `device`, ready to be measured in FP32.
+    """Copy the network to `device`, ready to be measured in FP32.
 
-    With `self_ensemble` its output is the mean over the image turned and mirrored in all eight
-    ways, rounded once.
+    With `self_ensemble` its output is the mean over all eight rotations and reflections of the
+    image, rounded once.
     """
     backend = TorchBackend(network, device, "fp32")
     return Upscaler(
@@ -63,20 +62,21 @@ def upscaler_of(
 
 
 def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
-    """uint8 RGB 1 x 3 x H x W -> uint8 RGB 1 x 3 x scale*H x scale*W on the CPU, whatever the
-    size."""
+    """Upscale uint8 RGB 1 x 3 x H x W of any size to 1 x 3 x scale*H x scale*W on the CPU."""
     images = np.ascontiguousarray(lr.permute(0, 2, 3, 1).numpy())
     large = upscaler(images, np.dtype(np.uint8), is_deep=False, advance=lambda _: None)
-    return torch.from_numpy(large).permute(
-        0, 3, 1, 2
-    )  # channels last: LPIPS's last digits depend on the layout
+    # Stay channels last: LPIPS's last digits depend on the memory layout.
+    return torch.from_numpy(large).permute(0, 3, 1, 2)
 
 
 def measure_image(
     upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]
 ) -> Views:
-    """Measure networks, by their titles, and `BASELINES` on one pair. `UserError` for images that
-    do not fit."""
+    """Measure the networks, given by title, and `BASELINES` on one pair of images.
+
+    Raises:
+        UserError: an image cannot be read, the two do not fit, or they are too small for a metric.
+    """
     hr, lr = pair.load(scale)
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)
     pixels = {
@@ -84,7 +84,8 @@ def measure_image(
         "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size)),
     }
     pixels |= {title: upscale(upscaler, lr) for title, upscaler in upscalers.items()}
-    height, width = hr.shape[-2:]  # an LR image of a whole HR one may give some pixels more
+    # An LR image made from an uncropped HR image is upscaled to a few pixels more than HR has.
+    height, width = hr.shape[-2:]
     pixels = {title: image[..., :height, :width] for title, image in pixels.items()}
     try:
         scores = {
@@ -97,7 +98,7 @@ def measure_image(
 
 
 def _drift(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
-    """How much lighter SR is than HR in each colour, in levels, within the borders."""
+    """Mean of SR - HR inside the borders for each colour, in levels of 0 to 255."""
     inner = (..., slice(border, -border), slice(border, -border))
     drift = [
         mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)

@@ -1,5 +1,7 @@
-"""Measure sets of images, spread over ranks by image, and check first that all of them see the same
-files."""
+"""Measure image sets with the images distributed over ranks.
+
+`check_same_files` makes sure beforehand that all ranks see the same files.
+"""
 
 from __future__ import annotations
 
@@ -22,37 +24,36 @@ from pipeline.evaluation.tables import SetScores
 from pipeline.inference.tiles import Upscaler
 from pipeline.metrics import Measure
 
-SECONDS_TO_SEE_A_FILE = 10  # on a network's disk
+SECONDS_TO_SEE_A_FILE = 10  # network file systems show new files late
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured, the same in every process but for the device."""
+    """What to measure: the same in every process, except for the device."""
 
     sets: Sequence[ImageSet]
     upscalers: Mapping[str, Upscaler]
     """The networks by their titles, of one scale."""
     measures: Sequence[Measure]
     pictures: Path | None = None
-    """Folder of the side-by-side pictures, in a folder for each of several sets; `None`: none are
-    written."""
+    """Folder for the side-by-side pictures, with one subfolder per set if there are several sets;
+    `None`: none are written."""
 
     @property
     def scale(self) -> int:
-        """How many times larger the networks' output is."""
+        """The networks' upscaling factor."""
         return next(iter(self.upscalers.values())).scale
 
 
 def measure_sets(
     work: Work, queue: TaskQueue | None = None, gallery: Gallery | None = None
 ) -> list[SetScores]:
-    """Measure every image of every set in one of the processes (this one, without a `queue`), and
-    write its picture.
+    """Measure every image of every set in one of the queue's processes, and write its picture.
 
-    The first process gets all that was measured, in the order of the sets and their images, and the
-    `gallery` of all; the others get an empty list. It is the same to the last bit whatever the
-    number of processes, as long as the networks are: on CPUs some give other last bits with another
-    number of threads.
+    Without a `queue` this process measures everything. The first process returns all scores, in
+    the order of the sets and their images, and its `gallery` holds the images of all processes; the
+    others return an empty list. The result does not depend on the number of processes, except where
+    a network's last bits depend on its number of CPU threads.
     """
     queue = queue or TaskQueue(Ranks())
     tasks = [(data, index) for data in work.sets for index in range(len(data.pairs))]
@@ -69,7 +70,7 @@ def measure_sets(
 
     queue.run(measure, _order(work.sets, queue.ranks), ", ".join(data.name for data in work.sets))
     if gallery is not None:
-        gallery.unite(queue.ranks)
+        gallery.merge(queue.ranks)
     scores = {number: score for part in queue.ranks.gather(found) for number, score in part.items()}
     if not queue.ranks.is_first:
         return []
@@ -78,8 +79,7 @@ def measure_sets(
 
 
 def _order(sets: Sequence[ImageSet], ranks: Ranks) -> list[int]:
-    """The numbers of all images in the order in which they are measured: the largest first where
-    ranks share them."""
+    """Return the image numbers in measuring order; the largest first if ranks share them."""
     files = [pair.hr for data in sets for pair in data.pairs]
     if ranks.world_size == 1:
         return list(range(len(files)))
@@ -90,8 +90,10 @@ def _order(sets: Sequence[ImageSet], ranks: Ranks) -> list[int]:
 
 
 def _num_pixels(file: Path) -> int:
-    """By the file's header; a broken one counts as large, for the process that reads it says what
-    is wrong with it."""
+    """Read the number of pixels from the file's header.
+
+    A broken file counts as huge, so that it comes first; reading it then reports what is wrong.
+    """
     try:
         return math.prod(read_size(file))
     except UserError:
@@ -101,8 +103,7 @@ def _num_pixels(file: Path) -> int:
 def check_same_files(
     models: Sequence[Model], sets: Sequence[ImageSet], folder: Path, ranks: Ranks
 ) -> None:
-    """`UserError` unless all ranks see the same weights and images, and the same `folder` to write
-    to."""
+    """Raise `UserError` unless all ranks see the same weights, images and output `folder`."""
     if ranks.world_size == 1:
         return
     names = [(data.name, data.lr_made_by, [pair.name for pair in data.pairs]) for data in sets]
@@ -116,13 +117,12 @@ def check_same_files(
         if seen != expected:
             raise UserError(
                 "the hosts do not see the same weights and images; give --model, --hr and "
-                "--benchmarks "
-                "that are the same on all of them"
+                "--benchmarks that are the same on all of them"
             )
         if not sees_folder:
             raise UserError(
                 f"the hosts do not share the folder {str(folder)!r}; give an --out that all of "
-                "them see"
+                "them share"
             )
 
     ranks.on_all_ranks(compare)

@@ -1,7 +1,6 @@
-"""What was measured on several image sets with several methods: how sure it is, and as CSV,
-Markdown and JSON.
+"""The scores of several methods on several image sets: intervals, tables, CSV, Markdown and JSON.
 
-A mean over few images says little by itself, so each comes with its bootstrap interval. The draws
+A mean over few images says little by itself, so each comes with a bootstrap interval. The draws
 are seeded and the same for all methods, so that the difference between two methods is paired by
 image.
 """
@@ -32,8 +31,10 @@ FEW_IMAGES = 10
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval; the ends are NaN for a single image and where a PSNR is
-    infinite."""
+    """A mean and its bootstrap interval.
+
+    `low` and `high` are NaN if there is one image or a PSNR is infinite.
+    """
 
     mean: float
     low: float
@@ -42,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much `method` is above `against` in a metric, paired by image."""
+    """The difference `method` - `against` in a metric, paired by image."""
 
     method: str
     against: str
@@ -52,17 +53,17 @@ class Difference:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is an interval at all."""
+        """Whether there is an interval."""
         return math.isfinite(self.interval.low)
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.is_known and not self.interval.low <= 0 <= self.interval.high
 
     @property
     def verdict(self) -> str:
-        """What may be said of it."""
+        """The conclusion in words: better, worse, not significant, or no interval."""
         if not self.is_known:
             return "no interval: one image" if self.num_images < 2 else "no interval: infinite PSNR"
         if not self.is_significant:
@@ -73,39 +74,37 @@ class Difference:
 
 
 def interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """The mean of `values` and its percentile bootstrap interval of `LEVEL`.
+    """Return the mean of `values` and its percentile bootstrap interval at confidence `LEVEL`.
 
-    The images that are drawn depend on their number and the seed alone, so that intervals of
-    several methods or metrics on one benchmark are paired.
+    The draws depend only on the number of images and the seed, so that the intervals of several
+    methods or metrics on one benchmark are paired.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = sum(values) / len(values)
     if len(array) < 2 or not np.isfinite(array).all():
         return Interval(mean, math.nan, math.nan)
-    means = np.einsum(
-        "ij,j->i", _draws(len(array), resamples, seed), array
-    )  # BLAS would round by its threads
+    # Not `@`: BLAS rounds differently with another number of threads.
+    means = np.einsum("ij,j->i", _draws(len(array), resamples, seed), array)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
 
 
 @lru_cache(maxsize=4)
 def _draws(num_images: int, resamples: int, seed: int) -> np.ndarray:
-    """The weight of every image in every draw, as resamples x images; each row sums to 1."""
+    """Return every image's weight in every draw, resamples x images; each row sums to 1."""
     shares = np.full(num_images, 1 / num_images)
     return np.random.default_rng(seed).multinomial(num_images, shares, size=resamples) / num_images
 
 
 def difference(images: Sequence[ImageScores], method: str, against: str, metric: str) -> Difference:
-    """`method` less `against`, image by image; equal values, infinite ones too, differ by 0."""
+    """Compare two methods image by image; equal values, even infinite ones, differ by 0."""
     pairs = [(image.methods[method][metric], image.methods[against][metric]) for image in images]
     values = [0.0 if first == second else first - second for first, second in pairs]
     return Difference(method, against, metric, interval(values), len(images))
 
 
 def differences(images: Sequence[ImageScores]) -> list[Difference]:
-    """Every model against bicubic and against the models after it, in the main metrics that were
-    measured."""
+    """Compare every model with bicubic and the models before it in the measured main metrics."""
     methods = images[0].methods
     models = [name for name in methods if name not in BASELINES]
     metrics = main_metrics(methods[models[0]])
@@ -121,13 +120,13 @@ def differences(images: Sequence[ImageScores]) -> list[Difference]:
 
 
 def main_metrics(measured: Container[str]) -> list[str]:
-    """The metrics of the papers' table and of comparisons, of those that were `measured`."""
+    """Return those `measured` metrics that papers print and that models are compared in."""
     return [name for name, metric in METRICS.items() if metric.is_main and name in measured]
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """An image set and what every method scored on it."""
+    """An image set and the scores of every method on it."""
 
     data: ImageSet
     images: list[ImageScores]
@@ -139,21 +138,21 @@ class SetScores:
 
     @property
     def methods(self) -> list[str]:
-        """Nearest, bicubic, then the models."""
+        """The methods: nearest, bicubic, then the models."""
         return list(self.images[0].methods)
 
     @property
     def metrics(self) -> list[str]:
-        """What was measured, colour drift left out."""
+        """The measured metrics, without the colour drift."""
         return [metric for metric in METRICS if metric in self.images[0].methods["bicubic"]]
 
     def mean(self, method: str) -> dict[str, float]:
-        """A method's mean of every metric."""
+        """Return the mean of every metric for a method."""
         return means([image.methods[method] for image in self.images])
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, Interval]]:
-        """Method -> metric -> its mean with the bootstrap interval."""
+        """For each method, each metric's mean with its bootstrap interval."""
         return {
             method: {
                 metric: interval([image.methods[method][metric] for image in self.images])
@@ -164,23 +163,23 @@ class SetScores:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Every model against bicubic and the other models."""
+        """The comparisons of every model with bicubic and the other models."""
         return differences(self.images)
 
 
 def number(value: float, metric: str, sign: str = "") -> str:
-    """A value of `metric` with its digits; with the sign "+", positive ones have it, too."""
+    """Format a value with its metric's decimals; `sign` "+" also marks positive values."""
     return METRICS[metric].text(value, sign)
 
 
 def interval_text(found: Interval, metric: str, sign: str = "") -> str:
-    """An interval in words: "28.419 (26.1 to 30.9)", each number as `number` writes it."""
+    """Format an interval as "28.419 (26.100 to 30.900)", with the decimals of `number`."""
     mean, low, high = (number(value, metric, sign) for value in (found.mean, found.low, found.high))
     return mean if math.isnan(found.low) else f"{mean} ({low} to {high})"
 
 
 def csv_text(sets: Sequence[SetScores]) -> str:
-    """A line for every image and method, unrounded; an infinite PSNR is "inf"."""
+    """Return CSV with one line per image and method, unrounded; an infinite PSNR is "inf"."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [*sets[0].metrics, *DRIFTS]
@@ -200,8 +199,7 @@ def csv_text(sets: Sequence[SetScores]) -> str:
 
 
 def markdown(sets: Sequence[SetScores], scale: int) -> str:
-    """The table of means that papers print, the other conventions, the intervals, and what
-    differs."""
+    """Return Markdown: the table as in papers, all metrics with intervals, and the differences."""
     return "\n".join(
         [
             *headline(sets),
@@ -217,7 +215,7 @@ def markdown(sets: Sequence[SetScores], scale: int) -> str:
 
 
 def headline(sets: Sequence[SetScores]) -> list[str]:
-    """A row for every method, PSNR-Y / SSIM-Y of every set in a column, as papers print it."""
+    """Return the table as in papers: one row per method, one PSNR-Y / SSIM-Y column per set."""
     metrics = main_metrics(sets[0].metrics)
     what = " / ".join(METRICS[metric].title for metric in metrics)
     rows = [[f"{what}", *(f"{measured.name} ({len(measured.images)})" for measured in sets)]]
@@ -235,8 +233,7 @@ def headline(sets: Sequence[SetScores]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells, the first being the head, as a Markdown table that is aligned in plain text,
-    too."""
+    """Return a Markdown table whose source is aligned as well; the first row is the header."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
@@ -248,15 +245,15 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _convention(scale: int) -> str:
     return (
-        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every "
-        "border; means over "
-        "the images, whose number is in parentheses. Float: Y not rounded, as in BasicSR."
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels are cropped from "
+        "every border. Means over the images, whose number is in parentheses. Float: Y not "
+        "rounded, as in BasicSR."
     )
 
 
 def _conventions(sets: Sequence[SetScores]) -> list[str]:
     lines = [
-        f"Means with {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} draws of the images, seed "
+        f"Means with {LEVEL:.0%} intervals: bootstrap over images, {RESAMPLES:,} draws, seed "
         f"{SEED}.",
         "",
     ]
@@ -298,15 +295,14 @@ def _differences(sets: Sequence[SetScores]) -> list[str]:
     if few:
         rest = [
             "",
-            f"Fewer than {FEW_IMAGES} images ({', '.join(few)}): such intervals come out too "
-            "narrow.",
+            f"Fewer than {FEW_IMAGES} images ({', '.join(few)}): these intervals are too narrow.",
         ]
         return [*table(rows), *rest]
     return table(rows)
 
 
 def set_values(measured: SetScores) -> dict[str, Any]:
-    """A set as plain JSON values; what is not finite is null."""
+    """Return a set's scores as JSON values; values that are not finite become null."""
     data = measured.data
     return {
         "name": measured.name,
@@ -344,7 +340,7 @@ def set_values(measured: SetScores) -> dict[str, Any]:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity: null stands for it."""
+    """Replace infinite values by `None`, because JSON has no infinity."""
     return {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}
 
 
@@ -352,21 +348,23 @@ def _ends(found: Interval) -> list[float] | None:
     return None if math.isnan(found.low) else [found.low, found.high]
 
 
-# One model on one set as a table to read, and everything as JSON to keep.
+# One model on one set as a table for the terminal, and everything as JSON.
 
 PAPERS = METRICS["psnr_y"].convention
 COLUMNS = (
     "PSNR-Y bicubic",
     "PSNR-Y model",
-    "   gain",
+    "   gain",  # wide enough for "+12.345"
     "SSIM-Y bicubic",
     "SSIM-Y model",
-)  # "+12.345" must fit
+)
 
 
 def format_table(scores: SetScores, title: str, scale: int) -> str:
-    """The model `title` beside bicubic: a row per image and their mean, then the means in the other
-    conventions."""
+    """Return a table of the model `title` beside bicubic, one row per image.
+
+    The means follow, then the means in the other conventions.
+    """
     width = max(len("image"), *(len(image.name) for image in scores.images))
     rule = "-" * (width + sum(len(column) + 2 for column in COLUMNS))
 
@@ -393,7 +391,7 @@ def format_table(scores: SetScores, title: str, scale: int) -> str:
 
 
 def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...]:
-    """What stands under `COLUMNS`."""
+    """Return the cells of `COLUMNS`."""
     gain = model["psnr_y"] - bicubic["psnr_y"]
     return (
         number(bicubic["psnr_y"], "psnr_y"),
@@ -407,8 +405,7 @@ def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...
 def _other_conventions(
     means: dict[str, dict[str, float]], model: dict[str, float], scale: int
 ) -> list[str]:
-    """Lines for the metrics that the table has no columns for: those of one convention on one
-    line."""
+    """Return one line per convention for the metrics that have no column in the table."""
     bicubic = means["bicubic"]
     metrics = [
         metric for name, metric in METRICS.items() if name in model and metric.convention != PAPERS
@@ -421,8 +418,8 @@ def _other_conventions(
     ]
     papers = [METRICS["psnr_y"], METRICS["ssim_y"]]
     return [
-        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels cut from every "
-        "border; PSNR in dB.",
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels are cropped from "
+        "every border; PSNR in dB.",
         "Means in other conventions:",
         *lines,
         f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}",
@@ -455,11 +452,10 @@ def as_json(
     device: str,
     self_ensemble: bool,
 ) -> dict[str, Any]:
-    """Everything as plain JSON values. At the top the first model on the first set, which scripts
-    read; then all.
+    """Return everything as JSON values; an infinite PSNR (equal images) is null.
 
-    `models` describes each model, with its "title". An infinite PSNR (equal images) is null,
-    because JSON has no infinity.
+    The top level has the first model on the first set, which existing scripts read; "benchmarks"
+    has everything. `models` describes each model, including its "title".
     """
     first = sets[0]
     columns = {"model": models[0]["title"], "bicubic": "bicubic", "nearest": "nearest"}

@@ -61,7 +61,7 @@ def test_pairs_side_by_side(tmp_path):
     (tmp_path / "b_LR.png").unlink()
     with pytest.raises(
         UserError,
-        match=r"1 of 2 HR images in .* no LR image beside them, the first being 'b_HR.png'",
+        match=r"1 of 2 HR images in .* no LR image beside them; the first is 'b_HR.png'",
     ):
         find_pairs(tmp_path, None, 2)
     (tmp_path / "a_LR.png").unlink()
@@ -98,25 +98,25 @@ def test_names_with_dots_and_in_any_order_pair(tmp_path):
     ]
 
 
-def test_what_does_not_pair_is_named(tmp_path):
+def test_unpaired_images_are_named(tmp_path):
     hr = write_images(tmp_path / "hr", {"a.png": picture(9, 9)})
     lr = write_images(tmp_path / "lr", {"ax2.png": picture(3, 3)})
     with pytest.raises(
         UserError,
-        match=r"1 of 1 HR images have no LR image in .*, the first being 'a.png' \(looked",
+        match=r"1 of 1 HR images have no LR image in .*; the first is 'a.png' \(looked",
     ):
         find_pairs(hr, lr, 3)
     write_images(hr, {"a.bmp": picture(9, 9)})
-    with pytest.raises(UserError, match=r"holds both 'a.bmp' and 'a.png'"):
+    with pytest.raises(UserError, match=r"contains both 'a.bmp' and 'a.png'"):
         find_pairs(hr, None, 3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no HR images"):
+    with pytest.raises(UserError, match="contains no HR images"):
         find_pairs(tmp_path / "empty", None, 3)
-    with pytest.raises(UserError, match="no folder of LR images"):
+    with pytest.raises(UserError, match=r"the folder of LR images .* does not exist"):
         find_pairs(lr, tmp_path / "nowhere", 3)
 
 
-def test_sizes_must_agree_and_odd_ones_are_cut(tmp_path):
+def test_sizes_must_agree_and_odd_ones_are_cropped(tmp_path):
     folder = write_images(tmp_path, {"a_HR.png": picture(13, 18), "a_LR.png": picture(6, 9)})
     hr, lr = find_pairs(folder, None, 2)[0].load(2)
     assert (tuple(hr.shape), tuple(lr.shape)) == ((1, 3, 12, 18), (1, 3, 6, 9))
@@ -127,7 +127,7 @@ def test_sizes_must_agree_and_odd_ones_are_cut(tmp_path):
         find_pairs(folder, None, 3)[0].load(3)
 
 
-def test_a_missing_lr_image_is_the_bicubic_one_rounded(tmp_path):
+def test_a_missing_lr_image_is_made_by_bicubic_downscaling(tmp_path):
     pixels = picture(25, 31)
     hr, lr = find_pairs(write_images(tmp_path, {"a.png": pixels}), None, 3)[0].load(3)
     cut = torch.from_numpy(pixels[:24, :30].copy()).permute(2, 0, 1)[None]
@@ -138,9 +138,8 @@ def test_a_missing_lr_image_is_the_bicubic_one_rounded(tmp_path):
 def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
     pixels = picture(12, 10)
     gray = pixels[..., 0]
-    gray16 = (gray.astype(int) * 257 + 128 * (gray < 255)).astype(
-        np.uint16
-    )  # just nearer to `gray` than to the next
+    # 16-bit values that are just nearer to `gray` than to the next 8-bit level.
+    gray16 = (gray.astype(int) * 257 + 128 * (gray < 255)).astype(np.uint16)
     expected_gray = np.repeat(gray[..., None], 3, axis=2)
     alpha = np.concatenate([pixels, np.full_like(pixels[..., :1], 7)], axis=2)
     palette = Image.fromarray(pixels).quantize(16)
@@ -165,7 +164,7 @@ def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
 
 
 def scores_of(network, folder, scale=2, trunks=None):
-    """What a network scores on a folder."""
+    """Return a network's scores on a folder."""
     work = Work(
         [find_folder(folder, None, scale)],
         {"net": upscaler_of(network)},
@@ -175,7 +174,7 @@ def scores_of(network, folder, scale=2, trunks=None):
 
 
 def views_of(network, folder, scale=2):
-    """Every image of a folder as measured."""
+    """Return every image of a folder as measured."""
     measures = load_measures(METRICS.values())
     return [
         measure_image({"net": upscaler_of(network)}, pair, scale, measures)
@@ -204,7 +203,7 @@ def test_the_network_and_bicubic_are_measured(tmp_path):
         expected = measure(sr, hr, 2)
         assert {name: image.methods["net"][name] for name in expected} == pytest.approx(
             expected, abs=1e-3
-        )  # layouts round differently
+        )  # other memory layouts round differently
         assert torch.equal(shown.hr, hr)
         assert torch.equal(shown.pixels["bicubic"], bicubic)
         assert (shown.pixels["net"].int() - sr.int()).abs().max() <= 1
@@ -218,9 +217,8 @@ def test_the_network_and_bicubic_are_measured(tmp_path):
 def test_an_untrained_residual_network_gains_nothing(tmp_path):
     folder = write_images(tmp_path, {"a.png": picture(64, 64)})
     result = scores_of(VapSR(scale=2, num_blocks=1, global_residual="bicubic"), folder)
-    assert (
-        abs(result.mean("net")["psnr_y"] - result.mean("bicubic")["psnr_y"]) < 0.02
-    )  # their borders differ a little
+    # Their borders differ a little.
+    assert abs(result.mean("net")["psnr_y"] - result.mean("bicubic")["psnr_y"]) < 0.02
 
 
 def test_too_small_images_are_refused(tmp_path):
@@ -232,7 +230,7 @@ def test_too_small_images_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("residual", ["none", "bicubic"])
-def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
+def test_tiles_give_the_same_as_the_whole_image(monkeypatch, residual):
     network = tiny_network(scale=2, global_residual=residual)
     lr = torch.from_numpy(picture(200, 231)).permute(2, 0, 1)[None]
     whole = upscale(upscaler_of(network), lr)
@@ -250,7 +248,7 @@ def test_tiles_join_to_what_the_whole_image_gives(monkeypatch, residual):
     assert len(pieces) > 3
     assert max(count * height * width for count, height, width, _ in pieces) <= 128 * 128
     differences = (tiled.int() - whole.int()).abs()
-    assert differences.max() <= 1  # rounding of sums in another order
+    assert differences.max() <= 1  # sums in another order round differently
     assert (differences > 0).float().mean() < 1e-3
 
 
@@ -265,7 +263,7 @@ def image_scores(name, model, bicubic):
     )
 
 
-def test_the_table_says_what_was_measured():
+def test_the_table_shows_the_scores():
     result = SetScores(None, [image_scores("a", 32.0, 30.0), image_scores("long_name", 33.0, 32.5)])
     lines = format_table(result, "net", 3).splitlines()
     assert lines[0].split() == [
@@ -284,7 +282,8 @@ def test_the_table_says_what_was_measured():
     assert lines[5].split() == ["mean", "31.250", "32.500", "+1.250", "31.2500", "32.5000"]
     assert len({len(line) for line in lines[:6]}) == 1
     assert (
-        "BT.601 luma rounded to uint8, as in the papers; 3 pixels cut from every border" in lines[7]
+        "BT.601 luma rounded to uint8, as in the papers; 3 pixels are cropped from every border"
+        in lines[7]
     )
     assert lines[9:] == [
         "  Y not rounded, as in BasicSR  bicubic 31.250 dB / 31.2500   model 32.500 dB / 32.5000",
@@ -332,9 +331,8 @@ def test_the_magnified_square_is_where_bicubic_fails(tmp_path):
     sheet = np.asarray(
         Image.open(write_views(views_of(tiny_network(), tmp_path / "hr")[0], tmp_path / "out"))
     )
-    magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][
-        :448, :448
-    ]  # the lower panel of the HR column
+    # The lower panel of the HR column.
+    magnified = sheet[16 + 448 + 16 :, 16 + 2 * 464 :][:448, :448]
     np.testing.assert_array_equal(magnified[::4, ::4], pixels[126:238, 112:224])
 
 
@@ -364,7 +362,7 @@ def test_the_command_on_the_newest_run(tmp_path):
     )
 
 
-def test_the_command_refuses_in_one_line(tmp_path):
+def test_the_command_reports_errors_in_one_line(tmp_path):
     hr = write_images(tmp_path / "hr", {"a.png": picture(40, 48)})
     write_network(tmp_path / "x3.pth", tiny_saved(scale=3))
     (tmp_path / "file").write_text("")
@@ -378,9 +376,14 @@ def test_the_command_refuses_in_one_line(tmp_path):
             "--scale",
             2,
         ),
-        "no folder of HR images 'nowhere'": ("--hr", "nowhere", "--model", "x3.pth"),
+        "the folder of HR images 'nowhere' does not exist": (
+            "--hr",
+            "nowhere",
+            "--model",
+            "x3.pth",
+        ),
         "no device 'abacus' here": ("--hr", hr, "--model", "x3.pth", "--device", "abacus"),
-        "cannot make the folder 'file": ("--hr", hr, "--model", "x3.pth", "--out", "file/deeper"),
+        "cannot create the folder 'file": ("--hr", hr, "--model", "x3.pth", "--out", "file/deeper"),
     }
     for message, arguments in cases.items():
         done = evaluate_py(*arguments, cwd=tmp_path)
@@ -413,11 +416,11 @@ def test_lpips_and_colour_drift_are_measured(tmp_path):
         "--hr", tmp_path / "hr", "--model", "a.pth", "--lpips-weights", trunk, cwd=tmp_path
     )
     assert done.returncode == 2
-    assert "without --lpips; say --lpips alex, squeeze or vgg" in done.stderr
+    assert "without --lpips; add --lpips alex, squeeze or vgg" in done.stderr
 
 
 class ReddishTwin(torch.nn.Module):
-    """The nearest upscale, with ten levels more of red."""
+    """Nearest upscaling with ten levels more red."""
 
     scale, receptive_radius = 2, 1
 

@@ -1,5 +1,4 @@
-"""An evaluation spread over processes: what one process gives, to the last byte, and an end that
-all of them share."""
+"""Evaluation in several processes: the same bytes as in one process, and a common end."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ EVALUATE = str(CHECKOUT / "evaluate.py")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Two models of x2 and two sets of images, of sizes in no order."""
+    """A folder with two x2 models and two sets of images, whose sizes are in no order."""
     folder = tmp_path_factory.mktemp("work")
     for seed in (1, 2):
         write_network(folder / f"net{seed}.pth", tiny_saved(seed, scale=2))
@@ -65,7 +64,7 @@ def arguments(*more: str) -> list[str]:
 
 
 def outputs(folder) -> dict[str, bytes]:
-    """Every file below a folder; of the page, all but the minute it was made in."""
+    """Return the content of every file below a folder, without the time in the page."""
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -91,7 +90,7 @@ def evaluate(command: list[str], cwd, **more):
 
 @pytest.fixture(scope="module")
 def alone(work):
-    """What one process writes and prints."""
+    """The LPIPS options, and what one process writes and prints."""
     lpips = [
         "--lpips",
         "squeeze",
@@ -132,8 +131,8 @@ def launched(count: int, launcher: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("count", "launcher"), [(3, "--procs"), (2, "torchrun"), (2, "deepspeed")])
-def test_processes_write_what_one_writes_to_the_last_byte(work, alone, count, launcher):
-    lpips, expected, told = alone
+def test_several_processes_write_the_same_bytes_as_one(work, alone, count, launcher):
+    lpips, expected, stdout = alone
     out = f"{launcher.strip('-')}{count}"
     done = evaluate(
         [*launched(count, launcher), *arguments("--out", out, *lpips)], work, DS_ACCELERATOR="cpu"
@@ -145,11 +144,11 @@ def test_processes_write_what_one_writes_to_the_last_byte(work, alone, count, la
     assert [name for name in expected if found[name] != expected[name]] == []
     assert len(found) == 11 + 4  # pictures; JSON, CSV, Markdown, page
     assert f"on cpu, self-ensemble of eight, in {count} processes" in done.stdout
-    assert printed(done.stdout) == printed(told)
+    assert printed(done.stdout) == printed(stdout)
 
 
 def printed(text: str) -> str:
-    """What an evaluation prints, from its images to its numbers."""
+    """Return the part of an evaluation's output from its images to its numbers."""
     return re.search(r"^images: .*(?=^numbers: )", text, flags=re.MULTILINE | re.DOTALL)[0]
 
 
@@ -183,21 +182,20 @@ def test_a_broken_image_ends_all_with_one_line(work, tmp_path, launcher):
         assert done.returncode != 0
 
 
-def test_bad_options_are_refused_once(work):
+def test_bad_options_are_reported_once(work):
     done = evaluate([*launched(2, "--procs"), "--hr", "nowhere", "--model", "net1.pth"], work)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: no folder of HR images 'nowhere'\n"
+    assert done.stderr == "error: the folder of HR images 'nowhere' does not exist\n"
     done = evaluate([warm.python(), EVALUATE, *arguments("--procs", "-1")], work)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: --procs -1 must be 1 or more; leave it out for one per GPU\n",
+        "error: --procs -1 must be 1 or more; omit it for one per GPU\n",
     )
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Images whose evaluation takes long enough to be ended in its middle: one, under many
-    names."""
+    """Images whose evaluation takes long enough to be interrupted: one file under many names."""
     hr = write_images(tmp_path_factory.mktemp("large") / "hr", {"0.png": picture(700, 700)})
     for index in range(1, 60):
         (hr / f"{index}.png").hardlink_to(hr / "0.png")
@@ -205,8 +203,10 @@ def large(tmp_path_factory):
 
 
 def start_slow(work, large, tmp_path):
-    """An evaluation of large images in two processes, once both are at work; and the ids of the
-    two."""
+    """Start an evaluation of large images in two processes and wait until both are measuring.
+
+    Returns the running command and the ids of the two processes.
+    """
     command = [
         sys.executable,
         EVALUATE,
@@ -251,8 +251,8 @@ def test_a_killed_process_ends_the_others_and_is_named(work, large, tmp_path, ra
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 1
     assert errors == (
-        f"error: process {rank + 1} of 2 was ended by SIGKILL; if memory ran out, start fewer with "
-        "--procs\n"
+        f"error: process {rank + 1} of 2 was killed by SIGKILL; if memory ran out, start fewer "
+        "with --procs\n"
     )
     assert all(map(is_gone, children))
     assert not (tmp_path / "out" / "evaluation.json").exists()
@@ -262,7 +262,7 @@ def test_a_killed_process_ends_the_others_and_is_named(work, large, tmp_path, ra
     ("number", "status", "line"),
     [(signal.SIGINT, 130, "stopped\n"), (signal.SIGKILL, -signal.SIGKILL, "")],
 )
-def test_all_end_with_the_one_that_was_started(work, large, tmp_path, number, status, line):
+def test_all_processes_end_with_the_command(work, large, tmp_path, number, status, line):
     running, children = start_slow(work, large, tmp_path)
     running.send_signal(number)
     _, errors = running.communicate(timeout=30)
@@ -273,7 +273,7 @@ def test_all_end_with_the_one_that_was_started(work, large, tmp_path, number, st
         time.sleep(0.05)
 
 
-def test_a_gpu_each_and_no_more(monkeypatch):
+def test_at_most_one_process_per_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setattr(gpus, "list_gpus", list)  # whatever this machine has
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -287,10 +287,11 @@ def test_a_gpu_each_and_no_more(monkeypatch):
         num_processes(0, "cuda:1"),
     ] == [4, 2, 1, 3, 1]
     with pytest.raises(
-        UserError, match="--procs 5: this machine has 4 GPUs; one process per GPU is the most"
+        UserError,
+        match="--procs 5 is more than this machine's 4 GPUs; use at most one process per GPU",
     ):
         num_processes(5, "auto")
-    with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is one device"):
+    with pytest.raises(UserError, match="--procs 2 on --device cuda:1, which is a single device"):
         num_processes(2, "cuda:1")
     place = RankInfo(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
     assert device_at(place, "auto") == Device("cuda", 1)
@@ -318,7 +319,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_threads():
     assert found[0] == found[1] == found[2]
 
 
-def test_a_page_shows_the_same_images_as_of_one_process(work, alone):
+def test_the_page_shows_the_same_images_as_one_process(work, alone):
     page = alone[1]["index.html"].decode()
     assert page.count('class="compare"') == 8  # two best and two worst of each set
     with Image.open(work / "alone" / "hr" / '3 é,"x".png') as sheet:
@@ -353,12 +354,12 @@ def test_few_images_are_not_split(work, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     note, model = done.stdout.splitlines()[:2]
-    assert note == "note: 3 images are too few for 2 processes; 1 will do"
+    assert note == "note: 3 images are too few for 2 processes; using 1"
     assert model.endswith("on cpu; 3 images, LR made: bicubic")
 
 
 def test_forks_have_the_imports_and_their_own_environment():
-    """Seen in a process of its own, as this one has started threads."""
+    """Run in a process of its own, because this one has already started threads."""
     code = (
         "import os, sys\nfrom pipeline.cli import UserError\n"
         "from pipeline.evaluation.processes import fork_processes\n"
@@ -373,7 +374,7 @@ def test_forks_have_the_imports_and_their_own_environment():
         "print('status', fork_processes(2, work))\n"
     )
 
-    def told(rank, how):
+    def output(rank, how):
         done = subprocess.run(
             [sys.executable, "-c", code, rank, how],
             cwd=CHECKOUT,
@@ -385,9 +386,10 @@ def test_forks_have_the_imports_and_their_own_environment():
         )
         return sorted(done.stdout.splitlines()), done.stderr
 
-    assert told("2", "bad") == (["before", "rank 0 of 2 on 1", "rank 1 of 2 on 1", "status 0"], "")
-    lines, errors = told("1", "bad")
+    expected = ["before", "rank 0 of 2 on 1", "rank 1 of 2 on 1", "status 0"]
+    assert output("2", "bad") == (expected, "")
+    lines, errors = output("1", "bad")
     assert ("status 2" in lines, errors) == (True, "error: bad\n")
-    lines, errors = told("0", "wrong")
+    lines, errors = output("0", "wrong")
     assert "status 1" in lines
     assert errors.endswith("RuntimeError: wrong\n")

@@ -1,5 +1,4 @@
-"""Benchmarks in all their layouts, several models at once, self-ensemble, and how sure the means
-are."""
+"""Benchmarks in all their layouts, several models at once, self-ensemble, and intervals."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ from pipeline.inference.torch_backend import SelfEnsemble, TorchBackend
 from pipeline.metrics import METRICS, load_measures
 from pipeline.models.weights import write_network
 
-LAYOUTS = {  # the files of an image each; the preset, where its HR and LR images are then found
+LAYOUTS = {  # name: the preset, its files, and where its HR and LR images are then found
     "SelfExSR": (
         "set5",
         ("Set5/image_SRF_4/img_001_SRF_4_HR.png", "Set5/image_SRF_4/img_001_SRF_4_LR.png"),
@@ -136,14 +135,15 @@ def test_a_benchmark_is_found_in_every_usual_layout(tmp_path, layout):
 
 
 def scores_of(networks, data):
-    """What networks score on a set of images."""
+    """Return the networks' scores on a set of images."""
     upscalers = {title: upscaler_of(network) for title, network in networks.items()}
     return measure_sets(Work([data], upscalers, load_measures(METRICS.values())))[0]
 
 
-def test_a_benchmark_that_is_not_there_is_named(tmp_path):
+def test_a_missing_benchmark_is_named(tmp_path):
     with pytest.raises(
-        UserError, match=r"no folder of benchmarks .*nowhere'; say where they are with --benchmarks"
+        UserError,
+        match=r"folder of benchmarks .*nowhere' does not exist; give it with --benchmarks DIR",
     ):
         find_benchmark(tmp_path / "nowhere", "set5", 4)
     (tmp_path / "BSD100" / "HR").mkdir(parents=True)
@@ -154,13 +154,12 @@ def test_a_benchmark_that_is_not_there_is_named(tmp_path):
         find_benchmark(tmp_path, "b100", 4)
     write_images(tmp_path / "BSD100" / "HR", {"a.png": picture(48, 48)})
     write_images(tmp_path / "BSD100" / "LRbicx4", {"b.png": picture(12, 12)})
-    with pytest.raises(
-        UserError, match="1 of 1 HR images have no LR image in"
-    ):  # rather than make it in silence
+    # An error, instead of making the LR image silently.
+    with pytest.raises(UserError, match="1 of 1 HR images have no LR image in"):
         find_benchmark(tmp_path, "b100", 4)
 
 
-def test_set5_in_the_literature():
+def test_bicubic_on_set5_has_the_published_scores():
     shared("data/set5/x4")
     found = find_benchmark(shared("data"), "set5", 4)
     assert found.note == ""
@@ -196,8 +195,7 @@ def test_several_models_nearest_and_bicubic_on_the_same_images(tmp_path):
 
 
 class Marked(torch.nn.Module):
-    """Nearest x2, with a row that tells where the top is and a column that tells where the left
-    is."""
+    """Nearest x2 with gradients that show where the top and the left of the image are."""
 
     scale, receptive_radius = 2, 1
 
@@ -222,7 +220,7 @@ def test_the_self_ensemble_is_the_mean_over_eight_symmetries():
     assert torch.equal(found, to_bytes(sum(parts) / 8))
     assert not torch.equal(found, upscale(upscaler_of(network), lr))
     assert (to_bytes(torch.stack(parts).std(0)) > 0).any()
-    for turns in range(4):  # whatever way the image lies
+    for turns in range(4):  # the ensemble commutes with all eight symmetries
         for array in (lr, lr.flip(-1)):
             turned = torch.rot90(
                 upscale(upscaler, torch.rot90(array, turns, (2, 3))), -turns, (2, 3)
@@ -231,7 +229,7 @@ def test_the_self_ensemble_is_the_mean_over_eight_symmetries():
             assert (turned.int() - found.int()).abs().max() <= 1
 
 
-def test_the_self_ensemble_in_tiles_is_that_of_the_whole(monkeypatch):
+def test_the_self_ensemble_in_tiles_equals_that_of_the_whole_image(monkeypatch):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 5, padding=2), torch.nn.PixelShuffle(2))
     network.scale, network.receptive_radius = 2, 2
@@ -254,7 +252,7 @@ def test_the_self_ensemble_in_tiles_is_that_of_the_whole(monkeypatch):
 
 
 class Cramped(torch.nn.Module):
-    """Nearest x2 on a machine with room for so many pixels."""
+    """Nearest x2 on a machine with memory for at most `room` pixels."""
 
     scale, receptive_radius = 2, 1
 
@@ -272,7 +270,7 @@ class Cramped(torch.nn.Module):
         return lr.repeat_interleave(2, -1).repeat_interleave(2, -2) / 255
 
 
-def test_what_does_not_fit_goes_in_tiles():
+def test_images_that_do_not_fit_into_memory_are_tiled():
     lr = torch.from_numpy(picture(200, 250)).permute(2, 0, 1)[None]
     sizes = []
     found = upscale(upscaler_of(Cramped(room=13_000, sizes=sizes)), lr)
@@ -292,7 +290,7 @@ def test_what_does_not_fit_goes_in_tiles():
 
 
 def scored(**columns):
-    """Images with a PSNR-Y and SSIM-Y of every method."""
+    """Return scores of images with a PSNR-Y and SSIM-Y for every method."""
     return [
         ImageScores(
             f"image {index}",
@@ -305,23 +303,23 @@ def scored(**columns):
     ]
 
 
-def test_intervals_are_seeded_paired_and_as_wide_as_they_should_be():
+def test_intervals_are_seeded_paired_and_of_the_right_width():
     values = np.random.default_rng(3).normal(30, 2, 100).tolist()
     found = interval(values)
     assert found == interval(values)
     assert found != interval(values, seed=1)
     assert found.mean == pytest.approx(np.mean(values))
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * np.std(values) / 10, rel=0.05)
-    draws = np.random.default_rng(9).integers(0, 100, (4000, 100))  # the plain way
+    draws = np.random.default_rng(9).integers(0, 100, (4000, 100))  # the textbook bootstrap
     low, high = np.quantile(np.asarray(values)[draws].mean(1), [0.025, 0.975])
     assert (found.low, found.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
-    # Images differ by 2 dB, the models by 0.1 on each: pairing sees that.
+    # Images differ by 2 dB, the models by 0.1 dB on each: only a paired comparison sees that.
     better = difference(scored(A=[value + 0.1 for value in values], B=values), "A", "B", "psnr_y")
     assert better.interval.low == pytest.approx(0.1)
     assert better.verdict == "better"
 
 
-def test_what_is_not_significant_is_said_to_be_so():
+def test_verdicts_say_what_is_not_significant():
     noise = np.random.default_rng(0).normal(0, 0.3, 20)
     base = np.linspace(25, 35, 20)
     images = scored(
@@ -382,7 +380,7 @@ def test_tables_in_csv_markdown_and_json(tmp_path):
     assert values["lr_made_by"] == "bicubic"
 
 
-def test_models_have_one_scale_and_titles_that_differ(tmp_path):
+def test_models_have_one_scale_and_unique_titles(tmp_path):
     for name in ("a/net.pth", "b/net.pth", "bicubic.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_network(tmp_path / name, tiny_saved(scale=2))
@@ -397,7 +395,7 @@ def test_models_have_one_scale_and_titles_that_differ(tmp_path):
     ]
     assert [model.title for model in choose_models(paths[2:3], 2)] == ["bicubic (2)"]
     with pytest.raises(
-        UserError, match=r"several scales cannot be compared: .*net.pth' is x2, .*x3.pth' is x3"
+        UserError, match=r"different scales cannot be compared: .*net.pth' is x2, .*x3.pth' is x3"
     ):
         choose_models([paths[0], tmp_path / "x3.pth"], None)
 
@@ -417,10 +415,10 @@ def test_the_command_with_models_benchmarks_and_a_folder(tmp_path, capsys):
         self_ensemble=True,
     )
     assert run_evaluation(options) == 0
-    told = capsys.readouterr().out
-    assert "| PSNR-Y / SSIM-Y | set5 (folder) (2) | Set5 (2)" in told
-    assert "Set5: net2 over net1" in told
-    assert "note: 2 images in" in told
+    stdout = capsys.readouterr().out
+    assert "| PSNR-Y / SSIM-Y | set5 (folder) (2) | Set5 (2)" in stdout
+    assert "Set5: net2 over net1" in stdout
+    assert "note: 2 images in" in stdout
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [entry["name"] for entry in report["benchmarks"]] == ["set5 (folder)", "Set5"]
     assert report["self_ensemble"] is True
@@ -452,7 +450,7 @@ def test_the_command_line_takes_lists(tmp_path):
         (
             "--model",
             "a.pth",
-        ): "nothing to evaluate on; name a folder with --hr or benchmarks with --benchmark",
+        ): "no images to evaluate on; give a folder with --hr, or benchmarks with --benchmark",
         ("--model", "a.pth", "--benchmark", "set6"): "set6",
     }
     for arguments, message in cases.items():

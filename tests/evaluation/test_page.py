@@ -1,5 +1,4 @@
-"""The page of an evaluation: one file that needs nothing else, and what a real browser makes of
-it."""
+"""The HTML page of an evaluation: a single self-contained file that works in a real browser."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ HOSTILE = "<script>alert(1)</script>&'"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of two models on seven images, one of them with a name that means harm."""
+    """The page of two models on seven images, one of them with a hostile name."""
     folder = tmp_path_factory.mktemp("page")
     for seed, name in ((1, "first"), (2, "a model with a rather long name, step 100000")):
         saved = tiny_saved(seed, scale=2)
@@ -43,19 +42,19 @@ def page(tmp_path_factory):
     return folder / "html" / "index.html"
 
 
-def test_it_is_one_file_that_asks_for_nothing(page):
+def test_it_is_one_file_that_loads_nothing(page):
     text = page.read_text(encoding="utf-8")
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
     assert "default-src 'none'" in text
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
     assert not re.findall(r"url\(|@import|https?://", text)
-    assert text.count("<script>") == 1  # ours
+    assert text.count("<script>") == 1  # the page's own
     assert html.escape(HOSTILE.replace("/", "\u2215"), quote=False).replace("'", "&#39;") in text
     assert "not significant" in text or "better" in text or "worse" in text
     assert text.count('class="compare"') == 6  # three best, three worst of seven
     assert "paired" in text
     assert text.count("recipe demo, license CC0-1.0") == 2
-    assert "dataset_lists_sha256" not in text  # a line, not a list of all
+    assert "dataset_lists_sha256" not in text  # only the metadata in `SHOWN`
 
 
 def test_pictures_in_the_page_are_lossless():
@@ -68,25 +67,22 @@ def test_pictures_in_the_page_are_lossless():
 
 
 @pytest.mark.parametrize("order", [range(8), (7, 6, 3, 5, 0, 2, 4, 1)])
-def test_the_gallery_keeps_the_best_and_the_worst_where_they_differ(order):
+def test_the_gallery_keeps_the_best_and_the_worst_images(order):
     gallery = Gallery(num_sets=1)
     gains = [0.5, -1.0, 3.0, 2.0, 0.1, 1.0, -2.0, 1.0]
     for index in order:
         hr = torch.full((1, 3, 500, 600), 100, dtype=torch.uint8)
         bicubic, model = hr.clone(), hr.clone()
         bicubic[..., 400:460, 500:560] = 160  # where the model gains
-        model[..., 20:80, 30:90] = 150  # where it errs most
+        model[..., 20:80, 30:90] = 150  # where its error is largest
         scores = {"bicubic": {"psnr_y": 30.0}, "model": {"psnr_y": 30.0 + gains[index]}}
         gallery.visit(
             "set",
             index,
             Views(ImageScores(str(index), scores), hr, {"bicubic": bicubic, "model": model}),
         )
-    assert [shown.scores.name for shown in gallery.best("set")] == [
-        "2",
-        "3",
-        "5",
-    ]  # of two equal ones the first
+    # Images 5 and 7 have equal gains: the first is kept.
+    assert [shown.scores.name for shown in gallery.best("set")] == ["2", "3", "5"]
     assert [shown.scores.name for shown in gallery.worst("set")] == ["6", "1", "4"]
     best, worst = gallery.best("set")[0], gallery.worst("set")[0]
     assert best.place[0] >= 392
@@ -148,13 +144,12 @@ def test_the_slider_moves_in_a_browser(page, tmp_path):
             "document.querySelectorAll('.compare select')[1].value = '3'; document.querySelector("
             "'.compare').querySelectorAll('select')[1].dispatchEvent(new Event('input'))"
         )
-        assert chromium.run(BORDER)[1] is None  # HR on both sides: nothing to cut off
+        assert chromium.run(BORDER)[1] is None  # HR on both sides: nothing is clipped
         assert chromium.console() == []
 
 
 def _halves(chromium, folder):
-    """What is to be seen left and right of the border of the first slider, labels and handle left
-    out."""
+    """Return the pixels left and right of the first slider's border, without labels and handle."""
     box = chromium.run(
         "document.activeElement.blur(); const s = document.querySelector('.stage'); "
         "s.scrollIntoView({"
