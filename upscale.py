@@ -1,4 +1,4 @@
-"""Upscale images, folders of them, and videos with a trained network."""
+"""Upscale images, folders of images, and videos with a trained network."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ class Options:
     """Upscale images and videos, for example: python upscale.py photo.jpg holiday/ -o large"""
 
     inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT...")]
-    """Images, videos, and folders: everything below them, structure kept."""
+    """Images, videos, and folders; a folder stands for everything below it, and its structure is
+    kept."""
     out: Annotated[Path, arg(aliases=["-o"])]
-    """Folder for the results; or a file (.png .jpg .webp .tif .mp4 .mkv .mov) for one input
+    """Folder for the results, or a file (.png .jpg .webp .tif .mp4 .mkv .mov) for a single input
     file."""
     model: Annotated[Path | None, arg(help_behavior_hint="(default: newest run)")] = None
-    """Weights file (.safetensors, .pth, .pt), run folder: its best averaged weights; or network
+    """Weights file (.safetensors, .pth, .pt), run folder (its best averaged weights), or network
     file (.onnx, .xml)."""
     scale: Annotated[float | None, arg(help_behavior_hint="(default: the network's)")] = None
-    """Exact factor: the network as often as needed, then antialiased cubic."""
+    """Exact factor: the network is applied as often as needed, then antialiased cubic resizing."""
     size: Annotated[str | None, arg(metavar="WxH", help_behavior_hint="(default: by --scale)")] = (
         None
     )
     """Exact size of the results, such as 1920x1080."""
     pre_downsample: int = 1
-    """Shrink the input by this factor first: to try a network on an HR image."""
+    """Shrink the input by this factor first, to try a network on an HR image."""
     format: Literal["png", "jpg", "webp", "tif"] = "png"
-    """Of the pictures in a folder of results."""
+    """Format of the pictures if -o is a folder."""
     png_level: Annotated[int | None, arg(help_behavior_hint="(default: fast)")] = None
-    """How hard PNG files are compressed, 0 to 12; the default, 2, takes a third of the time that 6
-    takes."""
+    """Compression level of PNG files, 0 to 12; the default, 2, takes a third of the time of 6."""
     force: bool = False
-    """Overwrite what is there."""
+    """Overwrite existing results."""
     skip_existing: bool = False
-    """Leave results alone that are there, and do the others."""
+    """Skip inputs whose results already exist."""
     tile: int = 0
-    """LR pixels along a tile's side; 0: by the memory."""
+    """Side of a tile in LR pixels; 0 chooses it by the free memory."""
     exact: bool = False
-    """Let tiles overlap by all that the network sees, and not by what changes the result by half a
-    level at most."""
+    """Let tiles overlap by the network's whole receptive field. By default the overlap is smaller
+    and changes the result by at most half a level."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """auto: FP16 on a GPU, but FP32 for 16-bit pictures; FP32 on a CPU."""
+    """auto: on a GPU FP16, or FP32 for 16-bit pictures; on a CPU FP32."""
     backend: Literal["auto", "torch", "openvino", "onnx"] = "auto"
-    """What computes. auto: PyTorch on a GPU, the fastest that is installed and worth its conversion
-    on a CPU."""
+    """Library that runs the network. auto: PyTorch on a GPU; on a CPU the fastest that is installed
+    and worth its conversion."""
     device: str = "auto"
-    """cpu, cuda, cuda:1…; auto is the GPU where there is one."""
+    """cpu, cuda, cuda:1…; auto uses the GPU if there is one."""
     compile: bool = False
-    """On a GPU, compile the network for sizes that come often: for long videos."""
+    """On a GPU, compile the network for frequent sizes; worthwhile for long videos."""
 
 
-def main(options: Options) -> int:  # imports here, so that --help need not wait
+def main(options: Options) -> int:
+    # Imported here, so that --help does not wait for it.
     from pipeline.inference.command import run_upscaling
 
     return run_upscaling(**vars(options))

@@ -1,6 +1,6 @@
-"""Inference: pictures of any mode and size, and videos, through a network in tiles.
+"""Inference: upscale pictures of any mode and size, and videos, with a network, in tiles.
 
-`TorchBackend` is imported, and torch with it, when it is asked for: upscaling by another backend
+`TorchBackend`, and torch with it, are imported on first access: upscaling with another backend
 needs neither.
 """
 

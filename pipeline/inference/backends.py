@@ -1,10 +1,8 @@
-"""What computes, behind one interface for the tiler; here a network in a file, by ONNX Runtime or
-OpenVINO.
+"""The backend interface for the tiler, and the backend for network files (ONNX Runtime, OpenVINO).
 
-`Backend` is the interface: arrays of pixels in, arrays of pixels out, whatever lies between.
-`FileBackend` runs a network file and needs no torch; `torch_backend.TorchBackend` runs a network of
-`pipeline.models`. How much they may be shown at once follows from the free memory and from what
-their hungriest layer reads and writes.
+`Backend` is the interface: arrays of pixels go in and come out. `FileBackend` runs a network file
+and needs no torch; `torch_backend.TorchBackend` runs a network of `pipeline.models`. The largest
+input follows from the free memory and from what the largest layer reads and writes.
 """
 
 from __future__ import annotations
@@ -23,121 +21,127 @@ from pipeline.libraries import cv2
 
 DEEP = np.dtype(np.uint16)
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Precisions, and the bytes of one of their numbers."""
+"""Precision -> bytes per number."""
 
 Levels = Callable[[], np.ndarray]
-"""Waits for a batch that was begun: its pixels, (N, height, width, 3). May raise `NotFiniteError`;
-called once."""
+"""Waits for a started batch and returns its pixels, (N, height, width, 3), or raises
+`NotFiniteError`. To be called once."""
 
 
 class NotFiniteError(Exception):
-    """The network gave NaN or infinity."""
+    """The network's output contains NaN or infinity."""
 
 
 class Backend(Protocol):
-    """A network, ready to run on batches of images of one size."""
+    """A network that is ready to run on batches of images of the same size."""
 
     scale: int
     halo: int
-    """How many LR pixels away an output pixel still sees."""
+    """Receptive radius: how many LR pixels away an output pixel can see."""
     device: Device
     window: tuple[int, int] | None
-    """Height and width of the only images that it takes; `None`: any."""
+    """Height and width if the network takes images of one size only; `None`: any size."""
     in_flight: int
-    """How many batches may be begun besides the one whose result is waited for."""
+    """Number of batches that may be started before the result of an earlier one is fetched."""
     step: float
-    """Between two values that it gives: 1/255 for files that give bytes; 0 for floats."""
+    """Distance between two output values, white being 1: 1/255 for uint8 outputs, 0 for floats."""
 
     def precision_for(self, *, is_deep: bool) -> str:
-        """What it computes in, one of `ITEM_BYTES`, for pictures of 16 bits (`is_deep`), or of
-        8."""
+        """Return the precision, one of `ITEM_BYTES`, for 16-bit (`is_deep`) or 8-bit pictures."""
 
     def is_exact(self, precision: str) -> bool:
-        """Whether it has nothing better than `precision` for what that cannot hold; the better one
-        is "fp32"."""
+        """Whether `precision` is the best one; otherwise "fp32" is used where it overflows."""
 
     def pixel_bytes(self, precision: str) -> float:
-        """Bytes that the network holds at most for every LR pixel it is shown, by its hungriest
-        layer."""
+        """Return the most memory, in bytes per LR pixel, that the network holds at a time."""
 
     def max_pixels(self, precision: str) -> int:
-        """How many LR pixels, over all images of a batch, the free memory is enough for; as asked
-        the first time."""
+        """Return how many LR pixels of a batch fit into the memory that is free at first call."""
 
     def floats(self, images: np.ndarray) -> np.ndarray:
-        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width),
-        white is 1.
+        """Upscale RGB (N, height, width, 3), uint8 or uint16, in the best precision, unclamped.
 
-        In the best precision, not clamped.
+        Returns (N, 3, scale * height, scale * width) with white as 1.
         """
 
     def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
-        """Begin a batch: RGB (N, height, width, 3), uint8 or uint16 -> as `result`, `scale` times
-        larger, clamped and rounded. `MemoryError`, or an error of torch, where the memory does not
-        suffice."""
+        """Start upscaling a batch of RGB (N, height, width, 3), uint8 or uint16.
+
+        The result is `scale` times larger, clamped and rounded to the type `result`.
+
+        Raises:
+            MemoryError: the memory does not suffice (torch raises its own error).
+        """
 
 
 def precision_of(asked: str, device: Device, *, is_deep: bool) -> str:
-    """What was asked for; for "auto" FP16 on a GPU, but not for 16-bit pictures, of which it would
-    keep 11 bits."""
+    """Return the precision to use: the requested one, or the default if that is "auto".
+
+    The default is FP16 on a GPU, except for 16-bit pictures, of which it would keep only 11 bits.
+    """
     if asked != "auto":
         return asked
     return "fp16" if device.type == "cuda" and not is_deep else "fp32"
 
 
-# How much memory a network takes for a pixel: what the size of tiles is chosen from.
+# The memory that a network takes per pixel, from which the size of tiles is chosen.
 
 PROBE_SIDE = 64
 HELD_AT_ONCE = 3
-"""A network holds at most about this many times what its hungriest layer reads and writes. Measured
-on a CPU: PyTorch 1.3 to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR, SRResNet,
-MSRResNet, Compact, RRDBNet)."""
+"""A network's peak memory is at most about this many times what its largest layer reads and writes.
+Measured on a CPU: PyTorch 1.3 to 2.7, ONNX Runtime 1.6 to 3.1, OpenVINO 1.1 to 2.9 (VapSR,
+SRResNet, MSRResNet, Compact, RRDBNet)."""
 SHARE = 0.5
-"""Of the free memory, for the network's own use."""
+"""Share of the free memory that the network may use."""
 MAX_ELEMENTS = 2**31 - 1
-"""Of one tensor: 32-bit indices in many GPU kernels."""
+"""Maximum number of elements of a tensor: many GPU kernels use 32-bit indices."""
 
 
 def held_bytes(elements: float, precision: str) -> float:
-    """Bytes for every LR pixel, where the hungriest layer handles `elements` for each of them."""
+    """Return bytes per LR pixel of a network whose largest layer handles `elements` per pixel."""
     return elements * ITEM_BYTES[precision] * HELD_AT_ONCE
 
 
 def window_pixels(elements: float, device: Device, precision: str) -> int:
-    """How many LR pixels fit into the free memory, where the hungriest layer handles `elements` for
-    each of them."""
+    """Return how many LR pixels fit into the free memory.
+
+    `elements` is what the network's largest layer reads and writes per LR pixel.
+    """
     by_memory = SHARE * free_bytes(device) / held_bytes(elements, precision)
     return max(1, int(min(by_memory, MAX_ELEMENTS / elements)))
 
 
-# A network in a file: images in the layout, type and sizes that it takes.
+# Network files: images are brought into the layout, type and size that the file takes.
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file does not always say by itself."""
+    """Facts about a network file that not every file declares."""
 
     scale: int
     halo: int
-    """How many LR pixels away an output pixel still sees."""
+    """Receptive radius: how many LR pixels away an output pixel can see."""
     layout: str = "nchw"
+    """"nchw" or "nhwc"."""
     white: int = 1
     """The value of white: 1 or 255."""
     multiple: int = 1
-    """Height and width must be a multiple of it."""
+    """Height and width must be multiples of it."""
     batch: int | None = None
+    """The only batch size that the file takes; `None`: any."""
     window: tuple[int, int] | None = None
-    """Height and width, of a file that takes one size only."""
+    """Height and width if the file takes images of one size only; `None`: any size."""
 
 
 class FileBackend:
-    """One network in up to two files, of FP32 and of FP16; see `Backend`.
+    """One network in up to two files, for FP32 and FP16; see `Backend`.
 
     Args:
-        load: gives the file for a precision; called once for each.
-        device: where the files run.
-        precision: the precision for 16-bit pictures (`True`) and for others.
-        exact: the best precision there is.
+        load: returns the file for a precision; called once for each.
+        facts: the format of the files.
+        device: the device that the files run on.
+        precision: returns the precision for 16-bit pictures (`True`) and for others.
+        exact: the best available precision.
         measured: keeps how much memory the network takes.
     """
 
@@ -193,7 +197,7 @@ class FileBackend:
         return self._run(images, self._exact)
 
     def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
-        """See `Backend`. It computes when its result is taken."""
+        """See `Backend`. The network runs when the result is fetched."""
         return lambda: to_levels(self._run(images, precision), result)
 
     def _run(self, images: np.ndarray, precision: str) -> np.ndarray:
@@ -211,12 +215,12 @@ class FileBackend:
         expected = (len(images), 3, images.shape[1] * self.scale, images.shape[2] * self.scale)
         if sr.shape != expected:
             raise RunError(
-                f"the network turns {images.shape} into {sr.shape}, and {expected} is right"
+                f"the network turns {images.shape} into {sr.shape}, but {expected} is expected"
             )
         return sr[:count, :, : height * self.scale, : width * self.scale]
 
     def _elements(self, precision: str) -> float:
-        """What the hungriest operator reads and writes for every LR pixel."""
+        """Return the elements per LR pixel that the largest operator reads and writes."""
         file = self._file(precision)
 
         def measure() -> float:
@@ -239,7 +243,7 @@ class FileBackend:
 
 
 def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray:
-    """RGB images (N, height, width, 3), uint8 or uint16, as an input of the type `kind`."""
+    """Convert RGB images (N, height, width, 3), uint8 or uint16, to an input of type `kind`."""
     highest = np.iinfo(images.dtype).max
     if kind == np.uint8:
         images = images if highest == 255 else ((images + np.uint32(128)) // 257).astype(np.uint8)
@@ -251,20 +255,22 @@ def to_input(images: np.ndarray, facts: FileFacts, kind: np.dtype) -> np.ndarray
 
 
 def from_output(output: np.ndarray, facts: FileFacts) -> np.ndarray:
-    """An output as floats (N, 3, height, width), white is 1."""
+    """Convert an output to floats (N, 3, height, width) with white as 1."""
     images = output if facts.layout == "nchw" else output.transpose(0, 3, 1, 2)
     return images / np.float32(facts.white) if facts.white != 1 else images
 
 
 _BAND_PIXELS = 1 << 15
-"""Of an image that are worked on together, so that they stay in the processor's cache."""
+"""Pixels of an image that are processed together; they fit into the processor's cache."""
 
 
 def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
-    """Floats (N, 3, height, width), white is 1, as levels of `result` (N, height, width, 3),
-    clamped and rounded.
+    """Convert floats (N, 3, height, width) to levels of `result` (N, height, width, 3).
 
-    Halves go to the even level, as in `images.to_bytes`. `NotFiniteError` for NaN and infinity.
+    White is 1. Values are clamped and rounded, halves to the even level, as in `images.to_bytes`.
+
+    Raises:
+        NotFiniteError: there is NaN or infinity among the values.
     """
     count, channels, height, width = sr.shape
     highest = np.float32(np.iinfo(result).max)
@@ -282,8 +288,10 @@ def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
 
 
 def _continued(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
-    """`count` images of at least that size: mirrored at the bottom and the right, the last one
-    repeated."""
+    """Extend images to `size` by reflection at the bottom and the right, and to `count` images.
+
+    Missing images are copies of the last one.
+    """
     below, right = (wanted - side for wanted, side in zip(size, images.shape[1:3], strict=True))
     if below or right:
         images = np.pad(images, ((0, 0), (0, below), (0, right), (0, 0)), "reflect")

@@ -1,9 +1,8 @@
-"""Which network, and what computes it: as asked, or the fastest that is installed and worth its
-conversion.
+"""Choose the network and its backend: the requested one, or the fastest worth converting to.
 
-`choose_backend` answers from what is known of the network on this machine, and then torch is not
-imported unless it is what computes; otherwise it reads the network by torch, and has a
-`ConversionCache` convert and time it.
+`choose_backend` decides from earlier measurements of the network on this machine if there are any;
+torch is then imported only if it runs the network. Otherwise it loads the network with torch, and a
+`ConversionCache` converts and times it.
 """
 
 from __future__ import annotations
@@ -26,41 +25,40 @@ from pipeline.inference.measurements import Measurements, cache_folder, digest
 from pipeline.run_folder import network_file
 
 PixelCount = Callable[[int], float]
-"""How many LR pixels are to be upscaled with a network of that scale."""
+"""Function from a network's scale to the number of LR pixels to upscale."""
 
 BACKENDS = ("auto", "torch", *FILE_BACKENDS)
 FILES = tuple(sorted({suffix for kind in FILE_BACKENDS.values() for suffix in kind.suffixes}))
-"""Suffixes of files that hold a whole network, rather than weights."""
+"""Suffixes of files that contain a whole network, and not only weights."""
 FORMAT = 2
-"""Of what is kept about network files."""
+"""Version of the facts that are kept about network files."""
 EXPORT_SECONDS = 12.0
-"""That PyTorch's exporter takes for a network of a million parameters on one core; larger ones take
+"""Time of PyTorch's exporter on one core for a network of a million parameters; larger ones take
 longer."""
 CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
-"""LR pixels that PyTorch and every backend are shown to compare them."""
+"""LR pixels on which PyTorch and every backend are compared."""
 TIMING_SECONDS = 2 * (1 + ROUNDS) * TIMED_SECONDS
 USUAL_SHARE = 0.8
-"""Of PyTorch's time, by `benchmarks/inference.py`: the fastest backend takes 0.65 to 1 for networks
-of this project."""
+"""Typical time of the fastest backend as a share of PyTorch's: by `benchmarks/inference.py` 0.65 to
+1 for networks of this project."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A network, ready to run."""
+    """The chosen network and backend, ready to run."""
 
     file: Path
     network: str
-    """Its name and scale."""
+    """The network's name and scale."""
     backend: Backend
     by: str
-    """The device, what computes there, and why that."""
+    """The device, the backend, and the reason for it, for the user."""
     measured: Measurements
-    """What is known of the network."""
+    """What is known about the network on this machine."""
 
 
 def is_network_file(model: Path | None) -> bool:
-    """Whether it is a file for a backend, rather than weights or a run folder (`None`: the
-    newest)."""
+    """Whether `model` is a whole network, and not weights or a run folder (`None`: the newest)."""
     return model is not None and model.suffix.lower() in FILES and not model.is_dir()
 
 
@@ -73,25 +71,31 @@ def choose_backend(
     *,
     compiles: bool = False,
 ) -> Chosen:
-    """`asked` is one of `BACKENDS`; `model` as the command line has it: weights, a run folder, or a
-    network file.
+    """Choose the backend that runs `model`. A conversion, which takes long, is reported on stdout.
 
-    `UserError` for what cannot be had. A conversion that takes long, as all do, is reported on
-    stdout.
+    Args:
+        model: weights, a run folder (`None`: the newest), or a network file.
+        asked: one of `BACKENDS`.
+        device: the device to run on.
+        precision: "auto", "fp32", "fp16" or "bf16".
+        work: the number of LR pixels to upscale, as a function of the scale.
+        compiles: whether PyTorch compiles the network.
+
+    Raises:
+        UserError: the request contradicts itself, a package is missing, or the conversion fails.
     """
     if compiles and (
         device.type == "cpu" or asked not in ("auto", "torch") or is_network_file(model)
     ):
-        raise UserError("--compile is for PyTorch on a GPU; leave it out")
+        raise UserError("--compile needs PyTorch on a GPU; omit it")
     if is_network_file(model):
         return _of_file(model, asked, device, precision)
     original = Original(network_file(model), device, precision, compiles=compiles)
     if asked in FILE_BACKENDS:
         if precision == "bf16":
             raise UserError(
-                f"--precision bf16 is for --backend torch; {FILE_BACKENDS[asked].title} computes "
-                "in FP32 "
-                "or FP16"
+                f"--precision bf16 needs --backend torch; {FILE_BACKENDS[asked].title} computes "
+                "in FP32 or FP16"
             )
         _refuse_missing(FILE_BACKENDS[asked], to_convert=True)
         return _by_file_backend(original, FILE_BACKENDS[asked])
@@ -104,8 +108,7 @@ def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
     if missing := kind.missing(to_convert=to_convert):
         raise UserError(
             f"--backend {kind.name} needs a package that is not installed; do: pip install "
-            f"{missing}, or "
-            "leave --backend out"
+            f"{missing}, or leave --backend out"
         )
 
 
@@ -122,7 +125,11 @@ def _chosen(original: Original, backend: Backend, by: str) -> Chosen:
 
 
 def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
-    """As asked for. `UserError` where it cannot be converted, or does not make PyTorch's images."""
+    """Use the requested backend.
+
+    Raises:
+        UserError: the network cannot be converted, or its images differ from PyTorch's.
+    """
     conversion = ConversionCache(original)
     verdict = conversion.verdict(kind)
     if verdict is None or verdict.reason:
@@ -136,7 +143,7 @@ def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
 
 
 def _fastest(original: Original, work: PixelCount) -> Chosen:
-    """What takes the least time, as measured on this machine, if finding out is worth it."""
+    """Use the fastest backend as measured on this machine; measure first if that pays off."""
     kinds = [kind for kind in FILE_BACKENDS.values() if not kind.missing(to_convert=True)]
     if not kinds:
         lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in FILE_BACKENDS.values())
@@ -168,8 +175,7 @@ def _fastest(original: Original, work: PixelCount) -> Chosen:
 def _is_worth_it(
     conversion: ConversionCache, kinds: Sequence[BackendKind], work: PixelCount
 ) -> bool:
-    """Whether the work takes PyTorch so long that even the slowest of usual gains is more than the
-    conversion costs."""
+    """Whether a typical speed-up saves more time on this work than the conversion takes."""
     network = conversion.original.backend.network
     seconds = conversion.seconds_per_pixel
     params = sum(parameter.numel() for parameter in network.parameters())
@@ -206,26 +212,24 @@ def _by_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> 
 
 
 def _of_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
-    """A network in a file of its own, by a backend that reads it. What it takes and gives is found
-    out once."""
+    """Run a network file with a backend that reads it; its input format is determined once."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r} of --model")
     if precision != "auto":
         raise UserError(
-            f"--precision {precision} is for weights; {str(path)!r} computes in what it was "
-            "written in: "
-            "leave --precision out"
+            f"--precision {precision} is for weights; {str(path)!r} has a fixed precision; omit "
+            "--precision"
         )
     kind = _kind_for(path, asked, device)
     file = kind.load(path, device)
-    weights = path.with_suffix(".bin")  # of OpenVINO's two files
+    weights = path.with_suffix(".bin")  # OpenVINO has two files
     parts = [path, weights] if path.suffix.lower() == ".xml" and weights.is_file() else [path]
     measured = Measurements(
         digest(FORMAT, kind.version(), *(part.read_bytes() for part in parts))[:32]
     )
     try:
         facts = from_json(measured.get("facts"))
-    except (TypeError, AttributeError):  # not known yet, or broken
+    except (TypeError, AttributeError):  # unknown so far, or broken
         facts = facts_of(file, repr(str(path)))
         measured.put("facts", as_json(facts))
     number = "fp16" if file.dtype == np.float16 else "fp32"
@@ -248,13 +252,12 @@ def _kind_for(path: Path, asked: str, device: Device) -> BackendKind:
         if device.type != "cpu":
             kinds = [kind for kind in kinds if kind.on_gpu]
             if not kinds:
-                raise UserError(f"{str(path)!r} runs on the CPU only; say --device cpu")
+                raise UserError(f"{str(path)!r} runs only on the CPU; add --device cpu")
         installed = [kind for kind in kinds if not kind.missing(to_convert=False)]
         if not installed:
             raise UserError(
                 f"{str(path)!r} needs {' or '.join(kind.title for kind in kinds)}, which is not "
-                "installed; "
-                f"do: pip install {kinds[0].distributions[0]}"
+                f"installed; run: pip install {kinds[0].distributions[0]}"
             )
         return installed[0]
     if asked not in [kind.name for kind in kinds]:

@@ -1,7 +1,7 @@
-"""What `upscale.py` does: choose the network, go through the files, report which did not work.
+"""The work of `upscale.py`: choose the network, process the files, report those that failed.
 
-Pictures are read by one thread, pass through the network here, and are encoded and written by a few
-others, all at the same time. How many wait between them is bounded, by number and by memory.
+One thread reads pictures, the main thread runs the network, and a few others encode and write the
+results, all at the same time. The queue between them is bounded in number and in memory.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from pipeline.inference.sizes import TargetSize, upscale_picture
 from pipeline.inference.tiles import Upscaler
 
 WRITERS = min(4, os.cpu_count() or 1)
-"""Threads that encode and write results while the network is at work."""
+"""Threads that encode and write results while the network runs."""
 WAITING_BYTES = 256 << 20
-"""Of results that wait to be written, at most, unless it is a single one."""
+"""Maximum size of the results that wait to be written, unless there is only one."""
 
 
 def run_upscaling(
@@ -55,17 +55,17 @@ def run_upscaling(
     device: str,
     compile: bool,
 ) -> int:
-    """See `upscale.py --help`. Returns the exit status: 1 where a file did not work."""
-    Image.MAX_IMAGE_PIXELS = None  # `upscale_images` asks the memory instead
+    """Upscale as `upscale.py --help` describes; return the exit status, 1 if a file failed."""
+    Image.MAX_IMAGE_PIXELS = None  # `read_picture` and `upscale_images` check the memory instead
     if png_level is not None and png_level not in png.LEVELS:
-        raise UserError(f"--png-level {png_level} is not from {png.LEVELS[0]} to {png.LEVELS[-1]}")
+        raise UserError(f"--png-level {png_level} must be from {png.LEVELS[0]} to {png.LEVELS[-1]}")
     target = TargetSize.of(scale, size, pre_downsample)
     planned = plan_jobs(inputs, out, f".{format}")
     jobs = without_existing(planned, force=force, skip_existing=skip_existing)
     if unread := unread_files(inputs, out):
         print(unread)
     if len(jobs) < len(planned):
-        print(f"skipped: {len(planned) - len(jobs)} results that exist already")
+        print(f"skipped: {len(planned) - len(jobs)} results that already exist")
     if not jobs:
         return 0
 
@@ -103,15 +103,14 @@ def _run_all(
     expected: Sequence[float],
     png_level: int | None,
 ) -> list[tuple[UpscalingJob, str]]:
-    """Do the jobs; those that did not work, and why. The next picture is read and the last ones are
-    written meanwhile.
+    """Do the jobs; return those that failed, with the reason.
 
-    The bar counts the pixels that the network is shown, of which `expected` is known beforehand for
-    each job.
+    Meanwhile the next picture is read and previous results are written. The progress bar counts the
+    pixels that the network is shown; `expected` gives their number for each job.
     """
     reasons: dict[UpscalingJob, str] = {}
     done = 0.0
-    prepare_decoders()  # a core for each thread
+    prepare_decoders()  # one core per thread
     with (
         _bar(sum(expected)) as bar,
         ThreadPoolExecutor(1) as reader,
@@ -141,16 +140,16 @@ def _run_all(
                         ),
                     )
             done += work / 1e6
-            bar.update(done - bar.n)  # what a failure left undone
+            bar.update(done - bar.n)  # the rest of a job that failed
     return [(job, reasons[job]) for job in jobs if job in reasons]
 
 
 @dataclass
 class Writing:
-    """Results on their way into files, in a few threads. Leaving it waits for all of them."""
+    """Encodes and writes results in a few threads; leaving the context waits for all of them."""
 
     reasons: dict[UpscalingJob, str]
-    """Gets the reason of every job whose result could not be written."""
+    """Receives the reason for every job whose result could not be written."""
     png_level: int | None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS))
     _waiting: deque[tuple[UpscalingJob, int, Future[None]]] = field(default_factory=deque)
@@ -159,8 +158,7 @@ class Writing:
         return self
 
     def put(self, job: UpscalingJob, picture: Picture) -> None:
-        """Have it written; first wait until few enough, of little enough memory, wait
-        themselves."""
+        """Queue a result; first wait until the queue is short and small enough."""
         size = picture.pixels.nbytes
         while self._waiting and (
             len(self._waiting) > WRITERS
@@ -197,8 +195,7 @@ def _bar(pixels: float) -> tqdm:
 def _read_ahead(
     jobs: Sequence[UpscalingJob], pool: Executor
 ) -> Iterator[tuple[UpscalingJob, Future[Picture] | None]]:
-    """Each job with its picture, or `None` for a video; the next one's is read while this one's is
-    at work."""
+    """Yield each job with its picture (`None` for a video), reading one picture ahead."""
     waiting: deque[tuple[UpscalingJob, Future[Picture] | None]] = deque()
     for job in jobs:
         waiting.append((job, None if job.is_video else pool.submit(read_picture, job.source)))
@@ -210,7 +207,8 @@ def _read_ahead(
 def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
     if picture.num_frames > 1:
         tqdm.write(
-            f"note: {job.source} holds {picture.num_frames} pictures; the first is upscaled",
+            f"note: {job.source} contains {picture.num_frames} pictures; only the first is "
+            "upscaled",
             file=sys.stderr,
         )
     return picture
@@ -218,11 +216,10 @@ def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
 
 @contextmanager
 def _noting(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[None]:
-    """Within, what is wrong with a file, the disk or the memory is noted as the reason why `job`
-    failed.
+    """Record errors of the file, the disk or the memory as the reason why `job` failed.
 
-    `ValueError` and `RuntimeError` are those of encoders, and of networks that refuse an image of
-    this size.
+    `ValueError` and `RuntimeError` come from encoders, and from networks that do not accept an
+    image of this size.
     """
     try:
         yield
@@ -231,7 +228,7 @@ def _noting(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[Non
 
 
 def _work(job: UpscalingJob, target: TargetSize, scale: int) -> float:
-    """How many pixels the network will be shown; 0 for a file whose header does not tell."""
+    """Return how many pixels the network will be shown; 0 if the file's header does not say."""
     try:
         if job.is_video:
             from pipeline.inference.video import video_size
@@ -239,5 +236,5 @@ def _work(job: UpscalingJob, target: TargetSize, scale: int) -> float:
             frames, height, width = video_size(job.source)
             return frames * target.work(height, width, scale)
         return target.work(*picture_size(job.source), scale)
-    except Exception:  # decoders raise whatever they like; the job itself will say what is wrong
+    except Exception:  # decoders raise anything; the job itself will report what is wrong
         return 0.0

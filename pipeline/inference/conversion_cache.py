@@ -1,8 +1,7 @@
-"""Networks converted for other backends than PyTorch, compared and timed against it, in a folder of
-the user's.
+"""A cache of networks converted for other backends, compared with and timed against PyTorch.
 
-What is there is found by the weights' file alone: torch is imported only to read, convert, compare
-and time a network.
+Entries are found by the weights file alone: torch is imported only to read, convert, compare and
+time a network.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
     from pipeline.models.weights import SavedNetwork
 
 FORMAT = 2
-"""Of the files. DIGEST.onnx: the SHA-256 of an ONNX file, and that file. DIGEST.json: see
-`Measurements`."""
+"""Version of the cache's files. DIGEST.onnx is the SHA-256 of an ONNX file, followed by that file;
+for DIGEST.json see `Measurements`."""
 TIMED_SECONDS = 0.5
-"""That PyTorch should take for the image on which backends are timed."""
+"""Time that PyTorch should take for the image on which backends are timed."""
 TIMED_SIDES = (64, 256)
-"""The image's side, at least and at most."""
+"""Smallest and largest side of that image, in pixels."""
 ROUNDS = 3
 _PACKAGES = ("torch", "onnx", "onnxscript", "spandrel")
 _PIPELINE = Path(__file__).resolve().parents[1]
@@ -44,11 +43,11 @@ _DIGEST_BYTES = 32
 
 
 class Original:
-    """Weights in a file. They are read, by torch, when they are first needed.
+    """A network's weights file, which torch reads when the network is first needed.
 
     Args:
         file: the weights.
-        device: where they compute.
+        device: the device that the network runs on.
         precision: "auto", "fp32", "fp16" or "bf16"; see `precision_of`.
         compiles: see `TorchBackend`.
     """
@@ -60,31 +59,34 @@ class Original:
 
     @functools.cached_property
     def measured(self) -> Measurements:
-        """What is known of the network. `UserError` for a file that cannot be read."""
+        """What is known about the network; `UserError` if the file cannot be read."""
         return Measurements(self.digest)
 
     @functools.cached_property
     def digest(self) -> str:
-        """It changes with whatever could change the network: weights, code, packages. `UserError`
-        as above."""
+        """Digest of everything that determines the network: weights, code and packages.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
         try:
             content = self.file.read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"no weights file {str(self.file)!r}") from error
+            raise UserError(f"the weights file {str(self.file)!r} does not exist") from error
         except OSError as error:
             raise UserError(f"{str(self.file)!r} cannot be read ({error.strerror})") from error
         return digest(FORMAT, content, _code(), *map(_version, _PACKAGES))[:32]
 
     @functools.cached_property
     def saved(self) -> SavedNetwork:
-        """The network as it lies in the file."""
+        """The network as stored in the file."""
         from pipeline.models.weights import read_network
 
         return read_network(self.file)
 
     @functools.cached_property
     def backend(self) -> TorchBackend:
-        """The network by PyTorch."""
+        """The network in PyTorch."""
         from pipeline.inference.torch_backend import TorchBackend
 
         return TorchBackend(
@@ -92,11 +94,11 @@ class Original:
         )
 
     def facts(self) -> tuple[str, int, int]:
-        """Name, scale and receptive radius of the network."""
+        """Return name, scale and receptive radius (in LR pixels) of the network."""
         try:
             name, scale, radius = self.measured.get("network")
             return str(name), int(scale), int(radius)
-        except (TypeError, ValueError):  # not known yet, or broken
+        except (TypeError, ValueError):  # unknown so far, or broken
             found = (self.saved.name, self.backend.scale, self.backend.halo)
             self.measured.put("network", found)
             return found
@@ -104,17 +106,16 @@ class Original:
 
 @dataclass(frozen=True)
 class BackendVerdict:
-    """What came out for one network in one backend on this machine."""
+    """The result of trying one network in one backend on this machine."""
 
     reason: str = ""
-    """Why it is not used: it fails, or makes other images than PyTorch; empty: it makes the
-    same."""
+    """Why it cannot be used: it fails, or its images differ from PyTorch's. Empty: it works."""
     share: float = 0.0
-    """Its time, as a share of PyTorch's."""
+    """The backend's time as a share of PyTorch's."""
 
 
 class ConversionCache:
-    """A network as an ONNX file on one device, made when it is first needed."""
+    """A network as an ONNX file on one device, converted when it is first needed."""
 
     def __init__(self, original: Original) -> None:
         self.original, self.device = original, original.device
@@ -122,14 +123,14 @@ class ConversionCache:
         self._files: dict[tuple[str, bool], NetworkFile] = {}
         self._compared_with: dict[bool, list[Check]] = {}
         self.is_kept = True
-        """Whether the folder could be written."""
+        """Whether the cache folder is writable."""
 
     def is_made(self) -> bool:
-        """Whether there is an ONNX file already, perhaps a broken one."""
+        """Whether there is already an ONNX file, which may be broken."""
         return self._path(self._is_half()).is_file()
 
     def verdict(self, kind: BackendKind) -> BackendVerdict | None:
-        """The verdict of an earlier time; `None` where there is none, or a broken one."""
+        """Return the verdict of an earlier run; `None` if there is none, or it is broken."""
         try:
             found = self.original.measured.get(self._verdict_name(kind))
             return BackendVerdict(str(found["reason"]), float(found["share"]))
@@ -137,12 +138,11 @@ class ConversionCache:
             return None
 
     def keep_verdict(self, kind: BackendKind, verdict: BackendVerdict) -> None:
-        """For the next time."""
+        """Keep the verdict for later runs."""
         self.original.measured.put(self._verdict_name(kind), vars(verdict))
 
     def judge(self, kind: BackendKind) -> BackendVerdict:
-        """Convert, compare with PyTorch at several sizes and batches of photographs, and take the
-        time."""
+        """Convert, compare with PyTorch on photographs in several sizes and batches; time it."""
         try:
             self._load(kind, self._is_half(), is_new=True)
             verdict = BackendVerdict(share=self._share(kind))
@@ -152,8 +152,7 @@ class ConversionCache:
         return verdict
 
     def backend(self, kind: BackendKind) -> FileBackend:
-        """The network in that backend; FP32 where FP16 overflows, for which it is converted
-        then."""
+        """Return the network in a backend. If FP16 overflows, it is also converted for FP32."""
         _, scale, radius = self.original.facts()
         return FileBackend(
             lambda precision: self._load(kind, precision == "fp16"),
@@ -165,12 +164,16 @@ class ConversionCache:
         )
 
     def title(self, kind: BackendKind) -> str:
-        """Name and version of the backend."""
+        """Return name and version of the backend."""
         return self._load(kind, self._is_half()).title
 
     def _load(self, kind: BackendKind, half: bool, *, is_new: bool = False) -> NetworkFile:
-        """`UserError` for a network that cannot be converted or loaded, `RunError` for one with
-        other images."""
+        """Load the network in a backend; convert it and compare it with PyTorch if it is new.
+
+        Raises:
+            UserError: the network cannot be converted or loaded.
+            RunError: its images differ from PyTorch's.
+        """
         if (kind.name, half) not in self._files:
             content = self._kept(half)
             is_new, content = is_new or content is None, content or self._make(half)
@@ -181,7 +184,7 @@ class ConversionCache:
         return self._files[kind.name, half]
 
     def _compare(self, file: NetworkFile, half: bool) -> None:
-        """What PyTorch makes of photographs is computed once for all backends."""
+        """Compare a backend with PyTorch, whose results are computed once for all backends."""
         from pipeline.export.onnx_file import Form, quiet
         from pipeline.export.parity import LIMITS, checks, compare, photographs
 
@@ -193,8 +196,11 @@ class ConversionCache:
             compare(file.title, file, self._compared_with[half], LIMITS["float", half])
 
     def _share(self, kind: BackendKind) -> float:
-        """Its time over PyTorch's, for an image of which PyTorch needs about `TIMED_SECONDS`; in
-        turns, the fastest of `ROUNDS`."""
+        """Return the backend's time divided by PyTorch's.
+
+        Both run in turns on an image that takes PyTorch about `TIMED_SECONDS`; the fastest of
+        `ROUNDS` counts.
+        """
         side = (
             int(np.clip((TIMED_SECONDS / self.seconds_per_pixel) ** 0.5, *TIMED_SIDES)) // 16 * 16
         )
@@ -205,7 +211,7 @@ class ConversionCache:
 
     @functools.cached_property
     def seconds_per_pixel(self) -> float:
-        """PyTorch's, by a small image, after one that sets up."""
+        """PyTorch's time per LR pixel, measured on a small image after a warm-up."""
         side = TIMED_SIDES[0]
         return fastest_seconds([upscaling(self.original.backend, side)], rounds=1)[0] / side**2
 
@@ -238,8 +244,7 @@ class ConversionCache:
         return cache_folder() / f"{self.original.digest}{'-half' if half else ''}.onnx"
 
     def _verdict_name(self, kind: BackendKind) -> str:
-        """The name changes with whatever could change the verdict: versions, processor, number of
-        threads."""
+        """Name a verdict by everything that may change it: versions, processor, threads."""
         where = (self.device.type, _processor(), f"{usable_threads()} threads")
         return ", ".join(
             (f"verdict on {kind.version()}{' in FP16' if self._is_half() else ''}", *where)
@@ -247,14 +252,14 @@ class ConversionCache:
 
 
 def upscaling(backend: Backend, side: int) -> Callable[[], object]:
-    """A call that upscales one image of `side` squared, to its pixels."""
+    """Return a function that upscales one image of `side` x `side` to its pixels."""
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
     return lambda: backend.start(image, backend.precision_for(is_deep=False), np.dtype(np.uint8))()
 
 
 @functools.cache
 def _code() -> str:
-    """A digest of the code that the networks and the conversion consist of."""
+    """Digest the code of the networks and of the conversion."""
     files = [
         *sorted((_PIPELINE / "models").glob("*.py")),
         _PIPELINE / "export" / "onnx_file.py",

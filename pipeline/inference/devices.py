@@ -1,5 +1,7 @@
-"""Where a network computes, and how much memory is free there. torch is imported only where a GPU
-may take part."""
+"""The device that a network runs on, and its free memory.
+
+torch is imported only if a GPU may be involved.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Device(NamedTuple):
-    """A device by torch's names, such as cpu and cuda:1; `torch.device(str(device))` is torch's
-    own."""
+    """A device, named as in torch (cpu, cuda:1), so that `torch.device(str(device))` works."""
 
     type: str
     index: int | None = None
@@ -31,8 +32,11 @@ CPU = Device("cpu")
 
 
 def choose_device(name: str) -> Device:
-    """The device of that name; "auto" is the GPU where there is one. `UserError` for one that
-    cannot be used."""
+    """Return the named device; "auto" is the GPU if there is one.
+
+    Raises:
+        UserError: the device cannot be used here.
+    """
     if name == "auto":
         return Device("cuda") if _gpus() else CPU
     if name == "cpu":
@@ -51,13 +55,13 @@ def choose_device(name: str) -> Device:
 
 
 def device_at(place: RankInfo, name: str) -> Device:
-    """`choose_device` for one process of several: "auto" and "cuda" are then the GPU of its own."""
+    """Like `choose_device`, for one of several processes: "auto" and "cuda" mean its own GPU."""
     if place.world_size == 1:
         return choose_device(name)
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(
-            f"--device {name} for {place.world_size} processes; leave --device out for one GPU "
-            "per process"
+            f"--device {name} is one device for {place.world_size} processes; omit --device to use "
+            "one GPU per process"
         )
     count = _gpus() if name != "cpu" else 0
     if not count:
@@ -70,14 +74,15 @@ def device_at(place: RankInfo, name: str) -> Device:
 
 
 def _gpus() -> int:
-    """How many GPUs there are. Torch, whose import takes a second, is asked only where there are
-    signs of one."""
+    """Return the number of GPUs.
+
+    Importing torch takes a second, so it is asked only if there are signs of a GPU.
+    """
     return torch_gpus() if may_have_gpu() or "torch" in sys.modules else 0
 
 
 def free_bytes(device: Device = CPU) -> int:
-    """Bytes that are free on the device now; on a CPU those that the container may still take, if
-    it is in one."""
+    """Return the bytes that are free on the device now; in a container, those within its limit."""
     if device.type == "cuda":
         import torch
 
@@ -96,4 +101,4 @@ def _free_in_container() -> int:
         ]
         return (int(limit) if limit != "max" else 1 << 62) - used + int(cached[0])
     except (OSError, ValueError, IndexError):
-        return 1 << 62  # no limit that can be read
+        return 1 << 62  # no readable limit

@@ -1,5 +1,7 @@
-"""What a network file takes and gives: as our own files say, else found out by running it on a
-photograph."""
+"""The input and output format of a network file.
+
+Files of this project describe themselves; others are run on a photograph to find out.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,18 @@ from pipeline.inference.backends import FileFacts, from_output, to_input
 from pipeline.inference.reach import STRIP, distance_within, edge_changes, shift_of
 
 LIKE_ITS_INPUT = 15.0
-"""dB of a result, reduced, against what it was made from, at least."""
+"""Minimum PSNR, in dB, of a downscaled result against the input image."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 UNKNOWN_HALO = 64
-"""Of networks that look at the whole image: tiles are near, not equal."""
+"""Overlap for networks that see the whole image, whose tiles give only approximately its result."""
 
 
 def facts_of(file: NetworkFile, name: str) -> FileFacts:
-    """The facts of a file, which messages call `name`.
+    """Return the facts of a file, which messages call `name`.
 
-    `UserError` for what is not a network from one RGB image to a larger one, with float or byte
-    values.
+    Raises:
+        UserError: the file is not a network that turns one RGB image into a larger one, with float
+            or uint8 values.
     """
     facts = _from_input(file, name)
     said = file.metadata
@@ -38,12 +41,11 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
             scale, params = int(said["scale"]), json.loads(said["params"])
             return replace(facts, scale=scale, halo=_own_halo(said["architecture"], scale, params))
         except (ValueError, TypeError):
-            pass  # another program's, which has the same keys
+            pass  # the file is from another program that uses the same keys
     if importlib.util.find_spec("skimage") is None:
         raise UserError(
-            f"{name} does not say what it takes, and scikit-image, with whose photographs that is "
-            "found "
-            "out, is not installed; do: pip install scikit-image"
+            f"{name} does not describe its input; to find out, it is run on photographs of "
+            "scikit-image, which is not installed; run: pip install scikit-image"
         )
     photo = read_rgb(paths_within_packages(SHIPPED[:1], "--images")[0])
     facts = _with_scale(file, facts, photo, name)
@@ -52,18 +54,18 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
 
 
 def as_json(facts: FileFacts) -> dict[str, Any]:
-    """The facts as JSON values."""
+    """Return the facts as JSON values."""
     return asdict(facts)
 
 
 def from_json(values: Mapping[str, Any]) -> FileFacts:
-    """What `as_json` gave; `TypeError` for anything else."""
+    """Return the facts from `as_json`'s values; raise `TypeError` for anything else."""
     window = values.get("window")
     return FileFacts(**{**values, "window": None if window is None else tuple(window)})
 
 
 def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
-    """The receptive radius of a network of `pipeline.models`; needs torch."""
+    """Return the receptive radius of a network of `pipeline.models`, in LR pixels; needs torch."""
     import torch
 
     from pipeline.models import build_generator
@@ -73,28 +75,28 @@ def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
 
 
 def _from_input(file: NetworkFile, name: str) -> FileFacts:
-    """Layout, type, batch and sizes, which every file says."""
+    """Return layout, data type, batch and sizes, which every file declares."""
     if len(file.inputs) != 1:
         raise UserError(
-            f"{name} takes {len(file.inputs)} inputs, where a network from image to image takes one"
+            f"{name} takes {len(file.inputs)} inputs, but a network from image to image takes one"
         )
     shape = file.inputs[0]
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
         shown = ", ".join("any" if side is None else str(side) for side in shape)
         raise UserError(
-            f"{name} takes ({shown}), where images are (N, 3, height, width) or (N, height, width, "
-            "3)"
+            f"{name} takes ({shown}), where images are (N, 3, height, width) or "
+            "(N, height, width, 3)"
         )
     if file.dtype is None:
         raise UserError(
-            f"{name} takes another type than float32, float16 or bytes (uint8); convert it for one "
+            f"{name} takes a data type other than float32, float16 and uint8; convert it to one "
             "of them"
         )
     layout = "nchw" if shape[1] == 3 else "nhwc"
     height, width = shape[2:] if layout == "nchw" else shape[1:3]
     if (height is None) != (width is None):
         raise UserError(
-            f"{name} fixes one side of images and not the other; convert it for images of any size"
+            f"{name} fixes only one side of the image; convert it for images of any size"
         )
     return FileFacts(
         scale=0,
@@ -107,8 +109,7 @@ def _from_input(file: NetworkFile, name: str) -> FileFacts:
 
 
 def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> FileFacts:
-    """Scale, and the value of white: that with which the result looks like what it was made
-    from."""
+    """Add the scale, and the value of white with which the result resembles the input image."""
     image = _cut(photo, *(facts.window or (64, 128)))
     reason = ""
     for white in (255,) if file.dtype == np.uint8 else (1, 255):
@@ -124,7 +125,7 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
         if scale < 1 or sr.shape[1:] != (3, image.shape[0] * scale, image.shape[1] * scale):
             raise UserError(
                 f"{name} turns an RGB image of {image.shape[1]}x{image.shape[0]} into {sr.shape}, "
-                "which is not an RGB image a whole number of times larger"
+                "which is not an RGB image larger by a whole factor"
             )
         height, width = image.shape[:2]
         reduced = (
@@ -137,15 +138,15 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
         psnr = -10 * np.log10(np.square(reduced - image / 255).mean() + 1e-12)
         if psnr >= LIKE_ITS_INPUT:
             return replace(facts, scale=scale)
-        reason = f"{psnr:.0f} dB of the photograph it was shown, reduced again"
+        reason = f"its result, downscaled, has {psnr:.0f} dB PSNR against the input"
     raise UserError(
-        f"{name} does not enlarge an RGB photograph ({reason}); does it take other values or "
-        "colours?"
+        f"{name} does not enlarge an RGB photograph ({reason}); does it expect other values or "
+        "another channel order?"
     )
 
 
 def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str) -> int:
-    """The least number of which height and width must be multiples."""
+    """Return the smallest number that height and width must be multiples of."""
     for multiple in MULTIPLES:
         height, width = (multiple * (64 // multiple + more) for more in (1, 3))
         try:
@@ -155,30 +156,30 @@ def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str)
         if sr.shape[-2:] == (height * facts.scale, width * facts.scale):
             return multiple
     raise UserError(
-        f"{name} takes images of some sizes only, and not of multiples of up to {MULTIPLES[-1]} "
-        "pixels"
+        f"{name} takes only images of certain sizes, which are not the multiples of a power of two "
+        f"up to {MULTIPLES[-1]} pixels; convert it for images of any size"
     )
 
 
 def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
-    """From which distance on an edge changes nothing on a photograph, or half a level where it
-    always changes some.
+    """Return the distance from which on an edge changes nothing on a photograph, in LR pixels.
 
-    A network that looks at the whole image gets `UNKNOWN_HALO`, and of one size only more than
-    there is.
+    If it always changes something, return the distance from which on that is less than half a
+    level. A network that sees the whole image gets `UNKNOWN_HALO`; one with a fixed input size gets
+    its longer side, so that its tiles cannot overlap enough.
     """
     height, width = facts.window or STRIP
     shift = shift_of(width)
     photo = _cut(photo, height, width + shift)
     left, right = (_run(file, facts, photo[:, start : start + width]) for start in (0, shift))
     changes = edge_changes(left, right, shift, facts.scale)
-    half = 1.01 if file.dtype == np.uint8 else 0.5  # what gives bytes rounds
+    half = 1.01 if file.dtype == np.uint8 else 0.5  # uint8 results are already rounded
     found = distance_within(changes, 0.01 / 255) or distance_within(changes, half / 255)
     return found or (max(facts.window) if facts.window else UNKNOWN_HALO)
 
 
 def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The first rows and columns; mirrored on where there are too few."""
+    """Return the first rows and columns, extended by reflection if there are too few."""
     below, right = (
         max(0, wanted - side) for wanted, side in zip((height, width), photo.shape, strict=False)
     )

@@ -1,4 +1,4 @@
-"""Which files `upscale.py` upscales, and where the results go. Nothing is decoded here."""
+"""The files that `upscale.py` upscales and the files it writes. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-"""Of videos that are written: their names for FFmpeg."""
+"""Suffixes of the videos that can be written -> FFmpeg's names of their formats."""
 VIDEO_WRITTEN = frozenset(CONTAINERS)
 
 
@@ -50,20 +50,26 @@ class UpscalingJob:
 
     @property
     def is_video(self) -> bool:
-        """By its name."""
+        """Whether the source is a video, judged by its suffix."""
         return self.source.suffix.lower() in VIDEO_SUFFIXES
 
 
 def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJob]:
-    """What to do for files and folders (all images and videos below them, without hidden ones), in
-    order.
+    """Return the jobs for files and folders, in order.
 
-    `out` is a folder, which keeps the structure of the input folders; or a file, by its suffix, for
-    one input file. Pictures get `suffix`, unless `out` is a file. `UserError` for inputs that are
-    not there, hold nothing, or whose results would be one file.
+    Args:
+        inputs: images, videos, and folders. A folder stands for all images and videos below it that
+            are not hidden.
+        out: folder for the results, which keeps the structure of the input folders. With the suffix
+            of an image or video it is the result's file, for a single input file.
+        suffix: suffix of result pictures, unless `out` is a file.
+
+    Raises:
+        UserError: an input does not exist or contains nothing to upscale, or two results would be
+            the same file.
     """
     if not inputs:
-        raise UserError("nothing to upscale; name images, videos or folders before -o")
+        raise UserError("nothing to upscale; give images, videos or folders before -o")
     if _is_file_name(out):
         return [_single(inputs, out)]
     if out.exists() and not out.is_dir():
@@ -75,13 +81,12 @@ def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJ
     jobs: dict[Path, UpscalingJob] = {}
     for source, folder in found:
         target = folder / _result_name(source, suffix)
-        if len(names[target]) > 1:  # photo.jpg beside photo.png
+        if len(names[target]) > 1:  # photo.jpg and photo.png: keep the suffix in the name
             target = folder / f"{source.name}{target.suffix}"
         if target in jobs and jobs[target].source.resolve() != source.resolve():
             raise UserError(
                 f"{str(jobs[target].source)!r} and {str(source)!r} would both become "
-                f"{str(target)!r}; "
-                "upscale them into different folders"
+                f"{str(target)!r}; upscale them into different folders"
             )
         jobs[target] = UpscalingJob(source, target)
     return list(jobs.values())
@@ -90,8 +95,11 @@ def plan_jobs(inputs: Sequence[Path], out: Path, suffix: str) -> list[UpscalingJ
 def without_existing(
     jobs: Sequence[UpscalingJob], *, force: bool, skip_existing: bool
 ) -> list[UpscalingJob]:
-    """The jobs to do, given what is on the disk. `UserError` where something would be overwritten
-    without `force`, or an input by its own result."""
+    """Return the jobs to do, given the results that already exist.
+
+    Raises:
+        UserError: a file would be overwritten without `force`, or an input by its own result.
+    """
     for job in jobs:
         if job.target.exists() and job.target.samefile(job.source):
             raise UserError(
@@ -101,13 +109,14 @@ def without_existing(
     for job in existing:
         if job.target.is_dir():
             raise UserError(
-                f"{str(job.target)!r} is a folder, where a result must go; choose another -o"
+                f"{str(job.target)!r} is a folder, but a result would be written there; choose "
+                "another -o"
             )
     if existing and not (force or skip_existing):
         others = f" and {len(existing) - 1} more exist" if len(existing) > 1 else " exists"
         raise UserError(
-            f"{str(existing[0].target)!r}{others} already; --force overwrites, "
-            "--skip-existing leaves them alone"
+            f"{str(existing[0].target)!r}{others} already; --force overwrites them, "
+            "--skip-existing keeps them"
         )
     return [job for job in jobs if job not in existing] if skip_existing else list(jobs)
 
@@ -133,7 +142,7 @@ def _single(inputs: Sequence[Path], out: Path) -> UpscalingJob:
 
 def _checked(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"no file or folder {str(path)!r}")
+        raise UserError(f"{str(path)!r} does not exist")
     if path.suffix.lower() not in UPSCALED_SUFFIXES | VIDEO_SUFFIXES:
         raise UserError(
             f"{str(path)!r}: unsupported file type; supported: "
@@ -143,7 +152,10 @@ def _checked(path: Path) -> Path:
 
 
 def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
-    """(File, folder of its result) for a file, or for all below a folder but what lies in `out`."""
+    """Yield (file, folder of its result) for a file, or for all files below a folder.
+
+    Files in `out` are skipped.
+    """
     if not path.is_dir():
         yield _checked(path), out
         return
@@ -162,12 +174,11 @@ def _below(path: Path, out: Path) -> Iterator[tuple[Path, Path]]:
                 is_empty = False
                 yield source, out / source.parent.relative_to(path)
     if is_empty:
-        raise UserError(f"folder {str(path)!r} holds no images or videos")
+        raise UserError(f"folder {str(path)!r} contains no images or videos")
 
 
 def unread_files(inputs: Sequence[Path], out: Path) -> str:
-    """A line on images of other formats in the folders among `inputs`; empty where there are
-    none."""
+    """Return a note about unsupported images in the folders among `inputs`; empty if none."""
     results = out.resolve()
     names = [
         os.path.relpath(os.path.join(folder, name), path)
@@ -187,6 +198,5 @@ def _result_name(source: Path, suffix: str) -> str:
 
 
 def _video_suffix(source: Path) -> str:
-    """The container that a result gets where nobody chooses: the same if it is written here, else
-    Matroska."""
+    """Return a result's suffix: that of the source if it can be written, else Matroska's."""
     return source.suffix.lower() if source.suffix.lower() in VIDEO_WRITTEN else ".mkv"

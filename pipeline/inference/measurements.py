@@ -1,5 +1,4 @@
-"""What was found out about one network on this machine, kept beside the converted networks in the
-user's cache."""
+"""Measurements of a network on this machine, kept in the user's cache beside converted networks."""
 
 from __future__ import annotations
 
@@ -15,14 +14,17 @@ from pipeline.files import write_atomically
 
 
 def cache_folder() -> Path:
-    """Where converted networks are kept: `$XDG_CACHE_HOME` or `~/.cache`, and `vastscale` in it."""
+    """Return the folder of converted networks: `vastscale/converted` in the user's cache folder.
+
+    That is `$XDG_CACHE_HOME` or `~/.cache`.
+    """
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale" / "converted"
     )
 
 
 def digest(*parts: object) -> str:
-    """SHA-256, in hexadecimal digits, of byte strings and of the `repr` of anything else."""
+    """Return the SHA-256, in hexadecimal digits, of byte strings and the `repr` of other values."""
     return hashlib.sha256(
         repr(
             [hashlib.sha256(part).digest() if isinstance(part, bytes) else part for part in parts]
@@ -31,12 +33,13 @@ def digest(*parts: object) -> str:
 
 
 class Measurements:
-    """JSON values by name, in the file `DIGEST.json` of `cache_folder()`; a broken file is an empty
-    one.
+    """JSON values by name, kept as `DIGEST.json` in `cache_folder()`.
 
-    Args: digest: of the network's weights and of all else that could change what is measured;
-        empty: nothing is kept
-            on disk.
+    A broken file counts as empty.
+
+    Args:
+        digest: digest of the network's weights and of everything else that may change the
+            measurements. If empty, nothing is written to disk.
     """
 
     def __init__(self, digest: str = "") -> None:
@@ -44,17 +47,17 @@ class Measurements:
         self._values: dict[str, Any] = self._read()
 
     def get(self, name: str) -> Any:
-        """The value of that name; `None` where there is none."""
+        """Return a value; `None` if there is none."""
         return self._values.get(name)
 
     def put(self, name: str, value: Any) -> None:
-        """Keep a value, now and on disk; what another process has kept meanwhile stays."""
+        """Store a value in memory and on disk, together with what other processes have stored."""
         self._values = {**self._values, **self._read(), name: value}
         if self._path is not None:
             keep(self._path, json.dumps(self._values, indent=1, sort_keys=True).encode())
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The value of that name, measured where it is not known yet."""
+        """Return a value; measure and store it first if it is not known yet."""
         if (value := self.get(name)) is None:
             value = measure()
             self.put(name, value)
@@ -68,11 +71,13 @@ class Measurements:
 
 
 def keep(path: Path, content: bytes) -> bool:
-    """Write a file of the cache; whether that worked. A cache that cannot be written is no error:
-    it saves time."""
+    """Write a file of the cache; return whether that worked.
+
+    Failing is no error, because the cache only saves time.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
-    except OSError:  # read-only, or full
+    except OSError:  # read-only or full
         return False
     return True

@@ -1,5 +1,4 @@
-"""Pictures of any kind as arrays that keep what they are: gray or colours, with or without alpha, 8
-or 16 bits."""
+"""Read and write pictures, keeping their mode, bit depth, colour profile and EXIF."""
 
 from __future__ import annotations
 
@@ -19,51 +18,49 @@ from pipeline.data.image_pixels import decode_picture, over_white, to_8_bits
 from pipeline.inference import png
 from pipeline.inference.devices import free_bytes
 
-# EXIF bytes: taken out of any picture, made upright, as the tags of a TIFF file. Always from the
-# TIFF header on.
-
+# EXIF as bytes that start with the TIFF header: read from any picture, and written into TIFF files.
 
 ORIENTATION = 0x0112
 PREFIX = b"Exif\0\0"
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
-# Tags of a picture's first directory that say something of the picture, and not of how its pixels
-# lie in the file: ImageDescription, Make, Model, Software, DateTime, Artist, Copyright
+# Tags of the first directory that describe the picture and not how its pixels are stored:
+# ImageDescription, Make, Model, Software, DateTime, Artist, Copyright
 _DESCRIPTIVE = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 _SHORT, _LONG = 3, 4
 
 
 def exif_of(image: Image.Image) -> bytes | None:
-    """The EXIF of an open picture as it lies in the file; of a TIFF file, whose tags are EXIF, what
-    describes it."""
+    """Return the EXIF bytes of an open picture, as stored in the file.
+
+    For a TIFF file, whose tags themselves are EXIF, return those that describe the picture.
+    """
     if image.format == "TIFF":
         tags = descriptive_tags(image.getexif())
-        return _exifto_8_bits(tags) if tags else None
+        return _exif_bytes(tags) if tags else None
     exif = image.info.get("exif")
-    if exif is None and "Raw profile type exif" in image.info:  # ImageMagick's way in PNG
+    if exif is None and "Raw profile type exif" in image.info:  # how ImageMagick stores it in PNG
         exif = image.getexif().tobytes()
     return exif.removeprefix(PREFIX) or None if exif else None
 
 
 def descriptive_tags(exif: Image.Exif) -> dict[int, Any]:
-    """Tags and directories (as dicts) of an EXIF that hold for the picture in any file."""
+    """Return the tags and directories (as dicts) that describe the picture in any file format."""
     tags: dict[int, Any] = {tag: exif[tag] for tag in _DESCRIPTIVE if tag in exif}
-    if str(tags.get(0x010E, "")).startswith(
-        '{"shape"'
-    ):  # tifffile's, of the file and not of the picture
+    if str(tags.get(0x010E, "")).startswith('{"shape"'):  # tifffile's description of the file
         del tags[0x010E]
     directories = {tag: dict(exif.get_ifd(tag)) for tag in (_EXIF_IFD, _GPS_IFD)}
     return {**tags, **{tag: values for tag, values in directories.items() if values}}
 
 
 def parsed(exif: bytes) -> Image.Exif:
-    """EXIF bytes as Pillow reads them."""
+    """Parse EXIF bytes with Pillow."""
     read = Image.Exif()
     read.load(PREFIX + exif)
     return read
 
 
 def upright(exif: bytes) -> bytes:
-    """The same bytes, but that the orientation, where there is one, says "as it lies"."""
+    """Return the same EXIF bytes with the orientation, if there is one, set to 1 (upright)."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return exif
@@ -76,11 +73,11 @@ def upright(exif: bytes) -> bytes:
             if tag == ORIENTATION and kind in (_SHORT, _LONG):
                 struct.pack_into(f"{order}H" if kind == _SHORT else f"{order}I", changed, at + 8, 1)
         return bytes(changed)
-    except struct.error:  # damaged: no program finds an orientation there
+    except struct.error:  # damaged: no program will find an orientation
         return exif
 
 
-def _exifto_8_bits(tags: dict[int, Any]) -> bytes:
+def _exif_bytes(tags: dict[int, Any]) -> bytes:
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
@@ -89,28 +86,35 @@ def _exifto_8_bits(tags: dict[int, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, upright."""
+    """An upright picture with its metadata."""
 
     pixels: np.ndarray
     """uint8 or uint16, (height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB
     and alpha."""
     icc_profile: bytes | None = None
     exif: bytes | None = None
-    """From the TIFF header on; its orientation, if any, says "as it lies"."""
+    """EXIF bytes from the TIFF header on; the orientation, if any, is 1 (upright)."""
     num_frames: int = 1
-    """Of the file; these are the pixels of the first."""
+    """Number of pictures in the file, of which this is the first."""
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width, upright, from the header. Raises `BadImageError` where there is none, or
-    `OSError`."""
+    """Read height and width of the upright picture from the header.
+
+    Raises:
+        BadImageError: there is no valid header.
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         return read_header(file, any_format=True).size
 
 
 def read_picture(path: Path) -> Picture:
-    """The picture in a file, with its profile and EXIF, turned upright. `UserError` for one that
-    cannot be read whole."""
+    """Read the picture in a file with its profile and EXIF, and turn it upright.
+
+    Raises:
+        UserError: the file cannot be read completely, or does not fit into the memory.
+    """
     try:
         data = path.read_bytes()
         header = read_header(data, any_format=True)
@@ -122,43 +126,48 @@ def read_picture(path: Path) -> Picture:
 
 
 def _check_memory(header: ImageHeader) -> None:
-    """Refuse what would fill the memory before anything of it is decoded."""
+    """Raise `UserError` for a picture that would fill the memory, before it is decoded."""
     needed = 2 * 8 * header.width * header.height  # up to 4 channels of 16 bits, and a copy
     if needed > free_bytes():
         raise UserError(
             f"{header.width}x{header.height} pixels need {needed / 2**30:.1f} GiB of memory to "
-            "decode, "
-            "more than is free; cut it up"
+            "decode, more than is free; split the image"
         )
 
 
 def _beside_pixels(data: bytes) -> tuple[bytes | None, int]:
-    """(EXIF, number of pictures) of a file whose first picture was read; of a JPEG XL, which Pillow
-    lacks, nothing."""
+    """Return (EXIF, number of pictures) of a file; (None, 1) for JPEG XL, which Pillow lacks."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             exif = exif_of(image)
-            frames = (
-                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            )  # a phone's JPEG and its preview
-    except Exception:  # broken metadata, in whatever way: the pixels are whole
+            # MPO is a phone's JPEG with its preview.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # broken metadata of any kind: the pixels have been read without error
         return None, 1
     return None if exif is None else upright(exif), frames
 
 
-# Pictures into files of the format that the name says, with their profile and EXIF.
+# Writing: the suffix decides the format; profile and EXIF are kept.
 
 
 WRITTEN = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"})
 QUALITY = 95
-_TIFF_LIMIT = 2**32 - 2**20  # offsets have 32 bits; the rest is for tags
+_TIFF_LIMIT = 2**32 - 2**20  # offsets have 32 bits; 1 MiB is left for tags
 
 
 def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) -> bytes:
-    """The file's bytes. PNG and TIFF hold everything; JPEG and WebP have 8 bits, JPEG no alpha (it
-    goes over white).
+    """Encode a picture in the format of `suffix`; return the file's content.
 
-    `png_level` is one of `png.LEVELS`; `None` is the fast one.
+    PNG and TIFF keep everything. JPEG and WebP have 8 bits, and JPEG has no alpha: the picture is
+    composited over white.
+
+    Args:
+        picture: the picture with its metadata.
+        suffix: one of `WRITTEN`.
+        png_level: one of `png.LEVELS`; `None` is the fast `png.DEFAULT_LEVEL`.
+
+    Raises:
+        UserError: the suffix is another one, or the picture is too large for TIFF.
     """
     suffix = suffix.lower()
     if suffix == ".png":
@@ -175,7 +184,7 @@ def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) 
             "RGBA" if pixels.shape[2] in (2, 4) else "RGB"
         )
         if pixels.shape[2] < 3:
-            options = {}  # a profile of gray says nothing of RGB
+            options = {}  # a gray profile does not describe RGB
         options |= {"format": "WEBP", "quality": QUALITY}
     else:
         raise UserError(f"cannot write {suffix!r}; choose from {', '.join(sorted(WRITTEN))}")
@@ -196,7 +205,10 @@ def _png(picture: Picture, level: int | None) -> bytes:
 
 
 def _tiff(picture: Picture) -> bytes:
-    """Deflated, one strip; gray with alpha of 16 bits as RGBA, which more programs read."""
+    """Encode as TIFF: deflate with horizontal prediction, in one strip.
+
+    16-bit gray with alpha becomes RGBA, which more programs can read.
+    """
     pixels = picture.pixels
     if pixels.shape[2] == 2 and pixels.dtype == np.uint16:
         pixels = np.concatenate([np.repeat(pixels[..., :1], 3, axis=2), pixels[..., 1:]], axis=2)
@@ -206,7 +218,7 @@ def _tiff(picture: Picture) -> bytes:
     )
     data = zlib.compress(differences.tobytes())
     if len(data) > _TIFF_LIMIT:
-        raise UserError("is larger than a TIFF file can be (4 GiB); write .png")
+        raise UserError("is larger than a TIFF file can be (4 GiB); use .png")
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     if picture.exif is not None:
         for tag, value in descriptive_tags(parsed(picture.exif)).items():
@@ -226,7 +238,7 @@ def _tiff(picture: Picture) -> bytes:
     }.items():
         tags[tag] = value
     if channels in (2, 4):
-        tags[338] = 2  # alpha, colours not multiplied by it
+        tags[338] = 2  # unassociated alpha: colours are not premultiplied
     if picture.icc_profile is not None and channels == picture.pixels.shape[2]:
         tags.tagtype[34675] = 7
         tags[34675] = picture.icc_profile
@@ -241,7 +253,7 @@ def _squeezed(pixels: np.ndarray) -> np.ndarray:
 
 
 def _without_alpha(pixels: np.ndarray) -> np.ndarray:
-    """Composited over white."""
+    """Composite over white."""
     return _squeezed(
         pixels if pixels.shape[2] in (1, 3) else over_white(pixels[..., :-1], pixels[..., -1:])
     )

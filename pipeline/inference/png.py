@@ -1,7 +1,7 @@
-"""PNG files, written fast: rows are filtered by NumPy and compressed by libdeflate.
+"""A fast PNG encoder: NumPy filters the rows and libdeflate compresses them.
 
-libpng at its usual level 6 takes ten times what `DEFAULT_LEVEL` does, for files 4 % smaller, and
-works on one core while the network waits; `docs/benchmarks.md` has the numbers.
+libpng at its default level 6 takes ten times as long as `DEFAULT_LEVEL` for files that are 4 %
+smaller, and runs on one core while the network waits; `docs/benchmarks.md` has the numbers.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import imagecodecs
 import numpy as np
 
 LEVELS = range(13)
-"""libdeflate's."""
+"""Compression levels of libdeflate."""
 DEFAULT_LEVEL = 2
 CAREFUL_LEVEL = 5
-"""From which on all filters are tried for every row, rather than the two fastest."""
+"""From this level on, all filters are tried for every row, and not only the two fastest."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KINDS = {1: 0, 2: 4, 3: 2, 4: 6}
 """Number of channels -> PNG's colour type: gray, gray and alpha, RGB, RGB and alpha."""
 _BAND_BYTES = 1 << 18
-"""Of rows that are filtered together, so that they stay in the processor's cache."""
+"""Bytes of the rows that are filtered together; they fit into the processor's cache."""
 _CHUNK_BYTES = 1 << 30
 
 
 def encode_png(pixels: np.ndarray, level: int | None = None, chunks: bytes = b"") -> bytes:
-    """The content of a PNG file of uint8 or uint16 `pixels` (height, width, 1 to 4 channels).
+    """Encode uint8 or uint16 `pixels` (height, width, 1 to 4 channels) as a PNG file.
 
-    `level` is one of `LEVELS`, or `None` for `DEFAULT_LEVEL`; `chunks` are whole ones that go
-    before the pixels.
+    Args:
+        pixels: gray, gray and alpha, RGB, or RGB and alpha.
+        level: one of `LEVELS`; `None` is `DEFAULT_LEVEL`.
+        chunks: complete chunks to write before the pixels.
     """
     level = DEFAULT_LEVEL if level is None else level
     height, width, channels = pixels.shape
@@ -43,7 +45,7 @@ def encode_png(pixels: np.ndarray, level: int | None = None, chunks: bytes = b""
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG file."""
+    """Return a chunk of a PNG file: length, type, content and CRC."""
     return b"".join(
         [
             struct.pack(">I", len(content)),
@@ -55,13 +57,13 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _filtered(pixels: np.ndarray, *, is_careful: bool) -> np.ndarray:
-    """The rows as they are compressed: (height, 1 + bytes of a row), the filter's number first.
+    """Return the filtered rows, (height, 1 + bytes per row), each with its filter's number first.
 
-    For every row the filter is taken whose bytes, as signed numbers, are the smallest: libpng's
-    rule.
+    Each row gets the filter with the smallest sum of absolute values, its bytes taken as signed
+    numbers: libpng's heuristic.
     """
     height, width, channels = pixels.shape
-    step = channels * pixels.itemsize  # bytes to the same sample of the pixel at the left
+    step = channels * pixels.itemsize  # bytes from a sample to that of the pixel to its left
     rows = np.empty((height, 1 + width * step), np.uint8)
     above = np.zeros((1, width * step), np.uint8)
     size = max(1, _BAND_BYTES // (width * step))
@@ -90,7 +92,7 @@ def _filtered(pixels: np.ndarray, *, is_careful: bool) -> np.ndarray:
 
 
 def _paeth(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """Of three neighbours the one that is nearest to left + up - corner."""
+    """Return the neighbour that is nearest to left + up - corner (PNG's Paeth predictor)."""
     left_, up_, corner_ = (values.astype(np.int16) for values in (left, up, corner))
     to_left, to_up = np.abs(up_ - corner_), np.abs(left_ - corner_)
     to_corner = np.abs(left_ + up_ - 2 * corner_)

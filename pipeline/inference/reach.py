@@ -1,8 +1,8 @@
-"""How far the tiles of a network must overlap: measured once for its weights, and kept.
+"""The overlap that a network's tiles need, measured once for its weights and kept.
 
-A network's receptive field says how far an output pixel could see. What lies far away changes it by
-less than anybody sees, and tiles that overlap by all of it do several times the work: 172 LR pixels
-on every side for VapSR x4.
+The receptive field says how far an output pixel can see: 172 LR pixels on every side for VapSR x4.
+Distant pixels change the result by less than anybody can see, and tiles that overlap by the whole
+receptive field do several times the work.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from pipeline.inference.tiles import ALIGNMENT
 from pipeline.libraries import cv2
 
 ALLOWED = 0.5 / 255
-"""That an overlap may change of a result, at most."""
+"""The largest change of a result, with white as 1, that tiling may cause."""
 MARGIN = 0.5
-"""Of that, on the images that are measured: others may change more."""
+"""The share of `ALLOWED` to stay below on the measured images, because others may change more."""
 STRIP = (64, 256)
-"""Height and width (or width and height) of what is shown to a network to see how far it looks."""
+"""Height and width (or width and height) of the images on which a network is measured."""
 SHIFT = 2 * ALIGNMENT
 NAME = "reach"
 
 
 class Reach:
-    """How many LR pixels tiles overlap by so that results change by `ALLOWED` at most; see
-    `tiles.MeasuredHalo`.
+    """Finds by how many LR pixels tiles must overlap for results to change by at most `ALLOWED`.
+
+    It is a `tiles.MeasuredHalo`.
 
     Args:
-        backend: the network; in whatever it computes, the answer is for its weights.
-        measured: what is known of the network, and where the answer is kept.
+        backend: the network. The answer holds for its weights, whatever runs it.
+        measured: what is known about the network; the answer is kept there.
     """
 
     def __init__(self, backend: Backend, measured: Measurements) -> None:
         self._backend, self._measured = backend, measured
 
     def __call__(self, image: np.ndarray | None) -> int | None:
-        """Measured with `image`, RGB (height, width, 3), and images of its kind; with `None` only
-        if it was before."""
+        """Return the overlap, measured on `image`, RGB (height, width, 3), and synthetic images.
+
+        Without an image, return the overlap only if it is known already, else `None`.
+        """
         known = self._measured.get(NAME)
         if isinstance(known, int) and known > 0:
             return known
@@ -49,6 +52,8 @@ class Reach:
         return found
 
     def _measure(self, image: np.ndarray) -> int:
+        # The same image content is computed twice, from two pieces that are cut `shift` pixels
+        # apart. Their results differ only by the influence of the pieces' edges.
         height, width = self._backend.window or STRIP
         shift, stands = shift_of(width), self._backend.window is None
         size = (height, width + shift)
@@ -72,8 +77,11 @@ class Reach:
     def _changes(
         self, strip: np.ndarray, width: int, shift: int, *, is_upright: bool
     ) -> np.ndarray:
-        """`edge_changes` of one strip (height, width + shift, 3), laid or, with `is_upright`, stood
-        up."""
+        """Return the `edge_changes` of one strip (height, width + shift, 3).
+
+        With `is_upright` the network is shown the transposed strip, which measures the vertical
+        direction.
+        """
         pieces = [strip[None, :, start : start + width] for start in (0, shift)]
         if is_upright:
             pieces = [piece.transpose(0, 2, 1, 3) for piece in pieces]
@@ -84,17 +92,19 @@ class Reach:
 
 
 def shift_of(width: int) -> int:
-    """By how many LR pixels two pieces of that width are cut apart: a multiple that windows of
-    attention keep."""
+    """Return by how many LR pixels two pieces of this width are shifted against each other.
+
+    It is a multiple of `ALIGNMENT`, so that both have the same grid of attention windows.
+    """
     return SHIFT if width >= 4 * SHIFT else ALIGNMENT
 
 
 def edge_changes(left: np.ndarray, right: np.ndarray, shift: int, scale: int) -> np.ndarray:
-    """How much the edge of a piece changes what lies at every distance from it, at most.
+    """Return the largest change that a piece's edge causes, by distance from the edge in LR pixels.
 
-    `left` and `right` are what a network made of two pieces of one image, the second cut `shift` LR
-    pixels further right; (N, 3, height, width) with white as 1. The result is by distance from the
-    nearer edge, in LR pixels, and never rises.
+    `left` and `right` are the network's results for two pieces of one image, the second cut `shift`
+    LR pixels further to the right; (N, 3, height, width) with white as 1. The distance is that to
+    the nearer edge. The returned values never increase with the distance.
     """
     same = left.shape[-1] - shift * scale
     difference = np.abs(
@@ -106,15 +116,19 @@ def edge_changes(left: np.ndarray, right: np.ndarray, shift: int, scale: int) ->
 
 
 def distance_within(changes: np.ndarray, allowed: float) -> int | None:
-    """The least multiple of `ALIGNMENT` from which on changes are `allowed` at most; `None` where
-    none was seen."""
+    """Return the smallest multiple of `ALIGNMENT` from which on changes are at most `allowed`.
+
+    `None` if there is none within the measured distances.
+    """
     places = range(ALIGNMENT, len(changes) - ALIGNMENT // 2, ALIGNMENT)
     return next((place for place in places if changes[place] <= allowed), None)
 
 
 def busiest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The piece (height, width) of an image with the strongest contrasts, as uint8; mirrored on
-    where it is smaller."""
+    """Return the part (height, width) of an image with the strongest contrasts, as uint8.
+
+    An image that is too small is extended by reflection.
+    """
     pixels = image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
     below, right = (max(0, wanted - side) for wanted, side in zip(size, pixels.shape, strict=False))
     pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), "symmetric")
@@ -127,21 +141,20 @@ def busiest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def natural(seed: int, height: int, width: int) -> np.ndarray:
-    """A made image with what photographs have: soft shades, hard edges, fine texture, noise; uint8
-    RGB."""
+    """Return a synthetic uint8 RGB image with soft shades, hard edges, fine texture and noise."""
     random = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.float32)
-    for side in (64, 24, 8, 3):  # shades of several sizes, the larger the stronger
+    for side in (64, 24, 8, 3):  # shades of several sizes, large ones stronger
         shape = (height // side + 2, width // side + 2, 3)
         shades = random.normal(0, 12 * side**0.35, shape).astype(np.float32)
         image += cv2.resize(shades, (width, height), interpolation=cv2.INTER_CUBIC)
     image += 128
-    for _ in range(height * width // 1500):  # things in front, light and dark, of any form
+    for _ in range(height * width // 1500):  # foreground polygons, light and dark
         centre = np.array([random.integers(0, width), random.integers(0, height)])
         corners = (centre + random.normal(0, 18, (random.integers(3, 7), 2))).astype(np.int32)
         cv2.fillPoly(image, [corners], random.uniform(0, 255, 3).tolist())
     rows, columns = np.mgrid[:height, :width]
-    for _ in range(4):  # stripes, as of roofs, fences and writing
+    for _ in range(4):  # stripes, as on roofs, in fences and in text
         angle, period = random.uniform(0, np.pi), random.uniform(2.2, 7)
         stripes = np.sign(
             np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period)

@@ -1,5 +1,4 @@
-"""How an image gets the size that is asked for: how often through the network, what is resized;
-alpha and gray, too."""
+"""Upscale pictures to the requested size: passes through the network, resizing, alpha and gray."""
 
 from __future__ import annotations
 
@@ -24,8 +23,11 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class TargetSize:
-    """The size that is wanted: `scale` or `size` (height, width), or what the network gives; made
-    from a smaller image where `pre_downsample` is above 1."""
+    """The requested size of a result.
+
+    It is given as a factor `scale`, as `size` (height, width), or by default as the network's own
+    scale. The input is first shrunk by the factor `pre_downsample`.
+    """
 
     scale: float | None = None
     size: tuple[int, int] | None = None
@@ -33,32 +35,32 @@ class TargetSize:
 
     @staticmethod
     def of(scale: float | None, size: str | None, pre_downsample: int) -> TargetSize:
-        """From the command line's values; `UserError` for those that make no sense."""
+        """Create it from the command line's values; raise `UserError` for impossible ones."""
         if scale is not None and size is not None:
             raise UserError("--scale and --size contradict each other; choose one")
         if scale is not None and not 0 < scale <= LARGEST_SCALE:
-            raise UserError(f"--scale {scale:g} is not above 0 and at most {LARGEST_SCALE}")
+            raise UserError(f"--scale {scale:g} must be above 0 and at most {LARGEST_SCALE}")
         if not 1 <= pre_downsample <= LARGEST_SCALE:
-            raise UserError(f"--pre-downsample {pre_downsample} is not from 1 to {LARGEST_SCALE}")
+            raise UserError(f"--pre-downsample {pre_downsample} must be from 1 to {LARGEST_SCALE}")
         if size is None:
             return TargetSize(scale, None, pre_downsample)
         found = re.fullmatch(r"(\d{1,7})[xX](\d{1,7})", size)
         width, height = (int(side) for side in found.groups()) if found else (0, 0)
         if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
-            raise UserError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 1920x1080")
+            raise UserError(f"--size {size!r} must be WIDTHxHEIGHT in pixels, such as 1920x1080")
         return TargetSize(None, (height, width), pre_downsample)
 
     def start(self, height: int, width: int) -> tuple[int, int]:
-        """The size that the network begins with. `UserError` where nothing is left."""
+        """Return the size of the network's first input; raise `UserError` if nothing is left."""
         height, width = height // self.pre_downsample, width // self.pre_downsample
         if not (height and width):
             raise UserError(
-                f"it has no {self.pre_downsample} pixels along a side; leave --pre-downsample out"
+                f"has fewer than {self.pre_downsample} pixels along a side; omit --pre-downsample"
             )
         return height, width
 
     def end(self, height: int, width: int, network_scale: int) -> tuple[int, int]:
-        """The size of the result for an image of this size, before it is downsampled."""
+        """Return the size of the result for an input of this size, before any downsampling."""
         height, width = self.start(height, width)
         if self.size is not None:
             return self.size
@@ -66,8 +68,7 @@ class TargetSize:
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def passes(self, height: int, width: int, network_scale: int) -> int:
-        """How often the network is applied: until the image is as large as asked for, at least
-        once."""
+        """Return how often the network is applied: at least once, until the size is reached."""
         start, end = self.start(height, width), self.end(height, width, network_scale)
         count = 1
         while any(
@@ -75,11 +76,11 @@ class TargetSize:
         ):
             count += 1
             if network_scale**count > LARGEST_SCALE:
-                return count - 1  # the rest is resized
+                return count - 1  # resizing does the rest
         return count
 
     def work(self, height: int, width: int, network_scale: int) -> float:
-        """How many pixels the network is shown in all."""
+        """Return the total number of pixels that the network is shown."""
         height, width = self.start(height, width)
         passes = self.passes(
             height * self.pre_downsample, width * self.pre_downsample, network_scale
@@ -90,11 +91,12 @@ class TargetSize:
 def upscale_images(
     images: np.ndarray, target: TargetSize, upscaler: Upscaler, advance: Advance
 ) -> np.ndarray:
-    """RGB images (N, height, width, 3), uint8 or uint16, in the size of `target`, in their own
-    type.
+    """Upscale RGB images (N, height, width, 3), uint8 or uint16, to the size of `target`.
 
-    Between two passes, and before a resize, they have 16 bits. `UserError` where the memory cannot
-    hold the result.
+    The result has their type. Between two passes, and before resizing, the images have 16 bits.
+
+    Raises:
+        UserError: the result does not fit into the free memory.
     """
     own, (count, height, width, channels) = images.dtype, images.shape
     end = target.end(height, width, upscaler.scale)
@@ -112,8 +114,9 @@ def upscale_images(
     )
     if needed > free_bytes():
         raise UserError(
-            f"{end[1]}x{end[0]} pixels, on the way {reached[1]}x{reached[0]}, need "
-            f"{needed / 2**30:.1f} GiB of memory, more than is free; cut it up or ask for less"
+            f"{end[1]}x{end[0]} pixels, made from {reached[1]}x{reached[0]}, need "
+            f"{needed / 2**30:.1f} GiB of memory, more than is free; split the image or choose a "
+            "smaller size"
         )
     for number in range(1, passes + 1):
         kind = own if exact and number == passes else DEEP
@@ -124,9 +127,11 @@ def upscale_images(
 def upscale_picture(
     picture: Picture, target: TargetSize, upscaler: Upscaler, advance: Advance
 ) -> Picture:
-    """The picture in the size of `target`: of the same mode, bits, profile and EXIF. Alpha goes
-    through the network as a gray image of its own; where it is the same all around, it stays
-    exactly what it is."""
+    """Upscale a picture to the size of `target`, keeping its mode, bit depth, profile and EXIF.
+
+    Alpha goes through the network as a gray image of its own. Where it is constant in 3x3 pixels,
+    its exact value is kept.
+    """
     pixels = picture.pixels
     has_alpha = pixels.shape[2] in (2, 4)
     alpha = pixels[..., -1] if has_alpha else None
@@ -156,7 +161,7 @@ def _as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def _as_gray(pixels: np.ndarray) -> np.ndarray:
-    """BT.601 luma, in the type of `pixels`; a band of rows at a time."""
+    """Return BT.601 luma in the type of `pixels`, computed in bands of rows to save memory."""
     gray = np.empty((*pixels.shape[:2], 1), pixels.dtype)
     for top in range(0, len(pixels), 256):
         gray[top : top + 256, :, 0] = np.rint(pixels[top : top + 256].astype(np.float32) @ LUMA)
@@ -164,10 +169,10 @@ def _as_gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.ndarray:
-    """Antialiased cubic, plane by plane, for float images are large; rounded to the levels of
-    `kind`.
+    """Resize by antialiased cubic interpolation and round to the levels of `kind`.
 
-    Pillow's cubic of floats is `images.cubic_resize` (Keys, a = -0.5), without torch.
+    It works plane by plane, because float images are large. Pillow's cubic filter on floats is the
+    same as `images.cubic_resize` (Keys, a = -0.5), without torch.
     """
     levels, highest = np.iinfo(images.dtype).max, np.iinfo(kind).max
     result = np.empty((len(images), *size, images.shape[3]), kind)
@@ -183,8 +188,10 @@ def _resized(images: np.ndarray, size: tuple[int, int], kind: np.dtype) -> np.nd
 
 
 def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Wholly transparent pixels in the colour of the nearest visible one: what is hidden there must
-    not show at edges."""
+    """Give fully transparent pixels the colour of the nearest visible one.
+
+    Otherwise their hidden colours would bleed into the visible edges.
+    """
     hidden = alpha == 0
     if not hidden.any() or hidden.all():
         return colours
@@ -199,8 +206,10 @@ def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarra
 
 
 def _with_even_places(large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """`large` with the exact value of `small` wherever that is the same in 3x3 pixels: opaque must
-    stay opaque."""
+    """Replace `large` by the exact value of `small` wherever that is constant in 3x3 pixels.
+
+    Opaque areas must stay fully opaque.
+    """
     square = np.ones((3, 3), np.uint8)
     even = (cv2.erode(small, square) == cv2.dilate(small, square)).astype(np.uint8)
     size = large.shape[::-1]

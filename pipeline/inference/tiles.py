@@ -1,7 +1,6 @@
-"""A network over images of any size: in tiles that overlap by what it sees, as large as the memory
-allows.
+"""The tiler: runs a network on images of any size, in overlapping tiles that fit into the memory.
 
-Arrays of pixels go in and come out; what computes in between, and where, is the backend's.
+Arrays of pixels go in and come out; the backend decides how and where they are computed.
 """
 
 from __future__ import annotations
@@ -20,28 +19,32 @@ from pipeline.export.network_files import is_out_of_memory
 from pipeline.inference.backends import Backend, Levels, NotFiniteError
 
 ALIGNMENT = 16
-"""Tiles begin at multiples of it, so that the windows of attention lie as in the whole image."""
+"""Tiles start at multiples of it, so that attention windows have the same grid as in the whole
+image."""
 SMALLEST_TILE = 64
 MAX_BATCH = 64
 ENOUGH_BYTES = 512 << 20
-"""That the network holds at once on a CPU: larger tiles are no faster there, but for what they
-overlap by."""
+"""Memory for a network's tile on a CPU, where larger tiles only save overlap."""
 SIDES_PER_HALO = 16
-"""A tile's side over its halo, where the memory allows it: 1.3 times the work of no overlap."""
+"""Ratio of a tile's side to its halo, if the memory allows it: overlap then costs 1.3 times the
+work."""
 USUAL_HALO = 32
-"""Taken for the measured halo until it is measured."""
+"""Assumed halo until it is measured."""
 
 Advance = Callable[[float], None]
 """Called with the number of LR pixels upscaled since the last call."""
 MeasuredHalo = Callable[[np.ndarray | None], int | None]
-"""How many LR pixels tiles overlap by, measured with an image (height, width, 3) at hand; without
-one `None` where it was not measured yet."""
+"""Returns the halo in LR pixels, measured on an image (height, width, 3) if it is unknown; without
+an image `None` if it is unknown."""
 
 
 @dataclass(frozen=True)
 class ImageTile:
-    """A piece of the image `image`: rows and columns of the LR image that it fills, and those that
-    it looks at."""
+    """A tile of image number `image`.
+
+    `rows` and `columns` are what it fills, `seen_rows` and `seen_columns` what the network is
+    shown, all in LR pixels.
+    """
 
     image: int
     rows: slice
@@ -51,7 +54,7 @@ class ImageTile:
 
     @property
     def seen_shape(self) -> tuple[int, int]:
-        """Height and width of what the network is shown."""
+        """Height and width of the network's input."""
         return (
             self.seen_rows.stop - self.seen_rows.start,
             self.seen_columns.stop - self.seen_columns.start,
@@ -59,16 +62,16 @@ class ImageTile:
 
     @property
     def pixels(self) -> int:
-        """How many LR pixels it fills."""
+        """Number of LR pixels that the tile fills."""
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
 def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[ImageTile]:
-    """Tiles that fill `shape` (images, height, width) once, each looking `halo` pixels further;
-    equal sizes together, the largest first: smaller ones then live in memory that these have freed.
+    """Return tiles that fill `shape` (images, height, width) once, each extended by `halo` pixels.
 
-    One tile an image if that has no more than `max_pixels`; otherwise about square ones that look
-    at no more, as far as the halo leaves room: a tile fills at least `SMALLEST_TILE` squared.
+    An image of at most `max_pixels` is a single tile. Larger ones are cut into roughly square tiles
+    that see at most `max_pixels`, but fill at least `SMALLEST_TILE` squared. Tiles of equal size
+    are adjacent, the largest first, so that smaller ones reuse the memory that these have freed.
     """
     count, height, width = shape
     halo = _aligned(halo)
@@ -87,9 +90,13 @@ def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[I
 
 
 def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[ImageTile]:
-    """Tiles that fill `shape` once and look at exactly `window` (height, width) each, or at the
-    whole of a shorter side. `RunError` where a window is no larger than what the network sees
-    around a pixel."""
+    """Return tiles that fill `shape` once and see exactly `window` (height, width) each.
+
+    A side shorter than the window is seen as a whole.
+
+    Raises:
+        RunError: the window is too small for the overlap that the network needs.
+    """
     count, height, width = shape
     try:
         rows, columns = (
@@ -98,9 +105,9 @@ def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int])
         )
     except ValueError as error:
         raise RunError(
-            f"{width}x{height} pixels need tiles, but the network takes images of "
-            f"{window[1]}x{window[0]} "
-            f"only and sees {halo} pixels far; convert it for images of any size"
+            f"{width}x{height} pixels need tiles, but the network takes only images of "
+            f"{window[1]}x{window[0]} and sees {halo} pixels in each direction; convert it for "
+            "images of any size"
         ) from error
     return sorted(
         (
@@ -114,7 +121,7 @@ def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int])
 
 
 def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
-    """Of one side: what each tile fills, and what it looks at."""
+    """Return what each tile fills and what it sees along one side."""
     if length <= side:
         return [(slice(0, length), slice(0, length))]
     step = (side - 2 * halo) // ALIGNMENT * ALIGNMENT
@@ -133,8 +140,8 @@ def _aligned(length: int) -> int:
 
 
 def _pieces(length: int, side: int) -> list[slice]:
-    """`length` in pieces of about equal size, of `side` at most; all but the last one end at
-    multiples."""
+    """Divide `length` into pieces of similar size, at most `side`, cut at multiples of
+    `ALIGNMENT`."""
     count = -(-length // side)
     step = length if count == 1 else _aligned(-(-length // count))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -145,16 +152,19 @@ def _widened(piece: slice, halo: int, length: int) -> slice:
 
 
 class Upscaler:
-    """A network, ready to upscale arrays of any size.
+    """Upscales arrays of any size with a network.
 
-    Args: backend: the network and what computes it. tile: LR pixels that a tile fills at most,
-        along a side; 0 chooses from the memory. `UserError` for less
-            than `ALIGNMENT`, and where the network takes images of one size only.
-        most_pixels: without `tile`, how many LR pixels the network is shown at once, whatever
-        memory is free; fewer
-            only after the memory did not suffice. 0 asks the free memory.
-        halo: how far tiles of 8-bit pictures overlap (see `reach.Reach`); `None`: by all that the
-        network sees.
+    Args:
+        backend: the network in its backend.
+        tile: maximum side of a tile in LR pixels, without its overlap; 0 chooses by the memory.
+        most_pixels: without `tile`, the number of LR pixels that the network is shown at once,
+            whatever memory is free; it is reduced only if the memory did not suffice. 0 chooses by
+            the free memory.
+        halo: overlap of the tiles of 8-bit pictures (see `reach.Reach`); `None` is the network's
+            whole receptive field.
+
+    Raises:
+        UserError: `tile` is below `ALIGNMENT`, or the network takes images of one size only.
     """
 
     def __init__(
@@ -166,14 +176,13 @@ class Upscaler:
     ) -> None:
         if tile and tile < ALIGNMENT:
             raise UserError(
-                f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to fill the free "
-                "memory"
+                f"--tile {tile} is below {ALIGNMENT} pixels; choose more, or 0 to choose by the "
+                "free memory"
             )
         if tile and backend.window:
             raise UserError(
-                f"--tile {tile}: the network takes images of "
-                f"{backend.window[1]}x{backend.window[0]} only, "
-                "so tiles have that size; leave --tile out"
+                f"--tile {tile}: the network takes only images of "
+                f"{backend.window[1]}x{backend.window[0]}, so tiles have that size; omit --tile"
             )
         self.scale = backend.scale
         self._backend = backend
@@ -181,22 +190,32 @@ class Upscaler:
         self._reduced: dict[str, int] = {}  # after the memory did not suffice
 
     def precision_for(self, *, is_deep: bool) -> str:
-        """The precision of the network for pictures of 16 bits (`is_deep`), or of 8."""
+        """Return the network's precision for 16-bit (`is_deep`) or 8-bit pictures."""
         return self._backend.precision_for(is_deep=is_deep)
 
     def max_pixels(self, precision: str) -> int:
-        """How many LR pixels the network is shown at once, over all tiles of a batch."""
+        """Return the maximum number of LR pixels of a batch, over all its tiles."""
         return self._most(precision, self._expected_halo(is_deep=False))
 
     def __call__(
         self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance
     ) -> np.ndarray:
-        """RGB images (N, height, width, 3), uint8 or uint16, `scale` times larger as `result`, one
-        of these types.
+        """Upscale RGB images (N, height, width, 3), uint8 or uint16, by `scale`.
 
-        Clamped and rounded. Tiles of pictures of 16 bits (`is_deep`) look at as much around them as
-        the network sees, so that they are the same as in one piece; others as far as was measured
-        to change them by half a level of 255 at most.
+        Values are clamped and rounded to the type `result`, uint8 or uint16. Tiles of 16-bit
+        pictures (`is_deep`) overlap by the whole receptive field, so that the result is the same as
+        in one piece. Other tiles overlap by what was measured to change the result by at most half
+        a level of 255.
+
+        Args:
+            images: the images.
+            result: type of the result.
+            is_deep: whether the pictures have 16 bits.
+            advance: called with the number of LR pixels that were upscaled.
+
+        Raises:
+            RunError: the memory does not suffice for one tile, or the network gives NaN or
+                infinity.
         """
         precision = self.precision_for(is_deep=is_deep)
         count, height, width, _ = images.shape
@@ -212,8 +231,7 @@ class Upscaler:
         return large
 
     def _laid(self, images: np.ndarray, precision: str, *, is_deep: bool) -> list[ImageTile]:
-        """The tiles of the images. How far they must overlap is not measured where one piece will
-        do."""
+        """Return the tiles of the images; the halo is measured only if one piece is not enough."""
         shape = images.shape[:3]
         window = self._backend.window
         if window:
@@ -226,19 +244,19 @@ class Upscaler:
         return lay_tiles(shape, halo, self._most(precision, halo))
 
     def _halo(self, images: np.ndarray, *, is_deep: bool) -> int:
-        """By how many LR pixels tiles of these images overlap."""
+        """Return by how many LR pixels the tiles of these images overlap."""
         if is_deep or self._measured_halo is None:
             return self._backend.halo
         return min(self._backend.halo, self._measured_halo(images[0]))
 
     def _expected_halo(self, *, is_deep: bool) -> int:
-        """As `_halo`, before there is an image to measure it with."""
+        """Like `_halo`, before there is an image to measure it on."""
         if is_deep or self._measured_halo is None:
             return self._backend.halo
         return min(self._backend.halo, self._measured_halo(None) or USUAL_HALO)
 
     def _most(self, precision: str, halo: int) -> int:
-        """How many LR pixels the network is shown at once, in tiles that overlap by `halo`."""
+        """Return how many LR pixels the network is shown at once, in tiles with this halo."""
         if self._tile:
             return (self._tile + 2 * _aligned(halo)) ** 2
         if most := self._reduced.get(precision) or self._most_pixels:
@@ -256,8 +274,11 @@ class Upscaler:
         precision: str,
         advance: Advance,
     ) -> None:
-        """Fill tiles, which leave `waiting` when they are; the next batch may be begun before the
-        last has come."""
+        """Fill the tiles and remove those that are done from `waiting`.
+
+        After an out-of-memory error the caller tiles only the rest again. The next batch may be
+        started before the result of the last one is fetched.
+        """
         begun: deque[tuple[list[ImageTile], Levels]] = deque()
 
         def finish() -> None:
@@ -274,7 +295,7 @@ class Upscaler:
             finish()
 
     def _batches(self, tiles: list[ImageTile], precision: str) -> Iterator[list[ImageTile]]:
-        """Tiles of one size, as many at once as the memory allows."""
+        """Yield tiles of equal size, as many at once as the memory allows."""
         for (rows, columns), equal in groupby(tiles, key=lambda tile: tile.seen_shape):
             same_size = list(equal)
             step = max(1, min(MAX_BATCH, self.max_pixels(precision) // (rows * columns)))
@@ -289,7 +310,7 @@ class Upscaler:
         precision: str,
         result: np.dtype,
     ) -> np.ndarray:
-        """The pixels of a batch; in full precision where `precision` did not hold them."""
+        """Return the pixels of a batch, computed again in FP32 if `precision` overflowed."""
         try:
             return levels()
         except NotFiniteError as error:
@@ -322,15 +343,14 @@ class Upscaler:
         *,
         is_deep: bool,
     ) -> list[ImageTile]:
-        """All tiles again, of half the pixels, after the memory did not suffice."""
+        """Return new tiles of half the size for all images, after the memory did not suffice."""
         halo = self._halo(images, is_deep=is_deep)
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
         smallest = (SMALLEST_TILE + 2 * _aligned(halo)) ** 2
         if self._tile or self._backend.window or largest <= smallest:
             tile = "" if self._most_pixels else "a smaller --tile, "
             raise RunError(
-                f"the memory does not suffice for one tile; choose {tile}a smaller network or "
-                "--device cpu"
+                f"not enough memory for one tile; choose {tile}a smaller network or --device cpu"
             ) from error
         if self._backend.device.type == "cuda":
             sys.modules["torch"].cuda.empty_cache()
@@ -339,5 +359,5 @@ class Upscaler:
 
 
 def _seen(images: np.ndarray, tiles: list[ImageTile]) -> np.ndarray:
-    """What the network is shown of tiles of one size: (tiles, height, width, 3)."""
+    """Return the network's input for tiles of equal size: (tiles, height, width, 3)."""
     return np.stack([images[tile.image, tile.seen_rows, tile.seen_columns] for tile in tiles])

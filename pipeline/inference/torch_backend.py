@@ -1,8 +1,7 @@
-"""Networks of `pipeline.models` by PyTorch, channels last, on a CPU or a GPU; see
-`backends.Backend`.
+"""The PyTorch backend for networks of `pipeline.models`, in channels-last layout, on CPU or GPU.
 
-On a GPU the host waits once for every batch: for one copy, which holds the levels and whether all
-values were finite. It goes through pinned memory on a stream of its own, while the next batch is
+On a GPU the host waits once per batch: for a single copy, which contains the levels and a flag for
+finite values. The copy goes through pinned memory on its own stream, while the next batch is
 computed.
 """
 
@@ -31,18 +30,17 @@ from pipeline.libraries import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED_AFTER = 64
-"""Batches of one shape that run before it is compiled for, which takes as long as hundreds of
-them."""
+"""Batches of one shape to run before compiling for it, which takes as long as hundreds of them."""
 
 
 class TorchBackend:
-    """Any generator, in eval mode.
+    """Runs any generator in eval mode; see `backends.Backend`.
 
     Args:
-        network: it stays as it is; copies of it go to the device.
-        device: where it computes; a `torch.device` will do.
+        network: left unchanged; copies of it are moved to the device.
+        device: the device to run on; a `torch.device` is accepted as well.
         precision: "auto", "fp32", "fp16" or "bf16"; see `backends.precision_of`.
-        compiles: compile for shapes that come often (`COMPILED_AFTER`).
+        compiles: compile for frequent shapes (after `COMPILED_AFTER` batches).
     """
 
     window = None
@@ -99,22 +97,22 @@ class TorchBackend:
         return self.forward(images, "fp32").float().cpu().numpy()
 
     def start(self, images: np.ndarray, precision: str, result: np.dtype) -> Levels:
-        """See `Backend`. On a GPU it returns before the network has computed."""
+        """See `Backend`. On a GPU it returns before the network has finished."""
         return begin(self.forward(images, precision), result, self.transfers)
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, precision: str) -> Tensor:
-        """RGB (N, height, width, 3), uint8 or uint16 -> (N, 3, scale * height, scale * width) on
-        the device."""
-        lr = self.transfers.upload(images).permute(
-            0, 3, 1, 2
-        )  # is channels_last as it lies in memory
+        """Upscale RGB (N, height, width, 3), uint8 or uint16, without clamping.
+
+        Returns (N, 3, scale * height, scale * width) on the device.
+        """
+        lr = self.transfers.upload(images).permute(0, 3, 1, 2)  # already channels_last in memory
         lr = lr.contiguous(memory_format=torch.channels_last)
         with without_tf32():
             return self._network_for(lr.shape, precision)(lr)
 
     def _network_for(self, shape: torch.Size, precision: str) -> Any:
-        """The network, or one compiled for `shape` where that came often enough."""
+        """Return the network, compiled for `shape` if that is frequent enough."""
         network, key = self._in(precision), (precision, shape)
         if not self._compiles:
             return network
@@ -124,7 +122,7 @@ class TorchBackend:
         return self._compiled.get(key, network)
 
     def _in(self, precision: str) -> nn.Module:
-        """The network in this precision on the device; made once."""
+        """Return the network's copy in this precision on the device; it is made once."""
         if precision not in self._ready:
             if self.device.type == "cpu":
                 keep_freed_memory()
@@ -136,10 +134,10 @@ class TorchBackend:
 
 
 class SelfEnsemble:
-    """A network's mean over the image turned and mirrored in all eight ways ("+" in papers): eight
-    times the work.
+    """Averages a network over all eight rotations and reflections of the image ("+" in papers).
 
-    The mean is of floats, so that whoever rounds it rounds once. See `Backend` for the methods.
+    It takes eight times the work. The mean is taken over floats, so that values are rounded only
+    once. See `Backend` for the methods.
     """
 
     window = None
@@ -147,7 +145,7 @@ class SelfEnsemble:
 
     def __init__(self, backend: TorchBackend) -> None:
         self.scale, self.halo, self.device = backend.scale, backend.halo, backend.device
-        self.in_flight = 0  # eight uploads would overrun the pinned buffers of batches in flight
+        self.in_flight = 0  # its eight uploads would overwrite the pinned buffers of another batch
         self.precision_for, self.is_exact = backend.precision_for, backend.is_exact
         self.pixel_bytes, self.max_pixels = backend.pixel_bytes, backend.max_pixels
         self._backend = backend
@@ -162,7 +160,7 @@ class SelfEnsemble:
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, precision: str) -> Tensor:
-        """As `TorchBackend.forward`; always float32."""
+        """Upscale like `TorchBackend.forward`; the result is always float32."""
         total: Tensor | None = None
         for is_mirrored in (False, True):
             for turns in range(4):
@@ -176,8 +174,7 @@ class SelfEnsemble:
 
 @torch.inference_mode()
 def begin(sr: Tensor, result: np.dtype, transfers: Transfers) -> Levels:
-    """Begin to bring SR, floats (N, 3, height, width) on the device, to the host as levels of
-    `result`."""
+    """Start copying SR, floats (N, 3, height, width), from the device as levels of `result`."""
     count, channels, height, width = sr.shape
     read = transfers.download(_packed(sr, result))
 
@@ -191,28 +188,28 @@ def begin(sr: Tensor, result: np.dtype, transfers: Transfers) -> Levels:
 
 
 def _packed(sr: Tensor, result: np.dtype) -> Tensor:
-    """The bytes of the levels, clamped and rounded, as they lie in an image, and 1 behind them
-    where SR is finite."""
+    """Return the bytes of the clamped and rounded levels, followed by 1 if SR is finite, else 0.
+
+    One tensor, so that a single copy brings everything to the host.
+    """
     images = sr.permute(0, 2, 3, 1)
-    if result == DEEP:  # a device need not have uint16: the lower halves of int32
+    if result == DEEP:  # not every device has uint16: take the lower halves of int32
         levels = images.float().mul(65535).round_().clamp_(0, 65535).to(torch.int32).contiguous()
         levels = levels.view(torch.int16)[..., ::2].contiguous()
     else:
         levels = to_bytes(images).contiguous()
     packed = torch.empty(levels.numel() * levels.itemsize + 1, dtype=torch.uint8, device=sr.device)
     packed[:-1] = levels.view(torch.uint8).flatten()
-    # A NaN or an infinity does not leave a sum, and sums of pictures are far from the largest
-    # float.
+    # A sum keeps NaN and infinity, and sums over pictures are far below the largest float.
     packed[-1] = torch.isfinite(sr.sum(dtype=torch.float32))
     return packed
 
 
 class Transfers:
-    """Copies between host and device. On a GPU they go through two pinned buffers each way, on a
-    stream of their own.
+    """Copies between host and device.
 
-    Whatever `download` has begun must be read before the second `download` after it, or its buffer
-    is written over.
+    On a GPU they go through two pinned buffers per direction, on their own stream. A `download`
+    must be read before the second one after it starts, which overwrites its buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -223,8 +220,8 @@ class Transfers:
         self._up, self._down = _PinnedPair(), _PinnedPair()
 
     def upload(self, images: np.ndarray) -> Tensor:
-        """uint8 images as they are, uint16 ones as float32 in [0, 1], on the device and in the same
-        layout."""
+        """Copy images to the device in the same layout: uint8 unchanged, uint16 as float32 in
+        [0, 1]."""
         is_deep = images.dtype == DEEP
         host = torch.from_numpy(
             np.ascontiguousarray(images).view(np.int16 if is_deep else np.uint8)
@@ -235,7 +232,7 @@ class Transfers:
         return on_device.to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32).div_(65535)
 
     def download(self, values: Tensor) -> Any:
-        """Begin to copy a row of bytes; what is returned waits for it and gives it as an array."""
+        """Start copying a 1-D uint8 tensor; return a function that waits and returns the array."""
         if not self._is_gpu:
             return values.numpy
         slot = self._down.next(values.numel(), torch.uint8)
@@ -253,7 +250,7 @@ class Transfers:
 
     def _to_gpu(self, host: Tensor) -> Tensor:
         slot = self._up.next(host.numel(), host.dtype)
-        slot.done.synchronize()  # the copy out of this buffer, two uploads ago
+        slot.done.synchronize()  # wait for the copy out of this buffer, two uploads ago
         slot.buffer.copy_(host.flatten())
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
@@ -265,7 +262,7 @@ class Transfers:
 
 
 class _Slot:
-    """A pinned buffer, and what tells when the last copy in or out of it is done."""
+    """A pinned buffer, and an event for the end of the last copy into or out of it."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -274,13 +271,13 @@ class _Slot:
 
 
 class _PinnedPair:
-    """Two buffers that take turns; they grow with what they are asked for."""
+    """Two alternating buffers that grow on demand."""
 
     def __init__(self) -> None:
         self._slots: list[_Slot] = []
 
     def next(self, count: int, dtype: torch.dtype) -> _Slot:
-        """The other slot, with a `buffer` of `count` numbers."""
+        """Return the other slot, with a `buffer` of `count` numbers."""
         if len(self._slots) < 2:
             self._slots.append(_Slot())
         else:
@@ -295,8 +292,7 @@ class _PinnedPair:
 
 @torch.inference_mode()
 def elements_per_pixel(network: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-    """What the layer that reads and writes most reads and writes, in elements for every pixel of
-    the LR image."""
+    """Return the elements per LR pixel that the largest layer reads and writes."""
     largest = 0
 
     def measure(_: nn.Module, inputs: Any, output: Any) -> None:

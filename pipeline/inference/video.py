@@ -1,5 +1,4 @@
-"""Videos: decoded, upscaled a few frames at a time, encoded again; sound is copied as it lies in
-the file."""
+"""Videos: decode, upscale a few frames at a time, and encode; sound is copied unchanged."""
 
 from __future__ import annotations
 
@@ -25,17 +24,17 @@ from pipeline.inference.sizes import TargetSize, upscale_images
 from pipeline.inference.tiles import Advance, Upscaler
 
 ENCODER = "libx264"
-ENCODER_OPTIONS = {"crf": "16", "preset": "medium"}  # no loss that eyes see
+ENCODER_OPTIONS = {"crf": "16", "preset": "medium"}  # visually lossless
 LARGEST_GROUP = 8
-"""Frames that are upscaled together, if they are small."""
-_OPTIONS = {  # a "video" could be a playlist that names other files, or servers
+"""Maximum number of small frames that are upscaled together."""
+_OPTIONS = {  # otherwise a "video" could be a playlist that refers to other files or servers
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe",
 }
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
-_UNKNOWN = 2  # of H.273's matrices, primaries and transfer characteristics
-# H.273's matrix -> swscale's. Another one is taken for BT.709, here and there, so that colours come
-# out as they were.
+_UNKNOWN = 2  # H.273's code for an unspecified matrix, primaries or transfer characteristics
+# H.273's matrix -> swscale's. Others are treated as BT.709 in both decoding and encoding, so that
+# colours are preserved.
 _MATRICES = {
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -48,7 +47,7 @@ _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolat
 
 
 def video_size(path: Path) -> tuple[int, int, int]:
-    """Number of frames (0: the file does not say), height and width as stored."""
+    """Return number of frames (0: the file does not say), height and width as stored."""
     with _opened(path) as (_, stream):
         frames = stream.frames
         if not frames and stream.average_rate and path.stat().st_size:
@@ -60,11 +59,13 @@ def video_size(path: Path) -> tuple[int, int, int]:
 def upscale_video(
     source: Path, result: Path, target: TargetSize, upscaler: Upscaler, advance: Advance
 ) -> None:
-    """Write the video `source` in the size of `target` to `result`, which appears whole or not at
-    all.
+    """Upscale the video `source` to the size of `target` and write `result` atomically.
 
-    Frames keep their times, upright as players show them; sides are made even by a row or column
-    less. `UserError` for a video that cannot be read or written.
+    Frames keep their timestamps and are turned upright, as players show them. Odd sides lose one
+    row or column.
+
+    Raises:
+        UserError: the video cannot be read or written.
     """
     partial = result.with_name(f".{result.name}.{os.getpid()}.tmp")
     try:
@@ -80,8 +81,7 @@ def upscale_video(
     except av.FFmpegError as error:
         raise UserError(
             f"cannot be read or written as {result.suffix} ({error.strerror}); is it damaged, or "
-            "its sound "
-            "of a kind that only .mkv holds?"
+            "does only .mkv support its sound?"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def upscale_video(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The open file and its largest video stream (cover art does not count)."""
+    """Open a file; yield it and its largest video stream that is not cover art."""
     try:
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
@@ -103,7 +103,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not stream.disposition & _PICTURES and stream.codec_context is not None
         ]
         if not streams:
-            raise UserError("there is no video stream in it")
+            raise UserError("has no video stream")
         yield container, max(streams, key=lambda stream: stream.width * stream.height)
 
 
@@ -115,8 +115,7 @@ def _transcode(
     upscaler: Upscaler,
     advance: Advance,
 ) -> None:
-    """All packets in the order of the file: the video's through the network, the sound's as they
-    are."""
+    """Process all packets in file order: upscale the video's, copy those of the sound."""
     sounds = {
         sound.index: _copy_of(sound, output)
         for sound in container.streams.audio
@@ -125,7 +124,7 @@ def _transcode(
     writer = _Writer(stream, output, target, upscaler, advance)
     for packet in container.demux([stream, *(container.streams[index] for index in sounds)]):
         if packet.stream.index in sounds:
-            if packet.dts is not None:  # the last one of a stream is empty
+            if packet.dts is not None:  # the last packet of a stream is empty
                 packet.stream = sounds[packet.stream.index]
                 writer.mux_sound(packet)
             continue
@@ -139,13 +138,13 @@ def _copy_of(sound: AudioStream, output: OutputContainer) -> AudioStream:
         return output.add_stream_from_template(sound)
     except ValueError as error:
         raise UserError(
-            f"its sound is {sound.codec_context.name}, which {output.format.name} files cannot "
-            "hold; choose -o NAME.mkv"
+            f"its sound is {sound.codec_context.name}, which {output.format.name} files do not "
+            "support; choose -o NAME.mkv"
         ) from error
 
 
 class _Writer:
-    """Frames in, packets out; the encoder is made for the first frame."""
+    """Upscales, encodes and writes frames; the first frame determines the encoder."""
 
     def __init__(
         self,
@@ -158,20 +157,20 @@ class _Writer:
         self._source, self._output, self._target = source, output, target
         self._upscaler, self._advance = upscaler, advance
         self._waiting: list[VideoFrame] = []
-        self._sounds: list[av.Packet] = []  # before the first frame: the header is not written yet
+        self._sounds: list[av.Packet] = []  # until the first frame, before the header is written
         self._encoder: VideoStream | None = None
         self._size = (0, 0)
         self._next_pts = 0
 
     def mux_sound(self, packet: av.Packet) -> None:
-        """A packet of sound, whose stream is the output's."""
+        """Write a packet of sound, whose stream is already the output's."""
         if self._encoder is None:
             self._sounds.append(packet)
         else:
             self._output.mux(packet)
 
     def add(self, frame: VideoFrame) -> None:
-        """The next frame in the order of presentation."""
+        """Add the next frame in presentation order."""
         if self._waiting and (frame.width, frame.height) != (
             self._waiting[0].width,
             self._waiting[0].height,
@@ -183,7 +182,7 @@ class _Writer:
             self._flush()
 
     def close(self) -> None:
-        """Upscale and write what is left. `UserError` where there was no frame."""
+        """Upscale and write the remaining frames; raise `UserError` if there was none at all."""
         self._flush()
         if self._encoder is None:
             raise UserError("none of its frames can be decoded")
@@ -206,7 +205,7 @@ class _Writer:
             for packet in self._sounds:
                 self._output.mux(packet)
         if images.shape[1:3] != self._size:
-            raise UserError("its frames change their size on the way; cut it where they do")
+            raise UserError("its frames change their size; split the video where they do")
         for frame, image in zip(frames, images, strict=True):
             self._output.mux(self._encoder.encode(self._encodable(frame, image)))
 
@@ -257,15 +256,14 @@ def _is_deep(frame: VideoFrame) -> bool:
 
 
 def _matrix_tag(frame: VideoFrame) -> int:
-    """H.273's number of the matrix; where the file does not say, or is of RGB, what players take it
-    for."""
+    """Return H.273's matrix number; if unspecified, or for RGB, the one that players assume."""
     if frame.colorspace not in (0, _UNKNOWN):
         return frame.colorspace
     return 1 if frame.format.is_rgb or frame.width >= 1280 or frame.height > 576 else 6
 
 
 def _pixels(frame: VideoFrame) -> np.ndarray:
-    """RGB (height, width, 3) of 8 bits, or of 16 where the video has more than 8; upright."""
+    """Return an upright RGB image (height, width, 3): uint8, or uint16 for videos above 8 bits."""
     is_full = (
         frame.color_range == ColorRange.JPEG
         or frame.format.name.startswith("yuvj")
@@ -279,5 +277,8 @@ def _pixels(frame: VideoFrame) -> np.ndarray:
         interpolation=_INTERPOLATION,
     )
     if frame.rotation % 90:
-        raise UserError(f"it is turned by {frame.rotation} degrees; turn it upright with an editor")
+        raise UserError(
+            f"is rotated by {frame.rotation} degrees, which is not a multiple of 90; rotate it in "
+            "a video editor"
+        )
     return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))

@@ -1,5 +1,4 @@
-"""`upscale.py --backend`: every back-end makes PyTorch's images, conversions are kept, and the
-fastest is chosen."""
+"""`upscale.py --backend`: every backend matches PyTorch, conversions are kept, the fastest wins."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ NAMES = ("color.png", "alpha.png", "gray.png", "deep.tif")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """As for the other tests of upscale.py; the runtimes go by the variable."""
+    """Use one thread, as for the other tests of upscale.py; the backends read the variable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -49,8 +48,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Weights, pictures of several modes and odd sizes, what PyTorch makes of them, and a cache for
-    all tests."""
+    """A folder with weights, pictures of several modes and odd sizes, and a cache for all tests."""
     folder = tmp_path_factory.mktemp("work")
     write_network(folder / "tiny.safetensors", tiny_saved(0))
     pictures = folder / "pictures"
@@ -67,14 +65,14 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def kept(work, monkeypatch):
-    """The folder of converted networks, which all tests share that ask for it."""
+    """The folder of converted networks that is shared by all tests that use this fixture."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
     return work / "cache" / "vastscale" / "converted"
 
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A folder of converted networks for one test alone, which does not exist yet."""
+    """A folder of converted networks for a single test; it does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "vastscale" / "converted"
 
@@ -103,7 +101,7 @@ def run(capsys, *arguments):
 
 
 def upscaled(capsys, work, out, *arguments, model="tiny.safetensors", names=NAMES):
-    """The results as arrays, and what was printed, of a run that worked."""
+    """Run the command successfully; return the results as arrays and its output."""
     inputs = [work / "pictures" / name for name in names]
     status, told, err = run(
         capsys, *inputs, "-o", out, "--model", work / model, "--format", "tif", *arguments
@@ -114,7 +112,7 @@ def upscaled(capsys, work, out, *arguments, model="tiny.safetensors", names=NAME
 
 @pytest.fixture(scope="module")
 def expected(work, tmp_path_factory):
-    """What PyTorch makes of the pictures, untiled."""
+    """PyTorch's results for the pictures, untiled."""
     out = tmp_path_factory.mktemp("expected")
     with pytest.raises(SystemExit) as stop:
         cli.run(
@@ -137,7 +135,7 @@ def expected(work, tmp_path_factory):
 
 
 def assert_near(found, expected, levels=1, deep_levels=1):
-    """`deep_levels`: of 65535, for the last one."""
+    """Compare results; `deep_levels` (of 65535) is the tolerance for 16-bit ones."""
     for one, other in zip(found, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         allowed = deep_levels if one.dtype == np.uint16 else levels
@@ -379,8 +377,7 @@ def test_a_network_file_is_a_model(
 
 
 def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **change):
-    """Somebody's ONNX file: every pixel three times as large each way, by a convolution and a
-    DepthToSpace."""
+    """Write an ONNX file of another program: nearest x3, by a convolution and a DepthToSpace."""
     weight = np.zeros((27, 3, 3, 3), np.float32)
     for output in range(27):
         weight[output, output // 9, 1, 1] = 1
@@ -497,8 +494,7 @@ def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
 def test_torch_is_not_imported_where_another_backend_computes(
     work, converted, expected, tmp_path, kind
 ):
-    """Pictures of every mode, tiles, and a resize, by what an earlier run has converted and
-    measured."""
+    """Upscale pictures of every mode, tiled and resized, with an earlier run's conversion."""
     code = (
         "import sys, upscale\nfrom pipeline import cli\n"
         "try:\n    cli.run(upscale.Options, upscale.main)\n"

@@ -1,5 +1,4 @@
-"""PNG files of our own writing: every reader finds the very pixels, whatever the mode, the filters
-and the level."""
+"""The PNG encoder: every reader decodes the exact pixels, in every mode, filter and level."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from pipeline.inference import png
 
 
 def pixels_of(channels: int, kind: type, height: int = 37, width: int = 53) -> np.ndarray:
-    """Smooth above, noise below, so that rows get different filters."""
+    """Return an image that is smooth above and noise below, so that rows get different filters."""
     image = np.concatenate([picture(height, width, 1), picture(height, width, 2)], axis=2)[
         ..., :channels
     ]
@@ -52,9 +51,8 @@ def test_every_mode_comes_back(channels, kind, level):
 
 @pytest.mark.parametrize(("level", "filters"), [(2, {1, 3}), (6, {1, 2, 3, 4})])
 def test_every_filter_is_used_where_it_is_the_best(monkeypatch, level, filters):
-    monkeypatch.setattr(
-        png, "_BAND_BYTES", 300
-    )  # bands of a row or two: what is above comes from the band before
+    # Bands of one or two rows: the row above often belongs to the previous band.
+    monkeypatch.setattr(png, "_BAND_BYTES", 300)
     pixels = pixels_of(3, np.uint8, 96, 40)
     pixels[40:60] = pixels[40]  # equal to the row above
     data = png.encode_png(pixels, level)

@@ -1,5 +1,4 @@
-"""How far tiles overlap: measured on the network, kept, and enough for results within half a level
-of untiled ones."""
+"""The measured overlap of tiles: kept, and enough for results within half a level of untiled."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def nothing(_: float) -> None:
 
 @pytest.fixture(scope="module")
 def released():
-    """The released VapSR x4 by PyTorch and by every other backend."""
+    """The released VapSR x4 in PyTorch and in every other backend."""
     saved = read_network(shared("weights/VapSR_X4.pth"))
     network = saved.build()
     content = convert(saved, network, Form())
@@ -52,7 +51,7 @@ def released():
 def test_tiles_of_the_released_network_are_within_half_a_level(released, backend):
     photo = read_rgb(shared("data/kodak/1.png"))[100:228, 300:460]
     far, network = Reach(released[backend], Measurements()), released[backend]
-    deep = np.dtype(np.uint16)  # so that halves of a level show
+    deep = np.dtype(np.uint16)  # resolves differences below one 8-bit level
 
     def upscaled(halo):
         shown = []
@@ -65,13 +64,13 @@ def test_tiles_of_the_released_network_are_within_half_a_level(released, backend
     tiled, tiles = upscaled(far)
     assert pieces == 1
     assert tiles > 4
-    assert far(None) == 32  # and not the 172 that it could see
+    assert far(None) == 32  # the receptive radius is 172
     assert np.abs(tiled - whole).max() / 257 <= 0.5
     seams, _ = upscaled(lambda _: 4)
     assert np.abs(seams - whole).max() / 257 > 0.5
 
 
-def test_exact_tiles_look_at_all_that_the_network_sees():
+def test_exact_tiles_overlap_by_the_receptive_field():
     network = tiny_network(3, num_blocks=1)
     image = picture(90, 123, 1)[None]
     whole = Upscaler(TorchBackend(network, CPU))(
@@ -84,7 +83,7 @@ def test_exact_tiles_look_at_all_that_the_network_sees():
 
     def no_measurement(image):
         return (
-            None if image is None else pytest.fail("pictures of 16 bits overlap by the whole field")
+            None if image is None else pytest.fail("measured, though 16-bit pictures need it not")
         )
 
     deep = Upscaler(TorchBackend(network, CPU), tile=16, halo=no_measurement)
@@ -104,7 +103,7 @@ def test_it_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert Reach(backend, Measurements("0" * 32))(None) is None
 
 
-def test_nothing_is_measured_for_what_goes_through_in_one_piece():
+def test_nothing_is_measured_for_an_image_in_one_piece():
     def refuse(image):
         return None if image is None else pytest.fail("measured")
 
@@ -115,7 +114,7 @@ def test_nothing_is_measured_for_what_goes_through_in_one_piece():
 
 
 def test_changes_by_distance_from_the_edge():
-    """A box blur of radius 5 is changed by a cut up to 5 pixels away, and no further."""
+    """A cut changes a box blur of radius 5 up to 5 pixels away, and no further."""
     blur = torch.nn.Conv2d(3, 3, 11, padding=5, groups=3, bias=False)
     torch.nn.init.constant_(blur.weight, 1 / 121)
     image = torch.from_numpy(natural(0, 20, 96)).permute(2, 0, 1)[None].float() / 255
@@ -128,7 +127,7 @@ def test_changes_by_distance_from_the_edge():
     assert distance_within(np.ones(80), 0.2) is None
 
 
-def test_what_it_is_measured_on_is_natural_and_repeatable():
+def test_the_synthetic_images_are_natural_and_repeatable():
     image = natural(1, 64, 288)
     np.testing.assert_array_equal(image, natural(1, 64, 288))
     assert np.abs(image.astype(int) - natural(0, 64, 288)).mean() > 10

@@ -1,5 +1,4 @@
-"""PyTorch behind the tiler: one read-back for a batch, copies of their own, shapes that are
-compiled for."""
+"""The PyTorch backend: one copy to the host per batch, a stream for copies, compiled shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def nothing(_: float) -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU."""
+    """Counts the operations that make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ def test_a_batch_is_read_by_one_copy_and_nothing_else_waits(kind):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_found_in_any_place(value):
+def test_nan_and_infinity_are_found_anywhere(value):
     for place in ((0, 0, 0, 0), (1, 2, 39, 47), (0, 1, 20, 3)):
         sr = torch.rand(2, 3, 40, 48)
         np.testing.assert_array_equal(
@@ -80,7 +79,7 @@ def test_levels_by_numpy_are_those_by_torch():
 
 
 class Stream:
-    """A stream of a GPU, which notes in `order` what is done on it."""
+    """A fake GPU stream that records in `order` what is done on it."""
 
     def __init__(self, order, name):
         self.order, self.name = order, name
@@ -94,7 +93,7 @@ class Stream:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch.cuda as far as `Transfers` uses it, on the CPU; gives the order of events."""
+    """Fake what `Transfers` uses of torch.cuda, on the CPU; return the order of events."""
     order = []
     main = Stream(order, "network")
     current = [main]
@@ -140,13 +139,13 @@ def gpu(monkeypatch):
 
 
 def on_gpu(network):
-    """A backend whose copies go the way of a GPU, and whose network computes here."""
+    """Return a backend that copies as for a GPU, but runs the network on the CPU."""
     backend = TorchBackend(network, CPU)
     transfers = Transfers(torch.device("cpu"))
     transfers._is_gpu, transfers._stream = True, torch.cuda.Stream(None)
     transfers.in_flight = backend.in_flight = 1
     to = transfers._to_gpu
-    transfers._to_gpu = lambda host: to(host).clone()  # as a copy to another device is one
+    transfers._to_gpu = lambda host: to(host).clone()  # a real transfer makes a copy, too
     backend.transfers = transfers
     return backend
 
@@ -169,14 +168,14 @@ def test_copies_have_a_stream_of_their_own_and_the_host_waits_once_a_batch(gpu):
         "copies waits for network",
         "kept for copies",
     ]
-    assert steps[:8] == batch * 2  # the second batch is begun before the first is read
+    assert steps[:8] == batch * 2  # the second batch starts before the first is read
     assert steps[8] == "host waits"
     # 6 results are read, and 4 uploads wait for the copy out of their buffer, two batches ago.
     assert steps.count("host waits") == 6 + 4
     assert gpu.count("pinned") == 2 * 2
 
 
-def test_a_shape_that_comes_often_is_compiled_for(monkeypatch):
+def test_frequent_shapes_are_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch, "compile", lambda network, dynamic: compiled.append(dynamic) or network

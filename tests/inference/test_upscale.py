@@ -1,4 +1,4 @@
-"""`upscale.py` on real files: what comes out, what is kept, and what is refused."""
+"""`upscale.py` on real files: the results, what they keep, and the errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def nothing(_: float) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Small images gain nothing from more, and lose much where other tests want the cores."""
+    """Use one thread: small images gain nothing from more, and slow down beside other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def cubic(tmp_path_factory):
-    """Weights of a network that is cubic upscaling by 2, exactly."""
+    """Weights of a network that does exactly cubic upscaling by 2."""
     params = {**TINY, "global_residual": "bicubic"}
     torch.manual_seed(0)
     network = VapSR(scale=2, **params)
@@ -79,14 +79,14 @@ def run(capsys, *arguments):
 
 
 def upscaled(capsys, cubic, source, out, *arguments):
-    """The result of a run that worked, as it lies in the file."""
+    """Run the command successfully and return the result's path."""
     status, _, err = run(capsys, source, "-o", out, "--model", cubic, *arguments)
     assert (status, err) == (0, "")
     return out if out.is_file() else out / f"{source.stem}.png"
 
 
 def reference(pixels, size=None):
-    """Antialiased cubic, in the type of `pixels`; (height, width[, channels])."""
+    """Resize (height, width[, channels]) by antialiased cubic, in the type of `pixels`."""
     highest = np.iinfo(pixels.dtype).max
     planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).astype(np.float64)).permute(
         2, 0, 1
@@ -104,7 +104,7 @@ def assert_near(found, expected, levels=1, border=0):
 
 
 def assert_cubic(found, pixels, levels=1):
-    """Where the borders are far, which the network continues and `cubic_resize` does not."""
+    """Compare away from the borders, which the network and `cubic_resize` extend differently."""
     assert_near(found, reference(pixels), levels, border=4)
 
 
@@ -127,9 +127,7 @@ def test_tiled_equals_untiled(tile, kind):
     seams = Upscaler(blind, tile=tile)(
         image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing
     )
-    assert (
-        np.abs(seams.astype(int) - whole.astype(int)).max() > 2
-    )  # so the tiles do have to overlap
+    assert np.abs(seams.astype(int) - whole.astype(int)).max() > 2  # so tiles have to overlap
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 17, 1000), (2, 300, 40), (1, 257, 255)])
@@ -175,12 +173,12 @@ def test_tiles_become_smaller_when_the_memory_does_not_suffice():
     network.register_forward_pre_hook(refuse)
     assert_near(on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing), whole)
     with pytest.raises(
-        cli.RunError, match="memory does not suffice for one tile; choose a smaller --tile"
+        cli.RunError, match="not enough memory for one tile; choose a smaller --tile"
     ):
         on_cpu(network, tile=200)(image, image.dtype, is_deep=False, advance=nothing)
 
 
-def test_half_precision_is_near_and_what_it_cannot_hold_is_done_in_full():
+def test_half_precision_is_near_and_overflow_is_computed_in_fp32():
     network, image = tiny_network(2, num_blocks=1), picture(30, 40)[None]
     full = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
     half = on_cpu(network, "fp16")
@@ -230,7 +228,7 @@ def test_cmyk_becomes_rgb(tmp_path, capsys, cubic):
     source = saved_image(tmp_path / "inks.tif", image, icc_profile=broken)
     out = upscaled(capsys, cubic, source, tmp_path / "out")
     assert_cubic(np.array(Image.open(out)), np.array(image.convert("RGB")))
-    assert "icc_profile" not in Image.open(out).info  # of inks
+    assert "icc_profile" not in Image.open(out).info  # it describes CMYK
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -238,14 +236,14 @@ def test_cmyk_becomes_rgb(tmp_path, capsys, cubic):
 def test_16_bits_stay_16_bits(tmp_path, capsys, cubic, channels, suffix):
     random = np.random.default_rng(channels)
     pixels = random.integers(0, 65536, (20, 26, channels)).astype(np.uint16)
-    pixels[:, :13] = 12345  # two values of one 8-bit level
+    pixels[:, :13] = 12345  # both values have the same 8-bit level
     pixels[:, 13:16] = 12400
     if channels in (2, 4):
         pixels[..., -1] = np.maximum(pixels[..., -1], 1)
     pixels = pixels[..., 0] if channels == 1 else pixels
     source = tmp_path / "deep.png"
     source.write_bytes(imagecodecs.png_encode(pixels))
-    if suffix == ".tif" and channels != 2:  # which Pillow does not open
+    if suffix == ".tif" and channels != 2:  # Pillow cannot open 16-bit gray with alpha
         source = tmp_path / "deep.tif"
         tifffile.imwrite(
             source,
@@ -264,7 +262,7 @@ def test_16_bits_stay_16_bits(tmp_path, capsys, cubic, channels, suffix):
     assert (found[:, :20] == 12345).all()
 
 
-def test_alpha_is_upscaled_with_it(tmp_path, capsys, cubic):
+def test_alpha_is_upscaled_with_the_colours(tmp_path, capsys, cubic):
     pixels, alpha = picture(24, 30), np.zeros((24, 30), np.uint8)
     alpha[6:18, 8:22] = 255
     alpha[18:20] = 99
@@ -291,7 +289,7 @@ def test_opaque_stays_opaque_and_hidden_colours_do_not_show():
     large = upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels
     assert (large[44:, :, 3] == 255).all()
     assert (large[:36, :, 3] == 0).all()
-    pixels[:20, :, :3] = (255, 0, 255)  # garbage below alpha 0
+    pixels[:20, :, :3] = (255, 0, 255)  # garbage where alpha is 0
     np.testing.assert_array_equal(
         upscale_picture(Picture(pixels), TargetSize(), made, nothing).pixels, large
     )
@@ -303,7 +301,7 @@ def test_transparency_of_a_palette_and_of_a_colour(tmp_path):
     found = read_picture(tmp_path / "p.png").pixels
     np.testing.assert_array_equal(found[..., 3] == 0, np.array(palette) == 3)
     pixels = np.full((8, 8, 3), 1000, np.uint16)
-    pixels[:4] = 1001  # of the same 8-bit level
+    pixels[:4] = 1001  # the same 8-bit level
     data = imagecodecs.png_encode(pixels)
     chunk = b"\0\0\0\6tRNS" + np.array([1001] * 3, ">u2").tobytes()
     data = data[:33] + chunk + zlib.crc32(chunk[4:]).to_bytes(4, "big") + data[33:]
@@ -337,7 +335,7 @@ def test_profile_and_exif_are_kept_byte_for_byte(tmp_path, capsys, cubic, suffix
             assert found.info["icc_profile"] == profile
             assert found.getexif()[0x010F] == "Maker"
             assert found.getexif().get_ifd(0x8769)[0x9003] == "2026:01:01 00:00:00"
-            if kind != ".tif":  # whose tags are EXIF: they are the same, written anew
+            if kind != ".tif":  # TIFF's own tags are EXIF: equal values, but rewritten
                 assert found.info["exif"].removeprefix(b"Exif\0\0") == exif.removeprefix(
                     b"Exif\0\0"
                 )
@@ -441,7 +439,7 @@ def test_folders_keep_their_structure(tmp_path, capsys, cubic):
         Image.fromarray(picture(8, 9)).save(folder / name)
     (folder / "notes.txt").write_text("none of ours")
     (folder / "deep/photo.heic").write_bytes(b"not opened")
-    out = folder / "out"  # inside: must not be upscaled itself, the second time either
+    out = folder / "out"  # inside the input: the second run must not upscale the results
     for extra in ((), ("--force",)):
         status, told, err = run(
             capsys, folder, "-o", out, "--model", cubic, "--format", "webp", *extra
@@ -469,8 +467,8 @@ def test_nothing_is_overwritten(tmp_path, capsys, cubic):
     status, _, err = run(capsys, folder, "-o", out, "--model", cubic)
     assert status == 2
     assert err == (
-        f"error: '{out}/a.png' exists already; --force overwrites, --skip-existing leaves them "
-        "alone\n"
+        f"error: '{out}/a.png' exists already; --force overwrites them, --skip-existing keeps "
+        "them\n"
     )
     assert not (out / "b.png").exists()
     status, told, _ = run(capsys, folder, "-o", out, "--model", cubic, "--skip-existing")
@@ -503,13 +501,13 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path, capsys, cubic):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.png"]  # nothing half-written
 
 
-def test_of_several_pictures_in_a_file_the_first_is_taken(tmp_path, capsys, cubic):
+def test_the_first_of_several_pictures_in_a_file_is_upscaled(tmp_path, capsys, cubic):
     frames = [Image.fromarray(picture(16, 20, seed)) for seed in range(3)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     status, _, err = run(capsys, tmp_path / "a.tif", "-o", tmp_path / "out", "--model", cubic)
     assert (status, err) == (
         0,
-        f"note: {tmp_path / 'a.tif'} holds 3 pictures; the first is upscaled\n",
+        f"note: {tmp_path / 'a.tif'} contains 3 pictures; only the first is upscaled\n",
     )
     assert_cubic(np.array(Image.open(tmp_path / "out" / "a.png")), np.array(frames[0]))
 
@@ -527,7 +525,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
         "webp",
         "--model",
         cubic,
-    )  # WebP ends at 16383
+    )  # WebP allows at most 16383 pixels
     assert (status, "upscaled: 1 of 2" in told) == (1, True)
     assert err.startswith(f"failed: {tmp_path / 'long.png'}: ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["short.webp"]
@@ -537,15 +535,15 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
     ("arguments", "reason"),
     [
         ((), "nothing to upscale"),
-        (("nowhere.png",), "no file or folder 'nowhere.png'"),
+        (("nowhere.png",), "'nowhere.png' does not exist"),
         (("text.txt",), "'text.txt': unsupported file type; supported: "),
-        (("empty",), "folder 'empty' holds no images or videos"),
+        (("empty",), "folder 'empty' contains no images or videos"),
         (("a.png", "--scale", "2", "--size", "3x3"), "--scale and --size contradict each other"),
-        (("a.png", "--scale", "0"), "--scale 0 is not above 0"),
-        (("a.png", "--scale", "nan"), "--scale nan is not above 0"),
-        (("a.png", "--size", "big"), "--size 'big' is not WIDTHxHEIGHT"),
-        (("a.png", "--size", "0x4"), "--size '0x4' is not WIDTHxHEIGHT"),
-        (("a.png", "--pre-downsample", "0"), "--pre-downsample 0 is not from 1"),
+        (("a.png", "--scale", "0"), "--scale 0 must be above 0"),
+        (("a.png", "--scale", "nan"), "--scale nan must be above 0"),
+        (("a.png", "--size", "big"), "--size 'big' must be WIDTHxHEIGHT"),
+        (("a.png", "--size", "0x4"), "--size '0x4' must be WIDTHxHEIGHT"),
+        (("a.png", "--pre-downsample", "0"), "--pre-downsample 0 must be from 1"),
         (("a.png", "--tile", "3"), "--tile 3 is below 16"),
         (("a.png", "--device", "abacus"), "no device 'abacus' here"),
         (("a.png", "--model", "text.txt"), "text.txt"),
@@ -673,7 +671,7 @@ def ffmpeg(*arguments, data=None):
 
 
 def facts(path):
-    """Frames as RGB, their times, the rate, and the packets of sound."""
+    """Return RGB frames, their times, the rate, the packets of sound, and the pixel format."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         stream = container.streams.video[0]
@@ -751,7 +749,7 @@ def test_a_video_keeps_frames_times_rate_and_sound(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [result]
 
 
-def test_uneven_times_turned_and_odd_videos(tmp_path, capsys, cubic):
+def test_videos_with_uneven_times_rotation_and_odd_sides(tmp_path, capsys, cubic):
     source = clip(
         tmp_path / "a.mkv",
         "-vf",
@@ -786,7 +784,7 @@ def test_uneven_times_turned_and_odd_videos(tmp_path, capsys, cubic):
         assert next(container.decode(video=0)).rotation == 0
 
 
-def test_colours_of_a_video_are_those_of_its_matrix(tmp_path, capsys, cubic):
+def test_a_video_keeps_the_colours_of_its_matrix(tmp_path, capsys, cubic):
     frame = np.zeros((48, 64, 3), np.uint8)
     frame[:, :32], frame[:, 32:] = (200, 60, 30), (20, 60, 230)
     for matrix in ("bt709", "smpte170m"):
@@ -826,5 +824,5 @@ def test_a_container_that_cannot_hold_the_sound_leaves_nothing(tmp_path, capsys,
     source = clip(tmp_path / "a.mkv", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "wmav2")
     status, _, err = run(capsys, source, "-o", tmp_path / "out.mp4", "--model", cubic)
     assert status == 1
-    assert "mp4 files cannot hold; choose -o NAME.mkv" in err
+    assert "mp4 files do not support; choose -o NAME.mkv" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv"]
