@@ -1,5 +1,4 @@
-"""Convert a network to ONNX, and to OpenVINO and TensorRT, and prove that it makes the same
-images."""
+"""Convert a network to ONNX, OpenVINO and TensorRT, and compare its images with PyTorch's."""
 
 from __future__ import annotations
 
@@ -18,53 +17,55 @@ class Options:
     --output demo_x2.onnx"""
 
     output: Path
-    """The file to write, NAME.onnx; NAME.onnx.failed where the comparison fails (exit status 1)."""
+    """The file to write, NAME.onnx. If the comparison fails, it is named NAME.onnx.failed and the
+    exit status is 1."""
     input: Annotated[Path | None, arg(help_behavior_hint="(default: newest run)")] = None
-    """Weights file (.safetensors, .pth...), or run folder: its best averaged weights."""
+    """Weights file (.safetensors, .pth, ...), or run folder (its best averaged weights)."""
     io: Literal["float", "uint8"] = "float"
-    """Images go in and come out as floats in [0, 1], or as bytes."""
+    """Type of input and output images: floats in [0, 1], or uint8."""
     layout: Literal["nchw", "nhwc"] = "nchw"
-    """Order of the dimensions: batch, channels, height, width, or channels last."""
+    """Order of the dimensions: nchw (batch, channels, height, width) or nhwc (channels last)."""
     half: bool = False
-    """FP16 weights, arithmetic and, with --io float, images."""
+    """Use FP16 for weights, arithmetic and, with --io float, images."""
     opset: int = 20
     """Version of ONNX's operators, 17 to 23."""
     images: Annotated[Path | None, arg(help_behavior_hint="(default: scikit-image's)")] = None
     """Folder of photographs to compare on."""
     openvino: bool = False
-    """Write NAME.xml and NAME.bin for OpenVINO, too (FP16 weights)."""
+    """Also write NAME.xml and NAME.bin for OpenVINO (FP16 weights)."""
     tensorrt: bool = False
-    """Build NAME.engine where TensorRT is installed, else print the trtexec line."""
+    """Build NAME.engine if TensorRT is installed; otherwise print the trtexec command."""
     int8: bool = False
-    """With --openvino NAME_int8.xml and .bin, too, and else NAME_int8.onnx for ONNX Runtime:
-    convolutions in INT8."""
+    """Also write a file with INT8 convolutions: NAME_int8.xml and .bin with --openvino, otherwise
+    NAME_int8.onnx for ONNX Runtime."""
     calibrate: Annotated[
         Path | None, arg(help_behavior_hint="(default: three of scikit-learn's and scikit-image's)")
     ] = None
-    """Folder of photographs that tell --int8 the range of every layer: best such as you train on or
-    upscale."""
+    """Folder of photographs from which --int8 takes the range of every layer, ideally like those
+    that you train on or upscale."""
     calibration_images: int = 32
-    """Crops of 96x96 pixels taken from them."""
+    """Number of 96x96 crops taken from them."""
     seed: int = 0
-    """Of the places of the crops."""
+    """Seed for the positions of the crops."""
     measure: Annotated[
         Path | None, arg(help_behavior_hint="(default: three of scikit-image's)")
     ] = None
-    """Folder of sharp photographs, none of --calibrate, on which --int8 is measured: they are HR,
-    reduced to LR."""
+    """Folder of sharp photographs, different from those of --calibrate, on which --int8 is
+    measured. They are the HR images; LR images are made from them."""
     keep_last: int = 3
-    """So many of the last convolutions stay in FP32: with fewer some networks are faster, and all
-    lose more."""
+    """Number of last convolutions that stay in FP32. With fewer, some networks are faster and all
+    lose more quality."""
     max_drop: float = 0.1
-    """dB of PSNR-Y that INT8 may lose there, in the mean; a file that loses more is not written
-    (exit status 1)."""
+    """Maximum mean loss of PSNR-Y on those photographs, in dB. A file that loses more is not
+    written (exit status 1)."""
 
 
 INT8 = ("calibrate", "calibration_images", "seed", "measure", "keep_last", "max_drop")
-"""Options that mean nothing without --int8."""
+"""Options that need --int8."""
 
 
-def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
+def main(options: Options) -> int:
+    # Imported here, so that --help does not wait for torch.
     from pipeline.export.conversion import run_conversion
     from pipeline.export.int8 import Int8
 
@@ -74,7 +75,7 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
         for field in fields(Options):
             if field.name in given and given[field.name] != field.default:
                 raise cli.UserError(
-                    f"--{field.name.replace('_', '-')} is of --int8; add --int8, or leave it out"
+                    f"--{field.name.replace('_', '-')} needs --int8; add --int8, or omit it"
                 )
     return run_conversion(**{**values, "int8": Int8(**given) if values["int8"] else None})
 

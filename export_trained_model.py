@@ -1,5 +1,7 @@
-"""Export a trained generator from a run folder to .pth and .safetensors. Needs no GPU and no
-DeepSpeed."""
+"""Export a trained generator from a run folder to .pth and .safetensors files.
+
+Needs no GPU and no DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from pipeline import cli
 
 @dataclass(frozen=True)
 class Options:
-    """Export a run's generator to .pth and .safetensors and read both back, to be sure.
+    """Export a run's generator to .pth and .safetensors, and verify both files.
 
     Example: python export_trained_model.py runs/demo --half
     """
@@ -26,9 +28,9 @@ class Options:
     step: Literal["best", "newest"] | int = "best"
     """Checkpoint: best (by validation PSNR), newest, or the number of a step."""
     raw: bool = False
-    """The raw weights instead of their moving average (EMA)."""
+    """Export the raw weights instead of their moving average (EMA)."""
     half: bool = False
-    """Store the parameters in float16: half the size."""
+    """Store the parameters in float16, which halves the size."""
     license: str = ""
     """Licence of the weights, written into the files: an SPDX identifier such as CC-BY-4.0, or a
     line of text."""
@@ -38,7 +40,8 @@ class Options:
     """Folder for the files."""
 
 
-def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
+def main(options: Options) -> int:
+    # Imported here, so that --help does not wait for torch.
     from pipeline.export.torch_file import run_export
 
     return run_export(**vars(options))

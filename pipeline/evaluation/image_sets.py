@@ -22,7 +22,7 @@ from pipeline.data.pair_matching import match_pairs
 from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, to_tensor, unit_range
 
 COMMON_MULTIPLE = 12
-"""HR images are often cropped to multiples of 12, which suit x2, x3 and x4 alike."""
+"""HR images are often cropped to multiples of 12, which suit x2, x3 and x4."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Trained networks as files for others. Needs no GPU and no DeepSpeed."""
+"""Export trained networks to files for other programs. Needs no GPU and no DeepSpeed."""

@@ -1,5 +1,4 @@
-"""What `convert_to_onnx.py` does: choose the network, write it for other backends, compare, and
-only then name it."""
+"""The work of `convert_to_onnx.py`: convert a network, compare it, and then give it its name."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from pipeline.run_folder import network_file
 
 CPU = torch.device("cpu")
 FAILED = ".failed"
-"""In the name of a file until it is proven, and of one that is not for good."""
+"""Part of a file's name until the comparison succeeds; a file that fails it keeps the name."""
 
 
 def run_conversion(
@@ -41,13 +40,16 @@ def run_conversion(
     tensorrt: bool,
     int8: Int8 | None = None,
 ) -> int:
-    """See `convert_to_onnx.py --help`. Returns the exit status; `RunError` (status 1) where a
-    comparison fails."""
+    """Convert as `convert_to_onnx.py --help` describes; return the exit status.
+
+    Raises:
+        UserError: an option is wrong, or the network cannot be converted.
+        RunError: a converted network fails its comparison with PyTorch.
+    """
     _check(output, opset, openvino)
     if int8 is not None and half:
         raise UserError(
-            "--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them "
-            "out"
+            "--int8 quantises the FP32 network, but --half writes an FP16 one; omit one of them"
         )
     material = None if int8 is None else gather(int8)
     photos = photographs(images)
@@ -58,9 +60,9 @@ def run_conversion(
     print(f"{saved.name} x{saved.scale} of {source}")
     form = Form(io, layout, half, opset)
     forms = [form]
-    if not getattr(
-        network, "is_convolutional", True
-    ):  # FP16 and bytes would hide a window's mask of a wrong size
+    if not getattr(network, "is_convolutional", True):
+        # Compare in FP32 floats first: the wider limits of FP16 and uint8 would hide an attention
+        # mask of the wrong size.
         forms = list(dict.fromkeys((replace(form, io="float", half=False), form)))
     failed = output.with_name(output.name + FAILED)
     for one in forms:
@@ -80,7 +82,7 @@ def run_conversion(
 def _write_onnx(
     path: Path, saved: SavedNetwork, network: nn.Module, form: Form, photos: list[Tensor]
 ) -> list[Check]:
-    """Write the file and compare; what it was compared on."""
+    """Write the file and compare it with PyTorch; return the batches of the comparison."""
     with _takes_long(f"writing ONNX, opset {form.opset}, {'FP16' if form.half else 'FP32'}"):
         content = convert(saved, network, form)
     write_atomically(path, content)
@@ -115,15 +117,15 @@ def _write_tensorrt(onnx_file: Path, form: Form) -> None:
     engine = onnx_file.with_suffix(".engine")
     if not tensorrt_file.is_installed():
         print(
-            "TensorRT is not installed here; where it is, build the engine with:\n"
+            "TensorRT is not installed here; build the engine on a machine that has it:\n"
             f"  {tensorrt_file.command(onnx_file, engine, form)}"
         )
         return
     with _takes_long("building the TensorRT engine"):
         tensorrt_file.build(onnx_file, engine, form)
     print(
-        f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; it was "
-        "not compared"
+        f"{engine}  ({engine.stat().st_size / 1e6:.2f} MB), for the GPU of this machine; not "
+        "compared with PyTorch"
     )
 
 
@@ -138,11 +140,9 @@ def _compared(
 
 def _check(output: Path, opset: int, openvino: bool) -> None:
     if output.suffix != ".onnx":
-        raise UserError(
-            f"--output {str(output)!r} does not end in .onnx; name it {output.stem}.onnx"
-        )
+        raise UserError(f"--output {str(output)!r} must end in .onnx; use {output.stem}.onnx")
     if opset not in OPSETS:
-        raise UserError(f"--opset {opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
+        raise UserError(f"--opset {opset} must be from {OPSETS[0]} to {OPSETS[-1]}")
     missing = [
         package
         for package in ("onnx", "onnxscript", "onnxruntime", *(["openvino"] if openvino else []))
@@ -150,9 +150,9 @@ def _check(output: Path, opset: int, openvino: bool) -> None:
     ]
     if missing:
         raise UserError(
-            f"the package {missing[0]!r} is not installed; do: pip install -r requirements.txt"
+            f"the package {missing[0]!r} is not installed; run: pip install -r requirements.txt"
         )
-    try:  # before the work rather than after it
+    try:  # fail before the work, not after it
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(output.name + FAILED)
         write_atomically(probe, b"")

@@ -1,12 +1,11 @@
-"""A proven FP32 ONNX file as an INT8 file for ONNX Runtime or OpenVINO, which is refused where it
-loses too much.
+"""Quantise a verified FP32 ONNX file to INT8 for ONNX Runtime or OpenVINO, and measure its loss.
 
-Static quantisation (QDQ) by ranges taken from photographs; other photographs then measure the drop
-in PSNR-Y beside the FP32 network. Weights are INT8 by output channel, activations UINT8 by tensor,
-between the smallest and the largest value that the photographs gave. Cutting outliers off, as
-percentiles and averages do, turns highlights grey: it costs a whole dB on single images.
-Convolutions in groups stay in FP32, because a depthwise one gains no speed from INT8. So do the
-last ones, whose rounding nothing behind them evens out.
+The quantisation is static (QDQ), with ranges calibrated on photographs. Other photographs measure
+the drop in PSNR-Y against the FP32 network, and a file that loses too much is not written. Weights
+are INT8 per output channel. Activations are UINT8 per tensor, between the smallest and the largest
+calibrated value: clipping outliers, as percentiles and averages do, turns highlights grey and costs
+a whole dB on single images. Grouped convolutions stay in FP32, because depthwise ones gain no speed
+from INT8. So do the last convolutions, because no later layer smooths their rounding errors.
 """
 
 from __future__ import annotations
@@ -52,21 +51,20 @@ if TYPE_CHECKING:
 # Quantising.
 
 CALIBRATION_SIDE = 96
-"""Of a calibration image, in LR pixels."""
+"""Side of a calibration image, in LR pixels."""
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""The mark of a file that ONNX Runtime has prepared; without it, it advises to. PyTorch's exporter
-did the same."""
+"""Metadata of a file that ONNX Runtime has pre-processed. It avoids a warning: PyTorch's exporter
+has already done that work."""
 
 
 def calibration_images(
     photos: Sequence[Photograph], scale: int, count: int, seed: int
 ) -> list[Tensor]:
-    """`count` crops at random places, uint8 1 x 3 x `SIDE` x `SIDE` (less where the photograph is
-    smaller).
+    """Return `count` random crops as uint8 1 x 3 x `CALIBRATION_SIDE` x `CALIBRATION_SIDE`.
 
-    Every photograph in turn, and by turns as it is, which is what users upscale, and reduced
-    `scale` times, which is what training and benchmarks take for LR. Reduced ones have the harder
-    edges.
+    Crops of smaller photographs are smaller. The photographs are taken in turn, alternately in
+    their own size, as users upscale them, and reduced by `scale`, as training and benchmarks make
+    LR images. Reduced ones have sharper edges.
     """
     generator = torch.Generator().manual_seed(seed)
     crops = []
@@ -84,14 +82,14 @@ def calibration_images(
 
 
 def as_input(images: Tensor, form: Form) -> np.ndarray:
-    """uint8 NCHW images as a file of that form takes them."""
+    """Convert uint8 NCHW images to the input of a file of the given form."""
     if form.layout == "nhwc":
         images = images.permute(0, 2, 3, 1).contiguous()
     return (images if form.io == "uint8" else unit_range(images, form.dtype)).numpy()
 
 
 def as_bytes(output: np.ndarray, form: Form) -> Tensor:
-    """What a file of that form gives, as uint8 NCHW images."""
+    """Convert the output of a file of the given form to uint8 NCHW images."""
     images = torch.from_numpy(output)
     if form.layout == "nhwc":
         images = images.permute(0, 3, 1, 2)
@@ -106,25 +104,30 @@ def quantize(
     *,
     has_int8_outputs: bool,
 ) -> int:
-    """Write the ONNX file `source`, which takes `images`, as `target` with INT8 convolutions; how
-    many these are.
+    """Quantise the convolutions of an ONNX file to INT8; return their number.
 
-    `keep_last` is how many of the last convolutions stay as they are. ONNX Runtime computes in INT8
-    only where the output of a convolution is quantised, too; OpenVINO does without, which loses
-    less. `UserError` for a network without a convolution to quantise.
+    Args:
+        source: the FP32 file.
+        target: the file to write.
+        images: inputs of `source` for the calibration.
+        keep_last: number of last convolutions that stay in FP32.
+        has_int8_outputs: quantise the outputs of convolutions as well. ONNX Runtime needs that to
+            compute in INT8; OpenVINO does not, and loses less without it.
+
+    Raises:
+        UserError: there is no convolution to quantise.
     """
     import onnx
 
-    import_onnxruntime()  # before anything else of it
+    import_onnxruntime()  # must come before the import of its submodules
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     model = onnx.load(source)
     chosen = _dense_convolutions(model)
     if len(chosen) <= keep_last:
         raise UserError(
-            f"--int8 quantises convolutions over all channels; this network has {len(chosen)}, of "
-            "which "
-            f"--keep-last leaves {keep_last} in FP32: leave --int8 out, or say --keep-last 0"
+            f"--int8 quantises ungrouped convolutions; this network has {len(chosen)}, of which "
+            f"--keep-last keeps {keep_last} in FP32; omit --int8, or use --keep-last 0"
         )
     chosen = chosen[: len(chosen) - keep_last]
     onnx.helper.set_model_props(model, dict([PREPARED]))
@@ -147,7 +150,7 @@ def quantize(
 
 
 def describe_file(path: Path, description: Mapping[str, str]) -> None:
-    """Put `description` into an ONNX file, in place of what it says about itself."""
+    """Replace the metadata of an ONNX file by `description`."""
     import onnx
 
     model = onnx.load(path)
@@ -156,19 +159,19 @@ def describe_file(path: Path, description: Mapping[str, str]) -> None:
 
 
 class _Reader:
-    """Hands calibration images to ONNX Runtime, and shows how far it is."""
+    """Passes calibration images to ONNX Runtime and shows a progress bar."""
 
     def __init__(self, images: Sequence[np.ndarray]) -> None:
         self._bar = iter(tqdm(images, desc="calibrating", unit="image", **bar_options()))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next input, `None` after the last."""
+        """Return the next input; `None` after the last."""
         images = next(self._bar, None)
         return None if images is None else {INPUT: images}
 
 
 def _dense_convolutions(model: onnx.ModelProto) -> list[str]:
-    """The names of the convolutions that see every channel and whose weights lie in the file."""
+    """Return the names of the ungrouped convolutions whose weights are stored in the file."""
     stored = {tensor.name for tensor in model.graph.initializer}
     return [
         node.name
@@ -179,38 +182,42 @@ def _dense_convolutions(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-# Measuring the loss: PSNR-Y against HR photographs, beside that of the FP32 network.
+# Measuring the loss: PSNR-Y against HR photographs, compared with the FP32 network.
 
 MEASURED_SIDE = 1024
-"""Of a photograph at most; of a larger one the middle is measured."""
+"""Largest side to measure, in pixels; of a larger photograph the middle is used."""
 SMALLEST = 64
-"""Height and width of a photograph, at least."""
+"""Smallest height and width of a photograph, in pixels."""
 
 
 @dataclass(frozen=True)
 class PhotographScore:
-    """One photograph."""
+    """The scores of one photograph."""
 
     name: str
     fp32: float
-    """PSNR-Y in dB of the FP32 network against HR."""
+    """PSNR-Y of the FP32 network against HR, in dB."""
     int8: float
+    """PSNR-Y of the INT8 network against HR, in dB."""
     agreement: float
-    """PSNR in dB, over RGB, of the INT8 network's image against the FP32 network's."""
+    """PSNR over RGB of the INT8 network's image against that of the FP32 network, in dB."""
 
     @property
     def drop(self) -> float:
-        """PSNR-Y lost, in dB; below 0 where INT8 is nearer to HR."""
+        """Loss of PSNR-Y in dB; negative if INT8 is closer to HR."""
         return 0.0 if self.fp32 == self.int8 else self.fp32 - self.int8
 
 
 def measure_drop(
     fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int, form: Form
 ) -> list[PhotographScore]:
-    """Both networks on the exact cubic LR of every photograph.
+    """Run both networks on the bicubic LR image of every photograph and score them.
 
-    PSNR-Y as in the papers (`psnr_ssim`): uint8 Y, `scale` pixels of border cut. `RunError` where a
-    network fails.
+    PSNR-Y is computed as in the papers (`psnr_ssim`): uint8 Y, with `scale` pixels cropped from
+    every border.
+
+    Raises:
+        RunError: a network fails.
     """
     scores = []
     for photo in tqdm(photos, desc="measuring the drop", unit="image", **bar_options()):
@@ -219,7 +226,7 @@ def measure_drop(
         lr = as_input(to_bytes(cubic_resize(unit_range(hr, torch.float32), size)), form)
         try:
             expected, found = as_bytes(fp32(lr), form), as_bytes(int8(lr), form)
-        except Exception as error:  # each backend has its own
+        except Exception as error:  # each backend has its own exceptions
             raise RunError(
                 f"the network cannot be run on {photo.name!r} ({one_line(error)})"
             ) from error
@@ -238,12 +245,12 @@ def measure_drop(
 
 
 def mean_drop(scores: Sequence[PhotographScore]) -> float:
-    """In dB."""
+    """Return the mean loss of PSNR-Y in dB."""
     return fmean(score.drop for score in scores)
 
 
 def table(title: str, scores: Sequence[PhotographScore]) -> str:
-    """A line for each photograph and one for the mean."""
+    """Return a table with one line per photograph and one for the mean."""
     mean = [
         fmean(values)
         for values in zip(
@@ -273,7 +280,7 @@ def _middle(images: torch.Tensor) -> torch.Tensor:
     return images[..., top : top + MEASURED_SIDE, left : left + MEASURED_SIDE]
 
 
-# The INT8 file: photographs that calibrate and others that measure, the limits, writing.
+# The INT8 file: photographs to calibrate with, others to measure on, limits, writing.
 
 CALIBRATING = (
     "sklearn/datasets/images/china.jpg",
@@ -281,11 +288,12 @@ CALIBRATING = (
     "skimage/data/rocket.jpg",
 )
 MEASURING = ("skimage/data/astronaut.png", "skimage/data/coffee.png", "skimage/data/chelsea.png")
-"""Photographs within packages."""
+"""Photographs inside installed packages."""
 LIMITS = {"float": Limit(30), "uint8": Limit(30, levels=255)}
-"""Against PyTorch, at every size: that the file works there. How good it is, the drop tells."""
+"""Minimum agreement with PyTorch, which shows that the file works at every size; the drop in PSNR-Y
+shows its quality."""
 TIMED = (1, 180, 320)
-"""Batch, height, width of the LR images that both networks are timed on."""
+"""Batch, height and width of the LR images on which both networks are timed."""
 
 
 @dataclass(frozen=True)
@@ -300,22 +308,22 @@ class Int8:
     max_drop: float = 0.1
 
     def check(self) -> None:
-        """`UserError` for a number out of its range."""
+        """Raise `UserError` for a number out of its range."""
         if not 1 <= self.calibration_images <= 10_000:
             raise UserError(
-                f"--calibration-images {self.calibration_images} is not from 1 to 10000"
+                f"--calibration-images {self.calibration_images} must be from 1 to 10000"
             )
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed} is below 0 or has more than 63 bits")
+            raise UserError(f"--seed {self.seed} must be from 0 to 2**63 - 1")
         if self.keep_last < 0:
-            raise UserError(f"--keep-last {self.keep_last} is below 0")
+            raise UserError(f"--keep-last {self.keep_last} must be 0 or more")
         if not (math.isfinite(self.max_drop) and self.max_drop >= 0):
-            raise UserError(f"--max-drop {self.max_drop:g} is not a number of dB from 0 on")
+            raise UserError(f"--max-drop {self.max_drop:g} must be a number of dB, 0 or more")
 
 
 @dataclass(frozen=True)
 class Material:
-    """What calibrates and what measures; no photograph does both."""
+    """The photographs for calibration and those for measurement, which are different ones."""
 
     int8: Int8
     calibrating: list[Photograph]
@@ -323,8 +331,11 @@ class Material:
 
 
 def gather(int8: Int8) -> Material:
-    """Read the photographs. `UserError` for one that would both calibrate and measure, and for a
-    small one."""
+    """Read the photographs.
+
+    Raises:
+        UserError: a photograph is in both sets, or too small to be measured.
+    """
     int8.check()
     calibrating = read_photographs(
         int8.calibrate, "--calibrate", int8.calibration_images, CALIBRATING
@@ -334,16 +345,14 @@ def gather(int8: Int8) -> Material:
     for photo in measuring:
         if _digest(photo) in names:
             raise UserError(
-                f"the photograph {photo.name!r} of --measure is {names[_digest(photo)]!r} of "
-                "--calibrate, "
-                "too; what calibrates an INT8 network must not measure it: give folders that share "
-                "none"
+                f"the photograph {photo.name!r} of --measure is the same as "
+                f"{names[_digest(photo)]!r} of --calibrate; an INT8 network must not be measured "
+                "on its calibration images: give folders with different photographs"
             )
         if min(photo.pixels.shape[-2:]) < SMALLEST:
             raise UserError(
                 f"the photograph {photo.name!r} of --measure is smaller than "
-                f"{SMALLEST}x{SMALLEST}; "
-                "remove it"
+                f"{SMALLEST}x{SMALLEST}; remove it"
             )
     return Material(int8, calibrating, measuring)
 
@@ -357,10 +366,11 @@ def write_int8(
     *,
     for_openvino: bool,
 ) -> None:
-    """Write `NAME_int8.onnx`, or `NAME_int8.xml` and .bin, of the proven FP32 file `NAME.onnx`.
+    """Write `NAME_int8.onnx`, or `NAME_int8.xml` and .bin, from the verified FP32 file `NAME.onnx`.
 
-    `RunError`, and nothing is written, where PSNR-Y drops by more than `max_drop` or the file fails
-    at a size.
+    Raises:
+        RunError: PSNR-Y drops by more than `max_drop`, or the file fails at one of the sizes.
+            Nothing is written then.
     """
     images = [
         as_input(crop, form)
@@ -373,8 +383,8 @@ def write_int8(
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         quantised = Path(folder, "int8.onnx")
         print(
-            f"quantising for {kind.title} by {len(images)} images of {len(material.calibrating)} "
-            "photographs ...",
+            f"quantising for {kind.title} with {len(images)} crops from "
+            f"{len(material.calibrating)} photographs ...",
             flush=True,
         )
         count = quantize(
@@ -404,8 +414,7 @@ def write_int8(
     size = sum(path.stat().st_size for path in parts[1])
     print(
         f"{final}{' and .bin' if for_openvino else ''}  ({size / 1e6:.2f} MB): {count} "
-        "convolutions in INT8, "
-        f"drop {mean_drop(scores):+.3f} dB"
+        f"convolutions in INT8, drop {mean_drop(scores):+.3f} dB"
     )
 
 
@@ -414,18 +423,15 @@ def _judge(scores: list[PhotographScore], int8: Int8) -> None:
     if not drop <= int8.max_drop:
         allowed = math.ceil(drop * 100) / 100 if math.isfinite(drop) else drop
         raise RunError(
-            f"INT8 loses {drop:.3f} dB of PSNR-Y in the mean of {len(scores)} photographs, and "
-            "--max-drop "
-            f"allows {int8.max_drop:g}, so that no file is written; calibrate with photographs "
-            "like yours "
-            "(--calibrate), leave more in FP32 (--keep-last), take FP32 or --half, or allow it "
-            "with "
-            f"--max-drop {allowed:g}"
+            f"INT8 loses {drop:.3f} dB of PSNR-Y on average over {len(scores)} photographs, but "
+            f"--max-drop allows {int8.max_drop:g}; no file is written. Calibrate with photographs "
+            "like yours (--calibrate), keep more convolutions in FP32 (--keep-last), use FP32 or "
+            f"--half, or allow it with --max-drop {allowed:g}"
         )
 
 
 def _calibration(material: Material, scores: list[PhotographScore]) -> dict[str, str]:
-    """What the file says of its calibration and its loss."""
+    """Return the file's metadata about its calibration and its loss."""
     int8 = material.int8
     return {
         "float32_last_convolutions": str(int8.keep_last),
@@ -447,7 +453,7 @@ def _report_speed(title: str, fp32: RunBatch, int8: RunBatch, form: Form) -> Non
         else "not faster on this processor"
     )
     print(
-        f"{TIMED[2]}x{TIMED[1]} pixels by {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: "
+        f"{TIMED[2]}x{TIMED[1]} pixels in {title}: {before:.3f} s in FP32, {after:.3f} s in INT8: "
         f"{verdict}"
     )
 

@@ -1,8 +1,7 @@
-"""Networks in files, run by ONNX Runtime (.onnx) or OpenVINO (.onnx, .xml), and which of the two is
-installed.
+"""Run network files with ONNX Runtime (.onnx) or OpenVINO (.onnx, .xml), if they are installed.
 
-A converted file is compared with PyTorch by the very classes that later run it, with the same
-options.
+A converted file is compared with PyTorch through the same classes, with the same options, that
+later run it.
 """
 
 from __future__ import annotations
@@ -25,57 +24,66 @@ from pipeline.cli import RunError, UserError, one_line
 from pipeline.export.openvino_file import EXACT, SECTION
 from pipeline.libraries import import_onnxruntime
 
-# The interface, and what both backends share.
+# The interface, and code that both backends share.
 
 
 class Device(Protocol):
-    """Where a network runs, as `torch.device` has it, which need not be imported for that."""
+    """The device of a network: the part of `torch.device` that is needed here, without torch."""
 
     type: str
     """"cpu", "cuda"…"""
     index: int | None
-    """Of several; `None`: the current one."""
+    """Which of several devices; `None`: the current one."""
 
 
 DESCRIBED = ("architecture", "scale", "params")
-"""In the metadata of our own files; with them a network can be built."""
+"""Metadata keys of this project's files, from which the network can be built."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NetworkFile(Protocol):
-    """A network in a backend that is not PyTorch."""
+    """A network in a backend other than PyTorch."""
 
     title: str
     """Name and version of the backend."""
     inputs: list[tuple[int | None, ...]]
-    """Their shapes; `None` is any number."""
+    """Shapes of the inputs; `None` is any number."""
     dtype: np.dtype | None
-    """Of the first input: float32, float16 or uint8; `None`: something else."""
+    """Type of the first input: float32, float16 or uint8; `None`: another one."""
     metadata: dict[str, str]
-    """Of our own files at least `DESCRIBED`."""
+    """Contains at least `DESCRIBED` for files of this project."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """One batch as the file takes it -> its first output. `MemoryError`; `RunError` for what it
-        cannot run."""
+        """Run the network on one batch and return its first output.
+
+        Raises:
+            MemoryError: the memory does not suffice.
+            RunError: the network cannot be run on this batch.
+        """
 
     def most_elements(self, shape: tuple[int, ...]) -> int:
-        """What the hungriest operator reads and writes for an input of that shape, without its
-        weights."""
+        """Return what the largest operator reads and writes for an input of this shape.
+
+        It is a number of elements, without weights.
+        """
 
 
 def usable_threads() -> int:
-    """How many threads a backend may start: `OMP_NUM_THREADS`, else the cores that process and
-    container may use."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said):
-        return int(said)
+    """Return the number of threads for a backend.
+
+    It is `OMP_NUM_THREADS` if set, else the number of cores that the process and its container may
+    use.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted):
+        return int(wanted)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     try:
         quota, period = _QUOTA.read_text(encoding="ascii").split()
         return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no container, or no limit in it
+    except (OSError, ValueError):  # no container, or one without a limit
         return cores
 
 
@@ -90,9 +98,8 @@ _SIGNS = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of PyTorch, ONNX Runtime or OpenVINO says that the memory did not
-    suffice."""
-    torch = sys.modules.get("torch")  # an error of its own can only come where it was imported
+    """Whether an error of PyTorch, ONNX Runtime or OpenVINO means that memory ran out."""
+    torch = sys.modules.get("torch")  # without an import of torch, none of its errors can occur
     is_own = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return is_own or isinstance(error, MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
@@ -105,14 +112,18 @@ _ONNX_TYPES = {
     "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8,
 }
-_SILENT = 4  # what goes wrong it raises, too
+_SILENT = 4  # errors are raised as well, so there is no need to log them
 
 
 class OnnxNetwork:
-    """One network; see `NetworkFile`.
+    """A network in ONNX Runtime; see `NetworkFile`.
 
-    Args: source: an .onnx file, or its content. device: "cpu", or a CUDA device for ONNX Runtime's
-        CUDA provider. `UserError` where that is not installed.
+    Args:
+        source: an .onnx file, or its content.
+        device: "cpu", or a CUDA device for ONNX Runtime's CUDA provider.
+
+    Raises:
+        UserError: the file cannot be loaded, or the provider is not installed.
     """
 
     def __init__(self, source: Path | bytes, device: Device) -> None:
@@ -122,8 +133,8 @@ class OnnxNetwork:
         self._session = self._opened(onnxruntime.SessionOptions())
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise UserError(
-                f"{self.title} has a CUDA provider that does not start; do CUDA and cuDNN fit? "
-                "say --backend torch"
+                f"{self.title} has a CUDA provider that does not start; check the versions of CUDA "
+                "and cuDNN, or use --backend torch"
             )
         found = self._session.get_modelmeta()
         self.metadata = dict(found.custom_metadata_map)
@@ -140,7 +151,7 @@ class OnnxNetwork:
         outputs, name = self._names
         try:
             return self._session.run(outputs, {name: images})[0]
-        except Exception as error:  # it has many of its own, none of which is a RuntimeError
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise RunError(
@@ -148,7 +159,7 @@ class OnnxNetwork:
             ) from error
 
     def most_elements(self, shape: tuple[int, ...]) -> int:
-        """See `NetworkFile`: as the profile of a run says, of the network as it is run."""
+        """See `NetworkFile`; taken from the profile of a run, so after graph optimisation."""
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.enable_profiling = True
@@ -164,14 +175,14 @@ class OnnxNetwork:
         onnxruntime = import_onnxruntime()
         options.log_severity_level = _SILENT
         options.intra_op_num_threads, options.inter_op_num_threads = usable_threads(), 1
-        options.enable_mem_pattern = False  # it takes the memory of a second run at every new size
+        options.enable_mem_pattern = False  # needs a second run's memory for every new size
         source = self._source if isinstance(self._source, bytes) else str(self._source)
         try:
             return onnxruntime.InferenceSession(source, options, providers=self._providers)
         except Exception as error:
             what = repr(str(self._source)) if isinstance(self._source, Path) else "the network"
             raise UserError(
-                f"{self.title} cannot load {what} ({one_line(error)}); is it whole, and ONNX?"
+                f"{self.title} cannot load {what} ({one_line(error)}); is it a complete ONNX file?"
             ) from error
 
 
@@ -184,28 +195,29 @@ def _providers(device: Device) -> list[Any]:
         or "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
     ):
         raise UserError(
-            f"the installed ONNX Runtime does not run on {device}; uninstall onnxruntime first, "
-            "which "
-            "onnxruntime-gpu shares its files with (pip uninstall onnxruntime; pip install "
-            "onnxruntime-gpu), or say --device cpu or --backend torch"
+            f"the installed ONNX Runtime does not run on {device}; replace onnxruntime by "
+            "onnxruntime-gpu (they share files: pip uninstall onnxruntime; pip install "
+            "onnxruntime-gpu), or use --device cpu or --backend torch"
         )
     cuda = {
         "device_id": str(device.index or 0),
-        "use_tf32": "0",  # TF32 keeps 11 bits
-        "cudnn_conv_algo_search": "HEURISTIC",
-    }  # others search again for every size of tile
+        "use_tf32": "0",  # TF32 keeps only 11 bits
+        "cudnn_conv_algo_search": "HEURISTIC",  # others search again for every tile size
+    }
     return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
 
 def _onnx_elements(events: list[dict[str, Any]], made: set[tuple[int, ...]]) -> Iterator[int]:
-    """What each operator of a profile read and wrote, in elements, without its weights: inputs that
-    nothing made."""
+    """Yield the number of elements that each operator of a profile read and wrote.
+
+    Inputs that no earlier operator made are weights, which are not counted.
+    """
     for event in events:
-        told_of = event.get("args", {})
-        if event.get("cat") != "Node" or "output_type_shape" not in told_of:
+        details = event.get("args", {})
+        if event.get("cat") != "Node" or "output_type_shape" not in details:
             continue
         inputs, outputs = (
-            [tuple(shape) for one in told_of[key] for shape in one.values()]
+            [tuple(shape) for one in details[key] for shape in one.values()]
             for key in ("input_type_shape", "output_type_shape")
         )
         made |= set(outputs)
@@ -220,12 +232,16 @@ _NO_WORK = ("Parameter", "Constant", "Result")
 
 
 class OpenVinoNetwork:
-    """One network; see `NetworkFile`.
+    """A network in OpenVINO; see `NetworkFile`.
 
     Args:
-        source: an .xml file with its .bin beside it, an .onnx file, or the content of one.
-        device: "cpu"; `UserError` for another.
-        hint: OpenVINO's options that decide in what it computes.
+        source: an .xml file with its .bin beside it, an .onnx file, or the content of an .onnx
+            file.
+        device: "cpu".
+        hint: OpenVINO's options for the precision of its arithmetic.
+
+    Raises:
+        UserError: the file cannot be loaded, or the device is another one.
     """
 
     def __init__(
@@ -236,7 +252,7 @@ class OpenVinoNetwork:
         self.title = f"{OPENVINO_TITLE} {'.'.join(openvino.__version__.split('.')[:2])}"
         if device.type != "cpu":
             raise UserError(
-                f"OpenVINO runs on the CPU here, not on {device}; say --device cpu or --backend "
+                f"OpenVINO is used only on the CPU, not on {device}; use --device cpu or --backend "
                 "torch"
             )
         options = {**hint, "INFERENCE_NUM_THREADS": usable_threads(), "ENABLE_CPU_PINNING": False}
@@ -246,7 +262,7 @@ class OpenVinoNetwork:
         except RuntimeError as error:
             what = repr(str(source)) if isinstance(source, Path) else "the network"
             raise UserError(
-                f"{self.title} cannot load {what} ({one_line(error)}); is it whole?"
+                f"{self.title} cannot load {what} ({one_line(error)}); is it complete?"
             ) from error
         self.metadata = _metadata(self._model, source)
         self.inputs = [_sides(one) for one in self._model.inputs]
@@ -256,7 +272,7 @@ class OpenVinoNetwork:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `NetworkFile`."""
         try:
-            return self._network(images)[0].copy()  # the next run writes into the same memory
+            return self._network(images)[0].copy()  # the next run overwrites this memory
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
@@ -265,7 +281,7 @@ class OpenVinoNetwork:
             ) from error
 
     def most_elements(self, shape: tuple[int, ...]) -> int:
-        """See `NetworkFile`: of the network as it lies in the file."""
+        """See `NetworkFile`; taken from the file, so before graph optimisation."""
         model = self._model.clone()
         model.reshape(list(shape))
         return max(
@@ -281,7 +297,7 @@ class OpenVinoNetwork:
 
 
 def _openvino_elements(node: Any) -> int:
-    """What an operator reads and writes, in elements, without its weights."""
+    """Return the number of elements that an operator reads and writes, without weights."""
     read = [
         one.get_shape()
         for one in node.inputs()
@@ -301,8 +317,10 @@ def _sides(one: Any) -> tuple[int | None, ...]:
 
 
 def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
-    """What our files say of themselves: .xml in a section, .onnx in its properties, which OpenVINO
-    leaves out."""
+    """Return a file's metadata: a section of an .xml file, or the properties of an .onnx file.
+
+    OpenVINO does not read the latter, so the onnx package does.
+    """
     if (
         isinstance(source, Path)
         and source.suffix.lower() == ".onnx"
@@ -319,7 +337,7 @@ def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
     }
 
 
-# The table of backends, and which of them are installed.
+# The table of backends, and whether they are installed.
 
 
 @dataclass(frozen=True)
@@ -327,24 +345,26 @@ class BackendKind:
     """A backend that runs network files."""
 
     name: str
-    """As `--backend` has it."""
+    """Its value for `--backend`."""
     title: str
     package: str
-    """What is imported."""
+    """The package to import."""
     distributions: tuple[str, ...]
-    """What is installed: one of these."""
+    """The distributions that provide it, of which one is installed."""
     load: Callable[[Path | bytes, Device], NetworkFile]
     suffixes: tuple[str, ...]
     on_gpu: bool
 
     def version(self) -> str:
-        """Name and version of what is installed of it."""
+        """Return name and version of the installed distribution."""
         found = next(name for name in self.distributions if _is_installed(name))
         return f"{found} {importlib.metadata.version(found)}"
 
     def missing(self, *, to_convert: bool) -> str | None:
-        """The name, for pip, of the first package that is not installed: of the backend, and of the
-        exporter."""
+        """Return pip's name of the first package that is missing; `None` if all are installed.
+
+        `to_convert` includes the packages of the exporter.
+        """
         wanted = {self.package: self.distributions[0]}
         if to_convert:
             wanted |= {"onnx": "onnx", "onnxscript": "onnxscript", "skimage": "scikit-image"}

@@ -1,5 +1,7 @@
-"""A network as an ONNX file: any batch, height and width, floats or bytes, FP32 or FP16, its
-description inside."""
+"""Write networks as ONNX files for any batch and image size, with a description in the metadata.
+
+Images are floats or uint8; weights and arithmetic are FP32 or FP16.
+"""
 
 from __future__ import annotations
 
@@ -29,31 +31,31 @@ LAYOUTS = ("nchw", "nhwc")
 
 
 class ByteNetwork(nn.Module):
-    """A generator between uint8 images: normalisation, the network, clamping and rounding in one
-    module.
+    """A generator from uint8 to uint8 images, including normalisation, clamping and rounding.
 
-    It computes in the dtype of the network's weights, whatever that is; `half()` and `bfloat16()`
-    work as on the network itself. Its tensors are the network's own, named with "network." in
-    front.
+    It computes in the dtype of the network's weights; `half()` and `bfloat16()` work as on the
+    network itself. Its tensors are the network's own, prefixed with "network.".
 
-    Args: network: any generator of `pipeline.models`. layout: "nchw" or "nhwc", of the input and of
-        the output; nhwc is how images lie in files and in cameras.
+    Args:
+        network: any generator of `pipeline.models`.
+        layout: "nchw" or "nhwc", for input and output; nhwc is the layout of decoded images and of
+            cameras.
 
     Raises:
-        ValueError: another layout; in `forward` images that are not bytes.
+        ValueError: unknown layout; in `forward`, images that are not uint8.
     """
 
     def __init__(self, network: nn.Module, layout: str = "nchw") -> None:
         super().__init__()
         if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} is neither 'nchw' nor 'nhwc'")
+            raise ValueError(f"layout {layout!r} must be 'nchw' or 'nhwc'")
         self.network = network
         self.layout = layout
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 RGB 0..255 in -> uint8 RGB in the same layout, `scale` times as high and wide.
+        """Upscale uint8 RGB by `scale` to uint8 RGB in the same layout.
 
-        Values are clamped and rounded to the nearest level, never truncated.
+        Values are clamped and rounded to the nearest level, not truncated.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"the images are {images.dtype}, but must be torch.uint8")
@@ -64,33 +66,33 @@ class ByteNetwork(nn.Module):
 
 INPUT, OUTPUT = "input", "output"
 OPSETS = range(17, 24)
-"""LayerNormalization came with 17; what lies above 23 the exporter of the pinned torch does not
-write."""
+"""LayerNormalization was added in 17; the pinned torch's exporter writes at most 23."""
 LARGEST_BYTES = 2**31 - 1
-"""Of a protobuf message."""
+"""Maximum size of a protobuf message."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What the file takes and gives, and what it computes in."""
+    """The form of an ONNX file: type and layout of its images, precision and opset."""
 
     io: str = "float"
-    """"float": [0, 1] and overshoot, in the type of the weights; "uint8": 0..255, clamped and
+    """"float": [0, 1] with overshoot, in the type of the weights; "uint8": 0..255, clamped and
     rounded."""
     layout: str = "nchw"
+    """"nchw" or "nhwc"."""
     half: bool = False
     """FP16 weights and arithmetic."""
     opset: int = 20
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the input and the output."""
+        """Type of the input and the output."""
         if self.io == "uint8":
             return torch.uint8
         return torch.float16 if self.half else torch.float32
 
     def shape(self, batch: int | str, height: int | str, width: int | str) -> tuple[int | str, ...]:
-        """Of images of that size in this layout."""
+        """Return the shape of images of this size in the file's layout."""
         return (
             (batch, COLOURS, height, width)
             if self.layout == "nchw"
@@ -99,10 +101,10 @@ class Form:
 
 
 class Continued(nn.Module):
-    """A generator whose images are continued to the sizes that it needs, by arithmetic alone.
+    """A generator whose inputs are extended to the sizes that it needs, without Python branches.
 
-    It does what the network does by itself (mirrored at the bottom and the right, the result cut),
-    without the branches in Python: an exporter would write down the one that its example took.
+    The network itself extends images by reflection at the bottom and the right and crops the
+    result, but with branches, of which an exporter would record only the one its example takes.
     """
 
     def __init__(self, network: nn.Module, multiple: int, minimum: int) -> None:
@@ -110,7 +112,7 @@ class Continued(nn.Module):
         self.network, self.multiple, self.minimum = network, multiple, minimum
 
     def forward(self, images: Tensor) -> Tensor:
-        """NCHW in, NCHW `scale` times larger out."""
+        """Upscale NCHW images by `scale`."""
         height, width = images.shape[-2:]
         for dim in (2, 3):
             side = images.shape[dim]
@@ -128,36 +130,40 @@ class Continued(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """A generator between NHWC images of floats."""
+    """A generator with NHWC float images as input and output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """NHWC in, NHWC `scale` times larger out."""
+        """Upscale NHWC images by `scale`."""
         return self.network(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 def with_form(network: nn.Module, form: Form) -> nn.Module:
-    """The network between images of that layout and type; computes in whatever its weights are."""
+    """Wrap a network for images of the form's layout and type; its weights' dtype stays."""
     if form.io == "uint8":
         return ByteNetwork(network, form.layout)
     return network if form.layout == "nchw" else ChannelsLast(network)
 
 
 def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
-    """`network`, which was built from `saved`, as the content of an ONNX file. It stays as it is.
+    """Return the content of an ONNX file of `network`, which was built from `saved`.
 
-    `UserError` for an architecture that cannot be written at any size, and for an opset that cannot
-    express it.
+    The network itself is left unchanged.
+
+    Raises:
+        UserError: the architecture cannot be written for images of any size, or not with the
+            form's opset, or it is too large for an ONNX file.
+        RunError: the exporter wrote an invalid file.
     """
     import onnx
 
     network = copy.deepcopy(network).eval()
     _fold_norms(network)
     if form.half:
-        for parameter in network.parameters():  # buffers stay in FP32: statistics, kernels
+        for parameter in network.parameters():  # buffers (statistics, kernels) stay in FP32
             parameter.data = parameter.data.half()
     multiple, minimum = _sizes(network)
     if (multiple, minimum) != (1, 1):
@@ -167,35 +173,32 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
     if not all(side.dim_param or side.dim_value == COLOURS for side in sides):
         raise UserError(
             f"network {_name(saved)!r} cannot be written as ONNX for images of any size: its code "
-            "takes "
-            "decisions by the size of the image"
+            "branches on the image size"
         )
     if (written := model.opset_import[0].version) != form.opset:
         raise UserError(
             f"network {_name(saved)!r} cannot be written with opset {form.opset}, but with "
-            f"{written}; "
-            f"say --opset {written}"
+            f"{written}; use --opset {written}"
         )
     _forget_sources(model)
     onnx.helper.set_model_props(model, describe(saved, form))
     if model.ByteSize() > LARGEST_BYTES:
         raise UserError(
-            f"the network takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; try "
-            "--half"
+            f"the network takes {model.ByteSize() / 1e9:.1f} GB, but an ONNX file can contain at "
+            "most 2 GB; try --half"
         )
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RunError(
-            f"PyTorch's exporter wrote a file that ONNX refuses: {one_line(error)}"
-            f"{'; leave --half out' if form.half else ''}"
+            f"PyTorch's exporter wrote an invalid ONNX file: {one_line(error)}"
+            f"{'; omit --half' if form.half else ''}"
         ) from error
     return model.SerializeToString()
 
 
 def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
-    """What the file says about itself: architecture, scale, parameters, where it comes from, what
-    it takes."""
+    """Return the file's metadata: architecture, scale, parameters, provenance and form."""
     return {
         **saved.metadata,
         "architecture": saved.name,
@@ -211,10 +214,10 @@ def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
 
 @torch.no_grad()
 def _fold_norms(network: nn.Module) -> None:
-    """Let convolutions do the work of the batch norms behind them, in FP32.
+    """Fold batch norms into the convolutions before them, in FP32.
 
-    The exporter does so, too, but of FP16 weights and FP32 statistics it makes a convolution of
-    both types.
+    The exporter would do so as well, but from FP16 weights and FP32 statistics it makes a
+    convolution of mixed types.
     """
     for row in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for place in range(len(row) - 1):
@@ -224,10 +227,10 @@ def _fold_norms(network: nn.Module) -> None:
 
 
 def _sizes(network: nn.Module) -> tuple[int, int]:
-    """Of what number height and width must be multiples, and the smallest they may be."""
-    if (sizes := getattr(network, "image_sizes", None)) is not None:  # of a SpandrelNetwork
+    """Return the number that height and width must be multiples of, and their minimum."""
+    if (sizes := getattr(network, "image_sizes", None)) is not None:  # SpandrelNetwork
         return sizes
-    fold = getattr(network, "unshuffle", 1)  # of an RRDBNet
+    fold = getattr(network, "unshuffle", 1)  # RRDBNet
     return fold, fold
 
 
@@ -253,10 +256,10 @@ def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelP
                 verbose=False,
             )
             return program.model_proto
-    except Exception as error:  # the exporter has many ways to fail, and none of them is the user's
+    except Exception as error:  # the exporter raises exceptions of many types
         raise UserError(
             f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
-            f"exporter says {one_line(error.__cause__ or error)}"
+            f"exporter reports {one_line(error.__cause__ or error)}"
         ) from error
 
 
@@ -265,8 +268,7 @@ def _name(saved: SavedNetwork) -> str:
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes of every node: a quarter of the file, and paths on this
-    machine."""
+    """Drop the exporter's notes on every node: a quarter of the file, with this machine's paths."""
     for part in (model, model.graph, *model.functions):
         part.ClearField("doc_string")
         del part.metadata_props[:]
@@ -283,8 +285,10 @@ def _forget_sources(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings of the exporter and of networks' code, about which a user can do nothing;
-    errors stay errors."""
+    """Suppress warnings of the exporter and of networks' code, which the user can do nothing about.
+
+    Errors are still raised.
+    """
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     ]

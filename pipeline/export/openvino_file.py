@@ -1,4 +1,4 @@
-"""An ONNX file as OpenVINO's two: .xml and .bin, weights in FP16."""
+"""Convert ONNX files to OpenVINO's pair of files, .xml and .bin, with FP16 weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pipeline.cli import RunError, one_line
 from pipeline.files import flush
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
-"""By itself OpenVINO computes in BF16 where the processor can: 52 dB of the released VapSR."""
+"""By default OpenVINO computes in BF16 if the processor can: 52 dB for the released VapSR."""
 SECTION = "vastscale"
 
 
 def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -> None:
-    """Write `xml` and the .bin beside it, with `description` in its runtime information under
-    `SECTION`."""
+    """Write `xml` and the .bin beside it, with `description` under `SECTION` of its metadata.
+
+    Raises:
+        RunError: OpenVINO cannot convert the file.
+    """
     import openvino
 
     try:
@@ -31,12 +34,12 @@ def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -
 
 
 def parts(xml: Path) -> tuple[Path, Path]:
-    """The .bin and the .xml, in the order in which they are put in place."""
+    """Return the .bin and the .xml, in the order in which they are moved into place."""
     return xml.with_suffix(".bin"), xml
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give both files another name."""
+    """Rename both files."""
     for source, target in zip(parts(old), parts(new), strict=True):
         os.replace(source, target)
     flush(new.parent)

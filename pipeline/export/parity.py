@@ -1,5 +1,4 @@
-"""Whether another backend makes the images that PyTorch makes: measured on photographs, at several
-sizes."""
+"""Compare a converted network with PyTorch, on photographs in several sizes."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ from pipeline.export.onnx_file import Form, with_form
 from pipeline.export.photographs import SHIPPED, SIZES, paths_within_packages
 from pipeline.images import to_tensor, unit_range
 
-# The photographs that a converted network is compared, calibrated and measured on.
+# The photographs on which a converted network is compared, calibrated and measured.
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image and its name for people."""
+    """An image and its name for messages."""
 
     name: str
     pixels: Tensor
@@ -35,10 +34,16 @@ class Photograph:
 def read_photographs(
     folder: Path | None, option: str, most: int, shipped: Sequence[str]
 ) -> list[Photograph]:
-    """Every image in `folder`, or an even spread of `most` of them; `None`: `shipped`, files within
-    packages.
+    """Read the images in `folder`, at most `most`, evenly spaced over the sorted list.
 
-    `UserError`, which names `option`, for a folder that is missing or holds no images.
+    Args:
+        folder: the folder; `None` for `shipped`.
+        option: the folder's option, for messages.
+        most: maximum number of images.
+        shipped: photographs inside installed packages.
+
+    Raises:
+        UserError: the folder does not exist or contains no images.
     """
     if folder is None:
         return [
@@ -46,11 +51,11 @@ def read_photographs(
             for path in paths_within_packages(shipped, option)
         ]
     if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r} of {option}")
+        raise UserError(f"the folder {str(folder)!r} of {option} does not exist")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(
-            f"no images in {str(folder)!r} of {option}; their names end in "
+            f"no images in the folder {str(folder)!r} of {option}; supported: "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     count = min(len(paths), most)
@@ -68,13 +73,13 @@ MOST_PHOTOGRAPHS = 32
 
 @dataclass(frozen=True)
 class Limit:
-    """What a converted network must reach on every batch."""
+    """The agreement that a converted network must reach on every batch."""
 
     psnr: float
-    """dB against PyTorch's FP32 output, at least."""
+    """Minimum PSNR against PyTorch's FP32 output, in dB."""
     levels: int | None = None
-    """Of 255, at most; only of bytes. One is rounding: a value between two levels may become
-    either."""
+    """Maximum difference in levels of 255, only for uint8 images. One level is due to rounding: a
+    value between two levels may become either."""
 
 
 LIMITS = {
@@ -83,12 +88,12 @@ LIMITS = {
     ("uint8", False): Limit(60, levels=1),
     ("uint8", True): Limit(50, levels=2),
 }
-"""By what goes in and out, and whether weights or arithmetic are FP16."""
+"""By the type of the images, and whether weights or arithmetic are FP16."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A batch, and what PyTorch makes of it in FP32."""
+    """A batch, and PyTorch's FP32 result for it."""
 
     images: np.ndarray
     expected: np.ndarray
@@ -97,16 +102,17 @@ class Check:
 
 
 def photographs(folder: Path | None) -> list[Tensor]:
-    """uint8 1 x 3 x H x W: every image in `folder`, or an even spread of `MOST_PHOTOGRAPHS`;
-    `None`: `SHIPPED`."""
+    """Read the photographs to compare on, uint8 1 x 3 x H x W; see `read_photographs`."""
     return [
         photo.pixels for photo in read_photographs(folder, "--images", MOST_PHOTOGRAPHS, SHIPPED)
     ]
 
 
 def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
-    """Batches of the middles of photographs, sized as `SIZES` says in turn, until every photograph
-    was in one."""
+    """Return batches of the photographs' middles, in the `SIZES` in turn, with PyTorch's results.
+
+    Every size and every photograph occurs at least once.
+    """
     reference = with_form(network.eval(), form)
     endless, found, taken = itertools.cycle(photos), [], 0
     for size in itertools.cycle(SIZES):
@@ -121,12 +127,15 @@ def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
                 images = unit_range(images, torch.float32)
             expected = reference(images)
         found.append(Check(images.to(form.dtype).numpy(), expected.numpy(), size))
-    raise AssertionError("a cycle has no end")
+    raise AssertionError("itertools.cycle never ends")
 
 
 def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> str:
-    """A table of how near `run` comes to what is expected; `RunError` that names the first batch
-    beyond `limit`."""
+    """Run all batches and return a table of their agreement with PyTorch.
+
+    Raises:
+        RunError: a batch cannot be run, or exceeds `limit`; the message names the first such batch.
+    """
     rows, failed = (
         [f"{title} against PyTorch: batch, LR width x height, PSNR, largest difference"],
         "",
@@ -136,13 +145,13 @@ def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> st
         name = f"{batch} x {width}x{height}"
         try:
             found = run(check.images)
-        except Exception as error:  # each backend has its own
+        except Exception as error:  # each backend has its own exceptions
             raise RunError(
                 f"{title} cannot run the network on {name} ({one_line(error)})"
             ) from error
         if found.shape != check.expected.shape:
             raise RunError(
-                f"{title} turns {name} into {found.shape}, and PyTorch into {check.expected.shape}"
+                f"{title} turns {name} into {found.shape}, but PyTorch into {check.expected.shape}"
             )
         psnr, largest, is_good = _measure(found, check.expected, limit)
         shown = (
@@ -152,14 +161,16 @@ def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> st
         )
         rows.append(f"  {name:<14}{shown}")
         if not is_good and not failed:
-            failed = f"{title} differs from PyTorch on {name}: {shown.strip()}; {_asked(limit)}"
+            failed = (
+                f"{title} differs from PyTorch on {name}: {shown.strip()}; {_requirement(limit)}"
+            )
     if failed:
         raise RunError(failed)
     return "\n".join(rows)
 
 
 def _measure(found: np.ndarray, expected: np.ndarray, limit: Limit) -> tuple[float, float, bool]:
-    """PSNR in dB, largest difference, and whether both are within `limit`."""
+    """Return PSNR in dB, the largest difference, and whether both are within `limit`."""
     peak = 1.0 if limit.levels is None else 255.0
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     largest, error = float(difference.max()), float(np.square(difference).mean())
@@ -173,14 +184,13 @@ def _measure(found: np.ndarray, expected: np.ndarray, limit: Limit) -> tuple[flo
     return psnr, largest, psnr >= limit.psnr and (limit.levels is None or largest <= limit.levels)
 
 
-def _asked(limit: Limit) -> str:
+def _requirement(limit: Limit) -> str:
     levels = "" if limit.levels is None else f" and at most {limit.levels} of 255"
-    return f"{limit.psnr:.0f} dB{levels} are asked for"
+    return f"required: {limit.psnr:.0f} dB{levels}"
 
 
 def middle(image: Tensor, height: int, width: int) -> Tensor:
-    """The middle of an image in that size; what is too small is continued, mirrored again and
-    again."""
+    """Return the middle of an image in this size; small images are reflected repeatedly."""
     rows, columns = (
         _places(have, want) for have, want in zip(image.shape[-2:], (height, width), strict=True)
     )

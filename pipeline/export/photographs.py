@@ -1,5 +1,4 @@
-"""The photographs within packages on which converted networks are compared and measured, and in
-which sizes.
+"""Photographs inside installed packages, and the sizes in which networks are compared on them.
 
 Needs no torch.
 """
@@ -13,17 +12,17 @@ from pathlib import Path
 from pipeline.cli import UserError
 
 SIZES = ((1, 64, 64), (3, 47, 61), (2, 90, 33), (1, 97, 120), (1, 19, 13))
-"""(batch, height, width) of the LR images that a converted network is compared on."""
+"""(batch, height, width) of the LR images on which a converted network is compared."""
 SHIPPED = tuple(
     f"skimage/data/{name}" for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 )
-"""Photographs within scikit-image's package."""
+"""Photographs inside the package of scikit-image."""
 
 
 def paths_within_packages(names: Sequence[str], option: str) -> list[Path]:
-    """The files of `names` (package/path within it), which stand in for the folder of `option`.
+    """Return the paths of files inside packages, the default for the folder of `option`.
 
-    `UserError` where a package is not installed, or lacks the file.
+    `names` are package/path. `UserError` if a package is not installed or lacks the file.
     """
     found = []
     for name in names:
@@ -31,16 +30,14 @@ def paths_within_packages(names: Sequence[str], option: str) -> list[Path]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f"the photographs that stand in for {option} are of the package {package!r}, which "
-                "is not "
-                f"installed; install requirements.txt, or give a folder with {option}"
+                f"the default photographs of {option} are part of the package {package!r}, which "
+                f"is not installed; install requirements.txt, or give a folder with {option}"
             )
         path = Path(spec.submodule_search_locations[0]) / rest
         if not path.is_file():
             raise UserError(
                 f"the installed package {package!r} lacks {rest}; give a folder of photographs "
-                "with "
-                f"{option}"
+                f"with {option}"
             )
         found.append(path)
     return found

@@ -1,14 +1,13 @@
-"""VapSR, SRResNet and MSRResNet for programs that open weights through spandrel, which does not
-know them by itself.
+"""Adds VapSR, SRResNet and MSRResNet to spandrel, for programs that load weights through it.
 
-Importing this file adds them to spandrel's registry; from then on `spandrel.ModelLoader` opens the
-files exported here and those of other projects that have these networks. It works from anywhere (a
-folder of custom nodes of ComfyUI, say) as a copy where Vastscale's checkout is on Python's path,
-and as a symbolic link into the checkout without that.
+Importing this file adds the networks to spandrel's registry, after which `spandrel.ModelLoader`
+loads the files exported here and those of other projects with these networks. The file works from
+anywhere, such as ComfyUI's folder of custom nodes: as a symbolic link into Vastscale's checkout, or
+as a copy if the checkout is on Python's path.
 
-A program that uses spandrel sees the tensors and not the description in our files: colour spaces
-other than RGB, and a VapSR with 1x1 projections that works on [-1, 1], would be taken for the usual
-network.
+A program that uses spandrel sees the tensors but not the metadata of the files. It cannot tell
+networks for colour spaces other than RGB, or a VapSR with 1x1 projections that works on [-1, 1],
+from the usual ones.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 if __package__ != "pipeline.export" and (CHECKOUT / "pipeline" / "models").is_dir():
-    sys.path.append(str(CHECKOUT))  # last, so that it hides nothing of the program's
+    sys.path.append(str(CHECKOUT))  # last, so that it hides no module of the program
 
 from pipeline.libraries import import_torchvision  # noqa: E402
 from pipeline.models import GENERATORS  # noqa: E402
@@ -32,22 +31,22 @@ import_torchvision()
 from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescriptor, ModelTiling  # noqa: E402
 
 ADDED = {"VapSR": "vapsr", "SRResNet": "srresnet", "MSRResNet": "msrresnet"}
-"""Name in the program -> name in `GENERATORS`."""
+"""Name in spandrel -> name in `GENERATORS`."""
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
-"""ComfyUI's: a file of custom nodes without it is reported as broken."""
+"""ComfyUI reports a file of custom nodes without it as broken."""
 
 Found = tuple[int, dict[str, Any], dict[str, Tensor]]
 
 
 class KnownHere(Architecture):
-    """A network of `GENERATORS`, known by its own `recognise` and `convert`."""
+    """A network of `GENERATORS`, detected by its own `recognise` and `convert`."""
 
     def __init__(self, name: str, network: type[nn.Module]) -> None:
         super().__init__(id=name, detect=lambda state: self._find(state) is not None)
         self._network = network
 
     def load(self, state_dict: Mapping[str, Any]) -> ImageModelDescriptor:
-        """The network with these tensors, which were detected as its own."""
+        """Build the network with these tensors, which were detected as its own."""
         scale, params, tensors = self._find(state_dict)
         return ImageModelDescriptor(
             self._network(scale=scale, **params).eval(),
@@ -64,8 +63,7 @@ class KnownHere(Architecture):
         )
 
     def _find(self, state: Mapping[str, Any]) -> Found | None:
-        """Scale, the other arguments and the tensors under our names; `None` if they are of another
-        network."""
+        """Return scale, the other arguments and the renamed tensors; `None` for another network."""
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         convert = getattr(self._network, "convert", lambda _: None)
         for layout in (tensors, convert(tensors)):
@@ -78,7 +76,7 @@ class KnownHere(Architecture):
 
 
 def register() -> list[str]:
-    """Add the networks to spandrel's registry; the names of those that were not in it yet."""
+    """Add the networks to spandrel's registry; return the names of those that are new there."""
     supports = [
         ArchSupport.from_architecture(KnownHere(name, GENERATORS[ours]))
         for name, ours in ADDED.items()

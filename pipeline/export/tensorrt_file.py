@@ -1,5 +1,4 @@
-"""An ONNX file as a TensorRT engine: built where TensorRT is installed, else by the command that is
-printed."""
+"""Build TensorRT engines from ONNX files, or give the command that does so elsewhere."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from pipeline.export.onnx_file import INPUT, Form
 from pipeline.files import write_atomically
 
 SIZES = ((1, 16, 16), (1, 360, 640), (4, 1080, 1920))
-"""(batch, height, width) of the LR images: smallest, the one that the engine is tuned for,
-largest."""
+"""(batch, height, width) of the LR images: minimum, optimum and maximum of the engine's profile."""
 
 
 def is_installed() -> bool:
@@ -23,8 +21,7 @@ def is_installed() -> bool:
 
 
 def command(onnx_file: Path, engine: Path, form: Form) -> str:
-    """The `trtexec` line that builds the engine. The types are those of the file: FP16 of a file
-    with --half."""
+    """Return the `trtexec` command that builds the engine, in the precision of the ONNX file."""
     shapes = (
         f"--{name}Shapes={INPUT}:{'x'.join(map(str, form.shape(*size)))}"
         for name, size in zip(("min", "opt", "max"), SIZES, strict=True)
@@ -35,7 +32,11 @@ def command(onnx_file: Path, engine: Path, form: Form) -> str:
 
 
 def build(onnx_file: Path, engine: Path, form: Form) -> None:
-    """Build the engine for the GPU of this machine; takes minutes."""
+    """Build the engine for the GPU of this machine, which takes minutes.
+
+    Raises:
+        RunError: TensorRT cannot read the file or build the engine.
+    """
     import tensorrt
 
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -50,7 +51,9 @@ def build(onnx_file: Path, engine: Path, form: Form) -> None:
     config.add_optimization_profile(_profile(builder, form))
     content = builder.build_serialized_network(network, config)
     if content is None:
-        raise RunError(f"TensorRT builds no engine of {str(onnx_file)!r}; its messages are above")
+        raise RunError(
+            f"TensorRT cannot build an engine from {str(onnx_file)!r}; see its messages above"
+        )
     write_atomically(engine, bytes(content))
 
 

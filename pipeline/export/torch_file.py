@@ -1,4 +1,4 @@
-"""A run's generator as a .pth and a .safetensors file, read back and proven equal."""
+"""Export a run's generator to .pth and .safetensors files, and verify both by reading them back."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ from pipeline.run_folder import (
     run_network_file,
 )
 
-# Where a run's weights come from and what was measured of them, as an exported file says it.
+# The origin and the scores of a run's weights, for the metadata of exported files.
 
 DATASET_KEYS = ("lists_sha256", "contents_sha256", "training_files", "validation_files")
-"""Of the dataset's identity in a checkpoint's manifest; `contents_sha256` is of the dataset tools'
-manifests."""
+"""Keys of the dataset's identity in a checkpoint's index; `contents_sha256` comes from the dataset
+tools' manifests."""
 
 
 def provenance(run_dir: Path, step: int, license_name: str, *, is_averaged: bool) -> dict[str, str]:
-    """`license`, `dataset_…` and `validation` (JSON: what the run's validation at `step` gave),
-    where they are known.
+    """Return `license`, `dataset_…` and `validation` for the metadata, if they are known.
 
-    A run validates its averaged weights (EMA), so raw ones have no `validation`. `UserError` for a
-    manifest or state that cannot be read.
+    `validation` is JSON with the scores of the run's validation at `step`. A run validates its
+    averaged weights (EMA), so raw ones have none.
+
+    Raises:
+        UserError: the checkpoint's index or state cannot be read.
     """
     folder = checkpoint_dir(run_dir, step)
     dataset = _read(folder / MANIFEST_FILE).get("identity", {}).get("dataset", {})
@@ -57,10 +59,12 @@ def provenance(run_dir: Path, step: int, license_name: str, *, is_averaged: bool
 
 
 def evaluation_of(report: Path, weights: Path) -> str:
-    """The mean scores of `weights` in a report of evaluate.py, as JSON: by benchmark, with the
-    number of images.
+    """Return the mean scores of `weights` in a report of evaluate.py, as JSON by benchmark.
 
-    `UserError` for a file that is no such report, or that is of other weights (by their SHA-256).
+    Each benchmark includes its number of images.
+
+    Raises:
+        UserError: the file is not such a report, or it is about other weights (by their SHA-256).
     """
     found = _read(report)
     try:
@@ -70,8 +74,8 @@ def evaluation_of(report: Path, weights: Path) -> str:
         )
         if title is None:
             raise UserError(
-                f"{str(report)!r} is of other weights than {str(weights)!r}; evaluate these first: "
-                f"python evaluate.py --model {weights} --json {report}"
+                f"{str(report)!r} does not evaluate {str(weights)!r} but other weights; evaluate "
+                f"these first: python evaluate.py --model {weights} --json {report}"
             )
         means = {
             entry["name"]: {"images": len(entry["images"]), **_numbers(entry["mean"][title])}
@@ -95,8 +99,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, float]:
-    """The metrics that were measured, by name; from the checkpoint, or else from the log in the run
-    folder."""
+    """Return the validation's scores by metric, from the checkpoint or else from the run's log."""
     if state.get("best_step") == step:
         scores = {name: state.get(f"best_{metric.key}") for name, metric in METRICS.items()}
         return {key: value for key, value in scores.items() if value is not None}
@@ -106,7 +109,7 @@ def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, flo
         if '"validation"' in line:
             try:
                 values = json.loads(line)
-            except ValueError:  # cut short by a kill
+            except ValueError:  # truncated by a kill
                 continue
             if values.get("event") == "validation" and values.get("step") == step:
                 return {name: values[name] for name in METRICS if values.get(name) is not None}
@@ -120,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UserError(f"cannot read {str(path)!r} ({reason})") from error
     if not isinstance(values, dict):
-        raise UserError(f"cannot read {str(path)!r} (it holds no keys and values)")
+        raise UserError(f"cannot read {str(path)!r} (it is not a JSON object)")
     return values
 
 
@@ -132,12 +135,12 @@ FORMATS = (".pth", ".safetensors")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """The result of an export."""
 
     files: list[Path]
     """One per format of `FORMATS`."""
     saved: SavedNetwork
-    """What the files hold."""
+    """The content of the files."""
 
 
 def run_export(
@@ -149,8 +152,10 @@ def run_export(
     evaluation: Path | None,
     output_dir: Path | None,
 ) -> int:
-    """See `export_trained_model.py --help`. Returns the exit status: 1 where a file does not hold
-    what was written."""
+    """Export as `export_trained_model.py --help` describes; return the exit status.
+
+    It is 1 if a file does not contain what was written.
+    """
     run_dir = find_run() if run_dir is None else run_dir
     exported = export_run(
         run_dir,
@@ -176,10 +181,9 @@ def run_export(
         print(f"  {path}  ({path.stat().st_size / 1e6:.2f} MB)")
     if "license" not in saved.metadata:
         print(
-            "note: the files name no licence; --license CC-BY-4.0, or whichever is yours, writes "
-            "it into them"
+            "note: the files name no licence; add yours with --license, such as --license CC-BY-4.0"
         )
-    print("Read back: both equal bit for bit, and the network runs.")
+    print("Verified: both files were read back bit for bit equal, and the network runs.")
     say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
     say(
         "In Python:   from pipeline.models.weights import read_network\n"
@@ -198,22 +202,30 @@ def export_run(
     evaluation: Path | None = None,
     output_dir: Path | None = None,
 ) -> Exported:
-    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats; see
-    `verify`.
+    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats.
 
-    `run_dir` may also be a checkpoint in a run folder, which then is the step. Averaged (EMA)
-    weights unless `raw`. `half` stores the parameters in float16 (buffers stay as they are). The
-    files also tell where the weights come from: see `provenance`; with `evaluation`, a report of
-    evaluate.py on these very weights, its means too. The default folder is `<run_dir>/export`.
-    `UserError` for a run without such a checkpoint and for broken weights.
+    The files' metadata contain the origin of the weights, see `provenance`. To check the files,
+    call `verify`.
+
+    Args:
+        run_dir: a run folder, or one of its checkpoints, which then is the step.
+        step: "best", "newest", or a number.
+        raw: export the raw weights, not the averaged ones (EMA).
+        half: store the parameters in float16; buffers are left unchanged.
+        license_name: licence of the weights, for the metadata.
+        evaluation: report of evaluate.py on these weights, whose means are added to the metadata.
+        output_dir: folder for the files; `<run_dir>/export` by default.
+
+    Raises:
+        UserError: the run has no such checkpoint, its weights are broken, or the folder cannot be
+            written.
     """
     run_dir, step = _checkpoint_apart(Path(run_dir), step)
     number = choose_step(run_dir, step)
     weights = run_network_file(run_dir, number, ema=not raw)
     saved = read_network(weights)
-    network = (
-        saved.build()
-    )  # refuses what does not fit and what is not finite, before anything is written
+    # Fails for tensors that do not fit or are not finite, before anything is written.
+    network = saved.build()
     parameters = dict(network.named_parameters())
     state_dict = saved.state_dict
     if half:
@@ -251,20 +263,22 @@ def export_run(
 
 
 def _checkpoint_apart(path: Path, step: Step) -> tuple[Path, Step]:
-    """`run/checkpoints/step-00000400` is step 400 of that run."""
+    """Split `run/checkpoints/step-00000400` into the run folder and step 400."""
     named = re.fullmatch(r"step-(\d{8,})", path.name)
     if not named or path.parent.name != CHECKPOINTS_DIR:
         return path, step
     if step not in ("best", int(named[1])):
         raise UserError(
-            f"{str(path)!r} is step {int(named[1])}, not --step {step}; leave one of them out"
+            f"{str(path)!r} is step {int(named[1])}, not --step {step}; omit one of them"
         )
     return path.parents[1], int(named[1])
 
 
 def verify(exported: Exported) -> list[str]:
-    """Read the files back: a line for each that is not bit for bit what was written, or whose
-    network fails to run."""
+    """Read the files back; return a line for each one that differs or whose network fails.
+
+    Tensors are compared bit for bit.
+    """
     lr = (
         torch.arange(3 * 16 * 16, dtype=torch.int64)
         .remainder(256)
@@ -276,11 +290,11 @@ def verify(exported: Exported) -> list[str]:
         found = read_network(file)
         if not _equal_bits(found.state_dict, exported.saved.state_dict):
             faults.append(
-                f"{str(file)!r} does not hold the tensors that were written; is the disk sound?"
+                f"{str(file)!r} does not contain the tensors that were written; check the disk"
             )
         elif replace(found, state_dict={}) != replace(exported.saved, state_dict={}):
             faults.append(
-                f"{str(file)!r} does not hold the description that was written; is the disk sound?"
+                f"{str(file)!r} does not contain the metadata that was written; check the disk"
             )
         else:
             with torch.inference_mode():
@@ -288,7 +302,7 @@ def verify(exported: Exported) -> list[str]:
             side = 16 * found.scale
             if sr.shape != (1, 3, side, side) or not torch.isfinite(sr).all():
                 faults.append(
-                    f"the network in {str(file)!r} fails: of 16x16 pixels it makes "
+                    f"the network in {str(file)!r} fails: it turns 16x16 pixels into "
                     f"{tuple(sr.shape)}, "
                     f"{'finite' if torch.isfinite(sr).all() else 'with NaN or infinity'}"
                 )
@@ -308,13 +322,12 @@ def _equal_bits(found: dict[str, Tensor], written: dict[str, Tensor]) -> bool:
 
 
 def _dtype(state_dict: dict[str, Tensor]) -> str:
-    """The dtype of the first weights; some networks' first tensors are tables of integers."""
+    """Return the dtype of the first floats; some networks start with tables of integers."""
     weights = next(tensor for tensor in state_dict.values() if tensor.is_floating_point())
     return str(weights.dtype).removeprefix("torch.")
 
 
 def _recipe_name(saved: SavedNetwork, run_dir: Path) -> str:
-    """The recipe's name as the weights tell it; weights that tell none are named after their run
-    folder."""
+    """Return the recipe's name from the weights' metadata, or else the name of the run folder."""
     name = saved.metadata.get("recipe", "")
     return name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else run_dir.resolve().name

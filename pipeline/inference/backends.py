@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Whether `precision` is the best one; otherwise "fp32" is used where it overflows."""
 
     def pixel_bytes(self, precision: str) -> float:
-        """Return the most memory, in bytes per LR pixel, that the network holds at a time."""
+        """Return the network's peak memory in bytes per LR pixel."""
 
     def max_pixels(self, precision: str) -> int:
         """Return how many LR pixels of a batch fit into the memory that is free at first call."""

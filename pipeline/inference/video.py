@@ -182,7 +182,7 @@ class _Writer:
             self._flush()
 
     def close(self) -> None:
-        """Upscale and write the remaining frames; raise `UserError` if there was none at all."""
+        """Upscale and write the remaining frames; raise `UserError` if there was no frame."""
         self._flush()
         if self._encoder is None:
             raise UserError("none of its frames can be decoded")

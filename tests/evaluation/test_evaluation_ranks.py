@@ -296,7 +296,8 @@ def test_at_most_one_process_per_gpu(monkeypatch):
     place = RankInfo(rank=5, world_size=8, local_rank=1, launcher="torchrun", local_size=4)
     assert device_at(place, "auto") == Device("cuda", 1)
     with pytest.raises(
-        UserError, match="--device cuda:1 for 8 processes; leave --device out for one GPU per"
+        UserError,
+        match="--device cuda:1 is one device for 8 processes; omit --device to use one GPU",
     ):
         device_at(place, "cuda:1")
 

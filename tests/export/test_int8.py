@@ -1,5 +1,4 @@
-"""`convert_to_onnx.py --int8`: what it loses is measured rightly, what loses too much is refused,
-INT8 is computed."""
+"""`convert_to_onnx.py --int8`: the loss is measured correctly and limited, and INT8 is used."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A network that is cubic upscaling and a small, wrong, addition by all its convolutions."""
+    """Weights of a network that is cubic upscaling plus a small random output of convolutions."""
     torch.manual_seed(0)
     network = VapSR(scale=2, **PARAMS)
     with torch.no_grad():
@@ -48,7 +47,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Folders of photographs to calibrate and to measure on."""
+    """Folders of photographs for calibration and for measurement."""
     folder = tmp_path_factory.mktemp("photos")
     shipped = [
         photo.pixels[0].permute(1, 2, 0).numpy()
@@ -89,11 +88,11 @@ def quantize(capsys, weights, photos, output, *arguments):
 
 @pytest.fixture(scope="module")
 def made(weights, photos, tmp_path_factory):
-    """Both files, of a float and a byte form, and what was printed."""
+    """Files for both backends, one with float and one with uint8 images, and the output."""
     folder = tmp_path_factory.mktemp("made")
-    told = []
+    lines = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda *words, **_: told.append(" ".join(map(str, words))))
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         for arguments in (
             ["--output", str(folder / "net.onnx")],
             [
@@ -128,23 +127,23 @@ def made(weights, photos, tmp_path_factory):
                     ],
                 )
             assert not stop.value.code
-    return folder, "\n".join(told)
+    return folder, "\n".join(lines)
 
 
 def upscaled_by_onnx(file, lr):
-    """uint8 HWC -> uint8 HWC by a file of floats, NCHW."""
+    """Upscale a uint8 HWC image with a file that takes NCHW floats."""
     images = lr.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
     sr = onnxruntime.InferenceSession(file).run(None, {"input": images})[0]
     return np.clip(np.rint(sr[0].transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
 
 
 def luma(image):
-    """MATLAB's Y, uint8."""
+    """Return MATLAB's Y, rounded to integers."""
     return np.rint(16 + (image.astype(np.float64) @ [65.481, 128.553, 24.966]) / 255)
 
 
 def test_the_drop_is_that_of_the_papers_psnr(made, photos):
-    folder, told = made
+    folder, output = made
     drops = []
     for name in ("c.png", "d.png"):
         hr = np.asarray(Image.open(photos / "measure" / name))
@@ -161,7 +160,7 @@ def test_the_drop_is_that_of_the_papers_psnr(made, photos):
             for file in ("net.onnx", "net_int8.onnx")
         )
         line = re.search(
-            rf"ONNX Runtime in INT8[^$]*?{name} +([\d.]+) +([\d.]+) +([-+][\d.]+)", told
+            rf"ONNX Runtime in INT8[^$]*?{name} +([\d.]+) +([\d.]+) +([-+][\d.]+)", output
         )
         assert float(line[1]) == pytest.approx(before, abs=6e-4)
         assert float(line[2]) == pytest.approx(after, abs=6e-4)
@@ -196,9 +195,9 @@ def test_the_files_say_how_they_were_made(made):
     assert described.keys() >= {"psnr_y_drop", "io", "layout", "range"}
 
 
-def test_convolutions_are_computed_in_int8_and_the_last_is_not(made, tmp_path):
-    folder, told = made
-    count = int(re.search(r"net_int8\.onnx .*: (\d+) convolutions in INT8", told)[1])
+def test_convolutions_are_computed_in_int8_except_the_last(made, tmp_path):
+    folder, output = made
+    count = int(re.search(r"net_int8\.onnx .*: (\d+) convolutions in INT8", output)[1])
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(folder / "net_int8.onnx", options)
@@ -240,15 +239,15 @@ def test_sizes_and_batches_stay_free(made, size):
     assert np.sqrt(np.square(by_bytes.transpose(0, 3, 1, 2) / 255 - exact).mean()) < 0.03
 
 
-def test_what_loses_too_much_is_refused_and_leaves_nothing(weights, photos, capsys, tmp_path):
+def test_a_network_that_loses_too_much_is_not_written(weights, photos, capsys, tmp_path):
     (tmp_path / "net_int8.onnx").write_bytes(b"the old one")
-    status, told, err = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 0)
-    drop = float(re.search(r"mean +[\d.]+ +[\d.]+ +([-+][\d.]+)", told)[1])
+    status, stdout, err = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--max-drop", 0)
+    drop = float(re.search(r"mean +[\d.]+ +[\d.]+ +([-+][\d.]+)", stdout)[1])
     assert drop > 0
     assert status == 1
     assert err.startswith(
-        f"error: INT8 loses {drop:.3f} dB of PSNR-Y in the mean of 2 photographs, and --max-drop "
-        "allows 0, so that no file is written; "
+        f"error: INT8 loses {drop:.3f} dB of PSNR-Y on average over 2 photographs, but --max-drop "
+        "allows 0; no file is written. "
     )
     assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net_int8.onnx"]
@@ -261,7 +260,7 @@ def test_the_same_seed_gives_the_same_file(made, weights, photos, capsys, tmp_pa
     assert (tmp_path / "net_int8.onnx").read_bytes() == (made[0] / "net_int8.onnx").read_bytes()
 
 
-def test_crops_differ_by_seed_come_from_every_photograph_and_are_half_of_them_reduced(photos):
+def test_crops_depend_on_the_seed_use_every_photograph_and_half_are_reduced(photos):
     calibrating = read_photographs(photos / "calibrate", "--calibrate", 9, ())
     first, again, other = (calibration_images(calibrating, 2, 8, seed) for seed in (0, 0, 1))
     assert len(first) == 8
@@ -292,7 +291,7 @@ def test_a_photograph_cannot_calibrate_and_measure(photos, tmp_path):
     image = np.asarray(Image.open(photos / "measure" / "c.png"))
     write_images(tmp_path / "calibrate", {"another name.png": image})
     with pytest.raises(
-        UserError, match=r"'c\.png' of --measure is 'another name\.png' of --calibrate, too"
+        UserError, match=r"'c\.png' of --measure is the same as 'another name\.png' of --calibrate"
     ):
         gather(Int8(calibrate=tmp_path / "calibrate", measure=photos / "measure"))
 
@@ -300,16 +299,15 @@ def test_a_photograph_cannot_calibrate_and_measure(photos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--max-drop", "0.2"], "--max-drop is of --int8; add --int8, or leave it out"),
+        (["--max-drop", "0.2"], "--max-drop needs --int8; add --int8, or omit it"),
         (
             ["--int8", "--half"],
-            "--int8 quantises the FP32 network, and --half writes an FP16 one; leave one of them "
-            "out",
+            "--int8 quantises the FP32 network, but --half writes an FP16 one; omit one of them",
         ),
-        (["--int8", "--max-drop", "-1"], "--max-drop -1 is not a number of dB from 0 on"),
-        (["--int8", "--keep-last", "-1"], "--keep-last -1 is below 0"),
-        (["--int8", "--calibration-images", "0"], "--calibration-images 0 is not from 1 to 10000"),
-        (["--int8", "--calibrate", "nowhere"], "no folder 'nowhere' of --calibrate"),
+        (["--int8", "--max-drop", "-1"], "--max-drop -1 must be a number of dB, 0 or more"),
+        (["--int8", "--keep-last", "-1"], "--keep-last -1 must be 0 or more"),
+        (["--int8", "--calibration-images", "0"], "--calibration-images 0 must be from 1 to 10000"),
+        (["--int8", "--calibrate", "nowhere"], "folder 'nowhere' of --calibrate does not exist"),
         (
             ["--int8", "--measure", "small"],
             r"'s\.png' of --measure is smaller than 64x64; remove it",
@@ -326,10 +324,10 @@ def test_bad_options_are_one_line(weights, capsys, tmp_path, monkeypatch, argume
     assert not (tmp_path / "net.onnx").exists()
 
 
-def test_more_than_there_is_cannot_stay_in_fp32(weights, photos, capsys, tmp_path):
+def test_at_least_one_convolution_must_be_quantised(weights, photos, capsys, tmp_path):
     status, _, err = quantize(capsys, weights, photos, tmp_path / "net.onnx", "--keep-last", 99)
     assert status == 2
-    assert "of which --keep-last leaves 99 in FP32" in err
+    assert "of which --keep-last keeps 99 in FP32" in err
     assert not (tmp_path / "net_int8.onnx").exists()
 
 

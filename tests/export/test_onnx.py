@@ -35,14 +35,14 @@ ALL = [  # every network of the table; among them every form
     ("vapsr", 4, {**SMALL, "num_attention_features": 12}, Form(io="uint8", layout="nhwc")),
     ("srresnet", 2, SMALL, Form(io="uint8", layout="nhwc", half=True)),
     ("msrresnet", 3, SMALL, Form(layout="nhwc", half=True)),
-    ("rrdbnet", 2, {**SMALL, "num_grow_ch": 4}, Form()),  # folds the image: odd sizes are continued
+    ("rrdbnet", 2, {**SMALL, "num_grow_ch": 4}, Form()),  # pixel-unshuffles: odd sizes are extended
     ("compact", 2, {"num_features": 8, "num_conv": 1}, Form(io="uint8", opset=18)),
     ("spandrel", 2, {"arch": "Compact", "num_feat": 8, "num_conv": 1}, Form(half=True)),
 ]
 
 
 def saved_network(name, scale, params):
-    """Output of about 0.1 to 0.9 wherever the fresh network's is near 0."""
+    """Return a network whose output ranges over about 0.1 to 0.9; a fresh one's is near 0."""
     torch.manual_seed(0)
     network = build_generator(name, scale, **params).eval()
     with torch.no_grad():
@@ -79,14 +79,13 @@ def convert_command(output, **options):
 
 @functools.cache
 def converted(index):
-    """The network of that line of `ALL`, and the content of its ONNX file."""
+    """Return the network of a line of `ALL`, and the content of its ONNX file."""
     name, scale, params, form = ALL[index]
     saved = saved_network(name, scale, params)
     network = saved.build()
     content = convert(saved, network, form)
-    assert {parameter.dtype for parameter in network.parameters()} == {
-        torch.float32
-    }  # it stays as it is
+    # The network itself is left unchanged.
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     return saved, content
 
 
@@ -108,9 +107,8 @@ def test_every_network_at_any_size(tmp_path, photos, index):
         assert found.shape == form.shape(
             check.size[0], check.size[1] * scale, check.size[2] * scale
         )
-        assert np.ptp(check.expected) > (
-            20 if form.io == "uint8" else 0.05
-        )  # an empty image would agree by itself
+        # Constant images would agree trivially.
+        assert np.ptp(check.expected) > (20 if form.io == "uint8" else 0.05)
     model = onnx.load(path)
     props = {prop.key: prop.value for prop in model.metadata_props}
     assert {
@@ -125,14 +123,14 @@ def test_every_network_at_any_size(tmp_path, photos, index):
     assert str(CHECKOUT).encode() not in model.SerializeToString()
 
 
-def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, other):
+def test_the_comparison_detects_other_weights_and_a_shift_of_one_level(tmp_path, photos, other):
     saved, content = other
     (tmp_path / "net.onnx").write_bytes(content)
     run = OnnxNetwork(tmp_path / "net.onnx", CPU)
     parity.compare("it", run, parity.checks(saved.build(), Form(), photos), Limit(90))
     wrong = parity.checks(tiny_network(0), Form(), photos)
     with pytest.raises(
-        RunError, match=r"it differs from PyTorch on 1 x 64x64: .* dB .*; 90 dB are asked for"
+        RunError, match=r"it differs from PyTorch on 1 x 64x64: .* dB .*; required: 90 dB"
     ):
         parity.compare("it", run, wrong, Limit(90))
     nearly = tiny_network(1)
@@ -144,8 +142,8 @@ def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, 
     levels = parity.checks(saved.build(), form, photos)
     answers = {check.images.shape: check.expected for check in levels}
     parity.compare("it", lambda images: answers[images.shape], levels, LIMITS["uint8", False])
-    for shift in (1, 2):  # of every value; a rounding tie is one level in few of them
-        with pytest.raises(RunError, match="60 dB and at most 1 of 255 are asked for"):
+    for shift in (1, 2):  # applied to every value, while rounding ties change only a few of them
+        with pytest.raises(RunError, match="required: 60 dB and at most 1 of 255"):
             parity.compare(
                 "it",
                 lambda images, shift=shift: answers[images.shape].astype(int) + shift,
@@ -157,7 +155,7 @@ def test_the_gate_sees_other_weights_and_a_shift_of_one_level(tmp_path, photos, 
 @pytest.mark.parametrize(
     "wrong", [lambda expected: np.full_like(expected, np.nan), lambda expected: expected[:, :, 1:]]
 )
-def test_the_gate_sees_nan_and_wrong_sizes(photos, wrong):
+def test_the_comparison_detects_nan_and_wrong_sizes(photos, wrong):
     batches = parity.checks(tiny_network(), Form(), photos)
     answers = {check.images.shape: wrong(check.expected) for check in batches}
     with pytest.raises(RunError, match=r"differs|turns .* into"):
@@ -182,17 +180,17 @@ def test_a_failed_comparison_leaves_no_file_under_its_name(tmp_path, monkeypatch
         "net.onnx",
         "net.onnx.failed",
     ]
-    told = capsys.readouterr()
-    assert "-> x2" not in told.out
+    captured = capsys.readouterr()
+    assert "-> x2" not in captured.out
     assert re.fullmatch(
         r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; "
         r"do not use it\n",
-        told.err,
+        captured.err,
     )
 
 
-def test_networks_of_windows_are_proven_in_fp32_first(tmp_path, monkeypatch):
-    """A mask of a wrong size costs SwinIR 66 dB, which FP16's limit would let pass."""
+def test_networks_with_windows_are_compared_in_fp32_first(tmp_path, monkeypatch):
+    """A mask of the wrong size leaves SwinIR at 66 dB, which FP16's limit of 60 dB allows."""
     forms = []
 
     def write(path, saved, network, form, photos):
@@ -211,7 +209,7 @@ def test_networks_of_windows_are_proven_in_fp32_first(tmp_path, monkeypatch):
         assert forms == list(dict.fromkeys([Form(layout="nhwc"), Form(io, "nhwc", half)]))
 
 
-def test_openvino_with_its_own_gate(tmp_path, photos, monkeypatch, capsys):
+def test_openvino_has_a_comparison_of_its_own(tmp_path, photos, monkeypatch, capsys):
     saved, content = converted(0)
     form = ALL[0][-1]
     monkeypatch.setattr(conversion, "convert", lambda saved, network, form: content)
@@ -277,7 +275,7 @@ def test_the_command_converts_the_newest_run(tmp_path):
 
 
 class FakeTensorRT(types.ModuleType):
-    """Stands in for TensorRT's package, which needs a GPU: takes every call and writes it down."""
+    """A fake TensorRT package (the real one needs a GPU): accepts all calls, records shapes."""
 
     class NetworkDefinitionCreationFlag:
         STRONGLY_TYPED = 1
@@ -293,20 +291,20 @@ class FakeTensorRT(types.ModuleType):
         self.OnnxParser = MagicMock()
 
 
-def test_tensorrt_is_asked_for_the_shapes_of_the_layout(tmp_path, monkeypatch):
+def test_tensorrt_gets_the_shapes_of_the_layout(tmp_path, monkeypatch):
     package = FakeTensorRT(b"engine")
     monkeypatch.setitem(sys.modules, "tensorrt", package)
     tensorrt_file.build(tmp_path / "a.onnx", tmp_path / "a.engine", Form(layout="nhwc"))
     assert (tmp_path / "a.engine").read_bytes() == b"engine"
     assert package.shapes == [("input", (1, 16, 16, 3), (1, 360, 640, 3), (4, 1080, 1920, 3))]
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(None))
-    with pytest.raises(RunError, match="builds no engine"):
+    with pytest.raises(RunError, match="cannot build an engine"):
         tensorrt_file.build(tmp_path / "a.onnx", tmp_path / "b.engine", Form())
     assert not (tmp_path / "b.engine").exists()
 
 
 class Deciding(nn.Module):
-    """A network whose code depends on the size of the image."""
+    """A network whose code depends on the image size."""
 
     scale = 2
 
@@ -314,7 +312,7 @@ class Deciding(nn.Module):
         return F.interpolate(images, scale_factor=2, mode="nearest") * int(images.shape[2])
 
 
-def test_what_cannot_be_converted_is_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path):
     saved = SavedNetwork("spandrel", 2, {"arch": "SAFMN"}, {})
     with pytest.raises(
         UserError, match="'SAFMN' cannot be written as ONNX for images of any size"
@@ -323,10 +321,10 @@ def test_what_cannot_be_converted_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     (tmp_path / "empty").mkdir()
     for message, options in {
-        r"net\.pth' does not end in \.onnx; name it net\.onnx": {"output": tmp_path / "net.pth"},
-        r"--opset 16 is not from 17 to 23": {"opset": 16},
-        r"no images in .*empty' of --images": {"images": tmp_path / "empty"},
-        r"no folder .*none' of --images": {"images": tmp_path / "none"},
+        r"net\.pth' must end in \.onnx; use net\.onnx": {"output": tmp_path / "net.pth"},
+        r"--opset 16 must be from 17 to 23": {"opset": 16},
+        r"no images in the folder .*empty' of --images": {"images": tmp_path / "empty"},
+        r"folder .*none' of --images does not exist": {"images": tmp_path / "none"},
     }.items():
         with pytest.raises(UserError, match=message):
             convert_command(**{"output": tmp_path / "net.onnx", **options})
@@ -336,7 +334,7 @@ def test_what_cannot_be_converted_is_one_line(tmp_path):
         parity.photographs(tmp_path / "empty")
 
 
-def test_small_photographs_are_continued_and_all_of_them_are_seen(tmp_path, monkeypatch):
+def test_small_photographs_are_reflected_and_all_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "MOST_PHOTOGRAPHS", 9)
     folder = write_images(
         tmp_path,

@@ -31,15 +31,14 @@ NETWORKS = [
 
 
 def loader():
-    from spandrel import (
-        ModelLoader,
-    )  # not at the top: the plugin makes it importable where torchvision is broken
+    # Not at the top: only the plugin makes spandrel importable where torchvision is broken.
+    from spandrel import ModelLoader
 
     return ModelLoader()
 
 
 def random_network(name, scale, params):
-    """Every tensor random: zeros and fresh norms would hide a mistake."""
+    """Return a network with only random tensors; zeros and fresh norms would hide mistakes."""
     torch.manual_seed(0)
     network = build_generator(spandrel_plugin.ADDED[name], scale, **params).eval()
     with torch.no_grad():
@@ -63,7 +62,7 @@ def assert_equal_output(descriptor, network, lr=None):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(("name", "scale", "params"), NETWORKS)
-def test_our_files_open_and_make_our_images(tmp_path, name, scale, params, suffix):
+def test_exported_files_load_and_give_equal_images(tmp_path, name, scale, params, suffix):
     network = random_network(name, scale, params)
     path = tmp_path / f"net{suffix}"
     write_network(
@@ -75,7 +74,7 @@ def test_our_files_open_and_make_our_images(tmp_path, name, scale, params, suffi
     assert_equal_output(found, network)
 
 
-def test_what_a_run_exports_opens_in_half_too(tmp_path):
+def test_a_runs_export_loads_also_in_half_precision(tmp_path):
     run = make_run(tmp_path, best=200, global_residual="bicubic")
     for half in (False, True):
         for path in export_run(run, "best", half=half).files:
@@ -87,9 +86,8 @@ def test_half_precision_runs():
     found = loader().load_from_state_dict(network.state_dict()).half()
     assert found.dtype == torch.float16
     with torch.inference_mode():
-        assert (
-            found(image().half()).float() - network(image()).clamp(0, 1)
-        ).abs().max() < 0.03  # values up to 4
+        # Values reach 4, so FP16's error is large.
+        assert (found(image().half()).float() - network(image()).clamp(0, 1)).abs().max() < 0.03
 
 
 def test_the_names_of_other_projects_are_known():
@@ -109,7 +107,7 @@ def test_the_released_vapsr_opens():
     assert_equal_output(found, read_network(path).build(), image(24, 31))
 
 
-def test_what_spandrel_knows_stays_its_own():
+def test_networks_that_spandrel_knows_are_left_to_it():
     for name, arch in (("rrdbnet", "ESRGAN"), ("compact", "Compact")):
         small = (
             {"num_features": 8, "num_blocks": 1}
@@ -131,7 +129,7 @@ def test_it_may_be_imported_twice():
     assert len(MAIN_REGISTRY) == before
 
 
-# As ComfyUI imports a file of custom nodes: by its path, under a name of its own.
+# Import the plugin as ComfyUI imports a file of custom nodes: by its path, under another name.
 AS_CUSTOM_NODE = """
 import importlib.util, sys
 path, weights = sys.argv[1:]

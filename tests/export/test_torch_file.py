@@ -17,7 +17,7 @@ from pipeline.models import build_generator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import run_network_file
 
-# Imported by every Python that finds it on its path: makes the three packages look absent.
+# As sitecustomize.py, every Python with it on its path imports it: it hides the three packages.
 BLOCKER = """
 import sys
 class Blocker:
@@ -37,7 +37,7 @@ def equal_states(first, second):
 
 @pytest.fixture
 def alone(tmp_path):
-    """The environment of a machine without DeepSpeed, DALI, torchvision and GPU."""
+    """The environment of a machine without DeepSpeed, DALI, torchvision and a GPU."""
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCKER)
     return {**os.environ, "PYTHONPATH": str(tmp_path / "blocked"), "CUDA_VISIBLE_DEVICES": ""}
@@ -55,9 +55,8 @@ def python(*arguments, cwd, env):
 
 
 def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_path, alone):
-    assert (
-        python("-c", "import deepspeed", cwd=tmp_path, env=alone).returncode == 1
-    )  # the blocker works
+    # The blocker works.
+    assert python("-c", "import deepspeed", cwd=tmp_path, env=alone).returncode == 1
     run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
     done = python(CHECKOUT / "export_trained_model.py", cwd=tmp_path, env=alone)
     assert done.returncode == 0, done.stderr
@@ -85,7 +84,7 @@ def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_pa
         }
         assert f"runs/demo/export/demo_x2.{suffix}" in done.stdout
     assert f"step 100, averaged (EMA) weights in float32, {count:,} parameters" in done.stdout
-    # What it prints of Python works as it stands.
+    # The printed Python code works as printed.
     code = "\n".join(line.split("Python:", 1)[-1].strip() for line in done.stdout.splitlines()[-2:])
     assert (
         python(
@@ -99,7 +98,7 @@ def test_the_command_exports_the_best_of_the_newest_run_without_deepspeed(tmp_pa
     )
 
 
-def test_files_are_what_other_programs_expect(tmp_path):
+def test_files_have_the_format_that_other_programs_expect(tmp_path):
     run = make_run(tmp_path)
     pickled, flat = export_run(run, "newest").files
     content = torch.load(pickled, weights_only=True)
@@ -117,8 +116,8 @@ def test_files_are_what_other_programs_expect(tmp_path):
     )
 
 
-def test_files_tell_of_dataset_validation_and_licence(dataset, tmp_path):
-    """A real run: what its manifest and its log say, and nothing of what they do not."""
+def test_metadata_have_dataset_validation_and_licence(dataset, tmp_path):
+    """A real run: everything that its index and its log contain, and nothing else."""
     train(
         dataset, tmp_path / "runs" / "real", "steps=8", "validate_every=2", "save_every=4", "keep=9"
     )
@@ -143,7 +142,7 @@ def test_files_tell_of_dataset_validation_and_licence(dataset, tmp_path):
     assert not raw.keys() & {"validation", "license"}
 
 
-def test_a_report_of_these_very_weights_goes_into_the_files(tmp_path):
+def test_the_report_of_the_same_weights_goes_into_the_files(tmp_path):
     run = make_run(tmp_path / "runs", best=100)
     hr = write_images(tmp_path / "hr", {f"{i}.png": picture(48, 64, i) for i in range(3)})
     report, weights = tmp_path / "evaluation.json", run_network_file(run, 100, ema=True)
@@ -170,11 +169,13 @@ def test_a_report_of_these_very_weights_goes_into_the_files(tmp_path):
         env={**os.environ},
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(read_network(run / "export" / "demo_x2.safetensors").metadata["evaluation"])
+    found = json.loads(read_network(run / "export" / "demo_x2.safetensors").metadata["evaluation"])
     expected = json.loads(report.read_text())["mean"]["model"]
-    assert told["benchmarks"]["hr"]["images"] == 3
-    assert told["benchmarks"]["hr"]["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-5)
-    with pytest.raises(UserError, match=r"is of other weights than .*evaluate these first"):
+    assert found["benchmarks"]["hr"]["images"] == 3
+    assert found["benchmarks"]["hr"]["psnr_y"] == pytest.approx(expected["psnr_y"], abs=1e-5)
+    with pytest.raises(
+        UserError, match=r"does not evaluate .* but other weights; evaluate these first"
+    ):
         export_run(run, 200, evaluation=report)
     with pytest.raises(UserError, match=r"is not a report of evaluate.py"):
         export_run(run, 200, evaluation=run / "checkpoints" / "step-00000200" / "state.json")
@@ -203,9 +204,8 @@ def test_raw_and_half_go_into_files_of_their_own(tmp_path):
     for file in exported.files:
         found = read_network(file)
         assert found.metadata["dtype"] == "float16"
-        assert (
-            found.state_dict["residual_kernel"].dtype == torch.float32
-        )  # a buffer: rounding it would tint the image
+        # A buffer: rounding it would tint the image.
+        assert found.state_dict["residual_kernel"].dtype == torch.float32
         assert equal_states(
             found.state_dict,
             {
@@ -215,7 +215,7 @@ def test_raw_and_half_go_into_files_of_their_own(tmp_path):
         )
 
 
-def test_the_dtype_is_that_of_weights_not_of_tables(tmp_path):
+def test_the_dtype_is_that_of_the_weights_not_of_integer_tables(tmp_path):
     params = {"arch": "HAT", "embed_dim": 12, "depths": [2], "num_heads": [2], "squeeze_factor": 4}
     state = build_generator("spandrel", 2, **params).state_dict()
     assert not next(iter(state.values())).is_floating_point()
@@ -224,7 +224,7 @@ def test_the_dtype_is_that_of_weights_not_of_tables(tmp_path):
     assert export_run(run, "newest").saved.metadata["dtype"] == "float32"
 
 
-def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):
+def test_verify_detects_a_flipped_bit_and_changed_metadata(tmp_path):
     exported = export_run(make_run(tmp_path), "newest")
     assert verify(exported) == []
     file = exported.files[1]
@@ -232,16 +232,14 @@ def test_verify_sees_one_flipped_bit_and_a_lost_word(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     assert [
-        str(file) in fault and "not hold the tensors that were written" in fault
+        str(file) in fault and "not contain the tensors that were written" in fault
         for fault in verify(exported)
     ] == [True]
     content[-1] ^= 1
-    step = content.rindex(
-        b'\\"step\\"'
-    )  # of the description, which is JSON within the JSON of the header
+    step = content.rindex(b'\\"step\\"')  # in the metadata: JSON inside the header's JSON
     content[step:] = content[step:].replace(b"200", b"201", 1)
     file.write_bytes(content)
-    assert ["not hold the description that was written" in fault for fault in verify(exported)] == [
+    assert ["not contain the metadata that was written" in fault for fault in verify(exported)] == [
         True
     ]
 
@@ -258,7 +256,7 @@ def test_a_file_that_reads_back_wrong_is_exit_1(tmp_path, monkeypatch, capsys):
         == 1
     )
     captured = capsys.readouterr()
-    assert captured.err.count("does not hold the tensors that were written") == 2
+    assert captured.err.count("does not contain the tensors that were written") == 2
     assert captured.out == ""
 
 
@@ -270,7 +268,7 @@ def _writing_zeros(write):
     return write_zeros
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path, alone):
+def test_export_errors_are_one_line(tmp_path, alone):
     cases = {"no run with a checkpoint in 'runs'": (), "no run folder 'runs/none'": ("runs/none",)}
     for message, arguments in cases.items():
         done = python(CHECKOUT / "export_trained_model.py", *arguments, cwd=tmp_path, env=alone)

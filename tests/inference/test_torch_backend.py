@@ -145,7 +145,7 @@ def on_gpu(network):
     transfers._is_gpu, transfers._stream = True, torch.cuda.Stream(None)
     transfers.in_flight = backend.in_flight = 1
     to = transfers._to_gpu
-    transfers._to_gpu = lambda host: to(host).clone()  # a real transfer makes a copy, too
+    transfers._to_gpu = lambda host: to(host).clone()  # a real transfer also makes a copy
     backend.transfers = transfers
     return backend
 

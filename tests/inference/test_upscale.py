@@ -441,12 +441,12 @@ def test_folders_keep_their_structure(tmp_path, capsys, cubic):
     (folder / "deep/photo.heic").write_bytes(b"not opened")
     out = folder / "out"  # inside the input: the second run must not upscale the results
     for extra in ((), ("--force",)):
-        status, told, err = run(
+        status, stdout, err = run(
             capsys, folder, "-o", out, "--model", cubic, "--format", "webp", *extra
         )
         assert (status, err) == (0, "")
-        assert "5 of 5" in told
-        assert "not read: 1 HEIC (deep/photo.heic); save them as PNG to use them" in told
+        assert "5 of 5" in stdout
+        assert "not read: 1 HEIC (deep/photo.heic); save them as PNG to use them" in stdout
         assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
             "a.webp",
             "deep/a.webp",
@@ -471,9 +471,9 @@ def test_nothing_is_overwritten(tmp_path, capsys, cubic):
         "them\n"
     )
     assert not (out / "b.png").exists()
-    status, told, _ = run(capsys, folder, "-o", out, "--model", cubic, "--skip-existing")
+    status, stdout, _ = run(capsys, folder, "-o", out, "--model", cubic, "--skip-existing")
     assert (status, (out / "a.png").read_bytes()) == (0, b"precious")
-    assert "skipped: 1 results" in told
+    assert "skipped: 1 results" in stdout
     assert (out / "b.png").exists()
     assert run(capsys, folder, "-o", out, "--model", cubic, "--force")[0] == 0
     assert Image.open(out / "a.png").size == (18, 16)
@@ -491,9 +491,9 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path, capsys, cubic):
     (folder / "b.jpg").write_bytes(b"no picture")
     (folder / "d.mp4").write_bytes(b"no video")
     (folder / "e.tif").write_bytes(b"")
-    status, told, err = run(capsys, folder, "-o", tmp_path / "out", "--model", cubic)
+    status, stdout, err = run(capsys, folder, "-o", tmp_path / "out", "--model", cubic)
     assert status == 1
-    assert "upscaled: 1 of 5" in told
+    assert "upscaled: 1 of 5" in stdout
     lines = err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["failed", f"{folder}/{name}"] for name in ("a.png", "b.jpg", "d.mp4", "e.tif")
@@ -515,7 +515,7 @@ def test_the_first_of_several_pictures_in_a_file_is_upscaled(tmp_path, capsys, c
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
     Image.fromarray(picture(2, 9000)).save(tmp_path / "long.png")
     Image.fromarray(picture(8, 8)).save(tmp_path / "short.png")
-    status, told, err = run(
+    status, stdout, err = run(
         capsys,
         tmp_path / "long.png",
         tmp_path / "short.png",
@@ -526,7 +526,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
         "--model",
         cubic,
     )  # WebP allows at most 16383 pixels
-    assert (status, "upscaled: 1 of 2" in told) == (1, True)
+    assert (status, "upscaled: 1 of 2" in stdout) == (1, True)
     assert err.startswith(f"failed: {tmp_path / 'long.png'}: ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["short.webp"]
 
@@ -622,9 +622,9 @@ def test_the_newest_run_is_the_default(tmp_path, capsys, monkeypatch):
     pixels = picture(20, 20)
     Image.fromarray(pixels).save("a.png")
     for arguments in ((), ("--model", run_dir)):
-        status, told, _ = run(capsys, "a.png", "-o", "out", "--force", *arguments)
+        status, stdout, _ = run(capsys, "a.png", "-o", "out", "--force", *arguments)
         assert status == 0
-        assert "step-00000100/generator_ema.safetensors" in told
+        assert "step-00000100/generator_ema.safetensors" in stdout
         best = on_cpu(tiny_saved(101).build())(
             pixels[None], pixels.dtype, is_deep=False, advance=nothing
         )
@@ -634,8 +634,8 @@ def test_the_newest_run_is_the_default(tmp_path, capsys, monkeypatch):
 def test_official_vapsr(tmp_path, capsys):
     source, weights = shared("data/set5/x4"), shared("weights/VapSR_X4.pth")
     lr = next(path for path in sorted(source.iterdir()) if "LR" in path.name)
-    status, told, _ = run(capsys, lr, "-o", tmp_path, "--model", weights)
-    assert (status, "vapsr x4" in told) == (0, True)
+    status, stdout, _ = run(capsys, lr, "-o", tmp_path, "--model", weights)
+    assert (status, "vapsr x4" in stdout) == (0, True)
     found, hr = (
         np.array(Image.open(tmp_path / lr.name)),
         np.array(Image.open(str(lr).replace("LR", "HR"))),
@@ -651,8 +651,10 @@ def test_a_network_that_spandrel_knows(tmp_path, capsys):
     network = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=16, upscale=2, norm=False)
     torch.save({"params": network.state_dict()}, tmp_path / "span.pth")
     source = saved_image(tmp_path / "a.png", Image.fromarray(picture(20, 24)))
-    status, told, _ = run(capsys, source, "-o", tmp_path / "out", "--model", tmp_path / "span.pth")
-    assert (status, "spandrel x2" in told) == (0, True)
+    status, stdout, _ = run(
+        capsys, source, "-o", tmp_path / "out", "--model", tmp_path / "span.pth"
+    )
+    assert (status, "spandrel x2" in stdout) == (0, True)
     assert Image.open(tmp_path / "out" / "a.png").size == (48, 40)
 
 

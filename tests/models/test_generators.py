@@ -610,7 +610,7 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
         assert (module.bfloat16()(images).int() - expected).abs().max() <= 3
     with pytest.raises(ValueError, match=r"images are torch.float32, but must be torch.uint8"):
         module(images.float())
-    with pytest.raises(ValueError, match="layout 'hwc' is neither 'nchw' nor 'nhwc'"):
+    with pytest.raises(ValueError, match="layout 'hwc' must be 'nchw' or 'nhwc'"):
         ByteNetwork(module.network, "hwc")
 
 
