@@ -1,5 +1,7 @@
-"""How long a checkpoint keeps training waiting, beside writing it in the step: ratios within one
-run, in turns."""
+"""Measure how long saving a checkpoint makes training wait, in the step and in the background.
+
+The ways are measured in turns, and compared as ratios within one run.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,11 @@ IN_STEP, IN_BACKGROUND, PLAIN = (
 
 @dataclass(frozen=True)
 class Options:
-    """Save a network with its averages and Adam's moments again and again, in the step and beside
-    the next ones.
+    """Save a network with its EMA weights and Adam's moments repeatedly, in three ways.
 
-    Written in the step: step and save, one after the other, all of the commit waited for. Beside:
-    the step waits for the copy to host memory. The last way is what many trainers do: one
-    torch.save of weights, averages and moments.
+    Written in the step: training waits for the whole commit. Copied, written beside: training waits
+    only for the copy to host memory. The third way is what many trainers do: one torch.save of
+    weights, EMA weights and moments.
 
     Example: python benchmarks/checkpoint.py --network rrdbnet num_blocks=23
     """
@@ -52,28 +53,28 @@ class Options:
     network: str = "rrdbnet"
     """A name in pipeline/models."""
     scale: int = 4
-    """Of the network."""
+    """Scale of the network."""
     patch: int = 32
-    """LR pixels a side of the one image of a step."""
+    """Side of the step's single LR image, in pixels."""
     rounds: int = 5
-    """How often each way is measured, in turns; the medians count."""
+    """How often each way is measured, in turns; medians are reported."""
     folder: Path | None = None
-    """Where to save; the disk matters. Default: the folder for temporary files."""
+    """Folder to save to, whose disk matters. Default: the folder for temporary files."""
     json: Path | None = None
-    """Also write the numbers there."""
+    """File for the numbers."""
 
 
 @dataclass
 class Row:
-    """One way: seconds of each round."""
+    """One way of saving, with the seconds of each round."""
 
     name: str
     stalls: list[float]
-    """That a step was kept waiting."""
+    """Time that training waited."""
     cpu: list[float]
-    """CPU seconds of the process in that time: a busy machine stretches them less."""
+    """CPU time of the process during the wait, which varies less on a busy machine."""
     steps: list[float]
-    """That a step took while the write was under way; of the others: with nothing beside it."""
+    """Time of a step during the write; for ways without a background write, of a normal step."""
 
     @property
     def stall(self) -> float:
@@ -93,10 +94,8 @@ def main(options: Options) -> int:
         size = bench.size
     print(
         f"{options.network} x{options.scale}, {bench.parameters:,} parameters, a checkpoint of "
-        f"{size / 1e6:.0f} MB; "
-        f"torch {torch.__version__} on {bench.device}, {torch.get_num_threads()} threads, medians "
-        "of "
-        f"{options.rounds} rounds"
+        f"{size / 1e6:.0f} MB; torch {torch.__version__} on {bench.device}, "
+        f"{torch.get_num_threads()} threads, medians of {options.rounds} rounds"
     )
     print(_table(rows))
     if options.json:
@@ -115,7 +114,7 @@ def main(options: Options) -> int:
 
 
 class Bench:
-    """A network in training, and the ways to save it."""
+    """A network in training, and the ways of saving it."""
 
     def __init__(self, options: Options, params: dict[str, int], folder: Path) -> None:
         import torch
@@ -147,12 +146,12 @@ class Bench:
             {"recipe": "benchmark"},
         )
         self.progress, self.saver = Progress(), Saver(folder, contents, 1, ranks)
-        self.step()  # makes the moments
+        self.step()  # creates Adam's moments
         self.saver.prepare()
 
     @property
     def size(self) -> int:
-        """Bytes of a checkpoint."""
+        """Size of a checkpoint in bytes."""
         return sum(
             path.stat().st_size
             for path in (self.folder / "checkpoints").rglob("*")
@@ -160,7 +159,7 @@ class Bench:
         )
 
     def step(self) -> float:
-        """Seconds of an update."""
+        """Do an update; return its seconds."""
         from pipeline.engine.engine import backward_and_step
 
         began = time.perf_counter()
@@ -176,7 +175,7 @@ class Bench:
             self.in_background,
             self.plain,
         ]
-        for number in range(-1, self.rounds):  # the first round makes memory and folders
+        for number in range(-1, self.rounds):  # the first round is a warm-up
             for row, method in zip(ways, methods, strict=True):
                 self.step()
                 stall, cpu, step = method()
@@ -187,7 +186,7 @@ class Bench:
         return ways
 
     def in_step(self) -> tuple[float, float, float]:
-        """Seconds of the stall, its CPU seconds, seconds of the next step."""
+        """Return the seconds of the wait, its CPU seconds, and the seconds of the next step."""
         return *self._seconds(
             lambda: (self.saver.begin(self.progress), self.saver.wait())
         ), self.step()
@@ -242,8 +241,7 @@ def _table(rows: list[Row]) -> str:
         lines.append(
             f"| {row.name} | {1e3 * row.stall:.0f} | {1e3 * min(row.stalls):.0f} to "
             f"{1e3 * max(row.stalls):.0f} | {ratio:.3f} | {1e3 * statistics.median(row.cpu):.0f} | "
-            f"{cpu:.3f} "
-            f"| {1e3 * statistics.median(row.steps):.0f} |"
+            f"{cpu:.3f} | {1e3 * statistics.median(row.steps):.0f} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,7 @@
-"""How fast a network upscales by PyTorch, ONNX Runtime and OpenVINO, as ratios within one run,
-measured in turns.
+"""Measure how fast a network upscales in PyTorch, ONNX Runtime and OpenVINO.
 
-Calls of one process on one image; with `--folder` whole commands on a folder of pictures,
-`upscale.py` among them.
+The ways are measured in turns, and compared as ratios within one run: calls on one image in one
+process, or, with `--folder`, whole commands on a folder of pictures, including `upscale.py`.
 """
 
 from __future__ import annotations
@@ -63,11 +62,10 @@ Call = Callable[[], "np.ndarray | torch.Tensor"]
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what upscales an image fastest. Every round runs every way once; medians count,
-    ratios are to eager.
+    """Measure which way upscales an image fastest.
 
-    PSNR is that of the result against PyTorch's in FP32, on a photograph, so that what is fast by
-    being wrong shows.
+    Every round runs every way once; medians are reported, and ratios to eager PyTorch. PSNR is
+    measured on a photograph against PyTorch's FP32 result, to reveal a way that is fast but wrong.
 
     Example: python benchmarks/inference.py --model VapSR_X4.pth --threads 2
 
@@ -75,49 +73,49 @@ class Options:
     """
 
     model: Path | None = None
-    """Weights file or run folder. Default: an untrained VapSR x4 of the published size, which is as
-    fast."""
+    """Weights file or run folder. Default: an untrained VapSR x4 of the published size, whose speed
+    is the same."""
     size: Annotated[str, tyro.conf.arg(metavar="HxW")] = "180x320"
     """Height and width of the LR image."""
     threads: int = 1
-    """CPU threads of every way."""
+    """CPU threads for every way."""
     rounds: int = 5
-    """How often each way is measured, in turns."""
+    """How often each way is measured, in turns; medians are reported."""
     ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = ()
-    """Some of eager, channels-last, compile, bf16, fp16 (by PyTorch), onnx, onnx-fp16, onnx-int8,
-    openvino, openvino-bf16, openvino-int8; files may be given besides. Default: all that run on the
+    """Some of eager, channels-last, compile, bf16, fp16 (all PyTorch), onnx, onnx-fp16, onnx-int8,
+    openvino, openvino-bf16, openvino-int8; --files may be added. Default: all that run on the
     device."""
     files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
     """Network files (.onnx for ONNX Runtime, .xml for OpenVINO) of the same network, float NCHW."""
     device: str = "auto"
-    """cpu, cuda, cuda:1...; auto is the GPU where there is one."""
+    """cpu, cuda, cuda:1...; auto uses the GPU if there is one."""
     folder: Path | None = None
-    """PNG pictures: run whole commands on it, on the CPU, and measure time, CPU seconds and memory
-    of their processes. Ways are then bare-onnx (a bare ONNX Runtime loop), plain-torch (a PyTorch
-    script), tile-loop (PyTorch in tiles as chaiNNer has them), and the back-ends of upscale.py:
-    auto, torch, onnx, openvino. Ratios are to the first."""
+    """Folder of PNG pictures: run whole commands on it, on the CPU, and measure time, CPU time and
+    memory of their processes. The ways are then bare-onnx (a bare ONNX Runtime loop), plain-torch
+    (a PyTorch script), tile-loop (PyTorch in tiles like chaiNNer's), and the backends of
+    upscale.py: auto, torch, onnx, openvino. Ratios are to the first way."""
     png: Path | None = None
-    """PNG pictures: only measure what they take as PNG files, by libpng, by OpenCV and by every
-    --png-level."""
+    """Folder of PNG pictures: measure only the encoding and size of PNG files, by libpng, OpenCV
+    and every --png-level."""
     json: Path | None = None
     """File for the numbers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way."""
+    """The result of one way."""
 
     name: str
     milliseconds: float
-    """An image, the median of the rounds."""
+    """Time per image, median of the rounds."""
     least: float
     greatest: float
     megapixels: float
-    """Of the result, a second."""
+    """Megapixels of the result per second."""
     ratio: float
-    """Times as fast as the first way, the median of the rounds."""
+    """Speed relative to the first way, median of the rounds."""
     psnr: float | None
-    """dB against PyTorch in FP32; `None` where they are equal."""
+    """PSNR against PyTorch in FP32, in dB; `None` if the images are equal."""
 
 
 def main(options: Options) -> int:
@@ -128,7 +126,7 @@ def main(options: Options) -> int:
         return 0
     if options.folder is not None:
         return _measure_folder(options, options.folder)
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # what our runtimes go by
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # the backends read it
     import torch
 
     from pipeline.evaluation.models import choose_model
@@ -168,7 +166,7 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> tuple[int, int]:
-    """Height and width. `UserError` for what cannot be measured."""
+    """Return height and width; raise `UserError` for options that cannot be measured."""
     if min(options.threads, options.rounds) < 1:
         raise UserError("--threads and --rounds must be at least 1")
     sides = options.size.split("x")
@@ -176,7 +174,8 @@ def _check_options(options: Options) -> tuple[int, int]:
         side.isdecimal() and 1 <= int(side) <= LARGEST_SIDE for side in sides
     ):
         raise UserError(
-            f"--size {options.size} is no HxW, such as 180x320, of sides from 1 to {LARGEST_SIDE}"
+            f"--size {options.size} must be HxW, such as 180x320, with sides from 1 to "
+            f"{LARGEST_SIDE}"
         )
     known = COMMANDS if options.folder is not None else WAYS
     for way in options.ways:
@@ -184,12 +183,12 @@ def _check_options(options: Options) -> tuple[int, int]:
             raise UserError(f"no way {way!r}; choose from {', '.join(known)}")
     for file in options.files:
         if file.suffix not in (".onnx", ".xml") or not file.is_file():
-            raise UserError(f"{str(file)!r} of --files is no .onnx or .xml file that is there")
+            raise UserError(f"{str(file)!r} of --files must be an existing .onnx or .xml file")
     return int(sides[0]), int(sides[1])
 
 
 def _measure_folder(options: Options, folder: Path) -> int:
-    """Whole commands, as `--folder` says."""
+    """Measure whole commands, as described for `--folder`."""
     from pipeline.evaluation.models import choose_model
     from pipeline.export.onnx_file import Form, convert, quiet
     from pipeline.models.weights import write_network
@@ -205,8 +204,7 @@ def _measure_folder(options: Options, folder: Path) -> int:
         )
     title = (
         f"{saved.name} x{saved.scale}, {len(list(folder.glob('*.png')))} pictures of {folder}, "
-        "whole processes, "
-        f"CPU, {options.threads} threads; medians of {options.rounds} rounds"
+        f"whole processes, CPU, {options.threads} threads; medians of {options.rounds} rounds"
     )
     print(folder_table(title, rows))
     _write_json(options, title, rows)
@@ -232,8 +230,7 @@ def _published_vapsr() -> SavedNetwork:
 
 
 def _photograph(height: int, width: int) -> torch.Tensor:
-    """The middle of one that is shipped with scikit-image; float 1 x 3 x height x width, mirrored
-    on if too small."""
+    """Return the middle of a photograph of scikit-image as float 1 x 3 x height x width."""
     import torch
 
     from pipeline.export.parity import middle, photographs
@@ -245,7 +242,7 @@ def _photograph(height: int, width: int) -> torch.Tensor:
 def _calls(
     options: Options, saved: SavedNetwork, photo: torch.Tensor, device: torch.device, folder: Path
 ) -> dict[str, Call]:
-    """What is measured, by name, ready to run."""
+    """Return the functions to measure, by name, ready to run."""
     on_gpu = device.type == "cuda"
     wanted = options.ways or tuple(
         way for way in WAYS if not on_gpu or not way.startswith("openvino")
@@ -291,8 +288,7 @@ def _by_torch(saved: SavedNetwork, photo: torch.Tensor, device: torch.device) ->
 def _by_runtimes(
     ways: list[str], saved: SavedNetwork, photo: torch.Tensor, device: torch.device, folder: Path
 ) -> dict[str, Call]:
-    """Files made by the exporter, loaded; INT8 is calibrated as `convert_to_onnx.py --int8` does by
-    itself."""
+    """Export and load files; INT8 is calibrated as by default in `convert_to_onnx.py --int8`."""
     from pipeline.export.int8 import Int8, as_input, calibration_images, gather, quantize
     from pipeline.export.onnx_file import Form, convert
 
@@ -347,8 +343,10 @@ def _loaded(
 def _check(
     calls: dict[str, Call], network: nn.Module, photo: torch.Tensor
 ) -> dict[str, float | None]:
-    """Run every way once, which also sets it up; how near its image is to PyTorch's in FP32 on the
-    CPU."""
+    """Run every way once, which also warms it up.
+
+    Returns each image's PSNR against PyTorch's in FP32 on the CPU; `None` if they are equal.
+    """
     import torch
 
     expected, psnrs = network(photo).double(), {}
@@ -358,9 +356,8 @@ def _check(
             found = torch.as_tensor(call()).cpu().double()
             if found.shape != expected.shape:
                 raise UserError(
-                    f"{name} makes {tuple(found.shape)}, where the model makes "
-                    f"{tuple(expected.shape)}; "
-                    "give --files of this --model"
+                    f"{name} gives {tuple(found.shape)}, but the model gives "
+                    f"{tuple(expected.shape)}; give --files of this --model"
                 )
             error = float(torch.square(found - expected).mean())
             psnrs[name] = None if error == 0 else -10 * float(np.log10(error))

@@ -1,5 +1,4 @@
-"""`inference.py --folder`: whole commands over a folder of pictures, in turns, each in a process of
-its own."""
+"""`inference.py --folder`: run whole commands on a folder of pictures, each in its own process."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from tools.parallel import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("bare-onnx", "plain-torch", "tile-loop", "auto", "torch", "onnx", "openvino")
-"""What is run: loops of `inference_loops.py`, then `upscale.py --backend`."""
+"""The ways: loops of `inference_loops.py`, then the values of `upscale.py --backend`."""
 _WATCH = """\
 import json, os, subprocess, sys, time
 start = time.perf_counter()
@@ -31,45 +30,45 @@ wall, cpu = time.perf_counter() - start, used.ru_utime + used.ru_stime
 print(json.dumps([wall, cpu, used.ru_maxrss * 1024]))
 sys.exit(os.waitstatus_to_exitcode(status) != 0)
 """
-"""Runs a command from a small process: Linux counts the memory of whoever starts a process for its
-own."""
+"""Runs a command from a small process, because Linux includes the parent's memory in the peak."""
 _LOOPS = {"bare-onnx": "onnx", "plain-torch": "torch", "tile-loop": "tiles"}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One run of a command."""
+    """The resources of one run of a command."""
 
     seconds: float
     cpu_seconds: float
-    """User and system, of the process and its children."""
+    """User and system time of the process and its children."""
     peak_bytes: int
-    """Greatest resident size of the process."""
+    """Peak resident size of the process."""
 
 
 @dataclass(frozen=True)
 class FolderRow:
-    """One command."""
+    """The result of one command: medians of the rounds."""
 
     name: str
     seconds: float
-    """The median of the rounds, as the next two."""
     cpu_seconds: float
     peak_bytes: float
     ratio: float
-    """Its time over the first command's, the median of the rounds."""
+    """Time divided by that of the first command."""
     psnr: float | None
-    """dB of its pictures against those of the first command, over all of them; `None` where they
-    are equal."""
+    """PSNR of its pictures against those of the first command, in dB; `None` if all are equal."""
 
 
 def measure_folder(
     folder: Path, model: Path, onnx_file: Path, commands: Sequence[str], rounds: int, threads: int
 ) -> list[FolderRow]:
-    """Run every command `rounds` times in turns, and ours once before: what is converted then is
-    kept in the cache.
+    """Run every command `rounds` times, in turns.
 
-    `UserError` for a folder without PNG pictures; `RunError` where a command fails.
+    The commands of `upscale.py` run once before, so that their conversions are in the cache.
+
+    Raises:
+        UserError: the folder contains no PNG pictures.
+        RunError: a command fails.
     """
     if not any(folder.glob("*.png")):
         raise UserError(f"no .png pictures in {str(folder)!r} of --folder")
@@ -95,8 +94,7 @@ def measure_folder(
 
 
 def measure_png(folder: Path, rounds: int) -> str:
-    """A table of what the pictures of a folder take as PNG files: CPU ms and kB each, by libpng,
-    OpenCV and here."""
+    """Return a table of CPU time and size per picture of PNG encoders, for a folder's pictures."""
     import cv2
     import imagecodecs
 
@@ -136,12 +134,12 @@ def measure_png(folder: Path, rounds: int) -> str:
 
 
 def psnr_text(psnr: float | None) -> str:
-    """How near a result is to the first one's: "equal" for None, else in dB."""
+    """Format a PSNR in dB; `None` is "equal"."""
     return "equal" if psnr is None else f"{psnr:.1f} dB"
 
 
 def folder_table(title: str, rows: Sequence[FolderRow]) -> str:
-    """A line for each command."""
+    """Return a table with one line per command."""
     lines = [title, f"{'':14}{'s':>9}{'ratio':>8}{'CPU s':>9}{'peak MiB':>10}{'PSNR':>10}"]
     for row in rows:
         lines.append(
@@ -179,7 +177,7 @@ def _command(name: str, folder: Path, model: Path, onnx_file: Path, out: Path) -
 
 
 def _usage(command: Sequence[str], variables: dict[str, str]) -> Usage:
-    """Run a command to its end."""
+    """Run a command and return its resources; raise `RunError` if it fails."""
     done = subprocess.run(
         [sys.executable, "-ISE", "-c", _WATCH, *command],
         env=variables,

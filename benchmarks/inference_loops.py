@@ -1,13 +1,11 @@
-"""Loops that upscale a folder of PNG pictures as people write them, each a whole program, to
-compare `upscale.py` with.
+"""Typical programs that upscale a folder of PNG pictures, for comparison with `upscale.py`.
 
     python benchmarks/inference_loops.py onnx VapSR_X4.onnx FOLDER OUT    a bare ONNX Runtime loop
     python benchmarks/inference_loops.py torch VapSR_X4.pth FOLDER OUT    a plain PyTorch script
     python benchmarks/inference_loops.py tiles VapSR_X4.pth FOLDER OUT    PyTorch in tiles, as
                                                                           chaiNNer's node does it
 
-`torch` and `tiles` take the network from this project, in NCHW as they would have it; nothing else
-is ours.
+`torch` and `tiles` use this project's network, in NCHW; nothing else is from this project.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ import cv2
 import numpy as np
 
 OVERLAP = 16
-"""LR pixels that chaiNNer's tiles overlap by."""
+"""Overlap of chaiNNer's tiles, in LR pixels."""
 LARGEST_TILE = 512
-"""LR pixels along a side of one: its estimate for a few GB of memory."""
+"""Largest side of a tile in LR pixels: chaiNNer's estimate for a few GB of memory."""
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Upscales RGB floats (height, width, 3) in [0, 1]."""
 
 
 def by_onnx(model: str) -> Run:
-    """ONNX Runtime, as its documentation has it."""
+    """Run ONNX Runtime as in its documentation."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -40,7 +38,7 @@ def by_onnx(model: str) -> Run:
 
 
 def by_torch(model: str) -> Run:
-    """PyTorch, eager, NCHW, one picture at a time."""
+    """Run PyTorch eagerly in NCHW, one picture at a time."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
 
@@ -57,8 +55,11 @@ def by_torch(model: str) -> Run:
 
 
 def by_tiles(model: str) -> Run:
-    """`by_torch` in tiles: the picture is halved along its longer side until a piece fits; pieces
-    overlap by `OVERLAP`, and what they share is cut in its middle."""
+    """Run `by_torch` in tiles.
+
+    The picture is halved along its longer side until a piece fits. Pieces overlap by `OVERLAP`, and
+    are joined in the middle of the overlap.
+    """
     run = by_torch(model)
 
     def split(image: np.ndarray) -> np.ndarray:
@@ -76,7 +77,7 @@ def by_tiles(model: str) -> Run:
 
 
 def main(way: str, model: str, folder: str, out: str) -> None:
-    """Read, upscale and write every picture, one after the other."""
+    """Read, upscale and write the pictures one after another."""
     run = {"onnx": by_onnx, "torch": by_torch, "tiles": by_tiles}[way](model)
     Path(out).mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(folder).glob("*.png")):

@@ -1,5 +1,7 @@
-"""How fast training batches are made, as ratios within one run: same photographs, same cores,
-measured in turns."""
+"""Measure how fast loaders make training batches, on the same photographs and cores.
+
+The ways are measured in turns, and compared as ratios within one run.
+"""
 
 from __future__ import annotations
 
@@ -48,20 +50,20 @@ from pipeline.data.image_files import MANIFEST
 from tools.files import walk
 from tools.parallel import progress
 
-SIZE = 512  # of the files
+SIZE = 512  # side of the files, in pixels
 CROP, SCALE, MICRO_BATCH = 256, 2, 32
-# LR pixels along the border that may differ: a crop's own LR knows nothing of what lies outside
+# LR pixels along the border that may differ: an LR image made from a crop alone lacks the
+# surroundings.
 EDGE = 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the loader of the training against others on your own photographs, cut into 512x512
-    files.
+    """Compare the training loader with others on your own photographs, cut into 512x512 files.
 
-    Batches: HR crops of 256x256, the eight symmetries, LR half as large, uint8 NCHW (torch:
-    float32). Before it measures, it makes sure that all ways deliver this. CPU seconds are those of
-    the process and of its children.
+    Batches are HR crops of 256x256 with the eight symmetries and LR images of half the size, as
+    uint8 NCHW (torch: float32). All ways are checked for this before they are measured. CPU time
+    includes child processes.
 
     Example: python benchmarks/loader.py ~/Pictures/Kodak ~/Pictures/SunHays80
     """
@@ -69,22 +71,22 @@ class Options:
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")]
     """Folders of photographs of at least 512x512 pixels."""
     images: int = 256
-    """The most files that are cut of them."""
+    """Maximum number of files cut from them."""
     rounds: int = 5
-    """How often each way is measured, in turns; the medians count."""
+    """How often each way is measured, in turns; medians are reported."""
     seconds: float = 3.0
-    """How long each is measured each time."""
+    """Duration of each measurement, in seconds."""
     threads: int = 2
     """Threads of DALI and processes of the torch DataLoader."""
     scale: int = SCALE
-    """How many times smaller LR is."""
+    """Downscaling factor of LR."""
     batch: int = MICRO_BATCH
-    """Samples of a batch."""
+    """Samples per batch."""
     only: tuple[str, ...] = ()
-    """Measure just the ways whose names hold one of these words, such as realesrgan; ratios are to
-    the last one."""
+    """Measure only the ways whose names contain one of these words, such as realesrgan; ratios are
+    to the last one."""
     operators: bool = False
-    """Instead: what was tried in the loader's own graph, one change at a time."""
+    """Instead, measure variants of the loader's graph, each with one change."""
     gpu: bool = False
     """Run this project's loader on the first GPU; its CPU time is the host's. The others stay on
     the CPU."""
@@ -92,7 +94,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall and CPU seconds (all processes) that `images` samples took."""
+    """Wall and CPU seconds (of all processes) for `images` samples."""
 
     wall: float
     cpu: float
@@ -100,12 +102,12 @@ class Cost:
 
     @property
     def wall_rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.wall
 
     @property
     def core_rate(self) -> float:
-        """Images a core-second."""
+        """Images per core-second."""
         return self.images / self.cpu
 
 
@@ -120,7 +122,7 @@ def main(options: Options) -> int:
     }
     if not ways:
         raise UserError(
-            f"--only {' '.join(options.only)}: no way has that in its name; there are: "
+            f"--only {' '.join(options.only)}: no way has such a name; choose from "
             f"{', '.join(WAYS)}"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,18 +157,16 @@ def _print_conditions(setting: Setting, options: Options) -> None:
     }
     print(
         f"{len(setting.files('npy'))} files of {SIZE}x{SIZE} in the page cache: npy "
-        f"{megabytes['npy']:.0f} MB, "
-        f"PNG (OpenCV's default) {megabytes['png']:.0f} MB"
+        f"{megabytes['npy']:.0f} MB, PNG (OpenCV's default) {megabytes['png']:.0f} MB"
     )
     print(
         f"crops of {CROP}, x{setting.scale}, batches of {setting.micro_batch}, {options.threads} "
-        "threads; medians of "
-        f"{options.rounds} rounds of {options.seconds:g} s"
+        f"threads; medians of {options.rounds} rounds of {options.seconds:g} s"
     )
     if options.gpu:
         print(
-            "this loader on the GPU, but for its host work; all others on the CPU; CPU seconds are "
-            "the host's"
+            "this loader on the GPU, except for its host work; all others on the CPU; CPU seconds "
+            "are the host's"
         )
 
 
@@ -179,28 +179,30 @@ def _check_options(options: Options) -> None:
             "--images, --rounds, --threads and --batch must be at least 1 and --seconds above 0"
         )
     if not 2 <= options.scale <= 8 or CROP % options.scale:
-        raise UserError(f"--scale {options.scale}: must be 2, 4 or 8, for crops of {CROP}")
+        raise UserError(f"--scale {options.scale} must be 2, 4 or 8, for crops of {CROP}")
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 512x512 pixels")
     if options.gpu and options.operators:
         raise UserError(
-            "--gpu and --operators: what was tried runs on the CPU only; give one of them"
+            "--gpu and --operators exclude each other: the variants run only on the CPU; omit one"
         )
     if options.gpu:
         import torch
 
         if not torch.cuda.is_available():
             raise UserError(
-                "--gpu: torch sees no GPU on this machine; leave it out, or install torch for CUDA"
+                "--gpu: torch sees no GPU on this machine; omit --gpu, or install torch for CUDA"
             )
 
 
 def cut_photographs(folders: Sequence[Path], setting: Setting, size: int, most: int) -> int:
-    """Cut files of `size` x `size` side by side, with their LR, into the folders of the setting;
-    how many.
+    """Cut photographs into files of `size` x `size` with their LR images; return the number.
 
-    The photographs come in a random order that is always the same. Raises `UserError` if not one is
-    large enough.
+    The files go into the folders of the setting, at most `most`. The photographs are taken in a
+    random order that is always the same.
+
+    Raises:
+        UserError: no photograph is large enough.
     """
     photos = [folder / name for folder in folders for name in walk(folder, MANIFEST).encoded]
     random.Random(0).shuffle(photos)
@@ -219,17 +221,16 @@ def cut_photographs(folders: Sequence[Path], setting: Setting, size: int, most: 
     if not count:
         raise UserError(
             f"no photograph of at least {size}x{size} pixels in {', '.join(map(str, folders))}; "
-            "give "
-            "folders of larger ones"
+            "give folders of larger ones"
         )
     return count
 
 
 def _tiles(photo: Path, size: int) -> list[np.ndarray]:
-    """The squares of one photograph that lie side by side; BGR."""
+    """Cut a photograph into adjacent squares; BGR."""
     image = cv2.imread(str(photo))
     if image is None:
-        raise UserError(f"{photo}: cannot be decoded; move it out of the way")
+        raise UserError(f"{photo} cannot be decoded; remove it")
     return [
         image[top : top + size, left : left + size]
         for top in range(0, image.shape[0] - size + 1, size)
@@ -238,8 +239,7 @@ def _tiles(photo: Path, size: int) -> list[np.ndarray]:
 
 
 def _cubic_lr(images: np.ndarray, scale: int) -> np.ndarray:
-    """NCHW images (any type) made smaller by the antialiased cubic: float32 in the same levels, not
-    clipped."""
+    """Downscale NCHW images of any type by antialiased cubic, to unclipped float32."""
     import torch
 
     from pipeline.images import cubic_resize
@@ -250,7 +250,7 @@ def _cubic_lr(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def first_batch(way: Way, setting: Setting) -> list[np.ndarray]:
-    """The arrays of a way's first batch."""
+    """Return the arrays of a way's first batch."""
     batches = way.batches(setting)
     arrays = [_array(part) for part in next(batches)]
     _close(batches)
@@ -258,13 +258,13 @@ def first_batch(way: Way, setting: Setting) -> list[np.ndarray]:
 
 
 def _close(batches: Iterator[Any]) -> None:
-    """End what works ahead for a generator; other iterators end by themselves."""
+    """Stop the prefetching of a generator; other iterators stop by themselves."""
     if isinstance(batches, Generator):
         batches.close()
 
 
 def _array(part: Any) -> np.ndarray:
-    """A copy of a DALI list of tensors of one shape, of a torch tensor or of an array."""
+    """Copy a DALI list of equally shaped tensors, a torch tensor or an array."""
     if hasattr(part, "as_tensor"):
         return np.array(part.as_cpu().as_tensor())
     return np.array(part.cpu().numpy() if hasattr(part, "cpu") else part)
@@ -273,10 +273,10 @@ def _array(part: Any) -> np.ndarray:
 def check(
     batches: Mapping[str, list[np.ndarray]], ways: Mapping[str, Way], setting: Setting
 ) -> None:
-    """Raise `RunError` unless the first batches of all ways are what they must be.
+    """Raise `RunError` unless the first batches of all ways are correct.
 
-    All HR and LR have the same shapes; LR is the cubic of HR within a level, away from the border;
-    the loader gives the same bytes by each of its doors.
+    All HR and LR images must have the same shapes. Away from the border, LR must be the bicubic
+    version of HR within a level. This project's loader must give the same bytes in all its ways.
     """
     count, crop, low = setting.micro_batch, setting.crop, setting.crop // setting.scale
     for name, batch in batches.items():
@@ -288,37 +288,41 @@ def check(
                 or min(shapes[0][1:3]) < crop
                 or shapes[0][3] != 3
             ):
-                raise RunError(f"{name}: delivers {shapes[0]}, not {count} crops of {crop}x{crop}")
+                raise RunError(f"{name} delivers {shapes[0]}, not {count} crops of {crop}x{crop}")
             continue
         if shapes[0] != (count, 3, crop, crop) or shapes[1:] not in ([], [(count, 3, low, low)]):
             raise RunError(
-                f"{name}: delivers {shapes}, not {count} crops of {crop} and {low} pixels"
+                f"{name} delivers {shapes}, not {count} crops of {crop} and {low} pixels"
             )
         if {array.dtype for array in batch} != {
             np.dtype(np.float32 if name == TORCH_PNG else np.uint8)
         }:
-            raise RunError(f"{name}: delivers {batch[0].dtype} and {batch[-1].dtype}")
+            raise RunError(f"{name} delivers {batch[0].dtype} and {batch[-1].dtype}")
         if len(batch) == 2 and ways[name].is_cubic:
             off = _levels_off(*batch, setting.scale)
             if off > 1:
-                raise RunError(f"{name}: LR is {off:.2f} levels off the cubic of HR")
+                raise RunError(f"{name}: LR differs by {off:.2f} levels from the bicubic one")
     first = batches.get(OURS)
     for name in (OURS_TORCH, OURS_PNG, WRITTEN_HERE):
         if first and name in batches and not all(map(np.array_equal, batches[name], first)):
-            raise RunError(f"{name}: not the bytes of {OURS}")
+            raise RunError(f"{name} delivers other bytes than {OURS}")
 
 
 def _levels_off(hr: np.ndarray, lr: np.ndarray, scale: int) -> float:
-    """The greatest difference of LR from the cubic of HR, in levels of 0..255, away from the
-    border."""
+    """Return the largest difference of LR from the bicubic version of HR, without the border.
+
+    It is in levels of 0 to 255.
+    """
     unit = np.float32(255 if hr.dtype == np.float32 else 1)
     difference = np.clip(_cubic_lr(hr * unit, scale), 0, 255) - lr * unit
     return float(abs(difference[..., EDGE:-EDGE, EDGE:-EDGE]).max())
 
 
 def measure(way: Way, setting: Setting, seconds: float) -> Cost:
-    """Take batches for so long, after a warm-up that fills what is made ahead and, given time,
-    opens every file."""
+    """Take batches for `seconds`, after a warm-up.
+
+    The warm-up fills the prefetch queues and, if time allows, opens every file.
+    """
     batches = way.batches(setting)
     epoch, started = math.ceil(len(setting.files("npy")) / setting.micro_batch), time.perf_counter()
     for number in range(PREFETCH + 1 + epoch):
@@ -332,20 +336,19 @@ def measure(way: Way, setting: Setting, seconds: float) -> Cost:
     if setting.device_id is not None:
         import torch
 
-        torch.cuda.synchronize()  # the last copy into a torch tensor counts
+        torch.cuda.synchronize()  # include the last copy into a torch tensor
     wall, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
     _close(batches)
     return Cost(wall, cpu, count * setting.micro_batch)
 
 
 def _cpu_seconds() -> float:
-    """CPU seconds of this process and of its children, those that still run too."""
+    """Return the CPU seconds of this process and its children, including running ones."""
     running = 0.0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        running += (int(fields[11]) + int(fields[12])) / os.sysconf(
-            "SC_CLK_TCK"
-        )  # of all its threads
+        # utime and stime of all the child's threads, in clock ticks.
+        running += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     usages = [
         resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
@@ -353,21 +356,24 @@ def _cpu_seconds() -> float:
 
 
 def _in_child(work: Any, way: Way, *arguments: Any) -> Any:
-    """`work(way, ...)` in a fresh process, so that nothing of another way is left in it."""
+    """Call `work(way, ...)` in a fresh process, free of the leftovers of other ways."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_collected, work, way, *arguments).result()
 
 
 def _collected(work: Any, *arguments: Any) -> Any:
-    """`work(...)`, with nothing left of it: a pipeline of DALI's whose threads live when Python
-    ends may abort the process ("terminate called without an active exception")."""
+    """Call `work(...)` and collect its garbage.
+
+    A DALI pipeline whose threads still run when Python exits may abort the process ("terminate
+    called without an active exception").
+    """
     result = work(*arguments)
     gc.collect()
     return result
 
 
 def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
-    """A line for each way; the ratios are to `base`, each within its round."""
+    """Print one line per way; ratios are to `base`, within each round."""
     width = max(map(len, costs)) + 2
     print(
         f"\n{'':{width}}{'images/s':>10}{'ratio':>8}"
@@ -385,7 +391,7 @@ def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
 
 
 def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
-    """What the project aims at."""
+    """Print the ratios for which the project has targets."""
     print("\nratios (median, least and greatest of the rounds)")
     for name, other in (
         (OURS, DALI_PNG),
@@ -406,7 +412,7 @@ def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
 
 
 def _ratio(runs: Sequence[Cost], others: Sequence[Cost], rate: str) -> tuple[float, float, float]:
-    """(Median, least, greatest) ratio of the rates within a round."""
+    """Return median, minimum and maximum of the ratios within each round."""
     ratios = [
         getattr(one, rate) / getattr(other, rate) for one, other in zip(runs, others, strict=True)
     ]

@@ -1,8 +1,6 @@
-"""The ways of making training batches that benchmarks/loader.py compares, each a generator of
-batches without end.
+"""The ways of making training batches that benchmarks/loader.py compares: endless generators.
 
-The others' ways are written here, straightforwardly, after what the projects do; none of it is
-their code.
+Those of other projects are simple reimplementations of what the projects do, without their code.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from pipeline.data.sampling import Sampler
 from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import DataSpec
 
-PREFETCH = 3  # batches made ahead, wherever it can be said
+PREFETCH = 3  # batches made in advance, where that is configurable
 
 Batch = Sequence[Any]
 WayFunction = Callable[["Setting"], Iterator[Batch]]
@@ -32,10 +30,10 @@ WayFunction = Callable[["Setting"], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What every way is given: the same images in three folders, and what to make of them.
+    """The input of every way: the same images in several folders, and the batches to make.
 
-    `folder`/npy: uint8 RGB (height, width, 3); /png: the same; /lr_npy and /lr_png: the same made
-    smaller by `scale`.
+    `folder`/npy and /png contain the same uint8 RGB images (height, width, 3); /lr_npy and /lr_png
+    contain them downscaled by `scale`.
     """
 
     folder: Path
@@ -46,14 +44,17 @@ class Setting:
     device_id: int | None = None
 
     def files(self, form: str) -> list[Path]:
-        """The images of `folder`/`form`, in the same order for each form."""
+        """Return the images of `folder`/`form`, in the same order for each form."""
         return sorted((self.folder / form).iterdir())
 
 
 @dataclass(frozen=True)
 class Way:
-    """`batches` yields (hr, lr) in NCHW, LR being the cubic of HR; or, without `pairs`, (hr, ...)
-    in NHWC and no LR."""
+    """A way of making batches.
+
+    `batches` yields (hr, lr) in NCHW, where LR is the bicubic version of HR if `is_cubic`. Without
+    `pairs` it yields (hr, ...) in NHWC and no LR.
+    """
 
     batches: WayFunction
     pairs: bool = True
@@ -61,7 +62,7 @@ class Way:
 
 
 class _CropAlone(Degradation):
-    """LR of the crop, as if the photograph ended there."""
+    """Makes LR from the crop alone, as if the photograph ended there."""
 
     surroundings = 0
 
@@ -69,9 +70,11 @@ class _CropAlone(Degradation):
 def _our_source(
     setting: Setting, form: str = "npy", *, on_host: bool = True, **spec: Any
 ) -> CropSource:
-    """This project's source of crops out of the files of a form; `spec` is more of the recipe's
-    data part. On a CPU, LR is made by the host's own chain, where the degradation has one and
-    `on_host` says so."""
+    """Return this project's source of crops from the files of a form.
+
+    `spec` adds to the recipe's data section. On a CPU, LR is made by the host's own chain if the
+    degradation has one and `on_host` is set.
+    """
     files, is_paired = setting.files(form), spec.get("degradation") == "paired"
     return CropSource(
         [str(file) for file in files],
@@ -87,11 +90,11 @@ def _our_source(
 def _our_arrays(
     setting: Setting, *, has_margin: bool = True, cut: str = "", read: str = "rows"
 ) -> tuple[tuple[str, ...], Iterator[Batch]]:
-    """What this project's source hands to DALI: the names of the arrays, and the batches of them.
+    """Return what this project's source passes to DALI: the arrays' names and their batches.
 
-    Without `has_margin` only the crop is read. `cut`: the crop is cut out of its region here, ""
-    not, "plain" or "turned". `read`: the "rows" of a region, or through "kept maps" or "new maps"
-    of the files, or "whole files".
+    Without `has_margin` only the crop is read. `cut` tells whether the crop is cut out of its
+    region here: "" (no), "plain" or "turned". `read` tells how files are read: the "rows" of a
+    region, through "kept maps" or "new maps" of the files, or "whole files".
     """
     source = _our_source(setting)
     if not has_margin:
@@ -131,7 +134,7 @@ def _region(image: np.ndarray, region: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _given(columns: tuple[str, ...], batches: Iterator[Batch]) -> dict[str, Any]:
-    """DALI nodes of the arrays, by name."""
+    """Return DALI nodes for the arrays, by name."""
     from nvidia.dali import fn
 
     nodes = fn.external_source(
@@ -164,7 +167,7 @@ def ours(
 
 
 def ours_in_torch(setting: Setting) -> Iterator[Batch]:
-    """This project's loader as training uses it: torch tensors, made in a thread of its own."""
+    """This project's loader as training uses it: torch tensors from its own thread."""
     import torch
 
     from pipeline.data.loader import Loader
@@ -183,8 +186,7 @@ def ours_in_torch(setting: Setting) -> Iterator[Batch]:
 
 
 def our_host_work(setting: Setting) -> Iterator[Batch]:
-    """What the CPU does where the GPU turns, resizes and lays out: this project's source and no
-    operator behind it."""
+    """The CPU's work when a GPU does the rest: this project's source without any operator."""
     from nvidia.dali import pipeline_def
 
     arrays = _our_arrays(setting)
@@ -202,10 +204,10 @@ def our_host_work(setting: Setting) -> Iterator[Batch]:
 
 
 def dali_of_png(setting: Setting) -> Iterator[Batch]:
-    """The graph of `catid/upsampling` on the CPU: decode, crop and mirror, brightness, rotate,
-    transpose, resize.
+    """The graph of `catid/upsampling` on the CPU.
 
-    Synchronous, as there. Its mirror and its rotation make the eight symmetries, both at random.
+    It decodes, crops and mirrors, changes the brightness, rotates, transposes and resizes,
+    synchronously as in that project. Random mirroring and rotation give the eight symmetries.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -245,7 +247,7 @@ def dali_of_png(setting: Setting) -> Iterator[Batch]:
 
 
 def dali_numpy_reader(setting: Setting) -> Iterator[Batch]:
-    """DALI's own reader of random regions of `.npy` files, and no operator behind it."""
+    """DALI's own reader of random regions of `.npy` files, without any operator."""
     from nvidia.dali import fn, pipeline_def, types
 
     files = setting.files("npy")
@@ -261,7 +263,7 @@ def dali_numpy_reader(setting: Setting) -> Iterator[Batch]:
     )
     def graph() -> Any:
         corner = fn.stack(*(fn.random.uniform(range=(-0.499, side + 0.499)) for side in room))
-        corner = fn.cast(corner, dtype=types.INT32)  # which rounds to the nearest
+        corner = fn.cast(corner, dtype=types.INT32)  # rounds to the nearest integer
         return fn.readers.numpy(
             files=[str(file) for file in files],
             random_shuffle=True,
@@ -276,8 +278,10 @@ def dali_numpy_reader(setting: Setting) -> Iterator[Batch]:
 
 
 class PairedImages:
-    """PNG pairs as BasicSR's PairedImageDataset gives them: float32 in [0, 1], RGB, CHW, cut and
-    turned alike."""
+    """PNG pairs like those of BasicSR's PairedImageDataset: float32 RGB in [0, 1], CHW.
+
+    Both images of a pair are cropped and flipped in the same way.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.hr, self.lr = setting.files("png"), setting.files("lr_png")
@@ -313,8 +317,7 @@ class PairedImages:
 
 
 def torch_of_png(setting: Setting) -> Iterator[Batch]:
-    """A torch DataLoader over `PairedImages`, a process for each of the threads, one epoch running
-    into the next."""
+    """A torch DataLoader over `PairedImages`, with one process per thread and no epoch breaks."""
     from torch.utils.data import DataLoader, RandomSampler
 
     images = PairedImages(setting)
@@ -344,14 +347,19 @@ def variant(
     read: str = "rows",
     cut: str = "host",
 ) -> Iterator[Batch]:
-    """This project's graph for `.npy` files, written anew with one thing changed.
+    """This project's graph for `.npy` files, rewritten here so that one thing can be changed.
 
-    `margin`: the HR pixels around the crop that LR, too, is made of are "left out" of LR by the
-    resize itself, "cut" off its result, or there are "none". `lr`: "before" the transpose to CHW,
-    "after" it, "none". `turn`: HR is turned and laid out by the "host", or as LR is: "rows" are
-    flipped and mirroring left to what follows, "flips" and a transpose, "rotate" or "rotate
-    nearest". `cut`: the crop is cut out of its region by the "host" or by DALI's "slice". `read`:
-    see `_our_arrays`.
+    Args:
+        setting: the images and the batches.
+        margin: the HR pixels around the crop that LR is made from as well are "left out" of LR by
+            the resize itself, "cut" off its result, or there are "none".
+        lr: LR is made "before" or "after" the transpose to CHW, or "none" is made.
+        antialias: whether LR is antialiased.
+        turn: HR is turned and transposed by the "host", or by DALI in the same way as LR: "rows"
+            are flipped and the next operator mirrors, "flips" and a transpose, "rotate", or
+            "rotate nearest".
+        read: see `_our_arrays`.
+        cut: the crop is cut out of its region by the "host" or by DALI's "slice".
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -359,9 +367,8 @@ def variant(
     has_margin = margin != "none"
     is_cut = cut == "host" and (has_margin or turn == "host")
     cut_as = ("turned" if turn == "host" else "plain") if is_cut else ""
-    arrays = _our_arrays(
-        setting, has_margin=has_margin, cut=cut_as, read=read
-    )  # DALI would convert what graph() calls
+    # Outside of graph(), because DALI would convert the code that graph() calls.
+    arrays = _our_arrays(setting, has_margin=has_margin, cut=cut_as, read=read)
 
     @pipeline_def(
         batch_size=setting.micro_batch,
@@ -428,7 +435,7 @@ def variant(
     return _runs(graph())
 
 
-_SURROUNDINGS = 4  # LR pixels, both sides together, that the cubic's margin covers
+_SURROUNDINGS = 4  # LR pixels of both margins together that cubic resizing needs
 
 
 def _with_one_thread(setting: Setting) -> Iterator[Batch]:
@@ -467,7 +474,7 @@ OUR_WAYS = {
         partial(ours, degradation="realesrgan", on_host=False), is_cubic=False
     ),
 }
-"""They follow `Setting.device_id`; all others stay on the CPU."""
+"""These follow `Setting.device_id`; all others stay on the CPU."""
 
 WAYS = {
     **OUR_WAYS,
@@ -476,7 +483,7 @@ WAYS = {
     DALI_NUMPY: Way(dali_numpy_reader, pairs=False),
     HOST: Way(our_host_work, pairs=False),
 }
-"""What is compared. The order is that of the table."""
+"""The ways to compare, in the order of the table."""
 
 OPERATORS = {
     OURS: Way(ours),
@@ -500,4 +507,4 @@ OPERATORS = {
     "one thread": Way(_with_one_thread),
     "its source alone, without DALI": Way(_source_alone, pairs=False),
 }
-"""What was tried, each against the first."""
+"""The variants to compare with the first one."""

@@ -1,5 +1,7 @@
-"""Training beside the ways that others train: same network, crops, batch and precision, in turns on
-one machine."""
+"""Compare training with the loops of other projects: same network, crops, batch and precision.
+
+They take turns on one machine.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,18 @@ from pipeline.distributed.launcher import free_port
 from pipeline.run_folder import LOG_FILE
 from tools.parallel import progress
 
-SIZE = 480  # HR pixels of the files, BasicSR's sub-images
+SIZE = 480  # side of the files in HR pixels, as in BasicSR's sub-images
 OURS, OURS_TWO = "ours", "ours, 2 ranks"
-PATIENCE = 600.0  # seconds that a participant may take for its first window, or for any
+PATIENCE = 600.0  # seconds that a participant may take for a window, including the first
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train the same network by this project and by other loops, in turns, and print what each
-    makes of the machine.
+    """Train the same network with this project and with other loops, and print their speeds.
 
-    The processes of a participant are stopped (SIGSTOP) while another runs. A window is a number of
-    steps; medians of all windows count. CPU seconds are those of all processes of the participant.
+    They take turns: the processes of a participant are stopped (SIGSTOP) while another runs. A
+    window is a number of steps; medians over all windows are reported. CPU seconds are those of all
+    processes of a participant.
 
     Example: python benchmarks/peers.py ~/Pictures/Kodak --network msrresnet --basicsr-python
     ~/basicsr/bin/python
@@ -52,40 +54,39 @@ class Options:
     network: str = "vapsr"
     """vapsr, msrresnet, compact, or rrdbnet (with 6 blocks); x4."""
     ways: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = "ours,plain,ancestor"
-    """Who takes part: ours, plain (a torch loop with a DataLoader), ancestor (DALI without overlap,
-    on PNG, compiled by the backend "eager", a wait for the device every step), basicsr; and on two
-    ranks: ours2, ddp, lightning."""
+    """The participants: ours, plain (a torch loop with a DataLoader), ancestor (DALI without
+    overlap on PNG, torch.compile's backend "eager", waiting for the device in every step), basicsr;
+    and on two ranks ours2, ddp, lightning."""
     batch: int = 8
-    """Global batch: the images of a step, over all ranks."""
+    """Global batch: images per step over all ranks."""
     crop: int = 192
-    """HR pixels."""
+    """Side of the crops in HR pixels."""
     steps: int = 4
-    """Steps in a window."""
+    """Steps per window."""
     rounds: int = 5
-    """Windows of each participant."""
+    """Windows per participant."""
     threads: int = 2
     """Threads of DALI, and processes of the DataLoader."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
-    """For this project's run, as in training: compile=on."""
+    """Overrides for this project's run, as in training: compile=on."""
     basicsr_python: Path | None = None
-    """The Python of an environment that has torch and the package basicsr, which takes part as it
-    is."""
+    """The Python of an environment with torch and the package basicsr, which is used unchanged."""
 
 
 @dataclass
 class Participant:
-    """A training under way in processes of its own, which are stopped but for its turns."""
+    """A running training in its own processes, which are stopped except during its turns."""
 
     name: str
     process: subprocess.Popen[bytes]
-    file: Path  # to which it adds a line for each window
-    mark: str  # that such a line has in it
+    file: Path  # it appends a line for each window
+    mark: str  # the text that identifies such a line
     output: Path
     walls: list[float]
     cpus: list[float]
 
     def windows(self) -> int:
-        """How many it has finished."""
+        """Return the number of finished windows."""
         with suppress(FileNotFoundError):
             return sum(
                 self.mark in line for line in self.file.read_text(errors="replace").splitlines()
@@ -93,7 +94,7 @@ class Participant:
         return 0
 
     def turn(self) -> tuple[float, float]:
-        """Let it run to the end of its next window; wall and CPU seconds of it."""
+        """Let it run to the end of its next window; return the window's wall and CPU seconds."""
         done, before = self.windows(), self._cpu()
         for process in reversed(self._processes()):
             process.resume()
@@ -101,7 +102,7 @@ class Participant:
         while self.windows() == done:
             if self.process.poll() is not None or time.perf_counter() - began > PATIENCE:
                 words = self.output.read_text(errors="replace").strip().splitlines()[-3:]
-                raise RunError(f"{self.name} has ended, or hangs: {' | '.join(words)}")
+                raise RunError(f"{self.name} has ended or hangs: {' | '.join(words)}")
             time.sleep(0.005)
         wall = time.perf_counter() - began
         for process in self._processes():
@@ -109,7 +110,7 @@ class Participant:
         return wall, self._cpu() - before
 
     def resident_mebibytes(self) -> float:
-        """The resident memory of all its processes now."""
+        """Return the current resident memory of all its processes."""
         return sum(process.memory_info().rss for process in self._processes()) / 2**20
 
     def end(self) -> None:
@@ -119,7 +120,7 @@ class Participant:
         self.process.wait()
 
     def _processes(self) -> list[psutil.Process]:
-        """All of them, parents first: a launcher puts its ranks into groups of their own."""
+        """Return all its processes, parents first; a launcher puts ranks into their own groups."""
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)
             return [parent, *parent.children(recursive=True)]
@@ -135,11 +136,10 @@ class Participant:
 
 
 def main(options: Options) -> int:
-    """Cut the photographs, start everybody, take turns, print the table."""
+    """Cut the photographs, start the participants, let them take turns, print the table."""
     ways = _check(options)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that nobody is left behind, stopped
+    # Exit through `finally`, so that no stopped process is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch) / "files", options.crop, 4, options.batch, options.threads)
         setting.folder.mkdir()
@@ -147,16 +147,15 @@ def main(options: Options) -> int:
         _write_lists(setting)
         print(
             f"{options.network} x4, crops of {options.crop}, batch {options.batch}, {count} files "
-            f"of {SIZE}x{SIZE}; "
-            f"windows of {options.steps} steps, {options.rounds} a participant, in turns; "
-            f"{len(os.sched_getaffinity(0))} CPU cores"
+            f"of {SIZE}x{SIZE}; windows of {options.steps} steps, {options.rounds} per "
+            f"participant, in turns; {len(os.sched_getaffinity(0))} CPU cores"
         )
         participants: list[Participant] = []
         try:
             with progress(len(ways) * (options.rounds + 1), "window") as bar:
                 for way in ways:
                     participants.append(_start(way, options, setting, Path(scratch)))
-                    participants[-1].turn()  # starts, compiles, warms up; and is not counted
+                    participants[-1].turn()  # start-up, compilation and warm-up are not measured
                     bar.update()
                 for number in range(options.rounds):
                     for participant in participants if number % 2 == 0 else reversed(participants):
@@ -176,19 +175,20 @@ def _check(options: Options) -> list[str]:
     ways = [way.strip() for way in options.ways.split(",")]
     for way in ways:
         if way not in known:
-            raise UserError(f"--ways: {way!r} is none of {', '.join(known)}")
+            raise UserError(f"--ways: unknown {way!r}; choose from {', '.join(known)}")
     if options.network not in NETWORKS:
-        raise UserError(f"--network {options.network!r} is none of {', '.join(NETWORKS)}")
+        raise UserError(
+            f"--network: unknown {options.network!r}; choose from {', '.join(NETWORKS)}"
+        )
     sizes = options.batch, options.steps, options.rounds, options.threads
     if min(sizes) < 1 or options.crop % 4 or options.crop > SIZE:
         raise UserError(
             "--batch, --steps, --rounds and --threads must be 1 or more, and --crop a multiple of "
-            "4 up to "
-            f"{SIZE}"
+            f"4 up to {SIZE}"
         )
     if "basicsr" in ways and options.basicsr_python is None:
         raise UserError(
-            "basicsr takes part with --basicsr-python, the Python of an environment that has it "
+            "basicsr needs --basicsr-python, the Python of an environment that has it "
             "(python -m venv DIR; DIR/bin/pip install torch torchvision basicsr)"
         )
     if not options.photos:
@@ -197,8 +197,7 @@ def _check(options: Options) -> list[str]:
 
 
 def _write_lists(setting: Setting) -> None:
-    """The files as a dataset of this project: all to train on, and one of them again to validate
-    with."""
+    """Write this project's dataset lists: all files for training, one of them for validation."""
     names = [f"npy/{file.name}" for file in setting.files("npy")]
     (setting.folder / "training_file_list.txt").write_text("".join(f"{name}\n" for name in names))
     (setting.folder / "validation_file_list.txt").write_text(f"{names[0]}\n")
@@ -281,7 +280,7 @@ def _print_table(participants: list[Participant], options: Options) -> None:
             f"{statistics.median(participant.cpus) / images:16.3f}"
             f"{participant.resident_mebibytes():8.0f}"
         )
-    print(f"ratio: to {participants[0].name}, window by window within a round; above 1 is faster")
+    print(f"ratio: speed relative to {participants[0].name} in the same round; above 1 is faster")
 
 
 if __name__ == "__main__":

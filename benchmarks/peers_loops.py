@@ -1,9 +1,8 @@
-"""The loops of others that benchmarks/peers.py compares with, each as a process of its own, which
-it starts itself.
+"""The training loops of other projects for benchmarks/peers.py, which starts each in a process.
 
-Written after what the projects do, straightforwardly; none of it is their code. BasicSR takes part
-as it is, through its own `train_pipeline`, in an environment that need not have anything of this
-project's but torch.
+They are simple reimplementations of what the projects do, without their code. BasicSR itself is run
+through its own `train_pipeline`, in an environment that needs none of this project's packages
+except torch.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "compact": {"name": "compact"},
     "rrdbnet": {"name": "rrdbnet", "num_blocks": 6},
 }
-"""As a recipe has them, x4."""
+"""The networks as in a recipe, for x4."""
 IN_BASICSR = {
     "msrresnet": {
         "type": "MSRResNet",
@@ -47,7 +46,7 @@ IN_BASICSR = {
     },
     "rrdbnet": {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 64, "num_block": 6},
 }
-"""BasicSR's own; it has no VapSR, and trains this project's there."""
+"""BasicSR's own networks. It has no VapSR, so it trains this project's."""
 
 
 def _network(what: dict[str, Any]) -> Any:
@@ -64,7 +63,7 @@ def _setting(what: dict[str, Any], batch: int) -> Any:
 
 
 def _window(what: dict[str, Any], step: int) -> None:
-    """Say that a window of steps is over, after update number `step` (1, 2, ...)."""
+    """Report the end of a window, if update number `step` (1, 2, ...) is its last."""
     if step % what["steps"] == 0:
         with open(what["out"], "a") as file:
             file.write("window\n")
@@ -77,7 +76,7 @@ def _device() -> Any:
 
 
 def plain(what: dict[str, Any]) -> None:
-    """A loop as tutorials have it: a DataLoader of PNG pairs, forward, L1, backward, Adam."""
+    """Train as in tutorials: a DataLoader of PNG pairs, forward, L1, backward, Adam."""
     import torch
     import torch.nn.functional as F
 
@@ -97,8 +96,10 @@ def plain(what: dict[str, Any]) -> None:
 
 
 def ancestor(what: dict[str, Any]) -> None:
-    """As `catid/upsampling` trains: DALI without overlap on PNG, torch.compile's backend "eager", a
-    wait every step."""
+    """Train like `catid/upsampling`: DALI on PNG without overlap, torch.compile's backend "eager".
+
+    It waits for the device in every step.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -139,13 +140,15 @@ def _rank(rank: int, what: dict[str, Any], train: Callable[[dict[str, Any], int]
 
 
 def ddp(what: dict[str, Any]) -> None:
-    """The plain loop on two ranks: DistributedDataParallel, each with half of the batch."""
+    """Train with the plain loop on two ranks: DistributedDataParallel, half of the batch each."""
     _in_two_ranks(what, _train_ddp)
 
 
 def lightning(what: dict[str, Any]) -> None:
-    """The same as Lightning runs it by default: unused parameters looked for, the loss shared and
-    logged every step."""
+    """Train as Lightning does by default on two ranks.
+
+    It looks for unused parameters, and reduces and logs the loss in every step.
+    """
     _in_two_ranks(what, _train_lightning)
 
 
@@ -181,8 +184,7 @@ def _train_lightning(what: dict[str, Any], rank: int) -> None:
 
 
 def basicsr(what: dict[str, Any]) -> None:
-    """BasicSR's `train_pipeline` on the same PNG files: its dataset, its model class, its EMA and
-    its logger."""
+    """Run BasicSR's `train_pipeline` on the same files, with its dataset, model, EMA and logger."""
     import types
 
     import torch
@@ -190,9 +192,8 @@ def basicsr(what: dict[str, Any]) -> None:
     from pipeline.libraries import import_torchvision
 
     functional = import_torchvision().transforms.functional
-    renamed = types.ModuleType(
-        "torchvision.transforms.functional_tensor"
-    )  # as BasicSR still calls it
+    # BasicSR still imports this module, which newer torchvision has renamed.
+    renamed = types.ModuleType("torchvision.transforms.functional_tensor")
     renamed.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
     sys.modules.setdefault(renamed.__name__, renamed)
     import yaml
@@ -204,7 +205,7 @@ def basicsr(what: dict[str, Any]) -> None:
     if network is None:
 
         @ARCH_REGISTRY.register()
-        def ThisVapSR() -> Any:  # noqa: N802 - an entry in its table, which it calls like a class
+        def ThisVapSR() -> Any:  # noqa: N802 - BasicSR's registry calls it like a class
             return _network(what)
 
         network = {"type": "ThisVapSR"}
@@ -252,14 +253,14 @@ def basicsr(what: dict[str, Any]) -> None:
     }
     path = Path(what["folder"]) / "options.yml"
     path.write_text(yaml.safe_dump(options))
-    # Its loop has no door for an observer but the log, which it writes each `print_freq` steps.
+    # The only hook into its loop is the log, which it writes every `print_freq` steps.
     current_log, step = BaseModel.get_current_log, itertools.count(1)
 
-    def tell(model: Any) -> Any:
+    def report_window(model: Any) -> Any:
         _window(what, next(step) * what["steps"])
         return current_log(model)
 
-    BaseModel.get_current_log = tell
+    BaseModel.get_current_log = report_window
     sys.argv = ["train.py", "-opt", str(path)]
     os.chdir(what["folder"])
     train_pipeline(what["folder"])

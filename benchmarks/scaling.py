@@ -1,5 +1,7 @@
-"""What more ranks gain: images a second and scaling efficiency, as ratios within one run, measured
-in turns."""
+"""Measure images per second and scaling efficiency for several numbers of ranks.
+
+They are measured in turns, and compared as ratios within one run.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,11 @@ WARM_UP = 10  # steps that are not counted
 
 @dataclass(frozen=True)
 class Options:
-    """Train the same recipe for some steps on 1, 2, ... ranks and print what the further ones gain.
+    """Train a recipe for some steps on 1, 2, ... ranks and print the gain of additional ranks.
 
-    Strong scaling: the global batch stays, each rank's share shrinks. Weak scaling: each rank's
-    share stays, the global batch grows. Every rank gets as many CPU threads, however many ranks
-    there are.
+    Strong scaling: the global batch is fixed, so each rank's share shrinks. Weak scaling: each
+    rank's share is fixed, so the global batch grows. The number of CPU threads per rank is the same
+    for all numbers of ranks.
 
     Example: python benchmarks/scaling.py --ranks 1,2 --recipe demo
     """
@@ -46,20 +48,20 @@ class Options:
     ] = ()
     """As in training: data.crop=64 generator.num_blocks=3."""
     ranks: Annotated[str, tyro.conf.arg(metavar="N,N,...")] = "1,2"
-    """Numbers of ranks; the first is what the others are compared with."""
+    """Numbers of ranks; the others are compared with the first."""
     recipe: str = "demo"
     """A name in recipes/ or the path of a YAML file."""
     dataset_dir: Path | None = None
     """Default: the demo's photographs."""
     hostfile: Annotated[Path | None, tyro.conf.arg(aliases=["-H"])] = None
-    """Use the first slots of these hosts, as ./launch_distributed_train.sh does. Default: this
-    machine alone."""
+    """Use the first slots of these hosts, as ./launch_distributed_train.sh does. Default: only this
+    machine."""
     batch: int = 16
-    """Global batch (strong scaling) and batch a rank (weak scaling)."""
+    """Global batch (strong scaling) and batch per rank (weak scaling)."""
     steps: int = 60
-    """Steps that are counted."""
+    """Number of measured steps."""
     rounds: int = 3
-    """How often each is measured, in turns; the medians count."""
+    """How often each is measured, in turns; medians are reported."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +96,29 @@ def main(options: Options) -> int:
 
 
 def _numbers(options: Options, slots: Slots) -> list[int]:
-    """Of ranks."""
+    """Return the numbers of ranks; raise `UserError` for impossible ones."""
     if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", options.ranks):
-        raise UserError(f"--ranks {options.ranks!r} is no list of numbers; write --ranks 1,2,4")
+        raise UserError(f"--ranks {options.ranks!r} must be a list of numbers such as 1,2,4")
     if min(options.batch, options.steps, options.rounds) < 1:
         raise UserError("--batch, --steps and --rounds must be at least 1")
     numbers = list(dict.fromkeys(map(int, options.ranks.split(","))))
     for ranks in numbers:
         if options.batch % ranks:
             raise UserError(
-                f"--batch {options.batch} cannot be shared by {ranks} ranks; choose a multiple"
+                f"--batch {options.batch} cannot be divided among {ranks} ranks; choose a multiple"
             )
     most = world_size(slots) if slots else environment.num_gpus()
     if most and max(numbers) > most:
-        raise UserError(f"--ranks {max(numbers)}: there are {most} {'slots' if slots else 'GPUs'}")
+        raise UserError(
+            f"--ranks {max(numbers)}: there are only {most} {'slots' if slots else 'GPUs'}"
+        )
     return numbers
 
 
 def _measure(
     way: Way, options: Options, slots: Slots, dataset: Path, run_dir: Path, threads: int
 ) -> float:
-    """Images a second of all ranks together, once they are warm."""
+    """Return the images per second of all ranks together, after the warm-up."""
     script, how = "local.py", ["--procs", str(way.ranks)]
     if slots:
         script = "distributed.py"
@@ -161,11 +165,11 @@ def _measure(
         for line in lines
         if line["event"] == "train" and line["step"] > WARM_UP
     ]
-    return len(speeds) / sum(1 / speed for speed in speeds)  # over all of the counted time
+    return len(speeds) / sum(1 / speed for speed in speeds)  # harmonic mean: over the whole time
 
 
 def _first(slots: Slots, ranks: int) -> Slots:
-    """The first `ranks` slots."""
+    """Return the first `ranks` slots."""
     chosen: Slots = {}
     for host, numbers in slots.items():
         taken = numbers[: ranks - world_size(chosen)]
@@ -175,8 +179,7 @@ def _first(slots: Slots, ranks: int) -> Slots:
 
 
 def print_table(speeds: dict[Way, list[float]], options: Options) -> None:
-    """Medians; efficiency is the speed a rank against that of the first number of ranks, in the
-    same round."""
+    """Print medians; efficiency is the speed per rank relative to the first number of ranks."""
     print(
         f"recipe {options.recipe}, {options.steps} steps counted, medians of {options.rounds} "
         "rounds"

@@ -1,8 +1,6 @@
-"""Crops as they are usually made: Pillow, one process a core, random places tried until they fit,
-PNG level 6.
+"""Cut crops as many SR projects do: Pillow, one process per core, random positions, PNG level 6.
 
-What images_to_data.py is compared with in benchmarks/tools.py; written for that, after the way of
-many SR projects.
+benchmarks/tools.py compares images_to_data.py with it; it was written for that purpose.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm.contrib.concurrent import process_map
 
-ATTEMPTS = 10_000  # per picture and size, before a place for one more crop is given up
+ATTEMPTS = 10_000  # failed draws in a row before a picture counts as full
 
 
 def cut_folder(names: list[Path], out: Path, size: int, processes: int) -> None:
-    """Write crops of `size` x `size` of all photographs to `out`, by `processes` processes."""
+    """Write crops of `size` x `size` of all photographs to `out`, in `processes` processes."""
     out.mkdir(parents=True, exist_ok=True)
     process_map(
         partial(cut_photo, out=out, size=size),
@@ -31,7 +29,7 @@ def cut_folder(names: list[Path], out: Path, size: int, processes: int) -> None:
 
 
 def cut_photo(name: Path, out: Path, size: int) -> None:
-    """The crops of one photograph, at full size, at 1/2, 1/4... while one fits."""
+    """Write the crops of one photograph in full size, 1/2, 1/4, ... while one fits."""
     image = Image.open(name).convert("RGB")
     scale = 1
     while min(image.size) >= size:
@@ -45,8 +43,7 @@ def cut_photo(name: Path, out: Path, size: int) -> None:
 
 
 def random_places(width: int, height: int, size: int) -> list[tuple[int, int]]:
-    """Corners of squares that do not overlap, drawn one after another until `ATTEMPTS` draws in a
-    row do not fit."""
+    """Draw corners of non-overlapping squares until `ATTEMPTS` draws in a row do not fit."""
     places: list[tuple[int, int]] = []
     failures = 0
     while failures < ATTEMPTS:
@@ -60,5 +57,5 @@ def random_places(width: int, height: int, size: int) -> list[tuple[int, int]]:
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,7 @@
-"""How fast the dataset tools are, as ratios within one run: same files, same cores, one after the
-other in turns."""
+"""Measure the speed of the dataset tools, as ratios within one run on the same files and cores.
+
+The ways are measured in turns.
+"""
 
 from __future__ import annotations
 
@@ -43,33 +45,32 @@ from tools.parallel import quiet_libraries
 
 @dataclass(frozen=True)
 class Options:
-    """Measure images_to_data.py and check_training_data.py on your own photographs, and their
-    memory on many files.
+    """Measure images_to_data.py and check_training_data.py on your own photographs.
 
-    cut: crops a core-second against the straightforward way (Pillow, a process a core, random
-    places, PNG level 6). check: files a second against a bare loop over the decoder (DALI, a
-    decoder a thread), and --fast against both. memory: the greatest resident size of the tools on a
-    generated tree of many small files.
+    cut: crops per core-second, compared with a straightforward script (Pillow, one process per
+    core, random positions, PNG level 6). check: files per second, compared with a bare loop over
+    the decoder (DALI, one decoder per thread), and --fast compared with both. memory: peak resident
+    size of the tools on a generated tree of many small files.
 
     Example: python benchmarks/tools.py ~/Pictures/Kodak ~/Pictures/Urban100
     """
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = ()
-    """Folders of photographs, PNG for the comparison's sake (JPEGs are halved by our tool, not by
-    the other)."""
+    """Folders of PNG photographs. JPEGs are no fair comparison: images_to_data.py halves them, the
+    script does not."""
     only: tuple[Literal["cut", "check", "memory"], ...] = ("cut", "check", "memory")
-    """What is measured."""
+    """What to measure."""
     size: int = 512
-    """Height and width of the crops."""
+    """Height and width of the crops, in pixels."""
     rounds: int = 3
-    """How often each is measured; the median counts."""
+    """How often each is measured; medians are reported."""
     num_files: int = 100_000
-    """How many files the tree for the memory measurement has."""
+    """Number of files in the tree for the memory measurement."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall and CPU seconds (all processes) of a piece of work, and what it made."""
+    """Wall and CPU seconds (of all processes) of some work; the number and size of its crops."""
 
     wall: float
     cpu: float
@@ -86,7 +87,7 @@ def main(options: Options) -> int:
         raise UserError("no photographs: give folders of PNG photographs, or --only memory")
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch) / "photos"
-        for number, name in enumerate(names):  # one folder, so that both ways see the same
+        for number, name in enumerate(names):  # one tree, so that all ways see the same files
             (photos / str(number // 1000)).mkdir(parents=True, exist_ok=True)
             os.symlink(name.resolve(), photos / str(number // 1000) / f"{number:06d}{name.suffix}")
         if "cut" in options.only:
@@ -130,7 +131,7 @@ def _measure_cut(photos: Path, scratch: Path, options: Options) -> None:
 
 
 def _rate(costs: list[Cost]) -> float:
-    """Crops a core-second."""
+    """Return crops per core-second."""
     return statistics.median(cost.crops / cost.cpu for cost in costs)
 
 
@@ -152,8 +153,8 @@ def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
         folders[f"{form} crops"] = scratch / form
         _in_child(_cut_ours, photos, scratch / form, options.size, form)
     print(
-        f"\ncheck (median of {options.rounds}; the share is of the bare loop's rate, a core-second "
-        "and wall)"
+        f"\ncheck (median of {options.rounds}; share of the bare loop's rate per core-second, and "
+        "by wall time)"
     )
     print(
         f"{'':24}{'bare loop s':>12}{'full s':>9}{'share':>8}"
@@ -178,7 +179,7 @@ def _measure_check(photos: Path, scratch: Path, options: Options) -> None:
 
 
 def _bare_loop(folder: Path, _: Path, __: int, ___: str) -> None:
-    """Read and decode every file on a thread a core, and nothing else."""
+    """Only read and decode every file, with one thread per core."""
     of_thread = threading.local()
 
     def decode(name: str) -> None:
@@ -215,7 +216,7 @@ _CHECKS: dict[str, Callable[[Path, Path, int, str], None]] = {
 def _in_child(
     work: Callable[[Path, Path, int, str], None], photos: Path, out: Path, size: int, form: str
 ) -> Cost:
-    """Do the work in a fresh process; its start and its imports do not count."""
+    """Do the work in a fresh process, whose start and imports are not measured."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_timed, work, photos, out, size, form).result()
 
@@ -225,9 +226,7 @@ def _timed(
 ) -> Cost:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         if work in _CHECKS.values():
-            work(
-                photos, out, size, form
-            )  # loads what is loaded on first use, and fills the page cache
+            work(photos, out, size, form)  # warm-up: lazy imports and the page cache
         before, started = _cpu_seconds(), time.monotonic()
         work(photos, out, size, form)
         wall, cpu = time.monotonic() - started, _cpu_seconds() - before
@@ -241,7 +240,7 @@ def _cpu_seconds() -> float:
 
 
 def _measure_memory(scratch: Path, num_files: int) -> None:
-    print(f"\nmemory: greatest resident size in MB, on {num_files // 10} and on {num_files} files")
+    print(f"\nmemory: peak resident size in MB, on {num_files // 10} and on {num_files} files")
     sizes: dict[str, list[float]] = {}
     for count in (num_files // 10, num_files):
         tree = scratch / f"tree{count}"
@@ -255,8 +254,8 @@ def _measure_memory(scratch: Path, num_files: int) -> None:
         slope = (many - few) * 1e6 / (num_files - num_files // 10)
         million = many + slope * (1e6 - num_files) / 1e6
         print(
-            f"{name:32}{few:8.0f}{many:8.0f}   {slope:6.0f} bytes a file: {million:.0f} MB at a "
-            "million"
+            f"{name:32}{few:8.0f}{many:8.0f}   {slope:6.0f} bytes per file: {million:.0f} MB for "
+            "a million"
         )
 
 
@@ -284,7 +283,7 @@ _MEMORY_RUNS = {
 
 
 def _grow_tree(tree: Path, count: int) -> None:
-    """`count` photographs of 32 x 32 pixels, and as many crops with their manifest."""
+    """Write `count` photographs of 32 x 32 pixels, and as many crops with their manifests."""
     random = np.random.default_rng(0)
     for number in range(count):
         pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -321,7 +320,7 @@ def _grow_tree(tree: Path, count: int) -> None:
 
 
 def _peak_megabytes(command: list[str]) -> float:
-    """The greatest resident size of a command, measured by a process of its own."""
+    """Run a command in a separate process and return its peak resident size in MB."""
     code = (
         "import resource, subprocess, sys, json; r = subprocess.run(sys.argv[1:], "
         "stdout=subprocess.DEVNULL);"

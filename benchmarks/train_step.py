@@ -1,5 +1,4 @@
-"""What a training step takes and what it could take: networks, precisions, layouts and ways in one
-table."""
+"""Measure training steps and their lower bounds, for networks, precisions, layouts and ways."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "srgan_x4": ("msrresnet_x4", (VGG % "vanilla",)),
     "esrgan_x4": ("msrresnet_x4", ("generator={name: rrdbnet}", VGG % "relativistic_average")),
 }
-"""Name -> recipe and overrides. The GANs are without their VGG19 loss, whose weights are not
-here."""
+"""Name -> recipe and overrides. The GANs lack their VGG19 loss, whose weights are not included."""
 DEFAULT = (
     "vapsr_x2",
     "vapsr_x4",
@@ -74,23 +72,23 @@ PARTS = (
     "metrics",
     "copy and the rest",
 )
-LAUNCH_SECONDS = 5e-6  # of a kernel on a GPU, from Python
+LAUNCH_SECONDS = 5e-6  # to launch a GPU kernel from Python
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time training steps of real runs, whole and in parts, beside what arithmetic and memory would
-    allow.
+    """Time training steps of real runs, whole and in parts, and compare them with lower bounds.
 
-    Every case runs in a process of its own, set up as train.py does it, with the loader, on
-    generated photographs. Uncompiled networks are also timed in a bare PyTorch loop, in turns with
-    ours: the table has the ratio to the better of both layouts.
+    The bounds come from the rates of arithmetic and of memory. Every case runs in its own process,
+    set up as by train.py, including the loader, on generated photographs. Uncompiled networks are
+    also timed in a bare PyTorch loop, in turns; the table has the ratio to the better of both
+    layouts.
 
     Example: python benchmarks/train_step.py --networks vapsr_x4 --batches 8 --ways eager compiled
     """
 
     networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = DEFAULT
-    """Of those in NETWORKS at the top of this file."""
+    """Some of the names in NETWORKS at the top of this file."""
     ways: Annotated[
         tuple[Literal["eager", "compiled", "reduce-overhead"], ...],
         tyro.conf.arg(metavar="eager|compiled|reduce-overhead ..."),
@@ -106,20 +104,20 @@ class Options:
     batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (8,)
     """Global batch sizes."""
     native_kernels: Literal["auto", "on", "off"] = "auto"
-    """The recipe's key."""
+    """The recipe's key of the same name."""
     seconds: float = 6
-    """How long the steps of each loop are timed, in five windows."""
+    """Duration of the timing of each loop, in five windows."""
     rounds: int = 1
-    """How often each case runs, in turns with the others; the medians count."""
+    """How often each case runs, in turns with the others; medians are reported."""
     dataset_dir: Path | None = None
-    """Default: 16 generated photographs of 512x512 as .npy."""
+    """Dataset folder. Default: 16 generated photographs of 512x512 as .npy."""
     json: Path | None = None
     """File for all numbers."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row."""
+    """One row of the table."""
 
     network: str
     way: str
@@ -128,7 +126,7 @@ class Case:
     batch: int
 
     def overrides(self, native_kernels: str) -> list[str]:
-        """As train.py gets them."""
+        """Return the overrides for train.py."""
         own = NETWORKS[self.network][1]
         off = [f"ds.{name}.enabled=false" for name in ("fp16", "bf16") if name != self.precision]
         return [
@@ -175,7 +173,7 @@ def _cases(options: Options) -> list[Case]:
     has_gpu = environment.num_gpus() > 0
     for chosen, words in ((options.precisions, ("fp16",)), (options.ways, ("reduce-overhead",))):
         if not has_gpu and set(chosen) & set(words):
-            raise UserError(f"{words[0]} is for GPUs, and there is none")
+            raise UserError(f"{words[0]} needs a GPU, but this machine has none; omit it")
     return [
         Case(*values)
         for values in itertools.product(
@@ -185,7 +183,7 @@ def _cases(options: Options) -> list[Case]:
 
 
 def _photographs(folder: Path) -> Path:
-    """16 images with edges and noise, and their lists."""
+    """Write images with edges and noise, and their lists; return the folder."""
     random = np.random.default_rng(0)
     (folder / "photos").mkdir(parents=True)
     names = [f"photos/{number:02d}.npy" for number in range(17)]
@@ -201,7 +199,7 @@ def _photographs(folder: Path) -> Path:
 
 
 def _measure(case: Case, options: Options, dataset: Path, output: Path) -> dict[str, Any]:
-    """One case in a process of its own."""
+    """Measure one case in its own process."""
     recipe, _ = NETWORKS[case.network]
     request = {
         "recipe": recipe,
@@ -226,12 +224,12 @@ def _measure(case: Case, options: Options, dataset: Path, output: Path) -> dict[
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result whose step took the median time."""
+    """Return the result with the median step time."""
     return sorted(results, key=lambda result: result["step"])[(len(results) - 1) // 2]
 
 
 def report(rows: dict[Case, dict[str, Any]]) -> str:
-    """Both tables and a verdict for each case, as Markdown."""
+    """Return both tables and a verdict for each case, as Markdown."""
     threads = os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, torch {version('torch')}",
@@ -288,33 +286,34 @@ def _row(case: Case, row: dict[str, Any]) -> str:
 
 
 def floors(row: dict[str, Any]) -> tuple[float, float]:
-    """Seconds that the step's multiply-adds take at the rate of a matrix product, and its bytes at
-    that of a copy."""
+    """Return the lower bounds of the step's time in seconds, by compute and by memory.
+
+    They are its multiply-adds at the rate of a matrix product, and its bytes at that of a copy.
+    """
     return row["macs"] / row["macs_per_second"], row["bytes"] / row["bytes_per_second"]
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What bounds the step, and what to change."""
+    """Return what limits the step, and what to change."""
     step, parts = row["step"], row["parts"]
     compute, memory = floors(row)
     launches = row["calls"] * LAUNCH_SECONDS if row["device"] == "cuda" else 0.0
     if (share := parts.get("waiting for data", 0) / step) > 0.05:
         return f"bound by the loader ({share:.0%} of the step): .npy files, more data.threads"
     if (share := parts.get("communication", 0) / step) > 0.15:
-        return f"bound by communication ({share:.0%}): a larger batch a rank, or accumulation"
+        return f"bound by communication ({share:.0%}): a larger batch per rank, or accumulation"
     if launches > 0.6 * step:
-        return f"bound by launches ({row['calls']} of them): compile it, or a larger batch"
+        return f"bound by kernel launches ({row['calls']}): compile it, or use a larger batch"
     name, floor = max((("compute", compute), ("memory", memory)), key=lambda item: item[1])
     if floor > 0.5 * step:
         return (
-            f"bound by {name} ({floor / step:.0%} of the step at the measured rate): nothing "
-            "left but less work"
+            f"bound by {name} ({floor / step:.0%} of the step at the measured rate): only less "
+            "work would help"
         )
     largest = max(parts, key=lambda part: parts[part])
     return (
         f"bound by its kernels: {name} would allow {step / floor:.1f} times the speed; {largest} "
-        "takes "
-        f"{parts[largest] / sum(parts.values()):.0%}"
+        f"takes {parts[largest] / sum(parts.values()):.0%}"
     )
 
 

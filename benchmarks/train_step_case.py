@@ -1,7 +1,6 @@
-"""One case of `train_step.py`, in a process of its own: a run set up as `train.py` does it, and its
-steps timed.
+"""Measure one case of `train_step.py`: time the steps of a run that is set up as by `train.py`.
 
-Started with the case as JSON; the last line that it prints is the result as JSON.
+The argument is the case as JSON; the last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -39,13 +38,12 @@ from pipeline.training.meter import TrainMeter
 from pipeline.training.options import TrainOptions, make_plans
 from pipeline.training.setup import set_up
 
-WARM_UP = 2  # steps, after the first
+WARM_UP = 2  # steps after the first
 WINDOWS = 5
 
 
 class Stopwatch:
-    """Seconds of the parts of a step, each for itself: what runs within another part is not counted
-    there."""
+    """Measures the parts of a step in seconds; nested parts are not counted in the outer ones."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -71,7 +69,7 @@ class Stopwatch:
 
 
 class WatchedEngine:
-    """An engine whose calls are timed; everything else is its own."""
+    """An engine whose calls are timed; everything else is delegated."""
 
     def __init__(self, engine: Any, watch: Stopwatch) -> None:
         self._engine = engine
@@ -88,8 +86,10 @@ class WatchedEngine:
 
 
 class Work(TorchDispatchMode):
-    """Counts what a step has to do at least: multiply-adds of convolutions and products, bytes of
-    tensors, calls."""
+    """Counts the minimum work of a step: multiply-adds, bytes of tensors, and calls.
+
+    Multiply-adds are those of convolutions and matrix products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def wait(device: torch.device) -> None:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """All figures of a case; see the fields at the end."""
+    """Measure a case; see the end of the function for the figures."""
     plan = make_plans(
         TrainOptions(
             overrides=tuple(case["overrides"]),
@@ -212,11 +212,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bare_loops(run: Any, batch: Any, case: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    """Forward, L1, backward and AdamW of the same network on one batch, in PyTorch alone, for each
-    layout.
+    """Return plain PyTorch loops of the same network on one batch, one for each layout.
 
-    "plain" is that with PyTorch's own depthwise kernel, in the run's layout, where the run has
-    another.
+    They do forward, L1, backward and AdamW. If the run has another depthwise kernel, "plain" is the
+    loop with PyTorch's own, in the run's layout.
     """
     if case["way"] != "eager" or case["is_adversarial"]:
         return {}
@@ -247,8 +246,10 @@ def _bare_loop(
 def _in_turns(
     loops: dict[str, Callable[[], None]], seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each loop in each of `WINDOWS` windows; the order turns round every
-    time."""
+    """Return the seconds per step of each loop in each of `WINDOWS` windows.
+
+    The order is reversed every time.
+    """
     began = time.perf_counter()
     loops["ours"]()
     wait(device)
@@ -265,8 +266,10 @@ def _in_turns(
 
 
 def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) -> dict[str, float]:
-    """Seconds of each part of a step. Each is waited for on a GPU, where together they take longer
-    than the step."""
+    """Return the seconds of each part of a step.
+
+    On a GPU each part is waited for, so that their sum exceeds the step's time.
+    """
     trainer, watch, steps = run.trainer, Stopwatch(device), 3
     own = {
         name: getattr(trainer, name)
@@ -276,7 +279,7 @@ def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) ->
     for name in ("generator", "discriminator"):
         if name in own:
             setattr(trainer, name, WatchedEngine(own[name], watch))
-            inner = getattr(own[name], "_inner", None)  # DeepSpeed's
+            inner = getattr(own[name], "_inner", None)  # DeepSpeed's engine
             if inner is not None and run.ranks.world_size > 1:
                 inner.allreduce_gradients = watch.timed("communication", inner.allreduce_gradients)
     trainer.criterion = watch.timed("losses", own["criterion"])
@@ -295,7 +298,7 @@ def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) ->
 
 
 def _work(run: Any, batch: Any) -> Work:
-    """Of a step of ours, uncompiled and by PyTorch's kernels, which alone can be counted."""
+    """Count the work of a step, uncompiled and with PyTorch's kernels: no others can be counted."""
     trainer, kernel = run.trainer, run.progress.kernel
     compiled = {engine: engine.module._compiled_call_impl for engine in trainer.engines.values()}
     for engine in compiled:
@@ -310,8 +313,7 @@ def _work(run: Any, batch: Any) -> Work:
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Multiply-adds a second of a large matrix product in `dtype`, and bytes a second of a large
-    copy."""
+    """Measure multiply-adds per second of a large product, and bytes per second of a large copy."""
     side = 1536 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(dtype)
     memory = torch.zeros((1 << 26) if device.type == "cpu" else (1 << 28), device=device)
@@ -334,4 +336,4 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 if __name__ == "__main__":
     found = measure(json.loads(sys.argv[1]))
     print(json.dumps(found), flush=True)
-    os._exit(0)  # threads of the loader's libraries need not survive the interpreter
+    os._exit(0)  # skip interpreter shutdown, which threads of the loader's libraries may abort

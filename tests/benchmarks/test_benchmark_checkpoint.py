@@ -1,4 +1,4 @@
-"""benchmarks/checkpoint.py saves what training saves, and counts what it says."""
+"""benchmarks/checkpoint.py saves what training saves, and computes its ratios correctly."""
 
 from __future__ import annotations
 
@@ -47,10 +47,8 @@ def test_every_way_is_measured_in_turns(tmp_path: Path) -> None:
         for seconds in row["stalls"] + row["cpu"] + row["steps"]
     )
     assert report["bytes"] > 4 * 4 * report["parameters"]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "ranks",
-        "out.json",
-    }  # nothing of what was saved is left
+    # No checkpoints are left behind.
+    assert {path.name for path in tmp_path.iterdir()} == {"ranks", "out.json"}
     assert "a checkpoint of 0 MB" in (tmp_path / "ranks" / "0.output").read_text()
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/inference.py compares makes the same image, and what does not is shown."""
+"""The ways of benchmarks/inference.py give the same image, and a wrong image is shown as such."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.models.weights import write_network
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restored, too
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # monkeypatch restores what the benchmark sets
     write_network(tmp_path / "net.safetensors", tiny_saved(0))
     yield tmp_path / "net.safetensors"
     torch.set_num_threads(threads)
@@ -61,7 +61,7 @@ def test_every_way_is_measured_and_compared(weights, tmp_path, capsys):
         assert rows[name]["psnr"] is None or rows[name]["psnr"] > 110
     for name in ("bf16", "fp16", "onnx-fp16", "onnx-int8", "openvino-int8"):
         assert 20 < rows[name]["psnr"] < 100
-    assert rows["other.onnx"]["psnr"] < 20  # a wrong image shows
+    assert rows["other.onnx"]["psnr"] < 20  # the image of other weights
     for row in rows.values():
         assert row["least"] <= row["milliseconds"] <= row["greatest"]
         assert row["megapixels"] == pytest.approx(24 * 32 * 4 / row["milliseconds"] / 1e3)
@@ -86,11 +86,11 @@ def test_threads_reach_pytorch_and_the_runtimes(weights, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"size": "24"}, "--size 24 is no HxW"),
-        ({"size": "0x3"}, "--size 0x3 is no HxW"),
+        ({"size": "24"}, "--size 24 must be HxW"),
+        ({"size": "0x3"}, "--size 0x3 must be HxW"),
         ({"ways": ("fast",)}, "no way 'fast'; choose from eager, "),
         ({"threads": 0}, "--threads and --rounds"),
-        ({"files": ("no.onnx",)}, "'no.onnx' of --files is no .onnx or .xml file that is there"),
+        ({"files": ("no.onnx",)}, "'no.onnx' of --files must be an existing .onnx or .xml file"),
         ({"ways": ("openvino",), "device": "meta"}, "no device|runs on the CPU"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_file_of_another_scale_is_refused(weights, tmp_path):
     other = tiny_saved(5, scale=4)
     (tmp_path / "x4.onnx").write_bytes(convert(other, other.build(), Form()))
     with pytest.raises(
-        UserError, match=r"x4.onnx makes \(1, 3, 96, 128\), where the model makes \(1, 3, 48, 64\)"
+        UserError, match=r"x4.onnx gives \(1, 3, 96, 128\), but the model gives \(1, 3, 48, 64\)"
     ):
         inference.main(
             Options(

@@ -1,5 +1,4 @@
-"""What benchmarks/loader.py compares delivers the same kind of batches, cut out of the same
-images."""
+"""The ways of benchmarks/loader.py deliver the same kind of batches from the same images."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ SIZE, CROP, LOW = 48, 32, 16
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Six images, as the benchmark cuts them of three photographs."""
+    """Six images that the benchmark has cut from three photographs."""
     folder = tmp_path_factory.mktemp("crops")
     photos = tmp_path_factory.mktemp("photos")
     for i in range(3):
@@ -40,7 +39,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 @pytest.fixture(scope="module")
 def batches(setting: Setting) -> Batches:
-    """The first batch of each way; that of torch from a process of its own, since it forks."""
+    """The first batch of each way; torch's comes from a process of its own, because it forks."""
     return {
         name: loader._in_child(loader.first_batch, way, setting)
         if name == TORCH_PNG
@@ -55,7 +54,7 @@ def tried(setting: Setting) -> Batches:
 
 
 def place(crop: np.ndarray, images: list[np.ndarray]) -> tuple[int, int, int, int] | None:
-    """(Image, top, left, which symmetry) that an HWC crop was cut at."""
+    """Return (image, top, left, symmetry) of an HWC crop."""
     side = crop.shape[0]
     for symmetry in range(8):
         turned = np.rot90(crop, symmetry % 4)
@@ -91,8 +90,8 @@ def test_all_ways_deliver_the_same_shapes_and_the_cubic_of_their_hr(
     loader.check(tried, OPERATORS, setting)
 
 
-def test_nothing_of_dalis_is_left_when_a_way_has_ended(setting: Setting) -> None:
-    """Its threads would be alive when the child ends, which aborts it now and then."""
+def test_no_dali_pipeline_is_left_when_a_way_has_ended(setting: Setting) -> None:
+    """Its threads would still run when the child exits, which occasionally aborts it."""
 
     def pipelines() -> int:
         return sum(type(kept) is Pipeline for kept in gc.get_objects())
@@ -109,7 +108,7 @@ def test_nothing_of_dalis_is_left_when_a_way_has_ended(setting: Setting) -> None
 
 
 @pytest.mark.parametrize("spoil", ["shape", "levels", "bytes", "host"])
-def test_the_check_refuses_what_is_not_comparable(
+def test_the_check_rejects_batches_that_are_not_comparable(
     setting: Setting, batches: Batches, spoil: str
 ) -> None:
     spoiled = {name: [array.copy() for array in batch] for name, batch in batches.items()}
@@ -157,7 +156,7 @@ def test_torch_pairs_lie_at_the_same_place(setting: Setting, batches: Batches) -
         assert high == (low[0], 2 * low[1], 2 * low[2], low[3])
 
 
-def test_what_was_tried_changes_the_cost_and_not_the_pixels(tried: Batches) -> None:
+def test_the_variants_change_the_cost_and_not_the_pixels(tried: Batches) -> None:
     for name in (
         "files mapped, the maps kept",
         "files mapped anew",
@@ -178,9 +177,8 @@ def test_what_was_tried_changes_the_cost_and_not_the_pixels(tried: Batches) -> N
         ("... of CHW, after the transpose", "LR without the margin"),
     ):
         np.testing.assert_array_equal(tried[name][0], tried[twin][0])
-        assert (
-            abs(tried[name][1].astype(int) - tried[twin][1]).max() <= 1
-        )  # the order of the two passes is another
+        # The two passes are in another order.
+        assert abs(tried[name][1].astype(int) - tried[twin][1]).max() <= 1
 
 
 def _burn(pipe: Connection) -> None:
@@ -197,9 +195,8 @@ def test_the_cpu_time_of_children_counts_while_they_run() -> None:
     child = context.Process(target=_burn, args=(there,))
     child.start()
     assert here.recv() == "done"
-    assert (
-        loader._cpu_seconds() - time.process_time() - before > 0.27
-    )  # the kernel's clock ticks every 10 ms
+    # Not 0.3: the kernel's clock ticks every 10 ms.
+    assert loader._cpu_seconds() - time.process_time() - before > 0.27
     here.send("end")
     child.join()
     assert loader._cpu_seconds() - time.process_time() - before > 0.27
@@ -229,11 +226,11 @@ def test_too_small_photographs_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"scale": 3}, "--scale 3: must be 2, 4 or 8"),
+        ({"scale": 3}, "--scale 3 must be 2, 4 or 8"),
         ({"batch": 0}, "--batch must be at least 1"),
         (
             {"only": ("nothing",)},
-            "--only nothing: no way has that in its name; there are: this loader, npy, ",
+            "--only nothing: no way has such a name; choose from this loader, npy, ",
         ),
     ],
 )

@@ -1,5 +1,4 @@
-"""Training beside others' loops: who takes part is checked first, and each is run, stopped and
-counted."""
+"""benchmarks/peers.py: options are checked first, and loops are run in turns and ended."""
 
 from __future__ import annotations
 
@@ -20,11 +19,15 @@ from pipeline.cli import UserError
     [
         (
             {"ways": "ours,theirs"},
-            "--ways: 'theirs' is none of ours, ours2, basicsr, plain, ancestor, ddp, lightning",
+            "--ways: unknown 'theirs'; choose from ours, ours2, basicsr, plain, ancestor, ddp, "
+            "lightning",
         ),
-        ({"network": "vaspr"}, "--network 'vaspr' is none of vapsr, msrresnet, compact, rrdbnet"),
+        (
+            {"network": "vaspr"},
+            "--network: unknown 'vaspr'; choose from vapsr, msrresnet, compact, rrdbnet",
+        ),
         ({"crop": 90}, "--crop a multiple of 4 up to 480"),
-        ({"ways": "basicsr"}, "basicsr takes part with --basicsr-python"),
+        ({"ways": "basicsr"}, "basicsr needs --basicsr-python"),
         ({"photos": ()}, "no photographs"),
     ],
 )
@@ -34,7 +37,7 @@ def test_bad_options_are_refused(change: dict, message: str) -> None:
 
 
 def test_basicsrs_networks_are_this_projects() -> None:
-    """But for VapSR, which it lacks; the same sizes, or the comparison would be of networks."""
+    """Except for VapSR, which it lacks. Other sizes would compare networks instead of loops."""
     assert NETWORKS.keys() - IN_BASICSR.keys() == {"vapsr"}
     assert IN_BASICSR["rrdbnet"]["num_block"] == NETWORKS["rrdbnet"]["num_blocks"]
 

@@ -1,5 +1,4 @@
-"""The benchmark of a training step: what it refuses, what it concludes from figures, and one real
-case."""
+"""benchmarks/train_step.py: its errors, its conclusions from figures, and one real case."""
 
 from __future__ import annotations
 
@@ -48,10 +47,10 @@ ROW = {
             "bound by the loader (33% of the step)",
         ),
         ({"parts": {"communication": 0.1, "backward": 0.2}}, "bound by communication (33%)"),
-        ({"device": "cuda", "calls": 50_000}, "bound by launches (50000 of them)"),
+        ({"device": "cuda", "calls": 50_000}, "bound by kernel launches (50000)"),
     ],
 )
-def test_what_bounds_a_step_follows_from_its_figures(changes: dict, words: str) -> None:
+def test_the_verdict_follows_from_the_figures(changes: dict, words: str) -> None:
     assert verdict(ROW | changes).startswith(words)
 
 
@@ -60,8 +59,7 @@ def test_the_table_compares_with_the_better_bare_loop() -> None:
     row = report({Case("vapsr_x4", "eager", "fp32", "auto", 8): ROW}).splitlines()[4]
     assert row == (
         "| vapsr_x4 | 8 | fp32, eager, channels_last, native | 300 | 26.7 | 0.980 | 2.00 | 768 | "
-        "5.0 | "
-        "200, 150 | 1.5 |"
+        "5.0 | 200, 150 | 1.5 |"
     )
 
 
@@ -70,11 +68,11 @@ def test_the_table_compares_with_the_better_bare_loop() -> None:
     [
         (Options(networks=("vapsr",)), "--networks vapsr: choose from vapsr_x2, "),
         (Options(batches=(0,)), "must be above 0"),
-        (Options(precisions=("fp16",)), "fp16 is for GPUs"),
-        (Options(ways=("reduce-overhead",)), "reduce-overhead is for GPUs"),
+        (Options(precisions=("fp16",)), "fp16 needs a GPU"),
+        (Options(ways=("reduce-overhead",)), "reduce-overhead needs a GPU"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: Options, message: str) -> None:
+def test_bad_options_are_refused(options: Options, message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(options)
 
@@ -107,7 +105,7 @@ def test_a_case_is_a_real_run(tmp_path: Path, monkeypatch, capsys) -> None:
         "parts"
     ].keys()
     assert set(row["ours_in_parts_of_bare"]) == {"channels_last", "contiguous"}
-    # The first layer: 3 -> 8 channels, 3x3, 2 images of 16x16. It is counted once forward, once for
-    # its weights.
+    # The first layer: 3 -> 8 channels, 3x3, 2 images of 16x16; counted in the forward pass and for
+    # the gradient of its weights.
     assert row["macs"] > 2 * 2 * 16 * 16 * 8 * 27
     assert "| vapsr_x2 | 2 | fp32, eager, channels_last, torch |" in capsys.readouterr().out
