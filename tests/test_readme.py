@@ -135,3 +135,37 @@ def test_the_cheat_sheet_names_real_flags_of_all_commands() -> None:
         if any(isinstance(node, ast.If) for node in ast.parse(path.read_text()).body[-1:])
     }
     assert scripts <= listed
+
+
+def strings_of(path: Path) -> list[str]:
+    """The texts in a source file; in f-strings a zero byte stands for each value."""
+    if path.suffix == ".sh":
+        return path.read_text().splitlines()
+
+    def flat(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(flat, node.values))
+        return node.value if isinstance(getattr(node, "value", None), str) else "\0"
+
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [flat(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+
+
+def test_the_messages_in_troubleshooting_are_real() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `(.+?)`[^|]*\| .+ \| .+ \|$", page, re.MULTILINE)
+    assert len(messages) == len(re.findall(r"^\| `", page, re.MULTILINE)) > 50
+    paths = [
+        path for name in ("pipeline", "tools", "launch") for path in (ROOT / name).rglob("*.py")
+    ]
+    texts = "\n".join(
+        text.replace("\n", " ")
+        for path in [*paths, *ROOT.glob("*.py"), ROOT / "launch" / "bootstrap.sh"]
+        for text in strings_of(path)
+    ).replace("`", "")
+    unknown = [
+        message
+        for message in messages
+        if not re.search(".*".join(map(re.escape, re.split(r"\s*…\s*", message))), texts)
+    ]
+    assert unknown == []
