@@ -126,14 +126,12 @@ def test_the_cheat_sheet_names_real_flags_of_all_commands() -> None:
     cutters = set(re.findall(r"--[a-z-]+", page.partition("All cutters take")[2].partition("|")[0]))
     for name in ("images", "video", "imagenet", "pairs"):
         assert cutters <= flags_of(f"tools/{name}_to_data.py")
-    scripts = {path.name for path in ROOT.glob("*.py")} | {
-        f"./{path.name}" for path in ROOT.glob("*.sh")
-    }
-    scripts |= {
-        f"tools/{path.name}"
-        for path in (ROOT / "tools").glob("*.py")
+    scripts = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
         if any(isinstance(node, ast.If) for node in ast.parse(path.read_text()).body[-1:])
     }
+    scripts |= {f"./{path.name}" for path in ROOT.glob("*.sh")}
     assert scripts <= listed
 
 
