@@ -83,10 +83,10 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
 
 
 def num_gpus() -> int:
-    """GPUs (or MIG devices) that torch can use here. Torch, which takes seconds, is asked only
-    where there may be one.
+    """Return the number of GPUs (or MIG devices) that torch can use here.
 
-    `UserError` where the machine has GPUs that torch cannot use, unless the CPU is insisted on.
+    Imports torch, which takes seconds, only if there may be a GPU. Raises `UserError` if the
+    machine has GPUs that torch cannot use, unless the user has chosen the CPU.
     """
     return count_gpus()
 

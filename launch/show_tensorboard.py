@@ -1,4 +1,4 @@
-"""TensorBoard of all runs below a folder, without its notes to its own developers."""
+"""Show the runs below a folder in TensorBoard, without its notes for its own developers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.cli import UserError
 from pipeline.run_folder import RUNS_DIR
 
 IMAGES = 200
-"""Pictures that TensorBoard keeps of each tag."""
+"""Number of pictures that TensorBoard keeps per tag."""
 USAGE = """\
 usage: {prog} [LOG_DIR] [OPTIONS]
 
@@ -29,7 +29,7 @@ _NOISE = re.compile(
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until CTRL+C. `UserError` where there is nothing to show."""
+    """Serve until CTRL+C. `UserError` if there is nothing to show."""
     prog = os.environ.get("VASTSCALE_COMMAND", Path(sys.argv[0]).name)
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE.format(prog=prog))
@@ -77,7 +77,7 @@ def _tensorboard(arguments: list[str]) -> int:
 
 
 class _WithoutNoise:
-    """A stream for text that drops whole lines which help nobody here."""
+    """A text stream that drops the lines that match `_NOISE`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -103,6 +103,8 @@ class Guard:
             ]
             status = await asyncio.to_thread(child.wait)
             self._ended = time.monotonic()
+            # The last output may still be in the pipes. Do not wait for their end: a process that
+            # the child left behind can hold them open for as long as it lives.
             await asyncio.to_thread(_join, copies, LAST_WORDS_SECONDS)
             self._signal(signal.SIGKILL)  # any processes that the child has left behind
             await asyncio.to_thread(_join, copies, 1)

@@ -157,6 +157,7 @@ class Supervisor:
 
     def _is_over(self) -> bool:
         if all(rank.has_ended for rank in self._ranks):
+            # After a failure, wait a moment for exit statuses: one may show the cause.
             return (
                 self._failed_at is None
                 or time.monotonic() > self._failed_at + TOGETHER_SECONDS
@@ -308,6 +309,7 @@ class Supervisor:
         A rank that failed because it lost a peer, or because it was told to stop, is not the cause.
         """
         if self._failed_at is None:
+            # No rank failed, but after CTRL+C one may have been killed because it was too slow.
             late = [rank for rank in self._ranks if rank.is_overdue or not rank.has_ended]
             if late:
                 self.failure = Failure(
@@ -320,6 +322,8 @@ class Supervisor:
             (rank for rank in self._ranks if rank.has_ended and rank.status != 0),
             key=lambda rank: rank.ended,
         )
+        # The order of almost simultaneous failures says little: a rank that lost a peer may end
+        # before the peer whose error started it all. Later failures are consequences.
         first = [
             rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS
         ] or failed
@@ -381,6 +385,7 @@ class Supervisor:
         by us."""
         if rank.is_overdue:
             return False
+        # SIGTERM is a cause only if it came before the supervisor stopped the ranks with it.
         if rank.status == 128 + signal.SIGTERM:
             return (
                 self._failed_at is not None
@@ -389,9 +394,8 @@ class Supervisor:
             )
         if rank.status is None:
             return True
-        if (
-            _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT
-        ):  # NCCL aborts where a peer is gone
+        # Other signals are causes. SIGABRT need not be one: NCCL aborts a rank that lost a peer.
+        if _is_signal(rank.status) and rank.status != 128 + signal.SIGABRT:
             return True
         return bool(rank.tail.strip()) and not _LOST_PEER.search(rank.tail[-4000:])
 

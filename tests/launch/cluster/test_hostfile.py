@@ -490,7 +490,7 @@ class Remote:
         self.python.write_text(TELL)
         self.python.chmod(0o755)
 
-    def told(self) -> list[str]:
+    def words(self) -> list[str]:
         """Return the words with which it was started."""
         return Path(f"{self.python}.said").read_bytes().decode().split("\0")[:-1]
 
@@ -556,7 +556,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(
             [shell, "-c", line], capture_output=True, text=True, timeout=20, check=False
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        *words, word = remote.told()
+        *words, word = remote.words()
         assert words[-1].endswith("/launch/cluster/guard.py")
         assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
     # A rank's task never passes through a shell: it is sent over the guard's connection as JSON.
@@ -639,7 +639,7 @@ def test_nothing_in_the_launchers_environment_runs(tmp_path: Path, canary: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert messages.unpack(remote.told()[-1]) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
+    assert messages.unpack(remote.words()[-1]) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
     assert sent.task["arguments"] == payloads
     assert sent.task["environment"] == {"A": hostile}
     assert not canary.exists()
@@ -666,9 +666,9 @@ def test_deepspeed_reads_the_slots_that_were_chosen(tmp_path: Path, slots: dict)
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     command = ClusterJob(slots, "10.0.0.1", 1, (), {}, "/", tmp_path).command(tmp_path, "word")
-    told = {option: command[command.index(option) + 1] for option in ("--hostfile", "--include")}
-    pool = fetch_hostfile(told["--hostfile"])
-    found = parse_inclusion_exclusion(pool, told["--include"], "")
+    chosen = {option: command[command.index(option) + 1] for option in ("--hostfile", "--include")}
+    pool = fetch_hostfile(chosen["--hostfile"])
+    found = parse_inclusion_exclusion(pool, chosen["--include"], "")
     assert {host: tuple(numbers) for host, numbers in found.items()} == slots
     assert list(found) == list(slots)
 

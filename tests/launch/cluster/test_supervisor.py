@@ -234,10 +234,10 @@ class Run:
         assert self.process is not None
         assert self.process.wait(seconds) == 0, self.printed("stderr")
         self.assert_nothing_left()
-        told = json.loads(self.read("outcome"))
-        failure = told["failure"] or {"cause": "", "tail": "", "status": 0}
+        outcome = json.loads(self.read("outcome"))
+        failure = outcome["failure"] or {"cause": "", "tail": "", "status": 0}
         return JobOutcome(
-            told["stopped_by"],
+            outcome["stopped_by"],
             **failure,
             stdout=self.printed("stdout"),
             stderr=self.printed("stderr"),
@@ -539,10 +539,10 @@ while not os.path.exists("go"):
 
 
 def heard(connection: socket.socket) -> messages.Message:
-    """Return the supervisor's next message that is neither a beat nor a task; None if it has closed
+    """Return the supervisor's next message that is neither a beat nor a task; {} if it has closed
     the connection."""
-    told = (json.loads(line) for line in connection.makefile())
-    return next((message for message in told if not message.keys() & {"beat", "task"}), {})
+    received = (json.loads(line) for line in connection.makefile())
+    return next((message for message in received if not message.keys() & {"beat", "task"}), {})
 
 
 def test_a_guard_that_vanishes_is_named(run: Run) -> None:

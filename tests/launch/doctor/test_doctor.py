@@ -636,9 +636,9 @@ case "$1" in
         ;;
 esac
 """)
-    told = probe.probe_gpus()
-    assert told["complaint"] == ""
-    assert [(one["name"], one["slowed_by"]) for one in told["gpus"]] == [
+    facts = probe.probe_gpus()
+    assert facts["complaint"] == ""
+    assert [(one["name"], one["slowed_by"]) for one in facts["gpus"]] == [
         ("Tesla V100", ["heat (hardware)"])
     ]
     asked = Path(f"{smi}.asked").read_text().split()
@@ -695,10 +695,10 @@ def test_more_ranks_and_more_bytes_take_longer(ranks: int, num_bytes: int, more:
 
 
 def test_a_prediction_covers_both_precisions() -> None:
-    told = prediction(NETWORK, 8, 1_000_000, 0.01).splitlines()
-    assert told[0].startswith("prediction for 8 ranks and 1,000,000 parameters")
+    lines = prediction(NETWORK, 8, 1_000_000, 0.01).splitlines()
+    assert lines[0].startswith("prediction for 8 ranks and 1,000,000 parameters")
     half = 2 * 7 / 8 * 2e6 / 6e9 + 14e-5
-    assert told[1].split() == [
+    assert lines[1].split() == [
         "FP16/BF16",
         "gradients",
         f"{half * 1e3:.3g}",
@@ -720,7 +720,7 @@ def test_a_prediction_covers_both_precisions() -> None:
         "for",
         "90%",
     ]
-    assert "FP32" in told[2]
+    assert "FP32" in lines[2]
     assert " at " not in prediction(NETWORK, 8, 1_000_000, None).replace("at least", "")
 
 
@@ -808,13 +808,13 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
         "",
         "2 hosts, 3 ranks, 1.2 s: 1 failed, 1 warnings",
     ]
-    told = json.loads(json.dumps(whole.as_json()))
-    assert (told["ok"], told["slots"], told["master_address"]) == (
+    content = json.loads(json.dumps(whole.as_json()))
+    assert (content["ok"], content["slots"], content["master_address"]) == (
         False,
         {"node1": [0, 1], "node2": [0]},
         "10.0.0.1",
     )
-    assert told["findings"][2] == {
+    assert content["findings"][2] == {
         "host": "node2",
         "check": "disk",
         "verdict": "FAIL",
@@ -822,8 +822,8 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
         "told": "full",
         "advice": "repair it",
     }
-    assert told["all_reduce"]["bus_bandwidth"] == pytest.approx(6e9)
-    assert told["interfaces"] == {"node1": "eth0"}
+    assert content["all_reduce"]["bus_bandwidth"] == pytest.approx(6e9)
+    assert content["interfaces"] == {"node1": "eth0"}
 
 
 # --- ssh ---
@@ -1202,17 +1202,17 @@ def test_a_dataset_is_checked(tmp_path: Path, dataset: Path) -> None:
 
 
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
-    told = probe.probe_dataset(str(tmp_path / "none"))
-    assert {own["complaint"] for own in told["lists"].values()} == {"No such file or directory"}
-    assert (told["files"], told["missing"], told["sample"]) == (0, 0, {})
+    facts = probe.probe_dataset(str(tmp_path / "none"))
+    assert {own["complaint"] for own in facts["lists"].values()} == {"No such file or directory"}
+    assert (facts["files"], facts["missing"], facts["sample"]) == (0, 0, {})
 
 
 def test_a_slow_disk_is_checked_only_in_part(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "LOOK_SECONDS", -1)
-    told = probe.probe_dataset(str(dataset))
-    assert (told["files"], told["checked"], told["sample"]) == (13, 0, {})
+    facts = probe.probe_dataset(str(dataset))
+    assert (facts["files"], facts["checked"], facts["sample"]) == (13, 0, {})
 
 
 # --- The network ---
