@@ -43,6 +43,8 @@ MODULES = (
     "deepspeed.launcher.launch",
     "torch.distributed.run",
     "launch.doctor",
+    "launch.selfcheck",
+    "launch.selfcheck.child",
     "pipeline.models.info",
 )
 """Modules that `-m` may run in a fork."""
