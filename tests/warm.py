@@ -42,6 +42,7 @@ MODULES = (
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
     "torch.distributed.run",
+    "accelerate.commands.launch",
     "launch.doctor",
     "launch.selfcheck",
     "launch.selfcheck.child",

@@ -20,6 +20,7 @@ from pipeline.engine.engine import why_not_compiled
 from pipeline.models import native
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
+FEW_KERNELS = "generator={name: compact, num_features: 8, num_conv: 1}"  # quick to compile
 GAN = (
     "adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}, labels: {noise: 0.1, "
     "flip: 0.1}, "
@@ -79,7 +80,7 @@ def test_resume_is_exact(dataset: Path, tmp_path: Path, procs: int, extra: tuple
 
 @pytest.mark.parametrize(
     ("procs", "extra"),
-    [(2, ()), (1, ("compile=on", "channels_last=auto"))],
+    [(2, ()), (1, ("compile=on", "channels_last=auto", FEW_KERNELS))],
     ids=["launcher-2", "compiled"],
 )
 def test_resume_is_exact_by_the_command(
