@@ -28,8 +28,8 @@ MARK = "vastscale-answer:"
 MOST_CHARACTERS = 4 << 20  # of an answer
 
 _START = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; import json; parcel = "
-    "json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])"
+    "import sys; sys.path[:] = [path for path in sys.path if path]; import json; "
+    "parcel = json.loads(sys.stdin.buffer.readline()); exec(parcel['start'])"
 )
 """Removes the login shell's folder from sys.path: files there must not be imported as modules."""
 _UNPACK = """
@@ -47,7 +47,7 @@ _CHOOSE = (
 
 
 @dataclass(frozen=True)
-class Done:
+class CommandResult:
     """The result of a command on one host."""
 
     host: str
@@ -63,13 +63,13 @@ class Done:
 
 def run_on(
     hosts: Iterable[str], command: Sequence[str], *, timeout: float, stdin: str = ""
-) -> dict[str, Done]:
+) -> dict[str, CommandResult]:
     """Run `command` on all hosts at once.
 
     The status of a host that does not answer is 255 or, after `timeout` seconds, 124.
     """
 
-    def run(host: str) -> Done:
+    def run(host: str) -> CommandResult:
         try:
             done = subprocess.run(
                 ssh(host, command),
@@ -81,8 +81,8 @@ def run_on(
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Done(host, 124, "", f"no answer within {timeout:.0f} s")
-        return Done(host, done.returncode, done.stdout, done.stderr)
+            return CommandResult(host, 124, "", f"no answer within {timeout:.0f} s")
+        return CommandResult(host, done.returncode, done.stdout, done.stderr)
 
     hosts = list(hosts)
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cluster.remote import Done
+from launch.cluster.remote import CommandResult
 from launch.doctor.findings import FAIL, PASS, WARN, Finding
 from pipeline.installation import INSTALLED, as_typed
 
@@ -548,7 +548,7 @@ def _dataset(pair: Comparison, own: dict[str, Any], first: dict[str, Any]) -> Fi
 # --- ssh ---
 
 
-def explain(done: Done) -> tuple[str, str]:
+def explain(done: CommandResult) -> tuple[str, str]:
     """Return (what is wrong in a few words, what to do) for an ssh that failed.
 
     Its status is 255, or 124 if it took too long.

@@ -188,7 +188,7 @@ def test_an_output_folder_that_cannot_be_made_starts_nothing(dataset: Path, tmp_
     assert "hosts/run" in done.stderr
 
 
-# --- Command lines taken apart ---
+# --- Parsing the command line ---
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_overrides_come_after_options_and_flags_take_no_value(
     assert overrides_last(arguments, ("--reset", "--elastic", "--no-doctor")) == sorted_out
 
 
-# --- What a restart goes on with ---
+# --- Restarts ---
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

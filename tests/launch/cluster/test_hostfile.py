@@ -433,7 +433,7 @@ def test_ranks_get_only_the_shell_variables_that_they_need(tmp_path: Path) -> No
     }
 
 
-# --- Arguments on their way to other hosts ---
+# --- Arguments that are sent to other hosts ---
 
 ARGUMENTS = [
     "--dataset-dir=/data;touch${IFS}CANARY",

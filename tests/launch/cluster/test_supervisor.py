@@ -282,7 +282,7 @@ def run(checkout: Path, tmp_path: Path) -> Iterator[Run]:
         made.process.wait()
 
 
-# --- What a rank is given, and what is heard of it ---
+# --- Tasks and output of ranks ---
 
 
 def test_a_job_that_ends_well(run: Run) -> None:
@@ -343,7 +343,7 @@ def test_processes_left_by_a_rank_are_killed(run: Run) -> None:
     assert run.pid("train-left")
 
 
-# --- A rank fails ---
+# --- Failures of ranks ---
 
 
 def test_a_rank_that_raises_ends_the_others(run: Run) -> None:
@@ -472,7 +472,7 @@ def test_a_rank_that_does_not_save_in_time_is_named(run: Run) -> None:
     assert outcome.cause == "rank 1 on there did not end within 0 s and was killed"
 
 
-# --- Strangers ---
+# --- Connections that are not from ranks ---
 
 
 def hello(rank: int) -> bytes:
@@ -529,7 +529,7 @@ def test_strangers_are_not_taken_for_ranks(run: Run) -> None:
     assert outcome == JobOutcome(0, "", "", 0, "well\n", "")
 
 
-# --- Guards and launchers that go ---
+# --- Lost guards and launchers ---
 
 NO_GUARDS = """
 import os, time
@@ -766,7 +766,7 @@ def test_a_log_that_cannot_be_written_is_the_cause(run: Run) -> None:
     assert str(run.folder / "file" / "logs") in outcome.cause + outcome.tail
 
 
-# --- What they say to each other ---
+# --- Messages ---
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from launch.cluster import remote
-from launch.cluster.remote import Done, run_on, ssh
+from launch.cluster.remote import CommandResult, run_on, ssh
 from launch.doctor import checks, diagnose, probe, reach
 from launch.doctor.checks import GIB, Comparison, clock, clock_skew, datasets, explain, gpus
 from launch.doctor.diagnosis import ROWS, Diagnosis
@@ -44,7 +44,7 @@ from pipeline.distributed.launcher import own_addresses
 
 PYTHON = "/work/main/.venv/bin/python"
 
-# --- What facts mean ---
+# --- Checks ---
 
 
 def gpu(index: int, **changes: Any) -> dict[str, Any]:
@@ -662,7 +662,7 @@ def test_a_driver_that_fails_is_reported(smi: Path, monkeypatch: pytest.MonkeyPa
     assert probe.probe_gpus()["complaint"] == "nvidia-smi did not answer within 0.2 s"
 
 
-# --- What the network costs ---
+# --- Prediction ---
 
 NETWORK = Network(4, "NCCL", {4: 60e-6, 1_000_000: 1e-3, 64_000_000: 0.016})
 """At 64 MB: 2 * 3/4 * 64e6 / 0.016 = 6e9 bytes/s. Latency of one step: 60e-6 / 6 = 1e-5 s."""
@@ -926,7 +926,7 @@ SSH_SAYS = [
 def test_what_ssh_says_is_explained(stderr: str, cause: str, remedy: str) -> None:
     banner = "** This machine belongs to the laboratory. **\n"
     for said in (stderr, banner + stderr) if stderr else ("",):
-        explained = explain(Done("node2", 255, "", said + "\n"))
+        explained = explain(CommandResult("node2", 255, "", said + "\n"))
         assert explained[0] == cause
         assert remedy in explained[1]
         assert "{" not in explained[1]
@@ -934,7 +934,7 @@ def test_what_ssh_says_is_explained(stderr: str, cause: str, remedy: str) -> Non
 
 def test_a_key_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    done = Done("node2", 255, "", "root@node2: Permission denied (publickey).")
+    done = CommandResult("node2", 255, "", "root@node2: Permission denied (publickey).")
     assert explain(done)[1] == "`ssh-keygen -t ed25519 -N ''`, then `ssh-copy-id node2`"
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "id_ed25519").touch()
@@ -942,7 +942,7 @@ def test_a_key_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_slow_host_is_not_a_network_error() -> None:
-    cause, remedy = explain(Done("node2", 124, "", "no answer within 30 s"))
+    cause, remedy = explain(CommandResult("node2", 124, "", "no answer within 30 s"))
     assert cause == "too slow"
     assert remedy == (
         "no answer within 30 s; look for a disk that hangs (`ssh node2 df`) or a slow login "
@@ -977,7 +977,9 @@ def test_a_command_arrives_word_by_word() -> None:
     words = ["printf", "%s|", "a b", "$(reboot)", "'; reboot; '", '"', "\\", "*", "~", "", "\n"]
     assert "--" in ssh("node1", words)
     done = run_on(["node1", "closed", "slow"], words, timeout=1.0, stdin="x" * 100_000)
-    assert done["node1"] == Done("node1", 0, "Last login: today\n" + "|".join(words[2:]) + "|", "")
+    assert done["node1"] == CommandResult(
+        "node1", 0, "Last login: today\n" + "|".join(words[2:]) + "|", ""
+    )
     assert (done["closed"].status, done["slow"].status) == (255, 124)
     assert done["closed"].complaint == "ssh: connect to host closed port 22: Connection refused"
     assert done["slow"].complaint == "no answer within 1 s"
@@ -988,7 +990,7 @@ def test_noise_in_another_encoding_does_no_harm() -> None:
     assert run_on(["latin"], ["echo", "well"], timeout=5)["latin"].stdout.endswith("well\n")
 
 
-# --- Programs that travel ---
+# --- Programs sent to other hosts ---
 
 PROBE = "launch.doctor.probe"
 
@@ -1094,7 +1096,7 @@ def test_an_answer_is_found_in_what_was_printed(printed: str, answer: Any) -> No
     assert remote.answer(printed) == answer
 
 
-# --- What is found out of a host ---
+# --- Facts ---
 
 
 def test_the_facts_of_this_machine(tmp_path: Path, dataset: Path) -> None:
@@ -1307,7 +1309,7 @@ def test_an_unreachable_first_host_is_reported() -> None:
     assert answer == {"reached": {}, "refused": {"127.0.0.1": "Connection refused"}}
 
 
-# --- All of it, on this machine under other names ---
+# --- The whole diagnosis, on this machine under several names ---
 
 
 @pytest.mark.usefixtures("fake_ssh")
@@ -1334,7 +1336,7 @@ def test_the_whole_diagnosis(tmp_path: Path, dataset: Path) -> None:
     assert "2 hosts, 2 ranks" in whole.table()
 
 
-# --- The pace of a run ---
+# --- Step time and parameters of a run ---
 
 
 def make_run(folder: Path, *log: str, batch: Any = 64, world_size: Any = 4) -> Path:
