@@ -66,6 +66,7 @@ _NAMES = {
     "launch_distributed_train.sh": "vastscale train --hostfile hostfile",
     "run_tensorboard.sh": "vastscale tensorboard",
     "launch.doctor": "vastscale doctor",
+    "launch/sync.sh": "rsync",  # `launch/sync.sh` copies a checkout
     "pipeline.models.weights import read_network": "vastscale import read_network",
     **{command.script: f"vastscale {name}" for name, command in COMMANDS.items()},
     **{command.script: f"vastscale data {name}" for name, command in DATA_COMMANDS.items()},

@@ -115,6 +115,7 @@ def test_every_script_has_a_command() -> None:
         ("see python\nevaluate.py --hr X", "see vastscale evaluate --hr X"),
         ("with ./launch_local_train.sh --reset", "with vastscale train --reset"),
         ("(python -m launch.doctor)", "(vastscale doctor)"),
+        ("copy it to all hosts with launch/sync.sh", "copy it to all hosts with rsync"),
         ("as images_to_data.py does", "as vastscale data images does"),
         ("/home/me/evaluate.py and my_evaluate.py", "/home/me/evaluate.py and my_evaluate.py"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
+from pipeline.installation import as_typed
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
 from tools.dataset.rejects import MEANINGS, FileList, Rejects
 from tools.dataset.sampling import Histogram, Tally
@@ -68,6 +69,7 @@ def render(statistics: Statistics, views: list[View], plain: PlainImages) -> byt
         **_photos(statistics),
         **_rejects(statistics),
         **_lists(statistics),
+        "command": as_typed("tools/dataset_report.py"),
     }
     return environment.get_template("page.html.j2").render(context).encode("utf-8")
 
