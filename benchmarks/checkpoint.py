@@ -30,7 +30,7 @@ CONFIG = {
 }
 IN_STEP, IN_BACKGROUND, PLAIN = (
     "written in the step",
-    "copied, written beside",
+    "copied, written in the background",
     "torch.save, no hash, no flush",
 )
 
@@ -39,9 +39,9 @@ IN_STEP, IN_BACKGROUND, PLAIN = (
 class Options:
     """Save a network with its EMA weights and Adam's moments repeatedly, in three ways.
 
-    Written in the step: training waits for the whole commit. Copied, written beside: training waits
-    only for the copy to host memory. The third way is what many trainers do: one torch.save of
-    weights, EMA weights and moments.
+    Written in the step: training waits for the whole commit. Copied, written in the background: it
+    waits only for the copy to host memory. The third way is what many trainers do: one torch.save
+    of weights, EMA weights and moments.
 
     Example: python benchmarks/checkpoint.py --network rrdbnet num_blocks=23
     """

@@ -399,14 +399,14 @@ def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
         (OURS_PNG, DALI_PNG),
         (OURS_PNG, TORCH_PNG),
     ):
-        for kind, rate in (("a second", "wall_rate"), ("a core-second", "core_rate")):
+        for kind, rate in (("per second", "wall_rate"), ("per core-second", "core_rate")):
             print(
-                f"images {kind:14}{name} / {other}: "
+                f"images {kind:16}{name} / {other}: "
                 f"{_three(_ratio(costs[name], costs[other], rate))}"
             )
     for other in (DALI_PNG, TORCH_PNG, DALI_NUMPY):
         print(
-            f"CPU an image         {other} / {HOST}: "
+            f"CPU per image          {other} / {HOST}: "
             f"{_three(_ratio(costs[HOST], costs[other], 'core_rate'))}"
         )
 

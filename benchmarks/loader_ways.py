@@ -501,7 +501,7 @@ OPERATORS = {
     "LR without antialiasing": Way(partial(variant, antialias=False), is_cubic=False),
     "without LR": Way(partial(variant, margin="none", lr="none")),
     "files mapped, the maps kept": Way(partial(variant, read="kept maps")),
-    "files mapped anew": Way(partial(variant, read="new maps")),
+    "files mapped again": Way(partial(variant, read="new maps")),
     "np.load of whole files": Way(partial(variant, read="whole files")),
     "prefetch 1": Way(partial(ours, prefetch=1)),
     "one thread": Way(_with_one_thread),

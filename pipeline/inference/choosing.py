@@ -107,15 +107,15 @@ def choose_backend(
 def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
     if missing := kind.missing(to_convert=to_convert):
         raise UserError(
-            f"--backend {kind.name} needs a package that is not installed; do: pip install "
-            f"{missing}, or leave --backend out"
+            f"--backend {kind.name} needs a package that is not installed; run: pip install "
+            f"{missing}, or omit --backend"
         )
 
 
 def _by_torch(original: Original, why: str = "") -> Chosen:
     import torch
 
-    title = f"{original.device} by PyTorch {'.'.join(torch.__version__.split('.')[:2])}"
+    title = f"{original.device} with PyTorch {'.'.join(torch.__version__.split('.')[:2])}"
     return _chosen(original, original.backend, f"{title}{why and f' ({why})'}")
 
 
@@ -136,9 +136,7 @@ def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
         _announce(original, [kind])
         verdict = conversion.judge(kind)
     if verdict.reason:
-        raise UserError(
-            f"--backend {kind.name} cannot be used: {verdict.reason}; leave --backend out"
-        )
+        raise UserError(f"--backend {kind.name} cannot be used: {verdict.reason}; omit --backend")
     return _by_conversion(conversion, kind, "")
 
 
@@ -147,7 +145,7 @@ def _fastest(original: Original, work: PixelCount) -> Chosen:
     kinds = [kind for kind in FILE_BACKENDS.values() if not kind.missing(to_convert=True)]
     if not kinds:
         lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in FILE_BACKENDS.values())
-        return _by_torch(original, f"other back-ends need {' or '.join(lacking)}, not installed")
+        return _by_torch(original, f"other backends need {' or '.join(lacking)}, not installed")
     conversion = ConversionCache(original)
     verdicts = {kind: conversion.verdict(kind) for kind in kinds}
     unknown = [kind for kind, verdict in verdicts.items() if verdict is None]
@@ -199,15 +197,11 @@ def _titles(kinds: Sequence[BackendKind]) -> str:
 def _by_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> Chosen:
     title = conversion.title(kind)
     folder = short_path(cache_folder())
-    where = (
-        f"kept in {folder}"
-        if conversion.is_kept
-        else f"for this time only: {folder} cannot be written"
-    )
+    where = f"kept in {folder}" if conversion.is_kept else f"not kept: {folder} cannot be written"
     return _chosen(
         conversion.original,
         conversion.backend(kind),
-        f"{conversion.device} by {title} (converted, {where}{why})",
+        f"{conversion.device} with {title} (converted, {where}{why})",
     )
 
 
@@ -235,12 +229,12 @@ def _of_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
     number = "fp16" if file.dtype == np.float16 else "fp32"
     backend = FileBackend(lambda _: file, facts, device, lambda _: number, number, measured)
     name = file.metadata.get("architecture", "network")
-    note = "; bytes: of 16-bit pictures it sees 8" if file.dtype == np.uint8 else ""
+    note = "; uint8: of 16-bit pictures it sees 8 bits" if file.dtype == np.uint8 else ""
     return Chosen(
         path,
         f"{name} x{facts.scale}",
         backend,
-        f"{device} by {file.title} (the file as it is{note})",
+        f"{device} with {file.title} (file used unchanged{note})",
         measured,
     )
 

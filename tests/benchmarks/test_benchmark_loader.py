@@ -159,7 +159,7 @@ def test_torch_pairs_lie_at_the_same_place(setting: Setting, batches: Batches) -
 def test_the_variants_change_the_cost_and_not_the_pixels(tried: Batches) -> None:
     for name in (
         "files mapped, the maps kept",
-        "files mapped anew",
+        "files mapped again",
         "np.load of whole files",
         "HR turned by DALI",
         "... and cut out by DALI",

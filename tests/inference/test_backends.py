@@ -152,7 +152,8 @@ def test_every_backend_makes_the_images_of_pytorch(
     assert_near(found, expected)
     title = FILE_BACKENDS[backend].title
     assert re.search(
-        rf"\(vapsr x2\) on cpu by {title} [\d.]+ \(converted, kept in .*converted\); 4 files", told
+        rf"\(vapsr x2\) on cpu with {title} [\d.]+ \(converted, kept in .*converted\); 4 files",
+        told,
     )
 
 
@@ -189,7 +190,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(work, expected, capsys, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
     found, told = upscaled(capsys, work, tmp_path / "out", "--backend", "onnx")
     assert_near(found, expected)
-    assert "(converted, for this time only: " in told
+    assert "(converted, not kept: " in told
 
 
 def conversion_of(work):
@@ -207,29 +208,33 @@ def judged(conversion, **verdicts):
         (
             Verdict(share=0.5),
             Verdict(share=0.8),
-            r"by OpenVINO [\d.]+ \(converted, kept in .*, 2\.0 times as fast as",
+            r"with OpenVINO [\d.]+ \(converted, kept in .*, 2\.0 times as fast as",
         ),
         (
             Verdict(share=0.9),
             Verdict(share=0.8),
-            r"by ONNX Runtime [\d.]+ \(converted, kept in .*, 1\.2 times as fast as",
+            r"with ONNX Runtime [\d.]+ \(converted, kept in .*, 1\.2 times as fast as",
         ),
-        (Verdict(reason="it broke"), Verdict(share=0.8), r"by ONNX Runtime [\d.]+ \("),
+        (Verdict(reason="it broke"), Verdict(share=0.8), r"with ONNX Runtime [\d.]+ \("),
         (
             Verdict(share=1.1),
             Verdict(share=1.3),
-            r"by PyTorch [\d.]+ \(OpenVINO and ONNX Runtime measured slower here\)",
+            r"with PyTorch [\d.]+ \(OpenVINO and ONNX Runtime measured slower here\)",
         ),
-        (Verdict(reason="it broke"), Verdict(reason="it broke"), r"by PyTorch [\d.]+ \(it broke\)"),
+        (
+            Verdict(reason="it broke"),
+            Verdict(reason="it broke"),
+            r"with PyTorch [\d.]+ \(it broke\)",
+        ),
         (
             None,
             Verdict(share=1.3),
-            r"by PyTorch [\d.]+ \(OpenVINO: conversion would take longer than it saves\)",
+            r"with PyTorch [\d.]+ \(OpenVINO: conversion would take longer than it saves\)",
         ),
         (
             None,
             None,
-            r"by PyTorch [\d.]+ "
+            r"with PyTorch [\d.]+ "
             r"\(OpenVINO and ONNX Runtime: conversion would take longer than it saves\)",
         ),
     ],
@@ -261,7 +266,7 @@ def test_much_work_is_worth_a_conversion_which_measures_both(
         for kind, verdict in zip(FILE_BACKENDS.values(), verdicts, strict=True)
     }
     fastest = min({**shares, "PyTorch": 1.0}.items(), key=lambda item: item[1])[0]
-    assert f"on cpu by {fastest} " in told
+    assert f"on cpu with {fastest} " in told
 
 
 def test_a_runtime_with_other_images_is_refused_and_not_tried_again(
@@ -278,7 +283,7 @@ def test_a_runtime_with_other_images_is_refused_and_not_tried_again(
     found, told = upscaled(capsys, work, tmp_path / "1")
     assert_near(found, expected)
     assert re.search(
-        r"by PyTorch [\d.]+ \(ONNX Runtime [\d.]+ differs from PyTorch on 1 x 64x64: .* dB", told
+        r"with PyTorch [\d.]+ \(ONNX Runtime [\d.]+ differs from PyTorch on 1 x 64x64: .* dB", told
     )
     _, told = upscaled(capsys, work, tmp_path / "2")
     assert "converting" not in told
@@ -321,8 +326,8 @@ def test_a_backend_that_is_not_installed_is_one_line(
     )
     assert (status, err) == (
         2,
-        f"error: --backend {backend} needs a package that is not installed; do: pip install "
-        f"{package}, or leave --backend out\n",
+        f"error: --backend {backend} needs a package that is not installed; run: pip install "
+        f"{package}, or omit --backend\n",
     )
 
 
@@ -330,7 +335,7 @@ def test_pytorch_serves_where_nothing_else_is_installed(work, alone, capsys, tmp
     for package in ("openvino", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
     _, told = upscaled(capsys, work, tmp_path, names=("gray.png",))
-    assert "(other back-ends need openvino or onnxruntime, not installed)" in told
+    assert "(other backends need openvino or onnxruntime, not installed)" in told
 
 
 # Network files
@@ -369,8 +374,8 @@ def test_a_network_file_is_a_model(
         capsys, files, tmp_path / "out", "--backend", backend, "--tile", tile, model=name
     )
     assert_near(found, expected, deep_levels=deep_levels)
-    assert "(the file as it is" in told
-    assert ("bytes: of 16-bit pictures it sees 8" in told) == (name == "bytes.onnx")
+    assert "(file used unchanged" in told
+    assert ("uint8: of 16-bit pictures it sees 8 bits" in told) == (name == "bytes.onnx")
     assert {path.suffix for path in alone.iterdir()} == {
         ".json"
     }  # what was found out; nothing was converted
@@ -482,7 +487,7 @@ def test_what_convert_to_onnx_wrote_upscales(work, expected, capsys, tmp_path):
     )
     assert status == 0
     found, told = upscaled(capsys, work, tmp_path / "out", model=tmp_path / "net.xml", names=NAMES)
-    assert "(vapsr x2) on cpu by OpenVINO" in told
+    assert "(vapsr x2) on cpu with OpenVINO" in told
     assert_near(found, expected, deep_levels=60)  # weights are FP16
     assert os.path.getsize(tmp_path / "net.bin") > 0
 
