@@ -13,8 +13,10 @@ from pipeline import cli
 
 @dataclass(frozen=True)
 class Options:
-    """Convert a network to ONNX, for example: python convert_to_onnx.py --input demo_x2.pth
-    --output demo_x2.onnx"""
+    """Convert a network to ONNX and compare its images with PyTorch's.
+
+    Example: python convert_to_onnx.py --input demo_x2.pth --output demo_x2.onnx
+    """
 
     output: Path
     """The file to write, NAME.onnx. If the comparison fails, it is named NAME.onnx.failed and the

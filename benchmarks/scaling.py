@@ -110,7 +110,8 @@ def _numbers(options: Options, slots: Slots) -> list[int]:
     most = world_size(slots) if slots else environment.num_gpus()
     if most and max(numbers) > most:
         raise UserError(
-            f"--ranks {max(numbers)}: there are only {most} {'slots' if slots else 'GPUs'}"
+            f"--ranks {max(numbers)}: there are only {most} {'slots' if slots else 'GPUs'}; choose "
+            "fewer"
         )
     return numbers
 

@@ -168,7 +168,7 @@ def choose_subject(options: Options) -> Subject:
 
 
 def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Evaluation:
-    """Prepare everything; raise `UserError` for every mistake that shows before the work.
+    """Prepare everything; raise `UserError` for every mistake that can be found before the work.
 
     `subject` is what the starting process has chosen; `None` if this process has to choose.
     """

@@ -229,7 +229,7 @@ def find_benchmark(root: Path, key: str, scale: int) -> ImageSet:
     """Find the benchmark `key` of `PRESETS` under `root`; LR images are made if it has none.
 
     Raises:
-        UserError: it is not there; the message names the folders that were looked for.
+        UserError: there is no such benchmark; the message names the folders that were looked for.
     """
     preset = PRESETS[key]
     if not root.is_dir():

@@ -86,10 +86,9 @@ def most_different(first: Tensor, second: Tensor, side: int) -> tuple[int, int]:
 
 
 def largest_square(values: Tensor, side: int) -> tuple[int, int]:
-    """Return top and left of the `side` x `side` square with the largest mean of a 1 x 1 x H x W
-    map.
+    """Return top and left of the `side` x `side` square with the largest mean of a map.
 
-    It is searched for in steps of an eighth of its side.
+    The map is 1 x 1 x H x W. The square is searched for in steps of an eighth of its side.
     """
     stride = max(1, side // 8)
     means = F.avg_pool2d(values, side, stride)[0, 0]

@@ -41,7 +41,7 @@ MINUTES_TO_MEET = 10
 # The longest wait for another process's last image; a process that has died is noticed at once.
 LONGEST_WAIT = timedelta(days=7)
 SECONDS_BETWEEN_LOOKS = 0.5
-# A process may be seen to have ended this much later than its effect on the others.
+# The end of a process may be noticed this much later than its effect on the others.
 SECONDS_FOR_THE_CAUSE = 3.0
 
 
@@ -308,7 +308,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _outcome(processes: Sequence[subprocess.Popen[bytes] | _Fork]) -> int:
-    """Wait until all have succeeded or one has failed; the latter has printed its message."""
+    """Wait until all have succeeded or one has failed, which has then printed its own message."""
     while True:
         statuses = [process.poll() for process in processes]
         if all(status == 0 for status in statuses):

@@ -151,7 +151,7 @@ class OnnxNetwork:
         outputs, name = self._names
         try:
             return self._session.run(outputs, {name: images})[0]
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        except Exception as error:  # ONNX Runtime has many, none of them a RuntimeError
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise RunError(

@@ -204,7 +204,7 @@ def export_run(
 ) -> Exported:
     """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats.
 
-    The files' metadata contain the origin of the weights, see `provenance`. To check the files,
+    The files' metadata contains the origin of the weights, see `provenance`. To check the files,
     call `verify`.
 
     Args:

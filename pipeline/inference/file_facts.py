@@ -156,16 +156,16 @@ def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str)
         if sr.shape[-2:] == (height * facts.scale, width * facts.scale):
             return multiple
     raise UserError(
-        f"{name} takes only images of certain sizes, which are not the multiples of a power of two "
-        f"up to {MULTIPLES[-1]} pixels; convert it for images of any size"
+        f"{name} takes neither images of any size nor all multiples of 2 to {MULTIPLES[-1]} "
+        "pixels; convert it for images of any size"
     )
 
 
 def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
     """Return the distance from which on an edge changes nothing on a photograph, in LR pixels.
 
-    If it always changes something, return the distance from which on that is less than half a
-    level. A network that sees the whole image gets `UNKNOWN_HALO`; one with a fixed input size gets
+    If it always changes something, return the distance from which on that is at most half a level.
+    A network that sees the whole image gets `UNKNOWN_HALO`; one with a fixed input size gets
     its longer side, so that its tiles cannot overlap enough.
     """
     height, width = facts.window or STRIP

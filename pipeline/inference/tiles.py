@@ -24,7 +24,7 @@ image."""
 SMALLEST_TILE = 64
 MAX_BATCH = 64
 ENOUGH_BYTES = 512 << 20
-"""Memory for a network's tile on a CPU, where larger tiles only save overlap."""
+"""Memory that a tile may take on a CPU, where larger tiles gain nothing except less overlap."""
 SIDES_PER_HALO = 16
 """Ratio of a tile's side to its halo, if the memory allows it: overlap then costs 1.3 times the
 work."""
@@ -140,8 +140,7 @@ def _aligned(length: int) -> int:
 
 
 def _pieces(length: int, side: int) -> list[slice]:
-    """Divide `length` into pieces of similar size, at most `side`, cut at multiples of
-    `ALIGNMENT`."""
+    """Divide `length` at multiples of `ALIGNMENT` into similar pieces of at most `side`."""
     count = -(-length // side)
     step = length if count == 1 else _aligned(-(-length // count))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -276,8 +275,7 @@ class Upscaler:
     ) -> None:
         """Fill the tiles and remove those that are done from `waiting`.
 
-        After an out-of-memory error the caller tiles only the rest again. The next batch may be
-        started before the result of the last one is fetched.
+        The next batch may be started before the result of the last one is fetched.
         """
         begun: deque[tuple[list[ImageTile], Levels]] = deque()
 

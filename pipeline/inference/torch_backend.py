@@ -220,8 +220,10 @@ class Transfers:
         self._up, self._down = _PinnedPair(), _PinnedPair()
 
     def upload(self, images: np.ndarray) -> Tensor:
-        """Copy images to the device in the same layout: uint8 unchanged, uint16 as float32 in
-        [0, 1]."""
+        """Copy images to the device in the same layout, as uint8 or as float32 in [0, 1].
+
+        uint8 images are unchanged; uint16 images become floats.
+        """
         is_deep = images.dtype == DEEP
         host = torch.from_numpy(
             np.ascontiguousarray(images).view(np.int16 if is_deep else np.uint8)

@@ -116,7 +116,7 @@ def test_files_have_the_format_that_other_programs_expect(tmp_path):
     )
 
 
-def test_metadata_have_dataset_validation_and_licence(dataset, tmp_path):
+def test_metadata_has_dataset_validation_and_licence(dataset, tmp_path):
     """A real run: everything that its index and its log contain, and nothing else."""
     train(
         dataset, tmp_path / "runs" / "real", "steps=8", "validate_every=2", "save_every=4", "keep=9"
