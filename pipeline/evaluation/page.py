@@ -172,9 +172,9 @@ class Gallery:
         gain = _gain(views.scores, model)
         for kind in KINDS:
             place = GalleryPlace(name, kind, -gain if kind == "best" else gain, index)
-            if place in _foremost([*self._kept, place], self._num_shown):
+            if place in _first_of_each([*self._kept, place], self._num_shown):
                 self._kept[place] = _cut(views, gain, _errors(views, model, kind))
-        self.keep(_foremost(self._kept, self._num_shown))
+        self.keep(_first_of_each(self._kept, self._num_shown))
 
     def keep(self, places: Iterable[GalleryPlace]) -> None:
         """Discard all images except those in `places`."""
@@ -199,7 +199,7 @@ class Gallery:
         """Collect on the first rank what a single process would have kept."""
         everywhere = [place for places in ranks.gather(list(self._kept)) for place in places]
         # Discard before the pictures travel: only a few of them are still needed.
-        self.keep(_foremost(everywhere, self._num_shown))
+        self.keep(_first_of_each(everywhere, self._num_shown))
         self._kept = {
             place: shown for kept in ranks.gather(self._kept) for place, shown in kept.items()
         }
@@ -208,7 +208,7 @@ class Gallery:
         return sorted(place for place in self._kept if (place.name, place.kind) == (name, kind))
 
 
-def _foremost(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
+def _first_of_each(places: Iterable[GalleryPlace], count: int) -> list[GalleryPlace]:
     """Return the first `count` places of every set and kind."""
     ordered = sorted(places)
     return [

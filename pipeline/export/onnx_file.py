@@ -100,7 +100,7 @@ class Form:
         )
 
 
-class Continued(nn.Module):
+class Padded(nn.Module):
     """A generator whose inputs are extended to the sizes that it needs, without Python branches.
 
     The network itself extends images by reflection at the bottom and the right and crops the
@@ -167,7 +167,7 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
             parameter.data = parameter.data.half()
     multiple, minimum = _sizes(network)
     if (multiple, minimum) != (1, 1):
-        network = Continued(network, multiple, minimum)
+        network = Padded(network, multiple, minimum)
     model = _exported(with_form(network, form), form, saved)
     sides = model.graph.input[0].type.tensor_type.shape.dim
     if not all(side.dim_param or side.dim_value == COLOURS for side in sides):

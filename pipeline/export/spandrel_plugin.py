@@ -38,7 +38,7 @@ NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 Found = tuple[int, dict[str, Any], dict[str, Tensor]]
 
 
-class KnownHere(Architecture):
+class GeneratorArchitecture(Architecture):
     """A network of `GENERATORS`, detected by its own `recognise` and `convert`."""
 
     def __init__(self, name: str, network: type[nn.Module]) -> None:
@@ -78,7 +78,7 @@ class KnownHere(Architecture):
 def register() -> list[str]:
     """Add the networks to spandrel's registry; return the names of those that are new there."""
     supports = [
-        ArchSupport.from_architecture(KnownHere(name, GENERATORS[ours]))
+        ArchSupport.from_architecture(GeneratorArchitecture(name, GENERATORS[ours]))
         for name, ours in ADDED.items()
     ]
     return [

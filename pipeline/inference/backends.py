@@ -203,7 +203,7 @@ class FileBackend:
     def _run(self, images: np.ndarray, precision: str) -> np.ndarray:
         count, height, width, _ = images.shape
         step = self._facts.batch or count
-        images = _continued(images, self._sizes(height, width), -(-count // step) * step)
+        images = _padded(images, self._sizes(height, width), -(-count // step) * step)
         file = self._file(precision)
         pieces = [
             from_output(
@@ -287,7 +287,7 @@ def to_levels(sr: np.ndarray, result: np.dtype) -> np.ndarray:
     return levels
 
 
-def _continued(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
+def _padded(images: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
     """Extend images to `size` by reflection at the bottom and the right, and to `count` images.
 
     Missing images are copies of the last one.

@@ -89,7 +89,7 @@ def choose_backend(
     ):
         raise UserError("--compile needs PyTorch on a GPU; omit it")
     if is_network_file(model):
-        return _of_file(model, asked, device, precision)
+        return _use_network_file(model, asked, device, precision)
     original = Original(network_file(model), device, precision, compiles=compiles)
     if asked in FILE_BACKENDS:
         if precision == "bf16":
@@ -97,14 +97,14 @@ def choose_backend(
                 f"--precision bf16 needs --backend torch; {FILE_BACKENDS[asked].title} computes "
                 "in FP32 or FP16"
             )
-        _refuse_missing(FILE_BACKENDS[asked], to_convert=True)
-        return _by_file_backend(original, FILE_BACKENDS[asked])
+        _check_installed(FILE_BACKENDS[asked], to_convert=True)
+        return _use_file_backend(original, FILE_BACKENDS[asked])
     if asked == "torch" or device.type != "cpu" or precision in ("fp16", "bf16"):
-        return _by_torch(original)
+        return _use_torch(original)
     return _fastest(original, work)
 
 
-def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
+def _check_installed(kind: BackendKind, *, to_convert: bool) -> None:
     if missing := kind.missing(to_convert=to_convert):
         raise UserError(
             f"--backend {kind.name} needs a package that is not installed; run: pip install "
@@ -112,7 +112,7 @@ def _refuse_missing(kind: BackendKind, *, to_convert: bool) -> None:
         )
 
 
-def _by_torch(original: Original, why: str = "") -> Chosen:
+def _use_torch(original: Original, why: str = "") -> Chosen:
     import torch
 
     title = f"{original.device} with PyTorch {'.'.join(torch.__version__.split('.')[:2])}"
@@ -124,7 +124,7 @@ def _chosen(original: Original, backend: Backend, by: str) -> Chosen:
     return Chosen(original.file, f"{name} x{scale}", backend, by, original.measured)
 
 
-def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
+def _use_file_backend(original: Original, kind: BackendKind) -> Chosen:
     """Use the requested backend.
 
     Raises:
@@ -137,7 +137,7 @@ def _by_file_backend(original: Original, kind: BackendKind) -> Chosen:
         verdict = conversion.judge(kind)
     if verdict.reason:
         raise UserError(f"--backend {kind.name} cannot be used: {verdict.reason}; omit --backend")
-    return _by_conversion(conversion, kind, "")
+    return _use_conversion(conversion, kind, "")
 
 
 def _fastest(original: Original, work: PixelCount) -> Chosen:
@@ -145,7 +145,7 @@ def _fastest(original: Original, work: PixelCount) -> Chosen:
     kinds = [kind for kind in FILE_BACKENDS.values() if not kind.missing(to_convert=True)]
     if not kinds:
         lacking = dict.fromkeys(kind.missing(to_convert=True) for kind in FILE_BACKENDS.values())
-        return _by_torch(original, f"other backends need {' or '.join(lacking)}, not installed")
+        return _use_torch(original, f"other backends need {' or '.join(lacking)}, not installed")
     conversion = ConversionCache(original)
     verdicts = {kind: conversion.verdict(kind) for kind in kinds}
     unknown = [kind for kind, verdict in verdicts.items() if verdict is None]
@@ -157,14 +157,14 @@ def _fastest(original: Original, work: PixelCount) -> Chosen:
         kind: verdict.share for kind, verdict in verdicts.items() if verdict and not verdict.reason
     }
     if good and (best := min(good, key=good.__getitem__)) and good[best] < 1:
-        return _by_conversion(conversion, best, f", {1 / good[best]:.1f} times as fast as PyTorch")
+        return _use_conversion(conversion, best, f", {1 / good[best]:.1f} times as fast as PyTorch")
     if unknown:
-        return _by_torch(
+        return _use_torch(
             original, f"{_titles(unknown)}: conversion would take longer than it saves"
         )
     if good:
-        return _by_torch(original, f"{_titles(list(good))} measured slower here")
-    return _by_torch(
+        return _use_torch(original, f"{_titles(list(good))} measured slower here")
+    return _use_torch(
         original,
         "; ".join(dict.fromkeys(verdict.reason for verdict in verdicts.values() if verdict)),
     )
@@ -194,7 +194,7 @@ def _titles(kinds: Sequence[BackendKind]) -> str:
     return " and ".join(kind.title for kind in kinds)
 
 
-def _by_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> Chosen:
+def _use_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> Chosen:
     title = conversion.title(kind)
     folder = short_path(cache_folder())
     where = f"kept in {folder}" if conversion.is_kept else f"not kept: {folder} cannot be written"
@@ -205,7 +205,7 @@ def _by_conversion(conversion: ConversionCache, kind: BackendKind, why: str) -> 
     )
 
 
-def _of_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
+def _use_network_file(path: Path, asked: str, device: Device, precision: str) -> Chosen:
     """Run a network file with a backend that reads it; its input format is determined once."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r} of --model")
@@ -259,5 +259,5 @@ def _kind_for(path: Path, asked: str, device: Device) -> BackendKind:
             f"--backend {asked} does not read {suffix} files; choose "
             f"{' or '.join(['auto', *(kind.name for kind in kinds)])}"
         )
-    _refuse_missing(FILE_BACKENDS[asked], to_convert=False)
+    _check_installed(FILE_BACKENDS[asked], to_convert=False)
     return FILE_BACKENDS[asked]

@@ -114,10 +114,10 @@ def _run_all(
     with (
         _bar(sum(expected)) as bar,
         ThreadPoolExecutor(1) as reader,
-        Writing(reasons, png_level) as writing,
+        ResultWriter(reasons, png_level) as writer,
     ):
         for (job, reading), work in zip(_read_ahead(jobs, reader), expected, strict=True):
-            with _noting(job, reasons):
+            with _recording_failure(job, reasons):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 if reading is None:
                     from pipeline.inference.video import upscale_video
@@ -130,10 +130,10 @@ def _run_all(
                         lambda pixels: bar.update(pixels / 1e6),
                     )
                 else:
-                    writing.put(
+                    writer.put(
                         job,
                         upscale_picture(
-                            _first_of(job, reading.result()),
+                            _first_picture(job, reading.result()),
                             target,
                             upscaler,
                             lambda pixels: bar.update(pixels / 1e6),
@@ -145,7 +145,7 @@ def _run_all(
 
 
 @dataclass
-class Writing:
+class ResultWriter:
     """Encodes and writes results in a few threads; leaving the context waits for all of them."""
 
     reasons: dict[UpscalingJob, str]
@@ -154,7 +154,7 @@ class Writing:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS))
     _waiting: deque[tuple[UpscalingJob, int, Future[None]]] = field(default_factory=deque)
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> ResultWriter:
         return self
 
     def put(self, job: UpscalingJob, picture: Picture) -> None:
@@ -177,7 +177,7 @@ class Writing:
 
     def _finish(self) -> None:
         job, _, written = self._waiting.popleft()
-        with _noting(job, self.reasons):
+        with _recording_failure(job, self.reasons):
             written.result()
 
 
@@ -204,7 +204,7 @@ def _read_ahead(
     yield from waiting
 
 
-def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
+def _first_picture(job: UpscalingJob, picture: Picture) -> Picture:
     if picture.num_frames > 1:
         tqdm.write(
             f"note: {job.source} contains {picture.num_frames} pictures; only the first is "
@@ -215,7 +215,7 @@ def _first_of(job: UpscalingJob, picture: Picture) -> Picture:
 
 
 @contextmanager
-def _noting(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[None]:
+def _recording_failure(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> Iterator[None]:
     """Record errors of the file, the disk or the memory as the reason why `job` failed.
 
     `ValueError` and `RuntimeError` come from encoders, and from networks that do not accept an

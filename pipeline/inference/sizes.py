@@ -152,7 +152,7 @@ def upscale_picture(
             factor = target.pre_downsample
             cut = _as_rgb(alpha[: start[0] * factor, : start[1] * factor, None])[None]
             alpha = np.ascontiguousarray(_resized(cut, start, alpha.dtype)[0, ..., 0])
-        parts.append(_with_even_places(_as_gray(large[1])[..., 0], alpha)[..., None])
+        parts.append(_keep_constant_areas(_as_gray(large[1])[..., 0], alpha)[..., None])
     return replace(picture, pixels=np.concatenate(parts, axis=2))
 
 
@@ -205,7 +205,7 @@ def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarra
     return colours
 
 
-def _with_even_places(large: np.ndarray, small: np.ndarray) -> np.ndarray:
+def _keep_constant_areas(large: np.ndarray, small: np.ndarray) -> np.ndarray:
     """Replace `large` by the exact value of `small` wherever that is constant in 3x3 pixels.
 
     Opaque areas must stay fully opaque.

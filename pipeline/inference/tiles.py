@@ -194,7 +194,7 @@ class Upscaler:
 
     def max_pixels(self, precision: str) -> int:
         """Return the maximum number of LR pixels of a batch, over all its tiles."""
-        return self._most(precision, self._expected_halo(is_deep=False))
+        return self._pixels_at_once(precision, self._expected_halo(is_deep=False))
 
     def __call__(
         self, images: np.ndarray, result: np.dtype, *, is_deep: bool, advance: Advance
@@ -219,28 +219,28 @@ class Upscaler:
         precision = self.precision_for(is_deep=is_deep)
         count, height, width, _ = images.shape
         large = np.empty((count, height * self.scale, width * self.scale, 3), result)
-        waiting = self._laid(images, precision, is_deep=is_deep)
+        waiting = self._lay(images, precision, is_deep=is_deep)
         while waiting:
             try:
                 self._run(large, images, waiting, precision, advance)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                waiting = self._laid_smaller(waiting, images, precision, error, is_deep=is_deep)
+                waiting = self._lay_smaller(waiting, images, precision, error, is_deep=is_deep)
         return large
 
-    def _laid(self, images: np.ndarray, precision: str, *, is_deep: bool) -> list[ImageTile]:
+    def _lay(self, images: np.ndarray, precision: str, *, is_deep: bool) -> list[ImageTile]:
         """Return the tiles of the images; the halo is measured only if one piece is not enough."""
         shape = images.shape[:3]
         window = self._backend.window
         if window:
             is_one = shape[1] <= window[0] and shape[2] <= window[1]
             return lay_windows(shape, 0 if is_one else self._halo(images, is_deep=is_deep), window)
-        most = self._most(precision, self._expected_halo(is_deep=is_deep))
+        most = self._pixels_at_once(precision, self._expected_halo(is_deep=is_deep))
         if shape[1] * shape[2] <= most:
             return lay_tiles(shape, 0, most)
         halo = self._halo(images, is_deep=is_deep)
-        return lay_tiles(shape, halo, self._most(precision, halo))
+        return lay_tiles(shape, halo, self._pixels_at_once(precision, halo))
 
     def _halo(self, images: np.ndarray, *, is_deep: bool) -> int:
         """Return by how many LR pixels the tiles of these images overlap."""
@@ -254,7 +254,7 @@ class Upscaler:
             return self._backend.halo
         return min(self._backend.halo, self._measured_halo(None) or USUAL_HALO)
 
-    def _most(self, precision: str, halo: int) -> int:
+    def _pixels_at_once(self, precision: str, halo: int) -> int:
         """Return how many LR pixels the network is shown at once, in tiles with this halo."""
         if self._tile:
             return (self._tile + 2 * _aligned(halo)) ** 2
@@ -332,7 +332,7 @@ class Upscaler:
                 top : top + rows.stop - rows.start, left : left + columns.stop - columns.start
             ]
 
-    def _laid_smaller(
+    def _lay_smaller(
         self,
         waiting: list[ImageTile],
         images: np.ndarray,

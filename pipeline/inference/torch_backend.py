@@ -79,7 +79,7 @@ class TorchBackend:
         """See `Backend`."""
         if precision not in self._elements:
             self._elements[precision] = elements_per_pixel(
-                self._in(precision), self.transfers.device, DTYPES[precision]
+                self._network_in(precision), self.transfers.device, DTYPES[precision]
             )
         return held_bytes(self._elements[precision], precision)
 
@@ -113,7 +113,7 @@ class TorchBackend:
 
     def _network_for(self, shape: torch.Size, precision: str) -> Any:
         """Return the network, compiled for `shape` if that is frequent enough."""
-        network, key = self._in(precision), (precision, shape)
+        network, key = self._network_in(precision), (precision, shape)
         if not self._compiles:
             return network
         self._shown[key] += 1
@@ -121,7 +121,7 @@ class TorchBackend:
             self._compiled[key] = torch.compile(network, dynamic=False)
         return self._compiled.get(key, network)
 
-    def _in(self, precision: str) -> nn.Module:
+    def _network_in(self, precision: str) -> nn.Module:
         """Return the network's copy in this precision on the device; it is made once."""
         if precision not in self._ready:
             if self.device.type == "cpu":
