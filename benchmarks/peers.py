@@ -71,6 +71,9 @@ class Options:
     """Overrides for this project's run, as in training: compile=on."""
     basicsr_python: Path | None = None
     """The Python of an environment with torch and the package basicsr, which is used unchanged."""
+    basicsr_network: Path | None = None
+    """A Python file that registers one network with BasicSR (@ARCH_REGISTRY.register()), which
+    BasicSR then trains instead of its own or ours: the official vapsr.py, for example."""
 
 
 @dataclass
@@ -191,6 +194,8 @@ def _check(options: Options) -> list[str]:
             "basicsr needs --basicsr-python, the Python of an environment that has it "
             "(python -m venv DIR; DIR/bin/pip install torch torchvision basicsr)"
         )
+    if options.basicsr_network is not None and not options.basicsr_network.is_file():
+        raise UserError(f"--basicsr-network: there is no file {options.basicsr_network}")
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 480x480 pixels")
     return [known[way] for way in ways]
@@ -225,6 +230,7 @@ def _start(way: str, options: Options, setting: Setting, scratch: Path) -> Parti
             "out": str(file),
             "folder": str(folder),
             "port": free_port(),
+            "basicsr_network": str(options.basicsr_network or ""),
         }
         command = [python, str(ROOT / "benchmarks" / "peers_loops.py"), json.dumps(what)]
     output = folder / "output.txt"

@@ -7,9 +7,11 @@ except torch.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +204,14 @@ def basicsr(what: dict[str, Any]) -> None:
     from basicsr.utils.registry import ARCH_REGISTRY
 
     network = IN_BASICSR.get(what["network"])
-    if network is None:
+    if what["basicsr_network"]:
+        known = set(ARCH_REGISTRY.keys())
+        runpy.run_path(what["basicsr_network"])
+        (name,) = set(ARCH_REGISTRY.keys()) - known
+        given = {"num_in_ch": 3, "num_out_ch": 3, "scale": 4, "upscale": 4}
+        taken = inspect.signature(ARCH_REGISTRY.get(name)).parameters
+        network = {"type": name, **{key: given[key] for key in given if key in taken}}
+    elif network is None:
 
         @ARCH_REGISTRY.register()
         def ThisVapSR() -> Any:  # noqa: N802 - BasicSR's registry calls it like a class

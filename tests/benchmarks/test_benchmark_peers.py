@@ -28,6 +28,7 @@ from pipeline.cli import UserError
         ),
         ({"crop": 90}, "--crop a multiple of 4 up to 480"),
         ({"ways": "basicsr"}, "basicsr needs --basicsr-python"),
+        ({"basicsr_network": Path("none.py")}, "--basicsr-network: there is no file none.py"),
         ({"photos": ()}, "no photographs"),
     ],
 )
