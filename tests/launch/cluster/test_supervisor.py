@@ -742,7 +742,7 @@ def test_a_guard_that_cannot_reach_its_supervisor_says_so(run: Run, closed_port:
         f"error: {socket.gethostname()} cannot reach the first node at 127.0.0.1:{closed_port}: "
     )
     assert stderr.endswith(
-        "; open its firewall for this network, or name its address with --master-addr\n"
+        "; open its firewall for this network, or give its address with --master-addr\n"
     )
     assert not (run.folder / "begun").exists()
 
