@@ -349,7 +349,7 @@ def _listing(figures: Figures, chosen: Mapping[str, Command]) -> str:
     lines = []
     for name, command in chosen.items():
         lines.append(f"{name}: {', '.join(command.figures)}")
-        lines += [f"    $ {line}" for line in command.run or []]
+        lines += [f"        {line}" for line in command.run or []]
         needs = [
             *command.placeholders(),
             *([f"{command.cores} cores"] if command.cores > 1 else []),
