@@ -1,5 +1,4 @@
-"""Search hyper-parameters: each trial is a training run of its own, bad ones are ended early,
-nothing is lost."""
+"""Search hyper-parameters with short training runs that can be pruned and resumed."""
 
 from __future__ import annotations
 
@@ -37,16 +36,15 @@ LONGEST_MINUTES = 1e6
 
 @dataclass(frozen=True)
 class Options:
-    """Search hyper-parameters with Optuna: train short runs with other values each, and tell which
-    are best.
+    """Search hyper-parameters with Optuna: train short runs with different values and rank them.
 
     Each trial is a training run in runs/<study>/trial-0000, trial-0001, ...:
-    ./launch_local_train.sh with overrides. Its validations are watched as they come, and what is
-    worse than others were at that step is ended early. The best trial so far is always in
-    runs/<study>/best.yaml, a recipe that trains as it is.
+    ./launch_local_train.sh with overrides. Its validations are followed as they come, and a trial
+    that is worse than others were at that step is stopped early. The best trial so far is always in
+    runs/<study>/best.yaml, a complete recipe that can be trained as it is.
 
-    CTRL+C saves the trials that run; the same command goes on with them, after kill -9 and a loss
-    of power too. Several machines that share a disk may run the same command at once.
+    CTRL+C saves the running trials. The same command continues them, even after kill -9 or a power
+    failure. Several machines with a shared disk may run the same command at once.
 
     Example: python tools/search_hyperparameters.py demo --recipe demo --dataset-dir ~/dataset
     --steps 300 --trials 12
@@ -57,55 +55,60 @@ class Options:
     overrides: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
     ] = ()
-    """The same for all trials: key=value over the recipe, ds.key=value over DeepSpeed's file."""
+    """Overrides of all trials: key=value for the recipe, ds.key=value for DeepSpeed's
+    configuration."""
     recipe: str = "vapsr_x2"
-    """What to search for: a name in recipes/ or the path of a YAML file."""
+    """Recipe to optimise: a name in recipes/ or the path of a YAML file."""
     dataset_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """As of training; may be given several times. Default: ~/dataset."""
+    """Dataset folder, as for training; may be given several times. Default: ~/dataset."""
     lr_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """As of training, for data.degradation=paired."""
+    """LR folder, as for training; for data.degradation=paired."""
     ds_config: Path | None = None
     """DeepSpeed's configuration. Default: the recipe's."""
     output_dir: Path | None = None
-    """The study's folder. Default: runs/search-<space> in the current folder."""
+    """Folder of the study. Default: runs/search-<space> in the current folder."""
     steps: int = 2000
-    """Optimizer updates of a trial, the same for all; a schedule whose length is auto ends with
-    them."""
+    """Optimizer updates per trial, the same for all; a schedule of length auto ends with them."""
     trials: int = 20
-    """Number of trials in all, including those of earlier calls and other machines."""
+    """Total number of trials, including those of earlier calls and other machines."""
     timeout: float = 0
-    """Minutes after which this call saves what runs and ends; 0: none. The same command goes on."""
+    """Save the running trials and stop after this many minutes; 0 disables. The same command
+    continues."""
     metric: str = "psnr"
-    """The best validation of a trial: highest PSNR-Y (psnr), lowest LPIPS (lpips, which needs
-    validation_lpips=alex or another), or another metric of pipeline/metrics, which best.metric must
-    measure."""
+    """Score of a trial, taken from its best validation: highest PSNR-Y (psnr), lowest LPIPS (lpips,
+    which needs validation_lpips=alex or another), or another metric of pipeline/metrics, which
+    best.metric must measure."""
     pruner: Pruner = "median"
-    """What ends trials early. median: worse than the median of the finished ones at that step, from
-    the sixth on; hyperband: many short ones, few long ones; for some 30 trials or more."""
+    """How trials are stopped early. median: if worse than the median of the finished trials at that
+    step, from the sixth trial on. hyperband: many short trials and few long ones, for about 30
+    trials or more."""
     prune_after: int | None = None
-    """No trial is ended before this many steps. Default: a quarter of --steps."""
+    """Never stop a trial before this many steps. Default: a quarter of --steps."""
     seed: int = 0
-    """Of the search. The trials' own is the recipe's seed."""
+    """Seed of the search; training uses the recipe's seed."""
     jobs: int = 0
-    """Trials at once. 0: as many as the GPUs allow, or a single one on a CPU."""
+    """Number of parallel trials. 0: as many as the GPUs allow, or one on a CPU."""
     procs: int = 1
-    """Ranks of a trial: GPUs, or processes on a CPU."""
+    """Ranks per trial: GPUs, or processes on a CPU."""
     keep: int = 3
-    """Keep the checkpoints of this many best trials; those of others are removed, their logs
-    stay."""
+    """Number of best trials whose checkpoints are kept; those of others are removed, but not their
+    logs."""
     show: bool = False
-    """Only show what the study has found so far, also while it runs."""
+    """Only show the results so far; works while the search is running, too."""
     reset: bool = False
-    """Begin a new study; the old one is moved aside to <output-dir>.bak-<time>."""
+    """Start a new study; the old one is moved to <output-dir>.bak-<time>."""
 
 
 def main(options: Options) -> int:
-    """Search. Exit status: 0 done, 128 + signal stopped and saved, 2 bad input, 1 when trials fail
-    from the start."""
+    """Run the search.
+
+    Returns 0 when done, 128 + signal when stopped and saved, 2 for bad input, 1 if the first trials
+    fail.
+    """
     _check_options(options)
     name = Path(options.space).stem if options.space.endswith((".yaml", ".yml")) else options.space
     folder = StudyFolder(
@@ -125,7 +128,7 @@ def main(options: Options) -> int:
     machine = _machine(options, target.plans)
     old = None if options.reset else read_study(folder)
     if old is None or IDENTITY not in old.user_attrs:
-        _check_values(target, machine)  # before anything is made or moved
+        _check_values(target, machine)  # before anything is created or moved
     with folder.entered(reset=options.reset) as kept:
         if kept:
             print(f"the old study is kept in {short_path(kept)}")
@@ -135,12 +138,12 @@ def main(options: Options) -> int:
         )
         with folder.alone():
             if IDENTITY in study.user_attrs:
-                _refuse_strangers(folder, study.user_attrs[IDENTITY], target)
+                _check_identity(folder, study.user_attrs[IDENTITY], target)
             else:
                 study.set_user_attr(IDENTITY, _identity(target))
         status = Search(folder, study, target, budget, machine).run()
         if not status:
-            _tell(folder, study, space, options.metric)
+            _print_report(folder, study, space, options.metric)
         return status
 
 
@@ -156,12 +159,12 @@ def _check_options(options: Options) -> None:
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
     if not 0 <= options.timeout < LONGEST_MINUTES:
-        raise UserError(f"--timeout {options.timeout:g} must be above 0 minutes, or 0 for none")
+        raise UserError(f"--timeout {options.timeout:g} must be at least 0 minutes; 0 disables it")
     if options.prune_after is not None and not 0 <= options.prune_after <= options.steps:
         raise UserError(
             f"--prune-after {options.prune_after} must be from 0 to --steps {options.steps}"
         )
-    metric_of(options.metric)  # refuses another than the table's
+    metric_of(options.metric)  # raises for an unknown metric
 
 
 def _budget(options: Options) -> Budget:
@@ -177,19 +180,16 @@ def _budget(options: Options) -> Budget:
 
 
 def _target(options: Options, space: Space, training: TrainOptions, budget: Budget) -> Objective:
-    """What is searched for. From one validation to the next it is a tenth of the steps, unless that
-    is given."""
+    """Build the objective; validates ten times per trial unless that interval is given."""
     given: dict[str, Any] = {}
     for word in options.overrides:
         recipe, ds_config = parse_overrides([word])
         given |= recipe | {f"ds.{key}": value for key, value in ds_config.items()}
     if "steps" in given:
-        raise UserError(f"steps={given['steps']}: the length of a trial is given by --steps")
+        raise UserError(f"steps={given['steps']}: the length of a trial is set with --steps")
     for key in given:
         if key in (parameter.key for parameter in space.parameters):
-            raise UserError(
-                f"{key} is given on the command line and in the search space; leave one out"
-            )
+            raise UserError(f"{key} is given on the command line and in the search space; omit one")
     measured = [f"steps={budget.steps}"]
     if "validate_every" not in given:
         measured.append(f"validate_every={max(1, budget.steps // 10)}")
@@ -204,11 +204,11 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
     recipe = plans[-1].recipe
     if options.metric == "lpips" and recipe.validation_lpips == "off":
         raise UserError(
-            "--metric lpips needs LPIPS to be measured; say validation_lpips=alex, squeeze or vgg"
+            "--metric lpips needs LPIPS in validation; set validation_lpips=alex, squeeze or vgg"
         )
     if options.metric not in ("psnr", "lpips", recipe.best.metric):
         raise UserError(
-            f"--metric {options.metric} is not measured in validation; say "
+            f"--metric {options.metric} is not measured in validation; set "
             f"best.metric={options.metric}"
         )
     return Objective(space, training, fixed, options.metric, plans, base)
@@ -219,14 +219,13 @@ def _with(training: TrainOptions, overrides: Sequence[str]) -> TrainOptions:
 
 
 def _machine(options: Options, plans: Sequence[TrainPlan]) -> Machine:
-    """How many trials run at once, and on which GPUs."""
+    """Number of parallel trials, and their GPUs."""
     gpus = num_gpus()
     jobs = options.jobs or (gpus // options.procs if gpus else 1)
     if gpus and (jobs < 1 or jobs * options.procs > gpus):
         raise UserError(
-            f"--jobs {max(1, jobs)} with --procs {options.procs} takes "
-            f"{max(1, jobs) * options.procs} GPUs;"
-            f" this machine has {gpus}"
+            f"--jobs {max(1, jobs)} with --procs {options.procs} needs "
+            f"{max(1, jobs) * options.procs} GPUs; this machine has {gpus}"
         )
     for plan in plans:
         batch_sizes(plan.ds_config, options.procs)
@@ -234,8 +233,10 @@ def _machine(options: Options, plans: Sequence[TrainPlan]) -> Machine:
 
 
 def _check_values(target: Objective, machine: Machine) -> None:
-    """Refuse values that training would not take, both ends of each range and each choice, before
-    the first trial."""
+    """Check the ends of each range and each choice before the first trial.
+
+    Raises `UserError` for values that training would reject.
+    """
     candidates = [Candidate("", target.fixed)]
     candidates += [
         Candidate(shown, target.overrides(values)) for shown, values in target.space.checked()
@@ -244,7 +245,7 @@ def _check_values(target: Objective, machine: Machine) -> None:
 
 
 def _identity(target: Objective) -> dict[str, Any]:
-    """What a study is a study of."""
+    """Everything that defines a study; it must not change between calls."""
     return {
         "space": target.space.source,
         "metric": target.metric,
@@ -254,28 +255,24 @@ def _identity(target: Objective) -> dict[str, Any]:
     }
 
 
-def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Objective) -> None:
-    """Raise `UserError` naming what differs between the study on disk and what is asked for."""
-    wanted = _identity(target)
-    found = target.space.differences(held["space"])
+def _check_identity(folder: StudyFolder, stored: Mapping[str, Any], target: Objective) -> None:
+    """Raise `UserError` that lists the differences between the study on disk and this call."""
+    requested = _identity(target)
+    found = target.space.differences(stored["space"])
     names = {"metric": "--metric", "steps": "--steps"}
     found += changes(
-        {names["metric"]: held["metric"]}, {names["metric"]: wanted["metric"]}, owner="study"
+        {names["metric"]: stored["metric"]}, {names["metric"]: requested["metric"]}, owner="study"
     )
     stages = changes(
-        {"stages": len(held["recipes"])}, {"stages": len(wanted["recipes"])}, owner="study"
+        {"stages": len(stored["recipes"])}, {"stages": len(requested["recipes"])}, owner="study"
     )
     found += stages
     if not stages:
-        for old, plan in zip(held["recipes"], target.plans, strict=True):
+        for old, plan in zip(stored["recipes"], target.plans, strict=True):
             before = recipe_of(old, str(folder.path))
             found += recipe_differences(before, plan.recipe, "study")
-            free = (
-                "steps",
-                "validate_every",
-                "validation_images",
-                "patience",
-            )  # training lets these change
+            # Training allows changes of these.
+            free = ("steps", "validate_every", "validation_images", "patience")
             found += changes(
                 *(
                     {names.get(key, key): getattr(recipe, key) for key in free}
@@ -283,30 +280,30 @@ def _refuse_strangers(folder: StudyFolder, held: Mapping[str, Any], target: Obje
                 ),
                 owner="study",
             )
-        for old_ds, plan in zip(held["ds_configs"], target.plans, strict=True):
+        for old_ds, plan in zip(stored["ds_configs"], target.plans, strict=True):
             found += ds_differences(old_ds, plan.ds_config, "study")
-    known = {key: wanted["dataset"][key] for key in held["dataset"]}
-    found += changes(held["dataset"], known, "dataset ", owner="study")
+    known = {key: requested["dataset"][key] for key in stored["dataset"]}
+    found += changes(stored["dataset"], known, "dataset ", owner="study")
     if found:
         raise UserError(
-            f"{folder.path} holds another study: {'; '.join(dict.fromkeys(found))}. Go on with "
-            "what it was "
-            "begun with, give --output-dir, or begin again with --reset (the old study is kept)"
+            f"{folder.path} contains a different study: {'; '.join(dict.fromkeys(found))}. "
+            "Continue with its original settings, give --output-dir, or start again with --reset "
+            "(the old study is kept)"
         )
 
 
 def _show(folder: StudyFolder) -> int:
-    """The study as it is, read only but for the picture."""
+    """Show the study; writes nothing but the picture."""
     study = read_study(folder)
-    held = study.user_attrs.get(IDENTITY) if study else None
-    if held is None:
-        raise UserError(f"there is no study in {folder.path}; begin one by leaving --show out")
-    _tell(folder, study, space_of(held["space"]), held["metric"])
+    stored = study.user_attrs.get(IDENTITY) if study else None
+    if stored is None:
+        raise UserError(f"there is no study in {folder.path}; omit --show to start one")
+    _print_report(folder, study, space_of(stored["space"]), stored["metric"])
     return 0
 
 
-def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
-    """Table, importances, picture, and what to do next."""
+def _print_report(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
+    """Print the table and importances, draw the picture, and say what to do next."""
     print(report.trial_table(study, space, metric))
     shares = report.importances(study, space)
     if shares:
@@ -320,7 +317,7 @@ def _tell(folder: StudyFolder, study: Any, space: Space, metric: str) -> None:
     best = folder.path / "best.yaml"
     if best.is_file():
         say(
-            "train the best for as long as its recipe says: ./launch_local_train.sh --recipe "
+            "train the best one for as long as its recipe says: ./launch_local_train.sh --recipe "
             f"{short_path(best)}"
         )
 

@@ -1,5 +1,4 @@
-"""The search: one small study that is killed, stopped and gone on with; its parts; what it
-refuses."""
+"""The search: a small study that is killed, stopped and continued; its parts; its errors."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ ema_decay: [0.5, 0.9]
 losses: [{l1: 1.0}, {charbonnier: 1.0}]
 """
 STEPS, TRIALS, PRUNE_AFTER = 60, 4, 32
-SLOWLY = 0.05  # seconds between looks
+SLOWLY = 0.05  # seconds between polls
 
 
 def log_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -82,7 +81,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def in_process(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command, without the seconds that a process of its own takes."""
+    """Run the command in this process, which saves seconds."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(stdout),
@@ -94,12 +93,12 @@ def in_process(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Lived(NamedTuple):
-    """A study that has come to its end, and what was seen on the way."""
+    """A finished study, and what was observed on the way."""
 
     path: Path
     words: tuple[str, ...]  # of its command
-    outputs: tuple[str, ...]  # of its second and third life
-    saved_by_orphan: int  # the step at which trial 0 ended when its searcher was killed
+    outputs: tuple[str, ...]  # of its second and third run
+    saved_by_orphan: int  # step at which trial 0 ended after its searcher was killed
     status_of_ctrl_c: int
     trials: list[FrozenTrial]
 
@@ -114,8 +113,7 @@ class Lived(NamedTuple):
 
 @pytest.fixture(scope="module")
 def lived(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
-    """A study whose searcher is killed in trial 0, stopped by CTRL+C in trial 1, and then left
-    alone."""
+    """A study that is killed in trial 0, stopped by CTRL+C in trial 1, and then left to finish."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "space.yaml").write_text(SPACE)
     study = folder / "study"
@@ -174,8 +172,8 @@ def lived(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
 
 def test_a_killed_searchers_trial_saves_and_is_gone_on_with(lived: Lived) -> None:
     assert 8 <= lived.saved_by_orphan < STEPS, "it ends itself, long before its last step"
-    assert "trial 0 goes on: " in lived.outputs[0]
-    assert "trial 0 goes on" not in lived.outputs[1]
+    assert "trial 0 continues: " in lived.outputs[0]
+    assert "trial 0 continues" not in lived.outputs[1]
     assert len(lived.trials) == TRIALS
     assert lived.trials[0].state == TrialState.COMPLETE
     assert list(losses(lived.run_dir(0))) == list(range(1, STEPS + 1))
@@ -183,9 +181,11 @@ def test_a_killed_searchers_trial_saves_and_is_gone_on_with(lived: Lived) -> Non
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(lived: Lived) -> None:
     assert lived.status_of_ctrl_c == 130
-    assert lived.outputs[0].splitlines()[-1] == "stopped and saved; the same command goes on"
+    assert (
+        lived.outputs[0].splitlines()[-1] == "stopped and saved; run the same command to continue"
+    )
     assert "trial 1: saved at step " in lived.outputs[0]
-    assert "trial 1 goes on: " in lived.outputs[1]
+    assert "trial 1 continues: " in lived.outputs[1]
     assert lived.trials[1].state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -246,7 +246,9 @@ def test_the_best_recipe_trains_as_its_trial_did(
     )
     text = (lived.path / "best.yaml").read_text()
     advice = (
-        text.splitlines()[2].removeprefix("# Say ").removesuffix(" to train as long as the trial.")
+        text.splitlines()[2]
+        .removeprefix("# Add ")
+        .removesuffix(" to train for as long as the trial.")
     )
     assert yaml.safe_load(text)["steps"] == 1400, "as the demo's recipe says"
     done = subprocess.run(
@@ -321,13 +323,13 @@ def test_another_space_is_refused_and_reset_keeps_the_old_study(
         assert (kept / "journal.jsonl").read_text() == "old"
         assert not any((tmp_path / "study").iterdir())
         with (
-            pytest.raises(UserError, match="being searched"),
+            pytest.raises(UserError, match="in use by another search"),
             StudyFolder(tmp_path / "study").entered(reset=True),
         ):
             pass
 
 
-# Spaces
+# --- Spaces ---
 
 
 @pytest.mark.parametrize(
@@ -337,26 +339,26 @@ def test_another_space_is_refused_and_reset_keeps_the_old_study(
         ("data.crop: {low: 64, hihg: 96}", "data.crop: unknown key 'hihg'; did you mean 'high'?"),
         ("data.crop: {low: 64}", "data.crop: a range needs high"),
         ("data.crop: {low: 64, high: 32}", "low 64 must be below high 32"),
-        ("data.crop: {low: 64, high: 100, step: 32}", "say high: 96"),
-        ("data.crop: {low: 64, high: 96, step: 0.5}", "step 0.5 is not a whole number"),
+        ("data.crop: {low: 64, high: 100, step: 32}", "use high: 96"),
+        ("data.crop: {low: 64, high: 96, step: 0.5}", "step 0.5 is not an integer"),
         ("ema_decay: {low: 0, high: 0.9, log: true}", "low 0 must be above 0"),
         (
             "ema_decay: {low: 0.1, high: 0.9, log: true, step: 0.1}",
-            "log and step do not go together",
+            "log and step cannot be combined",
         ),
         ("ema_decay: {low: yes, high: 0.9}", "low must be a finite number, not True"),
         ("ema_decay: {low: 0.1, high: .inf}", "high must be a finite number, not inf"),
         ("ema_decay: []", "needs at least one"),
         ("ema_decay: [0.9, 0.9]", "0.9 is given twice"),
-        ("ema_decay: 0.9", "there is nothing to search"),
+        ("ema_decay: 0.9", "nothing to search"),
         ("ema_decay: [0.9, 0.99]\nema_decay: [0.5, 0.6]", "key 'ema_decay' is given 2 times"),
         ("'ema decay': [0.9, 0.99]", "'ema decay' is not the key of an override"),
-        ("steps: [100, 200]", "say --steps N on the command line"),
-        ("stages.gan.steps: [100, 200]", "trials are compared by it"),
-        ("data.degradation.name: [gaussian, cubic]", "trials are compared by it"),
+        ("steps: [100, 200]", "set --steps N on the command line"),
+        ("stages.gan.steps: [100, 200]", "they are compared by it"),
+        ("data.degradation.name: [gaussian, cubic]", "they are compared by it"),
         (
             "seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {sead: 1}}",
-            "there is no 'sead' above it; did you mean",
+            "no earlier key 'sead'; did you mean",
         ),
         (
             "seed: [1, 2]\nema_decay: {choices: [0.5, 0.9], when: {seed: 3}}",
@@ -439,27 +441,27 @@ def test_a_condition_decides_whether_an_override_is_given() -> None:
     }
 
 
-# Parts
+# --- Parts ---
 
 
 def test_half_lines_wait_and_a_log_written_anew_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     run = TrialRun(0, tmp_path, path, "psnr_y")
-    assert run.news() == []
+    assert run.new_scores() == []
     lines = [
         json.dumps({"event": "validation", "step": step, "psnr_y": step / 10}) + "\n"
         for step in (10, 20, 30)
     ]
     path.write_text(lines[0] + lines[1][:20])
-    assert run.news() == [(10, 1.0)]
+    assert run.new_scores() == [(10, 1.0)]
     with open(path, "a") as file:
         file.write(
             lines[1][20:] + "no JSON\n" + '{"event": "validation", "step": 25, "psnr_y": null}\n'
         )
-    assert run.news() == [(20, 2.0)]
+    assert run.new_scores() == [(20, 2.0)]
     (tmp_path / "new").write_text(lines[0] + lines[2])
     (tmp_path / "new").replace(path)
-    run.news()
+    run.new_scores()
     assert run.scores == {10: 1.0, 30: 3.0}, "step 20 was lost work"
     assert LogTail(path).read()[-1]["step"] == 30
 
@@ -563,7 +565,7 @@ def test_a_trial_belongs_to_one_searcher_and_is_taken_over_when_it_is_free(tmp_p
             "enough trials, and the other one is being run"
         )
         value = first[0].suggest_float("x", 0, 1)
-        first[1].close()  # as when its process is gone
+        first[1].close()  # as if its process were gone
         again = next_trial(folder, theirs, 2, 0, {1})
         assert again
         assert again[0].number == 0
@@ -577,7 +579,7 @@ def test_an_interrupted_study_draws_what_it_would_have_drawn(tmp_path: Path) -> 
         folder, drawn = StudyFolder(tmp_path / name), []
         with folder.entered(reset=False):
             study = open_study(folder, "maximize", pruner_of("none", 8, 2))
-            for _ in range(14):  # the first ten are at random
+            for _ in range(14):  # the first ten are random
                 if reopen:
                     study = open_study(folder, "maximize", pruner_of("none", 8, 2))
                 found = next_trial(folder, study, 20, 3, set())
@@ -615,7 +617,7 @@ def test_a_journal_cut_in_a_line_and_a_lock_left_behind_do_no_harm(tmp_path: Pat
 
 def test_trials_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(gpus, "list_gpus", list)  # whatever this machine has
+    monkeypatch.setattr(gpus, "list_gpus", list)  # regardless of this machine's GPUs
     machine = Machine(jobs=3, procs=2, num_gpus=6)
     assert [machine.variables(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [
         "0,1",

@@ -1,1 +1,1 @@
-"""Search for hyper-parameters with Optuna."""
+"""Hyper-parameter search with Optuna."""

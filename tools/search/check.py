@@ -1,8 +1,7 @@
-"""Whether training would take every candidate of a search: a process of its own, for it needs
-torch.
+"""Check that training would accept every candidate of a search, in a process of its own.
 
-Reads a task as JSON from stdin; writes a line for each candidate that is right, or one error on
-stderr (status 2).
+The process needs torch. It reads a task as JSON from stdin and prints one line per valid candidate,
+or one error on stderr (exit status 2).
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ FREE_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 class Candidate(NamedTuple):
-    """Overrides of a training line, and which of them is looked at, for people."""
+    """Overrides of a training command, and the one being checked, for messages."""
 
     shown: str
     overrides: tuple[str, ...]
 
 
 def check(options: TrainOptions, candidates: Sequence[Candidate], world_size: int) -> None:
-    """Raise `UserError` for the first candidate that training with `options` on so many ranks would
-    refuse."""
+    """Raise `UserError` for the first candidate that training would reject on these ranks."""
     places = {
         name: [str(path) for path in getattr(options, name)] for name in ("dataset_dir", "lr_dir")
     }
@@ -66,13 +64,13 @@ def check(options: TrainOptions, candidates: Sequence[Candidate], world_size: in
             for _ in process.stdout:
                 bar.update()
         complaints.seek(0)
-        said = complaints.read().strip().splitlines() or [
-            f"it ended with status {process.returncode}"
+        messages = complaints.read().strip().splitlines() or [
+            f"the check ended with status {process.returncode}"
         ]
-    if process.returncode == 2 and said[-1].startswith("error: "):
-        raise UserError(said[-1].removeprefix("error: "))
+    if process.returncode == 2 and messages[-1].startswith("error: "):
+        raise UserError(messages[-1].removeprefix("error: "))
     if process.returncode:
-        raise RunError(f"the search space could not be checked: {said[-1]}")
+        raise RunError(f"the search space could not be checked: {messages[-1]}")
 
 
 def _check_one(options: TrainOptions, candidate: Candidate, world_size: int) -> None:
@@ -97,9 +95,8 @@ def _check_one(options: TrainOptions, candidate: Candidate, world_size: int) -> 
         )
         for plan in plans
     ]
-    check_stages(
-        [plans[0], *plans], Alone(0, 1, 0, None, None)
-    )  # the first is looked at as a stage after itself
+    # Check the first stage also as one that follows a stage.
+    check_stages([plans[0], *plans], Alone(0, 1, 0, None, None))
 
 
 def _main() -> int:

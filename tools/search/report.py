@@ -1,4 +1,4 @@
-"""What a study has found: tables, importances, a picture."""
+"""Results of a study: tables, parameter importances, a picture."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-MOST_ROWS = 20
-LEAST_FOR_IMPORTANCE = 8  # complete trials
-PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.3  # inches, of 110 pixels
+MAX_ROWS = 20
+MIN_COMPLETE_TRIALS = 8  # to compute importances
+PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.3  # inches, at 110 pixels per inch
 
 
 def score_text(score: float, metric: str) -> str:
@@ -35,12 +35,12 @@ def score_text(score: float, metric: str) -> str:
 
 
 def sign_of(metric: str) -> int:
-    """-1 where the highest score is the best, 1 where the lowest is."""
+    """-1 if the highest score is best, 1 if the lowest is."""
     return 1 if metric_of(metric).lower_is_better else -1
 
 
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
-    """All trials: complete ones from the best on, then pruned, failed and running ones."""
+    """All trials: complete ones from best to worst, then pruned, running and failed ones."""
     sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     order = (
         TrialState.COMPLETE,
@@ -58,14 +58,14 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_score(trial: FrozenTrial, sign: int) -> float | None:
-    """Its result, or the best that it reported before it was pruned or while it runs."""
+    """Result of a trial, or the best score it reported if it was pruned or is running."""
     if trial.state == TrialState.COMPLETE:
         return trial.value
     return min(trial.intermediate_values.values(), key=lambda score: sign * score, default=None)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key's last part, or as many as tell it from the others'."""
+    """Shorten each key to its last part, or to as many parts as make it unique."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -78,12 +78,12 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def trial_table(study: optuna.Study, space: Space, metric: str) -> str:
-    """A row for each trial, the best first, at most `MOST_ROWS`."""
+    """A table of the trials, best first, with at most `MAX_ROWS` rows."""
     keys = [parameter.key for parameter in space.parameters if parameter.is_searched]
     names, sign = short_names(keys), sign_of(metric)
     rows = [["trial", "state", metric_of(metric).title, "at step", *(names[key] for key in keys)]]
     trials = ranked(study)
-    for trial in trials[:MOST_ROWS]:
+    for trial in trials[:MAX_ROWS]:
         score = best_score(trial, sign)
         step = next(
             (step for step, value in trial.intermediate_values.items() if value == score), None
@@ -103,7 +103,7 @@ def trial_table(study: optuna.Study, space: Space, metric: str) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    hidden = len(trials) - MOST_ROWS
+    hidden = len(trials) - MAX_ROWS
     return "\n".join(
         [
             lines[0],
@@ -115,11 +115,10 @@ def trial_table(study: optuna.Study, space: Space, metric: str) -> str:
 
 
 def trial_values(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    """Key -> value of a trial's overrides; of one that was cut off while it was being made, what
-    there is."""
+    """Overrides of a trial as key -> value; incomplete if its creation was interrupted."""
     try:
         return space.suggest(FixedTrial(trial.params))
-    except ValueError:  # Optuna's for a parameter that has no value yet
+    except ValueError:  # raised by Optuna for a parameter without a value
         return dict(trial.params)
 
 
@@ -134,14 +133,13 @@ def _number(value: Any) -> str:
 
 
 def importances(study: optuna.Study, space: Space) -> dict[str, float]:
-    """Each parameter's share of the variance of the results of complete trials (fANOVA), the
-    largest first.
+    """Share of each parameter in the variance of complete results (fANOVA), largest first.
 
-    Empty where there are too few trials, or all results are the same. Parameters that not all
-    trials have are left out.
+    Empty if there are too few trials, or if all results are equal. Parameters that not all trials
+    have are omitted.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(complete) < LEAST_FOR_IMPORTANCE or len({trial.value for trial in complete}) == 1:
+    if len(complete) < MIN_COMPLETE_TRIALS or len({trial.value for trial in complete}) == 1:
         return {}
     keys = [
         parameter.key
@@ -162,8 +160,7 @@ def importance_lines(found: Mapping[str, float]) -> str:
 
 
 def draw(study: optuna.Study, space: Space, metric: str) -> bytes:
-    """A PNG: results in the order of the trials, the parameters' importances, and results over each
-    parameter."""
+    """Draw a PNG: results by trial, parameter importances, and results by parameter."""
     import matplotlib
 
     matplotlib.use("Agg")

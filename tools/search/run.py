@@ -1,7 +1,7 @@
-"""The search itself: trials started, watched, pruned, ended and written down, on this machine.
+"""The search: starts, watches, prunes, stops and records the trials on this machine.
 
-The best trial so far is always there as a recipe that trains as it is (`write_best`): its file, and
-DeepSpeed's files beside it.
+The best trial so far is always available as a complete recipe (`write_best`), with DeepSpeed's
+configuration files beside it.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from tools.search.trial import OUTPUT_FILE, TrialRun
 BEST_FILE = "best.yaml"
 NOT_OF_A_STAGE = ("name", "stage")
 POLL_SECONDS = 0.2
-MOST_FAILURES = 3  # in a row, before any trial went well
+MAX_FAILURES = 3  # in a row, before any trial succeeded
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be spent."""
+    """Limits of a search."""
 
     trials: int
-    steps: int  # of a trial
+    steps: int  # per trial
     prune_after: int  # steps
-    seconds: float  # of this call
-    keep: int  # trials whose checkpoints stay
+    seconds: float  # for this call
+    keep: int  # number of best trials whose checkpoints are kept
     seed: int
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has for trials."""
+    """Resources of this machine for trials."""
 
     jobs: int
-    procs: int  # ranks of a trial
+    procs: int  # ranks per trial
     num_gpus: int
 
     def variables(self, slot: int) -> dict[str, str]:
-        """The environment of the trial in a slot: its own GPUs, or its share of the cores."""
+        """Environment of the trial in a slot: its own GPUs, or its share of the cores."""
         variables = dict(os.environ)
         if self.num_gpus:
             names = device_names(variables) or list(map(str, range(self.num_gpus)))
@@ -78,20 +78,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is searched for."""
+    """What is optimised."""
 
     space: Space
     training: TrainOptions  # without overrides
     fixed: tuple[str, ...]  # overrides of all trials
     metric: str
     plans: list[TrainPlan]  # of a trial without searched values
-    base: list[TrainPlan]  # the same, as long and as often validated as the recipe says
+    base: list[TrainPlan]  # the same, with the recipe's number of steps and validation interval
 
     def overrides(self, values: dict[str, Any]) -> tuple[str, ...]:
         return (*self.fixed, *(override(key, value) for key, value in values.items()))
 
     def command(self, values: dict[str, Any], run_dir: Path, procs: int) -> list[str]:
-        """The training line of a trial."""
+        """Training command of a trial."""
         options = [
             ("--recipe", self.training.recipe),
             ("--output-dir", str(run_dir)),
@@ -107,7 +107,7 @@ class Objective:
 
 @dataclass
 class Running:
-    """A trial that runs here."""
+    """A trial that this process runs."""
 
     trial: Trial
     lock: IO[str]
@@ -118,7 +118,7 @@ class Running:
 
 
 class Search:
-    """Runs the trials of a study on this machine until there are enough of them."""
+    """Runs the trials of a study on this machine until there are enough."""
 
     def __init__(
         self,
@@ -131,15 +131,17 @@ class Search:
         self._folder, self._study, self._target = folder, study, target
         self._budget, self._machine = budget, machine
         self._running: dict[int, Running] = {}
-        self._received = 0  # signal
-        self._is_over = False  # time, or too many failures
-        self._failures: list[str] = []  # of this call, as long as no trial has gone well
+        self._received = 0  # number of the signal received, or 0
+        self._is_over = False  # out of time, or too many failures
+        self._failures: list[str] = []  # of this call, until a trial succeeds
         self._began, self._finished_here = time.monotonic(), 0
         self._deadline = self._began + budget.seconds
 
     def run(self) -> int:
-        """Search to the end. 0, or 128 + the signal that stopped it. `RunError` if trials fail from
-        the start."""
+        """Run the search; returns 0, or 128 + the number of the signal that stopped it.
+
+        Raises `RunError` if the first trials fail.
+        """
         with self._signals(), self._bar() as bar:
             while True:
                 self._fill(bar)
@@ -149,21 +151,22 @@ class Search:
                 for running in list(self._running.values()):
                     self._watch(running, bar)
                 self._show(bar)
-        if len(self._failures) >= MOST_FAILURES:
+        if len(self._failures) >= MAX_FAILURES:
             raise RunError(
                 f"the first {len(self._failures)} trials failed, the last with: "
                 f"{self._failures[-1]}"
             )
         interrupted = len(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if self._received:
-            print("stopped and saved; the same command goes on")
+            print("stopped and saved; run the same command to continue")
             return 128 + self._received
         if self._is_over:
             print(
-                f"the time is up after {self._budget.seconds / 60:g} min; the same command goes on"
+                f"time is up after {self._budget.seconds / 60:g} min; run the same command to "
+                "continue"
             )
         elif interrupted and waits_for_others(self._study, set()):
-            print(f"{interrupted} trials are still run by others")
+            print(f"{interrupted} trials are still running in other searches")
         return 0
 
     @contextlib.contextmanager
@@ -171,7 +174,7 @@ class Search:
         def note(number: int, _frame: FrameType | None) -> None:
             if not self._received:
                 with contextlib.suppress(OSError):
-                    print("\nsaving the trials that run ...", file=sys.stderr, flush=True)
+                    print("\nsaving the running trials ...", file=sys.stderr, flush=True)
             self._received = self._received or number
 
         previous = {
@@ -184,10 +187,10 @@ class Search:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    # Choosing and starting
+    # --- Choosing and starting ---
 
     def _fill(self, bar: tqdm) -> None:
-        """Start trials where there is room for them."""
+        """Start trials while there are free slots."""
         while len(self._running) < self._machine.jobs and not self._is_ending():
             found = next_trial(
                 self._folder,
@@ -202,10 +205,10 @@ class Search:
 
     def _is_ending(self) -> bool:
         self._is_over = self._is_over or time.monotonic() > self._deadline
-        return bool(self._received or self._is_over or len(self._failures) >= MOST_FAILURES)
+        return bool(self._received or self._is_over or len(self._failures) >= MAX_FAILURES)
 
     def _start(self, trial: Trial, lock: IO[str], bar: tqdm) -> None:
-        """Start a trial's training, or let it go on."""
+        """Start or continue the training run of a trial."""
         values = self._target.space.suggest(trial)
         run_dir = self._folder.trial_dir(trial.number)
         stage = self._target.plans[-1].recipe.stage
@@ -219,24 +222,25 @@ class Search:
             set(range(self._machine.jobs)) - {other.slot for other in self._running.values()}
         )
         names = short_names(list(values))
-        told = ", ".join(
+        summary = ", ".join(
             f"{names[key]} {value:.4g}" if isinstance(value, float) else f"{names[key]} {value}"
             for key, value in values.items()
         )
         self._say(
-            bar, f"trial {trial.number} {'goes on' if run_dir.exists() else 'begins'}: {told}"
+            bar, f"trial {trial.number} {'continues' if run_dir.exists() else 'starts'}: {summary}"
         )
         variables = self._machine.variables(slot)
         run.start(self._target.command(values, run_dir, self._machine.procs), variables)
         self._running[trial.number] = Running(trial, lock, run, slot, values, time.monotonic())
 
-    # Watching
+    # --- Watching ---
 
     def _watch(self, running: Running, bar: tqdm) -> None:
-        """Report what is new of a trial, prune it, stop it, or write down its end."""
-        status = running.run.status()  # before the log is read: what it holds then is all
-        news = running.run.news()
-        for step, score in news:
+        """Report the new scores of a trial, prune it, stop it, or record its end."""
+        # Read the status before the log, so that the log is complete if the run has ended.
+        status = running.run.status()
+        scores = running.run.new_scores()
+        for step, score in scores:
             if (
                 step
                 not in self._study.get_trials(deepcopy=False)[
@@ -248,12 +252,12 @@ class Search:
             self._finish(running, status, bar)
         elif self._is_ending():
             running.run.stop()
-        elif news and not running.run.is_told_to_stop and running.trial.should_prune():
+        elif scores and not running.run.is_stopping and running.trial.should_prune():
             running.run.is_pruned = True
             running.run.stop()
 
     def _finish(self, running: Running, status: int, bar: tqdm) -> None:
-        """Write down a trial's end, unless it was interrupted: then it stays to be gone on with."""
+        """Record the end of a trial, unless it was interrupted and will be continued."""
         run, number = running.run, running.trial.number
         scores = run.scores.values()
         best = (min if metric_of(self._target.metric).lower_is_better else max)(
@@ -267,12 +271,12 @@ class Search:
             elif status == 0 and best is not None:
                 self._study.tell(number, best)
                 text = self._result(number, best)
-            elif run.is_told_to_stop and status in (130, 143):
+            elif run.is_stopping and status in (130, 143):
                 self._say(
                     bar,
                     f"trial {number}: saved at step {run.step} of {self._budget.steps}"
                     if run.step
-                    else f"trial {number}: stopped before there was anything to save",
+                    else f"trial {number}: stopped before anything could be saved",
                 )
                 return
             else:
@@ -283,14 +287,14 @@ class Search:
                     deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
                 ):
                     self._failures.append(reason)
-                text = f"failed: {reason} (all of it: {short_path(run.folder / OUTPUT_FILE)})"
+                text = f"failed: {reason} (full output: {short_path(run.folder / OUTPUT_FILE)})"
         self._finished_here += 1
         self._say(bar, f"trial {number}: {text}; {self._left()}")
         with self._folder.alone():
             self._tidy_up()
 
     def _left(self) -> str:
-        """`3 of 12 trials done, 5:10 left`."""
+        """Progress, such as `3 of 12 trials done, about 05:10 left`."""
         done = self._done()
         left = (
             max(0, self._budget.trials - done)
@@ -302,11 +306,11 @@ class Search:
         )
 
     def _done(self) -> int:
-        """Trials that have come to their end, here or elsewhere."""
+        """Number of finished trials, of this and other searchers."""
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
     def _result(self, number: int, best: float) -> str:
-        """A complete trial in a line; of the best so far the recipe is written."""
+        """One-line result of a complete trial."""
         title = metric_of(self._target.metric).title
         text = f"{title} {score_text(best, self._target.metric)}"
         if self._study.best_trial.number != number:
@@ -318,8 +322,7 @@ class Search:
         return f"{text}, best so far"
 
     def _tidy_up(self) -> None:
-        """Write the best trial's recipe, and remove the checkpoints of all finished ones but the
-        best."""
+        """Write the best recipe, and remove the checkpoints of finished trials except the best."""
         trials = ranked(self._study)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         kept = {trial.number for trial in complete[: self._budget.keep]}
@@ -334,18 +337,17 @@ class Search:
         assert best.value is not None
         values = self._target.space.suggest(FixedTrial(best.params))
         plans = make_plans(replace(self._target.training, overrides=self._target.overrides(values)))
-        said = (
+        comment = (
             f"Trial {best.number} of {self._folder.path.name}: "
             f"{metric_of(self._target.metric).title} "
             f"{score_text(best.value, self._target.metric)} in {self._budget.steps} steps of "
-            "recipe "
-            f"{self._target.training.recipe}, with\n"
+            f"recipe {self._target.training.recipe}, with\n"
             f"{' '.join(override(key, value) for key, value in values.items())}\n"
-            f"Say {' '.join(self._target.fixed[-2:])} to train as long as the trial."
+            f"Add {' '.join(self._target.fixed[-2:])} to train for as long as the trial."
         )
-        write_best(self._folder.path, plans, self._target.base, said)
+        write_best(self._folder.path, plans, self._target.base, comment)
 
-    # Telling
+    # --- Output ---
 
     def _bar(self) -> tqdm:
         bar = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} trials [{elapsed}<{remaining}]{postfix}"
@@ -359,7 +361,7 @@ class Search:
         )
 
     def _show(self, bar: tqdm) -> None:
-        """The bar moves with the steps of the trials that run."""
+        """Advance the bar by the steps of the running trials."""
         steps = sum(
             min(1.0, running.run.step / self._budget.steps) for running in self._running.values()
         )
@@ -374,19 +376,19 @@ class Search:
         bar.refresh()
 
     def _say(self, bar: tqdm, line: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone must not stop a search
+        with contextlib.suppress(OSError):  # a closed terminal must not stop the search
             bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
 
 def write_best(
-    folder: Path, plans: Sequence[TrainPlan], base: Sequence[TrainPlan], said: str
+    folder: Path, plans: Sequence[TrainPlan], base: Sequence[TrainPlan], comment: str
 ) -> Path:
-    """Write best.yaml and what it needs into `folder`.
+    """Write best.yaml and the files it needs into `folder`; returns its path.
 
-    It says all that the recipe of the trial (its `plans`, one a stage) says, so that no later
-    change of a base recipe alters it; how long to train and how often to measure are as in the
-    recipe that the search began with (`base`). `said` goes on top as a comment.
+    It contains the complete recipe of the trial (`plans`, one per stage), so later changes of a
+    base recipe do not affect it. The number of steps and the validation interval come from the
+    recipe that the search started with (`base`). `comment` is added as a comment at the top.
     """
     stages = {}
     for plan, before in zip(plans, base, strict=True):
@@ -416,16 +418,15 @@ def write_best(
                 for stage, values in stages.items()
             },
         }
-    comment = "".join(f"# {line}\n" for line in said.splitlines())
+    header = "".join(f"# {line}\n" for line in comment.splitlines())
     write_atomically(
-        folder / BEST_FILE, (comment + yaml.safe_dump(recipe, sort_keys=False)).encode()
+        folder / BEST_FILE, (header + yaml.safe_dump(recipe, sort_keys=False)).encode()
     )
     return folder / BEST_FILE
 
 
 def _write_ds_config(path: Path, values: dict[str, Any]) -> str:
-    """Write DeepSpeed's file; returns its name for a recipe, seen from the checkout if it lies in
-    there."""
+    """Write DeepSpeed's configuration; returns its path, relative to the checkout if inside it."""
     path = path.absolute()
     write_atomically(path, json.dumps(values, indent=2).encode() + b"\n")
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,5 +1,7 @@
-"""A search space: which values the overrides of a training line may take, as YAML. Needs no torch
-and no Optuna."""
+"""Search spaces: the values that overrides of a training command may take, in YAML.
+
+Needs neither torch nor Optuna.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from pipeline.installation import find_file, recipe_names
 
 SEARCHES = "recipes/searches"
 RANGE_KEYS, WHEN = ("low", "high", "log", "step"), "when"
-MOST_CHECKED = 16  # values of a range of whole numbers that are all checked before the first trial
+MAX_CHECKED = 16  # largest integer range of which all values are checked before the first trial
 MEASURE = (
     "scale",
     "steps",
@@ -32,11 +34,11 @@ MEASURE = (
     "data.degradation",
     "name",
 )
-"""What trials are compared by: the same in all of them."""
+"""Keys that must be the same in all trials, so that these can be compared."""
 
 
 class TrialLike(Protocol):
-    """What Optuna's trials and its `FixedTrial` are asked for."""
+    """Methods used of Optuna's trials and its `FixedTrial`."""
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None, log: bool
@@ -49,7 +51,7 @@ class TrialLike(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included: whole ones where both are."""
+    """Numbers from `low` to `high` inclusive; integers if both are."""
 
     low: float
     high: float
@@ -68,10 +70,10 @@ class Range:
         return sampler.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
 
     def checked(self) -> list[Any]:
-        """Both ends; of few whole numbers all."""
+        """Both ends, or all values of a small integer range."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             values = range(self.low, self.high + 1, int(self.step or 1))
-            if len(values) <= MOST_CHECKED:
+            if len(values) <= MAX_CHECKED:
                 return list(values)
         return [self.low, self.high]
 
@@ -89,7 +91,7 @@ class Choices:
             value is None or isinstance(value, (bool, int, float, str)) for value in self.values
         ):
             return sampler.suggest_categorical(key, self.values)
-        by_text = {json.dumps(value): value for value in self.values}  # Optuna takes scalars alone
+        by_text = {json.dumps(value): value for value in self.values}  # Optuna accepts only scalars
         return by_text[sampler.suggest_categorical(key, tuple(by_text))]
 
     def checked(self) -> list[Any]:
@@ -98,8 +100,10 @@ class Choices:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An override that is searched, or fixed, and the values of earlier ones under which it is
-    given at all."""
+    """An override that is searched or fixed.
+
+    It applies only if earlier parameters have the values in `when`.
+    """
 
     key: str
     domain: Range | Choices
@@ -115,13 +119,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """A search space as read: its parameters in their order, and the plain values of its file."""
+    """A search space: its parameters in order, and the plain values of its file."""
 
     parameters: tuple[Parameter, ...]
     source: dict[str, Any]
 
     def suggest(self, sampler: TrialLike) -> dict[str, Any]:
-        """Key -> value of the overrides of one trial."""
+        """Return the overrides of one trial as key -> value."""
         values: dict[str, Any] = {}
         for parameter in self.parameters:
             if parameter.applies(values):
@@ -129,8 +133,10 @@ class Space:
         return values
 
     def checked(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """`("ema_decay=0.9", overrides)` of both ends of each range and of each choice, the others
-        at their first."""
+        """Yield `("ema_decay=0.9", overrides)` for both ends of each range and for each choice.
+
+        All other parameters have their first value.
+        """
         for parameter in self.parameters:
             for value in parameter.domain.checked():
                 forced = {**self._conditions(parameter), parameter.key: value}
@@ -152,26 +158,30 @@ class Space:
     def _parameter(self, key: str) -> Parameter:
         return next(parameter for parameter in self.parameters if parameter.key == key)
 
-    def differences(self, held: Mapping[str, Any]) -> list[str]:
-        """`["ema_decay: [0.9] in the study, [0.99] asked for", …]` against the plain values that a
-        study holds."""
-        wanted = json.loads(json.dumps(self.source))
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """List the differences to the plain values of a study.
+
+        An entry is `"ema_decay: [0.9] in the study, [0.99] asked for"`, for example.
+        """
+        requested = json.loads(json.dumps(self.source))
         return [
-            f"{key}: {json.dumps(held[key]) if key in held else 'unset'} in the study, "
-            f"{json.dumps(wanted[key]) if key in wanted else 'unset'} asked for"
-            for key in sorted(held.keys() | wanted.keys())
-            if held.get(key) != wanted.get(key)
+            f"{key}: {json.dumps(stored[key]) if key in stored else 'unset'} in the study, "
+            f"{json.dumps(requested[key]) if key in requested else 'unset'} asked for"
+            for key in sorted(stored.keys() | requested.keys())
+            if stored.get(key) != requested.get(key)
         ]
 
 
 def override(key: str, value: Any) -> str:
-    """The word of a training line that gives `key` this value, exactly; JSON is YAML."""
+    """Word of a training command that sets `key` to exactly this value; JSON is valid YAML."""
     return f"{key}={json.dumps(value)}"
 
 
 def read_space(name: str) -> Space:
-    """The space `name` (of `recipes/searches/`, or the path of a YAML file). `UserError` names what
-    is wrong in it."""
+    """Read the space `name` (in `recipes/searches/`, or the path of a YAML file).
+
+    Raises `UserError` that names what is wrong.
+    """
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name).expanduser() if is_path else find_file(f"{SEARCHES}/{name}.yaml")
     if not path.is_file():
@@ -192,7 +202,7 @@ def read_space(name: str) -> Space:
 
 
 class _UniqueKeys(recipe._Loader):
-    """As recipes are read, and a key that is given twice is an error."""
+    """Same loader as for recipes, but duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -203,17 +213,17 @@ class _UniqueKeys(recipe._Loader):
 
 
 def space_of(source: Any) -> Space:
-    """The space of a file's plain values."""
+    """Build the space from the plain values of a file."""
     if not isinstance(source, dict) or not source:
         raise UserError(
-            "a search space is a table of overrides and their values, such as "
+            "a search space is a table of overrides and their values, e.g. "
             "`ds.optimizer.params.lr: {low: 1e-4, high: 1e-2, log: true}`"
         )
     parameters: list[Parameter] = []
     for key, value in source.items():
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
             raise UserError(
-                f"{key!r} is not the key of an override, such as data.crop or ds.train_batch_size"
+                f"{key!r} is not the key of an override such as data.crop or ds.train_batch_size"
             )
         _refuse_measure(key)
         try:
@@ -224,7 +234,7 @@ def space_of(source: Any) -> Space:
             raise UserError(f"{key}: {error}") from error
     if not any(parameter.is_searched for parameter in parameters):
         raise UserError(
-            "there is nothing to search: every value is fixed; give one a range or several choices"
+            "nothing to search: every value is fixed; give one a range or several choices"
         )
     return Space(tuple(parameters), source)
 
@@ -235,9 +245,8 @@ def _refuse_measure(key: str) -> None:
         if plain == name or plain.startswith(f"{name}."):
             how = "--steps N" if name == "steps" else f"{key}=VALUE"
             raise UserError(
-                f"{key}: trials are compared by it, so it is the same in all of them; say {how} on "
-                "the "
-                "command line"
+                f"{key}: must be the same in all trials, because they are compared by it; set "
+                f"{how} on the command line"
             )
 
 
@@ -265,9 +274,9 @@ def _choices(values: list[Any]) -> Choices:
             raise UserError(f"{value!r} is given twice")
         try:
             json.dumps(value)
-        except TypeError as error:  # a date
+        except TypeError as error:  # e.g. a date
             raise UserError(
-                f"{value!r} is no value of a recipe; put it in quotes if it is text"
+                f"{value!r} is not a valid recipe value; put it in quotes if it is text"
             ) from error
     return Choices(tuple(values))
 
@@ -276,12 +285,12 @@ def _range(table: dict[Any, Any]) -> Range:
     for name in table:
         if name not in RANGE_KEYS:
             raise UserError(
-                f"unknown key {name!r}{nearest(str(name), (*RANGE_KEYS, WHEN, 'choices'))} "
-                "(a table that is itself a value goes into a list: [{…}])"
+                f"unknown key {name!r}{nearest(str(name), (*RANGE_KEYS, WHEN, 'choices'))} (put a "
+                "table that is itself a value into a list: [{…}])"
             )
     for name in ("low", "high"):
         if name not in table:
-            raise UserError(f"a range needs {name}, such as {{low: 1e-4, high: 1e-2, log: true}}")
+            raise UserError(f"a range needs {name}, e.g. {{low: 1e-4, high: 1e-2, log: true}}")
     for name in ("low", "high", "step"):
         number = table.get(name, 1)
         if (
@@ -296,9 +305,11 @@ def _range(table: dict[Any, Any]) -> Range:
     if not (isinstance(low, int) and isinstance(high, int)):
         low, high = float(low), float(high)
     if low >= high:
-        raise UserError(f"low {low:g} must be below high {high:g}; for one value write just that")
+        raise UserError(
+            f"low {low:g} must be below high {high:g}; for a single value, write just that"
+        )
     if log and low <= 0:
-        raise UserError(f"low {low:g} must be above 0 where log is true")
+        raise UserError(f"low {low:g} must be above 0 if log is true")
     if step is not None:
         _check_step(low, high, step, log)
     return Range(low, high, log, step)
@@ -306,29 +317,29 @@ def _range(table: dict[Any, Any]) -> Range:
 
 def _check_step(low: float, high: float, step: float, log: bool) -> None:
     if log:
-        raise UserError("log and step do not go together; leave one out, or list the choices")
+        raise UserError("log and step cannot be combined; omit one, or list the choices")
     if step <= 0:
         raise UserError(f"step {step:g} must be above 0")
     if isinstance(low, int) and not isinstance(step, int):
         raise UserError(
-            f"step {step:g} is not a whole number, though low and high are; write low as {low}.0"
+            f"step {step:g} is not an integer, but low and high are; write low as {low}.0"
         )
     count = round((high - low) / step, 6)
     if count != int(count) or count < 1:
         raise UserError(
-            f"high {high:g} is not low {low:g} + a multiple of step {step:g}; say high: "
+            f"high {high:g} is not low {low:g} + a multiple of step {step:g}; use high: "
             f"{low + max(1, math.floor(count)) * step:g}"
         )
 
 
 def _when(table: Any, earlier: Mapping[str, Parameter]) -> dict[str, tuple[Any, ...]]:
     if not isinstance(table, dict):
-        raise UserError(f"when must be a table of an earlier key and its values, not {table!r}")
+        raise UserError(f"when must be a table of earlier keys and their values, not {table!r}")
     conditions: dict[str, tuple[Any, ...]] = {}
     for key, allowed in table.items():
         if key not in earlier:
             raise UserError(
-                f"when: there is no {key!r} above it{nearest(str(key), earlier) if earlier else ''}"
+                f"when: no earlier key {key!r}{nearest(str(key), earlier) if earlier else ''}"
             )
         domain = earlier[key].domain
         if isinstance(domain, Range):

@@ -1,12 +1,11 @@
-"""A study on disk: its folder, its journal, what it is a study of, and which searcher has which
-trial.
+"""A study on disk: its folder, journal and identity, and which searcher owns which trial.
 
-    runs/<study>/journal.jsonl           Optuna's, of all trials
-    runs/<study>/trial-0007/             the training run of trial 7, an ordinary run folder
+runs/<study>/journal.jsonl is Optuna's journal of all trials; runs/<study>/trial-0007/ is the
+training run of trial 7, an ordinary run folder.
 
-Several searchers, on several machines, may share it: a trial belongs to whoever holds its lock,
-which dies with its process. A trial that is running after the journal, but whose lock is free, was
-interrupted and is gone on with.
+Several searchers, on several machines, may share a study. A trial belongs to the searcher that
+holds its lock, which disappears with the searcher's process. A trial that the journal lists as
+running but whose lock is free was interrupted and is continued.
 """
 
 from __future__ import annotations
@@ -27,35 +26,34 @@ from optuna.trial import Trial, TrialState
 from pipeline.cli import UserError
 
 JOURNAL_FILE = "journal.jsonl"
-STUDY = "search"  # its name in the journal, whatever its folder is called
-IDENTITY = "identity"  # the study's attribute with what it is a study of
+STUDY = "search"  # name in the journal, whatever the folder is called
+IDENTITY = "identity"  # study attribute that describes what is searched
 Pruner = Literal["median", "hyperband", "none"]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class StudyFolder:
-    """The folder of a study, shared with other searchers for as long as it is entered."""
+    """The folder of a study, shared with other searchers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.contextmanager
     def entered(self, *, reset: bool) -> Iterator[Path | None]:
-        """Take part in the study. With `reset`, move an old one aside, which yields its new
-        place."""
+        """Join the study; `reset` first moves an old one aside and yields its new path.
+
+        Raises `UserError` if another process is searching and `reset` is set.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.parent / f".{self.path.name}.study.lock", "a") as file:
             is_alone = _try_lock(file)
             if reset and not is_alone:
-                raise UserError(
-                    f"{self.path} is being searched by another process; stop it before --reset"
-                )
+                raise UserError(f"{self.path} is in use by another search; stop it before --reset")
             kept = self._move_aside() if reset else None
             self.path.mkdir(exist_ok=True)
-            if (
-                is_alone
-            ):  # one left by a searcher that was killed while it wrote would be waited for
+            # A searcher that was killed while writing leaves one behind, which would block.
+            if is_alone:
                 (self.path / f"{JOURNAL_FILE}.lock").unlink(missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_SH)
             yield kept
@@ -69,15 +67,17 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """No other searcher chooses trials or tidies up meanwhile."""
+        """Prevent other searchers from choosing trials or cleaning up meanwhile."""
         with open(self.path / ".choosing.lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def take(self, number: int) -> IO[str] | None:
-        """The lock of a trial, to be closed once its end is written down; None if another searcher
-        has it."""
-        file = open(self.path / f".{trial_name(number)}.searcher.lock", "a")  # noqa: SIM115 (lives as long as it)
+        """Lock a trial until its end is recorded; `None` if another searcher has it.
+
+        The caller must close the returned file.
+        """
+        file = open(self.path / f".{trial_name(number)}.searcher.lock", "a")  # noqa: SIM115 - closed by the caller
         if _try_lock(file):
             return file
         file.close()
@@ -106,10 +106,10 @@ def _try_lock(file: IO[str]) -> bool:
 def open_study(
     folder: StudyFolder, direction: str, pruner: optuna.pruners.BasePruner
 ) -> optuna.Study:
-    """The study of a folder, made if there is none.
+    """Open the study of a folder, or create it.
 
     The journal is locked by a file that only one process can create (NFS 3 and later). Optuna's
-    other lock, by a symbolic link, is not possible on every shared disk.
+    other kind of lock, a symbolic link, is not supported on every shared disk.
     """
     lock = JournalFileOpenLock(str(folder.journal))
     lock.acquire()
@@ -130,7 +130,7 @@ def open_study(
 
 
 def read_study(folder: StudyFolder) -> optuna.Study | None:
-    """The study of a folder, to be looked at; None where there is none yet."""
+    """Open the study of a folder for reading; `None` if there is none yet."""
     if not folder.journal.is_file():
         return None
     backend = JournalFileBackend(
@@ -140,24 +140,25 @@ def read_study(folder: StudyFolder) -> optuna.Study | None:
         return _reading(
             folder, lambda: optuna.load_study(study_name=STUDY, storage=JournalStorage(backend))
         )
-    except KeyError:  # Optuna's: the journal was just begun
+    except KeyError:  # raised by Optuna if the journal was only just created
         return None
 
 
 def _reading(folder: StudyFolder, read: Callable[[], optuna.Study]) -> optuna.Study:
     try:
         return read()
-    except ValueError as error:  # Optuna's for a line that is no JSON
+    except ValueError as error:  # raised by Optuna for a line that is not JSON
         raise UserError(
-            f"{folder.journal} cannot be read ({error}); search again with --reset, which keeps "
-            "the old "
-            "study, or give another --output-dir"
+            f"{folder.journal} cannot be read ({error}); start again with --reset, which keeps "
+            "the old study, or give another --output-dir"
         ) from error
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Take off what a searcher that was killed in the middle of a line has left: the next line
-    would join it."""
+    """Remove the incomplete line of a searcher that was killed while writing.
+
+    The next line would be appended to it.
+    """
     if not path.is_file():
         return
     with open(path, "rb+") as file:
@@ -169,8 +170,11 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def pruner_of(name: Pruner, steps: int, prune_after: int) -> optuna.pruners.BasePruner:
-    """Median: below the median of the finished trials at that step, once there are five. Hyperband:
-    by its brackets."""
+    """Create the pruner called `name`.
+
+    Median prunes a trial below the median of the finished trials at that step, once there are five.
+    Hyperband prunes by its brackets.
+    """
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=prune_after)
     if name == "hyperband":
@@ -179,11 +183,11 @@ def pruner_of(name: Pruner, steps: int, prune_after: int) -> optuna.pruners.Base
 
 
 def sampler_of(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of trial `number`: what it draws follows from the seed, the number and the trials
-    before alone.
+    """Create the sampler of trial `number`.
 
-    So a study that was interrupted goes on as it would have, and searchers beside each other do not
-    repeat each other.
+    Its draws depend only on the seed, the number and the earlier trials. So an interrupted study
+    continues as it would have without the interruption, and parallel searchers do not repeat each
+    other.
     """
     return optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32)
 
@@ -191,8 +195,10 @@ def sampler_of(seed: int, number: int) -> optuna.samplers.BaseSampler:
 def next_trial(
     folder: StudyFolder, study: optuna.Study, most: int, seed: int, own: set[int]
 ) -> tuple[Trial, IO[str]] | None:
-    """An interrupted trial, or else a new one as long as there are fewer than `most`; None if there
-    is none to run."""
+    """Return an interrupted trial, or a new one if there are fewer than `most`, with its lock.
+
+    `None` if there is no trial to run. `own` are the trials of this searcher.
+    """
     with folder.alone():
         trials = study.get_trials(deepcopy=False)
         for frozen in trials:
@@ -201,18 +207,18 @@ def next_trial(
                 if lock and study.trials[frozen.number].state == TrialState.RUNNING:
                     study.sampler = sampler_of(seed, frozen.number)
                     return Trial(study, frozen._trial_id), lock
-                if lock:  # its searcher has just ended it
+                if lock:  # its searcher has just finished it
                     lock.close()
         if len(trials) >= most:
             return None
         trial = study.ask()
         study.sampler = sampler_of(seed, trial.number)
         lock = folder.take(trial.number)
-        assert lock is not None, "a new trial is nobody's"
+        assert lock is not None, "a new trial is locked by another searcher"
         return trial, lock
 
 
 def waits_for_others(study: optuna.Study, own: set[int]) -> bool:
-    """Whether trials are running that are not this searcher's."""
+    """Whether trials of other searchers are running."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return any(frozen.number not in own for frozen in running)
