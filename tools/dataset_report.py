@@ -1,5 +1,4 @@
-"""One page that shows what a dataset is made of: numbers, histograms, a contact sheet, what was
-rejected."""
+"""Write an HTML page about a dataset: numbers, histograms, a contact sheet, rejects."""
 
 from __future__ import annotations
 
@@ -22,25 +21,25 @@ from tools.report.tiles import SIDE, Thumbnail, make_tiles
 
 MAX_SAMPLES = 500
 
-# of the contact sheet, by gate: title, explanation, whether the pixels are shown as they are
+# Views of the contact sheet by gate: title, explanation, whether pixels are shown at full
+# resolution.
 _LOWEST = {
     "source_sharpness": (
         "The softest pictures",
-        "Lowest sharpness of the whole photograph or frame, one crop of each; the middle "
-        f"{SIDE}x{SIDE} pixels, one for one. What looks blurred here calls for a higher "
+        "Lowest sharpness of the whole photograph or frame, one crop of each; the centre "
+        f"{SIDE}x{SIDE} pixels at full resolution. If some look blurred, use a higher "
         "--min-sharpness.",
         True,
     ),
     "sharpness": (
         "The softest crops",
-        f"Lowest sharpness of the crop itself, one of each photograph; the middle {SIDE}x{SIDE} "
-        "pixels, "
-        "one for one. Parts that are out of focus belong to sharp photographs and are kept.",
+        f"Lowest sharpness of the crop itself, one of each photograph; the centre {SIDE}x{SIDE} "
+        "pixels at full resolution. Parts of sharp photographs that are out of focus are kept.",
         True,
     ),
     "gradient": (
         "The flattest crops",
-        "Lowest gradient, one crop of each photograph. What is empty here calls for a higher "
+        "Lowest gradient, one crop of each photograph. If some are empty, use a higher "
         "--min-gradient.",
         False,
     ),
@@ -49,26 +48,26 @@ _LOWEST = {
 
 @dataclass(frozen=True)
 class Options:
-    """Write one HTML page that shows what a dataset holds: numbers by source, histograms of what
-    the quality gates measured with their thresholds, crops drawn at random, the softest and the
-    flattest ones that were kept, how evenly photographs and films are represented, what was
-    rejected and why, what the training and validation lists name.
+    """Write an HTML page about the contents of a dataset.
 
-    The page is one file with its pictures inside; it needs no network and no JavaScript, and can be
-    mailed. Images in no manifest are measured now, --samples of them. The dataset is not changed.
+    It shows numbers by source, histograms of the quality gates with their thresholds, random crops,
+    the softest and flattest crops that were kept, how evenly photographs and films are represented,
+    what was rejected and why, and what the training and validation lists contain. The page is a
+    single file with embedded pictures; it needs neither network nor JavaScript, and can be mailed.
+    Images in no manifest are measured now, --samples of them. The dataset is not changed.
 
     Example: python tools/dataset_report.py --data-dir ~/dataset --out report.html
     """
 
     data_dir: Path = Path("~/dataset")
-    """The dataset: the folder that holds the sources."""
+    """The dataset: the folder that contains the sources."""
     out: Path = Path("report.html")
     """The page to write."""
     samples: int = 48
-    """Images drawn at random for the contact sheet, and half as many of each of three extremes; 0
-    shows none. 48 make a page of 0.7 MB, 500 one of 7 MB."""
+    """Random images for the contact sheet, and half as many for each of three extremes; 0 shows
+    none. 48 make a page of 0.7 MB, 500 one of 7 MB."""
     seed: int = 0
-    """Another seed draws other images."""
+    """Seed of the random images."""
     threads: int = 0
     """Number of threads that decode images; 0 is one per core."""
 
@@ -77,8 +76,8 @@ def main(options: Options) -> int:
     """Write the page."""
     if not 0 <= options.samples <= MAX_SAMPLES:
         raise UserError(
-            f"--samples {options.samples}: must be 0 to {MAX_SAMPLES}; the pictures lie inside the "
-            "page"
+            f"--samples {options.samples}: must be 0 to {MAX_SAMPLES}, because the pictures are "
+            "embedded in the page"
         )
     out, threads = options.out.expanduser(), thread_count(options.threads)
     if out.is_dir() or not out.parent.is_dir():
@@ -98,14 +97,13 @@ def main(options: Options) -> int:
         ) from error
     print(
         f"{total(statistics.sources, 'images')} images of {len(statistics.sources)} sources in "
-        f"{out} "
-        f"({len(page) / 1e6:.2f} MB)"
+        f"{out} ({len(page) / 1e6:.2f} MB)"
     )
     return 0
 
 
 def make_page(statistics: Statistics, threads: int) -> bytes:
-    """The page in UTF-8; decodes the images that it shows."""
+    """Build the page in UTF-8; decodes the images that it shows."""
     samples = statistics.samples
     drawn_plain = list(samples.plain)
     plain = list(make_tiles(statistics.root, drawn_plain, threads))
@@ -135,8 +133,8 @@ def _random_view(images: Iterable[SampledImage], tiles: dict[str, Thumbnail]) ->
         {"tile": tiles[image.path], "value": ""} for image in images
     ]
     return View(
-        "Drawn at random",
-        f"{len(entries)} of all images, each as likely as any other, made smaller.",
+        "Random images",
+        f"{len(entries)} of all images, drawn uniformly and reduced.",
         entries,
         is_detail=False,
     )

@@ -1,5 +1,7 @@
-"""tools/dataset_report.py: the page, parsed, held against the dataset; and shown by a browser where
-there is one."""
+"""tools/dataset_report.py: the page is parsed and compared with the dataset, and rendered.
+
+Rendering needs a browser and is skipped without one.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ ALERT = "<script>alert('x')</script>\"&"
 
 
 class Page(HTMLParser):
-    """A page taken apart; fails where tags do not match."""
+    """Parses a page; fails if tags do not match."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class Page(HTMLParser):
             self.captions[-1] = " ".join(f"{self.captions[-1]} {data}".split())
 
     def row(self, name: str) -> list[str]:
-        """The cells of the first row whose first cell starts with `name`."""
+        """Cells of the first row whose first cell starts with `name`."""
         return next(row for row in self.rows if row[0].startswith(name))
 
 
@@ -103,8 +105,10 @@ def report(folder: Path, out: Path, *arguments: object) -> Page:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Two sources (a broken photograph, a copy, and flat crops rejected), loose images, lists, a
-    quarantine."""
+    """A dataset with two sources, loose images, lists and a quarantine.
+
+    A broken photograph, a copy and flat crops are rejected.
+    """
     folder = tmp_path_factory.mktemp("report")
     files = {
         f"{number}.png": encoded(photograph(130, 260, seed=number), "png") for number in range(6)
@@ -214,7 +218,7 @@ def test_contact_sheet_shows_the_crops(dataset, page):
             if path.endswith(".npy")
             else np.asarray(Image.open(dataset / path))
         )
-        assert shown.shape == pixels.shape  # small enough to be shown whole
+        assert shown.shape == pixels.shape  # small enough to be shown as a whole
         assert np.abs(shown - pixels).mean() < 12
         if path in by_path:
             assert f"gradient {by_path[path].gates['gradient']:.3g}" in image["title"]
@@ -252,7 +256,7 @@ def test_seed_decides_the_draw(dataset, page, tmp_path):
 
 def test_images_in_no_manifest_are_measured(page_file, tmp_path):
     text = " ".join(page_file.read_text().split())
-    assert "5 images stand in no manifest" in text
+    assert "5 images are in no manifest" in text
     assert "4 of them, drawn at random with seed 0, were measured now; 1 more could not be" in text
     write_files(
         tmp_path / "plain",
@@ -283,7 +287,7 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     page = report(tmp_path / "data", tmp_path / "report.html")
     assert page.images == []
     text = (tmp_path / "report.html").read_text()
-    assert text.count(">not there<") == 2  # drawn at random, and among the flattest
+    assert text.count(">missing<") == 2  # among the random images, and among the flattest
     assert text.count(">not an .npy array") == 2
 
 
@@ -378,7 +382,7 @@ def test_page_is_accessible_and_its_colours_have_contrast(page, page_file):
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG 2.2's contrast ratio of two colours, 1 to 21."""
+    """Contrast ratio of two colours by WCAG 2.2, 1 to 21."""
 
     def luminance(colour: str) -> float:
         values = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -414,7 +418,7 @@ def test_user_errors_write_nothing(dataset, tmp_path):
 
 
 def test_a_browser_shows_it_on_a_phone(page_file, tmp_path):
-    """At 390 pixels no sideways scrolling; every picture decodes; the dark scheme takes."""
+    """At 390 pixels: no horizontal scrolling, all pictures decode, the dark scheme applies."""
     browser = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )

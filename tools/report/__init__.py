@@ -1,1 +1,1 @@
-"""The HTML page of a dataset."""
+"""The HTML report on a dataset."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from tools.dataset.sampling import Histogram
 
-WIDTH, HEIGHT = 420, 250  # of a chart, in units of its SVG; fonts are 12 of them
+WIDTH, HEIGHT = 420, 250  # of a chart, in SVG units; the font size is 12
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 26, 44  # margins around the bars
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar, its upper left corner at (x, y), and what a pointer over it reads."""
+    """A bar with its top-left corner at (x, y) and its tooltip."""
 
     x: float
     y: float
@@ -33,7 +33,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar chart. `summary` says in words what it shows."""
+    """A bar chart; `summary` describes it in words."""
 
     title: str
     x_label: str
@@ -47,7 +47,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Gate:
-    """How the values of a gate are drawn."""
+    """How to draw the values of a gate."""
 
     title: str
     unit: str
@@ -60,38 +60,38 @@ class Gate:
 GATES = {
     "gradient": Gate(
         "Gradient",
-        "mean luma gradient, grey levels a pixel (log scale)",
+        "mean luma gradient, grey levels per pixel (log scale)",
         [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64],
-        "How much there is to see in a crop. Flat crops, below the line, are rejected.",
+        "Amount of detail in a crop. Flat crops, below the line, are rejected.",
         "--min-gradient",
         is_log=True,
     ),
     "source_sharpness": Gate(
         "Sharpness of the picture",
-        "finest octave over the next one, a ratio",
+        "ratio of the finest octave to the next one",
         [0, 0.5, 1, 1.5, 2],
         "Of the photograph or frame that a crop was cut from, at its sharpest place; counted once "
-        "a crop. Blurred or enlarged ones, below the line, are rejected.",
+        "per crop. Blurred or enlarged ones, below the line, are rejected.",
         "--min-sharpness",
     ),
     "sharpness": Gate(
         "Sharpness as a whole",
-        "finest octave over the next one, a ratio",
+        "ratio of the finest octave to the next one",
         [0, 0.5, 1, 1.5, 2],
-        "Of the crop itself, all of it. No gate: a sharp photograph has parts that are out of "
-        "focus.",
+        "Of the crop itself as a whole. Not a gate, because sharp photographs have parts that are "
+        "out of focus.",
     ),
     "entropy": Gate(
         "Entropy",
-        "bits a pixel of the luma histogram",
+        "bits per pixel of the luma histogram",
         [0, 2, 4, 6, 8],
-        "How many grey levels a crop makes use of. No gate.",
+        "Variety of grey levels in a crop. Not a gate.",
     ),
 }
 
 
 def gate_chart(name: str, histogram: Histogram) -> Chart:
-    """The distribution of a gate (a key of `GATES`) over the images."""
+    """Distribution of a gate (a key of `GATES`) over the images."""
     gate, total = GATES[name], histogram.total
     scale: Callable[[float], float] = math.log2 if gate.is_log else float
     low, high = scale(histogram.edges[0]), scale(histogram.edges[-1])
@@ -107,8 +107,8 @@ def gate_chart(name: str, histogram: Histogram) -> Chart:
     ]
     low_value, median, high_value = (histogram.quantile(share) for share in (0.05, 0.5, 0.95))
     summary = (
-        f"{total:,} images: median {median:.3g}; 90 % of them lie between {low_value:.3g} "
-        f"and {high_value:.3g}."
+        f"{total:,} images: median {median:.3g}; 90 % are between {low_value:.3g} and "
+        f"{high_value:.3g}."
     )
     ends = (
         (histogram.below, "below", histogram.edges[0]),
@@ -116,11 +116,11 @@ def gate_chart(name: str, histogram: Histogram) -> Chart:
     )
     outside = [f"{count:,} {where} {edge:g}" for count, where, edge in ends if count]
     if outside:
-        summary += f" The outermost bars also hold {' and '.join(outside)}."
+        summary += f" The outermost bars include {' and '.join(outside)}."
     threshold = None
     if histogram.threshold is not None:
         threshold = Tick(at(histogram.threshold), f"{gate.option} {histogram.threshold:g}")
-        summary += f" {histogram.under:,} lie below the line."
+        summary += f" {histogram.under:,} are below the line."
     return _chart(
         gate.title,
         gate.unit,
@@ -132,8 +132,10 @@ def gate_chart(name: str, histogram: Histogram) -> Chart:
 
 
 def photos_chart(by_size: Mapping[int, int]) -> Chart:
-    """How many photographs gave how many crops: n -> photographs with 2^n to 2^(n+1) - 1 of
-    them."""
+    """Distribution of crops per photograph.
+
+    `by_size` maps n to the number of photographs with 2^n to 2^(n+1) - 1 crops.
+    """
     exponents = range(min(by_size), max(by_size) + 1)
     step = (WIDTH - LEFT - RIGHT) / len(exponents)
     bars, ticks = [], []
@@ -147,10 +149,10 @@ def photos_chart(by_size: Mapping[int, int]) -> Chart:
         ticks.append(Tick(left + step / 2, _short(first) if first == last else f"{_short(first)}+"))
     most = max(by_size, key=lambda exponent: by_size[exponent])
     usual = f"{2**most:,} to {2 ** (most + 1) - 1:,} crops" if most else "a single crop"
-    summary = f"{sum(by_size.values()):,} photographs; most often one gave {usual}."
+    summary = f"{sum(by_size.values()):,} photographs; most gave {usual}."
     return _chart(
-        "Crops of a photograph",
-        "crops of one photograph or film (log scale)",
+        "Crops per photograph",
+        "crops per photograph or film (log scale)",
         bars,
         ticks,
         None,
@@ -168,7 +170,7 @@ def _chart(
     summary: str,
     y_label: str = "images",
 ) -> Chart:
-    """A chart of (left, right, count, text) columns."""
+    """Build a chart from (left, right, count, text) columns."""
     step, top = _y_scale(max(count for _, _, count, _ in columns))
     height, floor = HEIGHT - TOP - BOTTOM, HEIGHT - BOTTOM
     bars = [
@@ -189,7 +191,7 @@ def _chart(
 
 
 def _y_scale(largest: int) -> tuple[int, int]:
-    """(Distance of the ticks, the last one): 1, 2 or 5 times a power of ten, at most five ticks."""
+    """(Distance between ticks, last tick): 1, 2 or 5 times a power of ten, at most five ticks."""
     step = next(
         digit * 10**power
         for power in range(20)
@@ -200,7 +202,7 @@ def _y_scale(largest: int) -> tuple[int, int]:
 
 
 def _short(value: int) -> str:
-    """A count in at most five characters."""
+    """Format a count in at most five characters."""
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{name}"

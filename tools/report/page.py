@@ -1,4 +1,4 @@
-"""The page of a dataset's report: its numbers put into words, and the words into HTML."""
+"""Build the HTML page of a dataset report from its statistics."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tools.report import charts, tiles
 from tools.report.charts import GATES, gate_chart, photos_chart
 from tools.report.tiles import Thumbnail
 
-NUM_SOURCES = 200  # rows of the table; a dataset with more of them has the largest shown
-_MAX_CHARACTERS = 500  # of a name or a reason that others wrote
+NUM_SOURCES = 200  # rows of the table; only the largest sources are shown if there are more
+_MAX_CHARACTERS = 500  # of a name or a reason from outside
 _NUM_KINDS = 5
-_DOMINANT_PHOTO = 0.05  # a larger share of all crops is worth a word, where photographs are many
+_DOMINANT_PHOTO = 0.05  # a larger share of all crops is reported if there are many photographs
 _MANY_PHOTOS = 100
 
 
 @dataclass(frozen=True)
 class View:
-    """A part of the contact sheet: tiles, each with the value that it was chosen by."""
+    """A section of the contact sheet: tiles with the values they were chosen by."""
 
     title: str
     explanation: str
@@ -40,14 +40,14 @@ class View:
 
 @dataclass(frozen=True)
 class PlainImages:
-    """What is known of the images in no manifest: those that were drawn, and measured now."""
+    """The images in no manifest: their number, and those that were drawn and measured."""
 
     tiles: list[Thumbnail]
     num_images: int
 
 
 def render(statistics: Statistics, views: list[View], plain: PlainImages) -> bytes:
-    """The page, in UTF-8."""
+    """Render the page in UTF-8."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -75,8 +75,7 @@ def render(statistics: Statistics, views: list[View], plain: PlainImages) -> byt
 
 
 def _printable(value: object) -> object:
-    """What others named, made printable: every expression of the template goes through here, and is
-    then escaped."""
+    """Make an outside string printable; applied to all template expressions before escaping."""
     if not isinstance(value, str) or hasattr(value, "__html__") or value.startswith("data:image/"):
         return value
     return printable(value if len(value) <= _MAX_CHARACTERS else f"{value[:_MAX_CHARACTERS]}...")
@@ -95,7 +94,7 @@ def _geometry() -> dict[str, object]:
 
 
 def _head(statistics: Statistics) -> dict[str, object]:
-    """Headline numbers, hashes, and what a person should look at first."""
+    """Headline numbers, hashes, and warnings."""
     sources, recorded = statistics.sources, statistics.recorded
     films, plain = total(sources, "films"), total(statistics.plain, "images")
     photographs, crops = total(sources, "photographs") - films, total(recorded, "images")
@@ -112,14 +111,14 @@ def _head(statistics: Statistics) -> dict[str, object]:
         ),
         _fact("On disk", _gigabytes(total(sources, "bytes"))),
         _fact(
-            "Turned away",
+            "Rejected",
             f"{statistics.rejects.total:,}",
             f"{statistics.quarantine.total:,} in quarantine",
         ),
     ]
     facts = [
         _fact("Crops by scale", _kinds(_by_scale(recorded))),
-        _fact("Pixels a side", _kinds(tally(recorded, "sizes"))),
+        _fact("Pixels per side", _kinds(tally(recorded, "sizes"))),
         _fact("Formats", _kinds(tally(sources, "formats"))),
         _fact("Decoded with", _kinds(tally(recorded, "decoders"))),
         _fact(
@@ -154,7 +153,7 @@ def _imbalance(statistics: Statistics) -> list[str]:
     if photographs < _MANY_PHOTOS:
         return []
     return [
-        f"{printable(name)} alone gave {count / crops:.0%} of the crops"
+        f"{printable(name)} alone provides {count / crops:.0%} of the crops"
         for count, name in _largest(statistics)
         if count > _DOMINANT_PHOTO * crops
     ]
@@ -166,13 +165,13 @@ def _largest(statistics: Statistics) -> list[tuple[int, str]]:
 
 
 def _by_scale(sources: list[Source]) -> Tally:
-    """Images by scale, named as they are cut: "1/2"."""
+    """Images by scale, named as fractions: "1/2"."""
     scales = sorted(tally(sources, "scales").items(), key=lambda entry: (len(entry[0]), entry[0]))
     return Tally({f"1/{scale}" if scale.isdigit() else scale: count for scale, count in scales})
 
 
 def _kinds(counts: Tally) -> str:
-    """All kinds with their shares, the most frequent first."""
+    """All kinds with their shares, most frequent first."""
     whole = sum(counts.values())
     if len(counts) <= 1:
         return next(iter(counts), "-")
@@ -188,7 +187,7 @@ def _gigabytes(size: int) -> str:
 
 
 def _sources(statistics: Statistics) -> dict[str, object]:
-    """The table by source."""
+    """Table by source."""
     sources = statistics.sources
     images = total(sources, "images")
     largest = sorted(sources, key=lambda source: (-source.images, source.folder))[:NUM_SOURCES]
@@ -244,7 +243,7 @@ def _median(histogram: Histogram) -> str:
 
 
 def _other_gates(source: Source) -> list[str]:
-    """The thresholds that a source was made with, where they are not the usual ones."""
+    """Thresholds with which a source was made, if they differ from the defaults."""
     usual = {"min_gradient": MIN_GRADIENT, "min_sharpness": MIN_SHARPNESS}
     others = {
         name: source.settings[name]
@@ -262,7 +261,7 @@ def _other_gates(source: Source) -> list[str]:
 
 
 def _gates(statistics: Statistics, plain: PlainImages) -> dict[str, object]:
-    """The histograms, of the crops and of the images in no manifest that were measured now."""
+    """Histograms of the crops, and of the images in no manifest that were measured now."""
     histograms = new_histograms()
     for source in statistics.recorded:
         for name, histogram in source.gates.items():
@@ -304,7 +303,7 @@ def _photos(statistics: Statistics) -> dict[str, object]:
         return {"photos": None}
     crops, largest = total(statistics.recorded, "images"), _largest(statistics)
     more = (
-        f"The {len(largest)} largest hold {sum(count for count, _ in largest) / crops:.1%} of "
+        f"The {len(largest)} largest provide {sum(count for count, _ in largest) / crops:.1%} of "
         "all crops."
     )
     rows = [
@@ -316,10 +315,10 @@ def _photos(statistics: Statistics) -> dict[str, object]:
 
 
 def _rejects(statistics: Statistics) -> dict[str, object]:
-    """What was rejected while cutting, and what was moved to quarantine since."""
+    """Rejects of the cutting tools, and files moved to quarantine since."""
     cut, moved = statistics.rejects, statistics.quarantine
     note = (
-        f"{moved.gone:,} more in its report are no longer there: moved back, or deleted."
+        f"{moved.gone:,} more files in its report are no longer there (moved back or deleted)."
         if moved.gone
         else ""
     )
@@ -330,8 +329,8 @@ def _rejects(statistics: Statistics) -> dict[str, object]:
                 "columns": ["Pictures", "Crops"],
                 "note": "",
                 "caption": (
-                    "By the lines of rejects.jsonl; a picture here is a photograph, a "
-                    "frame, or one size of them"
+                    "According to rejects.jsonl; a picture is a photograph, a frame, or one size "
+                    "of them"
                 ),
                 **_reject_rows(cut, [cut.pictures, cut.crops]),
             },
@@ -339,7 +338,7 @@ def _rejects(statistics: Statistics) -> dict[str, object]:
                 "title": "In quarantine",
                 "columns": ["Files"],
                 "note": note,
-                "caption": "By quarantine/report.jsonl; a file moved back there counts no more",
+                "caption": "According to quarantine/report.jsonl; files moved back are not counted",
                 **_reject_rows(moved, [moved.pictures]),
             },
         ]

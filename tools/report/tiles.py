@@ -1,4 +1,4 @@
-"""The pictures of a report: small copies of a dataset's images, inside the page itself."""
+"""Thumbnails for a report: small copies of dataset images, embedded in the page."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from tools.dataset.sources import SampledImage
 from tools.images import decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries
 
-SIDE = 176  # pixels of a small copy's longer side, and of a part that is shown pixel for pixel
+SIDE = 176  # pixels of a thumbnail's longer side, and per side of a detail shown at full resolution
 _MAX_MEGAPIXELS = 300
-_LEAST_SIDE = 8  # below, there is nothing to measure
+_LEAST_SIDE = 8  # smaller images cannot be measured
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image as a report shows it; without pictures where `problem` says why."""
+    """An image as shown in a report; without pictures if `problem` gives the reason."""
 
     path: str
     photo: str
-    where: str = (
-        ""  # scale, place and time within the photograph; of a file in no manifest, its size
-    )
+    # Scale, position and time within the photograph; for a file in no manifest, its size.
+    where: str = ""
     gates: Mapping[str, float] = field(default_factory=dict)
-    whole: str = ""  # data URIs: all of it, made smaller
-    detail: str = ""  # its centre, pixel for pixel
+    whole: str = ""  # data URI: the whole image, reduced
+    detail: str = ""  # data URI: its centre at full resolution
     problem: str = ""
 
 
 def make_tiles(root: Path, images: Iterable[SampledImage], threads: int) -> Iterator[Thumbnail]:
-    """Decode the images and make their small copies, in their order. Measures those that no
-    manifest knows."""
+    """Decode the images and yield their thumbnails in order.
+
+    Images in no manifest are measured as well.
+    """
     images = list({image.path: image for image in images}.values())
     with quiet_libraries(), progress(len(images), "image") as bar:
         for tile in ordered_map(lambda image: _tile(root, image), images, threads):
@@ -56,7 +57,7 @@ def _tile(root: Path, image: SampledImage) -> Thumbnail:
     try:
         pixels = _decode(root, image.path)
     except FileNotFoundError:
-        return replace(tile, problem="not there")
+        return replace(tile, problem="missing")
     except OSError as error:
         return replace(tile, problem=error.strerror or str(error))
     except (BadImageError, UserError) as error:
@@ -74,7 +75,7 @@ def _tile(root: Path, image: SampledImage) -> Thumbnail:
 
 def _decode(root: Path, path: str) -> np.ndarray:
     if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
-        raise BadImageError("its path leads out of the dataset")
+        raise BadImageError("its path leads outside the dataset")
     return decode_file(root / path, max_megapixels=_MAX_MEGAPIXELS)
 
 
@@ -83,7 +84,7 @@ def _numbers(gates: Mapping[str, object]) -> dict[str, float]:
 
 
 def _where(image: SampledImage) -> str:
-    """Which part of its photograph a crop is."""
+    """Position of a crop within its photograph."""
     record = image.record
     if record is None:
         return ""
@@ -92,7 +93,7 @@ def _where(image: SampledImage) -> str:
 
 
 def _smaller(pixels: np.ndarray) -> np.ndarray:
-    """uint8 RGB with at most `SIDE` pixels a side."""
+    """Reduce to at most `SIDE` pixels per side, uint8 RGB."""
     height, width = pixels.shape[:2]
     factor = min(1.0, SIDE / max(height, width))
     size = max(round(width * factor), 1), max(round(height * factor), 1)
@@ -100,7 +101,7 @@ def _smaller(pixels: np.ndarray) -> np.ndarray:
 
 
 def _centre(pixels: np.ndarray) -> np.ndarray:
-    """The middle of an image, at most `SIDE` pixels a side, none of them changed."""
+    """Cut out the centre, at most `SIDE` pixels per side, with unchanged pixels."""
     top, left = (max(side - SIDE, 0) // 2 for side in pixels.shape[:2])
     return np.ascontiguousarray(pixels[top : top + SIDE, left : left + SIDE])
 
