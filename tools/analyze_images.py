@@ -1,8 +1,7 @@
-"""What the pixels of a dataset are like: exact mean and standard deviation of each channel,
-clipping, brightness.
+"""Pixel statistics of a dataset: exact channel means and deviations, clipping, brightness.
 
-Each image becomes one histogram per channel (`histograms`), these are added up in whole numbers
-(`Analysis`), and moments and percentiles come from the sums (`summary`).
+Each image gives one histogram per channel (`histograms`). They are summed as integers (`Analysis`),
+and moments and percentiles are computed from the sums (`summary`).
 """
 
 from __future__ import annotations
@@ -36,43 +35,44 @@ from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 CHANNELS = ("red", "green", "blue")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 PERCENTILES = (1, 50, 99)
-MAX_COUNT = 1 << 24  # cv2.calcHist counts in float32, which holds whole numbers exactly up to here
+MAX_COUNT = 1 << 24  # cv2.calcHist counts in float32, which holds integers exactly up to here
 NUM_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """Mean and standard deviation of each channel over all pixels of a dataset, exactly, and what
-    else a look at the histograms tells: range, clipping, and how much brightness differs between
-    images.
+    """Compute exact channel means and standard deviations over all pixels of a dataset.
 
-    The standard deviation is that of all pixels (population). Each image becomes one histogram a
-    channel and these are added up in whole numbers, so that a million images need no more memory
-    than one. Images are read as images_to_data.py reads photographs: 8 bits, upright, gray as RGB,
-    transparency over white.
+    Also reports range, clipping, and how much the brightness differs between images. The standard
+    deviation is that of all pixels (population). Each image gives one histogram per channel, and
+    these are summed as integers, so a million images need no more memory than one. Images are read
+    as images_to_data.py reads photographs: 8 bits, upright, grey as RGB, transparency over white.
 
     Example: python tools/analyze_images.py --data-dir ~/dataset
     """
 
     data_dir: Path | None = None
-    """Folder of the images (searched in depth), or, with --list, the folder that the list's names
-    are relative to; by default ~/dataset, or the folder of the list."""
+    """Folder of the images (searched recursively), or, with --list, the folder that the names in
+    the list are relative to; by default ~/dataset, or the folder of the list."""
     file_list: Annotated[Path | None, tyro.conf.arg(name="list")] = None
-    """Analyze the images of this file list only, such as ~/dataset/training_file_list.txt."""
+    """Analyze only the images of this file list, such as ~/dataset/training_file_list.txt."""
     sample: int | None = None
-    """Analyze this many images, drawn at random, instead of all."""
+    """Analyze this many random images instead of all."""
     seed: int = 0
-    """Another seed draws another sample."""
+    """Seed of the random sample."""
     json: Path | None = None
-    """Write all numbers, with the histograms, to this file too."""
+    """Also write all numbers, with the histograms, to this file."""
     max_megapixels: float = 300
-    """Skip larger images before they are decoded: they could fill the memory."""
+    """Skip larger images before decoding, because they could exhaust the memory."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
-    """Analyze and print. 0: good; 1: some images could not be read."""
+    """Analyze and print.
+
+    Returns 0 if all images were read, 1 if some could not be read.
+    """
     root, names = _images(options)
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
         raise UserError(
@@ -99,8 +99,8 @@ def main(options: Options) -> int:
         print(f"... and {failed - NUM_SHOWN} more could not be read")
     if not analysis.luma.count:
         raise RunError(
-            f"none of the {len(names)} images could be read; look into them with "
-            "`python tools/check_training_data.py`"
+            f"none of the {len(names)} images could be read; examine them with `python "
+            "tools/check_training_data.py`"
         )
     numbers = summary(analysis)
     _print(numbers, time.monotonic() - started, failed)
@@ -117,7 +117,7 @@ def main(options: Options) -> int:
 
 
 def _images(options: Options) -> tuple[Path, list[str]]:
-    """(Folder, names relative to it) of the images to analyze."""
+    """Return (folder, names relative to it) of the images to analyze."""
     if options.file_list is not None:
         path = options.file_list.expanduser()
         root = (options.data_dir or path.parent).expanduser()
@@ -142,7 +142,7 @@ def _images(options: Options) -> tuple[Path, list[str]]:
 
 
 def count_levels(root: Path, name: str, max_megapixels: float) -> ImageCounts:
-    """The histograms of one image. Bad images are a result, not an exception."""
+    """Compute the histograms of one image; a bad one gives a result with a reason."""
     try:
         pixels = decode_file(root / name, max_megapixels=max_megapixels)
     except (BadImageError, BadNpyError) as error:
@@ -154,7 +154,7 @@ def count_levels(root: Path, name: str, max_megapixels: float) -> ImageCounts:
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """The histograms of one image, int64 (3, 256); or the `reason` why there are none."""
+    """Histograms of one image, int64 (3, 256); or the `reason` why there are none."""
 
     name: str
     height: int = 0
@@ -164,8 +164,10 @@ class ImageCounts:
 
 
 def histograms(pixels: np.ndarray) -> np.ndarray:
-    """How often each level occurs in each channel of uint8 (height, width, channels): int64
-    (channels, 256), exact."""
+    """Count the levels of each channel exactly: int64 (channels, 256).
+
+    `pixels` is uint8 (height, width, channels).
+    """
     height, width, channels = pixels.shape
     rows = max(1, MAX_COUNT // width)
     counts = np.zeros((channels, 256), np.int64)
@@ -180,8 +182,7 @@ def histograms(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Spread:
-    """Mean and standard deviation of numbers that come one by one (Welford, 1962), the least and
-    the greatest."""
+    """Running mean, standard deviation (Welford, 1962), minimum and maximum."""
 
     count: int = 0
     mean: float = 0.0
@@ -190,7 +191,7 @@ class Spread:
     greatest: tuple[float, str] = (-math.inf, "")
 
     def add(self, value: float, name: str) -> None:
-        """Take in one number; `name` says whose it is."""
+        """Add a number with the name it belongs to."""
         self.count += 1
         difference = value - self.mean
         self.mean += difference / self.count
@@ -208,16 +209,16 @@ class Spread:
 
 @dataclass
 class Analysis:
-    """What all images so far add up to."""
+    """Sums over all images so far."""
 
     counts: list[list[int]] = field(default_factory=lambda: [[0] * 256 for _ in CHANNELS])
-    heights: tuple[int, int] = (sys.maxsize, 0)  # least and greatest
+    heights: tuple[int, int] = (sys.maxsize, 0)  # minimum and maximum
     widths: tuple[int, int] = (sys.maxsize, 0)
     luma: Spread = field(default_factory=Spread)  # of the images' mean luma
     means: tuple[Spread, ...] = field(default_factory=lambda: tuple(Spread() for _ in CHANNELS))
 
     def add(self, image: ImageCounts) -> None:
-        """Take in one image."""
+        """Add an image."""
         pixels = image.height * image.width
         sums = image.counts @ np.arange(256)
         for channel, spread, total, mine in zip(
@@ -231,13 +232,12 @@ class Analysis:
 
     @property
     def pixels(self) -> int:
-        """Number of pixels of all images."""
+        """Total number of pixels."""
         return sum(self.counts[0])
 
 
 def summary(analysis: Analysis) -> dict[str, object]:
-    """All that is reported, as JSON holds it. Levels are 0..255 except where a name ends with
-    _01."""
+    """All reported numbers as JSON; levels are 0..255 unless the name ends with _01."""
     channels = {}
     for name, counts, spread in zip(CHANNELS, analysis.counts, analysis.means, strict=True):
         mean, std = moments(counts)
@@ -272,8 +272,7 @@ def summary(analysis: Analysis) -> dict[str, object]:
 
 
 def moments(counts: list[int]) -> tuple[float, float]:
-    """(Mean, population standard deviation) of the levels that a histogram counts; rounded only at
-    the very end."""
+    """(mean, population standard deviation) of a histogram's levels, rounded only at the end."""
     total = sum(counts)
     first = sum(level * count for level, count in enumerate(counts))
     second = sum(level * level * count for level, count in enumerate(counts))
@@ -283,7 +282,7 @@ def moments(counts: list[int]) -> tuple[float, float]:
 
 
 def percentile(counts: list[int], percent: int) -> int:
-    """The lowest level that at least `percent` % of the pixels do not exceed."""
+    """Lowest level that at least `percent` % of the pixels do not exceed."""
     total = sum(counts)
     return next(
         level for level, below in enumerate(accumulate(counts)) if below * 100 >= percent * total
@@ -291,7 +290,7 @@ def percentile(counts: list[int], percent: int) -> int:
 
 
 def _print(numbers: dict, seconds: float, failed: int) -> None:
-    """The table."""
+    """Print the table."""
     images, pixels, channels = numbers["images"], numbers["pixels"], numbers["channels"]
     print(
         f"{images} images, {pixels / 1e6:.1f} megapixels in {seconds:.1f} s "
@@ -319,8 +318,7 @@ def _print(numbers: dict, seconds: float, failed: int) -> None:
         f"std {[round(row['std_01'], 6) for row in channels.values()]}"
     )
     print(
-        f"mean luma {numbers['mean_luma']:.2f}, of the images "
-        f"{numbers['darkest']['mean_luma']:.2f} "
+        f"mean luma {numbers['mean_luma']:.2f}, per image {numbers['darkest']['mean_luma']:.2f} "
         f"({printable(numbers['darkest']['name'])}) to {numbers['brightest']['mean_luma']:.2f} "
         f"({printable(numbers['brightest']['name'])})"
     )

@@ -1,5 +1,4 @@
-"""Which storage format suits your images and your machine: size, encoding, decoding, crops per
-second in training."""
+"""Benchmark storage formats: size, encoding, decoding, crops per second in training."""
 
 from __future__ import annotations
 
@@ -30,21 +29,21 @@ from tools.files import walk
 from tools.images import FORMATS, decode, decode_file, encode, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
-WARM_UP = 3  # batches of the loader before the clock starts
+WARM_UP = 3  # batches of the loader before timing starts
 PREFETCH = 2
 SCALE = 2  # of the low-resolution side that the loader makes
-MAX_MEGAPIXELS = 128  # of the sample, which is held in memory: 3 bytes a pixel
+MAX_MEGAPIXELS = 128  # of the sample, which is held in memory at 3 bytes per pixel
 
 
 @dataclass(frozen=True)
 class Options:
     """Measure the storage formats on a sample of your own images, on this machine.
 
-    For every format: the size of the files, how fast they are encoded and decoded (megapixels a
-    second on all threads, and per second of one core), and how many random training crops a second
-    the training's own loader (DALI; flips and the low-resolution side included) delivers from them.
-    The first line is your files as they are. Everything is read from memory (the page cache): where
-    the disk or the network is slow, small formats are better than the table says.
+    For each format: the size of the files, the speed of encoding and decoding (megapixels per
+    second on all threads, and per core-second), and the random training crops per second that the
+    training's own loader (DALI; including flips and the low-resolution side) delivers from them.
+    The first line shows your files as they are. Everything is read from memory (the page cache);
+    with a slow disk or network, small formats are better than the table shows.
 
     Example: python tools/benchmark_formats.py ~/dataset --count 100
     """
@@ -52,32 +51,34 @@ class Options:
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = (
         Path("~/dataset"),
     )
-    """A dataset folder (searched in depth), several, or image files."""
+    """One or more dataset folders (searched recursively), or image files."""
     count: int = 64
-    """Number of images in the sample; fewer where they are large (at most 128 megapixels
-    together)."""
+    """Number of images in the sample; fewer if they are large (at most 128 megapixels in total)."""
     seed: int = 0
-    """Another seed draws another sample."""
+    """Seed of the sample."""
     formats: tuple[Literal["npy", "png", "webp", "jp2"], ...] = FORMATS
     """The formats to measure."""
     seconds: float = 2.0
-    """Each number is measured for at least this long."""
+    """Minimum duration of each measurement in seconds."""
     crop: int = 256
-    """HR crop of the training in pixels; smaller where an image is."""
+    """HR crop of the training in pixels; smaller if an image is."""
     micro_batch: int = 16
-    """Crops in a batch of the loader."""
+    """Crops per batch of the loader."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the loader decodes and resizes."""
     skip_loader: bool = False
     """Do not measure the loader, which needs nvidia-dali."""
     json: Path | None = None
-    """Write the numbers to this file too."""
+    """Also write the numbers to this file."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
-    """Measure and print the table. 0: good; 1: some files could not be read."""
+    """Measure and print the table.
+
+    Returns 0 if all files were read, 1 if some could not be read.
+    """
     _check_options(options)
     threads, files = thread_count(options.threads), _files(options.paths)
     prepare_decoders()
@@ -116,7 +117,7 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse what cannot work."""
+    """Raise `UserError` for options that cannot work."""
     for flag, value in (
         ("--count", options.count),
         ("--crop", options.crop),
@@ -127,38 +128,37 @@ def _check_options(options: Options) -> None:
     if not 0 <= options.seconds <= 3600:
         raise UserError(f"--seconds {options.seconds:g}: must be 0 to 3600")
     if not options.formats or len(set(options.formats)) < len(options.formats):
-        raise UserError(f"--formats: name each format once, of {', '.join(FORMATS)}")
+        raise UserError(f"--formats: name each format once; available: {', '.join(FORMATS)}")
     if not options.skip_loader and importlib.util.find_spec("nvidia.dali") is None:
         raise UserError(
             "the loader needs nvidia-dali, which is not installed; install requirements.txt, or "
-            "give "
-            "--skip-loader"
+            "give --skip-loader"
         )
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
-    """All images that `paths` name, or that lie below them."""
+    """All images in `paths` or below them."""
     files: dict[Path, None] = {}
     for path in (path.expanduser() for path in paths):
         if path.is_file():
             if not (is_npy(path) or is_encoded(path)):
                 raise UserError(
-                    f"{path}: not an image by its suffix; give images, or the folder of a dataset"
+                    f"{path}: not an image according to its suffix; give images, or the folder of "
+                    "a dataset"
                 )
             files[path] = None
         else:
             files.update(dict.fromkeys(path / name for name in walk(path, MANIFEST).images))
     if not files:
         raise UserError(
-            f"{paths[0] if paths else 'no PATH'}: no images below this folder; give that of a "
-            "dataset"
+            f"{paths[0] if paths else 'no PATH'}: no images below this folder; give the folder of "
+            "a dataset"
         )
     return list(files)
 
 
 def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, int]:
-    """The images to measure on, drawn at random, and how many of the drawn ones could not be
-    read."""
+    """Draw the images to measure; also returns how many of them could not be read."""
     drawn = random.Random(options.seed).sample(files, min(options.count, len(files)))
     sample, unreadable = BenchmarkImages([], []), 0
     for path in drawn:
@@ -175,42 +175,41 @@ def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, 
             break
     if not sample.files:
         raise RunError(
-            f"none of the {len(drawn)} images drawn could be read; look into them with "
-            "`python tools/check_training_data.py`"
+            f"none of the {len(drawn)} drawn images could be read; examine them with `python "
+            "tools/check_training_data.py`"
         )
     return sample, unreadable
 
 
 def _loader_settings(sample: BenchmarkImages, options: Options) -> LoaderSettings | None:
-    """How the loader is driven; its crop must fit into the smallest image."""
+    """Settings of the loader; its crop must fit into the smallest image."""
     if options.skip_loader:
         return None
     crop = min(options.crop, *(min(image.shape[:2]) for image in sample.pixels)) // SCALE * SCALE
     if crop < SCALE:
         raise UserError(
             f"--crop {options.crop}, and the shortest side of the images: no training crop of at "
-            "least "
-            f"{SCALE} pixels fits; give other images, a larger --crop, or --skip-loader"
+            f"least {SCALE} pixels fits; give other images, a larger --crop, or --skip-loader"
         )
     return LoaderSettings(crop, options.micro_batch, 0 if options.device == "cuda" else None)
 
 
 @dataclass(frozen=True)
 class BenchmarkImages:
-    """The images that everything is measured on; pixels are uint8 RGB (height, width, 3)."""
+    """The images to measure on; pixels are uint8 RGB (height, width, 3)."""
 
     files: list[Path]
     pixels: list[np.ndarray]
 
     @property
     def megapixels(self) -> float:
-        """Of all images together."""
+        """Total of all images."""
         return sum(image.shape[0] * image.shape[1] for image in self.pixels) / 1e6
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How the training's loader is driven; `device_id` is that of a GPU, `None` for the CPU."""
+    """Settings of the training's loader; `device_id` is that of a GPU, `None` for the CPU."""
 
     crop: int
     micro_batch: int
@@ -218,8 +217,7 @@ class LoaderSettings:
 
 
 class Speed(NamedTuple):
-    """Units (megapixels, crops) a second of wall time, and per second of CPU time of all threads
-    together."""
+    """Units (megapixels, crops) per second of wall time, and per second of CPU time."""
 
     wall: float
     core: float
@@ -227,18 +225,18 @@ class Speed(NamedTuple):
 
 @dataclass(frozen=True)
 class FormatRow:
-    """The measurements of one format; `None`: not measured."""
+    """Measurements of one format; `None` if not measured."""
 
     format: str
     megabytes: float
-    of_raw: float  # size relative to that of the bare pixels
+    of_raw: float  # relative to the size of the raw pixels
     encode: Speed | None  # megapixels
     decode: Speed  # megapixels
     loader: Speed | None  # crops
 
 
 class FormatMeter:
-    """Measures formats on a sample, on `threads` threads, each number for at least `seconds`."""
+    """Measures formats on a sample, with `threads` threads, each number for at least `seconds`."""
 
     def __init__(
         self,
@@ -248,12 +246,12 @@ class FormatMeter:
         seconds: float,
         loader: LoaderSettings | None,
     ) -> None:
-        """`folder` takes the encoded files; without `loader` the loader is not measured."""
+        """`folder` receives the encoded files; without `loader`, the loader is not measured."""
         self._sample, self._folder, self._threads, self._seconds = sample, folder, threads, seconds
         self._loader = loader
 
     def as_it_is(self) -> FormatRow:
-        """The user's own files: nothing is encoded."""
+        """Measure the original files; nothing is encoded."""
         files = self._sample.files
         size = sum(file.stat().st_size for file in files) / 1e6
         return FormatRow(
@@ -266,8 +264,10 @@ class FormatMeter:
         )
 
     def format(self, form: str) -> FormatRow:
-        """The sample in the format `form`. Raises `RunError` where it does not come back bit by
-        bit."""
+        """Measure the sample in the format `form`.
+
+        Raises `RunError` if decoding does not return identical pixels.
+        """
         pixels = self._sample.pixels
         contents = list(ordered_map(lambda image: encode(image, form), pixels, self._threads))
         files = [self._folder / f"{index:05d}.{form}" for index in range(len(contents))]
@@ -275,7 +275,7 @@ class FormatMeter:
             file.write_bytes(content)
             if not np.array_equal(decode(content, form), image):
                 raise RunError(
-                    f"{form} does not give the same pixels back; do not use it with these library "
+                    f"{form} does not return identical pixels; do not use it with these library "
                     "versions"
                 )
         size = sum(map(len, contents)) / 1e6
@@ -292,21 +292,21 @@ class FormatMeter:
         return row
 
     def _encoding_speed(self, form: str) -> Speed:
-        """As `_speed`. The CPU time of processes cannot be seen from here: it is measured without
-        them."""
+        """Same as `_speed`, for encoding.
+
+        CPU time is measured without encoding processes, because their CPU time is not visible here.
+        """
         pixels = self._sample.pixels
         speed = self._speed(lambda index: encode(pixels[index], form))
         with parallel_encoder(form, self._threads) as parallel:
-            if isinstance(parallel, partial):  # the same as above
+            if isinstance(parallel, partial):  # same as above
                 return speed
-            list(
-                ordered_map(parallel, pixels[: 2 * self._threads], self._threads)
-            )  # the processes have started
+            # Make sure the processes have started.
+            list(ordered_map(parallel, pixels[: 2 * self._threads], self._threads))
             return Speed(self._speed(lambda index: parallel(pixels[index])).wall, speed.core)
 
     def _speed(self, work: Callable[[int], object]) -> Speed:
-        """Megapixels a second of `work` on each image of the sample, on all threads, as often as
-        the time allows."""
+        """Megapixels per second of `work` on all images, repeated until time is up."""
 
         def round_of_all() -> None:
             for _ in ordered_map(work, range(len(self._sample.pixels)), self._threads):
@@ -315,10 +315,10 @@ class FormatMeter:
         return self._timed(round_of_all, self._sample.megapixels)
 
     def _loader_speed(self, files: Sequence[Path]) -> Speed | None:
-        """Random training crops a second out of `files`, through the graph that training uses."""
+        """Random training crops per second from `files`, with the pipeline used in training."""
         if self._loader is None:
             return None
-        from pipeline.data.reader import training_pipeline  # needs DALI; not torch
+        from pipeline.data.reader import training_pipeline  # needs DALI, but not torch
         from pipeline.data.sampling import Sampler
         from pipeline.data.source import CropSource, Position
         from pipeline.data.spec import DataSpec
@@ -339,7 +339,7 @@ class FormatMeter:
         return self._timed(pipeline.run, settings.micro_batch)
 
     def _timed(self, work: Callable[[], object], units: float) -> Speed:
-        """Repeat `work`, which handles `units` each time, until the time is up."""
+        """Repeat `work`, which handles `units` each time, until time is up."""
         rounds, started, cpu = 0, time.perf_counter(), time.process_time()
         while not rounds or time.perf_counter() - started < self._seconds:
             work()
@@ -349,7 +349,7 @@ class FormatMeter:
 
 
 def _print(rows: list[FormatRow]) -> None:
-    """The table, and what is best for what."""
+    """Print the table and the best format for each purpose."""
     print(
         f"\n{'':10}{'size':>18}{'encode, MPix/s':>20}{'decode, MPix/s':>20}{'loader, crops/s':>20}"
     )

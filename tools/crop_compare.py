@@ -1,5 +1,4 @@
-"""Comparison pictures as in papers: the same coloured boxes cut from many results of one
-photograph."""
+"""Comparison figures as in papers: the same boxes cut from several results of one photograph."""
 
 from __future__ import annotations
 
@@ -49,44 +48,43 @@ PREVIEW_PANEL = 160
 
 @dataclass(frozen=True)
 class Options:
-    """Cut the same boxes from several results of one photograph and lay them side by side,
-    magnified.
+    """Cut the same boxes from several results of one photograph and show them side by side.
 
-    Draw the boxes with the mouse (needs a display), or give them with --box, --coords or --auto.
-    OUT/annotated.png is the first image with the boxes, OUT/comparison.png the crops: a row for
-    each box, a column for each image; OUT/crops holds every crop as a file of its own,
-    OUT/boxes.json the boxes for the next time. Images smaller by a whole factor, such as the LR
-    input, are cut at the same place and shown in larger blocks.
+    The crops are magnified. Draw the boxes with the mouse (needs a display), or give them with
+    --box, --coords or --auto. OUT/annotated.png is the first image with the boxes,
+    OUT/comparison.png the crops: one row per box, one column per image. OUT/crops holds every crop
+    as a separate file, OUT/boxes.json the boxes for later use. Images that are smaller by an
+    integer factor, such as the LR input, are cut at the same place and shown in larger blocks.
 
     Example: python tools/crop_compare.py hr.png lr.png bicubic.png vapsr.png --auto 2 --reference
     --out comparison
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
-    """The images, in the columns' order. Boxes are in the pixels of the first, which is also drawn
-    on."""
+    """The images, in column order. Boxes are in pixels of the first one, on which they are also
+    drawn."""
     coords: Path | None = None
-    """Coordinates file (JSON): read where it exists, otherwise the chosen boxes are saved there."""
+    """Coordinates file (JSON): read if it exists, otherwise the chosen boxes are saved there."""
     box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A box as X,Y,W,H: left, top, width and height in pixels of the first image. Repeat it for
     more boxes."""
     auto: int = 0
-    """Take this many boxes where the images of full size differ most."""
+    """Choose this many boxes where the full-size images differ most."""
     auto_size: int | None = None
     """Side of these boxes in pixels; by default 1/8 of the image's shorter side."""
     out: Path = Path("comparison")
-    """Folder of the pictures."""
+    """Output folder."""
     labels: tuple[str, ...] = ()
-    """Names of the columns; by default the files' names."""
+    """Names of the columns; by default the file names."""
     layout: Literal["strip", "figure"] = "strip"
-    """strip: the crops alone. figure: the annotated photograph left of them."""
+    """strip: only the crops. figure: the annotated photograph to the left of the crops."""
     zoom: Literal["nearest", "cubic"] = "nearest"
-    """How crops are magnified: nearest shows the pixels as they are."""
+    """How to magnify crops; nearest shows the pixels as they are."""
     panel: int = 240
-    """Longest side of a magnified crop in pixels; the factor is a whole number, at least 1."""
+    """Longest side of a magnified crop in pixels; the factor is an integer, at least 1."""
     columns: int | None = None
-    """Begin a new row of results after this many; by default one row, in a figure with a single box
-    two."""
+    """Start a new row of results after this many; by default one row, or two in a figure with a
+    single box."""
     reference: bool = False
     """Write the PSNR-Y against the first image below every crop, and that of the whole images
     above."""
@@ -98,7 +96,10 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Make the pictures. 0: done; 130: cancelled in the window."""
+    """Make the figures.
+
+    Returns 0 if done, 130 if cancelled in the window.
+    """
     _check_options(options)
     prepare_decoders()
     labels = column_labels(options.images, options.labels, is_ascii=options.font is None)
@@ -130,20 +131,19 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse what cannot work before an image is read."""
+    """Raise `UserError` for options that cannot work, before an image is read."""
     if not options.images:
         raise UserError(
-            "no images; give the results of one photograph, such as hr.png bicubic.png vapsr.png"
+            "no images; give several results of one photograph, such as hr.png bicubic.png "
+            "vapsr.png"
         )
     if not 32 <= options.panel <= 4096:
         raise UserError(f"--panel {options.panel}: must be 32 to 4096 pixels")
     if options.columns is not None and options.columns < 1:
-        raise UserError(
-            f"--columns {options.columns}: must be at least 1; leave it away for one row"
-        )
+        raise UserError(f"--columns {options.columns}: must be at least 1; omit it for one row")
     if options.border < 0:
         raise UserError(
-            f"--border {options.border}: must be at least 0; evaluate.py cuts the scale, 2, 3 or 4"
+            f"--border {options.border}: must be at least 0; evaluate.py cuts the scale (2, 3 or 4)"
         )
     replays = options.coords is not None and options.coords.expanduser().exists()
     ways = [
@@ -157,8 +157,8 @@ def _check_options(options: Options) -> None:
     ]
     if len(ways) > 1:
         raise UserError(
-            f"{' and '.join(ways)}: the boxes can come from one of them only; leave the others away"
-            + (", or name another --coords file to save to" if replays else "")
+            f"{' and '.join(ways)}: give the boxes in only one of these ways"
+            + (", or give another --coords file to save to" if replays else "")
         )
     out = options.out.expanduser()
     if out.exists() and not out.is_dir():
@@ -168,12 +168,12 @@ def _check_options(options: Options) -> None:
             ImageFont.truetype(str(options.font.expanduser()), 12)
         except OSError:
             raise UserError(
-                f"--font {options.font}: no font that can be read; give a TrueType file (.ttf)"
+                f"--font {options.font}: not a readable font; give a TrueType file (.ttf)"
             ) from None
 
 
 def _boxes(options: Options, results: Sequence[Result], style: Style) -> list[Box] | None:
-    """The boxes, from wherever the options say; None where the user cancelled."""
+    """The boxes from the source that the options specify; `None` if the user cancelled."""
     first = results[0].pixels
     height, width = first.shape[:2]
     if options.box:
@@ -201,12 +201,16 @@ def _boxes(options: Options, results: Sequence[Result], style: Style) -> list[Bo
 def _scores(
     results: Sequence[Result], boxes: Sequence[Box], border: int
 ) -> list[list[float] | None]:
-    """PSNR-Y in dB against the first image: whole, then the boxes. None for the first and for
-    smaller images."""
+    """PSNR-Y in dB against the first image: of the whole image, then of the boxes.
+
+    `None` for the first image and for smaller ones.
+    """
     first = results[0]
     height, width = first.pixels.shape[:2]
     if 2 * border >= min(height, width):
-        raise UserError(f"--border {border}: nothing is left of {height}x{width} pixels; give less")
+        raise UserError(
+            f"--border {border}: nothing is left of {height}x{width} pixels; use a smaller one"
+        )
     inner = (slice(border, height - border), slice(border, width - border))
     scores: list[list[float] | None] = []
     for result in results:
@@ -225,11 +229,10 @@ def _columns(
     scores: Sequence[list[float] | None] | None,
     options: Options,
 ) -> list[FigureColumn]:
-    """What is shown of every result."""
+    """Columns of the figure, one per result."""
     largest = max(max(box.width, box.height) for box in boxes)
-    panel = max(
-        options.panel, largest
-    )  # the small boxes are magnified to about the size of a large one
+    # Small boxes are magnified to about the size of a large one.
+    panel = max(options.panel, largest)
     columns = []
     for index, result in enumerate(results):
         crops = [
@@ -260,7 +263,7 @@ def _write(
     columns: Sequence[FigureColumn],
     picture: Image.Image,
 ) -> None:
-    """Write everything, and take away the crops of an earlier run that this one has not."""
+    """Write all files, and delete crops of an earlier run that are not among them."""
     out = options.out.expanduser()
     files = {
         out / "annotated.png": _png(annotated(results[0].pixels, boxes)),
@@ -300,7 +303,7 @@ def _report(
     boxes: Sequence[Box],
     scores: Sequence[list[float] | None] | None,
 ) -> None:
-    """Say what was made, and the scores."""
+    """Print what was written, and the scores."""
     print(
         f"written to {out}: comparison.png, annotated.png, {COORDINATES} and crops/ with "
         f"{len(boxes) * len(results)} "

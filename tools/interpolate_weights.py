@@ -1,5 +1,4 @@
-"""Blend the weights of two trainings of the same network, for images between the sharp and the
-faithful one."""
+"""Blend the weights of two trainings of the same network, between sharp and faithful."""
 
 from __future__ import annotations
 
@@ -25,16 +24,15 @@ SUFFIXES = (".safetensors", ".pth")
 
 @dataclass(frozen=True)
 class Options:
-    """Blend two weights files of the same network: every weight becomes (1 - alpha) of A's plus
-    alpha of B's.
+    """Blend two weights files of the same network: every weight is (1 - alpha) A + alpha B.
 
-    A network trained for PSNR is faithful but smooth; the same one trained on with a discriminator
-    is sharp, but invents. Blends of their weights lie between the two and cost nothing, while a
-    blend of their images would keep the noise of one and the blur of the other (network
+    A network trained for PSNR is faithful but smooth; training it further with a discriminator
+    makes it sharp, but it invents detail. Blended weights lie between the two at no extra cost,
+    while blended images would keep the noise of one and the blur of the other (network
     interpolation: Wang et al., ESRGAN, 2018, section 3.4). B must have been trained from A, or both
-    from the same weights: blends of networks that never met are worth nothing.
+    from the same weights; blends of unrelated networks are useless.
 
-    alpha 0 is A and alpha 1 is B, to the bit. Choose by eye and by numbers:
+    alpha 0 is exactly A and alpha 1 exactly B. Compare several values by eye and by numbers:
 
     python tools/interpolate_weights.py psnr.pth gan.pth --alpha 0.2 0.5 0.8 --out blend.pth
 
@@ -42,21 +40,21 @@ class Options:
     """
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """Weights file that alpha 0 gives, as a rule the network trained for PSNR. Averaged (EMA)
-    weights are preferred."""
+    """Weights file for alpha 0, usually of the network trained for PSNR. Averaged (EMA) weights are
+    preferred."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Weights file that alpha 1 gives, as a rule the one trained with a discriminator."""
+    """Weights file for alpha 1, usually of the network trained with a discriminator."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """File to write, .pth or .safetensors. With several alphas NAME.pth becomes NAME_a0.20.pth,
+    """File to write, .pth or .safetensors. With several alphas, NAME.pth becomes NAME_a0.20.pth,
     NAME_a0.50.pth…"""
     alpha: tuple[float, ...] = (0.8,)
-    """Share of B, 0 to 1; several write several files."""
+    """Share of B, 0 to 1; several values write several files."""
     force: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
 
 
-def main(options: Options) -> int:  # imports here, so that --help need not wait for torch
-    """Write a file for every alpha."""
+def main(options: Options) -> int:  # imports are local, so that --help does not load torch
+    """Write one file per alpha."""
     from pipeline.models.weights import read_network, write_network
 
     files = _files(options)
@@ -67,8 +65,7 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
     if difference:
         raise UserError(
             f"{options.a} and {options.b} are not the same network: {difference}; only weights of "
-            "one "
-            "network can be blended"
+            "the same network can be blended"
         )
     sources = {
         name: (
@@ -91,7 +88,8 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
             write_network(path, blend)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written: {error.strerror}; make room or choose another --out"
+                f"{path}: cannot be written: {error.strerror}; free disk space or choose another "
+                "--out"
             ) from error
         print(
             f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
@@ -102,11 +100,11 @@ def main(options: Options) -> int:  # imports here, so that --help need not wait
 
 
 def interpolate(a: dict[str, Any], b: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """(1 - alpha) a + alpha b of two state dicts with the same names and shapes: computed in
-    float32, dtypes kept.
+    """Blend two state dicts with the same names and shapes: (1 - alpha) a + alpha b.
 
-    At alpha 0 and 1 exactly `a` and `b`; what is equal in both stays so to the bit; integer tensors
-    are those of the nearer one. Where the two have different dtypes the blend is float32.
+    Computed in float32; dtypes are kept, or become float32 where `a` and `b` differ. Alpha 0 and 1
+    give exactly `a` and `b`; values equal in both stay bit-identical; integer tensors are taken
+    from the nearer one.
     """
     if alpha in (0, 1):
         return dict(b if alpha else a)
@@ -124,12 +122,12 @@ def interpolate(a: dict[str, Any], b: dict[str, Any], alpha: float) -> dict[str,
 
 
 def first_difference(a: SavedNetwork, b: SavedNetwork) -> str:
-    """Why the two are not the same network, in words; empty where they are."""
+    """Reason why the two are not the same network; empty if they are."""
     if (a.name, a.scale) != (b.name, b.scale):
         return f"{a.name} x{a.scale} and {b.name} x{b.scale}"
     ours, theirs = _all_params(a), _all_params(b)
     for name in {**ours, **theirs}:
-        # None is the network's own choice, which its tensors tell.
+        # None lets the network choose; its tensors show the choice.
         if ours.get(name) != theirs.get(name) and None not in (ours.get(name), theirs.get(name)):
             return f"{name} is {ours[name]!r} and {theirs[name]!r}"
     for key in sorted(a.state_dict.keys() | b.state_dict.keys()):
@@ -144,7 +142,7 @@ def first_difference(a: SavedNetwork, b: SavedNetwork) -> str:
 
 
 def _all_params(saved: SavedNetwork) -> dict[str, Any]:
-    """The arguments of a network's class, those left out as well."""
+    """Arguments of a network's class, including defaults."""
     from pipeline.models import GENERATORS
 
     parameters = inspect.signature(GENERATORS[saved.name]).parameters.values()
@@ -167,7 +165,7 @@ def _all_params(saved: SavedNetwork) -> dict[str, Any]:
 
 
 def _files(options: Options) -> dict[float, Path]:
-    """The file for every alpha; refuses what cannot be written before anything is read."""
+    """Map each alpha to its file; raises `UserError` for invalid options."""
     out = options.out.expanduser()
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {options.out}: the name must end in .pth or .safetensors")
@@ -177,7 +175,7 @@ def _files(options: Options) -> dict[float, Path]:
         if not (math.isfinite(alpha) and 0 <= alpha <= 1):
             raise UserError(f"--alpha {alpha:g}: must be from 0 (A alone) to 1 (B alone)")
         if options.alpha.count(alpha) > 1:
-            raise UserError(f"--alpha {alpha:g} is there twice; leave one away")
+            raise UserError(f"--alpha {alpha:g} is given twice; omit one")
     files = {
         alpha: out
         if len(options.alpha) == 1
@@ -187,7 +185,7 @@ def _files(options: Options) -> dict[float, Path]:
     for path in files.values():
         if path.exists() and not options.force:
             raise UserError(
-                f"{path} is there already; choose another --out, or replace it with --force"
+                f"{path} already exists; choose another --out, or replace it with --force"
             )
     return files
 

@@ -1,5 +1,4 @@
-"""Synthetic images of several kinds, for trying things out and for tests, where no photographs are
-at hand."""
+"""Synthetic images of several kinds, for experiments and tests without photographs."""
 
 from __future__ import annotations
 
@@ -24,32 +23,31 @@ from tools.parallel import ordered_map, progress, thread_count
 
 ImageKind = Literal["noise", "gradient", "edges", "text", "texture", "leaves", "zone"]
 MAX_SIDE = 16384
-MAX_LEAVES = 200_000  # a second's work
+MAX_LEAVES = 200_000  # a second of work
 FONTS = (
     "FONT_HERSHEY_SIMPLEX",
     "FONT_HERSHEY_DUPLEX",
     "FONT_HERSHEY_TRIPLEX",
     "FONT_HERSHEY_COMPLEX",
 )
-"""Names of OpenCV's."""
+"""Names of OpenCV fonts."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make synthetic images, the same for the same seed: something to try tools and training on
-    without photographs.
+    """Make synthetic images, reproducible by seed, to try tools and training without photographs.
 
-    Kinds: noise (independent pixels), gradient (smooth, hardly any detail), edges (polygons and
-    lines), text, texture (amplitude 1/f, as photographs have, but no edges), leaves (dead leaves:
-    discs of all sizes over one another, the nearest to a photograph), zone (a zone plate, all
-    frequencies up to the finest). They take turns: OUT/00000_noise.png, OUT/00001_gradient.png...
-    No substitute for photographs to train on.
+    Kinds: noise (independent pixels), gradient (smooth, almost no detail), edges (polygons and
+    lines), text, texture (amplitude 1/f, like photographs, but without edges), leaves (dead leaves:
+    overlapping discs of all sizes, the closest to a photograph), zone (a zone plate with all
+    frequencies up to the finest). They alternate: OUT/00000_noise.png, OUT/00001_gradient.png...
+    They are no substitute for photographs in training.
 
     Example: python tools/make_test_images.py ~/test_images --count 70 --size 768 1024
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the images; a file that is there already and differs is never replaced."""
+    """Folder of the images; an existing file with other content is never replaced."""
     count: int = 7
     """Number of images."""
     size: tuple[int, int] = (512, 512)
@@ -63,17 +61,17 @@ class Options:
         "leaves",
         "zone",
     )
-    """The kinds, one after another."""
+    """The kinds, in alternation."""
     format: Literal["npy", "png", "webp", "jp2"] = "png"
     """File format, always lossless."""
     seed: int = 0
-    """Another seed gives other images; image k does not depend on how many there are."""
+    """Seed of the images; image k does not depend on their number."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
-    """Make the images and say where they are."""
+    """Make the images and print where they are."""
     _check_options(options)
     out = options.out.expanduser()
     prepare_decoders()
@@ -94,14 +92,13 @@ def main(options: Options) -> int:
         ) from error
     print(
         f"{written} images of {options.size[0]}x{options.size[1]} written to {out}; "
-        f"{options.count - written} were "
-        "there already"
+        f"{options.count - written} were already there"
     )
     return 0
 
 
 def _check_options(options: Options) -> None:
-    """Refuse what cannot work before anything is written."""
+    """Raise `UserError` for options that cannot work, before anything is written."""
     limit = WEBP_MAX_SIDE if options.format == "webp" else MAX_SIDE
     if not all(1 <= side <= limit for side in options.size):
         raise UserError(
@@ -110,20 +107,21 @@ def _check_options(options: Options) -> None:
     if options.count < 1:
         raise UserError(f"--count {options.count}: must be at least 1")
     if options.seed < 0:
-        raise UserError(f"--seed {options.seed}: must be 0 or more")
+        raise UserError(f"--seed {options.seed}: must be at least 0")
     if not options.kinds:
         raise UserError(f"--kinds: name at least one of {', '.join(KINDS)}")
 
 
 def _write(out: Path, number: int, options: Options) -> bool:
-    """Write image `number` unless it is there already; returns whether it was written."""
+    """Write image `number` unless it already exists; returns whether it was written."""
     kind = options.kinds[number % len(options.kinds)]
     path = out / f"{number:05d}_{kind}.{options.format}"
     content = encode(make_image(kind, options.size, options.seed, number), options.format)
     if path.exists():
         if path.read_bytes() != content:
             raise UserError(
-                f"{path}: there is another file of that name; choose another OUT, or move it away"
+                f"{path}: a different file with this name exists; choose another OUT, or move it "
+                "away"
             )
         return False
     temporary = path.with_name(f".{path.name}.tmp")
@@ -136,8 +134,10 @@ def _write(out: Path, number: int, options: Options) -> bool:
 
 
 def make_image(kind: str, size: tuple[int, int], seed: int, number: int) -> np.ndarray:
-    """uint8 RGB (*size, 3); a pure function of its arguments (and of numpy's and OpenCV's
-    versions)."""
+    """Create an image: uint8 RGB (*size, 3).
+
+    A pure function of its arguments (and of the versions of numpy and OpenCV).
+    """
     random = np.random.default_rng([seed, list(KINDS).index(kind), number])
     return KINDS[kind](*size, random)
 
@@ -187,14 +187,13 @@ def _text(height: int, width: int, random: np.random.Generator) -> np.ndarray:
 
 
 def _texture(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Noise with an amplitude spectrum of 1/f, as natural images have (Field, 1987); its colours
-    are correlated."""
+    """Noise with the 1/f spectrum of natural images (Field, 1987), in correlated colours."""
     spectrum = np.fft.rfft2(random.standard_normal((3, height, width), np.float32))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = np.inf  # no mean: it is set below
+    frequency[0, 0] = np.inf  # no mean; it is set below
     planes = np.fft.irfft2(spectrum / frequency, s=(height, width))
     planes /= np.maximum(planes.std(axis=(1, 2), keepdims=True), 1e-9)
-    luma, *chroma = planes  # most of the contrast of a photograph is common to its channels
+    luma, *chroma = planes  # most of a photograph's contrast is common to its channels
     colours = np.stack(
         [
             luma + 0.25 * chroma[0],
@@ -209,27 +208,25 @@ def _texture(height: int, width: int, random: np.random.Generator) -> np.ndarray
 
 
 def _leaves(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Dead leaves: discs that hide one another, radii with a density of r^-3 (Lee, Mumford and
-    Huang, 2001)."""
+    """Dead leaves: occluding discs with a radius density of r^-3 (Lee, Mumford and Huang, 2001)."""
     pixels = np.full((height, width, 3), _colour(random), np.uint8)
     largest = max(height, width) / 4
     smallest = min(2.0, largest / 2)
-    area = 2 * np.pi * smallest**2 * np.log(largest / smallest)  # of a disc, on average
-    count = min(MAX_LEAVES, int(4 * height * width / area) + 50)  # hides the background but for 2 %
+    area = 2 * np.pi * smallest**2 * np.log(largest / smallest)  # mean area of a disc
+    # Enough to hide all but 2 % of the background.
+    count = min(MAX_LEAVES, int(4 * height * width / area) + 50)
     draws = random.uniform(0, 1, count)
     radii = 1 / np.sqrt(draws / smallest**2 + (1 - draws) / largest**2)
     centres = random.uniform(0, 1, (count, 2)) * (width, height)
     for radius, centre in zip(radii, centres, strict=True):
-        x, y, r = (
-            np.rint([*(centre * 16), radius * 16]).astype(int).tolist()
-        )  # sixteenths of a pixel
+        # In sixteenths of a pixel.
+        x, y, r = np.rint([*(centre * 16), radius * 16]).astype(int).tolist()
         cv2.circle(pixels, (x, y), max(1, r), _colour(random), -1, cv2.LINE_AA, 4)
     return pixels
 
 
 def _zone(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """A zone plate: concentric rings whose frequency rises to half a cycle a pixel at the farther
-    edge."""
+    """A zone plate: rings whose frequency rises to half a cycle per pixel at the farther edge."""
     y, x = np.ogrid[:height, :width]
     centre = random.uniform(0.3, 0.7, 2) * (height, width)
     radius = max(height, width, 2)

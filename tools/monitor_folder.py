@@ -1,4 +1,4 @@
-"""How fast a folder grows while a tool writes into it: files/s, MB/s, room left, time to go."""
+"""Watch how fast a folder grows: files/s, MB/s, free space, time to go."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ import tyro
 
 from pipeline.cli import RunError, UserError, run
 
-WINDOW = 10  # intervals that the rate and the ETA are the mean of
+WINDOW = 10  # intervals over which rate and ETA are averaged
 
 
 @dataclass(frozen=True)
 class Options:
-    """Watch a folder grow while another command writes into it: one line every few seconds with the
-    number of files, their size, how fast both grow, the room left on the disk, and with --until the
-    time to go.
+    """Watch a folder grow while another command writes into it.
 
-    Looks at names and sizes only, in all folders below (links to folders are not followed); files
-    that come and go meanwhile do no harm, and half-written ones (*.tmp) do not count. Rates are
-    means over the last ten intervals. Stops when --until is reached, after --count lines, or on
-    CTRL+C.
+    Every few seconds, one line shows the number of files, their size, how fast both grow, the free
+    space on the disk, and with --until the time to go. Only names and sizes are read, in all
+    subfolders (links to folders are not followed). Files may appear and disappear meanwhile;
+    half-written ones (*.tmp) do not count. Rates are averaged over the last ten intervals. Stops
+    when --until is reached, after --count lines, or on CTRL+C.
 
     Example: python tools/monitor_folder.py ~/dataset/DIV2K --interval 5 --until 30000
     """
@@ -40,9 +39,9 @@ class Options:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The folder to watch."""
     interval: float = 2.0
-    """Seconds from one look to the next."""
+    """Seconds between measurements."""
     until: int | None = None
-    """Stop once there are this many files, and say how long that will take."""
+    """Stop at this number of files, and show how long that will take."""
     count: int | None = None
     """Stop after this many lines."""
     pattern: str = "*"
@@ -50,7 +49,7 @@ class Options:
 
 
 class FolderState(NamedTuple):
-    """What lay in the folder at one time (seconds of a monotonic clock)."""
+    """Contents of the folder at one time (seconds of a monotonic clock)."""
 
     seconds: float
     files: int
@@ -58,7 +57,10 @@ class FolderState(NamedTuple):
 
 
 def main(options: Options) -> int:
-    """Watch, a line a look. 0: stopped as asked."""
+    """Watch the folder and print one line per measurement.
+
+    Returns 0 when stopped as requested.
+    """
     folder = options.folder.expanduser()
     _check_options(options, folder)
     recent: deque[FolderState] = deque(maxlen=WINDOW + 1)
@@ -76,26 +78,28 @@ def main(options: Options) -> int:
     except KeyboardInterrupt:  # the usual way to end it
         return 0
     except FileNotFoundError:
-        raise RunError(f"{folder}: the folder is gone; start again once it is there") from None
+        raise RunError(f"{folder}: the folder was removed; start again once it exists") from None
 
 
 def _check_options(options: Options, folder: Path) -> None:
-    """Refuse what cannot work."""
+    """Raise `UserError` for options that cannot work."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise UserError(
-            f"{folder}: {what}; give the folder that the tool writes into, once it is there"
+            f"{folder}: {what}; give the folder that the tool writes into, once it exists"
         )
     if not (math.isfinite(options.interval) and options.interval > 0):
-        raise UserError(f"--interval {options.interval:g}: must be above 0 seconds, such as 2")
+        raise UserError(f"--interval {options.interval:g}: must be above 0 seconds, e.g. 2")
     for flag, value in (("--until", options.until), ("--count", options.count)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
 
 
 def measure(folder: Path, pattern: str) -> FolderState:
-    """Number and total size of the files below `folder`. Raises `FileNotFoundError` where `folder`
-    itself is gone."""
+    """Number and total size of the files below `folder`.
+
+    Raises `FileNotFoundError` if `folder` itself is gone.
+    """
     files = size = 0
     os.stat(folder)
     for entry in _entries(folder):
@@ -103,15 +107,17 @@ def measure(folder: Path, pattern: str) -> FolderState:
             continue
         try:
             size += entry.stat(follow_symlinks=False).st_size
-        except FileNotFoundError:  # renamed or deleted while we looked
+        except FileNotFoundError:  # renamed or deleted meanwhile
             continue
         files += 1
     return FolderState(time.monotonic(), files, size)
 
 
 def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder, one at a time: memory grows with the depth alone, not with the
-    number of files."""
+    """Yield all files below a folder one by one.
+
+    Memory grows with the depth only, not with the number of files.
+    """
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -119,17 +125,16 @@ def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
                     yield from _entries(entry.path)
                 elif entry.is_file():
                     yield entry
-    except (FileNotFoundError, NotADirectoryError):  # removed while we looked
+    except (FileNotFoundError, NotADirectoryError):  # removed meanwhile
         return
     except PermissionError as error:
         raise UserError(
-            f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
-            "permissions"
+            f"{error.filename}: this folder cannot be read ({error.strerror}); fix its permissions"
         ) from None
 
 
 def line(recent: deque[FolderState], free: int, until: int | None) -> str:
-    """One line on the newest sample; rates are means from the oldest sample in `recent` on."""
+    """Format the newest measurement; rates are averages since the oldest one in `recent`."""
     old, new = recent[0], recent[-1]
     text = f"{time.strftime('%H:%M:%S')}  {new.files} files  {new.bytes / 1e6:.1f} MB"
     if len(recent) > 1:
@@ -142,7 +147,7 @@ def line(recent: deque[FolderState], free: int, until: int | None) -> str:
 
 
 def _to_go(files: int, rate: float) -> str:
-    """When this many more files will be there."""
+    """When this many more files will exist."""
     if files <= 0:
         return "done"
     if rate <= 0:

@@ -1,4 +1,4 @@
-"""Curves of one or more runs as a picture, from the lines that training writes down."""
+"""Plot the curves of one or more runs from their training logs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-PANEL_WIDTH, PANEL_HEIGHT, LEGEND_HEIGHT, DOTS_PER_INCH = 5.2, 3.2, 0.35, 110  # inches
-MOST_COLUMNS = 3
-AUTO_SMOOTHED = 15  # the part of a curve's values that is averaged, if nothing is said
+# Inches, and dots per inch.
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_HEIGHT, DOTS_PER_INCH = 5.2, 3.2, 0.35, 110
+MAX_COLUMNS = 3
+AUTO_SMOOTHED = 15  # default averaging window, as a fraction of a curve's values
 
 
 class Curve(NamedTuple):
-    """A value of the log, and how its line is told from others of the same run."""
+    """A value in the log, with label and line style to distinguish curves of the same run."""
 
     key: str
     label: str = ""
@@ -37,15 +38,15 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One diagram: values of the lines of one event, over the step."""
+    """One plot: values of one event over the steps."""
 
     title: str
     event: str
     curves: tuple[Curve, ...]
     is_logarithmic: bool = False
-    is_noisy: bool = True  # from one line of the log to the next: may be smoothed
-    best: Callable[[Sequence[float]], float] | None = None  # which value is marked
-    unit: str = ""  # behind the marked value
+    is_noisy: bool = True  # noisy between log lines, so it may be smoothed
+    best: Callable[[Sequence[float]], float] | None = None  # selects the value to mark
+    unit: str = ""  # shown after the marked value
     from_zero: bool = False
 
 
@@ -98,12 +99,11 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the curves of runs, above each other, as one picture: loss, PSNR, throughput, and
-    whatever else they log.
+    """Plot the curves of runs as one picture: loss, PSNR, throughput, and whatever else they log.
 
-    Only what a run has is drawn, of a run with stages every stage. The best validation is marked.
-    TensorBoard shows the same and more; this is for a report, a mail, or a machine without a
-    browser.
+    Only what a run has logged is drawn; of a run with stages, every stage. The best validation is
+    marked. TensorBoard shows the same and more; this is for a report, a mail, or a machine without
+    a browser.
 
     Example: python tools/plot_run.py runs/vapsr_x2 runs/msrresnet_x2 --out curves.png
     """
@@ -111,12 +111,12 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")] = ()
     """Run folders, their --log-dir, or log.jsonl files. Default: the newest run in runs/."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("training.png")
-    """The picture: .png, .svg or .pdf. One that is there is replaced."""
+    """The picture: .png, .svg or .pdf. An existing one is replaced."""
     names: tuple[str, ...] = ()
-    """What to call the runs in the picture, one for each. Default: their folders' names."""
+    """Names of the runs in the picture, one per run. Default: the folder names."""
     smooth: int | None = None
-    """Draw the mean of this many log lines around each (of training; the single lines stay, pale);
-    1: the lines alone. Default: a fifteenth of them."""
+    """Average this many log lines around each one (training only; the single values stay visible in
+    a paler colour); 1 disables it. Default: a fifteenth of the lines."""
 
 
 def main(options: Options) -> int:
@@ -124,7 +124,7 @@ def main(options: Options) -> int:
     if options.out.suffix not in SUFFIXES:
         raise UserError(f"--out {options.out}: the name must end in {', '.join(SUFFIXES)}")
     if options.smooth is not None and options.smooth < 1:
-        raise UserError(f"--smooth {options.smooth}: must be 1 or more log lines")
+        raise UserError(f"--smooth {options.smooth}: must be at least 1 log line")
     logs = find_logs(options.runs or (find_run(),), options.names)
     lines = {name: read_log(path) for name, path in logs.items()}
     panels = [
@@ -138,9 +138,8 @@ def main(options: Options) -> int:
     ]
     if not panels:
         raise UserError(
-            f"{', '.join(map(str, logs.values()))}: nothing to draw yet; the first line comes "
-            "after "
-            "log_every steps"
+            f"{', '.join(map(str, logs.values()))}: nothing to plot yet; the first line is logged "
+            "after log_every steps"
         )
     write_atomically(
         options.out.expanduser(), draw(lines, panels, options.smooth, options.out.suffix[1:])
@@ -150,25 +149,26 @@ def main(options: Options) -> int:
 
 
 def find_logs(runs: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path]:
-    """Name -> log.jsonl of every run, of every stage of a run with stages in the order in which
-    they ran."""
+    """Map a name to the log.jsonl of every run, or of every stage in the order they ran."""
     if names and len(names) != len(runs):
-        raise UserError(f"--names has {len(names)} names for {len(runs)} runs; give one for each")
+        raise UserError(f"--names has {len(names)} names for {len(runs)} runs; give one per run")
     found: dict[str, Path] = {}
     for number, path in enumerate(path.expanduser() for path in runs):
         folder = path.parent if path.is_file() else path
         logs = [path] if path.is_file() else _logs_of(path)
         if not logs:
             raise UserError(
-                f"{path}: no {LOG_FILE} in it; give the folder of a run that has logged, or its "
-                "--log-dir"
+                f"{path}: contains no {LOG_FILE}; give the folder of a run that has logged, or "
+                "its --log-dir"
             )
         for log in logs:
             name = names[number] if names else folder.resolve().name
             if log.parent != folder:
                 name += f" {log.parent.name}"
             if name in found:
-                raise UserError(f"two runs would be called {name!r}; tell them apart with --names")
+                raise UserError(
+                    f"two runs have the name {name!r}; give different ones with --names"
+                )
             found[name] = log
     return found
 
@@ -180,8 +180,10 @@ def _logs_of(folder: Path) -> list[Path]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A last line that is still being written is left out; `UserError` for what
-    is no log."""
+    """Read the lines of a log, except an incomplete last line.
+
+    Raises `UserError` if it is not a training log.
+    """
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1].splitlines()
@@ -191,7 +193,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             int(entry["step"]), str(entry["event"])
         except (ValueError, TypeError, KeyError):
             raise UserError(
-                f"{path}: line {number} is not one that training writes; give the {LOG_FILE} of a "
+                f"{path}: line {number} is not a line of a training log; give the {LOG_FILE} of a "
                 "run"
             ) from None
         lines.append(entry)
@@ -199,8 +201,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def points(log: Sequence[dict[str, Any]], event: str, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `key` in the lines of `event`; what was not finite was written as null
-    and is left out."""
+    """Steps and values of `key` in the lines of `event`.
+
+    Values that were not finite are null in the log, and are omitted.
+    """
     found = [
         (line["step"], line[key])
         for line in log
@@ -210,7 +214,7 @@ def points(log: Sequence[dict[str, Any]], event: str, key: str) -> tuple[list[in
 
 
 def moving_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the `width` values around each, of fewer at both ends."""
+    """Mean of the `width` values around each value, of fewer at both ends."""
     before, after = (width - 1) // 2, width // 2
     around = [values[max(0, i - before) : i + after + 1] for i in range(len(values))]
     return [math.fsum(window) / len(window) for window in around]
@@ -219,7 +223,7 @@ def moving_mean(values: Sequence[float], width: int) -> list[float]:
 def draw(
     logs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel], smooth: int | None, kind: str
 ) -> bytes:
-    """The picture's bytes."""
+    """Draw the picture and return its bytes."""
     import io
 
     import matplotlib
@@ -227,7 +231,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 2 if len(panels) == 4 else min(MOST_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, grid = pyplot.subplots(
         rows,

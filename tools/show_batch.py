@@ -1,7 +1,7 @@
-"""A contact sheet of the LR/HR pairs that training sees, with what was drawn for each in words.
+"""Contact sheet of the LR/HR pairs that training sees, with the values drawn for each sample.
 
-The samples come from training's own source and reader, on the CPU: any one of them can be made
-again from its number.
+The samples come from training's own source and reader, on the CPU. Any sample can be recreated from
+its number.
 """
 
 from __future__ import annotations
@@ -42,22 +42,21 @@ from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
 from tools.parallel import progress, quiet_libraries
 
-GAP, BETWEEN = 14, 4  # pixels around a cell; between LR and HR
-TEXT_WIDTH = 380  # at least, so that small crops have room for their words
+GAP, BETWEEN = 14, 4  # pixels around a cell; pixels between LR and HR
+TEXT_WIDTH = 380  # minimum, so that small crops have room for their description
 LETTERS, LINE = 12, 16
-MOST_LINES = 12  # of a cell, for the estimate of a sheet's size
-ASPECT = 1.4  # of a sheet: a screen's, about
+MAX_LINES = 12  # per cell, to estimate the size of a sheet
+ASPECT = 1.4  # of a sheet; about that of a screen
 DEFAULT_OUT = "show_batch.png"
 DEFAULT_COUNT = 16
 PANEL, LARGE_PANEL = 256, 768
-MOST_PIXELS = 100_000_000  # of a sheet
+MAX_PIXELS = 100_000_000  # of a sheet
 END_OF_SAMPLES = 10**15
 FLAGS = ("--json", "--help", "-h")  # options without a value
 
 
 class DrawnPair(NamedTuple):
-    """One sample: what was drawn, under which name its file goes, and its pixels, uint8 RGB
-    (height, width, 3)."""
+    """A sample with its file name and pixels, uint8 RGB (height, width, 3)."""
 
     sample: Sample
     name: str
@@ -67,8 +66,7 @@ class DrawnPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """Measures in pixels of a pair of crops of `crop` HR pixels, magnified as far as fits
-    `panel`."""
+    """Size in pixels of a pair of crops of `crop` HR pixels, magnified as far as fits `panel`."""
 
     crop: int
     panel: int
@@ -82,18 +80,18 @@ class Cell:
         return max(2 * self.side + BETWEEN, TEXT_WIDTH)
 
     def sheet_pixels(self, count: int) -> int:
-        """About how many pixels a sheet of `count` cells has; it will hardly have more."""
-        return count * (self.width + GAP) * (self.side + GAP + MOST_LINES * LINE)
+        """Upper estimate of the number of pixels of a sheet with `count` cells."""
+        return count * (self.width + GAP) * (self.side + GAP + MAX_LINES * LINE)
 
 
 @dataclass(frozen=True)
 class Options:
     """Draw the LR/HR pairs that training sees, with the parameters drawn for each, as one PNG.
 
-    LR stands left, in blocks, HR right of it. The pixels are those of training on the CPU, to the
-    bit; a GPU may round differently. Values of the recipe can be overridden, as in training. With
-    --sample, what a message of a run names: python tools/show_batch.py --run runs/vapsr_x4 --sample
-    48211
+    LR is on the left, in blocks, HR on the right. The pixels are exactly those of training on the
+    CPU; a GPU may round differently. Recipe values can be overridden as in training. Use --sample
+    to show a sample that a message of a run mentions: python tools/show_batch.py --run
+    runs/vapsr_x4 --sample 48211
 
     Example: python tools/show_batch.py batch.png --recipe vapsr_x4 data.degradation=realesrgan
     """
@@ -101,12 +99,12 @@ class Options:
     words: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[OUT.png] [KEY=VALUE ...]")
     ] = ()
-    """The picture (default: show_batch.png), and key=value over the recipe."""
+    """The picture to write (default: show_batch.png), and key=value overrides of the recipe."""
     recipe: str | None = None
     """A name in recipes/ or the path of a YAML file. Default: vapsr_x2, as in training."""
     run: Path | None = None
-    """A run folder: the samples of that run, by its own recipe. Refused where the dataset's lists
-    have changed."""
+    """A run folder: show the samples of that run, with its own recipe. Rejected if the dataset's
+    lists have changed."""
     dataset_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
@@ -114,23 +112,23 @@ class Options:
     lr_dir: Annotated[
         tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")
     ] = ()
-    """For data.degradation=paired: the folder of LR files, one for each --dataset-dir. Default:
-    beside HR."""
+    """For data.degradation=paired: the folder of LR files, one per --dataset-dir. Default: beside
+    HR."""
     first: int | None = None
-    """Number of the first sample, counted from 0 since the run began. Default: 0."""
+    """Number of the first sample, counted from 0 at the start of the run. Default: 0."""
     count: int | None = None
-    """How many samples. Default: 16; with --step its whole batch."""
+    """Number of samples. Default: 16; with --step the whole batch."""
     step: int | None = None
-    """The batch of this optimizer step, 1 being the first, instead of --first."""
+    """Show the batch of this optimizer step (the first is 1), instead of --first."""
     sample: Annotated[
         tuple[int, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NUMBER")
     ] = ()
-    """Just this sample, large, such as the one that a message names. May be repeated."""
+    """Show only this sample, enlarged, such as one that a message mentions. May be repeated."""
     panel: int | None = None
-    """Crops are magnified by the largest whole factor with which they fit this many pixels (at
-    least 1). Default: 256, with --sample 768."""
+    """Magnify crops by the largest integer factor with which they fit this many pixels (at least
+    1). Default: 256, with --sample 768."""
     json: bool = False
-    """Print everything drawn for each sample, a line of JSON each."""
+    """Print everything drawn for each sample, one line of JSON per sample."""
 
 
 def main(options: Options) -> int:
@@ -162,14 +160,14 @@ def main(options: Options) -> int:
         for pair in pairs:
             print(json.dumps(pair.sample.as_dict()))
     print(
-        f"written to {out}: {_told(numbers)}; an epoch has {plan.epoch_length}",
+        f"written to {out}: {_sample_range(numbers)}; an epoch has {plan.epoch_length}",
         file=sys.stderr if options.json else sys.stdout,
     )
     return 0
 
 
 def positionals_last(arguments: Sequence[str]) -> list[str]:
-    """The command line with OUT and the overrides behind the options, wherever they were typed."""
+    """Move OUT and the overrides behind the options, wherever they were typed."""
     options: list[str] = []
     positionals: list[str] = []
     for argument in arguments:
@@ -183,22 +181,23 @@ def _out_and_overrides(words: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
     overrides = tuple(word for word in words if re.match(r"[A-Za-z_][\w.]*=", word))
     outs = [word for word in words if word not in overrides] or [DEFAULT_OUT]
     if len(outs) > 1:
-        raise UserError(f"{outs[0]} and {outs[1]}: one OUT only; an override is written KEY=VALUE")
+        raise UserError(
+            f"{outs[0]} and {outs[1]}: only one OUT is allowed; write overrides as KEY=VALUE"
+        )
     out = Path(outs[0]).expanduser()
     if out.suffix.lower() != ".png":
         raise UserError(
-            f"{outs[0]}: OUT must end in .png, and an override is written KEY=VALUE, such as "
-            "data.crop=128"
+            f"{outs[0]}: OUT must end in .png; write overrides as KEY=VALUE, such as data.crop=128"
         )
     if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder; make it, or choose another OUT")
+        raise UserError(f"{out.parent}: no such folder; create it, or choose another OUT")
     if out.is_dir():
-        raise UserError(f"{out}: a folder; OUT is the picture's file")
+        raise UserError(f"{out}: is a folder; OUT must be the name of a file")
     return out, overrides
 
 
 def _plan(options: Options, overrides: tuple[str, ...]) -> TrainPlan:
-    """What training would read of these options."""
+    """The plan that training would make from these options."""
     training = TrainOptions(overrides, dataset_dir=options.dataset_dir, lr_dir=options.lr_dir)
     if options.run is None:
         training.recipe = options.recipe or training.recipe
@@ -212,8 +211,8 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> TrainPlan:
     for name in (RECIPE_FILE, DS_CONFIG_FILE, FILE_LISTS_DIR):
         if not (run_dir / name).exists():
             raise UserError(
-                f"{run_dir}: no run folder (it has no {name}); --run wants one such as "
-                "runs/vapsr_x4"
+                f"{run_dir}: not a run folder (it has no {name}); give one such as runs/vapsr_x4 "
+                "to --run"
             )
     training.recipe, training.ds_config = str(run_dir / RECIPE_FILE), run_dir / DS_CONFIG_FILE
     plan = make_plan(training)
@@ -222,8 +221,10 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> TrainPlan:
 
 
 def _degrades_on_host(run_dir: Path) -> bool:
-    """Whether that run makes LR on the host where it can; earlier ones left it to DALI, to other
-    last bits."""
+    """Whether the run creates LR on the host if possible.
+
+    Older runs left it to DALI, which rounds differently.
+    """
     steps = checkpoint_steps(run_dir.expanduser())
     if not steps:
         return True
@@ -236,21 +237,20 @@ def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
     folders = len(list(lists.glob(f"*_{TRAINING_LIST}")))
     if folders != len(dataset.folders):
         raise UserError(
-            f"{run_dir}: begun with {folders} dataset folders, not {len(dataset.folders)}; give "
-            "each with "
-            "--dataset-dir, in their order"
+            f"{run_dir}: started with {folders} dataset folders, not {len(dataset.folders)}; give "
+            "each one with --dataset-dir, in the same order"
         )
     differences = dataset.differences(lists)
     if differences:
         raise UserError(
-            f"{run_dir}: its samples cannot be made again, the lists have changed: "
-            f"{'; '.join(differences)}; give the folders it was begun with, or --recipe instead of "
-            "--run"
+            f"{run_dir}: its samples cannot be recreated because the lists have changed: "
+            f"{'; '.join(differences)}; give the folders it was started with, or --recipe instead "
+            "of --run"
         )
 
 
 def _numbers(options: Options, batch: int) -> Sequence[int]:
-    """The samples to show; `batch` of them make an optimizer step."""
+    """Numbers of the samples to show; an optimizer step has `batch` of them."""
     given = [
         f"--{name} {getattr(options, name)}"
         for name in ("first", "step", "count")
@@ -258,12 +258,13 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     ]
     if options.sample and given:
         raise UserError(
-            f"--sample and {given[0]}: single samples, or a part of the stream; give only one"
+            f"--sample and {given[0]}: show either single samples or a part of the stream; give "
+            "only one"
         )
     if options.step is not None and options.first is not None:
-        raise UserError(f"{given[0]} and {given[1]}: two places to begin at; give only one")
+        raise UserError(f"{given[0]} and {given[1]}: both set the first sample; give only one")
     if options.step is not None and options.step < 1:
-        raise UserError(f"--step {options.step}: must be at least 1, the first step of a run")
+        raise UserError(f"--step {options.step}: must be at least 1 (the first step of a run)")
     if options.count is not None and options.count < 1:
         raise UserError(f"--count {options.count}: must be at least 1")
     first = options.first or 0 if options.step is None else (options.step - 1) * batch
@@ -272,25 +273,24 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     for number in (*options.sample, numbers[0], numbers[-1]):
         if not 0 <= number < END_OF_SAMPLES:
             raise UserError(
-                f"sample {number}: must be 0, the first of a run, to {END_OF_SAMPLES - 1}"
+                f"sample {number}: must be 0 (the first of a run) to {END_OF_SAMPLES - 1}"
             )
     return numbers
 
 
 def _refuse_large(cell: Cell, count: int) -> None:
     pixels = cell.sheet_pixels(count)
-    if pixels > MOST_PIXELS:
-        fitting = MOST_PIXELS // cell.sheet_pixels(1)
-        way_out = f"show at most {fitting} samples" if fitting else "take a smaller data.crop"
+    if pixels > MAX_PIXELS:
+        fitting = MAX_PIXELS // cell.sheet_pixels(1)
+        way_out = f"show at most {fitting} samples" if fitting else "use a smaller data.crop"
         raise UserError(
-            f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, make a sheet of "
-            f"{pixels / 1e6:.0f} megapixels, more than the {MOST_PIXELS // 10**6} that can be "
-            "looked at; "
-            f"{way_out}, or give a smaller --panel"
+            f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, would make a sheet "
+            f"of {pixels / 1e6:.0f} megapixels, above the limit of {MAX_PIXELS // 10**6}; "
+            f"{way_out}, or use a smaller --panel"
         )
 
 
-def _told(numbers: Sequence[int]) -> str:
+def _sample_range(numbers: Sequence[int]) -> str:
     if isinstance(numbers, range) and len(numbers) > 1:
         return f"samples {numbers[0]} to {numbers[-1]}"
     return f"sample{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
@@ -299,11 +299,10 @@ def _told(numbers: Sequence[int]) -> str:
 def make_pairs(
     plan: TrainPlan, numbers: Sequence[int], *, degrades_on_host: bool = True
 ) -> list[DrawnPair]:
-    """The samples of these numbers as training makes them, on the CPU, by DALI alone unless
-    `degrades_on_host`.
+    """Make the samples with these numbers as training does, on the CPU.
 
-    Raises `UserError` for a file that cannot be trained on, unless the recipe passes over it, as
-    training does.
+    Without `degrades_on_host`, DALI makes all of LR. Raises `UserError` for a file that cannot be
+    trained on, unless the recipe skips such files in training.
     """
     recipe = plan.recipe
     source = ChosenSource.of_dataset(
@@ -333,8 +332,7 @@ def make_pairs(
     except OSError as error:
         raise RunError(
             f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or the "
-            "network failed, "
-            "try again"
+            "network failed; try again"
         ) from error
     finally:
         source.close()
@@ -344,7 +342,7 @@ def make_pairs(
 
 
 class ChosenSource(CropSource):
-    """A source of the samples `numbers` alone, each a micro-batch of its own."""
+    """A source of the samples in `numbers`, each as a micro-batch of its own."""
 
     numbers: Sequence[int] = ()
 
@@ -358,8 +356,7 @@ class ChosenSource(CropSource):
 def sheet(
     title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int
 ) -> Image.Image:
-    """All pairs under a title: LR in blocks of the HR pixels' size, HR right of it, words below
-    them."""
+    """Draw all pairs under a title: LR in blocks of HR's size, HR right of it, text below."""
     cell, letters = Cell(spec.crop, panel), ImageFont.load_default(LETTERS)
     texts = [_wrapped(describe(pair, spec, scale), cell.width, letters) for pair in pairs]
     height = cell.side + GAP + LINE * max(map(len, texts))
@@ -386,7 +383,7 @@ def sheet(
 
 
 def side_by_side(pair: DrawnPair, scale: int, panel: int) -> np.ndarray:
-    """LR | HR, uint8 RGB, each pixel of either a block of whole pixels."""
+    """LR | HR as uint8 RGB; each pixel of either one is a block of whole pixels."""
     lr = pair.lr.repeat(scale, 0).repeat(scale, 1)
     left, right = (magnified(image, panel, smooth=False) for image in (lr, pair.hr))
     space = np.full((len(left), BETWEEN, 3), BACKGROUND, np.uint8)
@@ -394,25 +391,27 @@ def side_by_side(pair: DrawnPair, scale: int, panel: int) -> np.ndarray:
 
 
 def _wrapped(lines: Sequence[str], width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines no wider than `width` pixels, broken at spaces, or within a word that is wider; the
-    rest is indented."""
+    """Wrap lines to `width` pixels, at spaces or within overlong words.
+
+    Continuation lines are indented.
+    """
     wrapped: list[str] = []
     for line in lines:
-        begun = ""
+        current = ""
         for word in line.split(" "):
-            if begun.strip() and letters.getlength(f"{begun} {word}") > width:
-                wrapped.append(begun)
-                begun = "   "
-            begun = f"{begun} {word}" if begun else word
-            while letters.getlength(begun) > width:
+            if current.strip() and letters.getlength(f"{current} {word}") > width:
+                wrapped.append(current)
+                current = "   "
+            current = f"{current} {word}" if current else word
+            while letters.getlength(current) > width:
                 fits = next(
                     end
-                    for end in range(len(begun) - 1, 0, -1)
-                    if letters.getlength(begun[:end]) <= width
+                    for end in range(len(current) - 1, 0, -1)
+                    if letters.getlength(current[:end]) <= width
                 )
-                wrapped.append(begun[:fits])
-                begun = f"    {begun[fits:]}"
-        wrapped.append(begun)
+                wrapped.append(current[:fits])
+                current = f"    {current[fits:]}"
+        wrapped.append(current)
     return wrapped
 
 
@@ -428,8 +427,7 @@ def _write(
 
 
 def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
-    """Everything drawn for a sample, in words: which file first, then how it was turned and
-    degraded."""
+    """Describe everything drawn for a sample: the file, then its orientation and degradation."""
     sample = pair.sample
     turns = [
         word
@@ -455,11 +453,11 @@ def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
         lines.append(f"{spec.degradation.name} to 1/{scale}{numbers}")
     if sample.noise_sigma:
         lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
-    return lines + [f"instead of {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
+    return lines + [f"replaces {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
 
 
 def _second_order_words(drawn: Parameters, scale: int) -> list[str]:
-    """A line for each round, in the order in which its steps were taken."""
+    """One line per round, in the order of its steps."""
     first, second, final = drawn["first"], drawn["second"], drawn["final"]
     end = f"{final['mode']} to 1/{scale}"
     if "sinc" in final:
@@ -502,7 +500,7 @@ def _number(value: object) -> str:
 
 
 def _ascii(text: str) -> str:
-    """What the built-in font can show."""
+    """Replace characters that the built-in font cannot show."""
     return text.encode("ascii", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""The numbers of analyze_images.py against numpy on all pixels at once."""
+"""Numbers of analyze_images.py, compared with numpy on all pixels at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tools.analyze_images import histograms, moments, percentile
 
 
 def corpus() -> dict[str, np.ndarray]:
-    """Images of many sizes and brightnesses; name -> uint8 RGB pixels."""
+    """Images of many sizes and brightnesses: name -> uint8 RGB pixels."""
     images = {
         f"{number:02d}.npy": photograph(20 + 7 * number, 90 - 5 * number, number)
         // (1 + number % 3)

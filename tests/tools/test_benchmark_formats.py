@@ -1,4 +1,4 @@
-"""benchmark_formats.py measures what it says, on the user's own files."""
+"""benchmark_formats.py measures the user's own files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_loader_is_the_trainings_own(tmp_path: Path) -> None:
         "crop": 80,
         "micro_batch": 3,
         "device_id": None,
-    }  # as large as the images allow
+    }  # the largest that the images allow
     assert all(row["loader"]["wall"] > 0 for row in numbers["formats"])
     assert "fastest to train from" in result.stdout
 
@@ -121,13 +121,12 @@ def test_the_loader_counts_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyP
     meter = FormatMeter(images, tmp_path, 2, 2.0, LoaderSettings(32, 5, None))
     speed = meter._loader_speed([tmp_path / "a.npy"])
     measured = len(seen) - benchmark_formats.WARM_UP - benchmark_formats.PREFETCH
-    assert measured == 4  # the clock goes half a second on with every look at it
+    assert measured == 4  # the clock advances half a second per reading
     assert speed.wall == pytest.approx(measured * 5 / 2.5)
 
 
 def test_no_torch(tmp_path: Path) -> None:
-    """The loader's graph is driven without importing torch, so that a machine without it can
-    measure."""
+    """The loader's pipeline runs without importing torch, so no torch is needed to measure."""
     pytest.importorskip("nvidia.dali")
     (tmp_path / "a.npy").write_bytes(npy(photograph(40, 40)))
     script = tmp_path / "script.py"
@@ -158,7 +157,7 @@ def test_a_format_that_changes_a_pixel_is_no_measurement(
     meter = FormatMeter(BenchmarkImages([tmp_path / "a.npy"], [image]), tmp_path, 1, 0, None)
     meter.format("png")
     monkeypatch.setattr(benchmark_formats, "encode", lambda pixels, form: encode(pixels ^ 1, form))
-    with pytest.raises(RunError, match="same pixels"):
+    with pytest.raises(RunError, match="identical pixels"):
         meter.format("png")
 
 

@@ -1,5 +1,4 @@
-"""Comparison pictures: the right pixels in the right place, coordinates that replay, the window,
-one-line errors."""
+"""Comparison figures: pixels and positions, coordinates that replay, the window, errors."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ HEADLESS = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """hr.png, lr.png (1/4, its own colours), soft.png and noisy.png (which differs from hr.png in
-    one corner only)."""
+    """hr.png, lr.png (1/4, own colours), soft.png, and noisy.png, which differs in one corner."""
     hr = photograph(HEIGHT, WIDTH)
     noisy = hr.copy()
     noisy[60:90, 100:140] = 255 - noisy[60:90, 100:140]
@@ -68,7 +66,7 @@ def pixels(path: Path) -> np.ndarray:
 def compare(
     folder: Path, *arguments: object, names: str = "hr.png lr.png soft.png noisy.png"
 ) -> subprocess.CompletedProcess[str]:
-    """The command, without the half second that a process of its own takes."""
+    """Run the command in this process, which saves half a second."""
     out, err = io.StringIO(), io.StringIO()
     words = [
         str(word)
@@ -89,12 +87,12 @@ def compare(
 
 
 def coloured(picture: np.ndarray, colour: str) -> np.ndarray:
-    """Where a picture has exactly that colour."""
+    """Mask of the pixels with exactly that colour."""
     return (picture == np.frombuffer(bytes.fromhex(colour[1:]), np.uint8)).all(-1)
 
 
 def holds(picture: np.ndarray, part: np.ndarray) -> bool:
-    """Whether `part` lies somewhere in `picture`, to the byte."""
+    """Whether `part` occurs in `picture`, byte for byte."""
     distance = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
     candidates = np.argwhere(distance <= distance.min() + 1)
     return any(
@@ -292,7 +290,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
         "box1_2_vapsr.png",
     }
     run = compare(tmp_path, "--box", "1,1,20,20", names="bicubic/photo.png bicubic/photo.png")
-    assert_user_error(run, "two images of this name", "--labels")
+    assert_user_error(run, "two images have this name", "--labels")
     run = compare(
         tmp_path,
         "--box",
@@ -331,7 +329,7 @@ def test_the_same_command_gives_the_same_bytes(results: Path) -> None:
     ("arguments", "words"),
     [
         (["--box", "150,0,20,20"], ["150,0,20,20", "160 wide and 96 high"]),
-        (["--box=-1,0,20,20"], ["-1,0,20,20", "leaves the first image"]),
+        (["--box=-1,0,20,20"], ["-1,0,20,20", "extends beyond the first image"]),
         (["--box", "0,0,20,3"], ["at least 4 pixels"]),
         (["--box", "0,0,20"], ["X,Y,W,H"]),
         (["--box", "0,0,9,9.5"], ["X,Y,W,H"]),
@@ -365,17 +363,17 @@ def test_wrong_arguments_are_one_line_and_write_nothing(
         (
             "other.png",
             encoded(photograph(HEIGHT, WIDTH - 1), "png"),
-            ["96x159", "96x160", "whole factor"],
+            ["96x159", "96x160", "integer factor"],
         ),
         (
             "other.png",
             encoded(photograph(HEIGHT * 2, WIDTH * 2), "png"),
-            ["192x320", "name the largest first"],
+            ["192x320", "put the largest first"],
         ),
         (
             "other.png",
             encoded(photograph(HEIGHT // 2, WIDTH // 4), "png"),
-            ["48x40", "whole factor"],
+            ["48x40", "integer factor"],
         ),
         ("other.png", b"no image at all", ["other.png", "not an image"]),
         ("other.png", encoded(photograph(HEIGHT, WIDTH), "png")[:-500], ["other.png"]),
@@ -408,15 +406,15 @@ GOOD_BOX = {"x": 1, "y": 2, "width": 20, "height": 20, "colour": "#d55e00"}
         ({"height": HEIGHT, "width": WIDTH, "boxes": [GOOD_BOX] * 9}, ["9 boxes"]),
         (
             {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 1.5}]},
-            ["x must be a whole number"],
+            ["x must be an integer"],
         ),
         (
             {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": True}]},
-            ["x must be a whole number"],
+            ["x must be an integer"],
         ),
         (
             {"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "x": 150}]},
-            ["leaves the first image"],
+            ["extends beyond the first image"],
         ),
         ({"height": HEIGHT, "width": WIDTH, "boxes": [{**GOOD_BOX, "colour": "red"}]}, ["#d55e00"]),
         ({"height": HEIGHT, "width": WIDTH, "boxes": [None]}, ["not a coordinates file"]),
@@ -442,7 +440,7 @@ def test_an_existing_coordinates_file_is_not_overwritten(results: Path) -> None:
 def test_images_that_do_not_differ_have_no_best_place(results: Path) -> None:
     shutil.copy(results / "hr.png", results / "same.png")
     assert_user_error(
-        compare(results, "--auto", "1", names="hr.png same.png"), "differ in 0 places"
+        compare(results, "--auto", "1", names="hr.png same.png"), "differ in only 0 places"
     )
     assert_user_error(compare(results, "--auto", "1", names="hr.png lr.png"), "needs two images")
 
@@ -482,7 +480,7 @@ def test_boxes_of_the_command_line_take_the_colours_in_order() -> None:
 
 @pytest.fixture(scope="module")
 def screen() -> Iterator[str]:
-    """A virtual screen of 640 x 480; the tests of the window are skipped where it cannot be had."""
+    """A virtual screen of 640 x 480; window tests are skipped if there is none."""
     pytest.importorskip("tkinter", reason="this Python has no tkinter")
     for program in ("Xvfb", "xdotool"):
         if shutil.which(program) is None:
@@ -505,7 +503,7 @@ def screen() -> Iterator[str]:
 
 
 class Window:
-    """The tool with its window open, and hands on mouse and keyboard."""
+    """The tool with its window open, and simulated mouse and keyboard."""
 
     def __init__(self, screen: str, folder: Path, *arguments: object) -> None:
         self.environment = {**os.environ, "DISPLAY": screen}
@@ -581,10 +579,10 @@ def drawn(folder: Path, name: str = "out/boxes.json") -> list[tuple[int, int, in
 def test_boxes_drawn_with_the_mouse_are_saved(results: Path, screen: str) -> None:
     window = Window(screen, results, "--coords", results / "c.json")
     window.drag(10, 20, 50, 60)
-    window.drag(150, 90, 100, 50)  # from the right bottom corner
-    window.drag(60, 5, 90, 30)  # taken back
+    window.drag(150, 90, 100, 50)  # from the bottom-right corner
+    window.drag(60, 5, 90, 30)  # undone
     window.do("key", "BackSpace")
-    window.drag(60, 5, 62, 7)  # a click rather than a box
+    window.drag(60, 5, 62, 7)  # a click and not a box
     window.drag(120, 10, 300, 40)  # beyond the edge of the image
     run = window.finish("Return")
     assert run.returncode == 0, run.stderr
@@ -616,7 +614,7 @@ def test_escape_and_closing_write_nothing(results: Path, screen: str) -> None:
     run = window.finish("Escape")
     assert (run.returncode, run.stderr) == (130, "cancelled; nothing written\n")
     window = Window(screen, results)
-    window.do("key", "Return")  # no box yet: stays open
+    window.do("key", "Return")  # no box yet, so the window stays open
     time.sleep(0.3)
     assert window.process.poll() is None
     window.process.send_signal(2)

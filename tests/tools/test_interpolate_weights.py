@@ -27,8 +27,10 @@ def equal_bits(first, second):
 
 @pytest.fixture
 def refuse(capsys):
-    """Run the tool in this process: it must fail with one line that holds all the words, which is
-    returned."""
+    """Run the tool in this process; it must fail with one line that contains all the words.
+
+    Returns that line.
+    """
 
     def run(*arguments, words):
         with pytest.raises(SystemExit) as stop:
@@ -45,7 +47,7 @@ def refuse(capsys):
 
 @pytest.fixture
 def pair(tmp_path):
-    """The files of two networks, with a residual kernel that is the same in both."""
+    """Files of two networks that share one residual kernel."""
     files = []
     for seed, name in enumerate(("a.pth", "b.safetensors")):
         write_network(tmp_path / name, tiny_saved(seed, global_residual="bicubic"))
@@ -110,7 +112,7 @@ def test_none_is_written_where_one_is_there(tmp_path, pair, refuse):
         0.5,
         "-o",
         tmp_path / "mix.pth",
-        words=("mix_a0.50.pth is there already",),
+        words=("mix_a0.50.pth already exists",),
     )
     assert not (tmp_path / "mix_a0.20.pth").exists()
     assert (tmp_path / "mix_a0.50.pth").read_text() == "mine"
@@ -123,7 +125,7 @@ def test_arithmetic_is_float32_and_the_dtype_is_kept(dtype):
     blend = interpolate(a, b, 0.3)["weight"]
     assert blend.dtype == dtype
     exact = 0.7 * a["weight"].double() + 0.3 * b["weight"].double()
-    roundings = 3 if dtype == torch.float32 else 1.001  # a half type rounds once, at the end
+    roundings = 3 if dtype == torch.float32 else 1.001  # a half type is rounded once, at the end
     largest = roundings * torch.finfo(dtype).eps / 2 * exact.abs() + 1e-7
     assert ((blend.double() - exact).abs() <= largest).all()
 
@@ -183,7 +185,7 @@ def test_the_first_difference_is_named(tmp_path, refuse, change, difference):
         tmp_path / "b.pth",
         "-o",
         tmp_path / "mix.pth",
-        words=("are not the same network: ", "only weights of one network"),
+        words=("are not the same network: ", "only weights of the same network"),
     )
     assert re.search(difference, complaint)
     assert not (tmp_path / "mix.pth").exists()
@@ -238,7 +240,7 @@ def test_broken_weights_are_refused_by_name(tmp_path, pair, refuse):
     [
         (("--alpha", "1.5"), ("--alpha 1.5", "from 0 (A alone) to 1")),
         (("--alpha", "nan"), ("--alpha nan", "from 0")),
-        (("--alpha", "0.5", "0.50"), ("--alpha 0.5 is there twice",)),
+        (("--alpha", "0.5", "0.50"), ("--alpha 0.5 is given twice",)),
         (("--out", "mix.onnx"), ("mix.onnx", "must end in .pth or .safetensors")),
         (("--alhpa", "1"), ("unknown option --alhpa", "--alpha")),
     ],
@@ -253,7 +255,7 @@ def test_help_teaches():
     for word in (
         "PSNR",
         "discriminator",
-        "alpha 0 is A and alpha 1 is B",
+        "alpha 0 is exactly A and alpha 1 exactly B",
         "--force",
         "-o",
         "evaluate.py",

@@ -1,4 +1,4 @@
-"""Curves of runs as a picture: which values are drawn, which logs are found, one-line errors."""
+"""Curves of runs as a picture: plotted values, logs found, one-line errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tools.plot_run import PANELS, Options, draw, find_logs, main, moving_mean, 
 
 
 def write_log(folder: Path, steps: int, *, adversarial: bool = False) -> Path:
-    """A log as training writes it, with a validation every fourth line and one loss that was not
-    finite."""
+    """A log as training writes it: a validation every fourth line and one non-finite loss."""
     folder.mkdir(parents=True)
     lines = []
     for step in range(10, 10 * steps + 1, 10):
@@ -47,7 +46,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def plot(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command, without the seconds that a process of its own takes."""
+    """Run the command in this process, which saves seconds."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(stdout),
@@ -136,13 +135,13 @@ def test_the_command_draws_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("missing",), "missing: no log.jsonl in it"),
+        (("missing",), "missing: contains no log.jsonl"),
         (("run", "--out", "x.bmp"), "--out x.bmp: the name must end in .png, .svg, .pdf"),
-        (("run", "--names", "a", "b"), "--names has 2 names for 1 runs; give one for each"),
-        (("run", "run"), "two runs would be called 'run'; tell them apart with --names"),
-        (("run", "--smooth", "0"), "--smooth 0: must be 1 or more log lines"),
-        (("other.json",), "other.json: line 1 is not one that training writes"),
-        (("empty",), "nothing to draw yet"),
+        (("run", "--names", "a", "b"), "--names has 2 names for 1 runs; give one per run"),
+        (("run", "run"), "two runs have the name 'run'; give different ones with --names"),
+        (("run", "--smooth", "0"), "--smooth 0: must be at least 1 log line"),
+        (("other.json",), "other.json: line 1 is not a line of a training log"),
+        (("empty",), "nothing to plot yet"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_line(

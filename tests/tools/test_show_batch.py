@@ -1,5 +1,4 @@
-"""The sheet of training pairs: training's own pixels, replay by number, words and JSON, one-line
-errors."""
+"""The sheet of training pairs: training's own pixels, replay by number, text and JSON, errors."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def write_lists(root: Path, names: list[str]) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six crops, the last of them a PNG, each with its own half size beside it."""
+    """Six crops, the last one a PNG, each with its half size beside it."""
     root, files = tmp_path / "data", {}
     for i in range(6):
         pixels = photograph(50 + 4 * i, 72, i)
@@ -69,8 +68,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def show(data: Path, *words: object, out: str = "sheet.png") -> subprocess.CompletedProcess[str]:
-    """The command on `data`, writing beside it, without the seconds that a process of its own
-    takes."""
+    """Run the command on `data` in this process, which saves seconds; writes next to `data`."""
     stdout, stderr = io.StringIO(), io.StringIO()
     line = [str(word) for word in (data.parent / out, "--dataset-dir", data, *words)]
     with (
@@ -89,7 +87,7 @@ def pairs_of(data: Path, numbers: list[int] | range, *overrides: str) -> list[Dr
 def trained_on(
     data: Path, micro_batch: int, batches: int, *overrides: str, degrades_on_host: bool = True
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(HR, LR) of the first samples of a run, HWC, out of its micro-batches."""
+    """(HR, LR) of a run's first samples, HWC, from its micro-batches."""
     plan = make_plan(TrainOptions(overrides, dataset_dir=(data,)))
     source = CropSource.of_dataset(
         plan.dataset,
@@ -112,7 +110,7 @@ def sheet_of(data: Path, name: str = "sheet.png") -> np.ndarray:
 
 
 def holds(picture: np.ndarray, part: np.ndarray) -> bool:
-    """Whether `part` lies somewhere in `picture`, to the byte."""
+    """Whether `part` occurs in `picture`, byte for byte."""
     distance = cv2.matchTemplate(picture, part, cv2.TM_SQDIFF)
     y, x = np.unravel_index(distance.argmin(), distance.shape)
     return np.array_equal(picture[y : y + part.shape[0], x : x + part.shape[1]], part)
@@ -131,7 +129,7 @@ def holds(picture: np.ndarray, part: np.ndarray) -> bool:
 )
 def test_pixels_are_those_of_training(data: Path, overrides: tuple[str, ...]) -> None:
     expected = trained_on(data, 8, 2, *overrides)
-    numbers = [13, 0, 1, 2, 7, 8, 13]  # any order, and twice
+    numbers = [13, 0, 1, 2, 7, 8, 13]  # in any order, with repeats
     for number, pair in zip(numbers, pairs_of(data, numbers, *overrides), strict=True):
         assert pair.sample.number == number
         np.testing.assert_array_equal(pair.hr, expected[number][0])
@@ -255,7 +253,7 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
     for hr, _ in trained_on(data, 3, 3, *DEGRADED, "seed=5")[6:]:
         assert holds(picture, hr.repeat(2, 0).repeat(2, 1))
 
-    # A run of before the host made LR goes on by DALI, and is shown so.
+    # A run from before LR was made on the host continues with DALI, and is shown that way.
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
     (checkpoint / "MANIFEST.json").write_text("{}")
@@ -267,7 +265,7 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
             assert any(holds(shown, lr.repeat(factor, 0).repeat(factor, 1)) for factor in (2, 4, 8))
 
     assert_user_error(show(data, "--run", run_dir, "--recipe", "vapsr_x2"), "its own recipe")
-    assert_user_error(show(data, "--run", data), "no run folder", "recipe.yaml")
+    assert_user_error(show(data, "--run", data), "not a run folder", "recipe.yaml")
     other = data.parent / "other"
     shutil.copytree(data, other)
     assert_user_error(
@@ -278,11 +276,11 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
 
 
 def damage(data: Path, kind: str) -> Path:
-    """One of the six files spoilt."""
+    """Damage one of the six files."""
     if kind == "npy":
         path = data / "photo/2.npy"
         path.write_bytes(path.read_bytes()[:-9])
-    # a filter that does not exist: a stream that is whole, which only decoding finds out about
+    # A filter that does not exist: an intact stream, so only decoding detects it.
     else:
         path = data / "photo/5.png"
         path.write_bytes(_png(72, 70, b"".join(bytes([9]) + bytes(72 * 3) for _ in range(70))))
@@ -308,7 +306,7 @@ def _png(width: int, height: int, rows: bytes) -> bytes:
 
 
 def pairs_of_others(data: Path, bad: Path) -> list[DrawnPair]:
-    """Those samples of the first epoch that are not of the bad file."""
+    """Samples of the first epoch that are not from the bad file."""
     plan = make_plan(TrainOptions((SMALL,), dataset_dir=(data,)))
     source = CropSource.of_dataset(
         plan.dataset, plan.recipe.data, scale=2, seed=plan.recipe.seed, position=Position(0, 1, 1)
@@ -326,7 +324,7 @@ def test_a_bad_file_is_named_and_no_picture_is_left(data: Path, kind: str) -> No
     assert (data.parent / "sheet.png").read_bytes() == b"of before"
     assert sorted(path.name for path in data.parent.iterdir()) == ["data", "sheet.png"]
     numbers = [pair.sample.number for pair in pairs_of_others(data, bad)]
-    assert len(numbers) == 5  # all but that one can still be looked at
+    assert len(numbers) == 5  # all other samples can still be shown
 
 
 def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
@@ -348,7 +346,7 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in done.stdout.splitlines()]
     assert [sample["number"] for sample in samples] == list(range(6, 12))
-    assert not samples[0]["skipped"]  # the decoder fails on the way, not at the start
+    assert not samples[0]["skipped"]  # the decoder fails midway, not at the start
     assert [skip["path"] for sample in samples for skip in sample["skipped"]] == [str(bad)]
     picture = sheet_of(data)
     for sample in samples:
@@ -371,8 +369,8 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
         (["--panel", 5], "--panel 5: must be 32 to 4096"),
         (["--count", 100_000], "megapixels"),
         (["--count", 10**12], "megapixels"),
-        (["--sample", 1, "data.crop=8000"], "take a smaller data.crop"),
-        (["second.png"], "one OUT only"),
+        (["--sample", 1, "data.crop=8000"], "use a smaller data.crop"),
+        (["second.png"], "only one OUT"),
         (["data.corp=64"], "unknown key; did you mean 'crop'?"),
         (["data.degradation=realesgran"], "did you mean 'realesrgan'?"),
         (["--recipe", "vapsr_x9"], "no recipe 'vapsr_x9'"),
@@ -406,7 +404,7 @@ def test_names_that_the_font_lacks_and_long_ones(data: Path) -> None:
     assert show(data, SMALL, "--count", 2).returncode == 0
     picture = sheet_of(data)
     assert picture.shape[1] == 2 * 256 + 4 + 2 * GAP
-    assert (picture[:, -GAP:] == 255).all()  # the words stay in their cell
+    assert (picture[:, -GAP:] == 255).all()  # the text stays in its cell
 
 
 def test_as_a_command_with_words_anywhere(data: Path) -> None:

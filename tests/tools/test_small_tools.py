@@ -63,7 +63,7 @@ def test_every_size_works(kind: str, size: tuple[int, int]) -> None:
 
 
 def slope(kind: str) -> float:
-    """Exponent of frequency in the mean amplitude spectrum, between 4 and 64 cycles an image."""
+    """Exponent of frequency in the mean amplitude spectrum, from 4 to 64 cycles per image."""
     images = np.stack([make_image(kind, (256, 256), 0, number).mean(-1) for number in range(6)])
     amplitude = np.abs(np.fft.fft2(images - images.mean((1, 2), keepdims=True))).mean(0)
     frequency = np.rint(np.hypot(*np.meshgrid(*[np.fft.fftfreq(256, 1 / 256)] * 2))).astype(int)
@@ -89,10 +89,10 @@ def test_images_that_are_there_stay(tmp_path: Path) -> None:
     before = stamped_tree(tmp_path)
     again = run_tool(*arguments)
     assert "0 images" in again.stdout
-    assert "3 were there already" in again.stdout
+    assert "3 were already there" in again.stdout
     assert stamped_tree(tmp_path) == before
     assert_user_error(
-        run_tool(*arguments, "--seed", 5), "00000_noise.png", "another file of that name"
+        run_tool(*arguments, "--seed", 5), "00000_noise.png", "a different file with this name"
     )
     assert stamped_tree(tmp_path) == before
 
@@ -190,7 +190,7 @@ def test_files_that_come_and_go_do_no_harm(tmp_path: Path, monkeypatch: pytest.M
         stop.set()
         thread.join()
     assert all(0 <= count <= 30 for count in counts)
-    # and one that goes for certain between its name and its size
+    # And one that certainly vanishes between its name and its size.
     (tmp_path / "a.npy").write_bytes(b"x")
     real = monitor_folder._entries
 
@@ -213,7 +213,7 @@ def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
     ]
     for end in ("interrupt", "remove"):
         (tmp_path / "in").mkdir()
-        # Where the tests run in a shell's background, SIGINT is ignored, and a child would inherit
+        # If the tests run in a shell's background, SIGINT is ignored, and a child would inherit
         # that.
         process = subprocess.Popen(
             command,
@@ -233,7 +233,7 @@ def test_ctrl_c_and_a_folder_that_goes(tmp_path: Path) -> None:
             _, errors = process.communicate(timeout=30)
             assert process.returncode == 1
             assert errors.startswith("error: ")
-            assert "folder is gone" in errors
+            assert "folder was removed" in errors
 
 
 def test_monitor_folder_user_errors(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Draw comparison figures of upscaled images."""
+"""Figures that compare upscaled images."""

@@ -1,8 +1,7 @@
-"""The boxes of a comparison picture: from the command line, from a coordinates file, where results
-differ, or drawn.
+"""Boxes of a comparison figure: from the command line, a file, the differences, or the mouse.
 
-`select_boxes` lets the user draw them with the mouse: the one window of the dataset tools, whose
-tkinter is imported only then.
+`select_boxes` lets the user draw them with the mouse. It opens the only window of the dataset tools
+and imports tkinter only then.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from pipeline.cli import UserError
 from pipeline.libraries import cv2
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with every common kind of colour
+# Okabe and Ito, "Color Universal Design", 2008: distinguishable with all common kinds of colour
 # blindness.
 COLOURS = ("#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#0072b2", "#e69f00", "#000000")
 MAX_BOXES = len(COLOURS)
@@ -27,17 +26,15 @@ MIN_SIDE = 4
 _WAY_OUT = (
     "choose the boxes again with --box, --auto or the mouse, and save them to another --coords file"
 )
-_HELP = "drag a box   -   Enter: save   -   Backspace or u: take the last back   -   Escape: cancel"
+_HELP = "drag a box   -   Enter: save   -   Backspace or u: undo the last   -   Escape: cancel"
 _SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
-_IMAGE_SHARE, _PREVIEW_SHARE = (
-    (0.92, 0.6),
-    (0.92, 0.27),
-)  # of the screen's width and height; bars need the rest
+# Shares of the screen's width and height; bars need the rest.
+_IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the first image, in its pixels, and the colour that it is drawn in."""
+    """A rectangle in pixels of the first image, and the colour it is drawn in."""
 
     x: int
     y: int
@@ -47,7 +44,7 @@ class Box:
 
     @property
     def edges(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom; the last two are outside."""
+        """Left, top, right and bottom; the last two are exclusive."""
         return self.x, self.y, self.x + self.width, self.y + self.height
 
     @property
@@ -60,15 +57,16 @@ class Box:
 
 
 def parse_boxes(texts: Sequence[str], height: int, width: int) -> list[Box]:
-    """Boxes of the command line (`X,Y,W,H` each) within an image of `height` x `width`, in the
-    colours' order."""
+    """Parse boxes of the command line (`X,Y,W,H` each) in an image of `height` x `width`.
+
+    They get the colours in order. Raises `UserError` for invalid boxes.
+    """
     boxes = []
     for text in texts:
         numbers = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
         if not numbers:
             raise UserError(
-                f"--box {text}: must be four whole numbers X,Y,W,H (left, top, width, height in "
-                "pixels)"
+                f"--box {text}: must be four integers X,Y,W,H (left, top, width, height in pixels)"
             )
         boxes.append(Box(*map(int, numbers.groups()), COLOURS[len(boxes) % MAX_BOXES]))
     _check(boxes, height, width, "--box", "choose a box inside the image")
@@ -76,21 +74,23 @@ def parse_boxes(texts: Sequence[str], height: int, width: int) -> list[Box]:
 
 
 def read_boxes(path: Path, height: int, width: int) -> list[Box]:
-    """The boxes of a coordinates file that was made for an image of `height` x `width`."""
+    """Read the boxes of a coordinates file for an image of `height` x `width`.
+
+    Raises `UserError` if the file does not fit.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError:  # broken JSON and broken UTF-8
+    except ValueError:  # broken JSON or broken UTF-8
         raise UserError(f"{path}: not a coordinates file (broken JSON); {_WAY_OUT}") from None
     try:
         size = content["height"], content["width"]
         boxes = [_stored_box(entry) for entry in content["boxes"]]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a coordinates file, which holds height, width and boxes of x, y, width, "
-            "height "
-            f"and colour ({type(error).__name__}: {error}); {_WAY_OUT}"
+            f"{path}: not a coordinates file, which has height, width and boxes of x, y, width, "
+            f"height and colour ({type(error).__name__}: {error}); {_WAY_OUT}"
         ) from None
     if size != (height, width):
         raise UserError(
@@ -103,30 +103,33 @@ def read_boxes(path: Path, height: int, width: int) -> list[Box]:
 
 
 def _stored_box(entry: dict[str, Any]) -> Box:
-    """A box of a coordinates file. Raises `TypeError` or `KeyError` with the field's name where it
-    is not one."""
+    """Parse a box of a coordinates file.
+
+    Raises `TypeError` or `KeyError` with the name of a bad field.
+    """
     for name in ("x", "y", "width", "height"):
         if type(entry[name]) is not int:
-            raise TypeError(f"{name} must be a whole number, not {entry[name]!r}")
+            raise TypeError(f"{name} must be an integer, not {entry[name]!r}")
     if not (isinstance(entry["colour"], str) and re.fullmatch("#[0-9a-fA-F]{6}", entry["colour"])):
-        raise TypeError(f"colour must be as #d55e00, not {entry['colour']!r}")
+        raise TypeError(f"colour must be like #d55e00, not {entry['colour']!r}")
     return Box(**{name: entry[name] for name in ("x", "y", "width", "height", "colour")})
 
 
 def format_boxes(boxes: Sequence[Box], height: int, width: int) -> bytes:
-    """What a coordinates file holds: the size of the image that the boxes belong to, and the
-    boxes."""
+    """Format a coordinates file: the size of the image that the boxes belong to, and the boxes."""
     entries = ",\n  ".join(json.dumps(asdict(box)) for box in boxes)
     return f'{{"height": {height}, "width": {width}, "boxes": [\n  {entries}\n]}}\n'.encode()
 
 
 def _check(boxes: Sequence[Box], height: int, width: int, where: str, way_out: str) -> None:
-    """Refuse boxes that leave the image, are too small to see, or are too many to tell their
-    colours apart."""
+    """Raise `UserError` for boxes outside the image, too small to see, or too many.
+
+    Their colours could not be told apart if there were more.
+    """
     if not 1 <= len(boxes) <= MAX_BOXES:
         raise UserError(
-            f"{where}: {len(boxes)} boxes; must be 1 to {MAX_BOXES}, more colours cannot be told "
-            "apart"
+            f"{where}: {len(boxes)} boxes; must be 1 to {MAX_BOXES}, because more colours cannot "
+            "be told apart"
         )
     for box in boxes:
         if min(box.width, box.height) < MIN_SIDE:
@@ -136,21 +139,21 @@ def _check(boxes: Sequence[Box], height: int, width: int, where: str, way_out: s
         left, top, right, bottom = box.edges
         if min(left, top) < 0 or right > width or bottom > height:
             raise UserError(
-                f"{where} {box}: leaves the first image, which is {width} wide and {height} high; "
-                f"{way_out}"
+                f"{where} {box}: extends beyond the first image, which is {width} wide and "
+                f"{height} high; {way_out}"
             )
 
 
 def differing_boxes(images: Sequence[np.ndarray], count: int, side: int) -> list[Box]:
-    """The `count` squares of `side` in which images of one size differ most, one after the other,
-    without overlap.
+    """Choose the `count` squares of `side` pixels in which the images differ most, without overlap.
 
-    What counts is the mean variance of green over the images: uint8 RGB (height, width, 3), at
-    least two of them.
+    The measure is the mean variance of green over the images: at least two uint8 RGB images
+    (height, width, 3) of equal size.
     """
     if not 1 <= count <= MAX_BOXES:
         raise UserError(
-            f"--auto {count}: must be 1 to {MAX_BOXES} boxes, more colours cannot be told apart"
+            f"--auto {count}: must be 1 to {MAX_BOXES} boxes, because more colours cannot be told "
+            "apart"
         )
     height, width = images[0].shape[:2]
     if not MIN_SIDE <= side <= min(height, width):
@@ -159,8 +162,8 @@ def differing_boxes(images: Sequence[np.ndarray], count: int, side: int) -> list
         )
     if len(images) < 2:
         raise UserError(
-            "--auto looks for where results differ and needs two images of the first image's size; "
-            "give --box X,Y,W,H"
+            "--auto looks for differences between results and needs two images of the first "
+            "image's size; give --box X,Y,W,H"
         )
     score = _variance_in_squares(images, side)
     boxes: list[Box] = []
@@ -168,25 +171,25 @@ def differing_boxes(images: Sequence[np.ndarray], count: int, side: int) -> list
         y, x = map(int, np.unravel_index(int(score.argmax()), score.shape))
         if score[y, x] < 0:
             raise UserError(
-                f"--auto {count}: only {len(boxes)} squares of {side} pixels fit side by side "
-                "where they "
-                "differ most; ask for fewer, or for smaller ones with --auto-size"
+                f"--auto {count}: only {len(boxes)} squares of {side} pixels fit next to each "
+                "other where the images differ most; use fewer, or smaller ones with --auto-size"
             )
         if score[y, x] == 0:
             raise UserError(
-                f"--auto {count}: the images differ in {len(boxes)} places only; ask for fewer, or "
-                "give "
-                "--box X,Y,W,H"
+                f"--auto {count}: the images differ in only {len(boxes)} places; use fewer, or "
+                "give --box X,Y,W,H"
             )
         boxes.append(Box(x, y, side, side, colour))
-        reach = side + side // 4  # some room between them, for their frames
+        reach = side + side // 4  # some space between them for their frames
         score[max(0, y - reach + 1) : y + reach, max(0, x - reach + 1) : x + reach] = -1
     return boxes
 
 
 def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Variance over the images, summed over the square of `side` whose left top corner is the
-    pixel: float64, exact."""
+    """Variance over the images, summed over the square of `side` below and right of each pixel.
+
+    float64, exact.
+    """
     height, width = images[0].shape[:2]
     total, squares = np.zeros((height, width), np.int32), np.zeros((height, width), np.int32)
     for image in images:
@@ -194,7 +197,7 @@ def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
         total += green
         squares += green * green
     variance = len(images) * squares.astype(np.float64) - total.astype(np.float64) ** 2
-    # Whole numbers far below 2^53: the running sums are exact, so that equal places are equal.
+    # Integers far below 2^53, so the running sums are exact and equal places get equal values.
     sums = cv2.boxFilter(variance, cv2.CV_64F, (side, side), anchor=(0, 0), normalize=False)
     return sums[: height - side + 1, : width - side + 1].copy()
 
@@ -203,10 +206,10 @@ def _variance_in_squares(images: Sequence[np.ndarray], side: int) -> np.ndarray:
 
 
 def select_boxes(image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> list[Box] | None:
-    """The boxes that the user draws on `image` (uint8 RGB), in its pixels; None where they cancel.
+    """Let the user draw boxes on `image` (uint8 RGB), in its pixels; `None` if they cancel.
 
-    `preview` makes the picture (uint8 RGB) shown below the image for the box that is being drawn.
-    Raises `UserError` where there is no display.
+    `preview` makes the picture (uint8 RGB) shown below the image for the box being drawn. Raises
+    `UserError` if there is no display.
     """
     try:
         import tkinter
@@ -227,7 +230,7 @@ def select_boxes(image: np.ndarray, preview: Callable[[Box], np.ndarray]) -> lis
 
 
 class _Window:
-    """An image to draw on, and below it the preview of one box."""
+    """An image to draw on, with a preview of one box below."""
 
     def __init__(
         self, root: tkinter.Tk, image: np.ndarray, preview: Callable[[Box], np.ndarray]
@@ -246,9 +249,8 @@ class _Window:
             cursor="crosshair",
         )
         self.canvas.create_image(0, 0, anchor="nw", image=self.photo)
-        self.canvas.pack(
-            anchor="w"
-        )  # must not move under the pointer when what lies below becomes wider
+        # The canvas must not move under the pointer when the preview below becomes wider.
+        self.canvas.pack(anchor="w")
         self.below = Label(root, text=_HELP)
         self.below.pack(anchor="w")
         self.boxes: list[Box] = []
@@ -258,8 +260,7 @@ class _Window:
         self._bind()
 
     def _fitted(self, image: np.ndarray, share: tuple[float, float]) -> tuple[np.ndarray, float]:
-        """The image, reduced where it is larger than that share of the screen, and by which factor
-        (at most 1)."""
+        """Reduce a larger image to that share of the screen; also returns the factor."""
         height, width = image.shape[:2]
         scale = min(
             1.0,
@@ -284,15 +285,14 @@ class _Window:
         self.root.protocol("WM_DELETE_WINDOW", self.root.quit)
 
     def run(self) -> list[Box] | None:
-        """Wait for the user."""
+        """Wait for the user; returns the boxes, or `None` if cancelled."""
         self._stay_awake()
         self.root.focus_force()
         self.root.mainloop()
         return self.boxes if self.is_saved else None
 
     def _stay_awake(self) -> None:
-        """Give Python a turn now and then, so that CTRL+C in the terminal ends a window nobody
-        touches."""
+        """Run Python code periodically, so that CTRL+C in the terminal ends an idle window."""
         self.root.after(200, self._stay_awake)
 
     def _press(self, event: tkinter.Event) -> None:
@@ -313,8 +313,7 @@ class _Window:
         self._redraw(self.boxes)
 
     def _drawn(self, event: tkinter.Event) -> Box | None:
-        """The box from where the button went down to the pointer; None where it is too small to be
-        meant."""
+        """The box between button press and pointer; `None` if it is too small to be intended."""
         if self.start is None:
             return None
         (left, right), (top, bottom) = (
@@ -355,8 +354,7 @@ class _Window:
 
 
 def _photo(root: tkinter.Tk, image: np.ndarray) -> tkinter.PhotoImage:
-    """uint8 RGB as a picture of Tk, by way of PPM: no codec in between, and Pillow's Tk part is not
-    needed."""
+    """Convert uint8 RGB to a Tk image via PPM, which needs no codec and no Tk part of Pillow."""
     from tkinter import PhotoImage
 
     header = f"P6 {image.shape[1]} {image.shape[0]} 255\n".encode()

@@ -1,8 +1,7 @@
-"""Pictures as in papers: a photograph with coloured boxes, and magnified crops of many results
-beside one another.
+"""Figures as in papers: a photograph with coloured boxes, and magnified crops of several results.
 
-The results are read (`read_image`), named, held against the first (`ratio_to_first`) and scored
-(`psnr_y`); `figure` puts the picture together.
+The results are labelled (`column_labels`), compared in size with the first (`ratio_to_first`) and
+scored (`psnr_y`); `figure` assembles the picture.
 """
 
 from __future__ import annotations
@@ -28,34 +27,34 @@ ELLIPSIS = "…"
 
 @dataclass(frozen=True)
 class Result:
-    """An image (uint8 RGB) under its label; `ratio` is how many times smaller it is than the
-    first."""
+    """An image (uint8 RGB) with its label; `ratio` is the first image's size relative to it."""
 
     label: str
     pixels: np.ndarray
     ratio: int
 
     def crop(self, box: Box) -> np.ndarray:
-        """The pixels of a box in the first image's raster: where `ratio` is above 1, every pixel is
-        a block."""
+        """Pixels of a box in the first image's raster.
+
+        If `ratio` is above 1, every pixel becomes a block.
+        """
         left, top, right, bottom = box.edges
         rows, columns = np.arange(top, bottom) // self.ratio, np.arange(left, right) // self.ratio
         return np.ascontiguousarray(self.pixels[rows[:, None], columns])
 
 
 def column_labels(paths: Sequence[Path], given: Sequence[str], is_ascii: bool) -> list[str]:
-    """`given`, or else the files' names, with those of their folders where files have the same
-    name."""
+    """Return `given`, or the file names, with their folders if file names repeat."""
     if given and len(given) != len(paths):
-        raise UserError(f"--labels: {len(given)} names for {len(paths)} images; give one each")
+        raise UserError(f"--labels: {len(given)} names for {len(paths)} images; give one per image")
     labels = list(given) or _distinct_names(paths)
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]}: two images of this name; tell them apart with --labels")
+        raise UserError(f"{twice[0]}: two images have this name; give different ones with --labels")
     for label in labels:
         if is_ascii and not (label.isascii() and label.isprintable()):
             raise UserError(
-                f"label {label!r}: the built-in font has ASCII letters only; give --labels, or "
+                f"label {label!r}: the built-in font only has ASCII letters; give --labels, or "
                 "--font FILE"
             )
     return labels
@@ -74,20 +73,19 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def ratio_to_first(path: Path, image: np.ndarray, first: np.ndarray) -> int:
-    """How many times smaller an image is than the first: a whole number, the same both ways."""
+    """Size of the first image relative to an image: an integer, the same in both directions."""
     ratio = first.shape[0] // image.shape[0]
     if ratio < 1 or (image.shape[0] * ratio, image.shape[1] * ratio) != first.shape[:2]:
         raise UserError(
-            f"{path}: {image.shape[0]}x{image.shape[1]} and the first image's {first.shape[0]}x"
-            f"{first.shape[1]} (height x width) are no results of one photograph: every image must "
-            "be as "
-            "large as the first, or smaller by a whole factor; name the largest first"
+            f"{path}: {image.shape[0]}x{image.shape[1]} does not match the first image's "
+            f"{first.shape[0]}x{first.shape[1]} (height x width): every image must have the size "
+            "of the first or be smaller by an integer factor; put the largest first"
         )
     return ratio
 
 
 def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
-    """evaluate.py's `psnr_y` of two uint8 RGB images, in dB; infinite where they are equal."""
+    """Return evaluate.py's `psnr_y` of two uint8 RGB images, in dB; infinite if they are equal."""
     import torch
 
     from pipeline.metrics import psnr_ssim
@@ -105,8 +103,10 @@ def psnr_y(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Style:
-    """Measures of a comparison picture in pixels, and its font (None: the one that comes with
-    Pillow)."""
+    """Dimensions of a comparison figure in pixels, and its font.
+
+    Without a font, the one built into Pillow is used.
+    """
 
     panel: int = 240  # longest side of a magnified crop
     font: Path | None = None
@@ -131,8 +131,10 @@ class Style:
 
 @dataclass(frozen=True)
 class FigureColumn:
-    """One result: its name, a line below it ("" for none), and per box a magnified crop and a
-    caption."""
+    """One result: its label, a note below it, and a magnified crop with a caption per box.
+
+    An empty note is not drawn.
+    """
 
     label: str
     note: str
@@ -147,10 +149,10 @@ def figure(
     style: Style,
     wrap: int | None = None,
 ) -> Image.Image:
-    """The annotated photograph on the left, as high as the grid of crops on the right.
+    """Draw the annotated photograph on the left, as high as the grid of crops on the right.
 
-    With one box the crops stand in two rows (three results and more), as papers like it; `wrap`
-    overrules this.
+    With one box and at least three results, the crops are in two rows, as is common in papers;
+    `wrap` overrides this.
     """
     if wrap is None and len(boxes) == 1 and len(columns) > 2:
         wrap = -(-len(columns) // 2)
@@ -165,10 +167,9 @@ def figure(
 
 
 def magnified(crop: np.ndarray, panel: int, smooth: bool) -> np.ndarray:
-    """A crop by the largest whole factor with which its longest side still fits `panel` (at least
-    1).
+    """Magnify a crop by the largest integer factor that fits `panel` (at least 1).
 
-    Every pixel becomes a block of one size; with `smooth`, cubic interpolation instead of blocks.
+    Every pixel becomes a block of the same size; `smooth` uses cubic interpolation instead.
     """
     factor = max(1, panel // max(crop.shape[:2]))
     size = crop.shape[1] * factor, crop.shape[0] * factor
@@ -180,11 +181,11 @@ def magnified(crop: np.ndarray, panel: int, smooth: bool) -> np.ndarray:
 def annotated(
     image: np.ndarray, boxes: Sequence[Box], scale: float = 1.0, line: int | None = None
 ) -> Image.Image:
-    """The photograph (uint8 RGB), resized by `scale`, with the boxes drawn around their pixels.
+    """Draw the boxes around their pixels on the photograph (uint8 RGB), resized by `scale`.
 
-    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline around
-    them that parts them from a background of the same colour. They lie outside of the box, except
-    at the image's own edge.
+    Lines are `line` pixels wide, by default 1/200 of the longer side, with a white hairline that
+    separates them from a background of the same colour. They are outside of the box, except at the
+    edge of the image.
     """
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     picture = Image.fromarray(image)
@@ -208,8 +209,10 @@ def annotated(
 def strip(
     boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style, wrap: int | None = None
 ) -> Image.Image:
-    """Crops in a grid: a row for each box, a column for each result; after `wrap` columns the grid
-    begins again."""
+    """Arrange crops in a grid: one row per box, one column per result, `wrap` columns at most.
+
+    Further results follow in another grid below.
+    """
     wrap = min(wrap or len(columns), len(columns))
     grids = [
         _grid(boxes, columns[start : start + wrap], style) for start in range(0, len(columns), wrap)
@@ -224,8 +227,7 @@ def strip(
 
 
 def _grid(boxes: Sequence[Box], columns: Sequence[FigureColumn], style: Style) -> Image.Image:
-    """The labels, and below them the crops of every box in its colour's frame with their
-    captions."""
+    """Draw the labels, and below them the crops of every box in coloured frames with captions."""
     frame, gap, letters, small = style.frame, style.gap, style.letters(), style.letters(0.8)
     cell = max(crop.shape[1] for column in columns for crop in column.crops) + 2 * frame
     head = _line_height(letters) + (
@@ -270,7 +272,7 @@ def _write(
     letters: ImageFont.FreeTypeFont,
     colour: tuple[int, int, int],
 ) -> None:
-    """A line of text in the middle of a cell; one that is too long loses its middle."""
+    """Draw a line of text in the middle of a cell, with its middle elided if it is too long."""
     kept = len(text)
     shown = text
     while kept > 2 and draw.textlength(shown, font=letters) > width:
