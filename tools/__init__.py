@@ -1,1 +1,1 @@
-"""Commands that prepare data, each a script with `--help`. They need no torch."""
+"""Command-line tools that prepare data: scripts with `--help`. None imports torch at import."""

@@ -1,5 +1,4 @@
-"""Find files that cannot be trained on, before training finds them; nothing is moved unless
-asked."""
+"""Find files that cannot be trained on before training does; moves nothing unless asked to."""
 
 from __future__ import annotations
 
@@ -28,57 +27,67 @@ from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.manifest import ManifestIndex
 from tools.crops.options import GateOptions, open_benchmark
 from tools.dataset.cleaning import REPORT, Cleaner, check_can_clean, cleaned_away
-from tools.dataset.judging import Findings, Judge, Judgement, Rules, Twins, Verdict, other_sides
+from tools.dataset.judging import (
+    DuplicateFiles,
+    FileCheck,
+    FileChecker,
+    FileRules,
+    FileStatus,
+    Findings,
+    other_sides,
+)
 from tools.files import IMAGES, EntryKind, converted_note, links_note, printable, scan
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
-MAX_BAD_FRACTION = (
-    0.05  # more than this is rather a wrong option or a broken disk than so many bad files
-)
-MAX_BAD_FILES = 20  # ... unless it is a handful
+MAX_BAD_FRACTION = 0.05  # more than this points to a wrong option or a broken disk
+MAX_BAD_FILES = 20  # up to this number --clean never needs --force
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GateOptions):
-    """Judge every image below the dataset folder: can training read it, is it large enough, is it
-    what was written, and does it teach anything?
+    """Check every image below the dataset folder.
 
-    Encoded images are decoded (plain PNG, JPEG and WebP files by fast decoders, all others by DALI,
-    which training uses: the same pixels) and must be complete to the last byte; .npy crops are read
-    in full; both are compared with the checksums in their manifest. Flat images, blurred or
-    upscaled ones, copies of an earlier one, links to another one, and (--against) parts of
-    benchmark images are bad too; a bad side of an HR and LR pair takes the other along. By default
-    this only looks: it prints what is bad and exits with 1. --clean moves bad files to
-    DATA_DIR/quarantine/, from where they can be moved back. Broken crops are made again by the tool
-    that made them, crops that were bad for another reason are not (rejects.jsonl beside their
-    manifest names them). Files that could not be read (permissions, a failing disk) are reported,
+    Can training read it, is it large enough, undamaged and informative? Encoded images are decoded
+    (plain PNG, JPEG and WebP files by fast decoders, all others by DALI, which training uses; the
+    pixels are the same) and must be complete to the last byte. .npy crops are read in full. Both
+    are compared with the checksums in their manifest. Flat, blurred or upscaled images, copies of
+    or links to an earlier one, and (--against) parts of benchmark images are bad too. If one side
+    of an HR/LR pair is bad, so is the other.
+
+    By default, the bad files are only printed, and the exit status is 1. --clean moves them to
+    DATA_DIR/quarantine/, from where they can be moved back. The tool that made the crops makes
+    broken ones again, but not those that were bad for another reason (rejects.jsonl beside their
+    manifest lists these). Files that could not be read (permissions, a failing disk) are reported,
     never moved. File lists, manifests, the quarantine and files that are not images are left alone.
 
     Example: python tools/check_training_data.py --data-dir ~/dataset --clean
     """
 
     data_dir: Path = Path("~/dataset")
-    """The dataset: the folder below which all images are judged."""
+    """The dataset: all images below this folder are checked."""
     fast: bool = False
-    """Decode nothing: PNG checksums, JPEG markers, WebP, BMP, TIFF and .npy lengths show files that
-    were cut short and most damage; the gates judge by what the manifests recorded."""
+    """Decode nothing: PNG checksums, JPEG markers and the lengths of WebP, BMP, TIFF and .npy files
+    reveal truncated files and most damage; the gates use the measures in the manifests."""
     clean: bool = False
-    """Move bad files to DATA_DIR/quarantine/<same path>; quarantine/report.jsonl says why."""
+    """Move bad files to DATA_DIR/quarantine/<same path>; quarantine/report.jsonl lists the
+    reasons."""
     delete: bool = False
-    """With --clean: delete bad files for good instead of moving them."""
+    """With --clean: delete bad files permanently instead of moving them."""
     force: bool = False
-    """With --clean: go on even where more than 5 % of the files (and more than 20) are bad."""
+    """With --clean: continue even if more than 5 % of the files (and more than 20) are bad."""
     min_size: int = 256
-    """Least height and width in pixels; at least the HR crop of the recipe."""
+    """Minimum height and width in pixels; should be at least the recipe's HR crop size."""
     max_size: int | None = None
-    """Greatest height and width in pixels; by default any."""
+    """Maximum height and width in pixels; unlimited by default."""
     max_megapixels: float = 300
-    """Larger images are bad: decoding them could fill the memory."""
+    """Larger images are bad, because decoding them could exhaust the memory."""
 
 
 def main(options: Options) -> int:
-    """Judge, print, and clean where asked. 0: all good; 1: some files are (or were) bad or could
-    not be read."""
+    """Check, print, and clean if asked.
+
+    Returns 0 if all files are good, 1 if some are (or were) bad or could not be read.
+    """
     _check_options(options)
     root = options.data_dir.expanduser()
     if options.clean and not options.delete and root.is_dir():
@@ -91,7 +100,7 @@ def main(options: Options) -> int:
             "`python tools/images_to_data.py`, or give another --data-dir"
         )
     crops = ManifestIndex(root, survey.manifests)
-    rules = Rules(
+    rules = FileRules(
         options.min_size,
         options.max_size,
         options.max_megapixels,
@@ -100,33 +109,31 @@ def main(options: Options) -> int:
         options.min_sharpness,
     )
     prepare_decoders()
-    judge = Judge(root, rules, crops, open_benchmark(options.benchmark_folders()))
-    findings = _judge_all(root, judge, survey.images, options, crops)
+    checker = FileChecker(root, rules, crops, open_benchmark(options.benchmark_folders()))
+    findings = _check_all(root, checker, survey.images, options, crops)
     made_again = _add_other_sides(root, survey, crops, findings)
     _summarize(survey, findings)
     if cleaned := cleaned_away(root, survey.manifests, crops):
         print(
-            f"{cleaned} crops that a manifest names were taken away by --clean and are not made "
-            "again"
+            f"{cleaned} crops listed in a manifest were removed by --clean and are not made again"
         )
     if crops.missing():
         print(
-            f"{crops.missing()} crops that a manifest names are not there; the tool that made them "
-            "makes them again"
+            f"{crops.missing()} crops listed in a manifest are missing; run the tool that made "
+            "them again"
         )
     if findings.bad and options.clean:
         _refuse_too_many(len(findings.bad), survey.images, options.force)
-        named = _names_in_lists(
-            root
-        )  # before anything moves: a broken list must not stop us halfway
+        # Read the lists before anything moves: a broken list must not stop the run halfway.
+        named = _names_in_lists(root)
         with Cleaner(root, survey.manifests, made_again, findings.bad, options.delete) as cleaner:
-            for judgement in findings.bad:
-                cleaner.take(judgement)
-        _say_cleaned(
+            for check in findings.bad:
+                cleaner.take(check)
+        _report_cleaned(
             root,
             cleaner,
             options.delete,
-            any(judgement.path in named for judgement in findings.bad),
+            any(check.path in named for check in findings.bad),
         )
     elif findings.bad:
         print(f"nothing was changed; --clean moves the bad files to {root / QUARANTINE}")
@@ -134,19 +141,17 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse options that contradict each other."""
+    """Raise `UserError` for options that contradict each other."""
     options.check_gates()
     if options.delete and not options.clean:
         raise UserError(
-            "--delete: only with --clean; --clean alone moves bad files to a quarantine and can be "
+            "--delete: needs --clean; --clean alone moves bad files to a quarantine, which can be "
             "undone"
         )
     if options.force and not options.clean:
-        raise UserError("--force: only with --clean; without it nothing is changed anyway")
+        raise UserError("--force: needs --clean; nothing is changed without it")
     if options.fast and options.against:
-        raise UserError(
-            "--against: needs the pixels, which --fast does not read; leave --fast away"
-        )
+        raise UserError("--against: needs the pixels, which --fast does not read; omit --fast")
     if options.min_size < 1:
         raise UserError(f"--min-size {options.min_size}: must be at least 1")
     if options.max_size is not None and options.max_size < options.min_size:
@@ -160,7 +165,7 @@ def _check_options(options: Options) -> None:
 
 @dataclass
 class Survey:
-    """How many files lie below the dataset folder."""
+    """Contents of the dataset folder."""
 
     images: int = 0
     foreign: int = 0
@@ -168,8 +173,8 @@ class Survey:
     unread: list[str] = field(default_factory=list)
     linked_folders: list[str] = field(default_factory=list)
 
-    def has_looked_at(self, name: str) -> bool:
-        """Whether an image that is there was among those that were judged."""
+    def was_checked(self, name: str) -> bool:
+        """Whether an existing image was among those that were checked."""
         parts = posixpath.dirname(name).split("/")
         return (
             QUARANTINE not in parts
@@ -196,47 +201,47 @@ def _images(root: Path) -> Iterator[str]:
     return (name for kind, name in scan(root, MANIFEST) if kind in IMAGES)
 
 
-def _judge_all(
-    root: Path, judge: Judge, total: int, options: Options, crops: ManifestIndex
+def _check_all(
+    root: Path, checker: FileChecker, total: int, options: Options, crops: ManifestIndex
 ) -> Findings:
-    """Judge all files, in their order, and print the bad ones as they are found."""
+    """Check all files in order, and print the bad ones as they are found."""
     findings, started, threads = Findings(), time.monotonic(), thread_count(options.threads)
     distance = options.max_hash_distance()
-    twins = None if distance is None else Twins(root, distance)
+    duplicates = None if distance is None else DuplicateFiles(root, distance)
     with quiet_libraries(), progress(total, "file") as bar:
-        for judgements in ordered_map(
-            lambda names: [judge(name) for name in names], batched(_images(root)), threads
+        for checks in ordered_map(
+            lambda names: [checker(name) for name in names], batched(_images(root)), threads
         ):
-            for judgement in judgements:
-                findings.bytes += judgement.bytes
-                if twins is None or not twins.is_twin(judgement):
-                    _take_in(findings, judgement, bar)
-            bar.update(len(judgements))
+            for check in checks:
+                findings.bytes += check.bytes
+                if duplicates is None or not duplicates.is_duplicate(check):
+                    _count(findings, check, bar)
+            bar.update(len(checks))
             bar.set_postfix(MB=findings.bytes // 1_000_000, bad=len(findings.bad), refresh=False)
-        found, links = twins.verdicts(_images(root)) if twins else ([], [])
+        found, links = duplicates.resolve(_images(root)) if duplicates else ([], [])
         for link in links:
-            findings.take_back(link, _sha256(crops, link.path))
-        for judgement in [*found, *links]:
-            _take_in(findings, judgement, bar)
+            findings.uncount(link, _sha256(crops, link.path))
+        for check in [*found, *links]:
+            _count(findings, check, bar)
     findings.seconds = time.monotonic() - started
     return findings
 
 
-def _take_in(findings: Findings, judgement: Judgement, bar: tqdm) -> None:
-    """Count a judgement, and print it unless it is good."""
-    if judgement.verdict is Verdict.GOOD:
+def _count(findings: Findings, check: FileCheck, bar: tqdm) -> None:
+    """Count a result, and print it unless it is good."""
+    if check.status is FileStatus.GOOD:
         findings.good += 1
-        if judgement.profile:
-            findings.converted[judgement.profile] += 1
-        if judgement.sha256:
-            findings.recorded.add(judgement.path, judgement.sha256)
+        if check.profile:
+            findings.converted[check.profile] += 1
+        if check.sha256:
+            findings.recorded.add(check.path, check.sha256)
         return
-    if judgement.verdict is Verdict.BAD:
-        findings.bad.append(judgement)
+    if check.status is FileStatus.BAD:
+        findings.bad.append(check)
     else:
-        findings.unreadable.append(judgement.path)
+        findings.unreadable.append(check.path)
     bar.write(
-        f"{judgement.verdict.value}: {printable(judgement.path)}: {judgement.reason}",
+        f"{check.status.value}: {printable(check.path)}: {check.reason}",
         file=sys.stdout,
     )
 
@@ -249,23 +254,23 @@ def _sha256(crops: ManifestIndex, name: str) -> str:
 def _add_other_sides(
     root: Path, survey: Survey, crops: ManifestIndex, findings: Findings
 ) -> set[str]:
-    """Call bad what cannot be trained on without its other side; returns the bad files that are to
-    be made again."""
-    made_again = {judgement.path for judgement in findings.bad if judgement.gate == "file"}
-    passed = {judgement.path for judgement in findings.bad}.union(findings.unreadable)
-    sides = other_sides(
-        root, crops, survey.manifests, [judgement.path for judgement in findings.bad]
-    )
+    """Mark files bad that cannot be used without their bad other side.
+
+    Returns all bad files that may be cut again.
+    """
+    made_again = {check.path for check in findings.bad if check.gate == "file"}
+    passed = {check.path for check in findings.bad}.union(findings.unreadable)
+    sides = other_sides(root, crops, survey.manifests, [check.path for check in findings.bad])
     for path, bad_side in sorted(sides.items()):
-        if path in passed or not survey.has_looked_at(path):
+        if path in passed or not survey.was_checked(path):
             continue
-        side = Judgement(
+        side = FileCheck(
             path,
-            Verdict.BAD,
+            FileStatus.BAD,
             f"the other side of its pair is bad: {printable(bad_side)}",
             gate="pair",
         )
-        findings.take_back(side, _sha256(crops, path))
+        findings.uncount(side, _sha256(crops, path))
         findings.bad.append(side)
         print(f"bad: {printable(path)}: {side.reason}")
         if bad_side in made_again:
@@ -274,15 +279,15 @@ def _add_other_sides(
 
 
 def _summarize(survey: Survey, findings: Findings) -> None:
-    """What was looked at, and what was found."""
+    """Print what was checked and what was found."""
     num_bad, seconds = len(findings.bad), max(findings.seconds, 1e-3)
     print(
-        f"{survey.images} images judged in {seconds:.1f} s ({survey.images / seconds:.0f} files/s, "
-        f"{findings.bytes / 1e6:.0f} MB read): {findings.good} good, {num_bad} bad, "
+        f"{survey.images} images checked in {seconds:.1f} s ({survey.images / seconds:.0f} "
+        f"files/s, {findings.bytes / 1e6:.0f} MB read): {findings.good} good, {num_bad} bad, "
         f"{len(findings.unreadable)} could not be read; {survey.foreign} other files left alone"
     )
     if findings.bad:
-        counts = Counter(judgement.gate for judgement in findings.bad)
+        counts = Counter(check.gate for check in findings.bad)
         print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
     if findings.converted:
         print(converted_note(findings.converted, "images", "training converts them to sRGB"))
@@ -295,44 +300,41 @@ def _summarize(survey: Survey, findings: Findings) -> None:
         )
     if findings.recorded.count:
         print(
-            f"hash of the {findings.recorded.count} good images that manifests know (the same on "
-            "every node): "
-            f"{findings.recorded.hexdigest()}"
+            f"hash of the {findings.recorded.count} good images listed in manifests (the same on "
+            f"every node): {findings.recorded.hexdigest()}"
         )
 
 
 def _refuse_too_many(bad: int, total: int, force: bool) -> None:
-    """Stop a --clean that would take away a large part of the dataset."""
+    """Raise `UserError` if --clean would remove a large part of the dataset."""
     if bad > MAX_BAD_FILES and bad > MAX_BAD_FRACTION * total and not force:
         raise UserError(
-            f"{bad} of {total} files are bad, more than {MAX_BAD_FRACTION:.0%}: look at the "
-            "reasons above "
-            "(a wrong --min-size? a failing disk?); nothing was changed; --clean --force goes on"
+            f"{bad} of {total} files are bad, more than {MAX_BAD_FRACTION:.0%}: check the reasons "
+            "above (a wrong --min-size? a failing disk?); nothing was changed; --clean --force "
+            "removes them anyway"
         )
 
 
-def _say_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -> None:
-    """What was taken away, and how to go on."""
+def _report_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool) -> None:
+    """Print what was removed, and how to continue."""
     for path, reason in cleaner.failed:
         print(f"could not be {'deleted' if delete else 'moved'}: {printable(path)}: {reason}")
     if delete:
         print(f"deleted {cleaner.taken} files")
     else:
         print(
-            f"moved {cleaner.taken} files to {root / QUARANTINE}; to undo, move a file back: it "
-            "lies there under its "
-            f"old path ({REPORT} lists all, with reasons)"
+            f"moved {cleaner.taken} files to {root / QUARANTINE}, each to its old path there; to "
+            f"undo, move it back ({REPORT} lists all files and the reasons)"
         )
     if are_listed:
         say(
-            "the file lists name some of them: write the lists again with "
-            f"`python tools/select_training_files.py --data-dir {root}` (and the same options as "
-            "before)"
+            "the file lists name some of these files: write the lists again with `python "
+            f"tools/select_training_files.py --data-dir {root}` (and the same options as before)"
         )
 
 
 def _names_in_lists(root: Path) -> set[str]:
-    """All files that the training and the validation list name, as far as there are lists."""
+    """All files in the training and the validation list, as far as the lists exist."""
     lists = [root / name for name in (TRAINING_LIST, VALIDATION_LIST)]
     return {name for path in lists if path.exists() for name in read_file_list(path, root)}
 

@@ -1,7 +1,7 @@
-"""A dataset from one storage format to another, bit by bit the same pixels, every file verified.
+"""Convert a dataset to another storage format with identical pixels, verifying every file.
 
-`Converter` makes one image's file, on any number of threads; `carry_over` writes the bookkeeping
-around the images (manifests, settings, file lists) with their new names and sizes.
+`Converter` converts single images and is thread-safe; `carry_over` writes the bookkeeping around
+the images (manifests, settings, file lists) with the new names and sizes.
 """
 
 from __future__ import annotations
@@ -45,50 +45,52 @@ from tools.images import decode, decode_file, is_stored_as, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 PLACES = ("photos", "lr", "videos")
-"""The entries of dataset.json that say where the sources lie, relative to the dataset."""
+"""Entries of dataset.json that locate the sources, relative to the dataset."""
 CLAIM = "conversion.json"
 NUM_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """Store the images of a dataset in another lossless format: npy is read fastest, jp2 and webp
-    are smallest.
+    """Store the images of a dataset in another lossless format.
 
-    Every image below SOURCE becomes an image of the same name, but for the suffix, below OUT. Each
-    new file is written, read back from the disk, decoded, and compared with the pixels of its
-    source (and those with the manifest's checksum) before it gets its name. Manifests,
-    dataset.json, rejects.jsonl and the two file lists are carried over with the new names and
-    sizes. Images that uint8 RGB cannot hold exactly (16 bits, transparency, CMYK, other colours
-    than sRGB's, animations) are refused and reported, never reduced. SOURCE stays as it is, unless
-    --remove-source says otherwise. A run that was stopped or killed goes on where it was when
-    started again; what is there already is compared once more, and made again where it is damaged.
-    The tool that made the dataset can go on in OUT, given the new --format; not in JPEG 2000, which
-    those tools do not write. Images of OUT whose source is gone by now are named, and stay.
+    npy is the fastest to read, jp2 and webp are the smallest. Every image below SOURCE becomes an
+    image with the same name, except for the suffix, below OUT. Each new file is written, read back
+    from disk, decoded, and compared with the pixels of its source (and those with the manifest's
+    checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists
+    are copied with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits,
+    transparency, CMYK, colours other than sRGB, animations) are reported and skipped, never
+    reduced. SOURCE is not changed unless --remove-source is given. Run the same command again to
+    continue a run that was stopped or killed; existing files are compared again, and remade if
+    damaged. The tool that made the dataset can continue in OUT with the new --format, except in
+    JPEG 2000, which those tools do not write. Images of OUT whose source no longer exists are
+    listed and kept.
 
     Example: python tools/convert_dataset.py ~/dataset ~/dataset_webp --to webp
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The dataset: a folder of crops and their manifests, or of any PNG, JPEG, WebP, BMP, TIFF,
-    JPEG 2000 and .npy images (searched in depth; links to folders are not followed)."""
+    JPEG 2000 and .npy images (searched recursively; links to folders are not followed)."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the converted dataset; new, or begun by an earlier run of the same conversion."""
+    """Folder of the converted dataset; new, or started by an earlier run of the same conversion."""
     to: Literal["npy", "png", "webp", "jp2"]
     """The format to convert to."""
     remove_source: bool = False
-    """Delete each source image once its converted file, new or of an earlier run, holds the same
-    pixels and is safely on the disk, so that there is never more than one copy of the dataset;
-    manifests and lists go last, and only if nothing failed."""
+    """Delete each source image once its converted file, new or from an earlier run, holds the same
+    pixels and is safely on disk, so that there is never more than one copy of the dataset.
+    Manifests and lists are deleted last, and only if nothing failed."""
     max_megapixels: float = 300
-    """Refuse larger images before they are decoded: they could fill the memory."""
+    """Skip larger images before decoding, because they could exhaust the memory."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
-    """Convert, carry the bookkeeping over, report. 0: all is converted; 1: some images could not
-    be."""
+    """Convert, copy the bookkeeping, and report.
+
+    Returns 0 if everything is converted, 1 if some images could not be.
+    """
     source, out = options.source.expanduser(), options.out.expanduser()
     _check_options(options, source, out)
     files = walk(source, MANIFEST)
@@ -123,7 +125,8 @@ def main(options: Options) -> int:
     _report(totals, files, out, wall, _cpu_seconds() - cpu)
     if lost:
         print(
-            f"left out of the manifests and lists, for there is no converted file: {lost} entries"
+            f"omitted from the manifests and lists because the converted file is missing: {lost} "
+            "entries"
         )
     if not sources_were_removed:
         _report_surplus(files.images, out, options.to)
@@ -133,7 +136,7 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options, source: Path, out: Path) -> None:
-    """Refuse what cannot work before anything is written."""
+    """Raise `UserError` for options that cannot work, before anything is written."""
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
         raise UserError(
             f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
@@ -145,12 +148,12 @@ def _check_options(options: Options, source: Path, out: Path) -> None:
         source,
         out,
         "a dataset cannot be converted into itself; choose an OUT beside it (--remove-source "
-        "keeps the disk from filling up)",
+        "limits the disk space needed)",
     )
 
 
 def _refuse_collisions(names: list[str], form: str) -> None:
-    """Two images must not end up in one file."""
+    """Raise `UserError` if two images would end up in one file."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(converted_name(name, form), name)
@@ -164,10 +167,10 @@ def _refuse_collisions(names: list[str], form: str) -> None:
 
 @contextmanager
 def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
-    """Hold `out` for this process alone, and for this conversion alone; gives whether sources were
-    or will be removed.
+    """Lock `out` for this process and this conversion.
 
-    The claim is the file's first line; a second one says that a run had --remove-source.
+    Yields whether sources were or will be removed. The first line of the file identifies the
+    conversion; a second one says that a run used --remove-source.
     """
     claim = json.dumps(
         {
@@ -180,7 +183,9 @@ def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / CLAIM).exists() and any(out.iterdir()):
-            raise UserError(f"{out}: holds files, but none of this conversion; {way_out}")
+            raise UserError(
+                f"{out}: contains files of something other than this conversion; {way_out}"
+            )
         file = open(out / CLAIM, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(
@@ -196,7 +201,7 @@ def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
         file.seek(0)
         lines = file.read().splitlines()
         if lines and lines[0] != claim:
-            raise UserError(f"{out}: begun as {lines[0]}, not {claim}; {way_out}")
+            raise UserError(f"{out}: started as {lines[0]}, not {claim}; {way_out}")
         if not lines:
             file.write(claim + "\n")
         if options.remove_source and len(lines) < 2:
@@ -207,7 +212,7 @@ def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
 
 
 def _remove_half_written(out: Path) -> None:
-    """Delete what a killed run left behind under a temporary name."""
+    """Delete temporary files left by a killed run."""
     for folder, _, names in os.walk(out):
         for name in names:
             if name.startswith(".") and name.endswith(".tmp"):
@@ -215,7 +220,7 @@ def _remove_half_written(out: Path) -> None:
 
 
 def _convert_all(converter: Converter, names: list[str], threads: int) -> ConversionTotals:
-    """Convert the images on threads; say which could not be."""
+    """Convert the images on threads and print those that could not be converted."""
     totals = ConversionTotals()
     with progress(len(names), "file") as bar:
         for result in ordered_map(converter, names, threads):
@@ -238,7 +243,7 @@ def _convert_all(converter: Converter, names: list[str], threads: int) -> Conver
 
 @dataclass
 class ConversionTotals:
-    """What a run did, for its report."""
+    """Totals of a run, for its report."""
 
     files: int = 0
     already: int = 0
@@ -255,11 +260,10 @@ def _cpu_seconds() -> float:
 
 
 def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu: float) -> None:
-    """Say what was done, how fast, and what was left behind."""
+    """Print what was done, how fast, and what was left out."""
     print(
-        f"{totals.files} images converted and verified in {out}; {totals.already} were there "
-        "already, "
-        f"{totals.failed} could not be converted"
+        f"{totals.files} images converted and verified in {out}; {totals.already} were already "
+        f"there, {totals.failed} could not be converted"
     )
     if totals.files:
         before, after, megapixels = (
@@ -271,10 +275,8 @@ def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu:
             f"{before:.1f} MB before, {after:.1f} MB after: {after / before:.3f} of it, "
             f"{after / 3 / megapixels:.3f} of the raw pixels"
         )
-        wall, cpu = (
-            max(wall, 0.01),
-            max(cpu, 0.01),
-        )  # the system counts CPU time in hundredths of a second
+        # CPU time is counted in hundredths of a second.
+        wall, cpu = max(wall, 0.01), max(cpu, 0.01)
         print(
             f"{megapixels:.1f} megapixels in {wall:.1f} s: {totals.files / wall:.0f} files/s, "
             f"{megapixels / wall:.1f} MPix/s, {megapixels / cpu:.1f} MPix per core-second"
@@ -288,22 +290,20 @@ def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu:
 
 
 def _report_surplus(sources: list[str], out: Path, form: str) -> None:
-    """Name the converted images whose source is gone: moved to a quarantine since an earlier run,
-    or deleted."""
+    """Print the converted images whose source was moved to a quarantine or deleted since."""
     expected = {converted_name(name, form) for name in sources}
     count = 0
     for kind, name in scan(out, MANIFEST):
         if kind in IMAGES and name.endswith(f".{form}") and name not in expected:
             count += 1
             if count <= NUM_SHOWN:
-                print(f"no source any more: {printable(name)}")
+                print(f"no longer has a source: {printable(name)}")
     if count > NUM_SHOWN:
         print(f"... and {count - NUM_SHOWN} more without a source")
     if count:
         print(
-            f"{count} images in {out} have no source any more; they stay, as do their lines in "
-            "lists and manifests: "
-            "delete them if they were cleaned away"
+            f"{count} images in {out} no longer have a source; they are kept, as are their lines "
+            "in lists and manifests: delete them if they were removed on purpose"
         )
 
 
@@ -312,23 +312,23 @@ def _report_surplus(sources: list[str], out: Path, form: str) -> None:
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one image; `reason` says why it was not converted."""
+    """Result of converting one image; `reason` says why it was not converted."""
 
     name: str
     reason: str = ""
-    is_new: bool = False  # False: an earlier run had converted it
+    is_new: bool = False  # False: an earlier run converted it
     pixels: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
 
 
 def converted_name(name: str, form: str) -> str:
-    """The name of an image once it is stored as `form`."""
+    """Name of an image stored as `form`."""
     return f"{posixpath.splitext(name)[0]}.{form}"
 
 
 class Converter:
-    """Converts images on any number of threads."""
+    """Converts images; thread-safe."""
 
     def __init__(
         self,
@@ -341,10 +341,10 @@ class Converter:
         removes: bool,
         max_megapixels: float,
     ) -> None:
-        """From the folder `source`, whose manifests `index` knows, to `out`; `removes`: deletes
-        what is converted.
+        """Convert from the folder `source`, with its manifests in `index`, to `out`.
 
-        `encode` makes a file's content, of the format `form`, out of uint8 RGB pixels.
+        `encode` turns uint8 RGB pixels into the content of a file of format `form`; `removes`
+        deletes sources once converted.
         """
         self._source, self._out, self._form, self._index, self._encode = (
             source,
@@ -356,7 +356,10 @@ class Converter:
         self._removes, self._max_megapixels = removes, max_megapixels
 
     def __call__(self, name: str) -> Converted:
-        """Convert one image. Bad images are a result; `UserError` where nothing can be written."""
+        """Convert one image; a bad one gives a result with a reason.
+
+        Raises `UserError` if nothing can be written.
+        """
         try:
             return self._convert(name)
         except (BadImageError, BadNpyError) as error:
@@ -377,9 +380,8 @@ class Converter:
             reason = self._write(target, data, pixels, status)
         except OSError as error:
             raise UserError(
-                f"{target}: cannot be written: {error.strerror}; make room or repair its "
-                "permissions, then "
-                "run the same command again: it goes on where it stopped"
+                f"{target}: cannot be written: {error.strerror}; free disk space or fix its "
+                "permissions, then run the same command again; it continues where it stopped"
             ) from error
         if reason:
             return Converted(name, reason)
@@ -391,18 +393,16 @@ class Converter:
     def _is_done(
         self, path: Path, target: Path, status: os.stat_result, record: CropRecord | None
     ) -> bool:
-        """Whether an existing file holds the pixels of its source: looked up in the pixels, for
-        stamps prove little.
+        """Whether an existing file holds the pixels of its source; timestamps alone are no proof.
 
-        Where the source stays, and has the size and the time that the manifest and the file
-        remember, the manifest's checksum stands for its pixels. Before a source is removed it is
-        always read itself.
+        If the source is kept and has the size and time that the manifest and the file recorded, the
+        manifest's checksum stands for its pixels. Before a source is removed, it is always read.
         """
         try:
             if not is_stored_as(target, self._form):
                 return False
             held = decode_file(target, max_megapixels=self._max_megapixels)
-        except (BadImageError, BadNpyError):  # damaged since it was verified: made again
+        except (BadImageError, BadNpyError):  # damaged since it was verified, so it is remade
             return False
         if (
             not self._removes
@@ -411,29 +411,26 @@ class Converter:
         ):
             return hashlib.sha256(held).hexdigest() == record.sha256
         is_same = np.array_equal(self._pixels(path, record), held)
-        if (
-            self._removes and not is_same
-        ):  # replacing it could destroy the only copy of an image removed earlier
+        # Replacing it could destroy the only copy of an image removed earlier.
+        if self._removes and not is_same:
             raise BadImageError(
-                f"{target} exists and holds other pixels; delete it if it is outdated, or rename "
-                "the "
+                f"{target} exists with other pixels; delete it if it is outdated, or rename the "
                 "source"
             )
         return is_same
 
     def _pixels(self, path: Path, record: CropRecord | None) -> np.ndarray:
-        """The pixels of a source: all that its file holds, and what its manifest recorded."""
+        """Decode a source exactly, and check it against the checksum in its manifest."""
         pixels = decode_file(path, max_megapixels=self._max_megapixels, exact=True)
         if record is not None and hashlib.sha256(pixels).hexdigest() != record.sha256:
             raise BadImageError(
-                "its pixels are not those that the manifest recorded (bit rot, or somebody changed "
-                "it)"
+                "the pixels differ from those that the manifest recorded (bit rot, or the file "
+                "was changed)"
             )
         return pixels
 
     def _write(self, target: Path, data: bytes, pixels: np.ndarray, status: os.stat_result) -> str:
-        """Write, read back, compare, and only then name the file; returns what went wrong with the
-        comparison."""
+        """Write, read back and compare a file, then name it; returns what went wrong."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
@@ -441,9 +438,8 @@ class Converter:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                if hasattr(
-                    os, "posix_fadvise"
-                ):  # so that what is read back comes from the disk, not from memory
+                # Drop the pages, so that reading back uses the disk, not the page cache.
+                if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             try:
                 is_same = np.array_equal(decode(temporary.read_bytes(), self._form), pixels)
@@ -451,35 +447,31 @@ class Converter:
                 return f"the converted file cannot be read back ({error}); is the disk failing?"
             if not is_same:
                 return (
-                    "the converted file does not hold the same pixels when read back; is the "
-                    "disk failing?"
+                    "the converted file has different pixels when read back; is the disk failing?"
                 )
-            os.utime(
-                temporary, ns=(status.st_atime_ns, status.st_mtime_ns)
-            )  # tells the next run what is done
+            # The time stamp shows the next run what is done.
+            os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         return ""
 
     def _remove(self, path: Path, target: Path, status: os.stat_result) -> None:
-        """Delete a source whose pixels were found in `target`, if asked to, and if it is still the
-        same file."""
+        """Delete a source whose pixels are in `target`, if requested and if it is unchanged."""
         if not self._removes:
             return
-        if os.path.samefile(path, target):  # a link within OUT leads back to SOURCE
+        if os.path.samefile(path, target):  # a link within OUT may lead back to SOURCE
             raise BadImageError(f"{target} is the same file, not a copy; not removed")
         now = path.stat()
         if (now.st_mtime_ns, now.st_size) != (status.st_mtime_ns, status.st_size):
-            raise BadImageError("it changed while it was converted; not removed")
+            raise BadImageError("it changed during the conversion; not removed")
         try:
             flush(target.parent)
             path.unlink()
         except OSError as error:
             raise UserError(
-                f"{path}: converted, but cannot be removed: {error.strerror}; repair its "
-                "permissions, or "
-                "leave --remove-source out"
+                f"{path}: converted, but cannot be removed: {error.strerror}; fix its "
+                "permissions, or omit --remove-source"
             ) from error
 
 
@@ -487,8 +479,10 @@ class Converter:
 
 
 def read_bookkeeping(files: Files) -> dict[str, list[str]]:
-    """The file lists of a dataset: name of the list -> its entries. Refuses now what would fail
-    after hours of work."""
+    """Read the file lists of a dataset: name of the list -> entries.
+
+    Also reads all settings, so that errors appear now and not after hours of work.
+    """
     for name in files.manifests:
         _read_settings((files.root / name).with_name(SETTINGS))
     return {
@@ -499,8 +493,10 @@ def read_bookkeeping(files: Files) -> dict[str, list[str]]:
 
 
 def carry_over(files: Files, lists: Mapping[str, list[str]], out: Path, form: str) -> int:
-    """Write manifests, settings and lists below `out`; returns how many of their entries have no
-    converted file."""
+    """Write manifests, settings and lists below `out`.
+
+    Returns how many of their entries have no converted file.
+    """
     lost = 0
     for name in files.manifests:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -520,8 +516,10 @@ def carry_over(files: Files, lists: Mapping[str, list[str]], out: Path, form: st
 
 
 def _carry_manifest(source: Path, target: Path, form: str) -> int:
-    """Stream a manifest with the new names and sizes; returns how many crops have no converted
-    file."""
+    """Stream a manifest with the new names and sizes.
+
+    Returns how many of its crops have no converted file.
+    """
     lost = 0
     temporary = target.with_name(f".{target.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -541,7 +539,7 @@ def _carry_manifest(source: Path, target: Path, form: str) -> int:
 
 
 def _read_settings(path: Path) -> dict[str, object]:
-    """What dataset.json holds; empty where there is none."""
+    """Contents of dataset.json; empty if it does not exist."""
     if not path.exists():
         return {}
     try:
@@ -554,10 +552,10 @@ def _read_settings(path: Path) -> dict[str, object]:
 
 
 def _carry_settings(source: Path, target: Path, form: str) -> None:
-    """Write dataset.json with the new format, so that the tool that made the dataset can go on in
-    the new one.
+    """Write dataset.json with the new format.
 
-    Not after a conversion to JPEG 2000, which no such tool writes: they refuse the format there.
+    The tool that made the dataset can then continue there. It cannot after a conversion to JPEG
+    2000, because no such tool writes that format.
     """
     settings = _read_settings(source)
     if not settings:
@@ -574,8 +572,7 @@ def _carry_settings(source: Path, target: Path, form: str) -> None:
 
 
 def remove_bookkeeping(files: Files) -> None:
-    """Delete what was carried over, and the folders that are empty now; whatever else lies there
-    stays."""
+    """Delete the copied bookkeeping and empty folders; all other files stay."""
     for name in files.manifests:
         for carried in (MANIFEST, SETTINGS, REJECTS):
             (files.root / name).with_name(carried).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which files lie below a folder, in the same order on every machine."""
+"""List the files below a folder, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.data.image_headers import UNREAD_SUFFIXES, suffix_of, unread_note
 
 
 class EntryKind(enum.Enum):
-    """What a directory entry is to a dataset."""
+    """Role of a directory entry in a dataset."""
 
     NPY = enum.auto()
     ENCODED = enum.auto()
     MANIFEST = enum.auto()
-    UNREAD = enum.auto()  # an image of a format that is not read
-    FOREIGN = enum.auto()  # everything else, hidden files included
+    UNREAD = enum.auto()  # an image in a format that is not supported
+    FOREIGN = enum.auto()  # everything else, including hidden files
     LINKED_FOLDER = enum.auto()  # not followed
-    QUARANTINE = enum.auto()  # a folder of that name, passed by
+    QUARANTINE = enum.auto()  # a folder with that name; skipped
 
 
 IMAGES = frozenset({EntryKind.NPY, EntryKind.ENCODED})
@@ -31,13 +31,13 @@ IMAGES = frozenset({EntryKind.NPY, EntryKind.ENCODED})
 
 @dataclass
 class Files:
-    """The files below `root`, as sorted POSIX paths relative to it."""
+    """Files below `root`, as sorted POSIX paths relative to it."""
 
     root: Path
     npy: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     manifests: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)  # images of formats that are not read
+    unread: list[str] = field(default_factory=list)  # images in unsupported formats
     linked_folders: list[str] = field(default_factory=list)
 
     @property
@@ -46,14 +46,13 @@ class Files:
         return sorted(self.npy + self.encoded)
 
     def links_note(self) -> str:
-        """A half-sentence on linked folders, and on images of other formats, for an error about
-        missing files."""
+        """Note on linked folders and unsupported images, to append to a "no images found" error."""
         note = unread_note(self.unread)
         return links_note(self.linked_folders) + (f" ({note})" if note else "")
 
 
 def links_note(linked_folders: list[str]) -> str:
-    """A half-sentence on folders that were not looked into, `""` where there are none."""
+    """Note on linked folders that were not searched; `""` if there are none."""
     if not linked_folders:
         return ""
     return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
@@ -62,17 +61,17 @@ def links_note(linked_folders: list[str]) -> str:
 def converted_note(
     profiles: Counter[str], what: str, done: str = "they were converted to sRGB"
 ) -> str:
-    """A line on images whose colours are not sRGB's, by the names of their profiles."""
+    """One-line report on images with a colour profile other than sRGB, counted by profile name."""
     names = ", ".join(f"{count} {name}" for name, count in profiles.most_common(5))
-    return f"{profiles.total()} {what} have another colour profile than sRGB ({names}); {done}"
+    return f"{profiles.total()} {what} have a colour profile other than sRGB ({names}); {done}"
 
 
 def walk(root: Path, manifest_name: str) -> Files:
-    """Sort everything below `root` into its kinds. Links to folders are not followed, `quarantine`
-    is passed by.
+    """Collect everything below `root` by kind.
 
-    Hidden files and folders (`.git`, macOS's `._photo.jpg`, half-written files of our own) count as
-    foreign.
+    Links to folders are not followed, `quarantine` is skipped. Hidden files and folders (`.git`,
+    macOS's `._photo.jpg`, our own half-written files) count as foreign. Raises `UserError` as
+    `scan` does.
     """
     files = Files(root)
     lists = {
@@ -91,8 +90,11 @@ def walk(root: Path, manifest_name: str) -> Files:
 
 
 def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:
-    """`walk` one by one, in the order of the names within each folder; holds no more than the open
-    folders' names."""
+    """Yield (kind, path) for each entry below `root`, sorted by name within each folder.
+
+    Holds only the names of the folders that are open, so memory stays small for millions of files.
+    Raises `UserError` if `root` is not a folder or a folder cannot be read.
+    """
     if not root.is_dir():
         if root.exists():
             raise UserError(f"{root}: not a folder; give the folder of the images")
@@ -112,8 +114,7 @@ def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:
 
 
 def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[EntryKind | None, str]]:
-    """(kind, path) of what lies in one folder, by name; the kind of a folder to look into is
-    `None`."""
+    """(kind, path) of each entry in one folder, by name; kind `None`: a folder to enter."""
     try:
         with os.scandir(root / prefix) as entries:
             return sorted(
@@ -122,13 +123,13 @@ def _entries(root: Path, prefix: str, manifest_name: str) -> list[tuple[EntryKin
             )
     except PermissionError as error:
         raise UserError(
-            f"{root / prefix}: this folder cannot be read ({error.strerror}); mend its permissions "
+            f"{root / prefix}: this folder cannot be read ({error.strerror}); fix its permissions "
             "or move it out of the dataset"
         ) from None
 
 
 def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
-    """What a directory entry is; `None` for a folder that is looked into."""
+    """Kind of a directory entry; `None` for a folder to descend into."""
     if entry.is_dir(follow_symlinks=False):
         if entry.name == QUARANTINE:
             return EntryKind.QUARANTINE
@@ -149,8 +150,10 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is, or leads to, a pipe, a socket or a device: opening it could wait for
-    ever."""
+    """Whether an entry is, or links to, a pipe, socket or device.
+
+    Opening one of these could block for ever.
+    """
     try:
         return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
     except OSError:
@@ -158,7 +161,7 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file name that any terminal and any UTF-8 file can hold."""
+    """File name in a form that any terminal and any UTF-8 file can hold."""
     return (
         name.encode("utf-8", "backslashreplace").decode("utf-8")
         if name.isprintable()
@@ -169,5 +172,5 @@ def printable(name: str) -> str:
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
     try:
         return link.is_dir()
-    except OSError:  # a link that leads back to itself
+    except OSError:  # a link that points to itself
         return False

@@ -1,5 +1,4 @@
-"""Tar archives of photographs, ImageNet's tar of tars among them, to training crops, without
-unpacking them."""
+"""Cut photographs in tar archives, such as ImageNet's tar of tars, into crops without unpacking."""
 
 from __future__ import annotations
 
@@ -40,10 +39,9 @@ from tools.tar.members import Member, Problem, TarReader, check_archive
 from tools.tar.streams import Limits
 
 MB = 1_000_000
-_SMALLER_SIZES = (384, 256, 192, 144, 128, 96, 64, 48, 32)  # which the report offers
-_TOO_SMALL = re.compile(
-    r"too small: (\d+)x(\d+)( \(\d+x\d+ after halving)?"
-)  # as crop_writing.too_small says it
+_SMALLER_SIZES = (384, 256, 192, 144, 128, 96, 64, 48, 32)  # sizes to suggest in the report
+# Matches the wording of cutting.too_small.
+_TOO_SMALL = re.compile(r"too small: (\d+)x(\d+)( \(\d+x\d+ after halving)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,35 +49,35 @@ class Options(CropOptions):
     """Cut the photographs in tar archives into training crops, without unpacking the archives.
 
     Reads ImageNet's tar of tars (ILSVRC2012_img_train.tar) and any other .tar, .tar.gz, .tar.bz2,
-    .tar.xz and (from Python 3.14 on) .tar.zst with photographs, two archives deep, in bounded
-    memory. Photographs are known by their content; links, devices and hidden files are passed by.
-    Crops are OUT/<tar>/<inner tar>/<member>/x<scale>_..., cut and judged as by images_to_data.py. A
-    run that was stopped or killed goes on where it was when started again: what is finished is
-    skipped through. More archives may be added to OUT later.
+    .tar.xz and (from Python 3.14 on) .tar.zst with photographs, up to two archives deep, in bounded
+    memory. Photographs are recognised by their content; links, devices and hidden files are
+    skipped. Crops are OUT/<tar>/<inner tar>/<member>/x<scale>_..., cut and filtered as by
+    images_to_data.py. Run the same command again to continue a run that was stopped or killed;
+    finished members are skipped. More archives may be added to OUT later.
 
     Example: python tools/imagenet_to_data.py ~/ILSVRC2012_img_train.tar --out ~/dataset/ImageNet
     """
 
     archives: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TAR...")]
-    """The archives. Their crops are told apart by the archives' file names, which must differ."""
+    """The archives; their file names must differ, because crops are stored by archive name."""
     out: Path
-    """Folder of the crops, such as ~/dataset/ImageNet."""
+    """Output folder of the crops, such as ~/dataset/ImageNet."""
     size: int = 128
     """Height and width of a crop in pixels. ImageNet's photographs are JPEGs of about 500x375,
-    which are halved before they are cut: 128 fits once into what is left, 96 twice, 64 six times;
-    192 only with --keep-lossy-size."""
+    which are halved before cutting: 128 then fits once, 96 twice, 64 six times; 192 needs
+    --keep-lossy-size."""
     max_megapixels: float = 300
-    """Reject larger photos before they are decoded: they could fill the memory."""
+    """Reject larger photos before decoding, because they could exhaust the memory."""
     max_member_mb: int = 256
-    """Reject larger files in an archive before they are read: each thread holds up to two of them
-    in memory."""
+    """Reject larger files in an archive before reading; each thread holds up to two of them in
+    memory."""
     max_expansion: int = 100
-    """Give up a compressed archive that expands to more than this many times its size (and 256
+    """Stop reading a compressed archive that expands to more than this many times its size (and 256
     MiB)."""
 
 
 class Archive(NamedTuple):
-    """An archive that was given; its crops lie below OUT/name."""
+    """An input archive; its crops are stored below OUT/name."""
 
     path: Path
     name: str
@@ -87,8 +85,10 @@ class Archive(NamedTuple):
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some photos or archives are damaged, or there is no
-    crop at all."""
+    """Make the crops.
+
+    Returns 0 if done, 1 if done but some photos or archives are damaged or no crop was made.
+    """
     out = options.out.expanduser()
     settings, threads, limits = options.settings(), thread_count(options.threads), _limits(options)
     archives = _archives(options)
@@ -102,21 +102,18 @@ def main(options: Options) -> int:
         out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data"
     ) as dataset:
         passed = _cut_all(dataset, archives, limits, cutter, threads)
-        for archive in (
-            archives if not dataset.totals.bad else ()
-        ):  # else a member may only be out of reach
+        # If something was bad, a member may just have been unreachable.
+        for archive in archives if not dataset.totals.bad else ():
             dataset.forget(archive.name)
     clock.report(dataset.totals, out, "photos")
     if passed:
-        print(
-            f"passed by: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}"
-        )
+        print(f"skipped: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}")
     _advise(out, settings)
     return 1 if dataset.totals.bad or dataset.is_empty else 0
 
 
 def _limits(options: Options) -> Limits:
-    """What an archive may ask for."""
+    """Limits on what an archive may contain."""
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
         raise UserError(
             f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
@@ -136,8 +133,10 @@ def _limits(options: Options) -> Limits:
 
 
 def _archives(options: Options) -> list[Archive]:
-    """The archives that were given, each looked into. Raises `UserError` for the first that cannot
-    be used."""
+    """Check and return the given archives.
+
+    Raises `UserError` for the first one that cannot be used.
+    """
     if not options.archives:
         raise UserError("no archive given; give one or more .tar files before --out")
     archives: dict[str, Archive] = {}
@@ -151,21 +150,20 @@ def _archives(options: Options) -> list[Archive]:
             or name in (MANIFEST, SETTINGS, REJECTS, QUARANTINE)
         ):
             raise UserError(
-                f"{str(path)!a}: crops cannot lie in a folder of this name; rename the archive"
+                f"{str(path)!a}: crops cannot be stored in a folder with this name; rename the "
+                "archive"
             )
         if name in archives:
             raise UserError(
-                f"{archives[name].path} and {path}: two archives of one name, which their crops "
-                "are told "
-                "apart by; rename one, or use another OUT for it"
+                f"{archives[name].path} and {path}: both archives have the same name, so their "
+                "crops would be mixed up; rename one, or use another OUT for it"
             )
         archives[name] = Archive(path, name, check_archive(path))
     return list(archives.values())
 
 
 class Stream:
-    """What the archives hold that is not finished yet, for the threads. Iterated by the main
-    thread."""
+    """Unfinished members of the archives; the main thread iterates over it for the workers."""
 
     def __init__(
         self, archives: list[Archive], dataset: CropDataset, limits: Limits, bar: tqdm
@@ -181,7 +179,7 @@ class Stream:
                 is_finished = self._dataset.is_finished(f"{archive.name}/{name}")
                 self._dataset.totals.already += is_finished
                 if is_finished:
-                    self._show(done + reader.position)  # noqa: B023 - called within this turn of the loop only
+                    self._show(done + reader.position)  # noqa: B023 - called in this iteration only
                 return not is_finished
 
             reader = TarReader(archive.path, self._limits, wanted)
@@ -202,8 +200,10 @@ def _cut_all(
     cutter: MemberCutter,
     threads: int,
 ) -> Counter[str]:
-    """Cut what is not finished on threads while this one reads on; returns how many members were
-    passed by as what."""
+    """Cut unfinished members on threads while the main thread reads ahead.
+
+    Returns the number of skipped members by kind.
+    """
     total = sum(archive.stamp[0] for archive in archives) // MB
     with quiet_libraries(), progress(total, "MB") as bar:
         stream = Stream(archives, dataset, limits, bar)
@@ -216,7 +216,7 @@ def _cut_all(
 
 
 class MemberCutter:
-    """Decodes and cuts members of archives, on any number of threads."""
+    """Decodes and cuts members of archives; thread-safe."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class MemberCutter:
         self._max_megapixels, self._benchmark = max_megapixels, benchmark
 
     def __call__(self, found: tuple[Archive, Member | Problem]) -> UnitResult:
-        """Decode a member and write its crops. A bad one is a result, not an exception."""
+        """Decode a member and write its crops; a bad one gives a reject, not an exception."""
         archive, item = found
         name = f"{archive.name}/{item.name}" if item.name else archive.name
         unit = Unit(name, name, *archive.stamp)
@@ -248,11 +248,9 @@ class MemberCutter:
 
 
 def _advise(out: Path, settings: CropSettings) -> None:
-    """Say how many photographs were too small, in all runs so far, and which --size would keep how
-    many of them."""
-    sides: Counter[tuple[int, int]] = (
-        Counter()
-    )  # (shorter side in pixels, reduction before the first crop)
+    """Print how many photos were too small in all runs, and what other sizes would keep."""
+    # (shorter side in pixels, reduction before the first crop).
+    sides: Counter[tuple[int, int]] = Counter()
     if (out / REJECTS).exists():
         with open(out / REJECTS, "rb") as file:
             for reject in filter(None, map(parse_reject, file)):
@@ -269,10 +267,10 @@ def _advise(out: Path, settings: CropSettings) -> None:
             most = kept
     kept = sum(count for (side, _), count in sides.items() if side >= settings.size)
     if kept:
-        offers.append(f"--keep-lossy-size {kept} at this size")
+        offers.append(f"--keep-lossy-size would keep {kept} at this size")
     print(
-        f"{sides.total()} photos were too small for --size {settings.size}"
-        f"{'; of them ' + ', '.join(offers) if offers else ''}"
+        f"{sides.total()} photos were too small for --size "
+        f"{settings.size}{'; ' + ', '.join(offers) if offers else ''}"
     )
 
 

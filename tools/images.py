@@ -1,5 +1,4 @@
-"""The lossless formats that crops are stored in, and whether an image fits into uint8 RGB without
-loss."""
+"""Lossless crop formats, and whether an image fits into uint8 RGB without loss."""
 
 from __future__ import annotations
 
@@ -37,15 +36,14 @@ from pipeline.data.image_pixels import (
 from pipeline.libraries import cv2
 
 FORMATS = ("npy", "png", "webp", "jp2")
-"""What crops can be stored as; each is also the file's suffix."""
+"""Formats for stored crops; each name is also the file suffix."""
 WEBP_MAX_SIDE = 16383
 
 
 def encode(pixels: np.ndarray, form: str) -> bytes:
-    """uint8 RGB (height, width, 3) as the content of a file of the format `form` (of `FORMATS`),
-    bit-exact in each.
+    """Encode uint8 RGB (height, width, 3) losslessly as a file of format `form` (one of `FORMATS`).
 
-    Raises `BadImageError` where the format cannot hold the image.
+    Raises `BadImageError` if the format cannot hold the image.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(
@@ -61,8 +59,8 @@ def _encode_npy(pixels: np.ndarray) -> bytes:
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:
-    # The fastest of OpenCV's settings whose files are not larger than those of Pillow's level 6:
-    # 0.506 instead of 0.509 of the raw size on photographs, 2.7 times as fast.
+    # OpenCV's fastest settings whose files are not larger than those of Pillow's level 6: 0.506 of
+    # the raw size on photographs (Pillow: 0.509), 2.7 times as fast.
     settings = (
         cv2.IMWRITE_PNG_COMPRESSION,
         3,
@@ -80,15 +78,17 @@ def _encode_png(pixels: np.ndarray) -> bytes:
 def _encode_webp(pixels: np.ndarray) -> bytes:
     if max(pixels.shape) > WEBP_MAX_SIDE:
         raise BadImageError(
-            f"{pixels.shape[0]}x{pixels.shape[1]}: WebP holds at most {WEBP_MAX_SIDE} pixels a side"
+            f"{pixels.shape[0]}x{pixels.shape[1]}: WebP allows at most {WEBP_MAX_SIDE} pixels per "
+            "side"
         )
-    # Method 0 encodes 5 times faster than method 1, for files 4 % larger; PNG's are larger still.
+    # Method 0 encodes 5 times faster than method 1; its files are 4 % larger but still smaller than
+    # PNG.
     return _encode_with_pillow(pixels, "webp", lossless=True, method=0, quality=20)
 
 
 def _encode_jp2(pixels: np.ndarray) -> bytes:
-    # The whole-number 5-3 wavelet; the reversible colour transform (mct) takes off a third of the
-    # size.
+    # The integer 5-3 wavelet is lossless; the reversible colour transform (mct) saves a third of
+    # the size.
     return _encode_with_pillow(pixels, "jpeg2000", irreversible=False, mct=1, no_jp2=False)
 
 
@@ -103,10 +103,10 @@ _ENCODERS = {"npy": _encode_npy, "png": _encode_png, "webp": _encode_webp, "jp2"
 
 @contextmanager
 def parallel_encoder(form: str, threads: int) -> Iterator[Callable[[np.ndarray], bytes]]:
-    """`encode` to `form`, to be called from so many threads at once.
+    """Return `encode` bound to `form`, safe to call from `threads` threads at once.
 
-    Pillow's JPEG 2000 encoder keeps Python's lock, and so it runs in processes; the others let
-    threads run.
+    Pillow's JPEG 2000 encoder holds the GIL, so it runs in processes; the other encoders release
+    it.
     """
     if form != "jp2" or threads == 1:
         yield partial(encode, form=form)
@@ -116,8 +116,10 @@ def parallel_encoder(form: str, threads: int) -> Iterator[Callable[[np.ndarray],
 
 
 def _begin_worker() -> None:
-    """Leave CTRL+C to the parent, and end when the parent is killed, which otherwise no worker
-    would notice."""
+    """Ignore CTRL+C, which the parent handles, and exit if the parent is killed.
+
+    A worker would not notice the death of its parent otherwise.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -128,10 +130,9 @@ def _begin_worker() -> None:
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
-    """What `encode` was given: uint8 RGB (height, width, 3) of the content of a file of the format
-    `form`.
+    """Decode the content of a file of format `form` back to uint8 RGB (height, width, 3).
 
-    Raises `BadImageError` where `data` is damaged, incomplete or something else.
+    Raises `BadImageError` if `data` is damaged, truncated or in another format.
     """
     if form == "npy":
         return _decode_npy(data)
@@ -154,7 +155,7 @@ def _decode_npy(data: bytes) -> np.ndarray:
         or file.tell() != len(data)
     ):
         raise BadImageError(
-            f"not one array of uint8 (height, width, 3) but {pixels.dtype} {pixels.shape}"
+            f"expected one uint8 array (height, width, 3), got {pixels.dtype} {pixels.shape}"
         )
     return np.ascontiguousarray(pixels)
 
@@ -162,17 +163,16 @@ def _decode_npy(data: bytes) -> np.ndarray:
 def decode_file(
     path: str | os.PathLike[str], *, max_megapixels: float = MAX_MEGAPIXELS, exact: bool = False
 ) -> np.ndarray:
-    """The pixels of any image of a dataset: uint8 RGB (height, width, 3), upright, transparency
-    over white.
+    """Decode any dataset image to uint8 RGB (height, width, 3): upright, transparency over white.
 
-    With `exact`, images that these pixels cannot hold are refused (see `inexactness`) instead of
-    reduced to them. Raises `BadImageError` (or `BadNpyError`) with the reason, `OSError` where the
-    disk or the permissions stand in the way.
+    With `exact`, images that uint8 RGB cannot hold are refused (see `inexactness`) instead of
+    converted. Raises `BadImageError` (or `BadNpyError`) with the reason, `OSError` if the file
+    cannot be opened or read.
     """
     path = Path(path)
     if is_npy(path):
         if not path.exists():
-            raise FileNotFoundError(None, "No such file (a link into nowhere?)")
+            raise FileNotFoundError(None, "No such file (a dangling link?)")
         layout = npy_layout(path)
         pixels = np.fromfile(path, np.uint8, offset=layout.offset)
         return pixels.reshape(layout.height, layout.width, 3)
@@ -189,7 +189,10 @@ def decode_file(
 
 
 def is_stored_as(path: Path, form: str) -> bool:
-    """Whether an image is a file of the format `form` already, whatever its name says."""
+    """Whether an image file is already in the format `form`, judged by its content.
+
+    .npy files are recognised by their suffix.
+    """
     if is_npy(path) or form == "npy":
         return is_npy(path) and form == "npy"
     with open(path, "rb") as file:
@@ -197,34 +200,34 @@ def is_stored_as(path: Path, form: str) -> bool:
 
 
 def inexactness(data: bytes, header: ImageHeader) -> str:
-    """Why uint8 RGB pixels cannot hold all of an encoded image; empty where they can.
+    """Reason why uint8 RGB cannot hold an encoded image exactly; empty if it can.
 
-    Gray, palettes and an alpha channel that is opaque everywhere can be held; 16 bits,
-    transparency, CMYK, the colours of another profile than sRGB's, and further frames or pages
-    cannot. Other metadata do not count.
+    Grey images, palettes and a fully opaque alpha channel fit. More than 8 bits, transparency,
+    CMYK, colour profiles other than sRGB, and further frames or pages do not. Other metadata is
+    ignored.
     """
     if header.depth > 8:
-        return f"{header.depth} bits a sample; uint8 pixels would lose the lower ones"
+        return f"{header.depth} bits per channel; uint8 pixels would lose the lower ones"
     if foreign := foreign_profile(header):
-        return f"the colours of a profile, {foreign}; sRGB would round them"
+        return f"colour profile {foreign}; conversion to sRGB would round the colours"
     if header.format == "png" and b"acTL" in data[: header.pixels_at]:
-        return "an animation; only its first frame would be left"
+        return "an animation; only its first frame would be kept"
     if header.format == "pnm":
         greatest = header.tags[0][1]
         return (
             ""
             if greatest in (1, 255)
-            else f"levels up to {greatest}; those up to 255 would be others"
+            else f"levels up to {greatest}; scaling them to 255 would change the values"
         )
     if header.is_plain and header.format not in ("tiff", "webp"):
         return ""
     if header.format == "tiff" and header.is_palette:
-        return "a TIFF palette, which holds 16-bit colours"
+        return "a TIFF palette with 16-bit colours"
     if header.colors not in ("gray", "RGB"):
-        return f"colours of mode {header.colors}; RGB would round them"
+        return f"colour mode {header.colors}; conversion to RGB would round the colours"
     frames = _num_frames(data, header)
     if frames > 1:
-        return f"{frames} frames or pages; only the first would be left"
+        return f"{frames} frames or pages; only the first would be kept"
     pixels = decode_picture(data, header).pixels
     is_clear = pixels.shape[2] in (2, 4) and int(pixels[..., -1].min()) < 255
     return "transparency; it would be composited over white" if is_clear else ""
@@ -234,7 +237,7 @@ def _num_frames(data: bytes, header: ImageHeader) -> int:
     if header.format == "tiff":
         try:
             return tiff_page_count(data)
-        except struct.error:  # nothing more can be read
+        except struct.error:  # the rest cannot be read
             return 1
     if header.format not in ("webp", "avif"):
         return 1

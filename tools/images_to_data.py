@@ -1,5 +1,4 @@
-"""Photographs to training crops: every photo is cut, at full and at halved sizes, into crops of one
-size."""
+"""Cut photographs into training crops of one size, at full and reduced resolution."""
 
 from __future__ import annotations
 
@@ -31,27 +30,29 @@ class Options(CropOptions):
 
     PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, AVIF, JPEG XL and PNM files below PHOTOS become
     OUT/<photo>/x<scale>_<row>_<column>.npy: uint8 RGB, upright, sRGB, transparency over white.
-    Crops do not overlap; they are cut from the photo at full size, at 1/2, 1/4... while one fits.
-    Lossy photos (JPEG, AVIF, lossy WebP, JPEG 2000 and JPEG XL) start at 1/2, which hides their
-    artefacts. Flat crops, blurred or upscaled sizes, and photos nearly the same as an earlier one
-    are left out; OUT/rejects.jsonl names each. A run that was stopped or killed goes on where it
-    was when started again; finished photos are not touched.
+    Crops do not overlap; they are cut from the photo at full size, at 1/2, 1/4... as long as one
+    fits. Lossy photos (JPEG, AVIF, lossy WebP, JPEG 2000 and JPEG XL) start at 1/2, which hides
+    their artefacts. Flat crops, blurred or upscaled sizes, and near-duplicates of earlier photos
+    are omitted; OUT/rejects.jsonl lists them. Run the same command again to continue a run that was
+    stopped or killed; finished photos are not touched.
 
     Example: python tools/images_to_data.py ~/Pictures/DIV2K ~/dataset/DIV2K
     """
 
     photos: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")]
-    """Folder of the photographs (searched in depth; links to folders are not followed), or one
+    """Folder of the photographs (searched recursively; links to folders are not followed), or one
     photograph."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the crops, one for each source of photographs, such as ~/dataset/DIV2K."""
+    """Output folder of the crops, one per source of photographs, such as ~/dataset/DIV2K."""
     max_megapixels: float = 300
-    """Reject larger photos before they are decoded: they could fill the memory."""
+    """Reject larger photos before decoding, because they could exhaust the memory."""
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some photos could not be decoded, or there is no crop
-    at all."""
+    """Make the crops.
+
+    Returns 0 if done, 1 if done but some photos could not be decoded or no crop was made.
+    """
     photos, names, unread = _photographs(options)
     out = options.out.expanduser()
     if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
@@ -66,7 +67,7 @@ def main(options: Options) -> int:
         photos, out, settings, options.max_megapixels, open_benchmark(settings.against)
     )
     clock = Clock()
-    # Relative, so that photographs and crops may move together.
+    # A relative path, so that photographs and crops can be moved together.
     with open_dataset(
         out,
         settings,
@@ -87,7 +88,7 @@ def main(options: Options) -> int:
 
 
 def _photographs(options: Options) -> tuple[Path, list[str], list[str]]:
-    """(Folder, names relative to it of the photographs to cut, and of images that are not read)."""
+    """Return (folder, photographs to cut, unsupported images), both relative to the folder."""
     source = options.photos.expanduser()
     if source.is_file():
         return source.parent, [source.name], []
@@ -104,7 +105,7 @@ def _photographs(options: Options) -> tuple[Path, list[str], list[str]]:
 
 
 class PhotoCutter:
-    """Decodes and cuts photographs, on any number of threads."""
+    """Decodes and cuts photographs; thread-safe."""
 
     def __init__(
         self,
@@ -118,19 +119,19 @@ class PhotoCutter:
         self._max_megapixels, self._benchmark = max_megapixels, benchmark
 
     def stamp(self, name: str) -> Stamp | None:
-        """Size and modification time of a photograph, `None` where it is gone."""
+        """Size and modification time of a photograph; `None` if it is gone."""
         try:
             status = (self._photos / name).stat()
         except OSError:
-            # deleted after cutting, to save room, or not to be reached: its crops are still good
+            # Deleted after cutting to save space, or unreachable; its crops are still good.
             return None
         return status.st_size, status.st_mtime_ns
 
     def __call__(self, name: str) -> UnitResult:
-        """Decode a photograph and write its crops. A bad one is a result, not an exception."""
+        """Decode a photograph and write its crops; a bad one gives a reject, not an exception."""
         unit = Unit(name, name, 0, 0)
         if not name.isprintable() or "�" in name:
-            reason = "its name holds control characters or is not UTF-8; rename it"
+            reason = "the file name has control characters or is not UTF-8; rename it"
             return UnitResult(
                 unit._replace(photo=ascii(name), folder=ascii(name)),
                 rejects=[Reject("decode", reason)],

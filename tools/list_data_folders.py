@@ -1,5 +1,4 @@
-"""What a dataset holds, one line a source, and one hash that tells whether all nodes hold the
-same."""
+"""List the contents of a dataset by source, with a hash to compare nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ _HEAD = (
     "photos",
     "images",
     "by scale",
-    "pixels a side",
+    "pixels per side",
     "GB",
     "format",
     "rejected",
@@ -31,24 +30,25 @@ _HEAD = (
     "hash",
 )
 _RIGHT = {"photos", "images", "GB", "rejected", "training", "validation"}
-_NUM_KINDS = 4  # of scales and sizes in a line; --json has all
+_NUM_KINDS = 4  # scales and sizes per line; --json has all
 
 
 @dataclass(frozen=True)
 class Options:
-    """List the sources of a dataset: which tool made each, how many photographs and crops it has,
-    how many of them the training and validation lists name, how much room it takes.
+    """List the sources of a dataset.
 
-    A source is a folder with a manifest, or a top-level folder of images that no manifest knows;
-    their sizes are those of 16 files each. Equal hashes on two nodes mean equal crops, to the last
-    pixel, as the manifests recorded them (`check_training_data.py` compares the files with them).
-    No image is opened, nothing is changed.
+    Shows which tool made each one, how many photographs and crops it has, how many of these are in
+    the training and validation lists, and how much space it takes. A source is a folder with a
+    manifest, or a top-level folder of images that no manifest lists; the sizes of these are read
+    from 16 files per folder. Equal hashes on two nodes mean equal crops, to the last pixel, as
+    recorded in the manifests (`check_training_data.py` compares the files with them). No image is
+    opened, nothing is changed.
 
     Example: python tools/list_data_folders.py --data-dir ~/dataset
     """
 
     data_dir: Path = Path("~/dataset")
-    """The dataset: the folder that holds the sources."""
+    """The dataset: the folder that contains the sources."""
     json: bool = False
     """Print one JSON object with all numbers and full hashes instead of the table."""
 
@@ -67,7 +67,7 @@ def main(options: Options) -> int:
 
 
 def _line(source: Source) -> tuple[str, ...]:
-    """The cells of a source; "-": not known, or no such thing."""
+    """Cells of one source; "-" means unknown or not applicable."""
     rejects = str(source.rejects.total) if source.is_recorded else "-"
     digest = source.hash.hexdigest()[:12] if source.is_recorded else "-"
     return (
@@ -105,7 +105,7 @@ def _total_line(sources: list[Source]) -> tuple[str, ...]:
 
 
 def _kinds(counts: Tally, numeric: bool = False) -> str:
-    """`1:300 2:70`: how many images of each kind."""
+    """Number of images of each kind, as `1:300 2:70`."""
     if not counts:
         return "-"
     entries = counts.by_count()
@@ -133,7 +133,7 @@ def _table(lines: list[tuple[str, ...]]) -> str:
 
 
 def _sentences(statistics: Statistics) -> list[str]:
-    """The hashes, and what a person should look at."""
+    """The hashes, and anything that needs attention."""
     sentences = [
         f"{source.lr_images} LR images belong to the images of {printable(source.folder)}"
         for source in statistics.sources
@@ -146,23 +146,21 @@ def _sentences(statistics: Statistics) -> list[str]:
         )
     if statistics.quarantine.total:
         sentences.append(
-            f"{statistics.quarantine.total} files lie in quarantine; they do not count"
+            f"{statistics.quarantine.total} files are in quarantine; they are not counted"
         )
     sentences += [f"warning: {warning}" for warning in warnings(statistics)]
     if statistics.lists_hash:
         sentences.append(f"hash of the lists (the same on every node): {statistics.lists_hash}")
     if statistics.hash.count:
         sentences.append(
-            f"hash of the {statistics.hash.count} images that manifests know (the same on every "
-            "node): "
-            f"{statistics.hash.hexdigest()}"
+            f"hash of the {statistics.hash.count} images listed in manifests (the same on every "
+            f"node): {statistics.hash.hexdigest()}"
         )
     return sentences
 
 
 def as_json(statistics: Statistics) -> dict[str, object]:
-    """Everything, for other programs. Sizes in bytes and pixels; hashes as 64 hexadecimal
-    digits."""
+    """All numbers as JSON: sizes in bytes and pixels, hashes as 64 hexadecimal digits."""
     lists = {
         name: names and {"files": len(names.keys), "not_there": len(names.keys) - names.found}
         for name, names in (

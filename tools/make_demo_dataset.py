@@ -1,5 +1,4 @@
-"""A small dataset from photographs that two Python packages bring along: something to train on
-within seconds."""
+"""Make a small dataset from photographs in two Python packages, to train on within seconds."""
 
 from __future__ import annotations
 
@@ -23,22 +22,22 @@ from tools.crops.grid import halved
 from tools.images import encode
 
 CROP_SIZE = 128
-HELD_OUT_MULTIPLE = 4  # the largest scale that the demo is evaluated at
+HELD_OUT_MULTIPLE = 4  # largest scale at which the demo is evaluated
 VALIDATION_PHOTO = "chelsea.png"
 
 
 @dataclass(frozen=True)
 class DemoPhotograph:
-    """A photograph inside an installed package, and under which terms it may be used."""
+    """A photograph inside an installed package, with its licence."""
 
-    package: str  # as imported
-    distribution: str  # as installed
+    package: str  # import name
+    distribution: str  # install name
     path: str  # within the package
     licence: str
 
     @property
     def name(self) -> str:
-        """The file's name alone."""
+        """The file name."""
         return self.path.rpartition("/")[2]
 
 
@@ -50,7 +49,7 @@ def _sklearn(name: str) -> DemoPhotograph:
     return DemoPhotograph("sklearn", "scikit-learn", f"datasets/images/{name}", "CC BY 2.0")
 
 
-# Licences as the docstrings of skimage.data and sklearn/datasets/images/README.txt state them.
+# Licences according to the docstrings of skimage.data and sklearn/datasets/images/README.txt.
 DATASET = (
     _skimage("astronaut.png", "public domain (NASA)"),
     _skimage("rocket.jpg", "public domain (SpaceX)"),
@@ -64,42 +63,41 @@ HELD_OUT = (_skimage("coffee.png", "CC0"), _sklearn("flower.jpg"))
 
 @dataclass(frozen=True)
 class Options:
-    """Make the demo dataset: six photographs to train and validate on, two held out for evaluation.
+    """Make the demo dataset: six photographs to train and validate on, two for evaluation.
 
     They come from the installed packages scikit-image and scikit-learn; nothing is downloaded.
     OUT/photographs holds the photographs and their licences, OUT/dataset the crops (128 x 128) and
     the file lists, OUT/held_out two photographs that are in neither list. Runs images_to_data.py,
-    check_training_data.py and select_training_files.py, as you would for your own photographs. A
-    demo is a demo: good for trying things out, not for judging a network.
+    check_training_data.py and select_training_files.py, as you would for your own photographs. The
+    demo is good for trying things out, not for assessing a network.
 
     Example: python tools/make_demo_dataset.py ~/demo
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the demo; what is there already and right is kept."""
+    """Folder of the demo; correct files that already exist are kept."""
 
 
 @dataclass(frozen=True)
 class DemoDataset:
-    """Where the demo lies: `dataset_dir` with crops and file lists, `held_out_dir` with PNG images
-    to evaluate on."""
+    """Paths of the demo: crops and lists, and PNG images held out for evaluation."""
 
     dataset_dir: Path
     held_out_dir: Path
 
 
 def main(options: Options) -> int:
-    """Make the demo and say where it is."""
+    """Make the demo and print its paths."""
     demo = make_demo_dataset(options.out.expanduser())
     print(f"demo dataset: {demo.dataset_dir}; held out for evaluation: {demo.held_out_dir}")
     return 0
 
 
 def make_demo_dataset(out: Path) -> DemoDataset:
-    """Make the demo below `out`, or complete it; the second call changes nothing and takes under
-    two seconds.
+    """Make the demo below `out`, or complete it.
 
-    Raises `UserError` where a package is not installed or lacks a photograph.
+    A second call changes nothing and takes under two seconds. Raises `UserError` if a package is
+    not installed or lacks a photograph.
     """
     contents = {photograph: _read(photograph) for photograph in DATASET + HELD_OUT}
     photographs, dataset, held_out = out / "photographs", out / "dataset", out / "held_out"
@@ -114,7 +112,7 @@ def make_demo_dataset(out: Path) -> DemoDataset:
     gates = {
         "min_gradient": 0,
         "min_sharpness": 0,
-    }  # six photographs are too few to turn any part of them away
+    }  # six photographs are too few to reject any part of them
     crops = images_to_data.Options(
         photos=photographs, out=dataset / "demo", size=CROP_SIZE, cover=True, **gates
     )
@@ -137,7 +135,7 @@ def make_demo_dataset(out: Path) -> DemoDataset:
 
 
 def _read(photograph: DemoPhotograph) -> bytes:
-    """The bytes of a photograph in an installed package, which is found but not imported."""
+    """Read a photograph from an installed package, without importing the package."""
     spec = importlib.util.find_spec(photograph.package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     for folder in folders:
@@ -151,8 +149,10 @@ def _read(photograph: DemoPhotograph) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file unless it is there with that content: a new modification time would mean a new
-    photograph."""
+    """Write a file unless it already has that content.
+
+    A new modification time would look like a new photograph.
+    """
     if path.is_file() and path.read_bytes() == content:
         return
     try:
@@ -165,8 +165,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _held_out_png(content: bytes) -> bytes:
-    """A photograph as PNG: halved where it was lossy, as for training, and cut to a multiple of 4
-    each way."""
+    """Encode a photograph as PNG, cut to multiples of 4.
+
+    Lossy photographs are halved first, as for training.
+    """
     header = read_header(io.BytesIO(content))
     pixels = decode_rgb(content, header)
     if header.is_lossy:
@@ -176,7 +178,7 @@ def _held_out_png(content: bytes) -> bytes:
 
 
 def _licences() -> str:
-    """Where each photograph comes from and under which terms, one a line."""
+    """Source and licence of each photograph, one per line."""
     return "".join(
         f"{photograph.name}: {photograph.licence}; from the Python package "
         f"{photograph.distribution}, file "
@@ -186,11 +188,10 @@ def _licences() -> str:
 
 
 def _succeed(tool: str, status: int) -> None:
-    """Stop where one of the tools reported that something failed."""
+    """Raise `UserError` if a tool reported a failure."""
     if status:
         raise UserError(
-            f"{tool} did not succeed on the demo's photographs (see above); delete the demo's "
-            "folder and "
+            f"{tool} failed on the demo's photographs (see above); delete the demo's folder and "
             "make it again"
         )
 

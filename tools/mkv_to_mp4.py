@@ -1,5 +1,4 @@
-"""Matroska files to MP4 files of the same streams: for players, editors and uploads that take no
-.mkv."""
+"""Remux Matroska files to MP4, for players, editors and uploads that do not accept .mkv."""
 
 from __future__ import annotations
 
@@ -25,35 +24,37 @@ from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
 @dataclass(frozen=True)
 class Options:
-    """Write each .mkv file below FOLDER as an .mp4 file beside it, its picture and sound copied bit
-    by bit.
+    """Write each .mkv file below FOLDER as an .mp4 file beside it.
 
-    Nothing is encoded again, so nothing is lost. A file whose codecs MP4 cannot hold is left out,
-    with the reason; subtitles and attachments are left behind. An .mp4 file that is there already
-    is never overwritten, the .mkv files stay, and no half-written .mp4 file is ever left.
-    (video_to_data.py reads .mkv files as they are.)
+    Video and audio are copied bit by bit; nothing is re-encoded, so nothing is lost. A file whose
+    codecs MP4 does not support is skipped, with the reason; subtitles and attachments are dropped.
+    An existing .mp4 file is never overwritten, the .mkv files stay, and no half-written .mp4 file
+    is left. (video_to_data.py reads .mkv files directly.)
 
     Example: python tools/mkv_to_mp4.py ~/Films
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the .mkv files (searched in depth; links to folders are not followed), or one .mkv
-    file."""
+    """Folder of the .mkv files (searched recursively; links to folders are not followed), or one
+    .mkv file."""
     threads: int = 0
-    """How many files at a time; 0 is one per core."""
+    """Number of files processed in parallel; 0 is one per core."""
 
 
 @dataclass(frozen=True)
 class Remuxed:
-    """What became of one file."""
+    """Result of remuxing one file."""
 
     path: Path
     problem: str = ""
-    left_behind: str = ""  # streams that MP4 cannot hold
+    left_behind: str = ""  # streams that MP4 does not support
 
 
 def main(options: Options) -> int:
-    """Remux. 0: done; 1: done, but some files could not be."""
+    """Remux all files.
+
+    Returns 0 if done, 1 if done but some files could not be remuxed.
+    """
     sources = _sources(options.folder.expanduser())
     todo = [path for path in sources if not path.with_suffix(".mp4").exists()]
     outcomes = []
@@ -63,9 +64,8 @@ def main(options: Options) -> int:
             bar.update()
     failed = [outcome for outcome in outcomes if outcome.problem]
     print(
-        f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were there "
-        "already, "
-        f"{len(failed)} left out"
+        f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were "
+        f"already there, {len(failed)} skipped"
     )
     for outcome in outcomes:
         if outcome.problem or outcome.left_behind:
@@ -74,10 +74,10 @@ def main(options: Options) -> int:
 
 
 def _sources(source: Path) -> list[Path]:
-    """The .mkv files, sorted; hidden files and folders are passed by."""
+    """The .mkv files, sorted, without hidden files and folders."""
     if source.is_file():
         if source.suffix.lower() != ".mkv":
-            raise UserError(f"{source}: not an .mkv file; give a folder of them, or one")
+            raise UserError(f"{source}: not an .mkv file; give an .mkv file or a folder of them")
         return [source]
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or file; give the folder of the .mkv files")
@@ -97,7 +97,7 @@ def _sources(source: Path) -> list[Path]:
 
 
 def _remux_one(path: Path) -> Remuxed:
-    """Remux a file; a bad one is an outcome, not an exception."""
+    """Remux a file; a bad one gives a result with a problem, not an exception."""
     target = path.with_suffix(".mp4")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -108,23 +108,22 @@ def _remux_one(path: Path) -> Remuxed:
     except BadVideoError as error:
         return Remuxed(path, str(error))
     except FileExistsError:
-        return Remuxed(path, f"{target.name} appeared meanwhile and was not overwritten")
-    except OSError as error:  # av.FFmpegError is mostly one, too
+        return Remuxed(path, f"{target.name} was created meanwhile and is not overwritten")
+    except OSError as error:  # includes most av.FFmpegErrors
         if error.errno == errno.ENOSPC:
             raise UserError(
-                f"{target}: cannot be written: {error.strerror}; make room, then run the same "
-                "command "
-                "again: it goes on where it stopped"
+                f"{target}: cannot be written: {error.strerror}; free disk space, then run the "
+                "same command again; it continues where it stopped"
             ) from error
         return Remuxed(path, f"could not be read or written: {error.strerror or error}")
     except ValueError as error:
-        return Remuxed(path, f"MP4 cannot hold it: {error}")
+        return Remuxed(path, f"not supported by MP4: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _remux(path: Path, temporary: Path) -> str:
-    """Copy the streams; returns what was left behind, in words."""
+    """Copy the streams; returns a description of what was dropped."""
     with (
         open_video(path) as (source, video),
         av.open(
@@ -136,7 +135,7 @@ def _remux(path: Path, temporary: Path) -> str:
         for packet in read_packets(source, *copies):
             if packet is None:
                 raise BadVideoError(
-                    "damaged; what can be read of it, `ffmpeg -i IN.mkv -c copy OUT.mp4` may copy"
+                    "damaged; `ffmpeg -i IN.mkv -c copy OUT.mp4` may copy the readable part"
                 )
             if packet.size:
                 packet.stream = copies[packet.stream]
@@ -149,8 +148,10 @@ def _remux(path: Path, temporary: Path) -> str:
 def _copies(
     source: InputContainer, video: Stream, result: OutputContainer
 ) -> tuple[dict[Stream, Stream], str]:
-    """(Stream to read -> stream to write, what was left behind). Raises `BadVideoError` where a
-    codec does not fit."""
+    """Return (input stream -> output stream, description of dropped streams).
+
+    Raises `BadVideoError` if MP4 does not support a codec.
+    """
     copies, others = {}, []
     for stream in source.streams:
         is_film = (
@@ -166,23 +167,22 @@ def _copies(
         )
         if codec not in result.supported_codecs:
             raise BadVideoError(
-                f"MP4 cannot hold its {stream.type} codec, {codec}; "
-                f"leave it as it is, or encode it again: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`"
+                f"MP4 does not support its {stream.type} codec, {codec}; leave it as it is, or "
+                "re-encode it: `ffmpeg -i IN.mkv -crf 16 OUT.mp4`"
             )
         copy = result.add_stream_from_template(stream, opaque=True)  # needs no encoder
         copy.metadata.update(
             {key: value for key, value in stream.metadata.items() if key in ("language", "title")}
         )
         if codec == "hevc":
-            copy.codec_context.codec_tag = (
-                "hvc1"  # the only one of the two that Apple's players take
-            )
+            # Apple's players accept only this one of the two tags.
+            copy.codec_context.codec_tag = "hvc1"
         copies[stream] = copy
-    return copies, f"left behind: {', '.join(sorted({*others}))}" if others else ""
+    return copies, f"dropped: {', '.join(sorted({*others}))}" if others else ""
 
 
 def _check(path: Path, temporary: Path) -> None:
-    """Hold the copy against its original before it gets its name."""
+    """Compare the copy with its original before it gets its name."""
     before, after = probe(path), probe(temporary)
     if before.truncated:
         raise BadVideoError(before.truncated)
@@ -205,17 +205,20 @@ def _check(path: Path, temporary: Path) -> None:
         or abs(before.duration_s - after.duration_s) > 0.5
     ):
         raise BadVideoError(
-            "its copy as MP4 differs (size, turn, pixel aspect or duration); encode it again"
+            "its MP4 copy differs (size, rotation, pixel aspect or duration); re-encode it"
         )
 
 
 def _put(temporary: Path, target: Path) -> None:
-    """Give the finished file its name, unless that is taken. Raises `FileExistsError` then."""
+    """Give the finished file its name.
+
+    Raises `FileExistsError` if the name is taken.
+    """
     try:
         os.link(temporary, target)  # unlike a rename, never overwrites
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if target.exists():
             raise FileExistsError(target) from None
         os.rename(temporary, target)

@@ -1,7 +1,7 @@
-"""Pairs of HR and LR photographs to pairs of training crops that stay aligned.
+"""Cut pairs of HR and LR photographs into aligned pairs of training crops.
 
-`PairCutter` decodes and cuts one pair at a time. Before it cuts, it asks the pixels whether both
-sides show the same thing at the same place: `correlation`, `shift` and `has_swapped_colors`.
+`PairCutter` decodes and cuts one pair at a time. It first checks that both sides show the same
+content at the same position: `correlation`, `shift` and `has_swapped_colors`.
 """
 
 from __future__ import annotations
@@ -49,17 +49,16 @@ from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import printable, walk
 from tools.parallel import thread_count
 
-MAX_SHIFT = 4  # LR pixels that LR may be found shifted by
-_MIN_SIDE = 24  # LR pixels a side: less is too little to tell a shift by
-# Another shift must correlate better by this, plus so many times what chance makes (the standard
-# error of a correlation). Of Set5 and photographs at 1/2, 1/3, 1/4 and 1/8, as they are, with noise
-# of sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel for LR (nearly
-# half a pixel off), no true pair is refused; of those shifted by one or two pixels 94 % are.
+MAX_SHIFT = 4  # LR pixels; largest shift of LR that is searched for
+_MIN_SIDE = 24  # LR pixels per side; smaller pictures are too small to measure a shift
+# Another shift must correlate better by `_MIN_GAIN` plus `_ERRORS` standard errors of the
+# correlation. Tested on Set5 and photographs at 1/2, 1/3, 1/4 and 1/8: unchanged, with noise of
+# sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel as LR (nearly half
+# a pixel off). No true pair is rejected; 94 % of those shifted by one or two pixels are.
 _MIN_GAIN, _ERRORS = 0.003, 5
-_MIN_COLOR = 3.0  # root mean square of R - B, in grey levels: less says nothing
-_SWAPPED = (
-    -0.4
-)  # cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance
+_MIN_COLOR = 3.0  # root mean square of R - B, in grey levels; less is not significant
+# Cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance.
+_SWAPPED = -0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,41 +66,43 @@ class Options(CropOptions):
     """Cut HR photographs and their LR versions into pairs of crops.
 
     Pairs are matched by name: DIV2K's 0001.png and 0001x4.png, img_HR.png and img_LR.png (also in
-    one folder, given twice), or equal names in both folders; the same subfolders on both sides go
-    first. The HR side must be SCALE times the LR side (up to SCALE - 1 rows and columns of HR
-    beyond that are cut off). Crops are cut on the LR grid: OUT/<photo>/x1_<row>_<column>.npy is HR,
-    ..._lr<scale>.npy beside it is LR, and pixel (y, x) of LR shows what HR shows from (SCALE y,
-    SCALE x) on. Nothing is resized, at whatever scale or format. Pairs that do not show the same
-    (another photo, flipped, shifted, red and blue swapped) are rejected.
+    one folder, given twice), or equal names in both folders; matches in the same subfolder take
+    precedence. The HR side must be SCALE times the LR side (up to SCALE - 1 extra rows and columns
+    of HR are cut off). Crops are cut on the LR grid: OUT/<photo>/x1_<row>_<column>.npy is HR,
+    ..._lr<scale>.npy beside it is LR, and pixel (y, x) of LR corresponds to HR from (SCALE y, SCALE
+    x) on. Nothing is resized. Pairs with different content (another photo, flipped, shifted, red
+    and blue swapped) are rejected.
 
     Example: python tools/pairs_to_data.py DIV2K_train_HR DIV2K_train_LR_bicubic/X4 --scale 4 --out
     ~/dataset/DIV2K_x4
     """
 
     hr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HR_DIR")]
-    """Folder of the HR photographs, searched in depth."""
+    """Folder of the HR photographs, searched recursively."""
     lr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LR_DIR")]
-    """Folder of the LR photographs, searched in depth."""
+    """Folder of the LR photographs, searched recursively."""
     scale: int
-    """How many times larger HR is: 2, 3, 4, 8..."""
+    """Size of HR relative to LR: 2, 3, 4, 8..."""
     out: Path | None = None
-    """Folder of the crops; by default ~/dataset/pairs_x<scale>."""
+    """Output folder of the crops; by default ~/dataset/pairs_x<scale>."""
     min_correlation: float = 0.9
-    """Pairs whose LR and reduced HR, both made small, correlate less than this do not show the
-    same; -1 takes all, shifted and swapped ones too."""
+    """Reject pairs whose LR and reduced HR thumbnails correlate less than this; -1 accepts all
+    pairs, even shifted and colour-swapped ones."""
     max_megapixels: float = 300
-    """Reject larger photos before they are decoded: they could fill the memory."""
+    """Reject larger photos before decoding, because they could exhaust the memory."""
     keep_lossy_size: tyro.conf.Suppress[bool] = True
     num_scales: tyro.conf.Suppress[int | None] = 1
 
 
 def main(options: Options) -> int:
-    """Make the pairs of crops. 0: done; 1: done, but some files have no partner or do not fit
-    theirs."""
+    """Make the pairs of crops.
+
+    Returns 0 if done, 1 if done but some files have no partner or do not match it.
+    """
     _check_options(options)
     hr, lr = options.hr.expanduser(), options.lr.expanduser()
     out = (options.out or Path(f"~/dataset/pairs_x{options.scale}")).expanduser()
-    pairs, lonely = _find_pairs(hr, lr, options.scale)
+    pairs, unpaired = _find_pairs(hr, lr, options.scale)
     for folder in (hr, lr):
         refuse_nested(folder, out)
     settings, threads = options.settings(), thread_count(options.threads)
@@ -125,11 +126,11 @@ def main(options: Options) -> int:
         dataset.totals.already = len(pairs) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
     clock.report(dataset.totals, out, "pairs")
-    for name in lonely[:20]:
+    for name in unpaired[:20]:
         print(f"no partner: {printable(name)}")
-    if lonely:
-        print(f"{len(lonely)} files have no partner of their name and were left out")
-    return 1 if dataset.totals.bad or lonely or dataset.is_empty else 0
+    if unpaired:
+        print(f"{len(unpaired)} files have no partner with a matching name and were omitted")
+    return 1 if dataset.totals.bad or unpaired or dataset.is_empty else 0
 
 
 def _check_options(options: Options) -> None:
@@ -139,8 +140,7 @@ def _check_options(options: Options) -> None:
         down = options.size - options.size % options.scale
         raise UserError(
             f"--size {options.size}: must be a multiple of the scale {options.scale}, such as "
-            f"{down}, so "
-            "that pairs stay aligned"
+            f"{down}, so that pairs stay aligned"
         )
     if not -1 <= options.min_correlation < 1:
         raise UserError(
@@ -154,7 +154,7 @@ def _check_options(options: Options) -> None:
 
 
 def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[str]]:
-    """(Pairs, files without a partner); `UserError` where there is not a single pair."""
+    """Return (pairs, files without a partner); raises `UserError` if there is no pair."""
     hr_names, lr_names = _images(hr), _images(lr)
     first, second = hr.resolve(), lr.resolve()
     if first == second:
@@ -163,7 +163,7 @@ def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[st
         hr_names = outside(hr_names, second.relative_to(first).as_posix())
     elif first.is_relative_to(second):
         lr_names = outside(lr_names, first.relative_to(second).as_posix())
-    pairs, lonely = match_pairs(hr_names, lr_names, scale)
+    pairs, unpaired = match_pairs(hr_names, lr_names, scale)
     if not pairs:
         names = (
             f"img_HR.png and img_LR.png in one folder, or img_HR.png and img_x{scale}.png"
@@ -171,11 +171,10 @@ def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[st
             else f"0001.png and 0001x{scale}.png"
         )
         raise UserError(
-            f"{hr}, {lr}: no HR file has a partner of its name (such as {names}); give the folders "
-            "of the "
-            "pairs"
+            f"{hr}, {lr}: no HR file has an LR file with a matching name (such as {names}); give "
+            "the folders of the pairs"
         )
-    return pairs, lonely
+    return pairs, unpaired
 
 
 def _images(folder: Path) -> list[str]:
@@ -194,7 +193,7 @@ def _images(folder: Path) -> list[str]:
 
 
 class PairCutter:
-    """Decodes and cuts pairs, on any number of threads."""
+    """Decodes and cuts pairs; thread-safe."""
 
     def __init__(
         self,
@@ -216,7 +215,7 @@ class PairCutter:
         self._benchmark: BenchmarkIndex | None = open_benchmark(settings.against)
 
     def stamp(self, name: str) -> Stamp | None:
-        """Sizes and newest modification time of both files of a pair, `None` where one is gone."""
+        """Total size and newest modification time of a pair's files; `None` if one is gone."""
         pair = self._pairs.get(name)
         try:
             first = (self._hr / name).stat()
@@ -228,7 +227,7 @@ class PairCutter:
         return first.st_size + second.st_size, max(first.st_mtime_ns, second.st_mtime_ns)
 
     def __call__(self, name: str) -> UnitResult:
-        """Decode both sides and write their crops. A bad pair is a result, not an exception."""
+        """Decode both sides and write their crops; a bad pair gives a reject, not an exception."""
         unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
         try:
             hr_picture = _decode(self._hr / name, self._options.max_megapixels)
@@ -250,12 +249,12 @@ class PairCutter:
         return UnitResult(unit, [self._cut(unit, hr_picture, lr_picture, gates)])
 
     def _misfit(self, hr: np.ndarray, lr: np.ndarray) -> Reject | None:
-        """Why two pictures are no pair."""
+        """Reject two pictures that are not a pair."""
         scale = self._options.scale
         if tuple(side // scale for side in hr.shape[:2]) != lr.shape[:2]:
             sizes = f"HR of {hr.shape[0]}x{hr.shape[1]} and LR of {lr.shape[0]}x{lr.shape[1]}"
             wanted = f"{hr.shape[0] // scale}x{hr.shape[1] // scale}"
-            return Reject("pair", f"{sizes} do not fit: at --scale {scale} LR must be {wanted}")
+            return Reject("pair", f"{sizes} do not match: at --scale {scale}, LR must be {wanted}")
         if self._options.min_correlation == -1:
             return None
         hr = hr[: lr.shape[0] * scale, : lr.shape[1] * scale]
@@ -263,24 +262,24 @@ class PairCutter:
         if likeness < self._options.min_correlation:
             return Reject(
                 "pair",
-                f"HR and LR do not show the same (correlation {likeness:.2f}, below "
+                f"HR and LR differ in content (correlation {likeness:.2f}, below "
                 f"{self._options.min_correlation:g}; --min-correlation)",
             )
         down, right = shift(hr, lr)
         if down or right:
             return Reject(
                 "pair",
-                f"LR is shifted against HR: by {down} rows and {right} columns of LR "
-                "(--min-correlation -1 takes it)",
+                f"LR is shifted relative to HR by {down} rows and {right} columns of LR "
+                "(--min-correlation -1 accepts it)",
             )
         if has_swapped_colors(hr, lr):
             return Reject(
-                "pair", "red and blue are swapped in HR or in LR (--min-correlation -1 takes it)"
+                "pair", "red and blue are swapped in HR or in LR (--min-correlation -1 accepts it)"
             )
         return None
 
     def _refused(self, hr: np.ndarray, gates: dict[str, float | str]) -> Reject | None:
-        """Why a fitting pair is not good enough."""
+        """Reject a matching pair that is not good enough."""
         if min(hr.shape[:2]) // self._options.scale * self._options.scale < self._settings.size:
             return too_small(hr.shape[0], hr.shape[1], 1, self._settings.size)
         if is_soft(gates, self._settings.min_sharpness):
@@ -309,9 +308,8 @@ class PairCutter:
             if is_flat(gates, self._settings.min_gradient):
                 result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
                 continue
-            if leak := find_leak(
-                hr_window, self._benchmark
-            ):  # a small part shows in the crops alone
+            # A small part is only found in the crops.
+            if leak := find_leak(hr_window, self._benchmark):
                 discard(result.records, self._out)
                 return CutPicture(rejects=[leak], pixels=result.pixels)
             name = f"{unit.folder}/x1_{crop.row:03d}_{crop.column:03d}"
@@ -346,7 +344,10 @@ class PairCutter:
 
 
 def _decode(path: Path, max_megapixels: float) -> SourcePicture:
-    """One side of a pair; raises `BadImageError`, which names the file, or `OSError`."""
+    """Decode one side of a pair.
+
+    Raises `BadImageError` (with the file's name) or `OSError`.
+    """
     with open(path, "rb") as file:
         try:
             header = read_header(file)
@@ -356,12 +357,14 @@ def _decode(path: Path, max_megapixels: float) -> SourcePicture:
             raise BadImageError(f"{printable(path.name)}: {error}") from None
 
 
-# --- Do HR and LR show the same? ---
+# --- Do HR and LR show the same content? ---
 
 
 def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
-    """Pearson's correlation of the luma of both pictures, each reduced to at most 64 pixels a side;
-    flat ones: 1."""
+    """Pearson's correlation of the luma of both pictures, reduced to at most 64 pixels per side.
+
+    Flat pictures give 1.
+    """
     first, second = (
         cv2.cvtColor(side, cv2.COLOR_RGB2GRAY).astype(np.float64) for side in _thumbnails(hr, lr)
     )
@@ -371,8 +374,7 @@ def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
 
 
 def has_swapped_colors(hr: np.ndarray, lr: np.ndarray) -> bool:
-    """Whether red is blue and blue red on one side (OpenCV's order of the channels taken for
-    RGB)."""
+    """Whether red and blue are swapped on one side (OpenCV's channel order read as RGB)."""
     first, second = (side[..., 0].astype(np.float64) - side[..., 2] for side in _thumbnails(hr, lr))
     norms = [float(np.sqrt((values**2).mean())) for values in (first, second)]
     return (
@@ -381,18 +383,18 @@ def has_swapped_colors(hr: np.ndarray, lr: np.ndarray) -> bool:
 
 
 def shift(hr: np.ndarray, lr: np.ndarray) -> tuple[int, int]:
-    """(Rows, columns) that `lr` lies below and to the right of `hr`, uint8 RGB, in LR pixels; (0,
-    0) unless clear.
+    """Offset (rows, columns) of `lr` below and right of `hr` in LR pixels; (0, 0) unless clear.
 
-    `hr` is reduced to the size of `lr` by means of areas; normalised cross-correlation of the band
-    that survives blur and noise (differences of Gaussians of sigma 1 and 4), within `MAX_SHIFT`.
+    Both are uint8 RGB. `hr` is reduced to the size of `lr` by area averaging. Then the frequency
+    band that survives blur and noise (difference of Gaussians of sigma 1 and 4) is compared by
+    normalised cross-correlation within `MAX_SHIFT`.
     """
     height, width = lr.shape[:2]
     if min(height, width) < _MIN_SIDE:
         return 0, 0
     first, second = _band(cv2.resize(hr, (width, height), interpolation=cv2.INTER_AREA)), _band(lr)
     inner = first[MAX_SHIFT:-MAX_SHIFT, MAX_SHIFT:-MAX_SHIFT]
-    if min(inner.std(), second.std()) < 0.5:  # next to flat: whatever correlates is rounding
+    if min(inner.std(), second.std()) < 0.5:  # almost flat, so any correlation is due to rounding
         return 0, 0
     scores = cv2.matchTemplate(second, inner, cv2.TM_CCOEFF_NORMED)
     row, column = np.unravel_index(int(scores.argmax()), scores.shape)
@@ -408,7 +410,7 @@ def _band(pixels: np.ndarray) -> np.ndarray:
 
 
 def _thumbnails(hr: np.ndarray, lr: np.ndarray) -> list[np.ndarray]:
-    """Both pictures at one size of at most 64 pixels a side."""
+    """Both pictures at the same size of at most 64 pixels per side."""
     height, width = lr.shape[:2]
     factor = max(1.0, max(height, width) / 64)
     size = max(1, round(width / factor)), max(1, round(height / factor))

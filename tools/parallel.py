@@ -1,4 +1,4 @@
-"""Threads, progress and quiet: what every tool does around its own work."""
+"""Threads, progress bars and silenced libraries, shared by all tools."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def thread_count(asked: int) -> int:
-    """`asked` threads, or one per core that this process may use where `asked` is 0."""
-    if asked < 0:
-        raise UserError(f"--threads {asked}: must be above 0, or 0 for one thread a core")
-    if asked:
-        return asked
+def thread_count(requested: int) -> int:
+    """Return `requested`, or one thread per available core if `requested` is 0.
+
+    Raises `UserError` for negative values.
+    """
+    if requested < 0:
+        raise UserError(f"--threads {requested}: must be at least 0; 0 uses one thread per core")
+    if requested:
+        return requested
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Iterator[Result]:
-    """`map` on threads: results in the order of `items`, at most a few items ahead, so that memory
-    stays bounded."""
+    """Map on a thread pool and yield results in the order of `items`.
+
+    Only a few items are submitted ahead, so memory stays bounded.
+    """
     pool = ThreadPoolExecutor(threads)
     waiting = deque()
     try:
@@ -43,30 +48,35 @@ def ordered_map(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # after an error or CTRL+C too: begin nothing new, let what runs come to its end
+    finally:  # also after an error or CTRL+C: start nothing new, let running items finish
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def batched(items: Iterable[Item], count: int = 16) -> Iterator[list[Item]]:
-    """Lists of `count` items: where one item takes microseconds, threads cost less by the batch."""
+    """Yield lists of up to `count` items.
+
+    Batches reduce the overhead of threads where one item takes only microseconds.
+    """
     items = iter(items)
     while batch := list(islice(items, count)):
         yield batch
 
 
 def progress(total: int | None, unit: str) -> tqdm:
-    """A bar with rate and ETA (where the total is known) on stderr, for people only, after two
-    seconds of work."""
+    """Progress bar on stderr with rate and ETA (if `total` is known).
+
+    Shown only on a terminal and after two seconds of work.
+    """
     return tqdm(total=total, unit=unit, file=sys.stderr, **bar_options())
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide what libraries print and warn on stderr about bad images; we say it ourselves, with the
-    file's name.
+    """Silence what libraries print to stderr about bad images.
 
-    Python's own stderr (errors, progress bars) stays visible. Process-wide: file descriptor 2 has
-    no owner.
+    The tools report these images themselves, with the file's name. Python's own stderr (errors,
+    progress bars) stays visible. The effect is process-wide, because file descriptor 2 is shared by
+    all threads.
     """
     visible = os.dup(2)
     python_stderr = sys.stderr

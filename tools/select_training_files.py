@@ -1,5 +1,7 @@
-"""Write the lists of training and validation files: split by photograph, the same on every
-machine."""
+"""Write the lists of training and validation files, split by photograph.
+
+The lists are the same on every machine.
+"""
 
 from __future__ import annotations
 
@@ -32,35 +34,34 @@ from tools.files import printable, walk
 class Options:
     """Split the images of a dataset into training and validation files, by photograph.
 
-    All crops of one photograph go to the same side, so that validation never sees what was trained
-    on; manifests tell which crops belong together, and a file in no manifest is a photograph of its
-    own. The split follows from the seed and the photographs' names alone: run on every node it
-    gives the same lists (compare the printed hash), and new photographs leave nearly all others
-    where they were.
+    All crops of one photograph go to the same side, so validation never sees training data.
+    Manifests tell which crops belong together; a file in no manifest counts as a photograph of its
+    own. The split depends only on the seed and the photographs' names. Every node gets the same
+    lists (compare the printed hash), and adding photographs moves almost none of the others.
 
-    Writes DATA_DIR/training_file_list.txt and DATA_DIR/validation_file_list.txt, one path a line,
+    Writes DATA_DIR/training_file_list.txt and DATA_DIR/validation_file_list.txt, one path per line,
     relative to DATA_DIR.
 
     Example: python tools/select_training_files.py --data-dir ~/dataset --validation-count 20
     """
 
     data_dir: Path = Path("~/dataset")
-    """The dataset: the folder below which all images are used (those in quarantine are not)."""
+    """The dataset: all images below this folder are used, except those in quarantine."""
     validation_fraction: float = 0.05
-    """Share of the photographs that validates, at least one."""
+    """Fraction of the photographs used for validation, at least one photograph."""
     validation_count: int | None = None
-    """Number of photographs that validate, instead of a share."""
+    """Number of photographs used for validation, instead of a fraction."""
     validation_photo: tuple[str, ...] = ()
-    """Photographs that validate, by name relative to DATA_DIR, wildcards allowed ('*chelsea*'),
-    instead of drawing."""
+    """Photographs to use for validation, by name relative to DATA_DIR, with wildcards
+    ('*chelsea*'), instead of drawing them."""
     seed: int = 0
-    """Another seed draws other photographs for validation."""
+    """Seed of the draw; another one selects other photographs for validation."""
     min_size: int = 0
-    """Leave out files of which a side is shorter than this many pixels; 0 looks into no file."""
+    """Omit files with a side shorter than this many pixels; 0 opens no file."""
 
 
 def main(options: Options) -> int:
-    """Write both lists and say what is in them."""
+    """Write both lists and print what they contain."""
     root = options.data_dir.expanduser()
     _check_options(options)
     files = walk(root, MANIFEST)
@@ -76,7 +77,7 @@ def main(options: Options) -> int:
         name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)
     ]
     if len(names) < len(images):
-        print(f"left out {len(images) - len(names)} files smaller than {options.min_size} pixels")
+        print(f"omitted {len(images) - len(names)} files smaller than {options.min_size} pixels")
     photos = group_by_photo(names, photo_of)
     validation = choose_validation(photos, options)
     lists = {
@@ -90,7 +91,7 @@ def main(options: Options) -> int:
             write_file_list(root / file_name, chosen)
         except OSError as error:
             raise UserError(
-                f"{root / file_name}: cannot be written: {error.strerror}; make room or repair "
+                f"{root / file_name}: cannot be written: {error.strerror}; free disk space or fix "
                 "its permissions"
             ) from error
     print(
@@ -114,11 +115,11 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    """Refuse options out of range or in conflict."""
+    """Raise `UserError` for options that are out of range or in conflict."""
     if not 0 < options.validation_fraction < 1:
         raise UserError(
-            f"--validation-fraction {options.validation_fraction:g}: must be between 0 and 1, such "
-            "as 0.05"
+            f"--validation-fraction {options.validation_fraction:g}: must be between 0 and 1, "
+            "e.g. 0.05"
         )
     if options.validation_count is not None and options.validation_count < 1:
         raise UserError(
@@ -126,17 +127,18 @@ def _check_options(options: Options) -> None:
         )
     if options.validation_count is not None and options.validation_photo:
         raise UserError(
-            "--validation-count and --validation-photo: one draws photographs, the other names "
-            "them; "
-            "use one of the two"
+            "--validation-count and --validation-photo: the first draws photographs, the second "
+            "names them; use only one of them"
         )
     if options.min_size < 0:
         raise UserError(f"--min-size {options.min_size}: must be 0 or more pixels")
 
 
 def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """(Crop -> its photograph, the LR sides of pairs, which stand in no list: their HR sides lead
-    to them)."""
+    """Return (crop -> photograph, LR sides of pairs).
+
+    LR sides are in no list, because their HR sides lead to them.
+    """
     photo_of, lr_sides = {}, set()
     for record in iterate_records(root, manifests):
         if record.role == "lr":
@@ -149,8 +151,10 @@ def _read_manifests(root: Path, manifests: Iterable[str]) -> tuple[dict[str, str
 def _without_strays(
     images: list[str], photo_of: Mapping[str, str], manifests: Iterable[str]
 ) -> list[str]:
-    """The images but those that lie beside a manifest that does not name them: nobody knows what
-    they were cut from."""
+    """Drop images that the manifest of their folder does not list.
+
+    Their source is unknown, so they could end up on both sides of the split.
+    """
     folders = {name.rpartition("/")[0] for name in manifests}
     if "" in folders:
         kept = [name for name in images if name in photo_of]
@@ -161,15 +165,14 @@ def _without_strays(
         known = set(kept)
         stray = next(name for name in images if name not in known)
         print(
-            f"left out {len(images) - len(kept)} files that the manifest of their folder does not "
-            "name, such as "
-            f"{printable(stray)}: the tool that made them was stopped; run it again"
+            f"omitted {len(images) - len(kept)} files that the manifest of their folder does not "
+            f"list, such as {printable(stray)}: the tool that made them was stopped; run it again"
         )
     return kept
 
 
 def group_by_photo(names: Iterable[str], photo_of: Mapping[str, str]) -> dict[str, list[str]]:
-    """Photograph -> its files. A file that no manifest knows is its own photograph."""
+    """Map each photograph to its files; a file in no manifest is its own photograph."""
     photos: dict[str, list[str]] = {}
     for name in names:
         photos.setdefault(photo_of.get(name, name), []).append(name)
@@ -177,26 +180,25 @@ def group_by_photo(names: Iterable[str], photo_of: Mapping[str, str]) -> dict[st
 
 
 def choose_validation(photos: Iterable[str], options: Options) -> set[str]:
-    """The photographs that validate: those named, or those whose hash with the seed is least."""
+    """Choose the named photographs, or those with the lowest hash of name and seed."""
     photos = sorted(photos)
     if options.validation_photo:
         chosen = _named(photos, options.validation_photo)
     else:
         count = options.validation_count or max(1, round(options.validation_fraction * len(photos)))
-        # Each photograph's rank depends on itself and the seed alone, so that new ones move hardly
-        # any other.
+        # A photograph's rank depends only on itself and the seed, so new photographs move almost
+        # none of the others.
         chosen = set(sorted(photos, key=lambda photo: _rank(options.seed, photo))[:count])
     if len(chosen) >= len(photos):
         raise UserError(
-            f"{len(chosen)} of {len(photos)} photographs would validate and none would be left to "
-            "train; "
-            "add photographs, or name fewer for validation"
+            f"{len(chosen)} of {len(photos)} photographs would be used for validation, leaving "
+            "none for training; add photographs, or use fewer for validation"
         )
     return chosen
 
 
 def _named(photos: list[str], patterns: Iterable[str]) -> set[str]:
-    """The photographs that any of the patterns matches; each pattern must match one."""
+    """Photographs that match any pattern; each pattern must match at least one."""
     chosen = set()
     for pattern in patterns:
         matches = {photo for photo in photos if fnmatchcase(photo, pattern)}
@@ -210,7 +212,7 @@ def _named(photos: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def _rank(seed: int, photo: str) -> bytes:
-    """A number without pattern, the same on every machine."""
+    """Pseudo-random rank of a photograph, the same on every machine."""
     return hashlib.sha256(f"{seed}\0{photo}".encode("utf-8", "surrogateescape")).digest()
 
 

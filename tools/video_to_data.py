@@ -1,5 +1,4 @@
-"""Films to training crops: frames worth storing are taken straight from the video files and cut
-like photographs."""
+"""Cut the frames of films into training crops, straight from the video files."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ from tools.video.choice import Sampling
 from tools.video.frames import DamagedError, FrameCounts, sample_frames
 from tools.video.probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
 
-MAX_CODEC_THREADS = 16  # more give nothing
+MAX_CODEC_THREADS = 16  # more bring no gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,41 +53,40 @@ class Options(CropOptions):
     """Cut the frames of films into training crops of one size.
 
     Videos (MP4, MOV, MKV, WebM, AVI, MPEG and others that FFmpeg reads) are decoded straight from
-    their files, piece by piece on several threads; nothing is written but crops,
-    OUT/<video>/<second>/f<frame>_x<scale>_<row>_<column>.npy. Frames are drawn at random, with one
-    after each cut; frames like one of the same piece, black or blank ones, and those within a
-    cross-fade are left out. Frames come out upright, deinterlaced, with square pixels, as 8-bit
-    RGB. Videos are lossy: they start at 1/2 unless --keep-lossy-size. HDR is refused. A run that
-    was stopped or killed goes on where it was when started again.
+    their files, in segments on several threads; only crops are written:
+    OUT/<video>/<second>/f<frame>_x<scale>_<row>_<column>.npy. Frames are drawn at random, plus one
+    after each cut. Frames similar to another of the same segment, black or blank frames, and frames
+    within a cross-fade are omitted. Frames come out upright, deinterlaced, with square pixels, as
+    8-bit RGB. Videos are lossy, so their crops start at 1/2 unless --keep-lossy-size is given. HDR
+    videos are rejected. Run the same command again to continue a run that was stopped or killed.
 
     Example: python tools/video_to_data.py ~/Films --out ~/dataset/Films
     """
 
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO...")]
-    """Videos, and folders that are searched for them (in depth; links to folders are not
-    followed)."""
+    """Videos, and folders to search for them (recursively; links to folders are not followed)."""
     out: Path
-    """Folder of the crops, such as ~/dataset/Films."""
+    """Output folder of the crops, such as ~/dataset/Films."""
     segment_time: float = 120
-    """Length in seconds of the pieces that are decoded side by side, and made whole again after a
-    kill."""
+    """Length in seconds of the segments, which are decoded in parallel and repeated as a whole
+    after a kill."""
     frame_interval: int = 10
-    """Average number of frames from one candidate to the next."""
+    """Average number of frames between candidates."""
     min_interval: int = 4
-    """Least number of frames from one candidate to the next; after a cut it may be less."""
+    """Minimum number of frames between candidates; may be less after a cut."""
     max_interval: int = 15
-    """Greatest number of frames from one candidate to the next."""
+    """Maximum number of frames between candidates."""
     min_change: float = 4
-    """Leave out a frame that differs from one that was stored of the same piece by fewer than this
-    many grey levels on average (of 64x36 thumbnails): still scenes give one frame. 0 keeps all."""
+    """Omit a frame whose mean difference to a stored frame of the same segment is below this many
+    grey levels (of 64x36 thumbnails), so static scenes give one frame. 0 keeps all."""
 
     def sampling(self) -> Sampling:
-        """How frames are drawn. Raises `UserError` for values out of range."""
+        """How to draw frames. Raises `UserError` for values out of range."""
         if not 1 <= self.min_interval <= self.frame_interval <= self.max_interval:
             raise UserError(
                 f"--min-interval {self.min_interval}, --frame-interval {self.frame_interval}, "
-                f"--max-interval {self.max_interval}: must be at least 1 and not fall; give all "
-                "three"
+                f"--max-interval {self.max_interval}: must be at least 1 and in ascending order; "
+                "give all three"
             )
         if not 1 <= self.segment_time <= 86400:
             raise UserError(
@@ -104,8 +102,10 @@ class Options(CropOptions):
 
 
 class Piece(NamedTuple):
-    """A segment of a video that is to be cut; a video that cannot be used is one piece, with the
-    reason."""
+    """A segment of a video to cut.
+
+    An unusable video is a single piece, without segment but with a reject.
+    """
 
     unit: Unit
     info: VideoInfo | None
@@ -114,8 +114,10 @@ class Piece(NamedTuple):
 
 
 def main(options: Options) -> int:
-    """Make the crops. 0: done; 1: done, but some videos are damaged or cannot be used, or there is
-    no crop at all."""
+    """Make the crops.
+
+    Returns 0 if done, 1 if done but some videos are damaged or unusable or no crop was made.
+    """
     out = options.out.expanduser()
     settings, sampling, threads = (
         options.settings(),
@@ -127,7 +129,7 @@ def main(options: Options) -> int:
     prober = Prober(root, settings, options.segment_time)
     cutter = PieceCutter(root, out, settings, sampling, open_benchmark(settings.against))
     clock = Clock()
-    # Relative, so that videos and crops may move together.
+    # Relative paths, so that videos and crops can be moved together.
     more = {
         "videos": os.path.relpath(root.resolve(), out.resolve()),
         "segment_time": options.segment_time,
@@ -139,7 +141,7 @@ def main(options: Options) -> int:
         cutter.codec_threads = min(max(threads // max(len(todo), 1), 1), MAX_CODEC_THREADS)
         cut_all(dataset, todo, cutter, threads, len(todo), "segment")
         for name in {piece.unit.photo for piece in todo if piece.reject is None}:
-            dataset.forget(name)  # it may be shorter than it was
+            dataset.forget(name)  # it may be shorter than before
         is_empty = dataset.is_empty
     clock.report(dataset.totals, out, "segments")
     cutter.report()
@@ -147,7 +149,7 @@ def main(options: Options) -> int:
 
 
 def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
-    """(Folder that all of them lie below, names relative to it) of the videos."""
+    """Return (common parent folder, names relative to it) of the videos."""
     if not options.videos:
         raise UserError("no video given; give videos, or folders of videos, before --out")
     folders, found = [], []
@@ -174,14 +176,12 @@ def _videos(options: Options, out: Path) -> tuple[Path, list[str]]:
 
 
 def _search(root: Path) -> Iterator[Path]:
-    """The videos below a folder, by their suffixes; hidden files and folders, and quarantines, are
-    passed by."""
+    """Yield the videos below a folder, by suffix, except hidden ones and quarantines."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"{error.filename}: this folder cannot be read ({error.strerror}); repair its "
-            "permissions or "
-            "move it away"
+            f"{error.filename}: this folder cannot be read ({error.strerror}); fix its "
+            "permissions or move it away"
         ) from None
 
     for folder, folders, files in os.walk(root, onerror=refuse):
@@ -194,8 +194,7 @@ def _search(root: Path) -> Iterator[Path]:
 def _pieces(
     dataset: CropDataset, names: list[str], prober: Prober, threads: int
 ) -> Iterator[Piece]:
-    """What is not finished yet, video after video; looks into every video first, for the number of
-    pieces."""
+    """Yield the unfinished segments, video by video, after probing every video for its segments."""
     unknown = [name for name in names if not dataset.is_finished(name)]
     dataset.totals.already += len(names) - len(unknown)
     with quiet_libraries(), progress(len(unknown), "video") as bar:
@@ -207,14 +206,13 @@ def _pieces(
 
 
 class Prober:
-    """Looks into videos and divides them, on any number of threads."""
+    """Probes videos and divides them into segments; thread-safe."""
 
     def __init__(self, root: Path, settings: CropSettings, segment_time: float) -> None:
         self._root, self._settings, self._segment_time = root, settings, segment_time
 
     def stamp(self, name: str) -> Stamp | None:
-        """Size and modification time of a video, `None` where it is gone: its crops are still
-        good."""
+        """Size and modification time of a video; `None` if it is gone, but its crops stay good."""
         try:
             status = (self._root / name).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -222,10 +220,10 @@ class Prober:
         return status.st_size, status.st_mtime_ns
 
     def __call__(self, name: str) -> list[Piece]:
-        """The pieces of a video, or one with the reason why it gives none."""
+        """Return the segments of a video, or a single one with the reason why it is unusable."""
         unit = Unit(name, name, 0, 0)
         if not name.isprintable() or "�" in name:
-            reason = "its name holds control characters or is not UTF-8; rename it"
+            reason = "the file name has control characters or is not UTF-8; rename it"
             return [_refused(Unit(ascii(name), ascii(name), 0, 0), reason)]
         try:
             unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
@@ -254,7 +252,7 @@ def _refused(unit: Unit, reason: str) -> Piece:
 
 
 class PieceCutter:
-    """Decodes and cuts pieces of videos, on any number of threads."""
+    """Decodes and cuts segments of videos; thread-safe."""
 
     def __init__(
         self,
@@ -271,7 +269,7 @@ class PieceCutter:
         self._total, self._stored = FrameCounts(), 0
 
     def __call__(self, piece: Piece) -> UnitResult:
-        """Decode a piece and write its crops. A bad one is a result, not an exception."""
+        """Decode a segment and write its crops; a bad one gives a reject, not an exception."""
         if piece.reject is not None:
             return UnitResult(piece.unit, rejects=[piece.reject])
         try:
@@ -314,7 +312,7 @@ class PieceCutter:
         return result
 
     def report(self) -> None:
-        """Say what became of the frames."""
+        """Print frame counts."""
         total = self._total
         if total.decoded:
             dropped = (
@@ -322,26 +320,26 @@ class PieceCutter:
                 or "none"
             )
             print(
-                f"{total.decoded} frames decoded, {self._stored} cut; drawn but left out: {dropped}"
+                f"{total.decoded} frames decoded, {self._stored} cut; drawn but omitted: {dropped}"
             )
 
 
 def _complaints(piece: Piece, tally: FrameCounts, has_outcome: bool) -> list[Reject]:
-    """What is wrong with a piece as a whole."""
+    """Rejects for a segment as a whole."""
     start, complaints = piece.segment.start_s, []
     if tally.errors or tally.lost:
         complaints.append(
             Reject(
                 "decode",
-                f"damaged: {tally.errors} packets could not be decoded, {tally.lost} frames "
-                "lost up to the next key frame; the rest was cut",
+                f"damaged: {tally.errors} packets could not be decoded and {tally.lost} frames "
+                "were lost until the next key frame; the rest was cut",
                 time=start,
             )
         )
     if piece.segment.end is None and piece.info.truncated:
         end = math.floor(piece.info.duration_s * 1000) / 1000
         complaints.append(Reject("decode", f"{piece.info.truncated}; the rest was cut", time=end))
-    if not has_outcome and not complaints:  # it must not be looked into again and again
+    if not has_outcome and not complaints:  # recorded, so that later runs skip it
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.dropped.items()))
         complaints.append(
             Reject(

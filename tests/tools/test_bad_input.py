@@ -1,5 +1,4 @@
-"""What must happen with bad input, in one table: every kind, with images_to_data.py and
-check_training_data.py."""
+"""Bad input of every kind in one table, with images_to_data.py and check_training_data.py."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ SIZE = 48
 
 
 def huge_png(side: int) -> bytes:
-    """A small and valid PNG of `side` x `side` pixels of one colour: a decompression bomb."""
+    """A small, valid PNG of `side` x `side` pixels of one colour: a decompression bomb."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -41,14 +40,12 @@ GOOD = encoded(photograph(96, 120, 1), "png")
 
 
 class Case(NamedTuple):
-    """A bad file, the words that both tools must say about it, and whether --fast sees it too."""
+    """A bad file, the message expected from both tools, and whether --fast detects it."""
 
     name: str
     content: bytes
-    cutter: (
-        str | None
-    )  # what images_to_data.py says; None: it does not even look at such a file, or takes it
-    checker: str | None  # what check_training_data.py says; None: the file is good
+    cutter: str | None  # message of images_to_data.py; None: it ignores or accepts the file
+    checker: str | None  # message of check_training_data.py; None: the file is good
     fast: bool = True
 
 
@@ -73,7 +70,7 @@ TABLE = [
     Case("zero_byte.png", b"", "empty file", "empty file"),
     Case("zero_byte.npy", b"", None, "empty file"),
     Case("zeros.jpg", bytes(4000), "zero bytes", "zero bytes"),
-    Case("mislabelled.jpg", GOOD, None, None),  # a PNG under a wrong name: read for what it is
+    Case("mislabelled.jpg", GOOD, None, None),  # a PNG with the wrong suffix; its content counts
     Case("text.png", b"<html>404 Not Found</html>", "not an image", "not an image"),
     Case("movie.png", b"\0\0\0 ftypisom" + bytes(500), "video", "video"),
     Case("tiny.png", encoded(photograph(1, 1), "png"), "too small: 1x1", "1x1 is too small"),
@@ -90,20 +87,20 @@ NAMES = [case.name for case in TABLE]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All bad files, links of every bad kind, and one good photograph."""
+    """All bad files, all kinds of bad links, and one good photograph."""
     root = tmp_path_factory.mktemp("bad") / "photos"
     write_files(root, {case.name: case.content for case in TABLE})
     write_files(root, {"good.png": encoded(photograph(96, 120, 5), "png")})
     os.symlink("nowhere.png", root / "dangling.png")
     os.symlink("loop.png", root / "loop.png")  # a link to itself
-    os.symlink(".", root / "circle")  # a folder that holds itself
-    os.symlink("/proc/self/mem", root / "disk.png")  # the real read error of a failing disk
+    os.symlink(".", root / "circle")  # a folder that contains itself
+    os.symlink("/proc/self/mem", root / "disk.png")  # gives the same read error as a failing disk
     return root
 
 
 @pytest.fixture(scope="module")
 def cut(folder) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
-    """Photograph -> why images_to_data.py turned it away."""
+    """Photograph -> reason why images_to_data.py rejected it."""
     out = folder.parent / "out"
     result = run_tool("images_to_data", folder, out, "--size", SIZE, *UNGATED)
     lines = (out / "rejects.jsonl").read_text().splitlines()
@@ -196,7 +193,10 @@ def test_unreadable_files_are_named_and_kept(tmp_path):
 
 
 def fill(folder: Path, kilobytes: int) -> Callable[[], None]:
-    """Mount a file system of so many kilobytes on `folder`; returns what unmounts it."""
+    """Mount a file system of this many kilobytes on `folder`.
+
+    Returns a function that unmounts it.
+    """
     folder.mkdir(parents=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)],
@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, kilobytes):
         result = run_tool("images_to_data", tmp_path / "photos", small, "--size", SIZE, *UNGATED)
         assert result.returncode == 2, result.stdout
         assert result.stderr.count("\n") == 1
-        assert "goes on where it stopped" in result.stderr
+        assert "continues where it stopped" in result.stderr
         written = tree(small)
         assert not [name for name in written if name.endswith(".tmp")]
         crops = {name: digest for name, digest in written.items() if name.endswith(".npy")}

@@ -1,4 +1,4 @@
-"""tools/check_training_data.py as a process: verdicts, dry run, quarantine."""
+"""tools/check_training_data.py as a process: reports, dry run, quarantine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pipeline.data.image_headers import BadImageError, read_header
 from pipeline.data.image_pixels import decode_plain
 from tools.crops.cutting import parse_reject
 from tools.dataset.cleaning import Cleaner
-from tools.dataset.judging import Judgement, Verdict
+from tools.dataset.judging import FileCheck, FileStatus
 from tools.parallel import quiet_libraries
 
 OTHERS = {
@@ -50,7 +50,7 @@ OTHERS = {
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Good files in good/, bad ones in bad/, and what is neither."""
+    """Good files in good/, bad ones in bad/, and files that are neither."""
     good = {
         **good_files(),
         "crop.npy": npy(photograph(96, 96)),
@@ -74,12 +74,12 @@ def corpus(tmp_path) -> Path:
 
 
 def check(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """check_training_data.py without the quality gates, which have tests of their own."""
+    """Run check_training_data.py without the quality gates, which have their own tests."""
     return run_tool("check_training_data", *arguments, *UNGATED)
 
 
-def verdicts(stdout: str, kind: str = "bad") -> dict[str, str]:
-    """Path -> reason of the lines of one kind."""
+def reported(stdout: str, kind: str = "bad") -> dict[str, str]:
+    """Path -> reason, for the lines of one kind."""
     lines = [
         line.removeprefix(f"{kind}: ")
         for line in stdout.splitlines()
@@ -93,7 +93,7 @@ def test_full_dry_run_finds_all_and_changes_nothing(corpus):
     result = check("--data-dir", corpus, "--min-size", 96)
     assert result.returncode == 1
     assert result.stderr == ""
-    bad = verdicts(result.stdout)
+    bad = reported(result.stdout)
     assert {*bad} == {path for path in before if path.startswith("bad/")}
     assert stamped_tree(corpus) == before
     assert "95x200 is too small: both sides must be at least 96" in bad["bad/deep er/tiny.png"]
@@ -108,16 +108,16 @@ def test_thread_count_does_not_matter(corpus):
         check("--data-dir", corpus, "--min-size", 96, "--threads", threads).stdout
         for threads in (1, 4)
     )
-    assert verdicts(one) == verdicts(four) != {}
+    assert reported(one) == reported(four) != {}
 
 
 def test_fast_finds_all_that_needs_no_decoding(corpus):
-    """Truncation and bit rot of every format are seen; no good file is called bad."""
+    """Truncation and bit rot are detected in every format; no good file is called bad."""
     result = check("--data-dir", corpus, "--min-size", 96, "--fast")
     assert result.returncode == 1
     bad = {path.name for path in (corpus / "bad/deep er").iterdir()}
-    assert {Path(path).name for path in verdicts(result.stdout)} == bad
-    assert all(path.startswith("bad/") for path in verdicts(result.stdout))
+    assert {Path(path).name for path in reported(result.stdout)} == bad
+    assert all(path.startswith("bad/") for path in reported(result.stdout))
 
 
 @pytest.mark.parametrize("fast", [[], ["--fast"]])
@@ -127,7 +127,7 @@ def test_all_good_is_zero(tmp_path, fast):
     assert (result.returncode, result.stderr) == (0, "")
     assert "23 good, 0 bad" in result.stdout
     result = check("--data-dir", tmp_path, "--min-size", 96, "--max-size", 105, *fast)
-    assert len(verdicts(result.stdout)) == 22  # all but the crop
+    assert len(reported(result.stdout)) == 22  # all but the crop
     assert "(--max-size)" in result.stdout
 
 
@@ -135,11 +135,11 @@ def test_clean_moves_to_quarantine_with_a_report(corpus):
     before = tree(corpus)
     bad = {path for path in before if path.startswith("bad/")}
     arguments = ["--data-dir", corpus, "--min-size", 96, "--clean"]
-    assert_user_error(check(*arguments), "nothing was changed; --clean --force goes on")
+    assert_user_error(check(*arguments), "nothing was changed; --clean --force removes them anyway")
     assert tree(corpus) == before
     result = check(*arguments, "--force")
     assert result.returncode == 1
-    assert "to undo, move a file back" in result.stdout
+    assert "to undo, move it back" in result.stdout
     after = tree(corpus)
     report = [
         json.loads(line) for line in (corpus / "quarantine/report.jsonl").read_text().splitlines()
@@ -164,7 +164,7 @@ def test_quarantine_keeps_both_files_of_one_name(tmp_path):
 def test_delete_needs_clean_and_then_deletes(tmp_path):
     write_files(tmp_path, {"bad.png": b"text", "good.png": encoded(photograph(96, 96), "png")})
     arguments = ["--data-dir", tmp_path, "--min-size", 96, "--delete"]
-    assert_user_error(check(*arguments), "--delete: only with --clean")
+    assert_user_error(check(*arguments), "--delete: needs --clean")
     assert (tmp_path / "bad.png").exists()
     result = check(*arguments, "--clean")
     assert "deleted 1 files" in result.stdout
@@ -197,13 +197,13 @@ def test_bit_rot_is_found_by_the_manifest(tmp_path, form):
         content = bytearray((out / "a.png/x1_000_001.npy").read_bytes())
         content[3000] ^= 1
         (out / "a.png/x1_000_001.npy").write_bytes(content)
-    else:  # a whole and valid file, but not the one that was written
+    else:  # an intact, valid file, but not the one that was written
         (out / "a.png/x1_000_001.png").write_bytes(encoded(photograph(48, 48, 5), "png"))
     result = check(*arguments)
-    assert {*verdicts(result.stdout)} == {f"demo/a.png/x1_000_001.{form}"}
+    assert {*reported(result.stdout)} == {f"demo/a.png/x1_000_001.{form}"}
     assert "manifest recorded" in result.stdout
     (out / f"a.png/x1_000_000.{form}").unlink()
-    assert "1 crops that a manifest names are not there" in check(*arguments).stdout
+    assert "1 crops listed in a manifest are missing" in check(*arguments).stdout
 
 
 def test_a_broken_manifest_is_named(tmp_path):
@@ -226,7 +226,7 @@ def test_read_errors_never_remove_a_file(tmp_path, action):
         os.symlink("nowhere", tmp_path / f"dangling.{suffix}")
     result = check("--data-dir", tmp_path, "--min-size", 96, *action)
     assert result.returncode == 1
-    unread = verdicts(result.stdout, "could not be read")
+    unread = reported(result.stdout, "could not be read")
     assert {*unread} == {
         f"{name}.{suffix}" for name in ("failing_disk", "dangling") for suffix in ("png", "npy")
     }
@@ -273,7 +273,7 @@ GATED = ("--min-size", 96, "--min-gradient", 0, "--min-sharpness", 0)  # but not
 
 @pytest.mark.parametrize("delete", [[], ["--delete"]])
 def test_a_link_is_the_copy_and_never_its_target(tmp_path, delete):
-    """Whichever comes first by name."""
+    """Whichever sorts first by name."""
     pixels = encoded(photograph(96, 96), "png")
     write_files(tmp_path, {"z.png": pixels, "r/other.png": encoded(photograph(96, 96, 5), "png")})
     for link in ("r/a.png", "r/b.png", "zz.png"):
@@ -299,13 +299,13 @@ def test_a_link_is_the_copy_and_never_its_target(tmp_path, delete):
 
 
 def test_links_among_themselves(tmp_path):
-    """A link that sorts first is taken for its target; of hard links the later one is."""
+    """A link that sorts first is replaced by its target; of hard links, the later one is bad."""
     write_files(tmp_path, {"z.png": encoded(photograph(96, 96), "png")})
     (tmp_path / "r").mkdir()
     os.symlink("../z.png", tmp_path / "r/a.png")
     os.link(tmp_path / "z.png", tmp_path / "z2.png")
     result = run_tool("check_training_data", "--data-dir", tmp_path, *GATED)
-    reasons = verdicts(result.stdout)
+    reasons = reported(result.stdout)
     assert reasons == {
         "r/a.png": "a link to z.png (--keep-duplicates)",
         "z2.png": "a hard link of z.png (--keep-duplicates)",
@@ -349,7 +349,7 @@ def test_a_bad_side_takes_the_other_along(pairs):
     (data / "two.png/x1_000_001.npy").write_bytes(b"broken")
     before = check("--data-dir", pairs / "data", "--min-size", 48)
     assert {
-        path: reason for path, reason in verdicts(before.stdout).items() if "pair" in reason
+        path: reason for path, reason in reported(before.stdout).items() if "pair" in reason
     } == {
         "pairs/one.png/x1_000_001_lr4.npy": (
             "the other side of its pair is bad: pairs/one.png/x1_000_001.npy"
@@ -368,7 +368,7 @@ def test_a_bad_side_takes_the_other_along(pairs):
     ]
     assert hashes[0] == hashes[1] != [], "what was taken along must not be in the hash"
     assert (
-        "6 crops that a manifest names are not there; the tool that made them makes them again"
+        "6 crops listed in a manifest are missing; run the tool that made them again"
         in after.stdout
     )
     assert not (data / "rejects.jsonl").exists(), (
@@ -389,7 +389,7 @@ def test_sides_are_told_by_name_without_a_manifest(tmp_path):
             "c/x1_000_000.npy": crop,
         },
     )
-    bad = verdicts(check("--data-dir", tmp_path, "--min-size", 96).stdout)
+    bad = reported(check("--data-dir", tmp_path, "--min-size", 96).stdout)
     assert {*bad} == {
         "a/x1_000_000.npy",
         "a/x1_000_000_lr4.npy",
@@ -413,7 +413,7 @@ def cut_photos(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def flat_crop(tmp_path) -> Path:
-    """A dataset of two crops that its own settings took, one of them flat."""
+    """A dataset of two crops that its own settings accepted, one of them flat."""
     pixels = photograph(96, 192)
     pixels[:, 96:] = 100
     write_files(tmp_path / "photos", {"a.png": encoded(pixels, "png")})
@@ -451,7 +451,7 @@ def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete)
         for name in ("photo", "path", "scale", "top", "left", "photo_bytes", "photo_mtime_ns")
     }
     values = json.loads(line)
-    assert "flat: its gradient" in values.pop("reason")
+    assert "flat: gradient of" in values.pop("reason")
     assert values == {
         **expected,
         "folder": "a.png",
@@ -462,10 +462,10 @@ def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete)
     result = clean_flat(flat_crop)
     assert result.returncode == 0
     assert (
-        "1 crops that a manifest names were taken away by --clean and are not made again"
+        "1 crops listed in a manifest were removed by --clean and are not made again"
         in result.stdout
     )
-    assert "makes them again" not in result.stdout
+    assert "run the tool that made them again" not in result.stdout
     assert cut_photos(flat_crop).returncode == 0
     assert clean_flat(flat_crop).returncode == 0, "the cutter must not make it again"
 
@@ -511,7 +511,7 @@ def test_a_quarantine_that_is_a_file(tmp_path):
 
 
 def test_what_cannot_be_moved_is_named_and_not_in_the_report(tmp_path):
-    """A folder of the quarantine where a file lies: also root cannot move there."""
+    """A file in place of a quarantine folder: even root cannot move files there."""
     write_files(tmp_path, {"a/bad.png": b"text", "b.png": b"text", "quarantine/a": b"in the way"})
     result = check("--data-dir", tmp_path, "--clean")
     assert (result.returncode, result.stderr) == (1, "")
@@ -526,8 +526,8 @@ def test_what_cannot_be_moved_is_named_and_not_in_the_report(tmp_path):
 
 def test_a_rename_that_fails_leaves_no_line(tmp_path, monkeypatch):
     write_files(tmp_path, {"bad.png": b"text", "worse.png": b"text"})
-    judgements = [
-        Judgement(name, Verdict.BAD, "broken", gate="file")
+    results = [
+        FileCheck(name, FileStatus.BAD, "broken", gate="file")
         for name in ("bad.png", "gone.png", "worse.png")
     ]
     rename = os.rename
@@ -538,9 +538,9 @@ def test_a_rename_that_fails_leaves_no_line(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", rename_or_fail)
-    with Cleaner(tmp_path, [], [], judgements, delete=False) as cleaner:
-        for judgement in judgements:
-            cleaner.take(judgement)
+    with Cleaner(tmp_path, [], [], results, delete=False) as cleaner:
+        for result in results:
+            cleaner.take(result)
     assert (cleaner.taken, cleaner.failed) == (1, [("bad.png", "Permission denied")])
     report = [
         json.loads(line) for line in (tmp_path / "quarantine/report.jsonl").read_text().splitlines()
@@ -563,7 +563,7 @@ def test_a_read_only_dataset(tmp_path):
 
 
 def plain_files() -> dict[str, bytes]:
-    """Images that the checker decodes by the fast decoders rather than by DALI."""
+    """Images that the checker decodes with the fast decoders and not with DALI."""
     pixels = photograph(70, 91)
     gray, profile = pixels[..., 0], PngImagePlugin.PngInfo()
     profile.add(
@@ -584,7 +584,7 @@ def plain_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", plain_files())
 def test_fast_decoders_give_dalis_pixels(name):
-    """The checker's verdict must be that of the decoder that training uses."""
+    """The checker's pixels must be those of the decoder that training uses."""
     content = plain_files()[name]
     header = read_header(io.BytesIO(content))
     assert header.is_plain
@@ -594,8 +594,7 @@ def test_fast_decoders_give_dalis_pixels(name):
 
 
 def test_dali_decodes_after_it_refused():
-    """One bad file must not spoil the verdict on the next, whatever DALI says about its
-    pipeline."""
+    """One bad file must not affect the result of the next, whatever state DALI's pipeline is in."""
     decoder, pixels = HostDecoder(threads=1, batch=1), photograph(64, 80)
     with quiet_libraries():
         for content in bad_files().values():

@@ -1,5 +1,4 @@
-"""Datasets change their storage format, not a bit of their pixels; nothing is half done, nothing
-silently reduced."""
+"""Conversions change the storage format but no pixel; nothing is half done or silently reduced."""
 
 from __future__ import annotations
 
@@ -57,8 +56,10 @@ def record(path: str, pixels: np.ndarray, size: int, **more: object) -> CropReco
 
 
 def make_dataset(root: Path, form: str = "npy", count: int = 3) -> dict[str, np.ndarray]:
-    """A dataset of one source with manifest, settings, rejects and lists; name without suffix ->
-    pixels."""
+    """A dataset of one source with manifest, settings, rejects and lists.
+
+    Returns name without suffix -> pixels.
+    """
     crops = {
         f"DIV2K/a.png/x1_{number:03d}_000": photograph(64, 64, number) for number in range(count)
     }
@@ -93,7 +94,7 @@ def pixels_of(folder: Path, form: str) -> dict[str, np.ndarray]:
         path.relative_to(folder).with_suffix("").as_posix(): decode_file(path)
         for path in folder.rglob(f"*.{form}")
         if path.is_file()
-    }  # a photo's folder is called a.png
+    }  # the folder of a photo is called a.png
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -119,8 +120,8 @@ def test_there_and_back_gives_the_very_same_files(form: str, tmp_path: Path) -> 
     assert {name: new[name] for name in new if not name.endswith("dataset.json")} == {
         name: old[name] for name in old if not name.endswith("dataset.json")
     }
-    # the photographs' folder is noted relative to the dataset, and the sizes are those of this
-    # format again
+    # The photographs' folder is stored relative to the dataset, and the sizes are those of the
+    # original format again.
     assert json.loads((tmp_path / "back/DIV2K/dataset.json").read_text()) == json.loads(
         (tmp_path / "data/DIV2K/dataset.json").read_text()
     )
@@ -177,7 +178,7 @@ def test_any_images_in_any_folders(tmp_path: Path) -> None:
         if path.suffix != ".txt"
     }
     assert_same(pixels_of(tmp_path / "out", "png"), expected)
-    # a file of the format already is copied byte by byte
+    # A file that already has the format is copied byte by byte.
     assert (tmp_path / "out/b c/d.png").read_bytes() == (tmp_path / "in/b c/d.png").read_bytes()
     assert (
         sorted(
@@ -210,7 +211,7 @@ def test_what_would_lose_something_is_refused_and_the_rest_is_done(tmp_path: Pat
     for words in (
         "deep.png: 16 bits",
         "clear.png: transparency",
-        "cmyk.jpg: colours of mode CMYK",
+        "cmyk.jpg: colour mode CMYK",
         "cut.png: ",
         "short.npy: truncated",
         "1 images converted",
@@ -219,7 +220,7 @@ def test_what_would_lose_something_is_refused_and_the_rest_is_done(tmp_path: Pat
         assert words in result.stdout, result.stdout
     assert_same(pixels_of(tmp_path / "out", "npy"), {"good": pixels})
     assert (tmp_path / "out/training_file_list.txt").read_text() == "good.npy\n"
-    # with failures the bookkeeping stays where it was, and so does all that failed
+    # After failures, the bookkeeping and all failed files stay where they were.
     assert (tmp_path / "in/training_file_list.txt").exists()
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == [
         "clear.png",
@@ -240,7 +241,7 @@ def test_pixels_that_the_manifest_does_not_know_are_not_carried_on(tmp_path: Pat
     rotten.write_bytes(content)
     result = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert result.returncode == 1
-    assert "x1_001_000.npy: its pixels are not those that the manifest recorded" in result.stdout
+    assert "x1_001_000.npy: the pixels differ from those that the manifest" in result.stdout
     assert [record.path for _, record in iterate_lines(tmp_path / "out/DIV2K/manifest.jsonl")] == [
         "a.png/x1_000_000.png",
         "a.png/x1_002_000.png",
@@ -271,7 +272,7 @@ def test_user_errors(tmp_path: Path) -> None:
         ("data", "data/out", ["into itself"]),
         ("data", "data", ["itself"]),
         ("data/DIV2K", "data", ["itself"]),
-        ("data", "other", ["holds files", "new OUT"]),
+        ("data", "other", ["contains files", "new OUT"]),
         ("empty", "out", ["no images"]),
         ("data", "other/mine.txt", ["not a folder"]),
     ):
@@ -300,14 +301,14 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
     again = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert again.returncode == 0
     assert "0 images converted" in again.stdout
-    assert "3 were there already" in again.stdout
+    assert "3 were already there" in again.stdout
     assert {
         name: stamp
         for name, stamp in stamped_tree(tmp_path / "out").items()
         if name.endswith(".png")
     } == images
-    assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "webp"), "begun as")
-    # a source that changed is converted again
+    assert_user_error(convert(tmp_path / "data", tmp_path / "out", "--to", "webp"), "started as")
+    # A source that changed is converted again.
     write_files(tmp_path / "data", {"new.npy": npy(photograph(50, 50, 9))})
     changed = tmp_path / "data/new.npy"
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0
@@ -319,7 +320,7 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
 
 
 def keep_time(path: Path, content: bytes) -> None:
-    """New content under the old modification time, as archives with whole-second stamps make it."""
+    """Write new content with the old modification time, as archives with whole-second stamps do."""
     status = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -334,16 +335,16 @@ def test_an_equal_time_does_not_make_new_pixels_the_old_ones(tmp_path: Path) -> 
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "webp", "--remove-source")
     assert result.returncode == 1, result.stdout
     assert "not converted: a.npy: " in result.stdout
-    assert "holds other pixels" in result.stdout
+    assert "exists with other pixels" in result.stdout
     assert [path.name for path in (tmp_path / "in").iterdir()] == [
         "a.npy"
-    ]  # b was compared, and is gone
+    ]  # b was compared and removed
     np.testing.assert_array_equal(np.load(tmp_path / "in/a.npy"), photograph(50, 50, 3))
     assert_same(
         pixels_of(tmp_path / "out", "webp"),
         {"a": photograph(50, 50, 1), "b": photograph(50, 50, 2)},
     )
-    # without --remove-source the copy follows its source
+    # Without --remove-source, the copy follows its source.
     assert "1 images converted" in convert(tmp_path / "in", tmp_path / "out", "--to", "webp").stdout
     assert_same(
         pixels_of(tmp_path / "out", "webp"),
@@ -363,7 +364,7 @@ def test_a_damaged_copy_is_made_again(
     assert convert(tmp_path / "data", tmp_path / "out", "--to", form).returncode == 0
     cut, flipped = (tmp_path / f"out/DIV2K/a.png/x1_{number:03d}_000.{form}" for number in (0, 2))
     keep_time(cut, cut.read_bytes()[:-700])
-    if not removes:  # a copy that can be read but differs may be another image's: see above
+    if not removes:  # a readable copy that differs may be another image's, see above
         pixels = decode_file(flipped).copy()
         pixels[7, 7] ^= 1
         keep_time(flipped, encode(pixels, form))
@@ -393,17 +394,14 @@ def test_a_copy_that_is_the_source_itself_is_no_copy(tmp_path: Path) -> None:
 
 def test_copies_without_a_source_are_named_and_stay(tmp_path: Path) -> None:
     crops = make_dataset(tmp_path / "data", count=4)
-    assert (
-        "no source any more"
-        not in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
-    )
+    assert "no longer ha" not in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
     moved = tmp_path / "data/quarantine/DIV2K/a.png/x1_002_000.npy"
     moved.parent.mkdir(parents=True)
     (tmp_path / "data/DIV2K/a.png/x1_002_000.npy").rename(moved)
     result = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert result.returncode == 0, result.stdout
-    assert "no source any more: DIV2K/a.png/x1_002_000.png\n" in result.stdout
-    assert f"1 images in {tmp_path / 'out'} have no source any more" in result.stdout
+    assert "no longer has a source: DIV2K/a.png/x1_002_000.png\n" in result.stdout
+    assert f"1 images in {tmp_path / 'out'} no longer have a source" in result.stdout
     assert_same(pixels_of(tmp_path / "out", "png"), crops)
 
 
@@ -420,7 +418,7 @@ def test_copies_whose_source_was_removed_are_not_called_surplus(tmp_path: Path) 
     for more in ([], ["--remove-source"]):
         result = convert(tmp_path / "data", tmp_path / "out", "--to", "png", *more)
         assert result.returncode == 0, result.stdout
-        assert "no source" not in result.stdout
+        assert "no longer ha" not in result.stdout
     assert len(pixels_of(tmp_path / "out", "png")) == 3
 
 
@@ -444,10 +442,10 @@ def test_the_tool_that_made_the_pairs_goes_on_in_the_converted_folder(tmp_path: 
     assert convert(tmp_path / "crops", out, "--to", "webp").returncode == 0
     result = cut("--out", out, "--format", "webp")
     assert result.returncode == 0, result.stderr
-    assert "1 pairs were there already" in result.stdout
+    assert "1 pairs were already there" in result.stdout
     assert convert(tmp_path / "crops", tmp_path / "jp2", "--to", "jp2").returncode == 0
     assert_user_error(
-        cut("--out", tmp_path / "jp2", "--format", "webp"), 'begun with format = "jp2"'
+        cut("--out", tmp_path / "jp2", "--format", "webp"), 'started with format = "jp2"'
     )
 
 
@@ -505,8 +503,7 @@ def test_remove_source_leaves_one_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("form", "kills"), [("png", 3), ("jp2", 1)])
 def test_killed_at_any_time_it_goes_on(form: str, kills: int, tmp_path: Path) -> None:
-    """SIGKILL, several times: no file under its own name is ever incomplete, and in the end all is
-    there."""
+    """After several SIGKILLs, no file is incomplete under its own name, and all exist."""
     crops = make_dataset(tmp_path / "data", count=80)
     command = [
         sys.executable,
@@ -529,13 +526,11 @@ def test_killed_at_any_time_it_goes_on(form: str, kills: int, tmp_path: Path) ->
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(
-            timeout=30
-        )  # ends only when JPEG 2000's encoding processes have ended too
+        process.communicate(timeout=30)  # ends only after the JPEG 2000 encoding processes
         done = pixels_of(tmp_path / "out", form)
         assert len(done) >= wanted
         left = pixels_of(tmp_path / "data", "npy")
-        assert {*done} | {*left} == {*crops}  # nothing was removed that is not safely there
+        assert {*done} | {*left} == {*crops}  # nothing was removed that is not safely stored
         assert_same({name: crops[name] for name in done}, done)
     result = convert(*command[2:])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -568,7 +563,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert_user_error(result, "cannot be written", "goes on where it stopped")
+    assert_user_error(result, "cannot be written", "continues where it stopped")
     assert not [
         path
         for path in (tmp_path / "out").rglob("*")

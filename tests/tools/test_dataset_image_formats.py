@@ -1,5 +1,4 @@
-"""Crops come back from every storage format bit by bit, and what cannot be held exactly is
-recognised."""
+"""Crops are restored bit by bit from every storage format; inexact images are recognised."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def test_every_format_is_bit_exact(form: str, content: str) -> None:
     pixels = contents()[content]
     data = encode(pixels, form)
     np.testing.assert_array_equal(decode(data, form), pixels)
-    if form != "npy":  # and for other people's decoders
+    if form != "npy":  # and with other decoders
         with Image.open(io.BytesIO(data)) as image:
             np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pixels)
         foreign = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -111,13 +110,13 @@ def test_other_arrays_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BadNpyError):
             decode_file(tmp_path / name)
-        if name != "fortran.npy":  # in memory an order is no obstacle
+        if name != "fortran.npy":  # the order in memory does not matter
             with pytest.raises(BadImageError):
                 decode(data, "npy") if name != "none.npy" else encode_empty(data)
 
 
 def encode_empty(data: bytes) -> None:
-    """An array without pixels decodes, but holds nothing that could be an image."""
+    """An array without pixels can be decoded, but is not an image."""
     assert decode(data, "npy").size == 0
     raise BadImageError("empty")
 
@@ -146,7 +145,7 @@ def test_a_file_far_larger_than_its_pixels_is_refused_unread(form: str, tmp_path
         decode_file(tmp_path / "sparse.png")
     (tmp_path / "notes.png").write_bytes(
         encoded(photograph(40, 50), form) + bytes(1 << 20)
-    )  # some thumbnail, say
+    )  # e.g. a thumbnail
     np.testing.assert_equal(decode_file(tmp_path / "notes.png").shape, (40, 50, 3))
 
 

@@ -1,4 +1,4 @@
-"""pipeline.data.image_pixels: any photograph to upright RGB bytes."""
+"""pipeline.data.image_pixels: photographs of any kind become upright RGB bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _decoders(monkeypatch):
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Header, then pixels, as the tools do it."""
+    """Read the header, then decode, as the tools do."""
     pixels = decode_rgb(content, read_header(io.BytesIO(content)))
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
@@ -101,7 +101,7 @@ def test_transparency_of_sixteen_bits_and_of_palettes():
 
 
 def gray_png(levels: np.ndarray, depth: int, clear: int) -> bytes:
-    """A gray PNG of 1, 2, 4, 8 or 16 bits, one of whose levels is transparent."""
+    """A grey PNG of 1, 2, 4, 8 or 16 bits with one transparent level."""
     bits = (levels[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8)
     rows = np.packbits(bits.reshape(len(levels), -1), axis=1)
     chunks = {
@@ -121,7 +121,7 @@ def gray_png(levels: np.ndarray, depth: int, clear: int) -> bytes:
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 def test_the_transparent_level_of_a_gray_png_is_white(depth):
-    """To the level: of 16 bits, neighbours that round to the same byte stay as they are."""
+    """Only that exact level: with 16 bits, neighbours that round to the same byte are kept."""
     levels = np.random.default_rng(depth).integers(0, 1 << depth, (40, 51))
     levels[3, 3:30] = clear = (1 << depth) // 3
     levels[4] = min(clear + 1, (1 << depth) - 1)
@@ -181,16 +181,14 @@ def test_a_jpeg_with_missing_pixels_is_an_error(cut):
     ],
 )
 def test_a_missing_tail_is_an_error(form, options, cut):
-    """Where a decoder fills in gray for the missing pixels, or does not look at the last bytes, we
-    must."""
+    """Some decoders fill missing pixels with grey or ignore the last bytes; the tools must not."""
     with pytest.raises(BadImageError):
         decode(encoded(PIXELS, form, **options)[:-cut])
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
-    """A decoder may fill what is missing with gray and report success; whichever is installed, we
-    notice."""
+    """A decoder may fill missing parts with grey and report success; this must be noticed."""
     monkeypatch.setattr(
         image_pixels, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128)
     )

@@ -34,7 +34,7 @@ from pipeline.cli import UserError
 from tools.crops.grid import halved
 from tools.imagenet_to_data import Options, main
 
-# Waves are no photographs: what the gates measure is not the matter here.
+# Waves are not photographs, but the gates are not tested here.
 PLAIN = ("--size", 48, "--min-sharpness", 0, "--min-gradient", 0, "--keep-duplicates")
 
 
@@ -53,7 +53,7 @@ def jpeg(height: int, width: int, seed: int) -> bytes:
 
 
 def imagenet(classes: int = 3, images: int = 4, height: int = 120, width: int = 160) -> bytes:
-    """A tar of one tar of JPEGs a class, named as ImageNet's are."""
+    """A tar with one tar of JPEGs per class, with ImageNet's names."""
     return tar(
         {
             f"n{number:08}.tar": tar(
@@ -116,7 +116,7 @@ def test_crops_are_the_members_pixels(train, tmp_path):
 
 
 def test_packing_and_threads_do_not_matter(train, tmp_path):
-    """The same members under the same name give the same bytes, whatever they are packed with."""
+    """The same members under the same names give the same bytes, however they are packed."""
     (tmp_path / "gz").mkdir()
     (tmp_path / "gz/train.tar").write_bytes(gzip.compress(train.read_bytes(), 1))
     os.utime(tmp_path / "gz/train.tar", ns=(0, 0))
@@ -137,7 +137,7 @@ def test_packing_and_threads_do_not_matter(train, tmp_path):
 
 
 def test_the_crops_make_a_training_set(train, tmp_path):
-    """The other tools take them: each class's members are photographs of their own."""
+    """The other tools accept them: each member of a class is a photograph of its own."""
     assert (
         run_tool("imagenet_to_data", train, "--out", tmp_path / "data/ImageNet", *PLAIN).returncode
         == 0
@@ -170,13 +170,13 @@ def test_every_kind_of_photograph_and_every_bad_one(tmp_path):
     found = rejects(tmp_path / "out")
     assert set(found) == {f"mix.tar/bad.tar/{name}" for name in bad}
     assert {gate for gate, _ in found.values()} == {"decode"}
-    assert "passed by: 1 hidden, 1 other" in result.stdout
+    assert "skipped: 1 hidden, 1 other" in result.stdout
     assert not (tmp_path / "out/mix.tar/bad.tar").exists()
 
 
 def test_the_rest_goes_on_after_damage(train, tmp_path):
-    """A truncated JPEG, a corrupt header within a class, an outer archive cut off: each said, the
-    others cut."""
+    """Truncated JPEG, corrupt header in a class, truncated outer archive: each is reported, the
+    others are cut."""
     inner = bytearray(tar({f"{image}.JPEG": jpeg(120, 160, image) for image in range(4)}))
     block = 512 + len(jpeg(120, 160, 0)) + -len(jpeg(120, 160, 0)) % 512
     inner[block + 3] ^= 0x55
@@ -202,11 +202,11 @@ def test_the_rest_goes_on_after_damage(train, tmp_path):
     found = rejects(tmp_path / "out")
     assert set(found) == {"t.tar/a.tar/cut.JPEG", "t.tar/b.tar", "t.tar/c.tar", "t.tar"}
     assert "corrupt header" in found["t.tar/b.tar"][1]
-    assert "cut off within c.tar" in found["t.tar"][1]
-    assert "rejected t.tar: it is cut off" in result.stdout
+    assert "truncated within c.tar" in found["t.tar"][1]
+    assert "rejected t.tar: it is truncated" in result.stdout
     before = stamped_tree(
         tmp_path / "out/t.tar"
-    )  # the second run says it again: nothing was mended
+    )  # reported again by the second run, because nothing was repaired
     result = run_tool(
         "imagenet_to_data", tmp_path / "t.tar", train, "--out", tmp_path / "out", *PLAIN
     )
@@ -252,7 +252,7 @@ def test_hostile_names_stay_within_out(tmp_path):
     result = run_tool(
         "imagenet_to_data", tmp_path / "t.tar", "--out", tmp_path / "deep/out", *PLAIN
     )
-    assert f"{len(names)} photos were there already" in result.stdout
+    assert f"{len(names)} photos were already there" in result.stdout
     assert stamped_tree(tmp_path / "deep/out/t.tar") == before
 
 
@@ -271,14 +271,13 @@ def test_what_was_too_small_and_what_would_keep_it(tmp_path):
     assert result.returncode == 0
     assert "1 photos cut into 1 crops" in result.stdout
     advice = (
-        "4 photos were too small for --size 128; of them --size 96 would keep 2, --size 64 would "
-        "keep 3, "
-        "--keep-lossy-size 2 at this size"
+        "4 photos were too small for --size 128; --size 96 would keep 2, --size 64 would keep 3, "
+        "--keep-lossy-size would keep 2 at this size"
     )
     assert advice in result.stdout
     assert {record["size"] for record in records(tmp_path / "out")} == {128}
-    result = run_tool("imagenet_to_data", *arguments)  # not looked at again, yet told
-    assert "5 photos were there already" in result.stdout
+    result = run_tool("imagenet_to_data", *arguments)  # not read again, but reported
+    assert "5 photos were already there" in result.stdout
     assert advice in result.stdout
     for size, kept in ((96, 3), (64, 4)):
         assert (
@@ -350,13 +349,12 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     before = stamped_tree(out)
     result = run_tool("imagenet_to_data", tmp_path / "t.tar", "--out", out, *arguments)
     assert "0 photos cut into 0 crops" in result.stdout
-    assert "48 photos were there already" in result.stdout
+    assert "48 photos were already there" in result.stdout
     assert stamped_tree(out) == before
 
 
 def test_finished_members_are_not_even_read(train, tmp_path):
-    """A second run over a plain archive reads headers, not photographs: those may be gone, bit for
-    bit."""
+    """A second run over a plain archive reads headers only; the photographs may even be erased."""
     path = tmp_path / "train.tar"
     content = bytearray(train.read_bytes())
     path.write_bytes(content)
@@ -371,7 +369,7 @@ def test_finished_members_are_not_even_read(train, tmp_path):
     os.utime(path, ns=(1, 1))
     result = run_tool("imagenet_to_data", path, "--out", tmp_path / "out", *PLAIN)
     assert result.returncode == 0
-    assert "12 photos were there already" in result.stdout
+    assert "12 photos were already there" in result.stdout
     assert tree(tmp_path / "out") == before
 
 
@@ -379,7 +377,9 @@ def test_changed_archives_are_cut_anew_others_stay(train, tmp_path):
     write_files(tmp_path, {"b.tar": tar({"x.jpg": jpeg(120, 160, 1), "y.jpg": jpeg(120, 160, 2)})})
     out = tmp_path / "out"
     assert run_tool("imagenet_to_data", tmp_path / "b.tar", "--out", out, *PLAIN).returncode == 0
-    result = run_tool("imagenet_to_data", train, "--out", out, *PLAIN)  # an archive may come later
+    result = run_tool(
+        "imagenet_to_data", train, "--out", out, *PLAIN
+    )  # an archive may be added later
     assert "12 photos cut into 12 crops" in result.stdout
     before = stamped_tree(out)
     write_files(tmp_path, {"b.tar": tar({"x.jpg": jpeg(120, 160, 3), "z.jpg": jpeg(120, 160, 4)})})
@@ -387,7 +387,7 @@ def test_changed_archives_are_cut_anew_others_stay(train, tmp_path):
     result = run_tool("imagenet_to_data", train, tmp_path / "b.tar", "--out", out, *PLAIN)
     assert result.returncode == 0
     assert "2 photos cut into 2 crops" in result.stdout
-    assert "12 photos were there already" in result.stdout
+    assert "12 photos were already there" in result.stdout
     after = stamped_tree(out)
     assert {name: stamp for name, stamp in after.items() if name.startswith("train.tar/")} == {
         name: stamp for name, stamp in before.items() if name.startswith("train.tar/")
@@ -463,11 +463,11 @@ def test_bad_usage(train, tmp_path):
         "gone.tar": "no such file",
         ".hidden.tar": "rename",
         "manifest.jsonl": "rename",
-        "other/train.tar": "one name",
+        "other/train.tar": "same name",
     }.items():
         with pytest.raises(UserError, match=words):
             main(Options(archives=(train, tmp_path / archive), out=out))
-    with pytest.raises(UserError, match="in one another"):
+    with pytest.raises(UserError, match="within the other"):
         main(Options(archives=(train,), out=train.parent))
     for name, value in {
         "size": 31,

@@ -38,7 +38,7 @@ from tools.images import encode
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Good photographs of several sizes, in folders, beside things that are none."""
+    """Good photographs of several sizes, in folders, next to files that are not photographs."""
     folder = tmp_path_factory.mktemp("photos")
     write_files(
         folder,
@@ -58,7 +58,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def cut(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """images_to_data.py without its quality gates, which have tests of their own."""
+    """Run images_to_data.py without its quality gates, which have their own tests."""
     return run_tool("images_to_data", *arguments, *UNGATED)
 
 
@@ -78,7 +78,7 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     pyramids = {"a.png": {1: photograph(150, 210, 1)}, "deep/er/b.PNG": {1: photograph(64, 130, 2)}}
-    for name in ("a.jpg", "deep/ö c.webp"):  # lossy: halved first
+    for name in ("a.jpg", "deep/ö c.webp"):  # lossy, so halved first
         pyramids[name] = {2: halved(np.asarray(Image.open(photos / name).convert("RGB")))}
     pyramids["a.png"][2] = halved(pyramids["a.png"][1])
     seen = {}
@@ -96,7 +96,7 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
     assert {record["path"] for record in records(out)} == {
         name for name in tree(out) if name.endswith(".npy")
     }
-    assert "4 photos" not in result.stdout  # the .webp is 70x45 once halved
+    assert "4 photos" not in result.stdout  # the .webp is 70x45 after halving
     assert "3 photos cut into 18 crops" in result.stdout
     assert "rejected small.png: too small: 30x400" in result.stdout
     assert {entry["photo"]: entry["gate"] for entry in rejects(out)} == {
@@ -153,7 +153,7 @@ def test_cover_lossy_size_and_number_of_scales(photos, tmp_path):
 
 
 def test_a_single_photograph(photos, tmp_path):
-    """Beside its crops, too; a second one is added to them."""
+    """Also beside its crops; a second photograph is added to them."""
     write_files(
         tmp_path,
         {
@@ -238,8 +238,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path, bytes_written):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(records_so_far(manifest)) < len(records(tmp_path / "whole"))
-    # What an unlucky moment leaves behind: a torn line, a half-written crop, a crop of a photo in
-    # no manifest.
+    # Traces of an unlucky kill: a torn line, a half-written crop, a crop of a photo in no manifest.
     with open(manifest, "a") as file:
         file.write('{"path": "30.png/x1_0')
     write_files(out, {"39.png/x1_000_000.webp.tmp": b"half", "39.png/x4_009_009.webp": b"orphan"})
@@ -248,12 +247,12 @@ def test_killed_run_goes_on_where_it_was(tmp_path, bytes_written):
     before = stamped_tree(out)
     result = cut(tmp_path / "photos", out, *arguments)
     assert "0 photos cut into 0 crops" in result.stdout
-    assert "40 photos were there already" in result.stdout
+    assert "40 photos were already there" in result.stdout
     assert stamped_tree(out) == before
 
 
 def records_so_far(manifest: Path) -> list[str]:
-    """The whole lines of a manifest that may end in a torn one."""
+    """Complete lines of a manifest that may end in a torn one."""
     return manifest.read_text().split("\n")[:-1]
 
 
@@ -277,10 +276,10 @@ def test_only_what_changed_is_made_again(photos, tmp_path):
         },
     )
     (out / "c.png/x1_000_000.npy").unlink()  # lost
-    os.truncate(out / "d.png/x2_000_000.npy", 100)  # by a power cut
+    os.truncate(out / "d.png/x2_000_000.npy", 100)  # after a power failure
     result = cut(source, out, "--size", 48)
     assert "4 photos cut into 30 crops" in result.stdout
-    assert "1 photos were there already" in result.stdout
+    assert "1 photos were already there" in result.stdout
     after = stamped_tree(out)
     assert {name: stamp for name, stamp in after.items() if name.startswith("a.png/")} == {
         name: stamp for name, stamp in before.items() if name.startswith("a.png/")
@@ -354,9 +353,9 @@ def test_bad_usage(photos, tmp_path):
     assert_user_error(cut(photos, out, "--max-megapixels", 0), "--max-megapixels")
     assert_user_error(cut(photos, out, "--num-scales", 0), "--num-scales")
     assert_user_error(cut(photos, out, "--threads", -1), "--threads -1")
-    assert_user_error(cut(photos, photos), "must not lie in one another")
-    assert_user_error(cut(photos, photos / "crops"), "must not lie in one another")
-    assert_user_error(cut(photos / "deep", photos), "must not lie in one another")
+    assert_user_error(cut(photos, photos), "neither may lie within the other")
+    assert_user_error(cut(photos, photos / "crops"), "neither may lie within the other")
+    assert_user_error(cut(photos / "deep", photos), "neither may lie within the other")
     assert_user_error(cut(photos, photos / "a.png"), "a.png")
     assert not (photos / "crops").exists()
 
@@ -376,15 +375,14 @@ def test_only_too_small_photographs_is_no_success(tmp_path):
 
 
 def test_a_full_disk_is_one_line(photos, tmp_path):
-    """A file where a photo's folder must be stands for every reason why a crop cannot be
-    written."""
+    """A file in place of a photo's folder stands for all reasons why a crop cannot be written."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"in the way")
     assert_user_error(
         cut(photos, tmp_path / "out", "--size", 48),
         "a.png",
         "cannot be written",
-        "goes on where it stopped",
+        "continues where it stopped",
     )
     (tmp_path / "out/a.png").unlink()
     assert cut(photos, tmp_path / "out", "--size", 48).returncode == 0

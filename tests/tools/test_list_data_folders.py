@@ -1,4 +1,4 @@
-"""tools/list_data_folders.py: what a dataset holds, held against its manifests, lists and files."""
+"""tools/list_data_folders.py: the listing, compared with manifests, lists and files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def crop(path: str, photo: str, **more: object) -> CropRecord:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Two sources that were cut (one photo of them broken), five loose images, both lists."""
+    """Two sources that were cut (one with a broken photo), five loose images, both lists."""
     folder = tmp_path_factory.mktemp("list")
     for source, count in (("one", 4), ("two", 3)):
         files = {
@@ -86,7 +86,7 @@ def changed(dataset, tmp_path) -> Path:
 
 
 def listed(folder: Path) -> dict:
-    """What --json prints."""
+    """The output of --json."""
     result = run_tool("list_data_folders", "--data-dir", folder, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     return json.loads(result.stdout)
@@ -181,16 +181,16 @@ def test_warnings_name_what_is_missing_or_unused(changed):
     assert result.returncode == 0
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
-    assert warnings[0].startswith("warning: two: 1 of its files are not there")
-    assert warnings[1].startswith("warning: new: 1 of its 1 images stand in neither list")
-    assert "names 1 files that are not there" in warnings[2]
+    assert warnings[0].startswith("warning: two: 1 of its files are missing")
+    assert warnings[1].startswith("warning: new: 1 of its 1 images are in neither list")
+    assert "names 1 missing files" in warnings[2]
     training = (changed / TRAINING_LIST).read_text().splitlines()
     in_training = next(name for name in training if name.startswith("one/"))
     with open(changed / VALIDATION_LIST, "a") as file:
         file.write(f"{in_training}\n")
     found = listed(changed)
     assert found["total"]["photographs_in_both_lists"] == 1
-    assert any("1 photographs stand in both lists" in warning for warning in found["warnings"])
+    assert any("1 photographs are in both lists" in warning for warning in found["warnings"])
     (changed / VALIDATION_LIST).unlink()
     assert f"no {VALIDATION_LIST}" in " ".join(listed(changed)["warnings"])
     assert listed(changed)["lists_hash"] is None
@@ -244,7 +244,7 @@ def test_hostile_names(tmp_path):
     assert result.returncode == 0, result.stderr
     assert (
         len(result.stdout.splitlines()) == 1 + len(names) + 1 + 1
-    )  # head, sources, total, a warning: no lists
+    )  # head, sources, total, one warning: no lists
     assert "\x1b" not in result.stdout
     assert {source["folder"] for source in listed(tmp_path)["sources"]} == set(names)
 
@@ -268,7 +268,7 @@ def test_user_errors(tmp_path, dataset, changed):
     assert_user_error(run_tool("list_data_folders", "--data-dir", changed), "line 1", MANIFEST)
     path.write_text(json.dumps({**json.loads(whole.splitlines()[0]), "path": "\ud800.npy"}) + "\n")
     assert_user_error(
-        run_tool("list_data_folders", "--data-dir", changed), "no file can have", MANIFEST
+        run_tool("list_data_folders", "--data-dir", changed), "not a valid file name", MANIFEST
     )
 
 

@@ -84,7 +84,7 @@ def test_second_call_writes_no_crop_anew(out):
     before = stamped_tree(out)
     result = run_tool("make_demo_dataset", out)
     assert result.returncode == 0
-    assert "6 photos were there already" in result.stdout
+    assert "6 photos were already there" in result.stdout
     after = stamped_tree(out)
     lists = {f"dataset/{TRAINING_LIST}", f"dataset/{VALIDATION_LIST}"}
     assert {name: stamp for name, stamp in after.items() if name not in lists} == {
@@ -105,7 +105,7 @@ def test_a_damaged_demo_is_completed(tmp_path):
         == demo.DemoDataset(tmp_path / "dataset", tmp_path / "held_out")
     )
     restored = {name: digest for name, (digest, _) in stamped_tree(tmp_path).items()}
-    manifest = "dataset/demo/manifest.jsonl"  # chelsea's lines now stand last
+    manifest = "dataset/demo/manifest.jsonl"  # chelsea's lines are last now
     assert {**whole, manifest: ""} == {**restored, manifest: ""}
 
 

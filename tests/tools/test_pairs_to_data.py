@@ -1,4 +1,4 @@
-"""tools/pairs_to_data.py as a process: matching, alignment, pairs that are none."""
+"""tools/pairs_to_data.py as a process: matching, alignment, and files that are not pairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCALE = 4
 
 
 def reduced(pixels: np.ndarray) -> np.ndarray:
-    """The LR side: means of 4x4 pixels, so that a shift by a single HR pixel would show."""
+    """The LR side: means of 4x4 pixels, which would show a shift by a single HR pixel."""
     height, width = (side // SCALE for side in pixels.shape[:2])
     return cv2.resize(
         pixels[: height * SCALE, : width * SCALE], (width, height), interpolation=cv2.INTER_AREA
@@ -41,7 +41,7 @@ def reduced(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """HR photographs and their LR sides, named as DIV2K, as SelfExSR and alike."""
+    """HR photographs and their LR sides, named as in DIV2K, as in SelfExSR, and equally."""
     root = tmp_path_factory.mktemp("pairs")
     photos = {
         "0001": photograph(130, 203, 1),
@@ -113,7 +113,7 @@ def _pixels(path: Path) -> np.ndarray:
 def test_a_second_run_changes_nothing_and_a_lost_side_is_made_again(folders, tmp_path):
     assert cut(folders, tmp_path).returncode == 0
     before = stamped_tree(tmp_path)
-    assert "3 pairs were there already" in cut(folders, tmp_path).stdout
+    assert "3 pairs were already there" in cut(folders, tmp_path).stdout
     assert stamped_tree(tmp_path) == before
     (tmp_path / "0001.png/x1_000_000_lr4.npy").unlink()
     assert "1 pairs cut" in cut(folders, tmp_path).stdout
@@ -177,7 +177,7 @@ def test_what_is_no_pair_is_turned_away(tmp_path):
     }
     reasons = {entry["photo"]: entry["reason"] for entry in rejects}
     assert "LR must be 24x24" in reasons["large.png"]
-    assert "do not show the same" in reasons["mirrored.png"]
+    assert "differ in content" in reasons["mirrored.png"]
     assert "no partner: alone.png" in result.stdout
     assert "no partner: lonely.png" in result.stdout
 
@@ -195,7 +195,7 @@ def test_names():
     )
     for mark in ("x4", "x4m", "x4w", "x4d", "_x4", "-X4", "_LR", "_lq"):
         assert match_pairs(["0001.png"], [f"0001{mark}.png"], 4)[0], mark
-    assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # of another scale
+    assert not match_pairs(["0001.png"], ["0001x2.png"], 4)[0]  # made for another scale
     with pytest.raises(UserError, match=r"a/1\.png and b/1\.png"):
         match_pairs(["a/1.png", "b/1.png"], ["1.png"], 4)
 
@@ -231,8 +231,7 @@ def test_names():
     ],
 )
 def test_the_most_alike_names_are_partners(hr, lr, pairs, lonely):
-    """The marks of a side count only where the whole name does not fit, and the folders where names
-    repeat."""
+    """Side marks count only if the full names do not match; folders, if names repeat."""
     assert match_pairs(hr, lr, 4) == (
         [NamePair(name, pairs[name]) for name in sorted(pairs)],
         lonely,
@@ -240,7 +239,7 @@ def test_the_most_alike_names_are_partners(hr, lr, pairs, lonely):
 
 
 def test_one_folder_may_hold_both_sides(tmp_path):
-    """As SelfExSR's archives do, results of other methods included."""
+    """As in SelfExSR's archives, which also contain results of other methods."""
     pixels = photograph(96, 96, 2)
     write_files(
         tmp_path / "both",
@@ -255,7 +254,7 @@ def test_one_folder_may_hold_both_sides(tmp_path):
     assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png"}
     assert "no partner: img_002_SRF_4_HR.png" in result.stdout
     assert "1 files have no partner" in result.stdout
-    assert "do not show the same" not in result.stdout
+    assert "differ in content" not in result.stdout
 
 
 def test_folders_may_lie_in_one_another(tmp_path):
@@ -270,7 +269,7 @@ def test_folders_may_lie_in_one_another(tmp_path):
 
 
 def degraded(lr: np.ndarray) -> dict[str, np.ndarray]:
-    """What an LR side may have gone through and still be one."""
+    """Degradations after which an LR side is still a true one."""
     noise = np.random.default_rng(0).normal(0, 25, lr.shape)
     return {
         "as it is": lr,
@@ -286,7 +285,7 @@ def moved(lr: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def assert_told_apart(hr: np.ndarray, lr: np.ndarray, shifts: tuple[tuple[int, int], ...]) -> None:
-    """True pairs pass whatever LR went through, shifted ones and swapped colours do not."""
+    """True pairs pass with any degradation of LR; shifted and colour-swapped ones do not."""
     for what, side in degraded(lr).items():
         assert shift(hr, side) == (0, 0), what
         assert not has_swapped_colors(hr, side), what
@@ -307,7 +306,7 @@ def test_shifts_and_swapped_colours_are_told_from_degradations(name):
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_true_bicubic_pairs_pass(scale):
-    """MATLAB's bicubic reduction, of which the published LR sides are made."""
+    """MATLAB's bicubic reduction, with which the published LR sides were made."""
     folder = shared(f"data/set5/x{scale}")
     for path in sorted(folder.glob("*_HR.png")):
         hr, lr = (_pixels(folder / name) for name in (path.name, path.name.replace("_HR", "_LR")))
@@ -350,7 +349,7 @@ def test_shifted_and_swapped_pairs_are_turned_away(tmp_path):
 
 
 def test_a_part_of_a_benchmark_within_a_large_picture_rejects_the_pair(tmp_path):
-    """The picture as a whole has too many other parts for the search; a crop shows it."""
+    """The whole picture has too many other parts for the search, but a crop reveals it."""
     benchmark, size = photographs()["astronaut.png"], 256
     pictures = [pixels for name, pixels in photographs().items() if name != "astronaut.png"]
     tiles = [pixels[:size, :size] for pixels in pictures if min(pixels.shape[:2]) >= size]
@@ -456,7 +455,7 @@ def test_bad_usage(folders, tmp_path):
         ),
         "--min-correlation 2",
     )
-    assert_user_error(cut(folders, folders[0] / "crops"), "must not lie in one another")
+    assert_user_error(cut(folders, folders[0] / "crops"), "neither may lie within the other")
     write_files(tmp_path / "others", {"unlike.png": encoded(photograph(50, 50), "png")})
-    assert_user_error(cut((folders[0], tmp_path / "others"), out), "no HR file has a partner")
+    assert_user_error(cut((folders[0], tmp_path / "others"), out), "no HR file has an LR file")
     assert not out.exists()

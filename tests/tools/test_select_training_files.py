@@ -28,7 +28,7 @@ CROP = npy(photograph(32, 32))
 
 
 def manifest(crops: dict[str, str]) -> bytes:
-    """The manifest of crops (path -> photo)."""
+    """Write the manifest of crops (path -> photo)."""
     records = [
         CropRecord(path, photo, 1, 0, 0, 32, len(CROP), "0" * 64, "numpy", {}, 1, 1, 1)
         for path, photo in crops.items()
@@ -38,7 +38,7 @@ def manifest(crops: dict[str, str]) -> bytes:
 
 @pytest.fixture
 def dataset(tmp_path) -> Path:
-    """Two sources with equal photo names, of 4 crops a photograph, and 5 loose files."""
+    """Two sources with equal photo names and 4 crops per photograph, and 5 loose files."""
     crops = {f"{photo}.png/{crop}.npy": f"{photo}.png" for photo in "abcdefgh" for crop in range(4)}
     for source in ("one", "two"):
         write_files(
@@ -120,7 +120,7 @@ def test_photographs_by_name(dataset):
     )
     assert_user_error(
         run_tool("select_training_files", "--data-dir", dataset, "--validation-photo", "*"),
-        "none would be left to train",
+        "leaving none for training",
     )
     assert stamped_tree(dataset) == before
 
@@ -147,7 +147,7 @@ def test_quarantine_hidden_files_and_stale_entries(dataset):
 
 def test_min_size_looks_into_the_files(dataset):
     result = run_tool("select_training_files", "--data-dir", dataset, "--min-size", 33)
-    assert "left out 64 files smaller than 33" in result.stdout
+    assert "omitted 64 files smaller than 33" in result.stdout
     assert {photo(name) for names in lists(dataset) for name in names} == {
         f"loose/{number}.png" for number in range(5)
     }
@@ -168,14 +168,14 @@ def test_bad_usage(tmp_path):
     )
     assert_user_error(select(), "no images below this folder", "images_to_data.py")
     write_files(tmp_path, {"a.npy": CROP})
-    assert_user_error(select(), "1 of 1 photographs", "none would be left to train")
+    assert_user_error(select(), "1 of 1 photographs", "leaving none for training")
     assert not (tmp_path / TRAINING_LIST).exists()
     write_files(tmp_path, {"b.npy": CROP})
     assert_user_error(select("--validation-count", 2), "2 of 2 photographs")
     assert_user_error(select("--validation-fraction", 1), "--validation-fraction 1")
     assert_user_error(select("--validation-count", 0), "--validation-count 0")
     assert_user_error(
-        select("--validation-count", 1, "--validation-photo", "a.npy"), "use one of the two"
+        select("--validation-count", 1, "--validation-photo", "a.npy"), "use only one of them"
     )
     assert select().returncode == 0
     assert select("--validation-photos", "a.npy").returncode == 2
@@ -211,7 +211,7 @@ def test_new_photographs_move_hardly_any_other():
     new = choose_validation([*names, *(f"new_{number}.png" for number in range(100))], Options())
     assert len(old) == 50
     assert len(new) == 55
-    # 50 of the old ones competed for 55 places with 100 newcomers, of which about 5 win.
+    # The 50 old ones compete with 100 newcomers for 55 places, of which the latter win about 5.
     moved = old ^ {name for name in new if not name.startswith("new_")}
     assert len(moved) <= 8
     with pytest.raises(UserError):

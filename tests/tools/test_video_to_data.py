@@ -28,7 +28,7 @@ SMALL = ["--size", 96, *GATES_OFF]
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two films with scenes, in folders, beside things that are none."""
+    """Two films with scenes, in folders, next to files that are not films."""
     folder = tmp_path_factory.mktemp("films")
     (folder / "deep").mkdir()
     (folder / ".hidden").mkdir()
@@ -42,7 +42,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(path: Path) -> list[dict]:
-    """A file of JSON lines."""
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -78,7 +78,7 @@ def test_crops_are_the_pixels_of_the_frames(films: Path, tmp_path: Path) -> None
     assert f"170 frames decoded, {len(expected)} cut" in result.stdout
     firsts = [record["time"] for record in records if record["photo"] == "a.mp4"]
     assert {0.0, 1.2, 3.6} <= {*firsts}  # the first frame of each scene
-    assert not any(0 < time < 1.2 for time in firsts)  # a still scene
+    assert not any(0 < time < 1.2 for time in firsts)  # a static scene
 
 
 def test_threads_do_not_matter_and_seed_and_sampling_do(films: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_videos_that_cannot_be_used_are_named(films: Path, tmp_path: Path) -> No
     for name in ("empty.mp4", "text.avi", "hdr.mkv"):
         assert f"rejected {name}: " in result.stdout
     again = run_tool("video_to_data", folder, "--out", tmp_path / "out", *SMALL)
-    assert again.returncode == 1  # the three are still there
+    assert again.returncode == 1  # the three bad films are still there
     assert "small.webm" not in again.stdout  # settled
     assert "black.mp4" not in again.stdout
 
@@ -274,7 +274,7 @@ def test_damage_and_missing_ends_are_reported_and_the_rest_is_cut(tmp_path: Path
         reject["photo"]: reject["reason"] for reject in lines(tmp_path / "out" / "rejects.jsonl")
     }
     assert "damaged: " in reasons["hole.ts"]
-    assert "cut off: " in reasons["cut.mkv"]
+    assert "truncated: " in reasons["cut.mkv"]
     times = {
         name: [
             record["time"]
@@ -285,7 +285,7 @@ def test_damage_and_missing_ends_are_reported_and_the_rest_is_cut(tmp_path: Path
     }
     assert max(times["hole.ts"]) > 3
     assert 1 < max(times["cut.mkv"]) < 3.5
-    # Two decoder threads a film, until damage is met.
+    # Two decoder threads per film, until damage is met.
     assert (
         run_tool("video_to_data", *arguments, "--out", tmp_path / "four", "--threads", 4).returncode
         == 1
@@ -312,7 +312,7 @@ def test_bad_arguments_are_said_in_one_line(films: Path, tmp_path: Path) -> None
         run_tool("video_to_data", tmp_path / "empty", *out), "no videos below this folder", ".mkv"
     )
     assert_user_error(
-        run_tool("video_to_data", films, "--out", films / "out"), "must not lie in one another"
+        run_tool("video_to_data", films, "--out", films / "out"), "neither may lie within the other"
     )
     assert_user_error(run_tool("video_to_data", *out), "no video given")
     assert not (tmp_path / "out").exists()
@@ -343,10 +343,10 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
     }
     result = run_tool("mkv_to_mp4", folder)
     assert result.returncode == 1
-    assert "2 films written as .mp4; 1 were there already, 2 left out" in result.stdout
-    assert "MP4 cannot hold its video codec, vp8" in result.stdout
-    assert "cut.mkv: cut off: " in result.stdout
-    assert "a.mkv: left behind: subtitle" in result.stdout
+    assert "2 films written as .mp4; 1 were already there, 2 skipped" in result.stdout
+    assert "MP4 does not support its video codec, vp8" in result.stdout
+    assert "cut.mkv: truncated: " in result.stdout
+    assert "a.mkv: dropped: subtitle" in result.stdout
     assert {*tree(folder)} == {
         *sources,
         "a.mp4",
@@ -361,14 +361,14 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
         assert [stream.type for stream in container.streams] == ["video", "audio"]
     stamps = stamped_tree(folder)
     again = run_tool("mkv_to_mp4", folder)
-    assert "0 films written as .mp4; 3 were there already, 2 left out" in again.stdout
+    assert "0 films written as .mp4; 3 were already there, 2 skipped" in again.stdout
     assert stamped_tree(folder) == stamps
     assert_user_error(run_tool("mkv_to_mp4", tmp_path / "none"), "no such folder or file")
     assert_user_error(run_tool("mkv_to_mp4", folder / "a.mp4"), "not an .mkv file")
 
 
 def frames(path: Path) -> list[tuple[float, str]]:
-    """(Second, digest of the pixels) of every frame."""
+    """(second, digest of the pixels) of every frame."""
     info, found = probe(path), []
     for frame in segment_frames(path, info, Segment(0, None, None), FrameCounts()):
         seconds = float((frame.pts - info.start) * info.time_base)
@@ -382,14 +382,13 @@ def frames(path: Path) -> list[tuple[float, str]]:
 
 
 def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
-    """A fixed camera: the checker finds no copies among the crops, however often the tool was
-    stopped on the way."""
+    """With a fixed camera, no crop repeats another, however often the tool was stopped."""
     background, frames = still(5, 256, 512), []
     for step in range(60):
         frame = background.copy()
         frame[20:120, 4 * step : 4 * step + 100] = still(
             6, 100, 100
-        )  # moves through the upper half alone
+        )  # moves only through the upper half
         frames.append(frame)
     (tmp_path / "films").mkdir()
     from_pixels(tmp_path / "films" / "fixed.mp4", frames, *H264)
@@ -423,7 +422,7 @@ def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     shutil.rmtree(
         out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1]
-    )  # the last piece is lost
+    )  # the last segment is lost
     before = set(tree(out))
     assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
     assert {record["path"] for record in lines(out / "manifest.jsonl")} == {

@@ -1,1 +1,1 @@
-"""Cut photographs into crops, and decide which crops are worth keeping."""
+"""Cut photographs into crops and decide which crops are worth keeping."""

@@ -1,7 +1,8 @@
-"""One picture to its crops on disk: what the tools that make datasets do on every thread.
+"""Cut one picture into crops on disk: the per-thread work of the tools that build datasets.
 
-`open_picture` or `read_picture` decode it, the gates judge it, `cut_picture` cuts it at every scale
-and writes the crops. What a gate rejects is a line of rejects.jsonl (`reject_line`) beside them.
+`open_picture` or `read_picture` decodes it, the gates judge it, and `cut_picture` cuts it at every
+scale and writes the crops. Every rejection becomes one line of rejects.jsonl (`reject_line`) next
+to them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from tools.images import encode
 _OURS = re.compile(r"(f\d+_)?x\d+_\d+_\d+(_lr\d+)?\.(npy|png|webp|jp2)(\.tmp)?")
 SETTINGS = "dataset.json"
 REJECTS = "rejects.jsonl"
-# Decided by the settings, the source and (for copies) a twin: no second look unless one of them
-# changes. The others, that is damage, may be repaired.
+# These outcomes depend only on the settings, the source and (for copies) the twin, so they are
+# final until one of these changes. All other gates mean damage, which may be repaired.
 FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """What decides the bytes of a dataset; see crop_options.py for each."""
+    """Settings that determine the bytes of a dataset; tools/crops/options.py explains each."""
 
     size: int
     format: str
@@ -52,44 +53,43 @@ class CropSettings:
 
 
 class Unit(NamedTuple):
-    """What is cut as a whole, and found finished as a whole by the next run: a photo, a member, a
-    piece of a film."""
+    """What is cut, and resumed, as a whole: a photo, an archive member, a segment of a film."""
 
-    folder: str  # of its crops, relative to OUT; its own alone
-    photo: str  # what training and validation are split by
-    bytes: int  # size and modification time of the source's file
+    folder: str  # folder of its crops, relative to OUT; no other unit shares it
+    photo: str  # the training/validation split is made by this name
+    bytes: int  # size and modification time of the source file
     mtime_ns: int
 
 
 @dataclass(frozen=True)
 class SourcePicture:
-    """A decoded picture that is to be cut: uint8 RGB (height, width, 3), upright."""
+    """A decoded picture to cut: uint8 RGB (height, width, 3), upright."""
 
     pixels: np.ndarray
     is_lossy: bool
     decoder: str
-    sha256: str = ""  # of the source's bytes, where it is a file of its own
-    profile: str = ""  # of the source's colours, where they were converted to sRGB
-    time: float | None = None  # of a frame in its video, in seconds
-    prefix: str = ""  # of its crops' file names, where a folder holds several pictures
+    sha256: str = ""  # hash of the source's bytes, if it is a file of its own
+    profile: str = ""  # colour profile of the source, if it was converted to sRGB
+    time: float | None = None  # time of the frame in its video, in seconds
+    prefix: str = ""  # prefix of its crops' file names, if a folder holds several pictures
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A picture or a crop that a gate rejected, and why."""
+    """A picture or crop that a gate rejected, and the reason."""
 
     gate: str  # size, decode, flat, soft, duplicate, near-duplicate, leak, pair
     reason: str
-    scale: int | None = None  # of a crop; None: the picture as a whole
+    scale: int | None = None  # reduction of the rejected crop; None: the whole picture
     top: int | None = None
     left: int | None = None
     time: float | None = None
-    twin: str | None = None  # of a copy: the folder of the unit that holds the original
+    twin: str | None = None  # for a copy: the folder of the unit with the original
 
 
 @dataclass
 class CutPicture:
-    """What became of a picture: crops on disk, and what was rejected."""
+    """Result of cutting a picture: crops on disk, and rejects."""
 
     records: list[CropRecord] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -100,9 +100,9 @@ class CutPicture:
 def open_picture(
     file: BinaryIO, settings: CropSettings, max_megapixels: float
 ) -> SourcePicture | Reject:
-    """Decode the photograph in `file`, unless its header tells already that it holds no crop.
+    """Decode the photograph in `file`, unless its header already shows that no crop fits.
 
-    Raises `BadImageError` where it is broken or has more than `max_megapixels`, `OSError` where it
+    Raises `BadImageError` if the image is broken or exceeds `max_megapixels`, `OSError` if it
     cannot be read.
     """
     header = read_header(file)
@@ -114,8 +114,10 @@ def open_picture(
 
 
 def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
-    """Decode the photograph in `file`, whose header was read and found good; raises as
-    `open_picture` does."""
+    """Decode the photograph in `file`, whose header was already read and accepted.
+
+    Raises as `open_picture` does.
+    """
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
@@ -129,14 +131,15 @@ def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
 
 
 def first_reduction(is_lossy: bool, settings: CropSettings) -> int:
-    """The largest size that is cut: 1/2 for lossy pictures, which hides their artefacts, unless
-    asked otherwise."""
+    """Smallest reduction that is cut: 2 for lossy pictures, which hides their artefacts, else 1.
+
+    With `keep_lossy_size` it is always 1.
+    """
     return 2 if is_lossy and not settings.keep_lossy_size else 1
 
 
 def crop_places(height: int, width: int, size: int, settings: CropSettings, key: str) -> list[Crop]:
-    """Where crops of `size` pixels are cut out of a picture; `key` tells its random gaps from those
-    of others."""
+    """Where to cut crops of `size` pixels from a picture; `key` seeds its random gaps."""
     if settings.cover:
         return cover_grid(height, width, size)
     return crop_grid(height, width, size, f"{settings.seed}/{key}")
@@ -149,10 +152,9 @@ def cut_picture(
     settings: CropSettings,
     benchmark: BenchmarkIndex | None,
 ) -> CutPicture:
-    """Write the crops of `picture` into `out/unit.folder/`, which exists; what the gates turn away
-    is not written.
+    """Write the crops of `picture` that pass the gates into the existing folder `out/unit.folder/`.
 
-    Raises `UserError` where the crops cannot be written (disk full, no permission).
+    Raises `UserError` if the crops cannot be written (disk full, no permission).
     """
     height, width = picture.pixels.shape[:2]
     first = first_reduction(picture.is_lossy, settings)
@@ -175,7 +177,7 @@ def cut_picture(
 
 
 class _LeakError(Exception):
-    """A picture is part of a benchmark."""
+    """The picture contains part of a benchmark image."""
 
     def __init__(self, reject: Reject) -> None:
         super().__init__(reject.reason)
@@ -183,7 +185,7 @@ class _LeakError(Exception):
 
 
 class _Cutter:
-    """The cutting of one picture."""
+    """Cuts one picture."""
 
     def __init__(
         self,
@@ -201,8 +203,7 @@ class _Cutter:
         self.result = CutPicture()
 
     def cut(self, first: int) -> None:
-        """Write the crops at 1/`first`, half of that... beginning with the largest size that is not
-        soft."""
+        """Write the crops of every size from 1/`first` down, except soft ones."""
         self._refuse_leak(self._picture.pixels)
         settings, is_sharp = self._settings, False
         for scale, reduced in pyramid(
@@ -264,24 +265,22 @@ class _Cutter:
 
 
 def make_folder(out: Path, folder: str) -> None:
-    """Make the folder of a unit, without crops of an earlier state of its source, or of a run that
-    was killed there."""
+    """Create a unit's folder, or empty it of crops from an outdated source or a killed run."""
     try:
         (out / folder).mkdir(parents=True, exist_ok=True)
         remove_crops(out / folder)
     except OSError as error:
         raise UserError(
-            f"{out / folder}: cannot be written: {error.strerror}; make room or repair its "
-            "permissions, "
-            "then run the same command again: it goes on where it stopped"
+            f"{out / folder}: cannot be written: {error.strerror}; free disk space or fix the "
+            "permissions, then run the same command again; it continues where it stopped"
         ) from error
 
 
 def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) -> int:
-    """Write the crop `out/name`, whole or not at all; returns its bytes. No fsync: the next run
-    checks what is there.
+    """Write the crop `out/name` atomically and return its size in bytes.
 
-    Raises `UserError` where it cannot be written.
+    There is no fsync; the next run checks which crops exist. Raises `UserError` if it cannot be
+    written.
     """
     content = encode(pixels, form)
     temporary = out / f"{name}.tmp"
@@ -292,33 +291,32 @@ def write_crop(out: Path, name: str, unit: Unit, pixels: np.ndarray, form: str) 
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(
-                f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; make "
-                "room or "
-                "repair its permissions, then run the same command again: it goes on where it "
-                "stopped"
+                f"{out}: a crop of {unit.photo} cannot be written: {error.strerror or error}; "
+                "free disk space or fix the permissions, then run the same command again; it "
+                "continues where it stopped"
             ) from error
         raise
     return len(content)
 
 
 def discard(records: Iterable[CropRecord], out: Path) -> None:
-    """Delete crops that were written but may not stay."""
+    """Delete crops that were written but must not stay."""
     for record in records:
         (out / record.path).unlink(missing_ok=True)
 
 
 def remove_crops(folder: Path) -> None:
-    """Delete the crops and half-written crops in a unit's folder, and nothing else."""
+    """Delete the crops and half-written crops in a unit's folder; leave all other files."""
     for entry in list(os.scandir(folder)):
         if _OURS.fullmatch(entry.name):
             os.unlink(entry.path)
 
 
-# --- What the gates reject ---
+# --- Rejects ---
 
 
 def too_small(height: int, width: int, first: int, size: int) -> Reject:
-    """Why a picture of this size gives no crop, at 1/`first` of it and below."""
+    """Reject a picture that is smaller than one crop at 1/`first` of its size."""
     halved = f" ({height // 2}x{width // 2} after halving a lossy picture)" if first == 2 else ""
     return Reject("size", f"too small: {height}x{width}{halved} holds no crop of {size}x{size}")
 
@@ -326,7 +324,7 @@ def too_small(height: int, width: int, first: int, size: int) -> Reject:
 def flat_crop(
     gates: Mapping[str, float | str], settings: CropSettings, scale: int, top: int, left: int
 ) -> Reject:
-    """Why a crop with too little detail is not written."""
+    """Reject a crop with too little detail."""
     reason = (
         f"flat: gradient {gates['gradient']:.3g} below {settings.min_gradient:g} (--min-gradient)"
     )
@@ -334,7 +332,7 @@ def flat_crop(
 
 
 def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what: str) -> Reject:
-    """Why a picture without a finest octave is not cut (at this size)."""
+    """Reject a picture (at this size) without detail in its finest octave."""
     sharpness = gates["source_sharpness"]
     return Reject(
         "soft",
@@ -345,7 +343,7 @@ def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what:
 
 
 def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
-    """Why a picture or a crop that the network will be measured with is not written."""
+    """Reject a picture or crop that also occurs in a benchmark; `None` if it does not."""
     name = benchmark.find(pixels) if benchmark else None
     return (
         Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)")
@@ -372,7 +370,7 @@ def reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
 
 
 def parse_reject(line: bytes | str) -> dict | None:
-    """A line of rejects.jsonl, or `None` where it is torn or foreign."""
+    """Parse a line of rejects.jsonl; `None` if it is torn or foreign."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -393,7 +391,7 @@ def parse_reject(line: bytes | str) -> dict | None:
 
 
 def reject_groups(lines: Iterable[bytes]) -> Iterator[tuple[str, list[dict]]]:
-    """The rejects of each unit, in their order in the file."""
+    """Yield (folder, rejects) for each unit, in file order."""
     group: list[dict] = []
     for values in filter(None, map(parse_reject, lines)):
         if group and values["folder"] != group[0]["folder"]:

@@ -1,8 +1,7 @@
-"""The folder that crops are written to: claimed, held to its settings, repaired after a kill, its
-manifest kept.
+"""The output folder of a crop dataset: locking, settings, repair after a kill, manifest.
 
-`open_dataset` gives a `CropDataset` to one process alone; `cut_all` feeds it the units that are not
-finished yet, on threads; a `Clock` reports what was done and how fast.
+`open_dataset` gives one process exclusive access to a `CropDataset`; `cut_all` cuts the unfinished
+units on threads; a `Clock` reports what was done and how fast.
 """
 
 from __future__ import annotations
@@ -47,11 +46,12 @@ GATE_WORDS = {
     "pair": "not matching",
     "leak": "in a benchmark",
 }
-"""Gate -> what it says of a picture, where its name alone would not."""
-# A change of what the same settings produce must raise this, so that one dataset never holds both.
+"""Wording of gates whose name alone would not be clear in a report."""
+# Increase this when the same settings would produce other data, so that one dataset never mixes
+# both.
 LAYOUT_VERSION = 2
 
-Stamp = tuple[int, int]  # size and modification time of a source's file
+Stamp = tuple[int, int]  # size and modification time of a source file
 
 
 @contextmanager
@@ -62,8 +62,12 @@ def open_dataset(
     tool: str,
     **more: object,
 ) -> Iterator[CropDataset]:
-    """Hold `out` for this process alone, held to the settings (`more` are the tool's own) that it
-    was begun with."""
+    """Open `out` for this process alone and yield its `CropDataset`.
+
+    `settings` and `more` (the tool's own settings) must equal those the dataset was started with.
+    Raises `UserError` if they differ, if another process holds the folder, or if it cannot be
+    written.
+    """
     recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
     recorded["against"] = list(settings.against)
     recorded["against_files"] = benchmark_fingerprint(settings.against)
@@ -81,19 +85,19 @@ def open_dataset(
             raise UserError(
                 f"{out}: another {tool}.py is writing there; wait for it or stop it"
             ) from None
-        _agree(file, out, recorded)
+        _check_settings(file, out, recorded)
         dataset = CropDataset(out, settings, stamp_of)
         try:
             yield dataset
         except BaseException:
-            with suppress(UserError):  # what happened first is what is said
+            with suppress(UserError):  # the first error is the one to report
                 dataset.close()
             raise
         dataset.close()
 
 
-def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
-    """Write the settings into a new dataset.json; refuse others than an existing one holds."""
+def _check_settings(file: IO[str], out: Path, settings: dict[str, object]) -> None:
+    """Write the settings into a new dataset.json; raise `UserError` if an existing one differs."""
     text = file.read()
     if not text:
         if (out / MANIFEST).exists():
@@ -121,7 +125,7 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
                 f", or correct {name!r} in {out / SETTINGS} if they only moved" if is_place else ""
             )
             raise UserError(
-                f"{out}: begun with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
+                f"{out}: started with {name} = {json.dumps(old)}, now {name} = {json.dumps(new)}; "
                 f"use the same settings or another OUT{moved}"
             )
 
@@ -129,11 +133,10 @@ def _agree(file: IO[str], out: Path, settings: dict[str, object]) -> None:
 def refuse_nested(
     source: Path,
     out: Path,
-    why: str = "crops and sources must not lie in one another, or a second run "
-    "would cut its own crops; choose an OUT beside the sources",
+    why: str = "neither may lie within the other, or a second run would cut its own crops; choose "
+    "an OUT beside the sources",
 ) -> None:
-    """Raise `UserError` where `source` and `out` are, or lie in, one another, or `out` is no
-    folder."""
+    """Raise `UserError` if `source` and `out` overlap, or if `out` is not a folder."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(f"{out} and {source}: {why}")
@@ -149,7 +152,7 @@ def cut_all(
     total: int | None,
     name: str,
 ) -> None:
-    """Cut the units on threads, write the results down in their order, and show how it goes."""
+    """Cut the units on threads, record the results in order, and show progress."""
     with quiet_libraries(), progress(total, name) as bar:
         for result in ordered_map(cut, units, threads):
             dataset.add(result)
@@ -161,56 +164,57 @@ def cut_all(
 
 @dataclass
 class UnitResult:
-    """What became of a unit: its pictures, or the reason why there are none."""
+    """Result of cutting a unit: its pictures, or the reasons why there are none."""
 
     unit: Unit
     pictures: list[CutPicture] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)  # of the unit as a whole
+    rejects: list[Reject] = field(default_factory=list)  # rejects of the unit as a whole
 
 
 class CropDataset:
-    """A folder of crops while a tool writes it. Made by `open_dataset`."""
+    """A dataset folder while a tool writes to it; created by `open_dataset`."""
 
     def __init__(
         self, out: Path, settings: CropSettings, stamp_of: Callable[[str], Stamp | None]
     ) -> None:
-        """`stamp_of(photo)` is the stamp of a source now, `None` where it is gone, or not at hand
-        (its crops stay)."""
+        """Repair the folder and find out which units are finished.
+
+        `stamp_of(photo)` returns the current stamp of a source, or `None` if it is gone or not
+        available (its crops stay).
+        """
         self.out, self.settings, self.totals = out, settings, CuttingTotals()
         distance = settings.max_hash_distance
         self._duplicates = None if distance is None else NearDuplicates(distance)
-        self._film_crops = (
-            None if distance is None else NearDuplicates(distance)
-        )  # still corners of moving pictures
+        # Static corners of moving pictures.
+        self._film_crops = None if distance is None else NearDuplicates(distance)
         self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
         self._stale: dict[
             str, list[CropRecord]
-        ] = {}  # crops of sources that changed, until they are cut again
+        ] = {}  # crops of changed sources, until they are cut again
         self._is_empty = True
         self._stamp_of = stamp_of
-        self._mend_manifest(_cleaned(out / REJECTS))
-        self._mend_rejects()
+        self._repair_manifest(_cleaned(out / REJECTS))
+        self._repair_rejects()
         self._manifest: IO[str] = open(out / MANIFEST, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._rejects: IO[str] = open(out / REJECTS, "a", encoding="utf-8")  # noqa: SIM115
 
     def is_finished(self, folder: str) -> bool:
-        """Whether an earlier run has dealt with the unit of this folder."""
+        """Whether an earlier run has processed the unit with this folder."""
         return folder in self._finished
 
     @property
     def num_finished(self) -> int:
-        """How many units earlier runs have dealt with."""
+        """Number of units that earlier runs have processed."""
         return len(self._finished)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is not a single crop, of this run or an earlier one."""
+        """Whether neither this run nor an earlier one produced a crop."""
         return self._is_empty and not self.totals.crops
 
     def close(self) -> None:
-        """Make what was written durable; the crops of sources that were not reached this time stay
-        recorded."""
+        """Flush everything to disk; crops of changed sources that were not reached stay listed."""
         try:
             for records in self._stale.values():
                 self._manifest.write(format_lines(records))
@@ -223,14 +227,13 @@ class CropDataset:
             raise self._unwritable(error) from error
         finally:
             for file in (self._rejects, self._manifest):
-                with suppress(OSError):  # what could not be written is still in its buffer
+                with suppress(OSError):  # unwritten data is still in its buffer
                     file.close()
 
     def forget(self, photo: str) -> None:
-        """Delete the crops of what a source that changed, and was read to its end this time, holds
-        no more.
+        """Delete the crops of units that a changed source no longer contains.
 
-        `photo` is a film, or an archive with all its members.
+        `photo` is a film, or an archive with all its members, that was read to its end in this run.
         """
         for folder, records in list(self._stale.items()):
             if f"{records[0].photo}/".startswith(f"{photo}/"):
@@ -238,7 +241,7 @@ class CropDataset:
                 _remove_empty(self.out, folder)
 
     def add(self, result: UnitResult) -> None:
-        """Write down what became of a unit: only now, with all its crops on disk, and whole."""
+        """Record the result of a unit whose crops are all on disk."""
         unit, records = result.unit, []
         rejects = list(result.rejects)
         for picture in result.pictures:
@@ -259,9 +262,8 @@ class CropDataset:
                 "".join(reject_line(unit, reject, is_whole=not records) for reject in rejects)
             )
             self._rejects.flush()
-            self._manifest.write(
-                format_lines(earlier if is_broken else records)
-            )  # better old crops than none
+            # Old crops are better than none.
+            self._manifest.write(format_lines(earlier if is_broken else records))
             self._manifest.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -271,13 +273,12 @@ class CropDataset:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.out}: the manifest cannot be written: {error.strerror}; make room, then run "
-            "the same "
-            "command again: it goes on where it stopped"
+            f"{self.out}: the manifest cannot be written: {error.strerror}; free disk space, then "
+            "run the same command again; it continues where it stopped"
         )
 
     def _refuse_twin(self, picture: CutPicture) -> Reject | None:
-        """The reason why a picture is the twin of an earlier one; its crops are deleted then."""
+        """Delete the crops of a picture that is a copy of an earlier one, and return the reject."""
         if self._duplicates is None or not picture.records:
             return None
         reject = self._twin(picture.records[0])
@@ -287,8 +288,10 @@ class CropDataset:
         return reject
 
     def _drop_seen_crops(self, picture: CutPicture) -> list[Reject]:
-        """Delete the crops of a frame that show what one of another frame showed: behind what
-        moves, much is still."""
+        """Delete the crops of a frame that repeat a crop of another frame.
+
+        Behind a moving subject, much of a film stands still.
+        """
         rejects, kept = [], []
         for record in picture.records:
             is_of_film = self._film_crops is not None and record.time is not None
@@ -323,17 +326,16 @@ class CropDataset:
             self._source_of_sha256[sha256] = source
         return None
 
-    def _mend_manifest(self, cleaned: set[str]) -> None:
-        """Keep the units whose crops are all there, but for those that were `cleaned` away; drop
-        the others' lines.
+    def _repair_manifest(self, cleaned: set[str]) -> None:
+        """Keep the units whose crops all exist or were `cleaned` away, and drop all others.
 
-        Torn lines, missing or shortened crops, and sources that changed since are all found here.
-        Of a source that is gone, what is there is kept.
+        This finds torn lines, missing or shortened crops, and changed sources. If a source is gone,
+        its existing crops are kept.
         """
         with _repairing(self.out / MANIFEST) as (old, new):
             for folder, records in _by_folder(old):
                 if folder in self._finished or folder in self._stale:
-                    continue  # a line that a killed run left behind
+                    continue  # left behind by a killed run
                 stamp, there = (
                     self._stamp_of(records[0].photo),
                     [self._is_there(record) for record in records],
@@ -353,17 +355,17 @@ class CropDataset:
                         format_lines(replace(record, folder_crops=len(kept)) for record in kept)
                     )
                 elif is_whole:
-                    self._stale[folder] = kept  # of a source that changed
+                    self._stale[folder] = kept  # its source changed
 
     def _is_there(self, record: CropRecord) -> bool:
-        """Whether a crop's file is there, as long as it was."""
+        """Whether a crop's file exists and has its recorded size."""
         try:
             return (self.out / record.path).stat().st_size == record.bytes
         except OSError:
             return False
 
     def _remember(self, records: list[CropRecord]) -> None:
-        """Take the pictures of a finished unit among those that later ones must not repeat."""
+        """Add the pictures of a finished unit to those that later ones must not repeat."""
         if self._duplicates is None:
             return
         for source, record in {
@@ -376,9 +378,8 @@ class CropDataset:
             if record.time is not None and self._film_crops is not None:
                 self._film_crops.add(record.path, _crop_hash(record))
 
-    def _mend_rejects(self) -> None:
-        """Keep the rejects of finished units and those that stand until their source, or its twin,
-        changes."""
+    def _repair_rejects(self) -> None:
+        """Keep the rejects of finished units, and those that hold until a source changes."""
         settled = set()
         with _repairing(self.out / REJECTS) as (old, new):
             for folder, lines in reject_groups(old):
@@ -390,7 +391,7 @@ class CropDataset:
         self._finished |= settled
 
     def _is_settled(self, lines: list[dict]) -> bool:
-        """Whether the rejects of a unit without crops would be the same again."""
+        """Whether a unit without crops would be rejected again for the same reasons."""
         first = lines[0]
         return (
             all(values["whole"] and values["gate"] in FINAL_GATES for values in lines)
@@ -401,8 +402,7 @@ class CropDataset:
 
 
 def _cleaned(rejects: Path) -> set[str]:
-    """The crops that check_training_data.py has taken away for good reasons: they are not made
-    again."""
+    """Crops that check_training_data.py deleted on purpose; they are not made again."""
     if not rejects.exists():
         return set()
     with open(rejects, "rb") as lines:
@@ -415,8 +415,7 @@ def _cleaned(rejects: Path) -> set[str]:
 
 @contextmanager
 def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
-    """(Lines of `path`, where those to keep are written): its new content, unless nothing was to be
-    repaired."""
+    """Yield (lines of `path`, file for the lines to keep); replace `path` if they differ."""
     repaired = path.with_name(f".{path.name}.tmp")
     try:
         if not path.exists():
@@ -437,8 +436,10 @@ def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
 
 
 def _by_folder(lines: Iterable[bytes]) -> Iterator[tuple[str, list[CropRecord]]]:
-    """The records of each unit: its lines follow one another. Torn and foreign lines are left
-    out."""
+    """Yield (folder, records) for each unit; skip torn and foreign lines.
+
+    The lines of a unit are adjacent.
+    """
     records: list[CropRecord] = []
     for record in filter(None, map(parse_line, lines)):
         folder = record.path.rpartition("/")[0]
@@ -455,13 +456,12 @@ def _crop_hash(record: CropRecord) -> bytes:
 
 
 def _source_sha256(record: CropRecord) -> bytes:
-    """The hash of the file that a picture came in, empty where it has none of its own."""
+    """Hash of the file that holds the picture; empty if the picture is not a file of its own."""
     return bytes.fromhex(str(record.gates.get("source_sha256", "")))
 
 
 def _source(record: CropRecord) -> str:
-    """A picture's name for the index of copies: its unit's folder, and what else tells it from the
-    unit's others."""
+    """Unique name of a picture in the index of duplicates: its folder, photo and time."""
     folder = record.path.rpartition("/")[0]
     return (
         folder
@@ -471,41 +471,40 @@ def _source(record: CropRecord) -> str:
 
 
 def _parts(source: str) -> tuple[str, str]:
-    """(Folder of the unit, name for people) of a picture, from its `_source`."""
+    """Split the result of `_source` into the unit's folder and a readable name."""
     folder, photo, time = source.split("\n") if "\n" in source else (source, source, "None")
     return folder, photo if time == "None" else f"{photo} at {float(time):.3f} s"
 
 
 def _remove_empty(out: Path, folder: str) -> None:
-    """Remove a unit's folder, and those above it within `out`, as far as they are empty."""
+    """Remove a unit's folder and its parents within `out` as long as they are empty."""
     path = out / folder
     while path != out:
         try:
             path.rmdir()
-        except OSError:  # not empty, or never made
+        except OSError:  # not empty, or never created
             return
         path = path.parent
 
 
 @dataclass
 class CuttingTotals:
-    """What a run did, for its report."""
+    """Totals of a run, for its report."""
 
     units: int = 0
     already: int = 0
     crops: int = 0
     pixels: int = 0
-    bad: int = 0  # units that could not be decoded or read, in part or as a whole
+    bad: int = 0  # units of which some or all could not be read or decoded
     rejects: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(
-        default_factory=Counter
-    )  # pictures by the profile of their colours, if not sRGB
-    # The first ones of pictures (not of single crops): damage, and what is merely not fit.
+    # Pictures per colour profile other than sRGB.
+    converted: Counter[str] = field(default_factory=Counter)
+    # The first reasons for whole pictures (not single crops): damage, and final rejects.
     reasons: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     num_reasons: int = 0
 
     def count(self, unit: Unit, rejects: list[Reject], crops: int) -> None:
-        """Take in what became of a unit."""
+        """Add the result of a unit."""
         self.crops += crops
         self.units += crops > 0
         self.bad += any(reject.gate not in FINAL_GATES for reject in rejects)
@@ -521,18 +520,17 @@ class CuttingTotals:
 
 
 class Clock:
-    """Wall and CPU seconds since it was made."""
+    """Measures wall and CPU seconds since its creation."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.monotonic(), time.process_time()
 
     def report(self, totals: CuttingTotals, out: Path, name: str) -> None:
-        """Say what was done, how fast, and what was rejected."""
+        """Print what was done, how fast, and what was rejected."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
         print(
             f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} "
-            f"{name} were there "
-            "already"
+            f"{name} were already there"
         )
         if totals.crops:
             megapixels = totals.pixels / 1e6
@@ -547,7 +545,7 @@ class Clock:
                 f"{count} {GATE_WORDS.get(gate, gate)}"
                 for gate, count in sorted(totals.rejects.items())
             )
-            print(f"rejected: {', '.join(counts)}; {out / REJECTS} says what and why")
+            print(f"rejected: {', '.join(counts)}; see {out / REJECTS} for what and why")
         for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
             print(f"rejected {line}")
         if totals.num_reasons > NUM_SHOWN:

@@ -1,5 +1,4 @@
-"""Pictures that look the same: a perceptual hash, and a table that finds a near one among
-millions."""
+"""Near-duplicate pictures: a perceptual hash, and an index that searches millions of them."""
 
 from __future__ import annotations
 
@@ -9,31 +8,30 @@ from pipeline.libraries import cv2
 from tools.crops.grid import halved
 
 HASH_BYTES = 32
-# Of 256 bits. Re-encoded, resized or slightly trimmed copies differ in 0 to 31, different
+# In bits, of 256. Re-encoded, resized or slightly trimmed copies differ in 0 to 31, different
 # photographs in 98 or more.
 MAX_DISTANCE = 32
 
-_SIDE = 64  # pixels of the picture that is hashed, and
-_FREQUENCIES = 16  # of its frequencies each way
-_MIN_ONES = 64  # a picture with structure has 127 or 128
-_NUM_CHUNKS = 16  # of 16 bits
+_SIDE = 64  # side in pixels to which a picture is reduced before hashing
+_FREQUENCIES = 16  # DCT frequencies used per axis
+_MIN_ONES = 64  # pictures with structure have 127 or 128
+_NUM_CHUNKS = 16  # of 16 bits each
 _EVERY_CHUNK = np.arange(_NUM_CHUNKS)
-_UNINDEXED = 1024  # so many hashes are compared one by one
-_GROWTH = 16  # of one level of the index to the next
+_UNINDEXED = 1024  # hashes compared one by one before they are indexed
+_GROWTH = 16  # size ratio of one index level to the next
 
 
 def _cosines() -> np.ndarray:
-    """The first 16 rows of the 64-point DCT-II (unnormalised), in whole 1024ths: float64 (16,
-    64)."""
+    """First 16 rows of the 64-point DCT-II (unnormalised), in integer 1024ths: float64 (16, 64)."""
     frequency, place = np.arange(_FREQUENCIES)[:, None], np.arange(_SIDE)[None]
     return np.rint(1024 * np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE)))
 
 
 def _order() -> np.ndarray:
-    """Coefficients from the lowest frequencies to the highest: int (256,).
+    """Order of the coefficients, from lowest to highest frequency: int (256,).
 
-    The low ones hardly change between copies, so that some chunk of 16 bits is equal even where 30
-    bits are not.
+    Low frequencies hardly change between copies, so some chunk of 16 bits is usually equal even if
+    30 bits differ.
     """
     row, column = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
     return np.lexsort((row, np.maximum(row, column)))
@@ -44,69 +42,72 @@ _ORDER = _order()
 
 
 def perceptual_hash(pixels: np.ndarray) -> bytes:
-    """32 bytes that hardly differ between copies of a picture: uint8 (height, width, 3) RGB or
-    (height, width) luma.
+    """Return a 32-byte hash that is similar for copies of a picture.
 
-    Sign against the median of the 16x16 lowest DCT frequencies of the luma, reduced to 64x64 by
-    area (C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010).
-    The mean is left out, so brightness does not count; nor does contrast. All arithmetic is exact:
-    the same bytes on every machine.
+    `pixels` is uint8 RGB (height, width, 3) or luma (height, width). Each bit is the sign, relative
+    to the median, of one of the 16x16 lowest DCT frequencies of the luma, reduced to 64x64 by area
+    (C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010). The
+    mean is excluded, so brightness does not matter; contrast does not either. All arithmetic is
+    exact, so every machine gives the same bytes.
     """
     luma = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     while min(luma.shape) >= 2 * _SIDE:
-        luma = halved(luma)  # far quicker than one large reduction
+        luma = halved(luma)  # much faster than one large reduction
     luma = cv2.resize(luma, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
-    coefficients = (
-        _COSINES @ luma.astype(np.float64) @ _COSINES.T
-    ).ravel()  # whole numbers below 2^53: exact
-    coefficients[0] = 0  # the mean
+    # Integers below 2^53: exact.
+    coefficients = (_COSINES @ luma.astype(np.float64) @ _COSINES.T).ravel()
+    coefficients[0] = 0  # exclude the mean
     return np.packbits((coefficients > np.median(coefficients))[_ORDER]).tobytes()
 
 
 def has_structure(hash: bytes) -> bool:
-    """False for the hash of one colour, of stripes and the like: most coefficients are equal, the
-    hash says nothing."""
+    """Whether a hash is meaningful.
+
+    It is not for a single colour, stripes and the like, where most coefficients are equal.
+    """
     return int.from_bytes(hash, "big").bit_count() >= _MIN_ONES
 
 
 class NearDuplicates:
-    """Remembers pictures by hash and finds the earlier one that a new picture is a copy of.
+    """Remembers pictures by hash and finds the earlier picture that a new one is a copy of.
 
-    Multi-index hashing (M. Norouzi et al., CVPR 2012): candidates share at least one of 16 chunks
-    of 16 bits, which is certain up to a distance of 15 and the rule far beyond, as copies differ in
-    the high frequencies first. Hashes without structure are never remembered nor found. About 115
-    bytes a picture, besides names that are not ints in ascending order. Not for several threads;
-    the same calls in the same order give the same answers.
+    Uses multi-index hashing (M. Norouzi et al., CVPR 2012): a candidate must share at least one of
+    16 chunks of 16 bits. That is certain up to a distance of 15, and usual far beyond, because
+    copies differ in the high frequencies first. Hashes without structure are neither stored nor
+    found. Needs about 115 bytes per picture, plus any names that are not ints in ascending order.
+    Not thread-safe; the same calls in the same order give the same answers.
     """
 
     def __init__(self, max_distance: int = MAX_DISTANCE) -> None:
         if not 0 <= max_distance < 128:
             raise ValueError(
-                f"max_distance {max_distance}: of 256 bits, unrelated pictures differ in about 128"
+                f"max_distance {max_distance}: must be 0 to 127; unrelated pictures differ in "
+                "about 128 of 256 bits"
             )
         self.max_distance = max_distance
         self._names: list[str | int] = []
         self._hashes = np.empty((1024, HASH_BYTES // 8), np.uint64)
         self._levels: list[
             _Level
-        ] = []  # older and larger first; together the first `_num_indexed` hashes
+        ] = []  # oldest and largest first; they cover the first `_num_indexed` hashes
         self._num_indexed = 0
 
     def __len__(self) -> int:
-        """How many pictures are remembered."""
+        """Number of remembered pictures."""
         return len(self._names)
 
     def add(self, name: str | int, hash: bytes) -> str | int | None:
-        """The name of the nearest earlier picture within the distance; where there is none, `name`
-        is remembered."""
+        """Return the nearest earlier picture within the distance; remember `name` if none is."""
         earlier = self.find(hash)
         if earlier is None and has_structure(hash):
             self._remember(name, hash)
         return earlier
 
     def find(self, hash: bytes) -> str | int | None:
-        """The name of the nearest remembered picture within the distance (the earliest of several),
-        or `None`."""
+        """Return the nearest remembered picture within the distance, or `None`.
+
+        The earliest one wins a tie.
+        """
         if not (self._names and has_structure(hash)):
             return None
         words, chunks = np.frombuffer(hash, np.uint64), np.frombuffer(hash, np.uint16)
@@ -130,8 +131,10 @@ class NearDuplicates:
             self._index()
 
     def _index(self) -> None:
-        """Index what is not yet, merged with levels that have not come to 16 times its class: 2 to
-        4 levels remain."""
+        """Index the hashes added since the last call, merging levels that are still small.
+
+        A level is merged until it is 16 times its class, so only 2 to 4 levels remain.
+        """
         start, unit = self._num_indexed, _UNINDEXED
         while self._levels and self._levels[-1].count < _GROWTH * unit:
             start = self._levels.pop().start
@@ -143,8 +146,7 @@ class NearDuplicates:
 
 
 class _Level:
-    """An index of hashes that follow one another: for each of the 16 chunks, the places sorted by
-    its value."""
+    """Index over consecutive hashes: positions sorted by value, for each of the 16 chunks."""
 
     def __init__(self, hashes: np.ndarray, start: int) -> None:
         self.start, self.count = start, len(hashes)
@@ -158,8 +160,10 @@ class _Level:
         self._places += start
 
     def candidates(self, chunks: np.ndarray) -> np.ndarray:
-        """The places of the hashes that share a chunk with `chunks` (uint16 (16,)); int32, some
-        more than once."""
+        """Positions of the hashes that share a chunk with `chunks`, uint16 (16,).
+
+        int32; a position may occur more than once.
+        """
         firsts = self._bounds[_EVERY_CHUNK, chunks]
         lasts = self._bounds[_EVERY_CHUNK, chunks.astype(np.int32) + 1]
         found = [

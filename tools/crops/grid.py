@@ -1,5 +1,7 @@
-"""Where crops are cut: a jittered grid without overlap, or a covering grid; a pure function of
-seed, photo, scale."""
+"""Crop positions: a jittered grid without overlap, or a covering grid.
+
+Both are pure functions of seed, photo and scale.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,7 @@ from pipeline.libraries import cv2
 
 
 class Crop(NamedTuple):
-    """A square crop: its place in the grid and its upper left corner in pixels of the (reduced)
-    photograph."""
+    """A square crop: grid cell, and top-left corner in pixels of the (reduced) photograph."""
 
     row: int
     column: int
@@ -23,10 +24,9 @@ class Crop(NamedTuple):
 
 
 def crop_grid(height: int, width: int, size: int, key: str) -> list[Crop]:
-    """floor(height/size) x floor(width/size) crops that do not overlap; the pixels left over become
-    random gaps.
+    """Place floor(height/size) x floor(width/size) crops without overlap and with random gaps.
 
-    `key` decides the gaps: the same key and size give the same crops on every machine and numpy
+    `key` seeds the gaps: the same key and size give the same crops on every machine and numpy
     version.
     """
     rows, columns = height // size, width // size
@@ -45,8 +45,7 @@ def crop_grid(height: int, width: int, size: int, key: str) -> list[Crop]:
 
 
 def cover_grid(height: int, width: int, size: int) -> list[Crop]:
-    """ceil(height/size) x ceil(width/size) crops that cover every pixel with the least overlap,
-    spread evenly."""
+    """Place ceil(height/size) x ceil(width/size) crops that cover every pixel evenly."""
     if height < size or width < size:
         return []
     tops, lefts = _spread(height, size), _spread(width, size)
@@ -58,23 +57,27 @@ def cover_grid(height: int, width: int, size: int) -> list[Crop]:
 
 
 def _draws(key: str, count: int) -> np.ndarray:
-    """`count` uniform 64-bit numbers from `key`. SHAKE-256 rather than numpy's generators: it never
-    changes."""
+    """Return `count` uniform 64-bit numbers derived from `key`.
+
+    SHAKE-256 is used because its output never changes, unlike that of numpy's generators.
+    """
     return np.frombuffer(
         hashlib.shake_256(key.encode("utf-8", "surrogateescape")).digest(8 * count), "<u8"
     )
 
 
 def _with_gaps(draws: np.ndarray, length: int, size: int) -> list[int]:
-    """Starts of as many crops as there are draws along a side, the slack spread before, between and
-    after them."""
+    """Return the start of one crop per draw along a side.
+
+    The slack is spread before, between and after the crops.
+    """
     slack = length - len(draws) * size
     gaps = sorted(int(draw) % (slack + 1) for draw in draws)
     return [gap + index * size for index, gap in enumerate(gaps)]
 
 
 def _spread(length: int, size: int) -> list[int]:
-    """Starts of ceil(length/size) crops along a side, from edge to edge."""
+    """Return the starts of ceil(length/size) crops along a side, evenly from edge to edge."""
     last = -(-length // size) - 1
     return (
         [(index * (length - size) + last // 2) // last for index in range(last + 1)]
@@ -84,8 +87,7 @@ def _spread(length: int, size: int) -> list[int]:
 
 
 def halved(pixels: np.ndarray) -> np.ndarray:
-    """Half the size by the mean of 2x2 pixels, rounded: antialiased. An odd last row or column is
-    cut off."""
+    """Halve the size by the rounded mean of 2x2 pixels; an odd last row or column is dropped."""
     height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
     return cv2.resize(
         pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA
@@ -95,10 +97,9 @@ def halved(pixels: np.ndarray) -> np.ndarray:
 def pyramid(
     pixels: np.ndarray, size: int, first: int, count: int | None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(reduction, pixels) of the photograph reduced `first`, 2 `first`, 4 `first`... times, while a
-    crop still fits.
+    """Yield (reduction, pixels) at 1/`first`, 1/(2 `first`)... while a crop still fits.
 
-    `first` is a power of two; at most `count` sizes where it is given.
+    `first` is a power of two; `count` limits the number of sizes.
     """
     reduction, made = 1, 0
     while min(pixels.shape[:2]) >= size and (count is None or made < count):

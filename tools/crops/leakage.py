@@ -1,8 +1,8 @@
-"""Benchmark pictures among the training pictures: whole, in part, reduced, mirrored, compressed
-again.
+"""Find benchmark pictures in training pictures: whole, cropped, reduced, mirrored or recompressed.
 
-`BenchmarkIndex.find` compares in two steps. Anchors, points of a picture that are found again in
-its copies and parts, propose places (`AnchorTable`); where several agree, pixels are compared.
+`BenchmarkIndex.find` compares in two steps. Anchors, which are points that can be found again in
+copies and crops of a picture, propose positions (`AnchorTable`). Where several anchors agree, the
+pixels are compared.
 """
 
 from __future__ import annotations
@@ -25,56 +25,59 @@ from tools.files import walk
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 RADIUS = 16  # of the patch around an anchor, in pixels: 33 x 33
-_CELLS, _FREQUENCIES = (
-    11,
-    8,
-)  # the patch is reduced to 11x11 means of 3x3 pixels; its 8x8 lowest frequencies count
-_MAX_BITS = 10  # of 63, that the hashes of two patches may differ in
-_NUM_CHUNKS = 4  # of a hash, 16 bits each: one of them must be equal
+# The patch is reduced to 11x11 means of 3x3 pixels; its 8x8 lowest frequencies are used.
+_CELLS, _FREQUENCIES = 11, 8
+_MAX_BITS = 10  # in which the hashes of two matching patches may differ, of 63
+_NUM_CHUNKS = 4  # chunks per hash, 16 bits each; matching patches share at least one
 _MIN_STRENGTH = 1.0  # grey levels
 _NEIGHBOURS = np.ones((13, 13), np.uint8)
-MIN_PART = 64  # pixels a side that a part must have in common with a benchmark picture
-# 1, 2, 4, of the benchmark and of the picture in question: they match at 1/4 to 4 times the size
+MIN_PART = 64  # minimum overlap with a benchmark picture, in pixels per side
+# Reductions by 1, 2 and 4 of both the benchmark and the query picture, so they match at 1/4 to 4
+# times the size.
 _NUM_REDUCTIONS = 3
-_NUM_ANCHORS = 32  # of the picture in question, at each reduction
-_NUM_CHECKED = 12  # of the places that the anchors point at, at each reduction
-# At a place, so many pixels a side are compared, at most, and must correlate so much. Unrelated
-# places with a similar edge reach 0.68, parts that went through JPEG of quality 75 or a shift by
-# half a pixel have 0.80 or more.
+_NUM_ANCHORS = 32  # of the query picture, at each reduction
+_NUM_CHECKED = 12  # candidate positions whose pixels are compared, at each reduction
+# (Window in pixels per side, minimum correlation) of each comparison at a position. Unrelated
+# positions with a similar edge reach 0.68; parts that went through JPEG of quality 75 or a shift by
+# half a pixel have at least 0.80.
 _CHECKS = ((96, 0.6), (256, 0.76))
-_MIN_DETAIL = 0.25  # root mean square of the structure: less says nothing
+_MIN_DETAIL = 0.25  # root mean square of the structure; less is not significant
 
 
 class Match(NamedTuple):
-    """Where a picture may lie in another one: its upper left corner there, and an anchor that says
-    so."""
+    """Possible position of the query picture in a benchmark picture.
+
+    `top` and `left` are its top-left corner there; `row` and `column` are those of a supporting
+    anchor.
+    """
 
     picture: int
     is_mirrored: bool
     top: int
     left: int
-    row: int  # of the anchor, in the picture in question (mirrored where the match is)
+    row: int  # of the anchor, in the query picture (mirrored if the match is)
     column: int
 
 
 class BenchmarkIndex:
-    """Finds what must not be trained on: the pictures of benchmarks, such as Set5, Urban100 or
-    DIV2K's validation part.
+    """Finds benchmark pictures (Set5, Urban100, DIV2K validation...) in training pictures.
 
-    Found are copies of whole pictures at any size, and parts: at the size of the benchmark's
-    picture, at 1/2 or 1/4 of it, and where the benchmark's picture is 1/2 or 1/4 of the part; also
-    mirrored (left to right), brightened and compressed again. A part must have texture, and 64
-    pixels a side in common with the benchmark picture at the size where both match (of parts so
-    small one in ten is missed, from 128 pixels on one in 500). Rotations, parts at other scales,
-    heavy changes of colour and overlays are not found.
+    It finds copies of whole pictures at any size, and parts: at the size of the benchmark picture,
+    at 1/2 or 1/4 of it, and where the benchmark picture is 1/2 or 1/4 of the part. Copies and parts
+    may be mirrored left to right, brightened and recompressed. A part must have texture and share
+    64 pixels per side with the benchmark picture, at the size where both match (one part in ten is
+    missed at that size, one in 500 from 128 pixels on). Rotations, parts at other scales, strong
+    colour changes and overlays are not found.
 
-    Parts are found by anchors whose surroundings look alike; where these point at, pixels are
-    compared. `find` may be called by any number of threads. About 0.4 bytes a benchmark pixel.
+    Parts are found by anchors with similar surroundings; the pixels at the positions they suggest
+    are then compared. `find` is thread-safe. The index needs about 0.4 bytes per benchmark pixel.
     """
 
     def __init__(self, folders: Sequence[Path], threads: int = 0) -> None:
-        """Read all images below `folders`. `skipped` says which could not be read; `UserError`
-        where there are none."""
+        """Read all images below `folders`; `skipped` lists those that cannot be read.
+
+        Raises `UserError` if no image can be read.
+        """
         self.names: list[str] = []
         self.skipped: list[str] = []
         self._levels: list[_Reduction] = []
@@ -97,19 +100,20 @@ class BenchmarkIndex:
             where = ", ".join(map(str, folders)) or "no folder"
             reason = f" ({self.skipped[0]})" if self.skipped else ""
             raise UserError(
-                f"{where}: no image there that can be read{reason}; give the folders of the "
-                "benchmarks"
+                f"{where}: no readable image found{reason}; give the folders of the benchmarks"
             )
         self._hashes = np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)
         self._table = AnchorTable([level.anchors for level in self._levels])
 
     def __len__(self) -> int:
-        """How many benchmark pictures are known."""
+        """Number of benchmark pictures in the index."""
         return len(self.names)
 
     def find(self, pixels: np.ndarray) -> str | None:
-        """The benchmark picture that uint8 RGB `pixels` (height, width, 3) is a copy or a part of,
-        or `None`."""
+        """Return the benchmark picture that `pixels` copies in whole or in part, or `None`.
+
+        `pixels` is uint8 RGB (height, width, 3).
+        """
         luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         image = self._find_whole(luma)
         if image is None:
@@ -143,11 +147,10 @@ class BenchmarkIndex:
         return None
 
     def _correlation(self, luma: np.ndarray, match: Match, window: int) -> float:
-        """Normalised cross-correlation, -1 to 1, of the structure within `window` pixels around the
-        anchor.
+        """Normalised cross-correlation of the structure in a window around the anchor, -1 to 1.
 
-        Both are halved, which takes away JPEG's artefacts and most of what a shift by half a pixel
-        makes.
+        Both pictures are halved, which removes JPEG artefacts and most of the effect of a
+        half-pixel shift.
         """
         level = self._levels[match.picture]
         if match.is_mirrored:
@@ -161,7 +164,7 @@ class BenchmarkIndex:
         theirs = _structure(level.half[top : top + ours.shape[0], left : left + ours.shape[1]])
         if min(cv2.norm(ours), cv2.norm(theirs)) < _MIN_DETAIL * ours.size**0.5:
             return 0.0
-        inner = ours[1:-1, 1:-1]  # an anchor may have moved by a pixel or two
+        inner = ours[1:-1, 1:-1]  # an anchor may be off by a pixel or two
         return float(cv2.matchTemplate(theirs, inner, cv2.TM_CCORR_NORMED).max())
 
 
@@ -170,20 +173,22 @@ class _Reduction(NamedTuple):
 
     height: int
     width: int
-    half: np.ndarray  # its luma, halved once more
+    half: np.ndarray  # luma, halved once more
     anchors: Anchors
 
 
 class _Image(NamedTuple):
-    """What is taken from a benchmark picture."""
+    """Index data of one benchmark picture."""
 
     hash: bytes
     levels: list[_Reduction]
 
 
 def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -> slice:
-    """The rows (or columns) of our picture around the anchor that the level has too; both ends even
-    in the level."""
+    """Rows (or columns) around the anchor that both pictures have, in the query's coordinates.
+
+    In the benchmark picture, both ends are even.
+    """
     first = max(0, -offset, anchor - window // 2)
     last = min(size, level_size - offset, anchor + window // 2)
     first += (first + offset) % 2
@@ -191,15 +196,14 @@ def _common(anchor: int, offset: int, size: int, level_size: int, window: int) -
 
 
 def _structure(luma: np.ndarray) -> np.ndarray:
-    """uint8 luma relative to its surroundings' mean and contrast, so that no edge outweighs the
-    rest: float32."""
+    """Normalise uint8 luma by local mean and contrast, so that no edge dominates: float32."""
     structure = luma.astype(np.float32)
     structure -= cv2.blur(structure, (9, 9))
     return structure / (cv2.sqrt(cv2.blur(structure * structure, (9, 9))) + 2)
 
 
 def _images(folder: Path) -> list[str]:
-    """The images below a folder of benchmark pictures."""
+    """Images below a folder of benchmark pictures."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; give the folder of a benchmark's images, such as Urban100"
@@ -208,7 +212,7 @@ def _images(folder: Path) -> list[str]:
 
 
 def _read(file: tuple[Path, str]) -> _Image | str:
-    """One benchmark picture, or the reason why it cannot be read."""
+    """Index data of one benchmark picture, or the reason why it cannot be read."""
     folder, name = file
     try:
         data = (folder / name).read_bytes()
@@ -230,7 +234,7 @@ def _read(file: tuple[Path, str]) -> _Image | str:
 
 
 class Anchors(NamedTuple):
-    """Rows and columns, int32 (count,), and uint64 (count,) hashes of what lies around."""
+    """Rows and columns, int32 (count,), and hashes of their surroundings, uint64 (count,)."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -241,11 +245,10 @@ NO_ANCHORS = Anchors(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, n
 
 
 def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
-    """The points of uint8 luma (height, width) where a spot differs most from what surrounds it,
-    the `count` strongest.
+    """Find the `count` points of `luma` that differ most from their surroundings; `None`: all.
 
-    Found by content alone, so a crop has the same anchors as the picture it was cut from, apart
-    from its borders.
+    `luma` is uint8 (height, width). The points depend on content alone, so a crop has the same
+    anchors as the picture it was cut from, except near its borders.
     """
     height, width = luma.shape
     if min(height, width) <= 2 * RADIUS:
@@ -268,11 +271,10 @@ def find_anchors(luma: np.ndarray, count: int | None = None) -> Anchors:
 
 
 class AnchorTable:
-    """The anchors of many pictures, looked up by hash. Read-only, so any number of threads may use
-    it."""
+    """Anchors of many pictures, looked up by hash. Read-only, so it is thread-safe."""
 
     def __init__(self, anchors: Sequence[Anchors]) -> None:
-        """`anchors[i]` belong to the picture number i."""
+        """`anchors[i]` are the anchors of picture i."""
         self._picture = np.repeat(
             np.arange(len(anchors), dtype=np.int32), [len(found.rows) for found in anchors]
         )
@@ -286,8 +288,7 @@ class AnchorTable:
         ]
 
     def matches(self, anchors: Anchors, width: int) -> list[Match]:
-        """Where a picture of that width, with those anchors, may lie: what most anchors agree on
-        comes first."""
+        """Possible positions of a picture, those with the most agreeing anchors first."""
         ours, theirs, is_mirrored, bits = self._pairs(anchors.hashes)
         if not len(ours):
             return []
@@ -299,10 +300,8 @@ class AnchorTable:
             self._columns[theirs] - columns,
         )
         place = 2 * picture.astype(np.int64) + is_mirrored
-        for shift in (
-            top,
-            left,
-        ):  # whole pixels in +-2^17; to 4 pixels, as an anchor may move a little
+        # Whole pixels within +-2^17, in steps of 4, because an anchor may be off a little.
+        for shift in (top, left):
             place = (place << 16) + ((shift + (1 << 17)) >> 2)
         _, group, votes = np.unique(place, return_inverse=True, return_counts=True)
         order = np.lexsort((group, bits, -votes[group]))
@@ -314,8 +313,7 @@ class AnchorTable:
         return [Match(*match) for match in zip(*columns_of_best, strict=True)]
 
     def _pairs(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(Our anchor, theirs, whether mirrored, bits that differ) of all pairs that look alike,
-        each pair once."""
+        """Return all similar pairs once: (our anchor, theirs, is mirrored, differing bits)."""
         hashes, count, total = (
             np.concatenate([hashes, hashes ^ _MIRROR]),
             len(hashes),
@@ -326,13 +324,13 @@ class AnchorTable:
             _chunks(hashes).T.astype(np.int32), self._places, self._bounds, strict=True
         ):
             firsts, lasts = bounds[chunks], bounds[chunks + 1]
-            ends = np.cumsum(lasts - firsts)  # of each hash's share in the list of candidates
+            ends = np.cumsum(lasts - firsts)  # end of each hash's share in the list of candidates
             found = np.arange(ends[-1] if count else 0) + np.repeat(lasts - ends, lasts - firsts)
             pairs.append(np.repeat(np.arange(2 * count) * total, lasts - firsts) + places[found])
         pairs = np.concatenate(pairs)
         ours, theirs = np.divmod(pairs, total)
-        alike = np.bitwise_count(hashes[ours] ^ self._hashes[theirs]) <= _MAX_BITS
-        ours, theirs = np.divmod(np.unique(pairs[alike]), total)
+        is_similar = np.bitwise_count(hashes[ours] ^ self._hashes[theirs]) <= _MAX_BITS
+        ours, theirs = np.divmod(np.unique(pairs[is_similar]), total)
         return (
             ours % max(count, 1),
             theirs,
@@ -342,31 +340,30 @@ class AnchorTable:
 
 
 def _patch_hashes(luma: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The signs of the 63 lowest frequencies (but the mean) of the patch around each point: uint64
-    (count,)."""
+    """Signs of the 63 lowest DCT frequencies (without the mean) of each patch: uint64 (count,)."""
     patches = np.lib.stride_tricks.sliding_window_view(luma, (2 * RADIUS + 1, 2 * RADIUS + 1))
     bits = np.empty((len(rows), _FREQUENCIES**2), bool)
     for start in range(0, len(rows), 1024):
         part = slice(start, start + 1024)
         pixels = patches[rows[part] - RADIUS, columns[part] - RADIUS].astype(np.float32)
         bits[part] = (_BASIS @ pixels @ _BASIS.T).reshape(-1, _FREQUENCIES**2)[:, _ORDER] > 0
-    bits[:, 0] = False  # the mean
+    bits[:, 0] = False  # exclude the mean
     return np.packbits(bits, axis=1).view(np.uint64).ravel()
 
 
 def _chunks(hashes: np.ndarray) -> np.ndarray:
-    """uint64 (count,) as uint16 (count, 4)."""
+    """View uint64 (count,) as uint16 (count, 4)."""
     return hashes.view(np.uint16).reshape(-1, _NUM_CHUNKS)
 
 
 def _basis() -> np.ndarray:
-    """DCT-II of a patch's row of 33 pixels, each 3 of them being one cell: float32 (8, 33)."""
+    """DCT-II basis for rows of 33 pixels, in which 3 pixels form one cell: float32 (8, 33)."""
     frequency, cell = np.arange(_FREQUENCIES)[:, None], np.arange(_CELLS).repeat(3)[None]
     return np.cos(np.pi * (2 * cell + 1) * frequency / (2 * _CELLS)).astype(np.float32)
 
 
 def _order() -> np.ndarray:
-    """Coefficients from the lowest frequencies to the highest: int (64,)."""
+    """Order of the coefficients, from lowest to highest frequency: int (64,)."""
     row, column = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
     return np.lexsort((row, np.maximum(row, column)))
 

@@ -1,5 +1,4 @@
-"""manifest.jsonl: which crop came from which source, one JSON object a line, a folder's crops one
-after another."""
+"""manifest.jsonl: the source of each crop, one JSON object per line, grouped by folder."""
 
 from __future__ import annotations
 
@@ -23,21 +22,21 @@ class CropRecord:
     """One crop. Paths are POSIX paths: `path` and `lr` relative to the manifest's folder."""
 
     path: str
-    # what it was cut from, and what training and validation are split by: a photo, a film...
+    # The source it was cut from (a photo, a film...); the training/validation split is made by it.
     photo: str
-    scale: int  # the picture was reduced this many times before cropping: 1, 2, 4...
-    top: int  # upper left corner, in pixels of the reduced picture
+    scale: int  # the picture was reduced by this factor before cropping: 1, 2, 4...
+    top: int  # top-left corner, in pixels of the reduced picture
     left: int
-    size: int  # both sides, in pixels
+    size: int  # height and width, in pixels
     bytes: int  # size of the crop's file
-    sha256: str  # of the pixels: uint8 RGB, rows from the top
-    decoder: str  # what decoded the source, with its version
-    gates: Mapping[str, float | str]  # what the quality gates measured, see quality.py
-    photo_bytes: int  # size and modification time of the source's file, to notice that it changed
+    sha256: str  # hash of the pixels: uint8 RGB, rows from the top
+    decoder: str  # decoder of the source, with its version
+    gates: Mapping[str, float | str]  # measures of the quality gates, see quality.py
+    photo_bytes: int  # size and modification time of the source file, to detect changes
     photo_mtime_ns: int
-    folder_crops: int  # how many crops its folder has in all, to notice that some are missing
-    time: float | None = field(default=None)  # of the frame in its video, in seconds
-    lr: str | None = field(default=None)  # the LR crop that belongs to it, in paired datasets
+    folder_crops: int  # number of crops in its folder, to detect missing ones
+    time: float | None = field(default=None)  # time of the frame in its video, in seconds
+    lr: str | None = field(default=None)  # the matching LR crop, in paired datasets
     role: str = "hr"  # "lr": the LR side of a pair, which no list names and no gate judges
 
 
@@ -50,10 +49,10 @@ _OPTIONAL = {"time": (int, float), "lr": (str,), "role": (str,)}
 
 
 def parse_line(line: str | bytes) -> CropRecord | None:
-    """The crop that a line of a manifest describes, or `None` where the line is torn or foreign."""
+    """Parse a line of a manifest; `None` if it is torn or foreign."""
     try:
         values = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one too
+    except ValueError:  # includes UnicodeDecodeError
         return None
     if (
         not isinstance(values, dict)
@@ -70,15 +69,17 @@ def parse_line(line: str | bytes) -> CropRecord | None:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path stays below the folder that it is relative to: files of that name may be
-    deleted and read."""
+    """Whether a relative path stays inside its folder.
+
+    Files with these names are read and deleted, so a manifest must not point elsewhere.
+    """
     return (
         bool(path) and not path.startswith("/") and "\0" not in path and ".." not in path.split("/")
     )
 
 
 def format_line(record: CropRecord) -> str:
-    """The line of a manifest that describes `record`."""
+    """Format `record` as a line of a manifest."""
     values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
     values = {
         name: value
@@ -89,15 +90,15 @@ def format_line(record: CropRecord) -> str:
 
 
 def format_lines(records: Iterable[CropRecord]) -> str:
-    """The lines of `records` as a manifest holds them."""
+    """Format `records` as lines of a manifest."""
     return "".join(map(format_line, records))
 
 
 def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
-    """(Offset of the line in bytes, record) for each line of a manifest.
+    """Yield (byte offset, record) for each line of a manifest.
 
-    A torn last line (a run that was killed, or goes on right now) does not count; other broken
-    lines are a `UserError`.
+    A torn last line (of a run that was killed or is still writing) is ignored. Raises `UserError`
+    for any other broken line.
     """
     offset, torn = 0, None
     with open(path, "rb") as file:
@@ -113,15 +114,16 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
         else:
             return
     raise UserError(
-        f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset with "
-        "the "
-        "same arguments again, it repairs the file"
+        f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset "
+        "with the same arguments again, it repairs the file"
     )
 
 
 def iterate_records(root: Path, manifests: Iterable[str]) -> Iterator[CropRecord]:
-    """All records of `manifests` (paths relative to `root`), their `path`, `photo` and `lr` made
-    relative to `root`."""
+    """Yield all records of `manifests` (paths relative to `root`).
+
+    Their `path`, `photo` and `lr` are made relative to `root`.
+    """
     for name in sorted(manifests):
         folder = posixpath.dirname(name)
         for _, record in iterate_lines(root / name):
@@ -140,36 +142,35 @@ def _below(folder: str, record: CropRecord) -> CropRecord:
 
 
 class DatasetHash:
-    """One hash of a whole dataset: of every crop's path and pixels, in whatever order they come.
+    """Order-independent hash of a whole dataset: of every crop's path and pixels.
 
-    Two nodes that print the same hash hold the same dataset. The crops' SHA-256 are added up, so
-    that a million of them need no sorting and no memory.
+    Two nodes that print the same hash hold the same dataset. The crops' SHA-256 are summed, so a
+    million crops need neither sorting nor memory.
     """
 
     def __init__(self) -> None:
         self.count, self._sum = 0, 0
 
     def add(self, path: str, sha256: str) -> None:
-        """Take in one crop."""
+        """Add one crop."""
         digest = hashlib.sha256(f"{path}\0{sha256}".encode("utf-8", "surrogatepass")).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
         self.count += 1
 
     def remove(self, path: str, sha256: str) -> None:
-        """Take out one crop that was added."""
+        """Remove one crop that was added."""
         other = DatasetHash()
         other.add(path, sha256)
         self._sum = (self._sum - other._sum) % 2**256
         self.count -= 1
 
     def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
+        """The hash as 64 hexadecimal digits."""
         return hashlib.sha256(f"{self.count} {self._sum:064x}".encode()).hexdigest()
 
 
 class ManifestIndex:
-    """The records of many manifests, looked up by path; 16 bytes of memory a crop, whatever a line
-    holds."""
+    """Looks up the records of many manifests by path; needs 16 bytes of memory per crop."""
 
     def __init__(self, root: Path, manifests: Iterable[str]) -> None:
         self._root, self._files, self._folders = root, [], []
@@ -189,8 +190,7 @@ class ManifestIndex:
         return len(self._keys)
 
     def get(self, path: str) -> CropRecord | None:
-        """The record of the file `path` (relative to the root), or `None` where no manifest knows
-        it."""
+        """Return the record of `path` (relative to the root); `None` if no manifest lists it."""
         key = np.uint64(_key(path))
         at = int(np.searchsorted(self._keys, key))
         while at < len(self._keys) and self._keys[at] == key:
@@ -205,8 +205,7 @@ class ManifestIndex:
         return None
 
     def missing(self) -> int:
-        """How many crops were never asked for: files that a manifest names and that nobody
-        found."""
+        """Number of listed crops that were never looked up, because their files are missing."""
         return int(len(self._seen) - self._seen.sum())
 
     def close(self) -> None:
@@ -222,7 +221,7 @@ def _key(path: str) -> int:
 
 
 def _line_at(descriptor: int, offset: int) -> bytes:
-    """The line that starts at `offset`; `pread`, since many threads share the file."""
+    """Read the line at byte `offset`; uses `pread` because many threads share the file."""
     line = b""
     while True:
         part = os.pread(descriptor, 4096, offset + len(line))

@@ -1,4 +1,4 @@
-"""The options that every tool which cuts crops has in common."""
+"""Options shared by all tools that cut crops."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tools.files import printable, walk
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:
-    """What is good enough to train on."""
+    """Quality thresholds for training data."""
 
     min_gradient: float = MIN_GRADIENT
-    """Flat crops (clear sky, black bars) teach nothing: turn away those whose mean luma gradient,
-    in grey levels a pixel, is below this; 0 keeps all."""
+    """Reject flat crops (clear sky, black bars), which carry no information for training: those
+    whose mean luma gradient, in grey levels per pixel, is below this; 0 keeps all."""
     min_sharpness: float = MIN_SHARPNESS
-    """Blurred or upscaled pictures have next to nothing in their finest octave: turn away those
-    whose sharpness is below this (pictures that are cut are halved first, until they reach it); 0
+    """Reject blurred or upscaled pictures, which have almost no detail in their finest octave:
+    those whose sharpness is below this. Pictures to be cut are first halved until they reach it. 0
     keeps all."""
     keep_duplicates: bool = False
-    """Keep pictures that are identical or nearly so (re-encoded, resized) to one that came
-    before."""
+    """Keep pictures that are identical or nearly identical (re-encoded, resized) to an earlier
+    one."""
     against: tuple[Path, ...] = ()
-    """Folders of benchmark images (Set5, Urban100...): what is near-identical to one of them, or to
-    a part of one, is reported and rejected, since a network must not be trained on what it is
-    measured with."""
+    """Folders of benchmark images (Set5, Urban100...). Anything nearly identical to one of them, or
+    to a part of one, is reported and rejected, because a network must not be trained on the images
+    it is evaluated with."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
@@ -45,50 +45,52 @@ class GateOptions:
             ("--min-sharpness", self.min_sharpness),
         ):
             if not value >= 0:
-                raise UserError(f"{flag} {value:g}: must be at least 0; 0 turns this gate off")
+                raise UserError(f"{flag} {value:g}: must be at least 0; 0 disables this gate")
 
     def max_hash_distance(self) -> int | None:
-        """Of perceptual hashes: up to it two pictures are duplicates; `None` where duplicates are
-        kept."""
+        """Largest hash distance between duplicates in bits; `None` if duplicates are kept."""
         return None if self.keep_duplicates else MAX_DISTANCE
 
     def benchmark_folders(self) -> tuple[str, ...]:
-        """The folders of `against`, in full."""
+        """Absolute paths of the folders in `against`."""
         return tuple(str(folder.expanduser().resolve()) for folder in self.against)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropOptions(GateOptions):
-    """How crops are cut, judged and stored."""
+    """How to cut, judge and store crops."""
 
     size: int = 512
     """Height and width of a crop in pixels; training cuts its smaller random HR crops out of it."""
     format: Literal["npy", "png", "webp"] = "npy"
-    """How crops are stored, always lossless: npy is read fastest by far, webp is smallest (0.44 of
+    """Lossless format of the crops: npy is by far the fastest to read, webp the smallest (0.44 of
     npy)."""
     seed: int = 0
-    """Decides where the gaps between the crops lie. Same seed and source, same bytes, on any number
-    of threads."""
+    """Seed of the gaps between the crops. The same seed and source give the same bytes with any
+    number of threads."""
     cover: bool = False
-    """Cover every pixel: as few crops as that takes, overlapping evenly, instead of crops with
+    """Cover every pixel with as few crops as possible, evenly overlapping, instead of leaving
     random gaps."""
     keep_lossy_size: bool = False
-    """Cut lossy sources at full size too, with their compression artefacts; by default they are
+    """Also cut lossy sources at full size, with their compression artefacts; by default they are
     halved first."""
     num_scales: int | None = None
-    """At most this many sizes of each picture (1: only the largest); by default as many as hold a
+    """Maximum number of sizes per picture (1: only the largest); by default as many as hold a
     crop."""
 
     def settings(self) -> CropSettings:
-        """What decides the bytes of the dataset. Raises `UserError` for values out of range."""
+        """Return the settings that determine the bytes of the dataset.
+
+        Raises `UserError` for values out of range.
+        """
         if not 32 <= self.size <= 8192:
             raise UserError(
-                f"--size {self.size}: a crop must have 32 to 8192 pixels a side; 512 suits most "
+                f"--size {self.size}: a crop must have 32 to 8192 pixels per side; 512 suits most "
                 "networks"
             )
         if self.num_scales is not None and self.num_scales < 1:
             raise UserError(
-                f"--num-scales {self.num_scales}: must be at least 1; leave it away for all sizes"
+                f"--num-scales {self.num_scales}: must be at least 1; omit it for all sizes"
             )
         self.check_gates()
         return CropSettings(
@@ -106,23 +108,26 @@ class CropOptions(GateOptions):
 
 
 def open_benchmark(folders: tuple[str, ...]) -> BenchmarkIndex | None:
-    """The index of the benchmark images that `--against` names; reads them all, and must be able
-    to."""
+    """Index the benchmark images named by `--against`; `None` without any.
+
+    Raises `UserError` if one of them cannot be read.
+    """
     if not folders:
         return None
     index = BenchmarkIndex([Path(folder) for folder in folders])
     if index.skipped:
         raise UserError(
             f"--against: {printable(index.skipped[0])}: {len(index.skipped)} benchmark images "
-            "cannot be "
-            "read, so that leaks from them would not be seen; repair or remove them"
+            "cannot be read, so leaks from them would go unnoticed; repair or remove them"
         )
     return index
 
 
 def benchmark_fingerprint(folders: tuple[str, ...]) -> str | None:
-    """A hash of the names and sizes of the benchmark images: a set that grew must be searched for
-    again."""
+    """Hash of the names and sizes of the benchmark images; `None` without any.
+
+    It is stored with the dataset, so that a changed benchmark triggers a new search.
+    """
     if not folders:
         return None
     digest = hashlib.sha256()

@@ -1,5 +1,4 @@
-"""What a picture is worth to training, in numbers: detail, sharpness, entropy, and a hash to find
-its copies."""
+"""Quality measures of a picture: detail, sharpness, entropy, and a hash to find copies."""
 
 from __future__ import annotations
 
@@ -11,35 +10,33 @@ from pipeline.libraries import cv2
 from tools.crops.duplicates import perceptual_hash
 from tools.crops.grid import halved
 
-MIN_GRADIENT = 1.25  # grey levels a pixel: below lie clear skies, plain walls and black bars
-MIN_SHARPNESS = (
-    0.52  # below lie pictures that were enlarged 2 times or more, or blurred by sigma >= 1
-)
+MIN_GRADIENT = 1.25  # grey levels per pixel; clear skies, plain walls and black bars are below
+MIN_SHARPNESS = 0.52  # pictures enlarged 2 times or more, or blurred by sigma >= 1, are below
 
-_BLOCK = 32  # pixels a side of the blocks that sharpness is measured in
-# rows that are measured at a time, which fit into the cache; of large pictures every second band
+_BLOCK = 32  # side in pixels of the blocks in which sharpness is measured
+# Rows measured at a time, chosen to fit into the cache; only every second band of a large picture
+# is measured.
 _BAND = 64
-_LARGE = 1 << 19  # pixels
-_PERCENTILE = 90  # of the blocks: one sharp subject makes a photograph sharp
-_MIN_DETAIL = (
-    6.0  # mean |Laplacian| of the halved block: six times what rounding to whole levels makes
-)
-# Nearest-neighbour enlargement leaves steps at every 2nd, 3rd or 4th column alone: the steps of the
-# weakest phase are 0.0 of the strongest one's, 0.3 after JPEG of quality 80; in photographs 0.6 or
-# more.
+_LARGE = 1 << 19  # pixels of a large picture
+_PERCENTILE = 90  # over the blocks, because one sharp subject makes a photograph sharp
+# Mean |Laplacian| of the halved block: six times the effect of rounding to integers.
+_MIN_DETAIL = 6.0
+# Nearest-neighbour enlargement leaves steps only at every 2nd, 3rd or 4th column. The steps of the
+# weakest phase are then 0.0 of those of the strongest, or 0.3 after JPEG of quality 80; photographs
+# have 0.6 or more.
 _MAX_PHASE = 0.35
 _PERIODS = (2, 3, 4)
-# columns; which phase is weak may change over a picture where the factor is not a whole number
+# In columns. Where the factor is not an integer, the weak phase changes along the picture, so each
+# stretch is judged separately.
 _STRETCH = 120
 
 
 def crop_gates(pixels: np.ndarray) -> dict[str, float | str]:
-    """Measures of a crop, uint8 RGB (height, width, 3), at least 8 pixels a side; floats of 4
-    significant digits.
+    """Measure a crop, uint8 RGB (height, width, 3), at least 8 pixels per side.
 
-    `gradient`: mean gradient magnitude of the luma, grey levels a pixel. `sharpness`: as `is_soft`
-    explains; 0 where there is nothing but one colour. `entropy`: bits a pixel of the luma
-    histogram. `hash`: hex of `perceptual_hash`.
+    Floats have 4 significant digits. `gradient`: mean gradient magnitude of the luma in grey levels
+    per pixel. `sharpness`: see `is_soft`; 0 for a single colour. `entropy`: bits per pixel of the
+    luma histogram. `hash`: hex of `perceptual_hash`.
     """
     luma = _luma(pixels)
     half = halved(luma)
@@ -52,11 +49,10 @@ def crop_gates(pixels: np.ndarray) -> dict[str, float | str]:
 
 
 def picture_gates(pixels: np.ndarray) -> dict[str, float | str]:
-    """Measures of a whole photograph or frame, uint8 RGB (height, width, 3), at least 8 pixels a
-    side.
+    """Measure a whole photograph or frame, uint8 RGB (height, width, 3).
 
-    `source_sharpness`: as `is_soft` explains; 0 where no part has any detail. `source_hash`: hex of
-    `perceptual_hash`.
+    It must have at least 8 pixels per side. `source_sharpness`: see `is_soft`; 0 if no part has any
+    detail. `source_hash`: hex of `perceptual_hash`.
     """
     luma = _luma(pixels)
     return {
@@ -66,8 +62,7 @@ def picture_gates(pixels: np.ndarray) -> dict[str, float | str]:
 
 
 def file_gates(pixels: np.ndarray) -> dict[str, float | str]:
-    """What decides whether an image of no manifest is good: `gradient`, `source_sharpness` and
-    `hash`, in one go."""
+    """Measure `gradient`, `source_sharpness` and `hash` of an image without a manifest."""
     luma = _luma(pixels)
     return {
         "gradient": _rounded(_gradient(luma)),
@@ -88,12 +83,12 @@ def is_soft(
 ) -> bool:
     """Whether a photograph (or, with `name="sharpness"`, a crop) is blurred or enlarged.
 
-    Sharpness is how strong the finest octave is against the next one: high-pass filtered luma over
-    that of the halved picture. Photographs have 0.55 to 1.6, whatever their contrast; 0.40 to 0.48
-    after enlarging 2 times (bicubic, bilinear, Lanczos), 0.3 to 0.4 after 3 or 4 times or a
-    Gaussian of sigma >= 1.5. A photograph counts as sharp as its sharpest blocks that have detail;
-    a crop is measured as a whole. A photograph has 0 where pixels are repeated (nearest-neighbour
-    enlargement). Enlarging 1.5 times leaves 0.45 to 0.65, some of it above the default.
+    Sharpness is the strength of the finest octave relative to the next one: high-pass filtered luma
+    over that of the halved picture. Photographs have 0.55 to 1.6 regardless of contrast; 0.40 to
+    0.48 after 2x enlargement (bicubic, bilinear, Lanczos), 0.3 to 0.4 after 3x or 4x or a Gaussian
+    of sigma >= 1.5. A photograph is measured by its sharpest blocks that have detail, a crop as a
+    whole. A photograph gets 0 if pixels are repeated (nearest-neighbour enlargement). 1.5x
+    enlargement leaves 0.45 to 0.65, some of it above the default.
     """
     return float(gates[name]) < min_sharpness
 
@@ -101,20 +96,24 @@ def is_soft(
 def _luma(pixels: np.ndarray) -> np.ndarray:
     if min(pixels.shape[:2]) < 8:
         raise ValueError(
-            f"{pixels.shape[0]}x{pixels.shape[1]}: sharpness needs at least 8 pixels a side"
+            f"{pixels.shape[0]}x{pixels.shape[1]}: sharpness needs at least 8 pixels per side"
         )
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
 
 
 def _rounded(value: float) -> float:
-    """Four significant digits: short in JSON, and the same on machines that sum in another
-    order."""
+    """Round to four significant digits.
+
+    The values are short in JSON and do not depend on a machine's order of summation.
+    """
     return float(f"{value:.4g}")
 
 
 def _gradient(luma: np.ndarray) -> float:
-    """Mean gradient magnitude in grey levels a pixel, within 4 %: alpha max plus beta min, which
-    needs no floats."""
+    """Mean gradient magnitude in grey levels per pixel, within 4 %.
+
+    Uses the alpha-max-plus-beta-min approximation, which needs no floats.
+    """
     corner = luma[:-1, :-1]
     across, down = cv2.absdiff(luma[:-1, 1:], corner), cv2.absdiff(luma[1:, :-1], corner)
     largest, smallest = (
@@ -125,8 +124,10 @@ def _gradient(luma: np.ndarray) -> float:
 
 
 def _entropy(luma: np.ndarray) -> float:
-    """Bits of the luma histogram, of every eighth row where there are 2^18 pixels: 0 (one colour)
-    to 8."""
+    """Entropy of the luma histogram in bits, 0 (one colour) to 8.
+
+    From 2^18 pixels on, only every eighth row is counted.
+    """
     rows = luma[:: 8 if luma.size >= 1 << 18 else 1]
     counts = cv2.calcHist([rows], [0], None, [256], [0, 256]).ravel().astype(np.float64)
     shares = counts[counts > 0] / rows.size
@@ -134,18 +135,18 @@ def _entropy(luma: np.ndarray) -> float:
 
 
 def _global_sharpness(luma: np.ndarray, half: np.ndarray) -> float:
-    """Sharpness of the picture as a whole; its strongest edges count most."""
+    """Sharpness of the picture as a whole, dominated by its strongest edges."""
     coarse = _high_pass(half)
     return _high_pass(luma) / coarse if coarse else 0.0
 
 
 def _high_pass(luma: np.ndarray) -> float:
-    """Root mean square of what a 3x3 mean takes away."""
+    """Root mean square of the difference to a 3x3 mean."""
     return cv2.norm(luma, cv2.blur(luma, (3, 3)), cv2.NORM_L2) / luma.size**0.5
 
 
 def _block_sharpness(luma: np.ndarray) -> float:
-    """Sharpness of the sharpest blocks that have detail, the noise floor taken off."""
+    """Sharpness of the sharpest blocks that have detail, with the noise floor subtracted."""
     if any(_is_repeated(steps, count) for steps, count in _steps(luma)):
         return 0.0
     if min(luma.shape) < 2 * _BLOCK:
@@ -166,18 +167,19 @@ def _block_sharpness(luma: np.ndarray) -> float:
 
 
 def _blocks(luma: np.ndarray, side: int) -> np.ndarray:
-    """Mean |Laplacian| of each block of `side` x `side` pixels; float64 (rows, columns)."""
+    """Mean |Laplacian| of each block of `side` x `side` pixels: float64 (rows, columns)."""
     rows, columns = luma.shape[0] // side, luma.shape[1] // side
     magnitudes = np.abs(cv2.Laplacian(luma[: rows * side, : columns * side], cv2.CV_16S))
-    sums = np.add.reduce(
-        magnitudes.reshape(rows, side, columns * side), axis=1, dtype=np.uint16
-    )  # at most 32 * 1020
+    # The sums are at most 32 * 1020.
+    sums = np.add.reduce(magnitudes.reshape(rows, side, columns * side), axis=1, dtype=np.uint16)
     return sums.reshape(rows, columns, side).sum(axis=2, dtype=np.uint32) / side**2
 
 
 def _noise(fine: np.ndarray, coarse: np.ndarray) -> float:
-    """The noise floor of `fine`, told by blocks where nothing but noise is: there, it is twice
-    `coarse`; else 0."""
+    """Noise floor of `fine`, estimated from blocks of pure noise; 0 if there are too few.
+
+    In pure noise `fine` is twice `coarse`.
+    """
     is_noise = fine > 1.3 * coarse
     if is_noise.mean() <= 0.02:
         return 0.0
@@ -185,8 +187,7 @@ def _noise(fine: np.ndarray, coarse: np.ndarray) -> float:
 
 
 def _percentile(values: np.ndarray, percent: int) -> float:
-    """`np.percentile`, which takes 50 us for any number of values and holds Python's lock
-    meanwhile."""
+    """Same as `np.percentile`, which takes at least 50 us and holds the GIL meanwhile."""
     values = np.sort(values)
     place = (len(values) - 1) * percent / 100
     low = int(place)
@@ -195,8 +196,10 @@ def _percentile(values: np.ndarray, percent: int) -> float:
 
 
 def _steps(luma: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """How much each column, then each row, differs from the last: (sums, of how many pixels), of a
-    quarter of them."""
+    """Yield the sums of differences between adjacent columns, then rows, and their pixel counts.
+
+    Only a quarter of the pixels is used.
+    """
     rows = luma[::4]
     yield (
         cv2.reduce(
@@ -216,14 +219,16 @@ def _steps(luma: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _is_repeated(steps: np.ndarray, count: int) -> bool:
-    """Whether columns (or rows) repeat their neighbours, as after nearest-neighbour enlargement
-    (also by 1.5)."""
+    """Whether columns (or rows) repeat their neighbours, as after nearest-neighbour enlargement.
+
+    Also detects factors such as 1.5.
+    """
     steps = np.minimum(steps, 2 * steps.mean())  # a single strong edge is no pattern
     stretch = min(_STRETCH, len(steps) // 12 * 12)
     if not stretch:
         return False
     stretches = steps[: len(steps) // stretch * stretch].reshape(-1, stretch)
-    stretches = stretches[stretches.sum(axis=1) > stretch * count / 4]  # leaves out black bars
+    stretches = stretches[stretches.sum(axis=1) > stretch * count / 4]  # ignore black bars
     if not stretches.size:
         return False
     for period in _PERIODS:

@@ -1,1 +1,1 @@
-"""Walk, sample, judge and clean a dataset on disk."""
+"""Check, clean and measure datasets."""

@@ -1,5 +1,7 @@
-"""Taking bad files out of a dataset: to its quarantine or for good, and so that cutting tools know
-of it."""
+"""Move bad files of a dataset to its quarantine, or delete them.
+
+Removed crops are recorded, so that the cutting tools do not make them again.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE
 from tools.crops.cutting import REJECTS, SETTINGS, Reject, Unit, parse_reject, reject_line
 from tools.crops.manifest import CropRecord, ManifestIndex, iterate_lines
-from tools.dataset.judging import Judgement
+from tools.dataset.judging import FileCheck
 
 REPORT = "report.jsonl"
 
 
 def check_can_clean(root: Path) -> None:
-    """Raise `UserError`, before anything is judged, where there can be no quarantine."""
+    """Raise `UserError`, before any file is checked, if files cannot be moved to the quarantine."""
     quarantine = root / QUARANTINE
     if os.path.lexists(quarantine) and not quarantine.is_dir():
         raise UserError(
@@ -32,19 +34,18 @@ def check_can_clean(root: Path) -> None:
     folder = quarantine if quarantine.is_dir() else root
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
-            f"{folder}: cannot be written, so bad files cannot be moved; repair its permissions, "
-            "or leave "
-            "--clean away"
+            f"{folder}: cannot be written, so bad files cannot be moved; fix its permissions or "
+            "omit --clean"
         )
 
 
 class Cleaner:
-    """Takes bad files away. A context: while it is open, no other run cleans, and no tool cuts what
-    it writes about.
+    """Context manager that removes bad files from a dataset.
 
-    Crops that are whole and yet bad would be made again by the tool that made them. Of each, a line
-    in the rejects.jsonl beside their manifest tells it not to: that of a reject, with `cleaned` and
-    the crop's `path`.
+    While it is open, no other run cleans the dataset and no tool writes crops to the folders
+    concerned. A tool would cut undamaged but rejected crops again. So each of them gets a line in
+    the rejects.jsonl beside its manifest, in the format of a reject plus `cleaned` and the crop's
+    `path`.
     """
 
     def __init__(
@@ -52,18 +53,20 @@ class Cleaner:
         root: Path,
         manifests: Iterable[str],
         made_again: Iterable[str],
-        bad: list[Judgement],
+        bad: list[FileCheck],
         delete: bool,
     ) -> None:
-        """`made_again` are the bad files that are to be made again; `delete`: for good. `UserError`
-        if it cannot be."""
+        """`made_again`: bad files that may be cut again; `delete`: do not move but delete.
+
+        Raises `UserError` if a dataset is in use or cannot be written.
+        """
         self._root, self._delete = root, delete
         self.taken = 0
         self.failed: list[tuple[str, str]] = []
         self._open_files = ExitStack()
         with ExitStack() as stack:
             self._records = _recorded(
-                root, manifests, {judgement.path for judgement in bad}.difference(made_again)
+                root, manifests, {check.path for check in bad}.difference(made_again)
             )
             self._rejects = {
                 folder: _open_rejects(root / folder, stack)
@@ -78,63 +81,61 @@ class Cleaner:
     def __exit__(self, *error: object) -> None:
         self._open_files.close()
 
-    def take(self, judgement: Judgement) -> None:
-        """Take one file away. What cannot be moved or deleted is added to `failed`: (path,
-        reason)."""
+    def take(self, check: FileCheck) -> None:
+        """Remove one file; if it cannot be moved or deleted, add (path, reason) to `failed`."""
         try:
-            is_taken = self._unlink(judgement) if self._delete else self._quarantine(judgement)
+            is_taken = self._unlink(check) if self._delete else self._quarantine(check)
         except OSError as error:
-            self.failed.append((judgement.path, error.strerror or str(error)))
+            self.failed.append((check.path, error.strerror or str(error)))
             return
         self.taken += is_taken
-        if is_taken and judgement.path in self._records:
-            folder, record = self._records[judgement.path]
+        if is_taken and check.path in self._records:
+            folder, record = self._records[check.path]
             _append(
                 self._rejects[folder],
-                _cleaned_line(record, judgement),
+                _cleaned_line(record, check),
                 self._root / folder / REJECTS,
             )
 
-    def _unlink(self, judgement: Judgement) -> bool:
+    def _unlink(self, check: FileCheck) -> bool:
         try:
-            os.unlink(self._root / judgement.path)
-        except FileNotFoundError:  # somebody else has taken it away
+            os.unlink(self._root / check.path)
+        except FileNotFoundError:  # already removed by somebody else
             return False
         return True
 
-    def _quarantine(self, judgement: Judgement) -> bool:
-        """Move a file to quarantine/<same path>, the report first: what was moved is always
-        known."""
+    def _quarantine(self, check: FileCheck) -> bool:
+        """Move a file to quarantine/<same path>.
+
+        The report is written first, so every moved file is known.
+        """
         root, quarantine = self._root, self._root / QUARANTINE
-        target, number = quarantine / judgement.path, 1
-        while os.path.lexists(target):  # an earlier file of that name: keep both
+        target, number = quarantine / check.path, 1
+        while os.path.lexists(target):  # keep an earlier file with the same name
             number += 1
-            target = (quarantine / judgement.path).with_name(
-                f"{Path(judgement.path).name}.{number}"
-            )
+            target = (quarantine / check.path).with_name(f"{Path(check.path).name}.{number}")
         target.parent.mkdir(parents=True, exist_ok=True)
         entry = {
-            "path": judgement.path,
+            "path": check.path,
             "moved_to": target.relative_to(root).as_posix(),
-            "reason": judgement.reason,
-            "gate": judgement.gate,
+            "reason": check.reason,
+            "gate": check.gate,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         length = os.fstat(self._report.fileno()).st_size
         _append(self._report, json.dumps(entry) + "\n", quarantine / REPORT)
         try:
-            os.rename(root / judgement.path, target)
+            os.rename(root / check.path, target)
         except OSError as error:
             os.ftruncate(self._report.fileno(), length)
-            if isinstance(error, FileNotFoundError):  # somebody else has taken it away
+            if isinstance(error, FileNotFoundError):  # already removed by somebody else
                 return False
             raise
         return True
 
 
 def cleaned_away(root: Path, manifests: Iterable[str], crops: ManifestIndex) -> int:
-    """How many crops of the manifests an earlier run took away for good; `crops` takes them for
-    found."""
+    """Count listed crops that earlier runs removed on purpose; marks them as seen in `crops`."""
     names: set[str] = set()
     for manifest in manifests:
         folder = posixpath.dirname(manifest)
@@ -152,8 +153,7 @@ def cleaned_away(root: Path, manifests: Iterable[str], crops: ManifestIndex) -> 
 def _recorded(
     root: Path, manifests: Iterable[str], names: set[str]
 ) -> dict[str, tuple[str, CropRecord]]:
-    """Name -> (folder of its manifest, record as it stands there), for those that a manifest
-    knows."""
+    """Map each of `names` that a manifest lists to (folder of the manifest, record)."""
     found: dict[str, tuple[str, CropRecord]] = {}
     for manifest in manifests if names else ():
         folder = posixpath.dirname(manifest)
@@ -164,14 +164,12 @@ def _recorded(
     return found
 
 
-def _cleaned_line(record: CropRecord, judgement: Judgement) -> str:
-    """The line of rejects.jsonl for a crop that was taken away."""
+def _cleaned_line(record: CropRecord, check: FileCheck) -> str:
+    """Format the line of rejects.jsonl for a removed crop."""
     unit = Unit(
         posixpath.dirname(record.path), record.photo, record.photo_bytes, record.photo_mtime_ns
     )
-    reject = Reject(
-        judgement.gate, judgement.reason, record.scale, record.top, record.left, record.time
-    )
+    reject = Reject(check.gate, check.reason, record.scale, record.top, record.left, record.time)
     values = {
         **json.loads(reject_line(unit, reject, is_whole=False)),
         "path": record.path,
@@ -181,27 +179,26 @@ def _cleaned_line(record: CropRecord, judgement: Judgement) -> str:
 
 
 def _open_rejects(folder: Path, stack: ExitStack) -> BinaryIO:
-    """The rejects.jsonl of a dataset that no tool is writing to, until `stack` closes."""
+    """Open the rejects.jsonl of a dataset and lock the dataset until `stack` closes."""
     try:
         if (folder / SETTINGS).exists():
-            settings = stack.enter_context(open(folder / SETTINGS, "r+b"))  # noqa: SIM115 - the stack closes it
+            settings = stack.enter_context(open(folder / SETTINGS, "r+b"))  # noqa: SIM115 - closed by stack
             fcntl.flock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return _open_lines(folder / REJECTS, stack)
     except BlockingIOError:
         raise UserError(
-            f"{folder}: a tool is writing there; wait for it or stop it, then clean; nothing was "
-            "changed"
+            f"{folder}: a tool is writing there; wait for it or stop it, then clean again; "
+            "nothing was changed"
         ) from None
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}; repair its "
-            "permissions; "
-            "nothing was changed"
+            f"{error.filename or folder}: cannot be written: {error.strerror}; fix its "
+            "permissions; nothing was changed"
         ) from error
 
 
 def _open_report(quarantine: Path, stack: ExitStack) -> BinaryIO:
-    """The report of a quarantine that no other run is using, until `stack` closes."""
+    """Open the report of a quarantine and lock it until `stack` closes."""
     try:
         quarantine.mkdir(exist_ok=True)
         report = _open_lines(quarantine / REPORT, stack)
@@ -220,11 +217,11 @@ def _open_report(quarantine: Path, stack: ExitStack) -> BinaryIO:
 
 
 def _open_lines(path: Path, stack: ExitStack) -> BinaryIO:
-    """A file of lines to append to."""
-    file = stack.enter_context(open(path, "a+b"))  # noqa: SIM115 - the stack closes it
+    """Open a file to append lines to."""
+    file = stack.enter_context(open(path, "a+b"))  # noqa: SIM115 - closed by the stack
     if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":  # a run that was killed left half a line
+        if file.read(1) != b"\n":  # a killed run left an incomplete line
             file.write(b"\n")
             file.flush()
     return file
@@ -237,7 +234,6 @@ def _append(file: BinaryIO, line: str, path: Path) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written: {error.strerror}; make room, then run the same command "
-            "again: it "
-            "goes on where it stopped"
+            f"{path}: cannot be written: {error.strerror}; free disk space, then run the same "
+            "command again; it continues where it stopped"
         ) from error

@@ -1,4 +1,4 @@
-"""Whether one file can be trained on: what check_training_data.py asks of every image."""
+"""Check whether single files can be trained on; used by check_training_data.py for every image."""
 
 from __future__ import annotations
 
@@ -41,81 +41,82 @@ from tools.crops.quality import file_gates, is_flat, is_soft
 from tools.files import printable
 
 
-class Verdict(enum.Enum):
-    """What is known of a file."""
+class FileStatus(enum.Enum):
+    """Outcome of checking a file."""
 
     GOOD = "good"
     BAD = "bad"
-    UNREADABLE = "could not be read"  # says nothing about the file: never a reason to remove it
+    UNREADABLE = "could not be read"  # an I/O problem, never a reason to remove the file
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The verdict on one file (a path relative to the dataset), its reason, and how many bytes were
-    read for it."""
+class FileCheck:
+    """Result of checking one file: status, reason, and the number of bytes read.
+
+    `path` is relative to the dataset.
+    """
 
     path: str
-    verdict: Verdict
+    status: FileStatus
     reason: str = ""
     bytes: int = 0
-    gate: str = (
-        ""  # of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate
-    )
-    perceptual_hash: str = ""  # of a good file, in hexadecimal, where it is known
-    sha256: str = ""  # of its pixels, where a manifest knows it
-    profile: str = ""  # of a good file's colours, where training converts them to sRGB
+    # Of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate.
+    gate: str = ""
+    perceptual_hash: str = ""  # of a good file, in hexadecimal, if known
+    sha256: str = ""  # of the pixels, if a manifest lists the file
+    profile: str = ""  # colour profile of a good file, if training converts it to sRGB
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a file must fulfil. Sizes are of both sides, in pixels."""
+class FileRules:
+    """Requirements for a file; sizes apply to both sides, in pixels."""
 
     min_size: int
     max_size: int | None
     max_megapixels: float
-    decode: bool  # False: the container's checksums, markers and lengths only
+    decode: bool  # False: check only the container's checksums, markers and lengths
     min_gradient: float = 0
     min_sharpness: float = 0
 
 
-class Judge:
-    """Judges files on any number of threads."""
+class FileChecker:
+    """Checks files; thread-safe."""
 
     def __init__(
-        self, root: Path, rules: Rules, crops: ManifestIndex, benchmark: BenchmarkIndex | None
+        self, root: Path, rules: FileRules, crops: ManifestIndex, benchmark: BenchmarkIndex | None
     ) -> None:
         self._root, self._rules, self._crops, self._benchmark = root, rules, crops, benchmark
         self._of_thread = threading.local()
 
-    def __call__(self, name: str) -> Judgement:
-        """The judgement on the file `name`, relative to the dataset. Raises nothing that a file
-        could cause."""
+    def __call__(self, name: str) -> FileCheck:
+        """Check the file `name`, relative to the dataset.
+
+        Returns the problem instead of raising, whatever is wrong with the file.
+        """
         path, record = self._root / name, self._crops.get(name)
         try:
             profile = ""
             if is_npy(name):
-                size, pixels = self._judge_npy(path, record)
+                size, pixels = self._check_npy(path, record)
             else:
-                size, pixels, profile = self._judge_encoded(path, record)
+                size, pixels, profile = self._check_encoded(path, record)
             gates = self._gates(record, pixels)
             self._check_gates(gates)
-            self._refuse_leak(pixels, record)
+            self._check_leak(pixels, record)
         except BadNpyError as error:
-            return Judgement(name, Verdict.BAD, error.reason, gate="file")
+            return FileCheck(name, FileStatus.BAD, error.reason, gate="file")
         except _GateError as error:
-            return Judgement(name, Verdict.BAD, error.reason, gate=error.gate)
+            return FileCheck(name, FileStatus.BAD, error.reason, gate=error.gate)
         except BadImageError as error:
-            return Judgement(name, Verdict.BAD, str(error), gate="file")
-        except (
-            MemoryError
-        ):  # says nothing about the file: what its header promises is within the limits
-            return Judgement(name, Verdict.UNREADABLE, "not enough memory to read it")
-        # FileNotFoundError too: a link into nowhere, or a file that went while we looked
+            return FileCheck(name, FileStatus.BAD, str(error), gate="file")
+        except MemoryError:  # not the file's fault: the size in its header is within the limits
+            return FileCheck(name, FileStatus.UNREADABLE, "not enough memory to read it")
+        # Includes FileNotFoundError: a dangling link, or a file that was removed meanwhile.
         except OSError as error:
-            return Judgement(name, Verdict.UNREADABLE, error.strerror or str(error))
-        return Judgement(
+            return FileCheck(name, FileStatus.UNREADABLE, error.strerror or str(error))
+        return FileCheck(
             name,
-            Verdict.GOOD,
+            FileStatus.GOOD,
             "",
             size,
             perceptual_hash=str(gates.get("hash", "")),
@@ -123,10 +124,10 @@ class Judge:
             profile=profile,
         )
 
-    def _judge_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
-        """(Bytes read, pixels or `None` where only the header was read)."""
+    def _check_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
+        """Return (bytes read, pixels), or `None` for the pixels if only the header was read."""
         if not path.exists():
-            raise FileNotFoundError(None, "No such file (a link into nowhere?)")
+            raise FileNotFoundError(None, "No such file (a dangling link?)")
         layout = npy_layout(path)
         self._check_size(layout.height, layout.width, record)
         check_megapixels(
@@ -143,11 +144,13 @@ class Judge:
             layout.height, layout.width, 3
         )
 
-    def _judge_encoded(
+    def _check_encoded(
         self, path: Path, record: CropRecord | None
     ) -> tuple[int, np.ndarray | None, str]:
-        """(Bytes read, pixels or `None` where they need not be decoded, profile that they are
-        converted from)."""
+        """Return (bytes read, pixels, converted colour profile).
+
+        The pixels are `None` if they need not be decoded.
+        """
         with open(path, "rb") as file:
             header = read_header(file)
             self._check_size(header.height, header.width, record)
@@ -159,7 +162,7 @@ class Judge:
                 try:
                     check_complete(data, header)
                     return len(data), None, foreign_profile(header)
-                except NoEndError:  # only decoding tells whether pixels are missing
+                except NoEndError:  # only decoding shows whether pixels are missing
                     data = bytes(data)
             else:
                 data = file.read()
@@ -169,8 +172,10 @@ class Judge:
         return len(data), pixels if self._rules.decode else None, foreign_profile(header)
 
     def _read_into_buffer(self, file: BinaryIO) -> memoryview:
-        """All of a file, in memory that the next call uses again: to get new memory costs as much
-        as to read."""
+        """Read a whole file into a buffer that the thread's next call reuses.
+
+        Allocating new memory would take as long as reading the file.
+        """
         size = os.fstat(file.fileno()).st_size
         buffer = getattr(self._of_thread, "buffer", b"")
         if len(buffer) <= size:
@@ -181,14 +186,14 @@ class Judge:
         return view[:length]
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
-        """The pixels that training would read. Raises `BadImageError` also where only `decode_rgb`
-        sees damage."""
+        """Decode the pixels as training does.
+
+        Raises `BadImageError` also for damage that only `decode_rgb` detects.
+        """
         if not header.is_for_dali or (has_fast_decoder(header) and header.format != "jp2"):
-            return decode_rgb(data, header)  # the pixels that DALI gives, or is given
-        if header.format in (
-            "tiff",
-            "jpeg",
-        ):  # DALI takes damaged ones that the tools which cut crops turn away
+            return decode_rgb(data, header)  # the same pixels that DALI decodes or receives
+        # DALI accepts damaged files that the tools which cut crops reject.
+        if header.format in ("tiff", "jpeg"):
             decode_rgb(data, header)
         else:
             check_complete(data, header)
@@ -215,11 +220,10 @@ class Judge:
     def _gates(
         self, record: CropRecord | None, pixels: np.ndarray | None
     ) -> Mapping[str, float | str]:
-        """What the gates measured when the crop was cut (its pixels are still the same), or measure
-        now."""
+        """Gate measures from when the crop was cut (its pixels are unchanged), or measured now."""
         if record:
             return record.gates if record.role != "lr" else {}
-        if pixels is None or min(pixels.shape[:2]) < 8:  # nothing can be told of a few pixels
+        if pixels is None or min(pixels.shape[:2]) < 8:  # too few pixels to measure
             return {}
         return file_gates(pixels)
 
@@ -228,17 +232,17 @@ class Judge:
         if gates and is_flat(gates, rules.min_gradient):
             raise _GateError(
                 "flat",
-                f"flat: its gradient of {gates['gradient']:.3g} grey levels a pixel is below "
+                f"flat: gradient of {gates['gradient']:.3g} grey levels per pixel is below "
                 f"{rules.min_gradient:g} (--min-gradient)",
             )
         if "source_sharpness" in gates and is_soft(gates, rules.min_sharpness):
             raise _GateError(
                 "soft",
-                f"blurred or upscaled: its sharpness of {gates['source_sharpness']:.3g} is below "
+                f"blurred or upscaled: sharpness of {gates['source_sharpness']:.3g} is below "
                 f"{rules.min_sharpness:g} (--min-sharpness)",
             )
 
-    def _refuse_leak(self, pixels: np.ndarray | None, record: CropRecord | None) -> None:
+    def _check_leak(self, pixels: np.ndarray | None, record: CropRecord | None) -> None:
         if self._benchmark is None or pixels is None or (record and record.role == "lr"):
             return
         leak = self._benchmark.find(pixels)
@@ -247,7 +251,7 @@ class Judge:
 
 
 class _GateError(Exception):
-    """A whole file that should not be trained on."""
+    """A file that must not be trained on, rejected by a gate."""
 
     def __init__(self, gate: str, reason: str) -> None:
         super().__init__(reason)
@@ -257,45 +261,47 @@ class _GateError(Exception):
 def _check_pixels(record: CropRecord, pixels: bytes | np.ndarray) -> None:
     if hashlib.sha256(pixels).hexdigest() != record.sha256:
         raise BadImageError(
-            "its pixels are not those that the manifest recorded (bit rot, or somebody changed it)"
+            "the pixels differ from those that the manifest recorded (bit rot, or the file was "
+            "changed)"
         )
 
 
-# Copies within a dataset: files that are the same as an earlier one, or nearly so.
+# --- Duplicates within a dataset ---
 
 
-class Twins:
-    """Takes the judgements on all files of a dataset, in order, and finds the good ones that repeat
-    an earlier one.
+class DuplicateFiles:
+    """Finds the good files that repeat an earlier one, given the results of all files in order.
 
-    Files are remembered by their number in that order, not by name, so that millions need little
-    memory.
+    Files are stored by their position in that order rather than by name, so millions of them need
+    little memory.
     """
 
     def __init__(self, root: Path, max_distance: int) -> None:
-        """`max_distance` is of perceptual hashes, in bits: up to it two images count as the
-        same."""
+        """`max_distance`: largest distance of perceptual hashes, in bits, between duplicates."""
         self._root = root
         self._hashes = NearDuplicates(max_distance)
         self._count = 0
-        self._found: list[tuple[Judgement, int]] = []
+        self._found: list[tuple[FileCheck, int]] = []
 
-    def is_twin(self, judgement: Judgement) -> bool:
-        """Whether an earlier file shows the same; every judgement must be asked for, in order."""
+    def is_duplicate(self, check: FileCheck) -> bool:
+        """Whether an earlier file shows the same picture.
+
+        Must be called for every result, in order.
+        """
         number, self._count = self._count, self._count + 1
-        if judgement.verdict is not Verdict.GOOD or not judgement.perceptual_hash:
+        if check.status is not FileStatus.GOOD or not check.perceptual_hash:
             return False
-        earlier = self._hashes.add(number, bytes.fromhex(judgement.perceptual_hash))
+        earlier = self._hashes.add(number, bytes.fromhex(check.perceptual_hash))
         if earlier is None:
             return False
-        self._found.append((judgement, int(earlier)))
+        self._found.append((check, int(earlier)))
         return True
 
-    def verdicts(self, names: Iterable[str]) -> tuple[list[Judgement], list[Judgement]]:
-        """(Judgements on the twins, judgements on earlier files that were called good and are not).
+    def resolve(self, names: Iterable[str]) -> tuple[list[FileCheck], list[FileCheck]]:
+        """Return (results of the duplicates, results of earlier files that are no longer good).
 
-        The latter are links to a twin: the file stays, not the link. `names` are those of all
-        files, in the same order as before.
+        The latter are links to a duplicate: the file stays, not the link. `names` are the names of
+        all files, in the same order as before.
         """
         wanted = {earlier for _, earlier in self._found}
         named = (
@@ -303,35 +309,34 @@ class Twins:
             if wanted
             else {}
         )
-        targets: dict[int, str] = {}  # the file that stays in place of an earlier link to it
-        for judgement, earlier in self._found:
-            if earlier not in targets and self._is_link_to(named[earlier], judgement.path):
-                targets[earlier] = judgement.path
-        twins, links = [], []
-        for judgement, earlier in self._found:
-            if targets.get(earlier) == judgement.path:
-                twins.append(judgement)
+        targets: dict[int, str] = {}  # the file that is kept instead of an earlier link to it
+        for check, earlier in self._found:
+            if earlier not in targets and self._is_link_to(named[earlier], check.path):
+                targets[earlier] = check.path
+        duplicates, links = [], []
+        for check, earlier in self._found:
+            if targets.get(earlier) == check.path:
+                duplicates.append(check)
                 links.append(
-                    self._verdict(replace(judgement, path=named[earlier], bytes=0), judgement.path)
+                    self._duplicate(replace(check, path=named[earlier], bytes=0), check.path)
                 )
             else:
-                twins.append(self._verdict(judgement, targets.get(earlier, named[earlier])))
-        return twins, links
+                duplicates.append(self._duplicate(check, targets.get(earlier, named[earlier])))
+        return duplicates, links
 
     def _is_link_to(self, name: str, other: str) -> bool:
-        """Whether `name` is a symbolic link that leads to the file `other`, and that one is
-        none."""
+        """Whether `name` is a symbolic link to `other`, which is not a link itself."""
         try:
             return (
                 (self._root / name).is_symlink()
                 and not (self._root / other).is_symlink()
                 and os.path.samefile(self._root / name, self._root / other)
             )
-        except OSError:  # one of them went while we looked
+        except OSError:  # one of them was removed meanwhile
             return False
 
-    def _verdict(self, judgement: Judgement, earlier: str) -> Judgement:
-        path, other = self._root / judgement.path, self._root / earlier
+    def _duplicate(self, check: FileCheck, earlier: str) -> FileCheck:
+        path, other = self._root / check.path, self._root / earlier
         what, gate = "nearly the same image as", "near-duplicate"
         try:
             if os.path.samefile(path, other):
@@ -341,17 +346,17 @@ class Twins:
                 )
             elif filecmp.cmp(path, other, shallow=False):
                 what, gate = "the same file as", "duplicate"
-        except OSError:  # one of them went while we looked
+        except OSError:  # one of them was removed meanwhile
             pass
         return replace(
-            judgement,
-            verdict=Verdict.BAD,
+            check,
+            status=FileStatus.BAD,
             gate=gate,
             reason=f"{what} {printable(earlier)} (--keep-duplicates)",
         )
 
 
-# The other side of HR and LR crops: neither can be trained on without it.
+# --- The other side of HR and LR crops: neither can be trained on without it ---
 
 
 _SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
@@ -360,10 +365,10 @@ _SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
 def other_sides(
     root: Path, crops: ManifestIndex, manifests: Iterable[str], names: Collection[str]
 ) -> dict[str, str]:
-    """Other side -> name, for those of `names` (relative to `root`) that are a side of a pair.
+    """Map the other side of each pair to the name in `names`, both relative to `root`.
 
-    The manifests tell; of crops that no manifest knows, the names (`x1_000_000_lr4.npy` beside
-    `x1_000_000.npy`). Only files that are there.
+    Pairs are taken from the manifests. For crops in no manifest, the file names decide
+    (`x1_000_000_lr4.npy` beside `x1_000_000.npy`). Only existing files are returned.
     """
     sides: dict[str, str] = {}
     lr_names: set[str] = set()
@@ -386,8 +391,7 @@ def other_sides(
 
 
 def _sides_by_name(root: Path, name: str, listings: dict[str, list[str]]) -> list[str]:
-    """The files beside `name` that are the other side of it; `listings` remembers folders that were
-    looked into."""
+    """Files beside `name` that are its other side; `listings` caches the contents of folders."""
     folder, base = posixpath.split(name)
     side = _SIDE.fullmatch(base)
     if side is None:
@@ -400,27 +404,25 @@ def _sides_by_name(root: Path, name: str, listings: dict[str, list[str]]) -> lis
     return [posixpath.join(folder, entry) for entry in listings[folder] if lr.fullmatch(entry)]
 
 
-# What a check of a dataset found.
+# --- Results of checking a dataset ---
 
 
 @dataclass
 class Findings:
-    """What a check found, good files only as numbers: a dataset may have millions."""
+    """Results of a check; good files are only counted, because a dataset may have millions."""
 
     good: int = 0
     bytes: int = 0
     seconds: float = 0
-    bad: list[Judgement] = field(default_factory=list)
+    bad: list[FileCheck] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    converted: Counter[str] = field(
-        default_factory=Counter
-    )  # good files by the profile of their colours, if not sRGB
-    recorded: DatasetHash = field(
-        default_factory=DatasetHash
-    )  # of the good files that a manifest knows
+    # Good files by colour profile, if not sRGB.
+    converted: Counter[str] = field(default_factory=Counter)
+    # Of the good files that a manifest lists.
+    recorded: DatasetHash = field(default_factory=DatasetHash)
 
-    def take_back(self, judgement: Judgement, sha256: str) -> None:
-        """What was counted as good is not: somebody must count it anew."""
+    def uncount(self, check: FileCheck, sha256: str) -> None:
+        """Uncount a file that was counted as good; the caller must count it again."""
         self.good -= 1
         if sha256:
-            self.recorded.remove(judgement.path, sha256)
+            self.recorded.remove(check.path, sha256)

@@ -1,7 +1,7 @@
-"""What was rejected, counted by gate: rejects.jsonl of the cutting tools, quarantine/report.jsonl
-of the check.
+"""Count rejects by gate, and read the file lists.
 
-And what the training and the validation list name, as a set of keys: 8 bytes per line.
+Rejects come from rejects.jsonl (cutting tools) and quarantine/report.jsonl (checks). The lists are
+read as sets of keys with 8 bytes per line.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tools.crops.cutting import parse_reject
 from tools.dataset.sampling import HashSample, KeySet, Tally, bytes_key
 
 MEANINGS = {
-    "size": "too small for one crop, or not of the size that was asked for",
+    "size": "too small for one crop, or not of the requested size",
     "decode": "could not be decoded or read",
-    "file": "broken, cut short, or not what was written",
-    "pair": "HR and LR that do not fit, or whose other side was rejected",
-    "flat": "next to no detail: clear sky, a plain wall, black bars",
+    "file": "broken, truncated, or changed since it was written",
+    "pair": "HR and LR that do not match, or whose other side was rejected",
+    "flat": "almost no detail: clear sky, a plain wall, black bars",
     "soft": "blurred, or enlarged from something smaller",
     "duplicate": "the same file as an earlier one",
     "near-duplicate": "nearly the same picture as an earlier one",
-    "leak": "part of a benchmark that the network will be measured with",
+    "leak": "part of a benchmark that the network will be evaluated with",
 }
 QUARANTINE_REPORT = "report.jsonl"
 _NUM_EXAMPLES = 3
@@ -35,7 +35,7 @@ _NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Example:
-    """One thing that was rejected, and why."""
+    """A reject and its reason."""
 
     name: str
     reason: str
@@ -43,32 +43,32 @@ class Example:
 
 @dataclass
 class Rejects:
-    """Counts by gate, and a few examples of each."""
+    """Counts per gate, with a few examples of each."""
 
     pictures: Tally = field(default_factory=Tally)  # photographs, frames, or one size of them
     crops: Tally = field(default_factory=Tally)
-    gone: int = 0  # in the report of a quarantine, but no longer there: moved back or deleted
+    gone: int = 0  # listed in the report of a quarantine, but moved back or deleted since
     examples: dict[str, HashSample[Example]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """How many were rejected."""
+        """Number of rejects."""
         return sum(self.pictures.values()) + sum(self.crops.values())
 
     def gates(self) -> list[str]:
-        """The gates, the one that rejected most first."""
+        """Gates, sorted by the number of rejects, highest first."""
         names = {*self.pictures, *self.crops}
         return sorted(
             names, key=lambda gate: (-self.pictures.get(gate, 0) - self.crops.get(gate, 0), gate)
         )
 
     def add(self, gate: str, is_crop: bool, example: Example, seed: int) -> None:
-        """Count one, and keep it as an example if the draw falls on it."""
+        """Count a reject, and add it to the sample of examples."""
         gate = (self.crops if is_crop else self.pictures).add(gate)
         self._keep(gate, example, seed)
 
     def merge(self, other: Rejects, seed: int) -> None:
-        """Count what was counted elsewhere."""
+        """Add the counts and examples of `other`."""
         self.pictures.merge(other.pictures)
         self.crops.merge(other.crops)
         self.gone += other.gone
@@ -82,12 +82,14 @@ class Rejects:
 
 
 def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
-    """Count the lines of a rejects.jsonl; names get `folder` before them. Torn and foreign lines do
-    not count."""
+    """Count the lines of a rejects.jsonl; torn and foreign lines are ignored.
+
+    `folder` is prepended to the names.
+    """
     rejects = Rejects()
     for values in filter(None, map(parse_reject, _lines(path))):
         if values.get("cleaned"):
-            continue  # it stands in the quarantine's report
+            continue  # it is in the quarantine's report
         name = posixpath.join(folder, values["photo"])
         if values.get("time") is not None:
             name += f" at {values['time']} s"
@@ -102,7 +104,7 @@ def read_rejects(path: Path, folder: str, seed: int) -> Rejects:
 
 
 def read_quarantine(quarantine: Path, folder: str, seed: int) -> Rejects:
-    """Count what still lies in a quarantine, by its report."""
+    """Count the files that are still in a quarantine, by its report."""
     rejects = Rejects()
     for values in filter(None, map(_parse_entry, _lines(quarantine / QUARANTINE_REPORT))):
         if os.path.lexists(quarantine.parent / values["moved_to"]):
@@ -114,7 +116,7 @@ def read_quarantine(quarantine: Path, folder: str, seed: int) -> Rejects:
 
 
 def _parse_entry(line: bytes) -> Mapping[str, str] | None:
-    """A line of a quarantine's report, `None` where it is torn or foreign."""
+    """Parse a line of a quarantine's report; `None` if it is torn or foreign."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -126,7 +128,7 @@ def _parse_entry(line: bytes) -> Mapping[str, str] | None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, none where it is missing."""
+    """Lines of a file; none if it is missing."""
     try:
         with open(path, "rb") as file:
             yield from file
@@ -136,18 +138,20 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 @dataclass
 class FileList:
-    """A list that was read: which files it names, how many of them are on disk."""
+    """Contents of a file list: the files it names, and how many of them exist."""
 
     keys: KeySet = field(default_factory=KeySet)
-    found: int = 0  # named files that are on disk; whoever looks there counts
-    digest: bytes | None = (
-        None  # SHA-256 of the file; `None` where it is not as select_training_files.py writes it
-    )
+    found: int = 0  # named files that exist on disk; counted by the caller
+    # SHA-256 of the file; `None` if select_training_files.py did not write it.
+    digest: bytes | None = None
 
 
 def read_list(path: Path) -> FileList | None:
-    """The list `path`, `None` where there is none. What is wrong with its lines training says, see
-    `read_file_list`."""
+    """Read the list `path`; `None` if it does not exist.
+
+    Bad lines are reported by training, see `read_file_list`. Raises `UserError` if the list cannot
+    be read.
+    """
     names, digest, last, is_ours = FileList(), hashlib.sha256(), b"", True
     try:
         with open(path, "rb") as file:
@@ -170,8 +174,10 @@ def read_list(path: Path) -> FileList | None:
 
 
 def hash_of_lists(training: FileList | None, validation: FileList | None) -> str | None:
-    """The hash that select_training_files.py printed; `None` where a list is missing or was changed
-    by hand."""
+    """Return the hash that select_training_files.py printed.
+
+    `None` if a list is missing or was changed by hand.
+    """
     if (
         training is None
         or validation is None

@@ -1,8 +1,7 @@
-"""One source of a dataset, in numbers: a folder with a manifest, or the images that no manifest
-knows.
+"""Statistics of one source of a dataset: a folder with a manifest, or images in no manifest.
 
 `ManifestReader` reads a manifest line by line, `PlainReader` looks at files; both fill a `Source`.
-How many crops each photograph gave is counted in a few bytes per photograph (`PhotoRuns`).
+`PhotoRuns` counts the crops of each photograph in a few bytes per photograph.
 """
 
 from __future__ import annotations
@@ -28,66 +27,60 @@ from tools.dataset.rejects import FileList, Rejects
 from tools.dataset.sampling import HashSample, Histogram, KeySet, LowestOfGroups, Tally, path_key
 
 NUM_LARGEST = 10
-# Values below the first edge and above the last count in the outer bins.
+# Values outside the edges count in the outermost bins.
 GATE_EDGES = {
     "gradient": [
         2 ** (step / 8) for step in range(-16, 49)
-    ],  # grey levels a pixel, 0.25 to 64, eight bins an octave
-    "source_sharpness": [step / 40 for step in range(81)],  # 0 to 2, a ratio
+    ],  # grey levels per pixel, 0.25 to 64, eight bins per octave
+    "source_sharpness": [step / 40 for step in range(81)],  # ratio, 0 to 2
     "sharpness": [step / 40 for step in range(81)],
-    "entropy": [step / 10 for step in range(81)],  # 0 to 8 bits a pixel
+    "entropy": [step / 10 for step in range(81)],  # bits per pixel, 0 to 8
 }
 GATE_THRESHOLDS = {"gradient": MIN_GRADIENT, "source_sharpness": MIN_SHARPNESS}
-SIZES_LOOKED_AT = 16  # files of a folder without a manifest whose headers are read
+SIZES_LOOKED_AT = 16  # files whose headers are read in a folder without a manifest
 
 
 @dataclass
 class PhotoCounts:
-    """The photographs and films of one source."""
+    """Numbers of photographs and films in one source."""
 
-    photographs: int = 0  # films included
+    photographs: int = 0  # including films
     films: int = 0
-    training: int = 0  # photographs of which a crop stands in the list
+    training: int = 0  # photographs with a crop in the list
     validation: int = 0
-    in_both: int = 0  # validation sees what was trained on
-    by_size: Counter[int] = field(
-        default_factory=Counter
-    )  # n -> photographs with 2^n to 2^(n+1) - 1 crops
-    largest: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # (crops, photograph), the largest first
+    in_both: int = 0  # validation sees training data
+    # n -> photographs with 2^n to 2^(n+1) - 1 crops.
+    by_size: Counter[int] = field(default_factory=Counter)
+    # (crops, photograph), largest first.
+    largest: list[tuple[int, str]] = field(default_factory=list)
 
 
 def new_histograms() -> dict[str, Histogram]:
-    """An empty histogram for each gate."""
+    """Create an empty histogram for each gate."""
     return {name: Histogram(edges, GATE_THRESHOLDS.get(name)) for name, edges in GATE_EDGES.items()}
 
 
 @dataclass
 class Source:
-    """A folder with a manifest (`is_recorded`), or the images in no manifest of one top-level
-    folder."""
+    """A folder with a manifest (`is_recorded`), or a top-level folder's images in no manifest."""
 
     folder: str  # relative to the dataset; ".": the dataset itself
     is_recorded: bool
     tool: str = "no manifest"
     settings: Mapping[str, object] = field(default_factory=dict)
-    images: int = (
-        0  # what training may read: crops, or files in no manifest; without the LR sides of pairs
-    )
+    images: int = 0  # images that training may read, without the LR sides of pairs
     lr_images: int = 0
-    bytes: int = 0  # of the files: as the manifest recorded them, or of the files on disk
+    bytes: int = 0  # of the files, as recorded in the manifest or else found on disk
     pixels: int = 0  # of the recorded images
-    missing: int = 0  # recorded, but not on disk; or a link into nowhere
-    training: int = 0  # images that the lists name
+    missing: int = 0  # recorded but not on disk; or a dangling link
+    training: int = 0  # images named by the list
     validation: int = 0
     scales: Tally = field(default_factory=Tally)
-    sizes: Tally = field(
-        default_factory=Tally
-    )  # "512", or "480x640"; without a manifest: of SIZES_LOOKED_AT files
+    # "512", or "480x640"; without a manifest, of SIZES_LOOKED_AT files.
+    sizes: Tally = field(default_factory=Tally)
     formats: Tally = field(default_factory=Tally)
     decoders: Tally = field(default_factory=Tally)
-    hash: DatasetHash = field(default_factory=DatasetHash)  # paths relative to `folder`
+    hash: DatasetHash = field(default_factory=DatasetHash)  # of paths relative to `folder`
     gates: dict[str, Histogram] = field(default_factory=new_histograms)
     without_gates: int = 0
     photos: PhotoCounts = field(default_factory=PhotoCounts)
@@ -95,7 +88,7 @@ class Source:
 
     @property
     def sides(self) -> str:
-        """The sizes of the crops, or the range of those that were looked at, in pixels."""
+        """Sizes of the crops, or the range of the sampled image sizes, in pixels."""
         if self.is_recorded:
             sizes = [size for size, _ in self.sizes.by_count()]
             return (
@@ -109,14 +102,17 @@ class Source:
 
     @property
     def unlisted(self) -> int:
-        """Images that neither list names."""
+        """Number of images in neither list."""
         return max(self.images - self.training - self.validation, 0)
 
 
 @dataclass(frozen=True)
 class SampledImage:
-    """An image that may be shown; `path` and `photo` are relative to the dataset, no `record`: in
-    no manifest."""
+    """An image that a report may show.
+
+    `path` and `photo` are relative to the dataset; `record` is `None` if no manifest lists the
+    image.
+    """
 
     path: str
     photo: str
@@ -124,10 +120,10 @@ class SampledImage:
 
 
 class SampledImages:
-    """The images that a report shows."""
+    """The images to show in a report."""
 
     def __init__(self, size: int, seed: int) -> None:
-        """`size` of them at random, half as many of each kind of the lowest values."""
+        """Sample `size` images at random, and half as many with the lowest values of each gate."""
         self.recorded: HashSample[SampledImage] = HashSample(size, seed)
         self.plain: HashSample[SampledImage] = HashSample(size, seed)
         self.lowest: dict[str, LowestOfGroups[SampledImage]] = {
@@ -146,20 +142,20 @@ class SampledImages:
 
 @dataclass(frozen=True)
 class Lists:
-    """The two lists, as far as there are any."""
+    """The training and the validation list; `None` if missing."""
 
     training: FileList | None
     validation: FileList | None
 
     def name(self, key: int) -> tuple[bool, bool]:
-        """Whether the training and the validation list name the file with this key."""
+        """Whether (the training list, the validation list) names the file with this key."""
         return (
             self.training is not None and key in self.training.keys,
             self.validation is not None and key in self.validation.keys,
         )
 
     def find(self, key: int) -> tuple[bool, bool]:
-        """As `name`, for a file that is on disk."""
+        """Same as `name`, for a file that exists; counts it as found."""
         named = self.name(key)
         for names, is_named in zip((self.training, self.validation), named, strict=True):
             if names is not None:
@@ -168,7 +164,7 @@ class Lists:
 
 
 class ManifestReader:
-    """Reads one manifest into a `Source` and remembers the keys of its files."""
+    """Reads one manifest into a `Source` and collects the keys of its files."""
 
     def __init__(
         self, root: Path, manifest: str, lists: Lists, samples: SampledImages, total: DatasetHash
@@ -183,7 +179,7 @@ class ManifestReader:
         self._photos = PhotoRuns()
 
     def read(self) -> Iterator[int]:
-        """Read it all; yields the offset now and then, for a progress bar."""
+        """Read the whole manifest; yields byte offsets now and then for a progress bar."""
         try:
             for number, (offset, record) in enumerate(iterate_lines(self._path)):
                 self._add(offset, record)
@@ -191,8 +187,7 @@ class ManifestReader:
                     yield offset
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{self._path}: {ascii(error.object)[:80]} is a name that no file can have; remove "
-                "its "
+                f"{self._path}: {ascii(error.object)[:80]} is not a valid file name; remove its "
                 "line, then run the tool that made the dataset again"
             ) from None
         self.source.photos = self._photos.summary(self._path, self._prefix)
@@ -234,7 +229,7 @@ class ManifestReader:
 
 
 def _read_settings(path: Path) -> Mapping[str, object]:
-    """What a dataset.json says; nothing where it is missing or not one of ours."""
+    """Contents of a dataset.json; empty if it is missing or invalid."""
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -243,18 +238,20 @@ def _read_settings(path: Path) -> Mapping[str, object]:
 
 
 class PhotoRuns:
-    """Crops in the order of a manifest, whose photographs' crops follow one another: 23 bytes a run
-    of them."""
+    """Counts crops per photograph in manifest order.
+
+    Each run of consecutive crops of one photograph takes 23 bytes.
+    """
 
     def __init__(self) -> None:
         self._photo: str | None = None
         self._keys, self._places, self._counts = array("Q"), array("Q"), array("L")
-        self._flags = array("B")  # 1: a film; 2: in the training list; 4: in the validation list
+        self._flags = array("B")  # bits: 1 film; 2 in the training list; 4 in the validation list
 
     def add(
         self, photo: str, is_film: bool, in_training: bool, in_validation: bool, offset: int
     ) -> None:
-        """Count a crop, whose line starts at `offset` in its manifest."""
+        """Count a crop whose line starts at byte `offset` of its manifest."""
         if photo != self._photo:
             self._photo = photo
             self._keys.append(path_key(photo))
@@ -265,8 +262,10 @@ class PhotoRuns:
         self._flags[-1] |= is_film | in_training << 1 | in_validation << 2
 
     def summary(self, manifest: Path, folder: str) -> PhotoCounts:
-        """The numbers by photograph. `manifest` is read for the largest ones' names; `folder` is
-        put before them."""
+        """Return the counts by photograph.
+
+        Reads the names of the largest ones from `manifest`, and prepends `folder` to them.
+        """
         if not self._keys:
             return PhotoCounts()
         _, first, photo_of_run = np.unique(
@@ -295,7 +294,7 @@ class PhotoRuns:
 
 
 def _photos_at(manifest: Path, offsets: list[int]) -> list[str]:
-    """The photographs that the lines at these offsets name."""
+    """Names of the photographs in the lines at these byte offsets."""
     names = []
     with open(manifest, "rb") as file:
         for offset in offsets:
@@ -305,7 +304,7 @@ def _photos_at(manifest: Path, offsets: list[int]) -> list[str]:
 
 
 class PlainReader:
-    """Takes in the images of a top-level folder that no manifest knows."""
+    """Collects the images of a top-level folder that no manifest lists."""
 
     def __init__(self, root: Path, folder: str, lists_seed: int) -> None:
         self._root = root
@@ -313,8 +312,10 @@ class PlainReader:
         self._looked_at: HashSample[str] = HashSample(SIZES_LOOKED_AT, lists_seed)
 
     def add(self, name: str, named: tuple[bool, bool]) -> None:
-        """Take in a file, by its name relative to the dataset; `named`: by the training and the
-        validation list."""
+        """Add a file by its name relative to the dataset.
+
+        `named`: whether the training and the validation list name it.
+        """
         source = self.source
         source.images += 1
         source.training += named[0]
@@ -323,11 +324,11 @@ class PlainReader:
         self._looked_at.add(name, name)
         try:
             source.bytes += (self._root / name).stat().st_size
-        except OSError:  # a link into nowhere, or a file that went while we looked
+        except OSError:  # a dangling link, or a file that was removed meanwhile
             source.missing += 1
 
     def finish(self) -> Source:
-        """The numbers, once all files are known."""
+        """Return the statistics after all files were added."""
         source = self.source
         source.photos = PhotoCounts(source.images, 0, source.training, source.validation)
         for name in self._looked_at:
@@ -338,8 +339,10 @@ class PlainReader:
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
-    """(Height, width) by the header of an image, `None` where that cannot be read;
-    check_training_data.py says why."""
+    """(height, width) from the header of an image; `None` if it cannot be read.
+
+    check_training_data.py reports the reason.
+    """
     try:
         if is_npy(path):
             layout = npy_layout(path)
@@ -352,5 +355,5 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 
 def suffix(name: str) -> str:
-    """The format that a file's name promises."""
+    """Image format according to the file name."""
     return os.path.splitext(name)[1].lower().lstrip(".") or "none"

@@ -1,5 +1,7 @@
-"""What a dataset holds: manifests, files on disk, lists and rejects, each read once and never held
-in memory."""
+"""Statistics of a whole dataset: manifests, files, lists and rejects.
+
+Each is read once and never held in memory as a whole.
+"""
 
 from __future__ import annotations
 
@@ -29,43 +31,45 @@ from tools.parallel import progress
 
 @dataclass
 class Statistics:
-    """A whole dataset in numbers."""
+    """Statistics of a dataset."""
 
     root: Path
     lists: Lists
     samples: SampledImages
     sources: list[Source] = field(default_factory=list)
-    hash: DatasetHash = field(default_factory=DatasetHash)  # of everything that a manifest knows
+    hash: DatasetHash = field(default_factory=DatasetHash)  # of all crops in manifests
     rejects: Rejects = field(default_factory=Rejects)
     quarantine: Rejects = field(default_factory=Rejects)
     linked_folders: list[str] = field(default_factory=list)
 
     @property
     def recorded(self) -> list[Source]:
-        """The sources with a manifest."""
+        """Sources with a manifest."""
         return [source for source in self.sources if source.is_recorded]
 
     @property
     def plain(self) -> list[Source]:
-        """Folders of images that no manifest knows."""
+        """Folders with images in no manifest."""
         return [source for source in self.sources if not source.is_recorded]
 
     @property
     def lists_hash(self) -> str | None:
-        """The hash that select_training_files.py printed; `None` where a list is missing or was
-        changed by hand."""
+        """The hash that select_training_files.py printed.
+
+        `None` if a list is missing or was changed by hand.
+        """
         return hash_of_lists(self.lists.training, self.lists.validation)
 
 
 def total(sources: list[Source], name: str) -> int:
-    """The sum of a number (a field of `Source`, or of its `photos`) over sources."""
+    """Sum a number (a field of `Source` or of its `photos`) over sources."""
     return sum(
         getattr(source if hasattr(source, name) else source.photos, name) for source in sources
     )
 
 
 def tally(sources: list[Source], name: str) -> Tally:
-    """The sum of a tally (a field of `Source`) over sources."""
+    """Sum a tally (a field of `Source`) over sources."""
     result = Tally()
     for source in sources:
         result.merge(getattr(source, name))
@@ -73,11 +77,10 @@ def tally(sources: list[Source], name: str) -> Tally:
 
 
 def gather(root: Path, samples: int = 0, seed: int = 0) -> Statistics:
-    """Read the manifests, lists and rejects below `root`, and see which files are there. Opens no
-    recorded image.
+    """Read the manifests, lists and rejects below `root`, and check which files exist.
 
-    `samples` images are drawn for a report. Memory: about 50 bytes a crop. Raises `UserError` for a
-    missing or empty dataset, and for a broken manifest.
+    Recorded images are not opened. `samples` images are drawn for a report. Needs about 50 bytes of
+    memory per crop. Raises `UserError` for a missing or empty dataset, or a broken manifest.
     """
     survey = _survey(root)
     lists = Lists(read_list(root / TRAINING_LIST), read_list(root / VALIDATION_LIST))
@@ -94,7 +97,7 @@ def gather(root: Path, samples: int = 0, seed: int = 0) -> Statistics:
 
 @dataclass
 class _Survey:
-    """What lies below the dataset folder, apart from the images themselves."""
+    """Contents of the dataset folder apart from the images themselves."""
 
     images: int = 0
     manifests: list[str] = field(default_factory=list)
@@ -126,7 +129,7 @@ def _survey(root: Path) -> _Survey:
 
 
 def _read_manifests(statistics: Statistics, manifests: list[str]) -> dict[str, ManifestReader]:
-    """Folder -> what was read of its manifest."""
+    """Map each folder to the reader of its manifest."""
     readers = {}
     sizes = {name: (statistics.root / name).stat().st_size for name in sorted(manifests)}
     with progress(sum(sizes.values()), "B") as bar:
@@ -147,7 +150,7 @@ def _read_manifests(statistics: Statistics, manifests: list[str]) -> dict[str, M
 def _find_files(
     statistics: Statistics, readers: Mapping[str, ManifestReader], images: int
 ) -> list[Source]:
-    """See which recorded files are there; returns the sources of those that no manifest knows."""
+    """Check which recorded files exist; return the sources of files in no manifest."""
     found, plain = dict.fromkeys(readers, 0), {}
     with progress(images, "file") as bar:
         for kind, name in scan(statistics.root, MANIFEST):
@@ -178,8 +181,7 @@ def _find_files(
 
 
 def _folders_above(name: str) -> Iterator[str]:
-    """The folders that a file lies in, the innermost first; the last one, ".", is the dataset
-    itself."""
+    """Yield the folders that contain a file, innermost first; the last is ".", the dataset."""
     while "/" in name:
         name = name.rpartition("/")[0]
         yield name
@@ -187,7 +189,7 @@ def _folders_above(name: str) -> Iterator[str]:
 
 
 def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
-    """What was rejected while cutting, and what lies in quarantine."""
+    """Read the rejects of the cutting tools and of the quarantines."""
     by_folder = {source.folder: source for source in statistics.recorded}
     for name in sorted(survey.rejects):
         folder = posixpath.dirname(name)
@@ -202,11 +204,10 @@ def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
 
 
 def warnings(statistics: Statistics) -> list[str]:
-    """What will go wrong in training, or go unused: a line each."""
+    """One line for each problem that will affect training or leave data unused."""
     lines = [
-        f"{printable(source.folder)}: {source.missing} of its files are not there; the tool that "
-        "made them "
-        "makes them again"
+        f"{printable(source.folder)}: {source.missing} of its files are missing; run the tool "
+        "that made them again"
         for source in statistics.recorded
         if source.missing
     ]
@@ -226,7 +227,7 @@ def warnings(statistics: Statistics) -> list[str]:
             + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`"),
         ]
     lines += [
-        f"{printable(source.folder)}: {source.unlisted} of its {source.images} images stand in "
+        f"{printable(source.folder)}: {source.unlisted} of its {source.images} images are in "
         "neither list"
         for source in statistics.sources
         if source.unlisted
@@ -234,13 +235,11 @@ def warnings(statistics: Statistics) -> list[str]:
     for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
         if len(names.keys) > names.found:
             lines.append(
-                f"{name} names {len(names.keys) - names.found} files that are not there; write the "
+                f"{name} names {len(names.keys) - names.found} missing files; write the "
                 "lists again with "
                 + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`")
             )
     in_both = total(statistics.sources, "in_both")
     if in_both:
-        lines.append(
-            f"{in_both} photographs stand in both lists: validation sees what was trained on"
-        )
+        lines.append(f"{in_both} photographs are in both lists: validation would see training data")
     return lines

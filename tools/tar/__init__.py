@@ -1,1 +1,1 @@
-"""Read tar archives, hostile ones too, as streams."""
+"""Read tar archives, even hostile ones, as streams."""

@@ -1,8 +1,7 @@
-"""Photographs in tar archives, read forwards in bounded memory: plain or compressed, tars in tars,
-broken, hostile.
+"""Read photographs from tar archives in bounded memory: compressed, nested, broken or hostile.
 
-`TarReader` gives the photographs and the problems of an archive in its order. Each has a name that
-is clean, so that crops can lie in folders of these names, and its own (`Names`).
+`TarReader` yields the photographs and problems of an archive in order. Each one has a clean and
+unique name (`Names`), so that crops can be stored in folders with these names.
 """
 
 from __future__ import annotations
@@ -40,51 +39,48 @@ from tools.tar.streams import (
     next_header,
 )
 
-_MAX_PART, _MAX_NAME = (
-    200,
-    1000,
-)  # bytes of a part of a path and of a path; file systems end at 255 and 4096
-_CROP_NAME = re.compile(
-    r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?"
-)  # a folder of such a name would stand in a crop's way
+# Bytes of one part of a path and of a whole path; file systems allow 255 and 4096.
+_MAX_PART, _MAX_NAME = 200, 1000
+# A folder with such a name would collide with a crop.
+_CROP_NAME = re.compile(r"(f\d+_)?x\d+_\d+_\d+\.\w+(\.tmp)?")
 DEFAULT_LIMITS = Limits()
 _OTHERS = {
     b"PK\3\4": "a zip archive",
     b"PK\5\6": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-zip archive",
     b"Rar!\x1a\x07": "a rar archive",
-    b"\x04\x22\x4d\x18": "compressed by lz4",
-    b"\x1f\x9d": "compressed by compress (.Z)",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x1f\x9d": "compressed with compress (.Z)",
 }
 _TAR_NAME = re.compile(r".+\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
-_NO_FILES = (
-    b"D",
-    b"M",
-    b"N",
-    b"V",
-)  # GNU's folder listings, parts of files of another volume, old names, labels
+# GNU folder listings, multi-volume parts, old long names, labels.
+_NO_FILES = (b"D", b"M", b"N", b"V")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive that is a photograph by its content or its name."""
+    """A file in an archive that is a photograph by content or name."""
 
-    name: str  # "<inner archive>/<member>": a clean POSIX path, of this member alone
+    name: str  # "<inner archive>/<member>": a clean, unique POSIX path
     data: bytes
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A member that cannot be had, or an archive whose rest is lost; `name` is empty where it is
-    the outermost one."""
+    """A member that cannot be read, or an archive whose rest is lost.
+
+    `name` is empty for the outermost archive.
+    """
 
     name: str
     reason: str
 
 
 class TarReader:
-    """Reads the photographs of one archive. `passed` counts what was passed by: links, devices,
-    hidden, other."""
+    """Reads the photographs of one archive.
+
+    `passed` counts skipped members by kind: links, devices, hidden, other.
+    """
 
     def __init__(
         self,
@@ -92,33 +88,37 @@ class TarReader:
         limits: Limits = DEFAULT_LIMITS,
         wanted: Callable[[str], bool] | None = None,
     ) -> None:
-        """Members for whose name `wanted` says no are skipped: in an uncompressed archive without
-        being read."""
+        """`wanted` tells by its name whether to read a member.
+
+        Other members are skipped, in uncompressed archives without reading them.
+        """
         self._path, self._limits, self._wanted = path, limits, wanted or (lambda name: True)
         self.passed: Counter[str] = Counter()
         self._file: File | None = None
 
     @property
     def position(self) -> int:
-        """How many bytes of the file are done."""
+        """Number of bytes of the file that are done."""
         return self._file.position if self._file else 0
 
     def __iter__(self) -> Iterator[Member | Problem]:
-        """The photographs and the problems, in the archive's order; raises `UserError` as
-        `check_archive` does."""
+        """Yield the photographs and problems in order.
+
+        Raises `UserError` as `check_archive` does.
+        """
         with _opened(self._path) as (file, status):
             self._file = File(file, status.st_size)
             self._growth = Growth(self._file, self._limits)
             try:
                 yield from self._archive(expanded(Window(self._file), self._growth), "", 0)
             except LostError as error:
-                yield Problem("", f"{error}; the rest of it is not read")
+                yield Problem("", f"{error}; the rest is not read")
             after = os.fstat(file.fileno())
             if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-                yield Problem("", "it changed while it was read; run the same command again")
+                yield Problem("", "it changed while being read; run the same command again")
 
     def _archive(self, source: Window, prefix: str, depth: int) -> Iterator[Member | Problem]:
-        """All of an archive; `prefix` is its name and a slash."""
+        """Read a whole archive; `prefix` is its name and a slash."""
         names, count = Names(self._limits.names), 0
         try:
             while (header := next_header(source, self._limits.header_bytes)) is not None:
@@ -126,7 +126,7 @@ class TarReader:
                 body = Window(source, header.size)
                 yield from self._member(header, body, names, prefix, depth)
                 if not body.skip_rest():
-                    raise LostError(f"it is cut off within {clean_name(header.name)}")
+                    raise LostError(f"it is truncated within {clean_name(header.name)}")
                 source.skip(-header.size % BLOCK)
             if not count:
                 yield Problem(prefix[:-1], "an archive without members")
@@ -140,7 +140,7 @@ class TarReader:
     def _member(
         self, header: TarHeader, body: Window, names: Names, prefix: str, depth: int
     ) -> Iterator[Member | Problem]:
-        """One member: a photograph, an archive, or neither."""
+        """Read one member: a photograph, an archive, or neither."""
         kind = _passed_by(header)
         if kind:
             if kind != "folders":
@@ -151,7 +151,7 @@ class TarReader:
         if header.is_sparse:
             yield Problem(
                 prefix + name,
-                "stored with holes (tar --sparse), which is not read; pack it without",
+                "a sparse file (tar --sparse), which is not supported; pack it without --sparse",
             )
         elif not self._wanted(prefix + name):
             names.take(name)
@@ -166,13 +166,11 @@ class TarReader:
             self.passed["other"] += 1
 
     def _inner(self, body: Window, name: str) -> Window | Problem | None:
-        """The member as an archive to be read, the reason why it cannot be, or `None` where it is
-        none."""
+        """Open a member as an archive: a `Problem` on failure, `None` if it is no archive."""
         head = body.peek(BLOCK)
         is_named_tar = _TAR_NAME.fullmatch(name) is not None
-        may_be = is_tar(head) or (
-            is_named_tar and not _is_image(head)
-        )  # a tar may begin with BM, as bitmaps do
+        # A tar may begin with BM, as bitmaps do.
+        may_be = is_tar(head) or (is_named_tar and not _is_image(head))
         if not may_be and not head.startswith(COMPRESSED):
             return None
         try:
@@ -190,46 +188,46 @@ class TarReader:
             yield Problem(name, inner.reason)
         elif depth == self._limits.depth:
             yield Problem(
-                name, f"an archive within {depth + 1} others; unpack the outermost one first"
+                name, f"nested within {depth + 1} archives; unpack the outermost one first"
             )
         else:
             yield from self._archive(inner, name + "/", depth + 1)
 
     def _photograph(self, body: Window, size: int, name: str) -> Iterator[Member | Problem]:
         if size > self._limits.member_bytes:
-            yield Problem(name, f"{size} bytes, above the limit of {self._limits.member_bytes}")
+            yield Problem(name, f"{size} bytes exceed the limit of {self._limits.member_bytes}")
             return
         data = body.read(size)
-        if len(data) == size:  # else the archive is cut off here, and says so
+        if len(data) == size:  # otherwise the truncated archive is reported
             yield Member(name, data)
 
 
 def check_archive(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of an archive. Raises `UserError` for what is no
-    tar we can read."""
+    """Return the size in bytes and the modification time in ns of an archive.
+
+    Raises `UserError` if it is not a readable tar archive.
+    """
     with _opened(path) as (_, status):
         return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """The file of an archive, at its start. Never waits for a FIFO, never opens a device."""
+    """Open the file of an archive; never blocks on a FIFO and never opens a device."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: not a regular file; give a tar archive that lies on a disk")
+            raise UserError(f"{path}: not a regular file; give a tar archive on disk")
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a tar archive") from None
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read: {error.strerror}; repair its permissions or the disk"
+            f"{path}: cannot be read: {error.strerror}; fix its permissions or the disk"
         ) from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(
-                f"{path}: not a regular file any more; give a tar archive that lies on a disk"
-            )
+            raise UserError(f"{path}: no longer a regular file; give a tar archive on disk")
         _check_start(path, file, status.st_size)
         file.seek(0)
         yield file, status
@@ -257,13 +255,13 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
 
 
 def _passed_by(header: TarHeader) -> str:
-    """As what a member is passed by; empty where its data should be looked at."""
+    """Kind under which a member is skipped; empty if its data must be examined."""
     if header.type in LINKS:
         return "links"
     if header.type in DEVICES:
         return "devices"
     if header.type == tarfile.DIRTYPE:
-        return "folders"  # which nobody counts
+        return "folders"  # these are not counted
     parts = header.name.replace("\\", "/").split("/")
     if any(
         (part.startswith(".") and part.strip(".")) or part in (QUARANTINE, "__MACOSX")
@@ -274,7 +272,7 @@ def _passed_by(header: TarHeader) -> str:
 
 
 def _is_image(head: bytes) -> bool:
-    """Whether a file that starts so is an image, whatever its name says."""
+    """Whether a file with this start is an image, whatever its name."""
     return starts_as_image(head) and (head[:2] != b"BM" or head[6:10] == bytes(4))
 
 
@@ -282,8 +280,10 @@ def _is_image(head: bytes) -> bool:
 
 
 def clean_name(name: str) -> str:
-    """`name` as a relative POSIX path that leads nowhere but down, printable, in UTF-8, short
-    enough for a disk."""
+    """Convert `name` to a printable relative POSIX path in UTF-8 that file systems can hold.
+
+    It never leads out of its folder.
+    """
     parts = []
     for part in re.sub(r"^/*[A-Za-z]:", "", name.replace("\\", "/")).split("/"):
         part = "".join(letter if letter.isprintable() else "_" for letter in part)
@@ -306,24 +306,23 @@ def _short(part: str) -> str:
 
 
 class Names:
-    """Gives every photograph and archive within one archive a name of its own: the second `a.jpg`
-    becomes `a.jpg~2`."""
+    """Gives all photographs and archives in an archive unique names, such as `a.jpg~2`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._taken: set[int] = set()  # hashes: a million names take 80 MB less
-        self._folders: set[int] = set()  # which a taken name lies in
+        self._taken: set[int] = set()  # hashes, which take 80 MB less for a million names
+        self._folders: set[int] = set()  # that contain a taken name
         self._archives: set[int] = set()
         self._numbers: dict[
             int, int
-        ] = {}  # where to go on counting, or a million equal names would take a day
+        ] = {}  # next number to try; otherwise a million equal names would take a day
 
     def propose(self, name: str, is_archive: bool = False) -> str:
-        """`name`, changed if it is taken; the same until `take` is called."""
+        """Return a free name like `name`; the same one until `take` is called."""
         if self._archives and any(
             name_hash(folder) in self._archives for folder in _folders_of(name)
         ):
-            name = name.replace("/", "~")  # or it would look like a member of that archive
+            name = name.replace("/", "~")  # otherwise it would look like a member of that archive
         key = name_hash(name)
         number, candidate = self._numbers.get(key, 1), name
         while True:
@@ -337,7 +336,10 @@ class Names:
         return candidate
 
     def take(self, name: str, is_archive: bool = False) -> None:
-        """Never propose `name` again."""
+        """Mark `name` as taken.
+
+        Raises `LostError` above the limit of names.
+        """
         self._taken.add(name_hash(name))
         self._folders.update(map(name_hash, _folders_of(name)))
         if is_archive:
@@ -351,7 +353,7 @@ def name_hash(name: str) -> int:
 
 
 def _folders_of(name: str) -> Iterator[str]:
-    """The folders that a path lies in, from the innermost."""
+    """Yield the folders that contain a path, innermost first."""
     while "/" in name:
         name = name.rpartition("/")[0]
         yield name

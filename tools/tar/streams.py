@@ -1,8 +1,7 @@
-"""The bytes of an archive, read forwards and bounded whatever they say; and the headers of tar
-archives among them.
+"""Forward-only byte streams of archives with bounded resources, and the tar headers in them.
 
-A `File` is the archive on disk, a `Window` a part of another stream, `expanded` a decompressed one.
-`next_header` reads a tar header with the long names and large sizes of whoever wrote it.
+A `File` is the archive on disk, a `Window` is a part of another stream, `expanded` decompresses
+one. `next_header` reads a tar header including the long names and large sizes of all tar variants.
 """
 
 from __future__ import annotations
@@ -20,65 +19,63 @@ from typing import BinaryIO, NamedTuple
 
 MIB = 1 << 20
 BLOCK = tarfile.BLOCKSIZE
-_XZ_MEMORY = 512 * MIB  # what `xz -9` and all usual settings stay below
+_XZ_MEMORY = 512 * MIB  # `xz -9` and all usual settings need less
 COMPRESSED = _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
 ZEROS = bytes(BLOCK)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_MAX_TAIL = (
-    4 * MIB
-)  # zero bytes after an archive's end: more are a hole, as unfinished downloads have
+# Zero bytes after the end of an archive; more indicate a hole, as in unfinished downloads.
+_MAX_TAIL = 4 * MIB
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may ask for, so that a hostile one fills neither memory nor the day."""
+    """Limits on an archive, so that a hostile one exhausts neither memory nor time."""
 
-    member_bytes: int = 256 * MIB  # a photograph, since it is held in memory
-    expansion: int = (
-        100  # a compressed archive may expand to this many times its size (gzip ends at 1032)
-    )
-    free_bytes: int = 256 * MIB  # ... and so much larger on top
-    names: int = 10_000_000  # photographs in one archive: their names are remembered, 80 bytes each
-    header_bytes: int = MIB  # an extended header: long names, attributes
+    member_bytes: int = 256 * MIB  # one photograph, which is held in memory
+    # Maximum growth factor of a compressed archive (gzip reaches at most 1032).
+    expansion: int = 100
+    free_bytes: int = 256 * MIB  # allowed in addition to that
+    names: int = 10_000_000  # photographs in one archive; each remembered name takes 80 bytes
+    header_bytes: int = MIB  # of an extended header: long names, attributes
     depth: int = 2  # archives within archives
 
 
 class LostError(Exception):
-    """The rest of an archive cannot be read; the message says why."""
+    """The rest of an archive cannot be read; the message gives the reason."""
 
 
 class BombError(LostError):
-    """The archive expands beyond all measure: whatever lies around it is given up too."""
+    """The archive expands far beyond its limit, so the surrounding archives are abandoned too."""
 
 
 class Growth:
-    """How much the file of an archive has become, over all its layers of compression."""
+    """Tracks how much an archive expands, over all its layers of compression."""
 
     def __init__(self, file: File, limits: Limits) -> None:
         self._file, self._limits, self._expanded = file, limits, 0
 
     def add(self, count: int) -> None:
-        """Count bytes that came out of a decompressor."""
+        """Count decompressed bytes; raises `BombError` above the limit."""
         self._expanded += count
         if self._expanded > self._limits.free_bytes + self._limits.expansion * self._file.position:
             raise BombError(
-                f"it expands to more than {self._limits.expansion} times its size: a decompression "
-                "bomb?"
+                f"expands to more than {self._limits.expansion} times its size; is it a "
+                "decompression bomb?"
             )
 
 
 class Bytes(ABC):
-    """A stream that is read forwards. `position` is how much of it is done."""
+    """A forward-only stream; `position` is the number of bytes read or skipped."""
 
     position = 0
 
     @abstractmethod
     def read(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end. Raises `LostError`."""
+        """Read `count` bytes, fewer only at the end. Raises `LostError`."""
 
     def skip(self, count: int) -> int:
-        """Pass by as many bytes, fewer only at the end; returns how many."""
+        """Skip `count` bytes, fewer only at the end; returns the number skipped."""
         start = self.position
         while count > 0 and (data := self.read(min(count, MIB))):
             count -= len(data)
@@ -86,7 +83,7 @@ class Bytes(ABC):
 
 
 class File(Bytes):
-    """A file on a disk, which is skipped through without being read."""
+    """A file on disk; skipping seeks instead of reading."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
@@ -95,7 +92,7 @@ class File(Bytes):
         try:
             data = self._file.read(count)
         except OSError as error:
-            raise LostError(f"it could not be read: {error.strerror or error}") from None
+            raise LostError(f"could not be read: {error.strerror or error}") from None
         self.position += len(data)
         return data
 
@@ -106,7 +103,7 @@ class File(Bytes):
 
 
 class _Expanded(Bytes):
-    """What a decompressor gives. After an error it gives nothing but that error."""
+    """Output of a decompressor; after an error, every read raises that error again."""
 
     def __init__(self, file: BinaryIO, growth: Growth) -> None:
         self._file, self._growth, self._failure = file, growth, ""
@@ -119,10 +116,9 @@ class _Expanded(Bytes):
         except LostError:
             raise
         except EOFError:
-            self._failure = "its compressed data is cut off"
-        except (
-            Exception
-        ) as error:  # decompressors meet hostile bytes here and raise whatever they like
+            self._failure = "its compressed data is truncated"
+        # Decompressors get hostile bytes here and may raise any exception.
+        except Exception as error:
             self._failure = f"its compressed data is damaged ({' '.join(str(error).split())[:100]})"
         if self._failure:
             raise LostError(self._failure)
@@ -132,13 +128,13 @@ class _Expanded(Bytes):
 
 
 class Window(Bytes):
-    """The next bytes of another stream, `size` at most, with a look ahead."""
+    """Up to `size` next bytes of another stream, with look-ahead."""
 
     def __init__(self, source: Bytes, size: int = 1 << 63) -> None:
         self._source, self._left, self._head = source, size, b""
 
     def peek(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end, which `read` will give again."""
+        """Return the next `count` bytes (fewer only at the end) without consuming them."""
         self._head += self._from_source(count - len(self._head))
         return self._head[:count]
 
@@ -157,7 +153,7 @@ class Window(Bytes):
         return dropped + skipped
 
     def skip_rest(self) -> bool:
-        """Pass by all that is left; False where the other stream ends before."""
+        """Skip the remaining bytes; returns False if the other stream ends before."""
         self.skip(len(self._head) + self._left)
         return self._left == 0
 
@@ -168,7 +164,7 @@ class Window(Bytes):
 
 
 class _XzFile(io.RawIOBase):
-    """As `lzma.LZMAFile`, but a file cannot ask for any amount of memory."""
+    """Same as `lzma.LZMAFile`, but with a memory limit that the file cannot exceed."""
 
     def __init__(self, source: Bytes) -> None:
         self._source = source
@@ -181,9 +177,8 @@ class _XzFile(io.RawIOBase):
         data = chunk = b""
         while not data:
             if self._decoder.eof:
-                chunk = self._decoder.unused_data.lstrip(
-                    b"\0"
-                )  # streams may follow one another, padded
+                # Streams may be concatenated, with padding.
+                chunk = self._decoder.unused_data.lstrip(b"\0")
                 while not chunk:
                     chunk = self._source.read(1 << 16)
                     if not chunk:
@@ -200,7 +195,7 @@ class _XzFile(io.RawIOBase):
 
 
 def expanded(source: Window, growth: Growth) -> Window:
-    """`source`, decompressed where it is compressed."""
+    """Return `source`, decompressed if it is compressed."""
     head = source.peek(BLOCK)
     if head.startswith(_GZIP):
         file = gzip.GzipFile(fileobj=source, mode="rb")
@@ -213,7 +208,7 @@ def expanded(source: Window, growth: Growth) -> Window:
             file = importlib.import_module("compression.zstd").ZstdFile(source)
         except ImportError:
             raise LostError(
-                "compressed by zstd, which needs Python 3.14; decompress it with `unzstd`"
+                "compressed with zstd, which needs Python 3.14; decompress it with `unzstd`"
             ) from None
     else:
         return source
@@ -231,8 +226,10 @@ class TarHeader(NamedTuple):
 
 
 def next_header(source: Window, limit: int) -> TarHeader | None:
-    """The header of the next member, long names and sizes included; `None` at the end of the
-    archive."""
+    """Read the header of the next member with its long name and size; `None` at the end.
+
+    Raises `LostError` if the rest of the archive cannot be read.
+    """
     extended: dict[str, bytes] = {}
     while True:
         block = source.read(BLOCK)
@@ -243,64 +240,63 @@ def next_header(source: Window, limit: int) -> TarHeader | None:
             if not block:
                 return None
             if not is_tar(block):
-                raise LostError("something that is no tar follows its end")
+                raise LostError("data other than a tar follows its end")
         if not block:
-            raise LostError("it ends without an end mark: cut off?")
+            raise LostError("it has no end mark; is it truncated?")
         header = _parsed(block, source)
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             extended |= _pax_records(_payload(source, header.size, limit))
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             extended.setdefault("path", _payload(source, header.size, limit).partition(b"\0")[0])
         elif header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-            _payload(source, header.size, limit)  # says nothing about this member's name and data
+            _payload(source, header.size, limit)  # irrelevant to the name and data of this member
         else:
             return _with_extended(header, extended)
 
 
 def _parsed(block: bytes, source: Window) -> TarHeader:
-    """A header block alone, its size that of the data that follows in the archive."""
+    """Parse a single header block; the size is that of the data that follows in the archive."""
     if len(block) < BLOCK:
-        raise LostError("it is cut off within a header")
+        raise LostError("it is truncated within a header")
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise LostError(f"a corrupt header ends at byte {source.position} ({error})") from None
+        raise LostError(f"corrupt header ending at byte {source.position} ({error})") from None
     if info.size < 0:
-        raise LostError(f"a header that ends at byte {source.position} says {info.size} bytes")
+        raise LostError(
+            f"the header ending at byte {source.position} has a size of {info.size} bytes"
+        )
     is_sparse = info.type == tarfile.GNUTYPE_SPARSE
     more = is_sparse and block[482]
-    while more:  # the map of the holes goes on
+    while more:  # the map of holes continues
         block = source.read(BLOCK)
         if len(block) < BLOCK:
-            raise LostError("it is cut off within a header")
+            raise LostError("it is truncated within a header")
         more = block[504]
-    has_data = info.type not in (
-        *LINKS,
-        *DEVICES,
-        tarfile.DIRTYPE,
-    )  # the others' sizes mean something else
+    # The size field of these types has another meaning.
+    has_data = info.type not in (*LINKS, *DEVICES, tarfile.DIRTYPE)
     return TarHeader(info.name, info.type, info.size if has_data else 0, is_sparse)
 
 
 def _payload(source: Window, size: int, limit: int) -> bytes:
-    """The data of an extended header."""
+    """Read the data of an extended header."""
     if size > limit:
-        raise LostError(f"an extended header of {size} bytes, above the limit of {limit}")
+        raise LostError(f"an extended header of {size} bytes exceeds the limit of {limit}")
     data = source.read(size + -size % BLOCK)
     if len(data) < size:
-        raise LostError("it is cut off within a header")
+        raise LostError("it is truncated within a header")
     return data[:size]
 
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
-    """The records `<length> <key>=<value>\\n` of a pax header that matter here."""
+    r"""Parse the relevant records `<length> <key>=<value>\n` of a pax header."""
     records, at = {}, 0
     while at < len(data):
         length = data[at : at + 20].partition(b" ")[0]
         end = at + int(length) if length.isdigit() else at
         key, equals, value = data[at + len(length) + 1 : end - 1].partition(b"=")
         if not equals or data[end - 1 : end] != b"\n":
-            raise LostError("a corrupt extended header")
+            raise LostError("corrupt extended header")
         if key in (b"path", b"size"):
             records[key.decode()] = value
         elif key.startswith(b"GNU.sparse."):
@@ -310,20 +306,22 @@ def _pax_records(data: bytes) -> dict[str, bytes]:
 
 
 def _with_extended(header: TarHeader, extended: dict[str, bytes]) -> TarHeader:
-    """`header` with what the extended headers before it say instead."""
+    """Return `header` with the values that extended headers replace."""
     name, size = header.name, header.size
     if "path" in extended:
         name = extended["path"].decode("utf-8", "surrogateescape")
     if "size" in extended and header.type not in (*LINKS, *DEVICES, tarfile.DIRTYPE):
         if not re.fullmatch(rb"\d{1,20}", extended["size"]):
-            raise LostError("a corrupt size in an extended header")
+            raise LostError("corrupt size in an extended header")
         size = int(extended["size"])
     return TarHeader(name, header.type, size, header.is_sparse or "sparse" in extended)
 
 
 def after_end(source: Window) -> bytes:
-    """The block after the zeros that end an archive; empty at the file's end, else another tar was
-    put behind it."""
+    """Read the first non-zero block after the end of an archive; empty at the end of the file.
+
+    Such a block means that another tar was appended.
+    """
     for _ in range(_MAX_TAIL // BLOCK):
         block = source.read(BLOCK)
         if not block or block.count(0) < len(block):
@@ -334,7 +332,7 @@ def after_end(source: Window) -> bytes:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether a tar's header starts here; its checksum says."""
+    """Whether a tar header starts here, by its checksum."""
     try:
         tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:

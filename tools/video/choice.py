@@ -1,8 +1,7 @@
-"""Which frames of a film are worth storing: drawn at random, but no near-duplicates, blank frames
-or cross-fades.
+"""Choose the frames of a film to store: drawn at random, without duplicates, blanks or cross-fades.
 
-All judgements are made on thumbnails of the luma, 64x36 bytes, so that looking at every frame costs
-a few percent of decoding it.
+All decisions are made on luma thumbnails of 64x36 bytes, so examining every frame costs only a few
+percent of decoding it.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from av.video.frame import VideoFrame
 from pipeline.libraries import cv2
 
 THUMBNAIL = (64, 36)  # width, height
-# Mean absolute difference of two frames' thumbnails, in grey levels: neighbouring frames of one
-# scene have 0 to 5, even of fast pans; PySceneDetect, too, sees a cut at some 10 % of the range.
+# Mean absolute difference of two frames' thumbnails, in grey levels. Adjacent frames of a scene
+# have 0 to 5, even in fast pans; PySceneDetect also detects a cut at about 10 % of the range.
 CUT_DIFFERENCE = 20.0
-# Standard deviation of a thumbnail, in grey levels: black, white and one-coloured frames, the ends
-# of fades to them.
+# Standard deviation of a thumbnail, in grey levels: excludes black, white and single-coloured
+# frames, and the ends of fades to them.
 MIN_CONTRAST = 5.0
 # A frame within a cross-fade (or a fade) is the mean of the frames some time before and after it.
-# Motion is not: there the mean is a double image. What is left of the frame without that mean, in
-# parts of the change from before to after, is 0 for still pictures, 0.17 for two pans that take 30
-# frames to fade (change: 18 grey levels), 0.18 and more for pans over photographs (change: 2 to
-# 13). So the more a scene changes, the more may be left. Pans over smooth surfaces come near 0,
-# too, but keep their contrast (the mean squared step between neighbouring pixels: 0.99 to 1.01 of
-# before and after), which a cross-fade loses (0.87 to 0.95). Slow fades between moving scenes go
-# unseen.
+# During motion it is not, because that mean is a double image. The residual of the frame against
+# the mean, relative to the change from before to after, is 0 for still pictures, 0.17 for two pans
+# that cross-fade over 30 frames (change: 18 grey levels), and at least 0.18 for pans over
+# photographs (change: 2 to 13). So the limit rises with the change of the scene. Pans over smooth
+# surfaces also come near 0, but keep their contrast (mean squared step between adjacent pixels:
+# 0.99 to 1.01 of before and after), which a cross-fade loses (0.87 to 0.95). Slow fades between
+# moving scenes are not detected.
 BLEND_REACH = 5  # frames before and after
-BLEND_RESIDUAL = 1 / 80  # of the change, for every grey level of it
+BLEND_RESIDUAL = 1 / 80  # relative to the change, per grey level of change
 MAX_BLEND_RESIDUAL = 0.2
 MAX_BLEND_CONTRAST = 0.97
-MIN_BLEND_CHANGE = 4.0  # grey levels; below that a blend does no harm
-MAX_REMEMBERED = 512  # stored frames of a segment that a new one is compared with
+MIN_BLEND_CHANGE = 4.0  # grey levels; a blend below it does no harm
+MAX_REMEMBERED = 512  # stored frames of a segment to compare a new one with
 
 Item = TypeVar("Item")
 
@@ -47,16 +46,14 @@ Item = TypeVar("Item")
 class Sampling:
     """How frames are drawn."""
 
-    frame_interval: int = 10  # average number of frames from one candidate to the next
+    frame_interval: int = 10  # average number of frames between candidates
     min_interval: int = 4
     max_interval: int = 15
-    min_change: float = (
-        4.0  # mean absolute difference of luma thumbnails to every stored frame, in grey levels
-    )
+    min_change: float = 4.0  # minimum difference to every stored frame, see `difference`
 
 
 class FrameCandidate(NamedTuple, Generic[Item]):
-    """A frame that was drawn: its number within the segment, the frame, and its thumbnail."""
+    """A candidate frame: its number within the segment, the frame, and its thumbnail."""
 
     index: int
     item: Item
@@ -64,7 +61,7 @@ class FrameCandidate(NamedTuple, Generic[Item]):
 
 
 def thumbnail(frame: VideoFrame) -> np.ndarray:
-    """The luma of a frame as uint8 (36, 64), in the range it is stored in."""
+    """Luma of a frame as uint8 (36, 64), in the range in which it is stored."""
     kind = frame.format
     luma = kind.components[0]
     plane = frame.planes[0]
@@ -91,18 +88,16 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _contrast(small: np.ndarray) -> float:
-    """Mean squared step between neighbouring pixels of a thumbnail (int16)."""
+    """Mean squared step between adjacent pixels of a thumbnail (int16)."""
     steps = np.diff(small, axis=0).astype(float), np.diff(small, axis=1).astype(float)
     return sum(float((step**2).mean()) for step in steps)
 
 
 class FrameChooser(Generic[Item]):
-    """Told of every frame of a segment in order, gives back those to store, `BLEND_REACH` frames
-    late."""
+    """Takes the frames of a segment in order; yields those to store, `BLEND_REACH` frames later."""
 
     def __init__(self, sampling: Sampling, key: str, is_beginning: bool) -> None:
-        """`key` decides the draws; at the beginning of a film the first frame is a candidate, as
-        after a cut."""
+        """`key` seeds the draws; at the beginning of a film, the first frame is a candidate."""
         self._sampling = sampling
         self._draws = _draws(key)
         self._next = 0 if is_beginning else next(self._draws) % sampling.frame_interval
@@ -110,11 +105,10 @@ class FrameChooser(Generic[Item]):
         self._recent: deque[np.ndarray] = deque(maxlen=2 * BLEND_REACH + 1)
         self._waiting: deque[FrameCandidate[Item]] = deque()
         self._stored = np.empty((0, *THUMBNAIL[::-1]), np.uint8)
-        self.dropped: Counter[str] = Counter()  # why candidates were not chosen
+        self.dropped: Counter[str] = Counter()  # reasons why candidates were not chosen
 
     def add(self, item: Item, small: np.ndarray) -> Iterator[tuple[int, Item]]:
-        """Take in the next frame and its thumbnail; yields (number, frame) of what is to be
-        stored."""
+        """Add the next frame and its thumbnail; yields (number, frame) of each frame to store."""
         is_cut = bool(self._recent) and difference(self._recent[-1], small) >= CUT_DIFFERENCE
         self._recent.append(small)
         if is_cut or self._index == self._next:
@@ -125,7 +119,7 @@ class FrameChooser(Generic[Item]):
             yield from self._judge(self._waiting.popleft())
 
     def finish(self) -> Iterator[tuple[int, Item]]:
-        """What is left at the end of the segment."""
+        """Yield the remaining frames to store, at the end of the segment."""
         while self._waiting:
             yield from self._judge(self._waiting.popleft())
 
@@ -143,7 +137,7 @@ class FrameChooser(Generic[Item]):
 
     def _is_blended(self, candidate: FrameCandidate[Item]) -> bool:
         last = len(self._recent) - 1
-        at = last - (self._index - 1 - candidate.index)  # its place in `recent`
+        at = last - (self._index - 1 - candidate.index)  # its position in `_recent`
         reach = min(BLEND_REACH, at, last - at)
         if reach == 0:
             return False
@@ -166,11 +160,10 @@ class FrameChooser(Generic[Item]):
         return bool(changes.min() < self._sampling.min_change)
 
     def _gap(self) -> int:
-        """Frames to the next candidate, between the least and the most, `frame_interval` on
-        average.
+        """Frames to the next candidate: between minimum and maximum, `frame_interval` on average.
 
-        Uniform below the average or uniform above it, one of the two so often that the mean is
-        right.
+        Drawn uniformly either below the average or above it, with the odds that give the right
+        mean.
         """
         sampling, draw = self._sampling, next(self._draws)
         least, mean, most = sampling.min_interval, sampling.frame_interval, sampling.max_interval
@@ -182,8 +175,10 @@ class FrameChooser(Generic[Item]):
 
 
 def _draws(key: str) -> Iterator[int]:
-    """Uniform 64-bit numbers from `key`, without end. SHAKE-256, as in crop_grid.py: it never
-    changes."""
+    """Yield an endless stream of uniform 64-bit numbers from `key`.
+
+    SHAKE-256 is used because its output never changes, as in crops/grid.py.
+    """
     block = 0
     while True:
         digest = hashlib.shake_256(f"{key}/{block}".encode("utf-8", "surrogateescape")).digest(

@@ -1,4 +1,4 @@
-"""Frames of a piece of a video, straight from the file, as upright RGB pictures."""
+"""Decode the frames of a video segment straight from the file, as upright RGB pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tools.video.probe import (
     square_size,
 )
 
-# No video has more; a hostile file could hold millions of frames, a byte each
+# No real video has more; a hostile file could hold millions of frames of one byte each.
 MAX_FRAMES_A_SECOND = 1000
 _SCALING = (
     Interpolation.BICUBIC
@@ -39,26 +39,28 @@ _SCALING = (
 
 
 class DamagedError(Exception):
-    """Damage met by several decoder threads, whose order decides what is lost: decode again with
-    one."""
+    """Damage occurred with several decoder threads.
+
+    Their order decides which frames are lost, so decoding must be repeated with one thread.
+    """
 
 
 class Frame(NamedTuple):
     """A frame of a video."""
 
-    index: int  # its number within the segment
-    time_s: float  # from the first frame of the video
+    index: int  # number within the segment
+    time_s: float  # seconds from the first frame of the video
     pixels: np.ndarray  # uint8 RGB (height, width, 3), upright, square pixels
 
 
 @dataclass
 class FrameCounts:
-    """What happened to the frames of a segment."""
+    """Counts of the frames of a segment."""
 
     decoded: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # candidates, by reason
+    dropped: Counter[str] = field(default_factory=Counter)  # omitted candidates, by reason
     errors: int = 0  # packets that could not be read or decoded
-    lost: int = 0  # frames that were damaged, or may show the damage: up to the next key frame
+    lost: int = 0  # frames that are damaged or may show damage, until the next key frame
 
 
 def sample_frames(
@@ -70,12 +72,11 @@ def sample_frames(
     tally: FrameCounts | None = None,
     codec_threads: int = 1,
 ) -> Iterator[Frame]:
-    """The frames of `segment` that are worth storing (see choice.py); `key` decides the random
-    draws.
+    """Yield the frames of `segment` that are worth storing (see choice.py); `key` seeds the draws.
 
     The same file, segment, sampling and key give the same frames. Raises `BadVideoError` or
-    `OSError` where the file cannot be read; damage within it is counted in `tally`, and
-    `DamagedError` with several `codec_threads`.
+    `OSError` if the file cannot be read. Damage within it is counted in `tally`; with several
+    `codec_threads`, `DamagedError` is raised instead.
     """
     tally = FrameCounts() if tally is None else tally
     chooser: FrameChooser[VideoFrame] = FrameChooser(sampling, key, segment.first is None)
@@ -91,16 +92,16 @@ def sample_frames(
 
 
 class _Converter:
-    """Decoded frames to RGB."""
+    """Converts decoded frames to RGB."""
 
     def __init__(self, info: VideoInfo) -> None:
         self._info = info
-        self._reformatter = VideoReformatter()  # its tables are made once
+        self._reformatter = VideoReformatter()  # creates its tables only once
 
     def __call__(self, frame: VideoFrame, index: int) -> Frame:
         info = self._info
         planar = (
-            self._reformatter.reformat(  # to planes: six times as fast as to rgb24, the same bytes
+            self._reformatter.reformat(  # planes give the same bytes as rgb24, six times as fast
                 frame,
                 format="gbrp",
                 interpolation=_SCALING,
@@ -125,7 +126,7 @@ class _Converter:
 
 
 def _samples(plane: VideoPlane) -> np.ndarray:
-    """uint8 (height, width), without copying."""
+    """View a plane as uint8 (height, width), without copying."""
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
         : plane.height, : plane.width
     ]
@@ -134,19 +135,19 @@ def _samples(plane: VideoPlane) -> np.ndarray:
 def segment_frames(
     path: Path, info: VideoInfo, segment: Segment, tally: FrameCounts, codec_threads: int = 1
 ) -> Iterator[VideoFrame]:
-    """All good frames with segment.first <= pts < segment.end, deinterlaced where they need it, in
-    their order.
+    """Yield the good frames of a segment in order, deinterlaced if needed.
 
-    Decodes from the key frame before the segment. Where that one turns out to be shown later than
-    the segment begins (files are sought by decoding times), from an earlier one.
+    These have segment.first <= pts < segment.end. Decoding starts at the key frame before the
+    segment. Files are sought by decoding time, so that key frame may be shown only after the
+    segment begins; an earlier one is tried then.
     """
     second = int(1 / info.time_base) + 1
-    back = second if info.is_interlaced else 0  # the deinterlacer wants to see the frame before
+    back = second if info.is_interlaced else 0  # the deinterlacer needs the previous frame
     while True:
         with open_video(path) as (container, stream):
             from_start = segment.first is None or segment.first - back <= info.start
             if not from_start and not _seek(container, stream, segment.first - back):
-                back = info.end - info.start  # it cannot be sought in: read it from its beginning
+                back = info.end - info.start  # not seekable; read it from the beginning
                 continue
             context = stream.codec_context
             context.thread_type = "FRAME" if codec_threads > 1 else "NONE"
@@ -177,14 +178,14 @@ def _within(
     segment: Segment,
     tally: FrameCounts,
 ) -> Iterator[VideoFrame]:
-    """The frames that lie within the segment, counted."""
+    """Yield and count the frames within the segment."""
     length = float(((segment.end or info.end) - (segment.first or info.start)) * info.time_base)
     frame = first
     while frame is not None and (segment.end is None or frame.pts < segment.end):
         if segment.first is None or frame.pts >= segment.first:
             tally.decoded += 1
             if tally.decoded > MAX_FRAMES_A_SECOND * (length + 1):
-                raise BadVideoError(f"more than {MAX_FRAMES_A_SECOND} frames a second")
+                raise BadVideoError(f"more than {MAX_FRAMES_A_SECOND} frames per second")
             yield frame
         frame = next(others, None)
 
@@ -196,16 +197,14 @@ def _decoded(
     tally: FrameCounts,
     from_start: bool,
 ) -> Iterator[VideoFrame | None]:
-    """Good frames from here on, a little beyond the end of the segment; `None` where some are
-    missing.
+    """Yield good frames until shortly after the end of the segment; `None` where some are missing.
 
-    A decoder conceals what it could not read, and what refers to that shows it too, unmarked: after
-    any damage, frames are lost until the next key frame.
+    Decoders conceal what they could not read, and frames that refer to it show the damage unmarked.
+    So after any damage, frames are lost until the next key frame.
     """
     context = stream.codec_context
-    is_waiting = (
-        not from_start
-    )  # seeking may land between two key frames, where decoders show garbage
+    # Seeking may end between two key frames, where decoders show garbage.
+    is_waiting = not from_start
     is_broken, last = False, segment.first
     for packet in read_packets(container, stream):
         if packet is not None:
@@ -221,7 +220,7 @@ def _decoded(
             is_broken = True
         for frame in frames or ():
             if frame.pts is None:
-                frame.pts = frame.dts  # AVI and its like
+                frame.pts = frame.dts  # AVI and similar formats
             if frame.is_corrupt and context.thread_count > 1:
                 raise DamagedError
             was_broken = is_broken
@@ -237,8 +236,7 @@ def _decoded(
 
 
 def _decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[VideoFrame] | None:
-    """The frames that come out for a packet; `None` where it is damaged, or could not even be
-    read."""
+    """Decode a packet into frames; `None` if it is damaged or could not be read."""
     if packet is None:
         return None
     try:
@@ -248,7 +246,7 @@ def _decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[Vid
 
 
 def _lies_in(segment: Segment, pts: int | None) -> bool:
-    """Whether damage at this time is to be counted here, and not in a neighbouring segment."""
+    """Whether damage at this time belongs to this segment and not to a neighbouring one."""
     if pts is None:
         return True
     return (segment.first is None or pts >= segment.first) and (
@@ -259,12 +257,10 @@ def _lies_in(segment: Segment, pts: int | None) -> bool:
 def _without_fields(
     frames: Iterable[VideoFrame | None], info: VideoInfo, tally: FrameCounts
 ) -> Iterator[VideoFrame]:
-    """Deinterlace, one frame for a frame; progressive frames come out as they are."""
+    """Deinterlace frames one by one; progressive frames are left as they are."""
     if not info.is_interlaced:
         for frame in frames:
-            if (
-                frame is not None and frame.interlaced_frame
-            ):  # a stream that changes its kind on the way
+            if frame is not None and frame.interlaced_frame:  # the stream changes its kind midway
                 tally.dropped["interlaced"] += 1
             elif frame is not None:
                 yield frame
@@ -275,7 +271,7 @@ def _without_fields(
         if graph is not None and (
             frame is None or kind != (frame.width, frame.height, frame.format.name)
         ):
-            yield from _pull(graph, None, info)  # what comes next is no neighbour
+            yield from _pull(graph, None, info)  # the next frame does not follow the last one
             graph = None
         if frame is not None:
             if graph is None:
@@ -287,7 +283,10 @@ def _without_fields(
 
 
 def _deinterlacer(frame: VideoFrame, info: VideoInfo) -> Graph:
-    """bwdif (Weston 3 field and yadif): the best of FFmpeg's own, at a few milliseconds a frame."""
+    """Build a graph with bwdif (Weston 3 field and yadif), FFmpeg's best deinterlacer.
+
+    It takes a few milliseconds per frame.
+    """
     graph = Graph()
     graph.threads = 1
     source = graph.add(
@@ -303,7 +302,7 @@ def _deinterlacer(frame: VideoFrame, info: VideoInfo) -> Graph:
 
 
 def _pull(graph: Graph, frame: VideoFrame | None, info: VideoInfo) -> Iterator[VideoFrame]:
-    """Push a frame (`None`: the end) into a graph, and take out what is ready."""
+    """Push a frame (`None`: the end) into a graph and yield the frames that are ready."""
     graph.vpush(frame)
     while True:
         try:

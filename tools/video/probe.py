@@ -1,8 +1,7 @@
-"""What a video file holds: picture size, colours, time span; and why it cannot be used, where it
-cannot.
+"""Read the properties of a video: size, colours, time span, and reasons why it cannot be used.
 
-`probe` reads it from the header and the first frames: colour tags, display matrix and the shape of
-the pixels say how stored samples become a picture.
+`probe` reads them from the header and the first frames. Colour tags, display matrix and pixel
+aspect define how stored samples become a picture.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
-# AVColorSpace -> the matrix for swscale; RGB (0) needs none
+# AVColorSpace -> matrix for swscale; RGB (0) needs none.
 _MATRICES = {
     0: Colorspace.DEFAULT,
     1: Colorspace.ITU709,
@@ -63,14 +62,11 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     }
 )
-MAX_MEGAPIXELS = (
-    64  # of a frame: 8K has 33; what a header claims beyond that would only fill the memory
-)
-MAX_HOURS = 7 * 24  # what the timestamps of a file may span; beyond that they are broken
-MAX_READ_ERRORS = (
-    100  # in a row, without a packet between them: a file of damage must not be read for ever
-)
-NUM_FIRST_FRAMES = 8  # looked at for what the header does not say
+# Per frame; 8K has 33, and a header that claims more would only fill the memory.
+MAX_MEGAPIXELS = 64
+MAX_HOURS = 7 * 24  # largest time span of a file; longer ones have broken timestamps
+MAX_READ_ERRORS = 100  # consecutive errors, so that a damaged file is not read for ever
+NUM_FIRST_FRAMES = 8  # examined for properties that the header lacks
 _MAX_FIRST_PACKETS = 600
 _OPTIONS = {  # a "video" could be a playlist that names other files, or servers
     "protocol_whitelist": "file",
@@ -78,56 +74,60 @@ _OPTIONS = {  # a "video" could be a playlist that names other files, or servers
 }
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _INTERLACED_ORDERS = range(2, 6)  # AV_FIELD_TT, _BB, _TB, _BT
-_MAX_ASPECT = 4  # of a pixel, either way; DVDs have up to 1.46, anamorphic lenses 2
+_MAX_ASPECT = 4  # of a pixel, in both directions; DVDs have up to 1.46, anamorphic lenses 2
 
 
 class BadVideoError(ValueError):
-    """A video that cannot be read; the message says why."""
+    """A video that cannot be read; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are read. `start` and `end` are in ticks of
-    `time_base` seconds."""
+    """Properties of a video known before its frames are read.
 
-    height: int  # of a frame as `sample_frames` gives it: upright, of square pixels
+    `start` and `end` are in ticks of `time_base` seconds.
+    """
+
+    height: int  # of a frame from `sample_frames`: upright, with square pixels
     width: int
     coded_height: int  # as stored
     coded_width: int
     start: int  # presentation time of the first frame
-    end: int  # of the end of the last one
+    end: int  # end of the last frame
     time_base: Fraction
-    frame_rate: float | None  # on average, as the file says
+    frame_rate: float | None  # average according to the file
     codec: str
     pixel_format: str
-    bits: int  # a sample
+    bits: int  # per sample
     transfer: str
     matrix: Colorspace
     is_full_range: bool
     is_interlaced: bool
-    pixel_aspect: Fraction  # width of a stored pixel by its height
+    pixel_aspect: Fraction  # width of a stored pixel relative to its height
     orientation: Orientation
-    is_lossy: bool  # by its codec, or by halved colour
-    refusals: tuple[str, ...]  # why it must not be used; empty: it may
-    truncated: str  # how much of it is missing at its end, or ""
+    is_lossy: bool  # because of its codec or subsampled colour
+    refusals: tuple[str, ...]  # reasons why it must not be used; empty if it may
+    truncated: str  # how much is missing at the end, or ""
 
     @property
     def duration_s(self) -> float:
-        """From the first frame to the end of the last one, in seconds."""
+        """Time from the first frame to the end of the last one, in seconds."""
         return float((self.end - self.start) * self.time_base)
 
 
 class Segment(NamedTuple):
-    """A piece of a video: the frames with first <= pts < end, in ticks; `None` is open, so that no
-    frame is lost."""
+    """Part of a video: the frames with first <= pts < end, in ticks.
 
-    start_s: int  # rounded down; counted from the first frame
+    `None` means open, so that no frame is lost.
+    """
+
+    start_s: int  # rounded down, from the first frame
     first: int | None
     end: int | None
 
 
 def segments(info: VideoInfo, segment_time: float) -> list[Segment]:
-    """The video in pieces of `segment_time` seconds; each frame lies in exactly one."""
+    """Split the video into segments of `segment_time` seconds; each frame is in exactly one."""
     ticks = Fraction(segment_time) / info.time_base
     count = max(1, math.ceil((info.end - info.start) / ticks))
     borders = [None, *(info.start + math.ceil(index * ticks) for index in range(1, count)), None]
@@ -138,8 +138,10 @@ def segments(info: VideoInfo, segment_time: float) -> list[Segment]:
 
 
 def probe(path: Path) -> VideoInfo:
-    """What the video holds. Raises `BadVideoError` where it cannot be read at all, `OSError` where
-    the file cannot."""
+    """Read the properties of a video.
+
+    Raises `BadVideoError` if it is not a readable video, `OSError` if the file cannot be read.
+    """
     with open_video(path) as (container, stream):
         frames = _first_frames(container, stream)
         transfer, matrix, is_full_range, refusals = colours(
@@ -164,20 +166,20 @@ def probe(path: Path) -> VideoInfo:
         height, width = width, height
     if is_interlaced and codec.canonical_name == "hevc":
         refusals += (
-            "interlaced HEVC, which holds single fields; weave and deinterlace it first, such as "
-            "`ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",
+            "interlaced HEVC, which stores single fields; weave and deinterlace it first, e.g. "
+            "with `ffmpeg -i IN -vf weave=first_field=top,bwdif=mode=send_frame -crf 12 OUT.mp4`",
         )
     if turn is None:
-        refusals += ("its display matrix is not a quarter turn; turn it upright with an editor",)
+        refusals += (
+            "its display matrix is not a multiple of a quarter turn; rotate it with an editor",
+        )
     if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
         refusals += (
-            f"its pixels have an aspect of {aspect}; correct it with `ffmpeg -i IN -c copy -aspect "
-            "16:9 OUT`",
+            f"its pixels have an aspect ratio of {aspect}; correct it with `ffmpeg -i IN -c copy "
+            "-aspect 16:9 OUT`",
         )
     if (end - start) * time_base > MAX_HOURS * 3600:
-        refusals += (
-            f"its timestamps span more than {MAX_HOURS} hours; write it again with ffmpeg",
-        )
+        refusals += (f"its timestamps span more than {MAX_HOURS} hours; rewrite it with ffmpeg",)
     return VideoInfo(
         height,
         width,
@@ -198,24 +200,26 @@ def probe(path: Path) -> VideoInfo:
         turn or Orientation(),
         codec.lossy or not codec.lossless or is_halved,
         refusals,
-        f"cut off: {missing_s:.1f} s at its end are missing" if missing_s else "",
+        f"truncated: {missing_s:.1f} s are missing at its end" if missing_s else "",
     )
 
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The open file and its video stream (of several: the largest; cover art is none). Raises
-    `BadVideoError`."""
+    """Open a file and its largest video stream (cover art excluded).
+
+    Raises `BadVideoError`.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise BadVideoError("not a plain file")
+        raise BadVideoError("not a regular file")
     if not status.st_size:
         raise BadVideoError("empty file")
     try:
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
         raise BadVideoError(
-            f"not a video, or its header is damaged or cut off ({error.strerror})"
+            f"not a video, or its header is damaged or truncated ({error.strerror})"
         ) from error
     with container:
         yield container, _main_stream(container)
@@ -224,15 +228,15 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _main_stream(container: InputContainer) -> VideoStream:
     streams = [stream for stream in container.streams.video if not stream.disposition & _PICTURES]
     if not streams:
-        pictures = " but cover art" if container.streams.video else ""
-        raise BadVideoError(f"no video stream in it{pictures}")
+        pictures = " except cover art" if container.streams.video else ""
+        raise BadVideoError(f"no video stream{pictures}")
     stream = max(streams, key=lambda stream: _area(stream) if stream.codec_context else -1)
     context = stream.codec_context
     if context is None or not context.is_decoder:
-        raise BadVideoError("its codec is unknown, or encrypted; no decoder for it")
+        raise BadVideoError("its codec is unknown or encrypted; there is no decoder for it")
     if _area(stream) > MAX_MEGAPIXELS * 1e6:
         raise BadVideoError(
-            f"{stream.height}x{stream.width} is above {MAX_MEGAPIXELS} megapixels a frame"
+            f"{stream.height}x{stream.width} exceeds {MAX_MEGAPIXELS} megapixels per frame"
         )
     if not stream.time_base:
         raise BadVideoError("its video stream has no time base")
@@ -248,9 +252,8 @@ def _area(stream: VideoStream) -> int:
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:
     aspect = stream.sample_aspect_ratio
-    if not aspect or abs(aspect - 1) < Fraction(
-        1, 100
-    ):  # encoders round; 1 % is nobody's anamorphic format
+    # Encoders round; no anamorphic format differs by 1 % only.
+    if not aspect or abs(aspect - 1) < Fraction(1, 100):
         return Fraction(1)
     return aspect
 
@@ -277,8 +280,10 @@ def _first_frames(container: InputContainer, stream: VideoStream) -> list[VideoF
 def read_packets(
     container: InputContainer, *streams: av.stream.Stream
 ) -> Iterator[av.Packet | None]:
-    """Packets to the end of the file, the empty one that flushes the decoder included; `None` for a
-    read error."""
+    """Yield packets to the end of the file, including the empty one that flushes the decoder.
+
+    `None` stands for a read error.
+    """
     errors = 0
     while errors < MAX_READ_ERRORS:
         try:
@@ -286,10 +291,11 @@ def read_packets(
                 errors = 0
                 yield packet
             return
-        # PyAV, flushing streams that appeared on the way (MPEG-TS), after those it knows: the end
+        # Raised by PyAV at the end of the file, when it flushes streams that appeared midway
+        # (MPEG-TS).
         except IndexError:
             return
-        except av.InvalidDataError:  # damage: what follows may be good
+        except av.InvalidDataError:  # damaged here; what follows may be good
             errors += 1
             yield None
         except av.FFmpegError as error:
@@ -297,11 +303,10 @@ def read_packets(
 
 
 def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, float]:
-    """(First presentation time, end, in ticks; seconds missing at the end): what the packets say,
-    not the header.
+    """Return (first presentation time, end, in ticks; seconds missing at the end).
 
-    Reads the packets after the last key frame; all of them where the header does not know the
-    duration or is wrong.
+    The values come from the packets, not from the header. Reads the packets after the last key
+    frame, or all of them if the header's duration is missing or wrong.
     """
     claimed_s = container.duration / av.time_base if container.duration else 0.0
     origin_s = (container.start_time or 0) / av.time_base
@@ -311,33 +316,34 @@ def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, flo
             container.seek(int((origin_s + claimed_s) * av.time_base))
             _, end, reached_s = _read_times(container, stream)
         except av.FFmpegError:
-            pass  # cannot be sought in
+            pass  # not seekable
     start = stream.start_time
     if end is None or start is None:
         first, end, reached_s = _read_all_times(container, stream)
         start = first if start is None else start
     if start is None or end is None:
         raise BadVideoError(
-            "its frames have no times; write it again with `ffmpeg -i IN -c copy OUT.mkv`"
+            "its frames have no timestamps; rewrite it with `ffmpeg -i IN -c copy OUT.mkv`"
         )
-    missing_s = (
-        claimed_s + min(origin_s, 0) - reached_s
-    )  # Matroska counts from 0, wherever the first frame lies
+    # Matroska counts from 0, wherever the first frame is.
+    missing_s = claimed_s + min(origin_s, 0) - reached_s
     return start, max(end, start + 1), missing_s if missing_s > max(1.0, claimed_s / 50) else 0.0
 
 
 def _read_all_times(
     container: InputContainer, stream: VideoStream
 ) -> tuple[int | None, int | None, float]:
-    with av.open(container.name, options=_OPTIONS, metadata_errors="replace") as anew:
-        return _read_times(anew, anew.streams[stream.index])
+    with av.open(container.name, options=_OPTIONS, metadata_errors="replace") as reopened:
+        return _read_times(reopened, reopened.streams[stream.index])
 
 
 def _read_times(
     container: InputContainer, stream: VideoStream
 ) -> tuple[int | None, int | None, float]:
-    """(First and last presentation time of the video's packets, latest second of any stream), from
-    here to the end."""
+    """Return (first time, end, latest second of any stream) from here to the end of the file.
+
+    The first two are of the video's packets.
+    """
     first = end = None
     reached_s = 0.0
     for packet in read_packets(container):
@@ -354,8 +360,7 @@ def _read_times(
 
 
 class Orientation(NamedTuple):
-    """How a stored frame becomes upright: transposed first, then its rows, then its columns in
-    reverse."""
+    """How to turn a stored frame upright: transpose it, then flip rows, then columns."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -363,7 +368,10 @@ class Orientation(NamedTuple):
 
 
 def orientation(frame: VideoFrame) -> Orientation | None:
-    """From the display matrix, which maps a stored point (x right, y down) to where it is shown."""
+    """Read the display matrix, which maps stored points (x right, y down) to displayed ones.
+
+    `None` if it is not a multiple of a quarter turn.
+    """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Orientation()
@@ -376,35 +384,35 @@ def orientation(frame: VideoFrame) -> Orientation | None:
 
 
 def square_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
-    """(Height, width) with square pixels. Only ever shrunk: stretching would invent pixels."""
+    """(height, width) with square pixels; shrinks only, because stretching invents pixels."""
     if aspect >= 1:
         return max(1, round(height / aspect)), width
     return height, max(1, round(width * aspect))
 
 
 def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool, tuple[str, ...]]:
-    """(Transfer characteristic, matrix, full range?, refusals), by the tags; untagged, as players
-    take them."""
+    """Return (transfer characteristic, matrix, is full range, refusals) according to the tags.
+
+    Untagged files are treated as players do.
+    """
     transfer, primaries, matrix = frame.color_trc, frame.color_primaries, frame.colorspace
     name = _enum_name(ColorTrc, transfer)
     refusals: tuple[str, ...] = ()
     if transfer in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
         refusals = (
-            f"HDR: its transfer characteristic is {name}, which needs tone-mapping to taste first, "
-            "such as "
-            f"`ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",
+            f"HDR: its transfer characteristic is {name}, which must be tone-mapped to taste "
+            f"first, e.g. with `ffmpeg -i IN -vf {_TONE_MAP} -crf 12 OUT.mp4`",
         )
     elif primaries == ColorPrimaries.BT2020 or matrix in (9, 10):
         refusals = (
             f"wide gamut: BT.2020 colours (transfer characteristic {name}); map them to BT.709 "
-            "first, such as "
-            f"`ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",
+            f"first, e.g. with `ffmpeg -i IN -vf {_GAMUT_MAP} -crf 12 OUT.mp4`",
         )
     elif transfer == ColorTrc.UNSPECIFIED and any(
         data.type.name.startswith("DOVI") for data in frame.side_data
     ):
         refusals = (
-            "Dolby Vision without a layer for ordinary screens; tone-map it with an editor first",
+            "Dolby Vision without a layer for standard screens; tone-map it with an editor first",
         )
     elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
         refusals = (
@@ -414,7 +422,7 @@ def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool
         )
     elif frame.format.is_rgb is False and matrix == 0:
         matrix = _UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
-    # mpv's and others' rule where a file does not say
+    # The rule of mpv and others for untagged files.
     default = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
     is_full = (
         frame.color_range or header_range

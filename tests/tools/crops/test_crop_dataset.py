@@ -1,5 +1,4 @@
-"""What a second run of a cutter makes of a dataset that was cleaned, damaged, moved on from, or
-left in the middle."""
+"""Second runs of a cutter on datasets that were cleaned, damaged, changed or interrupted."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ def test_a_source_that_broke_keeps_its_crops(photos, tmp_path):
 
 
 def test_what_was_cleaned_away_is_not_made_again(tmp_path):
-    """A crop of a benchmark image that --clean moved must not come back with the next
-    photograph."""
+    """A crop of a benchmark image that --clean moved must not return with the next photograph."""
     astronaut = wheel_photograph("astronaut.png")
     write_files(tmp_path / "photos", {"a.png": encoded(astronaut, "png")})
     write_files(
@@ -172,14 +170,13 @@ def test_a_benchmark_that_grew_or_cannot_be_read_is_noticed(photos, tmp_path):
 
 
 def test_crops_of_a_run_that_was_stopped_are_not_listed(photos, tmp_path):
-    """No line tells what they were cut from: as photographs of their own they could end up on both
-    sides."""
+    """Their sources are unknown, so as photographs of their own they could end up on both sides."""
     out = tmp_path / "data/out"
     assert cut(photos, out).returncode == 0
     shutil.copytree(out / "a.png", out / "z.png")
     result = run_tool("select_training_files", "--data-dir", tmp_path / "data")
     assert result.returncode == 0
-    assert f"left out {len(list((out / 'z.png').iterdir()))} files" in result.stdout
+    assert f"omitted {len(list((out / 'z.png').iterdir()))} files" in result.stdout
     listed = [
         name
         for file in (TRAINING_LIST, VALIDATION_LIST)
@@ -225,7 +222,7 @@ def test_a_pipe_with_the_name_of_an_image_is_passed_by(tmp_path, tool):
     "arguments", [["images_to_data"], ["check_training_data"], ["check_training_data", "--fast"]]
 )
 def test_a_file_far_larger_than_its_pixels_is_not_read(tmp_path, arguments):
-    """Sparse, so that it costs nothing; reading it would fill the memory."""
+    """The file is sparse, so that it costs nothing; reading it would fill the memory."""
     write_files(
         tmp_path / "data",
         {
@@ -270,7 +267,7 @@ def test_a_full_disk_while_rejects_are_written_is_one_line(tmp_path):
         pytest.skip("mounting a small file system needs root")
     try:
         assert_user_error(
-            cut(tmp_path / "photos", tmp_path / "disk/out"), "cannot be written", "make room"
+            cut(tmp_path / "photos", tmp_path / "disk/out"), "cannot be written", "free disk space"
         )
     finally:
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)

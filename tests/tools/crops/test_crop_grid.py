@@ -1,4 +1,4 @@
-"""tools.crops.grid: where crops lie."""
+"""tools.crops.grid: positions of the crops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PINNED = [(14, 4), (14, 56), (14, 116), (65, 1), (65, 50), (65, 117)]
 
 
 def _count(height, width, size, crops):
-    """How many crops hold each pixel; fails where a crop reaches over the edge."""
+    """Count the crops that contain each pixel; fails if a crop extends beyond the edge."""
     counts = np.zeros((height, width), int)
     for crop in crops:
         assert crop.top >= 0
@@ -56,8 +56,10 @@ def test_gaps_reach_everywhere_and_depend_on_the_key():
 
 
 def test_the_grid_never_changes():
-    """Pinned: datasets made on different days and machines must agree
-    (images_to_data.LAYOUT_VERSION)."""
+    """Pinned, because datasets made on different days and machines must agree.
+
+    See LAYOUT_VERSION in tools/crops/dataset.py.
+    """
     assert [crop[2:] for crop in crop_grid(120, 170, 48, "0/1/kodak/1.png")] == PINNED
 
 

@@ -1,5 +1,4 @@
-"""tools.crops.leakage: parts and copies of benchmark pictures are found, other photographs are
-not."""
+"""tools.crops.leakage finds parts and copies of benchmark pictures, and no other photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from tools.crops.leakage import BenchmarkIndex
 
 BENCHMARK = ("astronaut.png", "china.jpg", "coffee.png")
 OTHERS = ("chelsea.png", "flower.jpg", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg")
-PARTS = [(0, 0), (37, 101), (130, 64), (61, 5)]  # upper left corners
+PARTS = [(0, 0), (37, 101), (130, 64), (61, 5)]  # top-left corners
 
 
 def _mirrored(pixels: np.ndarray) -> np.ndarray:
@@ -159,7 +158,7 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_a_benchmark_of_tiny_pictures_finds_whole_copies(tmp_path):
-    """Below 64 pixels nothing but a copy of the whole picture can be found."""
+    """Below 64 pixels, only copies of the whole picture can be found."""
     tiny = {"tiny.png": resized(photographs()["coffee.png"], 0.08)}
     index = BenchmarkIndex([write_images(tmp_path / "tiny", tiny)])
     assert index.find(photographs()["coffee.png"]) == "tiny/tiny.png"

@@ -1,5 +1,4 @@
-"""tools.crops.duplicates: copies are found, other photographs are not, and a plain search
-agrees."""
+"""tools.crops.duplicates finds copies and no other photographs, as a plain search does."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def _trimmed(pixels: np.ndarray, part: float) -> np.ndarray:
 
 
 def _next_frame(pixels: np.ndarray) -> np.ndarray:
-    """The camera moved by three pixels, other noise."""
+    """The camera moved by three pixels, and the noise differs."""
     noise = np.random.default_rng(5).normal(0, 2, pixels.shape)
     return np.clip(np.roll(pixels, 3, axis=1) + noise, 0, 255).astype(np.uint8)
 
@@ -133,7 +132,7 @@ def test_a_large_table_agrees_with_a_plain_search():
         assert table.add(number, hash) is None
     assert len(table) == len(hashes)
     for number in (0, 1, 1023, 1024, 16383, 16384, 20000, 39000, 39999):
-        for count in (0, 1, 8, 15):  # certain; up to MAX_DISTANCE it is the rule
+        for count in (0, 1, 8, 15):  # certain up to 15, usual up to MAX_DISTANCE
             assert table.find(_flipped(hashes[number], count, rng)) == number
         assert table.find(_flipped(hashes[number], MAX_DISTANCE + 1, rng)) is None
     assert all(table.find(rng.bytes(HASH_BYTES)) is None for _ in range(500))

@@ -1,4 +1,4 @@
-"""tools.crops.quality: flat crops and soft photographs are told from ordinary ones."""
+"""tools.crops.quality: flat crops and soft photographs are distinguished from ordinary ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_crops_of_enlarged_photographs_are_soft():
     gates = [
         crop_gates(crop)
         for name in NAMES
-        if name != "retina.jpg"  # whose enlarged crops are nearly flat
+        if name != "retina.jpg"  # enlarged crops of it are nearly flat
         for crop in crops(enlarged(photographs()[name], 2), 128)
     ]
     busy = [gate for gate in gates if not is_flat(gate)]
@@ -133,7 +133,7 @@ def test_gradient_and_entropy_are_what_they_say():
     ramp = np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     gates = crop_gates(np.ascontiguousarray(ramp))
     assert gates["gradient"] == pytest.approx(1, rel=0.04)
-    assert gates["entropy"] == 6  # 64 grey levels, equally often
+    assert gates["entropy"] == 6  # 64 grey levels, equally frequent
     diagonal = crop_gates(np.ascontiguousarray(ramp + ramp.transpose(1, 0, 2)))
     assert diagonal["gradient"] == pytest.approx(2**0.5, rel=0.04)
     assert crop_gates(np.zeros((64, 64, 3), np.uint8))["entropy"] == 0

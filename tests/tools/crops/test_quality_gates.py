@@ -1,5 +1,4 @@
-"""The quality gates of images_to_data.py and check_training_data.py, with each kind of bad picture
-planted."""
+"""Quality gates of images_to_data.py and check_training_data.py, with each kind of bad picture."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import pytest
 from dataset_corpus import assert_user_error, encoded, run_tool, wheel_photograph, write_files
 from fabricate import shared
 
-# Decoded photographs that ship in wheels: sharp, of different things.
+# Decoded photographs from wheels: sharp, and of different subjects.
 SHARP = {name: wheel_photograph(name) for name in ("astronaut.png", "chelsea.png", "coffee.png")}
 
 
@@ -24,21 +23,23 @@ def resized(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def planted() -> dict[str, bytes]:
-    """File -> content; the first letters say what must become of it. Originals sort before their
-    copies."""
+    """File -> content; the first letters give the expected outcome.
+
+    Originals sort before their copies.
+    """
     astronaut, chelsea, coffee = SHARP.values()
     halfway = astronaut.copy()
-    halfway[:, : halfway.shape[1] // 2] = 200  # one half of it is a wall
+    halfway[:, : halfway.shape[1] // 2] = 200  # one half is a wall
     return {
         "a_good.png": encoded(astronaut, "png"),
         "b_good.png": encoded(chelsea, "png"),
         "c_same.png": encoded(astronaut, "png"),
         "d_near.jpg": encoded(
             resized(astronaut, 2), "jpeg", quality=85
-        ),  # halved again, since it is lossy
+        ),  # halved again, because it is lossy
         "e_near.png": encoded(resized(chelsea, 0.9), "png"),
         "f_soft.png": encoded(cv2.GaussianBlur(resized(coffee, 1.2)[:300, :400], (0, 0), 6), "png"),
-        "g_half.png": encoded(resized(coffee, 2), "png"),  # enlarged: only its half is sharp
+        "g_half.png": encoded(resized(coffee, 2), "png"),  # enlarged; only its half is sharp
         "h_wall.png": encoded(np.full((300, 300, 3), 128, np.uint8), "png"),
         "i_part.png": encoded(np.ascontiguousarray(halfway[:, ::-1]), "png"),
     }
@@ -53,7 +54,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cut(photos) -> tuple[list[dict], list[dict]]:
-    """(Manifest, rejects) of images_to_data.py with its default gates."""
+    """Run images_to_data.py with its default gates; returns (manifest, rejects)."""
     result = run_tool("images_to_data", photos, photos.parent / "out", "--size", 128)
     assert (result.returncode, result.stderr) == (0, "")
     return tuple(
@@ -144,7 +145,7 @@ def test_gates_can_be_turned_off(photos, tmp_path):
 
 def test_rejects_are_not_looked_at_again(photos, cut):
     result = run_tool("images_to_data", photos, photos.parent / "out", "--size", 128)
-    assert f"{len(planted())} photos were there already" in result.stdout
+    assert f"{len(planted())} photos were already there" in result.stdout
     assert result.returncode == 0
 
 
@@ -157,7 +158,7 @@ def bad(stdout: str) -> dict[str, str]:
 
 
 def test_each_planted_kind_is_caught_when_checking(photos):
-    """The folder of plain images, without a manifest."""
+    """On a folder of plain images without a manifest."""
     reasons = bad(run_tool("check_training_data", "--data-dir", photos, "--min-size", 128).stdout)
     assert {*reasons} == {
         "c_same.png",
@@ -177,7 +178,7 @@ def test_each_planted_kind_is_caught_when_checking(photos):
 
 @pytest.mark.parametrize("fast", [[], ["--fast"]])
 def test_copies_are_found_across_sources(tmp_path, fast):
-    """By the hashes in the manifests alone, too."""
+    """Also by the hashes in the manifests alone."""
     for source, name in (
         ("one", "astronaut.png"),
         ("two", "astronaut.png"),
@@ -227,7 +228,7 @@ def test_clean_moves_what_the_gates_found(tmp_path):
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory) -> Path:
-    """A benchmark set of two images, one of them also among the training photographs."""
+    """A benchmark of two images; one is also among the training photographs."""
     root = tmp_path_factory.mktemp("benchmark")
     write_files(
         root,
@@ -305,8 +306,10 @@ def test_bad_gates_are_refused(photos, tmp_path):
     ("name", "size", "most_flat"), [("kodak", 256, 0.05), ("sunhays80", 256, 0.06)]
 )
 def test_ordinary_photographs_are_not_thrown_away(tmp_path, name, size, most_flat):
-    """No photograph of the reference sets is called soft or a copy; of their crops only clear skies
-    and the like go."""
+    """No photograph of the reference sets counts as soft or a copy.
+
+    Of their crops, only clear skies and the like are dropped.
+    """
     photos = shared(f"data/{name}")
     assert (
         run_tool(

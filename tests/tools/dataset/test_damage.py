@@ -1,5 +1,4 @@
-"""Files whose headers and ends are whole but whose data is damaged, and sloppy files whose pixels
-are whole."""
+"""Damaged data behind intact headers and ends, and sloppy files whose pixels are intact."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from pipeline.data.image_headers import (
 )
 from pipeline.data.image_pixels import decode_plain, decode_rgb, decoder_name, prepare_decoders
 from tools.crops.manifest import ManifestIndex
-from tools.dataset.judging import Judge, Rules, Verdict
+from tools.dataset.judging import FileChecker, FileRules, FileStatus
 
 PIXELS = photograph(301, 403)
 KINDS = {
@@ -55,18 +54,20 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def reason_against(content: bytes) -> str:
-    """Why a file is rejected, or an empty string."""
+    """Reason why a file is rejected, or an empty string."""
     try:
         header = read_header(io.BytesIO(content))
-        if header.height * header.width < 1e6:  # not the giants that flipped bits make
+        if header.height * header.width < 1e6:  # not the giant sizes that flipped bits produce
             assert decode_rgb(content, header).shape[2] == 3
     except BadImageError as error:
         return str(error)
     return ""
 
 
-def judge(folder, decodes: bool = True, megapixels: float = 300) -> Judge:
-    return Judge(folder, Rules(64, None, megapixels, decodes), ManifestIndex(folder, []), None)
+def checker(folder, decodes: bool = True, megapixels: float = 300) -> FileChecker:
+    return FileChecker(
+        folder, FileRules(64, None, megapixels, decodes), ManifestIndex(folder, []), None
+    )
 
 
 def jpeg(kind: str = "420", quality: int = 92) -> bytes:
@@ -76,7 +77,7 @@ def jpeg(kind: str = "420", quality: int = 92) -> bytes:
 
 
 def damaged(content: bytes, how: str, seed: int = 0) -> bytes:
-    """`content` with a part of its second half zeroed, overwritten or cut out."""
+    """`content` with a part of its second half zeroed, overwritten or removed."""
     rng = np.random.default_rng(seed)
     at = int(rng.integers(len(content) // 2, len(content) - 5000))
     if how == "zeroed":
@@ -94,8 +95,10 @@ def insert_before_scan(content: bytes, added: bytes) -> bytes:
 @pytest.mark.parametrize("how", ["zeroed", "random", "cut out"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_jpeg_data_is_turned_away(kind, how):
-    """Nearly always: zeros may be valid code by chance, and often are in the refining scans of a
-    progressive JPEG."""
+    """Damage is nearly always detected.
+
+    Zeros may be valid code by chance, and often are in the refinement scans of a progressive JPEG.
+    """
     content = jpeg(kind)
     decode(content)
     reasons = [reason_against(damaged(content, how, seed)) for seed in range(8)]
@@ -114,7 +117,7 @@ def test_damaged_cmyk_jpeg_is_turned_away(how):
 
 
 def test_the_tools_agree_on_damage(tmp_path):
-    """The cutter turns away what the full check calls bad, and nothing else."""
+    """The cutter rejects exactly those files that the full check calls bad."""
     tiff = encoded(photograph(300, 400, seed=9), "tiff", compression="tiff_lzw")
     files = {
         "good.jpg": jpeg(),
@@ -147,8 +150,8 @@ def test_lzw_tiff_that_dali_takes_is_bad(tmp_path):
     broken = damaged(encoded(PIXELS, "tiff", compression="tiff_lzw"), "random")
     assert HostDecoder(threads=1, batch=1).decode_content(broken).shape == PIXELS.shape
     write_files(tmp_path, {"broken.tif": broken})
-    result = judge(tmp_path)("broken.tif")
-    assert (result.verdict, result.gate) == (Verdict.BAD, "file")
+    result = checker(tmp_path)("broken.tif")
+    assert (result.status, result.gate) == (FileStatus.BAD, "file")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,7 +217,7 @@ def test_plain_are_the_samplings_that_the_strict_decoder_knows(factors):
 
 
 def sloppy_files() -> dict[str, bytes]:
-    """JPEGs such as cameras and old software write, of the pixels of `jpeg()`."""
+    """JPEGs as cameras and old software write them, with the pixels of `jpeg()`."""
     content = jpeg()
     tables, adobe = (
         content[:2] + content[content.index(b"\xff\xdb") :],
@@ -254,7 +257,7 @@ def test_sloppy_jpegs_are_good(name):
     "name", ["strange JFIF", "strange scan", "strange Adobe", "zeros before the end"]
 )
 def test_a_harmless_warning_does_not_hide_damage(name):
-    """libjpeg tells the first warning only."""
+    """libjpeg reports only the first warning."""
     content = sloppy_files()[name]
     with pytest.raises(ValueError, match=r"JFIF|SOS|Adobe|extraneous") as warning:
         simplejpeg.decode_jpeg(content, strict=True)
@@ -265,8 +268,7 @@ def test_a_harmless_warning_does_not_hide_damage(name):
 
 
 def test_pixels_that_came_too_late_are_damage():
-    """Bytes before the end that are not padding: the code lost its place, and found it again a few
-    blocks late."""
+    """Bytes before the end that are not padding: decoding lost its place for a few blocks."""
     content = jpeg()
     with pytest.raises(BadImageError, match=r"damaged: \d+ extraneous bytes before marker 0xd9"):
         decode(content[:-2] + b"\x5a" * 300 + content[-2:])
@@ -279,7 +281,7 @@ def test_markers_in_the_scan_show_without_decoding():
     first, second = content.index(b"\xff\xd0"), content.index(b"\xff\xd1")
     for broken in (
         content[:first] + content[second:],  # an interval is missing
-        content[:second] + content[first:second] + content[second:],  # one comes twice
+        content[:second] + content[first:second] + content[second:],  # an interval occurs twice
         content[: first + 9] + b"\xff\x4f" + content[first + 9 :],
     ):
         with pytest.raises(BadImageError, match="damaged: the marker"):
@@ -315,8 +317,8 @@ def test_sparse_giants_are_bad_and_not_read(tmp_path, name, decodes):
     form = {"tif": "tiff", "jpg": "jpeg"}.get(name[6:], name[6:])
     write_files(tmp_path, {name: encoded(PIXELS, form)})
     os.truncate(tmp_path / name, 3 << 40)
-    result = judge(tmp_path, decodes)(name)
-    assert result.verdict is Verdict.BAD
+    result = checker(tmp_path, decodes)(name)
+    assert result.status is FileStatus.BAD
     assert f"{3 << 40} bytes for 301x403 pixels" in result.reason
 
 
@@ -326,14 +328,16 @@ def test_sparse_npy_giants_are_bad_and_not_read(tmp_path):
     )
     (tmp_path / "giant.npy").write_bytes(header)
     os.truncate(tmp_path / "giant.npy", len(header) + 3 * 10**9)
-    result = judge(tmp_path)("giant.npy")
-    assert (result.verdict, result.bytes) == (Verdict.BAD, 0)
+    result = checker(tmp_path)("giant.npy")
+    assert (result.status, result.bytes) == (FileStatus.BAD, 0)
     assert "--max-megapixels" in result.reason
 
 
 def test_too_little_memory_says_nothing_about_the_file(tmp_path):
-    """Within the limits that the user set, yet more than the machine has: not bad, and the other
-    files are judged."""
+    """The image is within the user's limits but exceeds the machine's memory.
+
+    It is not bad, and the other files are checked.
+    """
     header = npy(np.zeros((0, 1, 3), np.uint8)).replace(
         b"(0, 1, 3), }          ", b"(1000000, 4000, 3), } "
     )

@@ -1,4 +1,4 @@
-"""tools/dataset/statistics.py and what it counts with: exact numbers in fixed memory."""
+"""tools/dataset/statistics.py and its counters: exact numbers in fixed memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAST = settings(deadline=None, max_examples=50)
 
 
 def record(number: int, photo: str, **gates: float) -> CropRecord:
-    """A crop whose file is not there."""
+    """A crop whose file does not exist."""
     return CropRecord(
         f"{photo}/{number}.npy",
         photo,
@@ -94,7 +94,7 @@ def test_a_sample_is_uniform():
             sample.add(f"photo_{number}", number)
         counts.update(sample)
     assert sum(counts.values()) == 2000
-    assert min(counts.values()) >= 15  # 40 expected, 6 its standard deviation
+    assert min(counts.values()) >= 15  # 40 expected, with a standard deviation of 6
     assert max(counts.values()) <= 65
 
 
@@ -164,7 +164,7 @@ def test_charts_hold_every_image():
     tallest = max(chart.bars, key=lambda bar: bar.height)
     assert [round(tallest.height / bar.height) for bar in chart.bars] == [3, 1, 3]
     assert "1 below 0.25 and 1 above 64" in chart.summary
-    assert "1 lie below the line" in chart.summary
+    assert "1 are below the line" in chart.summary
     assert chart.bars[0].x < chart.threshold.at < chart.bars[1].x + chart.bars[1].width
     floors = {round(bar.y + bar.height, 6) for bar in chart.bars}
     assert len(floors) == 1
@@ -177,7 +177,7 @@ def test_charts_hold_every_image():
 
 
 def test_memory_hardly_grows_with_the_crops(tmp_path):
-    """A record takes about 3 KB of Python objects: holding 25000 of them would take 75 MB."""
+    """A record takes about 3 KB of Python objects, so holding 25000 would take 75 MB."""
 
     def peak(count: int) -> int:
         records = [

@@ -1,5 +1,4 @@
-"""tools/tar/members.py: tars in tars, names that lie, damage, bombs, and how much memory all that
-takes."""
+"""tools/tar/members.py: nested tars, false names, damage, bombs, and memory use."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("_no_hanging")
 
 @pytest.fixture
 def _no_hanging():
-    """Every test here ends within a minute, whatever a hostile archive makes the reader do."""
+    """Every test must end within a minute, whatever a hostile archive does to the reader."""
 
     def stop(*_):
         raise TimeoutError("the reader hangs")
@@ -47,7 +46,7 @@ def tar(
     files: dict[str, bytes | tarfile.TarInfo] | list[tuple[str, bytes | tarfile.TarInfo]],
     form: int = tarfile.PAX_FORMAT,
 ) -> bytes:
-    """A tar archive; a `TarInfo` stands for itself, without data."""
+    """Build a tar archive; a `TarInfo` is added as it is, without data."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as archive:
         for name, content in files.items() if isinstance(files, dict) else files:
@@ -64,7 +63,7 @@ def tar(
 def header(
     name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, form: int = tarfile.GNU_FORMAT
 ) -> bytes:
-    """A header block alone, whatever it claims."""
+    """A single header block with arbitrary claims."""
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     return info.tobuf(form)
@@ -83,7 +82,7 @@ def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
 def read(
     path: Path, content: bytes, **limits: int
 ) -> tuple[dict[str, bytes], list[Problem], TarReader]:
-    """(Members, problems, reader) of an archive of this content."""
+    """Read an archive with this content; returns (members, problems, reader)."""
     path = path / "a.tar" if path.is_dir() else path
     path.write_bytes(content)
     reader = TarReader(path, Limits(**limits))
@@ -120,7 +119,7 @@ def test_tar_of_tars(tmp_path):
 def test_compressed_archives(tmp_path, pack):
     content = tar({"a.jpg": JPEG, "in.tar.x": pack(tar({"b.png": PNG}))})
     assert read(tmp_path, pack(content))[:2] == ({"a.jpg": JPEG, "in.tar.x/b.png": PNG}, [])
-    # compressed in pieces, as pigz, pbzip2 and `cat` leave them
+    # Compressed in pieces, as by pigz, pbzip2 and `cat`.
     middle = len(content) // 2
     assert read(tmp_path, pack(content[:middle]) + pack(content[middle:]))[:2] == (
         {"a.jpg": JPEG, "in.tar.x/b.png": PNG},
@@ -133,7 +132,7 @@ def test_compressed_archives(tmp_path, pack):
     )  # bzip2 works in blocks of 900 kB
     assert members == {"0.jpg": large["0.jpg"], "1.jpg": large["1.jpg"]}
     assert [problem.name for problem in problems] == [""]
-    assert "cut off" in problems[0].reason
+    assert "truncated" in problems[0].reason
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress], ids=["gz", "xz"])
@@ -181,7 +180,7 @@ def test_long_names(tmp_path, form):
 
 
 def test_sizes_beyond_8_gb_come_from_the_pax_header(tmp_path):
-    """The ustar field cannot hold them; here it says 0 while pax says the truth."""
+    """The ustar field cannot hold them; here it is 0, and pax has the true size."""
     record = next(line for n in range(99) if len(line := b"%d size=%d\n" % (n, len(JPEG))) == n)
     content = (
         header("x", len(record), tarfile.XHDTYPE)
@@ -229,8 +228,10 @@ def test_endless_names_fit_on_a_disk_and_stay_different(tmp_path):
 
 
 def test_equal_names_are_all_kept(tmp_path):
-    """Later members of a name replace earlier ones when tar unpacks; for training each is a
-    photograph."""
+    """Later members replace earlier ones with the same name when tar unpacks.
+
+    For training, each is a photograph.
+    """
     files = [
         ("a.jpg", b"\xff\xd8\xff1"),
         ("./a.jpg", b"\xff\xd8\xff2"),
@@ -307,7 +308,7 @@ def test_links_with_a_size_have_no_data(tmp_path):
 
 
 def sparse_header(real_size: int, stored: int, extensions: int = 0) -> bytes:
-    """An old GNU sparse member: `stored` bytes of data, holes for the rest."""
+    """An old GNU sparse member: `stored` bytes of data; the rest is holes."""
     block = bytearray(header("s.jpg", stored, tarfile.GNUTYPE_SPARSE))
     block[386:410] = b"%011o\0%011o\0" % (0, stored)
     block[482] = extensions > 0
@@ -326,7 +327,7 @@ def test_sparse_members_are_reported_not_blown_up(tmp_path, extensions):
     members, problems, _ = read(tmp_path, content)
     assert members == {"a.jpg": JPEG}
     assert [problem.name for problem in problems] == ["s.jpg"]
-    assert "holes" in problems[0].reason
+    assert "sparse" in problems[0].reason
 
 
 @pytest.mark.parametrize("form", ["0.0", "0.1", "1.0", "gnu"])
@@ -343,7 +344,7 @@ def test_sparse_members_as_gnu_tar_writes_them(tmp_path, form):
     items = list(TarReader(tmp_path / "gnu.tar"))
     assert items[1:] == [Member("a.jpg", JPEG)]
     assert isinstance(items[0], Problem)
-    assert "holes" in items[0].reason
+    assert "sparse" in items[0].reason
 
 
 def test_a_corrupt_inner_header_loses_the_rest_of_that_archive_only(tmp_path):
@@ -378,12 +379,12 @@ def test_damaged_inner_archives_are_problems_by_their_names(tmp_path):
 
 
 def test_inner_archive_that_claims_more_than_it_is(tmp_path):
-    """Its last member reaches beyond its own end, into the next member of the outer archive."""
+    """Its last member extends beyond its own end, into the next member of the outer archive."""
     inner = header("x.jpg", 5000) + padded(JPEG)
     members, problems, _ = read(tmp_path, tar({"a.tar": inner, "b.tar": tar({"y.jpg": PNG})}))
     assert members == {"b.tar/y.jpg": PNG}
     assert [problem.name for problem in problems] == ["a.tar"]
-    assert "cut off within x.jpg" in problems[0].reason
+    assert "truncated within x.jpg" in problems[0].reason
 
 
 def test_cut_anywhere_what_came_before_is_used_and_the_cut_is_said(tmp_path):
@@ -402,8 +403,10 @@ def test_cut_anywhere_what_came_before_is_used_and_the_cut_is_said(tmp_path):
 
 
 def test_ten_terabytes_in_a_header_cost_nothing(tmp_path):
-    """As a photograph, as another file, as an extended header; skipping must end where the file
-    ends."""
+    """As a photograph, as another file, as an extended header.
+
+    Skipping must end where the file ends.
+    """
     claims = [
         header("a.jpg", 10**13),
         header("a.txt", 10**13),
@@ -423,8 +426,8 @@ def test_ten_terabytes_in_a_header_cost_nothing(tmp_path):
         tmp_path, header("0.jpg", len(JPEG)) + padded(JPEG) + claims[0] + JPEG
     )
     assert members == {"0.jpg": JPEG}
-    assert "above the limit" in problems[0].reason
-    assert "cut off within a.jpg" in problems[1].reason
+    assert "exceed the limit" in problems[0].reason
+    assert "truncated within a.jpg" in problems[1].reason
 
 
 def test_negative_sizes_do_not_go_backwards(tmp_path):
@@ -487,16 +490,16 @@ def test_a_million_extended_headers_are_no_recursion(tmp_path):
 
 
 def test_tars_put_one_behind_another_are_all_read(tmp_path):
-    """`cat a.tar b.tar`: most readers stop at the first end mark."""
+    """`cat a.tar b.tar`; most readers stop at the first end mark."""
     content = tar({"a.jpg": JPEG}) + tar({"b.jpg": PNG})
     assert read(tmp_path, content)[:2] == ({"a.jpg": JPEG, "b.jpg": PNG}, [])
     members, problems, _ = read(tmp_path, tar({"a.jpg": JPEG}) + b"something else" * 100)
     assert members == {"a.jpg": JPEG}
-    assert "no tar follows its end" in problems[0].reason
+    assert "other than a tar follows its end" in problems[0].reason
 
 
 def test_a_hole_in_place_of_members_is_noticed(tmp_path):
-    """Downloads whose file is made at full size first leave zeros where parts are missing."""
+    """Downloads that allocate the whole file first leave zeros where parts are missing."""
     members, problems, _ = read(tmp_path, tar({"a.jpg": JPEG}) + bytes(5 << 20))
     assert members == {"a.jpg": JPEG}
     assert "unfinished download" in problems[0].reason
@@ -514,7 +517,7 @@ def test_decompression_bombs(tmp_path, pack, name):
     members, problems, _ = read(tmp_path, pack(content), free_bytes=1 << 20, expansion=10)
     assert members == {"0.jpg": JPEG}
     assert "10 times its size" in problems[-1].reason
-    # In an outer archive, plain or compressed again: the whole of it is given up.
+    # In an outer archive, plain or compressed again, the whole archive is abandoned.
     outer = tar({"0.jpg": JPEG, "in.tar": pack(content), "1.jpg": JPEG})
     for outermost in (outer, pack(outer)):
         members, problems, _ = read(tmp_path, outermost, free_bytes=1 << 20, expansion=10)
@@ -533,7 +536,7 @@ def test_xz_cannot_ask_for_any_memory(tmp_path):
     packed = bytearray(lzma.compress(tar({"a.jpg": JPEG})))
     assert (
         packed[14:16] == b"\x21\x01"
-    )  # the LZMA2 filter, whose one byte says how large a dictionary it needs
+    )  # the LZMA2 filter, whose single byte is the size of its dictionary
     packed[16] = 40  # 4 GiB
     packed[20:24] = zlib.crc32(packed[12:20]).to_bytes(4, "little")
     (tmp_path / "a.tar.xz").write_bytes(packed)
@@ -563,8 +566,7 @@ def test_large_members_many_members_and_deep_archives_are_limited(tmp_path):
 
 
 def test_unwanted_members_are_not_even_read(tmp_path):
-    """A plain archive is skipped through: the file's pages are not touched. Names stay what they
-    were."""
+    """A plain archive is skipped without touching the file's pages; names do not change."""
     files = [
         ("a.jpg", JPEG),
         ("in.tar", tar([("b.jpg", JPEG), ("b.jpg", PNG)])),
@@ -599,7 +601,7 @@ def test_what_is_no_archive_on_a_disk_is_refused_at_once(tmp_path):
         b"PK\3\4" + bytes(600): "a zip archive",
         b"text" * 300: "not a tar archive",
         gzip.compress(b"text" * 300): "not a tar archive",
-        gzip.compress(b"")[:12]: "cut off",
+        gzip.compress(b"")[:12]: "truncated",
         JPEG: "not a tar",
         b"7z\xbc\xaf\x27\x1c" + bytes(600): "7-zip",
         _BAD_GZIP: "damaged",
@@ -620,14 +622,14 @@ def test_an_archive_that_changes_meanwhile_is_reported(tmp_path):
     items = iter(TarReader(path))
     assert next(items) == Member("a.jpg", JPEG)
     os.utime(path, ns=(0, 0))
-    assert list(items)[-1] == Problem(
-        "", "it changed while it was read; run the same command again"
-    )
+    assert list(items)[-1] == Problem("", "it changed while being read; run the same command again")
 
 
 def test_any_bytes_are_survived(tmp_path):
-    """Flipped, dropped and doubled bytes in plain and compressed archives: problems, never an
-    exception or a hang."""
+    """Flipped, dropped and doubled bytes give problems, never an exception or a hang.
+
+    Applies to plain and compressed archives.
+    """
     rng = np.random.default_rng(0)
     whole = tar(
         {
@@ -654,7 +656,7 @@ def test_any_bytes_are_survived(tmp_path):
         try:
             names = [item.name for item in TarReader(path) if isinstance(item, Member)]
         except UserError:
-            continue  # damaged from the first block on
+            continue  # damaged from the first block
         assert len(names) == len(set(names))
 
 
@@ -678,7 +680,7 @@ print(count, size, before >> 10, peak() >> 10)
 
 
 def stream_through(path: Path) -> tuple[int, int, int]:
-    """(Members, bytes of members, growth in MiB of a fresh process that reads them all)."""
+    """Read all members in a fresh process; returns (members, their bytes, memory growth in MiB)."""
     command = [sys.executable, "-c", _MEMORY_TEST, str(CHECKOUT), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     count, size, before, after = map(int, done.stdout.split())

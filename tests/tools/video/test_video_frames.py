@@ -1,5 +1,4 @@
-"""tools/video/probe.py and video_frames.py on real files: which frames, which pixels, what is
-refused."""
+"""tools/video/probe.py and frames.py on real files: frames, pixels, rejected videos."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ WHOLE = Segment(0, None, None)
 
 
 def straight(path: Path) -> dict[int, np.ndarray]:
-    """Time -> pixels of every frame of one decode from start to end."""
+    """Time -> pixels of every frame, decoded once from start to end."""
     with open_video(path) as (container, stream):
         frames = list(container.decode(stream))
     times = [frame.pts if frame.pts is not None else frame.dts for frame in frames]
@@ -49,7 +48,7 @@ def straight(path: Path) -> dict[int, np.ndarray]:
 
 
 def sampled(path: Path, sampling: Sampling = EVERY_FRAME, **options: object) -> list[Frame]:
-    """The frames of a whole video."""
+    """Sampled frames of the whole video."""
     return list(sample_frames(path, probe(path), WHOLE, sampling, "key", **options))
 
 
@@ -177,7 +176,7 @@ def test_untagged_colours_go_by_the_height(height: int, matrix: str, tmp_path: P
 
 
 def assert_colours(path: Path) -> None:
-    """The middle of every square has its colour."""
+    """The centre of every square has its colour."""
     pixels = sampled(path)[0].pixels
     assert np.abs(pixels[30, 32::64].astype(int) - COLOURS).max() <= 2
 
@@ -198,7 +197,7 @@ def test_rounding_of_10_bits_is_no_cutting_off(tmp_path: Path) -> None:
 
 
 def sample_frames_raw(path: Path, info: VideoInfo) -> list[np.ndarray]:
-    """The first frame, converted, flat though it is."""
+    """The first frame, converted even though it is flat."""
     from tools.video.frames import _Converter
 
     return [
@@ -227,7 +226,7 @@ def test_turned_videos_come_out_upright(turn: list[object], tmp_path: Path) -> N
     )
     expected = np.frombuffer(raw, np.uint8).reshape(
         info.height, info.width, 3
-    )  # ffmpeg turns it upright by itself
+    )  # ffmpeg rotates it by itself
     pixels = sampled(tmp_path / "turned.mp4")[0].pixels
     assert pixels.shape == expected.shape
     at = np.ix_([40, info.height - 40], [40, info.width - 40])
@@ -315,7 +314,7 @@ def test_files_that_are_no_videos(tmp_path: Path) -> None:
     (tmp_path / "cover.png").write_bytes(encoded(photograph(64, 64), "png"))
     sound = ["-f", "lavfi", "-i", "sine=duration=1"]
     ffmpeg(*sound, tmp_path / "sound.mp4")
-    with pytest.raises(BadVideoError, match=r"no video stream in it$"):
+    with pytest.raises(BadVideoError, match=r"no video stream$"):
         probe(tmp_path / "sound.mp4")
     ffmpeg(
         *sound,
@@ -331,9 +330,9 @@ def test_files_that_are_no_videos(tmp_path: Path) -> None:
         "attached_pic",
         tmp_path / "cover.mp4",
     )
-    with pytest.raises(BadVideoError, match="no video stream in it but cover art"):
+    with pytest.raises(BadVideoError, match="no video stream except cover art"):
         probe(tmp_path / "cover.mp4")
-    with pytest.raises(BadVideoError, match="not a plain file"):
+    with pytest.raises(BadVideoError, match="not a regular file"):
         probe(tmp_path)
 
 
@@ -393,9 +392,9 @@ def test_damage_costs_the_frames_around_it_and_is_counted(tmp_path: Path) -> Non
         np.array_equal(frame.to_ndarray(format="rgb24"), good[frame.pts]) for frame in frames
     )
     assert 60 < len(frames) < len(good) == 100
-    assert frames[-1].pts == max(good)  # it went on after the damage
+    assert frames[-1].pts == max(good)  # it continued after the damage
     assert tally.errors + tally.lost > 0
-    with pytest.raises(DamagedError):  # several threads would lose others
+    with pytest.raises(DamagedError):  # several threads would lose other frames
         list(segment_frames(path, info, WHOLE, FrameCounts(), codec_threads=2))
 
 
@@ -408,11 +407,11 @@ def test_truncated_videos_give_what_is_there(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data[: len(data) // 2])
     for name in ("a.mkv", "first.mp4"):
         info = probe(tmp_path / name)
-        assert info.truncated.startswith("cut off")
+        assert info.truncated.startswith("truncated")
         assert 1 < info.duration_s < 4
         assert 25 < len(list(segment_frames(tmp_path / name, info, WHOLE, FrameCounts()))) < 100
-    with pytest.raises(BadVideoError, match="its header is damaged or cut off"):
-        probe(tmp_path / "last.mp4")  # its index stood at the end
+    with pytest.raises(BadVideoError, match="its header is damaged or truncated"):
+        probe(tmp_path / "last.mp4")  # its index was at the end
 
 
 READ_ALL = """
@@ -471,7 +470,7 @@ def test_one_frame_of_a_still_and_one_after_each_cut(tmp_path: Path) -> None:
         0,
         60,
         120,
-    ]  # not still(1) again
+    ]  # not still(1) a second time
     assert tally.dropped["blank"] >= 1
     assert tally.dropped["similar"] >= 5
     assert tally.decoded == 190
@@ -484,7 +483,7 @@ def test_pans_are_sampled_within_the_intervals(tmp_path: Path) -> None:
     gaps = np.diff(indices)
     assert len(indices) > 20
     assert gaps.min() >= 4
-    assert np.mean(gaps <= 12) > 0.9  # but for a candidate that was dropped
+    assert np.mean(gaps <= 12) > 0.9  # except for a candidate that was dropped
     other = [
         frame.index for frame in sample_frames(path, probe(path), WHOLE, sampling, "another key")
     ]
