@@ -357,7 +357,7 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--count", 0], "--count 0: must be at least 1"),
         (["--first", -1], "sample -1: must be 0"),
@@ -379,22 +379,22 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
         (["--frist", 3], "did you mean '--first'?"),
     ],
 )
-def test_wrong_input_is_said_in_one_line(data: Path, words: list[object], told: str) -> None:
-    assert_user_error(show(data, *words), told)
+def test_wrong_input_is_said_in_one_line(data: Path, words: list[object], message: str) -> None:
+    assert_user_error(show(data, *words), message)
     assert not (data.parent / "sheet.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("out", "told"),
+    ("out", "message"),
     [
         ("sheet.jpg", "must end in .png"),
         ("none/sheet.png", "no such folder"),
         ("folder.png", "a folder"),
     ],
 )
-def test_out_that_cannot_be_written(data: Path, out: str, told: str) -> None:
+def test_out_that_cannot_be_written(data: Path, out: str, message: str) -> None:
     (data.parent / "folder.png").mkdir()
-    assert_user_error(show(data, SMALL, out=out), told)
+    assert_user_error(show(data, SMALL, out=out), message)
 
 
 def test_names_that_the_font_lacks_and_long_ones(data: Path) -> None:

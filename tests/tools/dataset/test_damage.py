@@ -142,8 +142,8 @@ def test_the_tools_agree_on_damage(tmp_path):
         "check_training_data", "--data-dir", tmp_path / "photos", "--min-size", 64, *UNGATED
     )
     assert checked.returncode == 1, checked.stderr
-    told = checked.stdout + checked.stderr
-    assert [name for name in sorted(files) if f"{name}: " in told] == bad, told
+    output = checked.stdout + checked.stderr
+    assert [name for name in sorted(files) if f"{name}: " in output] == bad, output
 
 
 def test_lzw_tiff_that_dali_takes_is_bad(tmp_path):
