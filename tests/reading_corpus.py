@@ -201,10 +201,10 @@ def other_tiffs() -> Iterator[tuple[str, Case]]:
         Case(pil(Image.fromarray(ink, mode="CMYK"), "tiff"), expected, 1, inexact="CMYK"),
     )
     for name, pixels, word in (
-        ("float32", (PHOTO / 255).astype(np.float32), "unsigned whole numbers"),
-        ("float16", (PHOTO / 255).astype(np.float16), "unsigned whole numbers"),
-        ("int16", (DEEP >> 1).astype(np.int16), "unsigned whole numbers"),
-        ("int8", (PHOTO >> 1).astype(np.int8), "unsigned whole numbers"),
+        ("float32", (PHOTO / 255).astype(np.float32), "unsigned integers"),
+        ("float16", (PHOTO / 255).astype(np.float16), "unsigned integers"),
+        ("int16", (DEEP >> 1).astype(np.int16), "unsigned integers"),
+        ("int8", (PHOTO >> 1).astype(np.int8), "unsigned integers"),
         ("uint32", DEEP.astype(np.uint32) * 65537, "32 bits"),
     ):
         yield f"tiff-{name}.tif", Case(tiff(pixels, photometric="rgb"), None, refusal=word)

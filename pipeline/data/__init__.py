@@ -1,2 +1,1 @@
-"""From files to batches: which files train, where their pixels lie, and how they reach the
-device."""
+"""Training data: from dataset folders to batches on the device."""

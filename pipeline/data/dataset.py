@@ -1,5 +1,4 @@
-"""The folders that a run trains on: which files, where their LR lies, and one hash that tells
-whether they changed."""
+"""The dataset folders of a run: their file lists, where LR is stored, and a hash of it all."""
 
 from __future__ import annotations
 
@@ -35,14 +34,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Folder:
-    """One dataset folder: `root`, the names in its two lists, and for paired training where each
-    one's LR lies."""
+    """One dataset folder: its root, the names in its two lists and, if paired, the LR paths."""
 
     root: Path
     training: list[str]
     validation: list[str]
-    lr_paths: dict[str, str] | None = None  # name -> path of its LR file
-    lr_root: Path | None = None  # the folder of LR files, where it is another one
+    lr_paths: dict[str, str] | None = None  # name in a list -> path of its LR file
+    # The folder of the LR files, if they are not stored beside HR.
+    lr_root: Path | None = None
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -50,18 +49,18 @@ class Folder:
 
 @dataclass(frozen=True)
 class Image:
-    """A file of a dataset."""
+    """One file of a dataset."""
 
-    name: str  # as its list has it
+    name: str  # as written in its list
     path: str
     lr_path: str | None
 
 
-class Made(Sequence[Item]):
-    """Of each name in some folders' lists, one after the other, what is made of it when it is asked
-    for.
+class LazySequence(Sequence[Item]):
+    """A sequence over the names in several folders' lists, with each item made on access.
 
-    Of millions of files a run opens a few a second, so that it need not wait for a list of all.
+    The lists may hold millions of names, while a run opens only a few files per second. Making
+    items on access keeps a run from waiting until all of them are built.
     """
 
     def __init__(
@@ -90,33 +89,35 @@ class Made(Sequence[Item]):
         return self._make(self._folders[which], self._lists[which][number - self._starts[which]])
 
     def suffixes(self) -> set[str]:
-        """What the names end with, from their last dot on; of a name without a dot its last
-        letter."""
+        """Return the suffixes of all names, from the last dot on.
+
+        A name without a dot contributes its last letter.
+        """
         return {name[name.rfind(".") :] for names in self._lists for name in names}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All folders of a run, in the order in which they were given: sample numbers depend on it."""
+    """All folders of a run, in the given order, which the numbers of samples depend on."""
 
     folders: tuple[Folder, ...]
 
     @property
     def training(self) -> Sequence[Image]:
-        return Made(self.folders, [folder.training for folder in self.folders], _image)
+        return LazySequence(self.folders, [folder.training for folder in self.folders], _image)
 
     @property
     def validation(self) -> Sequence[Image]:
-        return Made(self.folders, [folder.validation for folder in self.folders], _image)
+        return LazySequence(self.folders, [folder.validation for folder in self.folders], _image)
 
     @property
-    def training_paths(self) -> Made[str]:
-        """Where the training files lie."""
-        return Made(self.folders, [folder.training for folder in self.folders], Folder.path)
+    def training_paths(self) -> LazySequence[str]:
+        """Paths of the training files."""
+        return LazySequence(self.folders, [folder.training for folder in self.folders], Folder.path)
 
     @property
     def training_lr_paths(self) -> list[str]:
-        """Where their LR files lie, in paired training."""
+        """Paths of the LR files of the training files, for paired training."""
         return [
             paths[name]
             for folder in self.folders
@@ -126,12 +127,11 @@ class Dataset:
 
     @property
     def folder_sizes(self) -> list[int]:
-        """Training files in each folder."""
+        """Number of training files in each folder."""
         return [len(folder.training) for folder in self.folders]
 
     def identity(self) -> dict[str, str | int]:
-        """What tells this dataset from a changed one, the same on every node that has the same
-        data."""
+        """Return hashes and counts that are equal on every node with the same data."""
         return dict(self._identity)
 
     @cached_property
@@ -141,22 +141,25 @@ class Dataset:
         return {
             "lists_sha256": lists_hash(*lists),
             "contents_sha256": contents_hash(self.folders),
-            # Two folders that change places, or other LR, may have the very same names in them.
+            # Swapped folders, or another LR folder, may hold exactly the same names.
             "folders": ", ".join(root.absolute().name for root in roots) if len(roots) > 1 else "",
             "training_files": sum(self.folder_sizes),
             "validation_files": sum(len(folder.validation) for folder in self.folders),
         }
 
     def write_lists(self, directory: Path) -> None:
-        """Keep the lists in a run folder, so that a later difference can be named."""
+        """Copy the file lists into a run folder, so that `differences` can compare them later."""
         directory.mkdir(exist_ok=True)
         for number, folder in enumerate(self.folders):
             write_file_list(directory / f"{number}_{TRAINING_LIST}", folder.training)
             write_file_list(directory / f"{number}_{VALIDATION_LIST}", folder.validation)
 
     def differences(self, directory: Path) -> list[str]:
-        """`["training_file_list.txt of DIR: 1 new (a.npy), 2 gone (b.npy, …)", …]` against what
-        `write_lists` kept."""
+        """Compare with the lists that `write_lists` stored in `directory`.
+
+        Returns one line per list that differs, e.g. `["training_file_list.txt of DIR: 1 new
+        (a.npy), 2 gone (b.npy, …)"]`.
+        """
         found, num_kept = [], len([*directory.glob(f"*_{TRAINING_LIST}")])
         if num_kept and num_kept != len(self.folders):
             found.append(
@@ -172,13 +175,13 @@ class Dataset:
                     continue
                 before = set(read_file_list(kept, folder.root))
                 changes = [(sorted({*names} - before), "new"), (sorted(before - {*names}), "gone")]
-                told = [
+                parts = [
                     f"{len(some)} {what} ({some[0]}{', …' if some[1:] else ''})"
                     for some, what in changes
                     if some
                 ]
-                if told:
-                    found.append(f"{list_name} of {folder.root}: {', '.join(told)}")
+                if parts:
+                    found.append(f"{list_name} of {folder.root}: {', '.join(parts)}")
         return found
 
 
@@ -191,24 +194,24 @@ def _image(folder: Folder, name: str) -> Image:
 def read_dataset(
     roots: Sequence[Path], *, paired_scale: int | None = None, lr_roots: Sequence[Path] = ()
 ) -> Dataset:
-    """The lists of every root; with `paired_scale` also where each file's LR of that scale lies.
+    """Read the file lists of every root and, with `paired_scale`, find the LR file of each image.
 
-    LR lies beside HR (`NAME_lr<scale>.SUFFIX`, as tools/pairs_to_data.py writes it), or in the
-    root's own `lr_roots` folder, where names tell what belongs together. Raises `UserError`.
+    LR files of scale `paired_scale` are stored beside HR (`NAME_lr<scale>.SUFFIX`, as
+    tools/pairs_to_data.py writes them) or in the root's own folder in `lr_roots`, matched by name.
+    Raises `UserError` for contradicting options, bad lists and missing LR files.
     """
     if lr_roots and paired_scale is None:
         raise UserError(
-            "--lr-dir is for LR that is read, not made; say data.degradation=paired, or leave it "
-            "out"
+            "--lr-dir needs LR files to read; set data.degradation=paired, or omit --lr-dir"
         )
     if lr_roots and len(lr_roots) != len(roots):
         raise UserError(
-            f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in their "
-            "order"
+            f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in the "
+            "same order"
         )
     if len({root.resolve() for root in roots}) != len(roots):
         raise UserError(
-            "--dataset-dir names a folder twice; to show its files oftener say data.weights"
+            "--dataset-dir names a folder twice; to sample it more often, set data.weights"
         )
     folders = []
     for number, root in enumerate(roots):
@@ -220,9 +223,9 @@ def read_dataset(
             names = list(dict.fromkeys([*training, *validation]))
             lr_root = lr_roots[number] if lr_roots else None
             lr_paths = (
-                _in_folder(root, names, lr_root, paired_scale)
+                _lr_in_folder(root, names, lr_root, paired_scale)
                 if lr_root
-                else _beside(root, names, paired_scale)
+                else _lr_beside_hr(root, names, paired_scale)
             )
         folders.append(
             Folder(root, training, validation, lr_paths, lr_roots[number] if lr_roots else None)
@@ -230,43 +233,44 @@ def read_dataset(
     return Dataset(tuple(folders))
 
 
-def _beside(root: Path, names: Iterable[str], scale: int) -> dict[str, str]:
+def _lr_beside_hr(root: Path, names: Iterable[str], scale: int) -> dict[str, str]:
     paths = {}
     for name in names:
         stem, suffix = posixpath.splitext(name)
         paths[name] = os.path.join(root, f"{stem}_lr{scale}{suffix}")
     first = next(iter(paths.values()))
-    if not os.path.exists(first):  # a missing one of many is found when it is read
+    if not os.path.exists(first):  # a later missing file is reported when it is read
         raise UserError(
-            f"{first}: no such file, and data.degradation=paired wants it; make pairs with `python "
-            "tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with --lr-dir"
+            f"{first}: no such file, but data.degradation=paired needs it; make pairs with "
+            "`python tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with "
+            "--lr-dir"
         )
     return paths
 
 
-def _in_folder(root: Path, names: list[str], lr_root: Path, scale: int) -> dict[str, str]:
+def _lr_in_folder(root: Path, names: list[str], lr_root: Path, scale: int) -> dict[str, str]:
     lr_names = sorted(_images_below(lr_root))
     if not lr_names:
-        raise UserError(f"{lr_root}: no images for --lr-dir")
+        raise UserError(f"{lr_root}: no images in this folder, given with --lr-dir")
     pairs, _ = match_pairs(names, lr_names, scale)
     paths = {pair.hr: os.path.join(lr_root, pair.lr) for pair in pairs}
-    lonely = [name for name in names if name not in paths]
-    if lonely:
+    unmatched = [name for name in names if name not in paths]
+    if unmatched:
         raise UserError(
-            f"{root}/{lonely[0]}: no file in {lr_root} is called alike ({len(lonely)} of "
-            f"{len(names)} have "
-            f"none); the names must agree but for marks such as x{scale}, _LR, _HR"
+            f"{root}/{unmatched[0]}: no matching LR file in {lr_root} ({len(unmatched)} of "
+            f"{len(names)} files have none); apart from marks such as x{scale}, _LR and _HR, the "
+            "names must be equal"
         )
     return paths
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    def complain(error: OSError) -> None:
+    def raise_user_error(error: OSError) -> None:
         raise UserError(
             f"{error.filename}: {error.strerror}; --lr-dir must be a folder of LR images"
         )
 
-    for directory, folders, files in os.walk(folder, onerror=complain):
+    for directory, folders, files in os.walk(folder, onerror=raise_user_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if (is_npy(name) or is_encoded(name)) and not name.startswith("."):
@@ -274,11 +278,10 @@ def _images_below(folder: Path) -> Iterator[str]:
 
 
 def contents_hash(folders: Iterable[Folder]) -> str:
-    """SHA-256 (hex) of the pixels of the training and validation files, as far as manifests record
-    them.
+    """Return the SHA-256 (hex) of the listed files' names and pixel hashes in the manifests.
 
-    No image is read: a damaged file that is replaced by a good copy changes nothing, a dataset made
-    anew does.
+    No image is read. Replacing a damaged file with a good copy does not change the hash; rebuilding
+    the dataset does. Files that no manifest lists do not count.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -310,10 +313,11 @@ def contents_hash(folders: Iterable[Folder]) -> str:
 
 
 def _recorded(root: Path, names: Sequence[str]) -> dict[str, str | None]:
-    """Name -> SHA-256 of the pixels, from the manifests in the folder and in the two levels of
-    folders below it.
+    """Map each name to the SHA-256 of its pixels that a manifest records.
 
-    In the order of `names`; None where no manifest knows one. Empty where there is no manifest.
+    Manifests are looked up in the folder and in the two levels of folders below it. The result is
+    in the order of `names`, with None for names that no manifest lists; it is empty if there is no
+    manifest.
     """
     places = {""}
     for parent in _parents(names):
@@ -327,12 +331,12 @@ def _recorded(root: Path, names: Sequence[str]) -> dict[str, str | None]:
         with open(manifest, "rb") as lines:
             for line in lines:
                 try:
-                    values = from_json(line)  # in a third of json's time
+                    values = from_json(line)  # three times as fast as json
                 except ValueError:
-                    values = _unusual(line)
+                    values = _parse_leniently(line)
                 try:
                     name, sha256 = str(values["path"]), str(values["sha256"])
-                except (KeyError, TypeError, IndexError):  # torn or foreign: the checker tells
+                except (KeyError, TypeError, IndexError):  # the checker reports such lines
                     continue
                 if before and name[:1] != "/":
                     name = before + name
@@ -341,8 +345,8 @@ def _recorded(root: Path, names: Sequence[str]) -> dict[str, str | None]:
     return known
 
 
-def _unusual(line: bytes) -> Any:
-    """A line by Python's own parser, which takes a little more for JSON; None where it is none."""
+def _parse_leniently(line: bytes) -> Any:
+    """Parse a line with Python's own, more lenient JSON parser; None if that fails too."""
     try:
         return json.loads(line)
     except ValueError:
@@ -350,8 +354,9 @@ def _unusual(line: bytes) -> Any:
 
 
 def _parents(names: Sequence[str]) -> set[str]:
-    """The folders that the names lie in."""
+    """Return the folders that contain the names."""
     text = "\n".join([*names, ""])
-    if "/\n" in text or ".\n" in text:  # where a name's last part may be another one
+    # PurePosixPath drops a final "/" or "/.", so that the last slash does not end the parent.
+    if "/\n" in text or ".\n" in text:
         return {str(PurePosixPath(name).parent) for name in names}
     return {name.rpartition("/")[0] for name in names}

@@ -1,13 +1,12 @@
-"""Encoded images on the host: read with the checks that need no decoding, decoded by DALI on the
-CPU, judged.
+"""Read, check and decode encoded images on the host.
 
-DALI raises for a whole batch and names no file, and of some damage it says nothing at all. So every
-stream is checked as it is read, and where a batch fails its files are decoded one by one to find
-the culprit.
+DALI raises for a whole batch without naming a file, and does not report some kinds of damage. Every
+stream is therefore checked as it is read, and when a batch fails, its files are decoded one by one
+to find the bad ones.
 
-Of unusual kinds (16 bits, transparency, CMYK, other colours than sRGB's...) DALI makes other pixels
-than the tools and the evaluation, or wrong ones. Those are decoded here by the one decoder of all
-commands (`image_pixels`), and DALI is given the pixels.
+For unusual images (16 bits, transparency, CMYK, colours other than sRGB, …) DALI's pixels differ
+from those of the tools and the evaluation, or are wrong. Such images are decoded here by
+`image_pixels`, which all commands share, and DALI gets the pixels.
 """
 
 from __future__ import annotations
@@ -33,28 +32,27 @@ from pipeline.data.image_headers import (
 )
 from pipeline.data.image_pixels import decode_rgb, foreign_profile
 
-MAX_BYTES = 1 << 31  # of a file: more than `MAX_PIXELS` need; a sparse file is not worth the memory
+MAX_BYTES = 1 << 31  # bytes of a file; `MAX_PIXELS` need less, and sparse files must fail early
 
 Bytes = NDArray[np.uint8]
 
 
 class EncodedImage(NamedTuple):
-    """An encoded image for DALI, its file's format, and the sides in pixels that it decodes to, its
-    EXIF applied."""
+    """An encoded image for DALI, its format, and its size in pixels after applying EXIF."""
 
-    stream: Bytes  # all bytes of the file; or a pixmap (PPM) of what the one decoder made of it
+    # All bytes of the file, or a pixmap (PPM) of what `image_pixels` decoded.
+    stream: Bytes
     format: str
     height: int
     width: int
-    profile: str = ""  # that the pixels were converted to sRGB from; empty where they were not
+    profile: str = ""  # profile from which the pixels were converted to sRGB, or ""
 
 
 def encoded_size(path: str) -> tuple[int, int]:
-    """(height, width) of an encoded image as decoding gives it, its EXIF orientation applied. Reads
-    only headers.
+    """Return (height, width) of an encoded image after applying EXIF; reads only headers.
 
-    Raises `BadFileError` when the file is missing, no image or too large to decode; `OSError` when
-    the disk or the permissions stand in the way, since that says nothing about the file.
+    Raises `BadFileError` if the file is missing, not an image or too large to decode. Raises
+    `OSError` for disk and permission errors, which say nothing about the file itself.
     """
     with _opened(path) as (descriptor, size):
         header = read_header(
@@ -65,12 +63,11 @@ def encoded_size(path: str) -> tuple[int, int]:
 
 
 def read_encoded(path: str) -> EncodedImage:
-    """The file for DALI, and the size of what it decodes to, after all checks that need no
-    decoding.
+    """Read a file for DALI, with its decoded size, after all checks that need no decoding.
 
-    Raises as `encoded_size` does, `BadFileError` also where the file is cut short (see
-    `check_complete`), and where an image of an unusual kind cannot be decoded. Of some WebP files
-    the lengths of chunks are changed, not the pixels (see `make_readable`).
+    Raises the errors of `encoded_size`, and `BadFileError` if the file is truncated (see
+    `check_complete`) or is of an unusual kind and cannot be decoded. The chunk lengths of some WebP
+    files are corrected for DALI; their pixels stay the same (see `make_readable`).
     """
     with _opened(path) as (descriptor, size):
         return _for_dali(_whole(descriptor, size))
@@ -78,12 +75,13 @@ def read_encoded(path: str) -> EncodedImage:
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[int, int]]:
-    """(Descriptor, size in bytes) of a plain file; a `BadImageError` within becomes a
-    `BadFileError`."""
+    """Open a regular file and yield (descriptor, size in bytes).
+
+    A `BadImageError` raised inside becomes a `BadFileError`.
+    """
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK
-        )  # a named pipe must not keep us waiting
+        # O_NONBLOCK: opening a named pipe must not block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise MissingFileError(path) from None
     try:
@@ -94,28 +92,28 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
     except BadImageError as error:
         raise BadFileError(path, str(error)) from None
     except OSError as error:
-        error.filename = error.filename or path  # reading from a descriptor does not name it
+        error.filename = error.filename or path  # reads through a descriptor do not set it
         raise
     finally:
         os.close(descriptor)
 
 
 def _whole(descriptor: int, size: int) -> Bytes:
-    """All bytes of a file."""
+    """Read all bytes of a file."""
     if size > MAX_BYTES:
-        raise BadImageError(f"a file of {size} bytes, more than the {MAX_BYTES} that are read")
-    stream, length = (
-        np.empty(size, np.uint8),
-        0,
-    )  # numpy's memory comes in huge pages, at half the cost of bytes'
+        raise BadImageError(f"a file of {size} bytes; at most {MAX_BYTES} are read")
+    # NumPy allocates in huge pages, which costs half as much as `bytes`.
+    stream, length = np.empty(size, np.uint8), 0
     while length < size and (count := os.readv(descriptor, [stream[length:]])):
         length += count
-    return stream[:length]  # somebody may have made it shorter meanwhile
+    return stream[:length]  # the file may have been truncated meanwhile
 
 
 def _for_dali(stream: Bytes) -> EncodedImage:
-    """The content of a file, found complete, as DALI decodes it to the right pixels. Raises
-    `BadImageError`."""
+    """Prepare the content of a file for DALI, so that it decodes to the right pixels.
+
+    Raises `BadImageError` if the content is incomplete or cannot be decoded.
+    """
     data = memoryview(stream)
     header = read_header(data)
     check_max_pixels(header)
@@ -132,7 +130,7 @@ def _for_dali(stream: Bytes) -> EncodedImage:
 
 
 def _pixmap(pixels: Bytes) -> Bytes:
-    """uint8 RGB (height, width, 3) as the content of a PPM file, which DALI decodes by copying."""
+    """Write uint8 RGB (height, width, 3) as PPM, which DALI decodes by copying."""
     start = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
     stream = np.empty(len(start) + pixels.size, np.uint8)
     stream[: len(start)] = np.frombuffer(start, np.uint8)
@@ -141,9 +139,9 @@ def _pixmap(pixels: Bytes) -> Bytes:
 
 
 def decoding_fault(path: str) -> str:
-    """Why training cannot read the image file `path`, of any kind, in one line; empty if it can.
+    """Return in one line why training cannot read the image file `path`; "" if it can.
 
-    Raises `OSError` when the disk or the permissions stand in the way.
+    Works for all kinds of files. Raises `OSError` for disk and permission errors.
     """
     if not is_npy(path):
         with HostDecoder(threads=1, batch=1) as decoder:
@@ -157,18 +155,17 @@ def decoding_fault(path: str) -> str:
 
 
 class HostDecoder:
-    """Decodes files on the CPU, `batch` at a time on `threads` threads, in a DALI pipeline that is
-    kept between calls.
+    """Decodes files on the CPU in a DALI pipeline that is kept between calls.
 
-    The pixels are to the bit those of `fn.decoders.image` on the CPU in any graph. Not for several
-    threads at once. Close it when done: that ends its threads.
+    Decodes `batch` files at a time on `threads` threads. The pixels equal those of
+    `fn.decoders.image` on the CPU in any graph. Not thread-safe. Close it when done, which ends its
+    threads.
     """
 
     def __init__(self, threads: int, batch: int) -> None:
         self._threads, self._batch = threads, batch
-        self.profiles: dict[
-            str, str
-        ] = {}  # path -> profile that its colours were converted to sRGB from
+        # Path -> profile from which its colours were converted to sRGB.
+        self.profiles: dict[str, str] = {}
         self._pipeline: Any = None
         self._closed = False
 
@@ -184,11 +181,11 @@ class HostDecoder:
         self.close()
 
     def decode(self, paths: Sequence[str]) -> list[Bytes | BadFileError]:
-        """The image of each path, in order: RGB (height, width, 3), upright, in memory of its own,
-        or what is wrong.
+        """Decode the files at `paths`, in order.
 
-        Raises `OSError` when the disk or the permissions stand in the way, `MemoryError` when they
-        do not fit.
+        Returns for each file its image, uint8 RGB (height, width, 3), upright, in its own memory,
+        or a `BadFileError`. Raises `OSError` for disk and permission errors, and `MemoryError` if
+        the images do not fit into memory.
         """
         if self._closed:
             raise ValueError("the decoder is closed")
@@ -198,8 +195,7 @@ class HostDecoder:
         return images
 
     def decode_content(self, data: bytes) -> Bytes:
-        """The image of a file's content; raises `BadImageError`, and `MemoryError` where it does
-        not fit."""
+        """Decode the content of a file; raises `BadImageError` or `MemoryError`."""
         file = _for_dali(np.frombuffer(bytearray(data), np.uint8))
         image = _judged("", file, (self._run([file]) or [None])[0])
         if isinstance(image, BadFileError):
@@ -207,7 +203,7 @@ class HostDecoder:
         return image
 
     def close(self) -> None:
-        """End the threads and free the buffers. Closing twice does nothing."""
+        """End the threads and free the buffers; may be called twice."""
         self._pipeline = None
         self._closed = True
 
@@ -229,8 +225,7 @@ class HostDecoder:
         ]
 
     def _run(self, files: list[EncodedImage]) -> list[Bytes] | None:
-        """The images, in copies that DALI makes; `None` where it raises, which is the end of its
-        pipeline too."""
+        """Decode and copy the images; None if DALI raises, after which its pipeline is unusable."""
         if not files:
             return []
         if self._pipeline is None:
@@ -239,9 +234,8 @@ class HostDecoder:
             self._pipeline.feed_input("streams", [file.stream for file in files])
             (images,) = self._pipeline.run()
             return [images.at(i) for i in range(len(files))]
-        except (
-            Exception
-        ) as error:  # RuntimeError for most files, IndexError or MemoryError for some
+        # DALI raises RuntimeError for most bad files, IndexError or MemoryError for some.
+        except Exception as error:
             self._pipeline = None
             if isinstance(error, MemoryError) or "bad_alloc" in str(error):
                 raise MemoryError(
@@ -258,26 +252,27 @@ def _read_or_error(path: str) -> EncodedImage | BadFileError:
 
 
 def _judged(path: str, file: EncodedImage, image: Bytes | None) -> Bytes | BadFileError:
-    """The image, unless DALI raised (`None`) or decoded it to another size than what crops are
-    drawn from."""
+    """Return the decoded image, or an error if DALI raised (`None`) or the size is wrong.
+
+    Crops are drawn from the size in the header, so a different decoded size is an error.
+    """
     if image is None:
         return BadFileError(
             path,
-            f"its {file.format} data cannot be decoded (damaged, or a kind that DALI does not "
-            "read)",
+            f"its {file.format} data cannot be decoded (it is damaged, or of a kind that DALI "
+            "cannot read)",
         )
     if image.shape != (file.height, file.width, 3):
         return BadFileError(
             path,
-            f"decoded to {'x'.join(map(str, image.shape))} where its {file.format} header says "
+            f"decoded to {'x'.join(map(str, image.shape))}, but its {file.format} header says "
             f"{file.height}x{file.width}x3",
         )
     return image
 
 
 def _decoding_pipeline(threads: int, batch: int) -> Any:
-    """A pipeline of one decoder, run in the calling thread so that errors come out where they
-    belong."""
+    """Build a pipeline of one decoder, run in the calling thread so that errors surface there."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(

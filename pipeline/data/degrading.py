@@ -1,5 +1,4 @@
-"""LR on the host's own threads, where the degradation has a chain there that is faster than DALI's
-on a CPU."""
+"""LR made by threads of the host, for degradations whose OpenCV chain beats DALI on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.degradations.host import Room
+from pipeline.data.degradations.host import Workspace
 from pipeline.data.source import CropSource, Sample
 from pipeline.libraries import cv2
 
@@ -21,21 +20,20 @@ _FLIP_CODES = {(1, 0): 0, (0, 1): 1, (1, 1): -1}  # (vertical, horizontal) -> Op
 
 
 class HostDegraded:
-    """A DALI pipeline of (hr, regions), seen as one of (hr, lr): threads make LR of the regions,
-    sample by sample.
+    """Wraps a DALI pipeline of (hr, regions) to yield (hr, lr), with LR made by a pool of threads.
 
-    While they do, DALI reads and decodes the micro-batches ahead.
+    DALI reads and decodes the next micro-batches meanwhile.
     """
 
     def __init__(self, pipeline: Any, source: CropSource, index: int, threads: int) -> None:
         self._pipeline, self._source, self._index = pipeline, source, index
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="degradation")
-        self._rooms = threading.local()
-        cv2.setNumThreads(1)  # the cores are taken by our own threads
-        self._lr: Any = None  # DALI's list does not keep the memory
+        self._workspaces = threading.local()
+        cv2.setNumThreads(1)  # the pool's threads already use all cores
+        self._lr: Any = None  # keeps the memory alive, which DALI's list does not own
 
     def run(self) -> tuple[Any, Any]:
-        """(hr, lr) of the next micro-batch, uint8 NCHW, good until the one after it."""
+        """Return (hr, lr) of the next micro-batch, uint8 NCHW, valid until the next call."""
         from nvidia.dali.tensors import TensorListCPU
 
         hr, regions = self._pipeline.run()
@@ -52,15 +50,15 @@ class HostDegraded:
         return hr, TensorListCPU(lr, layout="CHW")
 
     def _fill(self, planes: Bytes, region: Bytes, sample: Sample, keys: Sequence[int]) -> None:
-        """Fill `planes`, (3, height, width), with the sample's LR, turned."""
-        room = self._rooms.__dict__.setdefault("room", Room())
+        """Fill `planes`, (3, height, width), with the sample's LR, flipped and transposed."""
+        workspace = self._workspaces.__dict__.setdefault("workspace", Workspace())
         source = self._source
         start = sample.top - sample.region[0], sample.left - sample.region[1]
         lr = source.degradation.lr_on_host(
-            sample.degradation, keys, region, start, (source.crop, source.crop), room
+            sample.degradation, keys, region, start, (source.crop, source.crop), workspace
         )
         if source.lr_noise:
-            lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, room)
+            lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, workspace)
         turn(lr, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)
 
 

@@ -1,8 +1,8 @@
-"""The files of a batch on the host: opened, judged, and read as far as a sample needs them.
+"""Open, check and read the files of a batch on the host.
 
-`READERS` is the table of the kinds of file. Of an `.npy` just the rows of a region are read; of an
-encoded file all bytes, to be decoded in the graph. Where a cache is asked for, the host decodes,
-and keeps what fits.
+`READERS` is the table of file kinds. For an `.npy` file, only the rows of a region are read; for an
+encoded file, all bytes are read and the graph decodes them. With a cache, the host decodes encoded
+files and keeps what fits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.dataset import Made
+from pipeline.data.dataset import LazySequence
 from pipeline.data.decoding import BadFileError, EncodedImage, HostDecoder, read_encoded
 from pipeline.data.image_files import NpyLayout, is_npy, npy_layout, read_npy
 
@@ -25,60 +25,62 @@ Region = tuple[int, int, int, int]  # top, left, height, width in a file's pixel
 FAULTS_OF_A_FILE = frozenset(
     {errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO}
 )
-"""Errors that do not come from the disk or the network."""
+"""Error numbers caused by the file itself, and not by the disk or the network."""
 
 
 class Part(NamedTuple):
-    """A region of a file: its pixels, or the stream that holds them."""
+    """A region of a file: its pixels, or the stream that contains them."""
 
     region: Region
     pixels: Bytes | None = None
     stream: Bytes | None = None
 
 
-class Opened(Protocol):
-    """One side of a sample: a file that can be read."""
+class OpenedFile(Protocol):
+    """An opened file: one side (HR or LR) of a sample."""
 
     height: int
     width: int
     profile: str
-    """Of the file's colours, where they were converted to sRGB; empty where they were not."""
+    """Colour profile from which the file was converted to sRGB; empty if it was not converted."""
 
     def part(self, region: Region) -> Part:
-        """What is fed of the file for a region of it. Pixels are good until the next part of any
-        file is read."""
+        """Read a region. Its pixels are valid until the next part of any file is read."""
 
 
 class Reader(Protocol):
-    """A kind of file."""
+    """Reader of one kind of file."""
 
     is_decoded_in_graph: bool
-    """Whether its parts are streams, which the graph decodes."""
+    """Whether its parts are streams that the graph decodes."""
 
     def reads(self, path: str) -> bool:
-        """Whether a file is of this kind, by its name's suffix."""
+        """Return whether a file is of this kind, judged by the suffix of its name."""
 
-    def open(self, path: str) -> Opened:
-        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is
-        at fault."""
+    def open(self, path: str) -> OpenedFile:
+        """Open a file.
+
+        Raises `BadFileError` if it cannot be used for training, and `OSError` if the disk is at
+        fault.
+        """
 
 
 class NpyReader:
-    """Crops as arrays: of a region just its rows are read."""
+    """Reads arrays, and of these only the rows of a region."""
 
     is_decoded_in_graph = False
 
     def __init__(self) -> None:
-        self._rows = bytearray()  # those of a region, before its columns are cut
+        self._rows = bytearray()  # whole rows of a region, before the columns are cropped
 
     def reads(self, path: str) -> bool:
         return is_npy(path)
 
-    def open(self, path: str) -> Opened:
+    def open(self, path: str) -> OpenedFile:
         return _OpenNpy(path, npy_layout(path), self)
 
-    def room(self, size: int) -> bytearray:
-        """Memory for rows, the same for all files."""
+    def row_buffer(self, size: int) -> bytearray:
+        """Return the row buffer shared by all files, with at least `size` bytes."""
         if len(self._rows) < size:
             self._rows = bytearray(size)
         return self._rows
@@ -90,19 +92,19 @@ class _OpenNpy:
         self.height, self.width, self.profile = layout.height, layout.width, ""
 
     def part(self, region: Region) -> Part:
-        room = self._reader.room(region[2] * self.width * 3)
-        return Part(region, pixels=read_npy(self._path, self._layout, region, room))
+        buffer = self._reader.row_buffer(region[2] * self.width * 3)
+        return Part(region, pixels=read_npy(self._path, self._layout, region, buffer))
 
 
 class EncodedReader:
-    """Image files of any format; the graph decodes them."""
+    """Reads image files of any format as streams, which the graph decodes."""
 
     is_decoded_in_graph = True
 
     def reads(self, path: str) -> bool:
-        return True  # the last of the table: what a file is, its content says
+        return True  # last in the table: the content decides the format
 
-    def open(self, path: str) -> Opened:
+    def open(self, path: str) -> OpenedFile:
         return _OpenStream(read_encoded(path))
 
 
@@ -120,7 +122,7 @@ class _OpenStream:
 
 
 class CachedReader:
-    """Image files of any format, decoded on the host and kept."""
+    """Reads image files of any format, decoded on the host and cached."""
 
     is_decoded_in_graph = False
 
@@ -130,7 +132,7 @@ class CachedReader:
     def reads(self, path: str) -> bool:
         return True
 
-    def open(self, path: str) -> Opened:
+    def open(self, path: str) -> OpenedFile:
         return _OpenPixels(self._cache.image(path), self._cache.profiles.get(path, ""))
 
 
@@ -144,17 +146,16 @@ class _OpenPixels:
 
 
 READERS: tuple[type[Reader], ...] = (NpyReader, EncodedReader)
-"""The kinds of file that are trained on; the first that reads a file's name counts."""
+"""The kinds of files for training; the first that accepts a file's name reads it."""
 
 
 _NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
 _NO_BYTES = np.zeros(1, np.uint8)
-NOTHING = Part((0, 0, 0, 0))
+NO_PART = Part((0, 0, 0, 0))
 
 
 class ImageFiles:
-    """The files of one side of the dataset, HR or LR, and the arrays that bring them into the
-    graph."""
+    """The files of one side of the dataset (HR or LR), and their arrays for the graph."""
 
     def __init__(self, name: str, paths: Sequence[str], cache: ImageCache | None) -> None:
         self.paths = paths
@@ -164,7 +165,7 @@ class ImageFiles:
         ]
         suffixes = (
             paths.suffixes()
-            if isinstance(paths, Made)
+            if isinstance(paths, LazySequence)
             else {path[path.rfind(".") :] for path in paths}
         )
         streamed = [reader.is_decoded_in_graph for reader in {*map(self._reader, suffixes)}]
@@ -174,17 +175,20 @@ class ImageFiles:
             self.columns += [f"{name}_{of}" for of in ("stream", "corner", "shape")]
         if self.has_pixels and self.has_streams:
             self.columns.append(f"{name}_is_pixels")
-        self._places: dict[
-            int, Bytes
-        ] = {}  # by the sample's place in its batch; DALI copies what it is given at once
+        # One buffer per sample of a batch: DALI copies its input immediately, so they can be
+        # reused.
+        self._places: dict[int, Bytes] = {}
 
     def is_cached(self, file: int) -> bool:
-        """Whether a file's pixels come from the cache."""
+        """Return whether a file's pixels come from the cache."""
         return isinstance(self._reader(self.paths[file]), CachedReader)
 
-    def open(self, file: int) -> Opened:
-        """Raises `BadFileError` for a file that cannot be trained on, `OSError` where the disk is
-        at fault."""
+    def open(self, file: int) -> OpenedFile:
+        """Open a file by its index.
+
+        Raises `BadFileError` if it cannot be used for training, and `OSError` if the disk is at
+        fault.
+        """
         path = self.paths[file]
         try:
             return self._reader(path).open(path)
@@ -197,9 +201,11 @@ class ImageFiles:
     def _reader(self, path: str) -> Reader:
         return next(reader for reader in self.readers if reader.reads(path))
 
-    def part(self, opened: Opened, region: Region, place: int) -> Part:
-        """What is fed of the file for a region of it; its pixels are good until the next one for
-        that place."""
+    def part(self, opened: OpenedFile, region: Region, place: int) -> Part:
+        """Read a region of a file; its pixels stay valid until the next part for the same `place`.
+
+        `place` is the sample's position in its batch.
+        """
         part = opened.part(region)
         if part.pixels is None:
             return part
@@ -210,7 +216,7 @@ class ImageFiles:
         return Part(region, pixels=kept)
 
     def arrays(self, parts: Sequence[Part]) -> list[Any]:
-        """The columns."""
+        """Return the arrays of `columns` for the parts of a batch."""
         columns: list[Any] = []
         if self.has_pixels:
             columns.append([_NO_PIXELS if part.pixels is None else part.pixels for part in parts])
@@ -226,38 +232,40 @@ class ImageFiles:
 
 
 class ImageCache:
-    """Decoded images in memory, up to `capacity` bytes; what does not fit any more is decoded each
-    time it is needed.
+    """Decoded images in memory, up to `capacity` bytes; the rest is decoded whenever it is needed.
 
-    Nothing is thrown out: each file comes once an epoch, so that no image is likelier to come soon
-    than another.
+    Nothing is evicted: every file occurs once per epoch, so no image is more likely to be needed
+    soon than another.
     """
 
     def __init__(self, capacity: float, threads: int, batch: int) -> None:
-        self.room, self._decoder = capacity, HostDecoder(threads, batch)
+        self.free_bytes, self._decoder = capacity, HostDecoder(threads, batch)
         self._kept: dict[str, Bytes | BadFileError] = {}
-        self._passing: dict[str, Bytes | BadFileError] = {}
+        self._uncached: dict[str, Bytes | BadFileError] = {}
 
     @property
     def profiles(self) -> dict[str, str]:
-        """Path -> profile that its colours were converted to sRGB from."""
+        """Path -> profile from which the image's colours were converted to sRGB."""
         return self._decoder.profiles
 
     def load(self, paths: Sequence[str]) -> None:
-        """Decode, several at once, those of `paths` that are not here."""
+        """Decode, as one batch, those of `paths` that are not cached."""
         paths = [path for path in dict.fromkeys(paths) if path not in self._kept]
-        self._passing = dict(zip(paths, self._decoder.decode(paths), strict=True))
-        for path, image in self._passing.items():
+        self._uncached = dict(zip(paths, self._decoder.decode(paths), strict=True))
+        for path, image in self._uncached.items():
             size = 0 if isinstance(image, BadFileError) else image.nbytes
-            if size <= self.room:
+            if size <= self.free_bytes:
                 self._kept[path] = image
-                self.room -= size
+                self.free_bytes -= size
 
     def image(self, path: str) -> Bytes:
-        """HWC bytes. Raises the `BadFileError` of a file that cannot be decoded."""
-        if path not in self._kept and path not in self._passing:
+        """Return an image, uint8 RGB (height, width, 3).
+
+        Raises the `BadFileError` of a file that cannot be decoded.
+        """
+        if path not in self._kept and path not in self._uncached:
             self.load([path])
-        image = self._kept[path] if path in self._kept else self._passing[path]
+        image = self._kept[path] if path in self._kept else self._uncached[path]
         if isinstance(image, BadFileError):
             raise image
         return image

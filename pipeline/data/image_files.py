@@ -1,8 +1,8 @@
-"""The files of a dataset: which are images, how an .npy crop lies on disk, and the two file lists.
+"""The files of a dataset: image kinds, the format of .npy crops, and the two file lists.
 
 A dataset is a folder ("root") of uint8 RGB images, mostly `.npy` crops of shape (height, width, 3),
-plus two lists of the files that train and validate. Needs no torch, so that the dataset tools run
-on machines without it.
+and two lists of the files for training and validation. Needs no torch, so that the dataset tools
+run on machines without it.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ QUARANTINE = "quarantine"
 MANIFEST = "manifest.jsonl"
 
 _MAKE_CROPS = "make the crops with `python tools/images_to_data.py`"
-_JUDGE = "judge the dataset with `python tools/check_training_data.py --clean` and select anew"
+_CHECK = "check the dataset with `python tools/check_training_data.py --clean` and select again"
 _NPY_WAY_OUT = (
     f"{_MAKE_CROPS}, or move the file out of the way with `python "
     "tools/check_training_data.py --clean`"
 )
 _NPY_MAGIC = b"\x93NUMPY"
-# What numpy itself writes for an HWC array of bytes; anything else takes the slow road to a good
-# error message.
+# What NumPy writes for an HWC array of bytes; other headers take a slower path with exact messages.
 _NPY_HEADER = re.compile(
     rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?"
 )
 
 
 class BadFileError(UserError):
-    """A file that cannot be trained on; `reason` is the message without the path and the way
-    out."""
+    """A file that cannot be used for training; `reason` is the message without path and way out."""
 
-    def __init__(self, path: str, reason: str, way_out: str = _JUDGE) -> None:
+    def __init__(self, path: str, reason: str, way_out: str = _CHECK) -> None:
         super().__init__(f"{path}: {reason}; {way_out}")
         self.path, self.reason = path, reason
 
 
 class BadNpyError(BadFileError):
-    """An `.npy` file that is no image of a dataset."""
+    """An `.npy` file that is not a dataset image."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason, _NPY_WAY_OUT)
 
 
 class MissingFileError(BadFileError):
-    """A file that is in a list and not on the disk."""
+    """A file that is in a list but not on disk."""
 
     def __init__(self, path: str) -> None:
         super().__init__(
             path,
             "no such file",
-            "write the lists anew with `python tools/select_training_files.py`",
+            "write the lists again with `python tools/select_training_files.py`",
         )
 
 
 class NpyLayout(NamedTuple):
-    """Where the pixels of an `.npy` image lie: C-order uint8 (height, width, 3) from byte `offset`
-    to the end."""
+    """Position of the pixels in an `.npy` image.
+
+    They are C-order uint8 (height, width, 3) from byte `offset` to the end of the file.
+    """
 
     offset: int
     height: int
@@ -83,28 +83,24 @@ class NpyLayout(NamedTuple):
 
 
 def is_npy(name: str | os.PathLike[str]) -> bool:
-    """Whether the file's suffix, in any letter case, says that it is an array of pixels."""
+    """Return whether the suffix, in any letter case, is that of a pixel array."""
     return os.fspath(name).lower().endswith(NPY_SUFFIX)
 
 
 def is_encoded(name: str | os.PathLike[str]) -> bool:
-    """Whether the file's suffix, in any letter case, is one of an encoded image
-    (`IMAGE_SUFFIXES`)."""
+    """Return whether the suffix is one of `IMAGE_SUFFIXES`, in any letter case."""
     return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
-    """Read the header of an `.npy` image (uint8, C order, height x width x 3) and nothing else of
-    it.
+    """Read only the header of an `.npy` image (uint8, C order, height x width x 3).
 
-    Raises `MissingFileError`, or `BadNpyError` when it is not exactly such an array, to the byte;
-    `OSError` when the disk or the permissions stand in the way, since that says nothing about the
-    file.
+    Raises `MissingFileError`, and `BadNpyError` if the file is not exactly such an array, to the
+    byte. Raises `OSError` for disk and permission errors, which say nothing about the file itself.
     """
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK
-        )  # a named pipe must not keep us waiting
+        # O_NONBLOCK: opening a named pipe must not block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise MissingFileError(os.fspath(path)) from None
     try:
@@ -122,12 +118,11 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
 def read_npy(
     path: str, layout: NpyLayout, region: tuple[int, int, int, int], rows: bytearray
 ) -> NDArray[np.uint8]:
-    """The region (top, left, height, width) of an `.npy` image, (height, width, 3): a view into
-    `rows`.
+    """Read the region (top, left, height, width) of an `.npy` image as (height, width, 3).
 
-    `rows` is room for as many whole rows. Reading costs half of mapping a file anew, and a file
-    that is cut short meanwhile is a `BadNpyError` here where touching its map would end the
-    process.
+    Returns a view into `rows`, a buffer for at least `height` whole rows. Reading costs half as
+    much as mapping the file again, and a file truncated meanwhile raises `BadNpyError` here,
+    whereas touching its map would kill the process.
     """
     top, left, height, width = region
     stride = layout.width * 3
@@ -141,15 +136,12 @@ def read_npy(
     finally:
         os.close(descriptor)
     if count < len(target):
-        raise BadNpyError(
-            path, f"cut short while it was read: row {top + height - 1} is not there any more"
-        )
+        raise BadNpyError(path, f"truncated while it was read: row {top + height - 1} is missing")
     return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left : left + width]
 
 
 def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
-    """The layout that the first bytes of an `.npy` file promise, checked against the size of the
-    file."""
+    """Parse the first bytes of an `.npy` file and check them against the file size."""
     offset, header = _npy_header(path, head)
     match = _NPY_HEADER.fullmatch(header)
     height, width = (int(match[1]), int(match[2])) if match else _npy_shape(path, header)
@@ -167,7 +159,7 @@ def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
 
 
 def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
-    """(Offset of the pixels, the header's text) of the first bytes of an `.npy` file."""
+    """Return (offset of the pixels, header text) from the first bytes of an `.npy` file."""
     if not head:
         raise BadNpyError(path, "empty file, not an .npy array")
     if head[:6] != _NPY_MAGIC or len(head) < 12:
@@ -184,8 +176,10 @@ def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
 
 
 def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
-    """(Height, width) of a header that numpy did not write in its usual way, or the reason why it
-    cannot be used."""
+    """Return (height, width) from a header that NumPy would write differently.
+
+    Raises `BadNpyError` with the reason if the array cannot be used.
+    """
     try:
         fields = ast.literal_eval(header.decode("latin1").strip())
         kind, fortran, shape = fields["descr"], fields["fortran_order"], tuple(fields["shape"])
@@ -207,12 +201,12 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
 
 
 def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
-    """The file names in the list `path`, sorted: POSIX paths relative to the dataset `root`, UTF-8,
-    one a line.
+    """Return the sorted file names in the list `path`.
 
-    Blank lines do not count. Whether the files exist is found out where they are opened. Raises
-    `UserError` for a missing, empty or unreadable list and for a name that is absolute, holds `..`
-    or comes twice.
+    Names are UTF-8 POSIX paths relative to the dataset `root`, one per line. Blank lines are
+    ignored. Whether the files exist is checked where they are opened. Raises `UserError` for a
+    missing, empty or unreadable list, and for a name that is absolute, contains `..` or occurs
+    twice.
     """
     way_out = f"write it with `python tools/select_training_files.py --data-dir {os.fspath(root)}`"
     try:
@@ -229,9 +223,9 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
     names = sorted(filter(None, lines))
     if not _may_leave(text) and not any(map(operator.eq, names, itertools.islice(names, 1, None))):
         if not names:
-            raise UserError(f"{os.fspath(path)}: the list names no file; {way_out}")
+            raise UserError(f"{os.fspath(path)}: the list is empty; {way_out}")
         return names
-    seen: set[str] = set()  # to name the line
+    seen: set[str] = set()  # slow path: find the line to report
     for number, name in enumerate(lines, 1):
         where = f"{os.fspath(path)}, line {number}"
         _check_name(name, where, way_out)
@@ -241,19 +235,21 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
     return names
 
 
-# Lists hold millions of names, and every start reads and hashes them several times. Whether any
-# name is bad is asked of the whole text at once; only where one may be are they looked at one by
-# one.
+# Lists hold millions of names, and every start reads and hashes them several times. So the whole
+# text is searched at once for signs of a bad name, and names are checked one by one only if it has
+# any.
 
 
 def _may_leave(text: str) -> bool:
-    """Whether a name in `text`, one a line, might lead out of the dataset. If not, `_check_name`
-    accepts them all."""
+    """Return whether a name in `text`, one per line, might lead out of the dataset.
+
+    If not, `_check_name` accepts all of them.
+    """
     return text.startswith("/") or "\n/" in text or "\0" in text or ".." in text
 
 
 def _check_name(name: str, where: str, way_out: str) -> None:
-    """Refuse a name that could lead out of the dataset."""
+    """Raise `UserError` for a name that could lead out of the dataset."""
     if name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise UserError(
             f"{where}: {name!r} must be a path inside the dataset folder (relative, no '..'); "
@@ -262,17 +258,19 @@ def _check_name(name: str, where: str, way_out: str) -> None:
 
 
 def write_file_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Write `names` (POSIX paths relative to the dataset root) sorted to the list `path`: whole or
-    not at all.
+    """Write `names` (POSIX paths relative to the dataset root) to the list `path`, sorted.
 
-    Raises `UserError` for a name that a line of UTF-8 cannot hold or that leaves the dataset.
+    The list is written atomically. Raises `UserError` for a name that leads out of the dataset or
+    does not fit on a line of UTF-8.
     """
     write_atomically(path, _list_bytes(names))
 
 
 def lists_hash(*lists: Iterable[str]) -> str:
-    """SHA-256 (hex) of the content of file lists, in the order given: the same on every node that
-    has the same data."""
+    """Return the SHA-256 (hex) of the content of file lists, in the given order.
+
+    It is the same on every node with the same data.
+    """
     digest = hashlib.sha256()
     for names in lists:
         digest.update(hashlib.sha256(_list_bytes(names)).digest())
@@ -280,10 +278,10 @@ def lists_hash(*lists: Iterable[str]) -> str:
 
 
 def _list_bytes(names: Iterable[str]) -> bytes:
-    """What a file list holds: the names sorted, one a line."""
+    """Return the content of a file list: the sorted names, one per line."""
     names = sorted(names)
     text = "\n".join([*names, ""])
-    # An empty name makes an empty line, one with a line break one line too many.
+    # An empty name adds an empty line, and a name with a line break adds a line.
     if (
         _may_leave(text)
         or "\r" in text
@@ -295,14 +293,12 @@ def _list_bytes(names: Iterable[str]) -> bytes:
             _check_name(name, "file list", "rename or move the file")
             if "\n" in name or "\r" in name or not name:
                 raise UserError(
-                    f"{name!r}: a file name with a line break cannot stand in a list; rename the "
-                    "file"
+                    f"{name!r}: a file list cannot hold a name with a line break; rename the file"
                 )
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{error.object[: error.end]!r}...: a file name that is not UTF-8 cannot stand in a "
-            "list; "
+            f"{error.object[: error.end]!r}...: a file list cannot hold a name that is not UTF-8; "
             "rename the file"
         ) from None

@@ -1,16 +1,15 @@
-"""One way from an image file to pixels: every command that reads images reads them here, training's
-plain files apart.
+"""Decode image files to pixels, for every command; only training decodes its plain files elsewhere.
 
-`decode_picture` keeps what the file holds: gray or colours, with or without alpha, 8 or 16 bits,
-the colours of its profile; upscale.py works on that. `decode_rgb` reduces it to what networks are
-trained and measured on: uint8 RGB.
+`decode_picture` keeps what the file holds: gray or colour, with or without alpha, 8 or 16 bits, in
+the colour space of its profile; upscale.py works on that. `decode_rgb` reduces it to what networks
+are trained and measured on: uint8 RGB.
 
-- Pixels come upright: turned as EXIF says, or else XMP.
-- 16 bits become 8 by round(v / 257), other depths by round(v * 255 / greatest).
-- Transparent parts are composited over white: what lies under them is often garbage.
-- A colour profile other than sRGB's is converted to sRGB; see `foreign_profile`.
+- Pixels are upright: rotated as EXIF says, or else XMP.
+- 16 bits become 8 by round(v / 257), other depths by round(v * 255 / maximum).
+- Transparent parts are composited over white, because the colours under them are often garbage.
+- A colour profile other than sRGB is converted to sRGB; see `foreign_profile`.
 
-Needs no torch. Of several threads at once each may decode.
+Needs no torch. All functions may run in several threads at once.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from pipeline.data.image_headers import (
     png_chunks,
     read_header,
     with_end,
-    without_sloppiness,
+    without_harmless_defect,
 )
 from pipeline.libraries import cv2
 
@@ -64,28 +63,28 @@ _ORIENTATIONS = {
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """All that an image file holds of its picture, upright."""
+    """The whole content of an image file, upright."""
 
     pixels: NDArray[np.uint8] | NDArray[np.uint16]
-    """(height, width, channels); 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha (not
-    multiplied by it)."""
+    """(height, width, channels): 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
+
+    Alpha is straight: the colours are not multiplied by it.
+    """
     profile: bytes | None = None
-    """ICC's, of the colours of `pixels`."""
+    """ICC profile of the colours of `pixels`."""
 
 
 def prepare_decoders() -> None:
-    """Set up the libraries for our own threads: one core a picture, quiet, and our pixel limit
-    instead of PIL's."""
+    """Set up the libraries for our own threads: one core per image, no logging, our pixel limit."""
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    imagecodecs.spng_version()  # loaded once, not by several threads at a time
-    Image.init()  # the plugin table is filled once, not by several threads at a time
-    Image.MAX_IMAGE_PIXELS = None  # check_megapixels comes first
+    imagecodecs.spng_version()  # load it now, not in several threads at once
+    Image.init()  # fill the plugin table now, not in several threads at once
+    Image.MAX_IMAGE_PIXELS = None  # check_megapixels is called first
 
 
 def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
-    """Refuse, before a byte is decoded, an image that would fill the memory (a decompression
-    bomb)."""
+    """Raise `BadImageError` for an image that would fill the memory, before decoding it."""
     megapixels = header.height * header.width / 1e6
     if megapixels > max_megapixels:
         raise BadImageError(
@@ -95,9 +94,9 @@ def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Bytes:
-    """The image in a file as uint8 RGB (height, width, 3).
+    """Read an image file as uint8 RGB (height, width, 3).
 
-    Raises `UserError`, which names the file, where it cannot be read.
+    Raises `UserError`, which names the file, if it cannot be read.
     """
     with naming(path), open(path, "rb") as file:
         header = read_header(file)
@@ -108,13 +107,13 @@ def read_rgb(path: str | os.PathLike[str]) -> Bytes:
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of the image in a file, upright, by its header. Raises as `read_rgb` does."""
+    """Read (height, width) of an upright image from its header; raises the errors of `read_rgb`."""
     with naming(path), open(path, "rb") as file:
         return read_header(file).size
 
 
 def read_profile(path: str | os.PathLike[str]) -> str:
-    """`foreign_profile` of the image in a file; empty also where it cannot be read."""
+    """Return `foreign_profile` of an image file; "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return foreign_profile(read_header(file))
@@ -124,7 +123,7 @@ def read_profile(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within, an image that cannot be read is a `UserError` that names the file `path`."""
+    """Turn errors about an unreadable image into a `UserError` that names the file `path`."""
     try:
         yield
     except BadImageError as error:
@@ -134,53 +133,50 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"image {os.fspath(path)!r} cannot be read ({error.strerror or error}); replace or "
-            "remove "
-            "it"
+            "remove it"
         ) from error
 
 
 def decode_rgb(data: bytes, header: ImageHeader) -> Bytes:
-    """The image as uint8 RGB (height, width, 3), upright, sRGB, transparent parts over white.
+    """Decode an image to uint8 RGB (height, width, 3): upright, sRGB, composited over white.
 
-    Raises `BadImageError` with the reason; never returns half an image. Damage within the data
-    shows by a checksum (PNG, deflated TIFF) or where its code does not work out (JPEG, lossless
-    WebP, LZW). Lossy WebP, JPEG 2000 and uncompressed data have neither: wrong bytes in them are
-    wrong pixels.
+    Raises `BadImageError` with the reason; never returns a partial image. Damaged data is detected
+    by checksums (PNG, deflated TIFF) or because the code is invalid (JPEG, lossless WebP, LZW).
+    Lossy WebP, JPEG 2000 and uncompressed data have neither, so that wrong bytes give wrong pixels.
     """
     if has_fast_decoder(header) and not foreign_profile(header):
-        return _turn(_checked(data, header, _decode_plain), header.orientation)
+        return _rotated(_checked(data, header, _decode_plain), header.orientation)
     return to_rgb(decode_picture(data, header))
 
 
 def decode_plain(data: bytes, header: ImageHeader) -> Bytes:
-    """A plain PNG, JPEG or WebP (`is_plain`) as uint8 RGB (height, width, 3), as it is stored: not
-    turned by EXIF.
+    """Decode a plain PNG, JPEG or WebP (`is_plain`) to uint8 RGB, as stored, without applying EXIF.
 
-    These are the fastest decoders, and to the bit the pixels that DALI gives; what libjpeg only
-    warns of, though, is damage here. Raises `BadImageError` with the reason; `data` must have
-    passed `check_complete`.
+    Uses the fastest decoders, whose pixels equal DALI's to the bit. What libjpeg only warns of is
+    an error here. `data` must have passed `check_complete`. Returns (height, width, 3); raises
+    `BadImageError` with the reason.
     """
     return _decoded(data, header, _decode_plain)
 
 
 def decode_picture(data: bytes, header: ImageHeader) -> DecodedImage:
-    """The image with all that the file holds. Raises as `decode_rgb` does."""
+    """Decode an image with everything the file holds; raises the errors of `decode_rgb`."""
     pixels = _checked(data, header, _DECODERS[header.format])
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if not 1 <= pixels.shape[2] <= 4:
         raise BadImageError(
-            f"{pixels.shape[2]} channels; gray or RGB is read, with or without alpha"
+            f"{pixels.shape[2]} channels; only gray or RGB is read, with or without alpha"
         )
     profile = header.profile
     if profile is not None and not profile[16:20] == _space(header) == _SPACES[pixels.shape[2]]:
-        profile = None  # of inks, say, of which nothing is left
+        profile = None  # e.g. a CMYK profile, after conversion to RGB
     return DecodedImage(
-        pixels if _comes_turned(header) else _turn(pixels, header.orientation), profile
+        pixels if _decoder_rotates(header) else _rotated(pixels, header.orientation), profile
     )
 
 
 def to_rgb(image: DecodedImage) -> Bytes:
-    """uint8 RGB (height, width, 3) of it: sRGB, over white."""
+    """Convert to uint8 RGB (height, width, 3): sRGB, composited over white."""
     pixels = image.pixels
     alpha, has_alpha = pixels[..., -1:], pixels.shape[2] in (2, 4)
     colors = pixels[..., :-1] if has_alpha else pixels
@@ -189,11 +185,11 @@ def to_rgb(image: DecodedImage) -> Bytes:
     if has_alpha:
         colors = over_white(colors, alpha)
     colors = to_8_bits(colors)
-    return _own(np.repeat(colors, 3, axis=2) if colors.shape[2] == 1 else colors)
+    return _contiguous(np.repeat(colors, 3, axis=2) if colors.shape[2] == 1 else colors)
 
 
 def to_8_bits(pixels: np.ndarray) -> Bytes:
-    """uint16 to uint8, by round(v / 257); uint8 as it is."""
+    """Convert uint16 to uint8 by round(v / 257); return uint8 unchanged."""
     return (
         pixels
         if pixels.dtype == np.uint8
@@ -202,16 +198,17 @@ def to_8_bits(pixels: np.ndarray) -> Bytes:
 
 
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Composite `colors` (height, width, channels), of 8 or 16 bits, over white by `alpha` (height,
-    width, 1)."""
+    """Composite 8-bit or 16-bit `colors` (height, width, channels) over white.
+
+    `alpha` is (height, width, 1), of the same type.
+    """
     white = int(np.iinfo(colors.dtype).max)
     alpha = alpha.astype(np.uint64 if white > 255 else np.uint32)
     return ((colors * alpha + white * (white - alpha) + white // 2) // white).astype(colors.dtype)
 
 
 def decoder_name(header: ImageHeader) -> str:
-    """The library that `decode_rgb` decodes such an image with, its version, and the profile that
-    was converted."""
+    """Return the library and version that decodes an image, and any profile it converts."""
     foreign = foreign_profile(header)
     return f"{_library(header)}{f', {foreign} to sRGB' if foreign else ''}"
 
@@ -238,14 +235,11 @@ def _library(header: ImageHeader) -> str:
 
 
 _SPACES = {1: b"GRAY", 2: b"GRAY", 3: b"RGB ", 4: b"RGB "}
-_NEAR_SRGB = (
-    3  # levels of 255 by which a profile's colours may differ from sRGB's to count as the same
-)
+_NEAR_SRGB = 3  # largest difference (0..255) from sRGB of a profile that counts as sRGB
 
 
 def foreign_profile(header: ImageHeader) -> str:
-    """The name of the profile that the pixels are converted to sRGB from; empty where they are sRGB
-    already."""
+    """Return the name of the profile to convert to sRGB from; "" if the pixels are sRGB already."""
     if header.tags.get(JXL_LINEAR) == (1,) and header.format == "jxl":
         return "linear sRGB"
     profile = header.profile
@@ -253,13 +247,13 @@ def foreign_profile(header: ImageHeader) -> str:
 
 
 def _space(header: ImageHeader) -> bytes:
-    """The colours of the samples as stored, as an ICC profile names them."""
+    """Return the colour space of the stored samples, as ICC profiles name it."""
     return {"gray": b"GRAY", "CMYK": b"CMYK"}.get(header.colors, b"RGB ")
 
 
 @lru_cache(maxsize=256)
 def profile_name(profile: bytes) -> str:
-    """What a profile calls itself; empty where its colours are those of sRGB, or it is broken."""
+    """Return the name of a profile; "" if its colours equal sRGB's or it is broken."""
     try:
         read = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         name = (
@@ -280,7 +274,7 @@ def profile_name(profile: bytes) -> str:
 
 
 def _by_profile(colors: Bytes, profile: bytes) -> Bytes:
-    """uint8 gray or RGB (height, width, 1 or 3) of a profile's colours -> RGB of sRGB's."""
+    """Convert uint8 gray or RGB (height, width, 1 or 3) from a profile's colours to sRGB."""
     image = Image.fromarray(
         np.ascontiguousarray(colors[..., 0] if colors.shape[2] == 1 else colors)
     )
@@ -298,14 +292,14 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     )
 
 
-# Decoders, by format. Each gives the pixels as stored (but see `decode_picture`), of 8 or 16 bits.
+# Decoders by format. Each returns the pixels as stored, with 8 or 16 bits; `_decoder_rotates` names
+# the formats that their decoder rotates.
 
 
 def _checked(
     data: bytes, header: ImageHeader, decode: Callable[[bytes, ImageHeader], np.ndarray]
 ) -> np.ndarray:
-    """`decode`, of an image that is found whole before, and of the size that its header
-    promised."""
+    """Run `decode` on an image after checking that it is complete; check the decoded size."""
     try:
         check_complete(data, header)
     except NoEndError:
@@ -328,25 +322,25 @@ def _decoded(
         pixels = decode(data, header)
     except BadImageError:
         raise
-    except Exception as error:  # decoders meet hostile bytes and raise whatever they like
+    except Exception as error:  # decoders raise all kinds of errors for hostile bytes
         if isinstance(error, MemoryError):
             raise BadImageError("not enough memory to decode it") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if "BytesIO object" in reason:
-            reason = f"damaged, or a kind of {header.title} that is not read"
+            reason = f"damaged, or an unsupported kind of {header.title}"
         raise BadImageError(f"cannot be decoded: {reason[:200]}") from error
     if pixels.shape[:2] != (
-        header.size if _comes_turned(header) else (header.height, header.width)
+        header.size if _decoder_rotates(header) else (header.height, header.width)
     ):
         raise BadImageError(
-            f"decoded to {pixels.shape[0]}x{pixels.shape[1]} where its header says "
+            f"decoded to {pixels.shape[0]}x{pixels.shape[1]}, but its header says "
             f"{header.height}x{header.width}"
         )
     return pixels
 
 
 def has_fast_decoder(header: ImageHeader) -> bool:
-    """Whether the image is one that a decoder of its own reads at full speed to 8-bit RGB."""
+    """Return whether a dedicated fast decoder reads the image as 8-bit RGB."""
     return header.is_plain and header.format in ("png", "jpeg", "webp", "jp2")
 
 
@@ -355,7 +349,7 @@ def _is_for_spng(header: ImageHeader) -> bool:
 
 
 def _decode_plain(data: bytes, header: ImageHeader) -> Bytes:
-    """Gray or RGB of 8 bits, by the fastest decoder."""
+    """Decode 8-bit gray or RGB with the fastest decoder."""
     if _is_for_spng(header):
         pixels = imagecodecs.spng_decode(data)  # 1.3 times as fast as OpenCV's
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
@@ -372,8 +366,7 @@ def _decode_plain(data: bytes, header: ImageHeader) -> Bytes:
 
 
 def _strict_jpeg(data: bytes, colors: str) -> Bytes:
-    """Decode as accurately as libjpeg can; what libjpeg warns of is an error, unless it does no
-    harm to the pixels."""
+    """Decode as accurately as libjpeg can; warnings count as errors unless they are harmless."""
     while True:
         try:
             return simplejpeg.decode_jpeg(
@@ -381,9 +374,8 @@ def _strict_jpeg(data: bytes, colors: str) -> Bytes:
             )
         except ValueError as error:
             warning = str(error)
-        repaired = without_sloppiness(
-            data, warning
-        )  # libjpeg tells its first warning only: there may be another
+        # libjpeg reports only its first warning, so another one may follow.
+        repaired = without_harmless_defect(data, warning)
         if repaired is None:
             raise BadImageError(f"damaged: {warning.removeprefix('Corrupt JPEG data: ')}")
         data = repaired
@@ -392,18 +384,18 @@ def _strict_jpeg(data: bytes, colors: str) -> Bytes:
 def _decode_jpeg(data: bytes, header: ImageHeader) -> Bytes:
     if header.is_plain:
         return _strict_jpeg(data, "GRAY" if header.channels == 1 else "RGB")
-    if header.channels != 4:  # sampled in an unusual way
+    if header.channels != 4:  # unusual chroma sampling
         return _by_pillow(data, header)
-    _strict_jpeg(data, "CMYK")  # Pillow hides the warnings of libjpeg
+    _strict_jpeg(data, "CMYK")  # to get libjpeg's warnings, which Pillow hides
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        if "adobe" not in image.info:  # Pillow takes inks for inverted, as Adobe writes them
+        if "adobe" not in image.info:  # Pillow assumes inverted inks, as Adobe writes them
             image = Image.fromarray(255 - np.asarray(image), mode="CMYK")
         return _inks_to_rgb(image, header)
 
 
 def _inks_to_rgb(image: Image.Image, header: ImageHeader) -> Bytes:
-    """CMYK to sRGB as the profile says; without one, or with a broken one, by Pillow's formula."""
+    """Convert CMYK to sRGB by its profile, or by Pillow's formula if that is missing or broken."""
     if (
         header.profile is not None
         and header.profile[16:20] == b"CMYK"
@@ -430,7 +422,7 @@ def _decode_png(data: bytes, header: ImageHeader) -> np.ndarray:
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if clear is None or pixels.shape[2] not in (1, 3):
         return pixels
-    # One level or colour is transparent, said in the file's bits.
+    # One level or colour is transparent, given in the file's bit depth.
     white, highest = int(np.iinfo(pixels.dtype).max), (1 << header.depth) - 1
     level = np.frombuffer(clear[: 2 * pixels.shape[2]], ">u2").astype(np.int64) & highest
     is_clear = (pixels == level * (white // highest)).all(axis=2, keepdims=True)
@@ -441,7 +433,7 @@ def _decode_tiff(data: bytes, header: ImageHeader) -> np.ndarray:
     if not _is_for_libtiff(header):
         return _by_pillow(data, header)
     pixels = imagecodecs.tiff_decode(data)
-    if header.tags.get(284, (1,))[0] == 2 and pixels.ndim == 3:  # a plane for each channel
+    if header.tags.get(284, (1,))[0] == 2 and pixels.ndim == 3:  # one plane per channel
         pixels = pixels.transpose(1, 2, 0)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.dtype not in (np.uint8, np.uint16) or pixels.shape[2] != header.channels:
@@ -449,13 +441,12 @@ def _decode_tiff(data: bytes, header: ImageHeader) -> np.ndarray:
     kind = header.tags.get(262, (1,))[0]
     num_colors = 3 if kind == 2 else 1
     if pixels.shape[2] < num_colors:
-        raise BadImageError(f"an RGB TIFF of {pixels.shape[2]} samples a pixel")
+        raise BadImageError(f"an RGB TIFF with only {pixels.shape[2]} samples per pixel")
     colors, extra = pixels[..., :num_colors], pixels[..., num_colors:]
-    if kind == 0:  # white is zero
+    if kind == 0:  # zero means white
         colors = np.iinfo(colors.dtype).max - colors
-    # What further samples mean: 0 is anything (infrared of a scanner, say), 1 alpha that the
-    # colours are multiplied by, 2 alpha; where nothing is said, programs take a single one for
-    # alpha.
+    # Meaning of the extra samples: 0 is unspecified (e.g. infrared from a scanner), 1 premultiplied
+    # alpha, 2 straight alpha. If the tag is missing, programs take a single extra sample as alpha.
     kinds = header.tags.get(338, (2,) if extra.shape[2] == 1 else ())
     for number, kind in enumerate(kinds[: extra.shape[2]]):
         if kind in (1, 2):
@@ -467,7 +458,7 @@ def _decode_tiff(data: bytes, header: ImageHeader) -> np.ndarray:
 
 
 def _unmultiplied(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours that were multiplied by `alpha`, divided by it; white where it is zero."""
+    """Divide colours by the `alpha` they were multiplied by; white where alpha is 0."""
     white = int(np.iinfo(colors.dtype).max)
     divided = (colors.astype(np.uint64) * white + alpha // 2) // np.maximum(alpha, 1).astype(
         np.uint64
@@ -476,8 +467,7 @@ def _unmultiplied(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _is_for_libtiff(header: ImageHeader) -> bool:
-    """Whether the TIFF is gray or RGB of 8 or 16 bits; Pillow reads the others, which have 8 bits
-    at most."""
+    """Return whether a TIFF is 8-bit or 16-bit gray or RGB; Pillow reads the rest, in 8 bits."""
     return header.tags.get(262, (1,))[0] in (0, 1, 2) and header.depth in (8, 16)
 
 
@@ -486,7 +476,8 @@ def _decode_jp2(data: bytes, header: ImageHeader) -> np.ndarray:
         return _by_pillow(data, header)
     if header.tags[0][0] == SYCC:
         raise BadImageError(
-            f"a JPEG 2000 image of YCC colours of {header.depth} bits is not read; save it as RGB"
+            f"JPEG 2000 images with YCC colours and {header.depth} bits are not read; save it as "
+            "RGB"
         )
     return _scaled(imagecodecs.jpeg2k_decode(data), (1 << header.depth) - 1)
 
@@ -506,7 +497,7 @@ def _decode_jxl(data: bytes, header: ImageHeader) -> np.ndarray:
 
 
 def _from_linear(levels: np.ndarray) -> np.ndarray:
-    """Levels of linear light as sRGB writes them, of the same bits."""
+    """Encode linear-light levels with the sRGB curve, at the same bit depth."""
     white = int(np.iinfo(levels.dtype).max)
     light = np.arange(white + 1) / white
     table = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -514,10 +505,10 @@ def _from_linear(levels: np.ndarray) -> np.ndarray:
 
 
 def _scaled(pixels: np.ndarray, most: int) -> np.ndarray:
-    """Levels 0..`most` to the whole range of 8 or 16 bits, rounded."""
+    """Scale levels 0..`most` to the full range of 8 or 16 bits, rounded."""
     if pixels.dtype not in (np.uint8, np.uint16):
         raise BadImageError(
-            f"decoded to {pixels.dtype}; unsigned whole numbers of up to 16 bits are read"
+            f"decoded to {pixels.dtype}; only unsigned integers of up to 16 bits are read"
         )
     white = 255 if most < 256 else 65535
     if most == white:
@@ -538,11 +529,12 @@ def _decode_pnm(data: bytes, header: ImageHeader) -> np.ndarray:
 
 
 def _by_pillow(data: bytes, header: ImageHeader) -> Bytes:
-    """8 bits a sample, with the fewest channels that hold all of it."""
+    """Decode 8 bits per sample with Pillow, in the fewest channels that hold the whole content."""
     with Image.open(io.BytesIO(data)) as image:
         if {image.width, image.height} != {header.width, header.height}:
             raise BadImageError(
-                f"two sizes: {image.height}x{image.width} and {header.height}x{header.width}"
+                f"conflicting sizes: {image.height}x{image.width} and "
+                f"{header.height}x{header.width}"
             )
         image.load()  # raises on truncation, LOAD_TRUNCATED_IMAGES being off
         has_alpha = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
@@ -556,7 +548,7 @@ def _by_pillow(data: bytes, header: ImageHeader) -> Bytes:
             mode = "RGBA" if has_alpha else "RGB"
         else:
             raise BadImageError(
-                f"pixels of mode {image.mode!r} are not read; save it as RGB of 8 or 16 bits"
+                f"pixels of mode {image.mode!r} are not read; save it as RGB with 8 or 16 bits"
             )
         return np.array(image if image.mode == mode else image.convert(mode))
 
@@ -572,12 +564,12 @@ _DECODERS: dict[str, Callable[[bytes, ImageHeader], np.ndarray]] = {
 }
 
 
-def _comes_turned(header: ImageHeader) -> bool:
-    """Whether the decoder has turned the pixels itself: libjxl does, and Pillow turns a TIFF."""
+def _decoder_rotates(header: ImageHeader) -> bool:
+    """Return whether the decoder rotates the pixels itself: libjxl does, and Pillow for TIFF."""
     return header.format == "jxl" or (header.format == "tiff" and not _is_for_libtiff(header))
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _rotated(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation (1..8)."""
     transpose, vertical, horizontal = _ORIENTATIONS[orientation]
     if transpose:
@@ -586,9 +578,9 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[::-1]
     if horizontal:
         pixels = pixels[:, ::-1]
-    return _own(pixels)
+    return _contiguous(pixels)
 
 
-def _own(pixels: np.ndarray) -> np.ndarray:
-    """In rows one after another, and writable, which what comes from Pillow is not."""
+def _contiguous(pixels: np.ndarray) -> np.ndarray:
+    """Return a C-contiguous, writable array; Pillow's arrays are read-only."""
     return np.require(pixels, requirements=("C", "W"))

@@ -1,5 +1,4 @@
-"""Batches for the training loop: the DALI pipeline runs ahead in its own thread, the loop only
-takes what is ready."""
+"""Batches for the training loop, prepared in advance by a thread that runs the DALI pipeline."""
 
 from __future__ import annotations
 
@@ -19,23 +18,22 @@ from pipeline.data.source import CropSource, Skip
 
 
 class Batch(NamedTuple):
-    """One rank's micro-batch. Bytes on the device, RGB, NCHW; LR is HR made smaller by the
-    scale."""
+    """One rank's micro-batch: uint8 RGB, NCHW, on the device. LR is HR reduced by the scale."""
 
     lr: Tensor
     hr: Tensor
-    index: (
-        int  # of this rank's micro-batches since the run began; with the seed it names every sample
-    )
-    skipped: tuple[Skip, ...] = ()  # bad files for which other samples stand in
+    # Number of this micro-batch on its rank since the run began; with the seed it determines every
+    # sample.
+    index: int
+    skipped: tuple[Skip, ...] = ()  # bad files that were replaced by other samples
 
 
 class Loader:
-    """Endless micro-batches from micro-batch `index` on.
+    """Endless iterator of micro-batches, from micro-batch `index` on.
 
-    Its whole state is that index. Iterating blocks only while the next batch is not ready;
-    `waited_seconds` adds up how long. A file that cannot be trained on is named here in a
-    `UserError`, or passed over if the recipe says so; where the disk is at fault it is a
+    The index is its whole state. Iterating blocks only while the next batch is not ready;
+    `waited_seconds` is the total of these waits. A file that cannot be used for training raises a
+    `UserError` that names it, or is replaced if the recipe allows it; a disk error raises a
     `RunError`. Close it when done.
     """
 
@@ -44,10 +42,9 @@ class Loader:
     ) -> None:
         self.source, self.device = source, device
         self.waited_seconds = 0.0
-        self.failed = (
-            False  # a batch ahead cannot be made: true some batches before `__next__` raises
-        )
-        self._made = self._taken = 0  # batches; each is counted by one thread alone
+        # True as soon as a future batch cannot be made, some batches before `__next__` raises.
+        self.failed = False
+        self._made = self._taken = 0  # numbers of batches; each is written by only one thread
         self._ready: queue.Queue[tuple[Batch, Any] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -74,8 +71,7 @@ class Loader:
         return batch
 
     def is_ahead(self, count: int) -> bool:
-        """Wait until `count` batches are ready; False if the loader has failed and they will not
-        come."""
+        """Wait until `count` batches are ready; return False if the loader failed before that."""
         began = time.perf_counter()
         while self._made - self._taken < count and not self.failed and self._thread.is_alive():
             time.sleep(0.001)
@@ -83,8 +79,7 @@ class Loader:
         return self._made - self._taken >= count
 
     def failure(self) -> BaseException | None:
-        """Why the loader has failed, skipping the batches that are still good; None if it has
-        not."""
+        """Return why the loader failed, discarding the good batches before it; None if it works."""
         while self.failed:
             item = self._ready.get()
             if isinstance(item, BaseException):
@@ -93,8 +88,7 @@ class Loader:
         return None
 
     def close(self) -> None:
-        """Stop the thread; prefetched batches are dropped (they are made again from their
-        numbers)."""
+        """Stop the thread and drop prefetched batches, which their numbers can reproduce."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -108,8 +102,9 @@ class Loader:
             if self.device.type == "cuda":
                 device_id = self.device.index or 0
                 torch.cuda.set_device(device_id)
-                # Of its own: on the training's, DALI would wait for all that is queued there before
-                # it could reuse the memory of a batch, and no degradation would run beside a step.
+                # DALI gets its own stream. On the training stream it would wait for everything
+                # queued there before reusing a batch's memory, and no degradation would overlap
+                # with a training step.
                 stream = torch.cuda.Stream(self.device)
             for made, *outputs in batches(
                 self.source,
@@ -129,11 +124,11 @@ class Loader:
             self._fail(
                 RunError(
                     f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or "
-                    "the "
-                    "network failed, and the same command goes on from the last checkpoint"
+                    "the network failed; run the same command again to resume from the last "
+                    "checkpoint"
                 )
             )
-        except BaseException as error:  # handed to the loop, which raises it in the main thread
+        except BaseException as error:  # re-raised by `__next__` in the main thread
             self._fail(error)
         finally:
             self.source.close()
@@ -152,8 +147,10 @@ class Loader:
 
 
 def hand_over(batch: Batch, copied: Any) -> None:
-    """Let the current stream of the batch's device wait for the event `copied`; the memory is kept
-    until it is done."""
+    """Make the current stream wait for the event `copied` before it uses the batch.
+
+    Recording the stream keeps the batch's memory allocated until that stream is done with it.
+    """
     current = torch.cuda.current_stream(batch.hr.device)
     current.wait_event(copied)
     for side in (batch.lr, batch.hr):
@@ -161,8 +158,10 @@ def hand_over(batch: Batch, copied: Any) -> None:
 
 
 def to_torch(dali_tensor: Any, device: torch.device, stream: Any = None) -> Tensor:
-    """A copy of a DALI tensor of bytes, on `device`, that outlives DALI's own buffer. On a GPU it
-    is made, and its memory allotted, on `stream`."""
+    """Copy a DALI tensor of bytes to a torch tensor on `device` that outlives DALI's own buffer.
+
+    On a GPU, the copy is allocated and made on `stream`.
+    """
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Which HR file and which LR file belong together, told by their names."""
+"""Match HR and LR files by their names."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ _HR_MARK = re.compile(r"[_-]?(hr|gt)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class NamePair:
-    """Two files that belong together, relative to their folders."""
+    """Matching HR and LR files, as paths relative to their folders."""
 
     hr: str
     lr: str
 
 
 def lr_mark(scale: int) -> re.Pattern[str]:
-    """How the names of LR files end: `x4` (`_x4`, `x4m`, `x4w`, `x4d` of DIV2K's tracks), `_LR`,
-    `_LQ`."""
+    """Return a pattern of the endings of LR names.
+
+    These are `x4` (`_x4`, and `x4m`, `x4w`, `x4d` of DIV2K's tracks) for the scale, `_LR` and
+    `_LQ`.
+    """
     return re.compile(rf"[_-]?(x{scale}[mwd]?|{scale}x|lr|lq|lrbicx{scale})$", re.IGNORECASE)
 
 
 def split_marked(names: list[str], scale: int) -> tuple[list[str], list[str]]:
-    """(HR names, LR names) of one folder that holds both sides: those with a mark; the others
-    belong to neither."""
+    """Split the names of a folder with both sides into (HR names, LR names).
+
+    Names without a mark belong to neither.
+    """
     mark = lr_mark(scale)
     return (
         [name for name in names if _HR_MARK.search(_stem(name))],
@@ -38,19 +43,19 @@ def split_marked(names: list[str], scale: int) -> tuple[list[str], list[str]]:
 
 
 def outside(names: list[str], folder: str) -> list[str]:
-    """The names that do not lie below `folder`, for a side whose folder holds the other's."""
+    """Return the names not below `folder`, for a side whose folder contains the other side's."""
     return [name for name in names if not name.startswith(f"{folder}/")]
 
 
 def match_pairs(
     hr_names: list[str], lr_names: list[str], scale: int
 ) -> tuple[list[NamePair], list[str]]:
-    """(Pairs in the order of their HR names, names without a partner).
+    """Return (pairs in the order of their HR names, names without a partner).
 
-    Partners are, in this order of preference, files of the same path but for its suffix; the same
-    but for the marks of their side (`lr_mark`, `_HR`, `_GT`); the same name in whatever folder; the
-    same but for the marks. Raises `UserError` where a name has several files that could be its
-    partner.
+    Names match, in order of preference, if they have: the same path apart from the suffix; the same
+    path apart from the marks of their side (`lr_mark`, `_HR`, `_GT`) too; the same file name in any
+    folder; the same file name apart from the marks. Raises `UserError` if several files could be a
+    name's partner.
     """
     mark = lr_mark(scale)
     stages: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
@@ -70,22 +75,22 @@ def match_pairs(
                 or any(name in partners for name in hr_group)
                 or any(name in taken for name in lr_group)
             ):
-                continue  # a file whose namesake in another folder has a partner has lost its own
+                continue  # its partner already belongs to a file of the same name in another folder
             if len(hr_group) == len(lr_group) == 1:
                 partners[hr_group[0]] = lr_group[0]
                 taken.add(lr_group[0])
             elif number == len(stages) - 1:
-                _refuse(key, hr_group if len(hr_group) > 1 else lr_group)
-    lonely = [name for name in hr_names if name not in partners] + [
+                _raise_ambiguous(key, hr_group if len(hr_group) > 1 else lr_group)
+    unmatched = [name for name in hr_names if name not in partners] + [
         name for name in lr_names if name not in taken
     ]
-    return [NamePair(name, partners[name]) for name in sorted(partners)], lonely
+    return [NamePair(name, partners[name]) for name in sorted(partners)], unmatched
 
 
-def _refuse(key: str, names: list[str]) -> None:
+def _raise_ambiguous(key: str, names: list[str]) -> None:
     raise UserError(
-        f"{names[0]} and {names[1]}: both are called {key!r}, so their partner is not "
-        "certain; give folders where each name occurs once, or the same subfolders on both sides"
+        f"{names[0]} and {names[1]}: both have the name {key!r}, so their partner is ambiguous; "
+        "give folders in which each name occurs once, or use the same subfolders on both sides"
     )
 
 

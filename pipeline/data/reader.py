@@ -1,8 +1,8 @@
-"""The DALI graph: from the host's arrays to batches of HR and LR bytes, NCHW, on the device.
+"""The DALI graph: from host arrays to batches of HR and LR bytes, NCHW, on the device.
 
-It decodes what is encoded, changes brightness, flips, makes LR and adds noise to it, transposes.
-One graph for both devices: with `device_id=None` it runs on the CPU, all but the symmetries of HR
-crops of `.npy` files. After `nvidia.dali` 2.4; no operator is newer than 1.50.
+It decodes encoded files, changes brightness, flips, makes LR, adds noise to LR and transposes. The
+same graph serves both devices: with `device_id=None` it runs on the CPU, except that the host flips
+and transposes HR crops of `.npy` files. No operator is newer than DALI 1.50.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.data.sampling import VALIDATION, random_words, uniforms
 from pipeline.data.source import CropSource
 
 TURNS = ("transpose", "flip_vertical", "flip_horizontal")
-"""The columns that say how a sample is turned."""
+"""The columns that say how a sample is flipped and transposed."""
 
 
 def batches(
@@ -38,15 +38,15 @@ def batches(
     prefetch: int,
     stream: Any = None,
 ) -> Iterator[tuple[int, Any, Any]]:
-    """(number of a micro-batch, hr, lr) from micro-batch `index` on, DALI's outputs, good until the
-    next is asked for.
+    """Yield (number of the micro-batch, hr, lr) from micro-batch `index` on.
 
-    With a CUDA `stream` the outputs are ready for what comes later on that stream, and nobody waits
-    for them here. Files that DALI cannot decode are passed over, or named in a `UserError` after
-    the last good micro-batch, whichever the recipe wants; a disk at fault is an `OSError`. What the
-    GPU's decoder alone refuses is decoded on the CPU.
+    hr and lr are DALI's outputs, valid until the next ones are requested. With a CUDA `stream`, the
+    outputs are ready for work queued on that stream later, without blocking the host. A file that
+    DALI cannot decode is skipped or, depending on the recipe, raises a `UserError` after the last
+    good micro-batch; a disk error raises `OSError`. Files that only the GPU's decoder rejects are
+    decoded on the CPU.
     """
-    pipeline, first_on_gpu = None, index  # the micro-batches before it are decoded on the CPU
+    pipeline, first_on_gpu = None, index  # micro-batches before this one are decoded on the CPU
     while True:
         on_gpu = device_id is not None and index >= first_on_gpu
         pipeline = pipeline or training_pipeline(
@@ -58,7 +58,7 @@ def batches(
             decodes_on_gpu=on_gpu,
         )
         try:
-            # DALI before 2.0 hands over what is ready, to whatever stream.
+            # DALI before 2.0 returns outputs that are ready, on any stream.
             is_async = stream is not None and getattr(pipeline, "exec_dynamic", False)
             hr, lr = pipeline.run(stream) if is_async else pipeline.run()
         except StopIteration:
@@ -66,22 +66,21 @@ def batches(
                 raise source.failure from None
             return
         except RuntimeError as error:
-            pipeline = (
-                None  # DALI's is of no use any more; a new one begins with the same micro-batch
-            )
+            # A pipeline that raised is unusable; a new one starts with the same micro-batch.
+            pipeline = None
             ahead = range(index, index + prefetch + 1)
-            if _reject_culprits(source, ahead):
+            if _reject_undecodable(source, ahead):
                 continue
-            told = (
-                f"DALI failed in micro-batch {index}, though each of its files decodes alone: "
-                f"{error}"
+            message = (
+                f"DALI failed in micro-batch {index}, although each of its files decodes "
+                f"separately: {error}"
             )
             if not (on_gpu and source.has_streams):
-                raise RuntimeError(told) from error
+                raise RuntimeError(message) from error
             first_on_gpu = ahead.stop
             source.notes.append(
-                f"the GPU's decoder refuses a file that the CPU's takes; micro-batches {index} to "
-                f"{ahead.stop - 1} are decoded on the CPU, more slowly. DALI says: "
+                "the GPU decoder rejects a file that the CPU decoder accepts; micro-batches "
+                f"{index} to {ahead.stop - 1} are decoded on the CPU, more slowly. DALI says: "
                 f"{' '.join(str(error).split())}"
             )
             continue
@@ -91,12 +90,12 @@ def batches(
             pipeline = None
 
 
-def _reject_culprits(source: CropSource, ahead: range) -> bool:
-    """Reject the files that DALI cannot decode, or end the micro-batches before the first; whether
-    there are any.
+def _reject_undecodable(source: CropSource, ahead: range) -> bool:
+    """Reject the files that DALI cannot decode; return whether there are any.
 
-    DALI does not say which file of which micro-batch ahead it failed on: they are decoded one by
-    one, on the CPU.
+    If the recipe stops for them, end the micro-batches before the first one. DALI does not report
+    which file of which prefetched micro-batch failed, so all of them are decoded one by one on the
+    CPU.
     """
     is_found = False
     for index in ahead:
@@ -120,11 +119,10 @@ def training_pipeline(
     prefetch: int,
     decodes_on_gpu: bool = True,
 ) -> Any:
-    """What yields (hr, lr), uint8 NCHW, from micro-batch `index` on, each time that its `run` is
-    called.
+    """Build the pipeline whose `run` returns (hr, lr), uint8 NCHW, from micro-batch `index` on.
 
-    hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale). A DALI
-    pipeline, or one with the host's threads behind it. `decodes_on_gpu` matters on a GPU alone.
+    hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale). It is a DALI
+    pipeline, possibly followed by threads of the host. `decodes_on_gpu` matters only on a GPU.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -151,82 +149,82 @@ def training_pipeline(
 
 
 def without_leftovers(graph: Callable[[], Any]) -> Any:
-    """The pipeline of `graph`, a function under `pipeline_def`, and none of the files that DALI
-    writes to make it.
+    """Return the pipeline of `graph`, a function under `pipeline_def`, without files left by DALI.
 
-    It translates the graph's conditionals into modules in the folder for temporary files, and
-    removes them when Python ends in an orderly way, which ranks do not always do. Once imported
-    nothing needs them.
+    DALI translates the graph's conditionals into modules in the temporary folder and removes them
+    only when Python exits normally, which ranks do not always do. Once imported, the files are not
+    needed.
     """
     before = {*sys.modules}
     pipeline = graph()
     for name in {*sys.modules} - before:
         if name.startswith("__autograph_generated_file") and (file := sys.modules[name].__file__):
             Path(file).unlink(missing_ok=True)
-            if compiled := getattr(
-                sys.modules[name], "__cached__", None
-            ):  # bytecode, in a folder beside it
+            # Bytecode, in a folder beside the module.
+            if compiled := getattr(sys.modules[name], "__cached__", None):
                 Path(compiled).unlink(missing_ok=True)
     return pipeline
 
 
 class _TrainingGraph:
-    """The parts of the training graph, from the host's arrays to HR and LR. Their order is
-    measured, step by step.
+    """The parts of the training graph, from host arrays to HR and LR.
 
-    Nodes are DALI's. Where an `if` asks a node, DALI makes it a branch of the graph, which each
-    sample takes or not.
+    The order of the operators was chosen by measuring each step. Nodes are DALI's; an `if` on a
+    node becomes a branch of the graph, taken or not by each sample.
     """
 
     def __init__(
         self, source: CropSource, device_id: int | None, *, decodes_on_gpu: bool = True
     ) -> None:
         if source.degrades_on_host and device_id is not None:
-            raise ValueError("a source that degrades on the host is for graphs on the CPU")
+            raise ValueError("a source that degrades on the host needs a graph on the CPU")
         self.source, self.device_id = source, device_id
         self.decoder = "mixed" if device_id is not None and decodes_on_gpu else "cpu"
-        # On a GPU, fn.flip launches a kernel for each sample; on a CPU it is the fastest way.
+        # On a GPU, fn.flip launches one kernel per sample; on a CPU it is the fastest way.
         self.flips_by_sampling = device_id is not None
         self.size = source.crop, source.crop
-        # On a CPU, DALI takes several times as long as OpenCV to cut the crop out of its region, to
-        # turn it and to lay it out.
+        # On a CPU, DALI takes several times as long as OpenCV to cut out the crop, to flip and
+        # transpose it and to change its layout.
         self.turns_on_host = device_id is None and source.has_margin and not source.hr.has_streams
-        # Where the host turns and degrades, no node asks how.
-        unasked = {*TURNS, "start"} if self.turns_on_host and source.degrades_on_host else set()
+        # If the host both flips and degrades, no node reads these columns.
+        unused = {*TURNS, "start"} if self.turns_on_host and source.degrades_on_host else set()
         self.columns = (
-            *(column for column in source.columns if column not in unasked),
+            *(column for column in source.columns if column not in unused),
             *(("crop",) if self.turns_on_host else ()),
         )
         self.layouts = [
             {"hr": "HWC", "lr": "HWC", "crop": "CHW"}.get(column, "") for column in self.columns
         ]
-        # Where bad files are passed over, which of them are bad must not depend on where crops were
-        # cut.
+        # If bad files are skipped, which files count as bad must not depend on the crop positions.
         self.decodes_whole = source.spec.on_error == "skip"
 
     def host_arrays(self, index: int) -> Iterator[tuple[Any, ...]]:
-        """The arrays of `columns`, micro-batch by micro-batch, from `index` on."""
-        room = np.empty((self.source.position.micro_batch, 3, *self.size), np.uint8)
+        """Yield the arrays of `columns` for each micro-batch from `index` on."""
+        buffer = np.empty((self.source.position.micro_batch, 3, *self.size), np.uint8)
         places = [self.source.columns.index(column) for column in self.columns if column != "crop"]
         for arrays in self.source.micro_batches(index):
-            fed = tuple(arrays[place] for place in places)
-            yield (*fed, turned_crops(self.source, arrays, room)) if self.turns_on_host else fed
+            selected = tuple(arrays[place] for place in places)
+            yield (
+                (*selected, turned_crops(self.source, arrays, buffer))
+                if self.turns_on_host
+                else selected
+            )
 
     def outputs(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
-        """HR and LR; where the host degrades, HR and the region (HWC) that LR is to be made of."""
+        """Return nodes of HR and LR; if the host degrades, of HR and the region to make LR from."""
         if not self.source.degrades_on_host:
             return self.hr_and_lr(nodes)
         region = self.brightened(self.pixels(self.source.hr, "hr", nodes), nodes)
         return self.hr(nodes, region), region
 
     def hr_and_lr(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
-        """The graph's outputs, of the nodes of `columns`."""
+        """Return the graph's HR and LR from the nodes of `columns`."""
         source = self.source
         region = self.brightened(self.pixels(source.hr, "hr", nodes), nodes)
         if source.lr:
             nodes["lr"] = self.brightened(self.pixels(source.lr, "lr", nodes), nodes)
-        # LR is made of HWC bytes (twice as fast as of CHW) and before the symmetry: so both sides
-        # are turned in exactly the same way, whatever the degradation.
+        # LR is made from HWC bytes (twice as fast as from CHW) and before flipping and transposing,
+        # so that both sides get exactly the same symmetry with any degradation.
         lr = source.degradation.lr(
             nodes, region, self.size, self.on_device, as_float=source.lr_noise is not None
         )
@@ -236,12 +234,15 @@ class _TrainingGraph:
         return self.hr(nodes, region), self.turned(lr, nodes, (low, low))
 
     def hr(self, nodes: dict[str, Any], region: Any) -> Any:
-        """The crop of a region that is HR already; where the host has turned it, brightness alone
-        is missing."""
+        """Return the HR crop of a brightened region.
+
+        If the host has cut, flipped and transposed the crop, only its brightness is still to be
+        changed.
+        """
         from nvidia.dali import fn
 
         if self.turns_on_host:
-            # Brightness refuses CHW, though it is all the same to it.
+            # fn.brightness rejects CHW, although the layout makes no difference to it.
             hr = self.brightened(fn.reinterpret(nodes["crop"], layout="HWC"), nodes)
         else:
             hr = self.turned(
@@ -250,8 +251,7 @@ class _TrainingGraph:
         return hr
 
     def pixels(self, side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
-        """What was read of one side's file, HWC bytes on the device: decoded, where it is
-        encoded."""
+        """Return a node of what was read of one side's file: HWC bytes on the device, decoded."""
         if not side.has_streams:
             return self.on_device(nodes[name])
         part = (
@@ -281,13 +281,12 @@ class _TrainingGraph:
     def turned(
         self, image: Any, nodes: dict[str, Any], size: tuple[int, int], start: Any = None
     ) -> Any:
-        """The part of `image` of `size` (height, width) from `start` on; flipped, then transposed,
-        and CHW.
+        """Return a node of the part of `image` at `start`: flipped, then transposed, as CHW.
 
-        By sampling, each flipped axis is read backwards at the middle of its pixels: in one kernel
-        for all samples. Else, as flipping rows is cheap and mirroring them is not, columns are
-        mirrored by the operator that changes to CHW anyway, or after the transpose, when they have
-        become rows.
+        `size` is (height, width) of the part. On a GPU, resizing with nearest sampling reads each
+        flipped axis backwards at the pixel centres, in one kernel for all samples. On a CPU,
+        flipping rows is cheap but mirroring them is not, so columns are mirrored by the operator
+        that changes to CHW anyway, or after the transpose, as rows.
         """
         from nvidia.dali import fn, types
 
@@ -322,48 +321,49 @@ class _TrainingGraph:
         return node if self.device_id is None or node.device == "gpu" else node.gpu()
 
 
-def turned_crops(source: CropSource, arrays: tuple[Any, ...], room: np.ndarray) -> np.ndarray:
-    """`room`, (micro-batch, 3, crop, crop) bytes, filled with the crops in the regions of
-    `source.make`, turned."""
+def turned_crops(source: CropSource, arrays: tuple[Any, ...], buffer: np.ndarray) -> np.ndarray:
+    """Fill `buffer`, (micro-batch, 3, crop, crop) bytes, with the flipped and transposed crops.
+
+    `arrays` are those of `source.make`. Returns `buffer`.
+    """
     size, regions = source.crop, arrays[source.columns.index("hr")]
     turns = (arrays[source.columns.index(name)] for name in ("start", *TURNS))
     for i, ((top, left), *how) in enumerate(zip(*turns, strict=True)):
-        turn(regions[i][top : top + size, left : left + size], *how, room[i])
-    return room
+        turn(regions[i][top : top + size, left : left + size], *how, buffer[i])
+    return buffer
 
 
 def decoded(stream: Any, corner: Any, shape: Any, device: str, *, whole: bool) -> Any:
-    """DALI nodes: the part of an encoded image from `corner` on, HWC RGB bytes. device: cpu or
-    mixed.
+    """Return DALI nodes of the part of an encoded image at `corner`, HWC RGB bytes.
 
-    Where the format allows, only that part is decoded, with the same pixels; damage elsewhere then
-    goes unseen. With `whole`, a file is bad or good wherever its crop lies.
+    `device` is "cpu" or "mixed". If the format allows, only that part is decoded, with the same
+    pixels; damage elsewhere in the file then goes unnoticed. With `whole`, the whole image is
+    decoded, so that a file is bad or good regardless of the crop position.
     """
     from nvidia.dali import fn, types
 
-    # A GPU would repeat the chroma of JPEG, where libjpeg-turbo interpolates it, and leave a part
-    # of each batch to its JPEG engine, where the GPU has one, whose rounding may be another: a
-    # sample's pixels would depend on its neighbours.
-    alike = {
+    # By default, a GPU would repeat JPEG's chroma samples where libjpeg-turbo interpolates them,
+    # and would pass some images of each batch to its JPEG engine, if it has one, whose rounding may
+    # differ. A sample's pixels would then depend on the rest of its batch.
+    options = {
         "device": device,
         "output_type": types.RGB,
         "jpeg_fancy_upsampling": True,
         **({"hw_decoder_load": 0.0} if device == "mixed" else {}),
     }
     if whole:
-        image = fn.decoders.image(stream, **alike)
+        image = fn.decoders.image(stream, **options)
         return fn.slice(image, start=corner, shape=shape, axes=[0, 1])
-    return fn.decoders.image_slice(stream, start=corner, shape=shape, axes=[0, 1], **alike)
+    return fn.decoders.image_slice(stream, start=corner, shape=shape, axes=[0, 1], **options)
 
 
 def low_resolution(
     pixels: np.ndarray, spec: DegradationSpec, scale: int, *, seed: int, number: int
 ) -> np.ndarray:
-    """LR of a whole image by a degradation, on the CPU: HWC uint8, 1 / `scale` of the size, a
-    multiple of `scale`.
+    """Degrade a whole HWC uint8 image on the CPU and return its LR, HWC uint8.
 
-    What is random comes from `seed` and `number` alone, as for training samples but of a stream of
-    its own.
+    The sides of the image must be multiples of `scale`. Randomness depends only on `seed` and
+    `number`, as for training samples, but comes from a separate stream.
     """
     graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, pixels.shape[:2])
     words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
@@ -379,7 +379,7 @@ def low_resolution(
 
 class _WholeImageGraph(NamedTuple):
     degradation: Degradation
-    feed: list[np.ndarray]  # what the next run takes in
+    feed: list[np.ndarray]  # input of the next run
     pipeline: Any
 
 
@@ -387,7 +387,7 @@ class _WholeImageGraph(NamedTuple):
 def _whole_image_graph(
     kind: type[DegradationSpec], spec: str, scale: int, size: tuple[int, int]
 ) -> _WholeImageGraph:
-    """The graph for images of one size: building one takes longer than running it."""
+    """Build the graph for images of one size; cached, as building takes longer than running."""
     from nvidia.dali import fn, pipeline_def
 
     degradation = build_degradation(kind.model_validate_json(spec), scale)
@@ -414,5 +414,5 @@ def _whole_image_graph(
     return _WholeImageGraph(degradation, feed, without_leftovers(graph))
 
 
-# DALI's threads must have ended before Python does, or the process may be aborted.
+# DALI's threads must end before the interpreter does, or the process may abort.
 atexit.register(_whole_image_graph.cache_clear)

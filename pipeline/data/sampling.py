@@ -1,13 +1,15 @@
-"""Which crop the k-th sample of a run is: a pure function of the seed and k.
+"""Map the k-th sample of a run to a crop, as a pure function of the seed and k.
 
 An epoch has as many samples as there are files, times the multiplier; sample k belongs to epoch k
-// length. Without weights an epoch is one permutation of all its entries, so that every file comes
-exactly `multiplier` times. With weights each folder fills its share of the epoch, going round and
-round through permutations of its own files. Where a sample is cut, how it is turned and degraded
-come from counter-based random words of (seed, k). No rank, world size, batch size, thread or
-history enters: a run's position in the data is one integer, and any sample can be made again from
-its number. The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC11), used as raw 64-bit words, whose stream numpy guarantees to keep.
+// length. Without weights, an epoch is one permutation of all its entries, so that every file
+occurs exactly `multiplier` times. With weights, each folder fills its share of the epoch by cycling
+through permutations of its own files.
+
+The crop position, symmetry and degradation come from counter-based random words of (seed, k). They
+do not depend on rank, world size, batch size, threads or history: a run's position in the data is
+one integer, and any sample can be reproduced from its number. The generator is Philox (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC11), used as raw 64-bit words, whose stream
+NumPy guarantees to keep.
 """
 
 from __future__ import annotations
@@ -19,28 +21,28 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, DRAWS, FOLDER_ORDER, REPLACEMENT, DEGRADATION = 1, 2, 3, 4, 5  # which stream of the seed
-VALIDATION = 6  # degradations of whole validation images, by their place in the list
-WORDS = 4  # random words a sample: Philox makes four per counter
+ORDER, DRAWS, FOLDER_ORDER, REPLACEMENT, DEGRADATION = 1, 2, 3, 4, 5  # streams of the seed
+VALIDATION = 6  # stream for degradations of whole validation images, by their position in the list
+WORDS = 4  # random words per sample: Philox makes four per counter
 
 Words = NDArray[np.uint64]
 
 
 class Draws(NamedTuple):
-    """What is random about samples first .. first + n - 1, each array of length n."""
+    """The random choices for samples first .. first + n - 1, as arrays of length n."""
 
     samples: NDArray[np.int64]  # their numbers
     files: NDArray[np.int64]  # index into the training files of all folders, one after another
-    top: Words  # 32-bit fractions of the room there is, see `anchor`
+    top: Words  # 32-bit fractions of the possible positions, see `anchor`
     left: Words
     flip_vertical: NDArray[np.int32]  # 0 or 1
     flip_horizontal: NDArray[np.int32]
-    transpose: NDArray[np.int32]  # after the flips, height and width change places
-    brightness: NDArray[np.float64]  # (n, 2) in [0, 1): whether, and how much
+    transpose: NDArray[np.int32]  # applied after the flips
+    brightness: NDArray[np.float64]  # (n, 2) in [0, 1): for the probability, and for the factor
 
 
 class Sampler:
-    """Draws of any samples of a run over folders of `folder_sizes` files."""
+    """Random choices for any samples of a run over folders of `folder_sizes` files."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class Sampler:
         self._starts = np.cumsum([0, *self.folder_sizes])
 
     def draw(self, first: int, count: int) -> Draws:
-        """The draws of samples first .. first + count - 1."""
+        """Return the draws of samples first .. first + count - 1."""
         samples = np.arange(first, first + count, dtype=np.int64)
         epochs, entries = np.divmod(samples, self.epoch_length)
         files = np.empty(count, np.int64)
@@ -83,14 +85,17 @@ class Sampler:
         )
 
     def degradation_words(self, first: int, count: int, per_sample: int) -> Words:
-        """(count, per_sample) words, a multiple of 4 a sample, for what its degradation draws."""
+        """Return (count, per_sample) random words for degradations.
+
+        `per_sample` must be a multiple of 4.
+        """
         return random_words(self.seed, DEGRADATION, first, count, per_sample)
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """The file to take instead when those of `attempt` (0, 1, …) earlier choices for a sample
-        were bad.
+        """Return the next file to try for a sample after `attempt` + 1 bad ones.
 
-        From the same folder, evenly, so that shares stay what they are.
+        `attempt` counts from 0. Drawn uniformly from the same folder, so that the shares of the
+        folders stay the same.
         """
         file = int(self.draw(sample, 1).files[0])
         folder = int(np.searchsorted(self._starts, file, side="right")) - 1
@@ -106,8 +111,10 @@ class Sampler:
 
 
 def random_words(seed: int, stream: int, first: int, count: int, per_sample: int) -> Words:
-    """(count, per_sample) random words of samples first .. first + count - 1; `per_sample` is a
-    multiple of 4."""
+    """Return (count, per_sample) random words of samples first .. first + count - 1.
+
+    `per_sample` must be a multiple of 4.
+    """
     counter = first * (per_sample // WORDS)
     words = np.random.Philox(key=[seed, stream], counter=[counter, 0, 0, 0]).random_raw(
         per_sample * count
@@ -116,14 +123,16 @@ def random_words(seed: int, stream: int, first: int, count: int, per_sample: int
 
 
 def uniforms(words: Words) -> NDArray[np.float64]:
-    """Two numbers in [0, 1) of each word, multiples of 2**-32: (…, n) words give (…, 2 n)
-    numbers."""
+    """Return two numbers in [0, 1) per word, multiples of 2**-32.
+
+    (…, n) words give (…, 2 n) numbers.
+    """
     return np.ascontiguousarray(words).view("<u4").astype(np.float64) * 2.0**-32
 
 
 @lru_cache(maxsize=2)
 def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of 0 .. length - 1, uniform over all of them."""
+    """Return a uniformly drawn permutation of 0 .. length - 1."""
     words = np.random.Philox(key=[seed, ORDER], counter=[0, epoch, 0, 0]).random_raw(length)
     order = np.argsort(words, kind="stable")
     order.setflags(write=False)
@@ -134,10 +143,10 @@ def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def weighted_epoch(
     folder_sizes: tuple[int, ...], shares: tuple[int, ...], seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """The files of one epoch, `shares[i]` of them from folder i, in random order.
+    """Return the files of one epoch in random order, `shares[i]` of them from folder i.
 
-    A folder's files come one permutation after another, across epochs: none comes twice before all
-    came once.
+    Each folder cycles through permutations of its files across epochs: no file is repeated before
+    all files of its folder have occurred.
     """
     folders = np.repeat(np.arange(len(shares)), shares)[epoch_order(sum(shares), seed, epoch)]
     files = np.empty(len(folders), np.int64)
@@ -153,7 +162,7 @@ def weighted_epoch(
 
 
 def _folder_orders(size: int, seed: int, folder: int, first: int, stop: int) -> NDArray[np.int64]:
-    """Permutations number `first` to `stop` - 1 of a folder's files, one a row."""
+    """Return permutations number `first` to `stop` - 1 of a folder's files, one per row."""
     padded = -(-size // WORDS)
     philox = np.random.Philox(key=[seed, FOLDER_ORDER], counter=[first * padded, folder, 0, 0])
     words = philox.random_raw((stop - first) * padded * WORDS).reshape(stop - first, -1)
@@ -161,7 +170,7 @@ def _folder_orders(size: int, seed: int, folder: int, first: int, stop: int) -> 
 
 
 def quotas(length: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """`length` split by `weights`, to the nearest whole numbers that add up, none below 1."""
+    """Split `length` in proportion to `weights` into integers of at least 1 with that sum."""
     exact = np.array(weights, float) * length / sum(weights)
     shares = np.floor(exact).astype(int)
     for i in np.argsort(shares - exact, kind="stable")[: length - shares.sum()]:
@@ -173,11 +182,11 @@ def quotas(length: int, weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def anchor(fraction: int, length: int, crop: int, grid: int) -> int:
-    """First row (or column) of a crop of `crop` pixels in `length`, a multiple of `grid`, all
-    equally likely.
+    """Return the first row (or column) of a crop of `crop` pixels in `length` pixels.
 
-    The grid is the scale, so that a crop's LR pixels lie where those of the whole photograph's LR
-    lie.
+    It is a multiple of `grid`; `fraction` (32 bits) selects one of the possible positions, all
+    equally likely. The grid is the scale, so that the crop's LR pixels coincide with those of the
+    whole photograph's LR.
     """
     places = (length - crop) // grid + 1
     return (int(fraction) * places >> 32) * grid

@@ -1,5 +1,4 @@
-"""The host side of a batch: which files, which part of them, how it is turned and degraded, as
-arrays for DALI."""
+"""The host side of a batch: selects files, regions and changes, and makes DALI's input arrays."""
 
 from __future__ import annotations
 
@@ -15,28 +14,28 @@ from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
-from pipeline.data.image_access import NOTHING, ImageCache, ImageFiles, Opened, Part, Region
+from pipeline.data.image_access import NO_PART, ImageCache, ImageFiles, OpenedFile, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
 from pipeline.data.spec import DataSpec, num_threads
 
-MOST_ATTEMPTS = 100  # bad files in a row for one sample
+MAX_ATTEMPTS = 100  # maximum number of bad files in a row for one sample
 
 
 class Position(NamedTuple):
-    """A rank's place in the run's stream of samples: which micro-batches are its own."""
+    """A rank's position in the run's stream of samples, which determines its micro-batches."""
 
     rank: int
     world_size: int
     micro_batch: int
 
     def first_sample(self, index: int) -> int:
-        """Number of the first sample of this rank's `index`-th micro-batch since the run began."""
+        """Return the number of the first sample of this rank's micro-batch number `index`."""
         return (index * self.world_size + self.rank) * self.micro_batch
 
 
 class Skip(NamedTuple):
-    """A file that was passed over, and the sample that was to show it."""
+    """A file that was skipped, and the sample that it was drawn for."""
 
     sample: int
     path: str
@@ -45,33 +44,33 @@ class Skip(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything about one sample but its pixels; with the dataset it makes them."""
+    """Everything about one sample except its pixels, which follow from it and the dataset."""
 
     number: int
     path: str
-    lr_path: str | None  # of the LR file, where it is read
-    top: int  # of the HR crop, in the file's pixels
+    lr_path: str | None  # of the LR file, if LR is read
+    top: int  # first row of the HR crop in the file
     left: int
-    region: Region  # what is read around it
+    region: Region  # part of the file that is read, including the crop
     flip_vertical: int
     flip_horizontal: int
     transpose: int
     brightness: float  # factor
     degradation: Parameters
-    noise_sigma: float  # of the noise on LR, in levels
+    noise_sigma: float  # standard deviation of the noise on LR, in levels (0..255)
     skipped: tuple[Skip, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For people and for JSON."""
+        """Return a dict that JSON can represent."""
         return asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
 
 
 class CropSource:
     """Makes the host side of micro-batches, in order, from any starting point.
 
-    With `degrades_on_host`, for graphs on a CPU, LR is made by the host's own chain where the
-    degradation has one: then `columns` lack what the graph's nodes would need for it, and
-    `degraded` says what was drawn.
+    With `degrades_on_host` (CPU graphs only), LR is made by the degradation's own host chain if it
+    has one. `columns` then omits the arrays that the graph would need for it, and `degraded`
+    returns what was drawn.
     """
 
     def __init__(
@@ -98,9 +97,8 @@ class CropSource:
         self.degrades_on_host = degrades_on_host and self.degradation.has_host_chain
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
-        self.has_margin = (
-            self.lr is None
-        )  # LR that is made needs more of the photograph than the crop
+        # Making LR needs pixels around the crop; paired LR does not.
+        self.has_margin = self.lr is None
         self.columns = (
             *self.hr.columns,
             *(self.lr.columns if self.lr else ()),
@@ -112,19 +110,16 @@ class CropSource:
         )
         if not self.degrades_on_host:
             self.columns += (*self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
-        self.has_streams = any(
-            side.has_streams for side in (self.hr, self.lr) if side
-        )  # the graph decodes
-        self.notes: list[
-            str
-        ] = []  # what went otherwise than it should, for people, until somebody takes them away
-        self.profiles: dict[
-            str, str
-        ] = {}  # files whose colours are converted to sRGB, with the name of their profile
-        self.bad: dict[str, str] = {}  # files that were passed over, with the reason
-        self.end: int | None = None  # there are no micro-batches from this one on
-        self.failure: Exception | None = None  # why
-        self._made: dict[int, list[Sample]] = {}  # of micro-batches that were not taken yet
+        # Whether the graph decodes.
+        self.has_streams = any(side.has_streams for side in (self.hr, self.lr) if side)
+        # Messages for the user about irregularities, until the caller removes them.
+        self.notes: list[str] = []
+        # Path -> name of the profile from which the file's colours are converted to sRGB.
+        self.profiles: dict[str, str] = {}
+        self.bad: dict[str, str] = {}  # path -> reason of the files that were skipped
+        self.end: int | None = None  # the first micro-batch that is not made
+        self.failure: Exception | None = None  # why it is not made
+        self._made: dict[int, list[Sample]] = {}  # samples of micro-batches that were not taken yet
 
     @classmethod
     def of_dataset(
@@ -137,7 +132,7 @@ class CropSource:
         position: Position,
         degrades_on_host: bool = False,
     ) -> CropSource:
-        """The source that a recipe asks for."""
+        """Build the source for a dataset as the recipe's data section asks for."""
         sampler = Sampler(
             dataset.folder_sizes,
             seed,
@@ -156,29 +151,27 @@ class CropSource:
         )
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
-        """From micro-batch `index` on: the arrays of `columns`. Endless, but for `end` or a
-        `failure`."""
+        """Yield the arrays of `columns` from micro-batch `index` on, until `end` or a failure."""
         for number in naturals(index):
             if number == self.end:
                 return
             try:
                 arrays = self.make(number)
-            except Exception as error:  # DALI would drop the good micro-batches before this one
+            except Exception as error:  # if raised here, DALI would drop the good ones before
                 self.fail(number, error)
                 return
             yield arrays
 
     def fail(self, index: int, error: Exception) -> None:
-        """Make no micro-batch from this one on. Whoever takes them raises `error` after the
-        last."""
+        """Make no micro-batch from `index` on; the consumer raises `error` after the good ones."""
         self.end, self.failure = index, error
 
     def first_sample(self, index: int) -> int:
-        """Number of the first sample of micro-batch `index`."""
+        """Return the number of the first sample of micro-batch `index`."""
         return self.position.first_sample(index)
 
     def make(self, index: int) -> tuple[Any, ...]:
-        """The arrays of `columns` of micro-batch `index`."""
+        """Return the arrays of `columns` for micro-batch `index`."""
         first, count = self.first_sample(index), self.position.micro_batch
         if self.cache:
             self.cache.load(
@@ -219,8 +212,10 @@ class CropSource:
         )
 
     def degraded(self, index: int) -> list[tuple[Sample, list[int]]]:
-        """The samples of micro-batch `index`, which is made and not yet taken, and the keys of each
-        one's noise."""
+        """Return the samples of micro-batch `index` and each one's noise keys.
+
+        The micro-batch must have been made and not yet taken.
+        """
         return list(zip(self._made[index], self._keys(index), strict=True))
 
     def _keys(self, index: int) -> list[list[int]]:
@@ -230,30 +225,28 @@ class CropSource:
         return words[:, -KEYS:].tolist()
 
     def samples(self, first: int, count: int) -> list[Sample]:
-        """Samples first .. first + count - 1, as they are made, without their pixels."""
+        """Return samples first .. first + count - 1 without their pixels."""
         return [sample for sample, _, _ in self._samples(first, count, is_read=False)]
 
     def files_of(self, index: int) -> list[str]:
-        """The files that micro-batch `index` reads, for messages."""
+        """Return the files that micro-batch `index` reads, for messages."""
         made = self._made.get(index)
-        if made:  # with what stands in for bad files
+        if made:  # including replacements of bad files
             return [path for sample in made for path in (sample.path, sample.lr_path) if path]
         first = self.first_sample(index)
         files = self.sampler.draw(first, self.position.micro_batch).files.tolist()
         return [side.paths[file] for side in (self.hr, self.lr) if side for file in files]
 
     def take_skips(self, index: int) -> tuple[Skip, ...]:
-        """What was passed over for micro-batch `index`, which has been made and is forgotten with
-        those before it."""
+        """Return the files skipped for micro-batch `index`, and forget it and all earlier ones."""
         skips = tuple(skip for sample in self._made[index] for skip in sample.skipped)
         self._made = {made: samples for made, samples in self._made.items() if made > index}
         return skips
 
     def reject(self, error: BadFileError) -> None:
-        """Take no sample of this file any more.
+        """Stop sampling from a bad file.
 
-        Raises `UserError` if the recipe wants to stop for it, or when there are too many such
-        files.
+        Raises `UserError` if the recipe stops for bad files or too many files are bad.
         """
         if self.spec.on_error == "stop":
             numbers = [
@@ -267,14 +260,13 @@ class CropSource:
         refuse_too_many(self.bad, self.sampler.num_files, self.spec)
 
     def profile_note(self) -> str:
-        """A line on files whose colours are converted to sRGB; empty as long as there are none."""
+        """Return a line about files whose colours are converted to sRGB; "" if there are none."""
         if not self.profiles:
             return ""
         path, profile = next(iter(self.profiles.items()))
         return (
-            f"{path} has the colour profile {profile}: files with another profile than sRGB are "
-            "converted to sRGB "
-            "(`python tools/check_training_data.py` counts them)"
+            f"{path} has the colour profile {profile}: files with a profile other than sRGB are "
+            "converted to sRGB (`python tools/check_training_data.py` counts them)"
         )
 
     def close(self) -> None:
@@ -294,10 +286,10 @@ class CropSource:
     def _sample(
         self, draws: Draws, i: int, fractions: list[float], *, is_read: bool
     ) -> tuple[Sample, Part, Part]:
-        """A sample of its file, or of the one that stands in for it."""
+        """Make a sample from its file, or from a replacement if that file is bad."""
         number, file = int(draws.samples[i]), int(draws.files[i])
         skipped: list[Skip] = []
-        for attempt in range(MOST_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return self._sample_of(
                     file, draws, i, iter(fractions), tuple(skipped), is_read=is_read
@@ -309,10 +301,9 @@ class CropSource:
                 skipped.append(Skip(number, error.path, error.reason))
                 file = self.sampler.replacement(number, attempt)
         raise UserError(
-            f"sample {number}: all of {MOST_ATTEMPTS} draws from its folder gave a bad file, the "
-            "last "
-            f"{skipped[-1].path}: {skipped[-1].reason}; judge the dataset with "
-            "`python tools/check_training_data.py --clean` and select anew"
+            f"sample {number}: all {MAX_ATTEMPTS} draws from its folder gave bad files, the last "
+            f"one {skipped[-1].path}: {skipped[-1].reason}; check the dataset with `python "
+            "tools/check_training_data.py --clean` and select again"
         )
 
     def _sample_of(
@@ -320,7 +311,7 @@ class CropSource:
         file: int,
         draws: Draws,
         i: int,
-        chances: Iterator[float],
+        randoms: Iterator[float],
         skipped: tuple[Skip, ...],
         *,
         is_read: bool,
@@ -333,7 +324,7 @@ class CropSource:
         )
         top = anchor(draws.top[i], height, self.crop, scale)
         left = anchor(draws.left[i], width, self.crop, scale)
-        above, before = self.degradation.place(chances)
+        above, before = self.degradation.place(randoms)
         extent = self.crop + self.degradation.surroundings
         region_height, region_width = min(extent, height), min(extent, width)
         region = (
@@ -342,8 +333,8 @@ class CropSource:
             region_height,
             region_width,
         )
-        degradation = self.degradation.draw(chances, region_height, region_width)
-        sigma = self.lr_noise.draw(chances) if self.lr_noise else 0.0
+        degradation = self.degradation.draw(randoms, region_height, region_width)
+        sigma = self.lr_noise.draw(randoms) if self.lr_noise else 0.0
         is_brightened, fraction = draws.brightness[i]
         low, high = self.spec.brightness.range
         brightness = (
@@ -367,15 +358,15 @@ class CropSource:
             skipped,
         )
         if not is_read:
-            return sample, NOTHING, NOTHING
+            return sample, NO_PART, NO_PART
         y, x, rows, columns = (side // scale for side in region)
         return (
             sample,
             self.hr.part(hr, region, i),
-            self.lr.part(lr, (y, x, rows, columns), i) if self.lr and lr else NOTHING,
+            self.lr.part(lr, (y, x, rows, columns), i) if self.lr and lr else NO_PART,
         )
 
-    def _open_pair(self, file: int) -> tuple[Opened, Opened | None]:
+    def _open_pair(self, file: int) -> tuple[OpenedFile, OpenedFile | None]:
         for side in (self.hr, self.lr):
             if side and side.paths[file] in self.bad:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
@@ -387,7 +378,7 @@ class CropSource:
                 self.hr.paths[file],
                 f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
                 "lower data.crop, or remove such files with `python tools/check_training_data.py "
-                f"--clean --min-size {self.crop}` and select anew",
+                f"--clean --min-size {self.crop}` and select again",
             )
         if self.lr is None:
             return hr, None
@@ -421,17 +412,17 @@ class CropSource:
 
 
 def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> None:
-    """Raise `UserError` if more files are bad (path -> reason) than the recipe lets `on_error:
-    skip` pass over."""
+    """Raise `UserError` if more files are bad than the recipe lets `on_error: skip` skip.
+
+    `bad` maps path -> reason.
+    """
     most = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
     if len(bad) > most:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (
             len(bad) > 3
         )
         raise UserError(
-            f"{len(bad)} of {num_files} files are bad and data.max_bad_files "
-            f"{spec.max_bad_files:g} allows "
-            f"{most} ({some}); judge the dataset with `python tools/check_training_data.py "
-            "--clean` and "
-            "select anew, or raise it"
+            f"{len(bad)} of {num_files} files are bad, but data.max_bad_files "
+            f"{spec.max_bad_files:g} allows only {most} ({some}); check the dataset with `python "
+            "tools/check_training_data.py --clean` and select again, or raise data.max_bad_files"
         )

@@ -1,4 +1,7 @@
-"""The data part of a recipe: how samples are made of the dataset. Needs no torch and no DALI."""
+"""The data section of a recipe: how samples are made of the dataset.
+
+Imports neither torch nor DALI.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,14 @@ AnyDegradation = Union[tuple(kind.Spec for kind in KINDS)]  # type: ignore[valid
 
 
 class BrightnessSpec(Spec):
-    """HR crops made brighter or darker before their LR is made."""
+    """Random brightness of HR crops, applied before LR is made."""
 
-    probability: Probability = Field(0.0, description="of a sample to be changed")
-    range: Factor = Field((0.5, 1.2), description="of the factor, evenly")
+    probability: Probability = Field(0.0, description="probability that a sample is changed")
+    range: Factor = Field((0.5, 1.2), description="range of the factor, uniform")
 
 
 def _named(value: Any) -> Any:
-    """`degradation: gaussian` is short for `degradation: {name: gaussian}`, and bicubic is what
-    needs no name."""
+    """Expand `degradation: gaussian` to `degradation: {name: gaussian}`; bicubic is the default."""
     if isinstance(value, str):
         value = {"name": value}
     if isinstance(value, dict):
@@ -38,15 +40,13 @@ def _named(value: Any) -> Any:
     return value
 
 
-MOST_THREADS, MOST_AUTOMATIC = 64, 16
+MAX_THREADS, MAX_AUTOMATIC_THREADS = 64, 16
 
 
 def _threads(value: Any) -> Any:
-    is_number = (
-        isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_THREADS
-    )
+    is_number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_THREADS
     if not is_number and value != "auto":
-        raise ValueError(f"{value!r} is neither auto nor a whole number from 1 to {MOST_THREADS}")
+        raise ValueError(f"{value!r} is neither auto nor an integer from 1 to {MAX_THREADS}")
     return value
 
 
@@ -56,45 +56,53 @@ class DataSpec(Spec):
     crop: int = Field(
         192, ge=8, description="side of the HR crop in pixels, a multiple of the scale"
     )
-    multiplier: int = Field(1, ge=1, le=100_000, description="random crops of every file an epoch")
+    multiplier: int = Field(1, ge=1, le=100_000, description="random crops per file and epoch")
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (),
-        description="shares of an epoch, one for each dataset folder; none: every file equally "
+        description="share of each dataset folder in an epoch, in order; empty: every file equally "
         "often",
     )
     augment: bool = Field(
-        True, description="the eight symmetries of the square, each equally likely"
+        True,
+        description="flip and rotate each sample by one of the eight symmetries of a square, "
+        "uniformly",
     )
     brightness: BrightnessSpec = BrightnessSpec()
     degradation: Annotated[AnyDegradation, Field(discriminator="name"), BeforeValidator(_named)] = (
-        Field(BicubicSpec(), description="how LR is made, or that it is read: paired")
+        Field(BicubicSpec(), description="how LR is made from HR; paired reads LR files instead")
     )
     lr_noise: NoiseSpec = NoiseSpec()
     cache_gb: float = Field(
         0,
         ge=0,
         le=4096,
-        description="memory for decoded images, a rank; pays where files are "
-        "encoded and decoding is what training waits for",
+        description="GB of memory per rank for decoded images; helps where decoding encoded files "
+        "limits training",
     )
     on_error: Literal["stop", "skip"] = Field(
-        "stop", description="skip: take another sample for one whose file is bad"
+        "stop", description="skip: replace a sample whose file is bad with another"
     )
     max_bad_files: float = Field(
-        0.001, ge=0, le=1, description="share of the files that skip may meet before it stops"
+        0.001,
+        ge=0,
+        le=1,
+        description="stop although on_error is skip when more than this share of the files is bad",
     )
     threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = Field(
         "auto",
-        description="CPU threads of the loader, per rank; auto: a rank's share of the cores that "
-        "it may use, "
-        f"at most {MOST_AUTOMATIC}",
+        description="CPU threads of the loader, per rank; auto: the rank's share of the available "
+        f"cores, at most {MAX_AUTOMATIC_THREADS}",
     )
-    prefetch: int = Field(3, ge=1, le=16, description="batches made ahead")
+    prefetch: int = Field(3, ge=1, le=16, description="number of batches prepared in advance")
 
 
 def num_threads(threads: int | Literal["auto"], cores: int | None = None) -> int:
-    """CPU threads of a rank's loader. `cores`: its share of those that it may use; by default they
-    are its own."""
+    """Return the number of CPU threads of a rank's loader.
+
+    `cores` is the rank's share of the cores; by default, all cores that the process may use.
+    """
     if threads != "auto":
         return threads
-    return max(1, min(MOST_AUTOMATIC, len(os.sched_getaffinity(0)) if cores is None else cores))
+    return max(
+        1, min(MAX_AUTOMATIC_THREADS, len(os.sched_getaffinity(0)) if cores is None else cores)
+    )

@@ -522,11 +522,11 @@ def test_each_sample_uses_as_many_numbers_as_any_other() -> None:
     ):
         degradation, noise = RealEsrgan(other, 4), LrNoise(NoiseSpec(probability=0.5))
         for row in random.random((300, NUMBERS)).tolist():
-            chances = iter(row)
-            degradation.place(chances)
-            json.dumps(degradation.draw(chances, 400, 400))
-            noise.draw(chances)
-            left.add(len(list(chances)))
+            randoms = iter(row)
+            degradation.place(randoms)
+            json.dumps(degradation.draw(randoms, 400, 400))
+            noise.draw(randoms)
+            left.add(len(list(randoms)))
     assert len(left) == 1
 
 

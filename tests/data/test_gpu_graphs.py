@@ -212,7 +212,7 @@ def test_a_source_that_degrades_on_the_host_is_not_for_a_gpu(tmp_path: Path) -> 
         degradation="realesrgan",
         degrades_on_host=True,
     )
-    with pytest.raises(ValueError, match="is for graphs on the CPU"):
+    with pytest.raises(ValueError, match="needs a graph on the CPU"):
         training_pipeline(crops, 0, device_id=0, threads=1, prefetch=1)
 
 

@@ -17,7 +17,7 @@ from test_noise import ran
 from conftest import ROOT, photograph
 from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.data.degradations import host, kernels, noise
-from pipeline.data.degradations.host import Room
+from pipeline.data.degradations.host import Workspace
 from pipeline.data.degradations.realesrgan import RealEsrgan, RealEsrganSpec
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource
@@ -49,9 +49,9 @@ def test_a_filter_is_the_sum_that_it_stands_for(
 ) -> None:
     for constant, value in WAYS[way].items():
         monkeypatch.setattr(host, constant, value)
-    kernel, room = KERNELS[name], Room()
+    kernel, workspace = KERNELS[name], Workspace()
     for image in (photograph(3, 61, 70), photograph(4, 40, 33).astype(np.float32) * 1.3 - 30):
-        got = host.filtered(image, kernel, room)
+        got = host.filtered(image, kernel, workspace)
         assert got.dtype == np.float32
         # By trimming and by lines a thousandth or two may be missing; most of what is around is
         # alike.
@@ -67,7 +67,7 @@ def test_a_filter_of_something_smaller_than_itself() -> None:
         radius = len(kernel) // 2
         padded = cv2.copyMakeBorder(image, *[radius] * 4, cv2.BORDER_REFLECT_101).astype(np.float64)
         expected = blurred(padded, kernel)[radius:-radius, radius:-radius]
-        assert np.abs(host.filtered(image, kernel, Room()) - expected).max() < host.TAIL * 255
+        assert np.abs(host.filtered(image, kernel, Workspace()) - expected).max() < host.TAIL * 255
 
 
 def test_what_is_trimmed_is_next_to_nothing() -> None:
@@ -84,16 +84,16 @@ def test_what_is_trimmed_is_next_to_nothing() -> None:
     assert host.trimmed(KERNELS["narrow"]).shape == (1, 1)
     assert host.trimmed(KERNELS["round"]).shape < (21, 21)
     for name in ("round", "area"):
-        assert len(host.as_lines(host.trimmed(KERNELS[name]), 480_000, 1000)) == 1
-    assert not host.as_lines(KERNELS["a line"], 480_000, 10_000)
+        assert len(host.separable_terms(host.trimmed(KERNELS[name]), 480_000, 1000)) == 1
+    assert not host.separable_terms(KERNELS["a line"], 480_000, 10_000)
 
 
 @pytest.mark.parametrize("size", [(80, 100), (31, 47), (97, 41), (8, 8), (60, 70)])
 def test_sampling_in_another_size(size: tuple[int, int]) -> None:
     image = photograph(1, 60, 70).astype(np.float32) * 1.2 - 20
-    linear = host.resized(image, size, is_cubic=False, room=Room())
+    linear = host.resized(image, size, is_cubic=False, workspace=Workspace())
     assert np.abs(linear - resized(image.astype(np.float64), size, "linear")).max() < 2e-2
-    got = host.resized(image, size, is_cubic=True, room=Room())
+    got = host.resized(image, size, is_cubic=True, workspace=Workspace())
     assert np.abs(got - resized(image.astype(np.float64), size, "cubic")).max() < 2e-3
     matrix = np.zeros((size[0], 60))
     for at, first, weights in host.cubic_weights(60, size[0]):
@@ -102,23 +102,25 @@ def test_sampling_in_another_size(size: tuple[int, int]) -> None:
 
 
 def test_results_do_not_overwrite_what_they_are_made_of() -> None:
-    """In whatever order a chain calls them, in one room."""
+    """In whatever order a chain calls them, in one workspace."""
     image, kernel = photograph(2, 40, 48), KERNELS["round"]
 
-    def chain(rooms: Iterator[Room]) -> np.ndarray:
-        once = host.filtered(image, kernel, next(rooms))
-        twice = host.filtered(once, kernel, next(rooms))
+    def chain(workspaces: Iterator[Workspace]) -> np.ndarray:
+        once = host.filtered(image, kernel, next(workspaces))
+        twice = host.filtered(once, kernel, next(workspaces))
         for size, is_cubic in (
             ((50, 60), False),
             ((44, 51), False),
             ((70, 30), True),
             ((30, 20), False),
         ):
-            twice = host.resized(twice, size, is_cubic=is_cubic, room=next(rooms))
-        return host.through_jpeg(host.through_jpeg(twice, 80, next(rooms)), 60, next(rooms))
+            twice = host.resized(twice, size, is_cubic=is_cubic, workspace=next(workspaces))
+        return host.through_jpeg(
+            host.through_jpeg(twice, 80, next(workspaces)), 60, next(workspaces)
+        )
 
-    one = Room()
-    np.testing.assert_array_equal(chain(iter([one] * 20)), chain(Room() for _ in range(20)))
+    one = Workspace()
+    np.testing.assert_array_equal(chain(iter([one] * 20)), chain(Workspace() for _ in range(20)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -126,11 +128,11 @@ def test_noise_is_dalis(channels: int) -> None:
     keys = noise.noise_keys((3, 5), 50, 61, channels)
     image = photograph(5, 50, 61).astype(np.float32) * 1.1 - 10
     (z,) = ran(noise.standard_normal, [keys.rows], [keys.columns])
-    got = host.standard_normal(keys, Room())
+    got = host.standard_normal(keys, Workspace())
     np.testing.assert_array_equal(got.reshape(z.shape), z)
     (expected,) = ran(noise.add_gaussian, [image], [z], [np.float32(7)], layouts=("HWC", "", ""))
     np.testing.assert_allclose(
-        host.with_gaussian(image.copy(), keys, 7, Room()), expected, atol=1e-4
+        host.with_gaussian(image.copy(), keys, 7, Workspace()), expected, atol=1e-4
     )
     (expected,) = ran(
         lambda *nodes: noise.add_poisson(*nodes, gray=channels == 1),
@@ -139,7 +141,7 @@ def test_noise_is_dalis(channels: int) -> None:
         [np.float32(1.5)],
         layouts=("HWC", "", ""),
     )
-    difference = np.abs(host.with_poisson(image.copy(), keys, 1.5, Room()) - expected)
+    difference = np.abs(host.with_poisson(image.copy(), keys, 1.5, Workspace()) - expected)
     assert difference.max() <= 1.5 * 256 / 255 + 1e-3  # a count, where a sum lies at a half
     assert (difference > 1e-2).mean() < 5e-3
 
@@ -150,7 +152,7 @@ def test_jpeg_is_opencvs(quality: int) -> None:
     pixels = np.rint(levels).clip(0, 255).astype(np.uint8)
     data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     np.testing.assert_array_equal(
-        host.through_jpeg(levels, quality, Room()), cv2.imdecode(data, 1)[..., ::-1]
+        host.through_jpeg(levels, quality, Workspace()), cv2.imdecode(data, 1)[..., ::-1]
     )
 
 
@@ -251,16 +253,16 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path) -> None:
 
 def test_every_draw_can_be_made(tmp_path: Path) -> None:
     """Of a thousand, those with the least usual kernels: nothing is out of range or shape."""
-    degradation, room = RealEsrgan(RealEsrganSpec(), 4), Room()
+    degradation, workspace = RealEsrgan(RealEsrganSpec(), 4), Workspace()
     region = photograph(1, 96, 104)
     for i, row in enumerate(np.random.default_rng(3).random((150, NUMBERS)).tolist()):
         drawn = degradation.draw(iter(row), 96, 104)
         keys = [i * 8 + j for j in range(8)]
-        lr = degradation.lr_on_host(drawn, keys, region, (0, 0), (96, 104), room).copy()
+        lr = degradation.lr_on_host(drawn, keys, region, (0, 0), (96, 104), workspace).copy()
         assert lr.shape == (24, 26, 3)
         assert lr.dtype == np.uint8
         # Of a part, no more is filtered than it sees.
-        part = degradation.lr_on_host(drawn, keys, region, (20, 32), (64, 40), room)
+        part = degradation.lr_on_host(drawn, keys, region, (20, 32), (64, 40), workspace)
         assert np.abs(part.astype(int) - lr[5:21, 8:18]).max() <= 1
 
 

@@ -89,7 +89,7 @@ def test_every_cut_of_an_npy_is_refused(tmp_path):
 
 
 def test_missing_npy_and_folder(tmp_path):
-    with pytest.raises(UserError, match="no such file; write the lists anew"):
+    with pytest.raises(UserError, match="no such file; write the lists again"):
         npy_layout(tmp_path / "gone.npy")
     with pytest.raises(UserError, match="not a plain file"):
         npy_layout(tmp_path)
@@ -121,8 +121,8 @@ def test_list_edited_on_windows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "names no file"),
-        (b"\n\n", "names no file"),
+        (b"", "the list is empty"),
+        (b"\n\n", "the list is empty"),
         (b"a.npy\n/etc/passwd\n", "line 2: '/etc/passwd'"),
         (b"a/../../b.npy\n", "inside the dataset folder"),
         (b"..\n", "inside the dataset"),

@@ -318,7 +318,7 @@ def test_pairs_in_folders_of_their_own_are_found_by_name(tmp_path: Path) -> None
     batches(crops, 0, 2)
     (tmp_path / "LR/X2/3x2.png").rename(tmp_path / "LR/X2/other.png")
     with pytest.raises(
-        UserError, match=r"HR/3\.png: no file in .*LR is called alike \(1 of 5 have none\)"
+        UserError, match=r"HR/3\.png: no matching LR file in .*LR \(1 of 5 files have none\)"
     ):
         paired_source(tmp_path / "HR", names, tmp_path / "LR")
 
@@ -541,7 +541,8 @@ def test_too_many_bad_files_stop_it(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     assert batches(source(tmp_path, names, on_error="skip", max_bad_files=0.3), 0, 6)
     with pytest.raises(
-        UserError, match=r"3 of 10 files are bad and data\.max_bad_files 0\.2 allows 2 \(.*\.png: "
+        UserError,
+        match=r"3 of 10 files are bad, but data\.max_bad_files 0\.2 allows only 2 \(.*\.png: ",
     ):
         batches(source(tmp_path, names, on_error="skip", max_bad_files=0.2), 0, 6)
 
@@ -640,7 +641,7 @@ def test_another_colour_profile_is_named(tmp_path: Path) -> None:
         assert crops.profile_note() == ""
         (made,) = batches(crops, 0, 1)
         assert (
-            "1.png has the colour profile Wide test: files with another profile"
+            "1.png has the colour profile Wide test: files with a profile other"
             in crops.profile_note()
         )
         assert [*crops.profiles] == [str(tmp_path / "1.png")]

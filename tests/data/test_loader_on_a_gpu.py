@@ -136,7 +136,7 @@ def test_on_a_cpu_nothing_of_cuda_is_called(
     assert not calls
 
 
-# A file that the GPU's decoder refuses.
+# A file that the GPU's decoder rejects.
 
 
 class Refusing:
@@ -202,7 +202,7 @@ def test_what_the_gpus_decoder_alone_refuses_is_decoded_on_the_cpu(
     assert (shown[0] + 3, True) in stand_in.built
     note = crops.notes[0]
     assert note.startswith(
-        f"the GPU's decoder refuses a file that the CPU's takes; micro-batches {shown[0]} to "
+        f"the GPU decoder rejects a file that the CPU decoder accepts; micro-batches {shown[0]} to "
     )
     assert "nvJPEG: bad Huffman table some stack" in note
     assert not crops.bad
@@ -246,7 +246,7 @@ def test_where_the_cpu_fails_as_well_the_error_is_told(
         crops = source(tmp_path / suffix[1:], images(tmp_path / suffix[1:], suffix, count=3))
         with pytest.raises(
             RuntimeError,
-            match=r"micro-batch 5, though each of its files decodes alone: out of memory",
+            match=r"micro-batch 5, although each of its files decodes separately: out of memory",
         ):
             next(batches(crops, 5, device_id=0, threads=1, prefetch=2))
         assert built == expected

@@ -25,7 +25,7 @@ def test_threads_are_a_number_or_auto() -> None:
     assert load_recipe("vapsr_x4", {"data.threads": 5}).data.threads == 5
     for wrong in (0, 65, True, 2.5, "many"):
         with pytest.raises(
-            UserError, match=r"data\.threads: .* is neither auto nor a whole number from 1 to 64"
+            UserError, match=r"data\.threads: .* is neither auto nor an integer from 1 to 64"
         ):
             load_recipe("vapsr_x4", {"data.threads": wrong})
     # They are no part of what a run is: one that was begun with 2 goes on.

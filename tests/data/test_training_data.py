@@ -77,7 +77,7 @@ def test_bad_files_are_skipped_counted_and_reported_at_the_end_of_an_epoch(
         )
     )
     assert done.returncode == 2
-    assert "2 of 8 files are bad and data.max_bad_files 0.1 allows 1" in done.stderr
+    assert "2 of 8 files are bad, but data.max_bad_files 0.1 allows only 1" in done.stderr
 
 
 def test_a_run_that_a_bad_file_stopped_goes_on_with_skip(tmp_path: Path) -> None:
@@ -180,11 +180,11 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
         ),
         (
             ("data.degradation=paired",),
-            "_lr2.npy: no such file, and data.degradation=paired wants it; make pairs with",
+            "_lr2.npy: no such file, but data.degradation=paired needs it; make pairs with",
         ),
         (
             ("--lr-dir", "/nowhere"),
-            "--lr-dir is for LR that is read, not made; say data.degradation=paired",
+            "--lr-dir needs LR files to read; set data.degradation=paired",
         ),
         (
             ("--lr-dir", "/nowhere", "data.degradation=paired"),
@@ -284,7 +284,7 @@ def test_the_share_of_waiting_for_data_is_logged(dataset: Path, tmp_path: Path) 
 def test_a_folder_given_twice_is_refused(tmp_path: Path) -> None:
     root = make_dataset(tmp_path, ["0.npy", "1.npy"])
     with pytest.raises(
-        UserError, match=r"names a folder twice; to show its files oftener say data\.weights"
+        UserError, match=r"names a folder twice; to sample it more often, set data\.weights"
     ):
         read_dataset([root, root])
 

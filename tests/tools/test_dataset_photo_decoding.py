@@ -200,7 +200,7 @@ def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
 
 def test_what_cannot_be_kept_right_is_refused():
     floats = cv2.imencode(".tiff", PIXELS[..., 0].astype(np.float32))[1].tobytes()
-    with pytest.raises(BadImageError, match="unsigned whole numbers"):
+    with pytest.raises(BadImageError, match="unsigned integers"):
         decode(floats)
     twelve = bytearray(encoded(PIXELS, "jpeg"))
     twelve[twelve.index(b"\xff\xc0") + 4] = 12

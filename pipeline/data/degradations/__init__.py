@@ -1,7 +1,6 @@
-"""How LR is made of HR. A new way is one file here, with its spec and its graph, and one row in
-`KINDS`.
+"""Ways of making LR from HR: one file per degradation with its spec and graph, one row in `KINDS`.
 
-The specs are read by launchers, too: DALI is imported inside of functions alone.
+Launchers read the specs, too, so DALI is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -21,5 +20,5 @@ KINDS: list[type[Degradation]] = [
 
 
 def build_degradation(spec: DegradationSpec, scale: int) -> Degradation:
-    """What a recipe's `data.degradation` asks for."""
+    """Build the degradation for a recipe's `data.degradation`."""
     return next(kind for kind in KINDS if kind.Spec is type(spec))(spec, scale)

@@ -1,10 +1,9 @@
-"""LR of HR as DALI operators: what all degradations share, and the noise that may follow each of
-them.
+"""Base of all degradations (LR from HR as DALI operators), and noise that may follow each of them.
 
-A degradation has a host side, which says how much of the photograph around a crop it must see and
-turns a sample's uniform numbers into parameters and arrays, and a device side, which is a few DALI
-nodes. Where DALI is slow on a CPU it may have the same chain a second time, in the operators of
-`host`.
+A degradation has a host side and a device side. The host side says how much of the photograph
+around a crop it needs, and turns a sample's uniform random numbers into parameters and arrays. The
+device side is a few DALI nodes. Where DALI is slow on a CPU, a degradation may have the same chain
+a second time, in the operators of `host`.
 """
 
 from __future__ import annotations
@@ -21,52 +20,56 @@ from pipeline.spec import Levels, Probability, Spec
 
 Nodes = Mapping[str, Any]
 Parameters = dict[str, Any]
-"""What was drawn for a sample: names, numbers, lists and such tables. JSON can hold it."""
+"""The random choices for a sample: names, numbers and lists or tables of these, as JSON allows."""
 OnDevice = Callable[[Any], Any]
 
-WORDS = (
-    40  # random words of a sample's degradation: 2 x 32 uniform numbers and 8 keys of noise fields
-)
+# Random words per sample for its degradation: 2 x 32 uniform numbers and 8 noise keys.
+WORDS = 40
 KEYS = 8
 
 
 class DegradationSpec(Spec):
-    """How a recipe asks for a degradation: a subclass has its parameters, and `name: Literal[...]`
-    with a default."""
+    """Base of the specs in recipes.
 
-    reads_lr: ClassVar[bool] = False  # whether LR lies on disk beside HR and is not made of it
+    A subclass adds its parameters and `name: Literal[...]` with a default.
+    """
+
+    reads_lr: ClassVar[bool] = False  # whether LR is read from disk and not made from HR
     name: str
 
 
 class Degradation:
-    """LR of a crop: what all ways of making it have in common. Without a `draw` of its own nothing
-    in it is random."""
+    """Base of all degradations. Without a `draw` of its own, a degradation has no randomness."""
 
-    Spec: ClassVar[type[DegradationSpec]]  # its part of a recipe
-    columns: tuple[str, ...] = ()  # arrays of a sample that the nodes use
-    has_host_chain: ClassVar[bool] = (
-        False  # whether there is `lr_on_host`, faster on a CPU than the nodes
-    )
+    Spec: ClassVar[type[DegradationSpec]]  # its section of a recipe
+    columns: tuple[str, ...] = ()  # names of a sample's arrays that the nodes need
+    # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
+    has_host_chain: ClassVar[bool] = False
 
     def __init__(self, spec: Any, scale: int) -> None:
         self.spec, self.scale = spec, scale
 
     @property
     def surroundings(self) -> int:
-        """HR pixels more than the crop's that are read in each direction, where the photograph has
-        them."""
+        """Number of HR pixels read beyond the crop's sides, if the photograph has them."""
         raise NotImplementedError
 
-    def place(self, chances: Iterator[float]) -> tuple[int, int]:
-        """How many of the `surroundings` lie above and left of the crop, multiples of the scale."""
+    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
+        """Return how many of the `surroundings` are above and left of the crop.
+
+        Both are multiples of the scale.
+        """
         return self.surroundings // 2, self.surroundings // 2
 
-    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
-        """The parameters of a sample whose region is `height` x `width` HR pixels."""
+    def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
+        """Return the parameters for a sample whose region has `height` x `width` HR pixels.
+
+        `randoms` yields uniform random numbers in [0, 1).
+        """
         return {}
 
     def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """What the nodes need of a sample, by the names in `columns`."""
+        """Return the arrays of `columns` for a sample."""
         return {}
 
     def lr(
@@ -78,10 +81,11 @@ class Degradation:
         *,
         as_float: bool,
     ) -> Any:
-        """DALI node of LR (HWC, levels 0..255, bytes or FP32) of the part of `region` that begins
-        at `nodes["start"]`.
+        """Return a DALI node of LR (HWC, levels 0..255, bytes or FP32) of a part of `region`.
 
-        `size`: (height, width) of that part in HR pixels, multiples of the scale.
+        The part starts at `nodes["start"]` and has `size` (height, width); both are in HR pixels
+        and multiples of the scale. `as_float` requests FP32, which is not rounded, and possibly not
+        clipped.
         """
         raise NotImplementedError
 
@@ -92,42 +96,45 @@ class Degradation:
         region: NDArray[np.uint8],
         start: tuple[int, int],
         size: tuple[int, int],
-        room: Any,
+        workspace: Any,
     ) -> NDArray[np.uint8]:
-        """LR of the part of `region`, (height, width, 3), that begins at `start` and has `size`,
-        all in HR pixels and multiples of the scale: what `lr` makes of the arrays of the same
-        `parameters` and `keys`, up to rounding. Good until `room`, a `host.Room`, is used again."""
+        """Return LR of the part of `region`, (height, width, 3), with `size` at `start`.
+
+        `start` and `size` are in HR pixels and multiples of the scale. The result equals, up to
+        rounding, what `lr` makes from the arrays of the same `parameters` and `keys`. It is valid
+        until `workspace`, a `host.Workspace`, is used again.
+        """
         raise NotImplementedError
 
 
 class NoiseSpec(Spec):
-    """White Gaussian noise on LR, added before it is rounded to bytes."""
+    """White Gaussian noise on LR, added before rounding to bytes."""
 
-    probability: Probability = Field(0.0, description="of a sample to be changed")
-    sigma: Levels = Field((0.0, 10.0), description="of the standard deviation, in levels, evenly")
+    probability: Probability = Field(0.0, description="probability that a sample is changed")
+    sigma: Levels = Field(
+        (0.0, 10.0), description="range of the standard deviation in levels (0..255), uniform"
+    )
 
 
 class LrNoise:
-    """White Gaussian noise on LR of any degradation, before it is rounded."""
+    """White Gaussian noise on the LR of any degradation, added before rounding."""
 
     columns = ("is_noisy", *(f"noise_{name}" for name in noise.NoiseKeys._fields), "noise_sigma")
 
     def __init__(self, spec: NoiseSpec) -> None:
         self.spec = spec
 
-    def draw(self, chances: Iterator[float]) -> float:
-        """Sigma in levels; 0 for a sample that gets none."""
-        chance, sigma = next(chances), between(self.spec.sigma, next(chances))
+    def draw(self, randoms: Iterator[float]) -> float:
+        """Return sigma in levels; 0 for a sample without noise."""
+        chance, sigma = next(randoms), between(self.spec.sigma, next(randoms))
         return sigma if chance < self.spec.probability else 0.0
 
     def arrays(
         self, sigma: float, shape: tuple[int, int], keys: Sequence[int]
     ) -> dict[str, NDArray[Any]]:
-        """What `add` needs of a sample whose LR is of `shape`, the degradation's own arrays not
-        counted."""
-        fields = noise.noise_keys(
-            keys, *(shape if sigma else (1, 1)), 3
-        )  # hardly any where they are not used
+        """Return the arrays that `add` needs for a sample whose LR has `shape` (height, width)."""
+        # Samples without noise get the smallest possible keys.
+        fields = noise.noise_keys(keys, *(shape if sigma else (1, 1)), 3)
         return {
             "is_noisy": np.array(sigma > 0),
             "noise_sigma": np.array(sigma, np.float32),
@@ -138,7 +145,7 @@ class LrNoise:
         }
 
     def add(self, nodes: Nodes, lr: Any, on_device: OnDevice) -> Any:
-        """Node of bytes: FP32 `lr` with noise."""
+        """Return a node of bytes: FP32 `lr` with noise, rounded."""
         from nvidia.dali import fn, types
 
         is_noisy = nodes["is_noisy"]
@@ -152,34 +159,38 @@ class LrNoise:
         return fn.cast(levels, dtype=types.UINT8)
 
     def add_on_host(
-        self, sigma: float, keys: Sequence[int], lr: NDArray[np.uint8], room: Any
+        self, sigma: float, keys: Sequence[int], lr: NDArray[np.uint8], workspace: Any
     ) -> NDArray[np.uint8]:
-        """`lr` (height, width, 3) with what `add` adds, in memory of the `room`, a `host.Room`."""
+        """Return `lr` (height, width, 3) with the noise that `add` adds.
+
+        The result is in memory of `workspace`, a `host.Workspace`.
+        """
         from pipeline.data.degradations import host
 
         if not sigma:
             return lr
         fields = noise.noise_keys((keys[0], keys[1]), *lr.shape[:2], 3)
-        return host.rounded(host.with_gaussian(lr.astype(np.float32), fields, sigma, room), room)
+        return host.rounded(
+            host.with_gaussian(lr.astype(np.float32), fields, sigma, workspace), workspace
+        )
 
 
 def filtered(image: Any, kernel: Any) -> Any:
-    """Node of FP32: `image` (HWC) under a kernel of its own, the outermost pixels being
-    mirrored."""
+    """Return an FP32 node: `image` (HWC) filtered with a kernel per sample and mirrored borders."""
     from nvidia.dali import fn, types
 
-    filter2d = (
-        getattr(fn, "filter", None) or fn.experimental.filter
-    )  # it left `experimental` in DALI 2.4
+    # `filter` left `experimental` in DALI 2.4.
+    filter2d = getattr(fn, "filter", None) or fn.experimental.filter
     return filter2d(image, kernel, border="reflect_101", dtype=types.FLOAT)
 
 
 def through_jpeg(image: Any, quality: Any) -> Any:
-    """Node of bytes: levels clipped, rounded and through JPEG."""
+    """Return a node of bytes: levels clipped, rounded and compressed with JPEG."""
     from nvidia.dali import fn, types
 
     return fn.jpeg_compression_distortion(fn.cast(image, dtype=types.UINT8), quality=quality)
 
 
 def between(bounds: tuple[float, float], fraction: float) -> float:
+    """Interpolate linearly between two bounds."""
     return bounds[0] + (bounds[1] - bounds[0]) * fraction

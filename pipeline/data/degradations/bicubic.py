@@ -1,4 +1,4 @@
-"""LR by the antialiased cubic."""
+"""LR by antialiased bicubic downscaling."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes,
 
 
 class BicubicSpec(DegradationSpec):
-    """LR by the antialiased cubic, as the benchmark sets are made."""
+    """LR by antialiased bicubic downscaling, as in the benchmark sets."""
 
     name: Literal["bicubic"] = "bicubic"
 
 
 class Bicubic(Degradation):
-    """The antialiased cubic. Nothing in it is random."""
+    """Antialiased bicubic downscaling, without randomness."""
 
     Spec = BicubicSpec
 
     @property
     def surroundings(self) -> int:
-        # An LR pixel sees 2 x scale HR pixels to either side of its centre.
+        # The kernel of an LR pixel extends 2 x scale HR pixels to either side of its centre.
         return 4 * self.scale
 
     def lr(

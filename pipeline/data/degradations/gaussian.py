@@ -1,4 +1,4 @@
-"""LR by a Gaussian blur and decimation."""
+"""LR by a Gaussian blur and decimation ("BD")."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from pipeline.spec import Sigma
 
 
 class GaussianSpec(DegradationSpec):
-    """LR by a Gaussian blur and taking one pixel in `scale` ("BD"), at the centre of each LR
-    pixel."""
+    """LR by a Gaussian blur and decimation ("BD"), sampled at the centre of each LR pixel."""
 
     name: Literal["gaussian"] = "gaussian"
-    sigma: Sigma = Field((1.6, 1.6), description="of the standard deviation, in HR pixels, evenly")
+    sigma: Sigma = Field(
+        (1.6, 1.6), description="range of the standard deviation in HR pixels, uniform"
+    )
 
 
 class Gaussian(Degradation):
-    """Blur and decimate."""
+    """Gaussian blur, then every `scale`-th pixel."""
 
     Spec = GaussianSpec
     columns = ("gaussian_x", "gaussian_y")
@@ -43,8 +44,8 @@ class Gaussian(Degradation):
         reach = kernels.offset_gaussian(self.spec.sigma[1], self.scale).shape[0] // 2
         return 2 * self.scale * math.ceil(reach / self.scale)
 
-    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
-        return {"sigma": between(self.spec.sigma, next(chances))}
+    def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
+        return {"sigma": between(self.spec.sigma, next(randoms))}
 
     def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
         line = kernels.offset_gaussian(parameters["sigma"], self.scale).sum(axis=0)
@@ -63,9 +64,9 @@ class Gaussian(Degradation):
 
         start = fn.cast(nodes["start"], dtype=types.FLOAT)
         end = fn.cast(nodes["start"] + np.array(size, np.int32), dtype=types.FLOAT)
-        # Two lines instead of a square: a third of the time, and no Fourier transform (OpenCV's,
-        # for kernels of more than 49 taps on bytes and 129 on floats), whose rounding errors depend
-        # on where in the region a pixel lies.
+        # Two 1D kernels instead of a square one take a third of the time, and avoid OpenCV's
+        # Fourier transform (for kernels of more than 49 taps on bytes and 129 on floats), whose
+        # rounding errors depend on a pixel's position in the region.
         levels = fn.cast(region, dtype=types.FLOAT)
         blurred = filtered(
             filtered(levels, on_device(nodes["gaussian_x"])), on_device(nodes["gaussian_y"])

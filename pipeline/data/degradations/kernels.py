@@ -1,13 +1,12 @@
-"""Blur kernels of degradations, as float32 arrays (k, k) that sum to 1. Pure functions: nothing in
-here is random.
+"""Blur kernels as float32 arrays (k, k) that sum to 1; pure functions without randomness.
 
 The shapes are those of Real-ESRGAN (Wang et al., "Real-ESRGAN: Training Real-World Blind
-Super-Resolution with Pure Synthetic Data", ICCVW 2021): with d = (x, y) the offset from the middle
-in pixels, x along a row, and S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, all are functions
-of q = d^T S^-1 d.
+Super-Resolution with Pure Synthetic Data", ICCVW 2021). With d = (x, y) the offset from the middle
+in pixels, x along a row, and S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, all of them are
+functions of q = d^T S^-1 d.
 
 DALI's `fn.filter` correlates: tap [i, j] weighs the pixel i - k // 2 rows below and j - k // 2
-columns to the right. Only `offset_gaussian` is not its own mirror image, and is laid out for that.
+columns to the right. Only `offset_gaussian` is asymmetric, and its layout follows that rule.
 """
 
 from __future__ import annotations
@@ -23,16 +22,17 @@ Grid = NDArray[np.float64]
 
 
 def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, theta: float) -> Kernel:
-    """exp(-q / 2), (size, size). Sigmas above 0, in pixels; theta in radians, from the x axis
-    towards the y axis."""
+    """exp(-q / 2), (size, size).
+
+    Sigmas are above 0, in pixels; theta is in radians, from the x axis towards the y axis.
+    """
     return _normalised(np.exp(-0.5 * _quadratic(size, sigma_x, sigma_y, theta)))
 
 
 def generalized_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, beta: float
 ) -> Kernel:
-    """exp(-q^beta / 2): the Gaussian at beta 1, more pointed below, flatter with steeper sides
-    above."""
+    """exp(-q^beta / 2): a Gaussian if beta is 1, more pointed below, flatter and steeper above."""
     return _normalised(np.exp(-0.5 * _quadratic(size, sigma_x, sigma_y, theta) ** beta))
 
 
@@ -42,10 +42,9 @@ def plateau_kernel(size: int, sigma_x: float, sigma_y: float, theta: float, beta
 
 
 def sinc_kernel(size: int, cutoff: float) -> Kernel:
-    """The circular low-pass filter, cutoff J1(cutoff r) / (2 pi r), cut off at the square's sides:
-    it rings.
+    """Circular low-pass filter, cutoff J1(cutoff r) / (2 pi r), truncated to the square; it rings.
 
-    cutoff in radians a pixel, above 0 and up to pi.
+    `cutoff` is in radians per pixel, above 0 and at most pi.
     """
     from scipy.special import j1
 
@@ -57,7 +56,7 @@ def sinc_kernel(size: int, cutoff: float) -> Kernel:
 
 
 def delta_kernel(size: int = 1) -> Kernel:
-    """The kernel that changes nothing, for samples that are not blurred."""
+    """Identity kernel, for samples that are not blurred."""
     _middle(size)
     kernel = np.zeros((size, size), np.float32)
     kernel[size // 2, size // 2] = 1
@@ -65,30 +64,29 @@ def delta_kernel(size: int = 1) -> Kernel:
 
 
 def offset_gaussian(sigma: float, scale: int) -> Kernel:
-    """A Gaussian of `sigma` pixels to be followed by taking the pixels scale // 2 + i scale, as
-    DALI's nearest does.
+    """Gaussian of `sigma` pixels to blur with before decimation, aligned for DALI's nearest.
 
-    An LR pixel's centre lies at HR coordinate scale i + (scale - 1) / 2: on the pixel taken if the
-    scale is odd, half a pixel before it if even. So there the kernel's centre lies half a pixel
-    before its middle. Side 2 ceil(4 sigma) + 1 for odd scales, two more for even ones.
+    Decimation takes the pixels scale // 2 + i scale. The centre of an LR pixel has the HR
+    coordinate scale i + (scale - 1) / 2: that is the sampled pixel if the scale is odd, and half a
+    pixel before it if even. For even scales, the kernel is therefore centred half a pixel before
+    its middle. The side is 2 ceil(4 sigma) + 1 for odd scales and two more for even ones.
     """
     even = scale % 2 == 0
     radius = math.ceil(4 * sigma) + even
     squares = (np.arange(-radius, radius + 1) + 0.5 * even) ** 2
-    # The nearest tap is held at 1, lest with a tiny sigma all of them vanish.
+    # Keep the nearest tap at 1, because all taps would underflow for a tiny sigma.
     line = np.exp((squares.min() - squares) / (2 * sigma * sigma))
     return _normalised(np.outer(line, line))
 
 
 def with_box(kernel: Kernel, ratio: float) -> Kernel:
-    """`kernel` widened so that linear sampling without antialias after it averages areas. ratio:
-    input / output size.
+    """Widen `kernel` so that linear sampling without antialiasing after it averages areas.
 
-    Averaging `ratio` pixels has the variance (ratio^2 - 1) / 12, and linear sampling brings a part
-    of it along: with the sample point at the fraction t between two pixels t (1 - t), which is 0 if
-    the ratio is an odd integer, 1/4 if even, and 1/6 on average otherwise. A box of the rest is
-    what the kernel is convolved with along both axes: of width b with b^2 = ratio^2 - 0, 3 or 2.
-    Below b = 1 linear sampling is wide enough and the kernel stays.
+    `ratio` is input size / output size. Averaging `ratio` pixels has the variance (ratio^2 - 1) /
+    12. Linear sampling at the fraction t between two pixels contributes t (1 - t) of it: 0 if the
+    ratio is an odd integer, 1/4 if it is even, and 1/6 on average otherwise. The kernel is
+    convolved along both axes with a box for the rest, of width b with b^2 = ratio^2 - 0, 3 or 2. If
+    b is below 1, linear sampling is wide enough and the kernel is returned unchanged.
     """
     whole = float(ratio).is_integer()
     linear = (0 if ratio % 2 else 3) if whole else 2
@@ -96,8 +94,8 @@ def with_box(kernel: Kernel, ratio: float) -> Kernel:
     if width == 1:
         return kernel
     box, size = _box(width), len(kernel)
-    # Each row holds the box one column further right than the row above: rows of one less than what
-    # was written.
+    # A banded matrix: each row is one element shorter than what was written, which shifts the box
+    # one column to the right per row.
     band = np.zeros((size, size + len(box)), np.float32)
     band[:, : len(box)] = box
     band = band.ravel()[: size * (size + len(box) - 1)].reshape(size, -1)
@@ -105,8 +103,10 @@ def with_box(kernel: Kernel, ratio: float) -> Kernel:
 
 
 def _box(width: float) -> NDArray[np.float32]:
-    """An odd number of equal taps but for the outermost two, which hold what of `width` is left.
-    Sums to 1."""
+    """Return an odd number of equal taps, except for the outer two, which hold the rest of `width`.
+
+    They sum to 1.
+    """
     side = math.ceil((width - 1) / 2)
     box = np.full(2 * side + 1, 1 / width, np.float32)
     box[0] = box[-1] = (width - (2 * side - 1)) / 2 / width
@@ -114,26 +114,26 @@ def _box(width: float) -> NDArray[np.float32]:
 
 
 def _quadratic(size: int, sigma_x: float, sigma_y: float, theta: float) -> Grid:
-    """q = d^T S^-1 d on the grid of a kernel."""
+    """Return q = d^T S^-1 d on the grid of a kernel."""
     xx, xy, yy = _grid(size)
     cos, sin = math.cos(theta), math.sin(theta)
     along, across = 1 / (sigma_x * sigma_x), 1 / (sigma_y * sigma_y)
     quadratic = (cos * cos * along + sin * sin * across) * xx
     quadratic += (2 * cos * sin * (along - across)) * xy
     quadratic += (sin * sin * along + cos * cos * across) * yy
-    # Far out on a thin kernel the sum of three large terms may come out a rounding error below 0.
+    # Far from the middle of a thin kernel, rounding can make the sum of three large terms negative.
     return np.maximum(quadratic, 0, out=quadratic)
 
 
 def _middle(size: int) -> int:
     if size < 1 or size % 2 == 0:
-        raise ValueError(f"a kernel of side {size} has no middle; the side must be odd")
+        raise ValueError(f"a kernel of side {size} has no centre; the side must be odd")
     return size // 2
 
 
 @lru_cache(maxsize=64)
 def _grid(size: int) -> tuple[Grid, Grid, Grid]:
-    """x^2, x y and y^2 of the offsets from the middle."""
+    """Return x^2, x y and y^2 of the offsets from the middle."""
     line = np.arange(size, dtype=np.float64) - _middle(size)
     grid = (
         np.tile(line * line, (size, 1)),
@@ -147,11 +147,10 @@ def _grid(size: int) -> tuple[Grid, Grid, Grid]:
 
 @lru_cache(maxsize=64)
 def _radii(size: int) -> tuple[Grid, NDArray[np.intp]]:
-    """(The different distances from the middle, rising from 0; which of them each place of the
-    kernel has)."""
+    """Return (distinct distances from the middle, ascending; index of each position's distance)."""
     xx, _, yy = _grid(size)
     squares, places = np.unique(xx + yy, return_inverse=True)
-    radii, places = np.sqrt(squares), places.reshape(size, size)  # flat before numpy 2
+    radii, places = np.sqrt(squares), places.reshape(size, size)  # numpy 1 returns them flat
     radii.setflags(write=False)
     places.setflags(write=False)
     return radii, places

@@ -1,4 +1,4 @@
-"""LR that lies on disk."""
+"""LR that is read from disk."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes,
 
 
 class PairedSpec(DegradationSpec):
-    """LR as it lies on disk: beside HR (`NAME_lr<scale>.npy`), or in a folder of its own
-    (--lr-dir)."""
+    """LR from disk: beside HR (`NAME_lr<scale>.npy`), or in a folder of its own (--lr-dir)."""
 
     reads_lr: ClassVar[bool] = True
     name: Literal["paired"] = "paired"
 
 
 class Paired(Degradation):
-    """LR is read, not made."""
+    """LR is read instead of made."""
 
     Spec = PairedSpec
     spec: PairedSpec

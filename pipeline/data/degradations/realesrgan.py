@@ -1,8 +1,7 @@
 """The second-order degradation of Real-ESRGAN.
 
 Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data",
-ICCVW 2021. The defaults are the published ones (options/train_realesrnet_x4plus.yml), under the
-same names.
+ICCVW 2021. Names and defaults are the published ones (options/train_realesrnet_x4plus.yml).
 """
 
 from __future__ import annotations
@@ -34,38 +33,53 @@ KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso"
 
 
 class FirstRound(Spec):
-    """One round of blur, resizing, noise and JPEG. Probabilities of a list are shares: they need
-    not add up to 1."""
+    """One round of blur, resizing, noise and JPEG. Lists of probabilities need not sum to 1."""
 
-    blur_prob: Probability = Field(1.0, description="of blurring at all")
+    blur_prob: Probability = Field(1.0, description="probability of blurring")
     blur_kernel_size: int = Field(
-        21, ge=7, le=31, description="largest side of the kernel; odd sizes from 7 on"
+        21, ge=7, le=31, description="largest side of the kernel, odd, at least 7"
     )
     kernel_prob: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         dict(zip(KERNELS, (0.45, 0.25, 0.12, 0.03, 0.12, 0.03), strict=True)),
-        description="share of each shape",
+        description="relative probability of each shape",
     )
-    sinc_prob: Probability = Field(0.1, description="of a sinc kernel instead (ringing)")
-    blur_sigma: Sigma = Field((0.2, 3.0), description="along each axis of the kernel, in pixels")
+    sinc_prob: Probability = Field(
+        0.1, description="probability of a sinc kernel instead, which rings"
+    )
+    blur_sigma: Sigma = Field(
+        (0.2, 3.0),
+        description="range of the standard deviation along each axis of the kernel, in pixels",
+    )
     betag_range: Exponent = Field(
-        (0.5, 4.0), description="exponent of the generalized kernels; half are below 1"
+        (0.5, 4.0),
+        description="range of the exponent of generalized kernels; half of them are below 1",
     )
     betap_range: Exponent = Field(
-        (1.0, 2.0), description="exponent of the plateau kernels; half are below 1"
+        (1.0, 2.0), description="range of the exponent of plateau kernels; half of them are below 1"
     )
     resize_prob: tuple[float, float, float] = Field(
-        (0.2, 0.7, 0.1), description="shares of up, down, keep"
+        (0.2, 0.7, 0.1),
+        description="relative probabilities of enlarging, shrinking and keeping the size",
     )
     resize_range: Range = Field(
-        (0.15, 1.5), description="of the factor: down from its low end, up to its high end"
+        (0.15, 1.5),
+        description="range of the factor: from the low end to 1 for shrinking, from 1 to the high "
+        "end for enlarging",
     )
     gaussian_noise_prob: Probability = Field(
-        0.5, description="of Gaussian noise; Poisson noise otherwise"
+        0.5, description="probability of Gaussian noise; otherwise Poisson noise"
     )
-    noise_range: Levels = Field((1.0, 30.0), description="sigma of Gaussian noise, in levels")
-    poisson_scale_range: Factor = Field((0.05, 3.0), description="factor of Poisson noise")
-    gray_noise_prob: Probability = Field(0.4, description="of the same noise in all channels")
-    jpeg_range: Quality = Field((30.0, 95.0), description="JPEG quality")
+    noise_range: Levels = Field(
+        (1.0, 30.0),
+        description="range of the standard deviation of Gaussian noise, in levels (0..255)",
+    )
+    poisson_scale_range: Factor = Field(
+        (0.05, 3.0), description="range of the factor of Poisson noise"
+    )
+    gray_noise_prob: Probability = Field(
+        0.4, description="probability of the same noise in all channels"
+    )
+    jpeg_range: Quality = Field((30.0, 95.0), description="range of JPEG quality")
 
     @field_validator("blur_kernel_size")
     @classmethod
@@ -104,7 +118,7 @@ class FirstRound(Spec):
 
 
 class SecondRound(FirstRound):
-    """As the first, with the published defaults of the second."""
+    """The second round, with its published defaults."""
 
     blur_prob: Probability = 0.8
     blur_sigma: Sigma = (0.2, 1.5)
@@ -115,31 +129,30 @@ class SecondRound(FirstRound):
 
 
 class RealEsrganSpec(DegradationSpec):
-    """LR by the second-order chain of Real-ESRGAN."""
+    """LR by the second-order degradation of Real-ESRGAN."""
 
     name: Literal["realesrgan"] = "realesrgan"
     first: FirstRound = FirstRound()
     second: SecondRound = SecondRound()
     final_sinc_prob: Probability = Field(
-        0.8, description="of a sinc filter at the end, before or after the last JPEG"
+        0.8, description="probability of a sinc filter at the end, before or after the last JPEG"
     )
     surroundings: int = Field(
         144,
         ge=0,
         le=1024,
-        description="HR pixels more that are degraded than the crop has, so "
-        "that blocks and borders fall anywhere in it; 256 + 144 = 400 as published",
+        description="HR pixels degraded beyond the crop, so that JPEG blocks and borders fall "
+        "anywhere in it; published: 256 + 144 = 400",
     )
 
 
 class RealEsrgan(Degradation):
-    """The second-order chain of Real-ESRGAN: twice blur, resize, noise, JPEG, with a sinc filter at
-    the end.
+    """Second-order degradation: two rounds of blur, resize, noise and JPEG, then a sinc filter.
 
-    Differs from the published code in this: every sample draws all of it for itself (no batch
-    shares a factor, no pool of 180 pairs); area averaging is a box filter before linear sampling;
-    the cubic is Keys' with a = -0.5, not -0.75; Poisson noise counts 256 levels in every image; HR
-    is not sharpened.
+    It differs from the published code as follows: every sample draws all parameters independently
+    (batches share no factor, and there is no pool of 180 pairs); area averaging is a box filter
+    before linear sampling; the cubic is Keys' with a = -0.5 instead of -0.75; Poisson noise counts
+    256 levels in every image; HR is not sharpened.
     """
 
     Spec = RealEsrganSpec
@@ -148,8 +161,8 @@ class RealEsrgan(Degradation):
 
     def __init__(self, spec: RealEsrganSpec, scale: int) -> None:
         super().__init__(spec, scale)
-        # The last resizing makes the image smaller by at most this; below sqrt(3) averaging areas
-        # needs no box.
+        # The last resizing shrinks the image by at most this; below sqrt(3), averaging areas needs
+        # no box.
         self.has_final_box = spec.second.resize_range[1] > math.sqrt(3)
         self.columns = (
             *(
@@ -176,20 +189,20 @@ class RealEsrgan(Degradation):
     def surroundings(self) -> int:
         return self.spec.surroundings // self.scale * self.scale
 
-    def place(self, chances: Iterator[float]) -> tuple[int, int]:
+    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
         places = self.surroundings // self.scale + 1
-        return int(next(chances) * places) * self.scale, int(next(chances) * places) * self.scale
+        return int(next(randoms) * places) * self.scale, int(next(randoms) * places) * self.scale
 
-    def draw(self, chances: Iterator[float], height: int, width: int) -> Parameters:
+    def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
         low = height // self.scale, width // self.scale
-        first = _draw_round(self.spec.first, chances, (height, width), (height, width))
-        second = _draw_round(self.spec.second, chances, tuple(first["size"]), low)
+        first = _draw_round(self.spec.first, randoms, (height, width), (height, width))
+        second = _draw_round(self.spec.second, randoms, tuple(first["size"]), low)
         final = {
-            "mode": _choose(MODES, (1, 1, 1), next(chances)),
-            "sinc_first": next(chances) < 0.5,
+            "mode": _choose(MODES, (1, 1, 1), next(randoms)),
+            "sinc_first": next(randoms) < 0.5,
         }
-        sinc = _draw_sinc(self.spec.second.blur_kernel_size, chances, low_cutoff=math.pi / 3)
-        if next(chances) < self.spec.final_sinc_prob:
+        sinc = _draw_sinc(self.spec.second.blur_kernel_size, randoms, low_cutoff=math.pi / 3)
+        if next(randoms) < self.spec.final_sinc_prob:
             final |= {"sinc": sinc}
         return {"region": [height, width], "first": first, "second": second, "final": final}
 
@@ -245,7 +258,7 @@ class RealEsrgan(Degradation):
         region: NDArray[np.uint8],
         start: tuple[int, int],
         size: tuple[int, int],
-        room: Any,
+        workspace: Any,
     ) -> NDArray[np.uint8]:
         from pipeline.data.degradations import host
 
@@ -254,41 +267,41 @@ class RealEsrgan(Degradation):
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
-        noisy = _round_on_host(first, region, keys[:2], room)
+        noisy = _round_on_host(first, region, keys[:2], workspace)
         noisy = _round_on_host(
-            second, host.through_jpeg(noisy, first["jpeg"], room), keys[2:4], room
+            second, host.through_jpeg(noisy, first["jpeg"], workspace), keys[2:4], workspace
         )
         if final["sinc_first"]:
             lr = host.filtered(
-                self._resized_on_host(parameters, noisy, region.shape, room), sinc, room
+                self._resized_on_host(parameters, noisy, region.shape, workspace), sinc, workspace
             )
-            return host.through_jpeg(lr, second["jpeg"], room)[
+            return host.through_jpeg(lr, second["jpeg"], workspace)[
                 top : top + height, left : left + width
             ]
         lr = self._resized_on_host(
-            parameters, host.through_jpeg(noisy, second["jpeg"], room), region.shape, room
+            parameters, host.through_jpeg(noisy, second["jpeg"], workspace), region.shape, workspace
         )
-        # After the last JPEG nothing but the sinc filter sees what lies around the crop.
+        # After the last JPEG, only the sinc filter depends on pixels around the crop.
         reach = len(sinc) // 2
         above, before = min(reach, top), min(reach, left)
         near = np.ascontiguousarray(
             lr[top - above : top + height + reach, left - before : left + width + reach]
         )
-        near = host.rounded(host.filtered(near, sinc, room), room)
+        near = host.rounded(host.filtered(near, sinc, workspace), workspace)
         return near[above : above + height, before : before + width]
 
     def _resized_on_host(
-        self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], room: Any
+        self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], workspace: Any
     ) -> NDArray[np.float32]:
-        """`image` in the size of LR of the whole `region` (height, width, 3)."""
+        """Resize `image` to the LR size of the whole `region` (height, width, 3)."""
         from pipeline.data.degradations import host
 
         mode, low = parameters["final"]["mode"], (region[0] // self.scale, region[1] // self.scale)
         if self.has_final_box:
             image = host.filtered(
-                image, _area_box(mode, parameters["second"]["size"][0] / low[0]), room
+                image, _area_box(mode, parameters["second"]["size"][0] / low[0]), workspace
             )
-        return host.resized(image, low, is_cubic=mode == "cubic", room=room)
+        return host.resized(image, low, is_cubic=mode == "cubic", workspace=workspace)
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
         if self.has_final_box:
@@ -297,44 +310,46 @@ class RealEsrgan(Degradation):
 
 
 def _draw_round(
-    spec: FirstRound, chances: Iterator[float], size: tuple[int, int], full: tuple[int, int]
+    spec: FirstRound, randoms: Iterator[float], size: tuple[int, int], full: tuple[int, int]
 ) -> Parameters:
-    """Parameters of one round on an image of `size`; its resizing is relative to `full`."""
-    blur = _draw_blur(spec, chances)
-    direction = _choose(("up", "down", "keep"), spec.resize_prob, next(chances))
+    """Draw the parameters of one round for an image of `size`; it is resized relative to `full`."""
+    blur = _draw_blur(spec, randoms)
+    direction = _choose(("up", "down", "keep"), spec.resize_prob, next(randoms))
     low, high = {
         "up": (1.0, spec.resize_range[1]),
         "down": (spec.resize_range[0], 1.0),
         "keep": (1.0, 1.0),
     }[direction]
-    factor = between((low, high), next(chances))
-    is_gaussian = next(chances) < spec.gaussian_noise_prob
+    factor = between((low, high), next(randoms))
+    is_gaussian = next(randoms) < spec.gaussian_noise_prob
     parameters: Parameters = {
         "blur": blur,
         "resize": direction,
         "factor": factor,
         "size": [max(8, int(side * factor)) for side in full],
-        "mode": _choose(MODES, (1, 1, 1), next(chances)),
+        "mode": _choose(MODES, (1, 1, 1), next(randoms)),
         "noise": "gaussian" if is_gaussian else "poisson",
         "level": between(
-            spec.noise_range if is_gaussian else spec.poisson_scale_range, next(chances)
+            spec.noise_range if is_gaussian else spec.poisson_scale_range, next(randoms)
         ),
-        "gray": next(chances) < spec.gray_noise_prob,
-        "jpeg": round(between(spec.jpeg_range, next(chances))),
+        "gray": next(randoms) < spec.gray_noise_prob,
+        "jpeg": round(between(spec.jpeg_range, next(randoms))),
     }
     parameters["ratio"] = size[0] / parameters["size"][0]
     return parameters
 
 
-def _draw_blur(spec: FirstRound, chances: Iterator[float]) -> Parameters:
-    """Shape and numbers of a blur kernel. Every number is drawn, whether the shape needs it or
-    not."""
-    is_blurred, is_sinc = next(chances) < spec.blur_prob, next(chances) < spec.sinc_prob
-    shape = _choose(tuple(spec.kernel_prob), tuple(spec.kernel_prob.values()), next(chances))
-    sinc = _draw_sinc(spec.blur_kernel_size, chances)
-    sigma = [between(spec.blur_sigma, next(chances)) for _ in range(2)]
-    theta = between((-math.pi, math.pi), next(chances))
-    below_one, amount = next(chances) < 0.5, next(chances)
+def _draw_blur(spec: FirstRound, randoms: Iterator[float]) -> Parameters:
+    """Draw the shape and parameters of a blur kernel.
+
+    Every number is drawn whether or not the shape uses it, so that later draws do not depend on it.
+    """
+    is_blurred, is_sinc = next(randoms) < spec.blur_prob, next(randoms) < spec.sinc_prob
+    shape = _choose(tuple(spec.kernel_prob), tuple(spec.kernel_prob.values()), next(randoms))
+    sinc = _draw_sinc(spec.blur_kernel_size, randoms)
+    sigma = [between(spec.blur_sigma, next(randoms)) for _ in range(2)]
+    theta = between((-math.pi, math.pi), next(randoms))
+    below_one, amount = next(randoms) < 0.5, next(randoms)
     if not is_blurred:
         return {"shape": "none"}
     if is_sinc:
@@ -351,13 +366,15 @@ def _draw_blur(spec: FirstRound, chances: Iterator[float]) -> Parameters:
 
 
 def _draw_sinc(
-    largest: int, chances: Iterator[float], low_cutoff: float | None = None
+    largest: int, randoms: Iterator[float], low_cutoff: float | None = None
 ) -> tuple[int, float]:
-    """(Side, cutoff in radians a pixel) of a sinc kernel; small kernels only cut off above pi / 3,
-    as published."""
-    size = 7 + 2 * int(next(chances) * ((largest - 7) // 2 + 1))
+    """Draw (side, cutoff in radians per pixel) of a sinc kernel.
+
+    As published, the cutoff of small kernels is at least pi / 3.
+    """
+    size = 7 + 2 * int(next(randoms) * ((largest - 7) // 2 + 1))
     lowest = low_cutoff or (math.pi / 3 if size < 13 else math.pi / 5)
-    return size, between((lowest, math.pi), next(chances))
+    return size, between((lowest, math.pi), next(randoms))
 
 
 def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
@@ -377,7 +394,7 @@ def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
 
 
 def _kernel(drawn: Parameters) -> NDArray[np.float32]:
-    """What a round filters with before its resizing samples."""
+    """Return the kernel that a round applies before it resizes."""
     kernel = _blur_kernel(drawn["blur"])
     return kernels.with_box(kernel, drawn["ratio"]) if drawn["mode"] == "area" else kernel
 
@@ -412,7 +429,7 @@ def _mode(name: str) -> NDArray[np.int32]:
 
 
 def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDevice) -> Any:
-    """Node of FP32 levels, not clipped."""
+    """Return a node of FP32 levels, not clipped, after one round without its JPEG."""
     blurred = filtered(image, on_device(nodes[f"{part}_kernel"]))
     resized = _resized(blurred, nodes[f"{part}_size"], nodes[f"{part}_mode"])
     normal = noise.standard_normal(
@@ -427,25 +444,25 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
 
 
 def _round_on_host(
-    drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], room: Any
+    drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], workspace: Any
 ) -> NDArray[np.float32]:
-    """(height, width, 3) levels, not clipped, as `_blurred_resized_noisy` makes them."""
+    """Compute `_blurred_resized_noisy` on the host: (height, width, 3) levels, not clipped."""
     from pipeline.data.degradations import host
 
     size = drawn["size"][0], drawn["size"][1]
     image = host.resized(
-        host.filtered(image, _kernel(drawn), room),
+        host.filtered(image, _kernel(drawn), workspace),
         size,
         is_cubic=drawn["mode"] == "cubic",
-        room=room,
+        workspace=workspace,
     )
     fields = noise.noise_keys((keys[0], keys[1]), *size, 1 if drawn["gray"] else 3)
     add = host.with_poisson if drawn["noise"] == "poisson" else host.with_gaussian
-    return add(image, fields, drawn["level"], room)
+    return add(image, fields, drawn["level"], workspace)
 
 
 def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:
-    """The name at `fraction` of the shares laid end to end."""
+    """Return the name at `fraction` of the total of the shares."""
     target = fraction * sum(shares)
     for name, share in zip(names, shares, strict=True):
         target -= share
@@ -455,8 +472,7 @@ def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> s
 
 
 def _resized(image: Any, size: Any, mode: Any) -> Any:
-    """Node: `image` in another size, by linear or cubic interpolation (a sample's own) without
-    antialiasing."""
+    """Return a node of `image` resized without antialiasing, linear or cubic for each sample."""
     from nvidia.dali import fn, types
 
     interpolation = fn.cast(mode, dtype=types.DALIDataType.INTERP_TYPE)

@@ -1,10 +1,9 @@
-"""What an image file says of itself, read without decoding: its format, its size, its kind, and
-whether it is whole.
+"""Read an image's format, size and kind from its header, and check that it is complete.
 
-`FORMATS` is the one table of formats and of the suffixes that folders are searched for. The content
-of a file decides what it is. `read_header` refuses what no command reads, so that all commands
-refuse it with the same words. The parser of a format and its row stand in the file of its name, or
-in `others`.
+`FORMATS` is the single table of formats and of the suffixes that folders are searched for. The
+content of a file decides its format. `read_header` rejects what no command reads, so that all
+commands report it in the same words. The parser of each format and its row in the table are in the
+module of that name, or in `others`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pipeline.data.image_headers.base import (
     no_image,
     reader_of,
 )
-from pipeline.data.image_headers.jpeg import END_OF_JPEG, JPEG, with_end, without_sloppiness
+from pipeline.data.image_headers.jpeg import END_OF_JPEG, JPEG, with_end, without_harmless_defect
 from pipeline.data.image_headers.jpegxl import JPEG_XL, JXL_LINEAR, JXL_PREMULTIPLIED
 from pipeline.data.image_headers.others import (
     AVIF,
@@ -71,33 +70,36 @@ __all__ = [
     "tiff_tags",
     "unread_note",
     "with_end",
-    "without_sloppiness",
+    "without_harmless_defect",
 ]
 
-MAX_PIXELS = 1 << 28  # that training decodes
+MAX_PIXELS = 1 << 28  # the most that training decodes
 
 FORMATS = (PNG, JPEG, WEBP, BMP, TIFF, JPEG_2000, AVIF, JPEG_XL, PNM, GIF, TGA)
-"""Every format that is read. To read another one, write its parser and its row in a file here, name
-the row in this table, and add its decoder to `image_pixels`."""
+"""All formats that are read.
+
+To add one, write its parser and its row in a module here, add the row to this table, and add its
+decoder to `image_pixels`.
+"""
 _BY_NAME = {form.name: form for form in FORMATS}
 
 IMAGE_SUFFIXES = frozenset(
     suffix for form in FORMATS if form.is_for_datasets for suffix in form.suffixes
 )
-"""Of image files that every command reads."""
+"""Suffixes of the image files that every command reads."""
 UPSCALED_SUFFIXES = frozenset(suffix for form in FORMATS for suffix in form.suffixes)
-"""Of image files that upscale.py reads."""
+"""Suffixes of the image files that upscale.py reads."""
 FORMAT_TITLES = ", ".join(form.title for form in FORMATS if form.is_for_datasets)
 
 
 def read_header(
     source: Read | BinaryIO | bytes | memoryview, *, any_format: bool = False
 ) -> ImageHeader:
-    """The header of an image, whatever its name says. `source`: its content, a file open for
-    reading, or a `Read`.
+    """Return the header of an image, whatever the file's name.
 
-    Raises `BadImageError` where the header is broken, or the image is of a format or a kind that is
-    not read; formats that only upscale.py reads are taken with `any_format`.
+    `source` is the image's content, a file open for reading, or a `Read` function. With
+    `any_format`, formats that only upscale.py reads are accepted too. Raises `BadImageError` if the
+    header is broken or the format or kind of image is not read.
     """
     read = reader_of(source)
     head = read(0, 32)
@@ -105,7 +107,7 @@ def read_header(
         raise BadImageError("empty file")
     form = _format_of(head, any_format)
     if not (form.is_for_datasets or any_format):
-        raise BadImageError(f"the content is {form.title}, which is not read; save it as PNG")
+        raise BadImageError(f"the content is {form.title}, which is not supported; save it as PNG")
     try:
         header = form.parse(read)
     except struct.error:
@@ -116,40 +118,37 @@ def read_header(
 
 
 def check_max_pixels(header: ImageHeader) -> None:
-    """Raise `BadImageError` where an image has more pixels than training decodes."""
+    """Raise `BadImageError` if an image has more pixels than training decodes."""
     if header.height * header.width > MAX_PIXELS:
         raise BadImageError(
             f"the {header.title} header says {header.height}x{header.width} pixels, more than the "
-            f"{MAX_PIXELS >> 20} Mi that are decoded; cut it into crops"
+            f"limit of {MAX_PIXELS >> 20} Mi; cut it into crops"
         )
 
 
 def check_file_size(header: ImageHeader, num_bytes: int) -> None:
-    """Refuse, before a byte of it is read, a file of far more bytes than its pixels could need (a
-    sparse one, say).
+    """Reject, before reading it, a file with far more bytes than its pixels can need (e.g. sparse).
 
-    Sixteen bytes a pixel are RGBA of 32 bits uncompressed; 64 MiB are left for metadata. Raises
-    `BadImageError`.
+    The limit is 16 bytes per pixel, as for uncompressed RGBA of 32 bits, plus 64 MiB for metadata.
+    Raises `BadImageError`.
     """
     if num_bytes > 16 * header.height * header.width + (64 << 20):
         raise BadImageError(
-            f"{num_bytes} bytes for {header.height}x{header.width} pixels: the file is not what "
-            "its "
-            "header says"
+            f"{num_bytes} bytes for {header.height}x{header.width} pixels: the file does not "
+            "match its header"
         )
 
 
 def check_complete(data: bytes | memoryview, header: ImageHeader, *, thorough: bool = True) -> None:
-    """Raise `BadImageError` where the encoded image `data`, whose header was read, is cut short or
-    damaged.
+    """Raise `BadImageError` if the encoded image `data` is truncated or damaged.
 
-    PNG: the chunks up to IEND, and where `thorough` their CRCs. JPEG: the end-of-image marker
-    (`NoEndError`); where `thorough` every segment up to this image's own (not a thumbnail's), and
-    that its restart markers count on. WebP: the RIFF length and its chunks. JPEG 2000: the end of
-    the codestream. BMP: the length of its rows. TIFF: where the strips or tiles of its first image
-    end, and that compressed ones do not start or end in zeros. Bytes after the end are fine. Any
-    other damage shows when the pixels are decoded, or (lossy WebP, JPEG 2000, uncompressed pixels)
-    never.
+    PNG: checks the chunks up to IEND and, with `thorough`, their CRCs. JPEG: checks the
+    end-of-image marker (`NoEndError`) and, with `thorough`, every segment up to this image's own
+    end (not that of a thumbnail) and the sequence of restart markers. WebP: checks the RIFF length
+    and the chunks. JPEG 2000: the end of the codestream. BMP: the length of the rows. TIFF: that
+    the strips or tiles of the first image lie within the file and, if compressed, do not start or
+    end with zeros. Bytes after the end are accepted. Other damage is detected when the pixels are
+    decoded, or never (lossy WebP, JPEG 2000, uncompressed pixels).
     """
     check = _BY_NAME[header.format].check
     if check is None:
@@ -161,8 +160,10 @@ def check_complete(data: bytes | memoryview, header: ImageHeader, *, thorough: b
 
 
 def starts_as_image(head: bytes) -> bool:
-    """Whether a file that starts so is an image; Netpbm's, which begin with one letter and one
-    digit, go by name."""
+    """Return whether a file with these first bytes is an image.
+
+    Netpbm files, which start with one letter and one digit, are recognised only by name.
+    """
     try:
         form = _format_of(head, any_format=False)
     except BadImageError:
@@ -171,7 +172,7 @@ def starts_as_image(head: bytes) -> bool:
 
 
 def can_check(header: ImageHeader) -> bool:
-    """Whether `check_complete` tells anything of such an image."""
+    """Return whether `check_complete` checks images of this format."""
     return _BY_NAME[header.format].check is not None
 
 
@@ -184,18 +185,18 @@ def _format_of(head: bytes, any_format: bool) -> Format:
         return form
     if head[4:8] == b"ftyp":
         raise BadImageError(
-            f"the content is HEIC or video ({head[8:12]!r}), which is not read; save it as PNG"
+            f"the content is HEIC or video ({head[8:12]!r}), which is not supported; save it as PNG"
         )
     if name := next((name for start, name in _FOREIGN.items() if head.startswith(start)), ""):
         raise BadImageError(
-            f"the content is {name}, not an image format that is read; save it as PNG"
+            f"the content is {name}, which is not a supported image format; save it as PNG"
         )
     if any_format and any(head):
-        return TGA  # which begins with nothing of its own
+        return TGA  # which has no magic bytes
     raise no_image(head)
 
 
-# What is none of `FORMATS`, by its content and by its name: so that a message can say what it is.
+# Kinds of files that are not in `FORMATS`, by content and by name, so that messages can name them.
 _FOREIGN = {
     b"%PDF": "PDF",
     b"\x1a\x45\xdf\xa3": "Matroska or WebM",
@@ -220,14 +221,17 @@ UNREAD_SUFFIXES = {
     ".svg": "SVG",
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), "raw"),
 }
-"""Suffixes of images that the datasets' tools do not read -> what they are called; those files are
-counted and named.
+"""Suffixes of images that the dataset tools do not read -> name of the format.
+
+Such files are counted and named in the tools' output.
 """
 
 
 def unread_note(names: Iterable[str], *, but: Collection[str] = ()) -> str:
-    """A line on those of `names` that are images of other formats (with no suffix of `but`), `""`
-    if there are none."""
+    """Return a line about those of `names` that are images of unsupported formats.
+
+    Returns "" if there are none. Suffixes in `but` are not reported.
+    """
     kinds: dict[str, list[str]] = {}
     for name in names:
         is_hidden = os.path.basename(name).startswith(".")
@@ -243,5 +247,5 @@ def unread_note(names: Iterable[str], *, but: Collection[str] = ()) -> str:
 
 
 def suffix_of(name: str | os.PathLike[str]) -> str:
-    """The suffix in small letters."""
+    """Return the suffix in lower case."""
     return os.path.splitext(os.fspath(name))[1].lower()

@@ -1,5 +1,4 @@
-"""What the parsers of all formats share: the header that they return, the errors, reading, and
-EXIF, XMP and ICC.
+"""Shared by the parsers of all formats: the header they return, errors, reading, EXIF, XMP and ICC.
 
 Sources: EXIF 2.3, ICC.1.
 """
@@ -12,56 +11,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
-MAX_METADATA = 1 << 24  # bytes of EXIF, XMP or a profile that are looked at
-_FAR = 1 << 62  # beyond which no file can be positioned
+MAX_METADATA = 1 << 24  # bytes of EXIF, XMP or ICC data that are read
+_FAR = 1 << 62  # offsets beyond this cannot be seeked to
 
 Read = Callable[[int, int], bytes]
-"""(offset, count) -> that many bytes from there, or as many as there are."""
+"""(offset, count) -> up to `count` bytes from `offset`; fewer at the end of the file."""
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used; the message is the reason alone, without the path."""
+    """An image that cannot be used; the message is only the reason, without the path."""
 
 
 class NoEndError(BadImageError):
-    """A JPEG without its end-of-image marker. All its pixels may be there: only decoding shows."""
+    """A JPEG without an end-of-image marker; only decoding shows whether pixels are missing."""
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image's header says. `height` and `width` are in pixels as stored, before any
-    rotation."""
+    """The content of an image's header.
 
-    format: str  # the name of a row of `FORMATS`: png, jpeg, webp, bmp, tiff, jp2, avif, jxl, pnm
+    `height` and `width` are in pixels as stored, before any rotation.
+    """
+
+    format: str  # name in `FORMATS`: png, jpeg, webp, bmp, tiff, jp2, avif, jxl, pnm
     height: int
     width: int
-    depth: int = 8  # bits a sample
-    channels: int = 3  # as stored: a palette counts as 1
+    depth: int = 8  # bits per sample
+    channels: int = 3  # as stored; a palette counts as 1
     is_lossy: bool = False  # the pixels went through a lossy codec
-    is_plain: bool = (
-        True  # gray or RGB of 8 bits without transparency, which the fast decoders read
-    )
-    orientation: int = 1  # EXIF's, 1..8, of the last EXIF; where there is none XMP's
-    is_for_dali: bool = False  # DALI decodes it to the right pixels, turned as EXIF says
-    pixels_at: int = 0  # byte where the pixels' code begins
-    profile: bytes | None = field(default=None, repr=False)  # ICC's, of the colours
-    is_palette: bool = False  # the one channel holds numbers of colours
-    title: str = field(
-        default="", repr=False
-    )  # the format's name for people, which `read_header` fills in
-    tags: Mapping[int, tuple[int, ...]] = field(
-        default_factory=dict, repr=False
-    )  # of a TIFF; of others under 0
+    # Gray or RGB with 8 bits and no transparency, which the fast decoders read.
+    is_plain: bool = True
+    orientation: int = 1  # 1..8, from the last EXIF, or from XMP if there is none
+    is_for_dali: bool = False  # DALI decodes it correctly, EXIF rotation included
+    pixels_at: int = 0  # byte offset of the encoded pixels
+    profile: bytes | None = field(default=None, repr=False)  # ICC profile of the colours
+    is_palette: bool = False  # the single channel holds palette indices
+    # Display name of the format, filled in by `read_header`.
+    title: str = field(default="", repr=False)
+    # Tags of a TIFF; other formats store values under small numbers of their own.
+    tags: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) as decoding gives it: turned as the orientation says."""
+        """(height, width) of the decoded image, after the rotation."""
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
     @property
     def colors(self) -> str:
-        """What the samples are: gray, RGB (a palette's too), CMYK, YCbCr or LAB; JPEG's and the
-        like count as RGB."""
+        """Colour model of the samples: gray, RGB (also for palettes), CMYK, YCbCr or LAB.
+
+        JPEG and similar codecs that store YCbCr count as RGB.
+        """
         if self.format == "tiff":
             return {0: "gray", 1: "gray", 5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(
                 self.tags.get(262, (1,))[0], "RGB"
@@ -73,22 +73,21 @@ class ImageHeader:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of image file."""
+    """A format of image files."""
 
     name: str
     title: str
     suffixes: tuple[str, ...]
-    starts: tuple[bytes, ...]  # its content begins with one of them
+    starts: tuple[bytes, ...]  # possible first bytes of a file
     parse: Callable[[Read], ImageHeader]
     check: Callable[[memoryview, ImageHeader, bool], None] | None = None  # see `check_complete`
-    is_start: Callable[[bytes], bool] | None = (
-        None  # of its first 32 bytes, where `starts` cannot tell
-    )
+    # Test of a file's first 32 bytes, for formats that `starts` cannot describe.
+    is_start: Callable[[bytes], bool] | None = None
     is_for_datasets: bool = True  # False: only upscale.py reads it
 
 
 def reader_of(source: Read | BinaryIO | bytes | memoryview) -> Read:
-    """How to read `source`: the content of an image, a file open for reading, or a `Read`."""
+    """Return a `Read` for `source`: an image's content, a file open for reading, or a `Read`."""
     if callable(source):
         return source
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -104,28 +103,28 @@ def reader_of(source: Read | BinaryIO | bytes | memoryview) -> Read:
 
 
 def unpack(form: str, read: Read, at: int) -> tuple:
-    """The values of the `struct` format `form` at byte `at`. Raises `struct.error` where the file
-    ends before."""
+    """Unpack the `struct` format `form` at byte `at`; raises `struct.error` beyond the end."""
     return struct.unpack(form, read(at, struct.calcsize(form)))
 
 
 def no_image(head: bytes) -> BadImageError:
-    """The error for a file that begins with `head`, which is no image."""
+    """Return the error for a file that starts with `head` and is not an image."""
     what = f"its first bytes are {head[:8]!r}" if any(head) else "zero bytes where one should start"
     return BadImageError(f"not an image ({what})")
 
 
 def is_followed_by(code: memoryview, marker: bytes) -> bool:
-    """Whether the pixels' code, in which the marker cannot occur, is followed by it; mostly the
-    file ends with it."""
+    """Return whether `marker` occurs after the encoded pixels, which cannot contain it.
+
+    Usually the file ends with it, so the last 64 bytes are searched first.
+    """
     return marker in bytes(code[-64:]) or marker in bytes(code)
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """The orientation, 1..8, in EXIF that begins with a TIFF header.
+    """Return the orientation, 1..8, in EXIF data that starts with a TIFF header; default 1.
 
-    As DALI reads it: the 16 bits where a SHORT stands, whatever type the tag claims; 1 where there
-    is none.
+    As in DALI, the value is read as a 16-bit SHORT whatever type the tag claims.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
@@ -137,7 +136,7 @@ def exif_orientation(tiff: bytes) -> int:
             tag, value = struct.unpack_from(order + "H6xH", tiff, entry)
             if tag == 0x0112:
                 return value if 1 <= value <= 8 else 1
-    except struct.error:  # broken metadata are no reason not to read the pixels
+    except struct.error:  # broken metadata must not prevent reading the pixels
         pass
     return 1
 
@@ -146,27 +145,29 @@ _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|=\'|>)([1-8])")
 
 
 def xmp_orientation(xmp: bytes) -> int:
-    """The orientation, 1..8, in an XMP packet; 1 where there is none."""
+    """Return the orientation, 1..8, in an XMP packet; 1 if there is none."""
     found = _XMP_ORIENTATION.search(xmp)
     return int(found[1]) if found else 1
 
 
 @dataclass
 class Metadata:
-    """What is gathered on the way to the pixels."""
+    """Metadata collected while parsing a header."""
 
-    exif: int = 1  # orientation by EXIF
-    other: int = 1  # by XMP or a text chunk, which DALI does not look at
+    exif: int = 1  # orientation from EXIF
+    other: int = 1  # orientation from XMP or a text chunk, which DALI ignores
     profile: bytes | None = None
 
     @property
     def orientation(self) -> int:
-        """EXIF's, if it turns the image; else the other."""
+        """EXIF's orientation if it rotates the image, otherwise the other one."""
         return self.exif if self.exif > 1 else self.other
 
     def into(self, header: ImageHeader) -> ImageHeader:
-        """`header` with the orientation and the profile; not for DALI where that would turn it
-        otherwise."""
+        """Return `header` with the orientation and the profile.
+
+        The image is not for DALI if DALI would rotate it differently.
+        """
         return replace(
             header,
             orientation=self.orientation,

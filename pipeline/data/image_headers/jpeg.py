@@ -1,5 +1,4 @@
-"""JPEG (ITU-T T.81, table B.1), and repairs of JPEGs that a strict decoder refuses though their
-pixels are whole."""
+"""JPEG (ITU-T T.81, table B.1), and repairs of intact JPEGs that a strict decoder rejects."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ from pipeline.data.image_headers.base import (
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15 without DHT, JPG and DAC
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # RST0..7 and TEM have no length
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
-# Markers within and after entropy-coded data: 0xFF followed by anything but a stuffed zero or a
-# fill byte.
+# Markers within and after entropy-coded data: 0xFF followed by neither a stuffed zero nor a fill
+# byte.
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
-# What may follow entropy-coded data: DHT, DAC, EOI, SOS, DQT, DNL, DRI, application data, comments.
+# Markers that may end entropy-coded data: DHT, DAC, EOI, SOS, DQT, DNL, DRI, APPn and COM.
 _AFTER_SCAN = frozenset((0xC4, 0xCC, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
 END_OF_JPEG = b"\xff\xd9"
 
@@ -38,7 +37,7 @@ def _parse(read: Read) -> ImageHeader:
         fill, marker = unpack(">BB", read, at)
         if fill != 0xFF:
             raise BadImageError(f"damaged: no JPEG marker at byte {at}")
-        if marker == 0xFF or marker in _BARE:  # any number of fill bytes may stand before a marker
+        if marker == 0xFF or marker in _BARE:  # fill bytes may precede a marker
             at += 1 if marker == 0xFF else 2
             continue
         if marker in (0xD9, 0xDA):
@@ -69,7 +68,7 @@ def _frame(read: Read, at: int, marker: int) -> ImageHeader:
     depth, height, width, channels = unpack(">BHHB", read, at)
     if depth != 8:
         raise BadImageError(
-            f"a JPEG of {depth} bits a sample; JPEGs of 8 bits are read: save it as PNG of 16 bits"
+            f"a JPEG with {depth} bits per sample; only 8 bits are read: save it as a 16-bit PNG"
         )
     is_usual = channels == 1 or (
         channels == 3 and _is_usual_sampling(*unpack(">xBxxBxxBx", read, at + 6))
@@ -88,11 +87,10 @@ def _frame(read: Read, at: int, marker: int) -> ImageHeader:
 
 
 def _is_usual_sampling(luma: int, blue: int, red: int) -> bool:
-    """Whether the sampling factors (0xHV: horizontal, vertical) of Y, Cb and Cr are ones that
-    simplejpeg knows.
+    """Return whether simplejpeg supports these sampling factors (0xHV) of Y, Cb and Cr.
 
-    4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1, the first, second and fourth of them in unusual spellings
-    too.
+    These are 4:4:4, 4:2:2, 4:2:0, 4:4:0 and 4:1:1, the first, second and fourth of them also in
+    unusual notations. H is the horizontal and V the vertical factor.
     """
     if blue != red:
         return False
@@ -120,10 +118,9 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
 
 
 def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """(Marker, where it stands, where its segment ends) of the segments of a JPEG, the last being
-    end-of-image (0xD9).
+    """Yield (marker, start, end) of the segments of a JPEG, up to end-of-image (0xD9).
 
-    Markers without content are left out. Raises `BadImageError` where the JPEG is cut short or
+    Markers without content are left out. Raises `BadImageError` if the JPEG is truncated or
     damaged.
     """
     at, has_restarts, has_scan = 2, False, False
@@ -150,8 +147,7 @@ def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
 
 
 def _end_of_scan(data: bytes | memoryview, at: int, has_restarts: bool) -> int:
-    """Where the entropy-coded data of a JPEG that starts at byte `at` ends: at a marker that may
-    stand there."""
+    """Return where the entropy-coded data from byte `at` on ends: at a marker allowed there."""
     for restarts, match in enumerate(_MARKER.finditer(data, at)):
         at, marker = match.start(), data[match.start() + 1]
         if marker in _AFTER_SCAN:
@@ -164,11 +160,10 @@ def _end_of_scan(data: bytes | memoryview, at: int, has_restarts: bool) -> int:
 
 
 def with_end(data: bytes, header: ImageHeader) -> bytes | None:
-    """A JPEG without an end-of-image marker with one, where a strict decoder then tells whether all
-    pixels are there.
+    """Append the missing end-of-image marker to a JPEG; None if that could hide missing pixels.
 
-    That is, where one scan holds all of the pixels: of a progressive JPEG, scans may be missing.
-    `None` where not.
+    A strict decoder can then tell whether all pixels are there. This requires that one scan holds
+    all of them: a progressive JPEG could miss whole scans.
     """
     start = header.pixels_at
     scan = data[:start].rfind(b"\xff\xda")
@@ -178,8 +173,8 @@ def with_end(data: bytes, header: ImageHeader) -> bytes | None:
     return data[:start] + (code[:-1] if code.endswith(b"\xff") else code) + END_OF_JPEG
 
 
-# How a harmless warning of libjpeg begins -> (segment, what its content starts with, where to put
-# what instead).
+# Start of a harmless libjpeg warning -> (segment, start of its content, offset, replacement bytes).
+# 1 is YCbCr, which libjpeg assumes anyway.
 _PATCHES = {
     "Warning: unknown JFIF revision": (0xE0, b"JFIF\0", 5, b"\1\2"),
     "Unknown Adobe color transform": (
@@ -187,24 +182,22 @@ _PATCHES = {
         b"Adobe",
         11,
         b"\1",
-    ),  # YCbCr, which libjpeg takes it for
+    ),
     "Invalid SOS parameters for sequential": (0xDA, b"", -3, b"\0\x3f\0"),
 }
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 
 
-def without_sloppiness(data: bytes, warning: str) -> bytes | None:
-    """The complete JPEG `data` without that of which libjpeg gives the `warning`, where it does no
-    harm; else `None`.
+def without_harmless_defect(data: bytes, warning: str) -> bytes | None:
+    """Return the complete JPEG `data` without the harmless defect behind a libjpeg `warning`.
 
-    Cameras and old software write such files, and their pixels are whole: zeros between the last
-    pixel and the end-of-image marker, a JFIF version or an Adobe colour transform that does not
-    exist, and, in sequential JPEGs, spectral limits that mean nothing. What comes back decodes to
-    the same pixels, without that warning.
+    Cameras and old software write such files, whose pixels are intact: zeros between the last pixel
+    and the end-of-image marker, an unknown JFIF version or Adobe colour transform, and meaningless
+    spectral limits in sequential JPEGs. The result decodes to the same pixels without that warning.
+    Returns None if the defect is not harmless.
     """
-    if match := _EXTRANEOUS.fullmatch(
-        warning
-    ):  # only zeros: after damage, pixels that came too late stand there
+    # Only zeros are harmless: after damage, leftover pixel data ends up here.
+    if match := _EXTRANEOUS.fullmatch(warning):
         (*_, (_, end, _)), length = _segments(data), int(match[1])
         return (
             data[: end - length] + data[end:] if data[end - length : end] == bytes(length) else None
@@ -216,10 +209,10 @@ def without_sloppiness(data: bytes, warning: str) -> bytes | None:
 
 
 def _patched(data: bytes, marker: int, start: bytes, offset: int, value: bytes) -> bytes | None:
-    """`data` with `value` at byte `offset` of the content of every JPEG segment `marker` that
-    starts with `start`.
+    """Write `value` at `offset` into every segment `marker` whose content starts with `start`.
 
-    An offset below 0 counts from the segment's end. `None` where that changes nothing.
+    `offset` counts from the start of the content or, if negative, from the segment's end. Returns
+    None if nothing changes.
     """
     patched = bytearray(data)
     for kind, at, end in _segments(data):

@@ -1,4 +1,4 @@
-"""JPEG XL (ISO 18181-1 and -2): the first bits of its codestream, and the boxes in front of it."""
+"""JPEG XL (ISO 18181-1 and -2): the start of its codestream and the boxes before it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from pipeline.data.image_headers.base import BadImageError, Format, ImageHeader, Read, unpack
 
+# `tags` of a JPEG XL: premultiplied alpha; linear light.
 JXL_PREMULTIPLIED, JXL_LINEAR = (
     1,
     2,
-)  # `tags` of a JPEG XL: colours are multiplied by alpha; levels are linear light
-_SRGB, _LINEAR = 13, 8  # its names of transfer functions
+)
+_SRGB, _LINEAR = 13, 8  # codes of transfer functions
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 
 
 class _Bits:
-    """The bits of a JPEG XL header, the lowest of each byte first."""
+    """Reader of the bits of a JPEG XL header, least significant bit of each byte first."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._length, self._at = int.from_bytes(data, "little"), 8 * len(data), 0
@@ -28,7 +29,7 @@ class _Bits:
         return self._value >> (self._at - count) & ((1 << count) - 1)
 
     def choice(self, *ways: tuple[int, int]) -> int:
-        """One of four ways to write a number, as (bits, what is added to them)."""
+        """Read a number in one of four encodings, each given as (bits, offset)."""
         bits, offset = ways[self(2)]
         return offset + self(bits)
 
@@ -49,18 +50,20 @@ def _size(bits: _Bits) -> tuple[int, int]:
 def _depth(bits: _Bits) -> int:
     if bits(1):
         raise BadImageError(
-            "a JPEG XL of floating point numbers, whose white is not known; save it with 8 or 16 "
-            "bits"
+            "a JPEG XL with floating-point samples, whose white level is unknown; save it with 8 "
+            "or 16 bits"
         )
     depth = bits.choice((0, 8), (0, 10), (0, 12), (6, 1))
     if depth > 16:
-        raise BadImageError(f"a JPEG XL of {depth} bits a sample; 8 and 16 bits are read")
+        raise BadImageError(f"a JPEG XL with {depth} bits per sample; at most 16 bits are read")
     return depth
 
 
 def _parse(read: Read) -> ImageHeader:
-    """The first bits of a JPEG XL codestream, in a container or bare. libjxl turns the pixels as
-    the header says."""
+    """Parse the start of a JPEG XL codestream, bare or in a container.
+
+    The orientation is in the codestream; libjxl applies it when decoding.
+    """
     at, has_jpeg = 0, False
     while read(at, 2) != b"\xff\x0a":
         length, kind = unpack(">I4s", read, at)
@@ -70,23 +73,23 @@ def _parse(read: Read) -> ImageHeader:
             if read(at, 2) != b"\xff\x0a":
                 raise BadImageError("broken JPEG XL codestream")
             break
-        has_jpeg |= kind == b"jbrd"  # what is needed to make the JPEG of it again
+        has_jpeg |= kind == b"jbrd"  # data for reconstructing the original JPEG
         at += unpack(">Q", read, at + 8)[0] if length == 1 else length
         if length == 0 or 1 < length < 8:
             raise BadImageError("broken JPEG XL box")
     bits = _Bits(read(at + 2, 256))
     height, width = _size(bits)
     header = ImageHeader("jxl", height, width, is_lossy=True, is_plain=False, pixels_at=at)
-    if bits(1):  # all as usual: 8 bits, sRGB, lossy
+    if bits(1):  # all defaults: 8 bits, sRGB, lossy
         return header
     orientation = 1
     if bits(1):
         orientation = 1 + bits(3)
-        if bits(1):  # the size that it shall be shown at
+        if bits(1):  # the intrinsic display size
             _size(bits)
         if bits(1):
             raise BadImageError("a JPEG XL with a preview is not read; save it as PNG")
-        if bits(1):  # an animation: its rate and its loops
+        if bits(1):  # an animation's rate and loop count
             bits.choice((0, 100), (0, 1000), (10, 1), (30, 1))
             bits.choice((0, 1), (0, 1001), (8, 1), (10, 1))
             bits.choice((0, 0), (3, 0), (16, 0), (32, 0))
@@ -108,10 +111,10 @@ def _parse(read: Read) -> ImageHeader:
 
 
 def _alpha(bits: _Bits) -> bool | None:
-    """Whether the colours are multiplied by the alpha channel; `None` where there is none."""
+    """Return whether alpha is premultiplied; None if there is no alpha channel."""
     found = None
     for _ in range(bits.choice((0, 0), (0, 1), (4, 2), (12, 1))):
-        if bits(1):  # as usual: alpha of 8 bits
+        if bits(1):  # all defaults: 8-bit alpha
             found = False
             continue
         kind = bits.choice((0, 0), (0, 1), (4, 2), (6, 18))
@@ -120,15 +123,17 @@ def _alpha(bits: _Bits) -> bool | None:
         bits(8 * bits.choice((0, 0), (4, 0), (5, 16), (10, 48)))  # its name
         if kind != 0:
             raise BadImageError(
-                "a JPEG XL with channels other than colours and alpha is not read; save it as PNG"
+                "a JPEG XL with channels other than colour and alpha is not read; save it as PNG"
             )
         found = bool(bits(1))
     return found
 
 
 def _colors(bits: _Bits) -> tuple[bool, bool]:
-    """Whether it is gray, and linear. Raises `BadImageError` for colours whose profile cannot be
-    had."""
+    """Return (is gray, is linear light).
+
+    Raises `BadImageError` for colour spaces other than sRGB.
+    """
     if bits(1):
         return False, False
     has_profile = bits(1)
@@ -139,7 +144,9 @@ def _colors(bits: _Bits) -> tuple[bool, bool]:
         transfer = 0 if bits(1) else bits.choice((0, 0), (0, 1), (4, 2), (6, 18))
         if white == 1 and primaries == 1 and transfer in (_SRGB, _LINEAR):
             return space == 1, transfer == _LINEAR
-    raise BadImageError("a JPEG XL of other colours than sRGB is not read; convert it to sRGB")
+    raise BadImageError(
+        "a JPEG XL in a colour space other than sRGB is not read; convert it to sRGB"
+    )
 
 
 JPEG_XL = Format("jxl", "JPEG XL", (".jxl",), (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), _parse)

@@ -1,7 +1,7 @@
-"""The formats with short headers: WebP (RFC 9649), BMP, JPEG 2000 (ITU-T T.800, annexes A and I),
-Netpbm and others.
+"""Formats with short headers: WebP (RFC 9649), BMP, JPEG 2000 (ITU-T T.800), Netpbm and others.
 
-Pillow reads the headers of AVIF, GIF and TGA. The row of each format stands below its parser.
+JPEG 2000 follows annexes A and I. Pillow reads the headers of AVIF, GIF and TGA. The row of each
+format follows its parser.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def _extended_webp(read: Read, end: int) -> ImageHeader:
         elif kind == b"EXIF" and flags & 8:
             content = read(at + 8, min(length, MAX_METADATA))
             found.exif = exif_orientation(content)
-            found.other = exif_orientation(
-                content.removeprefix(b"Exif\0\0")
-            )  # DALI misses it behind this prefix
+            # DALI does not find EXIF data after this prefix.
+            found.other = exif_orientation(content.removeprefix(b"Exif\0\0"))
         elif kind == b"XMP " and length <= MAX_METADATA:
             found.other = max(found.other, xmp_orientation(read(at + 8, length)))
         elif kind == b"ICCP" and length <= MAX_METADATA:
@@ -102,19 +101,21 @@ def _check_webp(data: memoryview, header: ImageHeader, thorough: bool) -> None:
 
 
 def check_riff_length(data: bytes | memoryview, file_size: int) -> None:
-    """Raise `BadImageError` where a WebP file of `file_size` bytes is shorter than its first bytes
-    `data` promise."""
+    """Raise `BadImageError` if a WebP file of `file_size` bytes is shorter than it should be.
+
+    `data` holds at least the first 8 bytes of the file, which give its length.
+    """
     promised = struct.unpack_from("<I", data, 4)[0] + 8
     if promised > file_size:
         raise BadImageError(f"truncated: {file_size} of {promised} bytes")
 
 
 def make_readable(data: memoryview, header: ImageHeader) -> None:
-    """Count the padding of a WebP's odd chunks to the chunks, in place, if EXIF is among them: so
-    that DALI reads it.
+    """Change the chunk lengths of a WebP with EXIF in place, so that DALI can read it.
 
-    nvImageCodec 0.9 forgets the padding on its way to the EXIF, loses its way, and DALI raises. The
-    pixels stay the same. `data` must have passed `check_complete`.
+    Padding bytes are counted into chunks of odd length. nvImageCodec 0.9 skips the wrong number of
+    bytes after such chunks while searching for EXIF, and DALI raises. The pixels stay the same.
+    `data` must have passed `check_complete`.
     """
     if header.format != "webp" or data[12:16] != b"VP8X" or not data[20] & 8:
         return
@@ -150,9 +151,8 @@ def _bmp(read: Read) -> ImageHeader:
         width, height, _, bits, compression = unpack("<iiHHI", read, 18)
     else:
         raise BadImageError("broken BMP header")
-    is_for_dali = bits in (1, 4, 8, 24) or (
-        bits == 32 and compression == 0
-    )  # 16 bits, and alpha, differ
+    # DALI's pixels differ for 16 bits and for alpha.
+    is_for_dali = bits in (1, 4, 8, 24) or (bits == 32 and compression == 0)
     return ImageHeader(
         "bmp",
         abs(height),
@@ -171,10 +171,9 @@ def _check_bmp(data: memoryview, header: ImageHeader, thorough: bool) -> None:
         if head == 12
         else struct.unpack_from("<HII", data, 28)
     )
-    if compression in (0, 3, 6):  # otherwise run lengths, and `size` says how many bytes
-        size = (
-            (header.width * bits + 31) // 32 * 4 * header.height
-        )  # of one byte less, DALI makes garbage
+    if compression in (0, 3, 6):  # otherwise run-length coded, and `size` is given
+        # If even one byte is missing, DALI returns garbage.
+        size = (header.width * bits + 31) // 32 * 4 * header.height
     if len(data) < header.pixels_at + size:
         raise BadImageError(f"truncated: {len(data)} of {header.pixels_at + size} bytes")
 
@@ -186,11 +185,11 @@ BMP = Format("bmp", "BMP", (".bmp",), (b"BM",), _bmp, _check_bmp)
 
 _JP2 = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 _J2K = b"\xff\x4f\xff\x51"
-SYCC = 18  # of the enumerated colours; 16 is sRGB, 17 gray
+SYCC = 18  # enumerated colour spaces: 16 is sRGB, 17 gray, 18 sYCC
 
 
 def _jp2(read: Read) -> ImageHeader:
-    """A JP2 file or a bare JPEG 2000 codestream."""
+    """Parse a JP2 file or a bare JPEG 2000 codestream."""
     if read(0, 4) == _J2K:
         return _codestream(read, 0, is_plain=True, color=0, profile=None)
     at, is_plain, is_palette, color, profile = 12, True, False, 0, None
@@ -203,7 +202,7 @@ def _jp2(read: Read) -> ImageHeader:
             return replace(
                 _codestream(read, start, is_plain, color, profile), is_palette=is_palette
             )
-        if kind in (b"pclr", b"cdef"):  # a palette; channel meanings, that is: alpha
+        if kind in (b"pclr", b"cdef"):  # a palette; channel definitions, i.e. alpha
             is_plain, is_palette = False, is_palette or kind == b"pclr"
         if kind == b"colr":
             method, _, _, value = unpack(">BBBI", read, start)
@@ -212,7 +211,7 @@ def _jp2(read: Read) -> ImageHeader:
                 is_plain &= color in (16, 17)
             elif method in (2, 3):
                 profile = read(start + 3, min(max(length - 11, 0), MAX_METADATA))
-        if kind == b"jp2h":  # its boxes follow one by one
+        if kind == b"jp2h":  # a superbox: continue with the boxes in it
             at = start
             continue
         if length < 8:
@@ -223,7 +222,7 @@ def _jp2(read: Read) -> ImageHeader:
 def _codestream(
     read: Read, at: int, is_plain: bool, color: int, profile: bytes | None
 ) -> ImageHeader:
-    """The SIZ and COD segments of the JPEG 2000 codestream that starts at byte `at`."""
+    """Parse the SIZ and COD segments of the JPEG 2000 codestream at byte `at`."""
     pixels_at = at
     marker, siz, size, _, right, bottom, left, top = unpack(">HHHHIIII", read, at)
     if (marker, siz) != (0xFF4F, 0xFF51):
@@ -235,8 +234,8 @@ def _codestream(
     depth = (depths.pop() if len(depths) == 1 else 0xFF) + 1
     if depth > 16:
         raise BadImageError(
-            "a JPEG 2000 image of signed, mixed or more than 16 bits a sample is not read; save it "
-            "with 8 or 16 bits"
+            "a JPEG 2000 image with signed samples, mixed depths or more than 16 bits per sample "
+            "is not read; save it with 8 or 16 bits"
         )
     at += 4 + size
     while True:
@@ -257,16 +256,15 @@ def _codestream(
                 profile=profile,
                 tags={0: (color,)},
             )
-        if (
-            marker >> 8 != 0xFF or marker == 0xFF90 or length < 2
-        ):  # SOT: the tiles start, no COD was seen
+        # 0xFF90 is SOT: the tiles start without a COD segment before them.
+        if marker >> 8 != 0xFF or marker == 0xFF90 or length < 2:
             raise BadImageError("broken JPEG 2000 codestream")
         at += 2 + length
 
 
 def _check_jp2(data: memoryview, header: ImageHeader, thorough: bool) -> None:
     if not is_followed_by(data[header.pixels_at :], b"\xff\xd9"):
-        raise BadImageError("truncated: the JPEG 2000 codestream does not reach its end")
+        raise BadImageError("truncated: the JPEG 2000 codestream is incomplete")
 
 
 JPEG_2000 = Format("jp2", "JPEG 2000", (".jp2",), (_JP2, _J2K), _jp2, _check_jp2)
@@ -280,20 +278,22 @@ _PNM = re.compile(
 
 
 def _pnm(read: Read) -> ImageHeader:
-    """A bitmap, graymap or pixmap; its depth is that of its greatest value, which `tags[0]`
-    holds."""
+    """Parse a bitmap, graymap or pixmap; `tags[0]` is (kind, maximum value).
+
+    The maximum value determines the depth.
+    """
     head = read(0, 4096)
     match = _PNM.match(head)
     if match is None:
         raise BadImageError("broken PNM header")
     kind, width, height = (int(match[number][:9]) for number in (1, 2, 3))
     end, most = match.end(), int((match[4] or b"1")[:9])
-    if kind in (1, 4):  # no greatest value: what looked like it are pixels
+    if kind in (1, 4):  # bitmaps have no maximum value; the match took pixels for it
         end, most = re.match(rb"P[14]" + 2 * rb"(?:\s|#[^\n]*\n)+\d+" + rb"\s", head).end(), 1
     elif match[4] is None:
         raise BadImageError("broken PNM header")
     if not 0 < most < 65536:
-        raise BadImageError(f"a PNM file whose greatest value is {most}; it must be 1 to 65535")
+        raise BadImageError(f"a PNM file with the maximum value {most}; it must be 1 to 65535")
     channels = 3 if kind in (3, 6) else 1
     return ImageHeader(
         "pnm",
@@ -309,7 +309,7 @@ def _pnm(read: Read) -> ImageHeader:
 
 def _check_pnm(data: memoryview, header: ImageHeader, thorough: bool) -> None:
     kind, most = header.tags[0]
-    if kind < 4:  # written in letters: its decoder notices
+    if kind < 4:  # plain text, which its decoder checks
         return
     row = (
         (header.width + 7) // 8
@@ -354,7 +354,7 @@ def _by_pillow(name: str) -> Callable[[Read], ImageHeader]:
                     orientation=orientation if 1 <= orientation <= 8 else 1,
                     profile=image.info.get("icc_profile"),
                 )
-        except Exception as error:  # decoders meet hostile bytes and raise whatever they like
+        except Exception as error:  # decoders raise all kinds of errors for hostile bytes
             if name == "tga":
                 raise no_image(read(0, 32)) from error
             raise BadImageError(f"broken {name.upper()} header, or truncated") from error
@@ -370,6 +370,5 @@ AVIF = Format("avif", "AVIF", (".avif",), (), _by_pillow("avif"), is_start=_is_a
 GIF = Format(
     "gif", "GIF", (".gif",), (b"GIF87a", b"GIF89a"), _by_pillow("gif"), is_for_datasets=False
 )
-TGA = Format(
-    "tga", "TGA", (".tga",), (), _by_pillow("tga"), is_for_datasets=False
-)  # it begins with nothing of its own
+# TGA has no magic bytes.
+TGA = Format("tga", "TGA", (".tga",), (), _by_pillow("tga"), is_for_datasets=False)

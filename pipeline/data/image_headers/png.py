@@ -1,4 +1,4 @@
-"""PNG (ISO 15948), with the EXIF and XMP that its text chunks may hold."""
+"""PNG (ISO 15948), including EXIF and XMP in its text chunks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _parse(read: Read) -> ImageHeader:
     if (length, kind) != (13, b"IHDR") or color not in (0, 2, 3, 4, 6):
         raise BadImageError("broken PNG header")
     if depth not in (1, 2, 4, 8, 16):
-        raise BadImageError(f"broken PNG header: {depth} bits a sample")
+        raise BadImageError(f"broken PNG header: {depth} bits per sample")
     at, pixels_at, found, has_transparency = 33, 0, Metadata(), color in (4, 6)
     while kind != b"IEND":  # EXIF may follow the pixels
         length, kind = _chunk_at(read, at)
@@ -71,7 +71,7 @@ def _take_metadata(found: Metadata, kind: bytes, content: bytes) -> None:
         found.profile = _inflated(rest[1:]) or None
     elif keyword == b"XML:com.adobe.xmp":
         found.other = xmp_orientation(rest if kind != b"zTXt" else _inflated(rest[1:]))
-    elif keyword in (b"Raw profile type exif", b"Raw profile type APP1"):  # ImageMagick's way
+    elif keyword in (b"Raw profile type exif", b"Raw profile type APP1"):  # written by ImageMagick
         text = _inflated(rest[1:]) if kind == b"zTXt" else rest
         try:
             exif = bytes.fromhex("".join(text.decode("latin1").split("\n")[3:]))
@@ -81,7 +81,7 @@ def _take_metadata(found: Metadata, kind: bytes, content: bytes) -> None:
 
 
 def _inflated(data: bytes) -> bytes:
-    """Decompressed, up to a limit; empty where it is broken."""
+    """Decompress up to `MAX_METADATA` bytes; return b"" if the data is broken."""
     try:
         return zlib.decompressobj().decompress(data, MAX_METADATA)
     except zlib.error:
@@ -89,7 +89,7 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
-    if not thorough:  # all chunks were seen when the header was read
+    if not thorough:  # reading the header has already walked all chunks
         return
     at = 8
     while True:
@@ -106,7 +106,7 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(Name, content) of every chunk of a complete PNG but those that hold pixels."""
+    """Yield (name, content) of every chunk of a complete PNG except the pixel chunks."""
     at = 8
     while at + 8 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")

@@ -15,13 +15,13 @@ from pipeline.data.image_headers.base import (
 )
 
 _COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000, 50001))
-# libtiff's: none, fax (2, 3, 4), LZW, JPEG, deflate (8, 32946), PackBits, LZMA, Zstandard, WebP
+# Codes of libtiff: none, fax (2, 3, 4), LZW, JPEG, deflate (8, 32946), PackBits, LZMA, Zstandard,
+# WebP.
 _FOR_DALI = frozenset((1, 5, 8, 32773, 32946, 50000))
-# LZW, JPEG, deflate, Zstandard: their first code, and their end code, marker or checksum, are never
-# all zeros.
+# LZW, JPEG, deflate, Zstandard: their data never starts with four zero bytes or ends in 16.
 _CODED = frozenset((5, 7, 8, 32946, 50000))
-# Size, bits, compression, colours, where strips and tiles lie, orientation, channels, planes, what
-# further channels and the numbers mean, profile.
+# Size, bits, compression, colours, positions of strips and tiles, orientation, channels, planes,
+# meanings of extra channels and of the numbers, profile.
 _TAGS = frozenset(
     (256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 322, 324, 325, 338, 339, 34675)
 )
@@ -34,12 +34,14 @@ _DEPTHS = {
     6: (8,),
     8: (8,),
 }
-"""Photometric interpretation (0, 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr; 8: CIELab) -> bits
-that are read."""
+"""Photometric interpretation -> bits per sample that are read.
+
+0 and 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr; 8: CIELab.
+"""
 
 
 def _parse(read: Read) -> ImageHeader:
-    """The first image of a TIFF or BigTIFF file."""
+    """Parse the first image of a TIFF or BigTIFF file."""
     tags = tiff_tags(read)
     if not (tags.get(256) and tags.get(257)):
         raise BadImageError("a TIFF without a size")
@@ -50,28 +52,26 @@ def _parse(read: Read) -> ImageHeader:
     depth = depths.pop() if len(depths) == 1 else 0
     if {*tags.get(339, (1,))} - {1, 4}:
         raise BadImageError(
-            "TIFF samples must be unsigned whole numbers, not floats or signed ones, whose white "
-            "is "
-            "not known; save it with 8 or 16 bits"
+            "TIFF samples must be unsigned integers; the white level of floats and signed "
+            "numbers is unknown: save it with 8 or 16 bits"
         )
     if compression not in _COMPRESSIONS and compression != 6:
         raise BadImageError(
-            f"TIFF's compression {compression} is not read; save it with LZW or deflate"
+            f"TIFF compression {compression} is not read; save it with LZW or deflate"
         )
     if kind not in _DEPTHS:
-        raise BadImageError(f"TIFF's colours of kind {kind} (tag 262) are not read; save it as RGB")
+        raise BadImageError(f"TIFF colours of kind {kind} (tag 262) are not read; save it as RGB")
     if depth not in _DEPTHS[kind]:
         what = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}[
             kind
         ]
         raise BadImageError(
-            f"a {what} TIFF of {depth or 'mixed'} bits a sample; only "
+            f"a {what} TIFF with {depth or 'mixed'} bits per sample; only "
             f"{', '.join(map(str, _DEPTHS[kind]))} bits are read: save it with 8 or 16"
         )
     turned = tags.get(274, (1,))[0]
-    is_easy = 322 not in tags or (
-        planes == 1 and turned == 1
-    )  # tiles of some sizes fail in DALI otherwise
+    # Otherwise, DALI fails for some tile sizes.
+    is_easy = 322 not in tags or (planes == 1 and turned == 1)
     is_common = depth == 8 and (kind, channels) in ((1, 1), (2, 3)) and 338 not in tags
     return ImageHeader(
         "tiff",
@@ -90,7 +90,7 @@ def _parse(read: Read) -> ImageHeader:
 
 
 def tiff_tags(read: Read) -> dict[int, tuple[int, ...]]:
-    """The tags of the first image that reading it takes: number -> values."""
+    """Return the tags of the first image that are needed to read it: number -> values."""
     head = read(0, 4)
     order, is_big = "<" if head[:2] == b"II" else ">", b"+" in head
     slot, entry, start = ("Q", 20, 8) if is_big else ("I", 12, 4)
@@ -114,8 +114,7 @@ def tiff_tags(read: Read) -> dict[int, tuple[int, ...]]:
 
 
 def tiff_page_count(data: bytes) -> int:
-    """How many images a TIFF file holds, each in a directory that says where the next one
-    stands."""
+    """Return the number of images (directories) in a TIFF file."""
     read = reader_of(data)
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:4].strip(b"\0") == b"+"
     slot, entry, start = ("Q", 20, 8) if is_big else ("I", 12, 4)
@@ -143,7 +142,7 @@ def _check(data: memoryview, header: ImageHeader, thorough: bool) -> None:
                 )
             ):
                 raise BadImageError(
-                    f"damaged: zeros instead of the TIFF's pixels, about byte {start}"
+                    f"damaged: zeros instead of the TIFF's pixels near byte {start}"
                 )
 
 

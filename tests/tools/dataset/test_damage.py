@@ -22,7 +22,7 @@ from pipeline.data.image_headers import (
     check_complete,
     check_file_size,
     read_header,
-    without_sloppiness,
+    without_harmless_defect,
 )
 from pipeline.data.image_pixels import decode_plain, decode_rgb, decoder_name, prepare_decoders
 from tools.crops.manifest import ManifestIndex
@@ -261,7 +261,9 @@ def test_a_harmless_warning_does_not_hide_damage(name):
     content = sloppy_files()[name]
     with pytest.raises(ValueError, match=r"JFIF|SOS|Adobe|extraneous") as warning:
         simplejpeg.decode_jpeg(content, strict=True)
-    assert np.array_equal(decode(without_sloppiness(content, str(warning.value))), decode(content))
+    assert np.array_equal(
+        decode(without_harmless_defect(content, str(warning.value))), decode(content)
+    )
     middle = len(content) // 3
     with pytest.raises(BadImageError, match="damaged"):
         decode(content[:middle] + bytes(2048) + content[middle + 2048 :])
