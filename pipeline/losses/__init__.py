@@ -1,4 +1,4 @@
-"""What training minimises: named, weighted terms of a network's output against the HR image."""
+"""Pixel and perceptual losses: named, weighted terms that compare a network's output with HR."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from pipeline.images import unit_range
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
 
-# A function f(sr, hr, **params), or a class that is built with its params and then called with (sr,
-# hr).
+# Either a function f(sr, hr, **params), or a class built with its params and called with (sr, hr).
 LOSSES: dict[str, Callable[..., Any]] = {
     "l1": l1,
     "mse": mse,
@@ -32,12 +31,12 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 class Criterion:
-    """The weighted terms of a recipe's `losses`: name -> weight, or name -> {"weight": weight,
-    **parameters}.
+    """The weighted loss terms of a recipe.
 
-    Losses with weights of their own (trunks) lie frozen on `device`; they are no part of any
-    checkpoint. `UserError` for a loss or a parameter that there is not, a weight that is not above
-    0, and no losses at all.
+    `terms` maps a loss name to its weight, or to {"weight": weight, **parameters}. Losses with a
+    pretrained trunk keep it frozen on `device`; trunks are not part of checkpoints. Raises
+    `UserError` for an unknown loss or parameter, a weight that is not above 0, and an empty
+    `terms`.
     """
 
     def __init__(
@@ -53,11 +52,11 @@ class Criterion:
             self._losses[name] = _build(name, params, torch.device(device))
 
     def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """`sr` float NCHW in [0, 1]; `hr` of the same shape, bytes or floats. Each term a float32
-        scalar, weighted.
+        """Return each weighted term as a float32 scalar.
 
-        `ValueError` where the first `hr` given as floats is not in [0, 1] (later ones are not
-        looked at: that would wait for the device).
+        `sr` is float NCHW in [0, 1]; `hr` has the same shape, uint8 or float in [0, 1]. Raises
+        `ValueError` if the first float `hr` is not in [0, 1]. Later ones are not checked, because
+        reading their range would wait for the device.
         """
         self._check_range(hr)
         with torch.autocast(sr.device.type, enabled=False):
@@ -72,16 +71,18 @@ class Criterion:
             return
         low, high = hr.min().item(), hr.max().item()
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"HR as floats must be in [0, 1], but is in [{low:.4g}, {high:.4g}]")
+            raise ValueError(
+                f"HR given as floats must be in [0, 1], but it is in [{low:.4g}, {high:.4g}]"
+            )
         self._is_checked = True
 
 
 def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """The weight and the parameters of one entry of a recipe's `losses`."""
+    """Return the weight and the parameters of one entry of a recipe's `losses`."""
     params = dict(term) if isinstance(term, Mapping) else {"weight": term}
     names.LOSSES.check(name, params)
     if "weight" not in params:
-        raise UserError(f"the loss {name!r} has no weight; give it one, such as weight: 1.0")
+        raise UserError(f"the loss {name!r} has no weight; give it one, e.g. weight: 1.0")
     weight = params.pop("weight")
     if (
         isinstance(weight, bool)
@@ -89,9 +90,8 @@ def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str,
         or not 0 < weight < math.inf
     ):
         raise UserError(
-            f"the weight of {name!r} is {weight!r}, it must be a number above 0; to do without the "
-            "loss, "
-            "leave it out"
+            f"the weight of {name!r} is {weight!r}, but must be a number above 0; to train "
+            "without the loss, remove it"
         )
     return float(weight), params
 

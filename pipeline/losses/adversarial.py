@@ -1,12 +1,12 @@
-"""Adversarial losses on the discriminator's logits, float32 of any shape: (N, 1), or (N, 1, H, W)
-for one per pixel.
+"""Adversarial losses on discriminator logits: float32, (N, 1), or (N, 1, H, W) with one per pixel.
 
-vanilla: Goodfellow et al. 2014, with the generator's non-saturating loss; least_squares: Mao et al.
+vanilla: Goodfellow et al. 2014, with the non-saturating generator loss; least_squares: Mao et al.
 2017 (LSGAN); hinge: Lim and Ye 2017; relativistic_average: ESRGAN (Wang et al. 2018), after
-Jolicoeur-Martineau 2018; relativistic: its paired form. The relativistic ones compare with the mean
-over this rank's micro-batch.
+Jolicoeur-Martineau 2018; relativistic: its paired form. The relativistic losses average over this
+rank's micro-batch.
 
-A loss is two functions and a row of `ADVERSARIAL_LOSSES`; a recipe names it as `adversarial.loss`.
+A loss consists of two functions and a row in `ADVERSARIAL_LOSSES`; a recipe selects it with
+`adversarial.loss`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 
 
 class LabelNoise(Protocol):
-    """How labels differ from 1 for real and 0 for fake samples: `adversarial.labels` of a
-    recipe."""
+    """Deviation of the labels from 1 (real) and 0 (fake): `adversarial.labels` of a recipe."""
 
     smoothing: float
     noise: float
@@ -30,8 +29,7 @@ class LabelNoise(Protocol):
 
 
 class Labels(NamedTuple):
-    """Targets of real and of fake samples, and which samples count as their opposite; each (N, 1,
-    ...)."""
+    """Targets of real and fake samples, and which samples to swap; each of shape (N, 1, ...)."""
 
     real: Tensor
     fake: Tensor
@@ -40,26 +38,28 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """What the two networks minimise, each a scalar function of logits.
+    """The losses of the two networks, each a scalar function of logits.
 
-    The flags are read from the source of the table, too, by recipes: write them there, each as True
-    or False.
+    Recipes read the flags from the source text of the table, without importing it, so write each of
+    them there as True or False.
     """
 
     generator: Callable[
         [Tensor, Tensor | None], Tensor
-    ]  # of (fake, real); real is None unless `sees_real`
+    ]  # (fake, real) -> loss; real is None unless `sees_real`
     discriminator: Callable[
         [Tensor, Tensor, Labels], Tensor
-    ]  # of (real, fake, labels): the mean over both kinds
-    # whether the discriminator has a target for every sample, which smoothing and noise can move
+    ]  # (real, fake, labels) -> mean loss over real and fake samples
+    # Whether the discriminator has a target per sample, which smoothing and noise can change.
     takes_labels: bool
-    sees_real: bool  # whether the generator, too, is judged against real images
+    sees_real: bool  # whether the generator's loss also uses the logits of real images
 
 
 def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
-    """One target for each sample of `logits`, drawn with torch's generator of its device where
-    there is chance."""
+    """Return one target per sample of `logits`.
+
+    Random ones are drawn with torch's generator for the device of `logits`.
+    """
     shape = (len(logits), *[1] * (logits.dim() - 1))
     real = logits.new_full(shape, 1 - spec.smoothing)
     fake = logits.new_zeros(shape)
@@ -75,8 +75,7 @@ def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
 
 
 def discriminator_loss(loss: AdversarialLoss, real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    """What the discriminator minimises, a scalar, with the flipped samples counted as their
-    opposite."""
+    """Return the discriminator's loss, a scalar, with the flipped samples swapped."""
     real, fake = torch.where(labels.flipped, fake, real), torch.where(labels.flipped, real, fake)
     return loss.discriminator(real, fake, labels)
 
@@ -111,7 +110,7 @@ def relativistic_generator(fake: Tensor, real: Tensor | None) -> Tensor:
 
 
 def relativistic_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    # One comparison, whose target is how much more real the real one is.
+    # One comparison per pair: the target is the difference of the two labels.
     return _cross_entropy(real - fake, labels.real - labels.fake)
 
 

@@ -1,5 +1,4 @@
-"""Losses between pixels. Both images float NCHW in [0, 1], the mean over all their values is
-returned."""
+"""Losses between pixels: both images are float NCHW in [0, 1]; returns the mean over all values."""
 
 from __future__ import annotations
 
@@ -24,13 +23,14 @@ def mse(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 class Charbonnier(nn.Module):
-    """sqrt(error^2 + epsilon^2): L1 that is smooth at 0 (Lai et al., LapSRN, CVPR 2017).
+    """sqrt(error^2 + epsilon^2), a smooth L1 (Lai et al., LapSRN, CVPR 2017).
 
     Args:
-        epsilon: where the square of a small error turns into L1; 1e-3 is LapSRN's code's.
+        epsilon: errors well below it are squared, larger ones count as in L1; LapSRN's code uses
+            1e-3.
 
     Raises:
-        ValueError: an `epsilon` that is not above 0 and finite.
+        ValueError: `epsilon` is not above 0 and finite.
     """
 
     def __init__(self, epsilon: float = 1e-3) -> None:
@@ -44,45 +44,44 @@ class Charbonnier(nn.Module):
         self.epsilon = float(epsilon)
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """A scalar in the images' dtype."""
+        """Return a scalar in the images' dtype."""
         return torch.sqrt((sr - hr).square() + self.epsilon * self.epsilon).mean()
 
 
-# Losses of structure: multi-scale similarity, the spectrum, smoothness. Images are float NCHW in
-# [0, 1].
+# Losses on structure: multi-scale similarity, spectrum, smoothness. Images are float NCHW in [0,
+# 1].
 #
-# MS-SSIM is written here for its gradient: in pytorch-msssim 1.0.0, piq 0.8.0 and, by default,
-# torchmetrics 1.9.0, images whose contrasts run against each other at a single scale have none left
-# at any. Moreover, pytorch-msssim takes no image below 161 pixels, and networks are trained on
-# crops of 96 and more. piq and torchmetrics can be told to take fewer scales: piq's values are then
-# those of here where every side halves evenly; torchmetrics' differ, by 1e-3 at two.
+# MS-SSIM is implemented here for its gradient: in pytorch-msssim 1.0.0, piq 0.8.0 and, by default,
+# torchmetrics 1.9.0, images with a negative contrast similarity at a single scale get no gradient
+# at all. In addition, pytorch-msssim rejects images below 161 pixels, but networks are trained on
+# crops from 96 pixels. piq and torchmetrics can use fewer scales: piq's values then equal these if
+# every side can be halved evenly; torchmetrics' differ by 1e-3 with two scales.
 
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, the finest scale first
-# Powers have an infinite slope at 0 and no value below it. A similarity under FLOOR, in -1..FLOOR,
-# is pressed into FLOOR/2..FLOOR: its gradient goes on to lead uphill. Images that resemble each
-# other at all lie far above.
+# x^weight has an infinite slope at 0 and no value below it. A similarity in -1..FLOOR is therefore
+# compressed into FLOOR/2..FLOOR, so that its gradient still increases it. Images with any
+# resemblance are far above.
 FLOOR = 1e-3
 
 
 class MsSsim(nn.Module):
-    """1 - MS-SSIM (Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality
-    assessment", 2003).
+    """1 - MS-SSIM of every channel of every image, then the mean.
 
-    Of every channel of every image, then the mean. The windows are Gaussian, 11x11 with sigma 1.5,
-    and lie within the image. From one scale to the next 2x2 pixels are averaged (an odd last row or
-    column is repeated first). A scale whose similarity is below `FLOOR`, which says that the images
-    are unlike, counts as about `FLOOR`.
+    Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality assessment",
+    2003. The windows are Gaussian, 11x11 with sigma 1.5, and lie within the image. From each scale
+    to the next, blocks of 2x2 pixels are averaged (an odd last row or column is repeated first). A
+    scale whose similarity is below `FLOOR`, i.e. of unrelated images, counts as about `FLOOR`.
 
-    Args: scales: 1 (SSIM) to 5 (the paper's). `None` takes as many as the crop has room for: 5 from
-        161 pixels on the
-            shorter side, 4 from 81, 3 from 41, 2 from 21, 1 from 11. The weights of fewer than 5
-            scales are the paper's first ones, divided by their sum.
+    Args:
+        scales: 1 (SSIM) to 5 (as in the paper). `None` uses as many as fit into the crop: 5 from
+            161 pixels on the shorter side, 4 from 81, 3 from 41, 2 from 21, 1 from 11. With fewer
+            than 5 scales, the first weights of the paper are used, divided by their sum.
 
     Raises:
-        ValueError: `scales` is none of these.
-        UserError: when called, for a crop that is too small.
+        ValueError: `scales` is neither of these.
+        UserError: when called, the crop is too small.
     """
 
     def __init__(self, scales: int | None = None) -> None:
@@ -90,13 +89,11 @@ class MsSsim(nn.Module):
         if scales is not None and (
             type(scales) is not int or scales not in range(1, len(SCALE_WEIGHTS) + 1)
         ):
-            raise ValueError(
-                f"scales {scales!r} is not a whole number from 1 to {len(SCALE_WEIGHTS)}"
-            )
+            raise ValueError(f"scales {scales!r} is not an integer from 1 to {len(SCALE_WEIGHTS)}")
         self.scales = scales
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """A scalar in 0..1 in the images' dtype: 0 for equal images."""
+        """Return a scalar in 0..1 in the images' dtype; 0 for equal images."""
         weights = SCALE_WEIGHTS[: self._scales_for(min(sr.shape[-2:]))]
         product = 1.0
         for scale, weight in enumerate(weights):
@@ -110,7 +107,7 @@ class MsSsim(nn.Module):
         return 1 - product.mean()
 
     def _scales_for(self, side: int) -> int:
-        """How many scales are taken of images whose shorter side is `side`."""
+        """Return the number of scales for images whose shorter side is `side`."""
         fitting = [
             scale for scale in range(1, len(SCALE_WEIGHTS) + 1) if side >= smallest_side(scale)
         ]
@@ -118,26 +115,25 @@ class MsSsim(nn.Module):
             needed = smallest_side(self.scales or 1)
             raise UserError(
                 f"the loss 'ms_ssim' needs a crop of at least {needed} pixels for "
-                f"{self.scales or 1} "
-                f"scale(s), but it is {side}; take a larger data.crop or fewer scales"
+                f"{self.scales or 1} scale(s), but it is {side}; use a larger data.crop or fewer "
+                "scales"
             )
         return self.scales or fitting[-1]
 
 
 class FourierL1(nn.Module):
-    """L1 between the spectra of the images: of the real and of the imaginary parts of their
-    `rfft2`, the mean over all.
+    """L1 between the real and imaginary parts of the images' `rfft2`, averaged over all values.
 
-    The frequency loss of SAFMN (Sun et al., ICCV 2023) and SMFANet (Zheng et al., ECCV 2024), both
-    with weight 0.05 beside L1 of weight 1 and with `norm` "backward".
+    The frequency loss of SAFMN (Sun et al., ICCV 2023) and SMFANet (Zheng et al., ECCV 2024). Both
+    use it with weight 0.05 beside L1 with weight 1, and `norm` "backward".
 
-    Args: norm: "backward" leaves the transform as it is: the loss grows with the side of the crop.
-        "ortho" divides it
-            by the square root of the number of pixels, which makes a weight good for crops of any
-            size.
+    Args:
+        norm: "backward" does not scale the transform, so that the loss grows with the crop's side.
+            "ortho" divides it by the square root of the number of pixels, so that one weight fits
+            crops of all sizes.
 
     Raises:
-        ValueError: another `norm`.
+        ValueError: `norm` is neither of these.
     """
 
     def __init__(self, norm: str = "backward") -> None:
@@ -147,23 +143,22 @@ class FourierL1(nn.Module):
         self.norm = norm
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """A scalar in the images' dtype."""
-        # The transform is linear: one of the difference is the difference of two.
+        """Return a scalar in the images' dtype."""
+        # The transform is linear, so one transform of the difference replaces two.
         return torch.view_as_real(torch.fft.rfft2(sr - hr, norm=self.norm)).abs().mean()
 
 
 class TotalVariation(nn.Module):
-    """How much neighbouring pixels of `sr` differ; `hr` is not looked at. A regulariser against
-    noise.
+    """Differences between neighbouring pixels of `sr`, a regulariser against noise; ignores `hr`.
 
-    Args: distance: "l2" is twice the sum of the mean squared differences down and across, as the
-        SRGAN codes have it,
-            whose weight is 2e-8 beside MSE of weight 1 (the paper's first version,
-            arXiv:1609.04802v1, gives the weight): so small that it changes nothing to be seen. "l1"
-            is the sum of the mean absolute differences down and across, as in BasicSR.
+    Args:
+        distance: "l2" is twice the sum of the mean squared differences down and across, as in the
+            SRGAN codes. Their weight is 2e-8 beside MSE with weight 1 (the first version of the
+            paper, arXiv:1609.04802v1, gives the weight), which is too small for a visible effect.
+            "l1" is the sum of the mean absolute differences down and across, as in BasicSR.
 
     Raises:
-        ValueError: another `distance`.
+        ValueError: `distance` is neither of these.
     """
 
     def __init__(self, distance: str = "l2") -> None:
@@ -173,7 +168,7 @@ class TotalVariation(nn.Module):
         self.distance = distance
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """A scalar in the image's dtype."""
+        """Return a scalar in the image's dtype."""
         down, across = sr.diff(dim=-2), sr.diff(dim=-1)
         if self.distance == "l1":
             return down.abs().mean() + across.abs().mean()
@@ -181,7 +176,7 @@ class TotalVariation(nn.Module):
 
 
 def smallest_side(scales: int) -> int:
-    """The shortest side, in pixels, of an image of which MS-SSIM can take so many scales."""
+    """Return the shortest side, in pixels, of images for MS-SSIM with `scales` scales."""
     return (WINDOW - 1) * 2 ** (scales - 1) + 1
 
 
@@ -193,7 +188,7 @@ def _halve(images: Tensor) -> Tensor:
 
 
 def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM's two factors, (luminance, contrast and structure), each NC(H-10)(W-10)."""
+    """Return SSIM's two factors (luminance, contrast and structure), each NC(H-10)(W-10)."""
     c1, c2 = K1 * K1, K2 * K2
     mean_sr, mean_hr, square_sr, square_hr, mixed = _blur(
         torch.cat((sr, hr, sr * sr, hr * hr, sr * hr), dim=1)
@@ -205,9 +200,9 @@ def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """The Gaussian window over NCHW, one axis after the other, where it fits wholly.
+    """Apply the Gaussian window to NCHW along both axes, only where it fits completely.
 
-    Never in TF32, whose rounding is as large as the variances that are differences of these means.
+    TF32 is off: its rounding is as large as the variances, which are differences of these means.
     """
     channels = planes.shape[1]
     offsets = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2

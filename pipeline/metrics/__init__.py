@@ -1,8 +1,9 @@
-"""The metrics: how near SR is to HR. Adding one takes a file in this folder and a row in `METRICS`.
+"""Metrics of the similarity of SR and HR.
 
-Evaluation, validation and a recipe's `best:` read this table: names, titles, digits, and which way
-is better. A row is light: its function is imported when it first measures, so recipes, options and
-tools check names without torch.
+To add a metric, add a file to this folder and a row to `METRICS`. Evaluation, validation and a
+recipe's `best:` read names, titles, digits and direction from this table. A metric's function is
+imported only when it first measures, so that recipes, options and tools can check names without
+torch.
 """
 
 from __future__ import annotations
@@ -20,57 +21,61 @@ if TYPE_CHECKING:
 
 
 class Trunk(NamedTuple):
-    """The pretrained network that a metric compares features of."""
+    """The pretrained network whose features a metric compares."""
 
     network: str
     weights: str | None = None
-    """File of its weights; `None`: torchvision's cache."""
+    """File with its weights; `None` uses torch's cache."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row: a metric's names, how it is written, and where its code is."""
+    """One row of the table: a metric's names, format, and where its code is."""
 
     name: str
-    """In JSON, CSV and log lines."""
+    """Name in JSON, CSV and log lines."""
     title: str
-    """For people."""
+    """Display name."""
     code: str
-    """`module:function` of (SR, HR), uint8 RGB 1 x 3 x H x W without their borders, to a float. A
-    metric with `trunks` names a class instead, of (network, weights, device), whose objects are
-    such functions."""
+    """`module:function` from (SR, HR), uint8 RGB 1 x 3 x H x W with borders cut off, to a float.
+
+    For a metric with `trunks`, it names a class instead, built with (network, weights, device),
+    whose instances are such functions.
+    """
     decimals: int
     unit: str = ""
     lower_is_better: bool = False
     convention: str = ""
-    """The metrics that share one are reported on one line."""
+    """Metrics with the same convention are reported on one line."""
     is_main: bool = True
-    """Part of the table that papers print, and of the comparison of models."""
+    """Whether it is in the table that papers print and in the comparison of models."""
     smallest_side: int = 1
-    """Pixels of height and width, without borders, that it needs; a trunk may need more."""
+    """Smallest height and width in pixels without borders; a trunk may need more."""
     trunks: tuple[str, ...] = ()
-    """The trunks it may use. A metric with trunks is measured only where one is chosen."""
+    """The trunks it can use. A metric with trunks is measured only if one is chosen."""
     limit: float | None = None
-    """The most that an image counts in a run's validation, where an infinite value would make the
-    mean infinite."""
+    """Largest value of an image in a run's validation.
+
+    It keeps an infinite value from making the mean infinite.
+    """
     recipe_name: str = ""
-    """In `best.metric` of recipes and in checkpoints, where it differs from `name`."""
+    """Name in `best.metric` of recipes and in checkpoints, if it differs from `name`."""
 
     def text(self, value: float, sign: str = "") -> str:
-        """The value with the metric's digits; with the sign "+", positive ones have it, too."""
+        """Return the value with the metric's digits; `sign` "+" adds a plus to positive values."""
         return f"{value:{sign}.{self.decimals}f}"
 
     def is_better(self, value: float, other: float) -> bool:
-        """Whether `value` is to be preferred to `other`."""
+        """Return whether `value` is better than `other`."""
         return value < other if self.lower_is_better else value > other
 
     def limited(self, value: float) -> float:
-        """The value as a run's validation counts it."""
+        """Return the value as a run's validation counts it."""
         return value if self.limit is None else min(value, self.limit)
 
     @property
     def key(self) -> str:
-        """In `best.metric` of recipes and, with `best_` in front, in checkpoints."""
+        """Name in `best.metric` of recipes and, after `best_`, in checkpoints."""
         return self.recipe_name or self.name
 
 
@@ -142,8 +147,10 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_of(key: str) -> Metric:
-    """The metric that a recipe calls `key`; its `name` does as well. `UserError` for one that is
-    not in the table."""
+    """Return the metric called `key` in recipes, or by its `name`.
+
+    Raises `UserError` if it is not in the table.
+    """
     keys = {metric.key: metric for metric in METRICS.values()}
     if key not in keys and key not in METRICS:
         raise UserError(f"no metric {key!r}{nearest(key, keys)}")
@@ -151,7 +158,7 @@ def metric_of(key: str) -> Metric:
 
 
 class Measure(NamedTuple):
-    """A metric that is ready to measure."""
+    """A metric with its loaded function."""
 
     metric: Metric
     function: Callable[[Tensor, Tensor], float]
@@ -163,10 +170,10 @@ def load_measures(
     trunks: Mapping[str, Trunk] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Measure]:
-    """The code of `metrics`, in that order; those that need a trunk only where `trunks` (by name)
-    has one for them.
+    """Load the code of `metrics`, in order; metrics with trunks only if `trunks` has one for them.
 
-    Trunks are loaded onto `device`. `UserError` for weights that are not there or do not fit.
+    `trunks` maps metric names to trunks, which are loaded onto `device`. Raises `UserError` if
+    weights are missing or do not fit.
     """
     measures = []
     for metric in metrics:
@@ -185,11 +192,10 @@ def load_measures(
 def measure(
     sr: Tensor, hr: Tensor, border: int, measures: Sequence[Measure] | None = None
 ) -> dict[str, float]:
-    """Metric name -> value for uint8 RGB N3HW `sr` against `hr`, with `border` pixels cut off on
-    every side.
+    """Return metric name -> value for uint8 RGB (N, 3, H, W) `sr` against `hr`.
 
-    Without `measures`: all metrics that need no trunk. `ValueError` for other images, and for ones
-    that are too small.
+    `border` pixels are cut off on every side. The default `measures` are all metrics without
+    trunks. Raises `ValueError` for other images and for images that are too small.
     """
     import torch
 
@@ -201,8 +207,7 @@ def measure(
     ):
         raise ValueError(
             f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 "
-            "RGB of "
-            "one shape"
+            "RGB of the same shape"
         )
     measures = load_measures(METRICS.values()) if measures is None else measures
     height, width = hr.shape[-2] - 2 * border, hr.shape[-1] - 2 * border
@@ -210,21 +215,20 @@ def measure(
         if min(height, width) < one.smallest_side:
             raise ValueError(
                 f"an image of {hr.shape[-2]}x{hr.shape[-1]} (height x width) less {border} pixels "
-                "of "
-                f"border is smaller than the {one.smallest_side}x{one.smallest_side} pixels that "
-                f"{one.metric.title} needs"
+                f"of border is smaller than the {one.smallest_side}x{one.smallest_side} pixels "
+                f"that {one.metric.title} needs"
             )
     sr, hr = (images[..., border : border + height, border : border + width] for images in (sr, hr))
     return {one.metric.name: one.function(sr, hr) for one in measures}
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every value over images."""
+    """Return the mean of every value over images."""
     return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
 
 def text_of(scores: Mapping[str, float]) -> str:
-    """`PSNR-Y 28.123 dB, LPIPS 0.1234`."""
+    """Format scores, e.g. `PSNR-Y 28.123 dB, LPIPS 0.1234`."""
     rows = [(METRICS[name], value) for name, value in scores.items()]
     return ", ".join(
         f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}" for row, value in rows

@@ -1,4 +1,4 @@
-"""LPIPS as a metric: how different two images look; 0 is equal, lower is better."""
+"""LPIPS as a metric: perceptual distance of two images; 0 is equal, lower is better."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.losses.perceptual import LpipsDistance
 
 
 class LpipsMetric:
-    """LPIPS 0.1 with the trunk `network` ("alex" is what papers report), on RGB.
+    """LPIPS 0.1 on RGB with the trunk `network` ("alex" is what papers report).
 
-    Arguments and errors are those of `LpipsDistance`; it computes on `device`, in float32. On a CPU
-    it uses one thread, because the last digits would depend on their number.
+    Arguments and errors are those of `LpipsDistance`. It is computed on `device` in float32. On a
+    CPU it uses one thread, because the last digits depend on the number of threads.
     """
 
     def __init__(
@@ -24,25 +24,25 @@ class LpipsMetric:
     ) -> None:
         self.device = torch.device(device)
         self._distance = LpipsDistance(network, weights).to(self.device)
-        self.smallest_side = self._distance.smallest_side  # pixels; `ValueError` for smaller images
+        # in pixels; smaller images raise `UserError`
+        self.smallest_side = self._distance.smallest_side
 
     def __call__(self, sr: Tensor, hr: Tensor) -> float:
-        """The mean over the images; see `each`."""
+        """Return the mean over the images; see `each`."""
         distances = self.each(sr, hr)
         return sum(distances) / len(distances)
 
     @torch.inference_mode()
     def each(self, sr: Tensor, hr: Tensor) -> list[float]:
-        """One number per image, for two RGB N3HW tensors of one shape, each uint8 0..255 or float
-        in [0, 1].
+        """Return one distance per image, for two RGB (N, 3, H, W) tensors of the same shape.
 
-        `ValueError` for other shapes, dtypes and ranges: clamp SR first, as everything that is
-        written to a file is.
+        Each is uint8 0..255 or float in [0, 1]. Raises `ValueError` for other shapes, dtypes and
+        ranges: clamp SR first, as is done for everything written to a file.
         """
         if sr.shape != hr.shape or sr.dim() != 4 or sr.shape[1] != 3:
             raise ValueError(
-                f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of one "
-                "shape"
+                f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must be RGB (N, 3, H, W) of the "
+                "same shape"
             )
         _check_range("SR", sr)
         _check_range("HR", hr)

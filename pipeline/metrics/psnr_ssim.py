@@ -1,13 +1,13 @@
-"""PSNR and SSIM in the conventions of the super-resolution papers, in float64 on uint8 RGB images.
+"""PSNR and SSIM in the conventions of super-resolution papers, in float64 on uint8 RGB images.
 
-Y is BT.601 luma in studio range, as MATLAB's `rgb2ycbcr`. The papers measure on Y rounded to uint8
-(MATLAB's output for uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which reads
-0.01-0.02 dB higher: `psnr_y_float`, `ssim_y_float`. SSIM is that of Wang et al., "Image Quality
+Y is BT.601 luma in studio range, as in MATLAB's `rgb2ycbcr`. The papers measure on Y rounded to
+uint8 (MATLAB's output for uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which
+gives 0.01-0.02 dB more: `psnr_y_float`, `ssim_y_float`. SSIM is that of Wang et al., "Image Quality
 Assessment: From Error Visibility to Structural Similarity", IEEE TIP 2004: Gaussian window 11x11
 with sigma 1.5 within the image, K1 = 0.01, K2 = 0.03.
 
-Nothing here depends on the number of threads, to the last bit: sums over pixels are NumPy's, which
-uses one.
+No result depends on the number of threads, to the last bit: sums over pixels are NumPy's, which
+uses one thread.
 """
 
 from __future__ import annotations
@@ -24,35 +24,42 @@ CONVENTION = (
 DATA_RANGE = 255.0
 WINDOW, SIGMA = 11, 1.5
 BAND = 256
-"""Rows that PSNR-Y looks at together."""
+"""Number of rows that PSNR-Y processes at a time."""
 
 
 def luma(images: Tensor, rounded: bool) -> Tensor:
-    """uint8 RGB N3HW -> BT.601 studio-range Y, float64 N1HW in 16..235; `rounded` to whole numbers,
-    halves up."""
+    """Convert uint8 RGB (N, 3, H, W) to BT.601 studio-range Y, float64 (N, 1, H, W) in 16..235.
+
+    With `rounded`, Y is rounded to integers, halves up.
+    """
     red, green, blue = images.to(torch.int32).split(1, dim=1)
-    y = 65481 * red + 128553 * green + 24966 * blue  # exact, in 1/255000, so that halves are halves
+    # exact, in units of 1/255000, so that halves are exact
+    y = 65481 * red + 128553 * green + 24966 * blue
     if rounded:
         return (torch.div(y + 127500, 255000, rounding_mode="floor") + 16).to(torch.float64)
     return y.to(torch.float64) / 255000 + 16
 
 
 def mean_of(values: Tensor) -> float:
-    """The mean of a float64 tensor, the same whatever the number of threads."""
+    """Return the mean of a float64 tensor, independent of the number of threads."""
     return values.mean().item() if values.device.type != "cpu" else float(values.numpy().mean())
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two tensors of one shape in 0..255; infinite where they
-    are equal."""
+    """Return the peak signal-to-noise ratio in dB of two tensors of the same shape in 0..255.
+
+    It is infinite if they are equal.
+    """
     error = mean_of((first.to(torch.float64) - second.to(torch.float64)).square())
     return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
 
 
 def ssim(first: Tensor, second: Tensor) -> float:
-    """Mean structural similarity of two NCHW tensors in 0..255, at least 11x11, over the windows
-    within them."""
-    # One channel at a time: float64 maps of a whole RGB photograph are gigabytes.
+    """Return the mean structural similarity of two NCHW tensors in 0..255, at least 11x11.
+
+    Only windows within the images count.
+    """
+    # One channel at a time, because float64 maps of a whole RGB photograph take gigabytes.
     planes = zip(first.flatten(0, 1), second.flatten(0, 1), strict=True)
     return float(
         sum(_ssim_of_plane(a.to(torch.float64), b.to(torch.float64)) for a, b in planes)
@@ -61,12 +68,11 @@ def ssim(first: Tensor, second: Tensor) -> float:
 
 
 def psnr_y(sr: Tensor, hr: Tensor) -> float:
-    """PSNR in dB on Y rounded to uint8, of uint8 RGB N3HW images of one shape; infinite where they
-    are equal.
+    """Return the PSNR in dB on Y rounded to uint8; infinite for equal images.
 
-    A band of rows at a time: planes of int32 and float64 of a whole photograph would fill the
-    memory. Sums of squares of whole numbers are exact in float64, so the bands do not change the
-    value.
+    The images are uint8 RGB (N, 3, H, W) of the same shape. Rows are processed in bands, because
+    int32 and float64 planes of a whole photograph would fill the memory. Sums of squared integers
+    are exact in float64, so the bands do not change the value.
     """
     total = 0.0
     for top in range(0, sr.shape[-2], BAND):
@@ -79,17 +85,17 @@ def psnr_y(sr: Tensor, hr: Tensor) -> float:
 
 
 def ssim_y(sr: Tensor, hr: Tensor) -> float:
-    """SSIM on Y rounded to uint8."""
+    """Return the SSIM on Y rounded to uint8."""
     return ssim(luma(sr, rounded=True), luma(hr, rounded=True))
 
 
 def psnr_y_float(sr: Tensor, hr: Tensor) -> float:
-    """PSNR in dB on Y not rounded."""
+    """Return the PSNR in dB on unrounded Y."""
     return psnr(luma(sr, rounded=False), luma(hr, rounded=False))
 
 
 def ssim_y_float(sr: Tensor, hr: Tensor) -> float:
-    """SSIM on Y not rounded."""
+    """Return the SSIM on unrounded Y."""
     return ssim(luma(sr, rounded=False), luma(hr, rounded=False))
 
 
@@ -110,7 +116,7 @@ def _ssim_of_plane(a: Tensor, b: Tensor) -> float:
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """The Gaussian window over float64 NHW, one axis after the other, where it fits wholly."""
+    """Apply the Gaussian window to float64 NHW along both axes, only where it fits completely."""
     weights = [math.exp(-((index - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for index in range(WINDOW)]
     for axis in (-2, -1):
         length = planes.shape[axis] - WINDOW + 1

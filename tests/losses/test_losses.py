@@ -117,19 +117,19 @@ def test_floats_must_be_in_the_unit_range() -> None:
         ),
         (
             {"ms_ssim": {"weight": 1, "scales": 2.0}},
-            "'ms_ssim': scales 2.0 is not a whole number from 1 to 5",
+            "'ms_ssim': scales 2.0 is not an integer from 1 to 5",
         ),
         (
             {"ms_ssim": {"weight": 1, "scales": [1]}},
-            "'ms_ssim': scales [1] is not a whole number from 1 to 5",
+            "'ms_ssim': scales [1] is not an integer from 1 to 5",
         ),
         (
             {"vgg_feature": {"weight": 1, "weights": 5}},
-            "'vgg19' are 5, which is not the path of a file",
+            "'vgg19' are 5, which is not a path",
         ),
         (
             {"lpips": {"weight": 1, "network": ["alex"]}},
-            "'lpips': network ['alex'] is none of alex, squeeze, vgg",
+            "'lpips': network ['alex'] is not one of alex, squeeze, vgg",
         ),
         ({"l1": {"weight": 1, "sr": 2}}, "'l1' has no parameter 'sr'; choose from weight"),
         (
@@ -139,7 +139,7 @@ def test_floats_must_be_in_the_unit_range() -> None:
         ({"tv": {"weight": 1, "distance": "l3"}}, "'tv': distance 'l3' is neither"),
         (
             {"ms_ssim": {"weight": 1, "scales": 6}},
-            "'ms_ssim': scales 6 is not a whole number from 1 to 5",
+            "'ms_ssim': scales 6 is not an integer from 1 to 5",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from pipeline.losses.perceptual import (
     find_trunk,
     trunk_dtype,
     vgg19_features,
-    vgg19_places,
+    vgg19_layer_indices,
 )
 
 NUMBER_OF_CONVOLUTIONS = 16
@@ -90,7 +90,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_layers_have_the_papers_names() -> None:
-    places = vgg19_places()
+    places = vgg19_layer_indices()
     assert len(places) == NUMBER_OF_CONVOLUTIONS
     assert (
         places["conv1_1"],
@@ -112,7 +112,7 @@ def test_layers_have_the_papers_names() -> None:
 def test_features_are_torchvisions_bit_for_bit(weights, reference, name, before_activation) -> None:
     images, _ = pictures()
     loss = VggFeature({name: 1.0}, before_activation, weights=weights)
-    place = vgg19_places()[name] + (0 if before_activation else 1)
+    place = vgg19_layer_indices()[name] + (0 if before_activation else 1)
     assert len(loss.features) == place + 1  # nothing deeper is kept
     with torch.no_grad():
         expected = reference[: place + 1](normalised(images))
@@ -140,7 +140,7 @@ def test_several_layers_are_added_up_by_their_weights(weights, reference) -> Non
                 weight
                 * function(
                     *(
-                        reference[: vgg19_places()[name] + 1](normalised(images))
+                        reference[: vgg19_layer_indices()[name] + 1](normalised(images))
                         for images in (sr, hr)
                     )
                 )
@@ -315,12 +315,12 @@ def not_finite(state):
     [
         (
             without_the_deepest,
-            "is not the trunk 'vgg19' in torchvision's layout: it lacks the tensor "
-            "features.34.weight",
+            "is not the trunk 'vgg19' in torchvision's layout: the tensor "
+            "features.34.weight is missing",
         ),
-        (with_another, "it holds a tensor '37.weight' too many"),
+        (with_another, "unexpected tensor '37.weight'"),
         (of_another_width, "features.0.weight is (32, 3, 3, 3) but must be (64, 3, 3, 3)"),
-        (not_finite, "features.2.bias holds NaN or infinity"),
+        (not_finite, "features.2.bias contains NaN or infinity"),
     ],
 )
 def test_a_trunk_is_read_strictly(trunk, tmp_path, spoil, message) -> None:
@@ -436,6 +436,6 @@ def test_what_a_trunk_computes_in() -> None:
         torch.bfloat16,
     ]
     with pytest.raises(
-        UserError, match="precision 'fp8' is none of auto, float32, float16, bfloat16"
+        UserError, match="precision 'fp8' is not one of auto, float32, float16, bfloat16"
     ):
         Criterion({"vgg_feature": {"weight": 1.0, "precision": "fp8"}})

@@ -102,7 +102,7 @@ def test_ms_ssim_refuses_crops_that_are_too_small() -> None:
     with pytest.raises(UserError, match=r"at least 161 pixels for 5 scale\(s\), but it is 160"):
         MsSsim(5)(torch.rand(1, 3, 160, 200), torch.rand(1, 3, 160, 200))
     for scales in (0, 6, 2.5, True, "3"):
-        with pytest.raises(ValueError, match="not a whole number from 1 to 5"):
+        with pytest.raises(ValueError, match="not an integer from 1 to 5"):
             MsSsim(scales)
 
 

@@ -15,7 +15,7 @@ from fabricate import CHECKOUT, picture, shared
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
-from pipeline.losses.perceptual import LPIPS_SMALLEST, Lpips, LpipsDistance
+from pipeline.losses.perceptual import LPIPS_SMALLEST_SIDES, Lpips, LpipsDistance
 from pipeline.metrics.lpips import LpipsMetric
 
 RELEASED = {"alex": "weights/lpips_alex_trunk.pth", "squeeze": "weights/lpips_squeeze_trunk.pth"}
@@ -134,8 +134,8 @@ def test_the_metric_takes_bytes_and_floats_alike(squeeze) -> None:
         (lambda sr: sr + 1e-3, r"SR is in \[0.001, 1.001\]"),
         (lambda sr: sr * float("nan"), "SR is in .nan, nan."),
         (lambda sr: (sr * 255).int(), "SR is torch.int32; LPIPS takes uint8"),
-        (lambda sr: sr[:, :1], r"must be RGB \(N, 3, H, W\) of one shape"),
-        (lambda sr: sr[..., 1:], r"must be RGB \(N, 3, H, W\) of one shape"),
+        (lambda sr: sr[:, :1], r"must be RGB \(N, 3, H, W\) of the same shape"),
+        (lambda sr: sr[..., 1:], r"must be RGB \(N, 3, H, W\) of the same shape"),
     ],
 )
 def test_the_metric_refuses_other_images(squeeze, spoil, message) -> None:
@@ -177,9 +177,9 @@ def test_the_gradient_is_finite_where_a_pixel_has_no_features(squeeze, tmp_path)
     assert torch.isfinite(sr.grad).all()
 
 
-@pytest.mark.parametrize("network", sorted(LPIPS_SMALLEST))
+@pytest.mark.parametrize("network", sorted(LPIPS_SMALLEST_SIDES))
 def test_the_smallest_image_is_known(network) -> None:
-    module, smallest = original(network), LPIPS_SMALLEST[network]
+    module, smallest = original(network), LPIPS_SMALLEST_SIDES[network]
     with torch.no_grad():
         assert torch.isfinite(module(*torch.rand(2, 1, 3, smallest, smallest))).all()
         with pytest.raises(RuntimeError):
@@ -195,7 +195,7 @@ def test_images_that_are_too_small_are_one_line(squeeze) -> None:
 
 def test_what_cannot_be_meant_is_one_line(squeeze, tmp_path, monkeypatch) -> None:
     with pytest.raises(
-        UserError, match="the loss 'lpips': network 'resnet' is none of alex, squeeze, vgg"
+        UserError, match="the loss 'lpips': network 'resnet' is not one of alex, squeeze, vgg"
     ):
         Criterion({"lpips": {"weight": 1, "network": "resnet"}})
     with pytest.raises(

@@ -108,5 +108,5 @@ def test_what_cannot_be_measured_is_refused():
     ):
         measure(image, image, border=2)
     for other in (image[..., :-1], image.float()):
-        with pytest.raises(ValueError, match="must be uint8 RGB of one shape"):
+        with pytest.raises(ValueError, match="must be uint8 RGB of the same shape"):
             measure(other, image, border=1)
