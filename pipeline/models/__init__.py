@@ -1,24 +1,24 @@
-"""The networks, in one table, and the one function that builds them.
+"""The table of generators and the function that builds them.
 
-A network is one file here and one line in the table. Its class, an `nn.Module`, has
+A network is one file here and one row in the table. Its class, an `nn.Module`, has
 
-- `__init__(self, *, scale, …)`: keywords only, with defaults; raises `ValueError` for what it
-  refuses. Float32.
+- `__init__(self, *, scale, …)`: keyword-only arguments with defaults; raises `ValueError` for
+  values it does not accept. Builds in float32.
 - `forward(images)`: NCHW RGB of any height and width, uint8 0..255 or float in [0, 1]
-  (`images.unit_range` takes both) -> NCHW RGB `scale` times larger, in [0, 1] but for overshoot, in
-  the dtype of the weights, `images` left as they are. No Python that depends on the values, or it
-  cannot be compiled.
-- `scale`: how many times larger the output is.
-- `receptive_radius`: how many LR pixels away an output pixel still sees; tiles of large images
-  overlap by so many.
+  (`images.unit_range` accepts both) -> NCHW RGB `scale` times larger, in [0, 1] except for
+  overshoot, in the dtype of the weights. Does not change `images`. No Python branches on tensor
+  values, which would prevent compilation.
+- `scale`: the output's size as a multiple of the input's.
+- `receptive_radius`: how far away, in LR pixels, an input pixel can affect an output pixel. Tiles
+  of large images overlap by this much.
 
-It may have two static methods, by which `weights.read_network` knows its tensors in a file that
-does not say what it holds:
+It may have two static methods with which `weights.read_network` identifies a network by the tensors
+in a file that does not describe itself:
 
-- `recognise(shapes)`: names and shapes of tensors -> (scale, the other arguments), or `None` if
-  they are not its own.
-- `convert(tensors)`: the same network's tensors as another project names them -> under our names,
-  or `None`.
+- `recognise(shapes)`: tensor name -> shape; returns (scale, other arguments), or `None` if the
+  tensors belong to another network.
+- `convert(tensors)`: tensors of the same network under another project's names; returns them under
+  our names, or `None`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def build_generator(
 ) -> nn.Module:
     """Build the generator `name` for `scale`, freshly initialised, in float32 on the CPU.
 
-    `params` are the keyword arguments of the network's class; in `colour_space` (one of
-    `colour.SPACES`) it works, whatever its class. `UserError` for an unknown network, an unknown
-    parameter (with the nearest real one) or a value that the network refuses.
+    `params` are the keyword arguments of the network's class. Any network can work in a
+    `colour_space` (one of `colour.SPACES`). Raises `UserError` for an unknown network, an unknown
+    parameter (naming the nearest one) and a value that the network does not accept.
     """
     NETWORKS.check(name, params)
     try:
@@ -64,5 +64,5 @@ def build_generator(
         raise UserError(f"network {name!r}: {error}") from error
     except NOT_ALLOCATED as error:
         raise UserError(
-            f"network {name!r} cannot be built with {params}, is it too large? ({one_line(error)})"
+            f"network {name!r} cannot be built with {params}; is it too large? ({one_line(error)})"
         ) from error

@@ -1,13 +1,13 @@
-"""Colour spaces: conversions of images, and generators that work in another space than RGB.
+"""Colour space conversions, and generators that work in another colour space than RGB.
 
-RGB is sRGB in [0, 1], NCHW. YCbCr is ITU-R BT.601 at full range as in JPEG (JFIF 1.02): all three
-in [0, 1], grey has 0.5 in both chroma planes. Oklab is Björn Ottosson's, "A perceptual color space
-for image processing", 2020 with the matrices of 2021, https://bottosson.github.io/posts/oklab:
-lightness in [0, 1], a and b about 0 within 0.4.
+RGB is sRGB in [0, 1], NCHW. YCbCr is full-range ITU-R BT.601 as in JPEG (JFIF 1.02): all three
+planes are in [0, 1], and grey has 0.5 in both chroma planes. Oklab is that of Björn Ottosson, "A
+perceptual color space for image processing", 2020, with the matrices of 2021,
+https://bottosson.github.io/posts/oklab: lightness in [0, 1], a and b within 0.4 of 0.
 
 All conversions are differentiable with finite gradients everywhere, extend smoothly to values
-outside of [0, 1], keep the shape, and compute in float32 (float64 if they are given that): half
-precision would band the dark tones.
+outside [0, 1], keep the shape, and compute in float32 (in float64 for float64 input), because half
+precision would cause banding in dark tones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ Network = TypeVar("Network", bound=nn.Module)
 Rows = tuple[tuple[float, float, float], ...]
 
 LUMA = (0.299, 0.587, 0.114)
+# Ranges of B - Y and R - Y: 2 * (1 - weight of the colour in luma).
 CB_RANGE, CR_RANGE = (
     1.772,
     1.402,
-)  # B - Y and R - Y lie within half of these on either side: 2 * (1 - their weight)
+)
 
 RGB_TO_LMS = (
     (0.4122214708, 0.5363325363, 0.0514459929),
@@ -51,50 +52,50 @@ LMS_TO_RGB = (
     (-1.2684380046, 2.6097574011, -0.3413193965),
     (-0.0041960863, -0.7034186147, 1.7076147010),
 )
-SRGB_KNEE, LINEAR_KNEE = 0.04045, 0.0031308  # below, sRGB's transfer curve is a line
+SRGB_KNEE, LINEAR_KNEE = 0.04045, 0.0031308  # sRGB's transfer curve is linear below
 BLACK = 1e-6
-"""Below this the cube root is replaced by a line, or its gradient would be infinite at black. The
-darkest byte colour but black itself lies 15 times above it."""
+"""Below this, the cube root is replaced by a line, because its gradient is infinite at black.
+
+The darkest byte colour other than black is 15 times larger.
+"""
 
 
 def rgb_to_ycbcr(images: Tensor) -> Tensor:
-    """Float NCHW RGB in [0, 1] -> YCbCr in [0, 1], full range, chroma about 0.5."""
+    """Convert float NCHW RGB in [0, 1] to full-range YCbCr in [0, 1], chroma centred at 0.5."""
     red, _, blue = _at_least_float32(images).unbind(1)
     luma = _mix(images, (LUMA,))[:, 0]
     return torch.stack((luma, (blue - luma) / CB_RANGE + 0.5, (red - luma) / CR_RANGE + 0.5), dim=1)
 
 
 def ycbcr_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_ycbcr`. What lies outside of RGB's gamut comes out outside of [0,
-    1]."""
+    """Invert `rgb_to_ycbcr`; colours outside the RGB gamut give values outside [0, 1]."""
     luma, cb, cr = _at_least_float32(images).unbind(1)
     red, blue = luma + CR_RANGE * (cr - 0.5), luma + CB_RANGE * (cb - 0.5)
     return torch.stack((red, (luma - LUMA[0] * red - LUMA[2] * blue) / LUMA[1], blue), dim=1)
 
 
 def rgb_to_oklab(images: Tensor) -> Tensor:
-    """Float NCHW sRGB in [0, 1] -> Oklab: L in [0, 1], a (green to red) and b (blue to yellow)
-    about 0."""
+    """Convert float NCHW sRGB in [0, 1] to Oklab.
+
+    L is in [0, 1]; a (green to red) and b (blue to yellow) are centred at 0.
+    """
     return _mix(_cube_root(_mix(_to_linear(_at_least_float32(images)), RGB_TO_LMS)), LMS_TO_OKLAB)
 
 
 def oklab_to_rgb(images: Tensor) -> Tensor:
-    """The inverse of `rgb_to_oklab`. What lies outside of sRGB's gamut comes out outside of [0,
-    1]."""
+    """Invert `rgb_to_oklab`; colours outside the sRGB gamut give values outside [0, 1]."""
     return _from_linear(_mix(_cube(_mix(images, OKLAB_TO_LMS)), LMS_TO_RGB))
 
 
 class InColourSpace:
-    """What `in_colour_space` puts before a generator's class: the same network, fed and read in
-    another space."""
+    """Mixin that `in_colour_space` adds to a generator's class to convert its input and output."""
 
     colour_space: str
     chroma_scale: int
     chroma_kernel: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """As the generator's own: NCHW RGB, uint8 or float in [0, 1], to float RGB in the weights'
-        dtype."""
+        """Upscale NCHW RGB, uint8 or float in [0, 1], to float RGB in the weights' dtype."""
         rgb = unit_range(images, torch.promote_types(images.dtype, torch.float32))
         if self.colour_space == "oklab":
             sr = super().forward(_laid_out_as(images, rgb_to_oklab(rgb)))
@@ -112,30 +113,30 @@ class InColourSpace:
 
 
 def in_colour_space(network: Network, space: str, scale: int | None = None) -> Network:
-    """Make the generator `network` work in `space`, one of `SPACES`; returns the same object, RGB
-    outside as before.
+    """Make the generator `network` work in `space`, one of `SPACES`, and return the same object.
 
-    `scale` is how many times larger its output is; `None` is what its attribute `scale` says.
+    Its input and output are RGB as before. `scale` is its upscaling factor; `None` uses its
+    attribute `scale`.
 
-    "ycbcr" and "oklab": the three planes go through the network instead of red, green and blue.
-    "y": luma alone does, three times over, the three results are averaged, and the chroma is
-    upscaled by the cubic kernel.
+    "ycbcr" and "oklab": the network gets the three planes instead of red, green and blue. "y": the
+    network gets luma three times, the three outputs are averaged, and the chroma is upscaled with
+    the cubic kernel.
 
-    The network's class becomes a subclass of its own whose `forward` converts before and after. So
-    the tensors keep their names, attributes and `isinstance` hold, and the conversion is compiled
-    with the network; a module around it would put a prefix before every name. Deep copies and state
-    dicts work; the class is made on the spot, so that pickling the whole module does not.
+    The network's class becomes a new subclass whose `forward` converts before and after. Tensor
+    names, attributes and `isinstance` therefore stay the same, and the conversion is compiled with
+    the network; a wrapping module would add a prefix to every name. Deep copies and state dicts
+    work. Pickling the whole module does not, because the class is created at run time.
 
-    The tensors do not tell the space. `SavedNetwork.params` has to carry it ("colour_space":
-    "oklab"): a file without a description is taken for an RGB network.
+    The tensors do not reveal the space. `SavedNetwork.params` has to carry it ("colour_space":
+    "oklab"): a file without a description is assumed to hold an RGB network.
 
     Raises:
-        ValueError: an unknown space, or a network that is in one already.
+        ValueError: an unknown space, or a network that already works in another space.
     """
     if space not in SPACES:
         raise ValueError(f"colour_space {space!r} is not one of {', '.join(map(repr, SPACES))}")
     if isinstance(network, InColourSpace):
-        raise ValueError(f"the network works in {network.colour_space!r} already")
+        raise ValueError(f"the network already works in {network.colour_space!r}")
     if space == "rgb":
         return network
     if space == "y":
@@ -165,23 +166,27 @@ def _at_least_float32(images: Tensor) -> Tensor:
 
 
 def _mix(images: Tensor, rows: Rows) -> Tensor:
-    """A matrix times the colours of each pixel; in plain arithmetic, because convolutions may run
-    in TF32."""
+    """Multiply each pixel's colour by a matrix.
+
+    Plain arithmetic is used because convolutions may run in TF32.
+    """
     first, second, third = _at_least_float32(images).unbind(1)
     return torch.stack([row[0] * first + row[1] * second + row[2] * third for row in rows], dim=1)
 
 
 def _laid_out_as(model: Tensor, images: Tensor) -> Tensor:
-    """`images` in channels_last if `model` is: the layout of the input decides how fast the network
-    runs."""
+    """Return `images` in channels_last if `model` is.
+
+    The memory format of its input determines how fast a network runs.
+    """
     is_channels_last = (
         model.is_contiguous(memory_format=torch.channels_last) and not model.is_contiguous()
     )
     return images.contiguous(memory_format=torch.channels_last) if is_channels_last else images
 
 
-# In each pair of branches the one not taken is clamped into its range, or its gradient would be NaN
-# instead of 0.
+# `torch.where` computes both branches. The argument of the branch not taken is clamped into its
+# range, because otherwise its gradient would be NaN instead of 0.
 
 
 def _to_linear(srgb: Tensor) -> Tensor:

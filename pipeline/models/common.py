@@ -1,5 +1,4 @@
-"""What several generators share: checks of their arguments, initial values, and norms for mixed
-precision."""
+"""Shared by several generators: checks of arguments, initialisation, norms for mixed precision."""
 
 from __future__ import annotations
 
@@ -14,28 +13,27 @@ from torch.utils.checkpoint import checkpoint
 
 COLOURS = 3
 LARGEST_SIZE = 1 << 16
-"""Of numbers of features, blocks and the like."""
+"""Upper limit for numbers of features, blocks and the like."""
 NOT_ALLOCATED = (RuntimeError, MemoryError, OverflowError)
-"""What torch raises for a network that does not fit into memory."""
+"""Exceptions that torch raises for a network that does not fit into memory."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's batch norm, for weights and buffers cast to any types: it computes in float32 or
-    wider.
+    """Batch norm that computes in float32 or wider, whatever the dtypes of its weights and buffers.
 
-    Trainers that cast the parameters to FP16 or BF16 and leave the buffers in FP32 (DeepSpeed since
-    0.19) make the plain one fail. FP32 statistics are also the better ones: in BF16 an update of
-    less than 0.4 % is lost.
+    torch's own fails in trainers that cast the parameters to FP16 or BF16 but keep the buffers in
+    FP32 (DeepSpeed since 0.19). FP32 statistics are also more accurate: in BF16, an update below
+    0.4 % is lost.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape and type out."""
+        """Normalise NCHW features; shape and dtype stay the same."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         is_tracking = self.training and self.track_running_stats
         mean = var = None
         if is_tracking or not self.training:
-            # Copies, because the next pass changes the buffers before this one's backward pass may
-            # come.
+            # Copies, because the next forward pass may change the buffers before this one's
+            # backward pass.
             mean, var = (
                 self.running_mean.to(dtype, copy=True),
                 self.running_var.to(dtype, copy=True),
@@ -52,22 +50,21 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
         if is_tracking:
             self.num_batches_tracked.add_(1)
-            # An overflow at FP16 must cost an update alone, not the statistics for good.
+            # An overflow in FP16 may invalidate this update, but must not destroy the statistics.
             self.running_mean.copy_(torch.where(torch.isfinite(mean), mean, self.running_mean))
             self.running_var.copy_(torch.where(torch.isfinite(var), var, self.running_var))
         return features
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's layer norm, which in BF16 on a CPU is computed in float32 for training, and the
-    result rounded.
+    """Layer norm that trains in float32 on CPUs if the features are BF16, and rounds the result.
 
-    There torch 2.13 adds up the gradients of weight and bias in BF16: of 18,000 pixels nearly all
-    of the sum is lost.
+    On CPUs, torch 2.13 sums the gradients of weight and bias in BF16: over 18,000 pixels, nearly
+    all of the sum is lost.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Any shape that ends with the normalised one in, the same out."""
+        """Normalise over the trailing dimensions; shape and dtype stay the same."""
         if (
             features.device.type != "cpu"
             or features.dtype != torch.bfloat16
@@ -84,13 +81,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 def checkpoint_activations(network: nn.Module) -> int:
-    """Let each block of `network` keep its input alone for the backward pass, and compute the rest
-    a second time.
+    """Enable activation checkpointing for each block of `network`; return the number of blocks.
 
-    The gradients are the same to the bit; a forward and backward pass takes about a third longer.
-    Blocks are the parts, not single layers, of the longest `nn.Sequential` in the network. Returns
-    their number; 0 where there are none, or where they have batch norms, whose statistics would
-    count each batch twice.
+    A block then keeps only its input for the backward pass and computes the rest again. The
+    gradients are bit-identical; a forward and backward pass takes about a third longer. The blocks
+    are the composite parts, not single layers, of the longest `nn.Sequential` in the network.
+    Returns 0 if there are none, or if they contain batch norms, whose statistics would count each
+    batch twice.
     """
     bodies = [
         [part for part in body if next(part.children(), None) is not None]
@@ -105,8 +102,8 @@ def checkpoint_activations(network: nn.Module) -> int:
     ):
         return 0
     for block in blocks:
-        # Nothing in a block draws random numbers, whose state would have to be fetched from the
-        # device and put back.
+        # No block draws random numbers, so their state need not be fetched from the device and
+        # restored.
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
@@ -115,8 +112,7 @@ def checkpoint_activations(network: nn.Module) -> int:
 
 @torch.no_grad()
 def initialise(modules: Iterable[nn.Module], factor: float) -> None:
-    """Convolutions among `modules`: Kaiming normal (fan in, gain sqrt(2)) times `factor`, biases
-    0."""
+    """Initialise convolutions: Kaiming normal (fan in, gain sqrt(2)) times `factor`, biases 0."""
     for module in modules:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -126,24 +122,23 @@ def initialise(modules: Iterable[nn.Module], factor: float) -> None:
 
 
 def check_scale(scale: int, scales: Sequence[int]) -> None:
-    """`ValueError` unless `scale` is one of `scales`."""
+    """Raise `ValueError` unless `scale` is one of `scales`."""
     if not isinstance(scale, int) or isinstance(scale, bool) or scale not in scales:
         listed = f"{', '.join(map(str, scales[:-1]))} and {scales[-1]}"
         raise ValueError(f"scale {scale!r} is not one of {listed}")
 
 
 def check_sizes(**sizes: int) -> None:
-    """`ValueError` that names the first of `sizes` that is not a whole number from 1 to
-    `LARGEST_SIZE`."""
+    """Raise `ValueError` for the first of `sizes` that is not an integer in 1..`LARGEST_SIZE`."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} {size!r} is not a whole number above 0")
         if size > LARGEST_SIZE:
-            raise ValueError(f"{name} {size} is above {LARGEST_SIZE}, which no memory holds")
+            raise ValueError(f"{name} {size} is above {LARGEST_SIZE}, too large for any memory")
 
 
 def check_positive(**numbers: float) -> None:
-    """`ValueError` that names the first of `numbers` that is not a finite number above 0."""
+    """Raise `ValueError` for the first of `numbers` that is not a finite number above 0."""
     for name, number in numbers.items():
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or not math.isfinite(number) or number <= 0:
@@ -151,15 +146,17 @@ def check_positive(**numbers: float) -> None:
 
 
 def check_choice(choices: Sequence[str], **values: str) -> None:
-    """`ValueError` that names the first of `values` that is none of `choices`."""
+    """Raise `ValueError` for the first of `values` that is not one of `choices`."""
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers follow `prefix` and a dot in the names of tensors: "body.3.weight"
-    has 3 of "body"."""
+    """Count the different numbers that follow `prefix` and a dot in tensor names.
+
+    For example, "body.3.weight" has the number 3 after "body".
+    """
     parts = (
         name.removeprefix(f"{prefix}.").split(".")[0]
         for name in names
@@ -169,5 +166,5 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
 
 
 def has_convolutions(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> bool:
-    """Whether there is a convolution's weight (4 dimensions, none 0) of each of these names."""
+    """Return whether every name is that of a convolution's weight (4 dimensions, none 0)."""
     return all(len(shapes.get(name, ())) == 4 and 0 not in shapes[name] for name in names)

@@ -1,10 +1,9 @@
-"""SRVGGNetCompact ("Compact"), the small and fast generator of Real-ESRGAN, and how to know it from
-its tensors.
+"""SRVGGNetCompact ("Compact"), the small, fast generator of Real-ESRGAN.
 
 Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data",
-ICCV Workshops 2021, https://arxiv.org/abs/2107.10833, whose later releases bring it
-(realesr-animevideov3, realesr-general-x4v3). Tensors are named as in these files, so that they load
-strictly, and spandrel (chaiNNer, ComfyUI) opens ours as "Compact".
+ICCV Workshops 2021, https://arxiv.org/abs/2107.10833; it is part of the later releases
+(realesr-animevideov3, realesr-general-x4v3). Tensors are named as in their files, so that these
+load strictly, and spandrel (chaiNNer, ComfyUI) opens ours as "Compact".
 """
 
 from __future__ import annotations
@@ -28,25 +27,24 @@ from pipeline.models.common import (
 
 SCALES = (2, 3, 4)
 ACTIVATIONS = ("prelu", "relu", "leakyrelu")
-SLOPE = 0.25  # of PReLU below zero, at first
+SLOPE = 0.25  # initial slope of PReLU below zero
 
 
 class SRVGGNetCompact(nn.Module):
-    """A row of 3x3 convolutions at LR size, one pixel shuffle, and the nearest-neighbour upscale
-    added.
+    """3x3 convolutions at LR size, one pixel shuffle, and the nearest-neighbour upscale added.
 
-    The defaults (621,424 parameters at x4) are those of realesr-animevideov3; 32 convolutions are
-    those of realesr-general-x4v3. Other programs know the files only with PReLU: the tensors alone
-    do not tell the other two apart, so that `recognise` knows only PReLU, too.
+    The defaults (621,424 parameters at x4) are those of realesr-animevideov3; realesr-general-x4v3
+    has 32 convolutions. Other programs recognise such files only with PReLU, since the tensors do
+    not reveal which of the other two activations was used; `recognise` does the same.
 
     Args:
         scale: 2, 3 or 4.
         num_features: channels between the convolutions.
         num_conv: convolutions between the first and the last one.
-        activation: "prelu" (one slope a channel), "relu" or "leakyrelu" (slope 0.1).
+        activation: "prelu" (one slope per channel), "relu" or "leakyrelu" (slope 0.1).
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(
@@ -69,12 +67,12 @@ class SRVGGNetCompact(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """He's initial values for PReLU (He et al., ICCV 2015), and an output near the nearest
-        upscale.
+        """Use He's initialisation for PReLU, with a first output close to the nearest upscale.
 
-        With PyTorch's own, as published, each layer shrinks the signal by more than half: after 200
-        steps on eight crops (tests/training/test_overfit.py) a network of 16 convolutions stands at
-        22 dB, with these at 44 to 56, at rates of 5e-4 to 2e-3.
+        He et al., ICCV 2015. With PyTorch's default, as published, each layer shrinks the signal by
+        more than half: after 200 steps on eight crops (tests/training/test_overfit.py), a network
+        of 16 convolutions reaches 22 dB, and with this initialisation 44 to 56 dB, at rates of 5e-4
+        to 2e-3.
         """
         convolutions = [layer for layer in self.body if isinstance(layer, nn.Conv2d)]
         for convolution in convolutions:
@@ -84,15 +82,17 @@ class SRVGGNetCompact(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
-        without a seam."""
+        """Distance in LR pixels at which an input pixel can affect an output pixel.
+
+        Tiles that overlap by this much join without seams.
+        """
         return sum(isinstance(layer, nn.Conv2d) for layer in self.body)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, in [0, 1] except for overshoot: it
+        is not clamped (`images.to_bytes` does that).
         """
         lr = unit_range(images, self.body[0].weight.dtype)
         return F.pixel_shuffle(self.body(lr), self.scale) + F.interpolate(
@@ -101,8 +101,10 @@ class SRVGGNetCompact(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the PReLU `SRVGGNetCompact` with these tensors;
-        `None` if it is none."""
+        """Return (scale, other arguments) of the `SRVGGNetCompact` with these tensors, or `None`.
+
+        The activation is taken to be PReLU.
+        """
         last = count_blocks(shapes, "body") - 1
         convolutions = [f"body.{number}.weight" for number in range(0, last + 1, 2)]
         slopes = [f"body.{number}.weight" for number in range(1, last, 2)]

@@ -1,9 +1,10 @@
-// Depthwise convolution of float32 NHWC images with its gradients: 3x3 or 5x5, stride 1, any dilation, zero padding
-// that keeps the size. Compiled for the processor it runs on, see native.py; PyTorch's own is the reference.
+// Depthwise convolution of float32 NHWC images and its gradients: 3x3 or 5x5, stride 1, any dilation, zero padding that
+// keeps the size. Compiled for the processor it runs on, see native.py; PyTorch's kernel is the reference.
 //
-// A task is one image, LANES channels and a band of rows. It copies what it reads into a tile with zero margins, so
-// that the inner loops know no borders, no strides and no channels that do not fill a register. Tasks follow from the
-// shape alone and each has its own sums, added in the order of the tasks: the number of threads changes no bit.
+// A task is one image, LANES channels and a band of rows. It copies its input into a tile with zero margins, so that
+// the inner loops need not handle borders, strides or channels that do not fill a register. Tasks depend only on the
+// shape, and each has its own sums, which are added in the order of the tasks: results do not depend on the number of
+// threads, to the last bit.
 
 #include <cstdint>
 #include <cstdlib>
@@ -18,9 +19,9 @@ constexpr int LANES = 4, REGISTERS = 32;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
-constexpr int PIXELS = 8;                        // of a row, computed together in registers
+constexpr int PIXELS = 8;                        // pixels of a row, computed together in registers
 constexpr int64_t TILE_FLOATS = 384 * 1024 / 4;  // two tiles fit into the second-level cache
-constexpr int64_t TASKS = 32, LEAST_ROWS = 8;    // enough work for many cores, in bands that are not all margin
+constexpr int64_t TASKS = 32, LEAST_ROWS = 8;    // enough tasks for many cores, with bands larger than their margins
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
@@ -36,8 +37,8 @@ struct Shape {
   int64_t images, height, width, channels, dilation, kernel;
   int64_t margin() const { return dilation * (kernel / 2); }
   int64_t blocks() const { return (channels + LANES - 1) / LANES; }
-  int64_t tile_width() const { return width + 2 * margin() + PIXELS * dilation; }  // blocks may read past the row
-  int64_t rows() const {  // of a band
+  int64_t tile_width() const { return width + 2 * margin() + PIXELS * dilation; }  // may be read past the row
+  int64_t rows() const {  // in a band
     int64_t fitting = TILE_FLOATS / (tile_width() * LANES) - 2 * margin();
     int64_t bands = (TASKS + images * blocks() - 1) / (images * blocks());
     int64_t rows = (height + bands - 1) / bands;
@@ -87,7 +88,7 @@ static void fill_tile(float* tile, const float* images, const Shape& s, const Ta
   }
 }
 
-// P pixels of an output row, `step` floats apart like their taps, so that they share what they read.
+// Computes P pixels of an output row. They are `step` floats apart, like the taps, and therefore share loaded values.
 template <int K, int P>
 static inline void convolve(const float* tile, int64_t row, int64_t step, const float* weights, Vector* sums) {
   for (int i = 0; i < K; i++, tile += row, weights += K * LANES) {
@@ -132,8 +133,9 @@ static void convolve_band(float* out, const float* tile, const Shape& s, const T
   }
 }
 
-// Adds sums of gradient * image over a row to those of R rows of taps, P pixels at a time as above. Past the end of the
-// row the gradient's tile is zero. Each row is summed by itself first: long sums in one register lose digits.
+// Adds the sums of gradient * image over a row to those of R rows of taps, P pixels at a time as above. The gradient's
+// tile is zero beyond the end of the row. Each row is first summed separately, because long sums in one register lose
+// precision.
 template <int K, int R>
 static inline void correlate(Vector* sums, const float* gradient, const float* image, const Shape& s) {
   constexpr int P = PIXELS;
@@ -159,7 +161,7 @@ static inline void correlate(Vector* sums, const float* gradient, const float* i
 
 template <int K>
 static void correlate_band(Vector* sums, const float* gradients, const float* images, const Shape& s, const Task& t) {
-  constexpr int R = (REGISTERS == 32 ? 2 : 1) + (K == 3);  // rows of taps whose sums fit into the registers
+  constexpr int R = (REGISTERS == 32 ? 2 : 1) + (K == 3);  // rows of taps whose sums fit into registers
   const int64_t row = s.tile_width() * LANES;
   for (int64_t y = 0; y < t.rows; y++) {
     const float* gradient = gradients + (y + s.margin()) * row + s.margin() * LANES;
@@ -172,7 +174,7 @@ static void correlate_band(Vector* sums, const float* gradients, const float* im
   }
 }
 
-// (channels, 1, K, K) -> (blocks, K * K, LANES), 0 where there is no channel; flipped for the gradient of the input.
+// (channels, 1, K, K) -> (blocks, K * K, LANES), padded with 0; flipped for the gradient of the input.
 static float* packed(const float* weights, const Shape& s, bool is_flipped) {
   const int64_t taps = s.kernel * s.kernel;
   float* found = static_cast<float*>(calloc(s.blocks() * taps * LANES, sizeof(float)));
@@ -252,7 +254,8 @@ static bool run_backward(const float* images, const float* gradients, const floa
   return !failed;
 }
 
-// Pointers to whole tensors: images, gradients and results NHWC, weights (channels, kernel, kernel). 0 if all went well.
+// Takes pointers to contiguous tensors: images, gradients and results NHWC, weights (channels, kernel, kernel).
+// Returns 0 on success.
 extern "C" int depthwise_forward(const float* images, const float* weights, const float* bias, float* out,
                                  int64_t number, int64_t height, int64_t width, int64_t channels, int64_t kernel,
                                  int64_t dilation, int threads) {
@@ -262,7 +265,7 @@ extern "C" int depthwise_forward(const float* images, const float* weights, cons
                        : 1;
 }
 
-// `to_weights` (zeros) and `to_bias` (zeros) are added to; without `to_images`, or without both, that part is left out.
+// Adds to `to_weights` and `to_bias`, which must be zeros. A null `to_images`, or null for both, skips that part.
 extern "C" int depthwise_backward(const float* images, const float* gradients, const float* weights, float* to_images,
                                   float* to_weights, float* to_bias, int64_t number, int64_t height, int64_t width,
                                   int64_t channels, int64_t kernel, int64_t dilation, int threads) {

@@ -1,9 +1,7 @@
-"""Depthwise convolutions, of which VapSR's time is made on a CPU: which kernel computes them, and a
-guard for BF16.
+"""Depthwise convolutions: choice of the CPU kernel, which dominates VapSR's time, and a BF16 guard.
 
-PyTorch's kernel is the reference, and the only one outside of training. A training run on CPUs at
-FP32 may have chosen our own C++ one (`native.py`): see `faster_kernel`. Their results differ in
-rounding.
+PyTorch's kernel is the reference, and the only one outside training. An FP32 training run on CPUs
+may choose our own C++ kernel (`native.py`); see `faster_kernel`. Their results differ in rounding.
 """
 
 from __future__ import annotations
@@ -19,29 +17,28 @@ from torch.autograd.function import once_differentiable
 from pipeline.models import native
 
 KERNELS = ("torch", "native")
-MARGIN = 1.1  # the native kernel must be this much faster
-BUDGET = 1.0  # seconds of measuring
+MARGIN = 1.1  # minimum speed-up for choosing the native kernel
+BUDGET = 1.0  # seconds for measuring
 ROUNDS, MOST_ROUNDS = 3, 20
-CLEAR = 1.5  # times as fast: with less, more rounds count, for the machine may be busy
+# speed-up that counts as clear; below, more rounds are measured, as the machine may be busy
+CLEAR = 1.5
 LARGEST_BATCH = 8
-"""Of images that are measured on: more take longer, in proportion."""
+"""Largest number of images to measure on; more only take proportionally longer."""
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A convolution of each channel by itself, with two differences from `nn.Conv2d`, which it is
-    otherwise.
+    """A depthwise convolution, like `nn.Conv2d` except for two differences.
 
-    Its `kernel` says who computes it in FP32 on a CPU: "torch", or "native" (see `use_kernel`).
+    `kernel` selects what computes it in FP32 on a CPU: "torch" or "native" (see `use_kernel`).
 
-    In BF16 on a CPU a dilated one is computed in FP32 for training, and the result rounded: the
-    weight gradient that torch 2.13 computes there for large channels_last images is memory that was
-    never written, wrong by any factor.
+    In BF16 on a CPU, a dilated convolution trains in FP32 and rounds the result: the weight
+    gradient that torch 2.13 computes there for large channels_last images is uninitialised memory.
     """
 
     kernel = "torch"
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in and out, as `nn.Conv2d`."""
+        """Convolve NCHW as `nn.Conv2d` does."""
         if features.device.type != "cpu":
             return super().forward(features)
         if self.kernel == "native" and _is_eager_fp32(features, self.weight):
@@ -58,7 +55,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def same_size(channels: int, kernel_size: int, dilation: int = 1) -> DepthwiseConv2d:
-    """One whose output is as large as its input, with stride 1; the kernel's size is odd."""
+    """Build a depthwise convolution with stride 1 that keeps the size; the kernel's side is odd."""
     return DepthwiseConv2d(
         channels,
         channels,
@@ -70,34 +67,35 @@ def same_size(channels: int, kernel_size: int, dilation: int = 1) -> DepthwiseCo
 
 
 def is_wrong_in_bf16(convolution: nn.Conv2d) -> bool:
-    """Whether it is one that a `DepthwiseConv2d` has to guard: dilated, in groups (of one channel
-    or more)."""
+    """Return whether `DepthwiseConv2d` must guard the convolution: it is grouped and dilated."""
     return convolution.groups > 1 and max(convolution.dilation) > 1
 
 
 def use_kernel(network: nn.Module, kernel: str) -> None:
-    """Let `kernel` (one of `KERNELS`) compute the network's depthwise convolutions, as far as it
-    can."""
+    """Compute the network's depthwise convolutions with `kernel` where it can.
+
+    `kernel` is one of `KERNELS`.
+    """
     for module in network.modules():
         if isinstance(module, DepthwiseConv2d):
             module.kernel = kernel if _fits(module) else "torch"
 
 
 def may_use_native(network: nn.Module) -> bool:
-    """Whether the network has convolutions that the native kernel can compute."""
+    """Return whether the network has convolutions that the native kernel can compute."""
     return any(
         isinstance(module, DepthwiseConv2d) and _fits(module) for module in network.modules()
     )
 
 
 def faster_kernel(network: nn.Module, batch: int, patch: int) -> tuple[str, str]:
-    """Which kernel takes less time for the network's depthwise convolutions on (batch, C, patch,
-    patch), on this CPU.
+    """Measure which kernel is faster for the network's depthwise convolutions on this CPU.
 
-    Forward and backward in FP32, in turns, in about a second at most, on one thread: several wait
-    for each other where other processes want the cores, and then the times say nothing. Returns one
-    of `KERNELS` and a line for people. Both must be there (`native.why_not_native`), and such
-    convolutions (`may_use_native`).
+    Measures forward and backward passes of (batch, C, patch, patch) in FP32, alternating between
+    the kernels, for at most about a second. It uses one thread: several would wait for each other
+    if other processes need the cores, and the times would be meaningless. Returns one of `KERNELS`
+    and a line for the log. The native kernel must work (`native.why_not_native`), and the network
+    must have such convolutions (`may_use_native`).
     """
     counts = Counter(
         (module.in_channels, module.kernel_size[0], module.dilation[0])
@@ -132,8 +130,10 @@ def faster_kernel(network: nn.Module, batch: int, patch: int) -> tuple[str, str]
 def _measured(
     channels: int, size: int, dilation: int, batch: int, patch: int, until: float
 ) -> dict[str, float]:
-    """Seconds of a step of each kernel: the least of a few rounds in turns, one at least, more
-    where they are close."""
+    """Return the seconds per step of each kernel, the minimum over alternating rounds.
+
+    At least one round is measured; more if the kernels are close.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch, channels, patch, patch), generator=generator)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -154,7 +154,7 @@ def _measured(
 
 
 def _fits(module: DepthwiseConv2d) -> bool:
-    """Whether the native kernel can compute it."""
+    """Return whether the native kernel can compute the convolution."""
     size, dilation = module.kernel_size[0], module.dilation[0]
     return (
         module.groups == module.in_channels == module.out_channels
@@ -168,7 +168,7 @@ def _fits(module: DepthwiseConv2d) -> bool:
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What torch computes in on the CPU."""
+    """Return the dtype that torch computes in on the CPU."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
 
 
@@ -181,7 +181,7 @@ def _is_eager_fp32(features: Tensor, weight: Tensor) -> bool:
 
 
 class _Depthwise(torch.autograd.Function):
-    """The native kernel, with its gradients."""
+    """The native kernel and its gradients."""
 
     @staticmethod
     def forward(

@@ -1,14 +1,12 @@
-"""The discriminators of GAN training, in one table: networks that tell HR images from generated
-ones.
+"""The table of discriminators for GAN training, and the function that builds them.
 
-They take NCHW RGB, uint8 0..255 or float in [0, 1], and give logits, never probabilities: the
-losses have the sigmoid. Initial values are torch's own, as published, unless a class says
-otherwise. The names of the tensors are those of BasicSR's and Real-ESRGAN's files, so that these
-load strictly where the shapes agree.
+They take NCHW RGB, uint8 0..255 or float in [0, 1], and return logits, not probabilities: the
+losses apply the sigmoid. The initialisation is torch's default, as published, unless a class says
+otherwise. Tensors are named as in BasicSR's and Real-ESRGAN's files, so that these load strictly if
+the shapes agree.
 
-Weights may be cast to half precision with or without the buffers (DeepSpeed casts parameters alone
-unless told otherwise): batch norm statistics and spectral norms are computed in float32 whatever
-the types are.
+The weights may be cast to half precision with or without the buffers (by default, DeepSpeed casts
+only parameters): batch norm statistics and spectral norms are computed in float32 in any case.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from pipeline.models.common import COLOURS, NOT_ALLOCATED, BatchNorm2d, check_ch
 
 SMALLEST_CROP = 32
 LARGEST_WIDENING = 8
-"""Features double from stage to stage up to so many times `num_features`: to 512 for 64."""
+"""Features double from stage to stage up to this multiple of `num_features`: up to 512 for 64."""
 NORMS = ("batch", "instance", "none")
 HEADS = ("pool", "flatten")
 HEAD_SIDE = 4
@@ -38,16 +36,15 @@ SLOPE = 0.2
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Let a network judge without being taught or changed: how the generator's loss goes through
-    the discriminator.
+    """Freeze a discriminator while the generator's loss goes through it.
 
-    Within, no parameter requires a gradient, batch norm normalises by the batch as in training but
-    leaves its running statistics alone, and spectral norms use the singular vectors they have. So
-    the discriminator's state depends on its own steps only, whichever network steps first and
-    however often. The gradient towards the input is autograd's. Afterwards, also after an
-    exception, every flag is as it was. The backward pass may come later: what was run within stays
-    frozen. Knows torch's batch norm classes and this file's spectral norm, not torch's spectral
-    norms.
+    In this context, no parameter requires a gradient, batch norm normalises by the batch as in
+    training but does not update its running statistics, and spectral norms keep their singular
+    vectors. The discriminator's state thus depends only on its own steps, whichever network steps
+    first and however often. Gradients with respect to the input are computed as usual. All flags
+    are restored on exit, also after an exception. The backward pass may happen later, because what
+    was run inside stays frozen. Supports torch's batch norm classes and this module's spectral
+    norm, not torch's.
     """
     flags: list[tuple[Any, str, bool]] = [
         (parameter, "requires_grad", parameter.requires_grad) for parameter in module.parameters()
@@ -67,25 +64,26 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class VGGDiscriminator(nn.Module):
-    """Is this crop real? The discriminator of SRGAN and ESRGAN (Ledig et al., CVPR 2017; Wang et
-    al., ECCVW 2018).
+    """The image-level discriminator of SRGAN and ESRGAN (Ledig et al. 2017, Wang et al. 2018).
 
-    Stages of a 3x3 and a 4x4 convolution, the second with stride 2, as many as leave at least 3x3
-    positions; features double up to 8 times `num_features`. Then two linear layers with 100
-    features between. For crops of 128 and 256 both heads are BasicSR's VGGStyleDiscriminator
-    (14,499,401 parameters at 128); for 96, "flatten" is the published one of 96 (3x3 positions).
+    Each stage has a 3x3 convolution and a 4x4 one with stride 2. There are as many stages as leave
+    at least 3x3 positions; features double up to 8 times `num_features`. Two linear layers with 100
+    features between them follow. For crops of 128 and 256, both heads equal BasicSR's
+    VGGStyleDiscriminator (14,499,401 parameters at 128); for 96, "flatten" equals the published one
+    for 96 (3x3 positions).
 
-    Args: crop: side of the square HR crops in pixels, at least 32, also odd. num_features: channels
-        of the first stage. norm: "batch" is the published one; "instance" normalises every image by
-        itself, which suits small
-            micro-batches; "none" has biases instead and Kaiming initial values, so that the signal
-            keeps its size.
-        head: "pool" averages the positions to 4x4 and so takes images of any size, whatever `crop`
-        is; "flatten"
-            takes them as they are and so only images of `crop` x `crop`.
+    Args:
+        crop: side of the square HR crops in pixels, at least 32, odd or even.
+        num_features: channels of the first stage.
+        norm: "batch" is the published one; "instance" normalises each image on its own, which suits
+            small micro-batches; "none" uses biases and Kaiming initialisation instead, which keeps
+            the signal's magnitude.
+        head: "pool" averages the positions to 4x4 and therefore accepts images of any size,
+            whatever `crop` is; "flatten" uses the positions directly and accepts only images of
+            `crop` x `crop`.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class VGGDiscriminator(nn.Module):
         features = COLOURS
         for stage in range(self.num_stages):
             wider = num_features * min(2**stage, LARGEST_WIDENING)
-            # The first convolution of all has a bias and no norm, as published.
+            # The very first convolution has a bias and no norm, as published.
             self._add(
                 f"{stage}_0",
                 _conv(features, wider, 3, 1, has_bias=stage == 0 or norm == "none"),
@@ -116,7 +114,7 @@ class VGGDiscriminator(nn.Module):
             self._initialise()
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x 3 x H x W -> N x 1 logits in the weights' dtype; above 0 means real."""
+        """Return (N, 1) logits in the weights' dtype for (N, 3, H, W) images; real is above 0."""
         features = unit_range(images, self.linear1.weight.dtype)
         for stage in range(self.num_stages):
             for layer in (f"{stage}_0", f"{stage}_1"):
@@ -129,8 +127,7 @@ class VGGDiscriminator(nn.Module):
         elif features.shape[-2:] != (self.head_side, self.head_side):
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} pixels do not fit the crop of this "
-                "discriminator; "
-                'build it for their size, or with head: "pool"'
+                'discriminator; build it for their size, or with head: "pool"'
             )
         return self.linear2(F.leaky_relu(self.linear1(features.flatten(1)), SLOPE))
 
@@ -149,17 +146,19 @@ class VGGDiscriminator(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """Which pixels are real? Real-ESRGAN's U-Net with spectral norm (Wang et al., ICCVW 2021):
-    4,376,897 parameters.
+    """The pixel-level discriminator of Real-ESRGAN: a U-Net with spectral norm (Wang et al. 2021).
 
-    Args: crop: side of the HR crops in pixels, at least 32; the network is the same for all. Sides
-        that are no multiple
-            of 8 work too: each size on the way up is that of its counterpart on the way down.
-        num_features: channels at full size. skip_connections: add the features of the way down on
-        the way up.
+    It has 4,376,897 parameters by default.
+
+    Args:
+        crop: side of the HR crops in pixels, at least 32; the network is the same for all. Sides
+            that are not multiples of 8 work too: each decoder level has the size of its encoder
+            level.
+        num_features: channels at full size.
+        skip_connections: add the encoder's features in the decoder.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(self, *, crop: int, num_features: int = 64, skip_connections: bool = True) -> None:
@@ -182,8 +181,7 @@ class UNetDiscriminator(nn.Module):
         self.conv9 = _conv(full, 1, 3, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x 3 x H x W -> N x 1 x H x W logits in the weights' dtype, one for every pixel; above 0
-        means real."""
+        """Return (N, 1, H, W) logits, one per pixel, in the weights' dtype; real is above 0."""
         features = unit_range(images, self.conv0.weight.dtype)
         way_down = []
         for conv in (self.conv0, self.conv1, self.conv2, self.conv3):
@@ -202,13 +200,12 @@ class UNetDiscriminator(nn.Module):
 
 
 class SpectralConv2d(nn.Module):
-    """A convolution without bias whose weight is divided by its largest singular value (Miyato et
-    al., ICLR 2018).
+    """A convolution without bias whose weight is divided by its largest singular value.
 
-    As `torch.nn.utils.spectral_norm`, with its names: one power iteration in every training pass
-    keeps the singular vectors `weight_u` and `weight_v` up to date. Other than there, it works in
-    float32 where the weight is in half precision and the vectors are not, and 15 iterations at the
-    start make the first passes right.
+    Miyato et al., ICLR 2018. As in `torch.nn.utils.spectral_norm`, and with its tensor names, one
+    power iteration per training pass updates the singular vectors `weight_u` and `weight_v`. In
+    addition, it supports weights in half precision with vectors in float32 and computes in float32,
+    and 15 initial iterations make the first passes accurate.
     """
 
     weight_u: Tensor
@@ -230,21 +227,25 @@ class SpectralConv2d(nn.Module):
             self._iterate(matrix)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in; the padding keeps H and W at a 3x3 kernel, and a 4x4 one with stride 2 halves
-        them."""
+        """Convolve NCHW features with padding 1.
+
+        A 3x3 kernel with stride 1 keeps H and W; a 4x4 kernel with stride 2 halves them.
+        """
         weight = self.weight_orig.to(torch.promote_types(self.weight_orig.dtype, torch.float32))
         matrix = weight.flatten(1)
         if self.training and self.is_iterating:
             u, v = self._iterate(matrix.detach())
-        else:  # copies, as above
+        else:  # copies, because later passes change the buffers before the backward pass
             u, v = (vector.to(weight.dtype, copy=True) for vector in (self.weight_u, self.weight_v))
         weight = weight / torch.dot(u, torch.mv(matrix, v))
         return F.conv2d(features, weight.to(features.dtype), stride=self.stride, padding=1)
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """One power iteration: the new left and right singular vectors, which the buffers keep in
-        their own dtype."""
+        """Do one power iteration and return the new left and right singular vectors.
+
+        The buffers are updated in their own dtype.
+        """
         v = F.normalize(torch.mv(matrix.t(), self.weight_u.to(matrix.dtype)), dim=0, eps=1e-12)
         u = F.normalize(torch.mv(matrix, v), dim=0, eps=1e-12)
         self.weight_u.copy_(u)
@@ -259,11 +260,11 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
 
 
 def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
-    """Build the discriminator `name` for HR crops of `crop` pixels a side, freshly initialised,
-    float32 on the CPU.
+    """Build the discriminator `name` for square HR crops of `crop` pixels, in float32 on the CPU.
 
-    `params` are the keyword arguments of the network's class. `UserError` for an unknown network,
-    an unknown parameter (with the nearest real one) or a value that the network refuses.
+    It is freshly initialised. `params` are the keyword arguments of the network's class. Raises
+    `UserError` for an unknown network, an unknown parameter (naming the nearest one) and a value
+    that the network does not accept.
     """
     names.DISCRIMINATORS.check(name, params)
     try:
@@ -272,7 +273,7 @@ def build_discriminator(name: str, crop: int, /, **params: Any) -> nn.Module:
         raise UserError(f"discriminator {name!r}: {error}") from error
     except NOT_ALLOCATED as error:
         raise UserError(
-            f"discriminator {name!r} cannot be built with {params}, is it too large? "
+            f"discriminator {name!r} cannot be built with {params}; is it too large? "
             f"({one_line(error)})"
         ) from error
 
@@ -284,7 +285,7 @@ def _conv(
 
 
 def _num_stages(crop: int) -> int:
-    """How often a side can be halved (rounding down) and leave at least 3."""
+    """Return how often `crop` can be halved, rounding down, to at least 3."""
     stages = 0
     while crop >> (stages + 1) >= 3:
         stages += 1
@@ -294,5 +295,5 @@ def _num_stages(crop: int) -> int:
 def _check_crop(crop: int) -> None:
     if not isinstance(crop, int) or isinstance(crop, bool) or crop < SMALLEST_CROP:
         raise ValueError(
-            f"crop {crop!r} is not a whole number of pixels from {SMALLEST_CROP} up; set data.crop"
+            f"crop {crop!r} is not a whole number of at least {SMALLEST_CROP} pixels; set data.crop"
         )

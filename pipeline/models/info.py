@@ -1,5 +1,4 @@
-"""What a network is made of and what it costs: layers, parameters, multiply-adds, receptive field,
-size of the weights.
+"""Print a network's layers, parameters, multiply-adds, receptive field and weight size.
 
 python -m pipeline.models.info vapsr_x4
 """
@@ -29,14 +28,16 @@ from pipeline.models.weights import SUFFIXES, read_network
 from pipeline.run_folder import run_network_file
 
 LARGEST_PROBE = 1024
-"""The receptive field is looked for in LR images up to so many pixels long, and so is smaller than
-that or global."""
+"""Longest LR image, in pixels, with which the receptive field is measured.
+
+A receptive field is therefore either smaller than this or global.
+"""
 STRIP = 8
-"""The other side of these images."""
+"""The other side of these images, in pixels."""
 GLOBAL, NOT_MEASURED = "global", "not measured"
 SEEN = {
     GLOBAL: "global: the whole image",
-    NOT_MEASURED: "not measured: the architecture is not convolutions alone",
+    NOT_MEASURED: "not measured: the architecture does not consist of convolutions only",
 }
 
 
@@ -44,10 +45,9 @@ SEEN = {
 class Options:
     """Print the layers of a network, its parameters, multiply-adds, receptive field and size.
 
-    The network is that of a recipe, of a weights file (.safetensors, .pth…) or of a run folder (its
-    best averaged weights). No dataset and no GPU are needed. Multiply-adds (MACs) are those of
-    convolutions and matrix products for one HR image of --hr, as papers count them; a FLOP count is
-    twice that.
+    The network is given by a recipe, a weights file (.safetensors, .pth…) or a run folder (its best
+    averaged weights). Needs no dataset and no GPU. Multiply-adds (MACs) count the convolutions and
+    matrix products for one HR image of size --hr, as in papers; a FLOP count is twice as high.
 
     Examples: python -m pipeline.models.info vapsr_x4 generator.num_blocks=11
 
@@ -55,36 +55,34 @@ class Options:
     """
 
     target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|FILE|RUN")]
-    """A name in recipes/, the path of a YAML file, a weights file, or a run folder."""
+    """Name of a recipe in recipes/, path of a YAML recipe, weights file, or run folder."""
     overrides: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
     ] = ()
-    """key=value over the recipe, such as generator.num_blocks=11."""
+    """Overrides of the recipe as key=value, e.g. generator.num_blocks=11."""
     part: Literal["generator", "discriminator"] = "generator"
-    """Which network of a recipe; a discriminator is measured at one crop."""
+    """Which network of the recipe; a discriminator is measured with one crop."""
     hr: tuple[int, int] = (1280, 720)
-    """Width and height of the HR image that shapes and multiply-adds are given for; cut to
-    multiples of the scale."""
+    """Width and height of the HR image to measure for, rounded down to multiples of the scale."""
     json: bool = False
     """Print one JSON object with all numbers instead of the table."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that has parameters of its own, or no parts."""
+    """A module that has its own parameters, or has no submodules."""
 
     name: str
     type: str
     output: tuple[int, ...] | None
-    """Its shape without the batch; `None` where the layer was never run."""
+    """Its shape without the batch dimension; `None` if the layer did not run."""
     parameters: int
     multiply_adds: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to say about a network. Sizes of images are (height, width), of weights in
-    bytes."""
+    """All results for a network. Image sizes are (height, width), weight sizes are in bytes."""
 
     title: str
     scale: int
@@ -93,14 +91,16 @@ class Report:
     input_size: tuple[int, int]
     multiply_adds: int
     receptive_field: tuple[int, int] | str
-    """In input pixels; "global": `LARGEST_PROBE` pixels a side or more, or one verdict on all; or
-    "not measured"."""
+    """(height, width) in input pixels, "global", or "not measured".
+
+    "global" means at least `LARGEST_PROBE` pixels, or a single output for the whole image.
+    """
     float32_bytes: int
     float16_bytes: int
 
 
 def main(options: Options) -> int:
-    """Print what there is to say about the network."""
+    """Print the report of the network."""
     title, network, scale, size = _build(options)
     report = describe(network, title, scale, size)
     print(json.dumps(as_json(report), indent=1) if options.json else format_report(report))
@@ -108,8 +108,7 @@ def main(options: Options) -> int:
 
 
 def describe(network: nn.Module, title: str, scale: int, input_size: tuple[int, int]) -> Report:
-    """Measure a float32 network that makes `scale` times larger images of NCHW RGB; it stays as it
-    is."""
+    """Measure a float32 network that upscales NCHW RGB by `scale`, without changing it."""
     network = copy.deepcopy(network).eval()
     layers, multiply_adds, output = _run_on_meta(network, input_size)
     tensors = network.state_dict().values()
@@ -129,20 +128,18 @@ def describe(network: nn.Module, title: str, scale: int, input_size: tuple[int, 
 
 
 def _field(network: nn.Module, scale: int) -> tuple[int, int] | str:
-    if (
-        isinstance(network, SpandrelNetwork) and not network.is_convolutional
-    ):  # how far a window sees differs by place
+    # The reach of attention windows depends on the position.
+    if isinstance(network, SpandrelNetwork) and not network.is_convolutional:
         return NOT_MEASURED
     return receptive_field(network, scale) or GLOBAL
 
 
 def receptive_field(network: nn.Module, scale: int) -> tuple[int, int] | None:
-    """(height, width) in input pixels of what the outputs in the place of one input pixel depend
-    on; `None`: global.
+    """Measure the receptive field as (height, width) in input pixels; `None` if it is global.
 
-    Measured: a NaN at the border of an image reaches just the outputs that depend on it, whatever
-    the weights are. Where places differ (internal strides) it is the farthest view to either side.
-    The network must be in eval mode.
+    It covers all outputs at the position of one input pixel. A NaN at the border of an image
+    reaches exactly the outputs that depend on it, whatever the weights. If positions differ
+    (internal strides), the farthest reach to either side counts. The network must be in eval mode.
     """
     sides = [_receptive_side(network, scale, is_vertical) for is_vertical in (True, False)]
     return None if None in sides else (sides[0], sides[1])
@@ -152,23 +149,22 @@ def _receptive_side(network: nn.Module, scale: int, is_vertical: bool) -> int | 
     width = 64
     while width <= LARGEST_PROBE:
         images = torch.zeros(2, 3, STRIP, width)
-        images[0, ..., 0] = images[1, ..., -1] = torch.nan  # reaches to the right, and to the left
+        images[0, ..., 0] = images[1, ..., -1] = torch.nan  # spread to the right, and to the left
         with torch.no_grad(), _Influence():
             outputs = network(images.transpose(2, 3) if is_vertical else images)
         reached = outputs.isnan().any(1).any(2 if is_vertical else 1)
         right = int(reached[0].nonzero().max()) // scale
         left = width - 1 - int(reached[1].nonzero().min()) // scale
-        if (
-            max(left, right) < width // 2
-        ):  # farther could be cut off by the border, even between a dilation's taps
+        # A longer reach might be truncated by the border, even between the taps of a dilated
+        # kernel.
+        if max(left, right) < width // 2:
             return left + 1 + right
         width *= 4
     return None
 
 
 class _Influence(TorchDispatchMode):
-    """Convolutions pass on where NaNs reach, and nothing else: exact, and as cheap with 512
-    channels as with one."""
+    """Makes convolutions propagate only where NaNs reach, as cheap with 512 channels as with 1."""
 
     def __torch_dispatch__(
         self,
@@ -193,8 +189,10 @@ def _spread(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
-    """NaN where a convolution with these arguments (those of `aten::convolution`) has a NaN in its
-    window, 0 else."""
+    """Return NaN where the convolution's window contains a NaN, otherwise 0.
+
+    The arguments are those of `aten::convolution`.
+    """
     channels = weight.shape[1] if is_transposed else weight.shape[0] // groups
     reached = features.isnan().unflatten(1, (groups, -1)).any(2).to(features.dtype)
     window = torch.ones(groups, 1, *weight.shape[2:], dtype=features.dtype)
@@ -209,8 +207,10 @@ def _spread(
 def _run_on_meta(
     network: nn.Module, input_size: tuple[int, int]
 ) -> tuple[list[Layer], int, tuple[int, ...]]:
-    """Layers in the order in which they run, all multiply-adds, the output's shape: of one image.
-    Computes nothing."""
+    """Return layers in execution order, total multiply-adds and output shape, for one image.
+
+    Runs on the meta device, without computing anything.
+    """
     network = copy.deepcopy(network).to("meta")
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -249,7 +249,7 @@ def _run_on_meta(
 
 
 def format_report(report: Report) -> str:
-    """A row for every layer, then the sums."""
+    """Format a table with one row per layer, followed by the totals."""
     head = ("layer", "type", "output", "parameters", "MMACs")
     rows = [
         (
@@ -278,15 +278,17 @@ def format_report(report: Report) -> str:
             f"weights          {report.float32_bytes / 1e6:.2f} MB in float32, "
             f"{report.float16_bytes / 1e6:.2f} MB in "
             "float16",
-            "MACs are of convolutions and matrix products; 1 MAC is 2 FLOPs. Outputs leave out the "
-            "batch.",
+            "MACs count convolutions and matrix products; 1 MAC is 2 FLOPs. Output shapes omit "
+            "the batch.",
         ]
     )
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain JSON values; the receptive field is [height, width], "global" or "not
-    measured"."""
+    """Return the report as JSON values.
+
+    The receptive field is [height, width], "global" or "not measured".
+    """
     return {**asdict(report), "gmacs": report.multiply_adds / 1e9}
 
 
@@ -306,13 +308,13 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
 
 
 def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
-    """What the command line means: title, network, scale, (height, width) of its input."""
+    """Interpret the command line; return title, network, scale and (height, width) of the input."""
     path = Path(options.target).expanduser()
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         if options.overrides or options.part != "generator":
             raise UserError(
-                f"{options.target!r} is a generator's weights: overrides and --part go with "
-                "recipes only"
+                f"{options.target!r} contains a generator's weights: overrides and --part apply "
+                "only to recipes"
             )
         saved = read_network(run_network_file(path, "best", ema=True) if path.is_dir() else path)
         title, network, scale = (
@@ -324,8 +326,8 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
     overrides, ds_overrides = parse_overrides(options.overrides)
     if ds_overrides:
         raise UserError(
-            f"ds.{next(iter(ds_overrides))}: DeepSpeed's file does not change the network; leave "
-            "it out"
+            f"ds.{next(iter(ds_overrides))}: the DeepSpeed config does not affect the network; "
+            "omit it"
         )
     recipe = _recipe(options, overrides)
     title = f"{options.part} of recipe {recipe.name}: "
@@ -338,7 +340,7 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
             _lr_size(options.hr, recipe.scale),
         )
     if recipe.adversarial is None:
-        raise UserError(f"recipe {recipe.name} has no discriminator; leave --part out")
+        raise UserError(f"recipe {recipe.name} has no discriminator; omit --part")
     spec, crop = recipe.adversarial.discriminator, recipe.data.crop
     return (
         f"{title}{spec.name} at crop {crop}",
@@ -349,8 +351,11 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
 
 
 def _recipe(options: Options, overrides: dict[str, Any]) -> Recipe:
-    """The recipe; of a scale that its network lacks that is said, not that the crop does not fit
-    it."""
+    """Load the recipe.
+
+    If the network does not support the scale, the error says so, and not that the crop does not fit
+    the scale.
+    """
     try:
         return load_recipe(options.target, overrides)
     except UserError:

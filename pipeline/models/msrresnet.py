@@ -1,8 +1,8 @@
-"""MSRResNet: SRResNet without batch norm, which learns what an interpolated image lacks.
+"""MSRResNet: SRResNet without batch norm, which learns the difference to an interpolated image.
 
 The network of Ledig et al., CVPR 2017, https://arxiv.org/abs/1609.04802, with the residual blocks
 of Lim et al., "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops
-2017, https://arxiv.org/abs/1707.02921, as BasicSR publishes it. Tensors are named as in BasicSR's
+2017, https://arxiv.org/abs/1707.02921, as published in BasicSR. Tensors are named as in BasicSR's
 files (MSRResNet_x4_f64b16…), so that these load strictly.
 """
 
@@ -34,13 +34,15 @@ SLOPE = 0.1
 class MSRResNet(nn.Module):
     """MSRResNet for RGB images, x2, x3 or x4. The defaults have 1,517,571 parameters at x4.
 
-    Args: scale: 2, 3 or 4. num_features: channels between the blocks. num_blocks: residual blocks.
-        global_residual: the interpolation of the input that the output is added to. "bilinear" is
-        that of BasicSR's
-            files; "bicubic" is nearer to the HR image, so that there is less to learn.
+    Args:
+        scale: 2, 3 or 4.
+        num_features: channels between the blocks.
+        num_blocks: number of residual blocks.
+        global_residual: the interpolation of the input that is added to the output. "bilinear" is
+            that of BasicSR's files; "bicubic" is closer to HR, which leaves less to learn.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(
@@ -66,25 +68,29 @@ class MSRResNet(nn.Module):
         )
         self.conv_hr = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_last = nn.Conv2d(num_features, COLOURS, 3, padding=1)
-        # None is no buffer at all: files with the bilinear residual keep exactly BasicSR's tensors.
+        # None registers no tensor: files with the bilinear residual have exactly BasicSR's tensors.
         self.register_buffer(
             "residual_kernel", bicubic_kernel(scale) if global_residual == "bicubic" else None
         )
-        # As published. So small that the first output is the interpolated image but for 1e-4 or so.
+        # As published. These weights are so small that the first output differs from the
+        # interpolated image by only about 1e-4.
         initialise(self.modules(), 0.1)
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
-        without a seam."""
-        # conv_first: 1, a block: 2, conv_last, conv_hr and the upsampling convolutions together: 2.
+        """Distance in LR pixels at which an input pixel can affect an output pixel.
+
+        Tiles that overlap by this much join without seams.
+        """
+        # conv_first: 1; each block: 2; conv_last, conv_hr and the upsampling convolutions together:
+        # 2.
         return 1 + 2 * len(self.body) + 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, in [0, 1] except for overshoot: it
+        is not clamped (`images.to_bytes` does that).
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
         features = self.body(F.leaky_relu(self.conv_first(lr), SLOPE))
@@ -100,8 +106,7 @@ class MSRResNet(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the `MSRResNet` with these tensors; `None` if it is
-        none."""
+        """Return (scale, other arguments) of the `MSRResNet` with these tensors, or `None`."""
         if not has_convolutions(
             shapes,
             (
@@ -127,7 +132,7 @@ class MSRResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, ReLU, convolution, and the input added."""
+    """Convolution, ReLU and convolution, with the input added."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -135,5 +140,5 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(num_features, num_features, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out."""
+        """Map NCHW features to the same shape."""
         return features + self.conv2(F.relu(self.conv1(features)))

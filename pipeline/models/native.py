@@ -1,10 +1,9 @@
-"""Our own C++ (`depthwise.cpp`), compiled for this processor on first use, kept, and called by
-ctypes.
+"""Builds and calls our C++ kernel (`depthwise.cpp`), compiled for this processor on first use.
 
-A compiler takes about a second for it. The library lies where torch and DeepSpeed keep what they
-compile (TORCH_EXTENSIONS_DIR, or the user's cache), in a folder named after the source, the
-compiler, torch and the processor. The first process builds it, others that want it wait, and it
-appears whole or not at all.
+Compiling takes about a second. The library is stored where torch and DeepSpeed keep compiled
+extensions (TORCH_EXTENSIONS_DIR, or the user's cache), in a folder named after the source, the
+compiler, torch and the processor. The first process builds it while others wait, and the file is
+moved into place only when complete. It is called through ctypes.
 """
 
 from __future__ import annotations
@@ -31,17 +30,16 @@ COMPILERS = ("g++", "c++")
 KERNEL_SIZES = (3, 5)
 LONGEST_BUILD = 120  # seconds
 TOLERANCE = 1e-4
-"""Of the check after loading: the largest difference to PyTorch in parts of the largest value."""
+"""For the check after loading: largest difference to PyTorch, relative to the largest value."""
 
 
 class NotBuiltError(Exception):
-    """There is no native kernel here. The message says why, in a few words."""
+    """The native kernel is not available; the message is a short reason."""
 
 
 @functools.cache
 def why_not_native() -> str:
-    """Empty if the native kernel works here, else the reason; builds it where that was never
-    done."""
+    """Return why the native kernel does not work here, or "" if it does; builds it if needed."""
     try:
         _check(_library())
     except NotBuiltError as error:
@@ -50,10 +48,10 @@ def why_not_native() -> str:
 
 
 def forward(images: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """Depthwise convolution that keeps the size: float32 (N, C, H, W) on the CPU -> the same, both
-    channels_last.
+    """Depthwise convolution that keeps the size, of float32 (N, C, H, W) on the CPU.
 
-    `weight`: (C, 1, K, K) with K 3 or 5. `MemoryError` where the memory does not suffice.
+    Input is converted to channels_last, and the output is channels_last. `weight` is (C, 1, K, K)
+    with K 3 or 5. Raises `MemoryError` if memory runs out.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -71,8 +69,11 @@ def backward(
     wants_images: bool = True,
     wants_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a loss by images, weight and bias, where its gradient by the output is
-    `gradient` (N, C, H, W)."""
+    """Return the gradients with respect to images, weight and bias.
+
+    `gradient` (N, C, H, W) is the gradient with respect to the output. Gradients that are not
+    wanted are `None`.
+    """
     images = images.contiguous(memory_format=torch.channels_last)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
@@ -110,7 +111,7 @@ def _call(
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled library; `NotBuiltError` where there is none."""
+    """Return the compiled library; raise `NotBuiltError` if there is none."""
     compiler = next(
         (
             path
@@ -120,7 +121,7 @@ def _library() -> ctypes.CDLL:
         None,
     )
     if compiler is None:
-        raise NotBuiltError("there is no C++ compiler (Debian: apt install g++)")
+        raise NotBuiltError("no C++ compiler found (Debian: apt install g++)")
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except subprocess.CalledProcessError as error:
@@ -128,14 +129,14 @@ def _library() -> ctypes.CDLL:
             line for line in error.stderr.splitlines() if "error" in line
         ] or error.stderr.splitlines()
         raise NotBuiltError(
-            f"{compiler} could not compile it: {' '.join(lines[:1])[:200]}"
+            f"{compiler} failed to compile it: {' '.join(lines[:1])[:200]}"
         ) from error
-    except (OSError, subprocess.TimeoutExpired) as error:  # the linker's message, or the disk's
+    except (OSError, subprocess.TimeoutExpired) as error:  # errors of the linker or the disk
         raise NotBuiltError(" ".join(str(error).split())[:200]) from error
 
 
 def _built(compiler: str) -> Path:
-    """The library's file, built if need be, by one process while the others wait."""
+    """Return the library's path; one process builds it if necessary, while others wait."""
     identity = "\n".join(
         (
             SOURCE.read_text(encoding="utf-8"),
@@ -151,9 +152,8 @@ def _built(compiler: str) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with open(
-        folder / ".building", "w"
-    ) as guard:  # a lock of the system: it ends with the process that holds it
+    # The operating system releases this lock when its process ends.
+    with open(folder / ".building", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -162,10 +162,10 @@ def _built(compiler: str) -> Path:
 
 
 def _compile(compiler: str, scratch: Path) -> Path:
-    """Compile into `scratch`. The OpenMP functions are those of torch's own library, so that there
-    is one thread pool.
+    """Compile into `scratch` and return the library's path.
 
-    Hence the linker is not told of OpenMP, but of libtorch_cpu, whose dependencies the loader then
+    OpenMP functions must come from torch's own library, so that there is a single thread pool. The
+    linker is therefore not given OpenMP but libtorch_cpu, whose dependencies the loader then
     searches.
     """
     libraries = Path(torch.__file__).parent / "lib"
@@ -187,7 +187,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
 
 
 def _cache() -> Path:
-    """Where compiled things are kept: as `launch.environment` says, or the user's cache."""
+    """Return the folder for compiled files: TORCH_EXTENSIONS_DIR, or one in the user's cache."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     return (
         Path(given)
@@ -197,15 +197,14 @@ def _cache() -> Path:
 
 
 def _first_line(compiler: str) -> str:
-    """Of what the compiler says of its version."""
+    """Return the first line of the compiler's version output."""
     return subprocess.run(
         (compiler, "--version"), check=True, capture_output=True, text=True, timeout=10
     ).stdout.partition("\n")[0]
 
 
 def _processor() -> str:
-    """What `-march=native` goes by: the architecture, and model and abilities of the first
-    processor."""
+    """Return what `-march=native` depends on: architecture, model and features of the processor."""
     try:
         first = (
             Path("/proc/cpuinfo")
@@ -228,8 +227,8 @@ def _processor() -> str:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """`NotBuiltError` unless it computes what PyTorch computes: a compiler may be broken."""
-    del library  # loaded, which is what can fail
+    """Raise `NotBuiltError` unless the kernel agrees with PyTorch: compilers can be broken."""
+    del library  # only loading could fail
     generator = torch.Generator().manual_seed(0)
     images, weight, bias = (
         torch.randn(shape, generator=generator) for shape in ((2, 19, 9, 11), (19, 1, 5, 5), (19,))
@@ -249,4 +248,4 @@ def _check(library: ctypes.CDLL) -> None:
         for one, other in pairs
         if one is not None
     ):
-        raise NotBuiltError("compiled, it computes something else than PyTorch")
+        raise NotBuiltError("its results differ from PyTorch's")

@@ -1,4 +1,4 @@
-"""RRDBNet, the generator of ESRGAN and Real-ESRGAN, and how to know it from its tensors.
+"""RRDBNet, the generator of ESRGAN and Real-ESRGAN.
 
 Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", ECCV Workshops
 2018, https://arxiv.org/abs/1809.00219; x1 and x2 as in Wang et al., "Real-ESRGAN", ICCV Workshops
@@ -29,31 +29,32 @@ from pipeline.models.common import (
 )
 
 UNSHUFFLE = {1: 4, 2: 2, 4: 1}
-"""Scale -> how many times smaller, each way, the pixels are folded into channels before the x4
-network."""
+"""Scale -> factor by which the input is pixel-unshuffled before the x4 network."""
 SLOPE = 0.2
 PUBLISHED_RESIDUAL_SCALE = 0.2
 
 
 class RRDBNet(nn.Module):
-    """RRDBNet for RGB images, x1, x2 or x4. The defaults are ESRGAN's (16,697,987 parameters at
-    x4).
+    """RRDBNet for RGB images, x1, x2 or x4. By default ESRGAN's (16,697,987 parameters at x4).
 
-    The network itself makes x4; at x2 and x1 the input is folded (pixel-unshuffled) by 2 and 4 in
-    front of it. ESRDnet, a wide and short one, is `num_features=128, num_blocks=12`, its fusion as
-    in the RDN paper with `fusion_kernel=1`. Other programs know the files only with
-    `num_grow_ch=32`, `fusion_kernel=3` and both residual scales 0.2. The tensors do not tell the
-    residual scales: a file without a description is taken to have 0.2.
+    The network itself upscales by 4; for x2 and x1 the input is pixel-unshuffled by 2 and 4 first.
+    ESRDnet, a wide and shallow variant, is `num_features=128, num_blocks=12`; with
+    `fusion_kernel=1` its fusion is that of the RDN paper. Other programs recognise files only with
+    `num_grow_ch=32`, `fusion_kernel=3` and both residual scales 0.2. The tensors do not reveal the
+    residual scales: a file without a description is assumed to have 0.2.
 
-    Args: scale: 1, 2 or 4. num_features: channels between the blocks. num_blocks:
-        residual-in-residual dense blocks, three dense blocks each. num_grow_ch: channels that each
-        of a dense block's first four convolutions adds. fusion_kernel: kernel size of a dense
-        block's last convolution, the local feature fusion: 3 or 1. rdb_residual_scale: what a dense
-        block's output is multiplied with before its input is added. rrdb_residual_scale: the same
-        of three dense blocks together.
+    Args:
+        scale: 1, 2 or 4.
+        num_features: channels between the blocks.
+        num_blocks: number of residual-in-residual dense blocks, of three dense blocks each.
+        num_grow_ch: channels added by each of the first four convolutions of a dense block.
+        fusion_kernel: kernel size of a dense block's last convolution, the local feature fusion: 3
+            or 1.
+        rdb_residual_scale: factor of a dense block's output before its input is added.
+        rrdb_residual_scale: the same for three dense blocks together.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(
@@ -94,31 +95,29 @@ class RRDBNet(nn.Module):
         self.conv_up2 = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_hr = nn.Conv2d(num_features, num_features, 3, padding=1)
         self.conv_last = nn.Conv2d(num_features, COLOURS, 3, padding=1)
-        # As published: a tenth of Kaiming normal in the dense blocks, PyTorch's own initial values
-        # outside.
+        # As published: a tenth of Kaiming normal in the dense blocks, PyTorch's default outside
+        # them.
         initialise(self.body.modules(), 0.1)
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
-        without a seam.
+        """Distance in LR pixels at which an input pixel can affect an output pixel.
 
-        A multiple of the folding, so that tiles which begin this far outside are folded as the
-        whole image is.
+        Tiles that overlap by this much join without seams. It is a multiple of the unshuffle
+        factor, so that tiles which start this far outside are unshuffled like the whole image.
         """
-        # conv_first, conv_body: 1 each; a dense block: 4 and its fusion; the four convolutions
-        # behind: 2 together.
+        # conv_first and conv_body: 1 each; a dense block: 4 and its fusion; the four last
+        # convolutions: 2 together.
         fusion = self.body[0].rdb1.conv5.kernel_size[0] // 2
         folded = 2 + len(self.body) * 3 * (4 + fusion) + 2
         return folded * self.unshuffle + (self.unshuffle if self.unshuffle > 1 else 0)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does). At x2
-        and x1 sides that are no multiples of 2 or 4 are extended by reflection and the result is
-        cut; they must be above 1 or 3 pixels.
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, in [0, 1] except for overshoot: it
+        is not clamped (`images.to_bytes` does that). At x2 and x1, sides that are not multiples of
+        2 or 4 are padded by reflection and the result is cropped; they must be above 1 or 3 pixels.
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
         height, width = lr.shape[-2:]
@@ -139,10 +138,9 @@ class RRDBNet(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the `RRDBNet` with these tensors; `None` if it is
-        none.
+        """Return (scale, other arguments) of the `RRDBNet` with these tensors, or `None`.
 
-        The residual scales are taken to be the published 0.2.
+        The residual scales are assumed to be the published 0.2.
         """
         dense = "body.0.rdb1"
         if any("conv1x1" in name for name in shapes):  # ESRGAN+ is another network
@@ -178,8 +176,7 @@ class RRDBNet(nn.Module):
 
     @staticmethod
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors of a file of ESRGAN's first code, or of its second, under today's names;
-        `None` if it is neither.
+        """Rename the tensors of files of ESRGAN's first two codebases; `None` for other files.
 
         The first named them `model.1.sub.0.RDB1.conv1.0.weight`, the second
         `RRDB_trunk.0.RDB1.conv1.weight`.
@@ -199,7 +196,7 @@ class RRDBNet(nn.Module):
 
 
 class ResidualInResidualDenseBlock(nn.Module):
-    """Three dense blocks, scaled, and the input added."""
+    """Three dense blocks, scaled, with the input added."""
 
     def __init__(
         self,
@@ -216,13 +213,12 @@ class ResidualInResidualDenseBlock(nn.Module):
         self.rdb3 = DenseBlock(num_features, num_grow_ch, fusion_kernel, rdb_residual_scale)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out."""
+        """Map NCHW features to the same shape."""
         return features + self.residual_scale * self.rdb3(self.rdb2(self.rdb1(features)))
 
 
 class DenseBlock(nn.Module):
-    """Four convolutions that each see all before them, a fifth that fuses it all; scaled, and the
-    input added."""
+    """Four densely connected convolutions and a fusing fifth; scaled, with the input added."""
 
     def __init__(
         self, num_features: int, num_grow_ch: int, fusion_kernel: int, residual_scale: float
@@ -238,7 +234,7 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out."""
+        """Map NCHW features to the same shape."""
         dense = features
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             dense = torch.cat((dense, _activate(conv(dense))), dim=1)
@@ -246,8 +242,8 @@ class DenseBlock(nn.Module):
 
 
 def _activate(features: Tensor) -> Tensor:
-    # In place, on a convolution's fresh output: without torch.compile it halves the memory of the
-    # activations.
+    # In place on the new output of a convolution, which halves the activation memory without
+    # torch.compile.
     return F.leaky_relu(features, SLOPE, inplace=True)
 
 
@@ -257,8 +253,8 @@ _SECOND_NAMES = {
     r"upconv([12])\.": r"conv_up\1.",
     r"HRconv\.": "conv_hr.",
 }
-# The numbers are places in one row of modules, at x4: upsample 2, convolve 3, activate 4, upsample
-# 5 and so on.
+# The numbers are positions in one `nn.Sequential`; at x4: upsample 2, convolve 3, activate 4,
+# upsample 5 and so on.
 _FIRST_NAMES = {
     r"model\.0\.": "conv_first.",
     r"model\.1\.sub\.(\d+)\.RDB(\d)\.(conv\d)\.0\.": r"body.\1.rdb\2.\3.",

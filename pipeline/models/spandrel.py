@@ -1,10 +1,9 @@
-"""Networks of the spandrel library, to train and to read: what they make opens in every program
-that uses spandrel.
+"""Networks of the spandrel library, for training and reading; programs that use spandrel open them.
 
-spandrel (https://github.com/chaiNNer-org/spandrel) holds super-resolution architectures of the
-field and knows a network from its tensors alone. Its code is MIT; each architecture has a licence
-of its own, and those of `ARCHITECTURES` are all permissive (MIT, Apache-2.0, BSD-3-Clause, CC0).
-Papers and parameters are in its source, `spandrel/architectures/<name>/`.
+spandrel (https://github.com/chaiNNer-org/spandrel) contains the field's super-resolution
+architectures and recognises a network from its tensors alone. Its code is MIT; each architecture
+has its own licence, and those of `ARCHITECTURES` are all permissive (MIT, Apache-2.0, BSD-3-Clause,
+CC0). Papers and parameters are in its source, `spandrel/architectures/<name>/`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from pipeline.libraries import import_torchvision
 from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes
 from pipeline.models.depthwise import DepthwiseConv2d, is_wrong_in_bf16
 
-# The architectures of spandrel that can be trained here: their classes, and what has to be known of
-# each.
+# The spandrel architectures that can be trained here: their classes and their peculiarities.
 
 
 ARCHITECTURES = (
@@ -61,16 +59,17 @@ ARCHITECTURES = (
 )
 REFUSED = {
     "AuraSR": (
-        "its licence (CC BY-SA 4.0) binds what is made with it, and it draws noise for every image"
+        "its licence (CC BY-SA 4.0) also applies to what is made with it, and it draws noise for "
+        "every image"
     ),
-    "IPT": "it takes patches of one size only",
-    "MMRealSR": "it learns from images whose degradation is known",
+    "IPT": "it accepts only patches of one size",
+    "MMRealSR": "it needs images whose degradation is known",
 }
 SCALE_PARAMETERS = ("scale", "upscale", "up_scale", "upscale_factor", "upscaling_factor")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ATD": {"upsampler": "pixelshuffle"},
     "DRCT": {"upsampler": "pixelshuffle"},
-    # The windows of its authors' networks, which no file tells.
+    # The windows of its authors' networks, which files do not reveal.
     "GRL": {
         "upsampler": "pixelshuffle",
         "window_size": 32,
@@ -80,35 +79,34 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "HAT": {"window_size": 16},
     "SAFMN": {"dim": 36},
-    # With the norm SPAN works on values up to 255 * (1 - mean), and its first images are noise of
-    # that size.
+    # With its norm, SPAN works on values up to 255 * (1 - mean), and its first images are noise of
+    # that magnitude.
     "SPAN": {"num_in_ch": COLOURS, "num_out_ch": COLOURS, "norm": False},
     "Swin2SR": {"upsampler": "pixelshuffle", "window_size": 8},
     "SwinIR": {"upsampler": "pixelshuffle", "window_size": 8},
 }
-"""Where the class of an architecture has no default, or one with which it cannot learn to
-upscale."""
+"""Parameters without a default in the class, or with one that cannot learn to upscale."""
 CONSTANT = {
     "FDAT": r"\.blocks\.\d*[02468]\.inter\.sg\.|\.blocks\.\d*[13579]\.inter\.cg\.",
     "RCAN": r"^(sub|add)_mean\.",
     "SPAN": r"\.eval_conv\.",
     "SwiftSRGAN": r"^(residual\.\d+\.block2|convblock)\.act\.",
 }
-"""Pattern of the names of parameters that no training step uses, or (RCAN) must change: they are
-not trained, or an optimizer and a check of gradients would wait for gradients that never come."""
+"""Patterns of parameters that no training step uses, or (RCAN) that must not change.
+
+They are not trained, because an optimizer and the gradient check would wait for their gradients.
+"""
 MIXING = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
-"""Architectures that make masks or positions in float32 on the way: at half precision they need
-autocast."""
+"""Architectures that create masks or positions in float32: in half precision they need autocast."""
 
 UNTOLD = {"ATD": ("category_size",)}
-"""Parameters that no file tells, and whose effect shows in large images alone."""
+"""Parameters that files do not reveal and that affect only large images."""
 CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
-"""Architectures of convolutions and arithmetic of single pixels alone, which see equally far from
-every place."""
+"""Architectures of convolutions and pixelwise arithmetic only, with the same reach everywhere."""
 
 
 def _module(arch: str) -> Any:
-    """The module of an architecture."""
+    """Import the module of an architecture."""
     import_torchvision()
     return importlib.import_module(
         f"spandrel.architectures.{'PLKSR' if arch == 'RealPLKSR' else arch}"
@@ -116,9 +114,9 @@ def _module(arch: str) -> Any:
 
 
 def class_of(arch: str, scale: int) -> type[nn.Module]:
-    """The class of an architecture; `ValueError` if there is none."""
+    """Return the class of an architecture; raise `ValueError` if it is unknown or not supported."""
     if not isinstance(arch, str):
-        raise ValueError(f"arch {arch!r} is not a name; write one, such as SPAN")
+        raise ValueError(f"arch {arch!r} is not a name; use one such as SPAN")
     if arch in REFUSED:
         raise ValueError(f"arch {arch!r} is not supported: {REFUSED[arch]}")
     if arch not in ARCHITECTURES:
@@ -127,19 +125,18 @@ def class_of(arch: str, scale: int) -> type[nn.Module]:
         raise ValueError(f"scale {scale!r} is not a whole number from 2 to 8")
     if arch == "RealCUGAN":
         if scale > 4:
-            raise ValueError(f"arch 'RealCUGAN' has no scale {scale}, but 2, 3 and 4")
+            raise ValueError(f"arch 'RealCUGAN' does not support scale {scale}, only 2, 3 and 4")
         return getattr(_module(arch), f"UpCunet{scale}x")
     return getattr(_module(arch), arch)
 
 
 @functools.cache
 def folding(convolution: type[nn.Module]) -> type[nn.Module]:
-    """SPAN's `Conv3XC`, whose three convolutions and skip fold into one for inference, without its
-    side effect.
+    """Return SPAN's `Conv3XC` without its side effect; it folds to one convolution for inference.
 
-    The original replaces the folded weights in every forward pass; made under
-    `torch.inference_mode`, as in a validation, they can never be changed again, and no average of
-    them be kept. Here they are brought up to date when they are saved.
+    The original replaces the folded weights in every forward pass. Under `torch.inference_mode`, as
+    in validation, these can never be changed again, and their average cannot be kept. Here they are
+    updated when they are saved.
     """
 
     class FoldingConv(convolution):
@@ -171,11 +168,10 @@ def folding(convolution: type[nn.Module]) -> type[nn.Module]:
 
 @functools.cache
 def routing(layer: type[nn.Module]) -> type[nn.Module]:
-    """SeemoRe's `MoELayer`, computing in evaluation as in training: all experts, weighted, those
-    not chosen with 0.
+    """Return SeemoRe's `MoELayer` that evaluates as it trains: all experts, weighted, most by 0.
 
-    In evaluation the original looks up the experts of one image by number: of a batch it fails, and
-    it cannot be compiled or run on the meta device.
+    In evaluation, the original selects the experts of one image by index: it fails for batches and
+    cannot be compiled or run on the meta device.
     """
 
     class RoutingLayer(layer):
@@ -192,11 +188,14 @@ def routing(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 SWAPPED = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
-"""(architecture, class) whose place one takes here that computes the same and can do more."""
+"""(architecture, class) -> function that returns an equivalent, more capable class."""
 
 
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
-    """Parameters of a class that a file can hold (no classes or functions), with their defaults."""
+    """Return the parameters of a class, with defaults, that a file can hold.
+
+    Those are the ones that are not classes or functions.
+    """
     return {
         name: parameter.default
         for name, parameter in inspect.signature(architecture.__init__).parameters.items()
@@ -208,8 +207,10 @@ def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
 def arguments_of(
     architecture: type[nn.Module], arch: str, scale: int, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All keyword arguments of a class for `scale`; `ValueError` for a parameter that it does not
-    have."""
+    """Return all keyword arguments of a class for `scale`.
+
+    Raises `ValueError` for a parameter that the class does not have.
+    """
     known = defaults_of(architecture)
     own_scale = next((name for name in SCALE_PARAMETERS if name in known), None)
     known.pop(own_scale, None)
@@ -217,33 +218,34 @@ def arguments_of(
         if name not in known:
             raise ValueError(f"arch {arch!r} has no parameter {name!r}{nearest(name, known)}")
     arguments = {**DEFAULTS.get(arch, {}), **params}
-    # What unshuffles its input first has to upscale by that much more.
+    # A network that unshuffles its input must upscale by that much more.
     factor = (
         arguments.get({"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")) or 1
     )
     if factor != 1:
         check_sizes(unshuffle=factor)
-        if arch == "ESRGAN":  # SwinIR reckons its channels itself
+        if arch == "ESRGAN":  # SwinIR computes its channels itself
             arguments.setdefault("in_nc", COLOURS * factor**2)
     return arguments if own_scale is None else {**arguments, own_scale: scale * factor}
 
 
 def plain(value: Any) -> Any:
-    """A parameter as JSON holds it."""
+    """Convert a parameter to JSON types."""
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-# How spandrel reads a network: from its tensors alone, as every program does that uses spandrel.
+# How spandrel, and every program that uses it, reads a network: from its tensors alone.
 
 
 TOLERANCE = 1e-4
-"""How far the network that spandrel reads may be from ours, in parts of the largest output
-value."""
+"""Largest difference between spandrel's and our outputs, relative to the largest value."""
 
 
 def read(tensors: Mapping[str, Tensor]) -> Any:
-    """spandrel's descriptor of the network with these tensors, its tensors its own; `None` if
-    spandrel knows none."""
+    """Return spandrel's descriptor of the network with these tensors, or `None` if it is unknown.
+
+    The network gets its own copy of the tensors.
+    """
     import_torchvision()
     from spandrel import MAIN_REGISTRY
 
@@ -252,7 +254,7 @@ def read(tensors: Mapping[str, Tensor]) -> Any:
             if support.detect(dict(tensors)):
                 try:
                     return support.architecture.load(dict(tensors))
-                except Exception:  # tensors that only look like this architecture's
+                except Exception:  # the tensors only resemble this architecture's
                     return None
     return None
 
@@ -260,11 +262,10 @@ def read(tensors: Mapping[str, Tensor]) -> Any:
 def read_tensors(
     tensors: Mapping[str, Tensor],
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]] | None:
-    """Scale, other arguments and tensors of the `SpandrelNetwork` in a file; `None` if spandrel
-    does not know it.
+    """Return scale, other arguments and tensors of the `SpandrelNetwork` in a file.
 
-    `ValueError` where spandrel knows it, and it is none of `ARCHITECTURES` for RGB images, or its
-    weights are integers.
+    Returns `None` if spandrel does not recognise it. Raises `ValueError` if it does, but the
+    network is not one of `ARCHITECTURES` for RGB images, or its weights are integers.
     """
     found = read(tensors)
     if found is None:
@@ -279,21 +280,20 @@ def read_tensors(
         )
     if found.scale == 1 or (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
         raise ValueError(
-            f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} channels "
-            "in and "
-            f"{found.output_channels} out; scales from 2 and {COLOURS} channels are supported"
+            f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} input and "
+            f"{found.output_channels} output channels; only scales from 2 and {COLOURS} channels "
+            "are supported"
         )
     if type(model) is not class_of(arch, found.scale):
         raise ValueError(
             f"is of spandrel's {type(model).__name__}, a variant of {arch} that is not supported"
         )
     state = dict(model.state_dict())
-    for name, tensor in tensors.items():  # loading casts without a word
+    for name, tensor in tensors.items():  # loading would cast silently
         if name in state and state[name].is_floating_point() and not tensor.is_floating_point():
             raise ValueError(
                 f"is of spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the "
-                "weights as "
-                "floating point numbers"
+                "weights as floating-point numbers"
             )
     usual = {**defaults_of(type(model)), **DEFAULTS.get(arch, {})}
     params = {
@@ -306,12 +306,11 @@ def read_tensors(
 
 @contextmanager
 def large_weights(network: nn.Module) -> Iterator[None]:
-    """Within, every trained parameter is a large random number, the same in every process;
-    afterwards its own again.
+    """Temporarily replace every trained parameter with a large random number, then restore it.
 
-    With fresh weights two different networks can agree: layer scales of 1e-6 and small last
-    convolutions hide what lies behind them, and how much they hide is left to the seed. torch's own
-    random numbers are left alone.
+    The numbers are the same in every process, and torch's own random state is not changed. With
+    fresh weights, two different networks can agree: layer scales of 1e-6 and small last
+    convolutions hide what precedes them, by an amount that depends on the seed.
     """
     generator = torch.Generator().manual_seed(0)
     own = [(parameter, parameter.detach().clone()) for parameter in network.parameters()]
@@ -328,19 +327,22 @@ def large_weights(network: nn.Module) -> Iterator[None]:
 
 
 def _large(fresh: Tensor, generator: torch.Generator) -> Tensor:
-    """A value for a parameter with the initial value `fresh`; what begins as one large number goes
-    on around 1."""
+    """Return a random value for a parameter with the initial value `fresh`.
+
+    A parameter that is initialised with one large number stays around 1.
+    """
     noise = torch.randn(fresh.shape, generator=generator)
-    if fresh.min() == fresh.max() and fresh.max() > 0.5:  # the weight of a norm, a temperature
+    # e.g. the weight of a norm, or a temperature
+    if fresh.min() == fresh.max() and fresh.max() > 0.5:
         return 1 + 0.1 * noise
     return noise / max(1, fresh[0].numel()) ** 0.5 if fresh.dim() else noise
 
 
 def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -> None:
-    """`ValueError` unless `network` and spandrel's reading of its tensors, `found`, upscale an
-    image alike by `scale`.
+    """Raise `ValueError` unless `network` and spandrel's `found` upscale an image equally.
 
-    `size` is its height and width in pixels; the network must be in eval mode.
+    `found` is what spandrel reads from the network's tensors. `scale` is the upscaling factor,
+    `size` the image's (height, width) in pixels; the network must be in eval mode.
     """
     height, width = size
     images = torch.rand((1, COLOURS, height, width), generator=torch.Generator().manual_seed(0))
@@ -348,11 +350,10 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
     try:
         with torch.no_grad():
             ours, theirs = network(images), found.model.eval()(images.clone())
-    except Exception as error:  # each class has its own way to refuse
+    except Exception as error:  # each class raises its own errors
         raise ValueError(
             f"arch {arch!r} built with these parameters cannot run on images of {width}x{height} "
-            "pixels "
-            f"({one_line(error)})"
+            f"pixels ({one_line(error)})"
         ) from error
     if found.scale != scale or ours.shape != (1, COLOURS, height * scale, width * scale):
         raise ValueError(
@@ -366,42 +367,42 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
         for name, value in found.model.hyperparameters.items()
         if plain(value) != plain(network.hyperparameters.get(name))
     }
-    if not is_same or different.keys() & set(
-        UNTOLD.get(arch, ())
-    ):  # not the same: also where there is NaN
+    # With NaN, `is_same` is False.
+    if not is_same or different.keys() & set(UNTOLD.get(arch, ())):
         raise ValueError(
-            f"a file of {arch!r} does not tell all of these parameters, and other programs would "
-            "read "
-            f"it as another network, with {different}; use these values"
+            f"a file of {arch!r} does not reveal all of these parameters; other programs would "
+            f"read it as another network, with {different}; use these values"
         )
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a network from outside."""
+    """Properties of a network for its users."""
 
     arch: str
     scale: int
     minimum: int
-    """Smallest height and width in pixels."""
+    """Smallest supported height and width in pixels."""
     multiple: int
-    """Height and width must be a multiple of it."""
+    """Height and width must be multiples of this."""
 
 
 class SpandrelNetwork(nn.Module):
-    """Any architecture of `ARCHITECTURES` for RGB images; an instance is one of that architecture's
-    own class, too.
+    """Any architecture of `ARCHITECTURES` for RGB images.
 
-    So the tensors have the names of the architecture, and files with them open wherever spandrel is
-    used.
+    An instance is also an instance of the architecture's own class. Tensors therefore have the
+    architecture's names, and files with them open wherever spandrel is used.
 
-    Args: scale: how many times larger the output is. It takes the place of the architecture's own
-        parameter for it. arch: the architecture's name. params: the keyword arguments of its class;
-        `DEFAULTS` go before the class's own defaults.
+    Args:
+        scale: the upscaling factor; replaces the architecture's own parameter for it.
+        arch: the architecture's name.
+        params: keyword arguments of its class; `DEFAULTS` take precedence over the class's
+            defaults.
 
-    Raises: ValueError: an unknown architecture or parameter (with the nearest real one), values
-        that the class refuses,
-            and values with which spandrel would read the file of the network as another one.
+    Raises:
+        ValueError: an unknown architecture or parameter (naming the nearest one), values that the
+            class rejects, and values with which spandrel would read the network's file as another
+            network.
     """
 
     def __new__(cls, *, scale: int = 0, arch: str = "", **params: Any) -> SpandrelNetwork:
@@ -412,7 +413,7 @@ class SpandrelNetwork(nn.Module):
         arguments = arguments_of(class_of(arch, scale), arch, scale, params)
         try:
             super().__init__(**arguments)
-        except Exception as error:  # each class has its own way to refuse
+        except Exception as error:  # each class raises its own errors
             raise ValueError(
                 f"arch {arch!r} cannot be built with {params} ({one_line(error)})"
             ) from error
@@ -429,39 +430,40 @@ class SpandrelNetwork(nn.Module):
             elif (arch, type(module).__name__) in SWAPPED:
                 module.__class__ = SWAPPED[arch, type(module).__name__](type(module))
         if "scale" not in vars(self):
-            # as every other network has; ESRGAN's own is another where it unshuffles first
+            # As in all other networks. ESRGAN has its own attribute, which differs if it
+            # unshuffles.
             self.scale = scale
         self._facts = _Facts(arch, scale, minimum=1, multiple=1)
         self._compare_with_what_spandrel_reads()
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels two tiles overlap. Not exact: most of these networks see the whole
-        image, a little."""
+        """Overlap of tiles in LR pixels.
+
+        It is not exact: most of these networks depend slightly on the whole image.
+        """
         return 64
 
     @property
     def is_convolutional(self) -> bool:
-        """Whether the architecture sees equally far from every place."""
+        """Whether the architecture's reach is the same at every position."""
         return self._facts.arch in CONVOLUTIONAL
 
     @property
     def image_sizes(self) -> tuple[int, int]:
-        """Of what number the architecture needs height and width to be multiples, and the smallest
-        it takes.
+        """(multiple, minimum) of the heights and widths that the architecture supports.
 
-        `forward` takes any; who writes the network down for another runtime has to know.
+        `forward` accepts any size; exporters for other runtimes need these numbers.
         """
         return self._facts.multiple, self._facts.minimum
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        An image that is too small for the architecture, or no multiple of its windows, is continued
-        at the bottom and the right, mirrored, and the result cut. The result is not clamped.
-        `UserError` for a batch of one image in training where the architecture normalises over the
-        batch (DAT).
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, not clamped. An image that is too
+        small for the architecture, or not a multiple of its windows, is padded at the bottom and
+        the right by reflection, and the result is cropped. Raises `UserError` for a batch of one
+        image in training if the architecture normalises over the batch (DAT).
         """
         dtype = next(self.parameters()).dtype
         lr = unit_range(images, dtype)
@@ -480,11 +482,10 @@ class SpandrelNetwork(nn.Module):
         return sr[..., : height * self._facts.scale, : width * self._facts.scale].to(dtype)
 
     def _compare_with_what_spandrel_reads(self) -> None:
-        """Let spandrel know the network from its tensors, learn from it which image sizes fit, and
-        compare outputs.
+        """Check that spandrel reads the same network from its tensors, and get its image sizes.
 
-        Some parameters leave no trace in the tensors; with another value than the usual one every
-        program would read the network's file as a network that makes other images.
+        Some parameters leave no trace in the tensors; with an unusual value, every program would
+        read the network's file as a network with different outputs.
         """
         arch, scale = self._facts.arch, self._facts.scale
         self.eval()
@@ -492,20 +493,19 @@ class SpandrelNetwork(nn.Module):
             found = read(self.state_dict())
             if found is None:
                 raise ValueError(
-                    f"with these parameters spandrel does not know its own {arch!r} from its "
-                    "tensors; "
-                    "change those that differ from its defaults"
+                    f"with these parameters, spandrel does not recognise its own {arch!r} from "
+                    "the tensors; change those that differ from its defaults"
                 )
             if (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
                 raise ValueError(
-                    f"arch {arch!r} with {found.input_channels} channels in and "
-                    f"{found.output_channels} "
-                    f"out; images have {COLOURS}"
+                    f"arch {arch!r} with {found.input_channels} input and {found.output_channels} "
+                    f"output channels; images have {COLOURS}"
                 )
             sizes = found.size_requirements
             self._facts = facts = _Facts(arch, scale, sizes.minimum, sizes.multiple_of)
             side = -(-max(16, facts.minimum) // facts.multiple) * facts.multiple
-            # Some are made for images of one size, some parameters tell only from one size on.
+            # Some architectures are built for one image size, and some parameters have an effect
+            # only above a certain size.
             for size in ((side, side), (side + facts.multiple, side + 2 * facts.multiple)):
                 compare(self, found, scale, size)
         self.train()
@@ -517,8 +517,7 @@ def _mixed(architecture: type[nn.Module]) -> type[SpandrelNetwork]:
 
 
 def _continued(images: Tensor, facts: _Facts) -> Tensor:
-    """Images with the height and the width that an architecture needs, mirrored as far as that
-    goes, then repeated."""
+    """Pad images to the size that an architecture needs: by reflection, then by replication."""
     wanted = [
         -(-max(side, facts.minimum) // facts.multiple) * facts.multiple
         for side in images.shape[-2:]

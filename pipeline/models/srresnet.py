@@ -1,9 +1,9 @@
-"""SRResNet, the generator of SRGAN, and how to know it from its tensors.
+"""SRResNet, the generator of SRGAN.
 
 Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a Generative Adversarial
 Network", CVPR 2017, https://arxiv.org/abs/1609.04802. Written from the paper. Tensors are named as
-in the files of Lornatang's SRGAN-PyTorch, so that these load strictly; `SRResNet.convert` knows the
-names of its earlier versions.
+in the files of Lornatang's SRGAN-PyTorch, so that these load strictly; `SRResNet.convert` handles
+the names of its earlier versions.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ SCALES = (2, 4, 8)
 
 
 class SRResNet(nn.Module):
-    """SRResNet for RGB images, x2, x4 or x8. The defaults are the paper's (1,547,350 parameters at
-    x4).
+    """SRResNet for RGB images, x2, x4 or x8. By default the paper's (1,547,350 parameters at x4).
 
-    Unlike the paper's, whose HR images lie in [-1, 1], this one makes images in [0, 1].
+    The paper's HR images are in [-1, 1]; those of this network are in [0, 1].
 
     Args:
-        scale: 2, 4 or 8: one pixel-shuffle stage of x2 for each doubling.
+        scale: 2, 4 or 8, with one x2 pixel-shuffle stage per doubling.
         num_features: channels between the blocks.
-        num_blocks: residual blocks; each has weights of its own.
+        num_blocks: number of residual blocks, which do not share weights.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(self, *, scale: int, num_features: int = 64, num_blocks: int = 16) -> None:
@@ -64,19 +63,20 @@ class SRResNet(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
-        without a seam."""
-        # conv1: 4, a block: 2, conv2: 1. conv3 sees 4 HR pixels; halved and widened by 1 at each
-        # stage, that is 3.
+        """Distance in LR pixels at which an input pixel can affect an output pixel.
+
+        Tiles that overlap by this much join without seams.
+        """
+        # conv1: 4; each block: 2; conv2: 1. conv3 reaches 4 HR pixels, which becomes 3 LR pixels
+        # after halving and adding 1 at each stage.
         return 4 + 2 * len(self.trunk) + 1 + 3
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does). In
-        training mode the batch norms use the statistics of the batch, in eval mode the running
-        ones.
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, in [0, 1] except for overshoot: it
+        is not clamped (`images.to_bytes` does that). Batch norms use the statistics of the batch in
+        training mode and the running ones in eval mode.
         """
         features = self.conv1(unit_range(images, self.conv3.weight.dtype))
         features = features + self.conv2(self.trunk(features))
@@ -84,19 +84,18 @@ class SRResNet(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Kaiming normal (fan in), biases 0, norms 1, PReLU 0.25, and a tenth of that in the last
-        convolution.
+        """Use Kaiming normal (fan in), biases 0, norms 1 and PReLU 0.25.
 
-        The paper names none. The features grow with every block, and full weights in the last
-        convolution would make first images of values around 5 out of them.
+        The last convolution gets a tenth of that. The paper does not specify the initialisation.
+        The features grow with every block, so full weights in the last convolution would give first
+        images with values around 5.
         """
         initialise(self.modules(), 1.0)
         self.conv3.weight.mul_(0.1)
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """The scale and the other arguments of the `SRResNet` with these tensors; `None` if it is
-        none."""
+        """Return (scale, other arguments) of the `SRResNet` with these tensors, or `None`."""
         stage = "upsampling.0.upsample_block.0.weight"
         if not has_convolutions(
             shapes,
@@ -111,12 +110,12 @@ class SRResNet(nn.Module):
 
     @staticmethod
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors of an earlier SRGAN-PyTorch file under today's names; `None` if it is no such
-        file.
+        """Rename the tensors of an earlier SRGAN-PyTorch file; `None` for other files.
 
-        Some of these files were trained with one block in all 16 places: they hold its tensors 16
-        times, and here they become 16 blocks that begin alike. Files of networks that end in a tanh
-        are not converted: their images lie in [-1, 1], and the network is another one.
+        Some of these files were trained with one block used in all 16 positions. They contain its
+        tensors 16 times, which become 16 blocks with equal initial weights. Files of networks that
+        end in a tanh are not converted: their images are in [-1, 1], and the network is a different
+        one.
         """
         has_head = any(name in tensors for name in ("conv1.0.weight", "conv_block1.0.weight"))
         has_tail = any(name in tensors for name in ("conv3.weight", "conv_block3.weight"))
@@ -127,7 +126,7 @@ class SRResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, batch norm, PReLU, convolution, batch norm, and the input added."""
+    """Convolution, batch norm, PReLU, convolution and batch norm, with the input added."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -140,12 +139,12 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out."""
+        """Map NCHW features to the same shape."""
         return features + self.rcb(features)
 
 
 def _upsampling_stage(num_features: int) -> nn.Sequential:
-    """Doubles height and width."""
+    """Build a stage that doubles height and width."""
     return nn.Sequential(
         OrderedDict(
             upsample_block=nn.Sequential(
@@ -158,8 +157,7 @@ def _upsampling_stage(num_features: int) -> nn.Sequential:
 
 
 def _todays_name(name: str) -> str:
-    """A tensor's name in SRGAN-PyTorch of 2021 or 2022 -> its name in the last version, which is
-    ours."""
+    """Map a tensor name of SRGAN-PyTorch from 2021 or 2022 to that of its last version and ours."""
     layers = {"conv1": 0, "bn1": 1, "prelu": 2, "conv2": 3, "bn2": 4}
     name = re.sub(r"^conv_block([123])\.", r"conv\1.", name)
     name = re.sub(r"^(trunk\.\d+)\.rc_block\.", r"\1.rcb.", name)
@@ -173,7 +171,7 @@ def _todays_name(name: str) -> str:
         lambda match: f"upsampling.{match[1]}.upsample_block.{0 if match[2] == 'conv' else 2}.",
         name,
     )
-    # All stages in one row, three modules each.
+    # All stages in one `nn.Sequential`, three modules each.
     return re.sub(
         r"^upsampling\.(\d+)\.(weight|bias)$",
         lambda match: (

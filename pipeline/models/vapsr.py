@@ -1,9 +1,8 @@
-"""VapSR: super-resolution by vast-receptive-field pixel attention, and how to know it from its
-tensors.
+"""VapSR: super-resolution by vast-receptive-field pixel attention.
 
 Zhou et al., "Efficient Image Super-Resolution using Vast-Receptive-Field Attention", ECCV Workshops
-2022, https://arxiv.org/abs/2210.05960. Written from the paper. The names of the tensors are those
-of the released files, so that these load strictly.
+2022, https://arxiv.org/abs/2210.05960. Written from the paper. The tensors have the names of the
+released files, so that these load strictly.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ VALUE_RANGES = ("unit", "signed")
 
 
 class VapSR(nn.Module):
-    """VapSR for RGB images, x2, x3 or x4. The defaults are the paper's VapSR (342,220 parameters at
-    x4).
+    """VapSR for RGB images, x2, x3 or x4. The defaults are the paper's (342,220 parameters at x4).
 
     VapSR-S, the paper's small one, is `num_features=32, num_blocks=11, conv_groups=2` (154,956
     parameters at x4).
 
-    Args: scale: 2, 3 or 4. num_features: channels between the blocks. num_attention_features:
-        channels within the attention. num_blocks: attention blocks; each widens the view by 8 LR
-        pixels on every side. conv_groups: groups of the convolution after the blocks.
-        projection_kernel: kernel size of the projection into the attention; 1 is the paper's, 3
-        sees more (VapSR-3x3). upsampler_features: channels of the upsampler's first convolution.
-        `None` is 64 at x4 (the released file's)
-            and 56 at x2 and x3 (as remembered of the released files; a file with another width
-            loads all the same).
+    Args:
+        scale: 2, 3 or 4.
+        num_features: channels between the blocks.
+        num_attention_features: channels within the attention.
+        num_blocks: number of attention blocks; each extends the reach by 8 LR pixels on every side.
+        conv_groups: groups of the convolution after the blocks.
+        projection_kernel: kernel size of the projection into the attention: 1 as in the paper, or 3
+            for a larger reach (VapSR-3x3).
+        upsampler_features: channels of the upsampler's first convolution. `None` is 64 at x4 (as in
+            the released file) and 56 at x2 and x3 (the released files' width from memory; files
+            with another width load as well).
         global_residual: "bicubic" adds the cubic upscale of the input to the output, so that the
-        network learns
-            only the difference and training starts at bicubic; "none" is the paper's.
-        value_range: what the convolutions work on: "unit" is [0, 1], the paper's, "signed" [-1, 1].
-        Input and output
-            of the network are [0, 1] either way.
+            network learns only the difference and training starts at bicubic quality; "none" is the
+            paper's.
+        value_range: the range that the convolutions work on: "unit" is [0, 1] as in the paper,
+            "signed" is [-1, 1]. The network's input and output are in [0, 1] either way.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: another value of an argument.
     """
 
     def __init__(
@@ -90,25 +90,27 @@ class VapSR(nn.Module):
         )
         self.conv_body = nn.Conv2d(num_features, num_features, 3, padding=1, groups=conv_groups)
         self.upsampler = _upsampler(num_features, upsampler_features, scale)
-        # None is no buffer at all: files without the residual keep exactly the paper's tensors.
+        # None registers no tensor: files without the residual have exactly the paper's tensors.
         kernel = bicubic_kernel(scale) if global_residual == "bicubic" else None
         self.register_buffer("residual_kernel", kernel)
         self._initialise()
 
     @property
     def receptive_radius(self) -> int:
-        """How many LR pixels away an output pixel still sees: what two tiles must overlap to join
-        without a seam."""
-        # conv_first, conv_body and the upsampler's two (the second works at LR or finer): 1 each.
-        # A block: 2 (depthwise) + 6 (dilated) + the projection.
+        """Distance in LR pixels at which an input pixel can affect an output pixel.
+
+        Tiles that overlap by this much join without seams.
+        """
+        # conv_first, conv_body and the upsampler's two convolutions (the second at LR size or
+        # larger): 1 each. A block: 2 (depthwise) + 6 (dilated) + the projection.
         projection = self.body[0].proj_1.kernel_size[0] // 2
         return 4 + len(self.body) * (2 + 6 + projection)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1], to N x 3 x scale*H x scale*W in the
-        weights' dtype.
+        """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
 
-        The result is in [0, 1] but for overshoot: it is not clamped (`images.to_bytes` does).
+        Returns (N, 3, scale*H, scale*W) in the weights' dtype, in [0, 1] except for overshoot: it
+        is not clamped (`images.to_bytes` does that).
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
         if self.is_signed:
@@ -122,13 +124,11 @@ class VapSR(nn.Module):
 
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
-        """Scale and other arguments of the `VapSR` with tensors of these names and shapes; `None`
-        if it is none.
+        """Return (scale, other arguments) of the `VapSR` with these tensors, or `None`.
 
-        The range of values leaves no trace in the tensors. 3x3 projections without a residual are
-        taken for "signed": the files that have them and no description are those of the project
-        where VapSR-3x3 comes from (catid/upsampling), whose network takes bytes and works on [-1,
-        1].
+        The value range leaves no trace in the tensors. 3x3 projections without a residual are
+        assumed to be "signed": such files without a description come from the project that
+        introduced VapSR-3x3 (catid/upsampling), whose network takes bytes and works on [-1, 1].
         """
         signature = (
             "conv_first.weight",
@@ -159,16 +159,16 @@ class VapSR(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Kaiming normal (fan in, gain 1) within the blocks, a tenth of it outside, biases 0, norms
-        0.1 as the paper's.
+        """Use Kaiming normal (fan in, gain 1) in the blocks, a tenth of it outside, norms 0.1.
 
-        Outside the blocks small weights keep the random features' noise out of the first images;
-        within them the attention is a product of features, whose gradients would vanish. With the
-        residual the last convolution starts at 0, so that the first output is exactly bicubic's; it
-        alone has a gradient in the first step, every layer from the second on. It keeps the noise
-        out by itself, and the rest of the upsampler has full weights, or it would learn nothing for
-        the first hundred steps: the demo's network gained 0.94 dB on its validation photograph in
-        150 steps instead of 0.14.
+        Biases are 0; the norms' value is the paper's. Outside the blocks, small weights keep the
+        noise of the random features out of the first images. Within them, the attention is a
+        product of features, whose gradients would vanish with small weights. With the residual, the
+        last convolution starts at 0, so that the first output is exactly bicubic; in the first step
+        only that layer has a gradient, and from the second step on every layer has one. Since it
+        keeps the noise out by itself, the rest of the upsampler has full weights; otherwise it
+        would learn nothing for the first hundred steps: the demo's network gained 0.94 dB on its
+        validation photograph in 150 steps instead of 0.14.
         """
         small = (
             ("conv_first", "conv_body")
@@ -191,8 +191,10 @@ class VapSR(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """A weight for every pixel and channel, from a 17x17 view: 1x1, depthwise 5x5, depthwise 5x5
-    dilated by 3."""
+    """Attention per pixel and channel, with a 17x17 field.
+
+    Three convolutions: 1x1, depthwise 5x5, and depthwise 5x5 with dilation 3.
+    """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -201,13 +203,12 @@ class PixelAttention(nn.Module):
         self.depthwise_dilated = same_size(num_features, 5, dilation=3)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out: the features times their attention."""
+        """Multiply NCHW features by their attention; the shape stays the same."""
         return features * self.depthwise_dilated(self.depthwise(self.pointwise(features)))
 
 
 class AttentionBlock(nn.Module):
-    """Project, GELU, attend, project back, add the input, normalise over the channels of each
-    pixel."""
+    """Projection, GELU, attention and projection, the input added, and a norm over channels."""
 
     def __init__(
         self, num_features: int, num_attention_features: int, projection_kernel: int
@@ -221,21 +222,20 @@ class AttentionBlock(nn.Module):
         self.pixel_norm = LayerNorm(num_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """NCHW in, the same shape out."""
+        """Map NCHW features to the same shape."""
         features = features + self.proj_2(self.atten_branch(F.gelu(self.proj_1(features))))
-        # The two permutes are views: on channels_last tensors nothing is copied.
+        # The two permutes are views; channels_last tensors are not copied.
         return self.pixel_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def bicubic_kernel(scale: int) -> Tensor:
-    """The cubic (Keys, a = -0.5) upscale by `scale` as one depthwise convolution: float32
-    (3*scale**2, 1, 5, 5).
+    """Return the cubic (Keys, a = -0.5) upscale as one depthwise kernel, (3*scale**2, 1, 5, 5).
 
-    Each of the scale**2 positions within an LR pixel has its own 5x5 taps; they lie in the order of
-    `pixel_shuffle`.
+    Each of the scale**2 positions within an LR pixel has its own 5x5 taps, in the order of
+    `pixel_shuffle`. The dtype is float32.
     """
-    # HR pixel p of LR pixel 0 has its centre at (p + 0.5) / scale - 0.5; its taps are the LR pixels
-    # -2..2.
+    # The centre of HR pixel p of LR pixel 0 is at (p + 0.5) / scale - 0.5; its taps are the LR
+    # pixels -2..2.
     centres = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
     distances = (torch.arange(-2, 3, dtype=torch.float64) - centres[:, None]).abs()
     near = 1.5 * distances**3 - 2.5 * distances**2 + 1
@@ -246,10 +246,10 @@ def bicubic_kernel(scale: int) -> Tensor:
 
 
 def cubic_upscale(lr: Tensor, kernel: Tensor, scale: int) -> Tensor:
-    """Upscale float NCHW RGB with a `bicubic_kernel` of `scale`; pixels beyond the border repeat
-    the nearest one.
+    """Upscale float NCHW RGB with a `bicubic_kernel` of `scale`, replicating border pixels.
 
-    Equals `images.cubic_resize` but for the outermost LR pixels, where that renormalises instead.
+    Equals `images.cubic_resize` except for the outermost LR pixels, where that renormalises
+    instead.
     """
     padded = F.pad(lr, (2, 2, 2, 2), mode="replicate")
     return F.pixel_shuffle(F.conv2d(padded, kernel.to(lr.dtype), groups=COLOURS), scale)

@@ -1,10 +1,9 @@
-"""Weights in files: read ours and foreign ones, know a network from its tensors alone, write them
-whole or not at all.
+"""Read and write files of weights, ours and others', and recognise networks from their tensors.
 
-Nothing in a file is ever executed: .safetensors cannot hold code, and .pth is read with
-`weights_only=True`. A network's class says which tensors are its own: `recognise` knows them by
-names and shapes, `convert` renames those of another project's layout. What no class knows is left
-to spandrel.
+No code in a file is ever executed: .safetensors cannot hold any, and .pth is read with
+`weights_only=True`. A network's class says which tensors are its own: `recognise` identifies them
+by names and shapes, and `convert` renames those of another project. What no class recognises is
+left to spandrel. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -29,14 +28,11 @@ from pipeline.cli import UserError, nearest
 from pipeline.files import write_atomically, write_pieces_atomically
 from pipeline.models import GENERATORS, build_generator, spandrel
 
-# State dicts in files: .safetensors and what torch.save writes, read without running anything, and
-# made plain.
-#
-# Nothing in a file is ever executed: .safetensors cannot hold code, and the others are read with
-# `weights_only=True`.
+# State dicts in .safetensors files and files of torch.save, read without executing code and reduced
+# to plain tensors.
 
 
-# Where the field's training codes keep a state dict within a .pth file, the one to prefer first.
+# Keys under which common training codes store a state dict in a .pth file, preferred ones first.
 STATE_KEYS = (
     "params_ema",
     "params-ema",
@@ -56,22 +52,22 @@ STATE_KEYS = (
 )
 PICKLED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
-# What stands before a generator's names in the state dict of a whole GAN…
+# Prefixes of a generator's names in the state dict of a whole GAN …
 GENERATOR_PREFIXES = ("generator", "netG", "net_g")
-# …and before every name where a network was saved from within DataParallel or Lightning.
+# … and of all names if a network was saved inside DataParallel or Lightning.
 WRAPPERS = ("module", "_forward_module", *GENERATOR_PREFIXES)
-# As WRAPPERS, but some networks' own names begin so, with a number behind.
+# Like WRAPPERS, except that some networks' own names start with these, followed by a number.
 ATTRIBUTES = ("model", "net", "network")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def read_state(path: Path, weights: str, metadata_key: str) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict named `weights` ("auto": see `weights.read_network`) and the text under
-    `metadata_key`, if any.
+    """Return the state dict named `weights` and the text under `metadata_key`, if there is one.
 
-    Tensors are dense numbers of `FLOATS` or `INTEGERS` on the CPU, their names without what
-    wrappers add. `UserError` for what is missing, unreadable, damaged or of another kind.
+    For "auto", see `read_network`. The tensors are dense, of `FLOATS` or `INTEGERS`, on the CPU,
+    with the prefixes of wrappers removed. Raises `UserError` for a file that is missing,
+    unreadable, damaged or of another kind.
     """
     if not path.is_file():
         raise UserError(
@@ -82,7 +78,9 @@ def read_state(path: Path, weights: str, metadata_key: str) -> tuple[dict[str, T
     elif path.suffix.lower() in PICKLED_SUFFIXES:
         tensors, description = _read_pickled(path, weights, metadata_key)
     else:
-        raise UserError(f"weights file {str(path)!r} is none of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"weights file {str(path)!r} has none of the suffixes {', '.join(SUFFIXES)}"
+        )
     tensors = _strip_wrappers(tensors)
     _check_kinds(path, tensors)
     return tensors, description
@@ -92,15 +90,15 @@ def _read_safetensors(
     path: Path, weights: str, metadata_key: str
 ) -> tuple[dict[str, Tensor], str | None]:
     if weights != "auto":
-        raise UserError(f"{str(path)!r} holds one set of weights; leave out weights {weights!r}")
+        raise UserError(f"{str(path)!r} holds a single set of weights; omit weights {weights!r}")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            # Cloned, because the tensors of an open file are a window into it.
+            # Cloned, because the tensors of an open file share its memory.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
-            f"{str(path)!r} is not a readable .safetensors file ({error}); is it cut short?"
+            f"{str(path)!r} is not a readable .safetensors file ({error}); is it truncated?"
         ) from error
     return tensors, metadata.get(metadata_key)
 
@@ -115,20 +113,19 @@ def _read_pickled(
         code = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), flags=re.IGNORECASE)
         if code:
             raise UserError(
-                f"{str(path)!r} holds pickled code besides tensors ({code[1]}), which is never run "
-                "here; "
-                "save its state dict alone"
+                f"{str(path)!r} contains pickled code besides tensors ({code[1]}), which is never "
+                "executed here; save only its state dict"
             ) from error
         raise UserError(
             f"{str(path)!r} is not a readable PyTorch file; is it cut short?"
         ) from error
     except PermissionError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
-    # of a broken file torch.load raises nearly anything: RuntimeError, EOFError, KeyError…
+    # For a broken file, torch.load raises nearly any exception: RuntimeError, EOFError, KeyError…
     except Exception as error:
         raise UserError(
-            f"{str(path)!r} is not a readable PyTorch file ({type(error).__name__}); "
-            "is it cut short?"
+            f"{str(path)!r} is not a readable PyTorch file ({type(error).__name__}); is it "
+            "truncated?"
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a state dict")
@@ -139,20 +136,20 @@ def _read_pickled(
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch does not: an archive with a byte changed, and one that holds a program."""
+    """Reject what torch.load accepts: an archive with a changed byte, and a TorchScript program."""
     try:
         if not zipfile.is_zipfile(path):
-            # torch.load tells what is wrong, or it is of before PyTorch 1.6, without checksums
+            # torch.load reports any error; files from before PyTorch 1.6 have no checksums.
             return
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise UserError(
-                    f"{str(path)!r} is a TorchScript program, which is never run here; save its "
-                    "state_dict() instead: torch.save(torch.jit.load(FILE).state_dict(), ...)"
+                    f"{str(path)!r} is a TorchScript program, which is never executed here; save "
+                    "its state_dict() instead: torch.save(torch.jit.load(FILE).state_dict(), ...)"
                 )
             damaged = archive.testzip()
     except PermissionError:
-        return  # torch.load says so
+        return  # torch.load reports it
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -172,8 +169,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_kinds(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are no plain numbers on the CPU, which would be cast without a word or
-    fail far from here."""
+    """Reject tensors that would be cast silently or fail later: all but dense CPU numbers."""
     for name, tensor in tensors.items():
         kind = (
             "quantised"
@@ -198,8 +194,10 @@ def listed(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _choose_state(path: Path, content: Mapping[str, Any], weights: str) -> dict[str, Tensor]:
-    """The state dict named `weights` within `content`, or for "auto" the preferred one or `content`
-    itself."""
+    """Return the state dict named `weights` in `content`.
+
+    "auto" selects the preferred one, or `content` itself.
+    """
     held = {key: value for key, value in content.items() if _is_state_dict(value)}
     if weights != "auto":
         if weights not in held:
@@ -216,7 +214,7 @@ def _choose_state(path: Path, content: Mapping[str, Any], weights: str) -> dict[
     if len(held) == 1:
         return dict(next(iter(held.values())))
     raise UserError(
-        f"{str(path)!r} holds no state dict; found "
+        f"{str(path)!r} contains no state dict; found "
         f"{', '.join(map(str, list(content)[:5])) or 'nothing'}"
     )
 
@@ -232,7 +230,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers have added to the names, and what does not belong to the generator."""
+    """Remove the prefixes of wrappers from names, and tensors that are not the generator's."""
     tensors = {
         ".".join(part for part in key.split(".") if part != "_orig_mod"): tensor
         for key, tensor in tensors.items()
@@ -251,7 +249,7 @@ def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-# Tensors by which discriminators are known: BasicSR's two (and ours), and the first ESRGAN's and
+# Tensors that identify discriminators: BasicSR's two (and ours), the first ESRGAN's, and
 # SRGAN-PyTorch's.
 DISCRIMINATORS = (
     ("conv0_0.weight", "linear2.weight"),
@@ -263,7 +261,7 @@ METADATA_KEY = "vastscale"
 
 @dataclass
 class SavedNetwork:
-    """A network as it lies in a file: all that is needed to build it again."""
+    """The content of a weights file: all that is needed to build the network again."""
 
     name: str
     """Its name in `GENERATORS`."""
@@ -273,22 +271,20 @@ class SavedNetwork:
     state_dict: dict[str, Tensor]
     """Its tensors on the CPU, in the dtypes of the file."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Where it comes from: "step", "recipe"…"""
+    """Its origin: "step", "recipe"…"""
     source: str = field(default="", compare=False, repr=False)
-    """The file that it was read from, for messages."""
+    """The file it was read from, for messages."""
 
     def build(self) -> nn.Module:
-        """The network in eval mode, float32 on the CPU, with exactly these tensors; a half file is
-        widened.
+        """Build the network in eval mode, float32 on the CPU, with exactly these tensors.
 
-        `UserError` where a tensor is missing, left over, of another shape or kind of number, or not
-        finite.
+        Half precision is widened. Raises `UserError` if a tensor is missing, unexpected, of another
+        shape or kind of number, or not finite.
         """
         source = f"{self.source}: " if self.source else ""
         try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # initial values are overwritten; a trainer's RNG must not shift
+            # Initial values are overwritten; creating them must not advance the trainer's RNG.
+            with torch.random.fork_rng(devices=[]):
                 network = build_generator(self.name, self.scale, **self.params)
         except UserError as error:
             raise UserError(f"{source}{error}") from error
@@ -297,15 +293,13 @@ class SavedNetwork:
         for key in sorted(wanted.keys() | self.state_dict.keys()):
             if key not in self.state_dict:
                 raise UserError(
-                    f"{title} needs the tensor {key!r}, which the weights lack; were they trained "
-                    "with "
-                    "other parameters?"
+                    f"{title} needs the tensor {key!r}, which is missing from the weights; were "
+                    "they trained with other parameters?"
                 )
             if key not in wanted:
                 raise UserError(
-                    f"{title} has no tensor {key!r}, which the weights hold; were they trained "
-                    "with "
-                    "other parameters?"
+                    f"{title} has no tensor {key!r}, but the weights contain it; were they "
+                    "trained with other parameters?"
                 )
             tensor = self.state_dict[key]
             if tensor.shape != wanted[key].shape:
@@ -318,11 +312,11 @@ class SavedNetwork:
             ):
                 raise UserError(
                     f"{title}: tensor {key!r} is {tensor.dtype} in the weights but must be one of "
-                    f"{listed(FLOATS)}; save it so"
+                    f"{listed(FLOATS)}; convert it"
                 )
             if not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"{title}: tensor {key!r} holds NaN or infinity; training diverged, take an "
+                    f"{title}: tensor {key!r} contains NaN or infinity; training diverged, use an "
                     "earlier step"
                 )
         network.load_state_dict(self.state_dict, strict=True)
@@ -330,14 +324,13 @@ class SavedNetwork:
 
 
 def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
-    """Read a file of `state_files.SUFFIXES`; what it does not say of the network is recognised from
-    the tensors.
+    """Read a file of weights (`SUFFIXES`), recognising from the tensors what it does not describe.
 
-    `weights` names the state dict to take from a .pth that holds several; "auto" is the first there
-    is of `STATE_KEYS` (EMA first), or the only one. Prefixes of wrappers are stripped: `_orig_mod.`
-    (torch.compile) anywhere, `WRAPPERS` in front, in any nesting; of a whole GAN the generator is
-    taken. `UserError` for a file that is missing, unreadable, damaged, holds code or other than
-    plain numbers, or is of no known network.
+    `weights` names the state dict to read from a .pth file with several; "auto" is the first of
+    `STATE_KEYS` that exists (EMA first), or the only one. Prefixes of wrappers are removed:
+    `_orig_mod.` (torch.compile) anywhere, `WRAPPERS` at the start, in any nesting; of a whole GAN,
+    the generator is read. Raises `UserError` for a file that is missing, unreadable or damaged,
+    that contains code or anything but plain numbers, or whose network is unknown.
     """
     path = Path(path)
     tensors, description = read_state(path, weights, METADATA_KEY)
@@ -351,11 +344,11 @@ def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
 
 
 def write_network(path: str | Path, saved: SavedNetwork) -> None:
-    """Write `saved` bit for bit to a .safetensors (flat) or .pth (under "params_ema") file.
+    """Write `saved` to a .safetensors (flat) or .pth file (under "params_ema"), bit for bit.
 
-    A .safetensors file's header also holds architecture, scale and metadata as plain keys, for
-    programs that show them. The file appears whole or not at all: it is written aside, flushed to
-    the disk and renamed.
+    The header of a .safetensors file also has architecture, scale and metadata as plain keys, for
+    programs that display them. The file is written atomically: to a temporary file that is flushed
+    to disk and renamed.
     """
     path = Path(path)
     if path.suffix.lower() not in (".safetensors", ".pth"):
@@ -381,7 +374,7 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         }
         write_pieces_atomically(path, _safetensors(saved.state_dict, shown))
     else:
-        # Cloned: torch.save writes all of the memory that a tensor is a part of.
+        # Cloned, because torch.save writes the whole storage that a tensor is a view of.
         tensors = {
             key: tensor.detach().to("cpu", copy=True).contiguous()
             for key, tensor in saved.state_dict.items()
@@ -391,10 +384,10 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         write_atomically(path, buffer.getvalue())
 
 
-# The kinds of tensor in a .safetensors file, in the order in which the library lays them down:
-# those of one kind come together, by their names. It can write a file only from a whole copy of it,
-# and leaves the order of the metadata to chance; here bytes go from the tensors to the disk, and
-# the same weights make the same file.
+# The dtypes of a .safetensors file in the order in which the library writes them; tensors of one
+# dtype are sorted by name. The library needs a copy of the whole file in memory and writes metadata
+# in random order. Here, bytes go straight from the tensors to disk, and the same weights always
+# give the same file.
 SAFETENSORS_KINDS = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -412,7 +405,7 @@ SAFETENSORS_KINDS = {
 def _safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """The content of a .safetensors file, piece by piece: its header, then each tensor."""
+    """Yield the content of a .safetensors file in pieces: its header, then each tensor."""
     ranks = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_KINDS)}
     names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -426,7 +419,7 @@ def _safetensors(
             "data_offsets": [start, end],
         }
     written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8
+    written += b" " * (-len(written) % 8)  # the tensors start at a multiple of 8
     yield len(written).to_bytes(8, "little") + written
     for name in names:
         yield memoryview(
@@ -435,7 +428,7 @@ def _safetensors(
 
 
 def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
-    """The network that these tensors are of."""
+    """Identify the network that the tensors belong to."""
     candidates = []
     for name, network in GENERATORS.items():
         for layout in (tensors, getattr(network, "convert", lambda _: None)(tensors)):
@@ -451,13 +444,13 @@ def _recognised(path: Path, tensors: dict[str, Tensor]) -> SavedNetwork:
         )
     if not candidates:
         raise UserError(
-            f"{str(path)!r} is of no network known here ({', '.join(GENERATORS)}); its first "
-            "tensors are "
-            f"{', '.join(list(tensors)[:3])}"
+            f"{str(path)!r} matches no known network ({', '.join(GENERATORS)}); its first tensors "
+            f"are {', '.join(list(tensors)[:3])}"
         )
     if len(candidates) > 1:
         raise RuntimeError(
-            f"{str(path)!r} is taken for {' and '.join(saved.name for saved in candidates)}"
+            f"{str(path)!r} matches several networks: "
+            f"{' and '.join(saved.name for saved in candidates)}"
         )
     return candidates[0]
 
@@ -490,5 +483,5 @@ def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> Save
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{str(path)!r}: its {METADATA_KEY!r} metadata cannot be understood ({error!r})"
+            f"{str(path)!r}: its {METADATA_KEY!r} metadata is invalid ({error!r})"
         ) from error

@@ -534,7 +534,7 @@ def test_without_norms_the_signal_keeps_its_size():
 @pytest.mark.parametrize(
     ("kind", "change", "rule"),
     [
-        ("vgg", {"crop": 31}, "crop 31 is not a whole number of pixels from 32 up"),
+        ("vgg", {"crop": 31}, "crop 31 is not a whole number of at least 32 pixels"),
         ("unet", {"crop": 64.0}, r"crop 64\.0 is not a whole number"),
         ("vgg", {"num_features": 0}, "num_features 0 is not a whole number above 0"),
         ("unet", {"num_features": True}, "num_features True is not"),
@@ -567,7 +567,7 @@ def test_build_discriminator_names_the_nearest():
         ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
         (
             {"num_features": 60000},
-            r"cannot be built with {'num_features': 60000}, is it too large\? \(RuntimeError",
+            r"cannot be built with {'num_features': 60000}; is it too large\? \(RuntimeError",
         ),
     ],
 )

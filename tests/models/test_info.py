@@ -322,7 +322,7 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
         ),
         (
             ("none.pth", "generator.num_blocks=2"),
-            "'none.pth' is a generator's weights: overrides and --part",
+            "'none.pth' contains a generator's weights: overrides and --part",
         ),
         (
             ("vapsr_x4", "generator.num_blokcs=2"),
@@ -330,7 +330,7 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
         ),
         (
             ("vapsr_x4", "ds.train_batch_size=2"),
-            "ds.train_batch_size: DeepSpeed's file does not change the network",
+            "ds.train_batch_size: the DeepSpeed config does not affect the network",
         ),
         (("vapsr_x4", "--part", "discriminator"), "recipe vapsr_x4 has no discriminator"),
         (("vapsr_x4", "--hr", "16", "720"), "--hr 16 720: both sides must be 32 to 32768 pixels"),

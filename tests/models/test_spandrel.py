@@ -328,7 +328,7 @@ def test_a_network_that_unshuffles_first_needs_no_channels(space):
     [
         ({"arch": "SPANN"}, "no arch 'SPANN'; did you mean 'SPAN'"),
         ({"arch": "span"}, "no arch 'span'; did you mean 'SPAN'"),
-        ({"arch": 7}, "arch 7 is not a name; write one, such as SPAN"),
+        ({"arch": 7}, "arch 7 is not a name; use one such as SPAN"),
         ({"arch": ["SPAN"]}, r"arch \['SPAN'\] is not a name"),
         ({"arch": {}}, r"arch {} is not a name"),
         ({"arch": "SPAN", "scale": 4}, "network 'spandrel' has no parameter 'scale'"),
@@ -350,7 +350,7 @@ def test_a_network_that_unshuffles_first_needs_no_channels(space):
         ({"arch": "Compact", "num_feat": -1}, "arch 'Compact' cannot be built with"),
         (
             {"arch": "Compact", "num_feat": 8, "num_conv": 2, "act_type": "relu"},
-            "does not know its own 'Compact'",
+            "does not recognise its own 'Compact'",
         ),
         (
             {"arch": "SPAN", "feature_channels": 8, "norm": True, "img_range": 1.0},
@@ -370,7 +370,9 @@ def test_bad_values_are_one_clear_line(params, message):
 
 
 def test_scales_that_an_architecture_lacks_are_refused():
-    with pytest.raises(UserError, match="arch 'RealCUGAN' has no scale 5, but 2, 3 and 4"):
+    with pytest.raises(
+        UserError, match="arch 'RealCUGAN' does not support scale 5, only 2, 3 and 4"
+    ):
         build_generator("spandrel", 5, arch="RealCUGAN")
     with pytest.raises(UserError, match="scale 1 is not a whole number from 2 to 8"):
         build_generator("spandrel", 1, arch="SPAN")
@@ -385,7 +387,7 @@ def test_files_of_other_purposes_are_refused(tmp_path):
         (DnCNN(in_nc=3, out_nc=3, nc=8, nb=4), "is of spandrel's DnCNN, which is not supported"),
         (
             Compact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2, upscale=2),
-            "is of spandrel's Compact, scale 2, with 1 channels in and 1 out",
+            "is of spandrel's Compact, scale 2, with 1 input and 1 output channels",
         ),
     ):
         torch.save(network.state_dict(), tmp_path / "other.pth")

@@ -262,7 +262,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path):
         tmp_path / "a.pth", {"params": TINY_STATE, "extra": _Payload(f"touch {victim}")}
     )
     with pytest.raises(
-        UserError, match=r"pickled code besides tensors \(posix.system\), which is never run"
+        UserError, match=r"pickled code besides tensors \(posix.system\), which is never executed"
     ):
         read_network(path)
     assert not victim.exists()
@@ -292,12 +292,12 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
     }
     cases = {
         (
-            r"is of no network known here \(vapsr, .*, spandrel\); "
+            r"matches no known network \(vapsr, .*, spandrel\); "
             r"its first tensors are conv_first.weight"
         ): rrdb,
-        "holds no state dict; found epoch": {"epoch": 3},
+        "contains no state dict; found epoch": {"epoch": 3},
         "holds a list, not a state dict": [torch.zeros(1)],
-        "holds no state dict; found nothing": {},
+        "contains no state dict; found nothing": {},
     }
     for number, (message, content) in enumerate(cases.items()):
         with pytest.raises(UserError, match=message):
@@ -306,7 +306,7 @@ def test_files_of_no_use_are_one_clear_line_each(tmp_path):
     for path, message in (
         (tmp_path / "none.pth", "no weights file"),
         (tmp_path, "it is a folder"),
-        (tmp_path / "text.onnx", "is none of .safetensors, .pth, .pt, .ckpt, .bin"),
+        (tmp_path / "text.onnx", "has none of the suffixes .safetensors, .pth, .pt, .ckpt, .bin"),
     ):
         with pytest.raises(UserError, match=message):
             read_network(path)
@@ -322,7 +322,7 @@ def test_metadata_that_cannot_be_understood_is_named(tmp_path):
         json.dumps({"name": "vapsr", "scale": "x", "params": {}}),
     ):
         path = save_pickled(tmp_path / "a.pth", {"params": TINY_STATE, "vastscale": description})
-        with pytest.raises(UserError, match="metadata cannot be understood"):
+        with pytest.raises(UserError, match="metadata is invalid"):
             read_network(path)
 
 
@@ -337,7 +337,7 @@ def test_metadata_that_cannot_be_understood_is_named(tmp_path):
         ),
         (
             lambda state: state["conv_body.bias"].fill_(float("nan")),
-            "'conv_body.bias' holds NaN or infinity",
+            "'conv_body.bias' contains NaN or infinity",
         ),
     ],
 )
@@ -546,7 +546,7 @@ def test_a_wrong_tensor_in_a_foreign_file_is_named(tmp_path, kind):
     for spoil, message in (
         (lambda state, key: state.pop(key), "needs the tensor '{}'"),
         (lambda state, key: state.update({key: torch.zeros(5)}), "tensor '{}' is \\(5,\\) in"),
-        (lambda state, key: state[key].fill_(float("inf")), "tensor '{}' holds NaN"),
+        (lambda state, key: state[key].fill_(float("inf")), "tensor '{}' contains NaN"),
     ):
         state = foreign_state(make())
         place = max(number for number, key in enumerate(state) if key.endswith("bias"))
@@ -661,7 +661,7 @@ def test_other_suffixes_are_read_as_safely(tmp_path, name):
     assert equal_states(read_network(path).state_dict, TINY_STATE)
     victim = tmp_path / "executed"
     save_pickled(path, {"state_dict": TINY_STATE, "hyper_parameters": _Payload(f"touch {victim}")})
-    with pytest.raises(UserError, match="holds pickled code"):
+    with pytest.raises(UserError, match="contains pickled code"):
         read_network(path)
     assert not victim.exists()
 
@@ -687,7 +687,7 @@ def test_a_lone_state_dict_is_found_under_any_key(tmp_path):
     )
     assert equal_states(read_network(path).state_dict, TINY_STATE)
     path = save_pickled(tmp_path / "a.pth", {"student": TINY_STATE, "teacher": TINY_STATE})
-    with pytest.raises(UserError, match="holds no state dict; found student, teacher"):
+    with pytest.raises(UserError, match="contains no state dict; found student, teacher"):
         read_network(path)
 
 
@@ -714,7 +714,8 @@ def test_a_program_is_named_as_such(tmp_path, recwarn):
     torch.jit.trace(torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4)).save(tmp_path / "a.pt")
     recwarn.clear()
     with pytest.raises(
-        UserError, match="is a TorchScript program, which is never run here; save its state_dict"
+        UserError,
+        match="is a TorchScript program, which is never executed here; save its state_dict",
     ):
         read_network(tmp_path / "a.pt")
     assert not recwarn.list

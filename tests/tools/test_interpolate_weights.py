@@ -231,7 +231,7 @@ def test_broken_weights_are_refused_by_name(tmp_path, pair, refuse):
         tmp_path / "nan.pth",
         "-o",
         tmp_path / "mix.pth",
-        words=("nan.pth: ", "'conv_body.bias' holds NaN"),
+        words=("nan.pth: ", "'conv_body.bias' contains NaN"),
     )
 
 
