@@ -1,5 +1,4 @@
-"""What tells a dataset from a changed one: the values that runs on disk hold, whatever is done to
-find them sooner."""
+"""The identity of a dataset must match that of existing runs on disk, however it is computed."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def line(path: str, number: int, **more: object) -> str:
 
 
 def make(root: Path) -> Path:
-    """Names of all kinds, and manifests in the root and at both levels below, with lines that are
-    none."""
+    """Create names of all kinds, and manifests with invalid lines in the root and two levels below."""
     names = [
         "a.npy",
         "one/b.npy",
@@ -86,12 +84,12 @@ def make(root: Path) -> Path:
         + b'{"path": "\xff", "sha256": "x"}\n'
         + line("three/four/f.npy", 21).encode().rstrip()
     )
-    (root / "one" / "two" / "three" / MANIFEST).write_text(line("e.npy", 22))  # too deep
+    (root / "one" / "two" / "three" / MANIFEST).write_text(line("e.npy", 22))  # too deep to be read
     return root
 
 
 def test_the_hashes_are_those_of_runs_on_disk(tmp_path: Path) -> None:
-    """Computed when names were still taken apart one by one."""
+    """The expected hashes were computed when names were still parsed one by one."""
     identity = read_dataset([make(tmp_path / "data")]).identity()
     assert identity == {
         "lists_sha256": "a350dbaf4da6c214fb63c2bd5db14bd26c4e88449776fce4e432bd97f54183d6",
@@ -109,7 +107,7 @@ def test_the_hashes_are_those_of_runs_on_disk(tmp_path: Path) -> None:
 
 
 def recorded_one_by_one(root: Path, names: list[str]) -> dict[str, str]:
-    """The plain way to the same: every name is taken apart, every line read by json."""
+    """Reference implementation: parse every name and read every line with json."""
     places = {
         "",
         *(
@@ -151,7 +149,7 @@ def test_the_contents_are_what_the_plain_way_finds(tmp_path: Path) -> None:
                 lines = [line(name, draw.randrange(99)) for name in some]
                 lines = [text if draw.random() < 0.9 else text[:-9] for text in lines]
                 (root / place / MANIFEST).write_text("".join(lines))
-        training, validation = sorted(names[:8]), sorted(names[5:])  # some are in both
+        training, validation = sorted(names[:8]), sorted(names[5:])  # some are in both manifests
         digest = hashlib.sha256()
         known = recorded_one_by_one(root, names)
         for name in (*training, *validation):
@@ -161,7 +159,7 @@ def test_the_contents_are_what_the_plain_way_finds(tmp_path: Path) -> None:
 
 
 def read_one_by_one(text: str) -> list[str] | None:
-    """The names of a list; None for one that is refused."""
+    """Return the names of a list, or None for an invalid one."""
     names: set[str] = set()
     for name in (part.rstrip("\r") for part in text.split("\n")):
         if not name:
@@ -200,7 +198,7 @@ def test_lists_are_read_and_refused_as_name_by_name(tmp_path: Path) -> None:
         assert found == expected, repr(text)
         if expected is not None and not any("\r" in name for name in expected):
             content = "".join(f"{name}\n" for name in expected).encode()
-            if sum(counts) % 50 == 0:  # it is flushed to the disk
+            if sum(counts) % 50 == 0:  # the file is flushed to disk
                 write_file_list(path, draw.sample(expected, len(expected)))
                 assert path.read_bytes() == content
             assert (

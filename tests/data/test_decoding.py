@@ -1,5 +1,4 @@
-"""Encoded files on the host: good ones by their pixels, bad ones by their names, whatever the
-format."""
+"""Encoded files on the host: good ones by their pixels, bad ones by their errors."""
 
 from __future__ import annotations
 
@@ -308,8 +307,7 @@ def decoder() -> Iterator[HostDecoder]:
 
 
 def in_a_graph(data: bytes, corner: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(The whole image, the crop of `CROP` at `corner` that only the crop was decoded for) of a
-    graph as training's."""
+    """Return (whole image, crop of `CROP` at `corner` decoded alone) from a training graph."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=2)
@@ -332,7 +330,7 @@ def in_a_graph(data: bytes, corner: tuple[int, int]) -> tuple[np.ndarray, np.nda
 
 
 def bad(path: Path) -> BadFileError:
-    """What is wrong with a file, which must be told in one line that names it."""
+    """Return the error for a file, which must be one line that names it."""
     with pytest.raises(BadFileError) as caught:
         read_encoded(str(path))
     error = caught.value
@@ -347,7 +345,7 @@ def bad(path: Path) -> BadFileError:
 def test_good_files_raise_no_alarm_and_decode_as_in_training(
     tmp_path: Path, decoder: HostDecoder, name: str
 ) -> None:
-    path = tmp_path / "image.png"  # whatever the content: the name says nothing
+    path = tmp_path / "image.png"  # the content decides, not the name
     path.write_bytes(content(name))
     (image,) = decoder.decode([str(path)])
     assert isinstance(image, np.ndarray), image
@@ -397,7 +395,7 @@ def test_an_odd_chunk_before_the_exif_of_webp_is_survived(
         np.testing.assert_array_equal(image, expected)
         stream = read_encoded(str(path)).stream.tobytes()
         changed = [(old, new) for old, new in zip(data, stream, strict=True) if old != new]
-        assert changed  # the lengths of odd chunks, and nothing else
+        assert changed  # only the lengths of odd chunks
         assert all(old % 2 == 1 and new == old + 1 for old, new in changed if old != 255)
         assert len(changed) <= 4
 
@@ -447,9 +445,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path: Path, name: str) -> None:
     ):
         path.write_bytes(whole[:length])
         if length >= len(whole) - 2 and name.startswith("jpeg") and name != "jpeg progressive":
-            assert (
-                decoding_fault(str(path)) == ""
-            )  # the end marker is missing, the pixels are all there
+            assert decoding_fault(str(path)) == ""  # only the end marker is missing
             continue
         reason = bad(path).reason
         assert "truncated" in reason or length < 40, (length, reason)
@@ -487,7 +483,7 @@ def test_zeros_are_how_lossless_webp_writes_black(tmp_path: Path) -> None:
     image = photograph(1, 600, 900)
     image[200:] = 0
     stream = pil(image, "webp", lossless=True, method=0, quality=20)
-    assert bytes(4096) in stream  # so that no rule may be made of zeros
+    assert bytes(4096) in stream  # so zeros must not count as damage
     (tmp_path / "black.webp").write_bytes(stream)
     assert decoding_fault(str(tmp_path / "black.webp")) == ""
 
@@ -602,7 +598,7 @@ def test_decoding_fault_gives_one_readable_line(tmp_path: Path) -> None:
     (tmp_path / "damaged.jpg").write_bytes(damaged)
     assert (
         read_encoded(str(tmp_path / "damaged.jpg")).stream.tobytes() == damaged
-    )  # checksums are left to the decoder
+    )  # the decoder verifies checksums
     fault = decoding_fault(str(tmp_path / "damaged.jpg"))
     assert fault.startswith("its PNG data cannot be decoded")
     assert "\n" not in fault
@@ -616,7 +612,7 @@ def test_decoding_fault_gives_one_readable_line(tmp_path: Path) -> None:
 
 def test_bad_files_do_not_spoil_the_others(tmp_path: Path, decoder: HostDecoder) -> None:
     damaged = bytearray(content("png"))
-    damaged[len(damaged) // 2] ^= 1  # only decoding tells
+    damaged[len(damaged) // 2] ^= 1  # only decoding reveals it
     files = {
         "0.png": content("png"),
         "1.png": bytes(damaged),
@@ -642,7 +638,7 @@ def test_bad_files_do_not_spoil_the_others(tmp_path: Path, decoder: HostDecoder)
     kept = images[0]
     assert kept.flags.c_contiguous
     assert kept.flags.owndata
-    decoder.decode([paths[2]] * 9)  # would overwrite what is not a copy
+    decoder.decode([paths[2]] * 9)  # would overwrite pixels that are not copied
     np.testing.assert_array_equal(kept, PHOTO)
     assert decoder.decode([]) == []
 
@@ -663,7 +659,7 @@ def test_closing_ends_the_threads(tmp_path: Path) -> None:
         return decoder
 
     before = 0
-    once()  # what DALI starts once in a process stays
+    once()  # DALI's once-per-process threads remain
     before = threads()
     for _ in range(3):
         closed = once()

@@ -1,5 +1,4 @@
-"""How LR is made of HR: by references of our own, by the distribution of what is drawn, and as a
-pure function."""
+"""Degradations against reference code, by the distribution of their parameters, and for purity."""
 
 from __future__ import annotations
 
@@ -31,12 +30,12 @@ from pipeline.data.source import CropSource, Position, Sample
 from pipeline.data.spec import DataSpec
 
 CROP = 48
-NUMBERS = 2 * (WORDS - KEYS)  # uniform numbers that a sample has
+NUMBERS = 2 * (WORDS - KEYS)  # uniform numbers per sample
 ROUNDS = ("first", "second")
 
 
 def photographs(root: Path, *sizes: tuple[int, int], suffix: str = ".npy") -> list[str]:
-    """Files of low contrast, 40..215, in `sizes` (height, width); their names."""
+    """Write files of low contrast, 40..215, in `sizes` (height, width); return their names."""
     names = []
     for i, size in enumerate(sizes):
         pixels = (40 + photograph(i, *size) * (175 / 255)).astype(np.uint8)
@@ -73,7 +72,7 @@ def source(
 def made(
     crops: CropSource, count: int = 1, threads: int = 1
 ) -> tuple[list[Sample], np.ndarray, np.ndarray]:
-    """The samples of the first `count` micro-batches, their HR and LR (n, 3, height, width)."""
+    """Return samples of the first `count` micro-batches, and their HR and LR (n, 3, height, width)."""
     pipeline = training_pipeline(crops, 0, device_id=None, threads=threads, prefetch=1)
     hr, lr = zip(
         *([np.array(side.as_array()) for side in pipeline.run()] for _ in range(count)), strict=True
@@ -86,14 +85,14 @@ def made(
 
 
 def undone(pixels: np.ndarray, sample: Sample) -> np.ndarray:
-    """CHW as the graph gives it -> HWC as it lies in the file."""
+    """Undo the symmetry: CHW from the graph to HWC as in the file."""
     image = pixels.transpose(2, 1, 0) if sample.transpose else pixels.transpose(1, 2, 0)
     image = image[:, ::-1] if sample.flip_horizontal else image
     return image[::-1] if sample.flip_vertical else image
 
 
 def whole(sample: Sample, scale: int) -> np.ndarray:
-    """The sample's photograph without what is left over of a multiple of the scale."""
+    """Return the sample's photograph, cropped to a multiple of the scale."""
     pixels = np.load(sample.path)
     return np.ascontiguousarray(
         pixels[: pixels.shape[0] // scale * scale, : pixels.shape[1] // scale * scale]
@@ -105,18 +104,17 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-# What a crop's LR is: that of the whole photograph, and turned with HR.
+# The LR of a crop must be that part of the whole photograph's LR, with HR's symmetry.
 
 
 def nine_places_and_inside(root: Path, scale: int) -> list[str]:
-    """One photograph with three places for a crop in each direction, at its edges, and one with
-    many."""
+    """Return one photograph with 3 x 3 crop positions, all at its edges, and one with many."""
     side = CROP + 2 * scale
     return photographs(root, (side + 1, side + scale - 1), (2 * CROP + 40, 2 * CROP + 31))
 
 
 def of_the_whole(crops: CropSource) -> tuple[list[Sample], list[np.ndarray], list[np.ndarray]]:
-    """Samples, their LR as it lies in the file, and that part of the whole photograph's LR."""
+    """Return samples, their LR as in the file, and that part of the whole photograph's LR."""
     scale, degradation = crops.scale, crops.spec.degradation
     samples, hr, lr = made(crops)
     wholes = {
@@ -180,8 +178,8 @@ def test_gaussian_lr_of_a_crop_is_the_crop_of_the_lr_of_the_whole(
         )
         _, lr, parts = of_the_whole(crops)
         difference = np.abs(np.array(lr, int) - np.array(parts))
-        # Sums of the same products in another order: one in some ten thousand lies so near to a
-        # half that it counts.
+        # The products are summed in another order: about one sum in 10,000 is close enough to a
+        # half to round differently.
         assert difference.max() <= 1
         assert difference.mean() < 2e-4
 
@@ -212,7 +210,7 @@ def test_without_its_surroundings_lr_of_a_crop_is_another(
 
 
 def gaussian_weights(length: int, scale: int, sigma: float) -> np.ndarray:
-    """(length / scale, length): of every pixel, those reflected over the borders added in."""
+    """Return (length / scale, length) weights of every pixel, with border reflections added."""
     around = length - 1
     places = np.pad(np.arange(length), around, mode="reflect")
     centres = scale * np.arange(length // scale) + (scale - 1) / 2
@@ -274,7 +272,8 @@ def test_realesrgan_lr_is_turned_with_hr(tmp_path: Path, on_host: bool) -> None:
         np.testing.assert_array_equal(got, expected)
 
 
-# What Real-ESRGAN draws, against the published options (options/train_realesrnet_x4plus.yml).
+# Random parameters of Real-ESRGAN, against the published options
+# (options/train_realesrnet_x4plus.yml).
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "first": {
@@ -309,7 +308,7 @@ REGION = 400
 
 
 def assert_shares(values: Iterable[Any], shares: Mapping[Any, float]) -> None:
-    """Chi-square at 1 in 1,000; nothing outside of what has a share."""
+    """Chi-square test at 1 in 1,000; values without a share must not occur."""
     counted = Counter(values)
     assert set(counted) <= {name for name, share in shares.items() if share}
     total, count = sum(shares.values()), sum(counted.values())
@@ -319,7 +318,7 @@ def assert_shares(values: Iterable[Any], shares: Mapping[Any, float]) -> None:
 
 
 def assert_even(values: Sequence[float], low: float, high: float) -> None:
-    """Kolmogorov and Smirnov at 1 in 1,000."""
+    """Kolmogorov-Smirnov test of uniformity at 1 in 1,000."""
     assert len(values) > 200
     assert low <= min(values)
     assert max(values) <= high
@@ -421,7 +420,7 @@ def test_realesrgan_draws_the_published_noise_and_jpeg(drawn: list[Parameters], 
         [one["level"] for one in rounds if one["noise"] == "poisson"], *published["poisson"]
     )
     assert_shares((one["gray"] for one in rounds), share(0.4))
-    # Even over 30..95 and rounded: the two ends have half a step.
+    # Uniform over 30..95 and rounded: the two ends get half the share.
     assert_shares(
         (one["jpeg"] for one in rounds), {30: 0.5, **dict.fromkeys(range(31, 95), 1.0), 95: 0.5}
     )
@@ -441,7 +440,7 @@ def test_realesrgan_draws_the_published_end(drawn: list[Parameters]) -> None:
 
 
 def test_realesrgan_draws_every_parameter_for_itself(drawn: list[Parameters]) -> None:
-    """No two parameters, of one round or of different ones, are of the same number."""
+    """No two parameters, of the same or of different rounds, use the same random number."""
 
     def fraction(value: float, bounds: tuple[float, float]) -> float:
         return (value - bounds[0]) / (bounds[1] - bounds[0])
@@ -489,7 +488,7 @@ def test_realesrgan_draws_every_parameter_for_itself(drawn: list[Parameters]) ->
             "last cutoff": final.get("sinc", (14, 2.1))[1],
         }
         rows.append(row)
-    names = [name for name in rows[0] if name != "first is blurred"]  # which all are
+    names = [name for name in rows[0] if name != "first is blurred"]  # all of them are
     values = np.array([[row[name] for name in names] for row in rows], np.float64).T
     correlations = np.corrcoef(values)
     related = {
@@ -513,7 +512,7 @@ def test_realesrgan_draws_every_parameter_for_itself(drawn: list[Parameters]) ->
 
 
 def test_each_sample_uses_as_many_numbers_as_any_other() -> None:
-    """So that a changed share of a recipe leaves all other draws of a sample what they were."""
+    """Changing a share in a recipe must not change any other random choice of a sample."""
     random = np.random.default_rng(1)
     left = set()
     for other in (
@@ -543,7 +542,7 @@ def test_the_crop_lies_anywhere_in_its_surroundings() -> None:
             )
 
 
-# The pixels of Real-ESRGAN, against a chain of numpy, torch and OpenCV.
+# Pixels of Real-ESRGAN, against a chain of NumPy, torch and OpenCV.
 
 
 def kernel_of(blur: Parameters) -> np.ndarray:
@@ -571,8 +570,7 @@ def blurred(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def cubic(length: int, size: int) -> np.ndarray:
-    """(size, length) weights of Keys' cubic with a = -0.5, without antialias, the outermost pixels
-    repeated."""
+    """Return (size, length) weights of Keys' cubic, a = -0.5, not antialiased, borders repeated."""
     centres = (np.arange(size) + 0.5) * length / size - 0.5
     weights = np.zeros((size, length))
     for tap in range(-1, 3):
@@ -584,7 +582,7 @@ def cubic(length: int, size: int) -> np.ndarray:
 
 
 def area(length: int, size: int) -> np.ndarray:
-    """(size, length): the share of each pixel in what an output pixel covers."""
+    """Return (size, length): each pixel's share of the area that an output pixel covers."""
     ends, first = np.arange(size + 1) * length / size, np.arange(length)
     return (
         (np.minimum(ends[1:, None], first + 1) - np.maximum(ends[:-1, None], first)).clip(0, 1)
@@ -622,7 +620,7 @@ def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def reference(pixels: np.ndarray, drawn: Parameters, scale: int) -> np.ndarray:
-    """The published chain without noise, but for its cubic and its area averaging."""
+    """The published chain without noise, with this project's cubic and area averaging."""
     image, final, quality = pixels.astype(np.float64), drawn["final"], drawn["second"]["jpeg"]
     for part in ROUNDS:
         one = drawn[part]
@@ -639,8 +637,7 @@ STILL = {"noise_range": 0, "gaussian_noise_prob": 1}
 
 
 def with_references(crops: CropSource, areas: int, most: int) -> Iterator[tuple[Sample, float]]:
-    """The first `most` samples of a micro-batch that average areas in `areas` resizings, and their
-    PSNR in dB."""
+    """Return samples with `areas` area resizings, at most `most`, and their PSNR in dB."""
     samples, _, lr = made(crops)
     chosen = [
         i for i, sample in enumerate(samples) if modes_of(sample.degradation).count("area") == areas
@@ -681,7 +678,7 @@ def test_realesrgan_is_the_published_chain(tmp_path: Path, scale: int, on_host: 
     )
     found = list(with_references(crops, 0, 8))
     assert {sample.degradation["final"]["sinc_first"] for sample, _ in found} == {True, False}
-    # Mostly the same bytes; a sum rounded the other way may turn over a coefficient of a JPEG.
+    # Most bytes are equal; a sum that rounds differently can change a JPEG coefficient.
     assert min(value for _, value in found) > (36 if on_host else 40)
     assert np.median([value for _, value in found]) > (50 if on_host else 55)
 
@@ -689,7 +686,7 @@ def test_realesrgan_is_the_published_chain(tmp_path: Path, scale: int, on_host: 
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_realesrgan_averages_areas(tmp_path: Path, scale: int, on_host: bool) -> None:
-    best = STILL | {"jpeg_range": 100}  # lest coefficients turn over
+    best = STILL | {"jpeg_range": 100}  # so that JPEG coefficients do not change
     crops = source(
         tmp_path,
         photographs(tmp_path, (132, 144), (120, 160)),
@@ -712,7 +709,7 @@ def test_realesrgan_averages_areas(tmp_path: Path, scale: int, on_host: bool) ->
         averaged, enlarged = averaged + (ratio > 1), enlarged + (ratio < 1)
         assert value > (
             45 if ratio >= 1 else 38
-        )  # what enlarges is linear, where areas would repeat pixels
+        )  # enlarging is linear, whereas area resizing would repeat pixels
     assert averaged > 1
     assert enlarged > 0
 
@@ -728,8 +725,8 @@ def test_realesrgan_noise_is_as_strong_as_drawn(
     tmp_path: Path, part: str, is_gray: bool, is_gaussian: bool, on_host: bool
 ) -> None:
     np.save(tmp_path / "0.npy", (50 + photograph(3, 180, 144) * (100 / 255)).astype(np.uint8))
-    # Nothing but noise, and of JPEG only the coarse colour: luma shows how strong it is. Nothing
-    # reaches 0 or 255.
+    # Only noise, and JPEG with coarse colour only: luma shows the strength. Nothing reaches 0 or
+    # 255.
     nothing = STILL | {"blur_prob": 0, "resize_prob": (0, 0, 1), "jpeg_range": 100}
     noisy = nothing | {
         "noise_range": (6, 12),
@@ -770,8 +767,7 @@ def test_realesrgan_noise_is_as_strong_as_drawn(
         assert residual.std() == pytest.approx(
             sample.degradation[part]["level"] * variance**0.5, rel=0.03
         )
-        # Photons are whole numbers: with a factor near 1 the rounding to bytes may lean to one
-        # side.
+        # Photon counts are integers: with a factor near 1, rounding to bytes can be biased.
         assert abs(residual.mean()) < 4 * residual.std() / residual.size**0.5 + 0.1 + 0.4 * (
             not is_gaussian
         )
@@ -806,7 +802,8 @@ def test_lr_noise_is_as_strong_as_drawn(tmp_path: Path, degradation: str, on_hos
         residual = one.astype(np.float64) - other
         unclipped = residual[(other > 35) & (other < 220)]
         assert unclipped.size > 2000
-        # Each side is rounded, which adds 1/12 to its variance, but realesrgan's was bytes before.
+        # Both sides are rounded, which adds 1/12 to the variance, except that realesrgan's were
+        # bytes already.
         sigma = (sample.noise_sigma**2 + (1 if degradation == "realesrgan" else 2) / 12) ** 0.5
         assert unclipped.std() == pytest.approx(sigma, rel=4 / (2 * unclipped.size) ** 0.5)
         assert abs(unclipped.mean()) < 4 * sigma / unclipped.size**0.5 + 0.02
@@ -830,7 +827,7 @@ def test_lr_noise_is_drawn_as_often_as_asked_for(tmp_path: Path) -> None:
         assert_even([sigma for sigma in sigmas if sigma > 0], 1, 6)
 
 
-# A pure function of the sample's number.
+# A sample is a pure function of its number.
 
 MIXED = (
     (CROP, CROP),
@@ -852,7 +849,7 @@ WAYS: Mapping[str, Any] = {
 
 
 def mixed_files(root: Path, scale: int) -> tuple[list[str], dict[str, str]]:
-    """(HR names, HR name -> path of LR), `.npy` and `.png`."""
+    """Return (HR names, HR name -> path of LR) of `.npy` and `.png` files."""
     names, lr_paths = [], {}
     for i, (height, width) in enumerate(MIXED):
         suffix = (".npy", ".png")[i % 2]
@@ -911,10 +908,10 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path, way: str, scale: i
         assert others == samples
         np.testing.assert_array_equal(other_hr, hr)
         np.testing.assert_array_equal(other_lr, lr)
-    np.testing.assert_array_equal(run(8, 1, "bicubic")[1], hr)  # no degradation has a say in HR
+    np.testing.assert_array_equal(run(8, 1, "bicubic")[1], hr)  # no degradation may change HR
 
 
-# The limits of what a recipe may say.
+# Extreme values in recipes.
 
 LIMITS: Mapping[str, Any] = {
     "smallest kernels": {"blur_kernel_size": 7},
@@ -933,8 +930,10 @@ LIMITS: Mapping[str, Any] = {
 
 
 def assert_plausible(hr: np.ndarray, lr: np.ndarray, scale: int, least: float) -> None:
-    """LR shows what HR shows: it is at least `least` times the correlation of 1 with the mean of
-    each LR pixel."""
+    """Assert that LR shows the same as HR, by the correlation with the mean over each LR pixel.
+
+    It must be at least `least` times a perfect one.
+    """
     count, _, height, width = hr.shape
     means = hr.reshape(count, 3, height // scale, scale, width // scale, scale).mean((3, 5))
     assert lr.shape == means.shape
@@ -995,7 +994,7 @@ def test_gaussian_at_the_limits_of_its_recipe(tmp_path: Path, sigma: float, scal
         return
     for sample, one, other in zip(
         samples, hr, lr, strict=True
-    ):  # the pixel or the four pixels at each centre
+    ):  # the one or four pixels at each centre
         assert not sample.transpose
         first, last = (scale - 1) // 2, scale // 2
         nearest = np.mean(
@@ -1018,7 +1017,7 @@ def test_no_kernel_warns() -> None:
 
 @pytest.mark.parametrize("highest", [1.2, 4])
 def test_each_array_of_realesrgan_is_used(tmp_path: Path, highest: float) -> None:
-    """DALI warns of what no node takes."""
+    """DALI warns about unused inputs."""
     degradation = {"name": "realesrgan", "second": {"resize_range": (0.3, highest)}}
     crops = source(
         tmp_path, photographs(tmp_path, (64, 64)), scale=4, micro_batch=1, degradation=degradation
@@ -1047,12 +1046,14 @@ def test_no_two_noises_of_a_sample_share_their_keys(tmp_path: Path) -> None:
     assert min(len(field) for field in fields) > 7
     for i, field in enumerate(fields):
         for other in fields[:i]:
-            assert len(field & other) < 3  # of 2^31 keys
+            assert len(field & other) < 3  # out of 2^31 keys
 
 
 def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> None:
-    """One that takes the pixel at the corner of each LR pixel: known to recipes, made as it says,
-    and trained with."""
+    """A new degradation is accepted by recipes, makes its LR and can be trained with.
+
+    It takes the pixel at the corner of each LR pixel.
+    """
     (tmp_path / "corner.py").write_text(
         textwrap.dedent('''
         """LR by taking one pixel in `scale`, without a filter."""

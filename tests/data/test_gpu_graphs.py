@@ -1,8 +1,8 @@
-"""Every DALI graph, built for a GPU without one: DALI makes the operators in C++, and says in its
-file what it made.
+"""Build every DALI graph for a GPU without having one, and read which operators DALI created.
 
-A pipeline's device is taken away just before its backend is begun, which refuses one where there is
-no driver; the operators have theirs by then. CUDA itself is not touched.
+DALI creates the operators in C++ and lists them in its serialised file. The pipeline's device is
+removed just before its backend starts, which would fail without a driver; the operators have their
+devices by then. CUDA itself is not used.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
 
 
 def files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """(HR names, HR name -> path of LR): photographs of every suffix."""
+    """Return (HR names, HR name -> path of LR) of photographs with every suffix."""
     names, lr_paths = [], {}
     for number, suffix in enumerate(suffixes):
         for name, side in ((f"{number}{suffix}", 96), (f"{number}_lr{suffix}", 48)):
@@ -70,13 +70,13 @@ def crops_of(root: Path, kind: str, micro_batch: int = 4) -> CropSource:
     return source(root, names, scale=2, micro_batch=micro_batch, lr_paths=lr_paths, **data)
 
 
-# What DALI says it made: its protobuf messages, read by their numbers.
+# The operators in DALI's protobuf messages, by their field numbers.
 
 
 class Input(NamedTuple):
     name: str
     device: str
-    argument: str  # of the operator that it is; empty: what it works on
+    argument: str  # device of the operator; empty: that of its inputs
 
 
 class Operator(NamedTuple):
@@ -91,7 +91,10 @@ class Operator(NamedTuple):
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protobuf message; nested ones and texts are bytes."""
+    """Yield (number, value) of each field of a protobuf message.
+
+    Nested messages and strings are bytes.
+    """
     at = 0
 
     def integer() -> int:
@@ -166,7 +169,7 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
     )
     assert (
         pipeline.exec_dynamic
-    )  # so that outputs can be had on a stream, and live as long as they are held
+    )  # so that outputs can be requested on a stream and live as long as they are held
     made = operators(pipeline)
     decoders = [one for one in made if one.name.startswith("decoders__")]
     sides = 1 + crops.spec.degradation.reads_lr
@@ -180,8 +183,8 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
         {"Slice"} if kind == "skip" and not decodes_on_gpu else set()
     )
     for one in made:
-        # No synchronisation: what says how, a condition too, is never on the GPU, and no pixels
-        # come back from it.
+        # No synchronisation: parameters and conditions are never on the GPU, and no pixels return
+        # from it.
         assert all(part.device == "cpu" for part in one.inputs if part.argument), one
         assert (
             one.device != "cpu"
@@ -197,7 +200,7 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
         if part.name not in taken
     ]
     assert [part.device for part in results] == ["gpu", "gpu"]
-    # A kernel for each sample is what fn.flip would launch.
+    # fn.flip would launch one kernel per sample.
     counts = Counter(one.name for one in made)
     assert not counts["Flip"]
     assert counts["Transpose"] == counts["CropMirrorNormalize"] == 2
@@ -216,7 +219,7 @@ def test_a_source_that_degrades_on_the_host_is_not_for_a_gpu(tmp_path: Path) -> 
         training_pipeline(crops, 0, device_id=0, threads=1, prefetch=1)
 
 
-# What the graphs of a GPU do otherwise, run on the CPU.
+# GPU-specific parts of the graphs, run on the CPU.
 
 
 @pytest.mark.parametrize("kind", ["PNG", "both", "paired JPEG", "gaussian"])
@@ -248,7 +251,7 @@ def test_flips_by_sampling_are_flips(
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_chroma_is_interpolated_as_libjpeg_turbo_does(tmp_path: Path, on_error: str) -> None:
-    """By the graph and by the host's decoder alike: a GPU's own way would be 40 dB off."""
+    """In the graph and in the host's decoder; a GPU's default would differ by 40 dB."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8)
     pixels = cv2.resize(pixels, (96, 96), interpolation=cv2.INTER_NEAREST)
     data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()

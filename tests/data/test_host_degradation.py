@@ -1,5 +1,4 @@
-"""The host's chain of Real-ESRGAN: each operator against float64 or DALI's, the whole against
-DALI's chain."""
+"""The host's Real-ESRGAN chain: operators against float64 or DALI's, the chain against DALI's."""
 
 from __future__ import annotations
 
@@ -53,8 +52,8 @@ def test_a_filter_is_the_sum_that_it_stands_for(
     for image in (photograph(3, 61, 70), photograph(4, 40, 33).astype(np.float32) * 1.3 - 30):
         got = host.filtered(image, kernel, workspace)
         assert got.dtype == np.float32
-        # By trimming and by lines a thousandth or two may be missing; most of what is around is
-        # alike.
+        # Trimming and separable terms may drop one or two thousandths; the surrounding pixels are
+        # mostly equal.
         assert (
             np.abs(got - blurred(image.astype(np.float64), kernel)).max()
             < host.TAIL * np.ptp(image) + 0.01
@@ -102,7 +101,7 @@ def test_sampling_in_another_size(size: tuple[int, int]) -> None:
 
 
 def test_results_do_not_overwrite_what_they_are_made_of() -> None:
-    """In whatever order a chain calls them, in one workspace."""
+    """In any order of calls with one workspace."""
     image, kernel = photograph(2, 40, 48), KERNELS["round"]
 
     def chain(workspaces: Iterator[Workspace]) -> np.ndarray:
@@ -142,7 +141,7 @@ def test_noise_is_dalis(channels: int) -> None:
         layouts=("HWC", "", ""),
     )
     difference = np.abs(host.with_poisson(image.copy(), keys, 1.5, Workspace()) - expected)
-    assert difference.max() <= 1.5 * 256 / 255 + 1e-3  # a count, where a sum lies at a half
+    assert difference.max() <= 1.5 * 256 / 255 + 1e-3  # a count may differ where a sum is at a half
     assert (difference > 1e-2).mean() < 5e-3
 
 
@@ -162,7 +161,7 @@ def test_jpeg_is_opencvs(quality: int) -> None:
 def both(
     root: Path, names: list[str], *, micro_batch: int, **data: Any
 ) -> tuple[CropSource, list[np.ndarray], list[np.ndarray]]:
-    """The source, and [HR, LR] of its first micro-batch by DALI and by the host."""
+    """Return the source, and [HR, LR] of its first micro-batch by DALI and by the host."""
     found = []
     for on_host in (False, True):
         crops = source(root, names, micro_batch=micro_batch, degrades_on_host=on_host, **data)
@@ -175,10 +174,10 @@ def both(
 @pytest.mark.parametrize("form", [".npy", ".png", "both"])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_the_chain_makes_what_dali_makes(tmp_path: Path, form: str, scale: int) -> None:
-    """Of the same draws, with brightness and all noise, the same pixels up to rounding.
+    """With the same draws, brightness and all noise, the pixels agree up to rounding.
 
-    Where a sum lies at a half, a coefficient of a JPEG or a count of photons may be another: a few
-    levels in a block.
+    If a sum is at a half, a JPEG coefficient or a photon count may differ, which changes a block by
+    a few levels.
     """
     names = photographs(
         tmp_path, (130, 144), (210, 120), (300, 280), suffix=".npy" if form == "both" else form
@@ -252,7 +251,7 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path) -> None:
 
 
 def test_every_draw_can_be_made(tmp_path: Path) -> None:
-    """Of a thousand, those with the least usual kernels: nothing is out of range or shape."""
+    """The most unusual kernels of 1,000 draws give results within range and of the right shape."""
     degradation, workspace = RealEsrgan(RealEsrganSpec(), 4), Workspace()
     region = photograph(1, 96, 104)
     for i, row in enumerate(np.random.default_rng(3).random((150, NUMBERS)).tolist()):
@@ -261,7 +260,7 @@ def test_every_draw_can_be_made(tmp_path: Path) -> None:
         lr = degradation.lr_on_host(drawn, keys, region, (0, 0), (96, 104), workspace).copy()
         assert lr.shape == (24, 26, 3)
         assert lr.dtype == np.uint8
-        # Of a part, no more is filtered than it sees.
+        # For a part, only the pixels that it depends on are filtered.
         part = degradation.lr_on_host(drawn, keys, region, (20, 32), (64, 40), workspace)
         assert np.abs(part.astype(int) - lr[5:21, 8:18]).max() <= 1
 

@@ -1,4 +1,4 @@
-"""pipeline.data.image_files: the layout of .npy crops and the two lists."""
+"""pipeline.data.image_files: headers of .npy crops, and the two file lists."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from pipeline.files import write_atomically
 
 
 def _padded_header(version: int) -> bytes:
-    """An .npy file whose header numpy would not write, but may read: other key order, version 2 or
-    3."""
+    """Write a valid .npy header that NumPy would not write: other key order, version 2 or 3."""
     text = b"{'shape': (5, 7, 3), 'descr': 'u1', 'fortran_order': False}\n"
     return (
         b"\x93NUMPY"

@@ -1,4 +1,4 @@
-"""pipeline.data.image_headers: sizes without decoding, and streams that are all there."""
+"""pipeline.data.image_headers: sizes without decoding, and checks for completeness."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_extended_lossless_webp_is_lossless():
 
 @pytest.mark.parametrize("marker", [*range(0xC0, 0xD0)])
 def test_all_jpeg_frame_markers(marker):
-    """SOF0..15 hold a size; DHT, JPG and DAC, in the same range, do not."""
+    """SOF0..15 contain a size; DHT, JPG and DAC, in the same range, do not."""
     frame = struct.pack(">BBHBHHB", 0xFF, marker, 17, 8, 123, 456, 3) + bytes(9)
     content = b"\xff\xd8" + b"\xff\xfe\x00\x04hi" + b"\xff" + frame + b"\xff\xd9"
     if marker in (0xC4, 0xC8, 0xCC):
@@ -97,7 +97,7 @@ def test_dimensions_of_a_bomb_need_no_decoding():
 @pytest.mark.parametrize("name", [*BAD, "nothing"])
 def test_bad_files_are_found_without_decoding(name):
     content = BAD.get(name, b"")
-    if name == "cut.bmp":  # its decoder notices
+    if name == "cut.bmp":  # its decoder detects that
         return
     with pytest.raises(BadImageError):
         check_complete(content, read_header(io.BytesIO(content)))
@@ -125,7 +125,7 @@ def test_every_cut_is_noticed(name):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_headers_survive_any_cut_and_flip(name):
-    """Hostile bytes end in a header or in a BadImageError, never in another exception."""
+    """Hostile bytes give a header or a BadImageError, never another exception."""
     content = GOOD[name]
     for at in range(0, min(len(content), 700), 3):
         for part in (content[:at], content[:at] + bytes([content[at] ^ 0x81]) + content[at + 1 :]):

@@ -1,4 +1,4 @@
-"""Blur kernels by their shapes and spectra, and as DALI applies them."""
+"""Blur kernels: their shapes and spectra, and their application by DALI."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ def filtered(
     *,
     linear: bool = False,
 ) -> np.ndarray:
-    """What DALI makes of an HWC image: filtered, and resized without antialias to `out` (height,
-    width)."""
+    """Filter an HWC image with DALI and resize it, not antialiased, to `out` (height, width)."""
     from nvidia.dali import fn, pipeline_def, types
 
-    filter2d = getattr(fn, "filter", None) or fn.experimental.filter  # the name before 2.4
+    filter2d = getattr(fn, "filter", None) or fn.experimental.filter  # its name before DALI 2.4
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph() -> Any:
@@ -92,7 +91,7 @@ def test_kernels_are_the_published_functions() -> None:
     arguments = (21, 2.5, 0.9, 0.6)
     gaussian = gaussian_kernel(*arguments)
     np.testing.assert_allclose(generalized_kernel(*arguments, 1.0), gaussian, rtol=1e-5)
-    # At one offset, relative to the middle: d = (3, -2) of a kernel turned by 0.6.
+    # At one offset, relative to the middle: d = (3, -2) in a kernel rotated by 0.6.
     along, across = 3 * math.cos(0.6) - 2 * math.sin(0.6), -3 * math.sin(0.6) - 2 * math.cos(0.6)
     quadratic = (along / 2.5) ** 2 + (across / 0.9) ** 2
     for kernel, expected in (
@@ -108,7 +107,7 @@ def test_sinc_is_that_of_the_bessel_function(cutoff: float) -> None:
     kernel = sinc_kernel(21, cutoff)
     y, x = np.mgrid[-10:11, -10:11]
     radius = np.hypot(x, y)
-    # Bessel's integral; the trapezium rule over a whole period is exact to rounding.
+    # Bessel's integral; the trapezoidal rule over a whole period is exact up to rounding.
     angles = np.linspace(0, 2 * np.pi, 400, endpoint=False)
     j1 = np.cos(angles - cutoff * radius[..., None] * np.sin(angles)).mean(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -147,8 +146,7 @@ def test_offset_gaussian_and_nearest_weigh_around_the_centres_of_lr_pixels(
     got = filtered(image, offset_gaussian(sigma, scale), (20, 26))
 
     def weights(length: int) -> np.ndarray:
-        """(length / scale, length): the weight of every pixel, those reflected over the borders
-        added in."""
+        """Return (length / scale, length) weights of every pixel, with border reflections added."""
         around = length - 1
         places = np.pad(np.arange(length), around, mode="reflect")
         centres = scale * np.arange(length // scale) + (scale - 1) / 2
@@ -164,13 +162,13 @@ def test_offset_gaussian_and_nearest_weigh_around_the_centres_of_lr_pixels(
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """In dB, without the outermost pixels, where the filter sees the reflected image."""
+    """Return the PSNR in dB without the border pixels, whose filter uses the reflected image."""
     error = ((one - other)[6:-6, 6:-6].astype(np.float64) ** 2).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
-    """The mean of what each output pixel covers, with the shares of the pixels at its edges."""
+    """Return the mean over each output pixel's area, with partial pixels at its edges."""
     ends = np.arange(size + 1) * len(image) / size
     first = np.arange(len(image))
     shares = np.minimum(ends[1:, None], first + 1) - np.maximum(ends[:-1, None], first)
@@ -192,8 +190,8 @@ def test_with_box_linear_sampling_averages_areas(
     expected = area(image, size)
     assert psnr(boxed, expected) > least
     assert psnr(boxed, expected) >= psnr(plain, expected) + gain
-    # torch's area is adaptive average pooling: whole pixels, in windows that overlap unless the
-    # ratio is an integer.
+    # torch's area mode is adaptive average pooling: whole pixels, in windows that overlap unless
+    # the ratio is an integer.
     pooled = (
         torch.nn.functional.interpolate(
             torch.from_numpy(image.transpose(2, 0, 1)[None]), (size, size), mode="area"

@@ -1,4 +1,4 @@
-"""The DALI graph and the loader, by their pixels."""
+"""The DALI graph and the loader, verified by their pixels."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def images(root: Path, suffix: str, count: int = 6, size: tuple[int, int] = (72,
 
 
 def undone(pixels: np.ndarray, vertical: int, horizontal: int, transposed: int) -> np.ndarray:
-    """CHW as the loader gives it -> HWC as it was cut from the file."""
+    """Undo the symmetry: CHW from the loader to HWC as in the file."""
     image = pixels.transpose(2, 1, 0) if transposed else pixels.transpose(1, 2, 0)
     image = image[:, ::-1] if horizontal else image
     return image[::-1] if vertical else image
@@ -119,10 +119,10 @@ def test_lr_is_the_cubic_of_hr_and_turned_with_it(tmp_path: Path, scale: int) ->
             undone(batch.lr[i].numpy(), *how), undone(plain.lr[i].numpy(), 0, 0, 0)
         )
     reference = cubic_resize(batch.hr.double(), (CROP // scale, CROP // scale)).clamp(0, 255)
-    inner = (..., slice(2, -2), slice(2, -2))  # farther out the pixels around the crop count
+    inner = (..., slice(2, -2), slice(2, -2))  # the border also depends on pixels around the crop
     assert (batch.lr.double() - reference)[
         inner
-    ].abs().max() < 0.501  # rounded to the nearest level, nothing else
+    ].abs().max() < 0.501  # only rounded to the nearest level
 
 
 def test_every_storage_format_gives_the_same_batches(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_pixels_are_the_same_for_one_two_and_four_ranks(tmp_path: Path) -> None:
 def test_starting_anywhere_gives_what_would_have_come_there(tmp_path: Path) -> None:
     names = images(tmp_path, ".npy", count=5)
     whole = batches(source(tmp_path, names), 0, 6)
-    for start in (1, 3, 5):  # in mid-epoch and across the end of one
+    for start in (1, 3, 5):  # within an epoch and across its end
         for expected, got in zip(
             whole[start:], batches(source(tmp_path, names), start, 6 - start), strict=True
         ):
@@ -204,7 +204,7 @@ def test_starting_anywhere_gives_what_would_have_come_there(tmp_path: Path) -> N
 
 
 def damaged(root: Path, how: str) -> str:
-    """The name of a file that cannot be trained on."""
+    """Return the name of a file that cannot be used for training."""
     if how == "truncated png":
         images(root, ".png", count=1)
         (root / "bad.png").write_bytes((root / "0.png").read_bytes()[:2000])
@@ -252,8 +252,7 @@ def test_closing_in_the_middle_leaves_no_thread(tmp_path: Path) -> None:
 
 
 def pairs(root: Path, suffix: str, count: int = 5) -> list[str]:
-    """HR and LR files that have nothing to do with each other, so that neither can be made of the
-    other."""
+    """Create unrelated HR and LR files, so that neither can be made from the other."""
     names = images(root, suffix, count)
     for i, name in enumerate(names):
         lr = photograph(100 + i, 36, 30)
@@ -348,7 +347,7 @@ def test_brightness_is_drawn_changes_hr_and_lr_follows(tmp_path: Path) -> None:
         assert error.abs().max() <= 0.5 + 1e-3
         if factor == 1:
             assert torch.equal(batch.lr[i], plain.lr[i])
-    # LR is made of the HR that the network will be asked for.
+    # LR is made from the same brightened HR that the network is trained on.
     reference = cubic_resize(batch.hr.double(), (CROP // 2, CROP // 2)).clamp(0, 255)
     assert (batch.lr.double() - reference)[..., 2:-2, 2:-2].abs().max() < 0.501
 
@@ -392,7 +391,7 @@ KINDS = {
 
 
 def dataset_of(root: Path, kind: str) -> Dataset:
-    """Two folders of 5 and 3 files for the kinds with weights, else one."""
+    """Create two folders of 5 and 3 files for kinds with weights, otherwise one."""
     (root / "a").mkdir()
     names = pairs(
         root / "a",
@@ -415,8 +414,10 @@ def dataset_of(root: Path, kind: str) -> Dataset:
 def test_every_kind_is_the_same_from_any_step_on_any_number_of_ranks(
     tmp_path: Path, kind: str
 ) -> None:
-    """Pixel hashes of global batches: 1, 2 and 4 ranks, 2 with accumulation, and a change of ranks
-    in mid-epoch."""
+    """Pixel hashes of global batches must not change.
+
+    They are compared for 1, 2 and 4 ranks, 2 with accumulation, and a change within an epoch.
+    """
     dataset, spec = dataset_of(tmp_path, kind), DataSpec(crop=CROP, **KINDS[kind])
 
     def hashes(world_size: int, accumulation: int, first_step: int, steps: int) -> list[list[str]]:
@@ -454,7 +455,7 @@ def test_every_kind_is_the_same_from_any_step_on_any_number_of_ranks(
 def test_a_cache_changes_no_pixel_and_keeps_within_its_room(tmp_path: Path) -> None:
     names = images(tmp_path, ".png", count=6)
     plain = batches(source(tmp_path, names), 0, 6)
-    for gigabytes in (1, 3 * 72 * 60 * 3 / 2**30):  # room for all, for three
+    for gigabytes in (1, 3 * 72 * 60 * 3 / 2**30):  # capacity for all, for three
         crops = source(tmp_path, names, cache_gb=gigabytes)
         for one, other in zip(plain, batches(crops, 0, 6), strict=True):
             assert torch.equal(one.hr, other.hr)
@@ -491,8 +492,8 @@ def test_a_bad_file_is_skipped_counted_and_replaced(
         number for number in range(32) if names[crops.sampler.draw(number, 1).files[0]] == bad
     ]
     assert sorted({skip.sample for skip in skips}) == expected
-    # What stands in is a pure function of the number, too: the same from another start and on two
-    # ranks.
+    # Replacements are pure functions of the sample's number, too: the same from another start and
+    # on two ranks.
     again = batches(source(tmp_path, names, **skipping), 4, 4)
     for one, other in zip(got[4:], again, strict=True):
         assert torch.equal(one.hr, other.hr)
@@ -589,7 +590,7 @@ def test_a_sample_says_where_it_came_from(tmp_path: Path) -> None:
 
 
 class FlatReader:
-    """A kind of file that the loader does not know: its text says height, width and one level."""
+    """A new kind of file: a text with height, width and one level."""
 
     is_decoded_in_graph = False
 
@@ -630,8 +631,7 @@ def test_a_kind_of_file_is_one_row_of_the_table(
 
 
 def test_another_colour_profile_is_named(tmp_path: Path) -> None:
-    """By a file as it is, from the cache, and in LR; the pixels are those that every command
-    reads."""
+    """For an uncached file, a cached one, and LR; the pixels are those that every command reads."""
     profile = made_profile(b"RGB ", 1.4)
     names = images(tmp_path, ".png", 3)
     with PIL.Image.open(tmp_path / "1.png") as image:

@@ -1,5 +1,4 @@
-"""What the loader asks of a GPU, told by stand-ins for CUDA's streams and for DALI: no GPU is
-needed."""
+"""The loader's use of a GPU, with fakes for CUDA streams and DALI; needs no GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ from pipeline.data import reader
 from pipeline.data.loader import Loader
 from pipeline.data.reader import batches
 
-# The loader's own stream.
+# The loader's own CUDA stream.
 
 
 class Calls(list[tuple[Any, ...]]):
-    """What was called, in order."""
+    """Records calls in order."""
 
 
 class FakeStream:
@@ -42,8 +41,7 @@ class FakeStream:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """CUDA's streams and DALI's copy, replaced by what writes down that it was called, and on which
-    stream."""
+    """Replace CUDA streams and DALI's copy with fakes that record each call and its stream."""
     found, current = Calls(), ["training"]
 
     @contextlib.contextmanager
@@ -140,8 +138,7 @@ def test_on_a_cpu_nothing_of_cuda_is_called(
 
 
 class Refusing:
-    """Stands in for a GPU's pipelines: where they decode on the GPU, what shows a bad file
-    fails."""
+    """Fake GPU pipelines that fail on a bad file if they decode on the GPU."""
 
     def __init__(self, crops: Any, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.built: list[tuple[int, bool]] = []
@@ -240,7 +237,7 @@ def test_where_the_cpu_fails_as_well_the_error_is_told(
     for suffix, expected in (
         (".jpg", [True, False]),
         (".npy", [True]),
-    ):  # of .npy nothing is decoded
+    ):  # .npy files are not decoded
         built.clear()
         (tmp_path / suffix[1:]).mkdir()
         crops = source(tmp_path / suffix[1:], images(tmp_path / suffix[1:], suffix, count=3))

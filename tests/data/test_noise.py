@@ -1,5 +1,4 @@
-"""Noise made of keys: its distribution, its whiteness, and that it is a function of nothing
-else."""
+"""Noise from keys: its distribution, its whiteness, and that it depends only on the keys."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ WORDS = (2**64 - 59, 5)
 def ran(
     nodes: Callable[..., Any], *batches: Sequence[np.ndarray], layouts: Sequence[str] = ()
 ) -> list[np.ndarray]:
-    """The samples that a CPU graph of `nodes` makes of the batches, one for each of its
-    arguments."""
+    """Return the samples that a CPU graph of `nodes` makes from the batches, one per argument."""
     from nvidia.dali import fn, pipeline_def
 
     layouts = layouts or [""] * len(batches)
@@ -62,7 +60,7 @@ def normals(keys: Sequence[NoiseKeys]) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def z() -> np.ndarray:
-    """Three channels of noise."""
+    """Return noise with three channels."""
     return normals([noise_keys(WORDS, HEIGHT, WIDTH, 3)])[0]
 
 
@@ -79,7 +77,7 @@ def test_keys_are_odd_and_each_pair_of_words_has_its_own() -> None:
     )
     assert every.dtype == np.uint32
     assert (every % 2 == 1).all()
-    assert len(np.unique(every)) > len(every) - 10  # of 2^31: a few meet by chance
+    assert len(np.unique(every)) > len(every) - 10  # out of 2^31: a few coincide by chance
     assert noise_keys(WORDS, 7, 4, 1).columns.shape == (1, 4, 1)
 
 
@@ -113,9 +111,9 @@ def test_noise_is_white(z: np.ndarray) -> None:
     count = HEIGHT * WIDTH
     for channel in range(3):
         power = np.abs(np.fft.fft2(z[..., channel].astype(np.float64))) ** 2 / count
-        power = power[1 : HEIGHT // 2]  # half the plane, where no two are the same by symmetry
+        power = power[1 : HEIGHT // 2]  # half the plane, without the symmetric half
         assert stats.kstest(power.ravel(), "expon").pvalue > 0.01
-        assert power.max() < np.log(power.size) + 7  # exceeded by one picture in a thousand
+        assert power.max() < np.log(power.size) + 7  # one image in a thousand exceeds it
     bound = 4 / count**0.5
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0)):
         assert abs((z * np.roll(z, (down, right), (0, 1))).mean(axis=(0, 1))).max() < bound
@@ -184,14 +182,14 @@ def test_poisson_noise_is_that_of_poisson(level: int, z: np.ndarray) -> None:
     counts = np.rint(counts)
     assert counts.min() >= 0
     numpys = np.random.default_rng(level).poisson(rate, counts.size)
-    error = (rate / counts.size) ** 0.5  # of a mean; twice for the difference of two
+    error = (rate / counts.size) ** 0.5  # of a mean; doubled for the difference of two
     assert abs(counts.mean() - numpys.mean()) < 0.01 + 4 * 2**0.5 * error
     assert (
         abs(counts.var() - numpys.var())
         < 0.04 + 4 * (2 * (2 * rate**2 + rate) / counts.size) ** 0.5
     )
     assert abs(stats.skew(counts) - stats.skew(numpys)) < 0.08
-    # The distribution itself: no probability "at most n" is off by more than 1.6 %, plus the
+    # The distribution itself: no probability "at most n" differs by more than 1.6 %, plus the
     # sampling error.
     steps = np.arange(counts.max() + 1)
     ours = np.searchsorted(np.sort(counts), steps, "right") / counts.size
@@ -239,7 +237,7 @@ def test_gray_noise_is_the_same_in_all_channels_of_a_sample(z: np.ndarray) -> No
     counts = added[..., 0] / scale * 256 / 255 + counted
     np.testing.assert_allclose(
         counts, np.rint(counts), atol=5e-3
-    )  # 1/255 where float32 rounds the level otherwise
+    )  # 1/255 where float32 rounds the level differently
     assert ((counts - counted) / counted.clip(1) ** 0.5).var() == pytest.approx(1, abs=0.03)
     (alone,) = ran(add_poisson, [image], [z], [scale], layouts=("HWC", "", ""))
     assert coloured.tobytes() == alone.tobytes()

@@ -1,7 +1,6 @@
-"""Every kind of image file against every command that reads images: the right pixels, or one
-refusal, the same words.
+"""Every kind of image file in every command: the right pixels, or one rejection in the same words.
 
-All files of `reading_corpus` lie in one folder, and each command is run over it once.
+All files of `reading_corpus` are in one folder, and each command runs over it once.
 """
 
 from __future__ import annotations
@@ -37,17 +36,16 @@ SAID = "not read: 2 GIF (b.gif, c.GIF), 1 HEIC (a.heic); save them as PNG to use
 
 @dataclass
 class FolderReading:
-    """What a command made of all files."""
+    """Results of a command for all files."""
 
-    pixels: dict[str, np.ndarray]  # of those that it read
-    reasons: dict[str, str]  # of those that it refused
-    said: str = ""  # of the folder as a whole
+    pixels: dict[str, np.ndarray]  # of the files it read
+    reasons: dict[str, str]  # of the files it rejected
+    said: str = ""  # for the whole folder
 
     def mistakes(
         self, reads: Callable[[str, Case], bool] = lambda name, case: case.expected is not None
     ) -> list[str]:
-        """What is not as it should be, a line each; `reads`: whether the command should read a
-        file."""
+        """Return one line per wrong result; `reads` says whether the command should read a file."""
         found = []
         for name, case in CASES.items():
             pixels, reason = self.pixels.get(name), self.reasons.get(name)
@@ -70,7 +68,7 @@ class FolderReading:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All files, and the lists of a dataset: the good ones train, a few of them validate."""
+    """Create all files and a dataset's lists: the good ones for training, a few for validation."""
     root = tmp_path_factory.mktemp("files")
     for name, content in {**{name: case.content for name, case in CASES.items()}, **UNREAD}.items():
         (root / name).write_bytes(content)
@@ -82,8 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def crops_of(out: Path) -> tuple[dict[str, tuple[int, int, np.ndarray]], dict[str, str]]:
-    """(Photo -> its HR crop's corner and pixels, photo -> why it was turned away) of a folder of
-    crops."""
+    """Return (photo -> corner and pixels of its HR crop, photo -> reason of its rejection)."""
     records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     return (
@@ -97,7 +94,7 @@ def crops_of(out: Path) -> tuple[dict[str, tuple[int, int, np.ndarray]], dict[st
 
 
 def with_crops(found: dict[str, tuple[int, int, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What was expected with the crops pasted in."""
+    """Paste the crops into the expected image."""
     pixels = {}
     for name, (top, left, crop) in found.items():
         pixels[name] = np.array(CASES[name].expected)
@@ -146,7 +143,7 @@ def pairs_to_data(folder: Path, out: Path) -> FolderReading:
     assert done.returncode == 1, done.stderr
     found, reasons = crops_of(out)
     for name, reason in reasons.items():
-        assert reason.startswith(f"{name}: "), reason  # of two files, the one that is meant
+        assert reason.startswith(f"{name}: "), reason  # the intended one of two files
     return FolderReading(with_crops(found), reasons, done.stdout)
 
 
@@ -172,7 +169,7 @@ def convert_dataset(folder: Path, out: Path) -> FolderReading:
 
 
 def training(folder: Path, out: Path) -> FolderReading:
-    """Training, as show_batch.py makes its samples: of every good file one crop."""
+    """Read as training does, in show_batch.py: one crop of every good file."""
     overrides = (
         f"data.crop={HEIGHT}",
         "data.augment=false",
@@ -188,7 +185,7 @@ def training(folder: Path, out: Path) -> FolderReading:
 
 
 def cached_training(folder: Path, out: Path) -> FolderReading:
-    """What a cache (data.cache_gb) decodes; validation reads by the same decoder."""
+    """Decode as a cache (data.cache_gb) does; validation uses the same decoder."""
     with HostDecoder(threads=1, batch=8) as decoder:
         images = dict(
             zip(CASES, decoder.decode([str(folder / name) for name in CASES]), strict=True)
@@ -215,7 +212,7 @@ def evaluate(folder: Path, out: Path) -> FolderReading:
 
 
 def upscale(folder: Path, out: Path) -> FolderReading:
-    """Which keeps bits, alpha and profile: reduced here to what the others make of them."""
+    """Read as upscale.py does, which keeps bits, alpha and profile; reduced here as elsewhere."""
     reading = FolderReading({}, {})
     for name in CASES:
         try:
@@ -268,7 +265,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_file_is_read_right_or_refused(folder: Path, tmp_path: Path, command: str) -> None:
     reading = COMMANDS[command](folder, tmp_path / "out")
-    if command == "upscale":  # the one that reads GIF
+    if command == "upscale":  # the only command that reads GIF
         assert np.abs(reading.pixels.pop("foreign-gif.png").astype(int) - PHOTO).max() < 90
         reading.reasons["foreign-gif.png"] = "GIF"
     assert reading.mistakes() == []
@@ -320,8 +317,7 @@ def test_validation_reads_as_training_does(folder: Path) -> None:
 
 
 def test_hostile_bytes_end_in_pixels_of_the_size_of_the_header_or_in_a_reason() -> None:
-    """Of every kind, cut anywhere and overwritten here and there, the header more often than the
-    rest."""
+    """Every kind of file, truncated anywhere and overwritten in places, mostly in the header."""
     chance, read, reasons = random.Random(3), 0, []
     contents = [case.content for case in CASES.values() if case.content]
     for number in range(3000):
@@ -335,7 +331,7 @@ def test_hostile_bytes_end_in_pixels_of_the_size_of_the_header_or_in_a_reason() 
         try:
             header = read_header(bytes(content))
             foreign_profile(header)
-            if header.height * header.width < 1e6:  # not the giants that flipped bits make
+            if header.height * header.width < 1e6:  # skip huge sizes caused by flipped bits
                 assert decode_rgb(bytes(content), header).shape == (*header.size, 3)
                 read += 1
         except BadImageError as error:

@@ -1,4 +1,4 @@
-"""The sampling function, as a pure function."""
+"""The sampling function is a pure function."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_eight_symmetries_are_equally_frequent() -> None:
     chi_square = ((counts - 10_000) ** 2 / 10_000).sum()
     assert (
         chi_square < 24.3
-    )  # 0.1% of fair draws are above, with 7 degrees of freedom; the seed is fixed
+    )  # 0.1% of fair draws exceed this, with 7 degrees of freedom; the seed is fixed
 
 
 def test_corners_are_uniform_on_the_grid_and_reach_both_ends() -> None:
@@ -107,8 +107,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_the_stream_is_pinned() -> None:
-    """A change here breaks the continuation of every run there is: it must never happen by
-    accident."""
+    """A change here breaks the resume of every existing run and must never happen by accident."""
     draws = Sampler([1000], 42).draw(12345, 4)
     assert draws.files.tolist() == PINNED_FILES
     assert draws.top.tolist() == PINNED_TOP
@@ -163,7 +162,8 @@ def test_weights_are_kept_every_epoch_and_files_come_equally_often(
         counts = np.bincount(whole, minlength=starts[-1])[start : start + size]
         assert counts.max() - counts.min() <= 1  # one permutation after another, across epochs
         own = whole[(whole >= start) & (whole < start + size)]
-        assert len({*own[:size].tolist()}) == min(size, len(own))  # none twice before all came once
+        # none occurs twice before all have occurred once
+        assert len({*own[:size].tolist()}) == min(size, len(own))
     cut = length // 2
     np.testing.assert_array_equal(
         Sampler(sizes, seed, multiplier=multiplier, weights=weights)
@@ -215,8 +215,7 @@ def test_a_replacement_is_a_pure_function_within_the_folder() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_shards_are_disjoint_and_complete_whatever_the_size(world_size: int) -> None:
-    """An epoch of 101 samples over any number of ranks: all of them, each once, in the order of one
-    rank's."""
+    """An epoch of 101 samples: any number of ranks gets each once, in the order of one rank."""
     micro, length = 4, 101
     sampler = Sampler([101], 3)
     batches = -(-length // (micro * world_size))

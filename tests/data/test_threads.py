@@ -1,4 +1,4 @@
-"""How many threads the loader takes, and which chain it takes on which device."""
+"""The loader's number of threads, and which degradation chain runs on which device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_threads_are_a_number_or_auto() -> None:
             UserError, match=r"data\.threads: .* is neither auto nor an integer from 1 to 64"
         ):
             load_recipe("vapsr_x4", {"data.threads": wrong})
-    # They are no part of what a run is: one that was begun with 2 goes on.
+    # The number of threads is not part of a run's identity: a run started with 2 can be resumed.
     assert (
         recipe_differences(load_recipe("vapsr_x4", {"data.threads": 2}), load_recipe("vapsr_x4"))
         == []
@@ -56,8 +56,8 @@ HERE = socket.gethostname()
             [(HERE, {*range(8)})] * 2 + [("elsewhere", {*range(8)})] * 2,
             4,
         ),  # shared by two of this host
-        ([(HERE, {0, 1, 2}), (HERE, {3, 4, 5})], 3),  # bound to cores of their own
-        ([(HERE, {0, 1, 2}), (HERE, {2, 3})], 2),  # two and a half
+        ([(HERE, {0, 1, 2}), (HERE, {3, 4, 5})], 3),  # each bound to its own cores
+        ([(HERE, {0, 1, 2}), (HERE, {2, 3})], 2),  # two and a half each
         ([(HERE, {0})] * 3, 0),
     ],
 )

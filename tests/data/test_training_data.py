@@ -1,5 +1,4 @@
-"""Training on every kind of dataset, as real processes: what is refused, skipped, counted and
-reported."""
+"""Training on every kind of dataset as real processes: errors, skips, counts and reports."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from pipeline.run_folder import checkpoint_steps
 
 
 def make_dataset(root: Path, names: list[str], first: int = 0) -> Path:
-    """Files of those names, the last of which validates."""
+    """Create files with these names; the last one is for validation."""
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = photograph(first + i, 72, 64)
@@ -92,13 +91,13 @@ def test_a_run_that_a_bad_file_stopped_goes_on_with_skip(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: str) -> None:
-    """The bad files come in the middle of a run, to one rank: the others must not wait for it."""
+    """One rank meets the bad files in the middle of a run; the others must not wait for it."""
     root = make_dataset(tmp_path / "data", [f"{i}.png" for i in range(41)])
     started = run(command(root, tmp_path / "run", "steps=3", procs=2))
     assert started.returncode == 0, started.stderr
     order = Sampler([40], 0).draw(0, 40).files
     names = sorted(f"{i}.png" for i in range(40))
-    for number in (28, 29):  # of the 8th step
+    for number in (28, 29):  # in the 8th step
         bad = root / names[order[number]]
         bad.write_bytes(bad.read_bytes()[:500])
     done = run(command(root, tmp_path / "run", "steps=20", f"data.on_error={on_error}", procs=2))
@@ -106,7 +105,7 @@ def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: s
     assert checkpoint_steps(tmp_path / "run")[-1] == 7
     done = run(
         command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}")
-    )  # which needs no bad file
+    )  # these steps need no bad file
     assert done.returncode == 0, done.stderr
 
 
@@ -270,7 +269,7 @@ def test_the_hash_of_the_contents_follows_the_manifests(tmp_path: Path) -> None:
         plain = known
     (root / "photos/2/x1_0_0.npy").write_bytes(
         b"damaged"
-    )  # what the manifest says counts: a good copy may be put back
+    )  # the manifest counts, so a good copy may replace the file
     assert read_dataset([root]).identity() == plain
 
 
@@ -290,7 +289,7 @@ def test_a_folder_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_published_defaults_of_realesrgan() -> None:
-    """options/train_realesrnet_x4plus.yml of Real-ESRGAN."""
+    """The defaults of options/train_realesrnet_x4plus.yml in Real-ESRGAN."""
     spec = load_recipe("vapsr_x4", {"data.degradation": "realesrgan"}).data.degradation
     first, second = spec.first, spec.second
     assert (first.resize_prob, first.resize_range) == ((0.2, 0.7, 0.1), (0.15, 1.5))

@@ -1,5 +1,4 @@
-"""The pixel losses (values by hand, gradients against finite differences) and how a recipe's terms
-are put together."""
+"""Pixel losses (values by hand, gradients by finite differences), and the terms of a recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def test_the_criterion_weighs_and_takes_bytes() -> None:
     assert losses["l1"].item() == pytest.approx(0.5 * (sr - hr.float() / 255).abs().mean().item())
     assert losses["mse"].item() == pytest.approx(2 * (sr - hr.float() / 255).square().mean().item())
     half = Criterion({"l1": 1.0})(sr.half(), hr)["l1"]
-    assert half.dtype == torch.float32  # the mean of many half numbers is not taken in half
+    assert half.dtype == torch.float32  # the mean of many FP16 values is not computed in FP16
 
 
 def test_a_term_may_have_parameters() -> None:

@@ -1,5 +1,4 @@
-"""VGG19 features against torchvision's network with the same (random) weights, and where trunks are
-looked for."""
+"""VGG19 features against torchvision's with the same random weights, and lookup of trunks."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ NUMBER_OF_CONVOLUTIONS = 16
 
 @pytest.fixture(scope="module")
 def trunk() -> dict[str, torch.Tensor]:
-    """Random weights of VGG19's features, which keep the signal's size; exact in half precision."""
+    """Random weights of VGG19's features that keep the signal's magnitude, exact in FP16."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in vgg19_features().state_dict().items()}
@@ -57,8 +56,7 @@ def weights(trunk, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(trunk) -> nn.Sequential:
-    """torchvision's own VGG19 with these weights; ReLUs not in place, so that features outlive
-    them."""
+    """torchvision's VGG19 with these weights, and ReLUs that do not overwrite features."""
     models = import_torchvision().models
     with torch.device("meta"):
         features = models.vgg19(weights=None).features
@@ -113,7 +111,7 @@ def test_features_are_torchvisions_bit_for_bit(weights, reference, name, before_
     images, _ = pictures()
     loss = VggFeature({name: 1.0}, before_activation, weights=weights)
     place = vgg19_layer_indices()[name] + (0 if before_activation else 1)
-    assert len(loss.features) == place + 1  # nothing deeper is kept
+    assert len(loss.features) == place + 1  # deeper layers are dropped
     with torch.no_grad():
         expected = reference[: place + 1](normalised(images))
         assert torch.equal(loss.extract(images)[place], expected)
@@ -193,7 +191,7 @@ def test_gradients_reach_the_network_and_nothing_else(weights) -> None:
         assert loss(hr, hr).item() == 0
         assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
             sr, hr
-        )  # the gradient points uphill
+        )  # the gradient points to larger distances
 
 
 def test_bytes_and_floats_are_the_same_image(weights) -> None:
@@ -327,7 +325,7 @@ def test_a_trunk_is_read_strictly(trunk, tmp_path, spoil, message) -> None:
     state = dict(trunk)
     spoil(state)
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(UserError) as caught:  # even where the layer asked for is there
+    with pytest.raises(UserError) as caught:  # even if the requested layer is there
         VggFeature({"conv1_1": 1.0}, weights=str(tmp_path / "a.pth"))
     assert message in str(caught.value)
 
@@ -402,7 +400,7 @@ def test_losses_do_not_import_torchvision_until_it_is_needed() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9])
 def test_a_trunk_in_16_bits_gives_nearly_the_same_loss_and_gradient(weights, scale: float) -> None:
-    """Whatever training multiplies the loss by: a loss scale, or a small weight."""
+    """Whatever factor training multiplies the loss by: a loss scale, or a small weight."""
     found = []
     for precision in ("float32", "float16"):
         criterion = Criterion(

@@ -1,5 +1,4 @@
-"""MS-SSIM against scikit-image's SSIM, the spectrum against its definition, total variation by
-hand."""
+"""MS-SSIM against scikit-image, the spectrum against its definition, total variation by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ PAPER_WEIGHTS = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
 
 
 def images(height: int, width: int, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """SR and HR alike, float64 NHWC in [0, 1]."""
+    """Return similar SR and HR, float64 NHWC in [0, 1]."""
     hr = np.stack([picture(height, width, seed) for seed in range(count)]) / 255
     noise = np.random.default_rng(0).normal(0, 0.05, hr.shape)
     return np.clip(0.9 * hr + 0.02 + noise, 0, 1), hr
@@ -32,8 +31,10 @@ def halved(plane: np.ndarray) -> np.ndarray:
 
 
 def reference(a: np.ndarray, b: np.ndarray, scales: int) -> float:
-    """MS-SSIM of two planes by scikit-image; with an enormous K1 its luminance factor is 1 and
-    contrast is left."""
+    """Return MS-SSIM of two planes by scikit-image.
+
+    With an enormous K1, its luminance factor is 1 and only the contrast remains.
+    """
     weights = PAPER_WEIGHTS[:scales] / PAPER_WEIGHTS[:scales].sum()
     product = 1.0
     for scale, weight in enumerate(weights):
@@ -72,7 +73,7 @@ def test_ms_ssim_is_that_of_scikit_image_at_every_scale(height, width, scales) -
     expected = np.mean(
         [reference(sr[n, ..., c], hr[n, ..., c], scales) for n in range(2) for c in range(3)]
     )
-    assert 0.01 < 1 - expected < 0.9  # a comparison worth making
+    assert 0.01 < 1 - expected < 0.9  # not a trivial comparison
     assert MsSsim()(*tensors(sr, hr)).item() == pytest.approx(1 - expected, abs=1e-9)
     assert MsSsim()(*(tensor.float() for tensor in tensors(sr, hr))).item() == pytest.approx(
         1 - expected, abs=1e-5

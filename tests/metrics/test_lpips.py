@@ -1,5 +1,4 @@
-"""LPIPS against the package lpips with the same weights, and against a published value; as a loss
-and as a metric."""
+"""LPIPS against the package lpips with the same weights, and against a published value."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ RELEASED = {"alex": "weights/lpips_alex_trunk.pth", "squeeze": "weights/lpips_sq
 
 
 def original(network: str, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
-    """The package's own LPIPS, with a random trunk (of a fixed seed) or with `state`
-    ("features.N…") in it."""
+    """The package's LPIPS, with a random trunk (fixed seed) or with `state` ("features.N…")."""
     import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,7 +53,7 @@ def squeeze(tmp_path_factory) -> tuple[torch.nn.Module, str]:
 
 
 def pairs(side: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two HR images and a distorted version of each: float NCHW."""
+    """Return two HR images and a distorted version of each, float NCHW."""
     hr = (
         torch.stack([torch.from_numpy(picture(side, side, seed)) for seed in range(2)]).permute(
             0, 3, 1, 2
@@ -164,12 +162,12 @@ def test_the_loss_is_the_mean_and_reaches_sr_alone(squeeze) -> None:
     with torch.no_grad():
         assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
             sr, hr
-        )  # the gradient points uphill
+        )  # the gradient points to larger distances
 
 
 def test_the_gradient_is_finite_where_a_pixel_has_no_features(squeeze, tmp_path) -> None:
     state = {key: tensor.clone() for key, tensor in features_of(squeeze[0]).items()}
-    state["features.0.bias"].fill_(-100)  # nothing passes the first activation
+    state["features.0.bias"].fill_(-100)  # the first activation zeroes everything
     torch.save(state, tmp_path / "blind.pth")
     sr, hr = pairs()
     sr.requires_grad_()

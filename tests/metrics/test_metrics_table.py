@@ -1,4 +1,4 @@
-"""The table of metrics: a new one is a file and a row, and it is seen everywhere."""
+"""The table of metrics: a new metric is one file and one row, and appears everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROW = Metric(
 
 @pytest.fixture
 def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a metric's file, whose row is in the table."""
+    """Return the folder of a new metric's file, whose row is in the table."""
     (tmp_path / "dummy_metric.py").write_text(FILE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(METRICS, "dummy", ROW)

@@ -1,4 +1,4 @@
-"""BF16 gradients of every network on a CPU, beside those of the same weights in FP32."""
+"""BF16 gradients of every network on a CPU, compared with those of the same weights in FP32."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_no_convolution_of_spandrel_is_left_unguarded(arch: str) -> None:
     ("groups", "dilation", "is_wrong"), [(16, 3, True), (4, 2, True), (16, 1, False), (1, 3, False)]
 )
 def test_what_is_guarded(groups: int, dilation: int, is_wrong: bool) -> None:
-    """Grouped and dilated: that of the others is torch's own, and right."""
+    """Only grouped and dilated convolutions; torch computes the others correctly."""
     torch.manual_seed(0)
     layer = DepthwiseConv2d(16, 16, 3, padding=dilation, dilation=dilation, groups=groups)
     assert is_wrong_in_bf16(layer) == is_wrong

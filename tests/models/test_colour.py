@@ -22,8 +22,7 @@ from pipeline.models.srresnet import SRResNet
 from pipeline.models.vapsr import VapSR, bicubic_kernel, cubic_upscale
 
 CONVERSIONS = {"ycbcr": (rgb_to_ycbcr, ycbcr_to_rgb), "oklab": (rgb_to_oklab, oklab_to_rgb)}
-# Oklab of sRGB's corners, as CSS Color 4 and its libraries give it for red, lime, blue, white and
-# black.
+# Oklab of red, lime, blue, white and black, as in CSS Color 4 and its libraries.
 OKLAB = {
     (1, 0, 0): (0.62796, 0.22486, 0.12585),
     (0, 1, 0): (0.86644, -0.23389, 0.17950),
@@ -42,7 +41,7 @@ YCBCR = {
 
 
 def pixels(colours):
-    """Colours as one image, N x 3 x 1 x 1."""
+    """Return colours as one image, N x 3 x 1 x 1."""
     return torch.tensor(list(colours), dtype=torch.float32)[:, :, None, None]
 
 
@@ -77,7 +76,7 @@ def test_ycbcr_is_that_of_jpeg():
 
 
 def test_oklab_is_that_of_the_xyz_definition():
-    """The definition goes from XYZ to Oklab; the matrix here goes from linear sRGB at once."""
+    """The definition goes from XYZ to Oklab; the matrix here directly from linear sRGB."""
     rgb = np.random.default_rng(0).random((200, 3))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = (
@@ -142,8 +141,7 @@ def test_gradients_are_autograds_and_finite_everywhere(space):
 @pytest.mark.parametrize("space", ["ycbcr", "oklab", "y"])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_network_that_only_interpolates_does_so_in_its_space(space, scale):
-    """A VapSR with the cubic residual and nothing learnt: all that is left is the conversion and
-    the cubic kernel."""
+    """An untrained VapSR with the cubic residual does only the conversion and the cubic upscale."""
     network = in_colour_space(
         VapSR(
             scale=scale,

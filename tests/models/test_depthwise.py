@@ -1,5 +1,4 @@
-"""Our own depthwise kernel against float64 autograd, how it is built and chosen, and the guard for
-BF16."""
+"""Our depthwise kernel against float64 autograd, its build and choice, and the BF16 guard."""
 
 from __future__ import annotations
 
@@ -46,13 +45,13 @@ SHAPES = [  # images, channels, height, width, kernel, dilation
 
 @pytest.fixture
 def native_kernel():
-    """Built by the first test that asks for it, and not while tests are collected."""
+    """Built by the first test that uses it, not during collection."""
     if lacking := native.why_not_native():
         pytest.skip(f"no native kernel: {lacking}")
 
 
 def draw(images, channels, height, width, kernel, *, seed=0):
-    """Images, weight, bias and the gradient of the output: float64, as they are in float32."""
+    """Return images, weight, bias and the output's gradient: float64 with float32 values."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (
         (images, channels, height, width),
@@ -64,7 +63,7 @@ def draw(images, channels, height, width, kernel, *, seed=0):
 
 
 def by_autograd(features, weight, bias, gradient, dilation):
-    """Output and gradients of images, weight and bias, in float64."""
+    """Return the output and the gradients of images, weight and bias, in float64."""
     inputs = [tensor.clone().requires_grad_() for tensor in (features, weight, bias)]
     out = F.conv2d(
         *inputs, padding=dilation * (weight.shape[-1] // 2), dilation=dilation, groups=len(weight)
@@ -91,7 +90,7 @@ def test_forward_and_gradients_are_autograds(images, channels, height, width, ke
     for one, wanted, number in zip(
         found, by_autograd(features, weight, bias, gradient, dilation), terms, strict=True
     ):
-        # Sums of products of normal numbers: rounding grows with the square root of their number.
+        # The rounding error of sums of normal products grows with the square root of their number.
         torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=2e-6 * number**0.5)
 
 
@@ -265,7 +264,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def ask(folder: Path, **variables: str) -> subprocess.Popen:
-    """A process that prints why there is no native kernel, with the cache in `folder`."""
+    """Start a process that prints why there is no native kernel, with the cache in `folder`."""
     code = "from pipeline.models import native; print(native.why_not_native())"
     return subprocess.Popen(
         [sys.executable, "-c", code],

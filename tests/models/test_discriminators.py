@@ -54,7 +54,7 @@ def equal_states(first, second):
 
 
 def cast_parameters(network, dtype):
-    """What DeepSpeed does where no `buffer_dtype` is set."""
+    """Cast as DeepSpeed does without `buffer_dtype`."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     return network
@@ -101,8 +101,7 @@ def test_vgg_of_96_has_the_published_positions():
 
 
 def plain_vgg(state, images, num_stages):
-    """The published network, straight from the description: batch norm in training, 4x4 positions
-    at the end."""
+    """The published network from its description: batch norm in training, 4x4 positions."""
     x = F.leaky_relu(
         F.conv2d(images, state["conv0_0.weight"], state["conv0_0.bias"], padding=1), 0.2
     )
@@ -133,8 +132,7 @@ def test_vgg_forward_is_the_description(crop):
 
 
 class PlainUNet(nn.Module):
-    """Real-ESRGAN's network put together from torch's own parts, for sides that are multiples of
-    8."""
+    """Real-ESRGAN's network from torch's own modules, for sides that are multiples of 8."""
 
     def __init__(self, features):
         super().__init__()
@@ -172,8 +170,7 @@ class PlainUNet(nn.Module):
 
 
 def test_unet_is_the_published_one_and_its_spectral_norm_torchs():
-    """The same tensors, strictly loaded; then two training steps and an evaluation, equal to the
-    last bit."""
+    """The same tensors load strictly; two training steps and an evaluation are bit-identical."""
     ours, theirs = build("unet"), PlainUNet(4)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for _ in range(2):
@@ -302,8 +299,7 @@ def test_batch_norm_is_torchs_in_float32():
 
 
 def largest_singular_value(conv):
-    """Of the weight that a 3x3 convolution uses, as its output tells it: one image for every tap of
-    the kernel."""
+    """Return that of the weight a 3x3 convolution uses, measured with one image per kernel tap."""
     taps = torch.eye(conv.weight_orig[0].numel()).view(-1, *conv.weight_orig.shape[1:])
     with torch.no_grad():
         return torch.linalg.matrix_norm(conv(taps)[..., 1, 1], 2).item()
@@ -330,7 +326,7 @@ def test_spectral_norms_are_right_from_the_first_pass_on(dtype):
 
 
 def test_the_norm_is_part_of_the_gradient():
-    """Against finite differences, in float64."""
+    """Against finite differences in float64."""
     conv = SpectralConv2d(2, 3, 3, 1).double().eval()
     features = torch.randn(1, 2, 4, 4, dtype=torch.float64)
 
@@ -364,12 +360,12 @@ def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
     with frozen(network) as judge:
         assert judge is network
         logits = judge(images)
-    F.softplus(-logits).mean().backward()  # after the block, as the generator's step does
+    F.softplus(-logits).mean().backward()  # after the context, as in the generator's step
     assert equal_states(network.state_dict(), before)
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad
         assert torch.equal(parameter.grad, gradients[name])
-    # The same once more, not frozen; a copy, whose spectral norms must not move on for the
+    # Again without freezing, on a copy, whose spectral norms must not advance before the
     # comparison.
     twin = copy.deepcopy(network)
     for module in twin.modules():
@@ -392,7 +388,7 @@ def test_frozen_normalises_by_the_batch_as_in_training():
     with frozen(network.eval()):
         assert not torch.equal(
             network(images), judged
-        )  # in eval mode the running statistics are used, as ever
+        )  # eval mode uses the running statistics as usual
 
 
 @pytest.mark.parametrize("kind", ["vgg", "unet"])
@@ -428,8 +424,7 @@ def test_frozen_restores_every_flag_also_after_an_exception_and_when_nested(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_of_the_generators_step_between_two_of_the_discriminators_changes_nothing(kind):
-    """HR, then generated, then the backward pass of both: with a frozen pass in between the result
-    is the same."""
+    """A frozen pass between HR, generated images and their backward pass changes nothing."""
     results = []
     for has_generators_step in (False, True):
         torch.manual_seed(1)

@@ -35,8 +35,7 @@ VARIANTS = [
 
 
 def small(network_class, scale, seed=0, **params):
-    """A network of a few thousand parameters, every one of them random, its batch norms' statistics
-    too."""
+    """Return a network of a few thousand random parameters and random batch norm statistics."""
     torch.manual_seed(seed)
     network = network_class(scale=scale, **{**SMALL[network_class], **params})
     with torch.no_grad():
@@ -139,7 +138,7 @@ def test_a_network_is_recognised_from_its_tensors_alone(network_class, scale, pa
     network = small(network_class, scale, **params)
     found = [other.recognise(shapes(network)) for other in SMALL]
     if params.get("activation") in ("relu", "leakyrelu"):
-        assert found == [None] * len(SMALL)  # the tensors do not tell which of the two
+        assert found == [None] * len(SMALL)  # the tensors do not reveal which of the two
         return
     ((position, (found_scale, found_params)),) = (
         (i, f) for i, f in enumerate(found) if f is not None
@@ -169,8 +168,7 @@ def test_a_network_is_not_recognised_without_one_of_its_first_or_last_tensors(ne
 
 
 def plain_srresnet(state, images):
-    """The network once more, straight from the paper, with nothing but functions; batch norms as in
-    evaluation."""
+    """The network from the paper with only functions; batch norms as in evaluation."""
 
     def norm(x, name):
         mean, var, weight, bias = (
@@ -325,7 +323,7 @@ def test_tensors_are_named_as_in_the_files_of_the_field():
 
 
 def as_2021(name):
-    """A tensor of ours under the name that it has in the SRGAN-PyTorch of late 2021."""
+    """Return the name of one of our tensors in the SRGAN-PyTorch of late 2021."""
     name = re.sub(r"^conv([123])\.", r"conv_block\1.", name).replace(".rcb.", ".rc_block.")
     return re.sub(
         r"upsampling\.(\d+)\.upsample_block\.(\d)",
@@ -366,7 +364,7 @@ def test_files_of_srgan_pytorch_are_converted(renamed, scale):
 
 def test_files_with_one_block_in_all_places_load_into_blocks_of_their_own():
     source = SRResNet(scale=4, num_features=8)
-    source.trunk = torch.nn.Sequential(*[source.trunk[0]] * 16)  # how such a file came to be
+    source.trunk = torch.nn.Sequential(*[source.trunk[0]] * 16)  # how such files were made
     state = source.eval().state_dict()
     assert state["trunk.0.rcb.0.weight"].data_ptr() == state["trunk.15.rcb.0.weight"].data_ptr()
     converted = SRResNet.convert({as_2021(name): tensor for name, tensor in state.items()})
@@ -480,7 +478,7 @@ def test_spandrel_opens_our_files_and_computes_the_same(
     for height, width in (
         (12, 16),
         (13, 15),
-    ):  # the second must be extended to be folded at x1 and x2
+    ):  # the second must be padded to be unshuffled at x1 and x2
         images = torch.rand(2, 3, height, width)
         with torch.inference_mode():
             torch.testing.assert_close(
@@ -501,13 +499,12 @@ def test_nothing_beyond_the_receptive_radius_is_seen(network_class, scale, param
     ).double()
     radius = network.receptive_radius
     images = torch.rand(1, 3, 4, 4 * (radius // 4) + 16, dtype=torch.float64)
-    images[..., 0] = (
-        torch.nan
-    )  # the leftmost LR column; unlike a change, it gets through the smallest of weights
+    images[..., 0] = torch.nan  # the leftmost LR column; a NaN passes even the smallest weights
     with torch.inference_mode():
         differs = network(images).isnan().any(dim=2).any(dim=1)[0]
     assert not differs[(radius + 1) * scale :].any()
-    # Folding makes the radius a whole number of folds, up to twice one more than what is seen.
+    # Unshuffling makes the radius a multiple of its factor, up to twice that minus one above the
+    # reach.
     slack = 2 * getattr(network, "unshuffle", 1)
     assert differs[: (radius + 1 - slack) * scale].any(dim=0)
     assert differs[(radius - slack) * scale : (radius + 1) * scale].any()
@@ -532,7 +529,7 @@ def test_batch_norm_keeps_float32_statistics_beside_half_weights(weights):
     for parameter in norm.parameters():
         parameter.data = parameter.data.to(
             weights
-        )  # what DeepSpeed does: the parameters, not the buffers
+        )  # as in DeepSpeed: the parameters, not the buffers
     features = (torch.randn(8, 4, 6, 6) * 3 + 1).to(weights)
     for _ in range(3):
         found, expected = norm(features), plain(features.float())

@@ -22,7 +22,7 @@ from pipeline.run_folder import run_network_file
 
 @pytest.fixture
 def info(capsys):
-    """Run the command in this process: exit status, stdout, stderr."""
+    """Run the command in this process; return exit status, stdout, stderr."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -34,7 +34,7 @@ def info(capsys):
 
 @pytest.fixture
 def numbers(info):
-    """What the command prints with --json."""
+    """Return the output of the command with --json."""
 
     def run(*arguments):
         status, output, complaint = info(*arguments, "--json")
@@ -98,13 +98,15 @@ def test_layers_hold_all_parameters_of_every_network(name, params):
     assert not [layer.name for layer in report.layers if layer.output is None]
     assert sum(layer.multiply_adds for layer in report.layers) <= report.multiply_adds
     assert report.receptive_field not in ("global", "not measured")
-    assert network.training == was_training  # nothing is left of the measurement
+    assert network.training == was_training  # the measurement leaves no trace
     assert all(torch.equal(network.state_dict()[key], tensor) for key, tensor in state.items())
 
 
 def influence(network, scale, side=41):
-    """Height and width of the input pixels that the outputs of the centre depend on, by autograd in
-    float64."""
+    """Return height and width of the pixels that the central outputs depend on.
+
+    Computed by autograd in float64.
+    """
     network = network.double()
     images = torch.rand(1, 3, side, side, dtype=torch.float64, requires_grad=True)
     at = side // 2 * scale
@@ -156,7 +158,7 @@ def test_every_architecture_of_spandrel_is_described(arch):
     assert report.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert report.multiply_adds > 16 * 24 * 100
     if arch in CONVOLUTIONAL:
-        # In evaluation PLKSR writes over what autograd needs; only batch norm sees farther in
+        # In evaluation, PLKSR overwrites what autograd needs; only batch norm has a larger reach in
         # training.
         assert report.receptive_field == influence(network.train(arch != "SwiftSRGAN"), 2, side=47)
     else:
@@ -178,8 +180,7 @@ def test_the_receptive_field_is_what_vapsr_says(scale, params):
 
 
 def test_with_strides_inside_the_farthest_view_counts():
-    """Against real arithmetic in float64, a NaN in each of the 8 places that the U-Net's strides
-    tell apart."""
+    """Against float64 arithmetic, with a NaN at each of the 8 phases of the U-Net's strides."""
     network = build_discriminator("unet", 32, num_features=2).eval()
     images = torch.rand(1, 3, 8, 160)
     left, right = [], []
@@ -240,7 +241,7 @@ def test_the_command_prints_an_aligned_table():
     assert table[0].split() == ["layer", "type", "output", "parameters", "MMACs"]
     assert (
         len({line.rindex(line.split()[2]) for line in table}) == 1
-    )  # a column begins in one place
+    )  # a column starts at one position
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["conv_first", "Conv2d", "48x180x320", "1,344", "74.6"]
     assert "parameters       342,220" in lines

@@ -66,7 +66,7 @@ def saved(network, arch, scale=2, **params):
 
 
 def opened_elsewhere(path):
-    """As any other program opens a file."""
+    """Open a file as other programs do."""
     import_torchvision()
     from spandrel import ModelLoader
 
@@ -158,9 +158,9 @@ def test_spandrel_and_our_own_network_agree(tmp_path, arch, ours):
 @pytest.mark.parametrize("arch", {**TINY, **OTHERS})
 def test_every_architecture_learns(arch, dtype):
     network = tiny(arch)
-    for parameter in (
-        network.parameters()
-    ):  # buffers stay in float32, as where a trainer casts the parameters alone
+    for (
+        parameter
+    ) in network.parameters():  # buffers stay in float32, as in trainers that cast only parameters
         parameter.data = parameter.data.to(dtype)
     lr = images_of(2, 3, 19, 16)
     before = lr.clone()
@@ -294,7 +294,7 @@ def test_a_batch_is_its_images(arch):
 
 
 def test_the_experts_are_those_of_spandrel():
-    """Which one is chosen differs from image to image; spandrel itself takes one at a time."""
+    """The chosen expert differs between images; spandrel itself takes one image at a time."""
     torch.manual_seed(0)
     network = build_generator(
         "spandrel", 2, arch="SeemoRe", num_experts=3, num_layers=1, embedding_dim=12

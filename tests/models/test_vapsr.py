@@ -16,7 +16,7 @@ VAPSR_S = {"num_features": 32, "num_blocks": 11, "conv_groups": 2}
 
 
 def plain_vapsr(state, images, scale, groups=1):
-    """The network once more, straight from the description, with nothing but functions."""
+    """The network from its description, with only functions."""
 
     def conv(x, name, **options):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
@@ -67,8 +67,7 @@ def test_forward_is_the_description(scale, params):
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_signed_values_give_the_bytes_of_the_network_that_takes_bytes(scale):
-    """catid/upsampling: bytes / 127.5 - 1 into the network, its output * 127.5 + 128 truncated to
-    bytes."""
+    """catid/upsampling feeds bytes / 127.5 - 1 and truncates output * 127.5 + 128 to bytes."""
     network = tiny_network(scale=scale, projection_kernel=3, value_range="signed").double()
     images = torch.randint(0, 256, (2, 3, 13, 17), dtype=torch.uint8)
     signed = plain_vapsr(network.state_dict(), images.double() / 127.5 - 1, scale)
@@ -131,7 +130,7 @@ def test_compiles_without_a_graph_break(residual):
 
 
 def layout_copies(network, images):
-    """How many tensors are copied, anywhere down to the kernels, only to change their layout."""
+    """Count tensors that are copied, down to the kernels, only to change their memory format."""
     with torch.inference_mode(), profile() as profiler:
         network(images)
     return sum(event.count for event in profiler.key_averages() if event.key == "aten::clone")
@@ -142,7 +141,7 @@ def test_channels_last_stays_so_without_copies_and_gives_the_same():
     images = torch.rand(2, 3, 12, 16)
     with torch.inference_mode():
         expected = network(images)
-        assert layout_copies(network, images) > 0  # so the count below can fail
+        assert layout_copies(network, images) > 0  # so that the count below can fail
         network, images = (item.to(memory_format=torch.channels_last) for item in (network, images))
         assert layout_copies(network, images) == 0
         assert network.body(network.conv_first(images)).is_contiguous(
@@ -208,8 +207,8 @@ def test_receptive_radius_is_exact(scale, params):
     with torch.inference_mode():
         differs = (network(images) != network(changed)).any(dim=2).any(dim=1)[0]
     assert not differs[(radius + 1) * scale :].any()
-    # Within an LR pixel the nearest of its outputs see furthest; at x4 the last convolution works
-    # at twice LR.
+    # Within an LR pixel, the nearest outputs have the longest reach; at x4 the last convolution
+    # works at twice the LR size.
     assert differs[: (radius - 1) * scale].all()
 
 

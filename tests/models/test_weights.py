@@ -67,7 +67,7 @@ def test_the_same_network_gives_the_same_bytes(tmp_path):
 
 
 def test_tensors_lie_in_a_file_as_the_library_lays_them(tmp_path):
-    """Every kind, in its order; only the metadata is put in order."""
+    """All dtypes in the library's order; only the metadata is sorted."""
     torch.manual_seed(0)
     kinds = [
         torch.bool,
@@ -125,7 +125,7 @@ def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
         saved.metadata,
     )
     assert equal_states(found.state_dict, saved.state_dict)
-    assert os.listdir(tmp_path) == [f"a{suffix}"]  # nothing is left of writing aside
+    assert os.listdir(tmp_path) == [f"a{suffix}"]  # no temporary file remains
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -266,7 +266,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path):
     ):
         read_network(path)
     assert not victim.exists()
-    torch.load(path, weights_only=False)  # the payload is real: read carelessly it does run
+    torch.load(path, weights_only=False)  # the payload is real: unsafe loading executes it
     assert victim.exists()
 
 
@@ -353,7 +353,7 @@ def test_build_refuses_what_does_not_fit(spoil, message):
 def test_a_file_is_replaced_not_overwritten(tmp_path):
     path, reader = tmp_path / "a.pth", tmp_path / "link.pth"
     write_network(path, tiny_saved(1))
-    os.link(path, reader)  # who reads the old file goes on reading it whole
+    os.link(path, reader)  # readers of the old file still see all of it
     before = path.read_bytes()
     write_network(path, tiny_saved(2))
     assert reader.read_bytes() == before != path.read_bytes()
@@ -402,7 +402,7 @@ def ancestor_vapsr(features=12, attention=8, blocks=2):
 
 
 def basicsr_rrdbnet(folded=1, features=16, blocks=2, growth=32):
-    """BasicSR's rrdbnet_arch.py; x2 folds the image first."""
+    """BasicSR's rrdbnet_arch.py; x2 unshuffles the image first."""
     shapes = convolution("conv_first", features, 3 * folded)
     for block in range(blocks):
         for dense in (1, 2, 3):
@@ -433,7 +433,7 @@ def second_esrgan():
 
 
 def first_esrgan(blocks=2):
-    """ESRGAN's first code, whose layers are numbered in one row."""
+    """ESRGAN's first code, whose layers are numbered in one sequence."""
     places = {
         "conv_first": "model.0",
         "conv_body": f"model.1.sub.{blocks}",
@@ -536,7 +536,7 @@ def test_foreign_files_load_strictly(tmp_path, kind, dtype):
     assert len(built) == len(state)
     for ours, theirs in zip(
         found.state_dict, state, strict=True
-    ):  # the order stays, whatever the names
+    ):  # the order stays, only names change
         assert torch.equal(built[ours], state[theirs].to(built[ours].dtype))
 
 
@@ -558,7 +558,7 @@ def test_a_wrong_tensor_in_a_foreign_file_is_named(tmp_path, kind):
 
 
 def test_the_ancestors_file_makes_the_ancestors_bytes(tmp_path):
-    """Its network takes bytes, works on [-1, 1] and gives bytes."""
+    """Its network takes bytes, works on [-1, 1] and returns bytes."""
     torch.manual_seed(0)
     state = OrderedDict(
         (name, (0.1 * torch.randn(shape)).half()) for name, shape in ancestor_vapsr().items()
@@ -599,7 +599,7 @@ def test_no_two_networks_claim_the_same_file(kind):
     assert claims == [FOREIGN[kind][1]]
 
 
-# To save time; networks that are not here are built as they come.
+# Small arguments to save time; other networks are built with their defaults.
 SMALL = {
     "vapsr": {**TINY, "projection_kernel": 3},
     "srresnet": {"num_features": 8, "num_blocks": 1},
@@ -611,7 +611,7 @@ SMALL = {
 
 
 def small_generator(name, **params):
-    """Of the first scale that it has, and that scale."""
+    """Build a small network with its first scale; return it and the scale."""
     torch.manual_seed(0)
     for scale in (2, 4, 3, 8, 1):
         with contextlib.suppress(UserError):
@@ -749,7 +749,7 @@ def test_a_discriminator_is_called_one(tmp_path, kind):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors
+@pytest.mark.filterwarnings("ignore")  # torch's own warning about quantised tensors
 def test_other_kinds_of_numbers_are_refused(tmp_path, kind, words):
     state = {**TINY_STATE, "conv_body.bias": kind(TINY_STATE["conv_body.bias"])}
     with pytest.raises(UserError, match=re.escape(words)) as caught:
